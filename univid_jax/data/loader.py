@@ -1,0 +1,78 @@
+"""The input pipeline: sentences to batches of packed rows, through grain; its state is part of a checkpoint."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import grain
+import numpy as np
+
+from univid_jax.data.packing import Features, RowShape, finish_rows, sentence_features
+from univid_jax.data.sentences import CONTEXTS
+from univid_jax.types import PackedRow, Sentence
+
+CONTEXT_NAMES = tuple(CONTEXTS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureMaker:
+  """Encodes the clips of a sentence and turns it into features.
+
+  Attributes:
+    encode: pixels uint8 (T, H, W, 3) to latents (t, y, x, c), in NumPy.
+    embed_prompt: a prompt to its embedding (tokens, text_dim).
+    patch_size: of the transformer.
+    text_len: length to which the original pads a prompt.
+    task_names: tasks by number, from 1.
+  """
+
+  encode: Callable[[np.ndarray], np.ndarray]
+  embed_prompt: Callable[[str], np.ndarray]
+  patch_size: tuple[int, int, int]
+  text_len: int
+  task_names: Sequence[str]
+
+  def __call__(self, sentence: Sentence) -> Features:
+    latents = tuple(self.encode(clip) for clip in sentence.clips)
+    return sentence_features(
+        sentence.replace(clips=latents),
+        patch_size=self.patch_size,
+        prompt_embedding=self.embed_prompt(sentence.prompt),
+        text_len=self.text_len,
+        task_id=1 + self.task_names.index(sentence.task) if sentence.task in self.task_names else 0,
+        context_id=1 + CONTEXT_NAMES.index(sentence.context) if sentence.context in CONTEXT_NAMES else 0,
+    )
+
+
+def make_loader(source, make_features: FeatureMaker, *, row_shape: RowShape, rows_per_batch: int, seed: int,
+                process_index: int = 0, process_count: int = 1, num_threads: int = 1,
+                num_packing_bins: int | None = None) -> grain.DatasetIterator:
+  """An endless, deterministic stream of batches (this process's rows of each) of packed rows.
+
+  Args:
+    source: random-access sentences.
+    make_features: see FeatureMaker.
+    row_shape: what fits into a row.
+    rows_per_batch: rows of this process in a batch.
+    seed: of the order, which changes every epoch.
+    process_index: of this process.
+    process_count: processes, each of which sees its own share of the sentences.
+    num_threads: threads that make sentences.
+    num_packing_bins: rows that are filled at the same time; twice a batch by default.
+  """
+  share = grain.MapDataset.source(source).seed(seed).shuffle().repeat()[process_index::process_count]
+  features = share.map(make_features).to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=64))
+  lengths = {
+      "tokens": row_shape.num_tokens, "positions": row_shape.num_tokens, "target_mask": row_shape.num_tokens,
+      "text": row_shape.num_text_tokens, "text_counts": row_shape.num_text_tokens,
+      "task_ids": row_shape.num_slots, "context_ids": row_shape.num_slots,
+  }
+  rows = grain.experimental.FirstFitPackIterDataset(
+      features, length_struct=lengths, num_packing_bins=num_packing_bins or 2 * rows_per_batch, seed=seed,
+      meta_features=("positions", "target_mask", "text_counts", "task_ids", "context_ids"))
+  batches = rows.batch(rows_per_batch, drop_remainder=True).map(_to_rows)
+  return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
+
+
+def _to_rows(packed: Features) -> PackedRow:
+  names = {"tokens_segment_ids": "segment_ids"}
+  return finish_rows({names.get(name, name): value for name, value in packed.items()})

@@ -1,0 +1,182 @@
+"""Where clips come from. A source is random-access: an index and a generator of random numbers give a clip or a sentence."""
+
+import dataclasses
+import functools
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from univid_jax.data.sentences import make_sentence, prompt_for, video_pattern
+from univid_jax.data.tasks import TASKS
+from univid_jax.types import Sentence
+
+# Photographs that come with scikit-image; the held-out ones show nothing that the others show.
+TRAIN_PHOTOS = ("astronaut.png", "brick.png", "camera.png", "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
+                "ihc.png", "moon.png", "retina.jpg", "rocket.jpg")
+HELD_OUT_PHOTOS = ("chelsea.png", "coffee.png", "motorcycle_left.png")
+
+# Sides of the windows that are cut from a photograph, in pixels, and how far one drifts and grows over a video clip.
+WINDOW_RANGE = (40, 128)
+WINDOW_DRIFT = 0.1
+WINDOW_ZOOM = 0.15
+
+
+class ClipSource(Protocol):
+  """Natural clips by index; neither images nor videos have to be of any size."""
+
+  def __len__(self) -> int: ...
+
+  def clip(self, index: int, rng: np.random.Generator, *, num_frames: int, size: tuple[int, int]) -> np.ndarray:
+    """A random part of what stands at an index: uint8 (num_frames, *size, 3)."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotoSource:
+  """Crops of photographs; a video is a slow movement of the crop.
+
+  Attributes:
+    photos: RGB pictures.
+    jitter: whether colours are varied at random, and grey pictures coloured in two tones.
+  """
+
+  photos: Sequence[Image.Image]
+  jitter: bool = True
+
+  @classmethod
+  def bundled(cls, split: str) -> "PhotoSource":
+    """The photographs inside scikit-image, "train" or "held_out"."""
+    names = {"train": TRAIN_PHOTOS, "held_out": HELD_OUT_PHOTOS}[split]
+    folder = importlib.resources.files("skimage.data")
+    photos = []
+    for name in names:
+      with importlib.resources.as_file(folder / name) as path, Image.open(path) as photo:
+        photos.append(photo.convert("RGB"))
+    return cls(photos, jitter=split == "train")
+
+  def __len__(self) -> int:
+    return len(self.photos)
+
+  def clip(self, index: int, rng: np.random.Generator, *, num_frames: int, size: tuple[int, int]) -> np.ndarray:
+    photo = self.photos[index]
+    frames = moving_window(photo, rng, num_frames=num_frames, size=size)
+    return jitter_colors(frames, rng) if self.jitter else frames
+
+
+def moving_window(photo: Image.Image, rng: np.random.Generator, *, num_frames: int, size: tuple[int, int]) -> np.ndarray:
+  """Cuts a window out of a picture that, over a video, drifts and grows or shrinks a little."""
+  height, width = size
+  largest = min(photo.width * height / width, photo.height)
+  first = min(rng.uniform(*WINDOW_RANGE), largest)
+  last = min(first * np.exp(rng.uniform(-WINDOW_ZOOM, WINDOW_ZOOM)), largest)
+  sides = np.geomspace(first, last, num_frames)
+  direction, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0, WINDOW_DRIFT) * first
+  start, end = np.array([0.0, 0.0]), distance * np.array([np.cos(direction), np.sin(direction)])
+  origin = rng.uniform(size=2)
+  frames = []
+  for side, progress in zip(sides, np.linspace(0, 1, num_frames)):
+    box = np.array([side * width / height, side])
+    room = np.array([photo.width, photo.height]) - box
+    corner = np.clip(origin * room + start + (end - start) * progress, 0, room)
+    edges = (*corner, *np.minimum(corner + box, (photo.width, photo.height)))
+    frames.append(np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box=tuple(map(float, edges)))))
+  return np.stack(frames)
+
+
+def jitter_colors(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Varies the colours of a clip; a grey one gets two random tones, so that its colours mean nothing."""
+  clip = frames.astype(np.float32) / 255
+  if np.ptp(frames.astype(np.int16), axis=-1).max() < 3:
+    params = TASKS["duotone"].draw(rng)
+    clip = TASKS["duotone"].apply(clip, **params)
+  gain, gamma = rng.uniform(0.8, 1.2, 3), rng.uniform(0.8, 1.25)
+  return to_uint8(clip**gamma * gain.astype(np.float32))
+
+
+def to_uint8(clip: np.ndarray) -> np.ndarray:
+  """[0, 1] to 0 .. 255."""
+  return (np.clip(clip, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputedSentences:
+  """Sentences of computed tasks over natural clips: index i is always the same sentence for the same seed.
+
+  Attributes:
+    clips: where the natural clips come from; those of one sentence differ whenever there are two.
+    tasks: weights by name of the task.
+    contexts: weights by name of the context; None leaves each task's own.
+    num_frames: frames of a video clip, 4n + 1.
+    size: height and width of every clip in pixels.
+    num_clips: weights by number of clips in a sentence (shots).
+    reverse_probability: how often a reversible task is turned round.
+    prompt_style: "detailed", "rough" or "null".
+    num_sentences: how many there are.
+    seed: makes another set of them.
+  """
+
+  clips: Sequence[ClipSource]
+  tasks: Mapping[str, float]
+  num_frames: int
+  size: tuple[int, int]
+  num_sentences: int
+  seed: int
+  contexts: Mapping[str, float] | None = None
+  num_clips: Mapping[int, float] = dataclasses.field(default_factory=lambda: {4: 1.0})
+  reverse_probability: float = 0.0
+  prompt_style: str = "null"
+
+  def __post_init__(self):
+    unknown = set(self.tasks) - set(TASKS)
+    if unknown:
+      raise ValueError(f"unknown task {sorted(unknown)[0]!r}; there are {', '.join(TASKS)}")
+
+  @property
+  def task_names(self) -> tuple[str, ...]:
+    return tuple(self.tasks)
+
+  def __len__(self) -> int:
+    return self.num_sentences
+
+  def __getitem__(self, index: int) -> Sentence:
+    rng = np.random.default_rng((self.seed, int(index)))
+    task = draw(rng, self.tasks)
+    contexts = TASKS[task].contexts
+    if self.contexts is not None:
+      contexts = {name: weight for name, weight in self.contexts.items() if name in contexts} or contexts
+    return self.sentence(rng, task=task, context=draw(rng, contexts))
+
+  def sentence(self, rng: np.random.Generator, *, task: str, context: str) -> Sentence:
+    """A random sentence of a task and context."""
+    spec, num_clips = TASKS[task], int(draw(rng, self.num_clips))
+    params = spec.draw(rng)
+    pattern = video_pattern(context, num_clips)
+    sources = self._different_clips(rng, num_clips // 2)
+    pairs = []
+    for (source, index), is_video, target_is_video in zip(sources, pattern[::2], pattern[1::2]):
+      clip = source.clip(index, rng, num_frames=self.num_frames if is_video else 1, size=self.size)
+      length = {"num_frames": self.num_frames if target_is_video else 1} if spec.animates else {}
+      target = to_uint8(spec.apply(clip.astype(np.float32) / 255, **params, **length))
+      pairs.append((clip, target))
+    reverse = spec.reversible and rng.random() < self.reverse_probability
+    return make_sentence(pairs, reverse=reverse, prompt=prompt_for(spec.prompt_name, self.prompt_style), task=task, context=context)
+
+  def _different_clips(self, rng, count: int):
+    everything = self._all_clips
+    chosen = rng.choice(len(everything), size=count, replace=len(everything) < count)
+    return [everything[i] for i in chosen]
+
+  @functools.cached_property
+  def _all_clips(self):
+    return [(source, index) for source in self.clips for index in range(len(source))]
+
+
+def draw(rng: np.random.Generator, weights: Mapping):
+  """A key at random, by weight."""
+  values = np.asarray(list(weights.values()), np.float64)
+  if not len(values) or (values < 0).any() or not values.sum() > 0:
+    raise ValueError(f"weights must not be negative and not all zero, got {dict(weights)}")
+  return list(weights)[rng.choice(len(values), p=values / values.sum())]

@@ -1,0 +1,50 @@
+"""The training loss on packed rows: every sentence counts the same, whatever its length and wherever it was packed."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS, FlowMatching, interpolate, velocity
+from univid_jax.types import PackedRow
+
+
+def per_token(values: Float[Array, "b s"], row: PackedRow) -> Float[Array, "b l 1"]:
+  """Gives each token the value of its sentence; padding gets that of the first."""
+  return jnp.take_along_axis(values, jnp.maximum(row.segment_ids - 1, 0), axis=1)[..., None]
+
+
+def timestep_table(sigmas: Float[Array, "b s"]) -> Float[Array, "b m"]:
+  """Timesteps (0 to 1000) by modulation slot: a sentence's context and target share one, as in the reference."""
+  return jnp.repeat(sigmas * NUM_TRAIN_TIMESTEPS, 2, axis=1)
+
+
+def sentence_losses(model, row: PackedRow, noise: Float[Array, "b l p"], sigmas: Float[Array, "b s"],
+                    **conditions) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
+  """Mean squared error of the velocity over each sentence's targets.
+
+  Args:
+    model: a DiT.
+    row: the sentences, clean.
+    noise: standard normal; only that of target tokens is used.
+    sigmas: the noise level of each sentence.
+    **conditions: passed on to the model.
+
+  Returns:
+    The losses, float32, 0 where a slot is empty, and 1 where there is a sentence, else 0.
+  """
+  noised = interpolate(row.tokens, noise, per_token(sigmas, row))
+  tokens = jnp.where(row.target_mask[..., None], noised, row.tokens)
+  predicted = model(tokens, timestep_table(sigmas), row, **conditions).astype(jnp.float32)
+  errors = jnp.mean(jnp.square(predicted - velocity(row.tokens, noise)), axis=-1)
+  in_slot = jax.nn.one_hot(row.segment_ids - 1, sigmas.shape[1]) * row.target_mask[..., None]
+  counts = jnp.sum(in_slot, axis=1)
+  totals = jnp.einsum("bl,bls->bs", errors, in_slot, precision=jax.lax.Precision.HIGHEST)
+  return totals / jnp.maximum(counts, 1), (counts > 0).astype(jnp.float32)
+
+
+def draw_noise(key: PRNGKeyArray, row: PackedRow, flow: FlowMatching):
+  """Noise (b, l, p) and noise levels (b, s) for a training batch."""
+  noise_key, time_key = jax.random.split(key)
+  noise = jax.random.normal(noise_key, row.tokens.shape, jnp.float32)
+  ids = flow.sample_timestep_ids(time_key, (row.tokens.shape[0], row.num_slots))
+  return noise, jnp.asarray(flow.training_sigmas())[ids]

@@ -1,0 +1,318 @@
+"""Wan2.1's diffusion transformer over packed rows: patches of clean and noised latents in, velocity out.
+
+Ported from Wan2.1 (Apache-2.0). Names follow the original's modules, so that weights and LoRA files map one to one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from univid_jax.attention.api import attention, count_bias
+from univid_jax.models.layers import LayerNorm, Linear, RMSNorm, normalize, param, zeros
+from univid_jax.models.rope import rotary_tables, rotate
+from univid_jax.types import PackedRow
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+  """Shape of a Wan2.1 transformer; the names and defaults are those of its config.json."""
+
+  dim: int
+  ffn_dim: int
+  num_heads: int
+  num_layers: int
+  model_type: str = "t2v"
+  in_dim: int = 16
+  out_dim: int = 16
+  freq_dim: int = 256
+  text_dim: int = 4096
+  text_len: int = 512
+  patch_size: tuple[int, int, int] = (1, 2, 2)
+  image_dim: int = 1280
+  eps: float = 1e-6
+  rope_theta: float = 10000.0
+  rope_scale: float = 1.0
+
+  def __post_init__(self):
+    if self.model_type not in ("t2v", "i2v"):
+      raise ValueError(f"model_type {self.model_type!r} is not supported: only t2v and i2v of Wan2.1 are")
+    if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+      raise ValueError(f"dim {self.dim} does not split into {self.num_heads} heads of an even size")
+
+  @property
+  def head_dim(self) -> int:
+    return self.dim // self.num_heads
+
+  @property
+  def patch_volume(self) -> int:
+    return int(np.prod(self.patch_size))
+
+  @classmethod
+  def from_json(cls, values: Mapping[str, Any]) -> "DiTConfig":
+    """Reads the config.json of an official release (or this project's own).
+
+    Raises:
+      ValueError: the variant is one that this port does not do (FLF2V, VACE, Wan2.2, ...), named in the message.
+    """
+    class_name, model_type = values.get("_class_name", "WanModel"), values.get("model_type", "t2v")
+    if class_name != "WanModel" or model_type not in ("t2v", "i2v"):
+      raise ValueError(f"{class_name} with model_type {model_type!r} is not supported: only t2v and i2v of Wan2.1 are")
+    in_dim, out_dim = values.get("in_dim", 16), values.get("out_dim", 16)
+    expected = 2 * out_dim + 4 if model_type == "i2v" else out_dim
+    if in_dim != expected:
+      raise ValueError(f"a Wan2.1 {model_type} model with out_dim {out_dim} has in_dim {expected}, this one {in_dim}: "
+                       "it is another variant (Wan2.2, Fun or the like), which is not supported")
+    names = {field.name for field in dataclasses.fields(cls)}
+    chosen = {name: value for name, value in values.items() if name in names}
+    return cls(**{**chosen, "patch_size": tuple(values.get("patch_size", (1, 2, 2)))})
+
+
+_T2V_14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+PRESETS: Mapping[str, DiTConfig] = {
+    "wan2.1-t2v-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "wan2.1-t2v-14b": DiTConfig(**_T2V_14B),
+    "wan2.1-i2v-14b-480p": DiTConfig(**_T2V_14B, model_type="i2v", in_dim=36),
+    "wan2.1-i2v-14b-720p": DiTConfig(**_T2V_14B, model_type="i2v", in_dim=36),
+}
+
+
+def timestep_embedding(timesteps: Float[Array, "..."], dim: int) -> Float[Array, "... dim"]:
+  """Cosines, then sines, of the timestep (0 to 1000) at dim / 2 frequencies from 1 down to 1 / 10000; float32."""
+  frequencies = jnp.asarray(10000.0 ** (-np.arange(dim // 2, dtype=np.float64) / (dim // 2)), jnp.float32)
+  angles = timesteps.astype(jnp.float32)[..., None] * frequencies
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def spread(table: Float[Array, "b m d"], row: PackedRow) -> Float[Array, "b l|1 d"]:
+  """Gives each token its entry of a table by modulation slot; one entry for all is left to broadcasting.
+
+  A product with one-hot rows is exact at the highest precision and, unlike a gather, has no scatter as its gradient.
+  """
+  if row.modulation_ids is None:
+    return table
+  one_hot = jax.nn.one_hot(row.modulation_ids, table.shape[1], dtype=table.dtype)
+  return jnp.einsum("blm,bmd->bld", one_hot, table, precision=jax.lax.Precision.HIGHEST)
+
+
+class SelfAttention(nnx.Module):
+  """Attention among the tokens of a sentence, with normalised queries and keys and rotary positions."""
+
+  def __init__(self, config: DiTConfig, *, backend: str, dtype, param_dtype, rngs: nnx.Rngs):
+    self.num_heads, self.backend = config.num_heads, backend
+    linear = functools.partial(Linear, config.dim, config.dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    norm = functools.partial(RMSNorm, config.dim, dims=("heads",), eps=config.eps, param_dtype=param_dtype, rngs=rngs)
+    self.q, self.k, self.v = (linear(dims=("embed", "heads")) for _ in range(3))
+    self.o = linear(dims=("heads", "embed"))
+    self.norm_q, self.norm_k = norm(), norm()
+
+  def __call__(self, x: Float[Array, "b l d"], row: PackedRow, rope) -> Float[Array, "b l d"]:
+    q = rotate(self._heads(self.norm_q(self.q(x))), *rope)
+    k = rotate(self._heads(self.norm_k(self.k(x))), *rope)
+    y = attention(q, k, self._heads(self.v(x)), key_intervals=row.key_intervals, backend=self.backend)
+    return self.o(y.reshape(x.shape))
+
+  def _heads(self, x):
+    return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+
+class CrossAttention(nnx.Module):
+  """Attention from tokens to the prompt of their sentence and, in I2V, to the features of its first image."""
+
+  def __init__(self, config: DiTConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    self.num_heads = config.num_heads
+    linear = functools.partial(Linear, config.dim, config.dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    norm = functools.partial(RMSNorm, config.dim, dims=("heads",), eps=config.eps, param_dtype=param_dtype, rngs=rngs)
+    self.q, self.k, self.v = (linear(dims=("embed", "heads")) for _ in range(3))
+    self.o = linear(dims=("heads", "embed"))
+    self.norm_q, self.norm_k = norm(), norm()
+    if config.model_type == "i2v":
+      self.k_img, self.v_img = (linear(dims=("embed", "heads")) for _ in range(2))
+      self.norm_k_img = norm()
+
+  def __call__(self, x: Float[Array, "b l d"], row: PackedRow, text: Float[Array, "b n d"],
+               image: Float[Array, "b i d"] | None) -> Float[Array, "b l d"]:
+    q = self._heads(self.norm_q(self.q(x)))
+    y = attention(q, self._heads(self.norm_k(self.k(text))), self._heads(self.v(text)),
+                  key_intervals=row.text_intervals, key_bias=count_bias(row.text_counts))
+    if image is not None:
+      y = y + attention(q, self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image)))
+    return self.o(y.reshape(x.shape))
+
+  def _heads(self, x):
+    return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+
+class FeedForward(nnx.Module):
+  """Two layers with the tanh form of GELU between."""
+
+  def __init__(self, config: DiTConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    linear = functools.partial(Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.up = linear(config.dim, config.ffn_dim, dims=("embed", "mlp"))
+    self.down = linear(config.ffn_dim, config.dim, dims=("mlp", "embed"))
+
+  def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class Block(nnx.Module):
+  """Self-attention, cross-attention and feed-forward, the first and the last modulated by the timestep."""
+
+  def __init__(self, config: DiTConfig, *, backend: str, dtype, param_dtype, rngs: nnx.Rngs):
+    kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.eps = config.eps
+    self.self_attn = SelfAttention(config, backend=backend, **kwargs)
+    self.norm3 = LayerNorm(config.dim, eps=config.eps, param_dtype=param_dtype, rngs=rngs)
+    self.cross_attn = CrossAttention(config, **kwargs)
+    self.ffn = FeedForward(config, **kwargs)
+    self.modulation = param(rngs, jax.nn.initializers.normal(config.dim**-0.5), (6, config.dim), param_dtype, (None, "embed"))
+
+  def __call__(self, x: Float[Array, "b l d"], row: PackedRow, rope, time: Float[Array, "b m 6 d"],
+               text: Float[Array, "b n d"], image: Float[Array, "b i d"] | None) -> Float[Array, "b l d"]:
+    table = self.modulation[...].astype(jnp.float32) + time
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (spread(table[:, :, i], row) for i in range(6))
+    y = self.self_attn(modulate(x, shift, scale, self.eps), row, rope)
+    x = gated_sum(x, y, gate)
+    x = x + self.cross_attn(self.norm3(x), row, text, image)
+    y = self.ffn(modulate(x, mlp_shift, mlp_scale, self.eps))
+    return gated_sum(x, y, mlp_gate)
+
+
+def modulate(x, shift, scale, eps: float):
+  """Normalised x, scaled and shifted in float32, in x's dtype."""
+  return (normalize(x, eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+def gated_sum(x, y, gate):
+  """x + gate y, in float32, in x's dtype."""
+  return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+  """Linear, activation, Linear: the embeddings of text and of time."""
+
+  def __init__(self, in_dim: int, dim: int, activation, *, dtype, param_dtype, rngs: nnx.Rngs):
+    self.activation = activation
+    self.up = Linear(in_dim, dim, dims=(None, "embed"), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.down = Linear(dim, dim, dims=("embed", None), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+  def __call__(self, x):
+    return self.down(self.activation(self.up(x)))
+
+
+class ImageEmbedding(nnx.Module):
+  """Brings CLIP's features to the width of the transformer (I2V): norm, two layers with exact GELU, norm."""
+
+  def __init__(self, config: DiTConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    linear = functools.partial(Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.norm_in = LayerNorm(config.image_dim, eps=1e-5, param_dtype=param_dtype, rngs=rngs)
+    self.up = linear(config.image_dim, config.image_dim, dims=(None, None))
+    self.down = linear(config.image_dim, config.dim, dims=(None, "embed"))
+    self.norm_out = LayerNorm(config.dim, eps=1e-5, param_dtype=param_dtype, rngs=rngs)
+
+  def __call__(self, features: Float[Array, "b i e"]) -> Float[Array, "b i d"]:
+    return self.norm_out(self.down(jax.nn.gelu(self.up(self.norm_in(features)), approximate=False)))
+
+
+class Head(nnx.Module):
+  """From the last hidden states to velocities of patches, modulated by the timestep."""
+
+  def __init__(self, config: DiTConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    self.eps = config.eps
+    self.head = Linear(config.dim, config.patch_volume * config.out_dim, dims=("embed", None), dtype=dtype,
+                       param_dtype=param_dtype, rngs=rngs)
+    self.modulation = param(rngs, jax.nn.initializers.normal(config.dim**-0.5), (2, config.dim), param_dtype, (None, "embed"))
+
+  def __call__(self, x: Float[Array, "b l d"], row: PackedRow, time: Float[Array, "b m d"]) -> Float[Array, "b l p"]:
+    table = self.modulation[...].astype(jnp.float32) + time[:, :, None]
+    return self.head(modulate(x, spread(table[:, :, 0], row), spread(table[:, :, 1], row), self.eps))
+
+
+class DiT(nnx.Module):
+  """Wan2.1's transformer.
+
+  Args:
+    config: the shape.
+    dtype: of activations and products; modulation, norms, softmax and rotary positions are float32 whatever it is.
+    param_dtype: of the stored weights.
+    remat: what the backward pass keeps of a block: "none" (recompute nothing), "dots" (keep the results of weight
+      products) or "full" (recompute all).
+    attention_backend: a name of `attention.api.BACKENDS`.
+    rngs: the stream `params`.
+  """
+
+  def __init__(self, config: DiTConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: str = "none",
+               attention_backend: str = "xla", rngs: nnx.Rngs):
+    if remat not in REMAT_POLICIES:
+      raise ValueError(f"unknown remat policy {remat!r}; there are {', '.join(REMAT_POLICIES)}")
+    self.config, self.dtype, self.remat = config, dtype, remat
+    kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    float32 = dict(kwargs, dtype=jnp.float32)
+    self.patch_embedding = Linear(config.patch_volume * config.in_dim, config.dim, dims=(None, "embed"), **kwargs)
+    self.text_embedding = MLP(config.text_dim, config.dim, functools.partial(jax.nn.gelu, approximate=True), **kwargs)
+    self.time_embedding = MLP(config.freq_dim, config.dim, jax.nn.silu, **float32)
+    self.time_projection = Linear(config.dim, 6 * config.dim, dims=("embed", None), **float32)
+    if config.model_type == "i2v":
+      self.img_emb = ImageEmbedding(config, **kwargs)
+    block = functools.partial(Block, config, backend=attention_backend, dtype=dtype, param_dtype=param_dtype)
+    self.blocks = nnx.vmap(lambda rngs: block(rngs=rngs))(rngs.split(config.num_layers))
+    self.head = Head(config, **dict(kwargs))
+
+  def __call__(self, tokens: Float[Array, "b l p"], timesteps: Float[Array, "b m"], row: PackedRow, *,
+               condition: Float[Array, "b l q"] | None = None,
+               image_features: Float[Array, "b i e"] | None = None) -> Float[Array, "b l p"]:
+    """Predicts the velocity of each token.
+
+    Args:
+      tokens: the row's latents as the model shall see them: context clean, targets noised.
+      timesteps: the table that `row.modulation_ids` point into, 0 to 1000; (b, 1) where they are None.
+      row: positions, intervals and text; its own tokens are not used.
+      condition: I2V's mask and first-frame latents, in patches like the tokens.
+      image_features: I2V's CLIP features of the first frame.
+
+    Returns:
+      The velocity, in the compute dtype, patches ordered like the tokens.
+
+    Raises:
+      ValueError: an I2V model without condition and features, or a T2V model with them.
+    """
+    given = condition is not None, image_features is not None
+    if given != (self.config.model_type == "i2v",) * 2:
+      raise ValueError(f"a {self.config.model_type} model takes condition and image_features "
+                       f"{'both' if self.config.model_type == 'i2v' else 'neither'}, got {given}")
+    if condition is not None:
+      volume = self.config.patch_volume
+      parts = [x.reshape(*x.shape[:2], volume, -1) for x in (tokens, condition)]
+      tokens = jnp.concatenate(parts, axis=-1).reshape(*tokens.shape[:2], -1)
+
+    time, modulation, text, image = self.embed_conditions(timesteps, row, image_features)
+    rope = rotary_tables(row.positions, self.config.head_dim, theta=self.config.rope_theta, scale=self.config.rope_scale)
+    graph, layers = nnx.split(self.blocks)
+
+    def apply_block(x, layer):
+      return nnx.merge(graph, layer)(x, row, rope, modulation, text, image), None
+
+    if self.remat != "none":
+      apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+    x, _ = jax.lax.scan(apply_block, self.patch_embedding(tokens), layers)
+    return self.head(x, row, time)
+
+  def embed_conditions(self, timesteps, row: PackedRow, image_features=None):
+    """What all blocks share: time (b, m, d) and modulation (b, m, 6, d) in float32, text (b, n, d), image (b, i, d)."""
+    time = self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim))
+    modulation = self.time_projection(jax.nn.silu(time))
+    modulation = modulation.reshape(*time.shape[:-1], 6, self.config.dim)
+    image = None if image_features is None else self.img_emb(image_features)
+    return time, modulation, self.text_embedding(row.text), image

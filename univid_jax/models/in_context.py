@@ -1,0 +1,56 @@
+"""A start for small transformers trained from scratch, from which they learn in minutes to read the example pair.
+
+A pre-trained Wan model needs none of it. Each measure was found by trying: without them the same model is several dB worse
+after the same number of steps.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from univid_jax.models.dit import DiT
+from univid_jax.models.rope import rotary_frequencies
+
+QK_GAIN = 1.7
+QK_BIAS = 2.0
+GATE = 0.2
+
+
+def look_back(model: DiT, frames: Sequence[int]) -> None:
+  """Prepares a fresh model, in place.
+
+  Head i of every layer starts out looking at the same place `frames[i]` latent frames earlier, by biases of queries and
+  keys that rotary positions turn towards each other there; further heads start without a wish. Gates start open a
+  little, the head at zero.
+
+  Args:
+    model: with random weights.
+    frames: how far each of the first heads looks back.
+
+  Raises:
+    ValueError: there are fewer heads than frames.
+  """
+  config = model.config
+  if len(frames) > config.num_heads:
+    raise ValueError(f"{len(frames)} heads shall look back, but there are {config.num_heads}")
+  time_frequencies = rotary_frequencies(config.head_dim, theta=config.rope_theta, scale=config.rope_scale)[0]
+  pairs = config.head_dim // 2
+  query = np.zeros((config.num_heads, pairs, 2), np.float32)
+  key = np.zeros_like(query)
+  for head, distance in enumerate(frames):
+    phase = np.zeros(pairs)
+    phase[: len(time_frequencies)] = distance * time_frequencies
+    query[head, :, 0] = QK_BIAS
+    key[head] = QK_BIAS * np.stack([np.cos(phase), np.sin(phase)], axis=-1)
+
+  attention = model.blocks.self_attn
+  for linear, bias in ((attention.q, query), (attention.k, key)):
+    linear.bias.set_value(jnp.broadcast_to(bias.reshape(-1), linear.bias.shape).astype(linear.bias.dtype))
+  for norm in (attention.norm_q, attention.norm_k):
+    norm.scale.set_value(jnp.full_like(norm.scale[...], QK_GAIN))
+  gates = jnp.array([0, 0, GATE, 0, 0, GATE], model.blocks.modulation.dtype)
+  model.blocks.modulation.set_value(jnp.broadcast_to(gates[:, None], model.blocks.modulation.shape))
+  for linear in (model.head.head, model.time_projection):
+    linear.kernel.set_value(jnp.zeros_like(linear.kernel[...]))

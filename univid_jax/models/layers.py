@@ -1,0 +1,78 @@
+"""Layers that the models share. Parameters name their dims once; `parallel.sharding` maps the names to the mesh."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Initializer = jax.nn.initializers.Initializer
+
+xavier = jax.nn.initializers.xavier_uniform()
+zeros = jax.nn.initializers.zeros
+ones = jax.nn.initializers.ones
+
+
+def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], dtype, dims: Sequence[str | None]) -> nnx.Param:
+  """A parameter that knows the names of its dims; layers stacked by `vmap` gain a leading one in silence."""
+  if len(shape) != len(dims):
+    raise ValueError(f"a parameter of shape {tuple(shape)} needs as many dim names, got {tuple(dims)}")
+  return nnx.Param(init(rngs.params(), tuple(shape), dtype), dims=tuple(dims))
+
+
+class Linear(nnx.Module):
+  """x W + b, with W (in_dim, out_dim), plus the update of a low-rank adapter where one is attached.
+
+  Attributes:
+    lora: None, or a `models.lora.LoRA` that maps x to its part of the output.
+  """
+
+  def __init__(self, in_dim: int, out_dim: int, *, dims: Sequence[str | None], use_bias: bool = True,
+               kernel_init: Initializer = xavier, bias_init: Initializer = zeros, dtype=jnp.float32,
+               param_dtype=jnp.float32, rngs: nnx.Rngs):
+    self.dtype = dtype
+    self.kernel = param(rngs, kernel_init, (in_dim, out_dim), param_dtype, dims)
+    self.bias = param(rngs, bias_init, (out_dim,), param_dtype, dims[1:]) if use_bias else None
+    self.lora = nnx.data(None)
+
+  def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+    x = x.astype(self.dtype)
+    y = x @ self.kernel[...].astype(self.dtype)
+    if self.bias is not None:
+      y = y + self.bias[...].astype(self.dtype)
+    return y if self.lora is None else y + self.lora(x)
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) times a gain, over the last dim, in float32."""
+
+  def __init__(self, dim: int, *, dims: Sequence[str | None] = (None,), eps: float = 1e-6, scale_init: Initializer = ones,
+               param_dtype=jnp.float32, rngs: nnx.Rngs):
+    self.eps = eps
+    self.scale = param(rngs, scale_init, (dim,), param_dtype, dims)
+
+  def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+    return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def normalize(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
+  """Layer norm without parameters, over the last dim; float32 in and out."""
+  y = x.astype(jnp.float32)
+  y = y - jnp.mean(y, axis=-1, keepdims=True)
+  return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+  """Layer norm with scale and bias, over the last dim, in float32."""
+
+  def __init__(self, dim: int, *, eps: float, param_dtype=jnp.float32, rngs: nnx.Rngs):
+    self.eps = eps
+    self.scale = param(rngs, ones, (dim,), param_dtype, (None,))
+    self.bias = param(rngs, zeros, (dim,), param_dtype, (None,))
+
+  def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    y = normalize(x, self.eps) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+    return y.astype(x.dtype)
