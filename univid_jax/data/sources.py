@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 
 from univid_jax.data.sentences import make_sentence, prompt_for, video_pattern
 from univid_jax.data.tasks import TASKS
+from univid_jax.data.video import CLIP_KINDS, IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
 from univid_jax.types import Sentence
 
 # Photographs that come with scikit-image; the held-out ones show nothing that the others show.
@@ -64,6 +68,71 @@ class PhotoSource:
     photo = self.photos[index]
     frames = moving_window(photo, rng, num_frames=num_frames, size=size)
     return jitter_colors(frames, rng) if self.jitter else frames
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSource:
+  """Crops of the videos and photos of a folder.
+
+  Videos are decoded once, at a reduced size, into arrays that stay on disk, so that any frame is at hand at once.
+
+  Attributes:
+    clips: each uint8 (T, H, W, 3), mapped from disk.
+  """
+
+  clips: Sequence[np.ndarray]
+
+  @classmethod
+  def open(cls, folder: str, *, cache: str, side: int) -> "FolderSource":
+    """Reads a folder (not its subfolders).
+
+    Args:
+      folder: with images and videos; other files are passed over.
+      cache: folder for the reduced frames.
+      side: the short side of the reduced frames, in pixels.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: it holds no clip, or one that cannot be read.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+      raise FileNotFoundError(f"no such folder: {folder}")
+    paths = sorted(path for path in root.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES)
+    if not paths:
+      raise ValueError(f"no images or videos in {folder}; a clip is {CLIP_KINDS}")
+    return cls([cached_clip(path, cache=Path(cache), short_side=side) for path in paths])
+
+  def __len__(self) -> int:
+    return len(self.clips)
+
+  def clip(self, index: int, rng: np.random.Generator, *, num_frames: int, size: tuple[int, int]) -> np.ndarray:
+    frames = self.clips[index]
+    if len(frames) < num_frames:
+      return moving_window(Image.fromarray(frames[0]), rng, num_frames=num_frames, size=size)
+    start = rng.integers(len(frames) - num_frames + 1)
+    height, width = size
+    largest = min(frames.shape[2] * height / width, frames.shape[1])
+    side = rng.uniform(largest / 2, largest)
+    box = np.array([side * width / height, side])
+    corner = rng.uniform(size=2) * (np.array([frames.shape[2], frames.shape[1]]) - box)
+    edges = tuple(map(float, (*corner, *(corner + box))))
+    return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=edges))
+                     for frame in frames[start:start + num_frames]])
+
+
+def cached_clip(path: Path, *, cache: Path, short_side: int) -> np.ndarray:
+  """The frames of a file at a reduced size, decoded on first use, mapped from disk after."""
+  status = path.stat()
+  key = hashlib.sha256(f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{short_side}".encode()).hexdigest()[:16]
+  cached = cache / f"{path.stem}-{key}.npy"
+  if not cached.exists():
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
+    with unfinished.open("wb") as file:
+      np.save(file, read_clip(path, short_side=short_side).frames)
+    unfinished.replace(cached)
+  return np.load(cached, mmap_mode="r")
 
 
 def moving_window(photo: Image.Image, rng: np.random.Generator, *, num_frames: int, size: tuple[int, int]) -> np.ndarray:

@@ -13,9 +13,10 @@ def per_token(values: Float[Array, "b s"], row: PackedRow) -> Float[Array, "b l 
   return jnp.take_along_axis(values, jnp.maximum(row.segment_ids - 1, 0), axis=1)[..., None]
 
 
-def timestep_table(sigmas: Float[Array, "b s"]) -> Float[Array, "b m"]:
+def timestep_table(sigmas: Float[Array, "b s"], row: PackedRow) -> Float[Array, "b m"]:
   """Timesteps (0 to 1000) by modulation slot: a sentence's context and target share one, as in the reference."""
-  return jnp.repeat(sigmas * NUM_TRAIN_TIMESTEPS, 2, axis=1)
+  timesteps = sigmas * NUM_TRAIN_TIMESTEPS
+  return timesteps if row.modulation_ids is None else jnp.repeat(timesteps, 2, axis=1)
 
 
 def sentence_losses(model, row: PackedRow, noise: Float[Array, "b l p"], sigmas: Float[Array, "b s"],
@@ -34,7 +35,7 @@ def sentence_losses(model, row: PackedRow, noise: Float[Array, "b l p"], sigmas:
   """
   noised = interpolate(row.tokens, noise, per_token(sigmas, row))
   tokens = jnp.where(row.target_mask[..., None], noised, row.tokens)
-  predicted = model(tokens, timestep_table(sigmas), row, **conditions).astype(jnp.float32)
+  predicted = model(tokens, timestep_table(sigmas, row), row, **conditions).astype(jnp.float32)
   errors = jnp.mean(jnp.square(predicted - velocity(row.tokens, noise)), axis=-1)
   in_slot = jax.nn.one_hot(row.segment_ids - 1, sigmas.shape[1]) * row.target_mask[..., None]
   counts = jnp.sum(in_slot, axis=1)

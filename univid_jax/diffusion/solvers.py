@@ -1,5 +1,7 @@
 """From noise to clips: solvers of the flow's ordinary differential equation."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -7,13 +9,34 @@ from jaxtyping import Array, Float
 from univid_jax.diffusion.loss import timestep_table
 from univid_jax.types import PackedRow
 
+# Noised tokens (b, l, p) and noise levels (b, s) to velocities.
+VelocityFn = Callable[[Float[Array, "b l p"], Float[Array, "b s"]], Float[Array, "b l p"]]
 
-def euler(model, row: PackedRow, noise: Float[Array, "b l p"], sigmas: Float[Array, "i"]) -> Float[Array, "b l p"]:
-  """UniVid's sampler: Euler steps on target tokens, context clean throughout, latents in float32.
+
+def velocity_fn(model, row: PackedRow, *, negative: PackedRow | None = None, guidance_scale: float = 1.0) -> VelocityFn:
+  """The model's velocity in float32, with classifier-free guidance where there is a negative row.
 
   Args:
     model: a DiT.
-    row: the context, clean; its target tokens are not used.
+    row: the sentences with their prompts.
+    negative: the same with the negative prompts.
+    guidance_scale: 1 is the prompt alone; more moves away from the negative prompt.
+  """
+  def predict(x, sigmas):
+    positive = model(x, timestep_table(sigmas, row), row).astype(jnp.float32)
+    if negative is None:
+      return positive
+    opposite = model(x, timestep_table(sigmas, negative), negative).astype(jnp.float32)
+    return opposite + guidance_scale * (positive - opposite)
+  return predict
+
+
+def euler(predict: VelocityFn, row: PackedRow, noise: Float[Array, "b l p"], sigmas: Float[Array, "i"]) -> Float[Array, "b l p"]:
+  """UniVid's sampler: Euler steps on target tokens, context clean throughout, latents in float32.
+
+  Args:
+    predict: gives the velocity.
+    row: the context, clean; the values of its target tokens are not used.
     noise: where the targets start.
     sigmas: the noise level before each step; after the last it is 0.
 
@@ -25,8 +48,7 @@ def euler(model, row: PackedRow, noise: Float[Array, "b l p"], sigmas: Float[Arr
 
   def step(x, levels):
     sigma, following = levels
-    predicted = model(x, timestep_table(jnp.full(shape, sigma)), row).astype(jnp.float32)
-    return jnp.where(mask, x + predicted * (following - sigma), row.tokens), None
+    return jnp.where(mask, x + predict(x, jnp.full(shape, sigma)) * (following - sigma), row.tokens), None
 
   start = jnp.where(mask, noise, row.tokens).astype(jnp.float32)
   x, _ = jax.lax.scan(step, start, (sigmas, jnp.append(sigmas[1:], 0.0)))

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from univid_jax.attention.api import attention, count_bias
-from univid_jax.models.layers import LayerNorm, Linear, RMSNorm, normalize, param, zeros
+from univid_jax.models.layers import LayerNorm, Linear, RMSNorm, gelu_tanh, normalize, param
 from univid_jax.models.rope import rotary_tables, rotate
 from univid_jax.types import PackedRow
 
@@ -164,7 +164,7 @@ class FeedForward(nnx.Module):
     self.down = linear(config.ffn_dim, config.dim, dims=("mlp", "embed"))
 
   def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-    return self.down(jax.nn.gelu(self.up(x), approximate=True))
+    return self.down(gelu_tanh(self.up(x)))
 
 
 class Block(nnx.Module):
@@ -261,7 +261,7 @@ class DiT(nnx.Module):
     kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     float32 = dict(kwargs, dtype=jnp.float32)
     self.patch_embedding = Linear(config.patch_volume * config.in_dim, config.dim, dims=(None, "embed"), **kwargs)
-    self.text_embedding = MLP(config.text_dim, config.dim, functools.partial(jax.nn.gelu, approximate=True), **kwargs)
+    self.text_embedding = MLP(config.text_dim, config.dim, gelu_tanh, **kwargs)
     self.time_embedding = MLP(config.freq_dim, config.dim, jax.nn.silu, **float32)
     self.time_projection = Linear(config.dim, 6 * config.dim, dims=("embed", None), **float32)
     if config.model_type == "i2v":

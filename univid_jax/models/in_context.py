@@ -16,14 +16,15 @@ from univid_jax.models.rope import rotary_frequencies
 QK_GAIN = 1.7
 QK_BIAS = 2.0
 GATE = 0.2
+KERNEL_SCALE = 0.1
 
 
 def look_back(model: DiT, frames: Sequence[int]) -> None:
   """Prepares a fresh model, in place.
 
   Head i of every layer starts out looking at the same place `frames[i]` latent frames earlier, by biases of queries and
-  keys that rotary positions turn towards each other there; further heads start without a wish. Gates start open a
-  little, the head at zero.
+  keys that rotary positions turn towards each other there; further heads start without a wish. Random weights are made
+  small, so that the biases prevail; gates start open a little, the head at zero.
 
   Args:
     model: with random weights.
@@ -48,6 +49,8 @@ def look_back(model: DiT, frames: Sequence[int]) -> None:
   attention = model.blocks.self_attn
   for linear, bias in ((attention.q, query), (attention.k, key)):
     linear.bias.set_value(jnp.broadcast_to(bias.reshape(-1), linear.bias.shape).astype(linear.bias.dtype))
+  for linear in (attention.q, attention.k, attention.v, attention.o, model.blocks.ffn.up, model.blocks.ffn.down):
+    linear.kernel.set_value(KERNEL_SCALE * linear.kernel[...])
   for norm in (attention.norm_q, attention.norm_k):
     norm.scale.set_value(jnp.full_like(norm.scale[...], QK_GAIN))
   gates = jnp.array([0, 0, GATE, 0, 0, GATE], model.blocks.modulation.dtype)

@@ -21,6 +21,11 @@ def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], dtype, dims: 
   return nnx.Param(init(rngs.params(), tuple(shape), dtype), dims=tuple(dims))
 
 
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """The tanh form of GELU, written with the logistic function, which is cheaper and the same."""
+  return x * jax.nn.sigmoid(2 * (2 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3))
+
+
 class Linear(nnx.Module):
   """x W + b, with W (in_dim, out_dim), plus the update of a low-rank adapter where one is attached.
 

@@ -1,6 +1,7 @@
 """From names of dims to axes of the mesh: one table for parameters, one for what runs through the model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,12 +30,23 @@ def parameter_spec(shape: Sequence[int], dims: Sequence[str | None], mesh: Mesh)
   return PartitionSpec(*spec)
 
 
-def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
-  """A sharding for each parameter of an (abstract) state, in the same structure."""
+def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict:
+  """A sharding for each parameter of a model (abstract or not), in nested dicts."""
   def sharding(variable):
-    value = variable.get_value() if hasattr(variable, "get_value") else variable.value
-    return variable.replace(NamedSharding(mesh, parameter_spec(value.shape, variable.get_metadata().get("dims", ()), mesh)))
-  return jax.tree.map(sharding, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return NamedSharding(mesh, parameter_spec(variable.shape, variable.get_metadata()["dims"], mesh))
+  flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+  return unflatten((path, sharding(variable)) for path, variable in flat)
+
+
+def unflatten(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict:
+  """(path, value) pairs as nested dicts."""
+  tree: dict = {}
+  for path, value in leaves:
+    branch = tree
+    for key in path[:-1]:
+      branch = branch.setdefault(key, {})
+    branch[path[-1]] = value
+  return tree
 
 
 def shard_batch(batch, mesh: Mesh):

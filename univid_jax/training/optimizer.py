@@ -26,7 +26,7 @@ def make_schedule(config: Mapping[str, Any], num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Mapping[str, Any], num_steps: int) -> optax.GradientTransformation:
-  """The optimizer of a config: `adamw`, or `muon` on the blocks' matrices and Adam on all else."""
+  """The optimizer of a config: `adamw`, or `muon` on the matrices of self-attention and feed-forward and Adam on all else."""
   schedule = make_schedule(config, num_steps)
 
   def rate(peak):
@@ -47,9 +47,9 @@ def make_optimizer(config: Mapping[str, Any], num_steps: int) -> optax.GradientT
 
 
 def muon_dimensions(params):
-  """Which parameters Muon orthogonalises: the stacked (layers, in, out) matrices of the blocks."""
+  """Which parameters Muon orthogonalises: the stacked (layers, in, out) matrices of self-attention and feed-forward."""
   def dimensions(path, value):
-    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-    stacked_matrix = "blocks" in names and "kernel" in names and value.ndim == 3
-    return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if stacked_matrix else None
+    names = [key.key for key in path]
+    chosen = value.ndim == 3 and "kernel" in names and ("self_attn" in names or "ffn" in names)
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if chosen else None
   return jax.tree_util.tree_map_with_path(dimensions, params)

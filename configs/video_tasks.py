@@ -1,0 +1,67 @@
+"""The project's configurations; choose one with --config=configs/video_tasks.py:PRESET.
+
+tiny (the default): the real architecture, small, trained from scratch on sentences made from photographs that come with
+scikit-image. No download, about five minutes on two CPU cores.
+
+  python -m univid_jax.train --config=configs/video_tasks.py
+"""
+
+import ml_collections
+
+PRESETS = ("tiny",)
+
+
+def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
+  if preset not in PRESETS:
+    raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+  return tiny()
+
+
+def tiny() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.name = "tiny"
+  config.seed = 0
+  config.num_steps = 1000
+  config.log_every = 20
+
+  # The transformer: Wan2.1's, with fewer and narrower layers.
+  config.model = ml_collections.ConfigDict({
+      "dim": 128, "ffn_dim": 512, "num_heads": 4, "num_layers": 4, "freq_dim": 64, "text_dim": 16,
+      # Coarse positions: 4 rows and columns, up to 8 latent frames.
+      "rope_theta": 10.0, "rope_scale": 1.57,
+      # Recomputing the blocks is faster on a CPU than storing what they need.
+      "remat": "full", "dtype": "float32", "param_dtype": "float32",
+      # Heads that start out looking so many latent frames back; () for the plain random start.
+      "look_back": (1, 2, 1),
+  })
+  config.codec = ml_collections.ConfigDict({"latent_channels": 24, "spatial_stride": 4})
+
+  config.data = ml_collections.ConfigDict({
+      # A folder of your own videos and photos, in addition to the bundled photographs.
+      "folder": "",
+      "height": 32, "width": 32, "num_frames": 5,
+      # How often each task is drawn; each draws its contexts as in the paper.
+      "tasks": {"greyscale": 1.0, "invert": 1.0, "swap_channels": 1.0, "duotone": 1.0, "camera_movement": 1.0},
+      # How often each context is drawn, for all tasks that can have it; empty for the paper's mix, task by task.
+      "contexts": {},
+      "num_clips": {"4": 1.0},
+      "reverse_probability": 0.0,
+      "prompt": "null",
+      # Different sentences before the first comes again, in another order.
+      "num_sentences": 1_000_000,
+  })
+  # A row holds two sentences of context III, one each of I and II, or three of II.
+  config.rows = ml_collections.ConfigDict({"per_batch": 8, "num_tokens": 192, "num_sentences": 3, "packing_bins": 64})
+
+  config.flow = ml_collections.ConfigDict({"shift": 5.0, "stratified": True})
+  config.optimizer = ml_collections.ConfigDict({
+      "name": "muon", "learning_rate": 1e-2, "adam_learning_rate": 3e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
+      "weight_decay": 0.01, "clip_norm": 1.0, "schedule": "linear", "warmup_steps": 50, "decay_fraction": 0.5,
+  })
+  config.ema_decay = 0.98
+  config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
+  config.checkpoint = ml_collections.ConfigDict({"every_steps": 200, "keep": 2})
+
+  # After training: sentences a task and context on held-out photographs, sampled in so many steps.
+  config.eval = ml_collections.ConfigDict({"sentences_per_case": 8, "num_inference_steps": 10, "seed": 1})
+  return config

@@ -1,0 +1,60 @@
+"""What all commands share: flags, and one clear line for whatever is wrong with what they were given."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+
+class UserError(Exception):
+  """Something that the person at the keyboard can mend; its message says what."""
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses the flags, runs a command and exits: 0 done, 1 failed, 2 wrong flags, 130 interrupted.
+
+  Errors of values and files end in one line on stderr; with `--verbosity=1` the traceback precedes it.
+  """
+  logging.set_verbosity(logging.WARNING)
+  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
+  try:
+    return app.parse_flags_with_usage(list(argv))
+  except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+    _complain(error)
+    sys.exit(2)
+
+
+def _guarded(main: Callable[[], None], argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    _complain(UserError(f"unexpected argument {argv[1]!r}; options look like --name=value"))
+    sys.exit(2)
+  try:
+    main()
+  except (UserError, ValueError, OSError) as error:
+    if flags.FLAGS.verbosity >= 1:
+      traceback.print_exc()
+    _complain(error)
+    _exit(1)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    _exit(130)
+  _exit(0)
+
+
+def _complain(error: BaseException) -> None:
+  message = error.args[0] if isinstance(error, (KeyError, AttributeError)) and error.args else error
+  if isinstance(error, OSError) and error.strerror:
+    message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+  print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _exit(code: int) -> None:
+  """Ends the process without waiting for threads that read data ahead."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)

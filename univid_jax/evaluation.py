@@ -1,0 +1,102 @@
+"""How good a model is on computed tasks, beside what asks nothing of it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from univid_jax import build
+from univid_jax.data.tasks import TASKS
+from univid_jax.metrics.image import psnr
+from univid_jax.pipeline import Pipeline, to_uint8
+from univid_jax.types import Sentence
+
+METRICS = ("psnr", "psnr_copy_b", "psnr_copy_a2", "psnr_mean_a2", "psnr_codec", "psnr_swapped")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """A sentence, what the model painted for it, and its scores in dB."""
+
+  sentence: Sentence
+  painted: np.ndarray
+  scores: Mapping[str, float]
+
+
+def held_out_sentences(config: Mapping[str, Any]) -> list[Sentence]:
+  """The same number of sentences for each task and each of its contexts, on photographs that no training sees."""
+  source = build.sentences(config, "held_out", seed=config["eval"]["seed"])
+  rng = np.random.default_rng(config["eval"]["seed"])
+  allowed = dict(config["data"]["contexts"])
+  cases = [(task, context) for task in config["data"]["tasks"] for context in TASKS[task].contexts
+           if not allowed or context in allowed]
+  return [source.sentence(rng, task=task, context=context)
+          for task, context in cases for _ in range(config["eval"]["sentences_per_case"])]
+
+
+def with_swapped_pairs(sentences: Sequence[Sentence], rng: np.random.Generator) -> list[Sentence]:
+  """The sentences with their example pairs taken from another task's, of the same lengths.
+
+  Raises:
+    ValueError: some sentence has no such other.
+  """
+  swapped = []
+  for sentence in sentences:
+    lengths = [len(clip) for clip in sentence.clips[:-2]]
+    others = [other for other in sentences if other.task != sentence.task and [len(clip) for clip in other.clips[:-2]] == lengths]
+    if not others:
+      others = [_stretched(other, lengths) for other in sentences if other.task != sentence.task]
+    if not others:
+      raise ValueError("swapping example pairs takes at least two tasks")
+    swapped.append(sentence.replace(clips=others[rng.integers(len(others))].clips[:-2] + sentence.clips[-2:]))
+  return swapped
+
+
+def _stretched(sentence: Sentence, lengths: Sequence[int]) -> Sentence:
+  """The example pairs at other lengths, for patterns that a single task has."""
+  return sentence.replace(clips=tuple(matched(clip, n) for clip, n in zip(sentence.clips, lengths)) + sentence.clips[-2:])
+
+
+def matched(clip: np.ndarray, num_frames: int) -> np.ndarray:
+  """A clip cut to so many frames, or its last frame held."""
+  return clip[np.minimum(np.arange(num_frames), len(clip) - 1)]
+
+
+def evaluate(pipeline: Pipeline) -> tuple[dict[str, Any], list[Example]]:
+  """Samples the held-out sentences of the model's config, with the right and with swapped example pairs.
+
+  Returns:
+    The report that stands in eval.json, and the examples.
+  """
+  config = pipeline.config
+  sentences = held_out_sentences(config)
+  options = dict(num_inference_steps=config["eval"]["num_inference_steps"], seed=config["eval"]["seed"])
+  painted = pipeline.sample_sentences(sentences, **options)
+  swapped = pipeline.sample_sentences(with_swapped_pairs(sentences, np.random.default_rng(config["eval"]["seed"])), **options)
+  examples = []
+  for sentence, clip, wrong in zip(sentences, painted, swapped):
+    truth, (_, a2, b) = sentence.clips[-1], sentence.clips[-4:-1]
+    mean = np.broadcast_to(np.round(a2.mean(axis=(0, 1, 2))), truth.shape).astype(np.uint8)
+    examples.append(Example(sentence, clip, {
+        "psnr": psnr(clip, truth),
+        "psnr_copy_b": psnr(matched(b, len(truth)), truth),
+        "psnr_copy_a2": psnr(matched(a2, len(truth)), truth),
+        "psnr_mean_a2": psnr(mean, truth),
+        "psnr_codec": psnr(to_uint8(pipeline.decode(pipeline.encode(truth))), truth),
+        "psnr_swapped": psnr(wrong, truth),
+    }))
+
+  def mean_of(chosen):
+    return {name: round(float(np.mean([e.scores[name] for e in chosen])), 3) for name in METRICS} | {"count": len(chosen)}
+
+  def by(key):
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+      groups.setdefault(key(example.sentence), []).append(example)
+    return {name: mean_of(group) for name, group in sorted(groups.items())}
+
+  images = [e for e in examples if all(len(clip) == 1 for clip in e.sentence.clips)]
+  report = {"overall": mean_of(examples), "image": mean_of(images) if images else None, "by_task": by(lambda s: s.task),
+            "by_context": by(lambda s: s.context), "seed": config["seed"], "steps": config["num_steps"]}
+  return report, examples

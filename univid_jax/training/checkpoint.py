@@ -1,0 +1,89 @@
+"""Checkpoints of a run: everything that a run needs to go on as if it had never stopped."""
+
+import json
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from univid_jax.training.step import TrainState
+
+CONFIG_FILE = "config.json"
+
+
+class Checkpointer:
+  """Saves asynchronously and atomically under WORKDIR/checkpoints; a save that was cut off does not count.
+
+  A checkpoint holds `model` (what to sample with), `training` (step, raw weights, optimizer) and `data` (the place in the
+  stream of sentences).
+  """
+
+  def __init__(self, workdir: str, *, keep: int = 2):
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+    self._manager = ocp.CheckpointManager(epath.Path(workdir).resolve() / "checkpoints", options=options,
+                                          item_names=("model", "training", "data"))
+
+  @property
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
+    """Starts to save; a step that is saved already is left as it is."""
+    step = int(state.step)
+    if step != self.latest_step:
+      self._manager.save(step, args=ocp.args.Composite(
+          model=ocp.args.StandardSave(state.model_params),
+          training=ocp.args.StandardSave(_training_items(state)),
+          data=grain.checkpoint.CheckpointSave(data),
+      ))
+
+  def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
+    """The latest state, straight in the shards that `abstract` names; puts `data` where it was.
+
+    Raises:
+      ValueError: the checkpoint cannot be read.
+    """
+    step = self.latest_step
+    try:
+      restored = self._manager.restore(step, args=ocp.args.Composite(
+          model=ocp.args.StandardRestore(abstract.model_params),
+          training=ocp.args.StandardRestore(_training_items(abstract)),
+          data=grain.checkpoint.CheckpointRestore(data),
+      ))
+    except Exception as error:
+      raise ValueError(f"the checkpoint of step {step} in {self._manager.directory} cannot be restored: {error}") from error
+    training = restored["training"]
+    has_ema = abstract.ema is not None
+    return TrainState(step=training["step"], params=training["params"] if has_ema else restored["model"],
+                      ema=restored["model"] if has_ema else None, opt_state=training["opt_state"])
+
+  def restore_model(self, abstract_params: Any) -> Any:
+    """Only what is needed to sample."""
+    args = ocp.args.Composite(model=ocp.args.StandardRestore(abstract_params))
+    return self._manager.restore(self.latest_step, args=args)["model"]
+
+  def wait(self) -> None:
+    """Returns when all that was started is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def _training_items(state: TrainState) -> dict[str, Any]:
+  items = {"step": state.step, "opt_state": state.opt_state}
+  return items | ({"params": state.params} if state.ema is not None else {})
+
+
+def write_config(workdir: str, config: dict[str, Any]) -> None:
+  """Keeps the config of a run beside its checkpoints."""
+  if jax.process_index() == 0:
+    (epath.Path(workdir) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config(workdir: str) -> dict[str, Any] | None:
+  """The config of a run, or None where there is no run."""
+  path = epath.Path(workdir) / CONFIG_FILE
+  return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,175 @@
+"""The training loop: batches in, checkpoints and numbers out."""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+
+import univid_jax
+from univid_jax import build
+from univid_jax.data.loader import make_loader
+from univid_jax.parallel.mesh import make_mesh
+from univid_jax.parallel.sharding import shard_batch
+from univid_jax.pipeline import Pipeline
+from univid_jax.training.checkpoint import Checkpointer, read_config, write_config
+from univid_jax.training.optimizer import make_optimizer
+from univid_jax.training.step import StateSpec, make_train_step
+from univid_jax.training.writer import MetricsWriter
+
+# What may differ between a run and its continuation: how long, how often, and where on which machine.
+MAY_CHANGE = ("log_every", "checkpoint", "mesh", "eval")
+
+
+class Interrupted(Exception):
+  """The run was asked to stop and has saved; the message says how to go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+  """What a finished run leaves in memory.
+
+  Attributes:
+    pipeline: the trained model.
+    steps_taken: in this call; 0 where the run was complete already.
+    seconds: they took, compilation included.
+  """
+
+  pipeline: Pipeline
+  steps_taken: int
+  seconds: float
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
+  """Trains until config.num_steps, from the latest checkpoint in the workdir or else from the start.
+
+  Raises:
+    ValueError: a value of the config fits no run, or the workdir holds a run of another config.
+    FloatingPointError: the loss is not finite; the last checkpoint is from before.
+    Interrupted: SIGTERM or Ctrl-C came; the state is saved.
+  """
+  values = _open_workdir(config, workdir)
+  mesh = make_mesh(config.mesh)
+  rows_divide(config.rows.per_batch, mesh)
+  optimizer = make_optimizer(config.optimizer, config.num_steps)
+  spec = StateSpec.of(lambda: build.model(config, seed=config.seed), optimizer, mesh, ema=config.ema_decay > 0)
+  loader = make_loader(
+      build.sentences(config, "train", seed=config.seed, workdir=workdir), build.feature_maker(config),
+      row_shape=build.row_shape(config), rows_per_batch=config.rows.per_batch // jax.process_count(), seed=config.seed,
+      process_index=jax.process_index(), process_count=jax.process_count(), num_packing_bins=config.rows.packing_bins)
+  step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed)
+
+  checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
+  if checkpointer.latest_step is None:
+    state = spec.create()
+  else:
+    state = checkpointer.restore(spec.abstract, loader)
+    print(f"resuming {workdir} at step {int(state.step)} of {config.num_steps}")
+  start, started = int(state.step), time.monotonic()
+  writer = MetricsWriter(workdir, start_step=start) if jax.process_index() == 0 else None
+  try:
+    with mesh, stop_on_signal() as stop:
+      bar = tqdm(total=config.num_steps, initial=start, desc="train", unit="step", smoothing=0.05, dynamic_ncols=True)
+      pending: list[dict[str, Any]] = []
+      for step in range(start + 1, config.num_steps + 1):
+        state, metrics = step_fn(state, shard_batch(next(loader), mesh))
+        pending.append(metrics)
+        bar.update()
+        if step % config.log_every == 0 or step == config.num_steps:
+          summary = _summarize(pending, step)
+          bar.set_postfix(loss=f"{summary['loss']:.3f}", fill=f"{summary['fill_rate']:.0%}", refresh=False)
+          if writer:
+            writer.write(step, summary)
+          pending.clear()
+        if step % config.checkpoint.every_steps == 0 or step == config.num_steps or stop.is_set:
+          checkpointer.save(state, loader)
+        if stop.is_set and step < config.num_steps:
+          checkpointer.wait()
+          raise Interrupted(f"stopped by {stop.name} at step {step} of {config.num_steps}, saved; "
+                            "run the same command to go on")
+      bar.close()
+      checkpointer.wait()
+  finally:
+    loader.close()
+    checkpointer.close()
+    if writer:
+      writer.close()
+  pipeline = Pipeline(values, spec.graph, state.model_params, mesh)
+  return TrainResult(pipeline, config.num_steps - start, time.monotonic() - started)
+
+
+def rows_divide(rows: int, mesh: jax.sharding.Mesh) -> None:
+  """Checks that the rows of a batch spread evenly over the mesh."""
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  if rows % shards:
+    raise ValueError(f"config.rows.per_batch = {rows} does not divide over data x fsdp = {shards} devices")
+
+
+def _open_workdir(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+  """Checks the config against the run that the workdir holds, if any, and keeps it there."""
+  build.check(config)
+  Path(workdir).mkdir(parents=True, exist_ok=True)
+  values = _plain({**config.to_dict(), "version": univid_jax.__version__})
+  previous = read_config(workdir)
+  if previous is not None:
+    changed = sorted(key for key in values if key not in MAY_CHANGE and values[key] != previous.get(key))
+    if changed:
+      key = changed[0]
+      raise ValueError(f"{workdir} holds a run with {key} = {previous.get(key)}, not {values[key]}: give the same config, or "
+                       "another --workdir")
+  write_config(workdir, values)
+  return values
+
+
+def _plain(value: Any) -> Any:
+  """Only what JSON knows: lists for tuples."""
+  if isinstance(value, dict):
+    return {str(key): _plain(item) for key, item in value.items()}
+  return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _summarize(metrics: list[dict[str, Any]], step: int) -> dict[str, float]:
+  """Means over the steps since the last summary.
+
+  Raises:
+    FloatingPointError: a loss is not finite.
+  """
+  values = jax.device_get(metrics)
+  summary = {name: float(np.mean([m[name] for m in values])) for name in values[0]}
+  if not np.isfinite(summary["loss"]):
+    raise FloatingPointError(f"the loss is not finite before step {step}: lower the learning rate, or resume from the last "
+                             "checkpoint with another seed")
+  return summary
+
+
+class _Stop:
+  """Whether a signal came, and which."""
+
+  is_set = False
+  name = ""
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[_Stop]:
+  """Turns SIGTERM and Ctrl-C into a request that the loop honours between steps; a second Ctrl-C is not held back."""
+  stop = _Stop()
+
+  def request(signum, frame):
+    del frame
+    if stop.is_set and signum == signal.SIGINT:
+      raise KeyboardInterrupt
+    stop.is_set, stop.name = True, signal.Signals(signum).name
+
+  previous = {signum: signal.signal(signum, request) for signum in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield stop
+  finally:
+    for signum, handler in previous.items():
+      signal.signal(signum, handler)
