@@ -34,16 +34,18 @@ def tiny() -> ml_collections.ConfigDict:
       # Heads that start out looking so many latent frames back; () for the plain random start.
       "look_back": (1, 2, 1),
   })
-  config.codec = ml_collections.ConfigDict({"latent_channels": 24, "spatial_stride": 4})
+  config.codec = ml_collections.ConfigDict({"latent_channels": 16, "spatial_stride": 4})
 
   config.data = ml_collections.ConfigDict({
       # A folder of your own videos and photos, in addition to the bundled photographs.
       "folder": "",
       "height": 32, "width": 32, "num_frames": 5,
-      # How often each task is drawn; each draws its contexts as in the paper.
-      "tasks": {"greyscale": 1.0, "invert": 1.0, "swap_channels": 1.0, "duotone": 1.0, "camera_movement": 1.0},
-      # How often each context is drawn, for all tasks that can have it; empty for the paper's mix, task by task.
-      "contexts": {},
+      # How often each task is drawn.
+      "tasks": {"invert": 1.0, "swap_channels": 1.0, "duotone": 1.0, "scribble": 1.0, "camera_movement": 1.0},
+      # How often each context is drawn, as in the paper; tasks that make a video of an image (camera movement) have
+      # weights of their own.
+      "contexts": {"I": 0.3, "II": 0.3, "III": 0.4, "IV": 0.0},
+      "animating_contexts": {"I": 0.5, "II": 0.0, "III": 0.0, "IV": 0.5},
       "num_clips": {"4": 1.0},
       "reverse_probability": 0.0,
       "prompt": "null",

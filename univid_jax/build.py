@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -65,7 +66,7 @@ def model(config: Config, seed: int = 0) -> DiT:
   dit = DiT(dit_config(config), dtype=jnp.dtype(options["dtype"]), param_dtype=jnp.dtype(options["param_dtype"]),
             remat=options["remat"], rngs=nnx.Rngs(seed))
   if options["look_back"]:
-    look_back(dit, options["look_back"])
+    look_back(dit, options["look_back"], rng=jax.random.key(seed))
   return dit
 
 
@@ -88,7 +89,8 @@ def sentences(config: Config, split: str, *, seed: int, workdir: str = "") -> Co
   return ComputedSentences(
       clips=clips,
       tasks=dict(data["tasks"]),
-      contexts=dict(data["contexts"]) or None,
+      contexts=dict(data["contexts"]),
+      animating_contexts=dict(data["animating_contexts"]),
       num_frames=data["num_frames"],
       size=(data["height"], data["width"]),
       num_clips={int(count): weight for count, weight in data["num_clips"].items()},

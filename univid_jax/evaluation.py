@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from univid_jax import build
-from univid_jax.data.tasks import TASKS
 from univid_jax.metrics.image import psnr
 from univid_jax.pipeline import Pipeline, to_uint8
 from univid_jax.types import Sentence
@@ -28,9 +27,8 @@ def held_out_sentences(config: Mapping[str, Any]) -> list[Sentence]:
   """The same number of sentences for each task and each of its contexts, on photographs that no training sees."""
   source = build.sentences(config, "held_out", seed=config["eval"]["seed"])
   rng = np.random.default_rng(config["eval"]["seed"])
-  allowed = dict(config["data"]["contexts"])
-  cases = [(task, context) for task in config["data"]["tasks"] for context in TASKS[task].contexts
-           if not allowed or context in allowed]
+  cases = [(task, context) for task, task_weight in source.tasks.items() if task_weight > 0
+           for context, weight in source.contexts_of(task).items() if weight > 0]
   return [source.sentence(rng, task=task, context=context)
           for task, context in cases for _ in range(config["eval"]["sentences_per_case"])]
 

@@ -13,6 +13,9 @@ CONTEXTS: Mapping[str, tuple[tuple[bool, bool], tuple[bool, bool]]] = {
     "III": ((False, False), (True, True)),
     "IV": ((False, True), (False, True)),
 }
+# How often the paper draws each, for tasks in general and for camera movement.
+PAPER_CONTEXTS: Mapping[str, float] = {"I": 0.3, "II": 0.3, "III": 0.4, "IV": 0.0}
+PAPER_CAMERA_CONTEXTS: Mapping[str, float] = {"I": 0.5, "II": 0.0, "III": 0.0, "IV": 0.5}
 
 ROUGH_PROMPT = ("[clip1] and [clip2] form an editing pair. Apply the same transformation observed from [clip1] to [clip2] "
                 "to [clip3], and generate [clip4].")

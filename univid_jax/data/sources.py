@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from univid_jax.data.sentences import make_sentence, prompt_for, video_pattern
+from univid_jax.data.sentences import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, make_sentence, prompt_for, video_pattern
 from univid_jax.data.tasks import TASKS
 from univid_jax.data.video import CLIP_KINDS, IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
 from univid_jax.types import Sentence
@@ -22,10 +22,13 @@ TRAIN_PHOTOS = ("astronaut.png", "brick.png", "camera.png", "coins.png", "grass.
                 "ihc.png", "moon.png", "retina.jpg", "rocket.jpg")
 HELD_OUT_PHOTOS = ("chelsea.png", "coffee.png", "motorcycle_left.png")
 
+# Brightness, red against blue, green against both: orthonormal rows.
+OPPONENT_COLORS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
+
 # Sides of the windows that are cut from a photograph, in pixels, and how far one drifts and grows over a video clip.
-WINDOW_RANGE = (40, 128)
-WINDOW_DRIFT = 0.1
-WINDOW_ZOOM = 0.15
+WINDOW_RANGE = (28, 72)
+WINDOW_DRIFT = 0.08
+WINDOW_ZOOM = 0.1
 
 
 class ClipSource(Protocol):
@@ -156,13 +159,19 @@ def moving_window(photo: Image.Image, rng: np.random.Generator, *, num_frames: i
 
 
 def jitter_colors(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Varies the colours of a clip; a grey one gets two random tones, so that its colours mean nothing."""
+  """Gives a clip other colours: any hue, more or less saturated and bright; a grey one two random tones first.
+
+  A few photographs thus show the colours of many.
+  """
   clip = frames.astype(np.float32) / 255
   if np.ptp(frames.astype(np.int16), axis=-1).max() < 3:
-    params = TASKS["duotone"].draw(rng)
-    clip = TASKS["duotone"].apply(clip, **params)
-  gain, gamma = rng.uniform(0.8, 1.2, 3), rng.uniform(0.8, 1.25)
-  return to_uint8(clip**gamma * gain.astype(np.float32))
+    clip = TASKS["duotone"].apply(clip, **TASKS["duotone"].draw(rng))
+  angle, saturation = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 2.0)
+  cos, sin = saturation * np.cos(angle), saturation * np.sin(angle)
+  turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+  mix = OPPONENT_COLORS.T @ turn @ OPPONENT_COLORS
+  clip = np.clip(clip @ mix.T.astype(np.float32), 0, 1)
+  return to_uint8(clip ** rng.uniform(0.7, 1.4) * rng.uniform(0.8, 1.1))
 
 
 def to_uint8(clip: np.ndarray) -> np.ndarray:
@@ -177,7 +186,8 @@ class ComputedSentences:
   Attributes:
     clips: where the natural clips come from; those of one sentence differ whenever there are two.
     tasks: weights by name of the task.
-    contexts: weights by name of the context; None leaves each task's own.
+    contexts: weights by name of the context.
+    animating_contexts: the same for tasks that make a video of an image, as camera movement does.
     num_frames: frames of a video clip, 4n + 1.
     size: height and width of every clip in pixels.
     num_clips: weights by number of clips in a sentence (shots).
@@ -193,7 +203,8 @@ class ComputedSentences:
   size: tuple[int, int]
   num_sentences: int
   seed: int
-  contexts: Mapping[str, float] | None = None
+  contexts: Mapping[str, float] = dataclasses.field(default_factory=lambda: PAPER_CONTEXTS)
+  animating_contexts: Mapping[str, float] = dataclasses.field(default_factory=lambda: PAPER_CAMERA_CONTEXTS)
   num_clips: Mapping[int, float] = dataclasses.field(default_factory=lambda: {4: 1.0})
   reverse_probability: float = 0.0
   prompt_style: str = "null"
@@ -213,10 +224,11 @@ class ComputedSentences:
   def __getitem__(self, index: int) -> Sentence:
     rng = np.random.default_rng((self.seed, int(index)))
     task = draw(rng, self.tasks)
-    contexts = TASKS[task].contexts
-    if self.contexts is not None:
-      contexts = {name: weight for name, weight in self.contexts.items() if name in contexts} or contexts
-    return self.sentence(rng, task=task, context=draw(rng, contexts))
+    return self.sentence(rng, task=task, context=draw(rng, self.contexts_of(task)))
+
+  def contexts_of(self, task: str) -> Mapping[str, float]:
+    """How often a task's sentences have each context."""
+    return self.animating_contexts if TASKS[task].animates else self.contexts
 
   def sentence(self, rng: np.random.Generator, *, task: str, context: str) -> Sentence:
     """A random sentence of a task and context."""

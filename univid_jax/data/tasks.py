@@ -17,10 +17,6 @@ Params = Mapping[str, Any]
 # The luma of ITU-R BT.601, as in PIL's conversion to grey.
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
-# How often each context is drawn: the paper's, for tasks in general and for camera movement.
-PAPER_CONTEXTS = {"I": 0.3, "II": 0.3, "III": 0.4}
-PAPER_CAMERA_CONTEXTS = {"I": 0.5, "IV": 0.5}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
@@ -29,7 +25,6 @@ class Task:
   Attributes:
     draw: gives the parameters of a sentence.
     apply: makes the target of a clip; an animating task also takes `num_frames` and makes a video of an image.
-    contexts: how often each context is drawn.
     reversible: whether turning the pairs round (A' A B' B) is a task too.
     animates: whether the target is a video even of an image.
     prompt_name: what the paper's detailed prompt calls the result.
@@ -37,7 +32,6 @@ class Task:
 
   draw: Callable[[np.random.Generator], Params]
   apply: Callable[..., np.ndarray]
-  contexts: Mapping[str, float] = dataclasses.field(default_factory=lambda: PAPER_CONTEXTS)
   reversible: bool = True
   animates: bool = False
   prompt_name: str = ""
@@ -67,9 +61,11 @@ def swap_channels(clip: np.ndarray) -> np.ndarray:
 
 
 def draw_duotone(rng: np.random.Generator) -> Params:
-  """A random dark colour and the light one opposite to it."""
+  """A random dark colour and the light one opposite to it, as often as not in each other's place."""
   dark = rng.uniform(0, 0.45, 3)
-  return {"dark": dark.tolist(), "light": (1 - dark[rng.permutation(3)]).tolist()}
+  colors = [dark.tolist(), (1 - dark).tolist()]
+  dark, light = colors if rng.random() < 0.5 else colors[::-1]
+  return {"dark": dark, "light": light}
 
 
 def duotone(clip: np.ndarray, *, dark, light) -> np.ndarray:
@@ -89,17 +85,17 @@ def low_light(clip: np.ndarray, *, gain: float, gamma: float) -> np.ndarray:
 
 def draw_scribble(rng: np.random.Generator) -> Params:
   """Ink on paper, or chalk on a board, each in a random colour."""
-  paper, ink = rng.uniform(0.8, 1, 3), rng.uniform(0, 0.5, 3)
+  paper, ink = rng.uniform(0.75, 1, 3), rng.uniform(0, 0.4, 3)
   if rng.random() < 0.5:
     paper, ink = 1 - paper, 1 - ink
   return {"paper": paper.tolist(), "ink": ink.tolist()}
 
 
 def scribble(clip: np.ndarray, *, paper, ink) -> np.ndarray:
-  """Soft edges (Sobel's gradient of the brightness) drawn in one colour on another."""
+  """Soft edges (the gradient of the smoothed brightness) drawn in one colour on another."""
   grey = luma(clip)[..., 0]
-  gradient = np.hypot(ndimage.sobel(grey, axis=1), ndimage.sobel(grey, axis=2))
-  strength = np.clip(gradient / 1.5, 0, 1)[..., None].astype(np.float32)
+  down, across = (ndimage.gaussian_filter(grey, (0, 1, 1), order=order) for order in ((0, 1, 0), (0, 0, 1)))
+  strength = np.clip(4 * np.hypot(down, across), 0, 1)[..., None].astype(np.float32)
   paper, ink = np.asarray(paper, np.float32), np.asarray(ink, np.float32)
   return paper + (ink - paper) * strength
 
@@ -142,6 +138,6 @@ TASKS: Mapping[str, Task] = {
     "duotone": Task(draw=draw_duotone, apply=duotone, prompt_name="duotone version"),
     "low_light": Task(draw=draw_low_light, apply=low_light, prompt_name="low-light version"),
     "scribble": Task(draw=draw_scribble, apply=scribble, prompt_name="scribble map"),
-    "camera_movement": Task(draw=draw_camera_movement, apply=camera_movement, contexts=PAPER_CAMERA_CONTEXTS,
-                            reversible=False, animates=True),
+    "camera_movement": Task(draw=draw_camera_movement, apply=camera_movement, reversible=False, animates=True,
+                            prompt_name="camera movement"),
 }

@@ -37,6 +37,7 @@ def sentence_losses(model, row: PackedRow, noise: Float[Array, "b l p"], sigmas:
   tokens = jnp.where(row.target_mask[..., None], noised, row.tokens)
   predicted = model(tokens, timestep_table(sigmas, row), row, **conditions).astype(jnp.float32)
   errors = jnp.mean(jnp.square(predicted - velocity(row.tokens, noise)), axis=-1)
+  errors = jnp.where(row.target_mask, errors, 0)
   in_slot = jax.nn.one_hot(row.segment_ids - 1, sigmas.shape[1]) * row.target_mask[..., None]
   counts = jnp.sum(in_slot, axis=1)
   totals = jnp.einsum("bl,bls->bs", errors, in_slot, precision=jax.lax.Precision.HIGHEST)

@@ -6,9 +6,10 @@ after the same number of steps.
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jaxtyping import PRNGKeyArray
 
 from univid_jax.models.dit import DiT
 from univid_jax.models.rope import rotary_frequencies
@@ -19,16 +20,18 @@ GATE = 0.2
 KERNEL_SCALE = 0.1
 
 
-def look_back(model: DiT, frames: Sequence[int]) -> None:
+def look_back(model: DiT, frames: Sequence[int], *, rng: PRNGKeyArray) -> None:
   """Prepares a fresh model, in place.
 
   Head i of every layer starts out looking at the same place `frames[i]` latent frames earlier, by biases of queries and
   keys that rotary positions turn towards each other there; further heads start without a wish. Random weights are made
-  small, so that the biases prevail; gates start open a little, the head at zero.
+  small, so that the biases prevail; gates start open a little; and the head starts as the patch embedding turned round,
+  so that the noise in a token, most of the velocity, is passed on from the first step.
 
   Args:
     model: with random weights.
     frames: how far each of the first heads looks back.
+    rng: for the patch embedding.
 
   Raises:
     ValueError: there are fewer heads than frames.
@@ -55,5 +58,8 @@ def look_back(model: DiT, frames: Sequence[int]) -> None:
     norm.scale.set_value(jnp.full_like(norm.scale[...], QK_GAIN))
   gates = jnp.array([0, 0, GATE, 0, 0, GATE], model.blocks.modulation.dtype)
   model.blocks.modulation.set_value(jnp.broadcast_to(gates[:, None], model.blocks.modulation.shape))
-  for linear in (model.head.head, model.time_projection):
-    linear.kernel.set_value(jnp.zeros_like(linear.kernel[...]))
+  model.time_projection.kernel.set_value(jnp.zeros_like(model.time_projection.kernel[...]))
+  embedding = model.patch_embedding.kernel
+  embedding.set_value(jax.nn.initializers.orthogonal()(rng, embedding.shape, embedding.dtype))
+  patch_dim, dim = embedding.shape
+  model.head.head.kernel.set_value(embedding[...].T * (patch_dim / dim) ** 0.5)

@@ -1,0 +1,25 @@
+"""Set before JAX starts: a CPU that looks like eight devices, and full precision for comparisons."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def tiny_config():
+  """The default config, cut down until a step takes milliseconds."""
+  from configs.video_tasks import get_config
+
+  config = get_config()
+  config.update({"num_steps": 4, "log_every": 1})
+  config.model.update({"dim": 32, "ffn_dim": 32, "num_layers": 2, "freq_dim": 16, "text_dim": 8})
+  config.data.update({"height": 16, "width": 16})
+  config.rows.update({"num_tokens": 48, "packing_bins": 8})
+  config.eval.update({"sentences_per_case": 1, "num_inference_steps": 2})
+  return config

@@ -1,0 +1,148 @@
+"""The objective and the sampler equal the reference's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import channels_last, dit_config, golden, load_dit, relative_error
+from univid_jax.data.packing import RowShape, pack, patchify, sentence_features, target_tokens, unpatchify
+from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS, FlowMatching
+from univid_jax.diffusion.loss import draw_noise, sentence_losses
+from univid_jax.diffusion.solvers import euler, velocity_fn
+from univid_jax.types import Role, Sentence, reference_roles
+
+PATCH = (1, 2, 2)
+
+
+def features_of(clips, context):
+  sentence = Sentence(clips=tuple(clips), roles=reference_roles(len(clips)))
+  return sentence_features(sentence, patch_size=PATCH, prompt_embedding=context, text_len=512)
+
+
+def single_row(features):
+  return pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=len(features["text"]), num_slots=1))
+
+
+class TestSchedule:
+  io = golden("flow_match")[1]
+
+  def test_training(self):
+    sigmas = FlowMatching(shift=5.0).training_sigmas()
+    assert relative_error(sigmas, self.io["train_sigmas"]) <= 1e-6
+    assert relative_error(NUM_TRAIN_TIMESTEPS * sigmas, self.io["train_timesteps"]) <= 1e-6
+
+  @pytest.mark.parametrize("steps", [5, 50])
+  @pytest.mark.parametrize("shift", [3, 5])
+  def test_inference(self, steps, shift):
+    sigmas = FlowMatching(shift=float(shift)).inference_sigmas(steps)
+    assert relative_error(sigmas, self.io[f"infer{steps}_shift{shift}_sigmas"]) <= 1e-6
+
+  def test_no_steps(self):
+    with pytest.raises(ValueError, match="at least 1 step, got 0"):
+      FlowMatching().inference_sigmas(0)
+
+  @pytest.mark.parametrize("stratified", [False, True])
+  def test_times_are_uniform(self, stratified):
+    flow = FlowMatching(stratified=stratified)
+    ids = jax.vmap(lambda key: flow.sample_timestep_ids(key, (8, 2)))(jax.random.split(jax.random.key(0), 2000))
+    counts = np.bincount(np.asarray(ids).ravel() // 100, minlength=10)
+    assert counts.sum() == 32_000 and np.all(np.abs(counts / 3200 - 1) < 0.1)
+    if stratified:
+      assert np.all(np.diff(np.sort(np.asarray(ids).reshape(2000, 16), axis=1), axis=1) >= 60)
+
+
+def test_sampling_equals_the_reference():
+  info, io, weights = golden("sampling_video")
+  model = load_dit(dit_config(info["dit"]), {k.removeprefix("dit."): v for k, v in weights.items() if k.startswith("dit.")})
+  clips = [channels_last(io[f"latent{i}"]) for i in range(3)]
+  noise = channels_last(io["noise"])
+  row = single_row(features_of([*clips, np.zeros_like(noise)], io["context"]))
+  start = np.zeros_like(row.tokens)
+  start[0, row.target_mask[0]] = patchify(noise, PATCH)
+  sigmas = jnp.asarray(FlowMatching(shift=info["sigma_shift"]).inference_sigmas(info["steps"]))
+  for packed in (row, dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)):
+    tokens = np.asarray(jax.jit(lambda row: euler(velocity_fn(model, row), row, start, sigmas))(packed))
+    np.testing.assert_array_equal(tokens[0][~row.target_mask[0]], row.tokens[0][~row.target_mask[0]])
+    latents = unpatchify(target_tokens(tokens, row, (0, 1)), noise.shape[:3], PATCH)
+    assert relative_error(latents, channels_last(io["latent3"])) <= 1e-4
+
+
+def test_guidance():
+  row, other = object(), object()
+  model = lambda x, t, given: x + (10.0 if given is row else 1.0)  # noqa: E731
+
+  class Row:
+    modulation_ids = None
+
+  row, other = Row(), Row()
+  x, sigmas = jnp.zeros((1, 1, 1)), jnp.ones((1, 1))
+  assert velocity_fn(model, row)(x, sigmas) == 10
+  assert velocity_fn(model, row, negative=other, guidance_scale=3.0)(x, sigmas) == 1 + 3 * (10 - 1)
+
+
+class TestLoss:
+  def golden_row(self, info, io, step):
+    latents, lengths = channels_last(io[f"step{step}.latents"]), info["clip_latent_frames"]
+    clips = np.split(latents, np.cumsum(lengths)[:-1])
+    row = single_row(features_of(clips, io[f"step{step}.context"]))
+    noise = np.zeros_like(row.tokens)
+    noise[0, row.target_mask[0]] = patchify(channels_last(io[f"step{step}.noise"]), PATCH)
+    return row, noise, jnp.asarray(io[f"step{step}.timestep"] / NUM_TRAIN_TIMESTEPS)[None]
+
+  def model(self, info, weights):
+    return load_dit(dit_config(info["dit"]), {k.removeprefix("base."): v for k, v in weights.items() if k.startswith("base.")})
+
+  def test_first_loss_equals_the_reference(self):
+    """A LoRA begins as no change at all, so the first loss of the reference's LoRA training is the base model's."""
+    info, io, weights = golden("training")
+    losses, present = sentence_losses(self.model(info, weights), *self.golden_row(info, io, 0))
+    assert present.tolist() == [[1.0]]
+    assert abs(float(losses[0, 0]) / io["losses"][0] - 1) <= 1e-5
+
+  def test_packing_and_order_change_nothing(self):
+    info, io, weights = golden("training")
+    model = self.model(info, weights)
+    rng = np.random.default_rng(0)
+    lengths = [(2, 2, 2, 2), (1, 1, 1, 1), (1, 1, 2, 2)]
+    sentences = [features_of([rng.normal(size=(n, 4, 6, 16)) for n in clips], rng.normal(size=(4, 32))) for clips in lengths]
+    sigmas = np.array([0.9, 0.3, 0.6], np.float32)
+    noises = [rng.normal(size=f["tokens"].shape).astype(np.float32) for f in sentences]
+    alone = [float(sentence_losses(model, single_row(f), noise[None], jnp.full((1, 1), sigma))[0][0, 0])
+             for f, noise, sigma in zip(sentences, noises, sigmas)]
+    order = [2, 0, 1]
+    row = pack([sentences[i] for i in order], RowShape(num_tokens=120, num_text_tokens=20, num_slots=4))
+    noise = np.zeros_like(row.tokens)
+    for place, i in enumerate(order):
+      noise[0, row.segment_ids[0] == place + 1] = noises[i]
+    losses, present = sentence_losses(model, row, noise, jnp.asarray([[*sigmas[order], 0.5]]))
+    assert present.tolist() == [[1, 1, 1, 0]] and losses[0, 3] == 0
+    np.testing.assert_allclose(losses[0, :3], np.array(alone)[order], rtol=1e-5)
+
+  def test_only_targets_are_noised_and_counted(self):
+    clips = [np.ones((1, 2, 2, 16)), 2 * np.ones((1, 2, 2, 16))]
+    row = single_row(features_of(clips, np.zeros((0, 8))))
+    seen = []
+
+    def model(tokens, timesteps, row):
+      seen.append((tokens, timesteps))
+      return jnp.where(row.target_mask[..., None], 0.0, jnp.nan)
+
+    noise = jnp.full(row.tokens.shape, 5.0)
+    losses, _ = sentence_losses(model, dataclasses.replace(row, modulation_ids=None), noise, jnp.full((1, 1), 0.25))
+    tokens, timesteps = seen[0]
+    np.testing.assert_allclose(tokens[0, :, 0], [1, 0.75 * 2 + 0.25 * 5])
+    np.testing.assert_allclose(timesteps, [[250.0]])
+    assert float(losses[0, 0]) == pytest.approx((5 - 2) ** 2)
+
+  def test_noise_is_standard_and_levels_lie_on_the_grid(self):
+    row = single_row(features_of([np.zeros((8, 16, 16, 16))] * 2, np.zeros((0, 8))))
+    noise, sigmas = draw_noise(jax.random.key(0), row, FlowMatching())
+    assert abs(float(noise.mean())) < 0.02 and abs(float(noise.std()) - 1) < 0.02
+    assert np.isin(np.asarray(sigmas), FlowMatching().training_sigmas()).all()
+
+
+def test_roles_are_the_references():
+  assert reference_roles(4) == (Role.CONTEXT, Role.CONTEXT, Role.CONTEXT, Role.TARGET)

@@ -1,0 +1,159 @@
+"""The transformer equals the original, alone and packed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.helpers import channels_last, golden, load_dit, relative_error
+from univid_jax.data.packing import RowShape, pack, patchify, sentence_features, unpatchify
+from univid_jax.models.dit import PRESETS, DiT, DiTConfig, normalize, timestep_embedding
+from univid_jax.models.rope import rotary_tables
+from univid_jax.types import Role, Sentence
+
+PATCH = (1, 2, 2)
+
+
+def row_of(latents, context, *, fold=True):
+  """One golden input as a row: x (c, t, y, x); with fold, the prompt's padding is one token."""
+  sentence = Sentence(clips=(channels_last(latents),), roles=(Role.TARGET,))
+  features = dict(sentence_features(sentence, patch_size=PATCH, prompt_embedding=context, text_len=512))
+  if not fold:
+    features["text"] = np.pad(context, [(0, 512 - len(context)), (0, 0)])
+    features["text_counts"] = np.ones(512, np.float32)
+  row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=len(features["text"]), num_slots=1))
+  return dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
+
+
+@pytest.mark.parametrize("name", ["dit_t2v", "dit_i2v"])
+@pytest.mark.parametrize("fold", [True, False])
+def test_equals_the_original(name, fold):
+  info, io, weights = golden(name)
+  model = load_dit(DiTConfig.from_json(info["config"]), weights)
+  row = row_of(io["x"], io["context"], fold=fold)
+  conditions = {}
+  if name == "dit_i2v":
+    conditions = {"condition": patchify(channels_last(io["y"]), PATCH)[None], "image_features": io["clip_fea"]}
+  out = model(row.tokens, jnp.asarray(io["t"])[None], row, **conditions)[0]
+  expected = channels_last(io["out"])
+  assert relative_error(unpatchify(np.asarray(out), expected.shape[:3], PATCH), expected) <= 2e-5
+
+
+def test_equals_the_original_on_the_way():
+  info, io, weights = golden("dit_t2v")
+  config = DiTConfig.from_json(info["config"])
+  model = load_dit(config, weights)
+  row = row_of(io["x"], io["context"], fold=False)
+  _, modulation, text, _ = model.embed_conditions(jnp.asarray(io["t"])[None], row)
+  assert relative_error(modulation.reshape(1, -1), io["time_projection"]) <= 2e-5
+  assert relative_error(text, io["text_embedding"]) <= 2e-5
+
+  graph, layers = nnx.split(model.blocks)
+  block = nnx.merge(graph, jax.tree.map(lambda x: x[0], layers))
+  rope = rotary_tables(row.positions, config.head_dim)
+  x = model.patch_embedding(row.tokens)
+  shift, scale = (block.modulation[i] + modulation[:, :, i] for i in (0, 1))
+  y = block.self_attn(normalize(x, config.eps) * (1 + scale) + shift, row, rope)
+  assert relative_error(y, io["block0.self_attn"]) <= 2e-5
+  assert relative_error(block(x, row, rope, modulation, text, None), io["block0"]) <= 2e-5
+
+
+def test_bfloat16_stays_close():
+  info, io, weights = golden("dit_t2v")
+  config = DiTConfig.from_json(info["config"])
+  row, t = row_of(io["x"], io["context"]), jnp.asarray(io["t"])[None]
+  expected = load_dit(config, weights)(row.tokens, t, row)
+  low = load_dit(config, weights, dtype=jnp.bfloat16)(row.tokens, t, row)
+  assert low.dtype == jnp.bfloat16
+  assert 1e-6 < relative_error(low, expected) <= 2e-2
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(remat):
+  info, io, weights = golden("dit_t2v")
+  config = DiTConfig.from_json(info["config"])
+  row, t = row_of(io["x"], io["context"]), jnp.asarray(io["t"])[None]
+
+  def gradient(policy):
+    graph, params = nnx.split(load_dit(config, weights, remat=policy), nnx.Param)
+    return jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(row.tokens, t, row))))(params)
+
+  for a, b in zip(jax.tree.leaves(gradient(remat)), jax.tree.leaves(gradient("none"))):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(b))) + 1e-12)
+
+
+@pytest.mark.parametrize("name, count", [("wan2.1-t2v-1.3b", 1_418_996_800), ("wan2.1-t2v-14b", 14_288_491_584),
+                                         ("wan2.1-i2v-14b-480p", 16_394_878_784), ("wan2.1-i2v-14b-720p", 16_394_878_784)])
+def test_number_of_parameters(name, count):
+  model = nnx.eval_shape(lambda: DiT(PRESETS[name], rngs=nnx.Rngs(0)))
+  assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
+
+
+@pytest.mark.parametrize("values, word", [({"model_type": "flf2v"}, "flf2v"), ({"_class_name": "VaceWanModel"}, "Vace"),
+                                          ({"model_type": "i2v", "in_dim": 48}, "in_dim"), ({"in_dim": 48, "out_dim": 16}, "in_dim")])
+def test_other_variants_are_refused_by_name(values, word):
+  with pytest.raises(ValueError, match=word):
+    DiTConfig.from_json({"dim": 48, "ffn_dim": 96, "num_heads": 2, "num_layers": 1, **values})
+
+
+def test_conditions_must_fit_the_model():
+  info, io, weights = golden("dit_i2v")
+  row = row_of(io["x"], io["context"])
+  with pytest.raises(ValueError, match="takes condition and image_features both"):
+    load_dit(DiTConfig.from_json(info["config"]), weights)(row.tokens, jnp.zeros((1, 1)), row)
+
+
+def test_timestep_embedding():
+  t, frequency = 917.1992, 10000 ** (-3 / 8)
+  embedding = timestep_embedding(jnp.array([t]), 16)[0]
+  np.testing.assert_allclose(embedding[np.array([3, 11])], [np.cos(t * frequency), np.sin(t * frequency)], atol=1e-4)
+
+
+class TestPacking:
+  """Two sentences in a row know nothing of each other."""
+
+  config = DiTConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, in_dim=4, out_dim=4)
+
+  def setup_method(self):
+    rng = np.random.default_rng(0)
+    self.model = DiT(self.config, rngs=nnx.Rngs(1))
+
+    def sentence(lengths, prompt_length):
+      clips = tuple(rng.normal(size=(n, 4, 6, 4)).astype(np.float32) for n in lengths)
+      roles = (Role.CONTEXT,) * (len(clips) - 1) + (Role.TARGET,)
+      return sentence_features(Sentence(clips=clips, roles=roles), patch_size=PATCH, text_len=512,
+                               prompt_embedding=rng.normal(size=(prompt_length, 8)).astype(np.float32))
+
+    self.sentences = [sentence((2, 2, 2, 2), 5), sentence((1, 1, 1, 1), 0), sentence((1, 1, 2, 2), 3)]
+    self.row = pack(self.sentences, RowShape(num_tokens=120, num_text_tokens=16, num_slots=4))
+    self.timesteps = jnp.asarray([[900.0, 900.0, 500.0, 500.0, 20.0, 20.0, 0.0, 0.0]])
+
+  def test_each_sentence_is_as_if_alone(self):
+    packed = self.model(self.row.tokens, self.timesteps, self.row)[0]
+    for index, features in enumerate(self.sentences):
+      row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=len(features["text"]), num_slots=1))
+      row = dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
+      alone = self.model(row.tokens, self.timesteps[:, 2 * index:2 * index + 1], row)[0]
+      assert relative_error(packed[self.row.segment_ids[0] == index + 1], alone) <= 1e-5
+
+  def test_no_gradient_between_sentences(self):
+    def output_of(segment, tokens):
+      out = self.model(tokens, self.timesteps, self.row)[0]
+      return jnp.sum(jnp.where((self.row.segment_ids[0] == segment)[:, None], out, 0) ** 2)
+
+    for segment in (1, 2, 3):
+      gradient = jax.grad(lambda tokens: output_of(segment, tokens))(jnp.asarray(self.row.tokens))[0]
+      inside = self.row.segment_ids[0] == segment
+      assert np.all(np.asarray(gradient)[~inside] == 0)
+      assert np.all(np.any(np.asarray(gradient)[inside] != 0, axis=-1))
+
+  def test_context_and_target_may_have_timesteps_of_their_own(self):
+    same = self.model(self.row.tokens, self.timesteps, self.row)
+    other = self.model(self.row.tokens, self.timesteps.at[0, 0].set(0.0), self.row)
+    first = self.row.segment_ids[0] == 1
+    assert relative_error(other[0][first], same[0][first]) > 1e-3
+    others = self.row.segment_ids[0] > 1
+    assert np.array_equal(other[0][others], same[0][others])

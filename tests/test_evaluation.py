@@ -1,0 +1,99 @@
+"""Scores are what they say."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from skimage.metrics import peak_signal_noise_ratio
+
+from univid_jax import build
+from univid_jax.evaluation import METRICS, evaluate, held_out_sentences, matched, with_swapped_pairs
+from univid_jax.metrics.figures import plot_loss, sentence_grid
+from univid_jax.metrics.image import psnr
+from univid_jax.parallel.mesh import make_mesh
+from univid_jax.pipeline import Pipeline, inferred_length
+
+
+def noisy_clips(seed=0):
+  rng = np.random.default_rng(seed)
+  return tuple(rng.integers(0, 256, (3, 8, 8, 3)).astype(np.uint8) for _ in range(2))
+
+
+def test_psnr():
+  a, b = noisy_clips()
+  assert psnr(a, b) == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255), abs=1e-6)
+  assert psnr(a, a) == 100
+  assert psnr(np.zeros_like(a), np.full_like(a, 255)) == 0
+  with pytest.raises(ValueError, match="different shapes"):
+    psnr(a, b[:1])
+
+
+def test_clips_are_matched_in_length():
+  clip = np.arange(3)[:, None, None, None]
+  assert matched(clip, 5).ravel().tolist() == [0, 1, 2, 2, 2] and matched(clip, 1).ravel().tolist() == [0]
+
+
+@pytest.mark.parametrize("lengths, expected", [((5, 5, 5), 5), ((1, 1, 1), 1), ((1, 1, 5), 5), ((1, 5, 1), 5),
+                                               ((1, 1, 1, 1, 5), 5), ((1, 9, 1, 9, 1), 9), ((5,), 5)])
+def test_the_targets_length_is_inferred(lengths, expected):
+  assert inferred_length(lengths) == expected
+
+
+def test_swapped_pairs_come_from_another_task(tiny_config):
+  sentences = held_out_sentences(tiny_config)
+  assert {s.context for s in sentences} == {"I", "II", "III", "IV"}
+  for sentence, swapped in zip(sentences, with_swapped_pairs(sentences, np.random.default_rng(0))):
+    assert swapped.clips[-2:] == sentence.clips[-2:]
+    assert [clip.shape for clip in swapped.clips] == [clip.shape for clip in sentence.clips]
+    assert not np.array_equal(swapped.clips[0], sentence.clips[0])
+    assert [len(clip) for clip in sentence.clips] != [1] * 4 or any(
+        np.array_equal(swapped.clips[1], other.clips[1]) and other.task != sentence.task for other in sentences)
+  with pytest.raises(ValueError, match="at least two tasks"):
+    with_swapped_pairs([s for s in sentences if s.task == "invert"], np.random.default_rng(0))
+
+
+def test_the_report_equals_a_recount(tiny_config):
+  config = json.loads(tiny_config.to_json())
+  graph, params = nnx.split(build.model(config), nnx.Param)
+  pipeline = Pipeline(config, graph, nnx.to_pure_dict(params), make_mesh({"data": -1}))
+  report, examples = evaluate(pipeline)
+  assert report["seed"] == 0 and report["steps"] == 4
+  assert set(report["by_task"]) == set(config["data"]["tasks"]) and set(report["by_context"]) == {"I", "II", "III", "IV"}
+  assert report["overall"]["count"] == len(examples) == sum(m["count"] for m in report["by_task"].values())
+  for key, values in report["by_task"].items():
+    chosen = [e for e in examples if e.sentence.task == key]
+    truth = [e.sentence.clips[-1] for e in chosen]
+    assert values["psnr"] == pytest.approx(np.mean([psnr(e.painted, t) for e, t in zip(chosen, truth)]), abs=1e-3)
+    copies = [psnr(matched(e.sentence.clips[2], len(t)), t) for e, t in zip(chosen, truth)]
+    assert values["psnr_copy_b"] == pytest.approx(np.mean(copies), abs=1e-3)
+    assert set(values) == {*METRICS, "count"}
+  images = [e for e in examples if e.sentence.context == "II"]
+  assert report["image"]["psnr"] == pytest.approx(np.mean([e.scores["psnr"] for e in images]), abs=1e-3)
+  assert report["overall"]["psnr_codec"] > 30
+
+
+def test_a_batch_equals_single_samples(tiny_config):
+  """Packed into rows over eight devices or alone: the same picture for the same noise."""
+  config = json.loads(tiny_config.to_json())
+  graph, params = nnx.split(build.model(config), nnx.Param)
+  pipeline = Pipeline(config, graph, nnx.to_pure_dict(params), make_mesh({"data": -1}))
+  sentences = held_out_sentences(config)[:5]
+  together = pipeline.sample_sentences(sentences, num_inference_steps=3, seed=7)
+  alone = pipeline.sample_sentences(sentences[:1], num_inference_steps=3, seed=7)
+  again = pipeline.sample_sentences(sentences, num_inference_steps=3, seed=7)
+  assert all(np.array_equal(a, b) for a, b in zip(together, again))
+  assert together[0].shape == alone[0].shape == sentences[0].clips[-1].shape
+  encoded = pipeline.encode(sentences[0].clips[-1])
+  noise = jax.random.normal(jax.random.key(0), encoded.shape)
+  one = pipeline.sample(sentences[0].clips[:-1], num_inference_steps=3, latents=noise)
+  two = pipeline.sample(sentences[0].clips[:-1], num_inference_steps=3, latents=noise)
+  assert np.array_equal(one.frames, two.frames) and one.latents.shape == encoded.shape
+
+
+def test_figures(tmp_path):
+  plot_loss(tmp_path / "loss.png", [1, 2, 3], [3.0, 2.0, 1.0])
+  image, video = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((5, 8, 8, 3), np.uint8)
+  sentence_grid(tmp_path / "grid.png", [("task\ncontext IV", (image, video, image, video, video))])
+  assert (tmp_path / "loss.png").stat().st_size > 1000 and (tmp_path / "grid.png").stat().st_size > 500

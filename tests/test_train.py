@@ -1,0 +1,201 @@
+"""Training: sharded alike, resumed to the bit, stopped with care."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from univid_jax import build
+from univid_jax.data.loader import make_loader
+from univid_jax.parallel.mesh import make_mesh, mesh_shape
+from univid_jax.parallel.sharding import parameter_shardings, shard_batch
+from univid_jax.training.checkpoint import Checkpointer
+from univid_jax.training.loop import train
+from univid_jax.training.optimizer import make_optimizer, make_schedule
+from univid_jax.training.step import StateSpec, make_train_step
+
+
+def first_steps(config, mesh, count=2):
+  """Losses, and the weights after some steps, on a mesh."""
+  optimizer = make_optimizer(config.optimizer, config.num_steps)
+  spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=True)
+  step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=0.9, seed=0)
+  loader = make_loader(build.sentences(config, "train", seed=0), build.feature_maker(config), row_shape=build.row_shape(config),
+                       rows_per_batch=8, seed=0, num_packing_bins=8)
+  state, losses = spec.create(), []
+  with mesh:
+    for _ in range(count):
+      state, metrics = step_fn(state, shard_batch(next(loader), mesh))
+      losses.append(float(metrics["loss"]))
+  loader.close()
+  return losses, state
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_meshes_agree_with_one_device(tiny_config, sizes):
+  tiny_config.optimizer.name = "adamw"
+  tiny_config.optimizer.learning_rate = 1e-3
+  losses, state = first_steps(tiny_config, make_mesh(sizes))
+  expected, single = first_steps(tiny_config, make_mesh({}, devices=jax.devices()[:1]))
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)
+  kernel = state.params["blocks"]["ffn"]["up"]["kernel"]
+  shards = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+  assert kernel.addressable_shards[0].data.size * shards == kernel.size
+  moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
+  assert moments and all(x.sharding.shard_shape(x.shape) == kernel.sharding.shard_shape(kernel.shape) for x in moments)
+  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(single.params)):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+
+
+def test_parameters_lie_where_their_names_say(tiny_config):
+  mesh = make_mesh({"fsdp": 4, "tensor": 2})
+  shardings = parameter_shardings(nnx.eval_shape(lambda: build.model(tiny_config)), mesh)
+  block = shardings["blocks"]
+  assert block["self_attn"]["q"]["kernel"].spec == (None, "fsdp", "tensor")
+  assert block["self_attn"]["o"]["kernel"].spec == (None, "tensor", "fsdp")
+  assert block["ffn"]["down"]["bias"].spec == (None, "fsdp")
+
+
+@pytest.mark.parametrize("sizes, count, shape", [({"data": -1}, 8, (8, 1, 1, 1)), ({"data": -1, "tensor": 4}, 8, (2, 1, 4, 1))])
+def test_mesh_fills_up(sizes, count, shape):
+  assert mesh_shape(sizes, count) == shape
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"tensor": 0}, {"data": -1, "tensor": 3}])
+def test_meshes_that_do_not_divide(sizes):
+  with pytest.raises(ValueError, match="mesh"):
+    mesh_shape(sizes, 8)
+
+
+def test_schedules():
+  options = {"warmup_steps": 10, "decay_fraction": 0.5}
+  linear = make_schedule(options | {"schedule": "linear"}, 100)
+  np.testing.assert_allclose([linear(0), linear(5), linear(10), linear(50), linear(75), linear(100)], [0, 0.5, 1, 1, 0.5, 0])
+  assert float(make_schedule(options | {"schedule": "constant"}, 100)(99)) == 1
+  assert float(make_schedule(options | {"schedule": "cosine"}, 100)(55)) == pytest.approx(0.5)
+  with pytest.raises(ValueError, match="unknown schedule 'spiral'"):
+    make_schedule(options | {"schedule": "spiral"}, 100)
+
+
+def test_muon_touches_matrices_of_blocks_alone(tiny_config):
+  optimizer = make_optimizer(tiny_config.optimizer, 10)
+  params = nnx.to_pure_dict(nnx.state(build.model(tiny_config), nnx.Param))
+  grads = jax.tree.map(jnp.ones_like, params)
+  state = optimizer.init(params)
+  for _ in range(2):  # the first step of a warm-up has rate 0
+    updates, state = optimizer.update(grads, state, params)
+  # Muon's update of a constant gradient has rank one and a spectral norm of about the rate.
+  update = np.asarray(updates["blocks"]["self_attn"]["q"]["kernel"][0])
+  singular = np.linalg.svd(update, compute_uv=False)
+  assert singular[1] < 0.05 * singular[0]
+  assert np.all(np.asarray(updates["head"]["head"]["kernel"]) < 0)
+
+
+def run_command(args, **options):
+  env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  return subprocess.run([sys.executable, "-m", *args], env=env, capture_output=True, text=True, timeout=300, **options)
+
+
+# The same small run from the command line.
+SMALL = ["--config=configs/video_tasks.py", "--config.model.dim=32", "--config.model.ffn_dim=32", "--config.model.num_layers=1",
+         "--config.data.height=16", "--config.data.width=16", "--config.rows.num_tokens=48", "--config.rows.packing_bins=8",
+         "--config.log_every=1", "--config.eval.sentences_per_case=1", "--config.eval.num_inference_steps=2"]
+
+
+def weights(workdir, config):
+  optimizer = make_optimizer(config.optimizer, config.num_steps)
+  spec = StateSpec.of(lambda: build.model(config), optimizer, make_mesh({}, devices=jax.devices()[:1]), ema=True)
+  checkpointer = Checkpointer(str(workdir))
+  loader = make_loader(build.sentences(config, "train", seed=0), build.feature_maker(config), row_shape=build.row_shape(config),
+                       rows_per_batch=8, seed=0)
+  state = checkpointer.restore(spec.abstract, loader)
+  checkpointer.close()
+  loader.close()
+  return state
+
+
+def lines(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_killed_at_any_time_and_run_again_it_ends_the_same(tmp_path):
+  steps = ["--config.num_steps=20", "--config.checkpoint.every_steps=3"]
+  straight = run_command(["univid_jax.train", *SMALL, *steps, f"--workdir={tmp_path / 'straight'}"])
+  assert straight.returncode == 0, straight.stderr
+  rng = np.random.default_rng()
+  for attempt in range(3):
+    command = [sys.executable, "-m", "univid_jax.train", *SMALL, *steps, f"--workdir={tmp_path / 'killed'}"]
+    process = subprocess.Popen(command, env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    reached = int(rng.integers(3, 7)) + 5 * attempt
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= reached):
+      time.sleep(0.01)
+    time.sleep(float(rng.uniform(0, 0.1)))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  again = run_command(["univid_jax.train", *SMALL, *steps, f"--workdir={tmp_path / 'killed'}"])
+  assert again.returncode == 0, again.stderr
+  assert [row["step"] for row in lines(tmp_path / "killed")] == list(range(1, 21))
+  assert [row["loss"] for row in lines(tmp_path / "killed")] == [row["loss"] for row in lines(tmp_path / "straight")]
+  reports = [json.loads((tmp_path / name / "eval.json").read_text()) for name in ("straight", "killed")]
+  assert reports[0] == reports[1]
+
+  from configs.video_tasks import get_config
+  config = get_config()
+  config.update(json.loads((tmp_path / "straight" / "config.json").read_text()) | {"eval": config.eval}, )
+  for a, b in zip(jax.tree.leaves(weights(tmp_path / "straight", config)), jax.tree.leaves(weights(tmp_path / "killed", config))):
+    np.testing.assert_array_equal(a, b)
+
+  complete = run_command(["univid_jax.train", *SMALL, *steps, f"--workdir={tmp_path / 'killed'}"])
+  assert complete.returncode == 0 and "is complete (20 steps)" in complete.stdout
+
+
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path):
+  command = [sys.executable, "-m", "univid_jax.train", *SMALL, "--config.num_steps=100000", f"--workdir={tmp_path}"]
+  process = subprocess.Popen(command, env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+  while process.poll() is None and not ((tmp_path / "metrics.jsonl").exists() and lines_complete(tmp_path) >= 2):
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 1
+  message = stderr.strip().splitlines()[-1]
+  assert message.startswith("error: stopped by SIGTERM at step") and message.endswith("run the same command to go on")
+  checkpointer = Checkpointer(str(tmp_path))
+  assert checkpointer.latest_step == int(message.split("step ")[1].split()[0])
+  checkpointer.close()
+
+
+def lines_complete(workdir):
+  return (workdir / "metrics.jsonl").read_text().count("\n")
+
+
+def test_another_config_in_the_same_workdir_is_refused(tiny_config, tmp_path):
+  train(tiny_config, str(tmp_path))
+  tiny_config.seed = 1
+  with pytest.raises(ValueError, match="holds a run with seed = 0, not 1"):
+    train(tiny_config, str(tmp_path))
+
+
+def test_what_is_written(tiny_config, tmp_path):
+  result = train(tiny_config, str(tmp_path))
+  assert result.steps_taken == 4
+  assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4]
+  assert all(0 < row["fill_rate"] <= 1 and row["sentences"] >= 8 and np.isfinite(row["loss"]) for row in lines(tmp_path))
+  assert (tmp_path / "loss.png").stat().st_size > 1000 and any((tmp_path / "tensorboard").iterdir())
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path):
+  tiny_config.optimizer.update({"name": "adamw", "learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0})
+  with pytest.raises(FloatingPointError, match="the loss is not finite"):
+    train(tiny_config, str(tmp_path))
