@@ -32,7 +32,7 @@ def tiny() -> ml_collections.ConfigDict:
       # Recomputing the blocks is faster on a CPU than storing what they need.
       "remat": "full", "dtype": "float32", "param_dtype": "float32",
       # Heads that start out looking so many latent frames back; () for the plain random start.
-      "look_back": (1, 2, 1),
+      "look_back": (1, 2, 4),
   })
   config.codec = ml_collections.ConfigDict({"latent_channels": 16, "spatial_stride": 4})
 
@@ -41,10 +41,10 @@ def tiny() -> ml_collections.ConfigDict:
       "folder": "",
       "height": 32, "width": 32, "num_frames": 5,
       # How often each task is drawn.
-      "tasks": {"invert": 1.0, "swap_channels": 1.0, "duotone": 1.0, "scribble": 1.0, "camera_movement": 1.0},
-      # How often each context is drawn, as in the paper; tasks that make a video of an image (camera movement) have
-      # weights of their own.
-      "contexts": {"I": 0.3, "II": 0.3, "III": 0.4, "IV": 0.0},
+      "tasks": {"invert": 1.0, "swap_channels": 1.0, "duotone": 1.0, "camera_movement": 0.5},
+      # How often each context is drawn; tasks that make a video of an image (camera movement) have weights of their own.
+      # The paper has 0.3, 0.3 and 0.4; images teach more in a minute than videos do.
+      "contexts": {"I": 0.2, "II": 0.5, "III": 0.3, "IV": 0.0},
       "animating_contexts": {"I": 0.5, "II": 0.0, "III": 0.0, "IV": 0.5},
       "num_clips": {"4": 1.0},
       "reverse_probability": 0.0,
@@ -65,5 +65,5 @@ def tiny() -> ml_collections.ConfigDict:
   config.checkpoint = ml_collections.ConfigDict({"every_steps": 200, "keep": 2})
 
   # After training: sentences a task and context on held-out photographs, sampled in so many steps.
-  config.eval = ml_collections.ConfigDict({"sentences_per_case": 8, "num_inference_steps": 10, "seed": 1})
+  config.eval = ml_collections.ConfigDict({"sentences_per_case": 8, "num_inference_steps": 4, "seed": 1})
   return config

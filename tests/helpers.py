@@ -1,6 +1,7 @@
 """What several tests need: goldens, models filled from official names, and errors as numbers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from einops import rearrange
 from flax import nnx
 from safetensors.numpy import load_file
 
-from tools.convert_weights.dit import read_parameters
+from tools.convert_weights.layout import read_parameters
 from univid_jax.models.dit import DiT, DiTConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -28,13 +29,17 @@ def relative_error(value, expected) -> float:
   return float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
 
 
-def load_dit(config: DiTConfig, weights, **options) -> DiT:
-  """A transformer with the weights of an official file."""
-  model = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0), **options))
+def load(component: str, init: Callable[[], nnx.Module], weights) -> nnx.Module:
+  """A model with the weights of an official file."""
+  model = nnx.eval_shape(init)
   leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
-  arrays = read_parameters({path: leaf.shape for path, leaf in leaves}, weights, weights.__getitem__)
+  arrays = read_parameters(component, {path: leaf.shape for path, leaf in leaves}, weights, weights.__getitem__)
   nnx.update(model, nnx.from_flat_state([(path, leaf.replace(jnp.asarray(arrays[path], leaf.dtype))) for path, leaf in leaves]))
   return model
+
+
+def load_dit(config: DiTConfig, weights, **options) -> DiT:
+  return load("dit", lambda: DiT(config, rngs=nnx.Rngs(0), **options), weights)
 
 
 def dit_config(dit) -> DiTConfig:

@@ -62,7 +62,7 @@ def swap_channels(clip: np.ndarray) -> np.ndarray:
 
 def draw_duotone(rng: np.random.Generator) -> Params:
   """A random dark colour and the light one opposite to it, as often as not in each other's place."""
-  dark = rng.uniform(0, 0.45, 3)
+  dark = rng.uniform(0, 0.3, 3)
   colors = [dark.tolist(), (1 - dark).tolist()]
   dark, light = colors if rng.random() < 0.5 else colors[::-1]
   return {"dark": dark, "light": light}

@@ -1,0 +1,127 @@
+"""The autoencoder and the encoders equal the originals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.helpers import golden, load, relative_error
+from univid_jax.models.clip import CLIPConfig, CLIPVision
+from univid_jax.models.umt5 import UMT5Config, UMT5Encoder, relative_buckets
+from univid_jax.models.vae import VAE, VAEConfig
+
+
+def frames_last(video):
+  """(1, c, t, y, x) to (t, y, x, c)."""
+  return jnp.asarray(video[0].transpose(1, 2, 3, 0))
+
+
+def count(init) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(nnx.eval_shape(init), nnx.Param)))
+
+
+class TestVAE:
+  info, io, weights = golden("vae")
+
+  def model(self, **options):
+    return load("vae", lambda: VAE(VAEConfig(dim=8), rngs=nnx.Rngs(0), **options), self.weights)
+
+  @pytest.mark.parametrize("frames", [1, 5, 9])
+  def test_equals_the_original(self, frames):
+    model = self.model()
+    latents = jax.jit(model.encode)(frames_last(self.io[f"video{frames}"]))
+    expected = frames_last(self.io[f"latent{frames}"])
+    assert latents.dtype == jnp.float32 and relative_error(latents, expected) <= 1e-4
+    assert relative_error(jax.jit(model.decode)(expected), frames_last(self.io[f"recon{frames}"])) <= 1e-4
+
+  def test_later_frames_change_nothing_before(self):
+    model = self.model()
+    video = np.random.default_rng(0).uniform(-1, 1, (13, 16, 16, 3)).astype(np.float32)
+    changed = video.copy()
+    changed[5:] = 0
+    latents, other = model.encode(video), model.encode(changed)
+    np.testing.assert_array_equal(latents[:2], other[:2])
+    assert relative_error(other[2:], latents[2:]) > 1e-2
+    np.testing.assert_array_equal(model.decode(latents)[:5], model.decode(jnp.concatenate([latents[:2], other[2:]]))[:5])
+
+  def test_bfloat16_stays_close(self):
+    video = frames_last(self.io["video5"])
+    assert 1e-6 < relative_error(self.model(dtype=jnp.bfloat16).encode(video), self.model().encode(video)) <= 2e-2
+
+  @pytest.mark.parametrize("shape, message", [((4, 16, 16, 3), "4n \\+ 1 frames, got 4; the nearest are 1 and 5"),
+                                              ((5, 20, 16, 3), "height must be a multiple of 8, got 20; the nearest are 16 and 24")])
+  def test_shapes_without_latents(self, shape, message):
+    with pytest.raises(ValueError, match=message):
+      self.model().encode(jnp.zeros(shape))
+
+  def test_memory_does_not_grow_with_the_clip(self):
+    model = self.model()
+
+    def scratch(frames):
+      compiled = jax.jit(model.encode).lower(jax.ShapeDtypeStruct((frames, 64, 64, 3), jnp.float32)).compile()
+      analysis = compiled.memory_analysis()
+      return analysis.temp_size_in_bytes - 2 * analysis.argument_size_in_bytes  # the clip itself, and its chunks
+
+    assert scratch(65) < 1.2 * scratch(17)
+
+  def test_number_of_parameters(self):
+    assert count(lambda: VAE(VAEConfig(), rngs=nnx.Rngs(0))) == 126_892_531
+
+
+class TestUMT5:
+  info, io, weights = golden("umt5")
+  config = UMT5Config(vocab_size=128, dim=48, attention_dim=48, ffn_dim=96, num_heads=4, num_layers=2)
+
+  def test_equals_the_original(self):
+    model = load("umt5", lambda: UMT5Encoder(self.config, rngs=nnx.Rngs(0)), self.weights)
+    mask = self.io["mask"].astype(bool)
+    out = model(self.io["ids"], mask)
+    assert relative_error(np.asarray(out)[mask], self.io["out"][mask]) <= 2e-5
+
+  def test_bfloat16_stays_close(self):
+    mask = self.io["mask"].astype(bool)
+    low = load("umt5", lambda: UMT5Encoder(self.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), self.weights)
+    assert 1e-6 < relative_error(np.asarray(low(self.io["ids"], mask), np.float32)[mask], self.io["out"][mask]) <= 2e-2
+
+  def test_buckets(self):
+    buckets = relative_buckets(300, 32)
+    assert buckets.min() == 0 and buckets.max() == 31
+    assert buckets[10, 10] == 0 and buckets[10, 9] == 1 and buckets[10, 11] == 17 and buckets[299, 0] == 15
+
+  def test_number_of_parameters(self):
+    assert count(lambda: UMT5Encoder(UMT5Config(), rngs=nnx.Rngs(0))) == 5_680_910_336
+
+
+class TestCLIP:
+  info, io, weights = golden("clip_vision")
+  config = CLIPConfig(image_size=28, dim=48, num_heads=4, num_layers=3)
+
+  def used(self):
+    """The last block and what follows are not part of the model."""
+    return {k: v for k, v in self.weights.items() if not k.startswith(("transformer.2.", "post_norm.")) and k != "head"}
+
+  def test_equals_the_original(self):
+    model = load("clip", lambda: CLIPVision(self.config, rngs=nnx.Rngs(0)), self.used())
+    out = model(jnp.asarray(self.io["image"].transpose(0, 2, 3, 1)))
+    assert relative_error(out, self.io["out"]) <= 2e-5
+
+  def test_bfloat16_stays_close(self):
+    model = load("clip", lambda: CLIPVision(self.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), self.used())
+    out = model(jnp.asarray(self.io["image"].transpose(0, 2, 3, 1)))
+    assert 1e-6 < relative_error(out, self.io["out"]) <= 2e-2
+
+
+class TestStrictReading:
+  info, io, weights = golden("umt5")
+
+  def read(self, weights):
+    return load("umt5", lambda: UMT5Encoder(TestUMT5.config, rngs=nnx.Rngs(0)), weights)
+
+  def test_missing_left_over_and_wrong(self):
+    with pytest.raises(ValueError, match=r"missing: norm\.weight \(there is norme\.weight\); not used: norme\.weight"):
+      self.read({("norme.weight" if k == "norm.weight" else k): v for k, v in self.weights.items()})
+    with pytest.raises(ValueError, match=r"not used: extra"):
+      self.read(self.weights | {"extra": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"wrong shape: blocks\.1\.attn\.q\.weight: \(48, 47\) where \(48, 48\)"):
+      self.read(self.weights | {"blocks.1.attn.q.weight": np.zeros((47, 48))})
