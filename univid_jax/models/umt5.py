@@ -50,7 +50,9 @@ class Block(nnx.Module):
     norm = functools.partial(RMSNorm, config.dim, eps=config.eps, param_dtype=param_dtype, rngs=rngs)
     self.num_heads = config.num_heads
     self.norm1, self.norm2 = norm(), norm()
-    self.q, self.k, self.v = (linear(config.dim, config.attention_dim, dims=("embed", "heads")) for _ in range(3))
+    # T5 does not divide logits by the root of the head's size, so they are large: queries and keys stay in float32.
+    self.q, self.k = (linear(config.dim, config.attention_dim, dims=("embed", "heads"), dtype=jnp.float32) for _ in range(2))
+    self.v = linear(config.dim, config.attention_dim, dims=("embed", "heads"))
     self.o = linear(config.attention_dim, config.dim, dims=("heads", "embed"))
     self.gate, self.fc1 = (linear(config.dim, config.ffn_dim, dims=("embed", "mlp")) for _ in range(2))
     self.fc2 = linear(config.ffn_dim, config.dim, dims=("mlp", "embed"))
@@ -59,7 +61,6 @@ class Block(nnx.Module):
   def __call__(self, x: Float[Array, "b l d"], buckets: Int[Array, "l l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
     y = self.norm1(x)
     q, k, v = (linear(y).reshape(*y.shape[:2], self.num_heads, -1) for linear in (self.q, self.k, self.v))
-    # T5 does not divide by the root of the head's size.
     logits = jnp.einsum("blhk,bnhk->bhln", q, k, preferred_element_type=jnp.float32)
     logits = logits + jnp.moveaxis(self.position[...].astype(jnp.float32)[buckets], -1, 0)
     logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
