@@ -26,7 +26,7 @@ def tiny() -> ml_collections.ConfigDict:
 
   # The transformer: Wan2.1's, with fewer and narrower layers.
   config.model = ml_collections.ConfigDict({
-      "dim": 128, "ffn_dim": 512, "num_heads": 4, "num_layers": 4, "freq_dim": 64, "text_dim": 16,
+      "dim": 128, "ffn_dim": 256, "num_heads": 4, "num_layers": 4, "freq_dim": 64, "text_dim": 16,
       # Coarse positions: 4 rows and columns, up to 8 latent frames.
       "rope_theta": 10.0, "rope_scale": 1.57,
       # Recomputing the blocks is faster on a CPU than storing what they need.

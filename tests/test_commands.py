@@ -100,7 +100,8 @@ def test_sampling_real_files(trained, tmp_path):
   done = run_command(["univid_jax.sample", *common, f"--clips={a},{a},{a}", f"--out={tmp_path / 'out.png'}"])
   assert done.returncode == 0 and read_clip(tmp_path / "out.png").frames.shape == (1, 16, 16, 3)
 
-  done = run_command(["univid_jax.sample", *common, f"--clips={a},{b},{a}", f"--out={tmp_path / 'out.npy'}", "--guidance_scale=2"])
+  done = run_command(["univid_jax.sample", *common, f"--clips={a},{b},{a}", f"--out={tmp_path / 'out.npy'}",
+                      "--guidance_scale=2"])
   assert done.returncode == 0 and np.load(tmp_path / "out.npy").shape == (5, 16, 16, 3)
 
 

@@ -103,7 +103,7 @@ class TestLoss:
     assert abs(float(losses[0, 0]) / io["losses"][0] - 1) <= 1e-5
 
   def test_packing_and_order_change_nothing(self):
-    info, io, weights = golden("training")
+    info, _, weights = golden("training")
     model = self.model(info, weights)
     rng = np.random.default_rng(0)
     lengths = [(2, 2, 2, 2), (1, 1, 1, 1), (1, 1, 2, 2)]

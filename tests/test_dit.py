@@ -92,8 +92,12 @@ def test_number_of_parameters(name, count):
   assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
 
 
-@pytest.mark.parametrize("values, word", [({"model_type": "flf2v"}, "flf2v"), ({"_class_name": "VaceWanModel"}, "Vace"),
-                                          ({"model_type": "i2v", "in_dim": 48}, "in_dim"), ({"in_dim": 48, "out_dim": 16}, "in_dim")])
+@pytest.mark.parametrize("values, word", [
+    ({"model_type": "flf2v"}, "flf2v"),
+    ({"_class_name": "VaceWanModel"}, "Vace"),
+    ({"model_type": "i2v", "in_dim": 48}, "in_dim"),
+    ({"in_dim": 48, "out_dim": 16}, "in_dim"),
+])
 def test_other_variants_are_refused_by_name(values, word):
   with pytest.raises(ValueError, match=word):
     DiTConfig.from_json({"dim": 48, "ffn_dim": 96, "num_heads": 2, "num_layers": 1, **values})
@@ -140,12 +144,12 @@ class TestPacking:
       assert relative_error(packed[self.row.segment_ids[0] == index + 1], alone) <= 1e-5
 
   def test_no_gradient_between_sentences(self):
-    def output_of(segment, tokens):
+    def output_of(tokens, segment):
       out = self.model(tokens, self.timesteps, self.row)[0]
       return jnp.sum(jnp.where((self.row.segment_ids[0] == segment)[:, None], out, 0) ** 2)
 
     for segment in (1, 2, 3):
-      gradient = jax.grad(lambda tokens: output_of(segment, tokens))(jnp.asarray(self.row.tokens))[0]
+      gradient = jax.grad(output_of)(jnp.asarray(self.row.tokens), segment)[0]
       inside = self.row.segment_ids[0] == segment
       assert np.all(np.asarray(gradient)[~inside] == 0)
       assert np.all(np.any(np.asarray(gradient)[inside] != 0, axis=-1))

@@ -49,8 +49,10 @@ class TestVAE:
     video = frames_last(self.io["video5"])
     assert 1e-6 < relative_error(self.model(dtype=jnp.bfloat16).encode(video), self.model().encode(video)) <= 2e-2
 
-  @pytest.mark.parametrize("shape, message", [((4, 16, 16, 3), "4n \\+ 1 frames, got 4; the nearest are 1 and 5"),
-                                              ((5, 20, 16, 3), "height must be a multiple of 8, got 20; the nearest are 16 and 24")])
+  @pytest.mark.parametrize("shape, message", [
+      ((4, 16, 16, 3), "4n \\+ 1 frames, got 4; the nearest are 1 and 5"),
+      ((5, 20, 16, 3), "height must be a multiple of 8, got 20; the nearest are 16 and 24"),
+  ])
   def test_shapes_without_latents(self, shape, message):
     with pytest.raises(ValueError, match=message):
       self.model().encode(jnp.zeros(shape))

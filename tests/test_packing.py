@@ -6,8 +6,16 @@ import pytest
 
 from univid_jax import build
 from univid_jax.data.loader import make_loader
-from univid_jax.data.packing import (RowShape, pack, pack_rows, patchify, segment_intervals, sentence_features, target_tokens,
-                                     unpatchify)
+from univid_jax.data.packing import (
+  RowShape,
+  pack,
+  pack_rows,
+  patchify,
+  segment_intervals,
+  sentence_features,
+  target_tokens,
+  unpatchify,
+)
 from univid_jax.types import Role, Sentence
 
 PATCH = (1, 2, 2)

@@ -19,7 +19,7 @@ def test_patterns(context, num_clips, lengths):
 
 @pytest.mark.parametrize("context, num_clips", [("V", 4), ("I", 5), ("I", 2)])
 def test_patterns_that_are_none(context, num_clips):
-  with pytest.raises(ValueError, match="unknown context|4, 6, 8"):
+  with pytest.raises(ValueError, match=r"unknown context|4, 6, 8"):
     video_pattern(context, num_clips)
 
 
@@ -79,7 +79,7 @@ def test_camera_movement_never_shows_what_is_outside():
 
 class TestComputedSentences:
   def source(self, **options):
-    defaults = dict(clips=[PhotoSource.bundled("train")], tasks={name: 1.0 for name in TASKS}, num_frames=5, size=(16, 16),
+    defaults = dict(clips=[PhotoSource.bundled("train")], tasks=dict.fromkeys(TASKS, 1.0), num_frames=5, size=(16, 16),
                     num_sentences=100, seed=3)
     return ComputedSentences(**defaults | options)
 

@@ -46,7 +46,8 @@ def check(config: Config) -> None:
   latent_frames, pixels = 1 + (data["num_frames"] - 1) // 4, 2 * config["codec"]["spatial_stride"]
   longest = 4 * latent_frames * (data["height"] // pixels) * (data["width"] // pixels)
   if longest > config["rows"]["num_tokens"]:
-    raise ValueError(f"a sentence of context I has {longest} tokens, config.rows.num_tokens is only {config['rows']['num_tokens']}")
+    raise ValueError(f"a sentence of context I has {longest} tokens, config.rows.num_tokens is only "
+                     f"{config['rows']['num_tokens']}")
 
 
 def codec(config: Config) -> DCTCodec:
@@ -85,7 +86,8 @@ def sentences(config: Config, split: str, *, seed: int, workdir: str = "") -> Co
   data = config["data"]
   clips = [PhotoSource.bundled(split)]
   if data["folder"] and split == "train":
-    clips.append(FolderSource.open(data["folder"], cache=os.path.join(workdir, "clips"), side=4 * max(data["height"], data["width"])))
+    side = 4 * max(data["height"], data["width"])
+    clips.append(FolderSource.open(data["folder"], cache=os.path.join(workdir, "clips"), side=side))
   return ComputedSentences(
       clips=clips,
       tasks=dict(data["tasks"]),

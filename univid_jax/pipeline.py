@@ -22,7 +22,7 @@ from univid_jax import build
 from univid_jax.data.packing import RowShape, pack, pack_rows, patchify, sentence_features, target_tokens, unpatchify
 from univid_jax.diffusion.solvers import euler, velocity_fn
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.parallel.sharding import BATCH, parameter_shardings, shard_batch
+from univid_jax.parallel.sharding import parameter_shardings, shard_batch
 from univid_jax.training.checkpoint import CONFIG_FILE, Checkpointer
 from univid_jax.types import PackedRow, Sentence, latent_shape, reference_roles
 
@@ -131,7 +131,8 @@ class Pipeline:
     sentence = Sentence(clips=encoded, roles=reference_roles(len(encoded)))
 
     def row_for(text, embeds):
-      return _single_row(self._sentence_features(sentence, self._features.embed_prompt(text) if embeds is None else np.asarray(embeds)))
+      embeds = self._features.embed_prompt(text) if embeds is None else np.asarray(embeds)
+      return _single_row(self._sentence_features(sentence, embeds))
 
     row = row_for(prompt, prompt_embeds)
     negative = None if guidance_scale == 1.0 else row_for(negative_prompt, negative_prompt_embeds)
@@ -159,7 +160,8 @@ class Pipeline:
     batch = self.config["rows"]["per_batch"]
     tokens = []
     for start in range(0, len(noise), batch):
-      piece, piece_noise = jax.tree.map(lambda x: _padded(x[start:start + batch], batch), (row, noise))
+      part = functools.partial(_part, start=start, length=batch)
+      piece, piece_noise = jax.tree.map(part, (row, noise))
       with self.mesh:
         out = self._solve(self._params, *shard_batch((piece, None, piece_noise), self.mesh), sigmas, jnp.float32(1.0))
       tokens.append(np.asarray(out))
@@ -234,5 +236,7 @@ def _single_row(features) -> PackedRow:
   return dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
 
 
-def _padded(x: np.ndarray, length: int) -> np.ndarray:
+def _part(x: np.ndarray, *, start: int, length: int) -> np.ndarray:
+  """Rows from start on, filled up to length with zeros."""
+  x = x[start:start + length]
   return np.pad(x, [(0, length - len(x))] + [(0, 0)] * (x.ndim - 1))

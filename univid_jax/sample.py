@@ -11,9 +11,9 @@ from univid_jax import cli
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a training run.", required=True)
 CLIPS = flags.DEFINE_list("clips", None, "The context in order: A, A', B (or any odd number of clips).", required=True)
-OUT = flags.DEFINE_string("out", None, "Where the painted clip goes: .png for an image, .mp4 for a video, or .npy.", required=True)
+OUT = flags.DEFINE_string("out", None, "Where the painted clip goes: .png (an image), .mp4 (a video) or .npy.", required=True)
 PROMPT = flags.DEFINE_string("prompt", "", "The text of the sentence.")
-NUM_FRAMES = flags.DEFINE_integer("num_frames", None, "Frames to paint, 4n + 1; inferred from the clips by default.", lower_bound=1)
+NUM_FRAMES = flags.DEFINE_integer("num_frames", None, "Frames to paint, 4n + 1; inferred by default.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 50, "Steps of the sampler.", lower_bound=1)
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 1.0, "Classifier-free guidance; 1 is none.")
 SHIFT = flags.DEFINE_float("shift", 5.0, "Shift of the noise levels toward noise.", lower_bound=0.0)

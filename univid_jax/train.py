@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from univid_jax import cli
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/video_tasks.py", "Config file, with :PRESET after it for one of its presets.")
+CONFIG = config_flags.DEFINE_config_file("config", "configs/video_tasks.py", "Config file; :PRESET after it chooses a preset.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and results; runs/NAME by default.")
 
 # Examples of each task and context that grid.png shows.

@@ -110,5 +110,6 @@ def latent_shape(shape: tuple[int, ...], *, temporal_stride: int, spatial_stride
     if side < 1 or side % spatial_stride:
       below = side // spatial_stride * spatial_stride
       near = [n for n in (below, below + spatial_stride) if n > 0]
-      raise ValueError(f"the {name} must be a multiple of {spatial_stride}, got {side}; the nearest are {' and '.join(map(str, near))}")
+      raise ValueError(f"the {name} must be a multiple of {spatial_stride}, got {side}; the nearest are "
+                       f"{' and '.join(map(str, near))}")
   return 1 + (frames - 1) // temporal_stride, height // spatial_stride, width // spatial_stride

@@ -8,7 +8,6 @@ import numpy as np
 from tools.convert_weights.names import Path, original_name
 
 
-
 def from_original(path: Path, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """A tensor of the official layout as a parameter of a shape (of one layer).
 

@@ -243,7 +243,8 @@ class ComputedSentences:
       target = to_uint8(spec.apply(clip.astype(np.float32) / 255, **params, **length))
       pairs.append((clip, target))
     reverse = spec.reversible and rng.random() < self.reverse_probability
-    return make_sentence(pairs, reverse=reverse, prompt=prompt_for(spec.prompt_name, self.prompt_style), task=task, context=context)
+    prompt = prompt_for(spec.prompt_name, self.prompt_style)
+    return make_sentence(pairs, reverse=reverse, prompt=prompt, task=task, context=context)
 
   def _different_clips(self, rng, count: int):
     everything = self._all_clips

@@ -68,7 +68,8 @@ def read_clip(path: str | os.PathLike, *, max_frames: int | None = None, short_s
   return LoadedClip(np.stack(list(frames)), fps)
 
 
-def iterate_video(path: str | os.PathLike, *, max_frames: int | None = None, short_side: int | None = None) -> Iterator[np.ndarray]:
+def iterate_video(path: str | os.PathLike, *, max_frames: int | None = None,
+                  short_side: int | None = None) -> Iterator[np.ndarray]:
   """Decodes a video frame by frame, turned as its metadata says: uint8 (H, W, 3)."""
   with av.open(str(path)) as container:
     if not container.streams.video:

@@ -56,7 +56,8 @@ class Block(nnx.Module):
     self.o = linear(config.attention_dim, config.dim, dims=("heads", "embed"))
     self.gate, self.fc1 = (linear(config.dim, config.ffn_dim, dims=("embed", "mlp")) for _ in range(2))
     self.fc2 = linear(config.ffn_dim, config.dim, dims=("mlp", "embed"))
-    self.position = param(rngs, jax.nn.initializers.normal(0.02), (config.num_buckets, config.num_heads), param_dtype, (None, "heads"))
+    self.position = param(rngs, jax.nn.initializers.normal(0.02), (config.num_buckets, config.num_heads), param_dtype,
+                          (None, "heads"))
 
   def __call__(self, x: Float[Array, "b l d"], buckets: Int[Array, "l l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
     y = self.norm1(x)
@@ -82,7 +83,8 @@ class UMT5Encoder(nnx.Module):
 
   def __init__(self, config: UMT5Config, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
     self.config, self.dtype = config, dtype
-    self.token_embedding = param(rngs, jax.nn.initializers.normal(1.0), (config.vocab_size, config.dim), param_dtype, ("vocab", "embed"))
+    self.token_embedding = param(rngs, jax.nn.initializers.normal(1.0), (config.vocab_size, config.dim), param_dtype,
+                                 ("vocab", "embed"))
     block = functools.partial(Block, config, dtype=dtype, param_dtype=param_dtype)
     self.blocks = nnx.vmap(lambda rngs: block(rngs=rngs))(rngs.split(config.num_layers))
     self.norm = RMSNorm(config.dim, eps=config.eps, param_dtype=param_dtype, rngs=rngs)

@@ -6,6 +6,7 @@ it is one program: the first chunk, then a scan over the others.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -188,7 +189,7 @@ class Encoder(nnx.Module):
     dims = [config.dim * m for m in (1, *config.dim_mult)]
     self.conv1 = CausalConv(3, dims[0], **options)
     layers: list[nnx.Module] = []
-    for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:])):
+    for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
       layers += [ResidualBlock(in_dim if i == 0 else out_dim, out_dim, **options) for i in range(config.num_res_blocks)]
       if level < len(config.dim_mult) - 1:
         layers.append(Downsample(out_dim, temporal=config.temporal_downsample[level], **options))
@@ -214,7 +215,7 @@ class Decoder(nnx.Module):
     self.conv1 = CausalConv(config.latent_channels, dims[0], **options)
     self.middle = nnx.List(middle_layers(dims[0], **options))
     layers: list[nnx.Module] = []
-    for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:])):
+    for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
       # The upsampling before this level halved the channels.
       in_dim = in_dim // 2 if level else in_dim
       layers += [ResidualBlock(in_dim if i == 0 else out_dim, out_dim, **options) for i in range(config.num_res_blocks + 1)]

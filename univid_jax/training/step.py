@@ -17,7 +17,6 @@ from univid_jax.diffusion.loss import draw_noise, sentence_losses
 from univid_jax.parallel.sharding import parameter_shardings
 from univid_jax.types import PackedRow
 
-
 Params = Mapping[str, Any]  # nested dicts of arrays, by the names of a model's modules
 
 

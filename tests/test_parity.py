@@ -1,0 +1,101 @@
+"""Against diffusers and transformers themselves, on configurations drawn anew each run. Needs the extra `parity`."""
+
+import os
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.helpers import load, load_dit, relative_error
+from tests.test_dit import PATCH, row_of
+from tools.convert_weights.names import name_from_diffusers
+from univid_jax.data.packing import patchify, unpatchify
+from univid_jax.models.dit import DiTConfig
+from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
+from univid_jax.models.vae import LATENT_MEAN, LATENT_STD, VAE, VAEConfig
+
+torch = pytest.importorskip("torch", reason="needs the extra `parity`")
+diffusers = pytest.importorskip("diffusers", reason="needs the extra `parity`")
+transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
+
+
+@pytest.fixture
+def rng():
+  seed = int.from_bytes(os.urandom(4), "little")
+  print(f"seed {seed}")  # shown by pytest when the test fails
+  torch.manual_seed(seed)
+  return np.random.default_rng(seed)
+
+
+def shake(module):
+  """Random values for all parameters: fresh modules hold zeros and ones that hide mistakes."""
+  with torch.no_grad():
+    for parameter in module.parameters():
+      parameter.add_(0.05 * torch.randn_like(parameter))
+  return module.eval()
+
+
+def official_weights(component, module, **options):
+  return {name_from_diffusers(component, name, **options): value.numpy() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_transformer(rng, kind):
+  heads, head_dim = int(rng.integers(1, 5)), 2 * int(rng.integers(6, 17))
+  layers, text_dim = int(rng.integers(1, 4)), int(rng.integers(8, 40))
+  ffn, freq = int(rng.integers(20, 90)), 2 * int(rng.integers(8, 33))
+  image = dict(image_dim=40, added_kv_proj_dim=heads * head_dim) if kind == "i2v" else {}
+  in_dim = 36 if kind == "i2v" else 16
+  theirs = shake(diffusers.WanTransformer3DModel(
+      patch_size=PATCH, num_attention_heads=heads, attention_head_dim=head_dim, in_channels=in_dim, out_channels=16,
+      text_dim=text_dim, freq_dim=freq, ffn_dim=ffn, num_layers=layers, cross_attn_norm=True,
+      qk_norm="rms_norm_across_heads", eps=1e-6, **image))
+  config = DiTConfig(dim=heads * head_dim, ffn_dim=ffn, num_heads=heads, num_layers=layers, freq_dim=freq, text_dim=text_dim,
+                     model_type=kind, in_dim=in_dim, image_dim=40)
+  ours = load_dit(config, official_weights("dit", theirs))
+
+  shape = (int(rng.integers(1, 5)), 2 * int(rng.integers(1, 5)), 2 * int(rng.integers(1, 5)))
+  x = rng.normal(size=(16, *shape)).astype(np.float32)
+  context = rng.normal(size=(int(rng.integers(0, 30)), text_dim)).astype(np.float32)
+  t = rng.uniform(0, 1000, 1).astype(np.float32)
+  padded = np.pad(context, [(0, 512 - len(context)), (0, 0)])
+  hidden, given, conditions = x, {}, {}
+  if kind == "i2v":
+    y, features = rng.normal(size=(20, *shape)).astype(np.float32), rng.normal(size=(1, 257, 40)).astype(np.float32)
+    hidden, given = np.concatenate([x, y]), {"encoder_hidden_states_image": torch.from_numpy(features)}
+    conditions = {"condition": patchify(np.moveaxis(y, 0, -1), PATCH)[None], "image_features": features}
+  with torch.no_grad():
+    inputs = [torch.from_numpy(array) for array in (hidden[None], t, padded[None])]
+    expected = theirs(*inputs, return_dict=False, **given)[0]
+  row = row_of(x, context)
+  out = unpatchify(np.asarray(ours(row.tokens, t[None], row, **conditions))[0], shape, PATCH)
+  assert relative_error(out, np.moveaxis(expected[0].numpy(), 0, -1)) <= 2e-5
+
+
+def test_autoencoder(rng):
+  dim = 4 * int(rng.integers(1, 4))
+  theirs = shake(diffusers.AutoencoderKLWan(base_dim=dim, z_dim=16))
+  ours = load("vae", lambda: VAE(VAEConfig(dim=dim), rngs=nnx.Rngs(0)), official_weights("vae", theirs))
+  frames, height, width = 4 * int(rng.integers(0, 4)) + 1, 8 * int(rng.integers(1, 5)), 8 * int(rng.integers(1, 5))
+  video = rng.uniform(-1, 1, (frames, height, width, 3)).astype(np.float32)
+  with torch.no_grad():
+    mean = theirs.encode(torch.from_numpy(np.moveaxis(video, -1, 0))[None]).latent_dist.mode()
+    decoded = theirs.decode(mean, return_dict=False)[0]
+  latents = (np.moveaxis(mean[0].numpy(), 0, -1) - np.array(LATENT_MEAN)) / np.array(LATENT_STD)
+  assert relative_error(ours.encode(video), latents) <= 1e-4
+  ours_decoded = np.clip(ours.decode(latents.astype(np.float32)), -1, 1)
+  assert relative_error(ours_decoded, np.moveaxis(decoded[0].numpy(), 0, -1)) <= 1e-4
+
+
+def test_text_encoder(rng):
+  heads, head_dim, layers = int(rng.integers(1, 5)), int(rng.integers(4, 17)), int(rng.integers(1, 4))
+  dim, ffn = int(rng.integers(16, 64)), int(rng.integers(16, 99))
+  theirs = shake(transformers.UMT5EncoderModel(transformers.UMT5Config(
+      vocab_size=99, d_model=dim, d_kv=head_dim, d_ff=ffn, num_layers=layers, num_heads=heads, dropout_rate=0.0)))
+  config = UMT5Config(vocab_size=99, dim=dim, attention_dim=heads * head_dim, ffn_dim=ffn, num_heads=heads, num_layers=layers)
+  ours = load("umt5", lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)), official_weights("umt5", theirs))
+  ids, length = rng.integers(0, 99, (2, 200)), int(rng.integers(1, 200))
+  mask = np.arange(200) < np.array([[length], [200]])
+  with torch.no_grad():
+    expected = theirs(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask.astype(np.int64))).last_hidden_state.numpy()
+  assert relative_error(np.asarray(ours(ids, mask))[mask], expected[mask]) <= 2e-5
