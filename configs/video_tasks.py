@@ -21,7 +21,7 @@ def tiny() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.name = "tiny"
   config.seed = 0
-  config.num_steps = 1000
+  config.num_steps = 1500
   config.log_every = 20
 
   # The transformer: Wan2.1's, with fewer and narrower layers.
@@ -41,7 +41,7 @@ def tiny() -> ml_collections.ConfigDict:
       "folder": "",
       "height": 32, "width": 32, "num_frames": 5,
       # How often each task is drawn.
-      "tasks": {"invert": 1.0, "swap_channels": 1.0, "duotone": 1.0, "camera_movement": 0.5},
+      "tasks": {"invert": 1.0, "invert_brightness": 1.0, "swap_channels": 1.0, "duotone": 1.0, "camera_movement": 0.7},
       # How often each context is drawn; tasks that make a video of an image (camera movement) have weights of their own.
       # The paper has 0.3, 0.3 and 0.4; images teach more in a minute than videos do.
       "contexts": {"I": 0.2, "II": 0.5, "III": 0.3, "IV": 0.0},
@@ -62,8 +62,8 @@ def tiny() -> ml_collections.ConfigDict:
   })
   config.ema_decay = 0.98
   config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
-  config.checkpoint = ml_collections.ConfigDict({"every_steps": 200, "keep": 2})
+  config.checkpoint = ml_collections.ConfigDict({"every_steps": 250, "keep": 2})
 
   # After training: sentences a task and context on held-out photographs, sampled in so many steps.
-  config.eval = ml_collections.ConfigDict({"sentences_per_case": 8, "num_inference_steps": 4, "seed": 1})
+  config.eval = ml_collections.ConfigDict({"sentences_per_case": 32, "num_inference_steps": 2, "seed": 1})
   return config

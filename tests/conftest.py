@@ -18,7 +18,7 @@ def tiny_config():
 
   config = get_config()
   config.update({"num_steps": 4, "log_every": 1})
-  config.model.update({"dim": 32, "ffn_dim": 32, "num_layers": 2, "freq_dim": 16, "text_dim": 8})
+  config.model.update({"dim": 32, "ffn_dim": 64, "num_layers": 2, "freq_dim": 16, "text_dim": 8})
   config.data.update({"height": 16, "width": 16})
   config.rows.update({"num_tokens": 48, "packing_bins": 8})
   config.eval.update({"sentences_per_case": 1, "num_inference_steps": 2})

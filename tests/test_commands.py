@@ -17,6 +17,7 @@ CONFIG = "--config=configs/video_tasks.py"
 @pytest.mark.parametrize("module", ["univid_jax.train", "univid_jax.sample"])
 def test_help(module):
   done = run_command([module, "--help"])
+  assert done.returncode == 0
   assert module in done.stdout + done.stderr and "--" in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
@@ -41,8 +42,8 @@ def test_wrong_arguments_of_train(tmp_path, arguments, message):
   done = run_command(["univid_jax.train", *arguments, *workdir])
   assert done.returncode not in (0, -6, -11)
   assert "Traceback" not in done.stderr
-  last = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("Pass --help")][-1]
-  assert message in last, done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert last.startswith("error: ") and message in last, done.stderr
 
 
 def test_folders_that_hold_no_clip(tmp_path):
@@ -54,7 +55,8 @@ def test_folders_that_hold_no_clip(tmp_path):
   (tmp_path / "broken" / "bad.mp4").write_bytes(b"nonsense")
   for name, message in (("empty", "no images or videos in"), ("texts", "no images or videos in"), ("broken", "bad.mp4")):
     done = run_command(["univid_jax.train", CONFIG, f"--config.data.folder={tmp_path / name}", f"--workdir={tmp_path / 'run'}"])
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr.splitlines()[-1]
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: ") and message in last
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def test_sampling_real_files(trained, tmp_path):
     (["--clips={a},{a},{a}", "--num_frames=4"], "4n + 1 frames, got 4; the nearest are 1 and 5"),
     (["--clips={a},{a},{a}", "--num_frames=5"], "is an image, but there are 5 frames"),
     (["--clips={a},{a},{a}", "--checkpoint={root}"], "not the workdir of a training run"),
-    (["--clips={a},{a},{a}", "--prompt=paint it black"], "no text encoder"),
+    (["--clips={a},{a},{a}", "--prompt=paint it black"], "a prompt needs a text encoder"),
 ])
 def test_wrong_arguments_of_sample(trained, tmp_path, arguments, message):
   root, _ = trained

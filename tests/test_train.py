@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from univid_jax import build
 from univid_jax.data.loader import make_loader
@@ -59,9 +60,9 @@ def test_parameters_lie_where_their_names_say(tiny_config):
   mesh = make_mesh({"fsdp": 4, "tensor": 2})
   shardings = parameter_shardings(nnx.eval_shape(lambda: build.model(tiny_config)), mesh)
   block = shardings["blocks"]
-  assert block["self_attn"]["q"]["kernel"].spec == (None, "fsdp", "tensor")
-  assert block["self_attn"]["o"]["kernel"].spec == (None, "tensor", "fsdp")
-  assert block["ffn"]["down"]["bias"].spec == (None, "fsdp")
+  assert block["self_attn"]["q"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
+  assert block["self_attn"]["o"]["kernel"].spec == PartitionSpec(None, "tensor", "fsdp")
+  assert block["ffn"]["down"]["bias"].spec == PartitionSpec(None, "fsdp")
 
 
 @pytest.mark.parametrize("sizes, count, shape", [({"data": -1}, 8, (8, 1, 1, 1)), ({"data": -1, "tensor": 4}, 8, (2, 1, 4, 1))])

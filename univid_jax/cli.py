@@ -23,10 +23,16 @@ def run(main: Callable[[], None]) -> None:
 
 def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
   try:
-    return app.parse_flags_with_usage(list(argv))
+    return flags.FLAGS(list(argv))
+  except flags.Error as error:
+    # A config file that fails is reported with its traceback; the reason stands last.
+    _complain(UserError(str(error).strip().splitlines()[-1]))
   except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
     _complain(error)
-    sys.exit(2)
+  except SystemExit:
+    # How absl ends --help, with a code that says failure.
+    sys.exit(0)
+  sys.exit(2)
 
 
 def _guarded(main: Callable[[], None], argv: Sequence[str]) -> None:

@@ -55,6 +55,11 @@ def invert(clip: np.ndarray) -> np.ndarray:
   return 1 - clip
 
 
+def invert_brightness(clip: np.ndarray) -> np.ndarray:
+  """Dark becomes light and light dark; hues stay, as far as there is room for them."""
+  return np.clip(clip + 1 - 2 * clip.mean(axis=-1, keepdims=True), 0, 1)
+
+
 def swap_channels(clip: np.ndarray) -> np.ndarray:
   """Red becomes blue and blue red."""
   return clip[..., ::-1]
@@ -101,9 +106,9 @@ def scribble(clip: np.ndarray, *, paper, ink) -> np.ndarray:
 
 
 def draw_camera_movement(rng: np.random.Generator) -> Params:
-  """A zoom to 1.1 to 1.4, turned by up to 10 degrees and shifted by up to what the zoom leaves free."""
-  zoom = float(rng.uniform(1.1, 1.4))
-  return {"zoom": zoom, "angle": float(rng.uniform(-10, 10)), "shift": rng.uniform(-1, 1, 2).tolist()}
+  """A zoom to 1.2 to 1.6, turned by up to 15 degrees and shifted by up to what the zoom leaves free."""
+  zoom = float(rng.uniform(1.2, 1.6))
+  return {"zoom": zoom, "angle": float(rng.uniform(-15, 15)), "shift": rng.uniform(-1, 1, 2).tolist()}
 
 
 def camera_movement(clip: np.ndarray, *, zoom: float, angle: float, shift, num_frames: int | None = None) -> np.ndarray:
@@ -134,6 +139,7 @@ def camera_movement(clip: np.ndarray, *, zoom: float, angle: float, shift, num_f
 TASKS: Mapping[str, Task] = {
     "greyscale": Task(draw=no_params, apply=greyscale, prompt_name="greyscale version"),
     "invert": Task(draw=no_params, apply=invert, prompt_name="negative"),
+    "invert_brightness": Task(draw=no_params, apply=invert_brightness, prompt_name="version with its brightness inverted"),
     "swap_channels": Task(draw=no_params, apply=swap_channels, prompt_name="version with red and blue swapped"),
     "duotone": Task(draw=draw_duotone, apply=duotone, prompt_name="duotone version"),
     "low_light": Task(draw=draw_low_light, apply=low_light, prompt_name="low-light version"),

@@ -24,8 +24,8 @@ from univid_jax.training.optimizer import make_optimizer
 from univid_jax.training.step import StateSpec, make_train_step
 from univid_jax.training.writer import MetricsWriter
 
-# What may differ between a run and its continuation: how long, how often, and where on which machine.
-MAY_CHANGE = ("log_every", "checkpoint", "mesh", "eval")
+# What may differ between a run and its continuation: how often it reports and saves, and where it runs.
+MAY_CHANGE = ("log_every", "checkpoint", "mesh", "eval", "version")
 
 
 class Interrupted(Exception):
@@ -55,7 +55,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     FloatingPointError: the loss is not finite; the last checkpoint is from before.
     Interrupted: SIGTERM or Ctrl-C came; the state is saved.
   """
-  values = _open_workdir(config, workdir)
+  build.check(config)
+  Path(workdir).mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
   rows_divide(config.rows.per_batch, mesh)
   optimizer = make_optimizer(config.optimizer, config.num_steps)
@@ -66,17 +67,19 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
       process_index=jax.process_index(), process_count=jax.process_count(), num_packing_bins=config.rows.packing_bins)
   step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed)
 
+  values = _plain({**config.to_dict(), "version": univid_jax.__version__})
   checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
   if checkpointer.latest_step is None:
     state = spec.create()
   else:
+    check_same_run(workdir, read_config(workdir), values)
     state = checkpointer.restore(spec.abstract, loader)
     print(f"resuming {workdir} at step {int(state.step)} of {config.num_steps}")
+  write_config(workdir, values)
   start, started = int(state.step), time.monotonic()
   writer = MetricsWriter(workdir, start_step=start) if jax.process_index() == 0 else None
   try:
-    with mesh, stop_on_signal() as stop:
-      bar = tqdm(total=config.num_steps, initial=start, desc="train", unit="step", smoothing=0.05, dynamic_ncols=True)
+    with mesh, stop_on_signal() as stop, progress_bar(start, config.num_steps) as bar:
       pending: list[dict[str, Any]] = []
       for step in range(start + 1, config.num_steps + 1):
         state, metrics = step_fn(state, shard_batch(next(loader), mesh))
@@ -94,7 +97,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
           checkpointer.wait()
           raise Interrupted(f"stopped by {stop.name} at step {step} of {config.num_steps}, saved; "
                             "run the same command to go on")
-      bar.close()
       checkpointer.wait()
   finally:
     loader.close()
@@ -112,20 +114,30 @@ def rows_divide(rows: int, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(f"config.rows.per_batch = {rows} does not divide over data x fsdp = {shards} devices")
 
 
-def _open_workdir(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
-  """Checks the config against the run that the workdir holds, if any, and keeps it there."""
-  build.check(config)
-  Path(workdir).mkdir(parents=True, exist_ok=True)
-  values = _plain({**config.to_dict(), "version": univid_jax.__version__})
-  previous = read_config(workdir)
-  if previous is not None:
-    changed = sorted(key for key in values if key not in MAY_CHANGE and values[key] != previous.get(key))
-    if changed:
-      key = changed[0]
-      raise ValueError(f"{workdir} holds a run with {key} = {previous.get(key)}, not {values[key]}: give the same config, or "
+def progress_bar(start: int, total: int) -> tqdm:
+  return tqdm(total=total, initial=start, desc="train", unit="step", smoothing=0.05, dynamic_ncols=True, mininterval=0.5)
+
+
+def check_same_run(workdir: str, previous: dict[str, Any] | None, values: dict[str, Any]) -> None:
+  """Refuses to go on with a run under another config.
+
+  Raises:
+    ValueError: names the first key that differs.
+  """
+  before, now = (dict(_leaves({k: v for k, v in (x or {}).items() if k not in MAY_CHANGE})) for x in (previous, values))
+  for key in sorted(now.keys() | before.keys()):
+    if before.get(key) != now.get(key):
+      raise ValueError(f"{workdir} holds a run with {key} = {before.get(key)!r}, not {now.get(key)!r}: give the same config, or "
                        "another --workdir")
-  write_config(workdir, values)
-  return values
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+  """The values of nested dicts under dotted names."""
+  if not isinstance(value, dict):
+    yield name, value
+    return
+  for key, item in value.items():
+    yield from _leaves(item, f"{name}.{key}" if name else key)
 
 
 def _plain(value: Any) -> Any:
