@@ -85,15 +85,18 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
         state, metrics = step_fn(state, shard_batch(next(loader), mesh))
         pending.append(metrics)
         bar.update()
-        if step % config.log_every == 0 or step == config.num_steps:
+        last = step == config.num_steps
+        saves = last or stop.is_set or step % config.checkpoint.every_steps == 0
+        # Before a save as well: what is not finite must not replace the last good checkpoint.
+        if saves or step % config.log_every == 0:
           summary = _summarize(pending, step)
           bar.set_postfix(loss=f"{summary['loss']:.3f}", fill=f"{summary['fill_rate']:.0%}", refresh=False)
           if writer:
             writer.write(step, summary)
           pending.clear()
-        if step % config.checkpoint.every_steps == 0 or step == config.num_steps or stop.is_set:
+        if saves:
           checkpointer.save(state, loader)
-        if stop.is_set and step < config.num_steps:
+        if stop.is_set and not last:
           checkpointer.wait()
           raise Interrupted(f"stopped by {stop.name} at step {step} of {config.num_steps}, saved; "
                             "run the same command to go on")

@@ -1,0 +1,114 @@
+"""One forward of the full-size transformer: four image clips of 256 x 256 (1,024 tokens), random bfloat16 weights.
+
+  python -m benchmarks.dit_forward [--against=torch] [--variant=wan2.1-t2v-1.3b] [--pairs=5]
+
+Each side lives in a process of its own, so that peak memory is its own; both are timed in turn, after one warm-up.
+"""
+
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+
+from absl import app, flags
+
+VARIANT = flags.DEFINE_string("variant", "wan2.1-t2v-1.3b", "A name of models.dit.PRESETS.")
+AGAINST = flags.DEFINE_enum("against", "", ["", "torch"], "The peer beside it: torch is diffusers' WanTransformer3DModel.")
+PAIRS = flags.DEFINE_integer("pairs", 5, "Timed forwards of each.", lower_bound=1)
+OUT = flags.DEFINE_string("out", "", "File for the figures as JSON.")
+
+LATENT = (16, 4, 32, 32)
+PROMPT_TOKENS = 512
+
+
+def jax_side(variant: str):
+  """A forward as a function without arguments."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from flax import nnx
+
+  from univid_jax.models.dit import PRESETS, DiT
+  from univid_jax.types import PackedRow
+
+  config = PRESETS[variant]
+
+  @jax.jit
+  def create():
+    model = DiT(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+  graph = nnx.graphdef(nnx.eval_shape(lambda: DiT(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
+  params = create()
+  _, t, y, x = LATENT
+  positions = np.stack(np.meshgrid(range(t), range(y // 2), range(x // 2), indexing="ij"), -1).reshape(1, -1, 3)
+  tokens = jnp.ones((1, positions.shape[1], 64))
+  row = PackedRow(tokens=tokens, positions=positions, segment_ids=np.ones(positions.shape[:2], np.int32),
+                  target_mask=np.ones(positions.shape[:2], bool), text=jnp.ones((1, PROMPT_TOKENS, config.text_dim)),
+                  text_counts=jnp.ones((1, PROMPT_TOKENS)))
+  forward = jax.jit(lambda params, row: nnx.merge(graph, params)(row.tokens, jnp.full((1, 1), 500.0), row))
+  return lambda: jax.block_until_ready(forward(params, row))
+
+
+def torch_side(variant: str):
+  """The same through diffusers."""
+  import diffusers
+  import torch
+
+  from univid_jax.models.dit import PRESETS
+
+  config = PRESETS[variant]
+  torch.set_default_dtype(torch.bfloat16)
+  model = diffusers.WanTransformer3DModel(
+      num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, in_channels=16, out_channels=16,
+      text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers,
+      cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=config.eps).eval()
+  inputs = torch.ones(1, *LATENT), torch.tensor([500.0]), torch.ones(1, PROMPT_TOKENS, config.text_dim)
+
+  def forward():
+    with torch.no_grad():
+      return model(*inputs, return_dict=False)
+  return forward
+
+
+def serve(side, variant, pipe) -> None:
+  """Runs one side: a forward for each message, answered with its seconds; at the end the peak memory in GiB."""
+  run = side(variant)
+  pipe.send("ready")
+  while pipe.recv():
+    start = time.perf_counter()
+    run()
+    pipe.send(time.perf_counter() - start)
+  pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def main(argv) -> None:
+  del argv
+  context = multiprocessing.get_context("spawn")
+  sides = {"jax": jax_side} | ({"torch": torch_side} if AGAINST.value else {})
+  pipes = {}
+  for name, side in sides.items():
+    pipes[name], theirs = context.Pipe()
+    context.Process(target=serve, args=(side, VARIANT.value, theirs), daemon=True).start()
+    pipes[name].recv()
+
+  seconds = {name: [] for name in sides}
+  for _ in range(1 + PAIRS.value):
+    for name, pipe in pipes.items():
+      pipe.send(True)
+      seconds[name].append(pipe.recv())
+  figures = {}
+  for name, pipe in pipes.items():
+    pipe.send(False)
+    first, *rest = seconds[name]
+    figures[name] = {"first_s": round(first, 2), "median_s": round(statistics.median(rest), 2), "peak_gib": round(pipe.recv(), 2)}
+    print(f"{name:<6} first {figures[name]['first_s']:7.2f} s   median of {len(rest)} {figures[name]['median_s']:7.2f} s   "
+          f"peak memory {figures[name]['peak_gib']:6.2f} GiB")
+  if OUT.value:
+    with open(OUT.value, "w") as file:
+      json.dump({"variant": VARIANT.value, "tokens": 1024, **figures}, file, indent=2)
+
+
+if __name__ == "__main__":
+  app.run(main)
