@@ -27,8 +27,8 @@ OPPONENT_COLORS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], 
 
 # Sides of the windows that are cut from a photograph, in pixels, and how far one drifts and grows over a video clip.
 WINDOW_RANGE = (28, 72)
-WINDOW_DRIFT = 0.08
-WINDOW_ZOOM = 0.1
+WINDOW_DRIFT = 0.05
+WINDOW_ZOOM = 0.07
 
 
 class ClipSource(Protocol):
