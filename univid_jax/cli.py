@@ -17,7 +17,7 @@ def run(main: Callable[[], None]) -> None:
 
   Errors of values and files end in one line on stderr; with `--verbosity=1` the traceback precedes it.
   """
-  logging.set_verbosity(logging.WARNING)
+  logging.set_verbosity(logging.ERROR)
   app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
 
 

@@ -201,7 +201,7 @@ def load_pipeline(checkpoint: str) -> Pipeline:
   if not (folder / CONFIG_FILE).exists():
     raise FileNotFoundError(f"no {CONFIG_FILE} in {checkpoint}: it is not the workdir of a training run")
   config = json.loads((folder / CONFIG_FILE).read_text())
-  checkpointer = Checkpointer(checkpoint)
+  checkpointer = Checkpointer(checkpoint, read_only=True)
   if checkpointer.latest_step is None:
     raise FileNotFoundError(f"no finished checkpoint in {checkpoint}")
   mesh = make_mesh({"data": 1, "fsdp": -1})

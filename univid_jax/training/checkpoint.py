@@ -20,8 +20,9 @@ class Checkpointer:
   stream of sentences).
   """
 
-  def __init__(self, workdir: str, *, keep: int = 2):
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+  def __init__(self, workdir: str, *, keep: int = 2, read_only: bool = False):
+    options = ocp.CheckpointManagerOptions(max_to_keep=None if read_only else keep, enable_async_checkpointing=True,
+                                           create=not read_only, read_only=read_only)
     self._manager = ocp.CheckpointManager(epath.Path(workdir).resolve() / "checkpoints", options=options,
                                           item_names=("model", "training", "data"))
 
