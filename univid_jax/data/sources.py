@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from univid_jax.color import OPPONENT_COLORS
 from univid_jax.data.sentences import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, make_sentence, prompt_for, video_pattern
 from univid_jax.data.tasks import TASKS
 from univid_jax.data.video import CLIP_KINDS, IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
@@ -21,9 +22,6 @@ from univid_jax.types import Sentence
 TRAIN_PHOTOS = ("astronaut.png", "brick.png", "camera.png", "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
                 "ihc.png", "moon.png", "retina.jpg", "rocket.jpg")
 HELD_OUT_PHOTOS = ("chelsea.png", "coffee.png", "motorcycle_left.png")
-
-# Brightness, red against blue, green against both: orthonormal rows.
-OPPONENT_COLORS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
 
 # Sides of the windows that are cut from a photograph, in pixels, and how far one drifts and grows over a video clip.
 WINDOW_RANGE = (28, 72)

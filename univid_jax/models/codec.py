@@ -11,10 +11,8 @@ import functools
 import numpy as np
 from scipy import fft
 
+from univid_jax.color import OPPONENT_COLORS
 from univid_jax.types import latent_shape
-
-# Brightness, red against blue, green against both: orthonormal rows.
-OPPONENT_COLORS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
 
 # Variance of a pixel's brightness coefficient at frequency 0, pixels in [-1, 1].
 DC_VARIANCE = 0.66
