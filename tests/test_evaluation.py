@@ -92,6 +92,20 @@ def test_a_batch_equals_single_samples(tiny_config):
   assert np.array_equal(one.frames, two.frames) and one.latents.shape == encoded.shape
 
 
+def test_one_step_of_sampling_is_one_velocity(tiny_config):
+  config = json.loads(tiny_config.to_json())
+  graph, params = nnx.split(build.model(config), nnx.Param)
+  pipeline = Pipeline(config, graph, nnx.to_pure_dict(params), make_mesh({}, devices=jax.devices()[:1]))
+  clips = next(s for s in held_out_sentences(config) if s.context == "III").clips
+  context = [pipeline.encode(clip) for clip in clips[:-1]]
+  noise = np.random.default_rng(0).normal(size=context[-1].shape).astype(np.float32)
+  prompt = np.zeros((0, config["model"]["text_dim"]), np.float32)
+  velocity = pipeline.predict_velocity(np.concatenate([*context, noise]), 1000.0, prompt)[-len(noise):]
+  out = pipeline.sample(clips[:-1], num_inference_steps=1, latents=noise)
+  assert np.abs(velocity).mean() > 0.1
+  np.testing.assert_allclose(out.latents, noise - velocity, atol=1e-5)
+
+
 def test_figures(tmp_path):
   plot_loss(tmp_path / "loss.png", [1, 2, 3], [3.0, 2.0, 1.0])
   image, video = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((5, 8, 8, 3), np.uint8)

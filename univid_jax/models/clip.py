@@ -12,10 +12,6 @@ from jaxtyping import Array, Float
 from univid_jax.attention.api import attention
 from univid_jax.models.layers import LayerNorm, Linear, param
 
-# Mean and deviation of the colours, in [0, 1], that the tower was trained on.
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
