@@ -11,7 +11,9 @@ import resource
 import statistics
 import time
 
-from absl import app, flags
+from absl import flags
+
+from univid_jax import cli
 
 VARIANT = flags.DEFINE_string("variant", "wan2.1-t2v-1.3b", "A name of models.dit.PRESETS.")
 AGAINST = flags.DEFINE_enum("against", "", ["", "torch"], "The peer beside it: torch is diffusers' WanTransformer3DModel.")
@@ -83,8 +85,7 @@ def serve(side, variant, pipe) -> None:
   pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
-def main(argv) -> None:
-  del argv
+def main() -> None:
   context = multiprocessing.get_context("spawn")
   sides = {"jax": jax_side} | ({"torch": torch_side} if AGAINST.value else {})
   pipes = {}
@@ -111,4 +112,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)
