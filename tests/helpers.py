@@ -10,7 +10,7 @@ from einops import rearrange
 from flax import nnx
 from safetensors.numpy import load_file
 
-from tools.convert_weights.layout import read_parameters
+from tools.convert_weights.layout import check_fills, fills, read_parameters
 from univid_jax.models.dit import DiT, DiTConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -33,13 +33,15 @@ def load(component: str, init: Callable[[], nnx.Module], weights) -> nnx.Module:
   """A model with the weights of an official file."""
   model = nnx.eval_shape(init)
   leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
-  arrays = read_parameters(component, {path: leaf.shape for path, leaf in leaves}, weights, weights.__getitem__)
+  wanted = fills(component, model.config, {path: leaf.shape for path, leaf in leaves})
+  wanted = check_fills(wanted, {name: value.shape for name, value in weights.items()})
+  arrays = read_parameters(wanted, weights.__getitem__)
   nnx.update(model, nnx.from_flat_state([(path, leaf.replace(jnp.asarray(arrays[path], leaf.dtype))) for path, leaf in leaves]))
   return model
 
 
 def load_dit(config: DiTConfig, weights, **options) -> DiT:
-  return load("dit", lambda: DiT(config, rngs=nnx.Rngs(0), **options), weights)
+  return load("transformer", lambda: DiT(config, rngs=nnx.Rngs(0), **options), weights)
 
 
 def dit_config(dit) -> DiTConfig:

@@ -76,14 +76,14 @@ class TestUMT5:
   config = UMT5Config(vocab_size=128, dim=48, attention_dim=48, ffn_dim=96, num_heads=4, num_layers=2)
 
   def test_equals_the_original(self):
-    model = load("umt5", lambda: UMT5Encoder(self.config, rngs=nnx.Rngs(0)), self.weights)
+    model = load("text_encoder", lambda: UMT5Encoder(self.config, rngs=nnx.Rngs(0)), self.weights)
     mask = self.io["mask"].astype(bool)
     out = model(self.io["ids"], mask)
     assert relative_error(np.asarray(out)[mask], self.io["out"][mask]) <= 2e-5
 
   def test_bfloat16_stays_close(self):
     mask = self.io["mask"].astype(bool)
-    low = load("umt5", lambda: UMT5Encoder(self.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), self.weights)
+    low = load("text_encoder", lambda: UMT5Encoder(self.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), self.weights)
     assert 1e-6 < relative_error(np.asarray(low(self.io["ids"], mask), np.float32)[mask], self.io["out"][mask]) <= 2e-2
 
   def test_buckets(self):
@@ -104,12 +104,12 @@ class TestCLIP:
     return {k: v for k, v in self.weights.items() if not k.startswith(("transformer.2.", "post_norm.")) and k != "head"}
 
   def test_equals_the_original(self):
-    model = load("clip", lambda: CLIPVision(self.config, rngs=nnx.Rngs(0)), self.used())
+    model = load("image_encoder", lambda: CLIPVision(self.config, rngs=nnx.Rngs(0)), self.used())
     out = model(jnp.asarray(self.io["image"].transpose(0, 2, 3, 1)))
     assert relative_error(out, self.io["out"]) <= 2e-5
 
   def test_bfloat16_stays_close(self):
-    model = load("clip", lambda: CLIPVision(self.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), self.used())
+    model = load("image_encoder", lambda: CLIPVision(self.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), self.used())
     out = model(jnp.asarray(self.io["image"].transpose(0, 2, 3, 1)))
     assert 1e-6 < relative_error(out, self.io["out"]) <= 2e-2
 
@@ -118,7 +118,7 @@ class TestStrictReading:
   info, io, weights = golden("umt5")
 
   def read(self, weights):
-    return load("umt5", lambda: UMT5Encoder(TestUMT5.config, rngs=nnx.Rngs(0)), weights)
+    return load("text_encoder", lambda: UMT5Encoder(TestUMT5.config, rngs=nnx.Rngs(0)), weights)
 
   def test_missing_left_over_and_wrong(self):
     with pytest.raises(ValueError, match=r"missing: norm\.weight \(there is norme\.weight\); not used: norme\.weight"):

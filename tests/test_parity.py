@@ -8,11 +8,11 @@ from flax import nnx
 
 from tests.helpers import load, load_dit, relative_error
 from tests.test_dit import PATCH, row_of
-from tools.convert_weights.names import name_from_diffusers
 from univid_jax.data.packing import patchify, unpatchify
 from univid_jax.models.dit import DiTConfig
 from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
 from univid_jax.models.vae import LATENT_MEAN, LATENT_STD, VAE, VAEConfig
+from univid_jax.weights.names import name_from_diffusers
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 diffusers = pytest.importorskip("diffusers", reason="needs the extra `parity`")
@@ -35,8 +35,8 @@ def shake(module):
   return module.eval()
 
 
-def official_weights(component, module, **options):
-  return {name_from_diffusers(component, name, **options): value.numpy() for name, value in module.state_dict().items()}
+def official_weights(component, module):
+  return {name_from_diffusers(component, name): value.numpy() for name, value in module.state_dict().items()}
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
@@ -52,7 +52,7 @@ def test_transformer(rng, kind):
       qk_norm="rms_norm_across_heads", eps=1e-6, **image))
   config = DiTConfig(dim=heads * head_dim, ffn_dim=ffn, num_heads=heads, num_layers=layers, freq_dim=freq, text_dim=text_dim,
                      model_type=kind, in_dim=in_dim, image_dim=40)
-  ours = load_dit(config, official_weights("dit", theirs))
+  ours = load_dit(config, official_weights("transformer", theirs))
 
   shape = (int(rng.integers(1, 5)), 2 * int(rng.integers(1, 5)), 2 * int(rng.integers(1, 5)))
   x = rng.normal(size=(16, *shape)).astype(np.float32)
@@ -93,7 +93,7 @@ def test_text_encoder(rng):
   theirs = shake(transformers.UMT5EncoderModel(transformers.UMT5Config(
       vocab_size=99, d_model=dim, d_kv=head_dim, d_ff=ffn, num_layers=layers, num_heads=heads, dropout_rate=0.0)))
   config = UMT5Config(vocab_size=99, dim=dim, attention_dim=heads * head_dim, ffn_dim=ffn, num_heads=heads, num_layers=layers)
-  ours = load("umt5", lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)), official_weights("umt5", theirs))
+  ours = load("text_encoder", lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)), official_weights("text_encoder", theirs))
   ids, length = rng.integers(0, 99, (2, 200)), int(rng.integers(1, 200))
   mask = np.arange(200) < np.array([[length], [200]])
   with torch.no_grad():

@@ -12,13 +12,15 @@ class UserError(Exception):
   """Something that the person at the keyboard can mend; its message says what."""
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], *, num_arguments: int = 0) -> None:
   """Parses the flags, runs a command and exits: 0 done, 1 failed, 2 wrong flags, 130 interrupted.
 
-  Errors of values and files end in one line on stderr; with `--verbosity=1` the traceback precedes it.
+  The command gets the words that are not flags, as many as `num_arguments` at most. Errors of values and files end in one
+  line on stderr; with `--verbosity=1` the traceback precedes it.
   """
   logging.set_verbosity(logging.ERROR)
-  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+  flags.FLAGS.set_gnu_getopt(True)  # flags may follow other words
+  app.run(lambda argv: _guarded(main, argv, num_arguments), flags_parser=_parse_flags)
 
 
 def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
@@ -35,13 +37,14 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
   sys.exit(2)
 
 
-def _guarded(main: Callable[[], None], argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    _complain(UserError(f"unexpected argument {argv[1]!r}; options look like --name=value"))
+def _guarded(main: Callable[..., None], argv: Sequence[str], num_arguments: int) -> None:
+  arguments = argv[1:]
+  if len(arguments) > num_arguments:
+    _complain(UserError(f"unexpected argument {arguments[num_arguments]!r}; options look like --name=value"))
     sys.exit(2)
   try:
-    main()
-  except (UserError, ValueError, OSError) as error:
+    main(*arguments)
+  except (UserError, ValueError, OSError, ModuleNotFoundError) as error:
     if flags.FLAGS.verbosity >= 1:
       traceback.print_exc()
     _complain(error)
