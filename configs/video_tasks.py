@@ -26,6 +26,8 @@ def tiny() -> ml_collections.ConfigDict:
 
   # The transformer: Wan2.1's, with fewer and narrower layers.
   config.model = ml_collections.ConfigDict({
+      # A published model's name instead of all numbers below.
+      "variant": "",
       "dim": 128, "ffn_dim": 256, "num_heads": 4, "num_layers": 4, "freq_dim": 64, "text_dim": 16,
       # Coarse positions: 4 rows and columns, up to 8 latent frames.
       "rope_theta": 10.0, "rope_scale": 1.57,
@@ -34,7 +36,15 @@ def tiny() -> ml_collections.ConfigDict:
       # Heads that start out looking so many latent frames back; () for the plain random start.
       "look_back": (1, 2, 4),
   })
+  # A converted checkpoint to start from; "" starts from random weights, with a codec that has none.
+  config.init_from = ""
   config.codec = ml_collections.ConfigDict({"latent_channels": 16, "spatial_stride": 4})
+  # How the autoencoder of a checkpoint cuts large frames: side of a tile in latents (0: not at all) and overlap.
+  config.vae_tiling = ml_collections.ConfigDict({"size": 0, "overlap": 8})
+  # Adapters to train instead of the whole model; rank 0: the whole model.
+  config.lora = ml_collections.ConfigDict({
+      "rank": 0, "alpha": 16.0, "targets": ("q", "k", "v", "o", "ffn.0", "ffn.2"), "dropout": 0.0, "rslora": False,
+  })
 
   config.data = ml_collections.ConfigDict({
       # A folder of your own videos and photos, in addition to the bundled photographs.
@@ -53,9 +63,13 @@ def tiny() -> ml_collections.ConfigDict:
       "num_sentences": 1_000_000,
   })
   # A row holds two sentences of context III, one each of I and II, or three of II.
-  config.rows = ml_collections.ConfigDict({"per_batch": 8, "num_tokens": 192, "num_sentences": 3, "packing_bins": 64})
+  config.rows = ml_collections.ConfigDict({
+      "per_batch": 8, "num_tokens": 192, "num_sentences": 3, "packing_bins": 64,
+      # Parts of a batch that go through the model one after another, for less memory and the same result.
+      "microbatches": 1,
+  })
 
-  config.flow = ml_collections.ConfigDict({"shift": 5.0, "stratified": True})
+  config.flow = ml_collections.ConfigDict({"shift": 5.0, "stratified": True, "objective": "univid"})
   config.optimizer = ml_collections.ConfigDict({
       "name": "muon", "learning_rate": 1e-2, "adam_learning_rate": 3e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
       "weight_decay": 0.01, "clip_norm": 1.0, "schedule": "linear", "warmup_steps": 50, "decay_fraction": 0.5,

@@ -143,7 +143,8 @@ class TestLoss:
 
   def test_noise_is_standard_and_levels_lie_on_the_grid(self):
     row = single_row(features_of([np.zeros((8, 16, 16, 16))] * 2, np.zeros((0, 8))))
-    noise, sigmas = draw_noise(jax.random.key(0), row, FlowMatching())
+    noise, levels = draw_noise(jax.random.key(0), row, FlowMatching())
+    sigmas = levels.sigmas
     assert abs(float(noise.mean())) < 0.02 and abs(float(noise.std()) - 1) < 0.02
     assert np.isin(np.asarray(sigmas), FlowMatching().training_sigmas()).all()
 

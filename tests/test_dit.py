@@ -38,7 +38,7 @@ def test_equals_the_original(name, fold):
   conditions = {}
   if name == "dit_i2v":
     conditions = {"condition": patchify(channels_last(io["y"]), PATCH)[None], "image_features": io["clip_fea"]}
-  out = model(row.tokens, jnp.asarray(io["t"])[None], row, **conditions)[0]
+  out = model(row.tokens, jnp.asarray(io["t"])[None], dataclasses.replace(row, **conditions))[0]
   expected = channels_last(io["out"])
   assert relative_error(unpatchify(np.asarray(out), expected.shape[:3], PATCH), expected) <= 2e-5
 
@@ -107,7 +107,7 @@ def test_other_variants_are_refused_by_name(values, word):
 def test_conditions_must_fit_the_model():
   info, io, weights = golden("dit_i2v")
   row = row_of(io["x"], io["context"])
-  with pytest.raises(ValueError, match="takes condition and image_features both"):
+  with pytest.raises(ValueError, match="takes rows with condition and image_features both"):
     load_dit(DiTConfig.from_json(info["config"]), weights)(row.tokens, jnp.zeros((1, 1)), row)
 
 

@@ -54,10 +54,15 @@ def test_swapped_pairs_come_from_another_task(tiny_config):
     with_swapped_pairs([s for s in sentences if s.task == "invert"], np.random.default_rng(0))
 
 
+def random_pipeline(config, mesh):
+  graph, params = nnx.split(build.model(config), nnx.Param)
+  return Pipeline(build.transformer_config(config), graph, nnx.to_pure_dict(params), encoders=build.encoders(config, mesh),
+                  mesh=mesh, run=config)
+
+
 def test_the_report_equals_a_recount(tiny_config):
   config = json.loads(tiny_config.to_json())
-  graph, params = nnx.split(build.model(config), nnx.Param)
-  pipeline = Pipeline(config, graph, nnx.to_pure_dict(params), make_mesh({"data": -1}))
+  pipeline = random_pipeline(config, make_mesh({"data": -1}))
   report, examples = evaluate(pipeline)
   assert report["seed"] == 0 and report["steps"] == 4
   assert set(report["by_task"]) == set(config["data"]["tasks"]) and set(report["by_context"]) == {"I", "II", "III", "IV"}
@@ -77,8 +82,7 @@ def test_the_report_equals_a_recount(tiny_config):
 def test_a_batch_equals_single_samples(tiny_config):
   """Packed into rows over eight devices or alone: the same picture for the same noise."""
   config = json.loads(tiny_config.to_json())
-  graph, params = nnx.split(build.model(config), nnx.Param)
-  pipeline = Pipeline(config, graph, nnx.to_pure_dict(params), make_mesh({"data": -1}))
+  pipeline = random_pipeline(config, make_mesh({"data": -1}))
   sentences = held_out_sentences(config)[:5]
   together = pipeline.sample_sentences(sentences, num_inference_steps=3, seed=7)
   alone = pipeline.sample_sentences(sentences[:1], num_inference_steps=3, seed=7)
@@ -94,8 +98,7 @@ def test_a_batch_equals_single_samples(tiny_config):
 
 def test_one_step_of_sampling_is_one_velocity(tiny_config):
   config = json.loads(tiny_config.to_json())
-  graph, params = nnx.split(build.model(config), nnx.Param)
-  pipeline = Pipeline(config, graph, nnx.to_pure_dict(params), make_mesh({}, devices=jax.devices()[:1]))
+  pipeline = random_pipeline(config, make_mesh({}, devices=jax.devices()[:1]))
   clips = next(s for s in held_out_sentences(config) if s.context == "III").clips
   context = [pipeline.encode(clip) for clip in clips[:-1]]
   noise = np.random.default_rng(0).normal(size=context[-1].shape).astype(np.float32)

@@ -29,12 +29,12 @@ def first_steps(config, mesh, count=2):
   optimizer = make_optimizer(config.optimizer, config.num_steps)
   spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=True)
   step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=0.9, seed=0)
-  loader = make_loader(build.sentences(config, "train", seed=0), build.feature_maker(config), row_shape=build.row_shape(config),
-                       rows_per_batch=8, seed=0, num_packing_bins=8)
+  loader = make_loader(build.sentences(config, "train", seed=0), build.feature_maker(config, build.encoders(config, mesh)),
+                       row_shape=build.row_shape(config), rows_per_batch=8, seed=0, num_packing_bins=8)
   state, losses = spec.create(), []
   with mesh:
     for _ in range(count):
-      state, metrics = step_fn(state, shard_batch(next(loader), mesh))
+      state, metrics = step_fn(state, {}, shard_batch(next(loader), mesh))
       losses.append(float(metrics["loss"]))
   loader.close()
   return losses, state
@@ -113,10 +113,11 @@ SMALL = ["--config=configs/video_tasks.py", "--config.model.dim=32", "--config.m
 
 def weights(workdir, config):
   optimizer = make_optimizer(config.optimizer, config.num_steps)
-  spec = StateSpec.of(lambda: build.model(config), optimizer, make_mesh({}, devices=jax.devices()[:1]), ema=True)
+  mesh = make_mesh({}, devices=jax.devices()[:1])
+  spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=True)
   checkpointer = Checkpointer(str(workdir))
-  loader = make_loader(build.sentences(config, "train", seed=0), build.feature_maker(config), row_shape=build.row_shape(config),
-                       rows_per_batch=8, seed=0)
+  loader = make_loader(build.sentences(config, "train", seed=0), build.feature_maker(config, build.encoders(config, mesh)),
+                       row_shape=build.row_shape(config), rows_per_batch=8, seed=0)
   state = checkpointer.restore(spec.abstract, loader)
   checkpointer.close()
   loader.close()

@@ -9,14 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from univid_jax.data.loader import FeatureMaker
 from univid_jax.data.packing import RowShape
 from univid_jax.data.sources import ComputedSentences, FolderSource, PhotoSource
 from univid_jax.diffusion.flow import FlowMatching
+from univid_jax.encoders import CheckpointEncoders, Encoders, PlainEncoders
 from univid_jax.models.codec import DCTCodec
-from univid_jax.models.dit import REMAT_POLICIES, DiT, DiTConfig
+from univid_jax.models.dit import PRESETS, REMAT_POLICIES, DiT, DiTConfig
 from univid_jax.models.in_context import look_back
+from univid_jax.models.lora import LoRAConfig, attach
+from univid_jax.models.vae import Tiling
+from univid_jax.weights.checkpoint import component_config, read_info
 
 Config = Mapping[str, Any]
 
@@ -50,24 +55,53 @@ def check(config: Config) -> None:
                      f"{config['rows']['num_tokens']}")
 
 
-def codec(config: Config) -> DCTCodec:
-  return DCTCodec(**config["codec"])
+def transformer_config(config: Config) -> DiTConfig:
+  """The transformer's shape: that of the checkpoint that training starts from, of a published model, or the config's own.
 
-
-def dit_config(config: Config) -> DiTConfig:
-  model = config["model"]
+  Raises:
+    ValueError: the checkpoint is not the model that the config names, or there is no such model.
+  """
+  options, variant = config["model"], config["model"].get("variant", "")
+  if variant and variant not in PRESETS:
+    raise ValueError(f"config.model.variant is one of {', '.join(PRESETS)} or empty, got {variant!r}")
+  if config["init_from"]:
+    return component_config("transformer", read_info(config["init_from"]).components["transformer"].config)
+  if variant:
+    return PRESETS[variant]
   names = {field.name for field in dataclasses.fields(DiTConfig)}
   channels = config["codec"]["latent_channels"]
-  return DiTConfig(in_dim=channels, out_dim=channels, **{name: value for name, value in model.items() if name in names})
+  return DiTConfig(in_dim=channels, out_dim=channels, **{name: value for name, value in options.items() if name in names})
 
 
-def model(config: Config, seed: int = 0) -> DiT:
-  """A model with random weights; call under `nnx.eval_shape` or `jax.jit` where they shall not all be on one device."""
+def encoders(config: Config, mesh: Mesh) -> Encoders:
+  """A codec and encoders: those of the checkpoint that training starts from, else what needs no weights."""
+  if config["init_from"]:
+    tiling = Tiling(**config["vae_tiling"]) if config["vae_tiling"]["size"] else None
+    return CheckpointEncoders(config["init_from"], mesh, dtype=jnp.dtype(config["model"]["dtype"]), tiling=tiling)
+  return PlainEncoders(DCTCodec(**config["codec"]), transformer_config(config).text_dim)
+
+
+def lora_config(config: Config) -> LoRAConfig | None:
+  """What to adapt, or None where the whole model is trained."""
+  options = dict(config["lora"])
+  return LoRAConfig(**{**options, "targets": tuple(options["targets"])}) if options["rank"] else None
+
+
+def model(config: Config, seed: int = 0, *, adapters: bool = True) -> DiT:
+  """A model with random weights; call under `nnx.eval_shape` or `jax.jit` where they shall not all be on one device.
+
+  Args:
+    config: of the run.
+    seed: of the weights.
+    adapters: whether it gets the config's LoRA.
+  """
   options = config["model"]
-  dit = DiT(dit_config(config), dtype=jnp.dtype(options["dtype"]), param_dtype=jnp.dtype(options["param_dtype"]),
+  dit = DiT(transformer_config(config), dtype=jnp.dtype(options["dtype"]), param_dtype=jnp.dtype(options["param_dtype"]),
             remat=options["remat"], rngs=nnx.Rngs(seed))
   if options["look_back"]:
     look_back(dit, options["look_back"], rng=jax.random.key(seed))
+  if adapters and (lora := lora_config(config)):
+    attach(dit, lora, rngs=nnx.Rngs(seed + 1))
   return dit
 
 
@@ -103,18 +137,12 @@ def sentences(config: Config, split: str, *, seed: int, workdir: str = "") -> Co
   )
 
 
-def feature_maker(config: Config) -> FeatureMaker:
-  """Encodes with the codec; the null prompt, the only one without a text encoder, has no tokens of its own."""
-  dit = dit_config(config)
-  encoder = codec(config)
+def feature_maker(config: Config, encoders: Encoders) -> FeatureMaker:
+  """Turns sentences of pixels into what a row holds."""
+  dit = transformer_config(config)
 
   def encode(clip: np.ndarray) -> np.ndarray:
-    return encoder.encode(clip.astype(np.float32) / 127.5 - 1)
+    return encoders.codec.encode(clip.astype(np.float32) / 127.5 - 1)
 
-  def embed_prompt(prompt: str) -> np.ndarray:
-    if prompt:
-      raise ValueError("a prompt needs a text encoder, and this model has none: use the null prompt")
-    return np.zeros((0, dit.text_dim), np.float32)
-
-  return FeatureMaker(encode=encode, embed_prompt=embed_prompt, patch_size=dit.patch_size, text_len=dit.text_len,
+  return FeatureMaker(encode=encode, embed_prompt=encoders.embed_prompt, patch_size=dit.patch_size, text_len=dit.text_len,
                       task_names=tuple(config["data"]["tasks"]))

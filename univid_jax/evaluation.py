@@ -67,7 +67,7 @@ def evaluate(pipeline: Pipeline) -> tuple[dict[str, Any], list[Example]]:
   Returns:
     The report that stands in eval.json, and the examples.
   """
-  config = pipeline.config
+  config = pipeline.run
   sentences = held_out_sentences(config)
   options = dict(num_inference_steps=config["eval"]["num_inference_steps"], seed=config["eval"]["seed"])
   painted = pipeline.sample_sentences(sentences, **options)

@@ -6,25 +6,30 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from univid_jax import build
 from univid_jax.data.packing import RowShape, pack, pack_rows, patchify, sentence_features, target_tokens, unpatchify
+from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import euler, velocity_fn
+from univid_jax.encoders import CheckpointEncoders, Encoders, i2v_condition
+from univid_jax.models.dit import DiTConfig
+from univid_jax.models.lora import LoRAConfig, LoRAParam, attach, join, linear_name, merge
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import parameter_shardings, shard_batch
-from univid_jax.training.checkpoint import CONFIG_FILE, Checkpointer
+from univid_jax.training.checkpoint import CONFIG_FILE, read_config
+from univid_jax.training.restore import restore_run
 from univid_jax.types import PackedRow, Sentence, latent_shape, reference_roles
+from univid_jax.weights.checkpoint import CHECKPOINT_FILE, component_config, is_checkpoint, read_info, restore
+from univid_jax.weights.lora import LoRAWeights, read_lora, stack_loras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,28 +44,49 @@ class Pipeline:
   """A model with all that stands around it.
 
   Args:
-    config: of the run that trained the model.
+    config: the transformer's shape.
     graph: the transformer without its parameters.
     params: its parameters, sharded over `mesh`.
+    encoders: the codec, and what embeds prompts and images.
     mesh: the devices.
+    run: the config of the run that trained the model, where there was one.
   """
 
-  def __init__(self, config: Mapping[str, Any], graph: nnx.GraphDef, params: Mapping[str, Any], mesh: Mesh):
-    self.config, self.mesh = config, mesh
+  def __init__(self, config: DiTConfig, graph: nnx.GraphDef, params: Mapping[str, Any], *, encoders: Encoders, mesh: Mesh,
+               run: Mapping[str, Any] | None = None):
+    self.config, self.encoders, self.mesh, self.run = config, encoders, mesh, run
     self._graph, self._params = graph, params
-    self._codec, self._dit = build.codec(config), build.dit_config(config)
-    self._features = build.feature_maker(config)
-    self._flow = build.flow(config)
 
   @property
   def size(self) -> tuple[int, int]:
-    """Height and width in pixels that the model was trained on."""
-    return self.config["data"]["height"], self.config["data"]["width"]
+    """Height and width in pixels that the model was trained on; the paper's where no run says."""
+    return (self.run["data"]["height"], self.run["data"]["width"]) if self.run else (480, 832)
 
   @property
   def num_frames(self) -> int:
-    """Frames of the videos that the model was trained on."""
-    return self.config["data"]["num_frames"]
+    """Frames of the videos that the model was trained on; the paper's where no run says."""
+    return self.run["data"]["num_frames"] if self.run else 17
+
+  @property
+  def _flow(self) -> FlowMatching:
+    return build.flow(self.run) if self.run else FlowMatching()
+
+  def tokenize(self, text: str) -> Int[np.ndarray, "n"]:
+    """Token ids, int32, with the end-of-text token, without padding.
+
+    Raises:
+      ValueError: the model has no tokenizer.
+    """
+    return self.encoders.tokenize(text)
+
+  def encode_prompt(self, text: str) -> Float[np.ndarray, "n d"]:
+    """The prompt's embedding, float32 (512, text_dim), zeros past the prompt.
+
+    Raises:
+      ValueError: the model has no text encoder.
+    """
+    embedding = self.encoders.embed_prompt(text)
+    return np.pad(embedding, ((0, self.config.text_len - len(embedding)), (0, 0)))
 
   def encode(self, frames: np.ndarray) -> Float[np.ndarray, "t y x c"]:
     """Clip to latents, float32.
@@ -71,27 +97,32 @@ class Pipeline:
     Raises:
       ValueError: the shape fits no latents; the message names the nearest that do.
     """
-    frames = np.asarray(frames)
-    if frames.dtype == np.uint8:
-      frames = frames.astype(np.float32) / 127.5 - 1
-    return np.asarray(self._codec.encode(frames.astype(np.float32)))
+    return np.asarray(self.encoders.codec.encode(to_float(frames)))
 
   def decode(self, latents: Float[Array, "t y x c"]) -> Float[np.ndarray, "T H W 3"]:
     """Latents to clip, float32 in [-1, 1]."""
-    return np.clip(np.asarray(self._codec.decode(np.asarray(latents, np.float32))), -1, 1)
+    return np.clip(np.asarray(self.encoders.codec.decode(np.asarray(latents, np.float32))), -1, 1)
 
-  def predict_velocity(self, latents: Float[Array, "t y x c"], timestep: float, prompt_embeds: Float[Array, "n d"]) -> np.ndarray:
-    """One call of the transformer: the velocity, float32 (t, y, x, c).
+  def predict_velocity(self, latents: Float[Array, "t y x c"], timestep: float, prompt_embeds: Float[Array, "n d"],
+                       condition: Float[Array, "t y x q"] | None = None,
+                       clip_features: Float[Array, "i e"] | None = None) -> Float[np.ndarray, "t y x c"]:
+    """One call of the transformer: the velocity, float32.
 
     Args:
       latents: of a whole sentence, clips one after another in time.
       timestep: 0 to 1000.
-      prompt_embeds: the prompt's embedding, without its padding.
+      prompt_embeds: the prompt's embedding, with or without its padding.
+      condition: I2V's mask (4 channels) and first-frame latents (16), see `encoders.i2v_condition`.
+      clip_features: I2V's CLIP features of the first frame, (257, 1280).
+
+    Raises:
+      ValueError: an I2V model without condition and features, or a T2V model with them.
     """
     sentence = Sentence(clips=(np.asarray(latents, np.float32),), roles=reference_roles(1))
-    row = _single_row(self._sentence_features(sentence, np.asarray(prompt_embeds)))
-    tokens = self._apply(self._params, row, jnp.full((1, 1), timestep, jnp.float32))
-    return np.asarray(unpatchify(np.asarray(tokens)[0], latents.shape[:3], self._dit.patch_size))
+    row = self._row(sentence, np.asarray(prompt_embeds), condition, clip_features)
+    with self.mesh:
+      tokens = self._apply(self._params, row, jnp.full((1, 1), timestep, jnp.float32))
+    return np.asarray(unpatchify(np.asarray(tokens)[0], latents.shape[:3], self.config.patch_size))
 
   def sample(self, clips: Sequence[np.ndarray], prompt: str = "", num_frames: int | None = None,
              num_inference_steps: int = 50, guidance_scale: float = 1.0, negative_prompt: str = "", shift: float = 5.0,
@@ -120,27 +151,33 @@ class Pipeline:
     if len({clip.shape[1:3] for clip in clips}) > 1:
       raise ValueError(f"all clips must have one size, got {[clip.shape[1:3] for clip in clips]}")
     num_frames = inferred_length([len(clip) for clip in clips]) if num_frames is None else num_frames
-    shape = latent_shape((num_frames, *clips[0].shape[1:3]), temporal_stride=self._codec.temporal_stride,
-                         spatial_stride=self._codec.spatial_stride)
+    shape = self._latent_shape((num_frames, *clips[0].shape[1:3]))
+    channels = self.encoders.codec.latent_channels
     if latents is None:
-      latents = jax.random.normal(jax.random.key(seed), (*shape, self._codec.latent_channels))
+      latents = jax.random.normal(jax.random.key(seed), (*shape, channels))
     elif latents.shape[:3] != shape:
       raise ValueError(f"latents of shape {latents.shape[:3]} given where the target's are {shape}")
 
-    encoded = (*(self.encode(clip) for clip in clips), np.zeros((*shape, self._codec.latent_channels), np.float32))
+    encoded = (*(self.encode(clip) for clip in clips), np.zeros((*shape, channels), np.float32))
     sentence = Sentence(clips=encoded, roles=reference_roles(len(encoded)))
+    condition = features = None
+    if self.config.model_type == "i2v":
+      first = to_float(clips[0])[0]
+      condition = i2v_condition(self.encoders.codec, first, sum(len(clip) for clip in encoded))
+      features = self.encoders.embed_image(first)
 
     def row_for(text, embeds):
-      embeds = self._features.embed_prompt(text) if embeds is None else np.asarray(embeds)
-      return _single_row(self._sentence_features(sentence, embeds))
+      embeds = self.encoders.embed_prompt(text) if embeds is None else np.asarray(embeds)
+      return self._row(sentence, embeds, condition, features)
 
     row = row_for(prompt, prompt_embeds)
     negative = None if guidance_scale == 1.0 else row_for(negative_prompt, negative_prompt_embeds)
     noise = np.zeros_like(row.tokens)
-    noise[0, row.target_mask[0]] = patchify(np.asarray(latents, np.float32), self._dit.patch_size)
+    noise[0, row.target_mask[0]] = patchify(np.asarray(latents, np.float32), self.config.patch_size)
     sigmas = dataclasses.replace(self._flow, shift=shift).inference_sigmas(num_inference_steps)
-    tokens = np.asarray(self._solve(self._params, row, negative, noise, sigmas, jnp.float32(guidance_scale)))
-    result = unpatchify(tokens[0][row.target_mask[0]], shape, self._dit.patch_size)
+    with self.mesh:
+      tokens = np.asarray(self._solve(self._params, row, negative, noise, sigmas, jnp.float32(guidance_scale)))
+    result = unpatchify(tokens[0][row.target_mask[0]], shape, self.config.patch_size)
     return Sample(result, to_uint8(self.decode(result)))
 
   def sample_sentences(self, sentences: Sequence[Sentence], *, num_inference_steps: int, seed: int) -> list[np.ndarray]:
@@ -148,16 +185,16 @@ class Pipeline:
 
     The clips of a sentence are pixels, its target too (only its shape is used).
     """
-    features = [self._features(sentence) for sentence in sentences]
-    row, places = pack_rows(features, build.row_shape(self.config))
+    make_features = build.feature_maker(self.run, self.encoders)
+    row, places = pack_rows([make_features(sentence) for sentence in sentences], build.row_shape(self.run))
     keys = jax.random.split(jax.random.key(seed), len(sentences))
     noise = np.zeros_like(row.tokens)
-    for key, feature, (index, segment) in zip(keys, features, places):
+    for key, (index, segment) in zip(keys, places):
       mask = (row.segment_ids[index] == segment) & row.target_mask[index]
-      noise[index, mask] = jax.random.normal(key, (int(feature["target_mask"].sum()), noise.shape[-1]))
+      noise[index, mask] = jax.random.normal(key, (int(mask.sum()), noise.shape[-1]))
 
     sigmas = self._flow.inference_sigmas(num_inference_steps)
-    batch = self.config["rows"]["per_batch"]
+    batch = self.run["rows"]["per_batch"]
     tokens = []
     for start in range(0, len(noise), batch):
       part = functools.partial(_part, start=start, length=batch)
@@ -169,15 +206,27 @@ class Pipeline:
 
     painted = []
     for sentence, place in zip(sentences, places):
-      shape = latent_shape(sentence.clips[-1].shape, temporal_stride=self._codec.temporal_stride,
-                           spatial_stride=self._codec.spatial_stride)
-      latents = unpatchify(target_tokens(tokens, row, place), shape, self._dit.patch_size)
+      latents = unpatchify(target_tokens(tokens, row, place), self._latent_shape(sentence.clips[-1].shape),
+                           self.config.patch_size)
       painted.append(to_uint8(self.decode(latents)))
     return painted
 
-  def _sentence_features(self, sentence: Sentence, prompt_embedding: np.ndarray):
-    return sentence_features(sentence, patch_size=self._dit.patch_size, prompt_embedding=prompt_embedding,
-                             text_len=self._dit.text_len)
+  def _latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    codec = self.encoders.codec
+    patches = codec.spatial_stride * self.config.patch_size[1]
+    latent_shape(shape, temporal_stride=codec.temporal_stride, spatial_stride=patches)  # sides divide into patches as well
+    return latent_shape(shape, temporal_stride=codec.temporal_stride, spatial_stride=codec.spatial_stride)
+
+  def _row(self, sentence: Sentence, prompt_embedding: np.ndarray, condition: np.ndarray | None = None,
+           image_features: np.ndarray | None = None) -> PackedRow:
+    """One sentence as a row without padding, which needs no intervals and one timestep."""
+    features = sentence_features(sentence, patch_size=self.config.patch_size, prompt_embedding=prompt_embedding,
+                                 text_len=self.config.text_len)
+    row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=len(features["text"]), num_slots=1))
+    if condition is not None:
+      condition = patchify(np.asarray(condition, np.float32), self.config.patch_size)[None]
+    return dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None, condition=condition,
+                               image_features=None if image_features is None else np.asarray(image_features)[None])
 
   @functools.cached_property
   def _apply(self):
@@ -191,27 +240,62 @@ class Pipeline:
     return jax.jit(solve)
 
 
-def load_pipeline(checkpoint: str) -> Pipeline:
-  """Opens the workdir of a training run.
+def load_pipeline(checkpoint: str, lora: str | Sequence[str | tuple[str, float]] | None = None, dtype: str | None = None, *,
+                  merge_lora: bool = False, mesh: Mesh | None = None) -> Pipeline:
+  """Opens a converted checkpoint or the workdir of a training run.
+
+  Args:
+    checkpoint: a folder that `tools.convert_weights` wrote, or a workdir; that of a LoRA training brings its base along.
+    lora: a LoRA file of any trainer (or a folder of this project's), or several, each with a weight or not.
+    dtype: of the transformer and the encoders of text and image; by default bfloat16, or that in which a run was trained.
+    merge_lora: add LoRAs to the weights instead of running them beside.
+    mesh: the devices; all of them, parameters spread over them, by default.
 
   Raises:
-    FileNotFoundError: there is no run or no checkpoint in it.
+    FileNotFoundError: there is no checkpoint, run or LoRA.
+    ValueError: it cannot be read, or a LoRA is for another base.
   """
-  folder = epath.Path(checkpoint)
-  if not (folder / CONFIG_FILE).exists():
-    raise FileNotFoundError(f"no {CONFIG_FILE} in {checkpoint}: it is not the workdir of a training run")
-  config = json.loads((folder / CONFIG_FILE).read_text())
-  checkpointer = Checkpointer(checkpoint, read_only=True)
-  if checkpointer.latest_step is None:
-    raise FileNotFoundError(f"no finished checkpoint in {checkpoint}")
-  mesh = make_mesh({"data": 1, "fsdp": -1})
-  abstract = nnx.eval_shape(lambda: build.model(config))
-  shapes = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
-  target = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes,
-                        parameter_shardings(abstract, mesh))
-  params = checkpointer.restore_model(target)
-  checkpointer.close()
-  return Pipeline(config, nnx.graphdef(abstract), params, mesh)
+  mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
+  loras = [item if isinstance(item, tuple) else (item, 1.0) for item in ([lora] if isinstance(lora, str) else lora or [])]
+  adapters = [(read_lora(path), float(weight)) for path, weight in loras]
+  run = None
+  if is_checkpoint(checkpoint):
+    encoders = CheckpointEncoders(checkpoint, mesh, dtype=jnp.dtype(dtype or "bfloat16"))
+    config = component_config("transformer", read_info(checkpoint).components["transformer"].config)
+    graph, params = restore(checkpoint, "transformer", mesh=mesh, dtype=jnp.dtype(dtype or "bfloat16"))
+  else:
+    run = read_config(checkpoint)
+    if run is None:
+      raise FileNotFoundError(f"{checkpoint} is neither a converted checkpoint (no {CHECKPOINT_FILE}) nor the workdir of a "
+                              f"training run (no {CONFIG_FILE})")
+    if dtype:
+      run = {**run, "model": {**run["model"], "dtype": dtype, "param_dtype": dtype}}
+    config, encoders = build.transformer_config(run), build.encoders(run, mesh)
+    graph, params, trained = restore_run(checkpoint, run, mesh)
+    adapters = [(lora, 1.0) for lora in trained] + adapters
+  if adapters:
+    graph, params = with_loras(config, graph, params, adapters, mesh=mesh, merged=merge_lora)
+  return Pipeline(config, graph, params, encoders=encoders, mesh=mesh, run=run)
+
+
+def with_loras(config: DiTConfig, graph: nnx.GraphDef, params: Mapping[str, Any], loras: Sequence[tuple[LoRAWeights, float]], *,
+               mesh: Mesh, merged: bool) -> tuple[nnx.GraphDef, Mapping[str, Any]]:
+  """A transformer with LoRAs (each with its weight), added to its weights or running beside them."""
+  shapes = {path: value.shape for path, value in traverse_util.flatten_dict(params).items()}
+  adapters, rank = stack_loras(loras, config, shapes)
+  if merged:
+    return graph, jax.jit(merge, donate_argnums=0)(params, adapters)
+  targets = tuple(linear_name(path[:-2], 0 if path[0] == "blocks" else None)
+                  for path in traverse_util.flatten_dict(adapters) if path[-1] == "down")
+
+  def attached():
+    module = nnx.merge(graph, params)
+    attach(module, LoRAConfig(rank=rank, alpha=rank, targets=targets), rngs=nnx.Rngs(0))
+    return module
+
+  module = nnx.eval_shape(attached)
+  shardings = parameter_shardings(module, mesh, kind=LoRAParam)
+  return nnx.graphdef(module), join(params, jax.device_put(adapters, shardings))
 
 
 def inferred_length(lengths: Sequence[int]) -> int:
@@ -225,15 +309,15 @@ def inferred_length(lengths: Sequence[int]) -> int:
   return lengths[-2]
 
 
+def to_float(frames: np.ndarray) -> np.ndarray:
+  """uint8 to [-1, 1]; what is float already stays."""
+  frames = np.asarray(frames)
+  return (frames.astype(np.float32) / 127.5 - 1) if frames.dtype == np.uint8 else frames.astype(np.float32)
+
+
 def to_uint8(frames: np.ndarray) -> np.ndarray:
   """[-1, 1] to 0 .. 255."""
   return np.clip((frames + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
-
-
-def _single_row(features) -> PackedRow:
-  """One sentence as a row without padding, which needs no intervals and one timestep."""
-  row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=len(features["text"]), num_slots=1))
-  return dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
 
 
 def _part(x: np.ndarray, *, start: int, length: int) -> np.ndarray:

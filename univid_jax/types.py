@@ -72,6 +72,9 @@ class PackedRow:
     text_intervals: [start, end) of the text tokens that a token may attend to; None where a row is one sentence.
     modulation_ids: the entry of the row's table of timesteps that modulates a token, two a sentence: 2 (segment - 1) +
       role; None where one timestep serves the whole row.
+    condition: I2V's mask and first-frame latents, in patches like the tokens; None for T2V.
+    image_features: I2V's CLIP features of each sentence's first frame, one sentence after another; None for T2V.
+    image_intervals: [start, end) of the features that a token may attend to; None where a row is one sentence.
     task_ids: each sentence's task, as a number from 1 in the loader's list of tasks; 0 where the slot is empty.
     context_ids: each sentence's context, likewise.
   """
@@ -85,6 +88,9 @@ class PackedRow:
   key_intervals: Int[Array, "b l 2"] | None = None
   text_intervals: Int[Array, "b l 2"] | None = None
   modulation_ids: Int[Array, "b l"] | None = None
+  condition: Float[Array, "b l q"] | None = None
+  image_features: Float[Array, "b i e"] | None = None
+  image_intervals: Int[Array, "b l 2"] | None = None
   task_ids: Int[Array, "b s"] | None = None
   context_ids: Int[Array, "b s"] | None = None
 

@@ -1,6 +1,7 @@
 """Whether a checkpoint folder is what its source is: numbers tensor by tensor, then the models' outputs."""
 
 import contextlib
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -101,11 +102,10 @@ def _transformer(model: nnx.Module, config: Any) -> np.ndarray:
   features = sentence_features(Sentence(clips=(latents,), roles=(Role.TARGET,)), patch_size=config.patch_size,
                                prompt_embedding=text, text_len=config.text_len)
   row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=len(features["text"]), num_slots=1))
-  given = {}
   if config.model_type == "i2v":
     condition = np.zeros((1, row.tokens.shape[1], config.patch_volume * (config.in_dim - config.out_dim)), np.float32)
-    given = {"condition": condition, "image_features": _inputs(1, 257, config.image_dim)}
-  tokens = nnx.jit(model.__class__.__call__)(model, row.tokens, np.full((1, row.num_slots * 2), 500.0, np.float32), row, **given)
+    row = dataclasses.replace(row, condition=condition, image_features=_inputs(1, 257, config.image_dim))
+  tokens = nnx.jit(model.__class__.__call__)(model, row.tokens, np.full((1, row.num_slots * 2), 500.0, np.float32), row)
   return unpatchify(np.asarray(tokens)[0], latents.shape[:3], config.patch_size)
 
 

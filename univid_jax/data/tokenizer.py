@@ -35,6 +35,7 @@ class Tokenizer:
       self._tokenizer = tokenizers.Tokenizer.from_file(os.fspath(path))
     except Exception as error:  # the library raises nothing more special
       raise ValueError(f"not a tokenizer: {path} ({error})") from error
+    self.max_length = max_length
     self._tokenizer.no_padding()
     self._tokenizer.enable_truncation(max_length)
 

@@ -1,5 +1,7 @@
 """The training loss on packed rows: every sentence counts the same, whatever its length and wherever it was packed."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -19,8 +21,14 @@ def timestep_table(sigmas: Float[Array, "b s"], row: PackedRow) -> Float[Array, 
   return timesteps if row.modulation_ids is None else jnp.repeat(timesteps, 2, axis=1)
 
 
-def sentence_losses(model, row: PackedRow, noise: Float[Array, "b l p"], sigmas: Float[Array, "b s"],
-                    **conditions) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
+def has_sentence(row: PackedRow) -> Float[Array, "b s"]:
+  """1 where a slot holds a sentence, else 0."""
+  in_slot = jax.nn.one_hot(row.segment_ids - 1, row.num_slots) * row.target_mask[..., None]
+  return jnp.max(in_slot, axis=1)
+
+
+def sentence_losses(model, row: PackedRow, noise: Float[Array, "b l p"], sigmas: Float[Array, "b s"]
+                    ) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
   """Mean squared error of the velocity over each sentence's targets.
 
   Args:
@@ -28,14 +36,13 @@ def sentence_losses(model, row: PackedRow, noise: Float[Array, "b l p"], sigmas:
     row: the sentences, clean.
     noise: standard normal; only that of target tokens is used.
     sigmas: the noise level of each sentence.
-    **conditions: passed on to the model.
 
   Returns:
     The losses, float32, 0 where a slot is empty, and 1 where there is a sentence, else 0.
   """
   noised = interpolate(row.tokens, noise, per_token(sigmas, row))
   tokens = jnp.where(row.target_mask[..., None], noised, row.tokens)
-  predicted = model(tokens, timestep_table(sigmas, row), row, **conditions).astype(jnp.float32)
+  predicted = model(tokens, timestep_table(sigmas, row), row).astype(jnp.float32)
   errors = jnp.mean(jnp.square(predicted - velocity(row.tokens, noise)), axis=-1)
   errors = jnp.where(row.target_mask, errors, 0)
   in_slot = jax.nn.one_hot(row.segment_ids - 1, sigmas.shape[1]) * row.target_mask[..., None]
@@ -44,9 +51,24 @@ def sentence_losses(model, row: PackedRow, noise: Float[Array, "b l p"], sigmas:
   return totals / jnp.maximum(counts, 1), (counts > 0).astype(jnp.float32)
 
 
-def draw_noise(key: PRNGKeyArray, row: PackedRow, flow: FlowMatching):
-  """Noise (b, l, p) and noise levels (b, s) for a training batch."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoiseLevels:
+  """How much noise each sentence of a batch gets, and what its loss counts.
+
+  Attributes:
+    sigmas: noise levels; 1 is noise.
+    weights: of the losses; 1 in UniVid.
+  """
+
+  sigmas: Float[Array, "b s"]
+  weights: Float[Array, "b s"]
+
+
+def draw_noise(key: PRNGKeyArray, row: PackedRow, flow: FlowMatching) -> tuple[Float[Array, "b l p"], NoiseLevels]:
+  """Noise and noise levels for a training batch."""
   noise_key, time_key = jax.random.split(key)
   noise = jax.random.normal(noise_key, row.tokens.shape, jnp.float32)
-  ids = flow.sample_timestep_ids(time_key, (row.tokens.shape[0], row.num_slots))
-  return noise, jnp.asarray(flow.training_sigmas())[ids]
+  in_slot = jax.nn.one_hot(row.segment_ids - 1, row.num_slots) * row.target_mask[..., None]
+  sigmas, weights = flow.sample(time_key, jnp.sum(in_slot, axis=1))
+  return noise, NoiseLevels(sigmas, weights)

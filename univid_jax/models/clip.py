@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
@@ -78,3 +79,29 @@ class CLIPVision(nnx.Module):
     x, _ = jax.lax.scan(lambda x, layer: (nnx.merge(graph, layer)(x), None), x, layers)
     return x
 
+
+
+# Mean and deviation of the colours that the tower was trained on.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def preprocess(frame: Float[np.ndarray, "H W 3"], size: int) -> Float[np.ndarray, "size size 3"]:
+  """A frame in [-1, 1] as the tower reads it: resized without regard to its shape, as Wan2.1 does, and normalised."""
+  height, width = (_cubic_weights(length, size) for length in frame.shape[:2])
+  resized = np.einsum("yh,hwc,xw->yxc", height, frame.astype(np.float32), width, optimize=True)
+  return ((resized * 0.5 + 0.5 - np.array(MEAN)) / np.array(STD)).astype(np.float32)
+
+
+def _cubic_weights(length: int, size: int) -> Float[np.ndarray, "size length"]:
+  """PyTorch's bicubic interpolation along one side: cubic convolution with a = -0.75, pixels at their centres, edges repeated,
+  no blur before shrinking. (Pillow's and JAX's have a = -0.5 and blur.)"""
+  a = -0.75
+  place = (np.arange(size) + 0.5) * length / size - 0.5
+  first = np.floor(place).astype(int) - 1
+  weights = np.zeros((size, length))
+  for tap in range(4):
+    x = np.abs(place - (first + tap))
+    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+    np.add.at(weights, (np.arange(size), np.clip(first + tap, 0, length - 1)), np.where(x <= 1, near, far))
+  return weights.astype(np.float32)

@@ -148,7 +148,8 @@ class CrossAttention(nnx.Module):
     y = attention(q, self._heads(self.norm_k(self.k(text))), self._heads(self.v(text)),
                   key_intervals=row.text_intervals, key_bias=count_bias(row.text_counts))
     if image is not None:
-      y = y + attention(q, self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image)))
+      y = y + attention(q, self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image)),
+                        key_intervals=row.image_intervals)
     return self.o(y.reshape(x.shape))
 
   def _heads(self, x):
@@ -270,34 +271,30 @@ class DiT(nnx.Module):
     self.blocks = nnx.vmap(lambda rngs: block(rngs=rngs))(rngs.split(config.num_layers))
     self.head = Head(config, **dict(kwargs))
 
-  def __call__(self, tokens: Float[Array, "b l p"], timesteps: Float[Array, "b m"], row: PackedRow, *,
-               condition: Float[Array, "b l q"] | None = None,
-               image_features: Float[Array, "b i e"] | None = None) -> Float[Array, "b l p"]:
+  def __call__(self, tokens: Float[Array, "b l p"], timesteps: Float[Array, "b m"], row: PackedRow) -> Float[Array, "b l p"]:
     """Predicts the velocity of each token.
 
     Args:
       tokens: the row's latents as the model shall see them: context clean, targets noised.
       timesteps: the table that `row.modulation_ids` point into, 0 to 1000; (b, 1) where they are None.
-      row: positions, intervals and text; its own tokens are not used.
-      condition: I2V's mask and first-frame latents, in patches like the tokens.
-      image_features: I2V's CLIP features of the first frame.
+      row: positions, intervals, text and I2V's conditions; its own tokens are not used.
 
     Returns:
       The velocity, in the compute dtype, patches ordered like the tokens.
 
     Raises:
-      ValueError: an I2V model without condition and features, or a T2V model with them.
+      ValueError: an I2V model without condition and image features, or a T2V model with them.
     """
-    given = condition is not None, image_features is not None
+    given = row.condition is not None, row.image_features is not None
     if given != (self.config.model_type == "i2v",) * 2:
-      raise ValueError(f"a {self.config.model_type} model takes condition and image_features "
+      raise ValueError(f"a {self.config.model_type} model takes rows with condition and image_features "
                        f"{'both' if self.config.model_type == 'i2v' else 'neither'}, got {given}")
-    if condition is not None:
+    if row.condition is not None:
       volume = self.config.patch_volume
-      parts = [x.reshape(*x.shape[:2], volume, -1) for x in (tokens, condition)]
+      parts = [x.reshape(*x.shape[:2], volume, -1) for x in (tokens, row.condition)]
       tokens = jnp.concatenate(parts, axis=-1).reshape(*tokens.shape[:2], -1)
 
-    time, modulation, text, image = self.embed_conditions(timesteps, row, image_features)
+    time, modulation, text, image = self.embed_conditions(timesteps, row)
     rope = rotary_tables(row.positions, self.config.head_dim, theta=self.config.rope_theta, scale=self.config.rope_scale)
     graph, layers = nnx.split(self.blocks)
 
@@ -309,10 +306,10 @@ class DiT(nnx.Module):
     x, _ = jax.lax.scan(apply_block, self.patch_embedding(tokens), layers)
     return self.head(x, row, time)
 
-  def embed_conditions(self, timesteps, row: PackedRow, image_features=None):
+  def embed_conditions(self, timesteps, row: PackedRow):
     """What all blocks share: time (b, m, d) and modulation (b, m, 6, d) in float32, text (b, n, d), image (b, i, d)."""
     time = self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim))
     modulation = self.time_projection(jax.nn.silu(time))
     modulation = modulation.reshape(*time.shape[:-1], 6, self.config.dim)
-    image = None if image_features is None else self.img_emb(image_features)
+    image = None if row.image_features is None else self.img_emb(row.image_features)
     return time, modulation, self.text_embedding(row.text), image

@@ -141,11 +141,14 @@ def join(base: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_dropout_keys(lora: Mapping[str, Any], key: PRNGKeyArray) -> dict[str, Any]:
-  """Adapters with new keys, all different, where they have keys."""
-  if "down" in lora:
-    return {**lora, "key": jax.random.split(key, lora["key"].shape)} if "key" in lora else dict(lora)
-  keys = jax.random.split(key, len(lora))
-  return {name: with_dropout_keys(value, k) for (name, value), k in zip(sorted(lora.items()), keys)}
+  """Adapters with a new key each, one a layer, for dropout."""
+  out = {}
+  for (name, value), part in zip(sorted(lora.items()), jax.random.split(key, len(lora))):
+    if name == "lora":
+      out[name] = {**value, "key": jax.random.split(part, value["down"].shape[:-2])}
+    else:
+      out[name] = with_dropout_keys(value, part)
+  return out
 
 
 def merge(base: Mapping[str, Any], lora: Mapping[str, Any], *, scale: float = 1.0, strength: float = 1.0) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -272,6 +273,71 @@ class VAE(nnx.Module):
     """Normalised latents to pixels, float32, about in [-1, 1] but not clipped."""
     x = latents.astype(jnp.float32) * jnp.asarray(LATENT_STD) + jnp.asarray(LATENT_MEAN)
     return _in_chunks(self.decoder, self.conv2(x.astype(self.dtype)), 1).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling:
+  """How large frames are cut into tiles whose seams are blended; sides in latents, of 8 pixels each.
+
+  Attributes:
+    size: side of a tile.
+    overlap: of neighbouring tiles, over which one fades into the other.
+  """
+
+  size: int = 32
+  overlap: int = 8
+
+  def __post_init__(self):
+    if not 0 < self.overlap <= self.size // 2:
+      raise ValueError(f"the overlap of tiles is positive and at most half their size {self.size}, got {self.overlap}")
+
+  def places(self, length: int, scale: int = 1) -> list[tuple[int, int, np.ndarray]]:
+    """Start, length and weights of the tiles along a side; the weights of all tiles add up to 1 everywhere.
+
+    Args:
+      length: of the side, in latents.
+      scale: weights to a latent.
+    """
+    size = min(self.size, length)
+    starts = [*range(0, length - size, size - self.overlap), length - size]
+    overlap = self.overlap * scale
+    ramp = (np.arange(overlap, dtype=np.float32) + 0.5) / overlap
+    total, weights = np.zeros(length * scale, np.float32), []
+    for index, start in enumerate(starts):
+      weight = np.ones(size * scale, np.float32)
+      if index > 0:
+        weight[:overlap] = ramp
+      if index < len(starts) - 1:
+        weight[-overlap:] *= ramp[::-1]
+      weights.append(weight)
+      total[start * scale:(start + size) * scale] += weight
+    return [(start, size, weight / total[start * scale:(start + size) * scale]) for start, weight in zip(starts, weights)]
+
+
+def encode_tiled(encode: Callable[[np.ndarray], Array], frames: Float[np.ndarray, "T H W 3"], tiling: Tiling, *,
+                 spatial_stride: int, temporal_stride: int) -> Float[np.ndarray, "t y x c"]:
+  """Encodes tile by tile; see `VAE.encode`."""
+  _, height, width = latent_shape(frames.shape, temporal_stride=temporal_stride, spatial_stride=spatial_stride)
+  out = 0.0
+  for (y, y_size, y_weight), (x, x_size, x_weight) in itertools.product(tiling.places(height), tiling.places(width)):
+    rows, columns = (slice(start * spatial_stride, (start + size) * spatial_stride) for start, size in ((y, y_size), (x, x_size)))
+    tile = np.asarray(encode(frames[:, rows, columns])) * (y_weight[:, None] * x_weight)[None, ..., None]
+    out = out + np.pad(tile, ((0, 0), (y, height - y - y_size), (x, width - x - x_size), (0, 0)))
+  return out
+
+
+def decode_tiled(decode: Callable[[np.ndarray], Array], latents: Float[np.ndarray, "t y x c"], tiling: Tiling, *,
+                 spatial_stride: int) -> Float[np.ndarray, "T H W 3"]:
+  """Decodes tile by tile; see `VAE.decode`."""
+  _, height, width, _ = latents.shape
+  out = 0.0
+  sides = (tiling.places(length, spatial_stride) for length in (height, width))
+  for (y, y_size, y_weight), (x, x_size, x_weight) in itertools.product(*sides):
+    tile = np.asarray(decode(latents[:, y:y + y_size, x:x + x_size])) * (y_weight[:, None] * x_weight)[None, ..., None]
+    edges = [(start * spatial_stride, (length - start - size) * spatial_stride)
+             for start, size, length in ((y, y_size, height), (x, x_size, width))]
+    out = out + np.pad(tile, ((0, 0), *edges, (0, 0)))
+  return out
 
 
 def _in_chunks(module: Callable[[Array, Caches], Array], x: Float[Array, "t ..."], size: int) -> Float[Array, "u ..."]:

@@ -30,11 +30,11 @@ def parameter_spec(shape: Sequence[int], dims: Sequence[str | None], mesh: Mesh)
   return PartitionSpec(*spec)
 
 
-def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict:
-  """A sharding for each parameter of a model (abstract or not), in nested dicts."""
+def parameter_shardings(model: nnx.Module, mesh: Mesh, kind: type[nnx.Variable] = nnx.Param) -> dict:
+  """A sharding for each parameter (or variable of another kind) of a model, abstract or not, in nested dicts."""
   def sharding(variable):
     return NamedSharding(mesh, parameter_spec(variable.shape, variable.get_metadata()["dims"], mesh))
-  flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+  flat = nnx.to_flat_state(nnx.state(model, kind))
   return unflatten((path, sharding(variable)) for path, variable in flat)
 
 

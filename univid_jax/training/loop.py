@@ -18,9 +18,10 @@ from univid_jax import build
 from univid_jax.data.loader import make_loader
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import shard_batch
-from univid_jax.pipeline import Pipeline
+from univid_jax.pipeline import Pipeline, with_loras
 from univid_jax.training.checkpoint import Checkpointer, read_config, write_config
 from univid_jax.training.optimizer import make_optimizer
+from univid_jax.training.restore import base_parameters, lora_weights
 from univid_jax.training.step import StateSpec, make_train_step
 from univid_jax.training.writer import MetricsWriter
 
@@ -60,17 +61,22 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   mesh = make_mesh(config.mesh)
   rows_divide(config.rows.per_batch, mesh)
   optimizer = make_optimizer(config.optimizer, config.num_steps)
-  spec = StateSpec.of(lambda: build.model(config, seed=config.seed), optimizer, mesh, ema=config.ema_decay > 0)
+  trains_lora = build.lora_config(config) is not None
+  spec = StateSpec.of(lambda: build.model(config, seed=config.seed), optimizer, mesh, ema=config.ema_decay > 0, lora=trains_lora)
+  encoders = build.encoders(config, mesh)
   loader = make_loader(
-      build.sentences(config, "train", seed=config.seed, workdir=workdir), build.feature_maker(config),
+      build.sentences(config, "train", seed=config.seed, workdir=workdir), build.feature_maker(config, encoders),
       row_shape=build.row_shape(config), rows_per_batch=config.rows.per_batch // jax.process_count(), seed=config.seed,
       process_index=jax.process_index(), process_count=jax.process_count(), num_packing_bins=config.rows.packing_bins)
-  step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed)
+  step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed,
+                            microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0)
 
   values = _plain({**config.to_dict(), "version": univid_jax.__version__})
   checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
+  base_graph, base = base_parameters(config, mesh) if trains_lora or config.init_from else (None, {})
+  frozen = base if trains_lora else {}
   if checkpointer.latest_step is None:
-    state = spec.create()
+    state = spec.create() if trains_lora or not config.init_from else spec.create(base)
   else:
     check_same_run(workdir, read_config(workdir), values)
     state = checkpointer.restore(spec.abstract, loader)
@@ -82,7 +88,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     with mesh, stop_on_signal() as stop, progress_bar(start, config.num_steps) as bar:
       pending: list[dict[str, Any]] = []
       for step in range(start + 1, config.num_steps + 1):
-        state, metrics = step_fn(state, shard_batch(next(loader), mesh))
+        state, metrics = step_fn(state, frozen, shard_batch(next(loader), mesh))
         pending.append(metrics)
         bar.update()
         last = step == config.num_steps
@@ -106,7 +112,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     checkpointer.close()
     if writer:
       writer.close()
-  pipeline = Pipeline(values, spec.graph, state.model_params, mesh)
+  graph, params = spec.graph, state.model_params
+  dit_config = build.transformer_config(config)
+  if trains_lora:
+    lora = lora_weights(values, jax.device_get(params), step=config.num_steps)
+    graph, params = with_loras(dit_config, base_graph, frozen, [(lora, 1.0)], mesh=mesh, merged=False)
+  pipeline = Pipeline(dit_config, graph, params, encoders=encoders, mesh=mesh, run=values)
   return TrainResult(pipeline, config.num_steps - start, time.monotonic() - started)
 
 

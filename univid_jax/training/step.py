@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from univid_jax.diffusion.flow import FlowMatching
-from univid_jax.diffusion.loss import draw_noise, sentence_losses
+from univid_jax.diffusion.loss import NoiseLevels, draw_noise, has_sentence, sentence_losses
+from univid_jax.models.lora import LoRAParam, join, with_dropout_keys
 from univid_jax.parallel.sharding import parameter_shardings
 from univid_jax.types import PackedRow
 
@@ -48,35 +49,53 @@ class StateSpec:
   """A training state before it exists: what to make, how it looks and where it lies.
 
   Attributes:
-    graph: the model without its parameters; `nnx.merge(spec.graph, params)` gives the model.
-    create: makes the first state.
+    graph: the model without its parameters; `nnx.merge(spec.graph, join(frozen, params))` gives the model.
+    create: makes the first state; random, or from the parameters that are to be trained on.
+    create_frozen: makes random parameters of what is not trained; {} where all is.
     abstract: shapes, dtypes and shardings of the state.
+    abstract_frozen: those of what is not trained.
   """
 
   graph: nnx.GraphDef
-  create: Callable[[], TrainState]
+  create: Callable[..., TrainState]
+  create_frozen: Callable[[], Params]
   abstract: TrainState
+  abstract_frozen: Params
 
   @classmethod
-  def of(cls, init: Callable[[], nnx.Module], optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool) -> "StateSpec":
-    """The state of a model that is trained whole.
+  def of(cls, init: Callable[[], nnx.Module], optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool,
+         lora: bool = False) -> "StateSpec":
+    """The state of a model that is trained whole, or whose adapters are.
 
     Args:
       init: makes the model.
       optimizer: makes its own state.
       mesh: where all of it lives.
       ema: whether a running mean is kept.
+      lora: whether adapters alone are trained.
     """
-    def create():
-      params = nnx.to_pure_dict(nnx.state(init(), nnx.Param))
+    kind = LoRAParam if lora else nnx.Param
+
+    def create(params=None):
+      params = nnx.to_pure_dict(nnx.state(init(), kind)) if params is None else params
       return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
                         ema=jax.tree.map(jnp.copy, params) if ema else None)
 
+    def create_frozen():
+      return nnx.to_pure_dict(nnx.state(init(), nnx.Param)) if lora else {}
+
     model = nnx.eval_shape(init)
     shapes = jax.eval_shape(create)
-    shardings = _state_shardings(shapes, parameter_shardings(model, mesh), optimizer, mesh)
-    abstract = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings)
-    return cls(graph=nnx.graphdef(model), create=jax.jit(create, out_shardings=shardings), abstract=abstract)
+    shardings = _state_shardings(shapes, parameter_shardings(model, mesh, kind), optimizer, mesh)
+    frozen_shardings = parameter_shardings(model, mesh) if lora else {}
+
+    def placed(x, sharding):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return cls(graph=nnx.graphdef(model), create=jax.jit(create, out_shardings=shardings),
+               create_frozen=jax.jit(create_frozen, out_shardings=frozen_shardings),
+               abstract=jax.tree.map(placed, shapes, shardings),
+               abstract_frozen=jax.tree.map(placed, jax.eval_shape(create_frozen), frozen_shardings))
 
   @property
   def shardings(self) -> TrainState:
@@ -96,21 +115,34 @@ def _state_shardings(shapes: TrainState, params: Params, optimizer: optax.Gradie
   return TrainState(step=whole, params=params, ema=None if shapes.ema is None else params, opt_state=opt_state)
 
 
-def make_train_step(spec: StateSpec, optimizer: optax.GradientTransformation, flow: FlowMatching, *, mesh: Mesh,
-                    ema_decay: float, seed: int):
-  """The jitted step (state, batch) -> (state, metrics); the state that goes in is given up.
+def make_update(spec: StateSpec, optimizer: optax.GradientTransformation, *, ema_decay: float = 0.0, microbatches: int = 1,
+                dropout: bool = False):
+  """The pure function (state, frozen, row, noise, levels, dropout key) -> (state, metrics) behind the step.
 
-  The loss is the mean over the sentences of the whole batch. Noise depends on the seed and the step alone.
+  The loss is the mean over all sentences of the batch, on all devices and in all microbatches, so neither packing nor
+  accumulation changes what a learning rate means.
   """
-  def loss_fn(params, row: PackedRow, noise, sigmas):
-    losses, present = sentence_losses(nnx.merge(spec.graph, params), row, noise, sigmas)
-    return jnp.sum(losses) / jnp.maximum(jnp.sum(present), 1), (losses, present)
+  def loss_fn(params, frozen, batch, num_sentences, key):
+    row, noise, levels = batch
+    model = nnx.merge(spec.graph, join(frozen, with_dropout_keys(params, key) if dropout else params))
+    losses, _ = sentence_losses(model, row, noise, levels.sigmas)
+    return jnp.sum(losses * levels.weights) / num_sentences
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(spec.shardings, NamedSharding(mesh, PartitionSpec())))
-  def train_step(state: TrainState, row: PackedRow):
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    noise, sigmas = draw_noise(key, row, flow)
-    (loss, (_, present)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, row, noise, sigmas)
+  def update(state: TrainState, frozen: Params, row: PackedRow, noise, levels: NoiseLevels, key):
+    num_sentences = jnp.maximum(jnp.sum(has_sentence(row)), 1)
+    grad_fn = jax.value_and_grad(loss_fn)
+    if microbatches == 1:
+      loss, grads = grad_fn(state.params, frozen, (row, noise, levels), num_sentences, key)
+    else:
+      # Every microbatch takes rows from every device.
+      parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), (row, noise, levels))
+
+      def accumulate(total, part):
+        batch, part_key = part
+        return jax.tree.map(jnp.add, total, grad_fn(state.params, frozen, batch, num_sentences, part_key)), None
+
+      start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
+      (loss, grads), _ = jax.lax.scan(accumulate, start, (parts, jax.random.split(key, microbatches)))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
@@ -120,9 +152,26 @@ def make_train_step(spec: StateSpec, optimizer: optax.GradientTransformation, fl
     metrics = {
         "loss": loss,
         "grad_norm": optax.tree_utils.tree_norm(grads),
-        "sentences": jnp.sum(present),
+        "sentences": jnp.sum(has_sentence(row)),
         "fill_rate": jnp.mean(row.segment_ids > 0),
     }
     return TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), metrics
+
+  return update
+
+
+def make_train_step(spec: StateSpec, optimizer: optax.GradientTransformation, flow: FlowMatching, *, mesh: Mesh,
+                    ema_decay: float, seed: int, microbatches: int = 1, dropout: bool = False):
+  """The jitted step (state, frozen, batch) -> (state, metrics); the state that goes in is given up.
+
+  Noise depends on the seed and the step alone.
+  """
+  update = make_update(spec, optimizer, ema_decay=ema_decay, microbatches=microbatches, dropout=dropout)
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(spec.shardings, NamedSharding(mesh, PartitionSpec())))
+  def train_step(state: TrainState, frozen: Params, row: PackedRow):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    noise, levels = draw_noise(key, row, flow)
+    return update(state, frozen, row, noise, levels, jax.random.fold_in(key, 1))
 
   return train_step

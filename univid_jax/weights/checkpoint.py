@@ -155,11 +155,11 @@ def restore(folder: epath.PathLike, name: str, *, mesh: Mesh, dtype=jnp.bfloat16
   return nnx.graphdef(module), restore_arrays(epath.Path(folder) / name, abstract_parameters(module, mesh))
 
 
-def abstract_parameters(module: nnx.Module, mesh: Mesh) -> dict[str, Any]:
-  """Shapes, dtypes and shardings of a module's parameters, in nested dicts."""
-  shapes = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+def abstract_parameters(module: nnx.Module, mesh: Mesh, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Any]:
+  """Shapes, dtypes and shardings of a module's parameters (or variables of another kind), in nested dicts."""
+  shapes = nnx.to_pure_dict(nnx.state(module, kind))
   return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes,
-                      parameter_shardings(module, mesh))
+                      parameter_shardings(module, mesh, kind))
 
 
 def restore_as_stored(folder: epath.PathLike, module: nnx.Module, mesh: Mesh) -> dict[str, Any]:

@@ -397,27 +397,28 @@ def check_base(lora: LoRAWeights, config: DiTConfig, places: Mapping[str, Any],
                        f"the base's {expected[0]} to {expected[1]}")
 
 
-def unstack_lora(params: Mapping[str, Any], *, alpha: float, rslora: bool = False) -> LoRAWeights:
+def unstack_lora(params: Mapping[str, Any], *, alpha: float, rslora: bool = False,
+                 metadata: Mapping[str, str] | None = None) -> LoRAWeights:
   """Adapters of a model as a LoRA.
 
   Args:
     params: nested dicts with `down` and `up` under `lora`.
     alpha: of the training.
     rslora: whether the scale was alpha / sqrt(rank).
+    metadata: what else is known of it.
   """
   layers = {}
 
-  def visit(value, path):
-    if "down" not in value:
-      for key, inner in value.items():
-        visit(inner, path if key == "lora" else (*path, key))
-      return
-    down, up = (np.asarray(value[name], np.float32) for name in ("down", "up"))
-    stacked = down.ndim == 3
-    for index in range(len(down)) if stacked else (None,):
-      at = () if index is None else index
-      rank = down.shape[-1]
-      layers[linear_name(path, index)] = LoRALayer(np.ascontiguousarray(down[at].T), np.ascontiguousarray(up[at].T),
-                                                   alpha * rank**0.5 if rslora else float(alpha))
+  def visit(params, path):
+    for key, value in params.items():
+      if key != "lora":
+        visit(value, (*path, key))
+        continue
+      down, up = (np.asarray(value[name], np.float32) for name in ("down", "up"))
+      stacked = down.ndim == 3
+      for index in range(len(down)) if stacked else (None,):
+        at, rank = () if index is None else index, down.shape[-1]
+        layers[linear_name(path, index)] = LoRALayer(np.ascontiguousarray(down[at].T), np.ascontiguousarray(up[at].T),
+                                                     alpha * rank**0.5 if rslora else float(alpha))
   visit(params, ())
-  return LoRAWeights(layers, "jax")
+  return LoRAWeights(layers, "jax", metadata or {})

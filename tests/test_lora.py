@@ -1,0 +1,346 @@
+"""Adapters: training equals the reference's, beside or merged they are the same, and nothing else is trained."""
+
+
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx, traverse_util
+
+from tests.helpers import channels_last, dit_config, golden, load_dit, relative_error
+from tools.convert_weights.convert import component_fills
+from tools.convert_weights.export import diffusers_config
+from univid_jax.data.packing import RowShape, pack, patchify, sentence_features, unpatchify
+from univid_jax.diffusion.loss import NoiseLevels
+from univid_jax.models.dit import DiT, DiTConfig
+from univid_jax.models.lora import LoRA, LoRAConfig, LoRAParam, attach, split_lora, with_dropout_keys
+from univid_jax.parallel.mesh import make_mesh
+from univid_jax.pipeline import with_loras
+from univid_jax.training.step import StateSpec, make_update
+from univid_jax.types import Sentence, reference_roles
+from univid_jax.weights.files import TensorFile, TensorInfo
+from univid_jax.weights.lora import (
+  FORMATS,
+  LoRALayer,
+  LoRAWeights,
+  lora_tensors,
+  parse_lora,
+  read_lora,
+  stack_loras,
+  unstack_lora,
+  write_lora,
+  write_lora_folder,
+)
+from univid_jax.weights.names import name_to_diffusers
+
+PATCH = (1, 2, 2)
+CONFIG = DiTConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=3, freq_dim=8, text_dim=12)
+
+
+def lora_from(tensors):
+  infos = {name: TensorInfo(value.shape, str(value.dtype)) for name, value in tensors.items()}
+  return parse_lora(TensorFile("test.safetensors", infos, tensors.__getitem__))
+
+
+def shapes_of(model):
+  return {path: value.shape for path, value in traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param))).items()}
+
+
+class TestGoldenTraining:
+  """Four steps of the reference's LoRA training, in float32 as there, and in float64 for the noise floor."""
+
+  info, io, weights = golden("training")
+
+  def part(self, name):
+    return {key.removeprefix(name): value for key, value in self.weights.items() if key.startswith(name)}
+
+  def batch(self, step):
+    io = self.io
+    latents, noise = (channels_last(io[f"step{step}.{name}"]) for name in ("latents", "noise"))
+    ends = np.cumsum(self.info["clip_latent_frames"])[:-1]
+    clips = tuple(np.split(latents, ends))
+    features = sentence_features(Sentence(clips=clips, roles=reference_roles(4)), patch_size=PATCH,
+                                 prompt_embedding=io[f"step{step}.context"], text_len=512)
+    row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=len(features["text"]), num_slots=1))
+    all_noise = np.zeros_like(row.tokens)
+    all_noise[0, row.target_mask[0]] = patchify(noise, PATCH)
+    sigma = io[f"step{step}.timestep"][None] / np.float32(1000)
+    return row, all_noise, NoiseLevels(jnp.asarray(sigma), jnp.ones((1, 1)))
+
+  def run(self, dtype):
+    base = load_dit(dit_config(self.info["dit"]), self.part("base."), dtype=dtype, param_dtype=dtype)
+    config = LoRAConfig(rank=self.info["lora_rank"], alpha=self.info["lora_alpha"],
+                        targets=tuple(self.info["lora_target_modules"].split(",")))
+    frozen, shapes = nnx.to_pure_dict(nnx.state(base, nnx.Param)), shapes_of(base)
+    start, _ = stack_loras([(lora_from(self.part("lora_init.")), 1.0)], base.config, shapes)
+
+    def init():
+      model = DiT(base.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+      assert len(attach(model, config, rngs=nnx.Rngs(0))) == 10
+      return model
+
+    optimizer = optax.adamw(self.info["learning_rate"], weight_decay=0.01)
+    spec = StateSpec.of(init, optimizer, make_mesh({}, devices=jax.devices()[:1]), ema=False, lora=True)
+    state = spec.create(jax.tree.map(lambda x: jnp.asarray(x, dtype), start))
+    update = jax.jit(make_update(spec, optimizer))
+    losses, moments = [], None
+    for step in range(self.info["steps"]):
+      state, metrics = update(state, frozen, *self.batch(step), jax.random.key(0))
+      losses.append(float(metrics["loss"]))
+      moments = state.opt_state[0].mu if moments is None else moments
+    grads = jax.tree.map(lambda m: np.asarray(m) / 0.1, moments)  # after one step the first moment is 0.1 of the gradient
+    return np.array(losses), unstack_lora(grads, alpha=4), unstack_lora(state.params, alpha=4)
+
+  def errors(self, result, dtype_name):
+    losses, grads, final = result
+    worst = {"loss": np.max(np.abs(losses / self.io["losses"] - 1))}
+    for name, lora, prefix in (("gradient", grads, "lora_grad0."), ("weights", final, "lora_final.")):
+      expected = lora_from(self.part(prefix))
+      assert lora.layers.keys() == expected.layers.keys() and len(lora.layers) == 20
+      ours, theirs = (np.concatenate([part.ravel() for key in expected.layers for part in (x.layers[key].down, x.layers[key].up)])
+                      for x in (lora, expected))
+      worst[name] = relative_error(ours, theirs)
+    print(dtype_name, worst)
+    return worst
+
+  def test_equals_the_reference(self):
+    worst = self.errors(self.run(jnp.float32), "float32")
+    assert worst["loss"] <= 1e-5 and worst["gradient"] <= 1e-4 and worst["weights"] <= 1e-3
+
+
+@pytest.fixture
+def base():
+  """A small base with weights that are all random."""
+  model = DiT(CONFIG, rngs=nnx.Rngs(0))
+  keys = iter(jax.random.split(jax.random.key(1), 200))
+  nnx.update(model, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), nnx.state(model, nnx.Param)))
+  return model
+
+
+def random_lora(rank=3, alpha=5.0, seed=0, blocks=(0, 2)):
+  """Some Linears of some blocks, and one outside of blocks."""
+  rng = np.random.default_rng(seed)
+  dims = {"self_attn.q": (24, 24), "cross_attn.v": (24, 24), "ffn.0": (24, 40), "ffn.2": (40, 24)}
+  names = {f"blocks.{block}.{name}": size for block in blocks for name, size in dims.items()} | {"time_projection.1": (24, 144)}
+
+  def layer(in_dim, out_dim):
+    down, up = (rng.normal(size=shape).astype(np.float32) for shape in ((rank, in_dim), (out_dim, rank)))
+    return LoRALayer(down, up, alpha)
+
+  return LoRAWeights({name: layer(*size) for name, size in names.items()}, "jax")
+
+
+def row():
+  rng = np.random.default_rng(5)
+  features = sentence_features(Sentence(clips=(rng.normal(size=(3, 4, 4, 16)),), roles=reference_roles(1)), patch_size=PATCH,
+                               prompt_embedding=rng.normal(size=(4, 12)), text_len=16)
+  return pack([features], RowShape(num_tokens=12, num_text_tokens=5, num_slots=1))
+
+
+def predict(graph, params):
+  r = row()
+  return np.asarray(nnx.merge(graph, params)(r.tokens, jnp.full((1, 2), 300.0), r))
+
+
+def with_lora(base, loras, merged):
+  graph, params = nnx.graphdef(base), nnx.to_pure_dict(nnx.state(base, nnx.Param))
+  mesh = make_mesh({}, devices=jax.devices()[:1])
+  return predict(*with_loras(CONFIG, graph, jax.tree.map(jnp.copy, params), loras, mesh=mesh, merged=merged))
+
+
+class TestOnAModel:
+  def test_beside_merged_and_by_hand(self, base):
+    lora = random_lora()
+    beside, merged = (with_lora(base, [(lora, 0.5)], m) for m in (False, True))
+    params = nnx.to_pure_dict(nnx.state(base, nnx.Param))
+    for block in (0, 2):
+      layer = lora.layers[f"blocks.{block}.ffn.0"]
+      up = params["blocks"]["ffn"]["up"]
+      up["kernel"] = up["kernel"].at[block].add((0.5 * 5 / 3 * layer.up @ layer.down).T)
+    by_hand = dict(lora.layers)
+    only_ffn = LoRAWeights({name: layer for name, layer in by_hand.items() if name.endswith("ffn.0")}, "jax")
+    expected = predict(nnx.graphdef(base), params)
+    assert relative_error(with_lora(base, [(only_ffn, 0.5)], False), expected) <= 1e-5
+    assert relative_error(beside, merged) <= 1e-5
+    assert relative_error(beside, expected) > 1e-2
+
+  def test_several_with_weights(self, base):
+    """Two side by side are one whose updates are the sum; ranks may differ from layer to layer."""
+    a, b = random_lora(seed=1), random_lora(rank=2, alpha=2.0, seed=2, blocks=(1, 2))
+    together = with_lora(base, [(a, 0.3), (b, -0.7)], False)
+    assert relative_error(together, with_lora(base, [(a, 0.3), (b, -0.7)], True)) <= 1e-5
+    mixed = LoRAWeights({**a.layers, **{k: v for k, v in b.layers.items() if k not in a.layers}}, "jax")
+    assert relative_error(with_lora(base, [(mixed, 1.0)], False), with_lora(base, [(mixed, 1.0)], True)) <= 1e-5
+
+  def test_there_and_back(self, base):
+    """Stacked for a model and unstacked: the same updates."""
+    lora = random_lora()
+    params, rank = stack_loras([(lora, 1.0)], CONFIG, shapes_of(base))
+    back = unstack_lora(params, alpha=rank)
+    for name, layer in back.layers.items():
+      update = layer.up @ layer.down
+      expected = lora.layers[name].up @ lora.layers[name].down * 5 / 3 if name in lora.layers else np.zeros_like(update)
+      np.testing.assert_allclose(update, expected, atol=1e-5)
+
+  def test_it_starts_as_the_base(self, base):
+    model = nnx.clone(base)
+    names = attach(model, LoRAConfig(rank=4, targets=("q", "ffn.0", "head.head")), rngs=nnx.Rngs(0))
+    assert names == ["blocks.0.cross_attn.q", "blocks.0.ffn.0", "blocks.0.self_attn.q", "head.head"]
+    r = row()
+    time = jnp.full((1, 2), 300.0)
+    assert np.array_equal(model(r.tokens, time, r), base(r.tokens, time, r))
+
+  def test_targets_that_match_nothing(self, base):
+    with pytest.raises(ValueError, match=r"no Linear of the model matches the LoRA target ffn\.1"):
+      attach(nnx.clone(base), LoRAConfig(targets=("q", "ffn.1")), rngs=nnx.Rngs(0))
+
+  def test_dropout(self, base):
+    """Inputs are dropped at the stated rate, differently in every layer and step, and kept in the mean."""
+    model = nnx.clone(base)
+    attach(model, LoRAConfig(rank=4, targets=("self_attn.q",), dropout=0.3), rngs=nnx.Rngs(0))
+    _, adapters = split_lora(nnx.to_pure_dict(nnx.state(model, LoRAParam)))
+    first, second = (with_dropout_keys(adapters, jax.random.key(seed)) for seed in (1, 2))
+    keys = [np.asarray(jax.random.key_data(k["blocks"]["self_attn"]["q"]["lora"]["key"])) for k in (first, second)]
+    assert len({tuple(key) for key in np.concatenate(keys)}) == 6
+    kernel = nnx.Param(jnp.zeros((1000, 1)), dims=("embed", "heads"))
+    layer = LoRA(kernel, LoRAConfig(rank=1, alpha=1, dropout=0.3), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer.down[...], layer.up[...] = jnp.ones((1000, 1)), jnp.ones((1, 1))
+    y = np.asarray(layer(jnp.ones((50, 1000))))
+    assert abs(y.mean() / 1000 - 1) < 0.01 and y.std() > 10
+
+  def test_scales(self):
+    assert LoRAConfig(rank=16, alpha=8).scale == 0.5
+    assert LoRAConfig(rank=16, alpha=8, rslora=True).scale == 2
+    with pytest.raises(ValueError, match="at least 1"):
+      LoRAConfig(rank=0)
+
+
+# What each trainer documents.
+KEYS = {
+    "univid": (r"(blocks\.\d+\.\w+\.\w+|time_projection\.1)\.lora_[AB]\.default\.weight", 2),
+    "diffusers": (r"transformer\.(blocks\.\d+\.(attn[12]\.to_[qv]|ffn\.net\.(0\.proj|2))|condition_embedder\.time_proj)"
+                  r"\.lora_[AB]\.weight", 2),
+    "comfyui": (r"diffusion_model\.(blocks\.\d+\.\w+\.\w+|time_projection\.1)\.(lora_[AB]\.weight|alpha)", 3),
+    "musubi": (r"lora_unet_(blocks_\d+_\w+|time_projection_1)\.(lora_(down|up)\.weight|alpha)", 3),
+}
+
+
+class TestFiles:
+  @pytest.mark.parametrize("name", FORMATS)
+  def test_there_and_back(self, name, tmp_path):
+    lora = random_lora(rank=4, alpha=8.0)  # alpha / rank is a power of 2: folding it rounds nothing
+    path = tmp_path / ("lora.ckpt" if name == "univid" else "lora.safetensors")
+    write_lora(path, lora, name, metadata={"base_model": "tiny", "step": 7})
+    back = read_lora(path)
+    assert back.format == name and back.layers.keys() == lora.layers.keys()
+    for key, layer in back.layers.items():
+      folded = name in ("univid", "diffusers")
+      assert layer.alpha == (4 if folded else 8)
+      assert np.array_equal(layer.down, lora.layers[key].down)
+      assert np.array_equal(layer.up, lora.layers[key].up * (2 if folded else 1))
+    pattern, count = KEYS[name]
+    keys = lora_tensors(lora, name)
+    assert len(keys) == count * len(lora.layers) and all(re.fullmatch(pattern, key) for key in keys)
+    if name != "univid":
+      assert back.metadata | {"rank": "4", "alpha": "8", "base_model": "tiny", "step": "7"} == back.metadata
+      assert "ffn.0" in back.metadata["targets"] and "univid_jax" in back.metadata["software"]
+
+  def test_this_projects_folder(self, tmp_path):
+    lora = random_lora(alpha=0.7)
+    mixed = LoRAWeights({**random_lora(rank=5, seed=3).layers, **random_lora(rank=2, alpha=0.7, blocks=(1,)).layers}, "musubi")
+    for number, each in enumerate((lora, mixed)):
+      (tmp_path / str(number)).mkdir()
+      write_lora_folder(tmp_path / str(number), each)
+      back = read_lora(tmp_path / str(number))
+      assert back.layers.keys() == each.layers.keys()
+      for key, layer in back.layers.items():
+        assert np.array_equal(layer.down, each.layers[key].down) and np.array_equal(layer.up, each.layers[key].up)
+        assert layer.alpha == pytest.approx(each.layers[key].alpha)
+
+  def test_comfyui_needs_no_alpha_where_it_is_the_rank(self):
+    assert not any(key.endswith("alpha") for key in lora_tensors(random_lora(rank=4, alpha=4.0), "comfyui"))
+
+  def test_diffsynth(self):
+    """UniVid's names with an alpha beside: alpha / rank scales."""
+    lora = random_lora(rank=4, alpha=4.0)
+    tensors = lora_tensors(lora, "univid") | {"blocks.0.ffn.0.alpha": np.float32(2)[None]}
+    assert lora_from(tensors).layers["blocks.0.ffn.0"].alpha == 2 and lora_from(tensors).layers["blocks.2.ffn.0"].alpha == 4
+
+  def test_alpha_in_the_header(self):
+    """diffusers keeps alpha in the file's header."""
+    tensors = lora_tensors(random_lora(rank=4, alpha=4.0), "diffusers")
+    infos = {name: TensorInfo(value.shape, str(value.dtype)) for name, value in tensors.items()}
+    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 12,
+                                                   "transformer.alpha_pattern": {"blocks.0.attn1.to_q": 3}})}
+    layers = parse_lora(TensorFile("x", infos, tensors.__getitem__, header)).layers
+    assert layers["blocks.2.ffn.0"].alpha == 12 and layers["blocks.0.self_attn.q"].alpha == 3
+
+  @pytest.mark.parametrize("name, what", [
+      ("diffusion_model.blocks.0.ffn.0.diff", "whole weight differences"),
+      ("diffusion_model.blocks.0.ffn.0.diff_b", "bias differences"),
+      ("lora_unet_blocks_0_ffn_0.hada_w1_a", "LoHa"), ("lora_unet_blocks_0_ffn_0.lokr_w1", "LoKr"),
+      ("diffusion_model.blocks.0.ffn.0.dora_scale", "DoRA"), ("lora_te1_x.lora_down.weight", "text encoder"),
+      ("diffusion_model.blocks.0.oops.lora_A.weight", "no part of a LoRA of Wan2.1: diffusion_model.blocks.0.oops"),
+  ])
+  def test_what_else_files_hold_is_refused_by_name(self, name, what):
+    with pytest.raises(ValueError, match=what):
+      lora_from(lora_tensors(random_lora(), "comfyui") | {name: np.zeros((3, 3), np.float32)})
+
+  def test_half_a_pair(self):
+    tensors = lora_tensors(random_lora(), "comfyui")
+    del tensors["diffusion_model.blocks.0.ffn.0.lora_B.weight"]
+    with pytest.raises(ValueError, match=r"holds only .* for blocks\.0\.ffn\.0"):
+      lora_from(tensors)
+
+  def test_another_base(self, base):
+    def refused(lora, message):
+      with pytest.raises(ValueError, match=message):
+        stack_loras([(lora, 1.0)], CONFIG, shapes_of(base))
+
+    rng = np.random.default_rng(0)
+    matrices = rng.normal(size=(2, 5120)), rng.normal(size=(5120, 2))
+    large = {f"blocks.{i}.self_attn.q": LoRALayer(*matrices, 2.0) for i in range(40)}
+    refused(LoRAWeights(large, "x"),
+            r"for a base with dim 5120 \(14B\) and at least 40 layers, the base here has dim 24 and 3 layers")
+    refused(random_lora(blocks=(7,)), "at least 8 layers")
+    image = {"blocks.0.cross_attn.k_img": LoRALayer(np.zeros((2, 24)), np.zeros((24, 2)), 2.0)}
+    refused(LoRAWeights(image, "x"), r"blocks\.0\.cross_attn\.k_img; k_img and v_img belong to I2V")
+    wrong = {"blocks.0.ffn.2": LoRALayer(np.zeros((2, 41)), np.zeros((24, 2)), 2.0)}
+    refused(LoRAWeights(wrong, "x"), r"its blocks\.0\.ffn\.2 is 41 to 24, the base's 40 to 24")
+
+
+def test_diffusers_applies_it_as_we_do(base, tmp_path):
+  """Real diffusers loads the file without a key left over, alpha other than the rank included, and paints the same."""
+  torch = pytest.importorskip("torch", reason="needs the extra `parity`")
+  diffusers = pytest.importorskip("diffusers", reason="needs the extra `parity`")
+  pytest.importorskip("peft", reason="needs the extra `parity`")
+  lora = random_lora(alpha=5.0)
+  write_lora(tmp_path / "lora.safetensors", lora, "diffusers")
+  options = {key: value for key, value in diffusers_config("transformer", CONFIG).items() if key != "_class_name"}
+  theirs = diffusers.WanTransformer3DModel(**options).eval()
+  params = nnx.to_pure_dict(nnx.state(base, nnx.Param))
+  state = {}
+  for fill in component_fills("transformer", CONFIG):
+    value = np.asarray(functools.reduce(lambda tree, key: tree[key], fill.path, params))
+    for name, layer in zip(fill.names, value if fill.stacked else (value,)):
+      state[name_to_diffusers("transformer", name)] = torch.from_numpy(np.ascontiguousarray(fill.to_original(layer)))
+  theirs.load_state_dict(state, strict=True)
+  state_dict, metadata = diffusers.WanPipeline.lora_state_dict(str(tmp_path / "lora.safetensors"), return_lora_metadata=True)
+  assert len(state_dict) == 2 * len(lora.layers)
+  diffusers.WanPipeline.load_lora_into_transformer(state_dict, transformer=theirs, metadata=metadata)
+  adapted = [name for name, _ in theirs.named_parameters() if "lora_" in name]
+  assert len(adapted) == 2 * len(lora.layers)
+  r = row()
+  latents = unpatchify(r.tokens[0], (3, 4, 4), PATCH)
+  text = np.concatenate([r.text[0, :4], np.zeros((12, 12), np.float32)])
+  with torch.no_grad():
+    out = theirs(torch.from_numpy(np.moveaxis(latents, -1, 0)[None].copy()), torch.tensor([300.0]), torch.from_numpy(text[None]),
+                 return_dict=False)[0]
+  ours = unpatchify(with_lora(base, [(read_lora(tmp_path / "lora.safetensors"), 1.0)], False)[0], (3, 4, 4), PATCH)
+  assert relative_error(ours, np.moveaxis(out[0].numpy(), 0, -1)) <= 1e-4
+  assert relative_error(ours, unpatchify(predict(nnx.graphdef(base), params)[0], (3, 4, 4), PATCH)) > 1e-2

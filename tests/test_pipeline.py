@@ -1,0 +1,151 @@
+"""The miniature release, converted, opened and sampled from: all as the reference has it."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import univid_jax
+from tests.helpers import GOLDENS, channels_last, golden, relative_error
+from tools.convert_weights.commands import convert_any
+from tools.convert_weights.export import official_config, write_tensors
+from univid_jax.encoders import i2v_condition
+from univid_jax.models.dit import DiTConfig
+from univid_jax.parallel.mesh import make_mesh
+
+EXPECTED = GOLDENS / "tiny_wan_expected"
+LORA = str(GOLDENS / "tiny_wan" / "univid_lora.ckpt")
+INFO = json.loads((EXPECTED / "expected.json").read_text())
+TENSORS = load_file(EXPECTED / "expected.safetensors")
+CLIPS = [TENSORS[f"clip{i}"] for i in range(3)]
+
+pytest.importorskip("torch", reason="the autoencoder of the release is a PyTorch file; needs the extra `convert`")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  """The converted release."""
+  folder = tmp_path_factory.mktemp("converted") / "tiny_wan"
+  convert_any(str(GOLDENS / "tiny_wan"), str(folder))
+  return str(folder)
+
+
+def one_device():
+  return make_mesh({}, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+  return univid_jax.load_pipeline(checkpoint, dtype="float32", mesh=one_device())
+
+
+def sample(pipe, **options):
+  return pipe.sample(CLIPS, prompt=INFO["prompts"][0], num_inference_steps=INFO["steps"], latents=channels_last(TENSORS["noise"]),
+                     **options)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_prompts(pipe, number):
+  prompt, expected = INFO["prompts"][number], TENSORS[f"prompt{number}.embedding"]
+  assert np.array_equal(pipe.tokenize(prompt), TENSORS[f"prompt{number}.ids"])
+  embedding = pipe.encode_prompt(prompt)
+  assert embedding.shape == (512, 48) and embedding.dtype == np.float32
+  assert relative_error(embedding[:len(expected)], expected) <= 2e-5
+  assert not embedding[len(expected):].any()
+
+
+def test_sampling(pipe):
+  out = sample(pipe)
+  assert relative_error(out.latents, channels_last(TENSORS["base.latent"])) <= 1e-4
+  video = np.moveaxis(TENSORS["base.video"], 0, -1)
+  assert relative_error(pipe.decode(out.latents), video) <= 1e-3
+  assert np.abs(out.frames.astype(float) - (video + 1) * 127.5).max() <= 0.6
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("lora", [LORA, [(LORA, 0.75), (LORA, 0.25)]], ids=["whole", "in two parts"])
+def test_sampling_with_a_lora(checkpoint, lora, merged):
+  pipe = univid_jax.load_pipeline(checkpoint, lora=lora, dtype="float32", merge_lora=merged, mesh=one_device())
+  out = sample(pipe)
+  assert relative_error(out.latents, channels_last(TENSORS["lora.latent"])) <= 1e-4
+  assert relative_error(out.latents, channels_last(TENSORS["base.latent"])) > 1e-2
+  assert relative_error(pipe.decode(out.latents), np.moveaxis(TENSORS["lora.video"], 0, -1)) <= 1e-3
+
+
+def test_eight_devices_are_one(checkpoint, pipe):
+  """Parameters, adapters and the text encoder spread over a mesh: the same picture."""
+  spread = univid_jax.load_pipeline(checkpoint, lora=LORA, dtype="float32", mesh=make_mesh({"fsdp": 4, "tensor": 2}))
+  one = univid_jax.load_pipeline(checkpoint, lora=LORA, dtype="float32", mesh=one_device())
+  assert relative_error(spread.encode_prompt("a b c"), pipe.encode_prompt("a b c")) <= 1e-5
+  latents = [sample(each).latents for each in (spread, one)]
+  assert relative_error(*latents) <= 1e-5
+
+
+def test_guidance_and_given_embeddings(pipe):
+  """The negative prompt is the null prompt; padded embeddings are the prompt itself."""
+  given = pipe.encode_prompt(INFO["prompts"][0])
+  out = pipe.sample(CLIPS, prompt_embeds=given, num_inference_steps=2, guidance_scale=3.0, seed=3)
+  same = pipe.sample(CLIPS, prompt=INFO["prompts"][0], negative_prompt="", num_inference_steps=2, guidance_scale=3.0, seed=3)
+  plain = pipe.sample(CLIPS, prompt=INFO["prompts"][0], num_inference_steps=2, seed=3)
+  assert relative_error(out.latents, same.latents) <= 1e-5
+  assert relative_error(plain.latents, same.latents) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["sampling_video", "sampling_mixed"])
+def test_whole_sampling_runs(name, tmp_path):
+  """Contexts I and III, from pixels to pixels, through a checkpoint folder."""
+  info, io, weights = golden(name)
+  dit = info["dit"]
+  config = DiTConfig(dim=dit["dim"], ffn_dim=dit["ffn"], num_heads=dit["heads"], num_layers=dit["layers"], freq_dim=dit["freq"],
+                     text_dim=dit["text"])
+  release = tmp_path / "release"
+  release.mkdir()
+  for part, file in (("dit.", "diffusion_pytorch_model.safetensors"), ("vae.", "Wan2.1_VAE.safetensors")):
+    write_tensors(release / file, {key.removeprefix(part): value for key, value in weights.items() if key.startswith(part)})
+  (release / "config.json").write_text(json.dumps(official_config(config)))
+  convert_any(str(release), str(tmp_path / "checkpoint"))
+  pipe = univid_jax.load_pipeline(str(tmp_path / "checkpoint"), dtype="float32", mesh=one_device())
+  clips = [io[f"clip{i}"] for i in range(3)]
+  for i, clip in enumerate(clips):
+    assert relative_error(pipe.encode(clip), channels_last(io[f"latent{i}"])) <= 1e-4
+  out = pipe.sample(clips, num_inference_steps=info["steps"], latents=channels_last(io["noise"]), prompt_embeds=io["context"])
+  assert relative_error(out.latents, channels_last(io["latent3"])) <= 1e-4
+  assert relative_error(pipe.decode(out.latents), np.clip(np.moveaxis(io["target_video"], 0, -1), -1, 1)) <= 1e-3
+  with pytest.raises(ValueError, match="has no tokenizer"):
+    pipe.encode_prompt("a")
+
+
+def test_i2v_condition(pipe):
+  image = np.random.default_rng(0).uniform(-1, 1, (32, 48, 3)).astype(np.float32)
+  condition = i2v_condition(pipe.encoders.codec, image, 3)
+  assert condition.shape == (3, 4, 6, 20)
+  assert (condition[0, ..., :4] == 1).all() and not condition[1:, ..., :4].any()
+  frames = np.concatenate([image[None], np.zeros((8, 32, 48, 3), np.float32)])
+  assert np.array_equal(condition[..., 4:], pipe.encode(frames))
+
+
+class TestBadInput:
+  def test_no_checkpoint(self, tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a converted checkpoint"):
+      univid_jax.load_pipeline(str(tmp_path))
+
+  def test_no_lora(self, checkpoint):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+      univid_jax.load_pipeline(checkpoint, lora="nowhere.safetensors")
+
+  def test_damaged_weights(self, checkpoint, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    shutil.rmtree(damaged / "transformer" / "d")
+    shutil.rmtree(damaged / "transformer" / "ocdbt.process_0")
+    with pytest.raises(ValueError, match="cannot be read"):
+      univid_jax.load_pipeline(str(damaged))
+
+  def test_sizes(self, pipe):
+    with pytest.raises(ValueError, match="multiple of 16, got 40; the nearest are 32 and 48"):
+      pipe.sample([np.zeros((1, 40, 48, 3), np.uint8)] * 3, prompt_embeds=np.zeros((1, 48)))
+    with pytest.raises(ValueError, match="odd number"):
+      pipe.sample(CLIPS[:2])
