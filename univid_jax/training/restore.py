@@ -13,7 +13,7 @@ from univid_jax import build
 from univid_jax.models.lora import LoRAParam
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.checkpoint import CONFIG_FILE, Checkpointer, read_config
-from univid_jax.weights.checkpoint import abstract_parameters, restore_arrays
+from univid_jax.weights.checkpoint import abstract_parameters, check_files, read_info, restore_arrays
 from univid_jax.weights.lora import LoRAWeights, unstack_lora
 
 
@@ -25,6 +25,7 @@ def base_parameters(config: Mapping[str, Any], mesh: Mesh) -> tuple[nnx.GraphDef
   module = nnx.eval_shape(init)
   abstract = abstract_parameters(module, mesh)
   if config["init_from"]:
+    check_files(config["init_from"], "transformer", read_info(config["init_from"]))
     return nnx.graphdef(module), restore_arrays(epath.Path(config["init_from"]) / "transformer", abstract)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return nnx.graphdef(module), jax.jit(lambda: nnx.to_pure_dict(nnx.state(init(), nnx.Param)), out_shardings=shardings)()

@@ -46,6 +46,7 @@ class ComponentInfo:
     dtypes: how many tensors have which dtype.
     num_tensors: of the official layout.
     num_parameters: numbers in them.
+    num_files: in the component's folder.
     checksum: SHA-256 over the tensors of the official layout, each by name, dtype, shape and bytes.
   """
 
@@ -55,6 +56,7 @@ class ComponentInfo:
   dtypes: Mapping[str, int]
   num_tensors: int
   num_parameters: int
+  num_files: int
   checksum: str
 
 
@@ -150,9 +152,26 @@ def restore(folder: epath.PathLike, name: str, *, mesh: Mesh, dtype=jnp.bfloat16
   info = read_info(folder)
   if name not in info.components:
     raise FileNotFoundError(f"{folder} has no {name}, only {', '.join(info.components)}")
+  check_files(folder, name, info)
   config = component_config(name, info.components[name].config)
   module = abstract_component(name, config, dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype, **options)
   return nnx.graphdef(module), restore_arrays(epath.Path(folder) / name, abstract_parameters(module, mesh))
+
+
+def count_files(folder: epath.Path) -> int:
+  """Files below a folder."""
+  return sum(count_files(path) if path.is_dir() else 1 for path in folder.iterdir())
+
+
+def check_files(folder: epath.PathLike, name: str, info: CheckpointInfo) -> None:
+  """Whether a component has all its files.
+
+  Raises:
+    ValueError: it has not.
+  """
+  found, expected = count_files(epath.Path(folder) / name), info.components[name].num_files
+  if found != expected:
+    raise ValueError(f"{epath.Path(folder) / name} has {found} of its {expected} files: convert it again")
 
 
 def abstract_parameters(module: nnx.Module, mesh: Mesh, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Any]:
