@@ -13,7 +13,9 @@ from tests.helpers import channels_last, golden, load_dit, relative_error
 from univid_jax.data.packing import RowShape, pack, patchify, sentence_features, unpatchify
 from univid_jax.models.dit import PRESETS, DiT, DiTConfig, normalize, timestep_embedding
 from univid_jax.models.rope import rotary_tables
+from univid_jax.parallel.mesh import make_mesh
 from univid_jax.types import Role, Sentence
+from univid_jax.weights.checkpoint import abstract_parameters
 
 PATCH = (1, 2, 2)
 
@@ -162,6 +164,24 @@ class TestPacking:
     assert relative_error(other[0][first], same[0][first]) > 1e-3
     others = self.row.segment_ids[0] > 1
     assert np.array_equal(other[0][others], same[0][others])
+
+
+@pytest.mark.slow
+def test_the_full_size_is_made_in_its_shards():
+  """1.3B random bfloat16 weights over eight devices: no device ever holds more than its part."""
+  mesh = make_mesh({"fsdp": 4, "tensor": 2})
+  init = lambda: DiT(PRESETS["wan2.1-t2v-1.3b"], param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # noqa: E731
+  abstract = abstract_parameters(nnx.eval_shape(init), mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(init(), nnx.Param)), out_shardings=shardings)()
+  sizes = dict.fromkeys(mesh.devices.flat, 0)
+  for leaf in jax.tree.leaves(params):
+    for shard in leaf.addressable_shards:
+      sizes[shard.device] += shard.data.nbytes
+  total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  assert total == 2 * 1_418_996_800 and len(set(sizes.values())) == 1
+  assert max(sizes.values()) < 1.05 * total / 8  # what is left whole: norms and small biases
+  assert float(jnp.std(params["blocks"]["ffn"]["up"]["kernel"][7].astype(jnp.float32))) > 0
 
 
 @pytest.mark.slow

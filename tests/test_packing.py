@@ -87,7 +87,7 @@ class TestLoader:
   def loader(self, config, **options):
     source = build.sentences(config, "train", seed=0)
     defaults = dict(row_shape=build.row_shape(config), rows_per_batch=4, seed=1, num_packing_bins=8)
-    return make_loader(source, build.feature_maker(config), **defaults | options)
+    return make_loader(source, build.feature_maker(config, build.encoders(config, None)), **defaults | options)
 
   def batches(self, loader, count):
     out = [next(loader) for _ in range(count)]

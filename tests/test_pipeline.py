@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 import univid_jax
 from tests.helpers import GOLDENS, channels_last, golden, relative_error
 from tools.convert_weights.commands import convert_any
+from tools.convert_weights.convert import component_fills
 from tools.convert_weights.export import official_config, write_tensors
 from univid_jax.encoders import i2v_condition
 from univid_jax.models.dit import DiTConfig
@@ -125,6 +126,36 @@ def test_i2v_condition(pipe):
   assert (condition[0, ..., :4] == 1).all() and not condition[1:, ..., :4].any()
   frames = np.concatenate([image[None], np.zeros((8, 32, 48, 3), np.float32)])
   assert np.array_equal(condition[..., 4:], pipe.encode(frames))
+
+
+def test_i2v(tmp_path):
+  """An I2V model sees the first frame of A by its image tower and as latents; one step of sampling is one velocity."""
+  torch = pytest.importorskip("torch")
+  release = tmp_path / "release"
+  shutil.copytree(GOLDENS / "tiny_wan", release)
+  config = DiTConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=48, model_type="i2v", in_dim=36,
+                     image_dim=48)
+  rng = np.random.default_rng(0)
+  write_tensors(release / "diffusion_pytorch_model.safetensors",
+                {name: 0.2 * rng.standard_normal(fill.original_shape, np.float32)
+                 for fill in component_fills("transformer", config) for name in fill.names})
+  (release / "config.json").write_text(json.dumps(official_config(config)))
+  tower = load_file(GOLDENS / "clip_vision.weights.safetensors")
+  torch.save({f"visual.{name}": torch.from_numpy(value) for name, value in tower.items()}, release / "models_clip.pth")
+  convert_any(str(release), str(tmp_path / "checkpoint"))
+  pipe = univid_jax.load_pipeline(str(tmp_path / "checkpoint"), dtype="float32", mesh=one_device())
+  noise, prompt = channels_last(TENSORS["noise"]), pipe.encode_prompt("a")
+  out = pipe.sample(CLIPS, prompt="a", num_inference_steps=1, latents=noise)
+  latents = np.concatenate([*(pipe.encode(clip) for clip in CLIPS), noise])
+  first = CLIPS[0][0].astype(np.float32) / 127.5 - 1
+  features = pipe.encoders.embed_image(first)
+  condition = i2v_condition(pipe.encoders.codec, first, len(latents))
+  velocity = pipe.predict_velocity(latents, 1000.0, prompt, condition=condition, clip_features=features)
+  assert features.shape == (5, 48) and relative_error(out.latents, noise - velocity[-2:]) <= 1e-5
+  other = pipe.predict_velocity(latents, 1000.0, prompt, condition=condition, clip_features=np.roll(features, 1, axis=1))
+  assert relative_error(other, velocity) > 1e-4
+  with pytest.raises(ValueError, match="a i2v model takes rows with condition and image_features both"):
+    pipe.predict_velocity(latents, 1000.0, prompt)
 
 
 class TestBadInput:

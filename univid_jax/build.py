@@ -26,9 +26,9 @@ from univid_jax.weights.checkpoint import component_config, read_info
 Config = Mapping[str, Any]
 
 # Values of a config that count something and so have to be at least 1.
-COUNTS = ("num_steps", "log_every", "data.height", "data.width", "data.num_frames", "data.num_sentences", "rows.per_batch",
-          "rows.num_tokens", "rows.num_sentences", "rows.packing_bins", "checkpoint.every_steps", "checkpoint.keep",
-          "eval.sentences_per_case", "eval.num_inference_steps")
+COUNTS = ("num_steps", "log_every", "data.height", "data.width", "data.num_frames", "data.num_sentences", "rows.num_tokens",
+          "rows.num_text_tokens", "rows.num_sentences", "rows.packing_bins", "rows.microbatches", "checkpoint.every_steps",
+          "checkpoint.keep", "eval.num_inference_steps")
 
 
 def check(config: Config) -> None:
@@ -48,7 +48,7 @@ def check(config: Config) -> None:
   if not 0 <= config["ema_decay"] < 1:
     raise ValueError(f"config.ema_decay is at least 0 (no mean) and below 1, got {config['ema_decay']}")
   data = config["data"]
-  latent_frames, pixels = 1 + (data["num_frames"] - 1) // 4, 2 * config["codec"]["spatial_stride"]
+  latent_frames, pixels = 1 + (data["num_frames"] - 1) // 4, 2 * (8 if config["init_from"] else config["codec"]["spatial_stride"])
   longest = 4 * latent_frames * (data["height"] // pixels) * (data["width"] // pixels)
   if longest > config["rows"]["num_tokens"]:
     raise ValueError(f"a sentence of context I has {longest} tokens, config.rows.num_tokens is only "
@@ -111,8 +111,21 @@ def flow(config: Config) -> FlowMatching:
 
 def row_shape(config: Config) -> RowShape:
   rows = config["rows"]
-  # The null prompt is one token of padding a sentence.
-  return RowShape(num_tokens=rows["num_tokens"], num_text_tokens=rows["num_sentences"], num_slots=rows["num_sentences"])
+  return RowShape(num_tokens=rows["num_tokens"], num_text_tokens=rows["num_text_tokens"], num_slots=rows["num_sentences"])
+
+
+def rows_per_batch(config: Config, mesh: Mesh) -> int:
+  """Rows of a batch on all devices.
+
+  Raises:
+    ValueError: they do not divide over the devices and microbatches.
+  """
+  rows, shards = config["rows"], mesh.shape["data"] * mesh.shape["fsdp"]
+  count = rows["per_batch"] or shards * rows["microbatches"]
+  if count % (shards * rows["microbatches"]):
+    raise ValueError(f"config.rows.per_batch = {count} does not divide over data x fsdp = {shards} devices"
+                     + (f" and {rows['microbatches']} microbatches" if rows["microbatches"] > 1 else ""))
+  return count
 
 
 def sentences(config: Config, split: str, *, seed: int, workdir: str = "") -> ComputedSentences:

@@ -194,7 +194,7 @@ class Pipeline:
       noise[index, mask] = jax.random.normal(key, (int(mask.sum()), noise.shape[-1]))
 
     sigmas = self._flow.inference_sigmas(num_inference_steps)
-    batch = self.run["rows"]["per_batch"]
+    batch = build.rows_per_batch(self.run, self.mesh)
     tokens = []
     for start in range(0, len(noise), batch):
       part = functools.partial(_part, start=start, length=batch)

@@ -22,7 +22,7 @@ def main() -> None:
   # After the flags: --help and wrong flags answer at once, without waiting for JAX.
   from univid_jax.evaluation import evaluate
   from univid_jax.metrics.figures import sentence_grid
-  from univid_jax.training.loop import Interrupted, train
+  from univid_jax.training.loop import LORA_EXPORT, Interrupted, train
 
   config = CONFIG.value
   workdir = WORKDIR.value or f"runs/{config.name}"
@@ -35,6 +35,13 @@ def main() -> None:
     print(f"{workdir} is complete ({config.num_steps} steps); results stand in {folder / 'eval.json'} and {folder / 'grid.png'}")
     return
 
+  if not config.eval.sentences_per_case:
+    print(f"{result.steps_taken} steps in {result.seconds:.0f} s; checkpoints and numbers stand in {workdir}")
+    if config.lora.rank:
+      print(f"the LoRA, as ComfyUI and diffusers read it: {folder / LORA_EXPORT}; other formats:\n"
+            f"  python -m tools.convert_weights {workdir} OUT.safetensors --to=diffusers|comfyui|musubi|univid")
+    print(f"next: python -m univid_jax.sample --checkpoint={workdir} --clips=A.mp4,A2.mp4,B.mp4 --out=B2.mp4")
+    return
   print("evaluating on held-out photographs ...")
   report, examples = evaluate(result.pipeline)
   shown: dict[tuple[str, str], int] = {}

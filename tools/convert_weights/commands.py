@@ -10,6 +10,7 @@ from tools.convert_weights.convert import component_fills, convert, gigabytes, w
 from tools.convert_weights.layout import check_fills
 from tools.convert_weights.sources import Release, find_release
 from tools.convert_weights.verify import verify_release
+from univid_jax.training.restore import is_lora_run, read_run_lora
 from univid_jax.weights.checkpoint import CheckpointInfo, is_checkpoint, read_info
 from univid_jax.weights.files import open_tensors
 from univid_jax.weights.lora import FORMATS, LORA_FILE, LoRAWeights, is_lora, read_lora, write_lora, write_lora_folder
@@ -20,6 +21,8 @@ def find(source: str) -> CheckpointInfo | LoRAWeights | Release:
   path = epath.Path(source)
   if is_checkpoint(path):
     return read_info(path)
+  if is_lora_run(path):
+    return read_run_lora(path)
   if (path / LORA_FILE).exists() or (path.is_file() and is_lora(open_tensors(source).infos)):
     return read_lora(source)
   return find_release(Path(source))

@@ -97,7 +97,7 @@ def _cubic_weights(length: int, size: int) -> Float[np.ndarray, "size length"]:
   """PyTorch's bicubic interpolation along one side: cubic convolution with a = -0.75, pixels at their centres, edges repeated,
   no blur before shrinking. (Pillow's and JAX's have a = -0.5 and blur.)"""
   a = -0.75
-  place = (np.arange(size) + 0.5) * length / size - 0.5
+  place = np.float32(length / size) * (np.arange(size, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)  # rounded as there
   first = np.floor(place).astype(int) - 1
   weights = np.zeros((size, length))
   for tap in range(4):

@@ -24,9 +24,14 @@ from univid_jax.training.optimizer import make_optimizer
 from univid_jax.training.restore import base_parameters, lora_weights
 from univid_jax.training.step import StateSpec, make_train_step
 from univid_jax.training.writer import MetricsWriter
+from univid_jax.weights.lora import write_lora
 
 # What may differ between a run and its continuation: how often it reports and saves, and where it runs.
-MAY_CHANGE = ("log_every", "checkpoint", "mesh", "eval", "version")
+MAY_CHANGE = ("num_steps", "log_every", "checkpoint", "mesh", "eval", "version")
+
+
+# The trained LoRA, as ComfyUI and diffusers read it.
+LORA_EXPORT = "lora.safetensors"
 
 
 class Interrupted(Exception):
@@ -59,14 +64,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   build.check(config)
   Path(workdir).mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
-  rows_divide(config.rows.per_batch, mesh)
+  rows_per_batch = build.rows_per_batch(config, mesh)
   optimizer = make_optimizer(config.optimizer, config.num_steps)
   trains_lora = build.lora_config(config) is not None
   spec = StateSpec.of(lambda: build.model(config, seed=config.seed), optimizer, mesh, ema=config.ema_decay > 0, lora=trains_lora)
   encoders = build.encoders(config, mesh)
   loader = make_loader(
       build.sentences(config, "train", seed=config.seed, workdir=workdir), build.feature_maker(config, encoders),
-      row_shape=build.row_shape(config), rows_per_batch=config.rows.per_batch // jax.process_count(), seed=config.seed,
+      row_shape=build.row_shape(config), rows_per_batch=rows_per_batch // jax.process_count(), seed=config.seed,
       process_index=jax.process_index(), process_count=jax.process_count(), num_packing_bins=config.rows.packing_bins)
   step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed,
                             microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0)
@@ -116,16 +121,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   dit_config = build.transformer_config(config)
   if trains_lora:
     lora = lora_weights(values, jax.device_get(params), step=config.num_steps)
+    if jax.process_index() == 0:
+      write_lora(Path(workdir) / LORA_EXPORT, lora, "comfyui")
     graph, params = with_loras(dit_config, base_graph, frozen, [(lora, 1.0)], mesh=mesh, merged=False)
   pipeline = Pipeline(dit_config, graph, params, encoders=encoders, mesh=mesh, run=values)
   return TrainResult(pipeline, config.num_steps - start, time.monotonic() - started)
-
-
-def rows_divide(rows: int, mesh: jax.sharding.Mesh) -> None:
-  """Checks that the rows of a batch spread evenly over the mesh."""
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
-  if rows % shards:
-    raise ValueError(f"config.rows.per_batch = {rows} does not divide over data x fsdp = {shards} devices")
 
 
 def progress_bar(start: int, total: int) -> tqdm:
