@@ -1,6 +1,6 @@
-"""One forward of the full-size transformer: four image clips of 256 x 256 (1,024 tokens), random bfloat16 weights.
+"""One forward of the full-size transformer: four image clips of 256 x 256 (1,024 tokens), random weights.
 
-  python -m benchmarks.dit_forward [--against=torch] [--variant=wan2.1-t2v-1.3b] [--pairs=5]
+  python -m benchmarks.dit_forward [--against=torch] [--variant=wan2.1-t2v-1.3b] [--dtype=bfloat16] [--pairs=5]
 
 Each side lives in a process of its own, so that peak memory is its own; both are timed in turn, after one warm-up.
 """
@@ -17,6 +17,7 @@ from univid_jax import cli
 
 VARIANT = flags.DEFINE_string("variant", "wan2.1-t2v-1.3b", "A name of models.dit.PRESETS.")
 AGAINST = flags.DEFINE_enum("against", "", ["", "torch"], "The peer beside it: torch is diffusers' WanTransformer3DModel.")
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of weights and products.")
 PAIRS = flags.DEFINE_integer("pairs", 5, "Timed forwards of each.", lower_bound=1)
 OUT = flags.DEFINE_string("out", "", "File for the figures as JSON.")
 
@@ -24,7 +25,7 @@ LATENT = (16, 4, 32, 32)
 PROMPT_TOKENS = 512
 
 
-def jax_side(variant: str):
+def jax_side(variant: str, dtype: str):
   """A forward as a function without arguments."""
   import jax
   import jax.numpy as jnp
@@ -36,13 +37,11 @@ def jax_side(variant: str):
 
   config = PRESETS[variant]
 
-  @jax.jit
-  def create():
-    model = DiT(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-  graph = nnx.graphdef(nnx.eval_shape(lambda: DiT(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
-  params = create()
+  abstract = nnx.eval_shape(lambda: DiT(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+  graph = nnx.graphdef(abstract)
+  # One parameter after another, so that making them is not what takes the most memory.
+  draw = jax.jit(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype))
+  params = jax.tree.map(lambda x: draw(jnp.zeros(x.shape, x.dtype)), nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))
   _, t, y, x = LATENT
   positions = np.stack(np.meshgrid(range(t), range(y // 2), range(x // 2), indexing="ij"), -1).reshape(1, -1, 3)
   tokens = jnp.ones((1, positions.shape[1], 64))
@@ -53,7 +52,7 @@ def jax_side(variant: str):
   return lambda: jax.block_until_ready(forward(params, row))
 
 
-def torch_side(variant: str):
+def torch_side(variant: str, dtype: str):
   """The same through diffusers."""
   import diffusers
   import torch
@@ -61,7 +60,7 @@ def torch_side(variant: str):
   from univid_jax.models.dit import PRESETS
 
   config = PRESETS[variant]
-  torch.set_default_dtype(torch.bfloat16)
+  torch.set_default_dtype(getattr(torch, dtype))
   model = diffusers.WanTransformer3DModel(
       num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, in_channels=16, out_channels=16,
       text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers,
@@ -74,9 +73,9 @@ def torch_side(variant: str):
   return forward
 
 
-def serve(side, variant, pipe) -> None:
+def serve(side, variant, dtype, pipe) -> None:
   """Runs one side: a forward for each message, answered with its seconds; at the end the peak memory in GiB."""
-  run = side(variant)
+  run = side(variant, dtype)
   pipe.send("ready")
   while pipe.recv():
     start = time.perf_counter()
@@ -91,7 +90,7 @@ def main() -> None:
   pipes = {}
   for name, side in sides.items():
     pipes[name], theirs = context.Pipe()
-    context.Process(target=serve, args=(side, VARIANT.value, theirs), daemon=True).start()
+    context.Process(target=serve, args=(side, VARIANT.value, DTYPE.value, theirs), daemon=True).start()
     pipes[name].recv()
 
   seconds = {name: [] for name in sides}
@@ -108,7 +107,7 @@ def main() -> None:
           f"peak memory {figures[name]['peak_gib']:6.2f} GiB")
   if OUT.value:
     with open(OUT.value, "w") as file:
-      json.dump({"variant": VARIANT.value, "tokens": 1024, **figures}, file, indent=2)
+      json.dump({"variant": VARIANT.value, "dtype": DTYPE.value, "tokens": 1024, **figures}, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,21 @@ def tiny() -> ml_collections.ConfigDict:
   })
 
   config.data = ml_collections.ConfigDict({
-      # A folder of your own videos and photos, in addition to the bundled photographs.
+      # A folder of your own videos and photos for computed tasks, in addition to the bundled photographs.
       "folder": "",
+      # Data of your own that show tasks: the reference's metadata.csv, a folder TASK/NAME/source.* and target.*, a JSONL file
+      # of sentences, a TFDS data set (see data/datasets.py). Where one is given, computed tasks are only used with a folder.
+      "metadata": "", "pairs": "", "manifest": "",
+      "tfds": {"name": "", "split": "train", "data_dir": "", "task": "", "source": "image", "target": "target", "kind": "image"},
+      # How often each is drawn.
+      "weights": {"computed": 1.0, "metadata": 1.0, "pairs": 1.0, "manifest": 1.0, "tfds": 1.0},
+      # Rows that cannot be used end the run, or are left out and named.
+      "allow_dropped": False,
+      # Variants of each row or pair, that differ in context, direction and examples.
+      "variants": 16,
+      "fit": "crop", "fps": 0.0, "prompt_dropout": 0.0,
+      # Where latents and prompt embeddings are kept; WORKDIR/cache by default.
+      "cache": "",
       "height": 32, "width": 32, "num_frames": 5,
       # How often each task is drawn.
       "tasks": {"invert": 1.0, "swap_channels": 1.0, "duotone": 1.0, "camera_movement": 0.5},
@@ -107,6 +120,8 @@ def wan_1_3b() -> ml_collections.ConfigDict:
   config.codec.update({"latent_channels": 16, "spatial_stride": 8})
   config.lora.rank = 16
   config.data.update({"height": 480, "width": 832, "num_frames": 17, "prompt": "detailed"})
+  # Fixed sentences of computed tasks, whose latents are kept.
+  config.data.num_sentences = 2000
   config.data.tasks = ml_collections.ConfigDict({"scribble": 1.0, "camera_movement": 1.0})
   config.data.contexts.update({"I": 0.3, "II": 0.3, "III": 0.4, "IV": 0.0})
   config.rows.update({"per_batch": 0, "num_tokens": 37504, "num_sentences": 6, "num_text_tokens": 1536, "packing_bins": 8})

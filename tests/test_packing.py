@@ -87,7 +87,7 @@ class TestLoader:
   def loader(self, config, **options):
     source = build.sentences(config, "train", seed=0)
     defaults = dict(row_shape=build.row_shape(config), rows_per_batch=4, seed=1, num_packing_bins=8)
-    return make_loader(source, build.feature_maker(config, build.encoders(config, None)), **defaults | options)
+    return make_loader([source], build.feature_maker(config, build.encoders(config, None)), **defaults | options)
 
   def batches(self, loader, count):
     out = [next(loader) for _ in range(count)]
@@ -132,7 +132,7 @@ class TestLoader:
 
     seen = []
     for process in (0, 1):
-      loader = make_loader(Named(), index_features, row_shape=RowShape(num_tokens=12, num_text_tokens=1, num_slots=1),
+      loader = make_loader([Named()], index_features, row_shape=RowShape(num_tokens=12, num_text_tokens=1, num_slots=1),
                            rows_per_batch=5, seed=0, process_index=process, process_count=2, num_packing_bins=5)
       seen += [int(row[0, 0]) for batch in self.batches(loader, 4) for row in batch.tokens]
     assert sorted(seen) == list(range(40))

@@ -29,7 +29,7 @@ def first_steps(config, mesh, count=2):
   optimizer = make_optimizer(config.optimizer, config.num_steps)
   spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=True)
   step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=0.9, seed=0)
-  loader = make_loader(build.sentences(config, "train", seed=0), build.feature_maker(config, build.encoders(config, mesh)),
+  loader = make_loader([build.sentences(config, "train", seed=0)], build.feature_maker(config, build.encoders(config, mesh)),
                        row_shape=build.row_shape(config), rows_per_batch=8, seed=0, num_packing_bins=8)
   state, losses = spec.create(), []
   with mesh:
@@ -116,7 +116,7 @@ def weights(workdir, config):
   mesh = make_mesh({}, devices=jax.devices()[:1])
   spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=True)
   checkpointer = Checkpointer(str(workdir))
-  loader = make_loader(build.sentences(config, "train", seed=0), build.feature_maker(config, build.encoders(config, mesh)),
+  loader = make_loader([build.sentences(config, "train", seed=0)], build.feature_maker(config, build.encoders(config, mesh)),
                        row_shape=build.row_shape(config), rows_per_batch=8, seed=0)
   state = checkpointer.restore(spec.abstract, loader)
   checkpointer.close()

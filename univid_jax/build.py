@@ -1,8 +1,10 @@
 """From a config to the parts of a run. A config is an ml_collections.ConfigDict; see configs/video_tasks.py."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,9 +13,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+import univid_jax
+from univid_jax.data.cache import Cache, read_frames
+from univid_jax.data.clips import ClipFormat, ClipRef, file_hash
+from univid_jax.data.datasets import Drawing, Dropped, open_manifest, open_metadata, open_pairs, open_tfds
 from univid_jax.data.loader import FeatureMaker
 from univid_jax.data.packing import RowShape
-from univid_jax.data.sources import ComputedSentences, FolderSource, PhotoSource
+from univid_jax.data.sources import ComputedSentences, FolderSource, LazySentences, PhotoSource
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.encoders import CheckpointEncoders, Encoders, PlainEncoders
 from univid_jax.models.codec import DCTCodec
@@ -150,12 +156,104 @@ def sentences(config: Config, split: str, *, seed: int, workdir: str = "") -> Co
   )
 
 
-def feature_maker(config: Config, encoders: Encoders) -> FeatureMaker:
-  """Turns sentences of pixels into what a row holds."""
+@dataclasses.dataclass(frozen=True)
+class DataSources:
+  """What training draws sentences from.
+
+  Attributes:
+    sources: sentences by the name of their kind.
+    weights: how often each is drawn.
+    dropped: rows that cannot be used.
+  """
+
+  sources: Mapping[str, Any]
+  weights: Mapping[str, float]
+  dropped: Sequence[Dropped]
+
+  @property
+  def task_names(self) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for source in self.sources.values() for name in source.task_names))
+
+
+def data_sources(config: Config, workdir: str) -> DataSources:
+  """Opens all data that the config names, and checks every row.
+
+  Raises:
+    FileNotFoundError: a file or folder is not there.
+    ValueError: none has a row that can be used.
+  """
+  data, seed = config["data"], config["seed"]
+  form = ClipFormat(size=(data["height"], data["width"]), num_frames=data["num_frames"], fit=data["fit"], fps=data["fps"])
+  drawing = Drawing(contexts=dict(data["contexts"]), num_clips={int(n): w for n, w in data["num_clips"].items()},
+                    reverse_probability=data["reverse_probability"], prompt=data["prompt"],
+                    prompt_dropout=data["prompt_dropout"], variants=data["variants"], seed=seed)
+  opened = {
+      "metadata": lambda: open_metadata(data["metadata"], form, drawing),
+      "pairs": lambda: open_pairs(data["pairs"], form, drawing),
+      "manifest": lambda: open_manifest(data["manifest"], form, drawing),
+      "tfds": lambda: open_tfds(dict(data["tfds"]), form, drawing),
+  }
+  given = [name for name in opened if (data["tfds"]["name"] if name == "tfds" else data[name])]
+  found, dropped = {}, []
+  for name in given:
+    source, problems = opened[name]()
+    dropped += problems
+    if not len(source):
+      reasons = "; ".join(map(str, problems[:3])) or "it is empty"
+      raise ValueError(f"nothing in config.data.{name} can be used: {reasons}")
+    found[name] = source
+  if data["folder"] or not given:
+    computed = sentences(config, "train", seed=seed, workdir=workdir)
+    # Only with an encoder worth sparing are sentences fixed and kept.
+    found["computed"] = LazySentences(computed, computed_identity(config)) if config["init_from"] else computed
+  return DataSources(found, {name: data["weights"][name] for name in found}, dropped)
+
+
+def computed_identity(config: Config) -> str:
+  """Names all that determines computed sentences."""
+  data = config["data"]
+  names = ("tasks", "contexts", "animating_contexts", "num_clips", "height", "width", "num_frames", "reverse_probability")
+  files = []
+  if data["folder"]:
+    files = [file_hash(path) for path in sorted(Path(data["folder"]).iterdir()) if path.is_file()]
+  return repr((univid_jax.__version__, config["seed"], [(name, str(data[name])) for name in names], files))
+
+
+@dataclasses.dataclass(frozen=True)
+class Caches:
+  """Where latents and prompt embeddings are kept."""
+
+  latents: Cache
+  prompts: Cache
+
+
+def caches(config: Config, encoders: Encoders, workdir: str) -> Caches | None:
+  """The caches of a run; None where nothing is worth keeping."""
+  if not config["init_from"]:
+    return None
+  folder = config["data"]["cache"] or os.path.join(workdir, "cache")
+  return Caches(Cache(os.path.join(folder, "latents"), encoders.codec_fingerprint),
+                Cache(os.path.join(folder, "prompts"), encoders.prompt_fingerprint))
+
+
+def feature_maker(config: Config, encoders: Encoders, *, caches: Caches | None = None,
+                  task_names: Sequence[str] | None = None) -> FeatureMaker:
+  """Turns sentences of clips into what a row holds; what is in the caches is not computed again."""
   dit = transformer_config(config)
 
-  def encode(clip: np.ndarray) -> np.ndarray:
-    return encoders.codec.encode(clip.astype(np.float32) / 127.5 - 1)
+  def encode_frames(clip: np.ndarray | ClipRef) -> np.ndarray:
+    return encoders.codec.encode(read_frames(clip).astype(np.float32) / 127.5 - 1)
 
-  return FeatureMaker(encode=encode, embed_prompt=encoders.embed_prompt, patch_size=dit.patch_size, text_len=dit.text_len,
-                      task_names=tuple(config["data"]["tasks"]))
+  def encode(clip: np.ndarray | ClipRef) -> np.ndarray:
+    if caches is None or not isinstance(clip, ClipRef):
+      return encode_frames(clip)
+    return caches.latents.get_or_compute(clip.key, lambda: encode_frames(clip))
+
+  @functools.lru_cache(maxsize=256)
+  def embed_prompt(prompt: str) -> np.ndarray:
+    if caches is None:
+      return encoders.embed_prompt(prompt)
+    return caches.prompts.get_or_compute(prompt, lambda: encoders.embed_prompt(prompt))
+
+  return FeatureMaker(encode=encode, embed_prompt=embed_prompt, patch_size=dit.patch_size, text_len=dit.text_len,
+                      task_names=tuple(config["data"]["tasks"]) if task_names is None else tuple(task_names))

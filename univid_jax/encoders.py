@@ -39,6 +39,8 @@ class Encoders(Protocol):
 
   text_dim: int
   codec: Codec
+  codec_fingerprint: str
+  prompt_fingerprint: str
 
   def tokenize(self, text: str) -> Int[np.ndarray, "n"]: ...
   def embed_prompt(self, text: str) -> Float[np.ndarray, "n d"]: ...
@@ -51,6 +53,7 @@ class PlainEncoders:
 
   def __init__(self, codec: DCTCodec, text_dim: int):
     self.codec, self.text_dim = codec, text_dim
+    self.codec_fingerprint, self.prompt_fingerprint = repr(codec), "null prompt"
 
   def tokenize(self, text: str) -> Int[np.ndarray, "n"]:
     raise ValueError("this model has no tokenizer")
@@ -84,6 +87,18 @@ class CheckpointEncoders:
   @property
   def text_dim(self) -> int:
     return self._config("transformer").text_dim
+
+  @property
+  def codec_fingerprint(self) -> str:
+    """Names all that determines latents, beside the pixels."""
+    self._require("vae")
+    return f"vae {self.info.components['vae'].checksum} {self.tiling}"
+
+  @property
+  def prompt_fingerprint(self) -> str:
+    """Names all that determines a prompt's embedding, beside the text."""
+    self._require("text_encoder")
+    return f"umt5 {self.info.components['text_encoder'].checksum} {jnp.dtype(self.dtype)} {self.tokenizer.max_length}"
 
   @functools.cached_property
   def codec(self) -> "VAECodec":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
+from univid_jax.data.clips import ClipRef
 from univid_jax.data.packing import Features, RowShape, finish_rows, sentence_features
 from univid_jax.data.sentences import CONTEXTS
 from univid_jax.types import PackedRow, Sentence
@@ -18,14 +19,14 @@ class FeatureMaker:
   """Encodes the clips of a sentence and turns it into features.
 
   Attributes:
-    encode: pixels uint8 (T, H, W, 3) to latents (t, y, x, c), in NumPy.
+    encode: a clip, pixels uint8 (T, H, W, 3) or what is still to be read, to latents (t, y, x, c), in NumPy.
     embed_prompt: a prompt to its embedding (tokens, text_dim).
     patch_size: of the transformer.
     text_len: length to which the original pads a prompt.
     task_names: tasks by number, from 1.
   """
 
-  encode: Callable[[np.ndarray], np.ndarray]
+  encode: Callable[[np.ndarray | ClipRef], np.ndarray]
   embed_prompt: Callable[[str], np.ndarray]
   patch_size: tuple[int, int, int]
   text_len: int
@@ -43,13 +44,13 @@ class FeatureMaker:
     )
 
 
-def make_loader(source, make_features: FeatureMaker, *, row_shape: RowShape, rows_per_batch: int, seed: int,
+def make_loader(sources: Sequence, make_features: FeatureMaker, *, row_shape: RowShape, rows_per_batch: int, seed: int,
                 process_index: int = 0, process_count: int = 1, num_threads: int = 1,
-                num_packing_bins: int | None = None) -> grain.DatasetIterator:
+                num_packing_bins: int | None = None, weights: Sequence[float] | None = None) -> grain.DatasetIterator:
   """An endless, deterministic stream of batches (this process's rows of each) of packed rows.
 
   Args:
-    source: random-access sentences.
+    sources: random-access sentences; several are mixed.
     make_features: see FeatureMaker.
     row_shape: what fits into a row.
     rows_per_batch: rows of this process in a batch.
@@ -58,8 +59,11 @@ def make_loader(source, make_features: FeatureMaker, *, row_shape: RowShape, row
     process_count: processes, each of which sees its own share of the sentences.
     num_threads: threads that make sentences.
     num_packing_bins: rows that are filled at the same time; twice a batch by default.
+    weights: how often each source is drawn; all alike by default.
   """
-  share = grain.MapDataset.source(source).seed(seed).shuffle().repeat()[process_index::process_count]
+  mixed = [grain.MapDataset.source(source).seed(seed).shuffle().repeat() for source in sources]
+  everything = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights)
+  share = everything[process_index::process_count]
   features = share.map(make_features).to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=64))
   lengths = {
       "tokens": row_shape.num_tokens, "positions": row_shape.num_tokens, "target_mask": row_shape.num_tokens,

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import importlib.resources
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,18 +13,19 @@ import numpy as np
 from PIL import Image
 
 from univid_jax.color import OPPONENT_COLORS
+from univid_jax.data.clips import ClipRef
 from univid_jax.data.sentences import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, make_sentence, prompt_for, video_pattern
 from univid_jax.data.tasks import TASKS
 from univid_jax.data.video import CLIP_KINDS, IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
-from univid_jax.types import Sentence
+from univid_jax.types import Sentence, reference_roles
 
 # Photographs that come with scikit-image; the held-out ones show nothing that the others show.
 TRAIN_PHOTOS = ("astronaut.png", "brick.png", "camera.png", "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
                 "ihc.png", "moon.png", "retina.jpg", "rocket.jpg")
 HELD_OUT_PHOTOS = ("chelsea.png", "coffee.png", "motorcycle_left.png")
 
-# Sides of the windows that are cut from a photograph, in pixels, and how far one drifts and grows over a video clip.
-WINDOW_RANGE = (28, 72)
+# Sides of the windows that are cut from a photograph, in heights of the clip, and how far one drifts and grows over a video.
+WINDOW_RANGE = (0.875, 2.25)
 WINDOW_DRIFT = 0.05
 WINDOW_ZOOM = 0.07
 
@@ -140,7 +141,7 @@ def moving_window(photo: Image.Image, rng: np.random.Generator, *, num_frames: i
   """Cuts a window out of a picture that, over a video, drifts and grows or shrinks a little."""
   height, width = size
   largest = min(photo.width * height / width, photo.height)
-  first = min(rng.uniform(*WINDOW_RANGE), largest)
+  first = min(height * rng.uniform(*WINDOW_RANGE), largest)
   last = min(first * np.exp(rng.uniform(-WINDOW_ZOOM, WINDOW_ZOOM)), largest)
   sides = np.geomspace(first, last, num_frames)
   direction, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0, WINDOW_DRIFT) * first
@@ -224,6 +225,14 @@ class ComputedSentences:
     task = draw(rng, self.tasks)
     return self.sentence(rng, task=task, context=draw(rng, self.contexts_of(task)))
 
+  def plan(self, index: int) -> "Plan":
+    """What the sentence at an index is, without its pictures: the first draws of `self[index]`, in the same order."""
+    rng = np.random.default_rng((self.seed, int(index)))
+    task = draw(rng, self.tasks)
+    context = draw(rng, self.contexts_of(task))
+    num_clips = int(draw(rng, self.num_clips))
+    return Plan(task, context, num_clips, prompt_for(TASKS[task].prompt_name, self.prompt_style))
+
   def contexts_of(self, task: str) -> Mapping[str, float]:
     """How often a task's sentences have each context."""
     return self.animating_contexts if TASKS[task].animates else self.contexts
@@ -252,6 +261,62 @@ class ComputedSentences:
   @functools.cached_property
   def _all_clips(self):
     return [(source, index) for source in self.clips for index in range(len(source))]
+
+
+@dataclasses.dataclass(frozen=True)
+class LazySentences:
+  """Computed sentences whose clips are computed when they are needed, so that what is kept of them need not be computed again.
+
+  Attributes:
+    sentences: what there is.
+    identity: names the natural clips and options that they are computed from.
+  """
+
+  sentences: ComputedSentences
+  identity: str
+
+  def __len__(self) -> int:
+    return len(self.sentences)
+
+  @property
+  def task_names(self) -> tuple[str, ...]:
+    return self.sentences.task_names
+
+  def __getitem__(self, index: int) -> Sentence:
+    whole = _LastSentence(self.sentences, int(index))
+    plan = self.sentences.plan(int(index))
+    clips = tuple(ClipRef(f"{self.identity}|{index}|{number}", functools.partial(whole.clip, number))
+                  for number in range(plan.num_clips))
+    return Sentence(clips=clips, roles=reference_roles(plan.num_clips), prompt=plan.prompt, task=plan.task, context=plan.context)
+
+  def prompts(self) -> set[str]:
+    """All texts that sentences may come with."""
+    return {prompt_for(TASKS[task].prompt_name, self.sentences.prompt_style) for task in self.task_names} | {""}
+
+  def clips(self) -> Iterator[ClipRef]:
+    """All clips of all sentences, sentence by sentence."""
+    for index in range(len(self)):
+      yield from self[index].clips
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a computed sentence will be, before any picture is made."""
+
+  task: str
+  context: str
+  num_clips: int
+  prompt: str
+
+
+class _LastSentence:
+  """Computes a sentence once for all its clips."""
+
+  def __init__(self, sentences: ComputedSentences, index: int):
+    self._compute = functools.lru_cache(maxsize=1)(lambda: sentences[index])
+
+  def clip(self, number: int) -> np.ndarray:
+    return self._compute().clips[number]
 
 
 def draw(rng: np.random.Generator, weights: Mapping):

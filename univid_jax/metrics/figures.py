@@ -1,11 +1,15 @@
 """Pictures of results."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+
+from univid_jax.data.cache import read_frames
+from univid_jax.types import Role, Sentence
 
 COLUMNS = ("A", "A'", "B", "B' predicted", "B' true")
 
@@ -31,12 +35,12 @@ def sentence_grid(path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]], 
 
   Args:
     path: of the picture.
-    rows: label and clips (uint8 (T, H, W, 3)) of each sentence.
+    rows: label and clips (uint8 (T, H, W, 3)) of each sentence, as many as there are columns at most.
     columns: what the clips are.
     tile: height of a frame in pixels.
   """
   gap, margin, top = 6, 150, 30
-  frames = [[_frames_shown(clip) for clip in clips] for _, clips in rows]
+  frames = [[_frames_shown(clip) for clip in clips] + [[]] * (len(columns) - len(clips)) for _, clips in rows]
   widths = [max(_strip_width(row[i], tile) for row in frames) for i in range(len(columns))]
   canvas = Image.new("RGB", (margin + sum(widths) + gap * (len(columns) + 1), top + (tile + gap) * len(rows)), "white")
   pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
@@ -55,9 +59,27 @@ def sentence_grid(path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]], 
   canvas.save(path)
 
 
+def contact_sheet(path: Path, sentences: Sequence[tuple[str, Sentence]]) -> None:
+  """Draws sentences as the model gets them: clips with their roles, context and prompt.
+
+  Args:
+    path: of the picture.
+    sentences: each with the name of where it is from.
+  """
+  count = max(len(sentence.clips) for _, sentence in sentences)
+  columns = [chr(ord("A") + i // 2) + "'" * (i % 2) for i in range(count)]
+  rows = []
+  for name, sentence in sentences:
+    targets = [column for column, role in zip(columns, sentence.roles) if role == Role.TARGET]
+    prompt = textwrap.shorten(sentence.prompt, 24, placeholder=" ...") or "no prompt"
+    label = f"{name} {sentence.task}\ncontext {sentence.context or '-'}\npaints {', '.join(targets)}\n{prompt}"
+    rows.append((label, [read_frames(clip) for clip in sentence.clips]))
+  sentence_grid(path, rows, columns=columns)
+
+
 def _frames_shown(clip: np.ndarray) -> list[np.ndarray]:
   return [clip[i] for i in sorted({0, len(clip) // 2, len(clip) - 1})]
 
 
 def _strip_width(frames: Sequence[np.ndarray], tile: int) -> int:
-  return sum(round(tile * frame.shape[1] / frame.shape[0]) + 2 for frame in frames) - 2
+  return max(sum(round(tile * frame.shape[1] / frame.shape[0]) + 2 for frame in frames) - 2, 0)

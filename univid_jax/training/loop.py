@@ -21,6 +21,7 @@ from univid_jax.parallel.sharding import shard_batch
 from univid_jax.pipeline import Pipeline, with_loras
 from univid_jax.training.checkpoint import Checkpointer, read_config, write_config
 from univid_jax.training.optimizer import make_optimizer
+from univid_jax.training.prepare import open_data, prepare
 from univid_jax.training.restore import base_parameters, lora_weights
 from univid_jax.training.step import StateSpec, make_train_step
 from univid_jax.training.writer import MetricsWriter
@@ -69,8 +70,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   trains_lora = build.lora_config(config) is not None
   spec = StateSpec.of(lambda: build.model(config, seed=config.seed), optimizer, mesh, ema=config.ema_decay > 0, lora=trains_lora)
   encoders = build.encoders(config, mesh)
+  prepared = prepare(config, workdir, encoders, open_data(config, workdir))
+  data = prepared.data
   loader = make_loader(
-      build.sentences(config, "train", seed=config.seed, workdir=workdir), build.feature_maker(config, encoders),
+      list(data.sources.values()),
+      build.feature_maker(config, encoders, caches=prepared.caches, task_names=data.task_names),
+      weights=list(data.weights.values()),
       row_shape=build.row_shape(config), rows_per_batch=rows_per_batch // jax.process_count(), seed=config.seed,
       process_index=jax.process_index(), process_count=jax.process_count(), num_packing_bins=config.rows.packing_bins)
   step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed,
