@@ -55,8 +55,8 @@ def tiny() -> ml_collections.ConfigDict:
   })
 
   config.data = ml_collections.ConfigDict({
-      # A folder of your own videos and photos for computed tasks, in addition to the bundled photographs.
-      "folder": "",
+      # What computed tasks are applied to: the bundled photographs (in colours of all kinds), a folder of your own.
+      "bundled": True, "jitter": True, "folder": "",
       # Data of your own that show tasks: the reference's metadata.csv, a folder TASK/NAME/source.* and target.*, a JSONL file
       # of sentences, a TFDS data set (see data/datasets.py). Where one is given, computed tasks are only used with a folder.
       "metadata": "", "pairs": "", "manifest": "",
@@ -72,7 +72,10 @@ def tiny() -> ml_collections.ConfigDict:
       "cache": "",
       "height": 32, "width": 32, "num_frames": 5,
       # How often each task is drawn.
-      "tasks": {"invert": 1.0, "swap_channels": 1.0, "duotone": 1.0, "camera_movement": 0.5},
+      "tasks": {"invert": 1.0, "swap_channels": 1.0, "duotone": 1.0, "camera_movement": 0.5,
+                "scribble": 0.0, "moving_object": 0.0, "salient_object": 0.0, "inpainting": 0.0, "colorization": 0.0,
+                "super_resolution": 0.0, "deblurring": 0.0, "denoising": 0.0, "deraining": 0.0, "low_light": 0.0,
+                "greyscale": 0.0, "invert_brightness": 0.0, "flip": 0.0, "time_reversal": 0.0},
       # How often each context is drawn; tasks that make a video of an image (camera movement) have weights of their own.
       # The paper has 0.3, 0.3 and 0.4; images teach more in a minute than videos do.
       "contexts": {"I": 0.2, "II": 0.5, "III": 0.3, "IV": 0.0},
@@ -119,10 +122,10 @@ def wan_1_3b() -> ml_collections.ConfigDict:
                        "look_back": ()})
   config.codec.update({"latent_channels": 16, "spatial_stride": 8})
   config.lora.rank = 16
-  config.data.update({"height": 480, "width": 832, "num_frames": 17, "prompt": "detailed"})
+  config.data.update({"bundled": False, "jitter": False, "height": 480, "width": 832, "num_frames": 17, "prompt": "detailed"})
   # Fixed sentences of computed tasks, whose latents are kept.
   config.data.num_sentences = 2000
-  config.data.tasks = ml_collections.ConfigDict({"scribble": 1.0, "camera_movement": 1.0})
+  config.data.tasks.update({name: float(name in ("scribble", "camera_movement")) for name in config.data.tasks})
   config.data.contexts.update({"I": 0.3, "II": 0.3, "III": 0.4, "IV": 0.0})
   config.rows.update({"per_batch": 0, "num_tokens": 37504, "num_sentences": 6, "num_text_tokens": 1536, "packing_bins": 8})
   config.flow.stratified = False

@@ -137,7 +137,8 @@ def rows_per_batch(config: Config, mesh: Mesh) -> int:
 def sentences(config: Config, split: str, *, seed: int, workdir: str = "") -> ComputedSentences:
   """Sentences of the config's tasks; split is "train" or "held_out" (only bundled photographs)."""
   data = config["data"]
-  clips = [PhotoSource.bundled(split)]
+  # Held-out photographs are always the bundled ones.
+  clips = [PhotoSource.bundled(split, jitter=data["jitter"])] if data["bundled"] or split != "train" else []
   if data["folder"] and split == "train":
     side = 4 * max(data["height"], data["width"])
     clips.append(FolderSource.open(data["folder"], cache=os.path.join(workdir, "clips"), side=side))
@@ -202,6 +203,9 @@ def data_sources(config: Config, workdir: str) -> DataSources:
       reasons = "; ".join(map(str, problems[:3])) or "it is empty"
       raise ValueError(f"nothing in config.data.{name} can be used: {reasons}")
     found[name] = source
+  if not (given or data["folder"] or data["bundled"]):
+    raise ValueError("there is no data: give config.data.folder (videos and photos, for computed tasks), or "
+                     "config.data.metadata, pairs, manifest or tfds.name")
   if data["folder"] or not given:
     computed = sentences(config, "train", seed=seed, workdir=workdir)
     # Only with an encoder worth sparing are sentences fixed and kept.
@@ -212,7 +216,8 @@ def data_sources(config: Config, workdir: str) -> DataSources:
 def computed_identity(config: Config) -> str:
   """Names all that determines computed sentences."""
   data = config["data"]
-  names = ("tasks", "contexts", "animating_contexts", "num_clips", "height", "width", "num_frames", "reverse_probability")
+  names = ("tasks", "contexts", "animating_contexts", "num_clips", "height", "width", "num_frames", "reverse_probability",
+           "bundled", "jitter")
   files = []
   if data["folder"]:
     files = [file_hash(path) for path in sorted(Path(data["folder"]).iterdir()) if path.is_file()]

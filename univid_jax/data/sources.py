@@ -53,15 +53,15 @@ class PhotoSource:
   jitter: bool = True
 
   @classmethod
-  def bundled(cls, split: str) -> "PhotoSource":
-    """The photographs inside scikit-image, "train" or "held_out"."""
+  def bundled(cls, split: str, *, jitter: bool = True) -> "PhotoSource":
+    """The photographs inside scikit-image, "train" (their colours varied or not) or "held_out"."""
     names = {"train": TRAIN_PHOTOS, "held_out": HELD_OUT_PHOTOS}[split]
     folder = importlib.resources.files("skimage.data")
     photos = []
     for name in names:
       with importlib.resources.as_file(folder / name) as path, Image.open(path) as photo:
         photos.append(photo.convert("RGB"))
-    return cls(photos, jitter=split == "train")
+    return cls(photos, jitter=jitter and split == "train")
 
   def __len__(self) -> int:
     return len(self.photos)
@@ -235,6 +235,8 @@ class ComputedSentences:
 
   def contexts_of(self, task: str) -> Mapping[str, float]:
     """How often a task's sentences have each context."""
+    if TASKS[task].videos_only:
+      return {"I": 1.0}
     return self.animating_contexts if TASKS[task].animates else self.contexts
 
   def sentence(self, rng: np.random.Generator, *, task: str, context: str) -> Sentence:
@@ -248,7 +250,7 @@ class ComputedSentences:
       clip = source.clip(index, rng, num_frames=self.num_frames if is_video else 1, size=self.size)
       length = {"num_frames": self.num_frames if target_is_video else 1} if spec.animates else {}
       target = to_uint8(spec.apply(clip.astype(np.float32) / 255, **params, **length))
-      pairs.append((clip, target))
+      pairs.append((target, clip) if spec.restores else (clip, target))
     reverse = spec.reversible and rng.random() < self.reverse_probability
     prompt = prompt_for(spec.prompt_name, self.prompt_style)
     return make_sentence(pairs, reverse=reverse, prompt=prompt, task=task, context=context)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from scipy import ndimage
+from skimage import color, filters, registration
 
 Params = Mapping[str, Any]
 
@@ -27,6 +28,8 @@ class Task:
     apply: makes the target of a clip; an animating task also takes `num_frames` and makes a video of an image.
     reversible: whether turning the pairs round (A' A B' B) is a task too.
     animates: whether the target is a video even of an image.
+    restores: whether `apply` makes the source, and the target is the natural clip.
+    videos_only: whether it means nothing for an image.
     prompt_name: what the paper's detailed prompt calls the result.
   """
 
@@ -34,6 +37,8 @@ class Task:
   apply: Callable[..., np.ndarray]
   reversible: bool = True
   animates: bool = False
+  restores: bool = False
+  videos_only: bool = False
   prompt_name: str = ""
 
 
@@ -136,6 +141,133 @@ def camera_movement(clip: np.ndarray, *, zoom: float, angle: float, shift, num_f
   return np.stack(out).astype(np.float32) / 255
 
 
+def draw_holes(rng: np.random.Generator) -> Params:
+  """One to three rectangles of one colour, corners and sizes in shares of the frame."""
+  holes = []
+  for _ in range(rng.integers(1, 4)):
+    size = rng.uniform(0.2, 0.5, 2)
+    corner = rng.uniform(0, 1 - size)
+    holes.append([*corner.tolist(), *(corner + size).tolist()])
+  return {"holes": holes, "filling": rng.uniform(0, 1, 3).tolist()}
+
+
+def cover(clip: np.ndarray, *, holes, filling) -> np.ndarray:
+  """Covers rectangles (top, left, bottom, right) with a colour."""
+  out = clip.copy()
+  sides = np.array([*clip.shape[1:3], *clip.shape[1:3]])
+  for hole in holes:
+    top, left, bottom, right = np.round(np.array(hole) * sides).astype(int)
+    out[:, top:bottom, left:right] = filling
+  return out
+
+
+def draw_factor(rng: np.random.Generator) -> Params:
+  return {"factor": int(rng.integers(2, 5))}
+
+
+def shrink(clip: np.ndarray, *, factor: int) -> np.ndarray:
+  """Fewer pixels (means over squares), then as many as before (bicubic)."""
+  height, width = clip.shape[1:3]
+  small = max(round(width / factor), 1), max(round(height / factor), 1)
+
+  def one(frame):
+    image = Image.fromarray((frame * 255 + 0.5).astype(np.uint8)).resize(small, Image.Resampling.BOX)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+  return np.stack([one(frame) for frame in clip])
+
+
+def draw_blur(rng: np.random.Generator) -> Params:
+  return {"radius": float(rng.uniform(0.01, 0.04))}
+
+
+def blur(clip: np.ndarray, *, radius: float) -> np.ndarray:
+  """Out of focus; the radius (a standard deviation) in heights of the frame."""
+  sigma = radius * clip.shape[1]
+  return ndimage.gaussian_filter(clip, (0, sigma, sigma, 0))
+
+
+def draw_noise(rng: np.random.Generator) -> Params:
+  return {"strength": float(rng.uniform(0.05, 0.25)), "seed": int(rng.integers(2**31))}
+
+
+def add_noise(clip: np.ndarray, *, strength: float, seed: int) -> np.ndarray:
+  """Noise of a sensor: normal, on its own in every pixel."""
+  noise = np.random.default_rng(seed).standard_normal(clip.shape, np.float32)
+  return np.clip(clip + strength * noise, 0, 1)
+
+
+def draw_rain(rng: np.random.Generator) -> Params:
+  return {"count": int(rng.integers(40, 120)), "slant": float(rng.uniform(-0.4, 0.4)), "strength": float(rng.uniform(0.3, 0.7)),
+          "seed": int(rng.integers(2**31))}
+
+
+def rain(clip: np.ndarray, *, count: int, slant: float, strength: float, seed: int) -> np.ndarray:
+  """Bright streaks that fall from frame to frame, all at one slant."""
+  rng = np.random.default_rng(seed)
+  frames, height, width = clip.shape[:3]
+  start, speed = rng.uniform(0, 1, (count, 2)), rng.uniform(0.15, 0.35, count)
+  length = rng.uniform(0.05, 0.15, count)
+  out = clip.copy()
+  for i in range(frames):
+    layer = np.zeros((height, width), np.float32)
+    for (y, x), drop, size in zip(start, speed, length):
+      top = (y + drop * i) % 1.15 - 0.15
+      steps = np.linspace(0, size, max(int(size * height * 2), 2))
+      rows = ((top + steps) * height).astype(int)
+      columns = (((x + slant * (drop * i + steps)) % 1) * width).astype(int)
+      inside = (rows >= 0) & (rows < height)
+      layer[rows[inside], columns[inside]] = 1
+    layer = ndimage.gaussian_filter(layer, 0.4)[..., None] * strength
+    out[i] = clip[i] * (1 - layer) + layer
+  return out
+
+
+def draw_flip(rng: np.random.Generator) -> Params:
+  return {"axes": ((1,), (2,), (1, 2))[rng.integers(3)]}
+
+
+def flip(clip: np.ndarray, *, axes) -> np.ndarray:
+  """Upside down (1), left to right (2) or both."""
+  return np.flip(clip, axes)
+
+
+def reverse_time(clip: np.ndarray) -> np.ndarray:
+  return clip[::-1]
+
+
+def draw_mask_colors(rng: np.random.Generator) -> Params:
+  """A bright colour for the object, a dark one for the rest."""
+  return {"object_color": rng.uniform(0.6, 1, 3).tolist(), "background": rng.uniform(0, 0.25, 3).tolist()}
+
+
+def salient_mask(clip: np.ndarray, *, object_color, background) -> np.ndarray:
+  """What differs most from the clip's mean colour (Achanta et al. 2009, "Frequency-tuned salient region detection")."""
+  lab = color.rgb2lab(clip)
+  smooth = ndimage.gaussian_filter(lab, (0, 1, 1, 0))
+  return painted_mask(np.linalg.norm(smooth - lab.mean(axis=(1, 2), keepdims=True), axis=-1), object_color, background)
+
+
+def moving_mask(clip: np.ndarray, *, object_color, background) -> np.ndarray:
+  """What moves against the scene: frames are shifted onto the middle one, and what differs from their median moves."""
+  grey = luma(clip)[..., 0]
+  middle = grey[len(grey) // 2]
+  shifts = [registration.phase_cross_correlation(middle, frame, upsample_factor=4)[0] for frame in grey]
+  aligned = np.stack([ndimage.shift(frame, shift, order=1, mode="nearest") for frame, shift in zip(grey, shifts)])
+  difference = np.abs(aligned - np.median(aligned, axis=0))
+  back = np.stack([ndimage.shift(part, -shift, order=1, mode="nearest") for part, shift in zip(difference, shifts)])
+  sigma = max(clip.shape[1] / 120, 1)
+  return painted_mask(ndimage.gaussian_filter(back, (0.5, sigma, sigma)), object_color, background)
+
+
+def painted_mask(strength: np.ndarray, object_color, background) -> np.ndarray:
+  """A map (T, H, W) cut in two at Otsu's threshold, small specks and holes closed, in two colours."""
+  mask = strength > filters.threshold_otsu(strength) if np.ptp(strength) > 1e-6 else np.zeros(strength.shape, bool)
+  square, reach = np.ones((3, 3), bool), max(strength.shape[1] // 60, 1)
+  mask = np.stack([ndimage.binary_fill_holes(ndimage.binary_closing(ndimage.binary_opening(frame, square), square, reach))
+                   for frame in mask])
+  return np.where(mask[..., None], np.asarray(object_color, np.float32), np.asarray(background, np.float32))
+
+
 TASKS: Mapping[str, Task] = {
     "greyscale": Task(draw=no_params, apply=greyscale, prompt_name="greyscale version"),
     "invert": Task(draw=no_params, apply=invert, prompt_name="negative"),
@@ -144,6 +276,16 @@ TASKS: Mapping[str, Task] = {
     "duotone": Task(draw=draw_duotone, apply=duotone, prompt_name="duotone version"),
     "low_light": Task(draw=draw_low_light, apply=low_light, prompt_name="low-light version"),
     "scribble": Task(draw=draw_scribble, apply=scribble, prompt_name="scribble map"),
+    "inpainting": Task(draw=draw_holes, apply=cover, restores=True, prompt_name="completed version"),
+    "colorization": Task(draw=no_params, apply=greyscale, restores=True, prompt_name="colour version"),
+    "super_resolution": Task(draw=draw_factor, apply=shrink, restores=True, prompt_name="high-resolution version"),
+    "deblurring": Task(draw=draw_blur, apply=blur, restores=True, prompt_name="sharp version"),
+    "denoising": Task(draw=draw_noise, apply=add_noise, restores=True, prompt_name="version without noise"),
+    "deraining": Task(draw=draw_rain, apply=rain, restores=True, prompt_name="version without rain"),
+    "flip": Task(draw=draw_flip, apply=flip, prompt_name="mirrored version"),
+    "time_reversal": Task(draw=no_params, apply=reverse_time, videos_only=True, prompt_name="version played backwards"),
+    "salient_object": Task(draw=draw_mask_colors, apply=salient_mask, prompt_name="salient object map"),
+    "moving_object": Task(draw=draw_mask_colors, apply=moving_mask, videos_only=True, prompt_name="moving object map"),
     "camera_movement": Task(draw=draw_camera_movement, apply=camera_movement, reversible=False, animates=True,
                             prompt_name="camera movement"),
 }

@@ -1,0 +1,407 @@
+"""Data of one's own: every kind of source, every way in which a row can be wrong, and what is kept of it."""
+
+import csv
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from univid_jax.data.cache import Cache, read_frames
+from univid_jax.data.clips import ClipFormat, count_frames, file_clip, fit
+from univid_jax.data.datasets import (
+  Drawing,
+  open_manifest,
+  open_metadata,
+  open_pairs,
+  open_tfds,
+  palette_color,
+  to_frames,
+)
+from univid_jax.data.video import write_clip
+from univid_jax.types import Role
+
+FORM = ClipFormat(size=(16, 24), num_frames=5)
+
+
+def drawing(**options):
+  defaults = dict(contexts={"I": 1.0, "II": 1.0, "III": 1.0, "IV": 1.0}, num_clips={4: 1.0}, reverse_probability=0.0,
+                  prompt="detailed", prompt_dropout=0.0, variants=8, seed=0)
+  return Drawing(**(defaults | options))
+
+
+def video(path, count, *, shade=0, size=(32, 48)):
+  """Frame i of a clip is of one grey: shade + 8 i."""
+  frames = np.stack([np.full((*size, 3), shade + 8 * i, np.uint8) for i in range(count)])
+  write_clip(path, frames, fps=8)
+  return path
+
+
+def greys(clip):
+  """The grey of each frame, to the nearest 4."""
+  return [int(round(float(frame.mean()) / 4) * 4) for frame in read_frames(clip)]
+
+
+def lengths(sentence):
+  return [len(read_frames(clip)) for clip in sentence.clips]
+
+
+@pytest.fixture
+def metadata(tmp_path):
+  """Two rows, one file beside the table and one under train/."""
+  (tmp_path / "train").mkdir()
+  video(tmp_path / "one é.mp4", 24)
+  video(tmp_path / "train" / "two.mp4", 28)
+  write_table(tmp_path, [("one é.mp4", "first"), ("two.mp4", "second")])
+  return tmp_path
+
+
+def write_table(folder, rows, header=("file_name", "text")):
+  with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+    csv.writer(file).writerows([header, *rows])
+
+
+class TestMetadata:
+  def test_quarters_and_contexts(self, metadata):
+    """Each clip is the start of its quarter; all four contexts come, with the lengths that they say."""
+    sentences, dropped = open_metadata(str(metadata), FORM, drawing())
+    assert not dropped and len(sentences) == 16
+    seen = {}
+    for index in range(16):
+      sentence = sentences[index]
+      quarter = (6, 7)[index % 2]
+      seen[sentence.context] = lengths(sentence)
+      assert [greys(clip)[0] for clip in sentence.clips] == [8 * quarter * i // 4 * 4 for i in range(4)]
+      assert sentence.prompt == ("first", "second")[index % 2]
+      assert sentence.roles == (Role.CONTEXT,) * 3 + (Role.TARGET,)
+    assert seen == {"I": [5, 5, 5, 5], "II": [1, 1, 1, 1], "III": [1, 1, 5, 5], "IV": [1, 5, 1, 5]}
+
+  def test_reversed_and_without_prompts(self, metadata):
+    backwards, _ = open_metadata(str(metadata / "metadata.csv"), FORM, drawing(reverse_probability=1.0, prompt="null"))
+    assert [greys(clip)[0] for clip in backwards[0].clips] == [48, 0, 144, 96]
+    assert backwards.prompts() == {""}
+    sometimes, _ = open_metadata(str(metadata), FORM, drawing(prompt_dropout=0.5))
+    assert 2 <= sum(sometimes[i].prompt == "" for i in range(16)) <= 14
+
+  def test_wrong_rows_are_named(self, metadata):
+    video(metadata / "short.mp4", 16)
+    whole = (metadata / "one é.mp4").read_bytes()
+    (metadata / "cut.mp4").write_bytes(whole[:len(whole) // 2])
+    (metadata / "empty.mp4").write_bytes(b"")
+    (metadata / "text.mp4").write_text("hello")
+    (metadata / "notes.txt").write_text("hello")
+    write_table(metadata, [("one é.mp4", "x"), ("one é.mp4", "x"), ("short.mp4", "x"), ("cut.mp4", "x"), ("empty.mp4", "x"),
+                           ("text.mp4", "x"), ("gone.mp4", "x"), ("notes.txt", "x")])
+    sentences, dropped = open_metadata(str(metadata), FORM, drawing())
+    assert len(sentences.rows) == 1
+    reasons = {row.row: row.reason for row in dropped}
+    for line, message in enumerate(["stands there twice", "16 frames, 4 for each of its four clips, and 5 are needed", "cut.mp4",
+                                    "empty.mp4", "text.mp4", "no such file", "notes.txt"], 3):
+      assert any(f"line {line} " in row and message in row + reason for row, reason in reasons.items()), (line, reasons)
+
+  def test_sound_alone(self, metadata):
+    import av
+    with av.open(str(metadata / "sound.mp4"), "w") as container:
+      stream = container.add_stream("aac", rate=44100)
+      frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), format="fltp", layout="mono")
+      frame.rate = 44100
+      for packet in (*stream.encode(frame), *stream.encode()):
+        container.mux(packet)
+    write_table(metadata, [("sound.mp4", "x")])
+    _, dropped = open_metadata(str(metadata), FORM, drawing())
+    assert "no video in" in dropped[0].reason
+
+  def test_missing_column(self, metadata):
+    write_table(metadata, [("one.mp4", "x")], header=("file", "text"))
+    with pytest.raises(ValueError, match="has no column file_name, only file, text"):
+      open_metadata(str(metadata), FORM, drawing())
+    with pytest.raises(FileNotFoundError, match="no such table"):
+      open_metadata(str(metadata / "nowhere"), FORM, drawing())
+
+
+@pytest.fixture
+def pairs(tmp_path):
+  """Two tasks: videos to videos, images to images."""
+  for number, name in enumerate(("a", "b b", "c")):
+    folder = tmp_path / "depth map" / name
+    folder.mkdir(parents=True)
+    video(folder / "source.mp4", 6, shade=40 * number)
+    video(folder / "target.mp4", 7, shade=40 * number + 4)
+    folder = tmp_path / "edges" / name
+    folder.mkdir(parents=True)
+    for part in ("source.png", "target.jpg"):
+      Image.new("RGB", (40, 30), (40 * number,) * 3).save(folder / part)
+  return tmp_path
+
+
+class TestPairs:
+  def test_pairs_of_different_names_are_joined(self, pairs):
+    sentences, dropped = open_pairs(str(pairs), FORM, drawing(num_clips={4: 1.0, 6: 1.0, 8: 1.0}))
+    assert not dropped and sentences.task_names == ("depth map", "edges")
+    counts, contexts = set(), set()
+    for index in range(len(sentences)):
+      sentence = sentences[index]
+      counts.add(len(sentence.clips))
+      contexts.add((sentence.task, sentence.context))
+      shades = [greys(clip)[0] // 40 for clip in sentence.clips]
+      assert shades[::2] == shades[1::2] and shades[-2] not in shades[:-2:2]
+      assert sentence.prompt.count(sentence.task) == 2
+    assert counts == {4, 6, 8}
+    assert contexts == {("depth map", "I"), ("depth map", "II"), ("depth map", "III"), ("depth map", "IV"), ("edges", "II")}
+
+  def test_reversed(self, pairs):
+    sentences, _ = open_pairs(str(pairs), FORM, drawing(reverse_probability=1.0, contexts={"I": 1.0, "II": 0.1}))
+    assert [grey % 40 for clip in sentences[0].clips for grey in greys(clip)[:1]] == [4, 0, 4, 0]
+
+  def test_wrong_pairs_are_named(self, pairs):
+    (pairs / "edges" / "c" / "target.jpg").unlink()
+    shutil.copy(pairs / "depth map" / "a" / "source.mp4", pairs / "depth map" / "a" / "source.mov")
+    (pairs / "depth map" / "b b" / "target.mp4").unlink()
+    video(pairs / "depth map" / "b b" / "target.mp4", 3)
+    sentences, dropped = open_pairs(str(pairs), FORM, drawing())
+    reasons = " | ".join(map(str, dropped))
+    assert "needs one target.*, an image or a video, and has 0" in reasons
+    assert "needs one source.*, an image or a video, and has 2" in reasons
+    assert "the source has 6 frames and the target 3; 5 of each are needed" in reasons
+    assert "depth map: a task needs pairs of at least two names" in reasons
+    assert sentences.task_names == ("edges",)
+
+  def test_no_pairs(self, tmp_path):
+    with pytest.raises(ValueError, match="no pairs in"):
+      open_pairs(str(tmp_path), FORM, drawing())
+
+
+class TestManifest:
+  def write(self, folder, *rows):
+    (folder / "m.jsonl").write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return open_manifest(str(folder / "m.jsonl"), FORM, drawing())
+
+  def test_any_sentence(self, tmp_path):
+    """Six clips, two targets, starts and lengths of one's own."""
+    video(tmp_path / "v.mp4", 12)
+    Image.new("RGB", (40, 30), (200, 200, 200)).save(tmp_path / "i.png")
+    clips = [{"path": "v.mp4", "start": 3}, {"path": "v.mp4", "num_frames": 1}, {"path": "i.png"}, {"path": "i.png"},
+             {"path": "v.mp4", "role": "target", "num_frames": 5}, {"path": "i.png", "role": "target"}]
+    sentences, dropped = self.write(tmp_path, {"clips": clips, "prompt": "p", "task": "t"}, "")
+    assert not dropped
+    sentence = sentences[3]
+    assert lengths(sentence) == [5, 1, 1, 1, 5, 1] and greys(sentence.clips[0]) == [24, 32, 40, 48, 56]
+    assert sentence.roles == (Role.CONTEXT,) * 4 + (Role.TARGET,) * 2 and (sentence.prompt, sentence.task) == ("p", "t")
+
+  def test_wrong_lines_are_named(self, tmp_path):
+    video(tmp_path / "v.mp4", 12)
+    target = {"path": "v.mp4", "role": "target"}
+    _, dropped = self.write(tmp_path, "{broken", {"clip": []}, {"clips": [{"path": "gone.mp4"}]}, {"clips": [{"role": "target"}]},
+                            {"clips": [{**target, "num_frames": 4}]}, {"clips": [{**target, "role": "boss"}]},
+                            {"clips": [{**target, "start": 10, "num_frames": 5}]}, {"clips": [target, {"path": "v.mp4"}]},
+                            {"clips": [{"path": "v.mp4"}]})
+    expected = ["line 1", "unknown key 'clip'", "no such clip", "no 'path'", "1 or 4n + 1 frames, got num_frames 4",
+                "context or target, got 'boss'", "gives 2 frames, 5 are asked for", "targets stand last", "needs a target"]
+    assert len(dropped) == len(expected)
+    for row, message in zip(dropped, expected):
+      assert message in str(row)
+
+
+class TestTFDS:
+  def build(self, folder):
+    """A data set of eight photographs with labels, written by TFDS itself."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    rng = np.random.default_rng(0)
+    paths = []
+    for index in range(8):
+      path = folder / f"{index}.png"
+      Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(path)
+      paths.append(path)
+
+    class Scenes(tfds.core.GeneratorBasedBuilder):
+      VERSION = tfds.core.Version("1.0.0")
+
+      def _info(self):
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "labels": tfds.features.Tensor(shape=(20, 30), dtype=np.uint8),
+            "depth": tfds.features.Tensor(shape=(20, 30, 1), dtype=np.float32)}))
+
+      def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+      def _generate_examples(self):
+        for index, path in enumerate(paths):
+          yield index, {"image": str(path), "labels": np.full((20, 30), index, np.uint8),
+                        "depth": np.linspace(1, 2, 600, dtype=np.float32).reshape(20, 30, 1)}
+
+    Scenes(data_dir=str(folder / "data"), file_format="array_record").download_and_prepare()
+    return str(folder / "data")
+
+  def test_labels_and_depth(self, tmp_path):
+    data_dir = self.build(tmp_path)
+    options = {"name": "scenes", "split": "train", "data_dir": data_dir, "task": "segmentation map", "source": "image",
+               "target": "labels", "kind": "labels"}
+    sentences, dropped = open_tfds(options, FORM, drawing(contexts={"II": 1.0}))
+    assert not dropped and len(sentences.pairs) == 8
+    sentence = sentences[3]
+    assert sentence.task == "segmentation map" and lengths(sentence) == [1] * 4
+    colors = [tuple(read_frames(clip)[0, 8, 8]) for clip in sentence.clips[1::2]]
+    assert set(colors) <= {tuple(palette_color(np.array(i))) for i in range(8)} and colors[0] != colors[1]
+    depth, _ = open_tfds(options | {"target": "depth", "kind": "depth"}, FORM, drawing(contexts={"II": 1.0}))
+    target = read_frames(depth[0].clips[1])
+    assert target[0, 0, 0, 0] > 240 and target[0, -1, -1, 0] < 15
+    with pytest.raises(ValueError, match="has no feature 'mask'; there are"):
+      open_tfds(options | {"target": "mask"}, FORM, drawing())
+    with pytest.raises(ValueError, match="TFDS has no nothing with split train here"):
+      open_tfds(options | {"name": "nothing"}, FORM, drawing())
+
+
+def test_features_become_frames():
+  assert to_frames(np.zeros((4, 5), np.uint8), "image").shape == (1, 4, 5, 3)
+  assert to_frames(np.zeros((7, 4, 5, 3), np.uint8), "image").shape == (7, 4, 5, 3)
+  assert to_frames(np.array([[[0.0, 0.0, 1.0]]]), "normals").tolist() == [[[[128, 128, 255]]]]
+  assert palette_color(np.array([0, 1, 2, 3, 8, 15])).tolist() == [
+      [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [64, 0, 0], [192, 128, 128]]
+  with pytest.raises(ValueError, match="images are uint8"):
+    to_frames(np.zeros((4, 5, 3)), "image")
+
+
+class TestClips:
+  def test_other_rates(self, tmp_path):
+    """8 frames a second thinned to 4, and held at 16."""
+    path = video(tmp_path / "v.mp4", 20)
+    for fps, expected in ((4.0, [0, 16, 32, 48, 64]), (16.0, [0, 8, 8, 16, 16])):
+      form = ClipFormat(size=(16, 24), num_frames=5, fps=fps)
+      assert greys(file_clip(path, start=0, count=5, form=form, fps=8.0)) == expected
+
+  def test_fit(self):
+    frames = np.full((1, 20, 60, 3), 200, np.uint8)
+    assert fit(frames, ClipFormat(size=(16, 24), num_frames=5)).min() == 200
+    padded = fit(frames, ClipFormat(size=(16, 24), num_frames=5, fit="pad"))
+    assert padded.shape == (1, 16, 24, 3) and padded[0, 8].min() == 200 and padded[0, 0].max() == 0
+    with pytest.raises(ValueError, match="crop or pad"):
+      ClipFormat(size=(16, 24), num_frames=5, fit="squash")
+    with pytest.raises(ValueError, match="got 8; the nearest are 5 and 9"):
+      ClipFormat(size=(16, 24), num_frames=8)
+
+  def test_keys_name_content(self, tmp_path):
+    """The same content elsewhere has the same key; another frame, size or file has not."""
+    path = video(tmp_path / "v.mp4", 20)
+    copy = shutil.copy(path, tmp_path / "copy.mp4")
+    other = video(tmp_path / "other.mp4", 20, shade=8)
+    make = lambda p, start=0, count=5, form=FORM: file_clip(p, start=start, count=count, form=form).key  # noqa: E731
+    assert make(path) == make(tmp_path / "copy.mp4") and copy
+    square, padded = ClipFormat(size=(16, 16), num_frames=5), ClipFormat(size=(16, 24), num_frames=5, fit="pad")
+    variants = [make(path), make(other), make(path, start=1), make(path, count=1), make(path, form=square),
+                make(path, form=padded)]
+    assert len(set(variants)) == len(variants)
+
+  def test_frames_are_counted(self, tmp_path):
+    assert count_frames(video(tmp_path / "v.mp4", 13)) == (13, 8.0)
+
+
+class TestCache:
+  def test_there_and_back(self, tmp_path):
+    cache, value = Cache(tmp_path, "a"), np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    assert cache.get("k") is None and cache.missing(["k", "l"]) == ["k", "l"]
+    assert np.array_equal(cache.get_or_compute("k", lambda: value), value)
+    assert np.array_equal(cache.get_or_compute("k", lambda: 1 / 0), value)
+    assert "k" not in Cache(tmp_path, "b"), "other weights are another cache"
+
+  def test_damage_is_seen(self, tmp_path):
+    cache = Cache(tmp_path, "a")
+    cache.put("k", np.zeros(5))
+    data = bytearray(cache.path("k").read_bytes())
+    data[140] ^= 1
+    cache.path("k").write_bytes(data)
+    with pytest.warns(UserWarning, match="is damaged and is computed again"):
+      assert cache.get("k") is None
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      assert cache.get_or_compute("k", lambda: np.ones(2)).tolist() == [1, 1]
+    assert cache.get("k").tolist() == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  pytest.importorskip("torch", reason="the release has PyTorch files; needs the extra `convert`")
+  from tests.helpers import GOLDENS
+  from tools.convert_weights.commands import convert_any
+  folder = tmp_path_factory.mktemp("converted") / "tiny_wan"
+  convert_any(str(GOLDENS / "tiny_wan"), str(folder))
+  return folder
+
+
+def run(module, *arguments, config="configs/video_tasks.py:wan_1_3b"):
+  small = ["--config.model.dtype=float32", "--config.model.param_dtype=float32", "--config.data.height=16",
+           "--config.data.width=32", "--config.data.num_frames=5", "--config.rows.num_tokens=48",
+           "--config.lora.rank=2", "--config.log_every=1"]
+  env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  return subprocess.run([sys.executable, "-m", module, f"--config={config}", *small, *arguments], env=env, capture_output=True,
+                        text=True, timeout=300)
+
+
+def test_the_road(checkpoint, metadata, tmp_path):
+  """Prepare, train a LoRA, go on, paint with it, carry it to another program: as a user does it."""
+  common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}",
+            "--config.data.variants=4"]
+  done = run("univid_jax.prepare", *common)
+  assert done.returncode == 0, done.stderr
+  assert "16 clips are ready (16 encoded now)" in done.stdout
+  done = run("univid_jax.prepare", *common)
+  assert "16 clips are ready (0 encoded now)" in done.stdout
+  done = run("univid_jax.train", *common, "--config.num_steps=2")
+  assert done.returncode == 0, done.stderr
+  done = run("univid_jax.train", *common, "--config.num_steps=4")
+  assert done.returncode == 0 and "resuming" in done.stdout and "step 2 of 4" in done.stdout, done.stderr
+  steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert steps == [1, 2, 3, 4]
+  video(tmp_path / "clip.mp4", 9)
+  from univid_jax.pipeline import load_pipeline
+  from univid_jax.weights.lora import read_lora
+  clips = [np.random.default_rng(i).integers(0, 255, (5, 16, 32, 3), np.uint8) for i in range(3)]
+  whole, beside = (load_pipeline(*paths, dtype="float32") for paths in (
+      (str(tmp_path / "run"),), (str(checkpoint), str(tmp_path / "run" / "lora.safetensors"))))
+  painted = [pipe.sample(clips, num_inference_steps=2, prompt="x").latents for pipe in (whole, beside)]
+  np.testing.assert_allclose(*painted, atol=1e-5)
+  command = ["-m", "tools.convert_weights", str(tmp_path / "run"), str(tmp_path / "out.safetensors"), "--to=diffusers"]
+  assert subprocess.run([sys.executable, *command], capture_output=True, timeout=120).returncode == 0
+  lora = read_lora(tmp_path / "out.safetensors")
+  assert lora.metadata["step"] == "4" and len(lora.layers) == 30
+
+
+def test_rows_that_cannot_be_used_end_the_run_unless_allowed(checkpoint, metadata, tmp_path):
+  write_table(metadata, [("one é.mp4", "x"), ("gone.mp4", "x")])
+  common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
+  done = run("univid_jax.prepare", *common)
+  assert done.returncode == 1 and "1 of the listed rows cannot be used, first metadata.csv line 3 (gone.mp4)" in done.stderr
+  done = run("univid_jax.prepare", *common, "--allow_dropped")
+  assert done.returncode == 0 and "dropped: metadata.csv line 3 (gone.mp4)" in done.stdout and "1 rows dropped" in done.stdout
+  done = run("univid_jax.prepare", *common, "--allow_dropped", "--preview=2")
+  assert done.returncode == 0 and Image.open(tmp_path / "run" / "preview.png").size[0] > 300
+
+
+def test_no_data(checkpoint, tmp_path):
+  done = run("univid_jax.train", f"--config.init_from={checkpoint}", f"--workdir={tmp_path / 'run'}")
+  assert done.returncode == 1 and "there is no data: give config.data.folder" in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_same_with_any_number_of_threads(pairs):
+  """A mixture of sources, shuffled and packed, is the same whatever reads it; two processes share it."""
+  from univid_jax.data.loader import FeatureMaker, make_loader
+  from univid_jax.data.packing import RowShape
+  sentences, _ = open_pairs(str(pairs), FORM, drawing())
+  maker = FeatureMaker(encode=lambda clip: read_frames(clip)[::4, ::8, ::6, :].astype(np.float32), patch_size=(1, 2, 2),
+                       embed_prompt=lambda prompt: np.zeros((0, 3), np.float32), text_len=4, task_names=("depth map", "edges"))
+
+  def batches(**options):
+    loader = make_loader([sentences, sentences], maker, row_shape=RowShape(num_tokens=24, num_text_tokens=4, num_slots=4),
+                         rows_per_batch=2, seed=1, weights=[2.0, 1.0], **options)
+    out = list(itertools.islice(loader, 4))
+    loader.close()
+    return [row.tokens for row in out]
+
+  assert all(np.array_equal(a, b) for a, b in zip(batches(), batches(num_threads=4)))
