@@ -29,7 +29,7 @@ def test_help(module):
     (["--config=missing.py"], "missing.py"),
     ([CONFIG, "--confg.num_steps=3"], "Unknown command line flag"),
     ([CONFIG, "--config.num_steps=-5"], "config.num_steps must be at least 1, got -5"),
-    ([CONFIG, "--config.rows.per_batch=0"], "config.rows.per_batch must be at least 1, got 0"),
+    ([CONFIG, "--config.rows.per_batch=-1"], "config.rows.per_batch must be at least 0, got -1"),
     ([CONFIG, "--config.mesh.data=3"], "mesh"),
     ([CONFIG, "--config.model.remat=half"], "config.model.remat is one of none, dots, full, got 'half'"),
     ([CONFIG, "--config.optimizer.name=magic"], "unknown optimizer 'magic'"),

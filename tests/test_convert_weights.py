@@ -232,6 +232,13 @@ class TestDamaged:
     assert_refused(release, "code in it is never run")
     assert not (release / "ran").exists()
 
+  def test_without_pytorch(self, monkeypatch):
+    """safetensors need none; what does need it names the extra."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "96 tensors" in inspect(str(RELEASE / WEIGHTS))
+    with pytest.raises(ModuleNotFoundError, match=r"needs PyTorch: pip install 'univid_jax\[convert\]'"):
+      inspect(str(RELEASE / "Wan2.1_VAE.pth"))
+
   def test_unknown_tensors(self, tmp_path):
     save_file({"a": np.zeros(2), "b": np.zeros(3)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"no part of Wan2.1 that is known \(its names begin with a, b\)"):

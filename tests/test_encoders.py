@@ -72,7 +72,7 @@ class TestVAE:
     """Through tiles of 256 x 256 pixels that overlap by 64, on a photograph of 320 x 448: the errors that the docs state."""
     model = self.model()
     frame = skimage.data.astronaut()[:320, :448].astype(np.float32) / 127.5 - 1
-    video = np.stack([frame] * 5)
+    video = frame[None]
     tiling = Tiling(size=32, overlap=8)
     strides = dict(spatial_stride=8, temporal_stride=4)
     encode, decode = jax.jit(model.encode), jax.jit(model.decode)

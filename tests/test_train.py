@@ -10,50 +10,99 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
 from univid_jax import build
 from univid_jax.data.loader import make_loader
+from univid_jax.diffusion.loss import draw_noise
 from univid_jax.parallel.mesh import make_mesh, mesh_shape
 from univid_jax.parallel.sharding import parameter_shardings, shard_batch
 from univid_jax.training.checkpoint import Checkpointer
 from univid_jax.training.loop import train
 from univid_jax.training.optimizer import make_optimizer, make_schedule
-from univid_jax.training.step import StateSpec, make_train_step
+from univid_jax.training.step import StateSpec, make_update
 
 
-def first_steps(config, mesh, count=2):
-  """Losses, and the weights after some steps, on a mesh."""
-  optimizer = make_optimizer(config.optimizer, config.num_steps)
-  spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=True)
-  step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=0.9, seed=0)
-  loader = make_loader([build.sentences(config, "train", seed=0)], build.feature_maker(config, build.encoders(config, mesh)),
-                       row_shape=build.row_shape(config), rows_per_batch=8, seed=0, num_packing_bins=8)
-  state, losses = spec.create(), []
+def one_gradient(config, mesh, row, microbatches=1):
+  """Loss, gradients and the state spec of a step on a mesh; plain gradient descent at rate 1 shows the gradient."""
+  optimizer = optax.sgd(1.0)
+  spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=False, lora=config.lora.rank > 0)
+  state, frozen = spec.create(), spec.create_frozen()
+  before = jax.device_get(state.params)
+  noise, levels = draw_noise(jax.random.key(3), row, build.flow(config))
+  update = jax.jit(make_update(spec, optimizer, microbatches=microbatches), out_shardings=(spec.shardings, None))
   with mesh:
-    for _ in range(count):
-      state, metrics = step_fn(state, {}, shard_batch(next(loader), mesh))
-      losses.append(float(metrics["loss"]))
-  loader.close()
-  return losses, state
+    state, metrics = update(state, frozen, shard_batch(row, mesh), noise, levels, jax.random.key(0))
+  grads = jax.tree.map(lambda a, b: a - np.asarray(b), before, jax.device_get(state.params))
+  promised = spec.abstract.params, spec.abstract_frozen
+  for leaf, abstract in zip(jax.tree.leaves((state.params, frozen)), jax.tree.leaves(promised)):
+    assert leaf.addressable_shards[0].data.nbytes == np.prod(abstract.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  return float(metrics["loss"]), np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)]), spec
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_meshes_agree_with_one_device(tiny_config, sizes):
-  tiny_config.optimizer.name = "adamw"
-  tiny_config.optimizer.learning_rate = 1e-3
-  losses, state = first_steps(tiny_config, make_mesh(sizes))
-  expected, single = first_steps(tiny_config, make_mesh({}, devices=jax.devices()[:1]))
-  np.testing.assert_allclose(losses, expected, rtol=1e-5)
-  kernel = state.params["blocks"]["ffn"]["up"]["kernel"]
-  shards = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
-  assert kernel.addressable_shards[0].data.size * shards == kernel.size
-  moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
-  assert moments and all(x.sharding.shard_shape(x.shape) == kernel.sharding.shard_shape(kernel.shape) for x in moments)
-  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(single.params)):
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+class TestMeshes:
+  """Every mesh gives the loss and the gradients of one device, for packed rows of images and videos."""
+
+  # The meshes that mix axes run always, those of one axis with `-m slow`.
+  MESHES = [{"tensor": 4, "context": 2}, {"data": 2, "fsdp": 2, "context": 2},
+            *(pytest.param({axis: 8}, marks=pytest.mark.slow) for axis in ("data", "fsdp", "context"))]
+
+  def row(self, config):
+    loader = make_loader([build.sentences(config, "train", seed=0)], build.feature_maker(config, build.encoders(config, None)),
+                         row_shape=build.row_shape(config), rows_per_batch=8, seed=0, num_packing_bins=8)
+    row = next(loader)
+    loader.close()
+    assert row.segment_ids.max() > 1
+    return row
+
+  def configure(self, config, lora):
+    config.lora.rank = 2 if lora else 0
+    config.model.look_back = ()
+    return config
+
+  @pytest.fixture(scope="class")
+  def single(self):
+    return {}
+
+  @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+  @pytest.mark.parametrize("sizes", MESHES, ids=str)
+  def test_agrees_with_one_device(self, tiny_config, single, sizes, lora):
+    config = self.configure(tiny_config, lora)
+    row = self.row(config)
+    if lora not in single:
+      single[lora] = one_gradient(config, make_mesh({}, devices=jax.devices()[:1]), row)
+    loss, grads, _ = single[lora]
+    other_loss, other, spec = one_gradient(config, make_mesh(sizes), row)
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert np.linalg.norm(other - grads) / np.linalg.norm(grads) <= 1e-5 and np.linalg.norm(grads) > 0.01
+    shards = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+    kernel = (spec.abstract_frozen if lora else spec.abstract.params)["blocks"]["ffn"]["up"]["kernel"]
+    assert np.prod(kernel.sharding.shard_shape(kernel.shape)) * shards == kernel.size
+
+  def test_microbatches_change_nothing(self, tiny_config):
+    config = self.configure(tiny_config, False)
+    row, mesh = self.row(config), make_mesh({"data": 2}, devices=jax.devices()[:2])
+    (loss, grads, _), (other_loss, other, _) = (one_gradient(config, mesh, row, microbatches=n) for n in (1, 4))
+    assert other_loss == pytest.approx(loss, rel=1e-5) and np.linalg.norm(other - grads) / np.linalg.norm(grads) <= 1e-5
+
+  def test_moments_lie_like_their_parameters(self, tiny_config):
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    spec = StateSpec.of(lambda: build.model(tiny_config), make_optimizer(tiny_config.optimizer, 4), mesh, ema=True)
+    kernel = spec.abstract.params["blocks"]["ffn"]["up"]["kernel"]
+    moments = [x for x in jax.tree.leaves(spec.abstract.opt_state) if x.shape == kernel.shape]
+    assert moments and all(x.sharding.shard_shape(x.shape) == kernel.sharding.shard_shape(kernel.shape) for x in moments)
+
+  def test_rows_that_do_not_divide(self, tiny_config):
+    row = self.row(tiny_config)
+    odd = jax.tree.map(lambda x: x[:, :47] if x.shape[1] == 48 else x, row)
+    with pytest.raises(ValueError, match="rows of 47 tokens do not divide over context = 8"):
+      shard_batch(odd, make_mesh({"context": 8}))
+    tiny_config.rows.per_batch = 6
+    with pytest.raises(ValueError, match="per_batch = 6 does not divide over data x fsdp = 8"):
+      build.rows_per_batch(tiny_config, make_mesh({"data": 8}))
 
 
 def test_parameters_lie_where_their_names_say(tiny_config):

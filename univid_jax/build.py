@@ -49,6 +49,8 @@ def check(config: Config) -> None:
       value = value[part]
     if value < 1:
       raise ValueError(f"config.{key} must be at least 1, got {value}")
+  if config["rows"]["per_batch"] < 0:
+    raise ValueError(f"config.rows.per_batch must be at least 0, got {config['rows']['per_batch']}")
   if config["model"]["remat"] not in REMAT_POLICIES:
     raise ValueError(f"config.model.remat is one of {', '.join(REMAT_POLICIES)}, got {config['model']['remat']!r}")
   if not 0 <= config["ema_decay"] < 1:

@@ -15,7 +15,12 @@ PARAMETER_AXES = {
     "mlp": ("tensor",),
 }
 
-BATCH = PartitionSpec(("data", "fsdp"))
+# Rows of a batch spread over data and fsdp; tokens within a row over context.
+ROWS = ("data", "fsdp")
+BATCH = PartitionSpec(ROWS)
+TOKENS = PartitionSpec(ROWS, "context")
+TOKEN_FIELDS = ("tokens", "positions", "segment_ids", "target_mask", "key_intervals", "text_intervals", "modulation_ids",
+                "condition", "image_intervals")
 
 
 def parameter_spec(shape: Sequence[int], dims: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
@@ -50,6 +55,15 @@ def unflatten(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict:
 
 
 def shard_batch(batch, mesh: Mesh):
-  """Puts this process's rows of a batch onto the mesh, rows spread over data and fsdp."""
-  sharding = NamedSharding(mesh, BATCH)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+  """Puts this process's rows of a batch onto the mesh: rows over data and fsdp, tokens of `PackedRow`s over context.
+
+  Raises:
+    ValueError: the tokens of a row do not divide over context.
+  """
+  def place(path, x):
+    x = np.asarray(x)
+    name = getattr(path[-1], "name", None) if path else None
+    if name in TOKEN_FIELDS and x.shape[1] % mesh.shape["context"]:
+      raise ValueError(f"rows of {x.shape[1]} tokens do not divide over context = {mesh.shape['context']} devices")
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, TOKENS if name in TOKEN_FIELDS else BATCH), x)
+  return jax.tree_util.tree_map_with_path(place, batch)
