@@ -47,8 +47,8 @@ class TestMeshes:
   """Every mesh gives the loss and the gradients of one device, for packed rows of images and videos."""
 
   # The meshes that mix axes run always, those of one axis with `-m slow`.
-  MESHES = [{"tensor": 4, "context": 2}, {"data": 2, "fsdp": 2, "context": 2},
-            *(pytest.param({axis: 8}, marks=pytest.mark.slow) for axis in ("data", "fsdp", "context"))]
+  MESHES = ({"tensor": 4, "context": 2}, {"data": 2, "fsdp": 2, "context": 2},
+            *(pytest.param({axis: 8}, marks=pytest.mark.slow) for axis in ("data", "fsdp", "context")))
 
   def row(self, config):
     loader = make_loader([build.sentences(config, "train", seed=0)], build.feature_maker(config, build.encoders(config, None)),
