@@ -67,6 +67,8 @@ def tiny() -> ml_collections.ConfigDict:
       "allow_dropped": False,
       # Variants of each row or pair, that differ in context, direction and examples.
       "variants": 16,
+      # Threads that read and encode.
+      "num_threads": 1,
       "fit": "crop", "fps": 0.0, "prompt_dropout": 0.0,
       # Where latents and prompt embeddings are kept; WORKDIR/cache by default.
       "cache": "",
@@ -89,7 +91,9 @@ def tiny() -> ml_collections.ConfigDict:
   # A row holds two sentences of context III, one each of I and II, or three of II.
   config.rows = ml_collections.ConfigDict({
       # 0: as many rows as data x fsdp x microbatches.
-      "per_batch": 8, "num_tokens": 192, "num_sentences": 3, "packing_bins": 64,
+      "per_batch": 8, "num_tokens": 192, "num_sentences": 3,
+      # Rows that are filled at the same time, and whether a sentence goes to the first with room for it or to the fullest.
+      "packing_bins": 64, "packing": "first_fit",
       # Tokens of prompts, one of padding for each included; the null prompt is that one alone.
       "num_text_tokens": 3,
       # Parts of a batch that go through the model one after another, for less memory and the same result.
@@ -123,11 +127,12 @@ def wan_1_3b() -> ml_collections.ConfigDict:
   config.codec.update({"latent_channels": 16, "spatial_stride": 8})
   config.lora.rank = 16
   config.data.update({"bundled": False, "jitter": False, "height": 480, "width": 832, "num_frames": 17, "prompt": "detailed"})
+  config.data.num_threads = 8
   # Fixed sentences of computed tasks, whose latents are kept.
   config.data.num_sentences = 2000
   config.data.tasks.update({name: float(name in ("scribble", "camera_movement")) for name in config.data.tasks})
   config.data.contexts.update({"I": 0.3, "II": 0.3, "III": 0.4, "IV": 0.0})
-  config.rows.update({"per_batch": 0, "num_tokens": 37504, "num_sentences": 6, "num_text_tokens": 1536, "packing_bins": 8})
+  config.rows.update({"per_batch": 0, "num_tokens": 37504, "num_sentences": 6, "num_text_tokens": 768, "packing": "best_fit"})
   config.flow.stratified = False
   config.optimizer.update({"name": "adamw", "learning_rate": 1e-4, "clip_norm": 0.0, "schedule": "constant", "warmup_steps": 0})
   config.ema_decay = 0.0

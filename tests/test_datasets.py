@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from univid_jax.data.cache import Cache, read_frames
-from univid_jax.data.clips import ClipFormat, count_frames, file_clip, fit
+from univid_jax.data.clips import ClipFormat, file_clip, fit, probe
 from univid_jax.data.datasets import (
   Drawing,
   open_manifest,
@@ -24,7 +24,7 @@ from univid_jax.data.datasets import (
   palette_color,
   to_frames,
 )
-from univid_jax.data.video import write_clip
+from univid_jax.data.video import iterate_video, read_video_frames, write_clip
 from univid_jax.types import Role
 
 FORM = ClipFormat(size=(16, 24), num_frames=5)
@@ -164,10 +164,18 @@ class TestPairs:
     shutil.copy(pairs / "depth map" / "a" / "source.mp4", pairs / "depth map" / "a" / "source.mov")
     (pairs / "depth map" / "b b" / "target.mp4").unlink()
     video(pairs / "depth map" / "b b" / "target.mp4", 3)
+    Image.new("RGB", (30, 30)).save(pairs / "edges" / "b b" / "target.jpg")
+    extra = pairs / "edges" / "d"
+    shutil.copytree(pairs / "edges" / "a", extra)
+    bomb = pairs / "edges" / "e"
+    shutil.copytree(pairs / "edges" / "a", bomb)
+    Image.new("L", (20000, 20000)).save(bomb / "source.png")
     sentences, dropped = open_pairs(str(pairs), FORM, drawing())
     reasons = " | ".join(map(str, dropped))
     assert "needs one target.*, an image or a video, and has 0" in reasons
     assert "needs one source.*, an image or a video, and has 2" in reasons
+    assert "edges/b b: the source is 30x40 and the target 30x30: cut to one size they would not lie upon each other" in reasons
+    assert "exceeds limit" in reasons and "decompression bomb" in reasons.lower()
     assert "the source has 6 frames and the target 3; 5 of each are needed" in reasons
     assert "depth map: a task needs pairs of at least two names" in reasons
     assert sentences.task_names == ("edges",)
@@ -299,7 +307,19 @@ class TestClips:
     assert len(set(variants)) == len(variants)
 
   def test_frames_are_counted(self, tmp_path):
-    assert count_frames(video(tmp_path / "v.mp4", 13)) == (13, 8.0)
+    found = probe(video(tmp_path / "v.mp4", 13))
+    assert (found.frames, found.fps, found.size) == (13, 8.0, (32, 48))
+
+  def test_any_frames_of_a_video(self, tmp_path):
+    """From the middle, across key frames, repeated and out of order: what decoding from the start gives."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (61, 4, 4, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    write_clip(tmp_path / "v.mp4", noise, fps=8)
+    whole = np.stack(list(iterate_video(tmp_path / "v.mp4")))
+    for indices in ([0], [60], [30, 31, 32], [7, 7, 50], [59, 3]):
+      assert np.array_equal(read_video_frames(tmp_path / "v.mp4", indices), whole[indices])
+    with pytest.raises(ValueError, match="has only 61 frames, frame 61 is needed"):
+      read_video_frames(tmp_path / "v.mp4", [60, 61])
 
 
 class TestCache:

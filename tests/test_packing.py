@@ -104,13 +104,14 @@ class TestLoader:
     other = self.batches(self.loader(tiny_config, seed=2), 1)
     assert not np.array_equal(one[0].tokens, other[0].tokens)
 
-  def test_goes_on_where_it_was(self, tiny_config):
-    loader = self.loader(tiny_config)
+  @pytest.mark.parametrize("packing", ["first_fit", "best_fit"])
+  def test_goes_on_where_it_was(self, tiny_config, packing):
+    loader = self.loader(tiny_config, packing=packing)
     for _ in range(3):
       next(loader)
     state = loader.get_state()
     expected = self.batches(loader, 4)
-    again = self.loader(tiny_config)
+    again = self.loader(tiny_config, packing=packing)
     again.set_state(state)
     self.assert_equal(self.batches(again, 4), expected)
 

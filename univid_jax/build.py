@@ -32,9 +32,9 @@ from univid_jax.weights.checkpoint import component_config, read_info
 Config = Mapping[str, Any]
 
 # Values of a config that count something and so have to be at least 1.
-COUNTS = ("num_steps", "log_every", "data.height", "data.width", "data.num_frames", "data.num_sentences", "rows.num_tokens",
-          "rows.num_text_tokens", "rows.num_sentences", "rows.packing_bins", "rows.microbatches", "checkpoint.every_steps",
-          "checkpoint.keep", "eval.num_inference_steps")
+COUNTS = ("num_steps", "log_every", "data.height", "data.width", "data.num_frames", "data.num_sentences", "data.variants",
+          "data.num_threads", "rows.num_tokens", "rows.num_text_tokens", "rows.num_sentences", "rows.packing_bins",
+          "rows.microbatches", "checkpoint.every_steps", "checkpoint.keep", "eval.num_inference_steps")
 
 
 def check(config: Config) -> None:
@@ -51,6 +51,8 @@ def check(config: Config) -> None:
       raise ValueError(f"config.{key} must be at least 1, got {value}")
   if config["rows"]["per_batch"] < 0:
     raise ValueError(f"config.rows.per_batch must be at least 0, got {config['rows']['per_batch']}")
+  if config["rows"]["packing"] not in ("first_fit", "best_fit"):
+    raise ValueError(f"config.rows.packing is first_fit or best_fit, got {config['rows']['packing']!r}")
   if config["model"]["remat"] not in REMAT_POLICIES:
     raise ValueError(f"config.model.remat is one of {', '.join(REMAT_POLICIES)}, got {config['model']['remat']!r}")
   if not 0 <= config["ema_decay"] < 1:

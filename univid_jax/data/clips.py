@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from univid_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, fit_clip, iterate_video, read_clip
+from univid_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, fit_clip, iterate_video, read_clip, read_video_frames
 
 # Part of every key: to be raised whenever the same file would give other pixels.
 READING_VERSION = 1
@@ -69,15 +69,25 @@ def file_hash(path: Path) -> str:
   return _file_hash(str(path.resolve()), status.st_size, status.st_mtime_ns)
 
 
-def count_frames(path: Path) -> tuple[int, float | None]:
-  """How many frames a clip's file holds, by counting and not by its header, and frames a second.
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """What a clip's file holds: frames, by counting and not by its header; frames a second, or None; height and width."""
+
+  frames: int
+  fps: float | None
+  size: tuple[int, int]
+
+
+def probe(path: Path) -> Probe:
+  """Looks into a clip's file.
 
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: it is no clip, or broken.
   """
   if path.suffix.lower() not in VIDEO_SUFFIXES:
-    return len(read_clip(path).frames), None
+    frames = read_clip(path).frames
+    return Probe(len(frames), None, frames.shape[1:3])
   if not path.exists():
     raise FileNotFoundError(f"no such clip: {path}")
   try:
@@ -85,9 +95,9 @@ def count_frames(path: Path) -> tuple[int, float | None]:
       if not container.streams.video:
         raise ValueError(f"no video in {path}")
       stream = container.streams.video[0]
-      count = sum(packet.size > 0 and packet.is_discard is False for packet in container.demux(stream))
-      next(iterate_video(path))  # the decoder takes it
-      return count, float(stream.average_rate or 0) or None
+      count = sum(packet.pts is not None for packet in container.demux(stream))
+      first = next(iterate_video(path))  # the decoder takes it
+      return Probe(count, float(stream.average_rate or 0) or None, first.shape[:2])
   except (av.FFmpegError, StopIteration) as error:
     raise ValueError(f"cannot read {path}: {error}") from error
 
@@ -123,14 +133,14 @@ def file_clip(path: Path, *, start: int, count: int, form: ClipFormat, fps: floa
 
 def _read(path: Path, indices: tuple[int, ...], form: ClipFormat) -> np.ndarray:
   if path.suffix.lower() in VIDEO_SUFFIXES:
-    last, chosen = max(indices), set(indices)
-    kept = {i: frame for i, frame in enumerate(iterate_video(path, max_frames=last + 1)) if i in chosen}
-  else:
-    kept = dict(enumerate(read_clip(path).frames))
-  missing = [i for i in indices if i not in kept]
-  if missing:
-    raise ValueError(f"{path} has only {len(kept)} of the frames {indices[0]} to {indices[-1]} that a clip needs")
-  return fit(np.stack([kept[i] for i in indices]), form)
+    try:
+      return fit(read_video_frames(path, indices), form)
+    except av.FFmpegError as error:
+      raise ValueError(f"cannot read {path}: {error}") from error
+  frames = read_clip(path).frames
+  if max(indices) >= len(frames):
+    raise ValueError(f"{path} has only {len(frames)} frames, frame {max(indices)} is needed")
+  return fit(frames[list(indices)], form)
 
 
 def fit(frames: np.ndarray, form: ClipFormat) -> np.ndarray:

@@ -19,9 +19,9 @@ from univid_jax.data.clips import (
     ClipRef,
     array_clip,
     available,
-    count_frames,
-    file_clip,
+      file_clip,
     natural_path,
+  probe,
 )
 from univid_jax.data.sentences import CONTEXTS, make_sentence, prompt_for, video_pattern
 from univid_jax.data.sources import draw
@@ -47,10 +47,12 @@ class Shot:
   Attributes:
     frames: that it can give.
     clip: gives a clip of its first so many frames.
+    size: height and width in the file, where they are known.
   """
 
   frames: int
   clip: Callable[[int], ClipRef]
+  size: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +236,8 @@ def open_metadata(path: str, form: ClipFormat, drawing: Drawing) -> tuple[Listed
 
 
 def _metadata_row(path: Path, text: str, form: ClipFormat) -> Row:
-  frames, fps = count_frames(path)
+  found = probe(path)
+  frames, fps = found.frames, found.fps
   quarter = frames // 4
   usable = available(quarter, fps=fps, target_fps=form.fps)
   if usable < form.num_frames:
@@ -253,11 +256,11 @@ def file_shot(path: Path, form: ClipFormat, *, start: int = 0) -> Shot:
     FileNotFoundError: there is no such file.
     ValueError: it is no clip, or shorter than its start.
   """
-  frames, fps = count_frames(path)
-  if frames <= start:
-    raise ValueError(f"{path} has {frames} frames and cannot start at frame {start}")
-  usable = available(frames - start, fps=fps, target_fps=form.fps)
-  return Shot(usable, lambda count: file_clip(path, start=start, count=count, form=form, fps=fps))
+  found = probe(path)
+  if found.frames <= start:
+    raise ValueError(f"{path} has {found.frames} frames and cannot start at frame {start}")
+  usable = available(found.frames - start, fps=found.fps, target_fps=form.fps)
+  return Shot(usable, lambda count: file_clip(path, start=start, count=count, form=form, fps=found.fps), found.size)
 
 
 def open_pairs(folder: str, form: ClipFormat, drawing: Drawing) -> tuple[PairSentences, list[Dropped]]:
@@ -277,6 +280,10 @@ def open_pairs(folder: str, form: ClipFormat, drawing: Drawing) -> tuple[PairSen
   for name in names:
     try:
       source, target = (file_shot(_only(name, part), form) for part in ("source", "target"))
+      shapes = [shot.size[1] / shot.size[0] for shot in (source, target)]
+      if max(shapes) > 1.02 * min(shapes):
+        raise ValueError("the source is {}x{} and the target {}x{}: cut to one size they would not lie upon each other".format(
+            *source.size, *target.size))
       short, long = sorted((source.frames, target.frames))
       if long > 1 and short < min(form.num_frames, long) and short > 1:
         raise ValueError(f"the source has {source.frames} frames and the target {target.frames}; {form.num_frames} of each are "

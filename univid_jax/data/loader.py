@@ -46,7 +46,8 @@ class FeatureMaker:
 
 def make_loader(sources: Sequence, make_features: FeatureMaker, *, row_shape: RowShape, rows_per_batch: int, seed: int,
                 process_index: int = 0, process_count: int = 1, num_threads: int = 1,
-                num_packing_bins: int | None = None, weights: Sequence[float] | None = None) -> grain.DatasetIterator:
+                num_packing_bins: int | None = None, packing: str = "first_fit",
+                weights: Sequence[float] | None = None) -> grain.DatasetIterator:
   """An endless, deterministic stream of batches (this process's rows of each) of packed rows.
 
   Args:
@@ -59,6 +60,7 @@ def make_loader(sources: Sequence, make_features: FeatureMaker, *, row_shape: Ro
     process_count: processes, each of which sees its own share of the sentences.
     num_threads: threads that make sentences.
     num_packing_bins: rows that are filled at the same time; twice a batch by default.
+    packing: "first_fit" puts a sentence into the first of these rows with room for it, "best_fit" into the fullest.
     weights: how often each source is drawn; all alike by default.
   """
   mixed = [grain.MapDataset.source(source).seed(seed).shuffle().repeat() for source in sources]
@@ -70,7 +72,8 @@ def make_loader(sources: Sequence, make_features: FeatureMaker, *, row_shape: Ro
       "text": row_shape.num_text_tokens, "text_counts": row_shape.num_text_tokens,
       "task_ids": row_shape.num_slots, "context_ids": row_shape.num_slots,
   }
-  rows = grain.experimental.FirstFitPackIterDataset(
+  pack = {"first_fit": grain.experimental.FirstFitPackIterDataset, "best_fit": grain.experimental.BestFitPackIterDataset}[packing]
+  rows = pack(
       features, length_struct=lengths, num_packing_bins=num_packing_bins or 2 * rows_per_batch, seed=seed,
       meta_features=("positions", "target_mask", "text_counts", "task_ids", "context_ids"))
   batches = rows.batch(rows_per_batch, drop_remainder=True).map(_to_rows)

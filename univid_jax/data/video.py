@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -70,19 +71,55 @@ def read_clip(path: str | os.PathLike, *, max_frames: int | None = None, short_s
 
 def iterate_video(path: str | os.PathLike, *, max_frames: int | None = None,
                   short_side: int | None = None) -> Iterator[np.ndarray]:
-  """Decodes a video frame by frame, turned as its metadata says: uint8 (H, W, 3)."""
+  """Decodes a video frame by frame from the start, turned as its metadata says: uint8 (H, W, 3)."""
   with av.open(str(path)) as container:
     if not container.streams.video:
       raise ValueError(f"no video in {path}")
     stream = container.streams.video[0]
     # One clip at a time is decoded by each of many workers; threads inside one decoder cost more than they gain.
     stream.thread_type = "NONE"
+    converter = VideoReformatter()
     for index, frame in enumerate(container.decode(stream)):
       if index == max_frames:
         return
-      width, height = _reduced_size(frame.width, frame.height, short_side)
-      pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
-      yield np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4))
+      yield _pixels(frame, converter, short_side)
+
+
+def read_video_frames(path: str | os.PathLike, indices: Sequence[int]) -> np.ndarray:
+  """Certain frames of a video, uint8 (T, H, W, 3), decoding only from the last key frame before the first of them.
+
+  Frames are counted in the order in which they are shown, by the times of their packets, which costs no decoding.
+
+  Raises:
+    ValueError: the video has fewer frames.
+  """
+  with av.open(str(path)) as container:
+    if not container.streams.video:
+      raise ValueError(f"no video in {path}")
+    stream = container.streams.video[0]
+    stream.thread_type = "NONE"
+    times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+    if max(indices) >= len(times):
+      raise ValueError(f"{path} has only {len(times)} frames, frame {max(indices)} is needed")
+    wanted = {times[i] for i in indices}
+    converter = VideoReformatter()
+    container.seek(times[min(indices)], stream=stream, backward=True, any_frame=False)
+    found = {}
+    for frame in container.decode(stream):
+      if frame.pts in wanted:
+        found[frame.pts] = _pixels(frame, converter)
+        if len(found) == len(wanted):
+          break
+  if len(found) < len(wanted):
+    raise ValueError(f"{path}: {len(wanted) - len(found)} of the frames {min(indices)} to {max(indices)} cannot be decoded")
+  return np.stack([found[times[i]] for i in indices])
+
+
+def _pixels(frame: av.VideoFrame, converter: VideoReformatter, short_side: int | None = None) -> np.ndarray:
+  """A frame's pixels. The converter is the same for all frames of a video: to set one up costs more than to use it."""
+  width, height = _reduced_size(frame.width, frame.height, short_side)
+  pixels = converter.reformat(frame, format="rgb24", width=width, height=height, interpolation="AREA").to_ndarray()
+  return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4))
 
 
 def _read_image(path: Path, short_side: int | None) -> np.ndarray:
@@ -122,6 +159,8 @@ def _natural_key(path: Path) -> list:
 def fit_clip(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """Resizes a clip, aspect kept, until it covers a size, and cuts the middle out: uint8 (T, *size, 3)."""
   height, width = size
+  if frames.shape[1:3] == (height, width):
+    return frames
   scale = max(height / frames.shape[1], width / frames.shape[2])
   box_height, box_width = height / scale, width / scale
   top, left = (frames.shape[1] - box_height) / 2, (frames.shape[2] - box_width) / 2

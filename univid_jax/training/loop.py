@@ -77,7 +77,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
       build.feature_maker(config, encoders, caches=prepared.caches, task_names=data.task_names),
       weights=list(data.weights.values()),
       row_shape=build.row_shape(config), rows_per_batch=rows_per_batch // jax.process_count(), seed=config.seed,
-      process_index=jax.process_index(), process_count=jax.process_count(), num_packing_bins=config.rows.packing_bins)
+      process_index=jax.process_index(), process_count=jax.process_count(), num_packing_bins=config.rows.packing_bins,
+      packing=config.rows.packing, num_threads=config.data.num_threads)
   step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed,
                             microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0)
 
