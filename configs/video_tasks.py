@@ -69,6 +69,8 @@ def tiny() -> ml_collections.ConfigDict:
       "variants": 16,
       # Threads that read and encode.
       "num_threads": 1,
+      # Other sizes, as HEIGHTxWIDTH: a clip of your own goes to the size that is nearest to its shape.
+      "buckets": (),
       "fit": "crop", "fps": 0.0, "prompt_dropout": 0.0,
       # Where latents and prompt embeddings are kept; WORKDIR/cache by default.
       "cache": "",

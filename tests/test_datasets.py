@@ -155,6 +155,23 @@ class TestPairs:
     assert counts == {4, 6, 8}
     assert contexts == {("depth map", "I"), ("depth map", "II"), ("depth map", "III"), ("depth map", "IV"), ("edges", "II")}
 
+  def test_buckets(self, pairs):
+    """Upright pairs go to an upright size and are joined among themselves."""
+    for number, name in enumerate(("u", "v")):
+      folder = pairs / "edges" / name
+      folder.mkdir()
+      for part in ("source.png", "target.png"):
+        Image.new("RGB", (30, 50), (40 * number,) * 3).save(folder / part)
+    form = ClipFormat(size=(16, 24), num_frames=5, buckets=((32, 16),))
+    sentences, dropped = open_pairs(str(pairs), form, drawing(contexts={"II": 1.0}))
+    assert not dropped
+    sizes = set()
+    for index in range(len(sentences)):
+      shapes = {read_frames(clip).shape[1:3] for clip in sentences[index].clips}
+      assert len(shapes) == 1
+      sizes |= shapes
+    assert sizes == {(16, 24), (32, 16)}
+
   def test_reversed(self, pairs):
     sentences, _ = open_pairs(str(pairs), FORM, drawing(reverse_probability=1.0, contexts={"I": 1.0, "II": 0.1}))
     assert [grey % 40 for clip in sentences[0].clips for grey in greys(clip)[:1]] == [4, 0, 4, 0]
@@ -425,3 +442,17 @@ def test_the_same_with_any_number_of_threads(pairs):
     return [row.tokens for row in out]
 
   assert all(np.array_equal(a, b) for a, b in zip(batches(), batches(num_threads=4)))
+
+
+def test_two_processes_prepare_one_cache(checkpoint, metadata, tmp_path):
+  """At the same time: both end well, and the cache is whole."""
+  arguments = [sys.executable, "-m", "univid_jax.prepare", "--config=configs/video_tasks.py:wan_1_3b", "--config.data.height=16",
+               "--config.data.width=32", "--config.data.num_frames=5", "--config.rows.num_tokens=48",
+               f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
+  env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  both = [subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+  for process in both:
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0 and "16 clips are ready" in out, error
+  files = list((tmp_path / "run" / "cache" / "latents").rglob("*.*"))
+  assert len(files) == 16 and all(path.suffix == ".npy" for path in files)

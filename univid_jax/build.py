@@ -59,10 +59,26 @@ def check(config: Config) -> None:
     raise ValueError(f"config.ema_decay is at least 0 (no mean) and below 1, got {config['ema_decay']}")
   data = config["data"]
   latent_frames, pixels = 1 + (data["num_frames"] - 1) // 4, 2 * (8 if config["init_from"] else config["codec"]["spatial_stride"])
-  longest = 4 * latent_frames * (data["height"] // pixels) * (data["width"] // pixels)
+  sizes = (data["height"], data["width"]), *bucket_sizes(config)
+  longest = 4 * latent_frames * max((height // pixels) * (width // pixels) for height, width in sizes)
   if longest > config["rows"]["num_tokens"]:
     raise ValueError(f"a sentence of context I has {longest} tokens, config.rows.num_tokens is only "
                      f"{config['rows']['num_tokens']}")
+
+
+def bucket_sizes(config: Config) -> tuple[tuple[int, int], ...]:
+  """The sizes beside data.height and data.width.
+
+  Raises:
+    ValueError: one is no HEIGHTxWIDTH.
+  """
+  sizes = []
+  for text in config["data"]["buckets"]:
+    height, _, width = str(text).partition("x")
+    if not (height.isdigit() and width.isdigit()):
+      raise ValueError(f"config.data.buckets are HEIGHTxWIDTH, for instance 480x832, got {text!r}")
+    sizes.append((int(height), int(width)))
+  return tuple(sizes)
 
 
 def transformer_config(config: Config) -> DiTConfig:
@@ -156,6 +172,7 @@ def sentences(config: Config, split: str, *, seed: int, workdir: str = "") -> Co
       num_clips={int(count): weight for count, weight in data["num_clips"].items()},
       reverse_probability=data["reverse_probability"],
       prompt_style=data["prompt"],
+      prompt_dropout=data["prompt_dropout"],
       num_sentences=data["num_sentences"],
       seed=seed,
   )
@@ -188,7 +205,8 @@ def data_sources(config: Config, workdir: str) -> DataSources:
     ValueError: none has a row that can be used.
   """
   data, seed = config["data"], config["seed"]
-  form = ClipFormat(size=(data["height"], data["width"]), num_frames=data["num_frames"], fit=data["fit"], fps=data["fps"])
+  form = ClipFormat(size=(data["height"], data["width"]), num_frames=data["num_frames"], fit=data["fit"], fps=data["fps"],
+                    buckets=bucket_sizes(config))
   drawing = Drawing(contexts=dict(data["contexts"]), num_clips={int(n): w for n, w in data["num_clips"].items()},
                     reverse_probability=data["reverse_probability"], prompt=data["prompt"],
                     prompt_dropout=data["prompt_dropout"], variants=data["variants"], seed=seed)

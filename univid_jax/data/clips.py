@@ -38,12 +38,20 @@ class ClipFormat:
     num_frames: of a video, 4n + 1.
     fit: "crop" cuts the middle out of the resized frames, "pad" keeps all of them between black bars.
     fps: frames a second that videos are thinned (or held) to; 0 leaves them as they are.
+    buckets: other sizes; a clip goes to the size whose shape is nearest to its own.
   """
 
   size: tuple[int, int]
   num_frames: int
   fit: str = "crop"
   fps: float = 0.0
+  buckets: tuple[tuple[int, int], ...] = ()
+
+  def for_shape(self, shape: tuple[int, int]) -> "ClipFormat":
+    """The format of clips whose files have a shape (height, width): one size of those there are."""
+    def distance(size):
+      return abs(np.log(size[0] / size[1]) - np.log(shape[0] / shape[1]))
+    return dataclasses.replace(self, size=min((self.size, *self.buckets), key=distance), buckets=())
 
   def __post_init__(self):
     if self.fit not in ("crop", "pad"):

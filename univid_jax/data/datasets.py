@@ -128,12 +128,13 @@ class ListedSentences:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """A source and its target under a task."""
+  """A source and its target under a task; pairs of one bucket have one size."""
 
   task: str
   name: str
   source: Shot
   target: Shot
+  bucket: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,19 +149,20 @@ class PairSentences:
     return len(self.pairs) * self.drawing.variants
 
   @functools.cached_property
-  def by_task(self) -> Mapping[str, Sequence[Pair]]:
-    groups: dict[str, list[Pair]] = {}
+  def groups(self) -> Mapping[tuple[str, tuple[int, int]], Sequence[Pair]]:
+    """Pairs that may be joined: those of one task and one size."""
+    groups: dict[tuple[str, tuple[int, int]], list[Pair]] = {}
     for pair in self.pairs:
-      groups.setdefault(pair.task, []).append(pair)
+      groups.setdefault((pair.task, pair.bucket), []).append(pair)
     return groups
 
   @property
   def task_names(self) -> tuple[str, ...]:
-    return tuple(sorted(self.by_task))
+    return tuple(sorted({task for task, _ in self.groups}))
 
   def prompts(self) -> set[str]:
     """All texts that sentences may come with."""
-    return {self._prompt(task) for task in self.by_task} | {""}
+    return {self._prompt(task) for task in self.task_names} | {""}
 
   def clips(self) -> Iterator[ClipRef]:
     """All clips that sentences may have."""
@@ -171,11 +173,12 @@ class PairSentences:
   def __getitem__(self, index: int) -> Sentence:
     rng = np.random.default_rng((self.drawing.seed, int(index)))
     query = self.pairs[int(index) % len(self.pairs)]
+    group = self.groups[query.task, query.bucket]
     num_clips = int(draw(rng, self.drawing.num_clips))
-    contexts = {name: weight for name, weight in self.drawing.contexts.items() if self._fits(query.task, name)}
+    contexts = {name: weight for name, weight in self.drawing.contexts.items() if self.fits(group, name)}
     context = draw(rng, contexts)
     pattern = video_pattern(context, num_clips)
-    others = [pair for pair in self.by_task[query.task] if pair.name != query.name and self._long_enough(pair, pattern[:2])]
+    others = [pair for pair in group if pair.name != query.name and self._long_enough(pair, pattern[:2])]
     examples = [others[i] for i in rng.choice(len(others), size=num_clips // 2 - 1, replace=len(others) < num_clips // 2 - 1)]
     pairs = []
     for pair, is_video, target_is_video in zip((*examples, query), pattern[::2], pattern[1::2]):
@@ -192,9 +195,9 @@ class PairSentences:
   def _long_enough(self, pair: Pair, pattern: Sequence[bool]) -> bool:
     return all(shot.frames >= self.form.num_frames for shot, video in zip((pair.source, pair.target), pattern) if video)
 
-  def _fits(self, task: str, context: str) -> bool:
-    """Whether every pair of a task is long enough for a context: images make no videos."""
-    return all(self._long_enough(pair, part) for pair in self.by_task[task] for part in CONTEXTS[context])
+  def fits(self, group: Sequence[Pair], context: str) -> bool:
+    """Whether every pair of a group is long enough for a context: images make no videos."""
+    return all(self._long_enough(pair, part) for pair in group for part in CONTEXTS[context])
 
 
 # Opening: each gives what can be used, and what was dropped.
@@ -237,7 +240,7 @@ def open_metadata(path: str, form: ClipFormat, drawing: Drawing) -> tuple[Listed
 
 def _metadata_row(path: Path, text: str, form: ClipFormat) -> Row:
   found = probe(path)
-  frames, fps = found.frames, found.fps
+  frames, fps, form = found.frames, found.fps, form.for_shape(found.size)
   quarter = frames // 4
   usable = available(quarter, fps=fps, target_fps=form.fps)
   if usable < form.num_frames:
@@ -250,7 +253,7 @@ def _metadata_row(path: Path, text: str, form: ClipFormat) -> Row:
 
 
 def file_shot(path: Path, form: ClipFormat, *, start: int = 0) -> Shot:
-  """A file as a clip of any length that it can give.
+  """A file as a clip of any length that it can give, of the size that is nearest to its shape.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -259,6 +262,7 @@ def file_shot(path: Path, form: ClipFormat, *, start: int = 0) -> Shot:
   found = probe(path)
   if found.frames <= start:
     raise ValueError(f"{path} has {found.frames} frames and cannot start at frame {start}")
+  form = form.for_shape(found.size)
   usable = available(found.frames - start, fps=found.fps, target_fps=form.fps)
   return Shot(usable, lambda count: file_clip(path, start=start, count=count, form=form, fps=found.fps), found.size)
 
@@ -288,7 +292,7 @@ def open_pairs(folder: str, form: ClipFormat, drawing: Drawing) -> tuple[PairSen
       if long > 1 and short < min(form.num_frames, long) and short > 1:
         raise ValueError(f"the source has {source.frames} frames and the target {target.frames}; {form.num_frames} of each are "
                          "needed")
-      pairs.append(Pair(name.parent.name, name.name, source, target))
+      pairs.append(Pair(name.parent.name, name.name, source, target, form.for_shape(source.size).size))
     except (OSError, ValueError) as error:
       dropped.append(Dropped(f"{name.parent.name}/{name.name}", str(error)))
   return _joined(pairs, dropped, form, drawing)
@@ -306,10 +310,11 @@ def _joined(pairs: list[Pair], dropped: list[Dropped], form: ClipFormat, drawing
   """Leaves out tasks that cannot make a sentence."""
   sentences = PairSentences(pairs, form, drawing)
   kept = []
-  for task, group in sentences.by_task.items():
+  for (task, bucket), group in sentences.groups.items():
     if len({pair.name for pair in group}) < 2:
-      dropped.append(Dropped(task, "a task needs pairs of at least two names"))
-    elif not any(weight > 0 and sentences._fits(task, context) for context, weight in drawing.contexts.items()):
+      size = " at {}x{}".format(*bucket) if form.buckets else ""
+      dropped.append(Dropped(task, f"a task needs pairs of at least two names{size}"))
+    elif not any(weight > 0 and sentences.fits(group, context) for context, weight in drawing.contexts.items()):
       dropped.append(Dropped(task, f"its pairs are too short for {form.num_frames} frames, and no context of images is drawn"))
     else:
       kept += group
@@ -345,6 +350,8 @@ def _manifest_row(root: Path, values: Mapping[str, Any], form: ClipFormat, drawi
   if unknown:
     raise ValueError(f"unknown key {sorted(unknown)[0]!r}; there are clips, prompt, task, context")
   shots, roles, lengths = [], [], []
+  if values["clips"]:
+    form = form.for_shape(probe(root / values["clips"][0]["path"]).size)  # one size for the whole sentence
   for clip in values["clips"]:
     shot = file_shot(root / clip["path"], form, start=int(clip.get("start", 0)))
     longest = (min(shot.frames, form.num_frames) - 1) // 4 * 4 + 1
@@ -390,14 +397,15 @@ def open_tfds(options: Mapping[str, Any], form: ClipFormat, drawing: Drawing) ->
   def shot(index, name, kind):
     def read(count):
       return to_frames(source[index][name], kind)[:count]
-    frames = len(to_frames(source[index][name], kind))
-    return Shot(frames, lambda count: array_clip(f"{identity}|{index}|{name}|{kind}|{count}", lambda: read(count), form))
+    frames, height, width, _ = to_frames(source[index][name], kind).shape
+    own, key = form.for_shape((height, width)), f"{identity}|{index}|{name}|{kind}"
+    return Shot(frames, lambda count: array_clip(f"{key}|{count}", lambda: read(count), own), (height, width))
 
   pairs, dropped = [], []
   for index in range(len(source)):
     try:
-      pairs.append(Pair(options["task"], str(index), shot(index, options["source"], "image"),
-                        shot(index, options["target"], options["kind"])))
+      first, second = shot(index, options["source"], "image"), shot(index, options["target"], options["kind"])
+      pairs.append(Pair(options["task"], str(index), first, second, form.for_shape(first.size).size))
     except ValueError as error:
       dropped.append(Dropped(f"{options['name']} {index}", str(error)))
   return _joined(pairs, dropped, form, drawing)

@@ -192,6 +192,7 @@ class ComputedSentences:
     num_clips: weights by number of clips in a sentence (shots).
     reverse_probability: how often a reversible task is turned round.
     prompt_style: "detailed", "rough" or "null".
+    prompt_dropout: share of sentences that come without their prompt.
     num_sentences: how many there are.
     seed: makes another set of them.
   """
@@ -207,6 +208,7 @@ class ComputedSentences:
   num_clips: Mapping[int, float] = dataclasses.field(default_factory=lambda: {4: 1.0})
   reverse_probability: float = 0.0
   prompt_style: str = "null"
+  prompt_dropout: float = 0.0
 
   def __post_init__(self):
     unknown = set(self.tasks) - set(TASKS)
@@ -223,7 +225,8 @@ class ComputedSentences:
   def __getitem__(self, index: int) -> Sentence:
     rng = np.random.default_rng((self.seed, int(index)))
     task = draw(rng, self.tasks)
-    return self.sentence(rng, task=task, context=draw(rng, self.contexts_of(task)))
+    sentence = self.sentence(rng, task=task, context=draw(rng, self.contexts_of(task)))
+    return sentence.replace(prompt=self._prompt(task, index))
 
   def plan(self, index: int) -> "Plan":
     """What the sentence at an index is, without its pictures: the first draws of `self[index]`, in the same order."""
@@ -231,7 +234,11 @@ class ComputedSentences:
     task = draw(rng, self.tasks)
     context = draw(rng, self.contexts_of(task))
     num_clips = int(draw(rng, self.num_clips))
-    return Plan(task, context, num_clips, prompt_for(TASKS[task].prompt_name, self.prompt_style))
+    return Plan(task, context, num_clips, self._prompt(task, index))
+
+  def _prompt(self, task: str, index: int) -> str:
+    dropped = self.prompt_dropout and np.random.default_rng((self.seed, int(index), 1)).random() < self.prompt_dropout
+    return "" if dropped else prompt_for(TASKS[task].prompt_name, self.prompt_style)
 
   def contexts_of(self, task: str) -> Mapping[str, float]:
     """How often a task's sentences have each context."""

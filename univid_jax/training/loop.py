@@ -123,6 +123,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     checkpointer.close()
     if writer:
       writer.close()
+  if data.dropped:
+    print(f"{len(data.dropped)} rows of the data could not be used and were left out, first {data.dropped[0]}")
   graph, params = spec.graph, state.model_params
   dit_config = build.transformer_config(config)
   if trains_lora:
