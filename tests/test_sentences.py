@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from univid_jax.data.sentences import make_sentence, prompt_for, video_pattern
-from univid_jax.data.sources import ComputedSentences, FolderSource, PhotoSource, draw
+from univid_jax.data.sources import ComputedSentences, FolderSource, LazySentences, PhotoSource, draw
 from univid_jax.data.tasks import TASKS
 from univid_jax.types import Role, Sentence
 
@@ -141,3 +141,17 @@ def test_folders_without_clips(tmp_path):
     FolderSource.open(str(tmp_path), cache=str(tmp_path), side=24)
   with pytest.raises(FileNotFoundError, match="no such folder"):
     FolderSource.open(str(tmp_path / "missing"), cache=str(tmp_path), side=24)
+
+
+def test_lazy_sentences_are_the_same_sentences():
+  """Known before any picture is made: task, context, prompt and keys; the clips are those of the sentence itself."""
+  computed = ComputedSentences(clips=[PhotoSource.bundled("train")], tasks=dict.fromkeys(TASKS, 1.0), num_frames=5, size=(16, 16),
+                               num_sentences=30, seed=4, prompt_style="detailed", prompt_dropout=0.3, num_clips={4: 1.0, 6: 1.0})
+  lazy, keys = LazySentences(computed, "identity"), set()
+  for index in range(30):
+    plan, whole = lazy[index], computed[index]
+    assert (plan.task, plan.context, plan.prompt, plan.roles) == (whole.task, whole.context, whole.prompt, whole.roles)
+    assert all(np.array_equal(ref.read(), clip) for ref, clip in zip(plan.clips, whole.clips, strict=True))
+    assert plan.prompt in lazy.prompts()
+    keys |= {ref.key for ref in plan.clips}
+  assert keys == {ref.key for ref in lazy.clips()} and len({s.prompt == "" for s in map(lazy.__getitem__, range(30))}) == 2

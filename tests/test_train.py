@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from univid_jax.training.checkpoint import Checkpointer
 from univid_jax.training.loop import train
 from univid_jax.training.optimizer import make_optimizer, make_schedule
 from univid_jax.training.step import StateSpec, make_update
+from univid_jax.weights.lora import read_lora
 
 
 def one_gradient(config, mesh, row, microbatches=1):
@@ -250,3 +252,33 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path):
   tiny_config.optimizer.update({"name": "adamw", "learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0})
   with pytest.raises(FloatingPointError, match="the loss is not finite"):
     train(tiny_config, str(tmp_path))
+
+
+def test_two_processes_train_as_one(tmp_path):
+  """Two real processes with four devices each, and one with eight: the same losses and the same LoRA, resumed too."""
+  arguments = [sys.executable, "-m", "univid_jax.train", *SMALL, "--config.lora.rank=2", "--config.rows.streams=2",
+               "--config.eval.sentences_per_case=0", "--config.mesh.data=2", "--config.mesh.fsdp=4",
+               "--config.optimizer.name=adamw"]
+
+  def environment(devices):
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  for steps in (2, 3):
+    both = [subprocess.Popen([*arguments, f"--workdir={tmp_path / 'two'}", f"--config.num_steps={steps}",
+                              f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"], env=environment(4),
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    for process in both:
+      _, error = process.communicate(timeout=300)
+      assert process.returncode == 0, error
+  one = subprocess.run([*arguments, f"--workdir={tmp_path / 'one'}", "--config.num_steps=3"], env=environment(8),
+                       capture_output=True, text=True, timeout=300)
+  assert one.returncode == 0, one.stderr
+  two_losses, one_losses = ([line["loss"] for line in lines(tmp_path / name)] for name in ("two", "one"))
+  assert len(one_losses) == 3
+  np.testing.assert_allclose(two_losses, one_losses, rtol=1e-6)
+  two_lora, one_lora = (read_lora(tmp_path / name / "lora.safetensors") for name in ("two", "one"))
+  for name, layer in one_lora.layers.items():
+    np.testing.assert_allclose(two_lora.layers[name].up, layer.up, atol=1e-6)

@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from univid_jax import cli
+from univid_jax.parallel.processes import start_processes
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/video_tasks.py", "Config file; :PRESET after it chooses a preset.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/NAME by default.")
@@ -19,6 +20,7 @@ PREVIEW = flags.DEFINE_integer("preview", 0, "Draw so many sentences into WORKDI
 
 
 def main() -> None:
+  start_processes()
   # After the flags: --help and wrong flags answer at once, without waiting for JAX.
   from univid_jax import build
   from univid_jax.metrics.figures import contact_sheet

@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from univid_jax import cli
+from univid_jax.parallel.processes import start_processes
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/video_tasks.py", "Config file; :PRESET after it chooses a preset.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and results; runs/NAME by default.")
@@ -19,6 +20,7 @@ GRID_EXAMPLES = 1
 
 
 def main() -> None:
+  start_processes()
   # After the flags: --help and wrong flags answer at once, without waiting for JAX.
   from univid_jax.evaluation import evaluate
   from univid_jax.metrics.figures import sentence_grid
@@ -30,12 +32,15 @@ def main() -> None:
     result = train(config, workdir)
   except (Interrupted, FloatingPointError) as error:
     raise cli.UserError(error) from error
+  import jax
+  if jax.process_index() > 0:
+    return
   folder = Path(workdir)
   if result.steps_taken == 0 and (folder / "eval.json").exists():
     print(f"{workdir} is complete ({config.num_steps} steps); results stand in {folder / 'eval.json'} and {folder / 'grid.png'}")
     return
 
-  if not config.eval.sentences_per_case:
+  if not config.eval.sentences_per_case or jax.process_count() > 1:
     print(f"{result.steps_taken} steps in {result.seconds:.0f} s; checkpoints and numbers stand in {workdir}")
     if config.lora.rank:
       print(f"the LoRA, as ComfyUI and diffusers read it: {folder / LORA_EXPORT}; other formats:\n"

@@ -47,7 +47,7 @@ class FeatureMaker:
 def make_loader(sources: Sequence, make_features: FeatureMaker, *, row_shape: RowShape, rows_per_batch: int, seed: int,
                 process_index: int = 0, process_count: int = 1, num_threads: int = 1,
                 num_packing_bins: int | None = None, packing: str = "first_fit",
-                weights: Sequence[float] | None = None) -> grain.DatasetIterator:
+                num_streams: int | None = None, weights: Sequence[float] | None = None) -> grain.DatasetIterator:
   """An endless, deterministic stream of batches (this process's rows of each) of packed rows.
 
   Args:
@@ -61,22 +61,34 @@ def make_loader(sources: Sequence, make_features: FeatureMaker, *, row_shape: Ro
     num_threads: threads that make sentences.
     num_packing_bins: rows that are filled at the same time; twice a batch by default.
     packing: "first_fit" puts a sentence into the first of these rows with room for it, "best_fit" into the fullest.
+    num_streams: independent streams of rows, as many as processes by default; with the same number of streams one process and
+      several give the same batches.
     weights: how often each source is drawn; all alike by default.
   """
   mixed = [grain.MapDataset.source(source).seed(seed).shuffle().repeat() for source in sources]
   everything = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights)
-  share = everything[process_index::process_count]
-  features = share.map(make_features).to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=64))
+  num_streams = num_streams or process_count
+  if num_streams % process_count or rows_per_batch % (num_streams // process_count):
+    raise ValueError(f"{num_streams} streams of rows do not divide over {process_count} processes and {rows_per_batch} rows")
+  count = num_streams // process_count
   lengths = {
       "tokens": row_shape.num_tokens, "positions": row_shape.num_tokens, "target_mask": row_shape.num_tokens,
       "text": row_shape.num_text_tokens, "text_counts": row_shape.num_text_tokens,
       "task_ids": row_shape.num_slots, "context_ids": row_shape.num_slots,
   }
   pack = {"first_fit": grain.experimental.FirstFitPackIterDataset, "best_fit": grain.experimental.BestFitPackIterDataset}[packing]
-  rows = pack(
-      features, length_struct=lengths, num_packing_bins=num_packing_bins or 2 * rows_per_batch, seed=seed,
-      meta_features=("positions", "target_mask", "text_counts", "task_ids", "context_ids"))
-  batches = rows.batch(rows_per_batch, drop_remainder=True).map(_to_rows)
+
+  def stream(index: int):
+    features = everything[index::num_streams].map(make_features)
+    features = features.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=64))
+    return pack(features, length_struct=lengths, num_packing_bins=num_packing_bins or 2 * rows_per_batch // count, seed=seed,
+                meta_features=("positions", "target_mask", "text_counts", "task_ids", "context_ids"))
+
+  streams = [stream(index) for index in range(process_index * count, (process_index + 1) * count)]
+  rows = streams[0] if count == 1 else grain.IterDataset.mix(streams)
+  # The rows of one stream stand together, as they do where each is a process's.
+  order = np.arange(rows_per_batch).reshape(-1, count).T.ravel()
+  batches = rows.batch(rows_per_batch, drop_remainder=True).map(lambda batch: _to_rows({k: v[order] for k, v in batch.items()}))
   return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
 
 

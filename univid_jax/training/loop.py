@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import univid_jax
@@ -65,6 +66,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   build.check(config)
   Path(workdir).mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
+  check_processes(mesh)
   rows_per_batch = build.rows_per_batch(config, mesh)
   optimizer = make_optimizer(config.optimizer, config.num_steps)
   trains_lora = build.lora_config(config) is not None
@@ -78,7 +80,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
       weights=list(data.weights.values()),
       row_shape=build.row_shape(config), rows_per_batch=rows_per_batch // jax.process_count(), seed=config.seed,
       process_index=jax.process_index(), process_count=jax.process_count(), num_packing_bins=config.rows.packing_bins,
-      packing=config.rows.packing, num_threads=config.data.num_threads)
+      packing=config.rows.packing,
+      num_streams=config.rows.streams, num_threads=config.data.num_threads)
   step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed,
                             microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0)
 
@@ -128,7 +131,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   graph, params = spec.graph, state.model_params
   dit_config = build.transformer_config(config)
   if trains_lora:
-    lora = lora_weights(values, jax.device_get(params), step=config.num_steps)
+    lora = lora_weights(values, gathered(params), step=config.num_steps)
     if jax.process_index() == 0:
       write_lora(Path(workdir) / LORA_EXPORT, lora, "comfyui")
     graph, params = with_loras(dit_config, base_graph, frozen, [(lora, 1.0)], mesh=mesh, merged=False)
@@ -136,8 +139,27 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   return TrainResult(pipeline, config.num_steps - start, time.monotonic() - started)
 
 
+def gathered(tree: Any) -> Any:
+  """Sharded arrays as whole NumPy arrays, on every process."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def check_processes(mesh: jax.sharding.Mesh) -> None:
+  """A row's tokens stay on one process.
+
+  Raises:
+    ValueError: tensor x context devices do not fit on one.
+  """
+  inner = mesh.shape["tensor"] * mesh.shape["context"]
+  if jax.local_device_count() % inner:
+    raise ValueError(f"tensor x context = {inner} devices must divide the {jax.local_device_count()} of each process")
+
+
 def progress_bar(start: int, total: int) -> tqdm:
-  return tqdm(total=total, initial=start, desc="train", unit="step", smoothing=0.05, dynamic_ncols=True, mininterval=0.5)
+  return tqdm(total=total, initial=start, desc="train", unit="step", smoothing=0.05, dynamic_ncols=True, mininterval=0.5,
+              disable=jax.process_index() > 0)
 
 
 def check_same_run(workdir: str, previous: dict[str, Any] | None, values: dict[str, Any]) -> None:
