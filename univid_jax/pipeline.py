@@ -6,7 +6,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,7 +127,8 @@ class Pipeline:
   def sample(self, clips: Sequence[np.ndarray], prompt: str = "", num_frames: int | None = None,
              num_inference_steps: int = 50, guidance_scale: float = 1.0, negative_prompt: str = "", shift: float = 5.0,
              seed: int = 0, latents: Float[Array, "t y x c"] | None = None, prompt_embeds: Float[Array, "n d"] | None = None,
-             negative_prompt_embeds: Float[Array, "n d"] | None = None) -> Sample:
+             negative_prompt_embeds: Float[Array, "n d"] | None = None,
+             progress: Callable[[int], None] | None = None) -> Sample:
     """Paints the clip that completes a sentence.
 
     Args:
@@ -142,6 +143,7 @@ class Pipeline:
       latents: the initial noise itself.
       prompt_embeds: skips the text encoder.
       negative_prompt_embeds: likewise.
+      progress: called with the number of steps taken, after each.
 
     Raises:
       ValueError: an even number of clips, clips of different sizes, or shapes that fit no latents.
@@ -176,7 +178,10 @@ class Pipeline:
     noise[0, row.target_mask[0]] = patchify(np.asarray(latents, np.float32), self.config.patch_size)
     sigmas = dataclasses.replace(self._flow, shift=shift).inference_sigmas(num_inference_steps)
     with self.mesh:
-      tokens = np.asarray(self._solve(self._params, row, negative, noise, sigmas, jnp.float32(guidance_scale)))
+      solve = self._solve if progress is None else self._solve_aloud
+      self._progress = progress
+      tokens = np.asarray(solve(self._params, row, negative, noise, sigmas, jnp.float32(guidance_scale)))
+      jax.effects_barrier()  # the last call of progress
     result = unpatchify(tokens[0][row.target_mask[0]], shape, self.config.patch_size)
     return Sample(result, to_uint8(self.decode(result)))
 
@@ -234,9 +239,16 @@ class Pipeline:
 
   @functools.cached_property
   def _solve(self):
+    return self._make_solve(None)
+
+  @functools.cached_property
+  def _solve_aloud(self):
+    return self._make_solve(lambda taken: self._progress(taken))
+
+  def _make_solve(self, on_step: Callable[[int], None] | None):
     def solve(params, row: PackedRow, negative: PackedRow | None, noise, sigmas, guidance_scale):
       predict = velocity_fn(nnx.merge(self._graph, params), row, negative=negative, guidance_scale=guidance_scale)
-      return euler(predict, row, noise, sigmas)
+      return euler(predict, row, noise, sigmas, on_step=on_step)
     return jax.jit(solve)
 
 

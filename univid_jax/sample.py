@@ -30,8 +30,10 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
 
 def main() -> None:
   # After the flags: --help and wrong flags answer at once, without waiting for JAX.
+  from tqdm import tqdm
+
   from univid_jax.data.sentences import prompt_for
-  from univid_jax.data.video import fit_clip, read_clip, write_clip
+  from univid_jax.data.video import read_context, write_clip
   from univid_jax.pipeline import load_pipeline
 
   if PROMPT.value is not None and TASK.value is not None:
@@ -40,16 +42,12 @@ def main() -> None:
   pipeline = load_pipeline(CHECKPOINT.value, lora=[weighted(item) for item in LORA.value], dtype=DTYPE.value,
                            merge_lora=MERGE_LORA.value)
   size = parse_size(SIZE.value) if SIZE.value else pipeline.size
-  clips, rates = [], []
-  for path in CLIPS.value:
-    clip = read_clip(path, max_frames=pipeline.num_frames)
-    usable = 4 * ((len(clip.frames) - 1) // 4) + 1
-    clips.append(fit_clip(clip.frames[:usable], size))
-    rates.append(clip.fps)
-  out = pipeline.sample(clips, prompt, num_frames=NUM_FRAMES.value, num_inference_steps=STEPS.value,
-                        guidance_scale=GUIDANCE_SCALE.value, negative_prompt=NEGATIVE_PROMPT.value,
-                        shift=SHIFT.value, seed=SEED.value)
-  write_clip(OUT.value, out.frames, fps=rates[-1] or next(filter(None, rates), None))
+  clips, fps = read_context(CLIPS.value, num_frames=pipeline.num_frames, size=size)
+  with tqdm(total=STEPS.value, desc="sample", unit="step") as bar:
+    out = pipeline.sample(clips, prompt, num_frames=NUM_FRAMES.value, num_inference_steps=STEPS.value,
+                          guidance_scale=GUIDANCE_SCALE.value, negative_prompt=NEGATIVE_PROMPT.value, shift=SHIFT.value,
+                          seed=SEED.value, progress=lambda taken: bar.update(taken - bar.n))
+  write_clip(OUT.value, out.frames, fps=fps)
   height, width = out.frames.shape[1:3]
   print(f"painted {len(out.frames)} frame{'s' * (len(out.frames) > 1)} of {width}x{height}: {OUT.value}")
 

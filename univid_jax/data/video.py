@@ -169,6 +169,34 @@ def fit_clip(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
                    for frame in frames])
 
 
+def read_context(paths: Sequence[str | os.PathLike], *, num_frames: int, size: tuple[int, int],
+                 videos: Sequence[bool] | None = None) -> tuple[list[np.ndarray], float | None]:
+  """Files as the context of a sentence: resized and cut to a size, the first 4n + 1 frames of each video.
+
+  Args:
+    paths: of the clips, in order.
+    num_frames: of a video at most.
+    size: height and width in pixels.
+    videos: which of them are to be videos, the others being their first frames; None takes them as they are.
+
+  Returns:
+    The clips, uint8 (T, *size, 3), and the frame rate of the last that has one.
+
+  Raises:
+    ValueError: a file is no clip, or an image where a video is wanted.
+  """
+  clips, rates = [], []
+  for index, path in enumerate(paths):
+    is_video = None if videos is None else videos[index]
+    clip = read_clip(path, max_frames=1 if is_video is False else num_frames)
+    if is_video and len(clip.frames) < num_frames:
+      raise ValueError(f"{path} has {len(clip.frames)} frames, and {num_frames} are needed here")
+    usable = 4 * ((len(clip.frames) - 1) // 4) + 1
+    clips.append(fit_clip(clip.frames[:usable], size))
+    rates.append(clip.fps)
+  return clips, rates[-1] or next(filter(None, rates), None)
+
+
 def write_clip(path: str | os.PathLike, frames: np.ndarray, *, fps: float | None = None) -> None:
   """Writes uint8 (T, H, W, 3): a single frame to an image file, any number to a video (H.264), a .gif or a .npy.
 

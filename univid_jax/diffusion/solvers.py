@@ -31,7 +31,8 @@ def velocity_fn(model, row: PackedRow, *, negative: PackedRow | None = None, gui
   return predict
 
 
-def euler(predict: VelocityFn, row: PackedRow, noise: Float[Array, "b l p"], sigmas: Float[Array, "i"]) -> Float[Array, "b l p"]:
+def euler(predict: VelocityFn, row: PackedRow, noise: Float[Array, "b l p"], sigmas: Float[Array, "i"], *,
+          on_step: Callable[[int], None] | None = None) -> Float[Array, "b l p"]:
   """UniVid's sampler: Euler steps on target tokens, context clean throughout, latents in float32.
 
   Args:
@@ -39,6 +40,7 @@ def euler(predict: VelocityFn, row: PackedRow, noise: Float[Array, "b l p"], sig
     row: the context, clean; the values of its target tokens are not used.
     noise: where the targets start.
     sigmas: the noise level before each step; after the last it is 0.
+    on_step: called on the host with the number of steps taken, after each.
 
   Returns:
     The row's tokens with the targets sampled.
@@ -47,9 +49,12 @@ def euler(predict: VelocityFn, row: PackedRow, noise: Float[Array, "b l p"], sig
   shape = (row.tokens.shape[0], row.num_slots)
 
   def step(x, levels):
-    sigma, following = levels
-    return jnp.where(mask, x + predict(x, jnp.full(shape, sigma)) * (following - sigma), row.tokens), None
+    index, sigma, following = levels
+    x = jnp.where(mask, x + predict(x, jnp.full(shape, sigma)) * (following - sigma), row.tokens)
+    if on_step is not None:
+      jax.debug.callback(lambda taken, _: on_step(int(taken)), index, x[0, 0, 0])
+    return x, None
 
   start = jnp.where(mask, noise, row.tokens).astype(jnp.float32)
-  x, _ = jax.lax.scan(step, start, (sigmas, jnp.append(sigmas[1:], 0.0)))
+  x, _ = jax.lax.scan(step, start, (1 + jnp.arange(len(sigmas)), sigmas, jnp.append(sigmas[1:], 0.0)))
   return x
