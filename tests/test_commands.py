@@ -1,5 +1,6 @@
 """The commands as a person types them: help, real files, and one clear line for whatever is wrong."""
 
+import json
 import os
 import subprocess
 import sys
@@ -105,6 +106,27 @@ def test_sampling_real_files(trained, tmp_path):
   done = run_command(["univid_jax.sample", *common, f"--clips={a},{b},{a}", f"--out={tmp_path / 'out.npy'}",
                       "--guidance_scale=2"])
   assert done.returncode == 0 and np.load(tmp_path / "out.npy").shape == (5, 16, 16, 3)
+
+
+def test_many_queries_with_grids_and_records(trained, tmp_path):
+  root, _ = trained
+  queries = tmp_path / "queries"
+  queries.mkdir()
+  for name in ("x", "y"):
+    Image.new("RGB", (20, 20), "red").save(queries / f"{name}.png")
+  write_clip(queries / "z.mp4", np.zeros((7, 20, 20, 3), np.uint8), fps=12)
+  pair = f"{queries / 'x.png'},{queries / 'y.png'}"
+  common = ["univid_jax.sample", f"--checkpoint={root / 'run'}", "--steps=2", f"--clips={pair}", f"--out={tmp_path / 'out'}"]
+  done = run_command([*common, f"--queries={queries}", "--grid", "--solver=unipc"])
+  assert done.returncode == 0, done.stderr
+  assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+      "x.json", "x.png", "x_grid.png", "y.json", "y.png", "y_grid.png", "z.json", "z.mp4", "z_grid.mp4"]
+  assert read_clip(tmp_path / "out" / "x_grid.png").frames.shape == (1, 16, 4 * 16 + 3 * 4, 3)
+  assert read_clip(tmp_path / "out" / "z_grid.mp4").frames.shape[0] == 5
+  record = json.loads((tmp_path / "out" / "z.json").read_text())
+  assert record["num_frames"] == 5 and record["fps"] == 12 and record["solver"] == "unipc" and len(record["clips"]) == 3
+  done = run_command([*common, f"--queries={queries / 'x.png'},{queries / 'x.png'}"])
+  assert done.returncode == 1 and "two queries are named 'x'" in done.stderr
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -11,8 +11,8 @@ from tests.helpers import channels_last, dit_config, golden, load_dit, relative_
 from univid_jax.data.packing import RowShape, pack, patchify, sentence_features, target_tokens, unpatchify
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS, FlowMatching
 from univid_jax.diffusion.loss import draw_noise, sentence_losses
-from univid_jax.diffusion.solvers import euler, velocity_fn
-from univid_jax.types import Role, Sentence, reference_roles
+from univid_jax.diffusion.solvers import euler, unipc, velocity_fn
+from univid_jax.types import PackedRow, Role, Sentence, reference_roles
 
 PATCH = (1, 2, 2)
 
@@ -151,3 +151,28 @@ class TestLoss:
 
 def test_roles_are_the_references():
   assert reference_roles(4) == (Role.CONTEXT, Role.CONTEXT, Role.CONTEXT, Role.TARGET)
+
+
+@pytest.mark.parametrize("steps, shift", [(1, 3.0), (2, 5.0), (3, 5.0), (12, 3.0)])
+def test_unipc_equals_diffusers(steps, shift):
+  """On a velocity that depends on place and time, against UniPCMultistepScheduler with flow sigmas."""
+  torch = pytest.importorskip("torch", reason="needs the extra `parity`")
+  diffusers = pytest.importorskip("diffusers", reason="needs the extra `parity`")
+  rng = np.random.default_rng(0)
+  noise, weights = rng.normal(size=(6, 4)).astype(np.float32), rng.normal(size=(4, 4)).astype(np.float32) / 2
+
+  def velocity(x, sigma, module):
+    return module.tanh(x @ module.asarray(weights)) * (1 + sigma) + x * sigma
+
+  scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+  scheduler.set_timesteps(steps)
+  x = torch.from_numpy(noise)
+  for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas):
+    x = scheduler.step(velocity(x, float(sigma), torch), timestep, x, return_dict=False)[0]
+  sigmas = FlowMatching(shift=shift).unipc_sigmas(steps)
+  np.testing.assert_allclose(sigmas, scheduler.sigmas[:-1], rtol=1e-5)
+  row = PackedRow(tokens=np.zeros((1, 6, 4), np.float32), positions=np.zeros((1, 6, 3), np.int32),
+                  segment_ids=np.ones((1, 6), np.int32), target_mask=np.ones((1, 6), bool),
+                  text=np.zeros((1, 1, 1)), text_counts=np.ones((1, 1)))
+  ours = unipc(lambda x, level: velocity(x, level[0, 0], jnp), row, noise[None], sigmas)[0]
+  assert relative_error(ours, x.numpy()) <= 1e-4

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from univid_jax import build
 from univid_jax.data.packing import RowShape, pack, pack_rows, patchify, sentence_features, target_tokens, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
-from univid_jax.diffusion.solvers import euler, velocity_fn
+from univid_jax.diffusion.solvers import SOLVERS, velocity_fn
 from univid_jax.encoders import CheckpointEncoders, Encoders, i2v_condition
 from univid_jax.models.dit import DiTConfig
 from univid_jax.models.lora import LoRAConfig, LoRAParam, attach, join, linear_name, merge
@@ -61,6 +61,11 @@ class Pipeline:
   def size(self) -> tuple[int, int]:
     """Height and width in pixels that the model was trained on; the paper's where no run says."""
     return (self.run["data"]["height"], self.run["data"]["width"]) if self.run else (480, 832)
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Of the transformer's parameters."""
+    return jax.tree.leaves(self._params)[0].dtype
 
   @property
   def num_frames(self) -> int:
@@ -128,14 +133,14 @@ class Pipeline:
              num_inference_steps: int = 50, guidance_scale: float = 1.0, negative_prompt: str = "", shift: float = 5.0,
              seed: int = 0, latents: Float[Array, "t y x c"] | None = None, prompt_embeds: Float[Array, "n d"] | None = None,
              negative_prompt_embeds: Float[Array, "n d"] | None = None,
-             progress: Callable[[int], None] | None = None) -> Sample:
+             solver: str = "euler", progress: Callable[[int], None] | None = None) -> Sample:
     """Paints the clip that completes a sentence.
 
     Args:
       clips: the context in order (A, A', B and so on, an odd number), uint8 (T, H, W, 3), all of one size.
       prompt: the text; "" is the null prompt.
       num_frames: of the painted clip, 4n + 1; None infers it as contexts I to IV do.
-      num_inference_steps: Euler steps.
+      num_inference_steps: steps of the solver.
       guidance_scale: 1 is none.
       negative_prompt: what guidance leads away from.
       shift: of the noise levels toward noise.
@@ -143,6 +148,7 @@ class Pipeline:
       latents: the initial noise itself.
       prompt_embeds: skips the text encoder.
       negative_prompt_embeds: likewise.
+      solver: "euler", the reference's, or "unipc", for fewer steps.
       progress: called with the number of steps taken, after each.
 
     Raises:
@@ -176,11 +182,14 @@ class Pipeline:
     negative = None if guidance_scale == 1.0 else row_for(negative_prompt, negative_prompt_embeds)
     noise = np.zeros_like(row.tokens)
     noise[0, row.target_mask[0]] = patchify(np.asarray(latents, np.float32), self.config.patch_size)
-    sigmas = dataclasses.replace(self._flow, shift=shift).inference_sigmas(num_inference_steps)
+    if solver not in SOLVERS:
+      raise ValueError(f"unknown solver {solver!r}; there are {', '.join(SOLVERS)}")
+    flow = dataclasses.replace(self._flow, shift=shift)
+    sigmas = flow.unipc_sigmas(num_inference_steps) if solver == "unipc" else flow.inference_sigmas(num_inference_steps)
+    self._progress = progress
     with self.mesh:
-      solve = self._solve if progress is None else self._solve_aloud
-      self._progress = progress
-      tokens = np.asarray(solve(self._params, row, negative, noise, sigmas, jnp.float32(guidance_scale)))
+      solve = self._solve(solver, tuple(map(float, sigmas)), progress is not None)
+      tokens = np.asarray(solve(self._params, row, negative, noise, jnp.float32(guidance_scale)))
       jax.effects_barrier()  # the last call of progress
     result = unpatchify(tokens[0][row.target_mask[0]], shape, self.config.patch_size)
     return Sample(result, to_uint8(self.decode(result)))
@@ -198,14 +207,14 @@ class Pipeline:
       mask = (row.segment_ids[index] == segment) & row.target_mask[index]
       noise[index, mask] = jax.random.normal(key, (int(mask.sum()), noise.shape[-1]))
 
-    sigmas = self._flow.inference_sigmas(num_inference_steps)
+    solve = self._solve("euler", tuple(map(float, self._flow.inference_sigmas(num_inference_steps))), False)
     batch = build.rows_per_batch(self.run, self.mesh)
     tokens = []
     for start in range(0, len(noise), batch):
       part = functools.partial(_part, start=start, length=batch)
       piece, piece_noise = jax.tree.map(part, (row, noise))
       with self.mesh:
-        out = self._solve(self._params, *shard_batch((piece, None, piece_noise), self.mesh), sigmas, jnp.float32(1.0))
+        out = solve(self._params, *shard_batch((piece, None, piece_noise), self.mesh), jnp.float32(1.0))
       tokens.append(np.asarray(out))
     tokens = np.concatenate(tokens)
 
@@ -237,18 +246,14 @@ class Pipeline:
   def _apply(self):
     return jax.jit(lambda params, row, timesteps: nnx.merge(self._graph, params)(row.tokens, timesteps, row).astype(jnp.float32))
 
-  @functools.cached_property
-  def _solve(self):
-    return self._make_solve(None)
+  @functools.lru_cache(maxsize=16)  # noqa: B019 (a pipeline lives as long as its programs)
+  def _solve(self, solver: str, sigmas: tuple[float, ...], aloud: bool):
+    """The whole of sampling as one program: (params, row, negative row, noise, guidance scale) to tokens."""
+    on_step = (lambda taken: self._progress(taken)) if aloud else None
 
-  @functools.cached_property
-  def _solve_aloud(self):
-    return self._make_solve(lambda taken: self._progress(taken))
-
-  def _make_solve(self, on_step: Callable[[int], None] | None):
-    def solve(params, row: PackedRow, negative: PackedRow | None, noise, sigmas, guidance_scale):
+    def solve(params, row: PackedRow, negative: PackedRow | None, noise, guidance_scale):
       predict = velocity_fn(nnx.merge(self._graph, params), row, negative=negative, guidance_scale=guidance_scale)
-      return euler(predict, row, noise, sigmas, on_step=on_step)
+      return SOLVERS[solver](predict, row, noise, np.array(sigmas, np.float32), on_step=on_step)
     return jax.jit(solve)
 
 

@@ -51,6 +51,13 @@ class FlowMatching:
       raise ValueError(f"sampling takes at least 1 step, got {num_steps}")
     return self.sigma(np.linspace(1, 0, num_steps + 1)[:-1]).astype(np.float32)
 
+  def unipc_sigmas(self, num_steps: int) -> np.ndarray:
+    """The noise levels of UniPC's steps, as diffusers spaces them: from just below 1, where the signal is not yet 0."""
+    if num_steps < 1:
+      raise ValueError(f"sampling takes at least 1 step, got {num_steps}")
+    sigmas = self.sigma(np.linspace(1, 1 / NUM_TRAIN_TIMESTEPS, num_steps + 1)[:-1])
+    return np.minimum(sigmas, 1 - 1e-6).astype(np.float32)
+
   def sample(self, key: PRNGKeyArray, num_tokens: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Noise levels and the weights of their losses, for training.
 

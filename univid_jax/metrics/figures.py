@@ -77,6 +77,14 @@ def contact_sheet(path: Path, sentences: Sequence[tuple[str, Sentence]]) -> None
   sentence_grid(path, rows, columns=columns)
 
 
+def beside(clips: Sequence[np.ndarray]) -> np.ndarray:
+  """Clips of one size side by side, the last frame of the shorter ones held: uint8 (T, H, W, 3)."""
+  count = max(len(clip) for clip in clips)
+  gap = np.full((count, clips[0].shape[1], 4, 3), 255, np.uint8)
+  held = [clip[np.minimum(np.arange(count), len(clip) - 1)] for clip in clips]
+  return np.concatenate([part for clip in held for part in (clip, gap)][:-1], axis=2)
+
+
 def _frames_shown(clip: np.ndarray) -> list[np.ndarray]:
   return [clip[i] for i in sorted({0, len(clip) // 2, len(clip) - 1})]
 
