@@ -22,6 +22,7 @@ from univid_jax.diffusion.loss import draw_noise
 from univid_jax.parallel.mesh import make_mesh, mesh_shape
 from univid_jax.parallel.sharding import parameter_shardings, shard_batch
 from univid_jax.training.checkpoint import Checkpointer
+from univid_jax.training.forecast import forecast
 from univid_jax.training.loop import train
 from univid_jax.training.optimizer import make_optimizer, make_schedule
 from univid_jax.training.step import StateSpec, make_update
@@ -282,3 +283,25 @@ def test_two_processes_train_as_one(tmp_path):
   two_lora, one_lora = (read_lora(tmp_path / name / "lora.safetensors") for name in ("two", "one"))
   for name, layer in one_lora.layers.items():
     np.testing.assert_allclose(two_lora.layers[name].up, layer.up, atol=1e-6)
+
+
+class TestForecast:
+  def test_parts(self, tiny_config):
+    """Weights and moments are what their shapes say; sharding divides them."""
+    tiny_config.optimizer.name = "adamw"
+    one, eight = (forecast(tiny_config, make_mesh(sizes, devices=jax.devices()[:count]))
+                  for sizes, count in (({}, 1), ({"fsdp": 8}, 8)))
+    model = nnx.eval_shape(lambda: build.model(tiny_config))
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert one.weights == 2 * size  # with their running mean
+    assert 2 * size <= one.optimizer <= 2 * size + 64 and one.activations > 0
+    assert eight.weights < 0.4 * one.weights and eight.optimizer < 0.4 * one.optimizer
+    assert "memory a device (cpu)" in str(one) and one.fits
+
+  @pytest.mark.slow
+  @pytest.mark.parametrize("preset, topology, sizes", [("wan_1_3b", "v5e:2x4", {"data": 1, "fsdp": 8})])
+  def test_for_tpus_that_are_not_here(self, preset, topology, sizes):
+    pytest.importorskip("libtpu")
+    done = run_command(["univid_jax.forecast", f"--config=configs/video_tasks.py:{preset}", f"--topology={topology}",
+                        *(f"--config.mesh.{axis}={size}" for axis, size in sizes.items())])
+    assert done.returncode == 0 and "memory a device (TPU v5 lite)" in done.stdout, done.stderr

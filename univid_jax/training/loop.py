@@ -21,6 +21,7 @@ from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import shard_batch
 from univid_jax.pipeline import Pipeline, with_loras
 from univid_jax.training.checkpoint import Checkpointer, read_config, write_config
+from univid_jax.training.forecast import ADVICE, abstract_batch, compile_step
 from univid_jax.training.optimizer import make_optimizer
 from univid_jax.training.prepare import open_data, prepare
 from univid_jax.training.restore import base_parameters, lora_weights
@@ -96,6 +97,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     state = checkpointer.restore(spec.abstract, loader)
     print(f"resuming {workdir} at step {int(state.step)} of {config.num_steps}")
   write_config(workdir, values)
+  step_fn, memory = compile_step(step_fn, spec, abstract_batch(config, mesh), mesh)
+  print(memory)
+  if not memory.fits:
+    print(f"that is more than there is; {ADVICE}")
   start, started = int(state.step), time.monotonic()
   writer = MetricsWriter(workdir, start_step=start) if jax.process_index() == 0 else None
   try:

@@ -1,0 +1,129 @@
+"""How much memory a training step will take on each device, before any step runs, from the compiler's own figures."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from univid_jax import build
+from univid_jax.parallel.sharding import BATCH, TOKEN_FIELDS, TOKENS
+from univid_jax.training.optimizer import make_optimizer
+from univid_jax.training.step import StateSpec, make_train_step
+from univid_jax.types import PackedRow
+
+# What to change by name when it does not fit.
+ADVICE = ("config.model.remat=full recomputes instead of storing; config.mesh.fsdp or tensor spread weights over more devices, "
+          "config.mesh.context a row's tokens; a smaller config.lora.rank or config.rows.num_tokens takes less")
+
+# High-bandwidth memory of a chip in GB (1e9 bytes), by the name that JAX gives the device.
+CHIP_MEMORY = {"TPU v4": 34.4, "TPU v5 lite": 16.9, "TPU v5": 102.0, "TPU v6 lite": 34.4}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forecast:
+  """Bytes on each device.
+
+  Attributes:
+    weights: parameters, trained and frozen, and their running mean.
+    optimizer: its state.
+    batch: the rows.
+    activations: what the step needs beside.
+    device: the device's kind.
+    memory: what the device has, or None where that is not known.
+  """
+
+  weights: int
+  optimizer: int
+  batch: int
+  activations: int
+  device: str
+  memory: int | None
+
+  @property
+  def total(self) -> int:
+    return self.weights + self.optimizer + self.batch + self.activations
+
+  @property
+  def fits(self) -> bool:
+    return self.memory is None or self.total <= self.memory
+
+  def __str__(self) -> str:
+    parts = ", ".join(f"{name} {getattr(self, name) / 1e9:.2f}" for name in ("weights", "optimizer", "batch", "activations"))
+    of = "" if self.memory is None else f" of {self.memory / 1e9:.1f}"
+    return f"memory a device ({self.device}): {self.total / 1e9:.2f}{of} GB ({parts})"
+
+
+def abstract_batch(config: Mapping[str, Any], mesh: Mesh) -> PackedRow:
+  """A batch's shapes, dtypes and shardings."""
+  dit, shape, rows = build.transformer_config(config), build.row_shape(config), build.rows_per_batch(config, mesh)
+  length, text, slots = shape.num_tokens, shape.num_text_tokens, shape.num_slots
+  specs = {
+      "tokens": ((length, dit.patch_volume * dit.out_dim), jnp.float32),
+      "text": ((text, dit.text_dim), jnp.float32),
+      "text_counts": ((text,), jnp.float32),
+      "target_mask": ((length,), jnp.bool_),
+      **{name: ((length, *dims), jnp.int32) for name, dims in {"positions": (3,), "segment_ids": (), "key_intervals": (2,),
+                                                                "text_intervals": (2,), "modulation_ids": ()}.items()},
+      **dict.fromkeys(("task_ids", "context_ids"), ((slots,), jnp.int32)),
+  }
+  if dit.model_type == "i2v":
+    specs["condition"] = ((length, dit.patch_volume * (dit.in_dim - dit.out_dim)), jnp.float32)
+    specs["image_features"] = ((257 * slots, dit.image_dim), jnp.float32)
+    specs["image_intervals"] = ((length, 2), jnp.int32)
+  return PackedRow(**{name: jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=NamedSharding(
+      mesh, TOKENS if name in TOKEN_FIELDS else BATCH)) for name, (dims, dtype) in specs.items()})
+
+
+def compile_step(step: Callable[..., Any], spec: StateSpec, batch: PackedRow, mesh: Mesh) -> tuple[Callable[..., Any], Forecast]:
+  """Compiles a training step without running it, and reads what it will take.
+
+  Args:
+    step: of `make_train_step`.
+    spec: of the state.
+    batch: shapes and shardings, see `abstract_batch`.
+    mesh: the devices, which need not be here.
+
+  Raises:
+    ValueError: the compiler itself sees that it cannot fit.
+  """
+  try:
+    with mesh:
+      compiled = step.lower(spec.abstract, spec.abstract_frozen, batch).compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise ValueError(f"the training step does not fit ({str(error).splitlines()[0].rstrip('.')}); {ADVICE}") from error
+  device = mesh.devices.flat[0]
+  return compiled, Forecast(weights=_bytes((spec.abstract.params, spec.abstract.ema, spec.abstract_frozen)),
+                            optimizer=_bytes(spec.abstract.opt_state), batch=_bytes(batch),
+                            activations=compiled.memory_analysis().temp_size_in_bytes, device=device.device_kind,
+                            memory=device_memory(device))
+
+
+def device_memory(device: jax.Device) -> int | None:
+  """Bytes that a device has for JAX, or None where that is not known."""
+  known = CHIP_MEMORY.get(device.device_kind)
+  if known is not None:
+    return int(known * 1e9)
+  try:
+    return (device.memory_stats() or {}).get("bytes_limit")
+  except jax.errors.JaxRuntimeError:  # a device that is not here
+    return None
+
+
+def forecast(config: Mapping[str, Any], mesh: Mesh) -> Forecast:
+  """What the training of a config takes on each device of a mesh."""
+  optimizer = make_optimizer(config["optimizer"], config["num_steps"])
+  spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=config["ema_decay"] > 0,
+                      lora=build.lora_config(config) is not None)
+  step = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config["ema_decay"], seed=0,
+                         microbatches=config["rows"]["microbatches"], dropout=config["lora"]["dropout"] > 0)
+  return compile_step(step, spec, abstract_batch(config, mesh), mesh)[1]
+
+
+def _bytes(tree: Any) -> int:
+  """On each device."""
+  return sum(int(jnp.prod(jnp.array(x.sharding.shard_shape(x.shape), int))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
