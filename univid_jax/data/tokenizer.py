@@ -7,6 +7,7 @@ import re
 import ftfy
 import numpy as np
 import tokenizers
+from etils import epath
 from jaxtyping import Int
 
 
@@ -29,10 +30,10 @@ class Tokenizer:
   """
 
   def __init__(self, path: str | os.PathLike, *, max_length: int = 512):
-    if not os.path.exists(path):
+    if not epath.Path(path).exists():
       raise FileNotFoundError(f"no such tokenizer: {path}")
     try:
-      self._tokenizer = tokenizers.Tokenizer.from_file(os.fspath(path))
+      self._tokenizer = tokenizers.Tokenizer.from_str(epath.Path(path).read_text())
     except Exception as error:  # the library raises nothing more special
       raise ValueError(f"not a tokenizer: {path} ({error})") from error
     self.max_length = max_length

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import ml_collections
 import numpy as np
@@ -17,13 +18,14 @@ from tqdm import tqdm
 import univid_jax
 from univid_jax import build
 from univid_jax.data.loader import make_loader
+from univid_jax.encoders import Encoders
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import shard_batch
 from univid_jax.pipeline import Pipeline, with_loras
 from univid_jax.training.checkpoint import Checkpointer, read_config, write_config
 from univid_jax.training.forecast import ADVICE, abstract_batch, compile_step
 from univid_jax.training.optimizer import make_optimizer
-from univid_jax.training.prepare import open_data, prepare
+from univid_jax.training.prepare import Prepared, open_data, prepare
 from univid_jax.training.restore import base_parameters, lora_weights
 from univid_jax.training.step import StateSpec, make_train_step
 from univid_jax.training.writer import MetricsWriter
@@ -65,27 +67,19 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     Interrupted: SIGTERM or Ctrl-C came; the state is saved.
   """
   build.check(config)
+  if build.transformer_config(config).model_type == "i2v":
+    raise ValueError("training of I2V models is not supported yet; sampling with them is")
   Path(workdir).mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
   check_processes(mesh)
-  rows_per_batch = build.rows_per_batch(config, mesh)
   optimizer = make_optimizer(config.optimizer, config.num_steps)
   trains_lora = build.lora_config(config) is not None
   spec = StateSpec.of(lambda: build.model(config, seed=config.seed), optimizer, mesh, ema=config.ema_decay > 0, lora=trains_lora)
   encoders = build.encoders(config, mesh)
   prepared = prepare(config, workdir, encoders, open_data(config, workdir))
-  data = prepared.data
-  loader = make_loader(
-      list(data.sources.values()),
-      build.feature_maker(config, encoders, caches=prepared.caches, task_names=data.task_names),
-      weights=list(data.weights.values()),
-      row_shape=build.row_shape(config), rows_per_batch=rows_per_batch // jax.process_count(), seed=config.seed,
-      process_index=jax.process_index(), process_count=jax.process_count(), num_packing_bins=config.rows.packing_bins,
-      packing=config.rows.packing,
-      num_streams=config.rows.streams, num_threads=config.data.num_threads)
+  loader = batches(config, mesh, encoders, prepared)
   step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed,
                             microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0)
-
   values = _plain({**config.to_dict(), "version": univid_jax.__version__})
   checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
   base_graph, base = base_parameters(config, mesh) if trains_lora or config.init_from else (None, {})
@@ -98,9 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     print(f"resuming {workdir} at step {int(state.step)} of {config.num_steps}")
   write_config(workdir, values)
   step_fn, memory = compile_step(step_fn, spec, abstract_batch(config, mesh), mesh)
-  print(memory)
-  if not memory.fits:
-    print(f"that is more than there is; {ADVICE}")
+  print(memory if memory.fits else f"{memory}: that is more than there is; {ADVICE}")
   start, started = int(state.step), time.monotonic()
   writer = MetricsWriter(workdir, start_step=start) if jax.process_index() == 0 else None
   try:
@@ -131,10 +123,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     checkpointer.close()
     if writer:
       writer.close()
-  if data.dropped:
-    print(f"{len(data.dropped)} rows of the data could not be used and were left out, first {data.dropped[0]}")
-  graph, params = spec.graph, state.model_params
-  dit_config = build.transformer_config(config)
+  if prepared.data.dropped:
+    print(f"{len(prepared.data.dropped)} rows of the data could not be used and were left out, first {prepared.data.dropped[0]}")
+  dit_config, graph, params = build.transformer_config(config), spec.graph, state.model_params
   if trains_lora:
     lora = lora_weights(values, gathered(params), step=config.num_steps)
     if jax.process_index() == 0:
@@ -142,6 +133,26 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     graph, params = with_loras(dit_config, base_graph, frozen, [(lora, 1.0)], mesh=mesh, merged=False)
   pipeline = Pipeline(dit_config, graph, params, encoders=encoders, mesh=mesh, run=values)
   return TrainResult(pipeline, config.num_steps - start, time.monotonic() - started)
+
+
+def batches(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, encoders: Encoders,
+            prepared: Prepared) -> grain.DatasetIterator:
+  """This process's rows of every batch, endlessly."""
+  data, rows = prepared.data, config.rows
+  return make_loader(
+      list(data.sources.values()),
+      build.feature_maker(config, encoders, caches=prepared.caches, task_names=data.task_names),
+      row_shape=build.row_shape(config),
+      rows_per_batch=build.rows_per_batch(config, mesh) // jax.process_count(),
+      seed=config.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      num_threads=config.data.num_threads,
+      num_packing_bins=rows.packing_bins,
+      packing=rows.packing,
+      num_streams=rows.streams,
+      weights=list(data.weights.values()),
+  )
 
 
 def gathered(tree: Any) -> Any:

@@ -71,7 +71,8 @@ def read_run_lora(workdir: epath.PathLike) -> LoRAWeights:
 def lora_weights(config: Mapping[str, Any], params: Mapping[str, Any], *, step: int) -> LoRAWeights:
   """Trained adapters as a LoRA that knows its base and its step."""
   lora = build.lora_config(config)
-  metadata = {"step": str(step), "base_model": config["model"].get("variant") or config["init_from"] or config["name"]}
+  variant = read_info(config["init_from"]).variant if config["init_from"] else config["model"]["variant"] or config["name"]
+  metadata = {"step": str(step), "base_model": variant}
   return unstack_lora(params, alpha=lora.alpha, rslora=lora.rslora, metadata=metadata)
 
 
