@@ -12,7 +12,7 @@ sentences from your folder of videos and photos (computed tasks), or from pairs 
     --config.data.folder=DIR --workdir=runs/mine
 
 The paper's recipes are one override away: one task (--config.data.tasks.NAME=1.0 and 0.0 for the others), one context for a
-task (--config.data.contexts.I=1.0 ...), more shots (--config.data.num_clips.6=1.0).
+task (--config.data.contexts.I=1.0 ...), more shots (--config.data.num_clips.clips_6=1.0).
 """
 
 import ml_collections
@@ -84,7 +84,8 @@ def tiny() -> ml_collections.ConfigDict:
       # The paper has 0.3, 0.3 and 0.4; images teach more in a minute than videos do.
       "contexts": {"I": 0.2, "II": 0.5, "III": 0.3, "IV": 0.0},
       "animating_contexts": {"I": 0.5, "II": 0.0, "III": 0.0, "IV": 0.5},
-      "num_clips": {"4": 1.0},
+      # How often a sentence has 4, 6 or 8 clips.
+      "num_clips": {"clips_4": 1.0, "clips_6": 0.0, "clips_8": 0.0},
       "reverse_probability": 0.0,
       "prompt": "null",
       # Different sentences before the first comes again, in another order.

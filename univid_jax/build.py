@@ -66,6 +66,11 @@ def check(config: Config) -> None:
                      f"{config['rows']['num_tokens']}")
 
 
+def clip_counts(config: Config) -> dict[int, float]:
+  """How often a sentence has so many clips."""
+  return {int(name.removeprefix("clips_")): weight for name, weight in config["data"]["num_clips"].items()}
+
+
 def bucket_sizes(config: Config) -> tuple[tuple[int, int], ...]:
   """The sizes beside data.height and data.width.
 
@@ -169,7 +174,7 @@ def sentences(config: Config, split: str, *, seed: int, workdir: str = "") -> Co
       animating_contexts=dict(data["animating_contexts"]),
       num_frames=data["num_frames"],
       size=(data["height"], data["width"]),
-      num_clips={int(count): weight for count, weight in data["num_clips"].items()},
+      num_clips=clip_counts(config),
       reverse_probability=data["reverse_probability"],
       prompt_style=data["prompt"],
       prompt_dropout=data["prompt_dropout"],
@@ -207,7 +212,7 @@ def data_sources(config: Config, workdir: str) -> DataSources:
   data, seed = config["data"], config["seed"]
   form = ClipFormat(size=(data["height"], data["width"]), num_frames=data["num_frames"], fit=data["fit"], fps=data["fps"],
                     buckets=bucket_sizes(config))
-  drawing = Drawing(contexts=dict(data["contexts"]), num_clips={int(n): w for n, w in data["num_clips"].items()},
+  drawing = Drawing(contexts=dict(data["contexts"]), num_clips=clip_counts(config),
                     reverse_probability=data["reverse_probability"], prompt=data["prompt"],
                     prompt_dropout=data["prompt_dropout"], variants=data["variants"], seed=seed)
   opened = {
