@@ -54,7 +54,38 @@ def tiny() -> ml_collections.ConfigDict:
       "rank": 0, "alpha": 16.0, "targets": ("q", "k", "v", "o", "ffn.0", "ffn.2"), "dropout": 0.0, "rslora": False,
   })
 
-  config.data = ml_collections.ConfigDict({
+  config.data = _data()
+  # A row holds two sentences of context III, one each of I and II, or three of II.
+  config.rows = ml_collections.ConfigDict({
+      # 0: as many rows as data x fsdp x microbatches.
+      "per_batch": 8, "num_tokens": 192, "num_sentences": 3,
+      # Rows that are filled at the same time, and whether a sentence goes to the first with room for it or to the fullest.
+      "packing_bins": 64, "packing": "first_fit",
+      # Tokens of prompts, one of padding for each included; the null prompt is that one alone.
+      "num_text_tokens": 3,
+      # Independent streams of rows; 0: one a process. With a fixed number the batches do not depend on how many processes run.
+      "streams": 0,
+      # Parts of a batch that go through the model one after another, for less memory and the same result.
+      "microbatches": 1,
+  })
+
+  config.flow = ml_collections.ConfigDict({"shift": 5.0, "stratified": True, "objective": "univid"})
+  config.optimizer = ml_collections.ConfigDict({
+      "name": "muon", "learning_rate": 1e-2, "adam_learning_rate": 3e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
+      "weight_decay": 0.01, "clip_norm": 1.0, "schedule": "linear", "warmup_steps": 50, "decay_fraction": 0.5,
+  })
+  config.ema_decay = 0.98
+  config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
+  config.checkpoint = ml_collections.ConfigDict({"every_steps": 250, "keep": 2})
+
+  # After training (0: not at all): sentences a task and context on held-out photographs, sampled in so many steps.
+  config.eval = ml_collections.ConfigDict({"sentences_per_case": 32, "num_inference_steps": 2, "seed": 1})
+  return config
+
+
+def _data() -> ml_collections.ConfigDict:
+  """Where sentences come from and how they are drawn."""
+  return ml_collections.ConfigDict({
       # What computed tasks are applied to: the bundled photographs (in colours of all kinds), a folder of your own.
       "bundled": True, "jitter": True, "folder": "",
       # Data of your own that show tasks: the reference's metadata.csv, a folder TASK/NAME/source.* and target.*, a JSONL file
@@ -91,32 +122,6 @@ def tiny() -> ml_collections.ConfigDict:
       # Different sentences before the first comes again, in another order.
       "num_sentences": 1_000_000,
   })
-  # A row holds two sentences of context III, one each of I and II, or three of II.
-  config.rows = ml_collections.ConfigDict({
-      # 0: as many rows as data x fsdp x microbatches.
-      "per_batch": 8, "num_tokens": 192, "num_sentences": 3,
-      # Rows that are filled at the same time, and whether a sentence goes to the first with room for it or to the fullest.
-      "packing_bins": 64, "packing": "first_fit",
-      # Tokens of prompts, one of padding for each included; the null prompt is that one alone.
-      "num_text_tokens": 3,
-      # Independent streams of rows; 0: one a process. With a fixed number the batches do not depend on how many processes run.
-      "streams": 0,
-      # Parts of a batch that go through the model one after another, for less memory and the same result.
-      "microbatches": 1,
-  })
-
-  config.flow = ml_collections.ConfigDict({"shift": 5.0, "stratified": True, "objective": "univid"})
-  config.optimizer = ml_collections.ConfigDict({
-      "name": "muon", "learning_rate": 1e-2, "adam_learning_rate": 3e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
-      "weight_decay": 0.01, "clip_norm": 1.0, "schedule": "linear", "warmup_steps": 50, "decay_fraction": 0.5,
-  })
-  config.ema_decay = 0.98
-  config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
-  config.checkpoint = ml_collections.ConfigDict({"every_steps": 250, "keep": 2})
-
-  # After training (0: not at all): sentences a task and context on held-out photographs, sampled in so many steps.
-  config.eval = ml_collections.ConfigDict({"sentences_per_case": 32, "num_inference_steps": 2, "seed": 1})
-  return config
 
 
 def wan_1_3b() -> ml_collections.ConfigDict:

@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 import univid_jax
 from univid_jax.data.cache import Cache, read_frames
 from univid_jax.data.clips import ClipFormat, ClipRef, file_hash
-from univid_jax.data.datasets import Drawing, Dropped, open_manifest, open_metadata, open_pairs, open_tfds
+from univid_jax.data.datasets import Drawing, Dropped, open_manifest, open_metadata, open_pairs
 from univid_jax.data.loader import FeatureMaker
 from univid_jax.data.packing import RowShape
 from univid_jax.data.sources import ComputedSentences, FolderSource, LazySentences, PhotoSource
+from univid_jax.data.tfds import open_tfds
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.encoders import CheckpointEncoders, Encoders, PlainEncoders
 from univid_jax.models.codec import DCTCodec
