@@ -163,7 +163,8 @@ class TestVerify:
     text, fine = verify(str(RELEASE), str(tmp_path / "target"))
     assert fine and text.count("equal bit for bit") == 3 and text.count("against PyTorch") == 3, text
 
-  def test_another_source(self, converted, release):
+  def test_another_source(self, converted, release, monkeypatch):
+    monkeypatch.setattr("tools.convert_weights.verify.RUNS", {})  # outputs are not what this is about
     change(release, lambda tensors: tensors["blocks.1.ffn.0.bias"].__setitem__(3, 7.0))
     text, fine = verify(str(release), str(converted))
     assert not fine and "1 of 96 tensors differ" in text and "blocks.1.ffn.0.bias" in text, text

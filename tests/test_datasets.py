@@ -373,6 +373,7 @@ def test_the_same_with_any_number_of_threads(pairs):
   assert all(np.array_equal(a, b) for a, b in zip(batches(), batches(num_threads=4)))
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_one_cache(checkpoint, metadata, tmp_path):
   """At the same time: both end well, and the cache is whole."""
   arguments = [sys.executable, "-m", "univid_jax.prepare", "--config=configs/video_tasks.py:wan_1_3b", "--config.data.height=16",

@@ -102,8 +102,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
         state, metrics = step_fn(state, frozen, shard_batch(next(loader), mesh))
         pending.append(metrics)
         bar.update()
-        last = step == config.num_steps
-        saves = last or stop.is_set or step % config.checkpoint.every_steps == 0
+        # Asked once a step: a signal that comes after this line is for the next step, which saves.
+        last, stopping = step == config.num_steps, stop.is_set
+        saves = last or stopping or step % config.checkpoint.every_steps == 0
         # Before a save as well: what is not finite must not replace the last good checkpoint.
         if saves or step % config.log_every == 0:
           summary = _summarize(pending, step)
@@ -113,7 +114,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
           pending.clear()
         if saves:
           checkpointer.save(state, loader)
-        if stop.is_set and not last:
+        if stopping and not last:
           checkpointer.wait()
           raise Interrupted(f"stopped by {stop.name} at step {step} of {config.num_steps}, saved; "
                             "run the same command to go on")
