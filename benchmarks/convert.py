@@ -16,7 +16,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from absl import app, flags
+from absl import flags
+
+from univid_jax import cli
 
 VARIANT = flags.DEFINE_string("variant", "wan2.1-t2v-1.3b", "The published model whose shape the weights have.")
 FOLDER = flags.DEFINE_string("folder", None, "Where files are made and removed again; the system's temporary folder by default.")
@@ -72,12 +74,11 @@ def convert(folder: Path, target: Path) -> tuple[float, float]:
       pass
     time.sleep(0.01)
   if process.returncode:
-    raise SystemExit("the conversion failed")
+    raise cli.UserError("the conversion failed")
   return time.perf_counter() - start, peak * 1024 / 1e9
 
 
-def main(argv) -> None:
-  del argv
+def main() -> None:
   with tempfile.TemporaryDirectory(dir=FOLDER.value) as name:
     path = write_release(Path(name) / "release", VARIANT.value)
     size = path.stat().st_size / 1e6
@@ -89,4 +90,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)
