@@ -41,6 +41,8 @@ def tiny() -> ml_collections.ConfigDict:
       "rope_theta": 10.0, "rope_scale": 1.57,
       # Recomputing the blocks is faster on a CPU than storing what they need.
       "remat": "full", "dtype": "float32", "param_dtype": "float32",
+      # Of self-attention: xla, cudnn (NVIDIA), splash (TPU); auto takes the platform's fastest.
+      "attention_backend": "auto",
       # Heads that start out looking so many latent frames back; () for the plain random start.
       "look_back": (1, 2, 4),
   })

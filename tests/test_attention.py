@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.helpers import relative_error
-from univid_jax.attention import xla
-from univid_jax.attention.api import attention, count_bias
+from univid_jax.attention import splash, xla
+from univid_jax.attention.api import attention, best_backend, count_bias
+from univid_jax.parallel.mesh import make_mesh
 
 
 def reference(q, k, v, intervals=None, bias=None):
@@ -66,6 +67,68 @@ def test_an_empty_interval_gives_finite_values_and_gradients():
   empty = jnp.zeros((2, 6, 2), jnp.int32)
   gradients = jax.grad(lambda *qkv: jnp.sum(attention(*qkv, key_intervals=empty)), (0, 1, 2))(q, k, v)
   assert all(np.all(np.isfinite(g)) for g in gradients)
+
+
+def packed_intervals():
+  """Rows of 300 tokens: two sentences and padding; one whose context does not see its target, and padding."""
+  rows = np.zeros((2, 300, 2), np.int32)
+  rows[0, :90], rows[0, 90:270] = [0, 90], [90, 270]
+  rows[1, :140], rows[1, 140:260] = [0, 140], [0, 260]
+  return rows
+
+
+def out_and_gradients(backend, q, k, v, intervals, weight):
+  """Of real tokens: what padding gets is not defined, but finite."""
+  run = lambda *qkv: attention(*qkv, key_intervals=jnp.asarray(intervals), backend=backend)  # noqa: E731
+  real = (intervals[..., 1] > 0)[..., None, None]
+  grads = jax.grad(lambda *qkv: jnp.sum(run(*qkv) * weight * real), (0, 1, 2))(q, k, v)
+  return run(q, k, v) * real, *grads
+
+
+@pytest.mark.parametrize("block_kv", [128, 256])
+def test_splash_equals_xla_forward_and_backward(monkeypatch, block_kv):
+  """In Pallas' interpreter: sentences, contexts that see only context, lengths that are no multiple of a block."""
+  monkeypatch.setattr(splash, "BLOCK_Q", 128)
+  monkeypatch.setattr(splash, "BLOCK_KV", block_kv)
+  monkeypatch.setattr(splash, "BLOCK_KV_COMPUTE", 128)
+  args = *inputs(300, 300), packed_intervals(), np.random.default_rng(7).normal(size=(2, 300, 3, 8))
+  for a, b in zip(out_and_gradients("splash", *args), out_and_gradients("xla", *args)):
+    assert relative_error(a, b) <= 2e-6
+  q, k, v = inputs(100, 333)
+  assert relative_error(attention(q, k, v, backend="splash"), reference(q, k, v)) <= 1e-6
+
+
+def test_splash_skips_blocks_that_no_query_sees():
+  runs = splash.running_blocks(jnp.asarray(packed_intervals()[0][:256]), 64, 128, 3)
+  assert runs.tolist() == [[True, False, False], [True, True, True], [True, True, True], [True, True, True]]
+  fetched = splash._next_running(jnp.array([[False, True, False], [True, False, False]]), 1)
+  assert fetched.tolist() == [[1, 1, 1], [0, 0, 0]]  # nothing is fetched that is not used
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "context": 4}, {"tensor": 2, "context": 4}, {"context": 2, "fsdp": 4}], ids=str)
+def test_a_mesh_equals_one_device(sizes):
+  """Heads that change places with tokens over context, keys that are gathered, rows that do not divide."""
+  rng = np.random.default_rng(0)
+  args = *(rng.normal(size=(2, 300, 4, 8)).astype(np.float32) for _ in range(3)), packed_intervals(), rng.normal(size=(2, 300, 4, 8))
+  with jax.set_mesh(make_mesh(sizes)):
+    shared = jax.jit(lambda *args: out_and_gradients("xla", *args))(*args)
+  for a, b in zip(shared, out_and_gradients("xla", *args)):
+    assert relative_error(a, b) <= 1e-6
+
+
+def test_the_choice_goes_by_platform_and_need():
+  assert best_backend("tpu", jnp.float32, 32) == "splash"
+  assert best_backend("tpu", jnp.float32, 32, has_bias=True) == "xla"
+  assert best_backend("gpu", jnp.bfloat16, 128) == "cudnn"
+  assert best_backend("gpu", jnp.float32, 128) == best_backend("cpu", jnp.bfloat16, 128) == "xla"
+
+
+def test_what_cannot_be_served():
+  q, k, v = inputs(4, 4)
+  with pytest.raises(ValueError, match="cuDNN attention takes bfloat16 or float16"):
+    attention(q, k, v, backend="cudnn")
+  with pytest.raises(ValueError, match="knows no key bias"):
+    attention(q, k, v, key_bias=jnp.zeros((2, 4)), backend="splash")
 
 
 def test_unknown_backend():

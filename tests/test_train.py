@@ -37,7 +37,7 @@ def one_gradient(config, mesh, row, microbatches=1):
   before = jax.device_get(state.params)
   noise, levels = draw_noise(jax.random.key(3), row, build.flow(config))
   update = jax.jit(make_update(spec, optimizer, microbatches=microbatches), out_shardings=(spec.shardings, None))
-  with mesh:
+  with jax.set_mesh(mesh):
     state, metrics = update(state, frozen, shard_batch(row, mesh), noise, levels, jax.random.key(0))
   grads = jax.tree.map(lambda a, b: a - np.asarray(b), before, jax.device_get(state.params))
   promised = spec.abstract.params, spec.abstract_frozen

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import univid_jax
+from univid_jax.attention.api import BACKENDS
 from univid_jax.data.cache import Cache, read_frames
 from univid_jax.data.clips import ClipFormat, ClipRef, file_hash
 from univid_jax.data.datasets import Drawing, Dropped, open_manifest, open_metadata, open_pairs
@@ -56,6 +57,9 @@ def check(config: Config) -> None:
     raise ValueError(f"config.rows.packing is first_fit or best_fit, got {config['rows']['packing']!r}")
   if config["model"]["remat"] not in REMAT_POLICIES:
     raise ValueError(f"config.model.remat is one of {', '.join(REMAT_POLICIES)}, got {config['model']['remat']!r}")
+  if config["model"]["attention_backend"] not in ("auto", *BACKENDS):
+    raise ValueError(f"config.model.attention_backend is auto or one of {', '.join(BACKENDS)}, got "
+                     f"{config['model']['attention_backend']!r}")
   if not 0 <= config["ema_decay"] < 1:
     raise ValueError(f"config.ema_decay is at least 0 (no mean) and below 1, got {config['ema_decay']}")
   data = config["data"]
@@ -129,7 +133,7 @@ def model(config: Config, seed: int = 0, *, adapters: bool = True) -> DiT:
   """
   options = config["model"]
   dit = DiT(transformer_config(config), dtype=jnp.dtype(options["dtype"]), param_dtype=jnp.dtype(options["param_dtype"]),
-            remat=options["remat"], rngs=nnx.Rngs(seed))
+            remat=options["remat"], attention_backend=options["attention_backend"], rngs=nnx.Rngs(seed))
   if options["look_back"]:
     look_back(dit, options["look_back"], rng=jax.random.key(seed))
   if adapters and (lora := lora_config(config)):

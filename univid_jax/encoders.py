@@ -123,7 +123,7 @@ class CheckpointEncoders:
     length = self.tokenizer.max_length  # one shape for all prompts, so one program
     padded, mask = np.zeros((1, length), np.int32), np.zeros((1, length), bool)
     padded[0, :len(ids)], mask[0, :len(ids)] = ids, True
-    with self.mesh:
+    with jax.set_mesh(self.mesh):
       return np.asarray(self._text_encoder(padded, mask)[0], np.float32)[:len(ids)]
 
   @functools.cached_property
@@ -136,7 +136,7 @@ class CheckpointEncoders:
   def embed_image(self, frame: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "i e"]:
     """CLIP's features of a frame in [-1, 1], float32 (257, 1280), as I2V models read them."""
     size = self._config("image_encoder").image_size
-    with self.mesh:
+    with jax.set_mesh(self.mesh):
       return np.asarray(self._image_encoder(preprocess(frame, size)[None])[0], np.float32)
 
   @functools.cached_property

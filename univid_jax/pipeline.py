@@ -125,7 +125,7 @@ class Pipeline:
     """
     sentence = Sentence(clips=(np.asarray(latents, np.float32),), roles=reference_roles(1))
     row = self._row(sentence, np.asarray(prompt_embeds), condition, clip_features)
-    with self.mesh:
+    with jax.set_mesh(self.mesh):
       tokens = self._apply(self._params, row, jnp.full((1, 1), timestep, jnp.float32))
     return np.asarray(unpatchify(np.asarray(tokens)[0], latents.shape[:3], self.config.patch_size))
 
@@ -187,7 +187,7 @@ class Pipeline:
     flow = dataclasses.replace(self._flow, shift=shift)
     sigmas = flow.unipc_sigmas(num_inference_steps) if solver == "unipc" else flow.inference_sigmas(num_inference_steps)
     self._progress = progress
-    with self.mesh:
+    with jax.set_mesh(self.mesh):
       solve = self._solve(solver, tuple(map(float, sigmas)), progress is not None)
       tokens = np.asarray(solve(self._params, row, negative, noise, jnp.float32(guidance_scale)))
       jax.effects_barrier()  # the last call of progress
@@ -213,7 +213,7 @@ class Pipeline:
     for start in range(0, len(noise), batch):
       part = functools.partial(_part, start=start, length=batch)
       piece, piece_noise = jax.tree.map(part, (row, noise))
-      with self.mesh:
+      with jax.set_mesh(self.mesh):
         out = solve(self._params, *shard_batch((piece, None, piece_noise), self.mesh), jnp.float32(1.0))
       tokens.append(np.asarray(out))
     tokens = np.concatenate(tokens)

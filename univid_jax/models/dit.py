@@ -250,12 +250,12 @@ class DiT(nnx.Module):
     param_dtype: of the stored weights.
     remat: what the backward pass keeps of a block: "none" (recompute nothing), "dots" (keep the results of weight
       products) or "full" (recompute all).
-    attention_backend: a name of `attention.api.BACKENDS`.
+    attention_backend: of self-attention: a name of `attention.api.BACKENDS`, or "auto".
     rngs: the stream `params`.
   """
 
   def __init__(self, config: DiTConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: str = "none",
-               attention_backend: str = "xla", rngs: nnx.Rngs):
+               attention_backend: str = "auto", rngs: nnx.Rngs):
     if remat not in REMAT_POLICIES:
       raise ValueError(f"unknown remat policy {remat!r}; there are {', '.join(REMAT_POLICIES)}")
     self.config, self.dtype, self.remat = config, dtype, remat

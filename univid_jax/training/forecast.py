@@ -90,7 +90,7 @@ def compile_step(step: Callable[..., Any], spec: StateSpec, batch: PackedRow, me
     ValueError: the compiler itself sees that it cannot fit.
   """
   try:
-    with mesh:
+    with jax.set_mesh(mesh):
       compiled = step.lower(spec.abstract, spec.abstract_frozen, batch).compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):

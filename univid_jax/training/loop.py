@@ -96,7 +96,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   start, started = int(state.step), time.monotonic()
   writer = MetricsWriter(workdir, start_step=start) if jax.process_index() == 0 else None
   try:
-    with mesh, stop_on_signal() as stop, progress_bar(start, config.num_steps) as bar:
+    with jax.set_mesh(mesh), stop_on_signal() as stop, progress_bar(start, config.num_steps) as bar:
       pending: list[dict[str, Any]] = []
       for step in range(start + 1, config.num_steps + 1):
         state, metrics = step_fn(state, frozen, shard_batch(next(loader), mesh))
