@@ -109,7 +109,8 @@ def test_splash_skips_blocks_that_no_query_sees():
 def test_a_mesh_equals_one_device(sizes):
   """Heads that change places with tokens over context, keys that are gathered, rows that do not divide."""
   rng = np.random.default_rng(0)
-  args = *(rng.normal(size=(2, 300, 4, 8)).astype(np.float32) for _ in range(3)), packed_intervals(), rng.normal(size=(2, 300, 4, 8))
+  qkv_and_weight = rng.normal(size=(4, 2, 300, 4, 8)).astype(np.float32)
+  args = *qkv_and_weight[:3], packed_intervals(), qkv_and_weight[3]
   with jax.set_mesh(make_mesh(sizes)):
     shared = jax.jit(lambda *args: out_and_gradients("xla", *args))(*args)
   for a, b in zip(shared, out_and_gradients("xla", *args)):

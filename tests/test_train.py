@@ -81,7 +81,7 @@ class TestMeshes:
     other_loss, other, spec = one_gradient(config, make_mesh(sizes), row)
     assert other_loss == pytest.approx(loss, rel=1e-5)
     assert np.linalg.norm(other - grads) / np.linalg.norm(grads) <= 1e-5 and np.linalg.norm(grads) > 0.01
-    shards = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+    shards = np.prod([sizes.get(axis, 1) for axis in ("fsdp", "context", "tensor")])
     kernel = (spec.abstract_frozen if lora else spec.abstract.params)["blocks"]["ffn"]["up"]["kernel"]
     assert np.prod(kernel.sharding.shard_shape(kernel.shape)) * shards == kernel.size
 

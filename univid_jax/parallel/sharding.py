@@ -8,9 +8,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# A dim of a parameter goes to the first of its axes that is larger than 1, free in this parameter, and divides it.
+# A dim of a parameter spreads over those of its axes that are larger than 1, free in this parameter, and divide it together.
+# Context is among them: without it every device of a row would hold the same weights.
 PARAMETER_AXES = {
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "mlp": ("tensor",),
 }
@@ -28,10 +29,13 @@ def parameter_spec(shape: Sequence[int], dims: Sequence[str | None], mesh: Mesh)
   dims = (None,) * (len(shape) - len(dims)) + tuple(dims)
   spec, used = [], set()
   for size, dim in zip(shape, dims):
-    fitting = [axis for axis in PARAMETER_AXES.get(dim, ())
-               if mesh.shape[axis] > 1 and axis not in used and size % mesh.shape[axis] == 0]
-    spec.append(fitting[0] if fitting else None)
-    used.update(fitting[:1])
+    chosen: list[str] = []
+    for axis in PARAMETER_AXES.get(dim, ()):
+      shards = int(np.prod([mesh.shape[name] for name in (*chosen, axis)]))
+      if mesh.shape[axis] > 1 and axis not in used and size % shards == 0:
+        chosen.append(axis)
+    spec.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
+    used.update(chosen)
   return PartitionSpec(*spec)
 
 
