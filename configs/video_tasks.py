@@ -41,6 +41,9 @@ def tiny() -> ml_collections.ConfigDict:
       "rope_theta": 10.0, "rope_scale": 1.57,
       # Recomputing the blocks is faster on a CPU than storing what they need.
       "remat": "full", "dtype": "float32", "param_dtype": "float32",
+      # full: every token sees its whole sentence, as in UniVid. context_causal: context sees only context, so that sampling
+      # computes it once and not in every step.
+      "attention": "full",
       # Of self-attention: xla, cudnn (NVIDIA), splash (TPU); auto takes the platform's fastest.
       "attention_backend": "auto",
       # Heads that start out looking so many latent frames back; () for the plain random start.
@@ -80,6 +83,10 @@ def tiny() -> ml_collections.ConfigDict:
   config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
   config.checkpoint = ml_collections.ConfigDict({"every_steps": 250, "keep": 2})
 
+  # While training (0: never): the loss of so many held-out sentences at fixed noise levels and noise, and pictures of some.
+  config.validation = ml_collections.ConfigDict({
+      "every_steps": 250, "sentences": 24, "sigmas": (0.3, 0.6, 0.9), "previews": 6, "num_inference_steps": 2,
+  })
   # After training (0: not at all): sentences a task and context on held-out photographs, sampled in so many steps.
   config.eval = ml_collections.ConfigDict({"sentences_per_case": 32, "num_inference_steps": 2, "seed": 1})
   return config
@@ -96,6 +103,9 @@ def _data() -> ml_collections.ConfigDict:
       "tfds": {"name": "", "split": "train", "data_dir": "", "task": "", "source": "image", "target": "target", "kind": "image"},
       # How often each is drawn.
       "weights": {"computed": 1.0, "metadata": 1.0, "pairs": 1.0, "manifest": 1.0, "tfds": 1.0},
+      # Share of rows or pairs of your own that training does not see, for validation and evaluation; computed tasks are
+      # validated on photographs that are never trained on.
+      "held_out": 0.05,
       # Rows that cannot be used end the run, or are left out and named.
       "allow_dropped": False,
       # Variants of each row or pair, that differ in context, direction and examples.
@@ -149,6 +159,7 @@ def wan_1_3b() -> ml_collections.ConfigDict:
   config.optimizer.update({"name": "adamw", "learning_rate": 1e-4, "clip_norm": 0.0, "schedule": "constant", "warmup_steps": 0})
   config.ema_decay = 0.0
   config.checkpoint.update({"every_steps": 200, "keep": 3})
+  config.validation.update({"every_steps": 200, "sentences": 16, "previews": 2, "num_inference_steps": 20})
   config.eval.update({"sentences_per_case": 0, "num_inference_steps": 50})
   return config
 

@@ -1,7 +1,12 @@
-"""Set before JAX starts: a CPU that looks like eight devices, and full precision for comparisons."""
+"""Set before JAX starts: a CPU that looks like eight devices, full precision for comparisons, programs that are kept."""
 
 import os
+import shutil
+import tempfile
 
+# Programs are compiled once for all tests and the commands that they start.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="univid_jax_programs")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -9,6 +14,10 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_unconfigure():
+  shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture

@@ -10,7 +10,10 @@ import pytest
 from flax import nnx
 
 from tests.helpers import channels_last, golden, load_dit, relative_error
-from univid_jax.data.packing import RowShape, pack, patchify, sentence_features, unpatchify
+from univid_jax.data.packing import RowShape, join_rows, pack, patchify, segment_intervals, sentence_features, unpatchify
+from univid_jax.diffusion.flow import FlowMatching
+from univid_jax.diffusion.loss import timestep_table
+from univid_jax.diffusion.solvers import euler, target_places, velocity_fn
 from univid_jax.models.dit import PRESETS, DiT, DiTConfig, normalize, timestep_embedding
 from univid_jax.models.rope import rotary_tables
 from univid_jax.parallel.mesh import make_mesh
@@ -59,9 +62,9 @@ def test_equals_the_original_on_the_way():
   rope = rotary_tables(row.positions, config.head_dim)
   x = model.patch_embedding(row.tokens)
   shift, scale = (block.modulation[i] + modulation[:, :, i] for i in (0, 1))
-  y = block.self_attn(normalize(x, config.eps) * (1 + scale) + shift, row, rope)
+  y, _ = block.self_attn(normalize(x, config.eps) * (1 + scale) + shift, row, rope)
   assert relative_error(y, io["block0.self_attn"]) <= 2e-5
-  assert relative_error(block(x, row, rope, modulation, text, None), io["block0"]) <= 2e-5
+  assert relative_error(block(x, row, rope, modulation, text, None)[0], io["block0"]) <= 2e-5
 
 
 def test_bfloat16_stays_close():
@@ -145,6 +148,32 @@ class TestPacking:
       row = dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
       alone = self.model(row.tokens, self.timesteps[:, 2 * index:2 * index + 1], row)[0]
       assert relative_error(packed[self.row.segment_ids[0] == index + 1], alone) <= 1e-5
+
+  def test_cached_context_gives_the_same_samples(self):
+    """Contexts I to III in two rows, one of them not full: four steps with and without the cache."""
+    shape = RowShape(num_tokens=100, num_text_tokens=16, num_slots=3, context_causal=True)
+    row = join_rows([pack([self.sentences[i] for i in part], shape) for part in ((2, 0), (1,))])
+    noise = np.random.default_rng(3).normal(size=row.tokens.shape).astype(np.float32)
+    places = target_places(row.target_mask)
+    assert places.shape == (2, 24) and (places[1, 6:] == 100).all()
+    run = jax.jit(lambda targets: euler(velocity_fn(self.model, row, targets=targets), row, noise,
+                                        FlowMatching().inference_sigmas(4)))
+    cached, whole = run(places), run(None)
+    assert relative_error(cached, whole) <= 1e-5
+    full = dataclasses.replace(row, context_causal=False, key_intervals=segment_intervals(row.segment_ids, row.segment_ids))
+    assert relative_error(euler(velocity_fn(self.model, full), full, noise, FlowMatching().inference_sigmas(4)), whole) > 1e-3
+    with pytest.raises(ValueError, match="only the context of a model trained with attention = context_causal"):
+      velocity_fn(self.model, full, targets=places)
+
+  def test_context_that_sees_only_context_does_not_change(self):
+    shape = RowShape(num_tokens=120, num_text_tokens=16, num_slots=4, context_causal=True)
+    row = pack(self.sentences, shape)
+    other = np.where(row.target_mask[..., None], 7.0, row.tokens)
+    outs = [self.model(tokens, timestep_table(jnp.full((1, 4), sigma), row), row)
+            for tokens, sigma in ((row.tokens, 0.9), (other, 0.1))]
+    context = (row.segment_ids[0] > 0) & ~row.target_mask[0]
+    assert np.array_equal(outs[0][0][context], outs[1][0][context])
+    assert relative_error(outs[0][0][row.target_mask[0]], outs[1][0][row.target_mask[0]]) > 1e-3
 
   def test_no_gradient_between_sentences(self):
     def output_of(tokens, segment):

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from skimage.metrics import peak_signal_noise_ratio
 
+from tests.helpers import relative_error
 from univid_jax import build
 from univid_jax.evaluation import METRICS, evaluate, held_out_sentences, matched, with_swapped_pairs
 from univid_jax.metrics.figures import plot_loss, sentence_grid
@@ -97,6 +98,25 @@ def test_a_batch_equals_single_samples(tiny_config):
   assert np.array_equal(one.frames, two.frames) and one.latents.shape == encoded.shape
 
 
+@pytest.mark.parametrize("attention, solver, guidance_scale", [("full", "unipc", 1.0), ("context_causal", "euler", 1.5)])
+def test_a_batch_of_four_equals_four(tiny_config, attention, solver, guidance_scale):
+  """Sentences of several lengths, packed and spread over eight devices, against one at a time on one."""
+  config = json.loads(tiny_config.to_json())
+  config["model"]["attention"] = attention
+  pipeline, single = (random_pipeline(config, mesh) for mesh in (make_mesh({"data": -1}), make_mesh({}, jax.devices()[:1])))
+  chosen = {len(s.clips[-1]) + 10 * len(s.clips[0]): s for s in held_out_sentences(config)}
+  contexts = [list(s.clips[:-1]) for s in chosen.values()]
+  contexts = (contexts * 4)[:4]
+  assert len(chosen) >= 3
+  options = dict(num_inference_steps=3, solver=solver, guidance_scale=guidance_scale)
+  together = pipeline.sample_batch(contexts, seeds=[5, 6, 7, 8], **options)
+  for clips, seed, sample in zip(contexts, (5, 6, 7, 8), together):
+    alone = single.sample(clips, seed=seed, **options)
+    assert relative_error(sample.latents, alone.latents) <= 1e-5
+  with pytest.raises(ValueError, match="4 sentences, 4 prompts and 2 seeds"):
+    pipeline.sample_batch(contexts, seeds=[1, 2])
+
+
 def test_one_step_of_sampling_is_one_velocity(tiny_config):
   config = json.loads(tiny_config.to_json())
   pipeline = random_pipeline(config, make_mesh({}, devices=jax.devices()[:1]))
@@ -111,7 +131,7 @@ def test_one_step_of_sampling_is_one_velocity(tiny_config):
 
 
 def test_figures(tmp_path):
-  plot_loss(tmp_path / "loss.png", [1, 2, 3], [3.0, 2.0, 1.0])
+  plot_loss(tmp_path / "loss.png", [(1, 3.0), (2, 2.0), (3, 1.0)], [(3, 2.0)])
   image, video = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((5, 8, 8, 3), np.uint8)
   sentence_grid(tmp_path / "grid.png", [("task\ncontext IV", (image, video, image, video, video))])
   assert (tmp_path / "loss.png").stat().st_size > 1000 and (tmp_path / "grid.png").stat().st_size > 500

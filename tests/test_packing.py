@@ -131,6 +131,7 @@ class TestLoader:
       _, row = features((1, 1))
       return row | {"tokens": np.full_like(row["tokens"], index)}
 
+    index_features.names = tuple(features((1, 1))[1])
     seen = []
     for process in (0, 1):
       loader = make_loader([Named()], index_features, row_shape=RowShape(num_tokens=12, num_text_tokens=1, num_slots=1),

@@ -9,13 +9,18 @@ import pytest
 from safetensors.numpy import load_file
 
 import univid_jax
+from configs.video_tasks import get_config
 from tests.helpers import GOLDENS, channels_last, golden, relative_error
 from tools.convert_weights.commands import convert_any
 from tools.convert_weights.convert import component_fills
 from tools.convert_weights.export import official_config, write_tensors
+from univid_jax import build
+from univid_jax.data.cache import read_frames
+from univid_jax.data.packing import patchify
 from univid_jax.encoders import i2v_condition
 from univid_jax.models.dit import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training.loop import train
 
 EXPECTED = GOLDENS / "tiny_wan_expected"
 LORA = str(GOLDENS / "tiny_wan" / "univid_lora.ckpt")
@@ -128,9 +133,11 @@ def test_i2v_condition(pipe):
   assert np.array_equal(condition[..., 4:], pipe.encode(frames))
 
 
-def test_i2v(tmp_path):
-  """An I2V model sees the first frame of A by its image tower and as latents; one step of sampling is one velocity."""
+@pytest.fixture(scope="module")
+def i2v_checkpoint(tmp_path_factory):
+  """A miniature I2V release with random weights, converted."""
   torch = pytest.importorskip("torch")
+  tmp_path = tmp_path_factory.mktemp("i2v")
   release = tmp_path / "release"
   shutil.copytree(GOLDENS / "tiny_wan", release)
   config = DiTConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=48, model_type="i2v", in_dim=36,
@@ -143,7 +150,32 @@ def test_i2v(tmp_path):
   tower = load_file(GOLDENS / "clip_vision.weights.safetensors")
   torch.save({f"visual.{name}": torch.from_numpy(value) for name, value in tower.items()}, release / "models_clip.pth")
   convert_any(str(release), str(tmp_path / "checkpoint"))
-  pipe = univid_jax.load_pipeline(str(tmp_path / "checkpoint"), dtype="float32", mesh=one_device())
+  return str(tmp_path / "checkpoint")
+
+
+def test_i2v_trains(i2v_checkpoint, tmp_path):
+  """Two steps of LoRA on packed rows, whose conditions are those of sampling; the result paints."""
+  config = get_config("wan_1_3b")
+  config.update({"init_from": i2v_checkpoint, "num_steps": 2, "log_every": 1})
+  config.model.update({"dtype": "float32", "param_dtype": "float32"})
+  config.data.update({"bundled": True, "height": 16, "width": 16, "num_frames": 5, "num_sentences": 4, "num_threads": 1})
+  config.rows.update({"num_tokens": 24, "num_sentences": 3, "num_text_tokens": 1536})
+  config.validation.update({"sentences": 3, "previews": 1, "num_inference_steps": 1})
+  config.lora.rank = 2
+  encoders, data = build.encoders(config, one_device()), build.data_sources(config, str(tmp_path))
+  features = build.feature_maker(config, encoders, task_names=data.task_names)(sentence := data.sources["computed"][0])
+  first = read_frames(sentence.clips[0])[0].astype(np.float32) / 127.5 - 1
+  total = sum(len(encoders.codec.encode(read_frames(clip).astype(np.float32) / 127.5 - 1)) for clip in sentence.clips)
+  assert relative_error(features["condition"], patchify(i2v_condition(encoders.codec, first, total), (1, 2, 2))) <= 1e-6
+  assert relative_error(features["image_features"], encoders.embed_image(first)) <= 1e-6
+  result = train(config, str(tmp_path))
+  painted = result.pipeline.sample([np.zeros((1, 16, 16, 3), np.uint8)] * 3, prompt="a", num_inference_steps=1)
+  assert np.isfinite(painted.latents).all() and (tmp_path / "lora.safetensors").exists()
+
+
+def test_i2v(i2v_checkpoint):
+  """An I2V model sees the first frame of A by its image tower and as latents; one step of sampling is one velocity."""
+  pipe = univid_jax.load_pipeline(i2v_checkpoint, dtype="float32", mesh=one_device())
   noise, prompt = channels_last(TENSORS["noise"]), pipe.encode_prompt("a")
   out = pipe.sample(CLIPS, prompt="a", num_inference_steps=1, latents=noise)
   latents = np.concatenate([*(pipe.encode(clip) for clip in CLIPS), noise])

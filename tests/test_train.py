@@ -18,14 +18,18 @@ from jax.sharding import PartitionSpec
 
 from univid_jax import build
 from univid_jax.data.loader import make_loader
-from univid_jax.diffusion.loss import draw_noise
+from univid_jax.data.packing import pack, pack_rows
+from univid_jax.diffusion.loss import draw_noise, sentence_losses
 from univid_jax.parallel.mesh import make_mesh, mesh_shape
 from univid_jax.parallel.sharding import parameter_shardings, shard_batch
+from univid_jax.pipeline import load_pipeline
 from univid_jax.training.checkpoint import Checkpointer
 from univid_jax.training.forecast import forecast
 from univid_jax.training.loop import train
 from univid_jax.training.optimizer import make_optimizer, make_schedule
+from univid_jax.training.restore import checkpoint_step
 from univid_jax.training.step import StateSpec, make_update
+from univid_jax.training.validation import Validation, validation_sentences
 from univid_jax.weights.lora import read_lora
 
 
@@ -247,6 +251,57 @@ def test_what_is_written(tiny_config, tmp_path):
   assert all(0 < row["fill_rate"] <= 1 and row["sentences"] >= 8 and np.isfinite(row["loss"]) for row in lines(tmp_path))
   assert (tmp_path / "loss.png").stat().st_size > 1000 and any((tmp_path / "tensorboard").iterdir())
   assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4"]
+
+
+class TestValidation:
+  def measured(self, config, sizes, tmp_path):
+    mesh = make_mesh(sizes, jax.devices()[:int(np.prod(list(sizes.values())))])
+    spec = StateSpec.of(lambda: build.model(config), optax.sgd(1.0), mesh, ema=False)
+    data, encoders = build.data_sources(config, str(tmp_path)), build.encoders(config, mesh)
+    sentences, held_out = validation_sentences(data, 12)
+    assert held_out and len(sentences) == 12
+    make_features = build.feature_maker(config, encoders, task_names=data.task_names)
+    params = spec.create().params
+    return Validation(config, spec, sentences, make_features, mesh)(params, {}), (spec, params, sentences, make_features)
+
+  def test_any_mesh_and_packing_give_the_mean_over_sentences(self, tiny_config, tmp_path):
+    tiny_config.model.look_back = ()
+    tiny_config.validation.sigmas = (0.7,)
+    found, (spec, params, sentences, make_features) = self.measured(tiny_config, {"data": 1}, tmp_path)
+    other, _ = self.measured(tiny_config, {"data": 4, "context": 2}, tmp_path)
+    assert other.keys() == found.keys() and all(other[name] == pytest.approx(found[name], rel=1e-5) for name in found)
+    tasks = [sentence.task for sentence in sentences]
+    weighted = sum(found[f"val_loss/task_{task}"] for task in tasks) / len(tasks)
+    assert found["val_loss"] == found["val_loss/sigma_0.7"] == pytest.approx(weighted, rel=1e-5)
+    # By hand: each sentence in a row of its own, with the noise that it had in the packed rows.
+    rows, places = pack_rows([make_features(sentence) for sentence in sentences], build.row_shape(tiny_config))
+    noise = np.asarray(jax.random.normal(jax.random.key(tiny_config.seed), rows.tokens.shape))
+    model, losses = nnx.merge(spec.graph, params), []
+    for sentence, (index, segment) in zip(sentences, places):
+      alone = pack([make_features(sentence)], build.row_shape(tiny_config))
+      own = np.zeros_like(alone.tokens)
+      own[0, alone.segment_ids[0] == 1] = noise[index, rows.segment_ids[index] == segment]
+      losses.append(sentence_losses(model, alone, own, jnp.full((1, alone.num_slots), 0.7))[0].sum())
+    assert found["val_loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
+
+  def test_the_best_checkpoint_is_kept(self, tiny_config, tmp_path):
+    tiny_config.update({"num_steps": 5})
+    tiny_config.checkpoint.update({"every_steps": 1, "keep": 1})
+    tiny_config.validation.update({"every_steps": 1, "sentences": 4, "previews": 1})
+    tiny_config.optimizer.update({"learning_rate": 0.2, "adam_learning_rate": 0.2, "schedule": "constant", "warmup_steps": 0})
+    result = train(tiny_config, str(tmp_path))
+    losses = {row["step"]: row["val_loss"] for row in lines(tmp_path)}
+    best = min(losses, key=losses.get)
+    assert checkpoint_step(tmp_path, "best") == best and checkpoint_step(tmp_path) == 5
+    assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {best, 5}
+    assert len(list((tmp_path / "previews").glob("*.png"))) == 5
+    latest, chosen = (load_pipeline(str(tmp_path), step=step).params for step in (None, "best"))
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), latest, result.pipeline.params)
+    assert all(jax.tree.leaves(same))
+    kernels = [params["head"]["head"]["kernel"] for params in (latest, chosen)]
+    assert np.array_equal(*kernels) == (best == 5)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 77"):
+      checkpoint_step(tmp_path, 77)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path):

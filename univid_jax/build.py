@@ -23,7 +23,7 @@ from univid_jax.data.packing import RowShape
 from univid_jax.data.sources import ComputedSentences, FolderSource, LazySentences, PhotoSource
 from univid_jax.data.tfds import open_tfds
 from univid_jax.diffusion.flow import FlowMatching
-from univid_jax.encoders import CheckpointEncoders, Encoders, PlainEncoders
+from univid_jax.encoders import CheckpointEncoders, Encoders, PlainEncoders, i2v_condition
 from univid_jax.models.codec import DCTCodec
 from univid_jax.models.dit import PRESETS, REMAT_POLICIES, DiT, DiTConfig
 from univid_jax.models.in_context import look_back
@@ -36,7 +36,8 @@ Config = Mapping[str, Any]
 # Values of a config that count something and so have to be at least 1.
 COUNTS = ("num_steps", "log_every", "data.height", "data.width", "data.num_frames", "data.num_sentences", "data.variants",
           "data.num_threads", "rows.num_tokens", "rows.num_text_tokens", "rows.num_sentences", "rows.packing_bins",
-          "rows.microbatches", "checkpoint.every_steps", "checkpoint.keep", "eval.num_inference_steps")
+          "rows.microbatches", "checkpoint.every_steps", "checkpoint.keep", "eval.num_inference_steps",
+          "validation.num_inference_steps")
 
 
 def check(config: Config) -> None:
@@ -51,12 +52,16 @@ def check(config: Config) -> None:
       value = value[part]
     if value < 1:
       raise ValueError(f"config.{key} must be at least 1, got {value}")
+  if not 0 <= config["data"]["held_out"] < 1:
+    raise ValueError(f"config.data.held_out is a share, at least 0 and below 1, got {config['data']['held_out']}")
   if config["rows"]["per_batch"] < 0:
     raise ValueError(f"config.rows.per_batch must be at least 0, got {config['rows']['per_batch']}")
   if config["rows"]["packing"] not in ("first_fit", "best_fit"):
     raise ValueError(f"config.rows.packing is first_fit or best_fit, got {config['rows']['packing']!r}")
   if config["model"]["remat"] not in REMAT_POLICIES:
     raise ValueError(f"config.model.remat is one of {', '.join(REMAT_POLICIES)}, got {config['model']['remat']!r}")
+  if config["model"]["attention"] not in ("full", "context_causal"):
+    raise ValueError(f"config.model.attention is full or context_causal, got {config['model']['attention']!r}")
   if config["model"]["attention_backend"] not in ("auto", *BACKENDS):
     raise ValueError(f"config.model.attention_backend is auto or one of {', '.join(BACKENDS)}, got "
                      f"{config['model']['attention_backend']!r}")
@@ -147,7 +152,8 @@ def flow(config: Config) -> FlowMatching:
 
 def row_shape(config: Config) -> RowShape:
   rows = config["rows"]
-  return RowShape(num_tokens=rows["num_tokens"], num_text_tokens=rows["num_text_tokens"], num_slots=rows["num_sentences"])
+  return RowShape(num_tokens=rows["num_tokens"], num_text_tokens=rows["num_text_tokens"], num_slots=rows["num_sentences"],
+                  context_causal=config["model"]["attention"] == "context_causal")
 
 
 def rows_per_batch(config: Config, mesh: Mesh) -> int:
@@ -196,11 +202,13 @@ class DataSources:
     sources: sentences by the name of their kind.
     weights: how often each is drawn.
     dropped: rows that cannot be used.
+    held_out: sentences that training does not see, by the name of their kind; kinds that have none are left out.
   """
 
   sources: Mapping[str, Any]
   weights: Mapping[str, float]
   dropped: Sequence[Dropped]
+  held_out: Mapping[str, Any]
 
   @property
   def task_names(self) -> tuple[str, ...]:
@@ -227,14 +235,14 @@ def data_sources(config: Config, workdir: str) -> DataSources:
       "tfds": lambda: open_tfds(dict(data["tfds"]), form, drawing),
   }
   given = [name for name in opened if (data["tfds"]["name"] if name == "tfds" else data[name])]
-  found, dropped = {}, []
+  found, dropped, held_out = {}, [], {}
   for name in given:
     source, problems = opened[name]()
     dropped += problems
     if not len(source):
       reasons = "; ".join(map(str, problems[:3])) or "it is empty"
       raise ValueError(f"nothing in config.data.{name} can be used: {reasons}")
-    found[name] = source
+    found[name], held_out[name] = source.split(data["held_out"])
   if not (given or data["folder"] or data["bundled"]):
     raise ValueError("there is no data: give config.data.folder (videos and photos, for computed tasks), or "
                      "config.data.metadata, pairs, manifest or tfds.name")
@@ -242,7 +250,9 @@ def data_sources(config: Config, workdir: str) -> DataSources:
     computed = sentences(config, "train", seed=seed, workdir=workdir)
     # Only with an encoder worth sparing are sentences fixed and kept.
     found["computed"] = LazySentences(computed, computed_identity(config)) if config["init_from"] else computed
-  return DataSources(found, {name: data["weights"][name] for name in found}, dropped)
+    held_out["computed"] = sentences(config, "held_out", seed=seed + 1)
+  return DataSources(found, {name: data["weights"][name] for name in found}, dropped,
+                     {name: source for name, source in held_out.items() if len(source)})
 
 
 def computed_identity(config: Config) -> str:
@@ -258,10 +268,11 @@ def computed_identity(config: Config) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Caches:
-  """Where latents and prompt embeddings are kept."""
+  """Where latents, prompt embeddings and image features are kept."""
 
   latents: Cache
   prompts: Cache
+  images: Cache
 
 
 def caches(config: Config, encoders: Encoders, workdir: str) -> Caches | None:
@@ -270,7 +281,8 @@ def caches(config: Config, encoders: Encoders, workdir: str) -> Caches | None:
     return None
   folder = config["data"]["cache"] or os.path.join(workdir, "cache")
   return Caches(Cache(os.path.join(folder, "latents"), encoders.codec_fingerprint),
-                Cache(os.path.join(folder, "prompts"), encoders.prompt_fingerprint))
+                Cache(os.path.join(folder, "prompts"), encoders.prompt_fingerprint),
+                Cache(os.path.join(folder, "images"), encoders.image_fingerprint))
 
 
 def feature_maker(config: Config, encoders: Encoders, *, caches: Caches | None = None,
@@ -292,5 +304,18 @@ def feature_maker(config: Config, encoders: Encoders, *, caches: Caches | None =
       return encoders.embed_prompt(prompt)
     return caches.prompts.get_or_compute(prompt, lambda: encoders.embed_prompt(prompt))
 
+  def condition(clip: np.ndarray | ClipRef, num_latent_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    def compute_condition():
+      return i2v_condition(encoders.codec, read_frames(clip)[0].astype(np.float32) / 127.5 - 1, num_latent_frames)
+
+    def compute_features():
+      return encoders.embed_image(read_frames(clip)[0].astype(np.float32) / 127.5 - 1)
+
+    if caches is None or not isinstance(clip, ClipRef):
+      return compute_condition(), compute_features()
+    return (caches.latents.get_or_compute(f"{clip.key}|first frame of {num_latent_frames}", compute_condition),
+            caches.images.get_or_compute(clip.key, compute_features))
+
   return FeatureMaker(encode=encode, embed_prompt=embed_prompt, patch_size=dit.patch_size, text_len=dit.text_len,
-                      task_names=tuple(config["data"]["tasks"]) if task_names is None else tuple(task_names))
+                      task_names=tuple(config["data"]["tasks"]) if task_names is None else tuple(task_names),
+                      condition=condition if dit.model_type == "i2v" else None)

@@ -41,6 +41,7 @@ class Encoders(Protocol):
   codec: Codec
   codec_fingerprint: str
   prompt_fingerprint: str
+  image_fingerprint: str
 
   def tokenize(self, text: str) -> Int[np.ndarray, "n"]: ...
   def embed_prompt(self, text: str) -> Float[np.ndarray, "n d"]: ...
@@ -53,7 +54,7 @@ class PlainEncoders:
 
   def __init__(self, codec: DCTCodec, text_dim: int):
     self.codec, self.text_dim = codec, text_dim
-    self.codec_fingerprint, self.prompt_fingerprint = repr(codec), "null prompt"
+    self.codec_fingerprint, self.prompt_fingerprint, self.image_fingerprint = repr(codec), "null prompt", "no images"
 
   def tokenize(self, text: str) -> Int[np.ndarray, "n"]:
     raise ValueError("this model has no tokenizer")
@@ -99,6 +100,14 @@ class CheckpointEncoders:
     """Names all that determines a prompt's embedding, beside the text."""
     self._require("text_encoder")
     return f"umt5 {self.info.components['text_encoder'].checksum} {jnp.dtype(self.dtype)} {self.tokenizer.max_length}"
+
+  @property
+  def image_fingerprint(self) -> str:
+    """Names all that determines an image's features; empty where the model needs none."""
+    if self._config("transformer").model_type != "i2v":
+      return ""
+    self._require("image_encoder")
+    return f"clip {self.info.components['image_encoder'].checksum} {jnp.dtype(self.dtype)}"
 
   @functools.cached_property
   def codec(self) -> "VAECodec":

@@ -17,14 +17,26 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from univid_jax import build
-from univid_jax.data.packing import RowShape, pack, pack_rows, patchify, sentence_features, target_tokens, unpatchify
+from univid_jax.data.packing import (
+    Features,
+    RowShape,
+    assign_rows,
+    join_rows,
+    pack,
+    pack_rows,
+    patchify,
+    places_of,
+    sentence_features,
+    target_tokens,
+    unpatchify,
+)
 from univid_jax.diffusion.flow import FlowMatching
-from univid_jax.diffusion.solvers import SOLVERS, velocity_fn
+from univid_jax.diffusion.solvers import SOLVERS, target_places, velocity_fn
 from univid_jax.encoders import CheckpointEncoders, Encoders, i2v_condition
 from univid_jax.models.dit import DiTConfig
 from univid_jax.models.lora import LoRAConfig, LoRAParam, attach, join, linear_name, merge
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.parallel.sharding import parameter_shardings, shard_batch
+from univid_jax.parallel.sharding import gathered, parameter_shardings, shard_batch
 from univid_jax.training.checkpoint import CONFIG_FILE, read_config
 from univid_jax.training.restore import restore_run
 from univid_jax.types import PackedRow, Sentence, latent_shape, reference_roles
@@ -40,6 +52,17 @@ class Sample:
   frames: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  """A sentence to be completed: clean latents, the shape and the initial noise of its target, and I2V's conditions."""
+
+  sentence: Sentence
+  shape: tuple[int, int, int]
+  noise: np.ndarray
+  condition: np.ndarray | None
+  image_features: np.ndarray | None
+
+
 class Pipeline:
   """A model with all that stands around it.
 
@@ -50,12 +73,17 @@ class Pipeline:
     encoders: the codec, and what embeds prompts and images.
     mesh: the devices.
     run: the config of the run that trained the model, where there was one.
+    attention: "full", or "context_causal" where the model was trained so: then context is computed once a sentence; the run's
+      by default, else "full".
   """
 
   def __init__(self, config: DiTConfig, graph: nnx.GraphDef, params: Mapping[str, Any], *, encoders: Encoders, mesh: Mesh,
-               run: Mapping[str, Any] | None = None):
-    self.config, self.encoders, self.mesh, self.run = config, encoders, mesh, run
-    self._graph, self._params = graph, params
+               run: Mapping[str, Any] | None = None, attention: str | None = None):
+    attention = attention or (run["model"].get("attention", "full") if run else "full")
+    if attention not in ("full", "context_causal"):
+      raise ValueError(f"attention is full or context_causal, got {attention!r}")
+    self.config, self.encoders, self.mesh, self.run, self.attention = config, encoders, mesh, run, attention
+    self.graph, self.params = graph, params
 
   @property
   def size(self) -> tuple[int, int]:
@@ -65,7 +93,7 @@ class Pipeline:
   @property
   def dtype(self) -> np.dtype:
     """Of the transformer's parameters."""
-    return jax.tree.leaves(self._params)[0].dtype
+    return jax.tree.leaves(self.params)[0].dtype
 
   @property
   def num_frames(self) -> int:
@@ -124,9 +152,11 @@ class Pipeline:
       ValueError: an I2V model without condition and features, or a T2V model with them.
     """
     sentence = Sentence(clips=(np.asarray(latents, np.float32),), roles=reference_roles(1))
-    row = self._row(sentence, np.asarray(prompt_embeds), condition, clip_features)
+    row = self._row(sentence_features(sentence, patch_size=self.config.patch_size, prompt_embedding=np.asarray(prompt_embeds),
+                                      text_len=self.config.text_len, condition=condition, image_features=clip_features))
+    slots = 1 if row.modulation_ids is None else 2
     with jax.set_mesh(self.mesh):
-      tokens = self._apply(self._params, row, jnp.full((1, 1), timestep, jnp.float32))
+      tokens = self._apply(self.params, row, jnp.full((1, slots), timestep, jnp.float32))
     return np.asarray(unpatchify(np.asarray(tokens)[0], latents.shape[:3], self.config.patch_size))
 
   def sample(self, clips: Sequence[np.ndarray], prompt: str = "", num_frames: int | None = None,
@@ -154,6 +184,72 @@ class Pipeline:
     Raises:
       ValueError: an even number of clips, clips of different sizes, or shapes that fit no latents.
     """
+    job = self._job(clips, num_frames, seed, latents)
+    rows = [self._row(self._features(job, prompt, prompt_embeds))]
+    if guidance_scale != 1.0:
+      rows.append(self._row(self._features(job, negative_prompt, negative_prompt_embeds)))
+    painted = self._solved(rows, [(0, 1)], [job.noise], solver=solver, num_inference_steps=num_inference_steps, shift=shift,
+                           guidance_scale=guidance_scale, progress=progress)
+    return self._painted(painted[0], job.shape)
+
+  def sample_batch(self, batch: Sequence[Sequence[np.ndarray]], prompts: Sequence[str] | None = None,
+                   num_frames: int | None = None, num_inference_steps: int = 50, guidance_scale: float = 1.0,
+                   negative_prompt: str = "", shift: float = 5.0, seeds: Sequence[int] | None = None, solver: str = "euler",
+                   progress: Callable[[int], None] | None = None) -> list[Sample]:
+    """Paints many sentences at once, of any lengths, packed into rows that spread over the mesh.
+
+    Each comes out as from `sample` alone, to rounding.
+
+    Args:
+      batch: the context of each sentence.
+      prompts: one a sentence; none by default.
+      num_frames: see `sample`, as all that follow.
+      num_inference_steps: of each.
+      guidance_scale: 1 is none.
+      negative_prompt: of all.
+      shift: of the noise levels.
+      seeds: one a sentence; 0, 1, 2 and so on by default.
+      solver: "euler" or "unipc".
+      progress: called with the number of steps taken, from 1 again for every batch of rows.
+
+    Raises:
+      ValueError: see `sample`; or prompts or seeds are not as many as sentences.
+    """
+    prompts = [""] * len(batch) if prompts is None else prompts
+    seeds = range(len(batch)) if seeds is None else seeds
+    if not len(batch) == len(prompts) == len(seeds):
+      raise ValueError(f"{len(batch)} sentences, {len(prompts)} prompts and {len(seeds)} seeds do not go together")
+    jobs = [self._job(clips, num_frames, seed, None) for clips, seed in zip(batch, seeds)]
+    features = [[self._features(job, prompt, None) for job, prompt in zip(jobs, prompts)]]
+    if guidance_scale != 1.0:
+      features.append([self._features(job, negative_prompt, None) for job in jobs])
+    longest = max(len(f["tokens"]) for f in features[0])
+    slots = max(1, longest // min(len(f["tokens"]) for f in features[0]))
+    text = slots * max(len(f["text"]) for kind in features for f in kind)
+    shape = RowShape(num_tokens=longest, num_text_tokens=text, num_slots=slots, context_causal=self.attention == "context_causal")
+    groups = assign_rows(features[0], shape)
+    rows = [join_rows([pack([kind[i] for i in group], shape) for group in groups]) for kind in features]
+    painted = self._solved(rows, places_of(groups), [job.noise for job in jobs], solver=solver, shift=shift,
+                           num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, progress=progress)
+    return [self._painted(tokens, job.shape) for tokens, job in zip(painted, jobs)]
+
+  def sample_sentences(self, sentences: Sequence[Sentence], *, num_inference_steps: int, seed: int) -> list[np.ndarray]:
+    """Paints the targets of sentences of the run that trained the model; uint8 clips in the sentences' order.
+
+    The clips of a sentence are pixels, its target too (only its shape is used). Several processes share the rows, and each gets
+    all that was painted.
+    """
+    make_features = build.feature_maker(self.run, self.encoders)
+    row, places = pack_rows([make_features(sentence) for sentence in sentences], build.row_shape(self.run))
+    keys = jax.random.split(jax.random.key(seed), len(sentences))
+    noises = [np.asarray(jax.random.normal(key, target_tokens(row.tokens, row, place).shape)) for key, place in zip(keys, places)]
+    painted = self._solved([row], places, noises, solver="euler", num_inference_steps=num_inference_steps,
+                           rows_at_once=build.rows_per_batch(self.run, self.mesh))
+    return [self._painted(tokens, self._latent_shape(sentence.clips[-1].shape)).frames
+            for tokens, sentence in zip(painted, sentences)]
+
+  def _job(self, clips: Sequence[np.ndarray], num_frames: int | None, seed: int, latents: np.ndarray | None) -> "_Job":
+    """A sentence with its clips encoded and its noise drawn."""
     if len(clips) % 2 == 0:
       raise ValueError(f"the context is an odd number of clips (A, A', B), got {len(clips)}")
     if len({clip.shape[1:3] for clip in clips}) > 1:
@@ -167,63 +263,52 @@ class Pipeline:
       raise ValueError(f"latents of shape {latents.shape[:3]} given where the target's are {shape}")
 
     encoded = (*(self.encode(clip) for clip in clips), np.zeros((*shape, channels), np.float32))
-    sentence = Sentence(clips=encoded, roles=reference_roles(len(encoded)))
     condition = features = None
     if self.config.model_type == "i2v":
       first = to_float(clips[0])[0]
       condition = i2v_condition(self.encoders.codec, first, sum(len(clip) for clip in encoded))
       features = self.encoders.embed_image(first)
+    return _Job(Sentence(clips=encoded, roles=reference_roles(len(encoded))), shape,
+                patchify(np.asarray(latents, np.float32), self.config.patch_size), condition, features)
 
-    def row_for(text, embeds):
-      embeds = self.encoders.embed_prompt(text) if embeds is None else np.asarray(embeds)
-      return self._row(sentence, embeds, condition, features)
+  def _features(self, job: "_Job", prompt: str, embeds: np.ndarray | None) -> Features:
+    embeds = self.encoders.embed_prompt(prompt) if embeds is None else np.asarray(embeds)
+    return sentence_features(job.sentence, patch_size=self.config.patch_size, prompt_embedding=embeds,
+                             text_len=self.config.text_len, condition=job.condition, image_features=job.image_features)
 
-    row = row_for(prompt, prompt_embeds)
-    negative = None if guidance_scale == 1.0 else row_for(negative_prompt, negative_prompt_embeds)
-    noise = np.zeros_like(row.tokens)
-    noise[0, row.target_mask[0]] = patchify(np.asarray(latents, np.float32), self.config.patch_size)
+  def _solved(self, rows: Sequence[PackedRow], places: Sequence[tuple[int, int]], noises: Sequence[np.ndarray], *, solver: str,
+              num_inference_steps: int, shift: float | None = None, guidance_scale: float = 1.0, rows_at_once: int | None = None,
+              progress: Callable[[int], None] | None = None) -> list[np.ndarray]:
+    """The targets' tokens of the sentences at `places`; `rows` are those of the prompts and, for guidance, the negative ones."""
     if solver not in SOLVERS:
       raise ValueError(f"unknown solver {solver!r}; there are {', '.join(SOLVERS)}")
-    flow = dataclasses.replace(self._flow, shift=shift)
+    flow = self._flow if shift is None else dataclasses.replace(self._flow, shift=shift)
     sigmas = flow.unipc_sigmas(num_inference_steps) if solver == "unipc" else flow.inference_sigmas(num_inference_steps)
+    row = rows[0]
+    noise = np.zeros_like(row.tokens)
+    for tokens, (index, segment) in zip(noises, places):
+      noise[index, (row.segment_ids[index] == segment) & row.target_mask[index]] = tokens
+    targets = target_places(row.target_mask) if row.context_causal else None
+
+    count, shards = len(noise), self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    batch = rows_at_once or (shards if count > 1 else 1)
     self._progress = progress
+    solved = []
     with jax.set_mesh(self.mesh):
       solve = self._solve(solver, tuple(map(float, sigmas)), progress is not None)
-      tokens = np.asarray(solve(self._params, row, negative, noise, jnp.float32(guidance_scale)))
+      for start in range(0, count, batch):
+        part = functools.partial(_part, start=start, length=batch)
+        inputs = jax.tree.map(part, (row, rows[1] if len(rows) > 1 else None, targets, noise))
+        if batch % shards == 0:
+          inputs = shard_batch(jax.tree.map(_own_rows, inputs), self.mesh)
+        solved.append(gathered(solve(self.params, *inputs, jnp.float32(guidance_scale))))
       jax.effects_barrier()  # the last call of progress
-    result = unpatchify(tokens[0][row.target_mask[0]], shape, self.config.patch_size)
-    return Sample(result, to_uint8(self.decode(result)))
+    solved = np.concatenate(solved)
+    return [target_tokens(solved, row, place) for place in places]
 
-  def sample_sentences(self, sentences: Sequence[Sentence], *, num_inference_steps: int, seed: int) -> list[np.ndarray]:
-    """Paints the target of many sentences at once, packed into rows; uint8 clips in the sentences' order.
-
-    The clips of a sentence are pixels, its target too (only its shape is used).
-    """
-    make_features = build.feature_maker(self.run, self.encoders)
-    row, places = pack_rows([make_features(sentence) for sentence in sentences], build.row_shape(self.run))
-    keys = jax.random.split(jax.random.key(seed), len(sentences))
-    noise = np.zeros_like(row.tokens)
-    for key, (index, segment) in zip(keys, places):
-      mask = (row.segment_ids[index] == segment) & row.target_mask[index]
-      noise[index, mask] = jax.random.normal(key, (int(mask.sum()), noise.shape[-1]))
-
-    solve = self._solve("euler", tuple(map(float, self._flow.inference_sigmas(num_inference_steps))), False)
-    batch = build.rows_per_batch(self.run, self.mesh)
-    tokens = []
-    for start in range(0, len(noise), batch):
-      part = functools.partial(_part, start=start, length=batch)
-      piece, piece_noise = jax.tree.map(part, (row, noise))
-      with jax.set_mesh(self.mesh):
-        out = solve(self._params, *shard_batch((piece, None, piece_noise), self.mesh), jnp.float32(1.0))
-      tokens.append(np.asarray(out))
-    tokens = np.concatenate(tokens)
-
-    painted = []
-    for sentence, place in zip(sentences, places):
-      latents = unpatchify(target_tokens(tokens, row, place), self._latent_shape(sentence.clips[-1].shape),
-                           self.config.patch_size)
-      painted.append(to_uint8(self.decode(latents)))
-    return painted
+  def _painted(self, tokens: np.ndarray, shape: tuple[int, int, int]) -> Sample:
+    latents = unpatchify(tokens, shape, self.config.patch_size)
+    return Sample(latents, to_uint8(self.decode(latents)))
 
   def _latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
     codec = self.encoders.codec
@@ -231,34 +316,33 @@ class Pipeline:
     latent_shape(shape, temporal_stride=codec.temporal_stride, spatial_stride=patches)  # sides divide into patches as well
     return latent_shape(shape, temporal_stride=codec.temporal_stride, spatial_stride=codec.spatial_stride)
 
-  def _row(self, sentence: Sentence, prompt_embedding: np.ndarray, condition: np.ndarray | None = None,
-           image_features: np.ndarray | None = None) -> PackedRow:
-    """One sentence as a row without padding, which needs no intervals and one timestep."""
-    features = sentence_features(sentence, patch_size=self.config.patch_size, prompt_embedding=prompt_embedding,
-                                 text_len=self.config.text_len)
-    row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=len(features["text"]), num_slots=1))
-    if condition is not None:
-      condition = patchify(np.asarray(condition, np.float32), self.config.patch_size)[None]
-    return dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None, condition=condition,
-                               image_features=None if image_features is None else np.asarray(image_features)[None])
+  def _row(self, features: Features) -> PackedRow:
+    """One sentence as a row without padding, which needs no intervals and one timestep, unless context sees only context."""
+    causal = self.attention == "context_causal"
+    row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=len(features["text"]), num_slots=1,
+                                    context_causal=causal))
+    row = dataclasses.replace(row, text_intervals=None, image_intervals=None)
+    return row if causal else dataclasses.replace(row, key_intervals=None, modulation_ids=None)
 
   @functools.cached_property
   def _apply(self):
-    return jax.jit(lambda params, row, timesteps: nnx.merge(self._graph, params)(row.tokens, timesteps, row).astype(jnp.float32))
+    return jax.jit(lambda params, row, timesteps: nnx.merge(self.graph, params)(row.tokens, timesteps, row).astype(jnp.float32))
 
   @functools.lru_cache(maxsize=16)  # noqa: B019 (a pipeline lives as long as its programs)
   def _solve(self, solver: str, sigmas: tuple[float, ...], aloud: bool):
-    """The whole of sampling as one program: (params, row, negative row, noise, guidance scale) to tokens."""
+    """The whole of sampling as one program: (params, row, negative row, places of targets, noise, guidance scale) to tokens."""
     on_step = (lambda taken: self._progress(taken)) if aloud else None
 
-    def solve(params, row: PackedRow, negative: PackedRow | None, noise, guidance_scale):
-      predict = velocity_fn(nnx.merge(self._graph, params), row, negative=negative, guidance_scale=guidance_scale)
+    def solve(params, row: PackedRow, negative: PackedRow | None, targets, noise, guidance_scale):
+      predict = velocity_fn(nnx.merge(self.graph, params), row, negative=negative, guidance_scale=guidance_scale,
+                            targets=targets)
       return SOLVERS[solver](predict, row, noise, np.array(sigmas, np.float32), on_step=on_step)
     return jax.jit(solve)
 
 
 def load_pipeline(checkpoint: str, lora: str | Sequence[str | tuple[str, float]] | None = None, dtype: str | None = None, *,
-                  merge_lora: bool = False, mesh: Mesh | None = None) -> Pipeline:
+                  merge_lora: bool = False, mesh: Mesh | None = None, attention: str | None = None,
+                  step: int | str | None = None) -> Pipeline:
   """Opens a converted checkpoint or the workdir of a training run.
 
   Args:
@@ -267,6 +351,8 @@ def load_pipeline(checkpoint: str, lora: str | Sequence[str | tuple[str, float]]
     dtype: of the transformer and the encoders of text and image; by default bfloat16, or that in which a run was trained.
     merge_lora: add LoRAs to the weights instead of running them beside.
     mesh: the devices; all of them, parameters spread over them, by default.
+    attention: "full" or "context_causal"; by default what the run or the LoRAs were trained with.
+    step: of a workdir's checkpoints: a number, "best" (the lowest validation loss) or None for the latest.
 
   Raises:
     FileNotFoundError: there is no checkpoint, run or LoRA.
@@ -288,11 +374,16 @@ def load_pipeline(checkpoint: str, lora: str | Sequence[str | tuple[str, float]]
     if dtype:
       run = {**run, "model": {**run["model"], "dtype": dtype, "param_dtype": dtype}}
     config, encoders = build.transformer_config(run), build.encoders(run, mesh)
-    graph, params, trained = restore_run(checkpoint, run, mesh)
+    graph, params, trained = restore_run(checkpoint, run, mesh, step=step)
     adapters = [(lora, 1.0) for lora in trained] + adapters
   if adapters:
     graph, params = with_loras(config, graph, params, adapters, mesh=mesh, merged=merge_lora)
-  return Pipeline(config, graph, params, encoders=encoders, mesh=mesh, run=run)
+  if attention is None and run is None:
+    trained_with = {lora.metadata.get("attention", "full") for lora, _ in adapters}
+    if len(trained_with) > 1:
+      raise ValueError("the LoRAs were trained with different attention (full and context_causal): choose one with attention=")
+    attention = next(iter(trained_with), None)
+  return Pipeline(config, graph, params, encoders=encoders, mesh=mesh, run=run, attention=attention)
 
 
 def with_loras(config: DiTConfig, graph: nnx.GraphDef, params: Mapping[str, Any], loras: Sequence[tuple[LoRAWeights, float]], *,
@@ -335,6 +426,12 @@ def to_float(frames: np.ndarray) -> np.ndarray:
 def to_uint8(frames: np.ndarray) -> np.ndarray:
   """[-1, 1] to 0 .. 255."""
   return np.clip((frames + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
+
+
+def _own_rows(x: np.ndarray) -> np.ndarray:
+  """This process's rows of a batch."""
+  share = len(x) // jax.process_count()
+  return x[jax.process_index() * share:(jax.process_index() + 1) * share]
 
 
 def _part(x: np.ndarray, *, start: int, length: int) -> np.ndarray:

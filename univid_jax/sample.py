@@ -18,6 +18,8 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A converted checkpoint, or
 LORA = flags.DEFINE_list("lora", [], "LoRA files or folders; PATH:WEIGHT gives one a weight other than 1.")
 MERGE_LORA = flags.DEFINE_bool("merge_lora", False, "Add LoRAs to the weights: a little faster, the same result to rounding.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Of the model; bfloat16, or what a run was trained in.")
+ATTENTION = flags.DEFINE_enum("attention", None, ["full", "context_causal"], "What the model was trained with; known by default.")
+STEP = flags.DEFINE_string("step", None, "Of a workdir's checkpoints: a number, or best; the latest by default.")
 CLIPS = flags.DEFINE_list("clips", None, "The context in order: A, A', B (or any odd number of clips).", required=True)
 QUERIES = flags.DEFINE_list("queries", [], "Many B for the same example pairs: clips, or a folder of them.")
 OUT = flags.DEFINE_string("out", None, "Where the painted clip goes: .png (an image), .mp4 (a video) or .npy.", required=True)
@@ -39,17 +41,19 @@ def main() -> None:
   from tqdm import tqdm
 
   import univid_jax
+  from univid_jax.compilation import keep_programs
   from univid_jax.data.clips import file_hash
   from univid_jax.data.sentences import prompt_for
   from univid_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_context, write_clip
   from univid_jax.metrics.figures import beside
   from univid_jax.pipeline import load_pipeline
 
+  keep_programs()
   if PROMPT.value is not None and TASK.value is not None:
     raise cli.UserError("give --prompt or --task, not both")
   prompt = prompt_for(TASK.value.replace("_", " "), "detailed") if TASK.value else PROMPT.value or ""
   pipeline = load_pipeline(CHECKPOINT.value, lora=[weighted(item) for item in LORA.value], dtype=DTYPE.value,
-                           merge_lora=MERGE_LORA.value)
+                           merge_lora=MERGE_LORA.value, attention=ATTENTION.value, step=STEP.value)
   size = parse_size(SIZE.value) if SIZE.value else pipeline.size
   for query, target in jobs(CLIPS.value, QUERIES.value, OUT.value):
     paths = [*CLIPS.value, *query]

@@ -4,12 +4,12 @@ Run again with the same workdir, it goes on where it was. At the end it evaluate
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 from univid_jax import cli
+from univid_jax.compilation import keep_programs
 from univid_jax.parallel.processes import start_processes
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/video_tasks.py", "Config file; :PRESET after it chooses a preset.")
@@ -21,8 +21,12 @@ GRID_EXAMPLES = 1
 
 def main() -> None:
   start_processes()
+  keep_programs()
   # After the flags: --help and wrong flags answer at once, without waiting for JAX.
+  from etils import epath
+
   from univid_jax.evaluation import evaluate
+  from univid_jax.files import local_file
   from univid_jax.metrics.figures import sentence_grid
   from univid_jax.training.loop import LORA_EXPORT, Interrupted, train
 
@@ -35,7 +39,7 @@ def main() -> None:
   import jax
   if jax.process_index() > 0:
     return
-  folder = Path(workdir)
+  folder = epath.Path(workdir)
   if result.steps_taken == 0 and (folder / "eval.json").exists():
     print(f"{workdir} is complete ({config.num_steps} steps); results stand in {folder / 'eval.json'} and {folder / 'grid.png'}")
     return
@@ -58,7 +62,8 @@ def main() -> None:
       *context, truth = example.sentence.clips
       label = f"{case[0].replace('_', ' ')}\ncontext {case[1]}\n{example.scores['psnr']:.1f} dB"
       rows.append((label, (*context[-3:], example.painted, truth)))
-  sentence_grid(folder / "grid.png", rows)
+  with local_file(folder / "grid.png") as path:
+    sentence_grid(path, rows)
   (folder / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
   print(summary(report, workdir, result.steps_taken, result.seconds))
 

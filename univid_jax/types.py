@@ -77,6 +77,8 @@ class PackedRow:
     image_intervals: [start, end) of the features that a token may attend to; None where a row is one sentence.
     task_ids: each sentence's task, as a number from 1 in the loader's list of tasks; 0 where the slot is empty.
     context_ids: each sentence's context, likewise.
+    context_causal: whether context tokens see only context and carry timestep 0, so that they do not change while the target
+      is sampled; else every token sees its whole sentence, as in UniVid.
   """
 
   tokens: Float[Array, "b l p"]
@@ -93,11 +95,17 @@ class PackedRow:
   image_intervals: Int[Array, "b l 2"] | None = None
   task_ids: Int[Array, "b s"] | None = None
   context_ids: Int[Array, "b s"] | None = None
+  context_causal: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @property
   def num_slots(self) -> int:
     """Sentences that a row can hold."""
     return 1 if self.task_ids is None else self.task_ids.shape[1]
+
+
+# Fields of a row with an entry a token.
+TOKEN_FIELDS = ("tokens", "positions", "segment_ids", "target_mask", "key_intervals", "text_intervals", "modulation_ids",
+                "condition", "image_intervals")
 
 
 def latent_shape(shape: tuple[int, ...], *, temporal_stride: int, spatial_stride: int) -> tuple[int, int, int]:

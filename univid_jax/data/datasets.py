@@ -101,6 +101,11 @@ class ListedSentences:
   def task_names(self) -> tuple[str, ...]:
     return tuple(sorted({row.task for row in self.rows} - {""}))
 
+  def split(self, share: float) -> tuple["ListedSentences", "ListedSentences"]:
+    """Those to train on, and a share of the rows that is held out (of each task, rounded down)."""
+    kept, held_out = split_by_task(self.rows, share, task=lambda row: row.task)
+    return dataclasses.replace(self, rows=kept), dataclasses.replace(self, rows=held_out)
+
   def prompts(self) -> set[str]:
     """All texts that sentences may come with."""
     return {row.prompt for row in self.rows} | {""}
@@ -138,14 +143,33 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class PairSentences:
-  """Sentences drawn by joining pairs of one task and different names, as the paper joins its 20 samples."""
+  """Sentences drawn by joining pairs of one task and different names, as the paper joins its 20 samples.
+
+  Attributes:
+    pairs: example pairs, and queries where `queries` is None.
+    form: of the clips.
+    drawing: how they are joined.
+    queries: pairs that are to be painted, each with others as its examples.
+  """
 
   pairs: Sequence[Pair]
   form: ClipFormat
   drawing: Drawing
+  queries: Sequence[Pair] | None = None
 
   def __len__(self) -> int:
-    return len(self.pairs) * self.drawing.variants
+    return len(self.asked) * self.drawing.variants
+
+  @property
+  def asked(self) -> Sequence[Pair]:
+    """The pairs whose second clip is painted."""
+    return self.pairs if self.queries is None else self.queries
+
+  def split(self, share: float) -> tuple["PairSentences", "PairSentences"]:
+    """Those to train on, and those that ask for a share of the pairs that is held out (of each task and size, rounded down, and
+    never so many that fewer than two are left); their examples are pairs of the training."""
+    kept, held_out = split_by_task(self.pairs, share, task=lambda pair: (pair.task, pair.bucket), at_least=2)
+    return dataclasses.replace(self, pairs=kept), dataclasses.replace(self, pairs=kept, queries=held_out)
 
   @functools.cached_property
   def groups(self) -> Mapping[tuple[str, tuple[int, int]], Sequence[Pair]]:
@@ -165,13 +189,13 @@ class PairSentences:
 
   def clips(self) -> Iterator[ClipRef]:
     """All clips that sentences may have."""
-    for pair in self.pairs:
+    for pair in (*self.pairs, *(self.queries or ())):
       for shot in (pair.source, pair.target):
         yield from (shot.clip(n) for n in {1, self.form.num_frames} if n <= shot.frames)
 
   def __getitem__(self, index: int) -> Sentence:
     rng = np.random.default_rng((self.drawing.seed, int(index)))
-    query = self.pairs[int(index) % len(self.pairs)]
+    query = self.asked[int(index) % len(self.asked)]
     group = self.groups[query.task, query.bucket]
     num_clips = int(draw(rng, self.drawing.num_clips))
     contexts = {name: weight for name, weight in self.drawing.contexts.items() if self.fits(group, name)}
@@ -197,6 +221,20 @@ class PairSentences:
   def fits(self, group: Sequence[Pair], context: str) -> bool:
     """Whether every pair of a group is long enough for a context: images make no videos."""
     return all(self._long_enough(pair, part) for pair in group for part in CONTEXTS[context])
+
+
+def split_by_task(items: Sequence, share: float, *, task: Callable, at_least: int = 1) -> tuple[list, list]:
+  """Sets aside every so-many-th item of each task, in the order in which they stand; the same each time."""
+  groups: dict[Any, list] = {}
+  for item in items:
+    groups.setdefault(task(item), []).append(item)
+  kept, held_out = [], []
+  for group in groups.values():
+    count = max(min(int(share * len(group)), len(group) - at_least), 0)
+    chosen = {round((i + 0.5) * len(group) / count - 0.5) for i in range(count)}
+    for i, item in enumerate(group):
+      (held_out if i in chosen else kept).append(item)
+  return kept, held_out
 
 
 # Opening: each gives what can be used, and what was dropped.

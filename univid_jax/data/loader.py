@@ -7,7 +7,7 @@ import grain
 import numpy as np
 
 from univid_jax.data.clips import ClipRef
-from univid_jax.data.packing import Features, RowShape, finish_rows, sentence_features
+from univid_jax.data.packing import FEATURES, SEGMENTED, Features, RowShape, finish_rows, sentence_features
 from univid_jax.data.sentences import CONTEXTS
 from univid_jax.types import PackedRow, Sentence
 
@@ -24,6 +24,8 @@ class FeatureMaker:
     patch_size: of the transformer.
     text_len: length to which the original pads a prompt.
     task_names: tasks by number, from 1.
+    condition: for I2V models: a sentence's first clip and its number of latent frames to `condition` and `image_features` of
+      `sentence_features`; None for T2V.
   """
 
   encode: Callable[[np.ndarray | ClipRef], np.ndarray]
@@ -31,9 +33,19 @@ class FeatureMaker:
   patch_size: tuple[int, int, int]
   text_len: int
   task_names: Sequence[str]
+  condition: Callable[[np.ndarray | ClipRef, int], tuple[np.ndarray, np.ndarray]] | None = None
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Of the features."""
+    everything = tuple(name for names in FEATURES.values() for name in names)
+    return tuple(name for name in everything if self.condition or name not in ("condition", "image_features"))
 
   def __call__(self, sentence: Sentence) -> Features:
     latents = tuple(self.encode(clip) for clip in sentence.clips)
+    condition = features = None
+    if self.condition is not None:
+      condition, features = self.condition(sentence.clips[0], sum(len(clip) for clip in latents))
     return sentence_features(
         sentence.replace(clips=latents),
         patch_size=self.patch_size,
@@ -41,6 +53,8 @@ class FeatureMaker:
         text_len=self.text_len,
         task_id=1 + self.task_names.index(sentence.task) if sentence.task in self.task_names else 0,
         context_id=1 + CONTEXT_NAMES.index(sentence.context) if sentence.context in CONTEXT_NAMES else 0,
+        condition=condition,
+        image_features=features,
     )
 
 
@@ -71,27 +85,22 @@ def make_loader(sources: Sequence, make_features: FeatureMaker, *, row_shape: Ro
   if num_streams % process_count or rows_per_batch % (num_streams // process_count):
     raise ValueError(f"{num_streams} streams of rows do not divide over {process_count} processes and {rows_per_batch} rows")
   count = num_streams // process_count
-  lengths = {
-      "tokens": row_shape.num_tokens, "positions": row_shape.num_tokens, "target_mask": row_shape.num_tokens,
-      "text": row_shape.num_text_tokens, "text_counts": row_shape.num_text_tokens,
-      "task_ids": row_shape.num_slots, "context_ids": row_shape.num_slots,
-  }
+  lengths = row_shape.limits(make_features.names)
   pack = {"first_fit": grain.experimental.FirstFitPackIterDataset, "best_fit": grain.experimental.BestFitPackIterDataset}[packing]
 
   def stream(index: int):
     features = everything[index::num_streams].map(make_features)
     features = features.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=64))
     return pack(features, length_struct=lengths, num_packing_bins=num_packing_bins or 2 * rows_per_batch // count, seed=seed,
-                meta_features=("positions", "target_mask", "text_counts", "task_ids", "context_ids"))
+                meta_features=tuple(name for name in lengths if name not in SEGMENTED))
 
   streams = [stream(index) for index in range(process_index * count, (process_index + 1) * count)]
   rows = streams[0] if count == 1 else grain.IterDataset.mix(streams)
   # The rows of one stream stand together, as they do where each is a process's.
   order = np.arange(rows_per_batch).reshape(-1, count).T.ravel()
-  batches = rows.batch(rows_per_batch, drop_remainder=True).map(lambda batch: _to_rows({k: v[order] for k, v in batch.items()}))
+
+  def finish(batch: Features) -> PackedRow:
+    return finish_rows({name: value[order] for name, value in batch.items()}, context_causal=row_shape.context_causal)
+
+  batches = rows.batch(rows_per_batch, drop_remainder=True).map(finish)
   return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
-
-
-def _to_rows(packed: Features) -> PackedRow:
-  names = {"tokens_segment_ids": "segment_ids"}
-  return finish_rows({names.get(name, name): value for name, value in packed.items()})

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,18 @@ from einops import rearrange
 from univid_jax.types import PackedRow, Role, Sentence
 
 Features = Mapping[str, np.ndarray]
+
+# What a sentence brings, by what it is counted in; and those of each kind that say which sentence stands where.
+FEATURES = {
+    "tokens": ("tokens", "positions", "target_mask", "condition"),
+    "text": ("text", "text_counts"),
+    "image_features": ("image_features",),
+    "slots": ("task_ids", "context_ids"),
+}
+SEGMENTED = ("tokens", "text", "image_features")
+
+# CLIP's features of one image: its patches and their class.
+IMAGE_FEATURES = 257
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,11 +33,19 @@ class RowShape:
     num_tokens: tokens.
     num_text_tokens: text tokens, each sentence's padding counted as one.
     num_slots: sentences.
+    context_causal: whether context tokens see only context, see `PackedRow`.
   """
 
   num_tokens: int
   num_text_tokens: int
   num_slots: int
+  context_causal: bool = False
+
+  def limits(self, features: Mapping[str, Any]) -> dict[str, int]:
+    """How long each of the features of a row may be."""
+    counts = {"tokens": self.num_tokens, "text": self.num_text_tokens, "slots": self.num_slots,
+              "image_features": IMAGE_FEATURES * self.num_slots}
+    return {name: counts[kind] for kind, names in FEATURES.items() for name in names if name in features}
 
 
 def patchify(latents: np.ndarray, patch_size: tuple[int, int, int]) -> np.ndarray:
@@ -46,7 +67,8 @@ def unpatchify(tokens: np.ndarray, shape: tuple[int, int, int], patch_size: tupl
 
 
 def sentence_features(sentence: Sentence, *, patch_size: tuple[int, int, int], prompt_embedding: np.ndarray, text_len: int,
-                      task_id: int = 0, context_id: int = 0) -> Features:
+                      task_id: int = 0, context_id: int = 0, condition: np.ndarray | None = None,
+                      image_features: np.ndarray | None = None) -> Features:
   """What a sentence puts into a row, without what depends on its place there.
 
   Args:
@@ -56,6 +78,8 @@ def sentence_features(sentence: Sentence, *, patch_size: tuple[int, int, int], p
     text_len: length to which the original pads a prompt.
     task_id: number of the task, from 1; 0 is none.
     context_id: number of the context, likewise.
+    condition: I2V's mask and first-frame latents (t, y, x, 20) over the whole sentence, or None.
+    image_features: I2V's CLIP features (257, 1280), or None.
   """
   tokens = [patchify(clip, patch_size) for clip in sentence.clips]
   positions, start = [], 0
@@ -70,7 +94,13 @@ def sentence_features(sentence: Sentence, *, patch_size: tuple[int, int, int], p
     raise ValueError(f"a prompt of {len(prompt_embedding)} tokens is longer than {text_len}")
   text = np.concatenate([prompt_embedding, np.zeros((min(padding, 1), prompt_embedding.shape[1]))])
   counts = np.concatenate([np.ones(len(prompt_embedding)), np.full(min(padding, 1), padding)])
+  conditions = {}
+  if condition is not None:
+    conditions["condition"] = patchify(condition, patch_size).astype(np.float32)
+  if image_features is not None:
+    conditions["image_features"] = np.asarray(image_features, np.float32)
   return {
+      **conditions,
       "tokens": np.concatenate(tokens).astype(np.float32),
       "positions": np.concatenate(positions).astype(np.int32),
       "target_mask": np.repeat([role == Role.TARGET for role in sentence.roles], lengths),
@@ -81,20 +111,28 @@ def sentence_features(sentence: Sentence, *, patch_size: tuple[int, int, int], p
   }
 
 
-def finish_rows(packed: Features) -> PackedRow:
+def finish_rows(packed: Features, *, context_causal: bool = False) -> PackedRow:
   """Adds to packed features what follows from which sentence stands where; every array has a leading row dim.
 
   Args:
-    packed: the features of `sentence_features`, and `segment_ids` and `text_segment_ids` (from 1; 0 is padding).
+    packed: the features of `sentence_features`, and for tokens, text and image features the segment ids of each (from 1; 0 is
+      padding) under their name and `_segment_ids`.
+    context_causal: whether context tokens see only context.
   """
-  segment_ids, text_segment_ids = packed["segment_ids"], packed["text_segment_ids"]
-  modulation_ids = 2 * np.maximum(segment_ids - 1, 0) + packed["target_mask"]
+  segment_ids, targets = packed["tokens_segment_ids"], packed["target_mask"].astype(bool)
+  key_intervals = segment_intervals(segment_ids, segment_ids)
+  if context_causal:
+    context = segment_intervals(segment_ids, np.where(targets, 0, segment_ids))
+    key_intervals = np.where(targets[..., None], key_intervals, context)
+  images = packed.get("image_features_segment_ids")
   return PackedRow(
-      **{name: packed[name] for name in ("tokens", "positions", "target_mask", "text", "text_counts", "task_ids", "context_ids")},
+      **{name: packed[name] for names in FEATURES.values() for name in names if name in packed},
       segment_ids=segment_ids.astype(np.int32),
-      key_intervals=segment_intervals(segment_ids, segment_ids),
-      text_intervals=segment_intervals(segment_ids, text_segment_ids),
-      modulation_ids=modulation_ids.astype(np.int32),
+      key_intervals=key_intervals,
+      text_intervals=segment_intervals(segment_ids, packed["text_segment_ids"]),
+      image_intervals=None if images is None else segment_intervals(segment_ids, images),
+      modulation_ids=(2 * np.maximum(segment_ids - 1, 0) + targets).astype(np.int32),
+      context_causal=context_causal,
   )
 
 
@@ -118,28 +156,46 @@ def pack(sentences: Sequence[Features], shape: RowShape) -> PackedRow:
   Raises:
     ValueError: they do not fit.
   """
-  limits = {"tokens": shape.num_tokens, "positions": shape.num_tokens, "target_mask": shape.num_tokens,
-            "text": shape.num_text_tokens, "text_counts": shape.num_text_tokens,
-            "task_ids": shape.num_slots, "context_ids": shape.num_slots}
   packed = {}
-  for name, limit in limits.items():
+  for name, limit in shape.limits(sentences[0]).items():
     parts = [features[name] for features in sentences]
     total = sum(map(len, parts))
     if total > limit:
       raise ValueError(f"{len(sentences)} sentences with {total} {name} do not fit into a row of {limit}")
     values = np.concatenate(parts)
     packed[name] = np.pad(values, [(0, limit - total)] + [(0, 0)] * (values.ndim - 1))[None]
-    if name in ("tokens", "text"):
+    if name in SEGMENTED:
       ids = np.repeat(np.arange(1, len(parts) + 1), [len(part) for part in parts])
-      packed["segment_ids" if name == "tokens" else "text_segment_ids"] = np.pad(ids, (0, limit - total))[None]
-  return finish_rows(packed)
+      packed[f"{name}_segment_ids"] = np.pad(ids, (0, limit - total))[None]
+  return finish_rows(packed, context_causal=shape.context_causal)
+
+
+def join_rows(rows: Sequence[PackedRow]) -> PackedRow:
+  """Rows of one shape as a batch."""
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
 
 def pack_rows(sentences: Sequence[Features], shape: RowShape) -> tuple[PackedRow, list[tuple[int, int]]]:
-  """Packs sentences into as few rows as first-fit-decreasing finds.
+  """Packs sentences into rows by `assign_rows`.
 
   Returns:
     The rows, and (row, segment id) of each sentence.
+  """
+  rows = assign_rows(sentences, shape)
+  return join_rows([pack([sentences[i] for i in row], shape) for row in rows]), places_of(rows)
+
+
+def places_of(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+  """(row, segment id) of each sentence."""
+  places = {index: (r, 1 + s) for r, row in enumerate(rows) for s, index in enumerate(row)}
+  return [places[i] for i in range(len(places))]
+
+
+def assign_rows(sentences: Sequence[Features], shape: RowShape) -> list[list[int]]:
+  """Which sentences share a row: as few rows as first-fit-decreasing finds.
+
+  Raises:
+    ValueError: a sentence is longer than a row.
   """
   rows: list[list[int]] = []
   for index in sorted(range(len(sentences)), key=lambda i: -len(sentences[i]["tokens"])):
@@ -147,9 +203,7 @@ def pack_rows(sentences: Sequence[Features], shape: RowShape) -> tuple[PackedRow
     if row is None:
       rows.append(row := [])
     row.append(index)
-  packed = [pack([sentences[i] for i in row], shape) for row in rows]
-  places = {index: (r, 1 + s) for r, row in enumerate(rows) for s, index in enumerate(row)}
-  return jax.tree.map(lambda *parts: np.concatenate(parts), *packed), [places[i] for i in range(len(sentences))]
+  return rows
 
 
 def _fits(sentences: Sequence[Features], shape: RowShape) -> bool:

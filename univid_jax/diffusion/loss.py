@@ -16,9 +16,13 @@ def per_token(values: Float[Array, "b s"], row: PackedRow) -> Float[Array, "b l 
 
 
 def timestep_table(sigmas: Float[Array, "b s"], row: PackedRow) -> Float[Array, "b m"]:
-  """Timesteps (0 to 1000) by modulation slot: a sentence's context and target share one, as in the reference."""
+  """Timesteps (0 to 1000) by modulation slot: a sentence's context and target share one, as in the reference, or in
+  context-causal rows the context has 0."""
   timesteps = sigmas * NUM_TRAIN_TIMESTEPS
-  return timesteps if row.modulation_ids is None else jnp.repeat(timesteps, 2, axis=1)
+  if row.modulation_ids is None:
+    return timesteps
+  context = jnp.zeros_like(timesteps) if row.context_causal else timesteps
+  return jnp.stack([context, timesteps], axis=-1).reshape(len(timesteps), -1)
 
 
 def has_sentence(row: PackedRow) -> Float[Array, "b s"]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from univid_jax.diffusion.loss import timestep_table
 from univid_jax.types import PackedRow
@@ -14,7 +14,8 @@ from univid_jax.types import PackedRow
 VelocityFn = Callable[[Float[Array, "b l p"], Float[Array, "b s"]], Float[Array, "b l p"]]
 
 
-def velocity_fn(model, row: PackedRow, *, negative: PackedRow | None = None, guidance_scale: float = 1.0) -> VelocityFn:
+def velocity_fn(model, row: PackedRow, *, negative: PackedRow | None = None, guidance_scale: float = 1.0,
+                targets: Int[Array, "b q"] | None = None) -> VelocityFn:
   """The model's velocity in float32, with classifier-free guidance where there is a negative row.
 
   Args:
@@ -22,14 +23,37 @@ def velocity_fn(model, row: PackedRow, *, negative: PackedRow | None = None, gui
     row: the sentences with their prompts.
     negative: the same with the negative prompts.
     guidance_scale: 1 is the prompt alone; more moves away from the negative prompt.
+    targets: the places of the targets' tokens, see `target_places`; where they are given, context is computed once, here, and
+      the velocity of context is 0.
   """
-  def predict(x, sigmas):
-    positive = model(x, timestep_table(sigmas, row), row).astype(jnp.float32)
-    if negative is None:
-      return positive
-    opposite = model(x, timestep_table(sigmas, negative), negative).astype(jnp.float32)
-    return opposite + guidance_scale * (positive - opposite)
-  return predict
+  def of(row: PackedRow) -> VelocityFn:
+    if targets is None:
+      return lambda x, sigmas: model(x, timestep_table(sigmas, row), row).astype(jnp.float32)
+    context = model.encode_context(row, targets)
+    queries, index = context.of(row), targets[..., None]
+
+    def predict(x, sigmas):
+      tokens = jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
+      out = model(tokens, timestep_table(sigmas, row), queries, context).astype(jnp.float32)
+      return jnp.zeros_like(x).at[jnp.arange(len(x))[:, None], targets].set(out, mode="drop")
+    return predict
+
+  positive = of(row)
+  if negative is None:
+    return positive
+  opposite = of(negative)
+
+  def guided(x, sigmas):
+    away = opposite(x, sigmas)
+    return away + guidance_scale * (positive(x, sigmas) - away)
+  return guided
+
+
+def target_places(target_mask: Bool[np.ndarray, "b l"]) -> Int[np.ndarray, "b q"]:
+  """Where the targets' tokens stand in each row; rows with fewer than others are filled up with l."""
+  places = [np.flatnonzero(mask) for mask in target_mask]
+  longest = max(map(len, places))
+  return np.stack([np.pad(p, (0, longest - len(p)), constant_values=target_mask.shape[1]) for p in places]).astype(np.int32)
 
 
 def euler(predict: VelocityFn, row: PackedRow, noise: Float[Array, "b l p"], sigmas: Float[Array, "i"], *,

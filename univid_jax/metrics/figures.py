@@ -14,19 +14,21 @@ from univid_jax.types import Role, Sentence
 COLUMNS = ("A", "A'", "B", "B' predicted", "B' true")
 
 
-def plot_loss(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:
-  """The loss over the steps, with a running mean."""
-
+def plot_loss(path: Path, training: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = ()) -> None:
+  """(step, loss) of the training, with a running mean, and of the validation."""
+  steps, losses = zip(*training)
   figure = Figure(figsize=(7, 4), layout="constrained")
   axes = figure.subplots()
-  axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="loss")
+  axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training")
   window = max(len(losses) // 20, 1)
   smooth = np.convolve(np.pad(losses, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
   axes.plot(steps, smooth, color="tab:blue", label=f"mean of {window}" if window > 1 else None)
-  axes.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
+  if validation:
+    axes.plot(*zip(*validation), color="tab:orange", marker="o", markersize=4, label="validation, fixed noise levels")
+  axes.set(xlabel="step", ylabel="loss", yscale="log", title="loss")
   axes.grid(alpha=0.3, which="both")
   axes.legend()
-  figure.savefig(path, dpi=120)
+  figure.savefig(path, dpi=120, format="png")
 
 
 def sentence_grid(path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, columns: Sequence[str] = COLUMNS,

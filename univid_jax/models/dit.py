@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from univid_jax.attention.api import attention, count_bias
 from univid_jax.models.layers import LayerNorm, Linear, RMSNorm, gelu_tanh, normalize, param
 from univid_jax.models.rope import rotary_tables, rotate
-from univid_jax.types import PackedRow
+from univid_jax.types import TOKEN_FIELDS, PackedRow
 
 REMAT_POLICIES = {
     "none": None,
@@ -96,6 +96,36 @@ def timestep_embedding(timesteps: Float[Array, "..."], dim: int) -> Float[Array,
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+KeysAndValues = tuple[Float[Array, "b l h k"], Float[Array, "b l h k"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What a context-causal row's targets need of its context: keys and values, computed once.
+
+  Attributes:
+    keys_and_values: of all tokens of the row, in each layer (n_layers, b, l, h, k), or in one.
+    targets: the places of the targets' tokens in the row; l where a row has fewer than others.
+  """
+
+  keys_and_values: KeysAndValues
+  targets: Int[Array, "b q"]
+
+  def filled(self, *keys_and_values: Float[Array, "b q h k"]) -> KeysAndValues:
+    """The whole row's keys and values, with those of the targets as they are now."""
+    rows = jnp.arange(len(self.targets))[:, None]
+    return tuple(kept.at[rows, self.targets].set(now.astype(kept.dtype), mode="drop")
+                 for kept, now in zip(self.keys_and_values, keys_and_values))
+
+  def of(self, row: PackedRow) -> PackedRow:
+    """The targets' tokens alone, as queries: their intervals still count the whole row's keys."""
+    taken = {name: jnp.take_along_axis(value, self.targets.reshape(self.targets.shape + (1,) * (value.ndim - 2)), axis=1,
+                                       mode="fill", fill_value=0)
+             for name in TOKEN_FIELDS if (value := getattr(row, name)) is not None}
+    return dataclasses.replace(row, **taken)
+
+
 def spread(table: Float[Array, "b m d"], row: PackedRow) -> Float[Array, "b l|1 d"]:
   """Gives each token its entry of a table by modulation slot; one entry for all is left to broadcasting.
 
@@ -118,11 +148,15 @@ class SelfAttention(nnx.Module):
     self.o = linear(dims=("heads", "embed"))
     self.norm_q, self.norm_k = norm(), norm()
 
-  def __call__(self, x: Float[Array, "b l d"], row: PackedRow, rope) -> Float[Array, "b l d"]:
+  def __call__(self, x: Float[Array, "b l d"], row: PackedRow, rope,
+               context: "Context | None" = None) -> tuple[Float[Array, "b l d"], KeysAndValues]:
     q = rotate(self._heads(self.norm_q(self.q(x))), *rope)
     k = rotate(self._heads(self.norm_k(self.k(x))), *rope)
-    y = attention(q, k, self._heads(self.v(x)), key_intervals=row.key_intervals, backend=self.backend)
-    return self.o(y.reshape(x.shape))
+    v = self._heads(self.v(x))
+    if context is not None:
+      k, v = context.filled(k, v)
+    y = attention(q, k, v, key_intervals=row.key_intervals, backend=self.backend)
+    return self.o(y.reshape(x.shape)), (k, v)
 
   def _heads(self, x):
     return x.reshape(*x.shape[:2], self.num_heads, -1)
@@ -181,14 +215,15 @@ class Block(nnx.Module):
     self.modulation = param(rngs, jax.nn.initializers.normal(config.dim**-0.5), (6, config.dim), param_dtype, (None, "embed"))
 
   def __call__(self, x: Float[Array, "b l d"], row: PackedRow, rope, time: Float[Array, "b m 6 d"],
-               text: Float[Array, "b n d"], image: Float[Array, "b i d"] | None) -> Float[Array, "b l d"]:
+               text: Float[Array, "b n d"], image: Float[Array, "b i d"] | None,
+               context: "Context | None" = None) -> tuple[Float[Array, "b l d"], KeysAndValues]:
     table = self.modulation[...].astype(jnp.float32) + time
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (spread(table[:, :, i], row) for i in range(6))
-    y = self.self_attn(modulate(x, shift, scale, self.eps), row, rope)
+    y, keys_and_values = self.self_attn(modulate(x, shift, scale, self.eps), row, rope, context)
     x = gated_sum(x, y, gate)
     x = x + self.cross_attn(self.norm3(x), row, text, image)
     y = self.ffn(modulate(x, mlp_shift, mlp_scale, self.eps))
-    return gated_sum(x, y, mlp_gate)
+    return gated_sum(x, y, mlp_gate), keys_and_values
 
 
 def modulate(x, shift, scale, eps: float):
@@ -271,13 +306,15 @@ class DiT(nnx.Module):
     self.blocks = nnx.vmap(lambda rngs: block(rngs=rngs))(rngs.split(config.num_layers))
     self.head = Head(config, **dict(kwargs))
 
-  def __call__(self, tokens: Float[Array, "b l p"], timesteps: Float[Array, "b m"], row: PackedRow) -> Float[Array, "b l p"]:
+  def __call__(self, tokens: Float[Array, "b l p"], timesteps: Float[Array, "b m"], row: PackedRow,
+               context: Context | None = None) -> Float[Array, "b l p"]:
     """Predicts the velocity of each token.
 
     Args:
       tokens: the row's latents as the model shall see them: context clean, targets noised.
       timesteps: the table that `row.modulation_ids` point into, 0 to 1000; (b, 1) where they are None.
       row: positions, intervals, text and I2V's conditions; its own tokens are not used.
+      context: of `encode_context`, where tokens and row are those of its targets alone.
 
     Returns:
       The velocity, in the compute dtype, patches ordered like the tokens.
@@ -285,6 +322,27 @@ class DiT(nnx.Module):
     Raises:
       ValueError: an I2V model without condition and image features, or a T2V model with them.
     """
+    time, x, _ = self._run(tokens, timesteps, row, context, keep=False)
+    return self.head(x, row, time)
+
+  def encode_context(self, row: PackedRow, targets: Int[Array, "b q"]) -> Context:
+    """Keys and values of the context, which do not depend on noise; in the compute dtype.
+
+    Args:
+      row: context-causal.
+      targets: the places of the targets' tokens.
+
+    Raises:
+      ValueError: the row's context sees its targets.
+    """
+    if not row.context_causal:
+      raise ValueError("only the context of a model trained with attention = context_causal can be computed once")
+    slots = 2 * row.num_slots
+    _, _, keys_and_values = self._run(row.tokens, jnp.zeros((len(row.tokens), slots)), row, None, keep=True)
+    return Context(keys_and_values, targets)
+
+  def _run(self, tokens, timesteps, row: PackedRow, context: Context | None, *, keep: bool):
+    """Time (b, m, d), the last hidden states and, if they are to be kept, keys and values by layer."""
     given = row.condition is not None, row.image_features is not None
     if given != (self.config.model_type == "i2v",) * 2:
       raise ValueError(f"a {self.config.model_type} model takes rows with condition and image_features "
@@ -298,13 +356,17 @@ class DiT(nnx.Module):
     rope = rotary_tables(row.positions, self.config.head_dim, theta=self.config.rope_theta, scale=self.config.rope_scale)
     graph, layers = nnx.split(self.blocks)
 
-    def apply_block(x, layer):
-      return nnx.merge(graph, layer)(x, row, rope, modulation, text, image), None
+    def apply_block(x, inputs):
+      layer, kept = inputs
+      known = None if kept is None else Context(kept, context.targets)
+      x, keys_and_values = nnx.merge(graph, layer)(x, row, rope, modulation, text, image, known)
+      return x, keys_and_values if keep else None
 
     if self.remat != "none":
       apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-    x, _ = jax.lax.scan(apply_block, self.patch_embedding(tokens), layers)
-    return self.head(x, row, time)
+    x, kept = jax.lax.scan(apply_block, self.patch_embedding(tokens),
+                           (layers, None if context is None else context.keys_and_values))
+    return time, x, kept
 
   def embed_conditions(self, timesteps, row: PackedRow):
     """What all blocks share: time (b, m, d) and modulation (b, m, 6, d) in float32, text (b, n, d), image (b, i, d)."""

@@ -6,7 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from univid_jax.types import TOKEN_FIELDS
 
 # A dim of a parameter spreads over those of its axes that are larger than 1, free in this parameter, and divide it together.
 # Context is among them: without it every device of a row would hold the same weights.
@@ -20,8 +23,6 @@ PARAMETER_AXES = {
 ROWS = ("data", "fsdp")
 BATCH = PartitionSpec(ROWS)
 TOKENS = PartitionSpec(ROWS, "context")
-TOKEN_FIELDS = ("tokens", "positions", "segment_ids", "target_mask", "key_intervals", "text_intervals", "modulation_ids",
-                "condition", "image_intervals")
 
 
 def parameter_spec(shape: Sequence[int], dims: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
@@ -71,3 +72,10 @@ def shard_batch(batch, mesh: Mesh):
       raise ValueError(f"rows of {x.shape[1]} tokens do not divide over context = {mesh.shape['context']} devices")
     return jax.make_array_from_process_local_data(NamedSharding(mesh, TOKENS if name in TOKEN_FIELDS else BATCH), x)
   return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def gathered(tree: Any) -> Any:
+  """Sharded arrays as whole NumPy arrays, on every process."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)

@@ -16,12 +16,18 @@ CONFIG_FILE = "config.json"
 class Checkpointer:
   """Saves asynchronously and atomically under WORKDIR/checkpoints; a save that was cut off does not count.
 
-  A checkpoint holds `model` (what to sample with), `training` (step, raw weights, optimizer) and `data` (the place in the
-  stream of sentences).
+  The last `keep` are kept, and the one with the lowest validation loss. A checkpoint holds `model` (what to sample with),
+  `training` (step, raw weights, optimizer) and `data` (the place in the stream of sentences).
   """
 
   def __init__(self, workdir: str, *, keep: int = 2, read_only: bool = False):
-    options = ocp.CheckpointManagerOptions(max_to_keep=None if read_only else keep, enable_async_checkpointing=True,
+    def loss(metrics):
+      return metrics["val_loss"]
+
+    policies = ocp.checkpoint_managers
+    best = policies.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+    kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+    options = ocp.CheckpointManagerOptions(preservation_policy=None if read_only else kept, best_fn=loss, best_mode="min",
                                            create=not read_only, read_only=read_only)
     self._manager = ocp.CheckpointManager(epath.Path(workdir).resolve() / "checkpoints", options=options,
                                           item_names=("model", "training", "data"))
@@ -30,7 +36,16 @@ class Checkpointer:
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
+  @property
+  def steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  @property
+  def best_step(self) -> int | None:
+    """The step with the lowest validation loss, or None where none was measured."""
+    return self._manager.best_step()
+
+  def save(self, state: TrainState, data: grain.DatasetIterator, *, val_loss: float | None = None) -> None:
     """Starts to save; a step that is saved already is left as it is."""
     step = int(state.step)
     if step != self.latest_step:
@@ -38,7 +53,7 @@ class Checkpointer:
           model=ocp.args.StandardSave(state.model_params),
           training=ocp.args.StandardSave(_training_items(state)),
           data=grain.checkpoint.CheckpointSave(data),
-      ))
+      ), metrics=None if val_loss is None else {"val_loss": val_loss})
 
   def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
     """The latest state, straight in the shards that `abstract` names; puts `data` where it was.
@@ -60,10 +75,10 @@ class Checkpointer:
     return TrainState(step=training["step"], params=training["params"] if has_ema else restored["model"],
                       ema=restored["model"] if has_ema else None, opt_state=training["opt_state"])
 
-  def restore_model(self, abstract_params: Any) -> Any:
+  def restore_model(self, abstract_params: Any, step: int) -> Any:
     """Only what is needed to sample."""
     args = ocp.args.Composite(model=ocp.args.StandardRestore(abstract_params))
-    return self._manager.restore(self.latest_step, args=args)["model"]
+    return self._manager.restore(step, args=args)["model"]
 
   def wait(self) -> None:
     """Returns when all that was started is on disk."""

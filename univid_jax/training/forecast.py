@@ -9,17 +9,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from univid_jax import build
-from univid_jax.parallel.sharding import BATCH, TOKEN_FIELDS, TOKENS
+from univid_jax.data.packing import IMAGE_FEATURES
+from univid_jax.parallel.sharding import BATCH, TOKENS
+from univid_jax.performance import chip_of
 from univid_jax.training.optimizer import make_optimizer
 from univid_jax.training.step import StateSpec, make_train_step
-from univid_jax.types import PackedRow
+from univid_jax.types import TOKEN_FIELDS, PackedRow
 
 # What to change by name when it does not fit.
 ADVICE = ("config.model.remat=full recomputes instead of storing; config.mesh.fsdp or tensor spread weights over more devices, "
           "config.mesh.context a row's tokens; a smaller config.lora.rank or config.rows.num_tokens takes less")
-
-# High-bandwidth memory of a chip in GB (1e9 bytes), by the name that JAX gives the device.
-CHIP_MEMORY = {"TPU v4": 34.4, "TPU v5 lite": 16.9, "TPU v5": 102.0, "TPU v6 lite": 34.4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,10 +70,11 @@ def abstract_batch(config: Mapping[str, Any], mesh: Mesh) -> PackedRow:
   }
   if dit.model_type == "i2v":
     specs["condition"] = ((length, dit.patch_volume * (dit.in_dim - dit.out_dim)), jnp.float32)
-    specs["image_features"] = ((257 * slots, dit.image_dim), jnp.float32)
+    specs["image_features"] = ((IMAGE_FEATURES * slots, dit.image_dim), jnp.float32)
     specs["image_intervals"] = ((length, 2), jnp.int32)
-  return PackedRow(**{name: jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=NamedSharding(
-      mesh, TOKENS if name in TOKEN_FIELDS else BATCH)) for name, (dims, dtype) in specs.items()})
+  fields = {name: jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=NamedSharding(
+      mesh, TOKENS if name in TOKEN_FIELDS else BATCH)) for name, (dims, dtype) in specs.items()}
+  return PackedRow(**fields, context_causal=shape.context_causal)
 
 
 def compile_step(step: Callable[..., Any], spec: StateSpec, batch: PackedRow, mesh: Mesh) -> tuple[Callable[..., Any], Forecast]:
@@ -105,9 +105,9 @@ def compile_step(step: Callable[..., Any], spec: StateSpec, batch: PackedRow, me
 
 def device_memory(device: jax.Device) -> int | None:
   """Bytes that a device has for JAX, or None where that is not known."""
-  known = CHIP_MEMORY.get(device.device_kind)
-  if known is not None:
-    return int(known * 1e9)
+  chip = chip_of(device)
+  if chip is not None and device.platform == "tpu":
+    return int(chip.memory)
   try:
     return (device.memory_stats() or {}).get("bytes_limit")
   except jax.errors.JaxRuntimeError:  # a device that is not here

@@ -4,23 +4,28 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
+from etils import epath
 from tqdm import tqdm
 
 import univid_jax
 from univid_jax import build
+from univid_jax.attention.api import best_backend
 from univid_jax.data.loader import make_loader
 from univid_jax.encoders import Encoders
+from univid_jax.files import local_file
+from univid_jax.models.dit import DiTConfig
+from univid_jax.models.lora import join
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.parallel.sharding import shard_batch
+from univid_jax.parallel.sharding import gathered, shard_batch
+from univid_jax.performance import chip_of, step_flops
 from univid_jax.pipeline import Pipeline, with_loras
 from univid_jax.training.checkpoint import Checkpointer, read_config, write_config
 from univid_jax.training.forecast import ADVICE, abstract_batch, compile_step
@@ -28,12 +33,12 @@ from univid_jax.training.optimizer import make_optimizer
 from univid_jax.training.prepare import Prepared, open_data, prepare
 from univid_jax.training.restore import base_parameters, lora_weights
 from univid_jax.training.step import StateSpec, make_train_step
+from univid_jax.training.validation import PREVIEWS, Validation, validation_sentences, write_previews
 from univid_jax.training.writer import MetricsWriter
 from univid_jax.weights.lora import write_lora
 
 # What may differ between a run and its continuation: how often it reports and saves, and where it runs.
-MAY_CHANGE = ("num_steps", "log_every", "checkpoint", "mesh", "eval", "version")
-
+MAY_CHANGE = ("num_steps", "log_every", "checkpoint", "mesh", "eval", "validation", "version")
 
 # The trained LoRA, as ComfyUI and diffusers read it.
 LORA_EXPORT = "lora.safetensors"
@@ -67,9 +72,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     Interrupted: SIGTERM or Ctrl-C came; the state is saved.
   """
   build.check(config)
-  if build.transformer_config(config).model_type == "i2v":
-    raise ValueError("training of I2V models is not supported yet; sampling with them is")
-  Path(workdir).mkdir(parents=True, exist_ok=True)
+  epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
   check_processes(mesh)
   optimizer = make_optimizer(config.optimizer, config.num_steps)
@@ -90,14 +93,26 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     check_same_run(workdir, read_config(workdir), values)
     state = checkpointer.restore(spec.abstract, loader)
     print(f"resuming {workdir} at step {int(state.step)} of {config.num_steps}")
+  if not trains_lora:
+    del base  # a full training starts from a copy
   write_config(workdir, values)
   step_fn, memory = compile_step(step_fn, spec, abstract_batch(config, mesh), mesh)
   print(memory if memory.fits else f"{memory}: that is more than there is; {ADVICE}")
+
+  dit = build.transformer_config(config)
+
+  def pipeline(params) -> Pipeline:
+    """What is trained so far, to sample with."""
+    return Pipeline(dit, spec.graph, join(frozen, params), encoders=encoders, mesh=mesh, run=values)
+
+  print(f"attention: {backend_name(config, mesh, dit)}, {config.model.attention.replace('_', '-')}")
+  watch = Watch(config, mesh, spec, encoders, prepared, workdir, pipeline)
   start, started = int(state.step), time.monotonic()
   writer = MetricsWriter(workdir, start_step=start) if jax.process_index() == 0 else None
   try:
     with jax.set_mesh(mesh), stop_on_signal() as stop, progress_bar(start, config.num_steps) as bar:
       pending: list[dict[str, Any]] = []
+      speed = Speed(config, dit, mesh)
       for step in range(start + 1, config.num_steps + 1):
         state, metrics = step_fn(state, frozen, shard_batch(next(loader), mesh))
         pending.append(metrics)
@@ -105,15 +120,20 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
         # Asked once a step: a signal that comes after this line is for the next step, which saves.
         last, stopping = step == config.num_steps, stop.is_set
         saves = last or stopping or step % config.checkpoint.every_steps == 0
+        looks = watch.is_due(step, last) and not stopping
         # Before a save as well: what is not finite must not replace the last good checkpoint.
-        if saves or step % config.log_every == 0:
-          summary = _summarize(pending, step)
-          bar.set_postfix(loss=f"{summary['loss']:.3f}", fill=f"{summary['fill_rate']:.0%}", refresh=False)
+        if saves or looks or step % config.log_every == 0:
+          summary = speed.added_to(_summarize(pending, step), len(pending))
+          bar.set_postfix_str(shown(summary), refresh=False)
+          if looks:
+            summary |= watch(step, state.model_params, frozen)
+            bar.write(f"step {step}: validation loss {summary['val_loss']:.4f}")
+            speed.restart()
           if writer:
             writer.write(step, summary)
           pending.clear()
         if saves:
-          checkpointer.save(state, loader)
+          checkpointer.save(state, loader, val_loss=summary.get("val_loss"))
         if stopping and not last:
           checkpointer.wait()
           raise Interrupted(f"stopped by {stop.name} at step {step} of {config.num_steps}, saved; "
@@ -126,14 +146,103 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
       writer.close()
   if prepared.data.dropped:
     print(f"{len(prepared.data.dropped)} rows of the data could not be used and were left out, first {prepared.data.dropped[0]}")
-  dit_config, graph, params = build.transformer_config(config), spec.graph, state.model_params
+  graph, params = spec.graph, state.model_params
   if trains_lora:
     lora = lora_weights(values, gathered(params), step=config.num_steps)
     if jax.process_index() == 0:
-      write_lora(Path(workdir) / LORA_EXPORT, lora, "comfyui")
-    graph, params = with_loras(dit_config, base_graph, frozen, [(lora, 1.0)], mesh=mesh, merged=False)
-  pipeline = Pipeline(dit_config, graph, params, encoders=encoders, mesh=mesh, run=values)
-  return TrainResult(pipeline, config.num_steps - start, time.monotonic() - started)
+      with local_file(epath.Path(workdir) / LORA_EXPORT) as path:
+        write_lora(path, lora, "comfyui")
+    graph, params = with_loras(dit, base_graph, frozen, [(lora, 1.0)], mesh=mesh, merged=False)
+  trained = Pipeline(dit, graph, params, encoders=encoders, mesh=mesh, run=values)
+  return TrainResult(trained, config.num_steps - start, time.monotonic() - started)
+
+
+class Watch:
+  """Validation and previews, every so many steps of the config's `validation`.
+
+  Args:
+    config: of the run.
+    mesh: the devices.
+    spec: of the training state.
+    encoders: of the run.
+    prepared: its data.
+    workdir: where previews go.
+    pipeline: makes one of what is trained so far.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, spec: StateSpec, encoders: Encoders,
+               prepared: Prepared, workdir: str, pipeline: Callable[[Any], Pipeline]):
+    self._config, self._workdir, self._make_pipeline = config.validation, workdir, pipeline
+    self._pipeline: Pipeline | None = None
+    if not self._config.every_steps:
+      return
+    self._sentences, held_out = validation_sentences(prepared.data, self._config.sentences)
+    if not held_out:
+      print("validation: too little data to hold any out, so its loss is on sentences of the training")
+    make_features = build.feature_maker(config, encoders, caches=prepared.caches, task_names=prepared.data.task_names)
+    self._validate = Validation(config, spec, self._sentences, make_features, mesh)
+    encoders.release()
+
+  def is_due(self, step: int, last: bool) -> bool:
+    every = self._config.every_steps
+    return every > 0 and (last or step % every == 0)
+
+  def __call__(self, step: int, params: Any, frozen: Any) -> dict[str, float]:
+    """Measures, and paints the previews."""
+    if self._config.previews:
+      fresh = self._make_pipeline(params)
+      self._pipeline = self._pipeline or fresh
+      self._pipeline.params = fresh.params  # one pipeline throughout: its programs are compiled once
+      write_previews(epath.Path(self._workdir) / PREVIEWS, step, self._pipeline, self._sentences[:self._config.previews],
+                     num_inference_steps=self._config.num_inference_steps, seed=0)
+    return self._validate(params, frozen)
+
+
+class Speed:
+  """How fast training runs, from the wall clock between summaries.
+
+  Args:
+    config: of the run.
+    dit: the model's shape.
+    mesh: the devices.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, dit: DiTConfig, mesh: jax.sharding.Mesh):
+    self._dit, self._rank = dit, config.lora.rank
+    rows = build.rows_per_batch(config, mesh)
+    self._tokens, self._text = rows * config.rows.num_tokens, rows * config.rows.num_text_tokens
+    chip = chip_of(mesh.devices.flat[0])
+    self._peak = chip.flops * mesh.size if chip else None
+    self.restart()
+
+  def restart(self) -> None:
+    """Leaves out what ran since the last summary."""
+    self._since = time.monotonic()
+
+  def added_to(self, summary: dict[str, float], steps: int) -> dict[str, float]:
+    """With step_time in seconds, tokens (padding left out) a second and, where the chip's peak is known, the share of it that
+    the model's own work takes (mfu)."""
+    seconds = (time.monotonic() - self._since) / steps
+    self.restart()
+    pairs = {name: summary.pop(name) for name in ("attended", "attended_text")}
+    tokens = summary["fill_rate"] * self._tokens
+    summary |= {"step_time": seconds, "tokens_per_second": tokens / seconds}
+    if self._peak:
+      work = step_flops(self._dit, lora_rank=self._rank, tokens=tokens, text_tokens=self._text, **pairs)
+      summary["mfu"] = work / seconds / self._peak
+    return summary
+
+
+def shown(summary: Mapping[str, float]) -> str:
+  """A summary for the progress bar."""
+  text = f"loss={summary['loss']:.3f}, fill={summary['fill_rate']:.0%}, {summary['tokens_per_second']:,.0f} tokens/s"
+  return text + (f", MFU {summary['mfu']:.0%}" if "mfu" in summary else "")
+
+
+def backend_name(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, dit: DiTConfig) -> str:
+  """Of self-attention."""
+  name = config.model.attention_backend
+  return best_backend(mesh.devices.flat[0].platform, jnp.dtype(config.model.dtype), dit.head_dim) if name == "auto" else name
 
 
 def batches(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, encoders: Encoders,
@@ -154,13 +263,6 @@ def batches(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, encoders
       num_streams=rows.streams,
       weights=list(data.weights.values()),
   )
-
-
-def gathered(tree: Any) -> Any:
-  """Sharded arrays as whole NumPy arrays, on every process."""
-  if jax.process_count() == 1:
-    return jax.device_get(tree)
-  return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def check_processes(mesh: jax.sharding.Mesh) -> None:

@@ -1,5 +1,6 @@
 """What stands in a workdir, for those who want to use it or to train on it."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,17 +32,24 @@ def base_parameters(config: Mapping[str, Any], mesh: Mesh) -> tuple[nnx.GraphDef
   return nnx.graphdef(module), jax.jit(lambda: nnx.to_pure_dict(nnx.state(init(), nnx.Param)), out_shardings=shardings)()
 
 
-def restore_run(workdir: str, config: Mapping[str, Any], mesh: Mesh) -> tuple[nnx.GraphDef, dict[str, Any], list[LoRAWeights]]:
+def restore_run(workdir: str, config: Mapping[str, Any], mesh: Mesh, *,
+                step: int | str | None = None) -> tuple[nnx.GraphDef, dict[str, Any], list[LoRAWeights]]:
   """What a run trained: a transformer with its parameters and, where adapters were trained, these.
+
+  Args:
+    workdir: of the run.
+    config: of the run.
+    mesh: where it shall lie.
+    step: of the checkpoint, see `checkpoint_step`.
 
   Raises:
     FileNotFoundError: the run has no finished checkpoint.
     ValueError: it cannot be read.
   """
   if config["lora"]["rank"]:
-    return *base_parameters(config, mesh), [read_run_lora(workdir)]
+    return *base_parameters(config, mesh), [read_run_lora(workdir, step=step)]
   module = nnx.eval_shape(lambda: build.model(config))
-  return nnx.graphdef(module), _restore_model(workdir, abstract_parameters(module, mesh)), []
+  return nnx.graphdef(module), _restore_model(workdir, abstract_parameters(module, mesh), step), []
 
 
 def is_lora_run(path: epath.PathLike) -> bool:
@@ -50,8 +58,8 @@ def is_lora_run(path: epath.PathLike) -> bool:
   return bool(config and config.get("lora", {}).get("rank"))
 
 
-def read_run_lora(workdir: epath.PathLike) -> LoRAWeights:
-  """The LoRA that a run trained, as its latest checkpoint has it.
+def read_run_lora(workdir: epath.PathLike, *, step: int | str | None = None) -> LoRAWeights:
+  """The LoRA that a run trained, as its checkpoint at a step has it (see `checkpoint_step`).
 
   Raises:
     FileNotFoundError: there is no run, or no finished checkpoint.
@@ -64,33 +72,37 @@ def read_run_lora(workdir: epath.PathLike) -> LoRAWeights:
     raise ValueError(f"{workdir} holds a run that trained the whole model, not a LoRA")
   module = nnx.eval_shape(lambda: build.model(config))
   local = make_mesh({"data": -1}, jax.local_devices()[:1])
-  params = _restore_model(workdir, abstract_parameters(module, local, kind=LoRAParam))
-  return lora_weights(config, jax.tree.map(np.asarray, params), step=latest_step(workdir))
+  step = checkpoint_step(workdir, step)
+  params = _restore_model(workdir, abstract_parameters(module, local, kind=LoRAParam), step)
+  return lora_weights(config, jax.tree.map(np.asarray, params), step=step)
 
 
 def lora_weights(config: Mapping[str, Any], params: Mapping[str, Any], *, step: int) -> LoRAWeights:
   """Trained adapters as a LoRA that knows its base and its step."""
   lora = build.lora_config(config)
   variant = read_info(config["init_from"]).variant if config["init_from"] else config["model"]["variant"] or config["name"]
-  metadata = {"step": str(step), "base_model": variant}
+  metadata = {"step": str(step), "base_model": variant, "attention": config["model"].get("attention", "full")}
   return unstack_lora(params, alpha=lora.alpha, rslora=lora.rslora, metadata=metadata)
 
 
-def latest_step(workdir: epath.PathLike) -> int:
-  """The step of the latest finished checkpoint."""
-  checkpointer = Checkpointer(workdir, read_only=True)
-  try:
-    if checkpointer.latest_step is None:
-      raise FileNotFoundError(f"no finished checkpoint in {workdir}")
-    return checkpointer.latest_step
-  finally:
-    checkpointer.close()
+def checkpoint_step(workdir: epath.PathLike, step: int | str | None = None) -> int:
+  """The step of a finished checkpoint: the one asked for, "best" by validation loss, or the latest.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  with contextlib.closing(Checkpointer(workdir, read_only=True)) as checkpointer:
+    found = checkpointer.best_step if step == "best" else checkpointer.latest_step
+    if found is None:
+      raise FileNotFoundError(f"no finished checkpoint {'with a validation loss ' if step == 'best' else ''}in {workdir}")
+    if step in (None, "best", found):
+      return found
+    if int(step) not in checkpointer.steps:
+      raise FileNotFoundError(f"no checkpoint of step {step} in {workdir}, only {', '.join(map(str, checkpointer.steps))}")
+    return int(step)
 
 
-def _restore_model(workdir: epath.PathLike, abstract: Any) -> Any:
-  latest_step(workdir)
-  checkpointer = Checkpointer(workdir, read_only=True)
-  try:
-    return checkpointer.restore_model(abstract)
-  finally:
-    checkpointer.close()
+def _restore_model(workdir: epath.PathLike, abstract: Any, step: int | str | None) -> Any:
+  step = checkpoint_step(workdir, step)
+  with contextlib.closing(Checkpointer(workdir, read_only=True)) as checkpointer:
+    return checkpointer.restore_model(abstract, step)

@@ -154,10 +154,19 @@ def make_update(spec: StateSpec, optimizer: optax.GradientTransformation, *, ema
         "grad_norm": optax.tree_utils.tree_norm(grads),
         "sentences": jnp.sum(has_sentence(row)),
         "fill_rate": jnp.mean(row.segment_ids > 0),
+        "attended": _pairs(row.key_intervals, row.tokens.shape[1], row),
+        "attended_text": _pairs(row.text_intervals, row.text.shape[1], row),
     }
     return TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), metrics
 
   return update
+
+
+def _pairs(intervals, num_keys: int, row: PackedRow):
+  """How many keys all tokens of the batch see together."""
+  if intervals is None:
+    return jnp.float32(row.segment_ids.size * num_keys)
+  return jnp.sum((intervals[..., 1] - intervals[..., 0]).astype(jnp.float32))
 
 
 def make_train_step(spec: StateSpec, optimizer: optax.GradientTransformation, flow: FlowMatching, *, mesh: Mesh,

@@ -1,0 +1,23 @@
+"""Compiled programs that outlive the process, so that a second start of the same command is fast."""
+
+import os
+from pathlib import Path
+
+DEFAULT_FOLDER = "~/.cache/univid_jax/programs"
+
+
+def keep_programs(folder: str | None = None) -> str:
+  """Turns on JAX's persistent compilation cache; call before anything is compiled.
+
+  Args:
+    folder: by default JAX's own choice where it has one (JAX_COMPILATION_CACHE_DIR), else ~/.cache/univid_jax/programs.
+
+  Returns:
+    Where programs are kept. The folder may be deleted at any time.
+  """
+  import jax
+  chosen = folder or jax.config.jax_compilation_cache_dir or str(Path(DEFAULT_FOLDER).expanduser())
+  jax.config.update("jax_compilation_cache_dir", chosen)
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  return chosen
