@@ -114,7 +114,7 @@ class CheckpointEncoders:
     self._require("vae")
     local = make_mesh({"data": -1}, jax.local_devices()[:1])
     graph, params = restore(self.folder, "vae", mesh=local, dtype=jnp.float32)
-    return VAECodec(self._config("vae"), graph, params, tiling=self.tiling)
+    return VAECodec(self._config("vae"), graph, params, mesh=local, tiling=self.tiling)
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
@@ -170,14 +170,22 @@ class CheckpointEncoders:
 
 
 class VAECodec:
-  """Wan2.1's autoencoder as a codec of NumPy arrays; one compiled program a shape."""
+  """Wan2.1's autoencoder as a codec of NumPy arrays, on the mesh where its parameters lie; one compiled program a shape."""
 
-  def __init__(self, config: VAEConfig, graph: nnx.GraphDef, params: Any, *, tiling: Tiling | None = None):
+  def __init__(self, config: VAEConfig, graph: nnx.GraphDef, params: Any, *, mesh: Mesh, tiling: Tiling | None = None):
     self.latent_channels = config.latent_channels
     self.temporal_stride, self.spatial_stride = config.temporal_stride, config.spatial_stride
     self.tiling = tiling
-    self._encode = functools.partial(jax.jit(lambda params, x: nnx.merge(graph, params).encode(x)), params)
-    self._decode = functools.partial(jax.jit(lambda params, x: nnx.merge(graph, params).decode(x)), params)
+
+    def on_mesh(method):
+      run = jax.jit(lambda params, x: method(nnx.merge(graph, params), x))
+
+      def call(x):
+        with jax.set_mesh(mesh):  # a caller's mesh may be another
+          return run(params, x)
+      return call
+
+    self._encode, self._decode = on_mesh(lambda vae, x: vae.encode(x)), on_mesh(lambda vae, x: vae.decode(x))
 
   def encode(self, frames: Float[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "t y x c"]:
     """Pixels in [-1, 1] to normalised latents, float32.

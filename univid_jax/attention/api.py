@@ -19,7 +19,7 @@ BACKENDS = {"xla": xla_attention, "cudnn": cudnn_attention, "splash": splash_att
 
 def attention(q: Float[Array, "b l h k"], k: Float[Array, "b n h k"], v: Float[Array, "b n h k"], *,
               key_intervals: Int[Array, "b l 2"] | None = None, key_bias: Float[Array, "b n"] | None = None,
-              backend: str = "auto") -> Float[Array, "b l h k"]:
+              backend: str = "xla") -> Float[Array, "b l h k"]:
   """Softmax attention, scaled by head_dim^-1/2; softmax in float32, output in v's dtype.
 
   Under a mesh (`jax.set_mesh`) rows spread over data and fsdp, heads over tensor and queries over context, each where it
