@@ -88,7 +88,16 @@ def tiny() -> ml_collections.ConfigDict:
       "every_steps": 250, "sentences": 24, "sigmas": (0.3, 0.6, 0.9), "previews": 6, "num_inference_steps": 2,
   })
   # After training (0: not at all): sentences a task and context on held-out photographs, sampled in so many steps.
-  config.eval = ml_collections.ConfigDict({"sentences_per_case": 32, "num_inference_steps": 2, "seed": 1})
+  config.eval = ml_collections.ConfigDict({
+      "sentences_per_case": 32, "num_inference_steps": 2, "seed": 1,
+      # Of `python -m univid_jax.evaluate`: seeds to repeat with, other numbers of steps to try, and what the targets of your own
+      # tasks are (TASK: depth, normals, segmentation, edges or saliency).
+      "num_seeds": 1, "more_steps": (), "kinds": ml_collections.ConfigDict(),
+      # Depth that the brightest and the darkest value of a depth picture stand for, in metres, and how it is aligned.
+      "depth_range": (0.5, 10.0), "depth_alignment": "least_squares",
+      # A folder or name of a CLIP model (needs the extra `clip`), for CLIP-T and CLIP-I; "" for neither.
+      "clip_model": "",
+  })
   return config
 
 

@@ -42,9 +42,11 @@ def with_swapped_pairs(sentences: Sequence[Sentence], rng: np.random.Generator) 
   swapped = []
   for sentence in sentences:
     lengths = [len(clip) for clip in sentence.clips[:-2]]
-    others = [other for other in sentences if other.task != sentence.task and [len(clip) for clip in other.clips[:-2]] == lengths]
+    foreign = [other for other in sentences if other.task != sentence.task and len(other.clips) == len(sentence.clips)
+               and other.clips[0].shape[1:] == sentence.clips[0].shape[1:]]
+    others = [other for other in foreign if [len(clip) for clip in other.clips[:-2]] == lengths]
     if not others:
-      others = [_stretched(other, lengths) for other in sentences if other.task != sentence.task]
+      others = [_stretched(other, lengths) for other in foreign]
     if not others:
       raise ValueError("swapping example pairs takes at least two tasks")
     swapped.append(sentence.replace(clips=others[rng.integers(len(others))].clips[:-2] + sentence.clips[-2:]))

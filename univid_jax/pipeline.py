@@ -36,7 +36,7 @@ from univid_jax.encoders import CheckpointEncoders, Encoders, i2v_condition
 from univid_jax.models.dit import DiTConfig
 from univid_jax.models.lora import LoRAConfig, LoRAParam, attach, join, linear_name, merge
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.parallel.sharding import gathered, parameter_shardings, shard_batch
+from univid_jax.parallel.sharding import gathered, own_rows, parameter_shardings, shard_batch
 from univid_jax.training.checkpoint import CONFIG_FILE, read_config
 from univid_jax.training.restore import restore_run
 from univid_jax.types import PackedRow, Sentence, latent_shape, reference_roles
@@ -300,7 +300,7 @@ class Pipeline:
         part = functools.partial(_part, start=start, length=batch)
         inputs = jax.tree.map(part, (row, rows[1] if len(rows) > 1 else None, targets, noise))
         if batch % shards == 0:
-          inputs = shard_batch(jax.tree.map(_own_rows, inputs), self.mesh)
+          inputs = shard_batch(jax.tree.map(lambda x: own_rows(x, self.mesh), inputs), self.mesh)
         solved.append(gathered(solve(self.params, *inputs, jnp.float32(guidance_scale))))
       jax.effects_barrier()  # the last call of progress
     solved = np.concatenate(solved)
@@ -426,12 +426,6 @@ def to_float(frames: np.ndarray) -> np.ndarray:
 def to_uint8(frames: np.ndarray) -> np.ndarray:
   """[-1, 1] to 0 .. 255."""
   return np.clip((frames + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
-
-
-def _own_rows(x: np.ndarray) -> np.ndarray:
-  """This process's rows of a batch."""
-  share = len(x) // jax.process_count()
-  return x[jax.process_index() * share:(jax.process_index() + 1) * share]
 
 
 def _part(x: np.ndarray, *, start: int, length: int) -> np.ndarray:

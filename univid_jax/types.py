@@ -6,6 +6,8 @@ p values of a patch, h head, k head_dim, d embed, f mlp; t, y, x latent frame, r
 
 import dataclasses
 import enum
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,6 +31,7 @@ class Sentence:
     prompt: the text that goes with it; "" is the null prompt.
     task: name of the task that the example pairs show.
     context: "I", "II", "III" or "IV" as in the paper, or any other name of a pattern of images and videos.
+    params: what a computed task drew for this sentence, where it is one.
   """
 
   clips: tuple[np.ndarray, ...]
@@ -36,6 +39,7 @@ class Sentence:
   prompt: str = ""
   task: str = ""
   context: str = ""
+  params: Mapping[str, Any] | None = None
 
   def __post_init__(self):
     if len(self.clips) != len(self.roles):

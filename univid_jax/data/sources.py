@@ -260,7 +260,8 @@ class ComputedSentences:
       pairs.append((target, clip) if spec.restores else (clip, target))
     reverse = spec.reversible and rng.random() < self.reverse_probability
     prompt = prompt_for(spec.prompt_name, self.prompt_style)
-    return make_sentence(pairs, reverse=reverse, prompt=prompt, task=task, context=context)
+    return make_sentence(pairs, reverse=reverse, prompt=prompt, task=task, context=context).replace(
+        params=None if reverse else params)
 
   def _different_clips(self, rng, count: int):
     everything = self._all_clips

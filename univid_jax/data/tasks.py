@@ -124,21 +124,30 @@ def camera_movement(clip: np.ndarray, *, zoom: float, angle: float, shift, num_f
   if num_frames is not None and len(clip) == 1:
     clip = np.repeat(clip, num_frames, axis=0)
   height, width = clip.shape[1:3]
-  aspect = max(height / width, width / height)
   out = []
-  for i, frame in enumerate(clip):
-    progress = i / max(len(clip) - 1, 1)
-    radians = np.deg2rad(angle * progress)
-    cos, sin = np.cos(radians), np.sin(radians)
-    needed = cos + aspect * abs(sin)
-    scale = max(zoom**progress, needed)
-    free = 0.5 * (1 - needed / scale) * progress
-    center = (0.5 + shift[0] * free) * width, (0.5 + shift[1] * free) * height
-    a, b = cos / scale, sin / scale
+  for frame, pose in zip(clip, camera_poses(len(clip), (height, width), zoom=zoom, angle=angle, shift=shift)):
+    log_zoom, radians, x, y = pose
+    center = (0.5 + x) * width, (0.5 + y) * height
+    a, b = np.cos(radians) / np.exp(log_zoom), np.sin(radians) / np.exp(log_zoom)
     matrix = (a, -b, center[0] - a * width / 2 + b * height / 2, b, a, center[1] - b * width / 2 - a * height / 2)
     image = Image.fromarray((frame * 255 + 0.5).astype(np.uint8))
     out.append(np.asarray(image.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)))
   return np.stack(out).astype(np.float32) / 255
+
+
+def camera_poses(num_frames: int, size: tuple[int, int], *, zoom: float, angle: float, shift) -> np.ndarray:
+  """Where the camera of `camera_movement` is at each frame: log zoom, radians, shift in shares of width and height (n, 4)."""
+  height, width = size
+  aspect = max(height / width, width / height)
+  poses = []
+  for i in range(num_frames):
+    progress = i / max(num_frames - 1, 1)
+    radians = np.deg2rad(angle * progress)
+    needed = np.cos(radians) + aspect * abs(np.sin(radians))
+    scale = max(zoom**progress, needed)
+    free = 0.5 * (1 - needed / scale) * progress
+    poses.append((np.log(scale), radians, shift[0] * free, shift[1] * free))
+  return np.array(poses)
 
 
 def draw_holes(rng: np.random.Generator) -> Params:

@@ -76,6 +76,13 @@ def shard_batch(batch, mesh: Mesh):
 
 def gathered(tree: Any) -> Any:
   """Sharded arrays as whole NumPy arrays, on every process."""
-  if jax.process_count() == 1:
-    return jax.device_get(tree)
-  return multihost_utils.process_allgather(tree, tiled=True)
+  def whole(x):
+    return jax.device_get(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+  return jax.tree.map(whole, tree)
+
+
+def own_rows(x: np.ndarray, mesh: Mesh) -> np.ndarray:
+  """This process's rows of a batch for a mesh, which may be of this process's devices alone."""
+  processes = sorted({device.process_index for device in mesh.devices.flat})
+  share, place = len(x) // len(processes), processes.index(jax.process_index())
+  return x[place * share:(place + 1) * share]

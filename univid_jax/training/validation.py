@@ -20,7 +20,7 @@ from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.files import local_file
 from univid_jax.metrics.figures import COLUMNS, beside, sentence_grid
 from univid_jax.models.lora import join
-from univid_jax.parallel.sharding import shard_batch
+from univid_jax.parallel.sharding import own_rows, shard_batch
 from univid_jax.pipeline import Pipeline
 from univid_jax.training.step import Params, StateSpec
 from univid_jax.types import Sentence
@@ -46,8 +46,11 @@ class Validation:
     rows, _ = pack_rows([make_features(sentence) for sentence in sentences], build.row_shape(config))
     noise = np.asarray(jax.random.normal(jax.random.key(config["seed"]), rows.tokens.shape))
     size = build.rows_per_batch(config, mesh)
-    self._batches = [shard_batch(jax.tree.map(lambda x, start=start: _share(x[start:start + size], size), (rows, noise)), mesh)
-                     for start in range(0, len(noise), size)]
+
+    def batch(start):
+      return shard_batch(jax.tree.map(lambda x: _rows(x[start:start + size], size, mesh), (rows, noise)), mesh)
+
+    self._batches = [batch(start) for start in range(0, len(noise), size)]
 
     def totals(params: Params, frozen: Params, row, noise, sigma):
       """Of losses, and sentences, by task and by context; the first entry is of sentences without either."""
@@ -110,8 +113,6 @@ def write_previews(folder: epath.Path, step: int, pipeline: Pipeline, sentences:
     sentence_grid(path, rows, columns=COLUMNS)
 
 
-def _share(x: np.ndarray, size: int) -> np.ndarray:
+def _rows(x: np.ndarray, size: int, mesh: Mesh) -> np.ndarray:
   """This process's rows of a batch, which is filled up with empty rows."""
-  x = np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
-  share = size // jax.process_count()
-  return x[jax.process_index() * share:(jax.process_index() + 1) * share]
+  return own_rows(np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1)), mesh)

@@ -1,0 +1,163 @@
+"""Evaluation from the command line: the report is what the saved frames say, however often it was interrupted."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from univid_jax.metrics.image import psnr
+from univid_jax.report import KINDS, Score, between, of_kind, table
+from univid_jax.study import Painted
+
+SMALL = ["--config=configs/video_tasks.py", "--config.model.dim=32", "--config.model.ffn_dim=32", "--config.model.num_layers=1",
+         "--config.data.height=16", "--config.data.width=16", "--config.rows.num_tokens=48", "--config.rows.packing_bins=8",
+         "--config.data.tasks.scribble=1.0", "--config.data.tasks.salient_object=1.0"]
+EVALUATION = ["--config.eval.sentences_per_case=2", "--config.eval.more_steps=(1,)", "--config.eval.num_seeds=2"]
+ENV = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def start(module, *arguments):
+  return subprocess.Popen([sys.executable, "-m", module, *arguments], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True)
+
+
+def run(module, *arguments):
+  process = start(module, *arguments)
+  out, error = process.communicate(timeout=300)
+  return process.returncode, out, error
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("study") / "run"
+  code, _, error = run("univid_jax.train", *SMALL, "--config.num_steps=3", "--config.eval.sentences_per_case=0",
+                       "--config.validation.every_steps=0", f"--workdir={folder}")
+  assert code == 0, error
+  code, _, error = run("univid_jax.evaluate", *SMALL, *EVALUATION, f"--workdir={folder}")
+  assert code == 0, error
+  return folder
+
+
+@pytest.fixture(scope="module")
+def report(workdir):
+  return json.loads((workdir / "evaluation" / "report.json").read_text())
+
+
+def numbers(folder):
+  """A report without what differs between two folders."""
+  report = json.loads((folder / "report.json").read_text())
+  return {key: value for key, value in report.items() if key not in ("command",)}
+
+
+def test_the_report_is_what_the_frames_say(workdir, report):
+  files = sorted((workdir / "evaluation" / "samples").glob("*.npz"))
+  assert len(files) == len(report["sentences"]) == report["overall"]["painted"]["count"]
+  by_condition = {}
+  for path in files:
+    with np.load(path) as file:
+      truth = file[max(name for name in file if name.startswith("clip_"))]
+      for name in ("painted", "swapped", "reversed", "steps_1", "seed_1"):
+        by_condition.setdefault(name, []).append(psnr(file[f"condition_{name}"], truth))
+  for name in ("swapped", "reversed", "steps_1"):
+    assert report["overall"][name]["psnr"] == pytest.approx(np.mean(by_condition[name]))
+  seeds = [np.mean(by_condition[name]) for name in ("painted", "seed_1")]
+  assert report["overall"]["painted"]["psnr"] == pytest.approx(np.mean(seeds)) and "seed_1" not in report["overall"]
+  assert report["overall"]["painted"]["psnr_std"] == pytest.approx(np.std(seeds, ddof=1))
+  assert {"ods", "ois", "ap"} <= report["by_task"]["scribble"]["painted"].keys()
+  assert report["by_task"]["scribble"]["codec"]["ods"] > report["by_task"]["scribble"]["painted"]["ods"] + 0.2
+  assert report["by_task"]["salient_object"]["codec"]["iou"] > 0.9
+  assert report["by_task"]["camera_movement"]["codec"]["zoom_error"] < 10
+  assert set(report["by_context"]) == {"I", "II", "III", "IV"}
+
+
+def test_what_people_read(workdir):
+  folder = workdir / "evaluation"
+  text = (folder / "report.md").read_text()
+  assert "| all |" in text and "61.03 (1)" in text and "python -m univid_jax.evaluate" in text
+  assert Image.open(folder / "grid.png").size[0] > 500 and Image.open(folder / "curves.png").size[0] > 500
+
+
+def test_killed_and_run_again(workdir, tmp_path):
+  arguments = [*SMALL, *EVALUATION, f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]
+  process = start("univid_jax.evaluate", *arguments)
+  while process.poll() is None and len(list((tmp_path / "out").glob("samples/*.npz"))) < 10:
+    time.sleep(0.05)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert not (tmp_path / "out" / "report.json").exists()
+  code, _, error = run("univid_jax.evaluate", *arguments)
+  assert code == 0, error
+  assert numbers(tmp_path / "out") == numbers(workdir / "evaluation")
+  code, _, error = run("univid_jax.evaluate", *arguments, "--config.eval.seed=9")
+  assert code == 1 and "holds an evaluation of another model or config" in error.strip().splitlines()[-1]
+
+
+def test_two_processes_write_the_same_report(workdir, tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  processes = [start("univid_jax.evaluate", *SMALL, *EVALUATION, f"--workdir={workdir}", f"--out={tmp_path / 'out'}",
+                     f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}") for i in range(2)]
+  for process in processes:
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+  assert numbers(tmp_path / "out") == numbers(workdir / "evaluation")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--workdir=nowhere"], "neither a converted checkpoint"),
+    (["--config.eval.kinds={'x': 'magic'}"], "magic"),
+    (["--config.eval.sentences_per_case=0"], "there is nothing to evaluate on"),
+])
+def test_one_clear_line(workdir, arguments, message):
+  code, _, error = run("univid_jax.evaluate", *SMALL, f"--workdir={workdir}", f"--out={workdir / 'other'}", *arguments)
+  assert code != 0 and message in error.strip().splitlines()[-1], error
+
+
+OPTIONS = {"eval": {"depth_range": (1.0, 5.0), "depth_alignment": "none"}}
+
+
+class TestKinds:
+  def painted(self, truth, params=None):
+    return Painted(0, {"task": "t", "params": params}, (truth, truth, truth, truth), truth, {})
+
+  def test_pictures_of_depth(self):
+    truth = np.full((1, 4, 4, 3), 255, np.uint8)
+    truth[:, :2] = 127
+    truth[:, 3] = 0  # unknown
+    found, _ = of_kind("depth", truth, self.painted(truth), OPTIONS)
+    assert found["delta1"] == 1 and found["rmse"] == 0
+    half = truth.copy()
+    half[:, 2] = 51  # 4.2 m where 1 m is true
+    found, _ = of_kind("depth", half, self.painted(truth), OPTIONS)
+    assert found["abs_rel"] == pytest.approx(3.2 / 3) and found["delta3"] == pytest.approx(2 / 3)
+
+  def test_pictures_of_normals_labels_and_masks(self):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(1, 5, 5, 3))
+    truth = ((vectors / np.linalg.norm(vectors, axis=-1, keepdims=True) + 1) * 127.5).round().astype(np.uint8)
+    assert of_kind("normals", truth, self.painted(truth), OPTIONS)[0]["mean"] < 1
+    labels = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)[rng.integers(0, 3, (1, 6, 6))]
+    noisy = np.clip(labels.astype(int) + rng.integers(-20, 21, labels.shape), 0, 255).astype(np.uint8)
+    assert of_kind("segmentation", noisy, self.painted(labels), OPTIONS)[0]["miou"] == 1
+    swapped = labels[..., [1, 0, 2]]
+    found, _ = of_kind("segmentation", swapped, self.painted(labels), OPTIONS)
+    assert found["pixel_accuracy"] < 0.6 and found["pixel_accuracy_matched"] == 1
+    with pytest.raises(ValueError, match="got 'magic'"):
+      of_kind("magic", labels, self.painted(labels), OPTIONS)
+
+  def test_between_two_colors(self):
+    clip = np.array([[0, 0, 0], [255, 255, 255], [51, 51, 51]], np.uint8)
+    np.testing.assert_allclose(between(clip, (0, 0, 0), (1, 1, 1)), [0, 1, 0.2], atol=1e-6)
+
+  def test_only_defined_values_count(self):
+    rows = table([Score(0, "painted", {"psnr": 10.0, "x": float("nan")}), Score(1, "painted", {"psnr": 20.0, "x": 3.0})])
+    assert rows == {"painted": {"psnr": 15.0, "x": 3.0, "count": 2}}
+    assert set(KINDS.values()) <= {"edges", "saliency", "camera"}
