@@ -1,0 +1,175 @@
+"""A training step, or a forward pass, beside PyTorch's: diffusers' transformer with PEFT's LoRA and SDPA, the same shapes.
+
+  python -m benchmarks.train_step [--against=torch|torch_compile] [--variant=wan2.1-t2v-1.3b] [--layers=4] [--frames=1]
+      [--height=512 --width=512] [--dtype=float32] [--mode=train|forward] [--pairs=5]
+
+One sentence of four clips, a prompt of 512 tokens, LoRA of rank 16 on all Linears of attention and feed-forward, blocks
+recomputed in the backward pass, AdamW, loss on the last clip; random weights. TFLOP/s count the model's own work
+(`performance.step_flops`); with recomputation it is `hfu_tflops`.
+"""
+
+from absl import flags
+
+from univid_jax import cli
+
+VARIANT = flags.DEFINE_string("variant", "wan2.1-t2v-1.3b", "A name of models.dit.PRESETS.")
+LAYERS = flags.DEFINE_integer("layers", 4, "Blocks; 0 for all.")
+FRAMES = flags.DEFINE_integer("frames", 1, "Latent frames of a clip.", lower_bound=1)
+HEIGHT = flags.DEFINE_integer("height", 512, "In pixels.")
+WIDTH = flags.DEFINE_integer("width", 512, "In pixels.")
+ROWS = flags.DEFINE_integer("rows", 1, "Sentences of a batch.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of weights and products; adapters are float32.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "forward"], "A step, or a forward pass alone.")
+BACKEND = flags.DEFINE_string("attention_backend", "auto", "Of univid_jax.")
+AGAINST = flags.DEFINE_list("against", [], "Peers: torch (eager), torch_compile.")
+PAIRS = flags.DEFINE_integer("pairs", 5, "Timed runs of each.", lower_bound=1)
+OUT = flags.DEFINE_string("out", "", "File for the figures as JSON.")
+
+PROMPT_TOKENS = 512
+RANK = 16
+
+
+def jax_side(variant, layers, frames, height, width, rows, dtype, mode, backend):
+  import dataclasses
+  import os
+  import sys
+
+  # The configs stand beside the benchmarks, not in the package.
+  sys.path.insert(0, os.getcwd())
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from flax import nnx
+
+  from configs.video_tasks import get_config
+  from univid_jax import build
+  from univid_jax.data.packing import RowShape, pack, sentence_features
+  from univid_jax.models.dit import PRESETS
+  from univid_jax.models.lora import join
+  from univid_jax.parallel.mesh import make_mesh
+  from univid_jax.parallel.sharding import shard_batch
+  from univid_jax.training.optimizer import make_optimizer
+  from univid_jax.training.step import StateSpec, make_train_step
+  from univid_jax.types import Sentence, reference_roles
+
+  shape = PRESETS[variant]
+  config = get_config("wan_1_3b")
+  config.model.update({"variant": "", "dim": shape.dim, "ffn_dim": shape.ffn_dim, "num_heads": shape.num_heads,
+                       "num_layers": layers or shape.num_layers, "freq_dim": shape.freq_dim, "text_dim": shape.text_dim,
+                       "rope_theta": 10000.0, "rope_scale": 1.0, "dtype": dtype, "param_dtype": dtype,
+                       "attention_backend": backend})
+  mesh = make_mesh({"data": 1, "fsdp": -1})
+  clips = tuple(np.ones((frames, height // 8, width // 8, 16), np.float32) for _ in range(4))
+  features = sentence_features(Sentence(clips=clips, roles=reference_roles(4)), patch_size=(1, 2, 2), text_len=PROMPT_TOKENS,
+                               prompt_embedding=np.ones((PROMPT_TOKENS, shape.text_dim), np.float32))
+  row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=PROMPT_TOKENS, num_slots=1))
+  row = dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
+  row = shard_batch(jax.tree.map(lambda x: np.repeat(x, rows, axis=0), row), mesh)
+  optimizer = make_optimizer(config.optimizer, 1000)
+  spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=False, lora=True)
+  # One parameter after another, so that making them is not what takes the most memory.
+  draw = jax.jit(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype))
+  frozen = jax.tree.map(lambda x: jax.device_put(draw(jnp.zeros(x.shape, x.dtype)), x.sharding), spec.abstract_frozen)
+  state = spec.create()
+  if mode == "forward":
+    timesteps = jnp.full((rows, 1), 500.0)
+    forward = jax.jit(lambda params, frozen, row: nnx.merge(spec.graph, join(frozen, params))(row.tokens, timesteps, row))
+
+    def run():
+      with jax.set_mesh(mesh):
+        jax.block_until_ready(forward(state.params, frozen, row))
+    return run
+  step = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=0.0, seed=0)
+  holder = [state]
+
+  def run_step():
+    with jax.set_mesh(mesh):
+      holder[0], metrics = step(holder[0], frozen, row)
+      jax.block_until_ready(metrics)
+  return run_step
+
+
+def torch_side(variant, layers, frames, height, width, rows, dtype, mode, compiled):
+  import diffusers
+  import peft
+  import torch
+
+  from univid_jax.models.dit import PRESETS
+
+  config = PRESETS[variant]
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  torch.manual_seed(0)
+  with torch.device(device):
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, in_channels=16, out_channels=16,
+        text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=layers or config.num_layers,
+        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=config.eps).to(getattr(torch, dtype))
+    model.requires_grad_(False)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+    model.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
+    for parameter in model.parameters():
+      if parameter.requires_grad:
+        parameter.data = parameter.data.float()
+    clean = torch.ones(rows, 16, 4 * frames, height // 8, width // 8, dtype=getattr(torch, dtype))
+    text = torch.ones(rows, PROMPT_TOKENS, config.text_dim, dtype=getattr(torch, dtype))
+  if mode == "train":
+    model.enable_gradient_checkpointing()
+    model.train()
+  optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+  run_model = torch.compile(model) if compiled else model
+  cast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+  done = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+  def forward():
+    with torch.no_grad(), cast:
+      run_model(clean, torch.full((rows,), 500.0, device=device), text, return_dict=False)
+    done()
+
+  def step():
+    target = clean[:, :, -frames:]
+    noise, sigma = torch.randn_like(target), torch.rand(rows, device=device)
+    noised = torch.cat([clean[:, :, :-frames], torch.lerp(target, noise, sigma.view(-1, 1, 1, 1, 1).to(target.dtype))], dim=2)
+    with cast:
+      predicted = run_model(noised, 1000 * sigma, text, return_dict=False)[0][:, :, -frames:]
+      loss = torch.nn.functional.mse_loss(predicted.float(), (noise - target).float())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    done()
+  return forward if mode == "forward" else step
+
+
+def main() -> None:
+  import dataclasses
+
+  from benchmarks.timing import race, write_json
+  from univid_jax.models.dit import PRESETS
+  from univid_jax.performance import forward_flops, step_flops
+
+  shared = dict(variant=VARIANT.value, layers=LAYERS.value, frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value,
+                rows=ROWS.value, dtype=DTYPE.value, mode=MODE.value)
+  length = 4 * FRAMES.value * (HEIGHT.value // 16) * (WIDTH.value // 16)
+  config = PRESETS[VARIANT.value]
+  config = dataclasses.replace(config, num_layers=LAYERS.value or config.num_layers)
+  counts = dict(tokens=length, text_tokens=PROMPT_TOKENS, attended=length**2, attended_text=length * PROMPT_TOKENS)
+  counts = {name: ROWS.value * count for name, count in counts.items()}
+  flops = step_flops(config, lora_rank=RANK, **counts) if MODE.value == "train" else forward_flops(config, **counts)
+  sides = {"univid_jax": (jax_side, shared | {"backend": BACKEND.value})}
+  for peer in AGAINST.value:
+    if peer not in ("torch", "torch_compile"):
+      raise cli.UserError(f"--against is torch or torch_compile, got {peer!r}")
+    sides[peer] = (torch_side, shared | {"compiled": peer == "torch_compile"})
+  print(f"{MODE.value}: {length:,} tokens a sentence, {config.num_layers} layers, {flops / 1e12:.2f} TFLOP")
+  figures = race(sides, pairs=PAIRS.value, flops=flops)
+  if MODE.value == "train":
+    ratio = step_flops(config, lora_rank=RANK, recompute=True, **counts) / flops
+    for values in figures.values():
+      values["hfu_tflops"] = round(values["tflops"] * ratio, 3)
+  for peer in AGAINST.value:
+    print(f"time beside {peer}: {figures['univid_jax']['median_s'] / figures[peer]['median_s']:.2f} times, memory "
+          f"{figures['univid_jax']['peak_gib'] / figures[peer]['peak_gib']:.2f} times")
+  write_json(OUT.value, {**shared, "tokens": length, "flops": flops, **figures})
+
+
+if __name__ == "__main__":
+  cli.run(main)
