@@ -116,12 +116,22 @@ def device_memory(device: jax.Device) -> int | None:
 
 def forecast(config: Mapping[str, Any], mesh: Mesh) -> Forecast:
   """What the training of a config takes on each device of a mesh."""
+  return forecast_with_program(config, mesh)[0]
+
+
+def forecast_with_program(config: Mapping[str, Any], mesh: Mesh) -> tuple[Forecast, Any]:
+  """The same, and the compiled step.
+
+  Raises:
+    ValueError: the compiler itself sees that it cannot fit.
+  """
   optimizer = make_optimizer(config["optimizer"], config["num_steps"])
   spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=config["ema_decay"] > 0,
                       lora=build.lora_config(config) is not None)
   step = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config["ema_decay"], seed=0,
                          microbatches=config["rows"]["microbatches"], dropout=config["lora"]["dropout"] > 0)
-  return compile_step(step, spec, abstract_batch(config, mesh), mesh)[1]
+  program, memory = compile_step(step, spec, abstract_batch(config, mesh), mesh)
+  return memory, program
 
 
 def _bytes(tree: Any) -> int:
