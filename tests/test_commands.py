@@ -34,6 +34,11 @@ def test_help(module):
     ([CONFIG, "--config.mesh.data=3"], "mesh"),
     ([CONFIG, "--config.model.remat=half"], "config.model.remat is one of none, dots, full, got 'half'"),
     ([CONFIG, "--config.optimizer.name=magic"], "unknown optimizer 'magic'"),
+    ([CONFIG, "--config.model.attention=half"], "config.model.attention is full or context_causal, got 'half'"),
+    ([CONFIG, "--config.model.attention_backend=magic"], "config.model.attention_backend is auto or one of"),
+    ([CONFIG, "--config.data.held_out=2.0"], "config.data.held_out is a share"),
+    ([CONFIG, "--config.rows.num_tokens=50"], "config.rows.num_tokens is only 50"),
+    ([CONFIG + ":wan_1_3b", "--config.init_from=/does/not/exist"], "/does/not/exist"),
     ([CONFIG, "--config.data.folder=/does/not/exist"], "no such folder: /does/not/exist"),
     ([CONFIG, "--workdir=/proc/nowhere"], "/proc/nowhere"),
     ([CONFIG, "extra"], "unexpected argument 'extra'"),
@@ -45,6 +50,19 @@ def test_wrong_arguments_of_train(tmp_path, arguments, message):
   assert "Traceback" not in done.stderr
   last = done.stderr.strip().splitlines()[-1]
   assert last.startswith("error: ") and message in last, done.stderr
+
+
+def test_memory_that_is_not_there(capfd, monkeypatch):
+  """What XLA says of 4 GB that it cannot have ends in one line."""
+  from univid_jax import cli
+  codes = []
+  monkeypatch.setattr(cli, "_exit", codes.append)
+
+  def main():
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4294967296 bytes.\nmore of it")
+  cli._guarded(main, ["command"], 0)
+  assert codes[0] == 1
+  assert capfd.readouterr().err.startswith("error: there is not enough memory (RESOURCE_EXHAUSTED: Out of memory allocating 4")
 
 
 def test_folders_that_hold_no_clip(tmp_path):
@@ -137,6 +155,7 @@ def test_many_queries_with_grids_and_records(trained, tmp_path):
     (["--clips={a},{a},{a}", "--num_frames=5"], "is an image, but there are 5 frames"),
     (["--clips={a},{a},{a}", "--checkpoint={root}"], "neither a converted checkpoint (no checkpoint.json) nor"),
     (["--clips={a},{a},{a}", "--prompt=paint it black"], "a prompt needs a text encoder"),
+    (["--clips={a},{a},{a}", "--step=77"], "no checkpoint of step 77"),
 ])
 def test_wrong_arguments_of_sample(trained, tmp_path, arguments, message):
   root, _ = trained

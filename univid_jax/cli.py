@@ -52,6 +52,13 @@ def _guarded(main: Callable[..., None], argv: Sequence[str], num_arguments: int)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     _exit(130)
+  except Exception as error:
+    if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+      raise
+    reason = (str(error).splitlines() or [""])[0]
+    _complain(UserError(f"there is not enough memory ({reason or 'MemoryError'}): fewer frames, a smaller size or more devices "
+                        "need less; python -m univid_jax.forecast says how much"))
+    _exit(1)
   _exit(0)
 
 

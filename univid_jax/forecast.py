@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from univid_jax import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/video_tasks.py", "Config file; :PRESET after it chooses a preset.")
+SAMPLING = flags.DEFINE_bool("sampling", False, "Forecast sampling of one sentence of context I instead of training.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU topology, as v5e:2x4 or v5p:2x2x2; the devices here by default.")
 
 def main() -> None:
@@ -26,12 +27,12 @@ def main() -> None:
 
   from univid_jax import build
   from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.training.forecast import ADVICE, forecast
+  from univid_jax.training.forecast import ADVICE, forecast, forecast_sampling
 
   config = CONFIG.value
   build.check(config)
   devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value).devices if TOPOLOGY.value else None
-  result = forecast(config, make_mesh(config.mesh, devices))
+  result = (forecast_sampling if SAMPLING.value else forecast)(config, make_mesh(config.mesh, devices))
   print(result)
   if not result.fits:
     raise cli.UserError(f"this does not fit; {ADVICE}")

@@ -18,9 +18,9 @@ from univid_jax.data.clips import (
     ClipFormat,
     ClipRef,
     available,
-      file_clip,
+    file_clip,
     natural_path,
-  probe,
+    probe,
 )
 from univid_jax.data.sentences import CONTEXTS, make_sentence, prompt_for, video_pattern
 from univid_jax.data.sources import draw

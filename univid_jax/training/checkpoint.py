@@ -1,6 +1,8 @@
 """Checkpoints of a run: everything that a run needs to go on as if it had never stopped."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -46,14 +48,19 @@ class Checkpointer:
     return self._manager.best_step()
 
   def save(self, state: TrainState, data: grain.DatasetIterator, *, val_loss: float | None = None) -> None:
-    """Starts to save; a step that is saved already is left as it is."""
+    """Starts to save; a step that is saved already is left as it is.
+
+    Raises:
+      OSError: this save or the one before could not be written.
+    """
     step = int(state.step)
     if step != self.latest_step:
-      self._manager.save(step, args=ocp.args.Composite(
-          model=ocp.args.StandardSave(state.model_params),
-          training=ocp.args.StandardSave(_training_items(state)),
-          data=grain.checkpoint.CheckpointSave(data),
-      ), metrics=None if val_loss is None else {"val_loss": val_loss})
+      with self._said():
+        self._manager.save(step, args=ocp.args.Composite(
+            model=ocp.args.StandardSave(state.model_params),
+            training=ocp.args.StandardSave(_training_items(state)),
+            data=grain.checkpoint.CheckpointSave(data),
+        ), metrics=None if val_loss is None else {"val_loss": val_loss})
 
   def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
     """The latest state, straight in the shards that `abstract` names; puts `data` where it was.
@@ -81,8 +88,24 @@ class Checkpointer:
     return self._manager.restore(step, args=args)["model"]
 
   def wait(self) -> None:
-    """Returns when all that was started is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when all that was started is on disk.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    with self._said():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _said(self) -> Iterator[None]:
+    """Says of a save that failed, now or in the background, which checkpoint there is."""
+    try:
+      yield
+    except Exception as error:
+      self._manager.reload()
+      kept = "there is none yet" if self.latest_step is None else f"that of step {self.latest_step} is the last"
+      reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+      raise OSError(f"a checkpoint could not be written to {self._manager.directory}; {kept}: {reason}") from error
 
   def close(self) -> None:
     self._manager.close()

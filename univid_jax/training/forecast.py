@@ -6,15 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univid_jax import build
-from univid_jax.data.packing import IMAGE_FEATURES
+from univid_jax.data.packing import IMAGE_FEATURES, RowShape, pack, sentence_features
+from univid_jax.diffusion.solvers import euler, target_places, velocity_fn
 from univid_jax.parallel.sharding import BATCH, TOKENS
 from univid_jax.performance import chip_of
 from univid_jax.training.optimizer import make_optimizer
 from univid_jax.training.step import StateSpec, make_train_step
-from univid_jax.types import TOKEN_FIELDS, PackedRow
+from univid_jax.types import TOKEN_FIELDS, PackedRow, Sentence, reference_roles
+from univid_jax.weights.checkpoint import abstract_parameters
 
 # What to change by name when it does not fit.
 ADVICE = ("config.model.remat=full recomputes instead of storing; config.mesh.fsdp or tensor spread weights over more devices, "
@@ -30,6 +34,7 @@ class Forecast:
     optimizer: its state.
     batch: the rows.
     activations: what the step needs beside.
+    cache: keys and values of the context, in sampling with a context-causal model; a part of the activations.
     device: the device's kind.
     memory: what the device has, or None where that is not known.
   """
@@ -40,6 +45,7 @@ class Forecast:
   activations: int
   device: str
   memory: int | None
+  cache: int = 0
 
   @property
   def total(self) -> int:
@@ -51,6 +57,7 @@ class Forecast:
 
   def __str__(self) -> str:
     parts = ", ".join(f"{name} {getattr(self, name) / 1e9:.2f}" for name in ("weights", "optimizer", "batch", "activations"))
+    parts += f", of these the context's keys and values {self.cache / 1e9:.2f}" if self.cache else ""
     of = "" if self.memory is None else f" of {self.memory / 1e9:.1f}"
     return f"memory a device ({self.device}): {self.total / 1e9:.2f}{of} GB ({parts})"
 
@@ -132,6 +139,40 @@ def forecast_with_program(config: Mapping[str, Any], mesh: Mesh) -> tuple[Foreca
                          microbatches=config["rows"]["microbatches"], dropout=config["lora"]["dropout"] > 0)
   program, memory = compile_step(step, spec, abstract_batch(config, mesh), mesh)
   return memory, program
+
+
+def forecast_sampling(config: Mapping[str, Any], mesh: Mesh) -> Forecast:
+  """What sampling one sentence of context I takes on each device of a mesh, without the codec and the encoders."""
+  dit, data = build.transformer_config(config), config["data"]
+  stride = 8 if config["init_from"] or config["model"]["variant"] else config["codec"]["spatial_stride"]
+  shape = (1 + (data["num_frames"] - 1) // 4, data["height"] // stride, data["width"] // stride, dit.out_dim)
+  total = 4 * shape[0]
+  conditions = {} if dit.model_type == "t2v" else {
+      "condition": np.zeros((total, *shape[1:3], dit.in_dim - dit.out_dim), np.float32),
+      "image_features": np.zeros((IMAGE_FEATURES, dit.image_dim), np.float32)}
+  features = sentence_features(Sentence(clips=(np.zeros(shape, np.float32),) * 4, roles=reference_roles(4)),
+                               patch_size=dit.patch_size, prompt_embedding=np.zeros((0, dit.text_dim)), text_len=dit.text_len,
+                               **conditions)
+  causal = build.row_shape(config).context_causal
+  row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=1, num_slots=1, context_causal=causal))
+  if not causal:
+    row = dataclasses.replace(row, key_intervals=None, text_intervals=None, image_intervals=None, modulation_ids=None)
+  module = nnx.eval_shape(lambda: build.model(config, adapters=False))
+  graph, params = nnx.graphdef(module), abstract_parameters(module, mesh)
+
+  def sample(params, row, targets):
+    predict = velocity_fn(nnx.merge(graph, params), row, targets=targets)
+    return euler(predict, row, row.tokens, build.flow(config).inference_sigmas(2))
+
+  targets = target_places(row.target_mask) if causal else None
+  whole = NamedSharding(mesh, PartitionSpec())
+  inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), (row, targets))
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(sample).lower(params, *inputs).compile()
+  device, dtype = mesh.devices.flat[0], jnp.dtype(config["model"]["dtype"])
+  return Forecast(weights=_bytes(params), optimizer=0, batch=_bytes(inputs[0]), device=device.device_kind,
+                  activations=compiled.memory_analysis().temp_size_in_bytes, memory=device_memory(device),
+                  cache=2 * dit.num_layers * row.tokens.shape[1] * dit.dim * dtype.itemsize if causal else 0)
 
 
 def _bytes(tree: Any) -> int:

@@ -35,6 +35,7 @@ from univid_jax.training.restore import base_parameters, lora_weights
 from univid_jax.training.step import StateSpec, make_train_step
 from univid_jax.training.validation import PREVIEWS, Validation, validation_sentences, write_previews
 from univid_jax.training.writer import MetricsWriter
+from univid_jax.weights.checkpoint import read_info
 from univid_jax.weights.lora import write_lora
 
 # What may differ between a run and its continuation: how often it reports and saves, and where it runs.
@@ -83,7 +84,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   loader = batches(config, mesh, encoders, prepared)
   step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed,
                             microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0)
-  values = _plain({**config.to_dict(), "version": univid_jax.__version__})
+  values = _plain({**config.to_dict(), "base": base_checksum(config), "version": univid_jax.__version__})
   checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
   base_graph, base = base_parameters(config, mesh) if trains_lora or config.init_from else (None, {})
   frozen = base if trains_lora else {}
@@ -263,6 +264,11 @@ def batches(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, encoders
       num_streams=rows.streams,
       weights=list(data.weights.values()),
   )
+
+
+def base_checksum(config: ml_collections.ConfigDict) -> str:
+  """Of the transformer that training starts from; "" where it starts from nothing."""
+  return read_info(config.init_from).components["transformer"].checksum if config.init_from else ""
 
 
 def check_processes(mesh: jax.sharding.Mesh) -> None:
