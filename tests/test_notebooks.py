@@ -24,6 +24,7 @@ def test_stored_without_outputs(path):
   assert "colab-badge.svg" in notebook.cells[0].source
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
   if path.stem == "finetune_wan":

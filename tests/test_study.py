@@ -84,6 +84,7 @@ def test_what_people_read(workdir):
   assert Image.open(folder / "grid.png").size[0] > 500 and Image.open(folder / "curves.png").size[0] > 500
 
 
+@pytest.mark.long
 def test_killed_and_run_again(workdir, tmp_path):
   arguments = [*SMALL, *EVALUATION, f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]
   process = start("univid_jax.evaluate", *arguments)
@@ -99,6 +100,7 @@ def test_killed_and_run_again(workdir, tmp_path):
   assert code == 1 and "holds an evaluation of another model or config" in error.strip().splitlines()[-1]
 
 
+@pytest.mark.long
 def test_two_processes_write_the_same_report(workdir, tmp_path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))

@@ -54,8 +54,8 @@ def one_gradient(config, mesh, row, microbatches=1):
 class TestMeshes:
   """Every mesh gives the loss and the gradients of one device, for packed rows of images and videos."""
 
-  # The meshes that mix axes run always, those of one axis with `-m slow`.
-  MESHES = ({"tensor": 4, "context": 2}, {"data": 2, "fsdp": 2, "context": 2},
+  # One mesh that mixes axes runs always, the other with `-m long`, those of one axis with `-m slow`.
+  MESHES = ({"data": 2, "fsdp": 2, "context": 2}, pytest.param({"tensor": 4, "context": 2}, marks=pytest.mark.long),
             *(pytest.param({axis: 8}, marks=pytest.mark.slow) for axis in ("data", "fsdp", "context")))
 
   def row(self, config):
@@ -325,6 +325,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path):
     train(tiny_config, str(tmp_path))
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one(tmp_path):
   """Two real processes with four devices each, and one with eight: the same losses and the same LoRA, resumed too."""
   arguments = [sys.executable, "-m", "univid_jax.train", *SMALL, "--config.lora.rank=2", "--config.rows.streams=2",
