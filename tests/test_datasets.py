@@ -309,6 +309,7 @@ def run(module, *arguments, config="configs/video_tasks.py:wan_1_3b"):
                         text=True, timeout=300)
 
 
+@pytest.mark.long
 def test_the_road(checkpoint, metadata, tmp_path):
   """Prepare, train a LoRA, go on, paint with it, carry it to another program: as a user does it."""
   common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}",

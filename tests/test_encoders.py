@@ -46,6 +46,7 @@ class TestVAE:
     assert relative_error(other[2:], latents[2:]) > 1e-2
     np.testing.assert_array_equal(model.decode(latents)[:5], model.decode(jnp.concatenate([latents[:2], other[2:]]))[:5])
 
+  @pytest.mark.long
   def test_bfloat16_stays_close(self):
     video = frames_last(self.io["video5"])
     assert 1e-6 < relative_error(self.model(dtype=jnp.bfloat16).encode(video), self.model().encode(video)) <= 2e-2

@@ -153,6 +153,7 @@ def i2v_checkpoint(tmp_path_factory):
   return str(tmp_path / "checkpoint")
 
 
+@pytest.mark.long
 def test_i2v_trains(i2v_checkpoint, tmp_path):
   """Two steps of LoRA on packed rows, whose conditions are those of sampling; the result paints."""
   config = get_config("wan_1_3b")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -141,10 +142,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
                             "run the same command to go on")
       checkpointer.wait()
   finally:
-    loader.close()
-    checkpointer.close()
-    if writer:
-      writer.close()
+    # Where the run fails already, its error is the one to be told.
+    failing = sys.exc_info()[0] is not None
+    for part in filter(None, (loader, checkpointer, writer)):
+      with contextlib.suppress(Exception) if failing else contextlib.nullcontext():
+        part.close()
   if prepared.data.dropped:
     print(f"{len(prepared.data.dropped)} rows of the data could not be used and were left out, first {prepared.data.dropped[0]}")
   graph, params = spec.graph, state.model_params
