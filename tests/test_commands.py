@@ -15,7 +15,7 @@ from univid_jax.data.video import read_clip, write_clip
 CONFIG = "--config=configs/video_tasks.py"
 
 
-@pytest.mark.parametrize("module", ["univid_jax.train", "univid_jax.sample"])
+@pytest.mark.parametrize("module", ["univid_jax.train", "univid_jax.sample", "univid_jax.evaluate", "univid_jax.forecast"])
 def test_help(module):
   done = run_command([module, "--help"])
   assert done.returncode == 0

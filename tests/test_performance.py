@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.scaling import collective_bytes
 from univid_jax.attention import xla
 from univid_jax.data.packing import RowShape, pack, sentence_features
 from univid_jax.diffusion.loss import timestep_table
@@ -71,6 +72,23 @@ def test_cached_context_saves_most_of_a_step(monkeypatch):
   of_targets = lambda params, tokens, context: nnx.merge(graph, params)(tokens, table, context.of(row), context)  # noqa: E731
   cached = compiled_flops(of_targets, params, row.tokens[:, :7800], context)
   assert whole / cached >= 3.5
+
+
+def test_traffic_is_read_off_the_program():
+  """A sum over eight devices outside a loop, and a gather inside one of three layers."""
+  mesh = make_mesh({"data": 8})
+  spec = jax.sharding.PartitionSpec("data")
+
+  def local(x, layers):
+    def body(carry, layer):
+      return carry + jnp.sum(jax.lax.all_gather(layer, "data", tiled=True)), None
+    total, _ = jax.lax.scan(body, jax.lax.psum(x, "data")[0, 0], layers)
+    return total
+  run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(spec, jax.sharding.PartitionSpec(None, "data")), check_vma=False,
+                              out_specs=jax.sharding.PartitionSpec()))
+  text = run.lower(np.zeros((8, 64), np.float32), np.zeros((3, 80), np.float32)).compile().as_text()
+  found = collective_bytes(text, 3)
+  assert found["all-reduce"] == 64 * 4 and found["all-gather"] == 3 * 80 * 4
 
 
 def test_chips_by_the_names_that_jax_gives_them():

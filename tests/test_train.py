@@ -25,7 +25,7 @@ from univid_jax.parallel.mesh import make_mesh, mesh_shape
 from univid_jax.parallel.sharding import parameter_shardings, shard_batch
 from univid_jax.pipeline import load_pipeline
 from univid_jax.training.checkpoint import Checkpointer
-from univid_jax.training.forecast import forecast
+from univid_jax.training.forecast import forecast, forecast_sampling
 from univid_jax.training.loop import train
 from univid_jax.training.optimizer import make_optimizer, make_schedule
 from univid_jax.training.restore import checkpoint_step
@@ -358,6 +358,16 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 class TestForecast:
+  def test_sampling_counts_the_cache(self, tiny_config):
+    """Keys and values of a sentence of context I, in every layer."""
+    mesh = make_mesh({}, devices=jax.devices()[:1])
+    assert forecast_sampling(tiny_config, mesh).cache == 0
+    tiny_config.model.attention = "context_causal"
+    found = forecast_sampling(tiny_config, mesh)
+    tokens = 4 * 2 * (16 // 8) ** 2
+    assert found.cache == 2 * 2 * tokens * 32 * 4 and "keys and values" in str(found)
+    assert found.activations >= found.cache and found.optimizer == 0 and found.weights > 0
+
   @pytest.mark.long
   def test_parts(self, tiny_config):
     """Weights and moments are what their shapes say; sharding divides them."""
