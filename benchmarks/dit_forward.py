@@ -5,12 +5,6 @@
 Each side lives in a process of its own, so that peak memory is its own; both are timed in turn, after one warm-up.
 """
 
-import json
-import multiprocessing
-import resource
-import statistics
-import time
-
 from absl import flags
 
 from univid_jax import cli
@@ -73,41 +67,12 @@ def torch_side(variant: str, dtype: str):
   return forward
 
 
-def serve(side, variant, dtype, pipe) -> None:
-  """Runs one side: a forward for each message, answered with its seconds; at the end the peak memory in GiB."""
-  run = side(variant, dtype)
-  pipe.send("ready")
-  while pipe.recv():
-    start = time.perf_counter()
-    run()
-    pipe.send(time.perf_counter() - start)
-  pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-
-
 def main() -> None:
-  context = multiprocessing.get_context("spawn")
-  sides = {"jax": jax_side} | ({"torch": torch_side} if AGAINST.value else {})
-  pipes = {}
-  for name, side in sides.items():
-    pipes[name], theirs = context.Pipe()
-    context.Process(target=serve, args=(side, VARIANT.value, DTYPE.value, theirs), daemon=True).start()
-    pipes[name].recv()
+  from benchmarks.timing import race, write_json
 
-  seconds = {name: [] for name in sides}
-  for _ in range(1 + PAIRS.value):
-    for name, pipe in pipes.items():
-      pipe.send(True)
-      seconds[name].append(pipe.recv())
-  figures = {}
-  for name, pipe in pipes.items():
-    pipe.send(False)
-    first, *rest = seconds[name]
-    figures[name] = {"first_s": round(first, 2), "median_s": round(statistics.median(rest), 2), "peak_gib": round(pipe.recv(), 2)}
-    print(f"{name:<6} first {figures[name]['first_s']:7.2f} s   median of {len(rest)} {figures[name]['median_s']:7.2f} s   "
-          f"peak memory {figures[name]['peak_gib']:6.2f} GiB")
-  if OUT.value:
-    with open(OUT.value, "w") as file:
-      json.dump({"variant": VARIANT.value, "dtype": DTYPE.value, "tokens": 1024, **figures}, file, indent=2)
+  options = dict(variant=VARIANT.value, dtype=DTYPE.value)
+  sides = {"jax": (jax_side, options)} | ({"torch": (torch_side, options)} if AGAINST.value else {})
+  write_json(OUT.value, {**options, "tokens": 1024, **race(sides, pairs=PAIRS.value)})
 
 
 if __name__ == "__main__":
