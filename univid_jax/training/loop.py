@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
+from flax import nnx
 from tqdm import tqdm
 
 import univid_jax
@@ -33,7 +34,7 @@ from univid_jax.training.forecast import ADVICE, abstract_batch, compile_step
 from univid_jax.training.optimizer import make_optimizer
 from univid_jax.training.prepare import Prepared, open_data, prepare
 from univid_jax.training.restore import base_parameters, lora_weights
-from univid_jax.training.step import StateSpec, make_train_step
+from univid_jax.training.step import StateSpec, TrainState, make_train_step
 from univid_jax.training.validation import PREVIEWS, Validation, validation_sentences, write_previews
 from univid_jax.training.writer import MetricsWriter
 from univid_jax.weights.checkpoint import read_info
@@ -65,6 +66,45 @@ class TrainResult:
   seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What stays the same from the first step to the last.
+
+  Attributes:
+    config: as it was given.
+    values: the same as plain values, with what else names the run; what stands in its config.json.
+    workdir: a folder or a bucket.
+    mesh: the devices.
+    spec: of the state.
+    base_graph: the transformer without adapters, where they are trained; else None.
+    frozen: parameters that are not trained.
+    encoders: of clips and prompts.
+    prepared: the data.
+  """
+
+  config: ml_collections.ConfigDict
+  values: dict[str, Any]
+  workdir: str
+  mesh: jax.sharding.Mesh
+  spec: StateSpec
+  base_graph: nnx.GraphDef | None
+  frozen: Any
+  encoders: Encoders
+  prepared: Prepared
+
+  @property
+  def trains_lora(self) -> bool:
+    return self.base_graph is not None
+
+  @property
+  def dit(self) -> DiTConfig:
+    return build.transformer_config(self.config)
+
+  def pipeline(self, params: Any) -> Pipeline:
+    """What is trained so far, to sample with."""
+    return Pipeline(self.dit, self.spec.graph, join(self.frozen, params), encoders=self.encoders, mesh=self.mesh, run=self.values)
+
+
 def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   """Trains until config.num_steps, from the latest checkpoint in the workdir or else from the start.
 
@@ -72,6 +112,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     ValueError: a value of the config fits no run, or the workdir holds a run of another config.
     FloatingPointError: the loss is not finite; the last checkpoint is from before.
     Interrupted: SIGTERM or Ctrl-C came; the state is saved.
+    OSError: a checkpoint could not be written.
   """
   build.check(config)
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
@@ -82,41 +123,63 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   spec = StateSpec.of(lambda: build.model(config, seed=config.seed), optimizer, mesh, ema=config.ema_decay > 0, lora=trains_lora)
   encoders = build.encoders(config, mesh)
   prepared = prepare(config, workdir, encoders, open_data(config, workdir))
+  values = _plain({**config.to_dict(), "base": base_checksum(config), "version": univid_jax.__version__})
+  base_graph, frozen = base_parameters(config, mesh) if trains_lora else (None, {})
+  run = Run(config, values, workdir, mesh, spec, base_graph, frozen, encoders, prepared)
+
   loader = batches(config, mesh, encoders, prepared)
+  checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
+  state = first_state(run, checkpointer, loader)
+  write_config(workdir, values)
   step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed,
                             microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0)
-  values = _plain({**config.to_dict(), "base": base_checksum(config), "version": univid_jax.__version__})
-  checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
-  base_graph, base = base_parameters(config, mesh) if trains_lora or config.init_from else (None, {})
-  frozen = base if trains_lora else {}
-  if checkpointer.latest_step is None:
-    state = spec.create() if trains_lora or not config.init_from else spec.create(base)
-  else:
-    check_same_run(workdir, read_config(workdir), values)
-    state = checkpointer.restore(spec.abstract, loader)
-    print(f"resuming {workdir} at step {int(state.step)} of {config.num_steps}")
-  if not trains_lora:
-    del base  # a full training starts from a copy
-  write_config(workdir, values)
   step_fn, memory = compile_step(step_fn, spec, abstract_batch(config, mesh), mesh)
   print(memory if memory.fits else f"{memory}: that is more than there is; {ADVICE}")
-
-  dit = build.transformer_config(config)
-
-  def pipeline(params) -> Pipeline:
-    """What is trained so far, to sample with."""
-    return Pipeline(dit, spec.graph, join(frozen, params), encoders=encoders, mesh=mesh, run=values)
-
-  print(f"attention: {backend_name(config, mesh, dit)}, {config.model.attention.replace('_', '-')}")
-  watch = Watch(config, mesh, spec, encoders, prepared, workdir, pipeline)
+  print(f"attention: {backend_name(config, mesh, run.dit)}, {config.model.attention.replace('_', '-')}")
   start, started = int(state.step), time.monotonic()
-  writer = MetricsWriter(workdir, start_step=start) if jax.process_index() == 0 else None
+  state = take_steps(run, state, step_fn, loader, checkpointer)
+  if prepared.data.dropped:
+    print(f"{len(prepared.data.dropped)} rows of the data could not be used and were left out, first {prepared.data.dropped[0]}")
+  return TrainResult(finished(run, state), config.num_steps - start, time.monotonic() - started)
+
+
+def first_state(run: Run, checkpointer: Checkpointer, loader: grain.DatasetIterator) -> TrainState:
+  """The state of the latest checkpoint, with the loader put where it was; else a new one, from the base where there is one.
+
+  Raises:
+    ValueError: the checkpoint is of another config, or cannot be read.
+  """
+  config = run.config
+  if checkpointer.latest_step is not None:
+    check_same_run(run.workdir, read_config(run.workdir), run.values)
+    state = checkpointer.restore(run.spec.abstract, loader)
+    print(f"resuming {run.workdir} at step {int(state.step)} of {config.num_steps}")
+    return state
+  if run.trains_lora or not config.init_from:
+    return run.spec.create()
+  return run.spec.create(base_parameters(config, run.mesh)[1])
+
+
+def take_steps(run: Run, state: TrainState, step_fn: Callable[..., Any], loader: grain.DatasetIterator,
+               checkpointer: Checkpointer) -> TrainState:
+  """The steps from the state's to the config's last, with all that is written on the way.
+
+  Closes the loader and the checkpointer.
+
+  Raises:
+    FloatingPointError: the loss is not finite.
+    Interrupted: a signal came; the state is saved.
+    OSError: a checkpoint could not be written.
+  """
+  config, mesh, start = run.config, run.mesh, int(state.step)
+  watch = Watch(run)
+  writer = MetricsWriter(run.workdir, start_step=start) if jax.process_index() == 0 else None
   try:
     with jax.set_mesh(mesh), stop_on_signal() as stop, progress_bar(start, config.num_steps) as bar:
       pending: list[dict[str, Any]] = []
-      speed = Speed(config, dit, mesh)
+      speed = Speed(config, run.dit, mesh)
       for step in range(start + 1, config.num_steps + 1):
-        state, metrics = step_fn(state, frozen, shard_batch(next(loader), mesh))
+        state, metrics = step_fn(state, run.frozen, shard_batch(next(loader), mesh))
         pending.append(metrics)
         bar.update()
         # Asked once a step: a signal that comes after this line is for the next step, which saves.
@@ -128,7 +191,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
           summary = speed.added_to(_summarize(pending, step), len(pending))
           bar.set_postfix_str(shown(summary), refresh=False)
           if looks:
-            summary |= watch(step, state.model_params, frozen)
+            summary |= watch(step, state.model_params)
             bar.write(f"step {step}: validation loss {summary['val_loss']:.4f}")
             speed.restart()
           if writer:
@@ -147,58 +210,51 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
     for part in filter(None, (loader, checkpointer, writer)):
       with contextlib.suppress(Exception) if failing else contextlib.nullcontext():
         part.close()
-  if prepared.data.dropped:
-    print(f"{len(prepared.data.dropped)} rows of the data could not be used and were left out, first {prepared.data.dropped[0]}")
-  graph, params = spec.graph, state.model_params
-  if trains_lora:
-    lora = lora_weights(values, gathered(params), step=config.num_steps)
+  return state
+
+
+def finished(run: Run, state: TrainState) -> Pipeline:
+  """The trained model; adapters are exported, and run beside the base."""
+  graph, params = run.spec.graph, state.model_params
+  if run.trains_lora:
+    lora = lora_weights(run.values, gathered(params), step=run.config.num_steps)
     if jax.process_index() == 0:
-      with local_file(epath.Path(workdir) / LORA_EXPORT) as path:
+      with local_file(epath.Path(run.workdir) / LORA_EXPORT) as path:
         write_lora(path, lora, "comfyui")
-    graph, params = with_loras(dit, base_graph, frozen, [(lora, 1.0)], mesh=mesh, merged=False)
-  trained = Pipeline(dit, graph, params, encoders=encoders, mesh=mesh, run=values)
-  return TrainResult(trained, config.num_steps - start, time.monotonic() - started)
+    graph, params = with_loras(run.dit, run.base_graph, run.frozen, [(lora, 1.0)], mesh=run.mesh, merged=False)
+  return Pipeline(run.dit, graph, params, encoders=run.encoders, mesh=run.mesh, run=run.values)
 
 
 class Watch:
-  """Validation and previews, every so many steps of the config's `validation`.
+  """Validation and previews, every so many steps of the config's `validation`."""
 
-  Args:
-    config: of the run.
-    mesh: the devices.
-    spec: of the training state.
-    encoders: of the run.
-    prepared: its data.
-    workdir: where previews go.
-    pipeline: makes one of what is trained so far.
-  """
-
-  def __init__(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, spec: StateSpec, encoders: Encoders,
-               prepared: Prepared, workdir: str, pipeline: Callable[[Any], Pipeline]):
-    self._config, self._workdir, self._make_pipeline = config.validation, workdir, pipeline
+  def __init__(self, run: Run):
+    self._run, self._options = run, run.config.validation
     self._pipeline: Pipeline | None = None
-    if not self._config.every_steps:
+    if not self._options.every_steps:
       return
-    self._sentences, held_out = validation_sentences(prepared.data, self._config.sentences)
+    data = run.prepared.data
+    self._sentences, held_out = validation_sentences(data, self._options.sentences)
     if not held_out:
       print("validation: too little data to hold any out, so its loss is on sentences of the training")
-    make_features = build.feature_maker(config, encoders, caches=prepared.caches, task_names=prepared.data.task_names)
-    self._validate = Validation(config, spec, self._sentences, make_features, mesh)
-    encoders.release()
+    make_features = build.feature_maker(run.config, run.encoders, caches=run.prepared.caches, task_names=data.task_names)
+    self._validate = Validation(run.config, run.spec, self._sentences, make_features, run.mesh)
+    run.encoders.release()
 
   def is_due(self, step: int, last: bool) -> bool:
-    every = self._config.every_steps
+    every = self._options.every_steps
     return every > 0 and (last or step % every == 0)
 
-  def __call__(self, step: int, params: Any, frozen: Any) -> dict[str, float]:
-    """Measures, and paints the previews."""
-    if self._config.previews:
-      fresh = self._make_pipeline(params)
+  def __call__(self, step: int, params: Any) -> dict[str, float]:
+    """Measures, and paints the previews; the encoders' memory is given back to the training."""
+    if self._options.previews:
+      fresh = self._run.pipeline(params)
       self._pipeline = self._pipeline or fresh
       self._pipeline.params = fresh.params  # one pipeline throughout: its programs are compiled once
-      write_previews(epath.Path(self._workdir) / PREVIEWS, step, self._pipeline, self._sentences[:self._config.previews],
-                     num_inference_steps=self._config.num_inference_steps, seed=0)
-    return self._validate(params, frozen)
+      write_previews(epath.Path(self._run.workdir) / PREVIEWS, step, self._pipeline, self._sentences[:self._options.previews],
+                     num_inference_steps=self._options.num_inference_steps, seed=0)
+      self._run.encoders.release()
+    return self._validate(params, self._run.frozen)
 
 
 class Speed:
