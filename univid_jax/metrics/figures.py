@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from univid_jax.data.cache import read_frames
@@ -16,6 +15,8 @@ COLUMNS = ("A", "A'", "B", "B' predicted", "B' true")
 
 def plot_loss(path: Path, training: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = ()) -> None:
   """(step, loss) of the training, with a running mean, and of the validation."""
+  from matplotlib.figure import Figure  # a third of a second, at the end of a run instead of its start
+
   steps, losses = zip(*training)
   figure = Figure(figsize=(7, 4), layout="constrained")
   axes = figure.subplots()

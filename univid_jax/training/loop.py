@@ -131,6 +131,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
   state = first_state(run, checkpointer, loader)
   write_config(workdir, values)
+  loader.start_prefetch()  # the first batches are made while the step is compiled
   step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed,
                             microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0)
   step_fn, memory = compile_step(step_fn, spec, abstract_batch(config, mesh), mesh)

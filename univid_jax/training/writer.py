@@ -1,10 +1,10 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard and a picture of the loss."""
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
 
-import tensorboardX
 from etils import epath
 
 from univid_jax.files import is_remote, local_file
@@ -24,7 +24,7 @@ class MetricsWriter:
     self._path = self._folder / "metrics.jsonl"
     self._lines = [line for line in self._written() if json.loads(line)["step"] <= start_step]
     self._path.write_text("".join(self._lines))
-    self._board = tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
+    self._start_step = start_step
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     self._lines.append(json.dumps({"step": step, **metrics}) + "\n")
@@ -35,6 +35,12 @@ class MetricsWriter:
         file.write(self._lines[-1])
     for name, value in metrics.items():
       self._board.add_scalar(name, value, step)
+
+  @functools.cached_property
+  def _board(self):
+    # With the first metrics only: where PyTorch is installed, tensorboardX imports it.
+    import tensorboardX
+    return tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._start_step + 1, flush_secs=30)
 
   def close(self) -> None:
     """Finishes the files and draws the losses."""
