@@ -37,19 +37,36 @@ def test_intervals_and_bias():
   assert relative_error(out, reference(q, k, v, intervals, bias)) <= 1e-6
 
 
-def test_chunks_equal_the_whole(monkeypatch):
+@pytest.mark.parametrize("blocks", [xla.Blocks(1, 64, 48, 0), xla.Blocks(1, 64, 0, 0), xla.Blocks(0, 128, 0, 0)], ids=str)
+@pytest.mark.parametrize("masked", [True, False])
+def test_blocks_equal_the_whole(monkeypatch, blocks, masked):
+  """Lengths that are no multiples, queries that see nothing or all, some keys that count more, and the gradients of all."""
   q, k, v = inputs(300, 200)
-  intervals = jnp.asarray(np.broadcast_to([20, 180], (2, 300, 2)))
+  start = np.sort(np.random.default_rng(1).integers(0, 150, (2, 300)), axis=1)
+  intervals = np.stack([start, start + 50], -1)
+  intervals[:, 250:], intervals[:, :10] = 0, [0, 200]
+  real = (intervals[..., 1] > 0)[..., None, None]
+  options = dict(key_intervals=jnp.asarray(intervals), key_bias=jnp.asarray(start[:, :200] / 100)) if masked else {}
 
   def out_and_gradients():
-    loss = lambda *qkv: jnp.sum(attention(*qkv, key_intervals=intervals) ** 2)  # noqa: E731
-    return attention(q, k, v, key_intervals=intervals), *jax.grad(loss, (0, 1, 2))(q, k, v)
+    loss = lambda *qkv: jnp.sum((attention(*qkv, **options) * real) ** 2)  # noqa: E731
+    return attention(q, k, v, **options) * real, *jax.grad(loss, (0, 1, 2))(q, k, v)
 
   whole = out_and_gradients()
-  monkeypatch.setattr(xla, "MAX_LOGITS_UNCHUNKED", 0)
-  monkeypatch.setattr(xla, "QUERIES_PER_CHUNK", 64)
+  monkeypatch.setitem(xla.BLOCKS, "cpu", blocks)
   for a, b in zip(out_and_gradients(), whole):
     assert relative_error(a, b) <= 1e-6
+
+
+def test_blocks_that_nobody_sees_are_skipped(monkeypatch):
+  """What is skipped may hold anything; what is only masked would spread through 0 * NaN."""
+  monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(1, 64, 32, 0))
+  q, k, v = inputs(128, 128)
+  v[:, 64:96] = np.nan
+  intervals = np.zeros((2, 128, 2), np.int32)
+  intervals[:, :64], intervals[:, 64:100] = [0, 60], [96, 128]
+  out, gradients = jax.vjp(lambda *qkv: attention(*qkv, key_intervals=jnp.asarray(intervals)), q, k, v)
+  assert np.all(np.isfinite(out)) and all(np.all(np.isfinite(g)) for g in gradients(jnp.ones_like(out)))
 
 
 def test_a_key_that_counts_for_many():

@@ -36,7 +36,7 @@ def one_row(side, frames, text_dim=64, causal=False):
 
 @pytest.mark.parametrize("rank", [0, 16])
 def test_formula_against_the_compiler(monkeypatch, rank):
-  monkeypatch.setattr(xla, "MAX_LOGITS_UNCHUNKED", 1 << 40)
+  monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(1, 0, 0, smallest=1 << 40))
   row = dataclasses.replace(one_row(16, 2), key_intervals=None, text_intervals=None, modulation_ids=None)
   length = row.tokens.shape[1]
   counts = dict(tokens=length, text_tokens=64, attended=length**2, attended_text=length * 64)
@@ -56,7 +56,7 @@ def test_formula_against_the_compiler(monkeypatch, rank):
 
 def test_cached_context_saves_most_of_a_step(monkeypatch):
   """The 1.3B's widths at context I of 832x480 and 17 frames, compiled and not run."""
-  monkeypatch.setattr(xla, "MAX_LOGITS_UNCHUNKED", 1 << 40)
+  monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(1, 0, 0, smallest=1 << 40))
   config = dataclasses.replace(PRESETS["wan2.1-t2v-1.3b"], num_layers=1)
   clips = tuple(np.zeros((5, 60, 104, 16), np.float32) for _ in range(4))
   features = sentence_features(Sentence(clips=clips, roles=(Role.CONTEXT,) * 3 + (Role.TARGET,)), patch_size=(1, 2, 2),

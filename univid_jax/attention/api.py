@@ -47,6 +47,8 @@ def attention(q: Float[Array, "b l h k"], k: Float[Array, "b n h k"], v: Float[A
   run = BACKENDS[backend]
   if backend == "splash":
     run = functools.partial(run, interpret=platform != "tpu")
+  elif backend == "xla":
+    run = functools.partial(run, platform=platform)
   if mesh.size > 1:
     run = _on_mesh(run, mesh, q.shape, num_keys=k.shape[1])
   return run(q, k, v, key_intervals=key_intervals, key_bias=key_bias)

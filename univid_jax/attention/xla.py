@@ -1,39 +1,73 @@
-"""Attention in plain XLA, in chunks of queries, so that memory grows with the tokens and not with their square."""
+"""Attention in plain XLA, block by block, so that memory grows with the tokens and not with their square.
+
+The blocks and the sums that run over them are those of FlashAttention (Dao et al. 2022).
+"""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Below this many logits a head and row, one piece is faster than several; above, 1,024 queries a chunk were the best of
-# 256 to 4,096 for forward and gradient together on a CPU.
-MAX_LOGITS_UNCHUNKED = 1 << 21
-QUERIES_PER_CHUNK = 1024
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """What is worked on at a time; 0 is all.
+
+  Attributes:
+    heads: of a row.
+    queries: of a head.
+    keys: of a query. Blocks that no query of the block sees are skipped, unless all keys are one block.
+    smallest: logits a head and row up to which one piece is faster than blocks.
+  """
+
+  heads: int
+  queries: int
+  keys: int
+  smallest: int
+
+
+# On a CPU the logits of one head (4 MB) stay in the cache from one product to the next: half the time of all heads at once.
+# Accelerators want large products, and their loops whose length depends on data wait for the host.
+BLOCKS = {"cpu": Blocks(heads=1, queries=1024, keys=1024, smallest=1 << 17)}
+OTHER_BLOCKS = Blocks(heads=0, queries=1024, keys=0, smallest=1 << 21)
+
+LOWEST = jnp.finfo(jnp.float32).min / 2  # of a maximum over nothing: what is subtracted from it stays finite
 
 
 def xla_attention(q: Float[Array, "b l h k"], k: Float[Array, "b n h k"], v: Float[Array, "b n h k"], *,
-                  key_intervals: Int[Array, "b l 2"] | None = None,
-                  key_bias: Float[Array, "b n"] | None = None) -> Float[Array, "b l h k"]:
-  """See `api.attention`."""
-  num_queries, num_keys = q.shape[1], k.shape[1]
-  if num_queries * num_keys <= MAX_LOGITS_UNCHUNKED:
+                  key_intervals: Int[Array, "b l 2"] | None = None, key_bias: Float[Array, "b n"] | None = None,
+                  platform: str = "cpu") -> Float[Array, "b l h k"]:
+  """See `api.attention`; no gradient flows to the bias."""
+  blocks = BLOCKS.get(platform, OTHER_BLOCKS)
+  (rows, num_queries, num_heads, head_dim), num_keys = q.shape, k.shape[1]
+  if num_queries * num_keys <= blocks.smallest:
     return _attend(q, k, v, key_intervals, key_bias)
+  if key_intervals is None:
+    key_intervals = jnp.broadcast_to(jnp.array([0, num_keys], jnp.int32), (rows, num_queries, 2))
 
-  num_chunks = -(-num_queries // QUERIES_PER_CHUNK)
-  padding = num_chunks * QUERIES_PER_CHUNK - num_queries
+  query_block, key_block = min(blocks.queries, num_queries), min(blocks.keys or num_keys, num_keys)
+  num_groups = num_heads // blocks.heads if blocks.heads else 1
 
-  def split(x):
-    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, QUERIES_PER_CHUNK, *x.shape[2:]), 1, 0)
+  def pad(x, block):
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
 
-  def body(chunk):
-    chunk_q, chunk_intervals = chunk
-    return _attend(chunk_q, k, v, chunk_intervals, key_bias)
+  def grouped(x, block):  # b l (i g) k -> b i g l k
+    x = pad(x, block)
+    return x.reshape(*x.shape[:2], num_groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
 
-  out = jax.lax.map(jax.checkpoint(body), (split(q), None if key_intervals is None else split(key_intervals)))
-  return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :num_queries]
+  def of_row(parts):
+    q, k, v, intervals, bias = parts
+    return jax.lax.map(lambda heads: _blockwise(*heads, intervals, bias, query_block, key_block), (q, k, v))
+
+  out = jax.lax.map(of_row, (grouped(q, query_block), grouped(k, key_block), grouped(v, key_block),
+                             pad(key_intervals, query_block), None if key_bias is None else pad(key_bias, key_block)))
+  return out.transpose(0, 3, 1, 2, 4).reshape(rows, -1, num_heads, head_dim)[:, :num_queries]
 
 
 def _attend(q, k, v, key_intervals, key_bias):
+  """All at once."""
   # Heads before tokens: on a CPU a third faster than leaving the order to the compiler.
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
   logits = jnp.einsum("bhlk,bhnk->bhln", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
@@ -45,3 +79,102 @@ def _attend(q, k, v, key_intervals, key_bias):
     logits = jnp.where(((keys >= start) & (keys < end))[:, None], logits, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   return jnp.einsum("bhln,bhnk->bhlk", weights, v).transpose(0, 2, 1, 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _blockwise(q: Float[Array, "g l k"], k: Float[Array, "g n k"], v: Float[Array, "g n k"], intervals: Int[Array, "l 2"],
+               bias: Float[Array, "n"] | None, query_block: int, key_block: int) -> Float[Array, "g l k"]:
+  """Heads of one row; l and n are multiples of their blocks. A query that sees no key gets 0."""
+  return _blockwise_forward(q, k, v, intervals, bias, query_block, key_block)[0]
+
+
+def _blockwise_forward(q, k, v, intervals, bias, query_block: int, key_block: int):
+
+  def queries(parts):
+    q, intervals = parts
+
+    def keys(index, sums):
+      out, total, highest = sums
+      k_block, v_block = _block(k, index, key_block), _block(v, index, key_block)
+      logits = _logits("glk,gnk->gln", q, k_block, index, intervals[:, :1], intervals[:, 1:], bias)
+      now = jnp.maximum(highest, jnp.max(logits, axis=-1, keepdims=True))
+      weights, faded = jnp.exp(logits - now), jnp.exp(highest - now)
+      out = out * faded + jnp.einsum("gln,gnk->glk", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
+      return out, total * faded + jnp.sum(weights, axis=-1, keepdims=True), now
+
+    nothing = jnp.zeros(q.shape, jnp.float32), jnp.zeros((*q.shape[:2], 1)), jnp.full((*q.shape[:2], 1), LOWEST)
+    out, total, highest = _over_blocks(keys, nothing, intervals, k.shape[1], key_block)
+    total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+    return (out / total).astype(v.dtype), highest + jnp.log(total)
+
+  out, normalizers = jax.lax.map(queries, (_split(q, query_block), intervals.reshape(-1, query_block, 2)))
+  return _join(out), (q, k, v, intervals, bias, _join(out), _join(normalizers))
+
+
+def _blockwise_backward(query_block: int, key_block: int, saved, d_out):
+  q, k, v, intervals, bias, out, normalizers = saved
+  # Where logits stand keys first, two of the three products that follow from them need no transposition.
+  inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
+
+  def queries(sums, parts):
+    q, d_out, normalizers, inner, intervals = parts
+    start, end = intervals[None, :, 0], intervals[None, :, 1]
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def keys(index, sums):
+      dk, dv, dq = sums
+      k_block, v_block = _block(k, index, key_block), _block(v, index, key_block)
+      logits = _logits("glk,gnk->gnl", q, k_block, index, start, end, bias)
+      weights = jnp.exp(logits - normalizers.transpose(0, 2, 1))
+      d_logits = weights * (product("gnk,glk->gnl", v_block, d_out) - inner.transpose(0, 2, 1))
+      d_logits = (d_logits * q.shape[-1] ** -0.5).astype(q.dtype)
+      dv = _add_block(dv, product("gnl,glk->gnk", weights.astype(v.dtype), d_out), index)
+      dk = _add_block(dk, product("gnl,glk->gnk", d_logits, q), index)
+      return dk, dv, dq + product("gnl,gnk->glk", d_logits, k_block)
+
+    dk, dv, dq = _over_blocks(keys, (*sums, jnp.zeros(q.shape, jnp.float32)), intervals, k.shape[1], key_block)
+    return (dk, dv), dq.astype(q.dtype)
+
+  parts = *(_split(x, query_block) for x in (q, d_out, normalizers, inner)), intervals.reshape(-1, query_block, 2)
+  zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+  (dk, dv), dq = jax.lax.scan(queries, zeros, parts)
+  return _join(dq), dk.astype(k.dtype), dv.astype(v.dtype), None, None if bias is None else jnp.zeros_like(bias)
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _logits(product: str, q, k_block, index, start, end, bias):
+  """Logits of one block, (g, queries, keys) or the other way round as start and end are; -inf where a query may not look."""
+  size = k_block.shape[1]
+  keys = index * size + jnp.arange(size).reshape((1, -1) if start.shape[1] == 1 else (-1, 1))
+  logits = jnp.einsum(product, q * q.shape[-1] ** -0.5, k_block, preferred_element_type=jnp.float32)
+  if bias is not None:
+    logits = logits + jax.lax.dynamic_slice_in_dim(bias, index * size, size).reshape(keys.shape).astype(jnp.float32)
+  return jnp.where((keys >= start) & (keys < end), logits, -jnp.inf)
+
+
+def _over_blocks(body, sums, intervals, num_keys: int, key_block: int):
+  """Runs the body on the blocks of keys that at least one of the queries sees."""
+  if num_keys == key_block:
+    return body(0, sums)
+  start, end = intervals[:, 0], intervals[:, 1]
+  first = jnp.min(jnp.where(end > start, start, num_keys)) // key_block
+  return jax.lax.fori_loop(first, -(-jnp.max(end) // key_block), body, sums)
+
+
+def _block(x, index, size: int):
+  return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
+
+
+def _add_block(x, block, index):
+  size = block.shape[1]
+  return jax.lax.dynamic_update_slice_in_dim(x, _block(x, index, size) + block, index * size, axis=1)
+
+
+def _split(x: Float[Array, "g l k"], size: int) -> Float[Array, "i g n k"]:
+  return jnp.moveaxis(x.reshape(x.shape[0], -1, size, x.shape[2]), 1, 0)
+
+
+def _join(x: Float[Array, "i g n k"]) -> Float[Array, "g l k"]:
+  return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[3])
