@@ -32,7 +32,7 @@ def side(cached, variant, dim, layers, frames, height, width, steps, dtype):
 
   from univid_jax.data.packing import RowShape, pack, sentence_features
   from univid_jax.diffusion.flow import FlowMatching
-  from univid_jax.diffusion.solvers import euler, target_places, velocity_fn
+  from univid_jax.diffusion.solvers import euler, velocity_fn
   from univid_jax.models.dit import PRESETS, DiT, DiTConfig
   from univid_jax.types import Sentence, reference_roles
 
@@ -42,19 +42,19 @@ def side(cached, variant, dim, layers, frames, height, width, steps, dtype):
   features = sentence_features(Sentence(clips=clips, roles=reference_roles(4)), patch_size=(1, 2, 2), text_len=512,
                                prompt_embedding=np.zeros((0, config.text_dim), np.float32))
   # With and without the cache it is the same model on the same row: that of a model trained so.
-  row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=1, num_slots=1, context_causal=True))
+  row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_targets=len(features["targets"]) if cached else None,
+                                  num_text_tokens=1, num_slots=1, context_causal=True))
   abstract = nnx.eval_shape(lambda: DiT(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), attention_backend="auto",
                                         rngs=nnx.Rngs(0)))
   graph = nnx.graphdef(abstract)
   draw = jax.jit(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype))
   params = jax.tree.map(lambda x: draw(jnp.zeros(x.shape, x.dtype)), nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))
-  targets = target_places(row.target_mask) if cached else None
   sigmas = FlowMatching().inference_sigmas(steps)
   noise = jax.random.normal(jax.random.key(0), row.tokens.shape)
 
   @jax.jit
   def solve(params, row, noise):
-    return euler(velocity_fn(nnx.merge(graph, params), row, targets=targets), row, noise, sigmas)
+    return euler(velocity_fn(nnx.merge(graph, params), row), row, noise, sigmas)
   return lambda: jax.block_until_ready(solve(params, row, noise))
 
 

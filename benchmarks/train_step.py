@@ -4,8 +4,8 @@
       [--height=512 --width=512] [--dtype=float32] [--mode=train|forward] [--pairs=5]
 
 One sentence of four clips, a prompt of 512 tokens, LoRA of rank 16 on all Linears of attention and feed-forward, blocks
-recomputed in the backward pass, AdamW, loss on the last clip; random weights. TFLOP/s count the model's own work
-(`performance.step_flops`); with recomputation it is `hfu_tflops`.
+recomputed in the backward pass, AdamW, loss on the last clip; random weights. TFLOP/s count the model's own work, with a last
+block that computes the targets' tokens alone (`performance.step_flops`); with recomputation it is `hfu_tflops`.
 """
 
 from absl import flags
@@ -62,7 +62,8 @@ def jax_side(variant, layers, frames, height, width, rows, dtype, mode, backend)
   clips = tuple(np.ones((frames, height // 8, width // 8, 16), np.float32) for _ in range(4))
   features = sentence_features(Sentence(clips=clips, roles=reference_roles(4)), patch_size=(1, 2, 2), text_len=PROMPT_TOKENS,
                                prompt_embedding=np.ones((PROMPT_TOKENS, shape.text_dim), np.float32))
-  row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=PROMPT_TOKENS, num_slots=1))
+  row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=PROMPT_TOKENS, num_slots=1,
+                                  num_targets=len(features["targets"]) if mode == "train" else None))
   row = dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
   row = shard_batch(jax.tree.map(lambda x: np.repeat(x, rows, axis=0), row), mesh)
   optimizer = make_optimizer(config.optimizer, 1000)
@@ -152,6 +153,8 @@ def main() -> None:
   config = PRESETS[VARIANT.value]
   config = dataclasses.replace(config, num_layers=LAYERS.value or config.num_layers)
   counts = dict(tokens=length, text_tokens=PROMPT_TOKENS, attended=length**2, attended_text=length * PROMPT_TOKENS)
+  if MODE.value == "train":
+    counts["targets"] = length // 4
   counts = {name: ROWS.value * count for name, count in counts.items()}
   flops = step_flops(config, lora_rank=RANK, **counts) if MODE.value == "train" else forward_flops(config, **counts)
   sides = {"univid_jax": (jax_side, shared | {"backend": BACKEND.value})}

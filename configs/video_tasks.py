@@ -68,6 +68,8 @@ def tiny() -> ml_collections.ConfigDict:
       "packing_bins": 64, "packing": "first_fit",
       # Tokens of prompts, one of padding for each included; the null prompt is that one alone.
       "num_text_tokens": 3,
+      # Tokens of targets; 0: half of num_tokens, enough where a target is no longer than its query.
+      "num_target_tokens": 0,
       # Independent streams of rows; 0: one a process. With a fixed number the batches do not depend on how many processes run.
       "streams": 0,
       # Parts of a batch that go through the model one after another, for less memory and the same result.

@@ -10,10 +10,19 @@ import pytest
 from flax import nnx
 
 from tests.helpers import channels_last, golden, load_dit, relative_error
-from univid_jax.data.packing import RowShape, join_rows, pack, patchify, segment_intervals, sentence_features, unpatchify
+from univid_jax.data.packing import (
+  RowShape,
+  join_rows,
+  pack,
+  patchify,
+  segment_intervals,
+  sentence_features,
+  target_places,
+  unpatchify,
+)
 from univid_jax.diffusion.flow import FlowMatching
-from univid_jax.diffusion.loss import timestep_table
-from univid_jax.diffusion.solvers import euler, target_places, velocity_fn
+from univid_jax.diffusion.loss import sentence_losses, timestep_table
+from univid_jax.diffusion.solvers import euler, velocity_fn
 from univid_jax.models.dit import PRESETS, DiT, DiTConfig, normalize, timestep_embedding
 from univid_jax.models.rope import rotary_tables
 from univid_jax.parallel.mesh import make_mesh
@@ -156,14 +165,37 @@ class TestPacking:
     noise = np.random.default_rng(3).normal(size=row.tokens.shape).astype(np.float32)
     places = target_places(row.target_mask)
     assert places.shape == (2, 24) and (places[1, 6:] == 100).all()
-    run = jax.jit(lambda targets: euler(velocity_fn(self.model, row, targets=targets), row, noise,
-                                        FlowMatching().inference_sigmas(4)))
-    cached, whole = run(places), run(None)
+    run = jax.jit(lambda row: euler(velocity_fn(self.model, row), row, noise, FlowMatching().inference_sigmas(4)))
+    cached, whole = run(dataclasses.replace(row, targets=places)), run(row)
     assert relative_error(cached, whole) <= 1e-5
     full = dataclasses.replace(row, context_causal=False, key_intervals=segment_intervals(row.segment_ids, row.segment_ids))
     assert relative_error(euler(velocity_fn(self.model, full), full, noise, FlowMatching().inference_sigmas(4)), whole) > 1e-3
     with pytest.raises(ValueError, match="only the context of a model trained with attention = context_causal"):
-      velocity_fn(self.model, full, targets=places)
+      self.model.encode_context(dataclasses.replace(full, targets=places))
+
+  @pytest.mark.parametrize("remat", ["full", "none"])
+  @pytest.mark.parametrize("spare", [0, 10])
+  def test_what_only_context_would_need_is_left_out(self, remat, spare):
+    """The losses of sentences and all gradients are those of a model that computes every token's velocity."""
+    model = DiT(self.model.config, remat=remat, rngs=nnx.Rngs(0))
+    nnx.update(model, nnx.state(self.model))
+    graph, params = nnx.split(model)
+    noise = np.random.default_rng(3).normal(size=self.row.tokens.shape).astype(np.float32)
+
+    @jax.jit
+    def loss_and_gradients(row):
+      def loss(params):
+        losses, _ = sentence_losses(nnx.merge(graph, params), row, noise, jnp.array([[0.9, 0.5, 0.1, 0.0]]))
+        return jnp.sum(losses * jnp.arange(1, 5))
+      return jax.value_and_grad(loss)(params)
+
+    whole = loss_and_gradients(self.row)
+    row = pack(self.sentences, RowShape(num_tokens=120, num_targets=30 + spare, num_text_tokens=16, num_slots=4))
+    assert row.targets.shape == (1, 30 + spare)
+    for a, b in zip(jax.tree.leaves(loss_and_gradients(row)), jax.tree.leaves(whole)):
+      assert relative_error(a, b) <= 1e-5
+    velocity = self.model(row.tokens, self.timesteps, row)
+    assert not np.any(velocity[~row.target_mask]) and np.all(np.any(velocity[row.target_mask], axis=-1))
 
   def test_context_that_sees_only_context_does_not_change(self):
     shape = RowShape(num_tokens=120, num_text_tokens=16, num_slots=4, context_causal=True)

@@ -153,6 +153,7 @@ def flow(config: Config) -> FlowMatching:
 def row_shape(config: Config) -> RowShape:
   rows = config["rows"]
   return RowShape(num_tokens=rows["num_tokens"], num_text_tokens=rows["num_text_tokens"], num_slots=rows["num_sentences"],
+                  num_targets=rows["num_target_tokens"] or rows["num_tokens"] // 2,
                   context_causal=config["model"]["attention"] == "context_causal")
 
 

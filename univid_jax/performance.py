@@ -44,7 +44,8 @@ def chip_of(device: jax.Device) -> Chip | None:
   return CHIPS.get(name)
 
 
-def forward_flops(config: DiTConfig, *, tokens: float, text_tokens: float, attended: float, attended_text: float) -> float:
+def forward_flops(config: DiTConfig, *, tokens: float, text_tokens: float, attended: float, attended_text: float,
+                  targets: float | None = None) -> float:
   """Operations of one call of the transformer; a product of (m, k) and (k, n) takes 2 m k n.
 
   Only products are counted, as is usual: norms, softmax, modulation and rotary positions are not.
@@ -55,8 +56,9 @@ def forward_flops(config: DiTConfig, *, tokens: float, text_tokens: float, atten
     text_tokens: likewise, of prompts.
     attended: pairs of a query and a key that it sees; the sum of squares of the sentences' lengths for full attention.
     attended_text: pairs of a query and a text token.
+    targets: tokens whose velocity is wanted: the last block has no other queries. None is all.
   """
-  linear, attention = _parts(config, tokens, text_tokens, attended, attended_text)
+  linear, attention = _parts(config, tokens, text_tokens, attended, attended_text, targets)
   return linear + attention
 
 
@@ -76,16 +78,26 @@ def step_flops(config: DiTConfig, *, lora_rank: int = 0, recompute: bool = False
   adapters = 0.0
   if lora_rank:
     d, f = config.dim, config.ffn_dim
-    pairs = counts["tokens"] * (6 * 2 * d + 2 * (d + f)) + counts["text_tokens"] * 2 * 2 * d
-    adapters = 2 * lora_rank * pairs * config.num_layers
+    layers = _layers(config, counts["tokens"], counts.get("targets"))
+    pairs = (counts["tokens"] * config.num_layers * 2 * 2 * d + layers * counts["tokens"] * (4 * 2 * d + 2 * (d + f))
+             + config.num_layers * counts["text_tokens"] * 2 * 2 * d)
+    adapters = 2 * lora_rank * pairs
   forward = linear + attention + adapters
   backward = (1 if lora_rank else 2) * linear + 2 * attention + 2 * adapters
   return forward + backward + (forward if recompute else 0)
 
 
-def _parts(config: DiTConfig, tokens: float, text_tokens: float, attended: float, attended_text: float) -> tuple[float, float]:
+def _parts(config: DiTConfig, tokens: float, text_tokens: float, attended: float, attended_text: float,
+           targets: float | None = None) -> tuple[float, float]:
   """Operations of products with weights, and of attention."""
-  d, f = config.dim, config.ffn_dim
-  block = 2 * tokens * (6 * d * d + 2 * d * f) + 2 * text_tokens * 2 * d * d
-  around = 2 * tokens * config.patch_volume * (config.in_dim + config.out_dim) * d + 2 * text_tokens * (config.text_dim + d) * d
-  return config.num_layers * block + around, config.num_layers * 4 * (attended + attended_text) * d
+  d, f, layers = config.dim, config.ffn_dim, _layers(config, tokens, targets)
+  keys = config.num_layers * (tokens + text_tokens) * 2 * d * d  # and values
+  queries = layers * tokens * (4 * d * d + 2 * d * f)
+  patches = config.patch_volume * d * (tokens * config.in_dim + (tokens if targets is None else targets) * config.out_dim)
+  text = text_tokens * (config.text_dim + d) * d
+  return 2 * (keys + queries + patches + text), layers * 4 * (attended + attended_text) * d
+
+
+def _layers(config: DiTConfig, tokens: float, targets: float | None) -> float:
+  """How many blocks' worth of queries there are."""
+  return config.num_layers - (0 if targets is None else 1 - targets / tokens)

@@ -27,11 +27,12 @@ from univid_jax.data.packing import (
     patchify,
     places_of,
     sentence_features,
+    target_places,
     target_tokens,
     unpatchify,
 )
 from univid_jax.diffusion.flow import FlowMatching
-from univid_jax.diffusion.solvers import SOLVERS, target_places, velocity_fn
+from univid_jax.diffusion.solvers import SOLVERS, velocity_fn
 from univid_jax.encoders import CheckpointEncoders, Encoders, i2v_condition
 from univid_jax.models.dit import DiTConfig
 from univid_jax.models.lora import LoRAConfig, LoRAParam, attach, join, linear_name, merge
@@ -284,11 +285,12 @@ class Pipeline:
       raise ValueError(f"unknown solver {solver!r}; there are {', '.join(SOLVERS)}")
     flow = self._flow if shift is None else dataclasses.replace(self._flow, shift=shift)
     sigmas = flow.unipc_sigmas(num_inference_steps) if solver == "unipc" else flow.inference_sigmas(num_inference_steps)
+    # The places of the targets, exactly as many as there are.
+    rows = [dataclasses.replace(row, targets=target_places(row.target_mask)) for row in rows]
     row = rows[0]
     noise = np.zeros_like(row.tokens)
     for tokens, (index, segment) in zip(noises, places):
       noise[index, (row.segment_ids[index] == segment) & row.target_mask[index]] = tokens
-    targets = target_places(row.target_mask) if row.context_causal else None
 
     count, shards = len(noise), self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     batch = rows_at_once or (shards if count > 1 else 1)
@@ -298,7 +300,7 @@ class Pipeline:
       solve = self._solve(solver, tuple(map(float, sigmas)), progress is not None)
       for start in range(0, count, batch):
         part = functools.partial(_part, start=start, length=batch)
-        inputs = jax.tree.map(part, (row, rows[1] if len(rows) > 1 else None, targets, noise))
+        inputs = jax.tree.map(part, (row, rows[1] if len(rows) > 1 else None, noise))
         if batch % shards == 0:
           inputs = shard_batch(jax.tree.map(lambda x: own_rows(x, self.mesh), inputs), self.mesh)
         solved.append(gathered(solve(self.params, *inputs, jnp.float32(guidance_scale))))
@@ -330,12 +332,11 @@ class Pipeline:
 
   @functools.lru_cache(maxsize=16)  # noqa: B019 (a pipeline lives as long as its programs)
   def _solve(self, solver: str, sigmas: tuple[float, ...], aloud: bool):
-    """The whole of sampling as one program: (params, row, negative row, places of targets, noise, guidance scale) to tokens."""
+    """The whole of sampling as one program: (params, row, negative row, noise, guidance scale) to tokens."""
     on_step = (lambda taken: self._progress(taken)) if aloud else None
 
-    def solve(params, row: PackedRow, negative: PackedRow | None, targets, noise, guidance_scale):
-      predict = velocity_fn(nnx.merge(self.graph, params), row, negative=negative, guidance_scale=guidance_scale,
-                            targets=targets)
+    def solve(params, row: PackedRow, negative: PackedRow | None, noise, guidance_scale):
+      predict = velocity_fn(nnx.merge(self.graph, params), row, negative=negative, guidance_scale=guidance_scale)
       return SOLVERS[solver](predict, row, noise, np.array(sigmas, np.float32), on_step=on_step)
     return jax.jit(solve)
 

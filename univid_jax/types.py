@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 class Role(enum.IntEnum):
@@ -68,6 +69,8 @@ class PackedRow:
     positions: (t, y, x) of each token in units of patches; time runs on across the clips of a sentence.
     segment_ids: the sentence of a token, from 1; 0 is padding.
     target_mask: True where the token belongs to a target clip.
+    targets: the places of these tokens, filled up with l where a row has fewer than others: the model may leave out what only
+      the velocity of context would need. None where the velocity of all tokens is wanted.
     text: prompt embeddings of the row's sentences, one after another, without their padding but for one zero vector a
       sentence, which stands for all of it.
     text_counts: how often each text token stands in the original's padded prompt: 1, the number of padding positions
@@ -91,6 +94,7 @@ class PackedRow:
   target_mask: Bool[Array, "b l"]
   text: Float[Array, "b n d"]
   text_counts: Float[Array, "b n"]
+  targets: Int[Array, "b q"] | None = None
   key_intervals: Int[Array, "b l 2"] | None = None
   text_intervals: Int[Array, "b l 2"] | None = None
   modulation_ids: Int[Array, "b l"] | None = None
@@ -106,10 +110,26 @@ class PackedRow:
     """Sentences that a row can hold."""
     return 1 if self.task_ids is None else self.task_ids.shape[1]
 
+  def of_targets(self) -> "PackedRow":
+    """The targets' tokens alone, as queries: their intervals still count the whole row's keys."""
+    taken = {name: take_tokens(value, self.targets) for name in TOKEN_FIELDS if (value := getattr(self, name)) is not None}
+    return dataclasses.replace(self, **taken, targets=None)
+
 
 # Fields of a row with an entry a token.
 TOKEN_FIELDS = ("tokens", "positions", "segment_ids", "target_mask", "key_intervals", "text_intervals", "modulation_ids",
                 "condition", "image_intervals")
+
+
+def take_tokens(x: Shaped[Array, "b l ..."], places: Int[Array, "b q"]) -> Shaped[Array, "b q ..."]:
+  """The tokens at these places; zeros where a place is l."""
+  return jnp.take_along_axis(x, places.reshape(places.shape + (1,) * (x.ndim - 2)), axis=1, mode="fill", fill_value=0)
+
+
+def put_tokens(x: Shaped[Array, "b q ..."], places: Int[Array, "b q"], into: Shaped[Array, "b l ..."]
+               ) -> Shaped[Array, "b l ..."]:
+  """The inverse of `take_tokens`: the others are those of `into`."""
+  return into.at[jnp.arange(len(x))[:, None], places].set(x.astype(into.dtype), mode="drop")
 
 
 def latent_shape(shape: tuple[int, ...], *, temporal_stride: int, spatial_stride: int) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ FEATURES = {
     "tokens": ("tokens", "positions", "target_mask", "condition"),
     "text": ("text", "text_counts"),
     "image_features": ("image_features",),
+    "targets": ("targets",),
     "slots": ("task_ids", "context_ids"),
 }
 SEGMENTED = ("tokens", "text", "image_features")
@@ -33,19 +34,21 @@ class RowShape:
     num_tokens: tokens.
     num_text_tokens: text tokens, each sentence's padding counted as one.
     num_slots: sentences.
+    num_targets: tokens of targets; None is any number, and rows that do not say where their targets are.
     context_causal: whether context tokens see only context, see `PackedRow`.
   """
 
   num_tokens: int
   num_text_tokens: int
   num_slots: int
+  num_targets: int | None = None
   context_causal: bool = False
 
   def limits(self, features: Mapping[str, Any]) -> dict[str, int]:
     """How long each of the features of a row may be."""
-    counts = {"tokens": self.num_tokens, "text": self.num_text_tokens, "slots": self.num_slots,
+    counts = {"tokens": self.num_tokens, "text": self.num_text_tokens, "targets": self.num_targets, "slots": self.num_slots,
               "image_features": IMAGE_FEATURES * self.num_slots}
-    return {name: counts[kind] for kind, names in FEATURES.items() for name in names if name in features}
+    return {name: counts[kind] for kind, names in FEATURES.items() if counts[kind] for name in names if name in features}
 
 
 def patchify(latents: np.ndarray, patch_size: tuple[int, int, int]) -> np.ndarray:
@@ -94,6 +97,7 @@ def sentence_features(sentence: Sentence, *, patch_size: tuple[int, int, int], p
     raise ValueError(f"a prompt of {len(prompt_embedding)} tokens is longer than {text_len}")
   text = np.concatenate([prompt_embedding, np.zeros((min(padding, 1), prompt_embedding.shape[1]))])
   counts = np.concatenate([np.ones(len(prompt_embedding)), np.full(min(padding, 1), padding)])
+  target_mask = np.repeat([role == Role.TARGET for role in sentence.roles], lengths)
   conditions = {}
   if condition is not None:
     conditions["condition"] = patchify(condition, patch_size).astype(np.float32)
@@ -103,7 +107,8 @@ def sentence_features(sentence: Sentence, *, patch_size: tuple[int, int, int], p
       **conditions,
       "tokens": np.concatenate(tokens).astype(np.float32),
       "positions": np.concatenate(positions).astype(np.int32),
-      "target_mask": np.repeat([role == Role.TARGET for role in sentence.roles], lengths),
+      "target_mask": target_mask,
+      "targets": np.flatnonzero(target_mask).astype(np.int32),
       "text": text.astype(np.float32),
       "text_counts": counts.astype(np.float32),
       "task_ids": np.array([task_id], np.int32),
@@ -125,8 +130,11 @@ def finish_rows(packed: Features, *, context_causal: bool = False) -> PackedRow:
     context = segment_intervals(segment_ids, np.where(targets, 0, segment_ids))
     key_intervals = np.where(targets[..., None], key_intervals, context)
   images = packed.get("image_features_segment_ids")
+  given = {name: packed[name] for names in FEATURES.values() for name in names if name in packed}
+  if "targets" in given:  # places in the sentence; those in the row follow from the mask
+    given["targets"] = target_places(targets, given["targets"].shape[1])
   return PackedRow(
-      **{name: packed[name] for names in FEATURES.values() for name in names if name in packed},
+      **given,
       segment_ids=segment_ids.astype(np.int32),
       key_intervals=key_intervals,
       text_intervals=segment_intervals(segment_ids, packed["text_segment_ids"]),
@@ -134,6 +142,13 @@ def finish_rows(packed: Features, *, context_causal: bool = False) -> PackedRow:
       modulation_ids=(2 * np.maximum(segment_ids - 1, 0) + targets).astype(np.int32),
       context_causal=context_causal,
   )
+
+
+def target_places(target_mask: np.ndarray, count: int | None = None) -> np.ndarray:
+  """Where the targets' tokens stand in each row, (b, l) to (b, count), see `PackedRow.targets`; as many as needed by default."""
+  places = [np.flatnonzero(mask) for mask in target_mask]
+  count = max(map(len, places)) if count is None else count
+  return np.stack([np.pad(p, (0, count - len(p)), constant_values=target_mask.shape[1]) for p in places]).astype(np.int32)
 
 
 def segment_intervals(query_ids: np.ndarray, key_ids: np.ndarray) -> np.ndarray:
@@ -209,6 +224,7 @@ def assign_rows(sentences: Sequence[Features], shape: RowShape) -> list[list[int
 def _fits(sentences: Sequence[Features], shape: RowShape) -> bool:
   return (len(sentences) <= shape.num_slots
           and sum(len(features["tokens"]) for features in sentences) <= shape.num_tokens
+          and sum(len(features["targets"]) for features in sentences) <= (shape.num_targets or shape.num_tokens)
           and sum(len(features["text"]) for features in sentences) <= shape.num_text_tokens)
 
 

@@ -5,37 +5,34 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from univid_jax.diffusion.loss import timestep_table
-from univid_jax.types import PackedRow
+from univid_jax.types import PackedRow, put_tokens, take_tokens
 
 # Noised tokens (b, l, p) and noise levels (b, s) to velocities.
 VelocityFn = Callable[[Float[Array, "b l p"], Float[Array, "b s"]], Float[Array, "b l p"]]
 
 
-def velocity_fn(model, row: PackedRow, *, negative: PackedRow | None = None, guidance_scale: float = 1.0,
-                targets: Int[Array, "b q"] | None = None) -> VelocityFn:
+def velocity_fn(model, row: PackedRow, *, negative: PackedRow | None = None, guidance_scale: float = 1.0) -> VelocityFn:
   """The model's velocity in float32, with classifier-free guidance where there is a negative row.
+
+  Where a context-causal row says where its targets are, its context is computed once, here.
 
   Args:
     model: a DiT.
     row: the sentences with their prompts.
     negative: the same with the negative prompts.
     guidance_scale: 1 is the prompt alone; more moves away from the negative prompt.
-    targets: the places of the targets' tokens, see `target_places`; where they are given, context is computed once, here, and
-      the velocity of context is 0.
   """
   def of(row: PackedRow) -> VelocityFn:
-    if targets is None:
+    if row.targets is None or not row.context_causal:
       return lambda x, sigmas: model(x, timestep_table(sigmas, row), row).astype(jnp.float32)
-    context = model.encode_context(row, targets)
-    queries, index = context.of(row), targets[..., None]
+    context, queries = model.encode_context(row), row.of_targets()
 
     def predict(x, sigmas):
-      tokens = jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
-      out = model(tokens, timestep_table(sigmas, row), queries, context).astype(jnp.float32)
-      return jnp.zeros_like(x).at[jnp.arange(len(x))[:, None], targets].set(out, mode="drop")
+      out = model(take_tokens(x, row.targets), timestep_table(sigmas, row), queries, context)
+      return put_tokens(out, row.targets, into=jnp.zeros_like(x))
     return predict
 
   positive = of(row)
@@ -47,13 +44,6 @@ def velocity_fn(model, row: PackedRow, *, negative: PackedRow | None = None, gui
     away = opposite(x, sigmas)
     return away + guidance_scale * (positive(x, sigmas) - away)
   return guided
-
-
-def target_places(target_mask: Bool[np.ndarray, "b l"]) -> Int[np.ndarray, "b q"]:
-  """Where the targets' tokens stand in each row; rows with fewer than others are filled up with l."""
-  places = [np.flatnonzero(mask) for mask in target_mask]
-  longest = max(map(len, places))
-  return np.stack([np.pad(p, (0, longest - len(p)), constant_values=target_mask.shape[1]) for p in places]).astype(np.int32)
 
 
 def euler(predict: VelocityFn, row: PackedRow, noise: Float[Array, "b l p"], sigmas: Float[Array, "i"], *,

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from univid_jax.attention.api import attention, count_bias
 from univid_jax.models.layers import LayerNorm, Linear, RMSNorm, gelu_tanh, normalize, param
 from univid_jax.models.rope import rotary_tables, rotate
-from univid_jax.types import TOKEN_FIELDS, PackedRow
+from univid_jax.types import PackedRow, put_tokens, take_tokens
 
 REMAT_POLICIES = {
     "none": None,
@@ -114,16 +114,7 @@ class Context:
 
   def filled(self, *keys_and_values: Float[Array, "b q h k"]) -> KeysAndValues:
     """The whole row's keys and values, with those of the targets as they are now."""
-    rows = jnp.arange(len(self.targets))[:, None]
-    return tuple(kept.at[rows, self.targets].set(now.astype(kept.dtype), mode="drop")
-                 for kept, now in zip(self.keys_and_values, keys_and_values))
-
-  def of(self, row: PackedRow) -> PackedRow:
-    """The targets' tokens alone, as queries: their intervals still count the whole row's keys."""
-    taken = {name: jnp.take_along_axis(value, self.targets.reshape(self.targets.shape + (1,) * (value.ndim - 2)), axis=1,
-                                       mode="fill", fill_value=0)
-             for name in TOKEN_FIELDS if (value := getattr(row, name)) is not None}
-    return dataclasses.replace(row, **taken)
+    return tuple(put_tokens(now, self.targets, into=kept) for kept, now in zip(self.keys_and_values, keys_and_values))
 
 
 def spread(table: Float[Array, "b m d"], row: PackedRow) -> Float[Array, "b l|1 d"]:
@@ -148,13 +139,17 @@ class SelfAttention(nnx.Module):
     self.o = linear(dims=("heads", "embed"))
     self.norm_q, self.norm_k = norm(), norm()
 
-  def __call__(self, x: Float[Array, "b l d"], row: PackedRow, rope,
-               context: "Context | None" = None) -> tuple[Float[Array, "b l d"], KeysAndValues]:
-    q = rotate(self._heads(self.norm_q(self.q(x))), *rope)
+  def __call__(self, x: Float[Array, "b l d"], row: PackedRow, rope, *, context: Context | None = None,
+               queries: PackedRow | None = None) -> tuple[Float[Array, "b l|q d"], KeysAndValues]:
+    """See `Block`."""
     k = rotate(self._heads(self.norm_k(self.k(x))), *rope)
     v = self._heads(self.v(x))
     if context is not None:
       k, v = context.filled(k, v)
+    if queries is not None:
+      x, *rope = (take_tokens(value, row.targets) for value in (x, *rope))
+      row = queries
+    q = rotate(self._heads(self.norm_q(self.q(x))), *rope)
     y = attention(q, k, v, key_intervals=row.key_intervals, backend=self.backend)
     return self.o(y.reshape(x.shape)), (k, v)
 
@@ -215,11 +210,26 @@ class Block(nnx.Module):
     self.modulation = param(rngs, jax.nn.initializers.normal(config.dim**-0.5), (6, config.dim), param_dtype, (None, "embed"))
 
   def __call__(self, x: Float[Array, "b l d"], row: PackedRow, rope, time: Float[Array, "b m 6 d"],
-               text: Float[Array, "b n d"], image: Float[Array, "b i d"] | None,
-               context: "Context | None" = None) -> tuple[Float[Array, "b l d"], KeysAndValues]:
+               text: Float[Array, "b n d"], image: Float[Array, "b i d"] | None, *, context: Context | None = None,
+               queries: PackedRow | None = None) -> tuple[Float[Array, "b l|q d"], KeysAndValues]:
+    """Gives the hidden states that follow, and the keys and values on the way.
+
+    Args:
+      x: hidden states.
+      row: which sentence they are of.
+      rope: of `rotary_tables`.
+      time: modulation by slot.
+      text: embedded prompts.
+      image: embedded images (I2V).
+      context: known keys and values, where x are the targets of their row.
+      queries: the row's targets, where no more is wanted: other tokens are keys and values only.
+    """
     table = self.modulation[...].astype(jnp.float32) + time
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (spread(table[:, :, i], row) for i in range(6))
-    y, keys_and_values = self.self_attn(modulate(x, shift, scale, self.eps), row, rope, context)
+    shift, scale = (spread(table[:, :, i], row) for i in range(2))
+    y, keys_and_values = self.self_attn(modulate(x, shift, scale, self.eps), row, rope, context=context, queries=queries)
+    if queries is not None:
+      x, row = take_tokens(x, row.targets), queries
+    gate, mlp_shift, mlp_scale, mlp_gate = (spread(table[:, :, i], row) for i in range(2, 6))
     x = gated_sum(x, y, gate)
     x = x + self.cross_attn(self.norm3(x), row, text, image)
     y = self.ffn(modulate(x, mlp_shift, mlp_scale, self.eps))
@@ -317,20 +327,23 @@ class DiT(nnx.Module):
       context: of `encode_context`, where tokens and row are those of its targets alone.
 
     Returns:
-      The velocity, in the compute dtype, patches ordered like the tokens.
+      The velocity, in the compute dtype, patches ordered like the tokens; where the row says where its targets are, theirs
+      alone, and 0 elsewhere.
 
     Raises:
       ValueError: an I2V model without condition and image features, or a T2V model with them.
     """
     time, x, _ = self._run(tokens, timesteps, row, context, keep=False)
-    return self.head(x, row, time)
+    if row.targets is None:
+      return self.head(x, row, time)
+    velocity = self.head(take_tokens(x, row.targets), row.of_targets(), time)
+    return put_tokens(velocity, row.targets, into=jnp.zeros((*x.shape[:2], velocity.shape[-1]), velocity.dtype))
 
-  def encode_context(self, row: PackedRow, targets: Int[Array, "b q"]) -> Context:
+  def encode_context(self, row: PackedRow) -> Context:
     """Keys and values of the context, which do not depend on noise; in the compute dtype.
 
     Args:
-      row: context-causal.
-      targets: the places of the targets' tokens.
+      row: context-causal, with the places of its targets.
 
     Raises:
       ValueError: the row's context sees its targets.
@@ -339,7 +352,7 @@ class DiT(nnx.Module):
       raise ValueError("only the context of a model trained with attention = context_causal can be computed once")
     slots = 2 * row.num_slots
     _, _, keys_and_values = self._run(row.tokens, jnp.zeros((len(row.tokens), slots)), row, None, keep=True)
-    return Context(keys_and_values, targets)
+    return Context(keys_and_values, row.targets)
 
   def _run(self, tokens, timesteps, row: PackedRow, context: Context | None, *, keep: bool):
     """Time (b, m, d), the last hidden states and, if they are to be kept, keys and values by layer."""
@@ -355,17 +368,25 @@ class DiT(nnx.Module):
     time, modulation, text, image = self.embed_conditions(timesteps, row)
     rope = rotary_tables(row.positions, self.config.head_dim, theta=self.config.rope_theta, scale=self.config.rope_scale)
     graph, layers = nnx.split(self.blocks)
+    # Both forms of a block stand in the program, and the backward pass would keep what either needs: not where it keeps much.
+    queries = row.of_targets() if row.targets is not None and not keep and self.remat == "full" else None
+
+    def block(x, layer, **options):
+      return nnx.merge(graph, layer)(x, row, rope, modulation, text, image, **options)
 
     def apply_block(x, inputs):
-      layer, kept = inputs
+      index, layer, kept = inputs
+      if queries is not None:
+        return jax.lax.cond(index < self.config.num_layers - 1, lambda x: block(x, layer)[0],
+                            lambda x: put_tokens(block(x, layer, queries=queries)[0], row.targets, into=x), x), None
       known = None if kept is None else Context(kept, context.targets)
-      x, keys_and_values = nnx.merge(graph, layer)(x, row, rope, modulation, text, image, known)
+      x, keys_and_values = block(x, layer, context=known)
       return x, keys_and_values if keep else None
 
     if self.remat != "none":
       apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-    x, kept = jax.lax.scan(apply_block, self.patch_embedding(tokens),
-                           (layers, None if context is None else context.keys_and_values))
+    x, kept = jax.lax.scan(apply_block, self.patch_embedding(tokens), (
+        jnp.arange(self.config.num_layers), layers, None if context is None else context.keys_and_values))
     return time, x, kept
 
   def embed_conditions(self, timesteps, row: PackedRow):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univid_jax import build
 from univid_jax.data.packing import IMAGE_FEATURES, RowShape, pack, sentence_features
-from univid_jax.diffusion.solvers import euler, target_places, velocity_fn
+from univid_jax.diffusion.solvers import euler, velocity_fn
 from univid_jax.parallel.sharding import BATCH, TOKENS
 from univid_jax.performance import chip_of
 from univid_jax.training.optimizer import make_optimizer
@@ -73,6 +73,7 @@ def abstract_batch(config: Mapping[str, Any], mesh: Mesh) -> PackedRow:
       "target_mask": ((length,), jnp.bool_),
       **{name: ((length, *dims), jnp.int32) for name, dims in {"positions": (3,), "segment_ids": (), "key_intervals": (2,),
                                                                 "text_intervals": (2,), "modulation_ids": ()}.items()},
+      "targets": ((shape.num_targets,), jnp.int32),
       **dict.fromkeys(("task_ids", "context_ids"), ((slots,), jnp.int32)),
   }
   if dit.model_type == "i2v":
@@ -154,23 +155,23 @@ def forecast_sampling(config: Mapping[str, Any], mesh: Mesh) -> Forecast:
                                patch_size=dit.patch_size, prompt_embedding=np.zeros((0, dit.text_dim)), text_len=dit.text_len,
                                **conditions)
   causal = build.row_shape(config).context_causal
-  row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=1, num_slots=1, context_causal=causal))
+  row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_targets=len(features["targets"]), num_text_tokens=1,
+                                  num_slots=1, context_causal=causal))
   if not causal:
     row = dataclasses.replace(row, key_intervals=None, text_intervals=None, image_intervals=None, modulation_ids=None)
   module = nnx.eval_shape(lambda: build.model(config, adapters=False))
   graph, params = nnx.graphdef(module), abstract_parameters(module, mesh)
 
-  def sample(params, row, targets):
-    predict = velocity_fn(nnx.merge(graph, params), row, targets=targets)
+  def sample(params, row):
+    predict = velocity_fn(nnx.merge(graph, params), row)
     return euler(predict, row, row.tokens, build.flow(config).inference_sigmas(2))
 
-  targets = target_places(row.target_mask) if causal else None
   whole = NamedSharding(mesh, PartitionSpec())
-  inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), (row, targets))
+  row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), row)
   with jax.set_mesh(mesh):
-    compiled = jax.jit(sample).lower(params, *inputs).compile()
+    compiled = jax.jit(sample).lower(params, row).compile()
   device, dtype = mesh.devices.flat[0], jnp.dtype(config["model"]["dtype"])
-  return Forecast(weights=_bytes(params), optimizer=0, batch=_bytes(inputs[0]), device=device.device_kind,
+  return Forecast(weights=_bytes(params), optimizer=0, batch=_bytes(row), device=device.device_kind,
                   activations=compiled.memory_analysis().temp_size_in_bytes, memory=device_memory(device),
                   cache=2 * dit.num_layers * row.tokens.shape[1] * dit.dim * dtype.itemsize if causal else 0)
 

@@ -284,7 +284,7 @@ class Speed:
     the model's own work takes (mfu)."""
     seconds = (time.monotonic() - self._since) / steps
     self.restart()
-    pairs = {name: summary.pop(name) for name in ("attended", "attended_text")}
+    pairs = {name: summary.pop(name) for name in ("attended", "attended_text", "targets")}
     tokens = summary["fill_rate"] * self._tokens
     summary |= {"step_time": seconds, "tokens_per_second": tokens / seconds}
     if self._peak:

@@ -153,6 +153,7 @@ def make_update(spec: StateSpec, optimizer: optax.GradientTransformation, *, ema
         "loss": loss,
         "grad_norm": optax.tree_utils.tree_norm(grads),
         "sentences": jnp.sum(has_sentence(row)),
+        "targets": jnp.sum(row.target_mask),
         "fill_rate": jnp.mean(row.segment_ids > 0),
         "attended": _pairs(row.key_intervals, row.tokens.shape[1], row),
         "attended_text": _pairs(row.text_intervals, row.text.shape[1], row),
