@@ -68,11 +68,13 @@ def torch_side(variant: str, dtype: str):
 
 
 def main() -> None:
-  from benchmarks.timing import race, write_json
+  from benchmarks.timing import print_ratios, race, write_json
 
   options = dict(variant=VARIANT.value, dtype=DTYPE.value)
   sides = {"jax": (jax_side, options)} | ({"torch": (torch_side, options)} if AGAINST.value else {})
-  write_json(OUT.value, {**options, "tokens": 1024, **race(sides, pairs=PAIRS.value)})
+  figures = race(sides, pairs=PAIRS.value)
+  print_ratios(figures)
+  write_json(OUT.value, {**options, "tokens": 1024, **figures})
 
 
 if __name__ == "__main__":

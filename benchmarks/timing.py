@@ -6,8 +6,10 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from univid_jax import cli
 
 # Makes the program: a function without arguments that runs it once, to the end.
 Side = Callable[..., Callable[[], Any]]
@@ -22,7 +24,8 @@ def race(sides: Mapping[str, tuple[Side, Mapping[str, Any]]], *, pairs: int, flo
     flops: of one run, for TFLOP/s; 0 leaves it out.
 
   Returns:
-    By name first_s (compilation included), median_s, peak_gib (of the process; on a GPU also device_gib) and tflops.
+    By name first_s (compilation included), median_s, peak_gib (of the process; on a GPU also device_gib), tflops and, where the
+    chip's peak in bfloat16 is known, its share of that.
   """
   context = multiprocessing.get_context("spawn")
   pipes = {}
@@ -41,10 +44,34 @@ def race(sides: Mapping[str, tuple[Side, Mapping[str, Any]]], *, pairs: int, flo
     pipe.send(False)
     first, *rest = seconds[name]
     figures[name] = {"first_s": round(first, 3), "median_s": round(statistics.median(rest), 3), **pipe.recv()}
+    peak = figures[name].pop("chip_flops", 0)
     if flops:
       figures[name]["tflops"] = round(flops / statistics.median(rest) / 1e12, 3)
+      if peak:
+        figures[name]["share_of_peak"] = round(flops / statistics.median(rest) / peak, 3)
     print(f"{name:<14}" + "   ".join(f"{key} {value:g}" for key, value in figures[name].items()), flush=True)
   return figures
+
+
+def peers(names: Sequence[str], side: Side, options: Mapping[str, Any]) -> dict[str, tuple[Side, Mapping[str, Any]]]:
+  """The PyTorch sides of a race, by the names that --against takes.
+
+  Raises:
+    UserError: there is no such peer.
+  """
+  for name in names:
+    if name not in ("torch", "torch_compile"):
+      raise cli.UserError(f"--against is torch or torch_compile, got {name!r}")
+  return {name: (side, {**options, "compiled": name == "torch_compile"}) for name in names}
+
+
+def print_ratios(figures: Mapping[str, Mapping[str, float]]) -> None:
+  """Of the first side to the others; on a GPU the memory is the device's."""
+  ours, *others = figures
+  memory = "device_gib" if "device_gib" in figures[ours] else "peak_gib"
+  for other in others:
+    time_ratio, memory_ratio = (figures[ours][key] / figures[other][key] for key in ("median_s", memory))
+    print(f"{ours} beside {other}: {time_ratio:.2f} times its time, {memory_ratio:.2f} times its memory")
 
 
 def _serve(side: Side, options: Mapping[str, Any], pipe) -> None:
@@ -54,16 +81,24 @@ def _serve(side: Side, options: Mapping[str, Any], pipe) -> None:
     start = time.perf_counter()
     run()
     pipe.send(time.perf_counter() - start)
-  pipe.send({"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2), **_device_memory()})
+  pipe.send({"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2), **_device()})
 
 
-def _device_memory() -> dict[str, float]:
+def _peak(name: str) -> float:
+  from univid_jax.performance import chip_named
+  chip = chip_named(name)
+  return chip.flops if chip else 0.0
+
+
+def _device() -> dict[str, float]:
   import sys
-  if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-    return {"device_gib": round(sys.modules["torch"].cuda.max_memory_allocated() / 2**30, 2)}
-  if "jax" in sys.modules and sys.modules["jax"].default_backend() != "cpu":
-    stats = sys.modules["jax"].local_devices()[0].memory_stats() or {}
-    return {"device_gib": round(stats.get("peak_bytes_in_use", 0) / 2**30, 2)}
+  if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+    return {"device_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "chip_flops": _peak(torch.cuda.get_device_name())}
+  if (jax := sys.modules.get("jax")) and jax.default_backend() != "cpu":
+    device = jax.local_devices()[0]
+    return {"device_gib": round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30, 2),
+            "chip_flops": _peak(device.device_kind)}
   return {}
 
 

@@ -143,7 +143,7 @@ def torch_side(variant, layers, frames, height, width, rows, dtype, mode, compil
 def main() -> None:
   import dataclasses
 
-  from benchmarks.timing import race, write_json
+  from benchmarks.timing import peers, print_ratios, race, write_json
   from univid_jax.models.dit import PRESETS
   from univid_jax.performance import forward_flops, step_flops
 
@@ -157,20 +157,14 @@ def main() -> None:
     counts["targets"] = length // 4
   counts = {name: ROWS.value * count for name, count in counts.items()}
   flops = step_flops(config, lora_rank=RANK, **counts) if MODE.value == "train" else forward_flops(config, **counts)
-  sides = {"univid_jax": (jax_side, shared | {"backend": BACKEND.value})}
-  for peer in AGAINST.value:
-    if peer not in ("torch", "torch_compile"):
-      raise cli.UserError(f"--against is torch or torch_compile, got {peer!r}")
-    sides[peer] = (torch_side, shared | {"compiled": peer == "torch_compile"})
+  sides = {"univid_jax": (jax_side, shared | {"backend": BACKEND.value}), **peers(AGAINST.value, torch_side, shared)}
   print(f"{MODE.value}: {length:,} tokens a sentence, {config.num_layers} layers, {flops / 1e12:.2f} TFLOP")
   figures = race(sides, pairs=PAIRS.value, flops=flops)
   if MODE.value == "train":
     ratio = step_flops(config, lora_rank=RANK, recompute=True, **counts) / flops
     for values in figures.values():
       values["hfu_tflops"] = round(values["tflops"] * ratio, 3)
-  for peer in AGAINST.value:
-    print(f"time beside {peer}: {figures['univid_jax']['median_s'] / figures[peer]['median_s']:.2f} times, memory "
-          f"{figures['univid_jax']['peak_gib'] / figures[peer]['peak_gib']:.2f} times")
+  print_ratios(figures)
   write_json(OUT.value, {**shared, "tokens": length, "flops": flops, **figures})
 
 

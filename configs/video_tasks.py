@@ -92,6 +92,8 @@ def tiny() -> ml_collections.ConfigDict:
   # After training (0: not at all): sentences a task and context on held-out photographs, sampled in so many steps.
   config.eval = ml_collections.ConfigDict({
       "sentences_per_case": 32, "num_inference_steps": 2, "seed": 1,
+      # Sentences that `python -m univid_jax.evaluate` paints together; when it is stopped, no more than these are lost.
+      "batch_size": 8,
       # Of `python -m univid_jax.evaluate`: seeds to repeat with, other numbers of steps to try, and what the targets of your own
       # tasks are (TASK: depth, normals, segmentation, edges or saliency).
       "num_seeds": 1, "more_steps": (), "kinds": ml_collections.ConfigDict(),
@@ -171,7 +173,7 @@ def wan_1_3b() -> ml_collections.ConfigDict:
   config.ema_decay = 0.0
   config.checkpoint.update({"every_steps": 200, "keep": 3})
   config.validation.update({"every_steps": 200, "sentences": 16, "previews": 2, "num_inference_steps": 20})
-  config.eval.update({"sentences_per_case": 0, "num_inference_steps": 50})
+  config.eval.update({"sentences_per_case": 0, "num_inference_steps": 50, "batch_size": 1})
   return config
 
 

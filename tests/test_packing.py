@@ -89,6 +89,15 @@ class TestLoader:
     defaults = dict(row_shape=build.row_shape(config), rows_per_batch=4, seed=1, num_packing_bins=8)
     return make_loader([source], build.feature_maker(config, build.encoders(config, None)), **defaults | options)
 
+  @pytest.mark.parametrize("limits, message", [
+      (dict(num_tokens=10), r"has \d+ tokens, and config.rows.num_tokens = 10 is all"),
+      (dict(num_targets=2), r"has \d+ targets, and config.rows.num_target_tokens = 2 is all"),
+  ])
+  def test_a_sentence_that_fits_no_row_is_named(self, tiny_config, limits, message):
+    shape = RowShape(**dict(num_tokens=48, num_text_tokens=3, num_slots=3) | limits)
+    with pytest.raises(ValueError, match=message):
+      next(self.loader(tiny_config, row_shape=shape))
+
   def batches(self, loader, count):
     out = [next(loader) for _ in range(count)]
     loader.close()

@@ -36,7 +36,7 @@ Config = Mapping[str, Any]
 # Values of a config that count something and so have to be at least 1.
 COUNTS = ("num_steps", "log_every", "data.height", "data.width", "data.num_frames", "data.num_sentences", "data.variants",
           "data.num_threads", "rows.num_tokens", "rows.num_text_tokens", "rows.num_sentences", "rows.packing_bins",
-          "rows.microbatches", "checkpoint.every_steps", "checkpoint.keep", "eval.num_inference_steps",
+          "rows.microbatches", "checkpoint.every_steps", "checkpoint.keep", "eval.num_inference_steps", "eval.batch_size",
           "validation.num_inference_steps")
 
 
@@ -54,8 +54,9 @@ def check(config: Config) -> None:
       raise ValueError(f"config.{key} must be at least 1, got {value}")
   if not 0 <= config["data"]["held_out"] < 1:
     raise ValueError(f"config.data.held_out is a share, at least 0 and below 1, got {config['data']['held_out']}")
-  if config["rows"]["per_batch"] < 0:
-    raise ValueError(f"config.rows.per_batch must be at least 0, got {config['rows']['per_batch']}")
+  for key in ("per_batch", "num_target_tokens"):
+    if config["rows"][key] < 0:
+      raise ValueError(f"config.rows.{key} must be at least 0, got {config['rows'][key]}")
   if config["rows"]["packing"] not in ("first_fit", "best_fit"):
     raise ValueError(f"config.rows.packing is first_fit or best_fit, got {config['rows']['packing']!r}")
   if config["model"]["remat"] not in REMAT_POLICIES:

@@ -39,7 +39,11 @@ CHIPS: Mapping[str, Chip] = {
 
 def chip_of(device: jax.Device) -> Chip | None:
   """The figures of a device, or None where they are not known."""
-  kind = device.device_kind
+  return chip_named(device.device_kind)
+
+
+def chip_named(kind: str) -> Chip | None:
+  """The same by the name that JAX or PyTorch gives it."""
   name = kind if kind in CHIPS else next((name for name in CHIPS if name.startswith("NVIDIA") and kind.startswith(name)), None)
   return CHIPS.get(name)
 

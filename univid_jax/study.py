@@ -18,8 +18,6 @@ from univid_jax.pipeline import Pipeline, to_uint8
 from univid_jax.types import Sentence
 
 SAMPLES = "samples"
-# Sentences that are painted together; fixed, so that a run that was stopped and goes on paints the same.
-GROUP = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +116,9 @@ def paint(pipeline: Pipeline, config: Mapping[str, Any], sentences: Sequence[Sen
     folder: gets samples/NNNNN.npz.
   """
   todo = conditions(config, sentences)
-  groups = [range(start, min(start + GROUP, len(sentences))) for start in range(0, len(sentences), GROUP)]
+  # Always the same ones together, so that a run that was stopped and goes on paints the same.
+  size = config["eval"]["batch_size"]
+  groups = [range(start, min(start + size, len(sentences))) for start in range(0, len(sentences), size)]
   mine = groups[jax.process_index()::jax.process_count()]
   with tqdm(total=sum(map(len, mine)), desc="evaluate", unit="sentence", disable=jax.process_index() > 0) as bar:
     for group in mine:

@@ -13,6 +13,9 @@ from univid_jax.types import PackedRow, Sentence
 
 CONTEXT_NAMES = tuple(CONTEXTS)
 
+# The config's name of what a row holds at most of a feature.
+LIMIT_NAMES = {"tokens": "num_tokens", "text": "num_text_tokens", "targets": "num_target_tokens"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureMaker:
@@ -78,6 +81,9 @@ def make_loader(sources: Sequence, make_features: FeatureMaker, *, row_shape: Ro
     num_streams: independent streams of rows, as many as processes by default; with the same number of streams one process and
       several give the same batches.
     weights: how often each source is drawn; all alike by default.
+
+  Raises:
+    ValueError: the streams do not divide; or, from the iterator, a sentence fits into no row.
   """
   mixed = [grain.MapDataset.source(source).seed(seed).shuffle().repeat() for source in sources]
   everything = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights)
@@ -88,8 +94,16 @@ def make_loader(sources: Sequence, make_features: FeatureMaker, *, row_shape: Ro
   lengths = row_shape.limits(make_features.names)
   pack = {"first_fit": grain.experimental.FirstFitPackIterDataset, "best_fit": grain.experimental.BestFitPackIterDataset}[packing]
 
+  def fitting(sentence: Sentence) -> Features:
+    features = make_features(sentence)
+    for name, key in LIMIT_NAMES.items():
+      if name in lengths and len(features[name]) > lengths[name]:
+        raise ValueError(f"a sentence ({sentence.task or 'no task'}, context {sentence.context or 'unnamed'}) has "
+                         f"{len(features[name])} {name}, and config.rows.{key} = {lengths[name]} is all that a row holds")
+    return features
+
   def stream(index: int):
-    features = everything[index::num_streams].map(make_features)
+    features = everything[index::num_streams].map(fitting)
     features = features.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=64))
     return pack(features, length_struct=lengths, num_packing_bins=num_packing_bins or 2 * rows_per_batch // count, seed=seed,
                 meta_features=tuple(name for name in lengths if name not in SEGMENTED))

@@ -368,7 +368,7 @@ class DiT(nnx.Module):
     time, modulation, text, image = self.embed_conditions(timesteps, row)
     rope = rotary_tables(row.positions, self.config.head_dim, theta=self.config.rope_theta, scale=self.config.rope_scale)
     graph, layers = nnx.split(self.blocks)
-    # Both forms of a block stand in the program, and the backward pass would keep what either needs: not where it keeps much.
+    # Both forms of a block stand in the loop, and what either's backward pass keeps is kept for both: little with remat full.
     queries = row.of_targets() if row.targets is not None and not keep and self.remat == "full" else None
 
     def block(x, layer, **options):
@@ -377,8 +377,13 @@ class DiT(nnx.Module):
     def apply_block(x, inputs):
       index, layer, kept = inputs
       if queries is not None:
-        return jax.lax.cond(index < self.config.num_layers - 1, lambda x: block(x, layer)[0],
-                            lambda x: put_tokens(block(x, layer, queries=queries)[0], row.targets, into=x), x), None
+        def whole(x, layer):
+          return block(x, layer)[0]
+
+        def last(x, layer):
+          return put_tokens(block(x, layer, queries=queries)[0], row.targets, into=x)
+
+        return jax.lax.cond(index < self.config.num_layers - 1, *map(jax.checkpoint, (whole, last)), x, layer), None
       known = None if kept is None else Context(kept, context.targets)
       x, keys_and_values = block(x, layer, context=known)
       return x, keys_and_values if keep else None
