@@ -219,6 +219,7 @@ def test_killed_at_any_time_and_run_again_it_ends_the_same(tmp_path, kills):
   assert complete.returncode == 0 and "is complete (20 steps)" in complete.stdout
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_during_a_save(tmp_path):
   """Files may not grow past 16 KB: one line, the checkpoint from before is whole, and with room again it goes on."""
   arguments = ["univid_jax.train", *SMALL, "--config.validation.every_steps=0", "--config.eval.sentences_per_case=0",
