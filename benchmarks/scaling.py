@@ -27,17 +27,28 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "
 
 
 def collective_bytes(text: str, num_layers: int) -> dict[str, float]:
-  """Bytes that one device takes part in, by kind, from a compiled program; those in a loop's body count once a layer."""
-  computations = re.split(r"\n(?=%?[\w.\-]+ \(|ENTRY )", text)
-  bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+  """Bytes that one device takes part in, by kind, from a compiled program.
+
+  Those in a loop's body count once a layer; of two forms of a block that a loop chooses from, the last layer has the first and the
+  others the second, as `models.dit.DiT` orders them.
+  """
+  computations = {}
+  for computation in re.split(r"\n(?=%?[\w.\-]+ \(|ENTRY )", text):
+    if name := re.match(r"(?:ENTRY )?%?([\w.\-]+)", computation):
+      computations[name[1]] = computation
+  times = dict.fromkeys(computations, 1)
+  for body in set(re.findall(r"body=%?([\w.\-]+)", text)):
+    times[body] = num_layers
+    for last, whole in re.findall(r"branch_computations=\{%?([\w.\-]+), %?([\w.\-]+)\}", computations[body]):
+      times[last], times[whole] = 1, num_layers - 1
+    for whole, last in re.findall(r"true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)", computations[body]):
+      times[last], times[whole] = 1, num_layers - 1
   totals = dict.fromkeys(COLLECTIVES, 0.0)
-  for computation in computations:
-    name = re.match(r"(?:ENTRY )?%?([\w.\-]+)", computation)
-    times = num_layers if name and name[1] in bodies else 1
+  for name, computation in computations.items():
     for shapes, kind in re.findall(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
                                    computation):
       sizes = [BYTES.get(dtype, 4) * _product(dims) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)]
-      totals[kind] += times * max(sizes, default=0)
+      totals[kind] += times[name] * max(sizes, default=0)
   return totals
 
 
@@ -74,7 +85,7 @@ def compile_one(preset: str, topology: str, fsdp: int, context: int) -> dict:
   lengths = (31200, 6240)
   text = config.rows.num_text_tokens
   flops = rows * step_flops(dit, lora_rank=config.lora.rank, recompute=True, tokens=sum(lengths), text_tokens=text,
-                            attended=sum(n * n for n in lengths), attended_text=sum(lengths) * text / 2)
+                            targets=sum(lengths) / 4, attended=sum(n * n for n in lengths), attended_text=sum(lengths) * text / 2)
   carried = collective_bytes(program.as_text(), dit.num_layers)
   compute, network = flops / mesh.size / chip.flops, sum(carried.values()) / chip.network
   return line | {"fits": memory.fits, "memory_gb": memory.total / 1e9, "of_gb": memory.memory / 1e9, "compute_s": compute,

@@ -71,11 +71,10 @@ def test_sampling_equals_the_reference():
 
 
 def test_guidance():
-  row, other = object(), object()
   model = lambda x, t, given: x + (10.0 if given is row else 1.0)  # noqa: E731
 
   class Row:
-    modulation_ids = None
+    modulation_ids = targets = None
 
   row, other = Row(), Row()
   x, sigmas = jnp.zeros((1, 1, 1)), jnp.ones((1, 1))

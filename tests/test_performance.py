@@ -99,6 +99,24 @@ def test_traffic_is_read_off_the_program():
   assert found["all-reduce"] == 64 * 4 and found["all-gather"] == 3 * 80 * 4
 
 
+def test_traffic_of_the_last_layer_counts_once():
+  """Of three layers two gather 80 numbers, the last one 40."""
+  mesh = make_mesh({"data": 8})
+
+  def local(layers):
+    def gathered(layer):
+      return jnp.sum(jax.lax.all_gather(layer, "data", tiled=True))
+
+    def body(carry, inputs):
+      index, layer = inputs
+      return carry + jax.lax.cond(index < 2, gathered, lambda layer: gathered(layer[:5]), layer), None
+    return jax.lax.scan(body, 0.0, (jnp.arange(3), layers))[0]
+  run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=jax.sharding.PartitionSpec(None, "data"), check_vma=False,
+                              out_specs=jax.sharding.PartitionSpec()))
+  text = run.lower(np.zeros((3, 80), np.float32)).compile().as_text()
+  assert collective_bytes(text, 3)["all-gather"] == (2 * 80 + 40) * 4
+
+
 def test_chips_by_the_names_that_jax_gives_them():
   class Device:
     def __init__(self, kind):
