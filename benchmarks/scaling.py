@@ -29,8 +29,8 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "
 def collective_bytes(text: str, num_layers: int) -> dict[str, float]:
   """Bytes that one device takes part in, by kind, from a compiled program.
 
-  Those in a loop's body count once a layer; of two forms of a block that a loop chooses from, the last layer has the first and the
-  others the second, as `models.dit.DiT` orders them.
+  Those in a loop's body count once a layer; where the body chooses between two forms of a block, one is the last layer's and the
+  other that of all before, as in `models.dit.DiT`.
   """
   computations = {}
   for computation in re.split(r"\n(?=%?[\w.\-]+ \(|ENTRY )", text):
