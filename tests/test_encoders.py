@@ -69,6 +69,7 @@ class TestVAE:
 
     assert scratch(65) < 1.2 * scratch(17)
 
+  @pytest.mark.long
   def test_tiles_agree_with_the_whole(self):
     """Through tiles of 256 x 256 pixels that overlap by 64, on a photograph of 320 x 448: the errors that the docs state."""
     model = self.model()

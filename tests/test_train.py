@@ -75,7 +75,7 @@ class TestMeshes:
   def single(self):
     return {}
 
-  @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+  @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.long)], ids=["full", "lora"])
   @pytest.mark.parametrize("sizes", MESHES, ids=str)
   def test_agrees_with_one_device(self, tiny_config, single, sizes, lora):
     config = self.configure(tiny_config, lora)
@@ -281,6 +281,7 @@ class TestValidation:
     params = spec.create().params
     return Validation(config, spec, sentences, make_features, mesh)(params, {}), (spec, params, sentences, make_features)
 
+  @pytest.mark.long
   def test_any_mesh_and_packing_give_the_mean_over_sentences(self, tiny_config, tmp_path):
     tiny_config.model.look_back = ()
     tiny_config.validation.sigmas = (0.7,)
@@ -301,6 +302,7 @@ class TestValidation:
       losses.append(sentence_losses(model, alone, own, jnp.full((1, alone.num_slots), 0.7))[0].sum())
     assert found["val_loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
+  @pytest.mark.long
   def test_the_best_checkpoint_is_kept(self, tiny_config, tmp_path):
     tiny_config.update({"num_steps": 5})
     tiny_config.checkpoint.update({"every_steps": 1, "keep": 1})
