@@ -164,6 +164,7 @@ def main() -> None:
     ratio = step_flops(config, lora_rank=RANK, recompute=True, **counts) / flops
     for values in figures.values():
       values["hfu_tflops"] = round(values["tflops"] * ratio, 3)
+    print("TFLOP/s with recomputation: " + ", ".join(f"{name} {values['hfu_tflops']:g}" for name, values in figures.items()))
   print_ratios(figures)
   write_json(OUT.value, {**shared, "tokens": length, "flops": flops, **figures})
 

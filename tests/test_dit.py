@@ -11,14 +11,14 @@ from flax import nnx
 
 from tests.helpers import channels_last, golden, load_dit, relative_error
 from univid_jax.data.packing import (
-  RowShape,
-  join_rows,
-  pack,
-  patchify,
-  segment_intervals,
-  sentence_features,
-  target_places,
-  unpatchify,
+    RowShape,
+    join_rows,
+    pack,
+    patchify,
+    segment_intervals,
+    sentence_features,
+    target_places,
+    unpatchify,
 )
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import sentence_losses, timestep_table

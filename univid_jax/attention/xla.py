@@ -42,6 +42,8 @@ def xla_attention(q: Float[Array, "b l h k"], k: Float[Array, "b n h k"], v: Flo
   """See `api.attention`; no gradient flows to the bias."""
   blocks = BLOCKS.get(platform, OTHER_BLOCKS)
   (rows, num_queries, num_heads, head_dim), num_keys = q.shape, k.shape[1]
+  if key_bias is not None:
+    key_bias = jax.lax.stop_gradient(key_bias)
   if num_queries * num_keys <= blocks.smallest:
     return _attend(q, k, v, key_intervals, key_bias)
   if key_intervals is None:
@@ -89,7 +91,6 @@ def _blockwise(q: Float[Array, "g l k"], k: Float[Array, "g n k"], v: Float[Arra
 
 
 def _blockwise_forward(q, k, v, intervals, bias, query_block: int, key_block: int):
-
   def queries(parts):
     q, intervals = parts
 
@@ -113,7 +114,6 @@ def _blockwise_forward(q, k, v, intervals, bias, query_block: int, key_block: in
 
 def _blockwise_backward(query_block: int, key_block: int, saved, d_out):
   q, k, v, intervals, bias, out, normalizers = saved
-  # Where logits stand keys first, two of the three products that follow from them need no transposition.
   inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
 
   def queries(sums, parts):
@@ -124,6 +124,7 @@ def _blockwise_backward(query_block: int, key_block: int, saved, d_out):
     def keys(index, sums):
       dk, dv, dq = sums
       k_block, v_block = _block(k, index, key_block), _block(v, index, key_block)
+      # Keys first: so two of the three products that follow need no transposition.
       logits = _logits("glk,gnk->gnl", q, k_block, index, start, end, bias)
       weights = jnp.exp(logits - normalizers.transpose(0, 2, 1))
       d_logits = weights * (product("gnk,glk->gnl", v_block, d_out) - inner.transpose(0, 2, 1))
