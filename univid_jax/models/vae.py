@@ -6,6 +6,7 @@ it is one program: the first chunk, then a scan over the others.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -69,12 +70,19 @@ class Caches:
     """Whether this is a clip's first chunk."""
     return self._remembered is None
 
-  def extend(self, x: Float[Array, "t y x c"], frames: int) -> Float[Array, "t+frames y x c"]:
-    """Puts the remembered frames before x (zeros in the first chunk) and remembers its last ones."""
-    past = jnp.zeros((frames, *x.shape[1:]), x.dtype) if self.is_first else next(self._remembered)
-    x = jnp.concatenate([past, x])
+  def extend(self, x: Float[Array, "t y x c"], frames: int) -> tuple[Float[Array, "u y x c"], int]:
+    """Remembers the last frames of x.
+
+    Returns:
+      x with the remembered frames before it, and how many zero frames stand before those: all of them in the first chunk.
+    """
+    if self.is_first:
+      missing = max(frames - len(x), 0)
+      self.written.append(jnp.pad(x[-frames:], ((missing, 0), (0, 0), (0, 0), (0, 0))))
+      return x, frames
+    x = jnp.concatenate([next(self._remembered), x])
     self.written.append(x[-frames:])
-    return x
+    return x, 0
 
 
 class Conv(nnx.Module):
@@ -86,27 +94,33 @@ class Conv(nnx.Module):
     self.kernel = param(rngs, xavier, (*kernel, in_dim, out_dim), param_dtype, (None,) * 5)
     self.bias = param(rngs, zeros, (out_dim,), param_dtype, (None,))
 
-  def __call__(self, x: Float[Array, "t y x c"]) -> Float[Array, "u v w d"]:
-    """Pads y and x with zeros by `padding` on each side."""
+  def __call__(self, x: Float[Array, "t y x c"], zeros: int = 0) -> Float[Array, "u v w d"]:
+    """Pads y and x with zeros by `padding` on each side, and time by `zeros` frames before x."""
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-    y = jax.lax.platform_dependent(x, kernel, cpu=self._frame_by_frame, default=self._at_once)
+    y = jax.lax.platform_dependent(x, kernel, cpu=functools.partial(self._frame_by_frame, zeros=zeros),
+                                   default=functools.partial(self._at_once, zeros=zeros))
     return y + self.bias[...].astype(self.dtype)
 
-  def _at_once(self, x, kernel):
+  def _at_once(self, x, kernel, zeros: int):
     sides = ((self.padding, self.padding),) * 2
-    return jax.lax.conv_general_dilated(x[None], kernel, self.strides, ((0, 0), *sides),
+    return jax.lax.conv_general_dilated(x[None], kernel, self.strides, ((zeros, 0), *sides),
                                         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))[0]
 
-  def _frame_by_frame(self, x, kernel):
+  def _frame_by_frame(self, x, kernel, zeros: int):
     """The same as sums of convolutions in the plane: XLA's over time take twice as long on a CPU, though half the memory."""
     (step, *strides), sides = self.strides, ((self.padding, self.padding),) * 2
+    # Or what follows from the remembered frames alone is computed early and kept: a fifth more memory.
+    x = jax.lax.optimization_barrier(x)
 
-    def plane(frame, kernel):
-      return jax.lax.conv_general_dilated(frame, kernel, strides, sides, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    def frame(start):
+      # Zero frames add nothing.
+      parts = [jax.lax.conv_general_dilated(x[start + tap][None], kernel[tap], strides, sides,
+                                            dimension_numbers=("NHWC", "HWIO", "NHWC"))
+               for tap in range(len(kernel)) if start + tap >= 0]
+      return sum(parts)
 
     # A chunk has a few frames; a loop over them takes more memory than the frames themselves.
-    starts = range(0, len(x) - len(kernel) + 1, step)
-    return jnp.concatenate([sum(plane(x[start + tap][None], kernel[tap]) for tap in range(len(kernel))) for start in starts])
+    return jnp.concatenate([frame(start) for start in range(-zeros, len(x) - len(kernel) + 1, step)])
 
 
 class ChannelNorm(nnx.Module):
@@ -128,7 +142,7 @@ class CausalConv(Conv):
     super().__init__(in_dim, out_dim, (3, 3, 3), padding=1, rngs=rngs, **options)
 
   def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "t y x d"]:
-    return super().__call__(caches.extend(x, 2))
+    return super().__call__(*caches.extend(x, 2))
 
 
 class ResidualBlock(nnx.Module):
@@ -174,7 +188,7 @@ class Downsample(nnx.Module):
     x = self.conv(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
     if self.time_conv is None:
       return x
-    extended = caches.extend(x, 1)
+    extended, _ = caches.extend(x, 1)
     return x if caches.is_first else self.time_conv(extended)
 
 
@@ -189,7 +203,7 @@ class Upsample(nnx.Module):
   def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "u v w d"]:
     if self.time_conv is not None:
       # The first frame stands for itself alone: the next chunk sees zeros where it was.
-      extended = caches.extend(jnp.zeros_like(x) if caches.is_first else x, 2)
+      extended, _ = caches.extend(jnp.zeros_like(x) if caches.is_first else x, 2)
       if not caches.is_first:
         pairs = self.time_conv(extended)
         pairs = pairs.reshape(*pairs.shape[:3], 2, -1)
