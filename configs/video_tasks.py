@@ -94,11 +94,13 @@ def tiny() -> ml_collections.ConfigDict:
       "sentences_per_case": 32, "num_inference_steps": 2, "seed": 1,
       # Sentences that `python -m univid_jax.evaluate` paints together; when it is stopped, no more than these are lost.
       "batch_size": 8,
-      # Of `python -m univid_jax.evaluate`: seeds to repeat with, other numbers of steps to try, and what the targets of your own
-      # tasks are (TASK: depth, normals, segmentation, edges or saliency).
-      "num_seeds": 1, "more_steps": (), "kinds": ml_collections.ConfigDict(),
-      # Depth that the brightest and the darkest value of a depth picture stand for, in metres, and how it is aligned.
-      "depth_range": (0.5, 10.0), "depth_alignment": "least_squares",
+      # Of `python -m univid_jax.evaluate`: seeds to repeat with, and other numbers of steps to try.
+      "num_seeds": 1, "more_steps": (),
+      # How depth is brought onto the truth's scale: least_squares, median or none.
+      "depth_alignment": "least_squares",
+      # Of label maps: a file with each label's colour, a line R G B ("": Pascal VOC's, in which those of TFDS are painted), the
+      # number of labels (0: as many as colours), and the label that does not count (-1: none).
+      "palette": "", "num_labels": 0, "void_label": -1,
       # A folder or name of a CLIP model (needs the extra `clip`), for CLIP-T and CLIP-I; "" for neither.
       "clip_model": "",
   })
@@ -113,12 +115,19 @@ def _data() -> ml_collections.ConfigDict:
       # Data of your own that show tasks: the reference's metadata.csv, a folder TASK/NAME/source.* and target.*, a JSONL file
       # of sentences, a TFDS data set (see data/datasets.py). Where one is given, computed tasks are only used with a folder.
       "metadata": "", "pairs": "", "manifest": "",
-      "tfds": {"name": "", "split": "train", "data_dir": "", "task": "", "source": "image", "target": "target", "kind": "image"},
+      "tfds": {"name": "", "split": "train", "data_dir": "", "task": "", "source": "image", "target": "target", "kind": "image",
+               "test_split": ""},
+      # What the targets of your own tasks are, {"TASK": KIND}: depth, normals, segmentation, edges or saliency. Evaluation has
+      # their metrics then, and pictures of the first three are resized without mixing values. Of TFDS it is tfds.kind.
+      "kinds": {},
+      # Metres that white and black stand for in pictures of depth; black itself is unknown.
+      "depth_range": (0.5, 10.0),
       # How often each is drawn.
       "weights": {"computed": 1.0, "metadata": 1.0, "pairs": 1.0, "manifest": 1.0, "tfds": 1.0},
       # Share of rows or pairs of your own that training does not see, for validation and evaluation; computed tasks are
-      # validated on photographs that are never trained on.
-      "held_out": 0.05,
+      # validated on photographs that are never trained on. Where there is a test set (test_pairs, tfds.test_split) it is that
+      # instead, with examples from the training.
+      "held_out": 0.05, "test_pairs": "",
       # Rows that cannot be used end the run, or are left out and named.
       "allow_dropped": False,
       # Variants of each row or pair, that differ in context, direction and examples.

@@ -14,6 +14,7 @@ from univid_jax.data.tasks import camera_movement, camera_poses
 from univid_jax.metrics.camera import camera_metrics, recover_pose, warp
 from univid_jax.metrics.dense import (
     align_depth,
+    confusion_matrix,
     depth_metrics,
     edge_counts,
     edge_metrics,
@@ -22,6 +23,7 @@ from univid_jax.metrics.dense import (
     normal_metrics,
     saliency_metrics,
     segmentation_metrics,
+    with_matched_labels,
 )
 from univid_jax.metrics.image import psnr, rmse, ssim
 
@@ -113,28 +115,41 @@ class TestSegmentation:
   def test_against_sklearn(self):
     rng = np.random.default_rng(0)
     truth, predicted = rng.integers(0, 4, (2, 30, 30))
-    found = segmentation_metrics(predicted, truth, 6)
+    confusion = confusion_matrix(predicted, truth, 6)
+    assert np.array_equal(confusion[:4, :4], sklearn_metrics.confusion_matrix(truth.ravel(), predicted.ravel()))
     jaccard = sklearn_metrics.jaccard_score(truth.ravel(), predicted.ravel(), average="macro")
     accuracy = sklearn_metrics.accuracy_score(truth.ravel(), predicted.ravel())
-    assert found == pytest.approx({"miou": jaccard, "pixel_accuracy": accuracy}, abs=1e-6)
+    assert segmentation_metrics(confusion) == pytest.approx({"miou": jaccard, "pixel_accuracy": accuracy}, abs=1e-6)
     known = truth != 2
-    labels = [0, 1, 3]
-    expected = sklearn_metrics.jaccard_score(truth[known], predicted[known], average="macro", labels=[*labels, 2])
-    assert segmentation_metrics(predicted, truth, 6, void=2)["miou"] == pytest.approx(expected, abs=1e-6)
+    expected = sklearn_metrics.jaccard_score(truth[known], predicted[known], average="macro", labels=[0, 1, 3])
+    found = segmentation_metrics(confusion_matrix(predicted, truth, 6, void=2), void=2)
+    assert found["miou"] == pytest.approx(expected, abs=1e-6)
+    assert found["pixel_accuracy"] == pytest.approx(np.mean(truth[known] == predicted[known]))
+
+  def test_a_data_set_is_not_the_mean_of_its_pictures(self):
+    """Intersections and unions are summed first, as benchmarks do."""
+    rng = np.random.default_rng(3)
+    truth, predicted = rng.integers(0, 3, (2, 4, 10, 10))
+    predicted[0] = truth[0]
+    total = sum(confusion_matrix(p, t, 3) for p, t in zip(predicted, truth))
+    jaccard = sklearn_metrics.jaccard_score(truth.ravel(), predicted.ravel(), average="macro")
+    assert segmentation_metrics(total)["miou"] == pytest.approx(jaccard, abs=1e-6)
 
   def test_permuted_labels(self):
     truth = np.random.default_rng(1).integers(0, 5, (40, 40))
     permuted = np.array([3, 0, 4, 1, 2])[truth]
-    assert segmentation_metrics(permuted, truth, 5)["pixel_accuracy"] == 0
-    assert segmentation_metrics(permuted, truth, 5, match_labels=True) == {"miou": 1.0, "pixel_accuracy": 1.0}
+    confusion = confusion_matrix(permuted, truth, 5)
+    assert segmentation_metrics(confusion)["pixel_accuracy"] == 0
+    assert segmentation_metrics(with_matched_labels(confusion)) == {"miou": 1.0, "pixel_accuracy": 1.0}
     best = max(np.mean(np.array(order)[permuted // 2] == truth // 2) for order in itertools.permutations(range(3)))
-    assert segmentation_metrics(permuted // 2, truth // 2, 3, match_labels=True)["pixel_accuracy"] == pytest.approx(best)
+    matched = with_matched_labels(confusion_matrix(permuted // 2, truth // 2, 3))
+    assert segmentation_metrics(matched)["pixel_accuracy"] == pytest.approx(best)
 
   def test_known_cases(self):
     one = np.zeros((4, 4), int)
-    assert segmentation_metrics(one, one, 3) == {"miou": 1.0, "pixel_accuracy": 1.0}
-    assert segmentation_metrics(one + 1, one, 3) == {"miou": 0.0, "pixel_accuracy": 0.0}
-    assert math.isnan(segmentation_metrics(one, one, 3, void=0)["miou"])
+    assert segmentation_metrics(confusion_matrix(one, one, 3)) == {"miou": 1.0, "pixel_accuracy": 1.0}
+    assert segmentation_metrics(confusion_matrix(one + 1, one, 3)) == {"miou": 0.0, "pixel_accuracy": 0.0}
+    assert math.isnan(segmentation_metrics(confusion_matrix(one, one, 3, void=0), void=0)["miou"])
 
   def test_colors(self):
     palette = [(0, 0, 0), (250, 0, 0), (0, 0, 250)]

@@ -11,9 +11,13 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn import metrics as sklearn_metrics
 
+from configs.video_tasks import get_config
+from univid_jax.data.kinds import label_colors, normals_picture
+from univid_jax.metrics.dense import nearest_labels
 from univid_jax.metrics.image import psnr
-from univid_jax.report import KINDS, Score, between, of_kind, table
+from univid_jax.report import Score, Scorer, between, task_of
 from univid_jax.study import Painted
 
 SMALL = ["--config=configs/video_tasks.py", "--config.model.dim=32", "--config.model.ffn_dim=32", "--config.model.num_layers=1",
@@ -115,7 +119,8 @@ def test_two_processes_write_the_same_report(workdir, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--workdir=nowhere"], "neither a converted checkpoint"),
-    (["--config.eval.kinds={'x': 'magic'}"], "magic"),
+    (["--config.data.kinds={'x': 'magic'}"], "got 'magic'"),
+    (["--config.eval.palette=nowhere.txt"], "nowhere.txt"),
     (["--config.eval.sentences_per_case=0"], "there is nothing to evaluate on"),
 ])
 def test_one_clear_line(workdir, arguments, message):
@@ -123,43 +128,113 @@ def test_one_clear_line(workdir, arguments, message):
   assert code != 0 and message in error.strip().splitlines()[-1], error
 
 
-OPTIONS = {"eval": {"depth_range": (1.0, 5.0), "depth_alignment": "none"}}
+def scorer(**options):
+  config = get_config()
+  config.data.depth_range = (1.0, 5.0)
+  config.eval.depth_alignment = "none"
+  config.eval.update(options)
+  return Scorer(config)
 
 
 class TestKinds:
-  def painted(self, truth, params=None):
-    return Painted(0, {"task": "t", "params": params}, (truth, truth, truth, truth), truth, {})
+  def painted(self, truth, params=None, reverse=False, task="t"):
+    return Painted(0, {"task": task, "params": params, "reverse": reverse, "prompt": ""}, (truth, truth, truth, truth), truth,
+                   {"painted": truth})
 
   def test_pictures_of_depth(self):
     truth = np.full((1, 4, 4, 3), 255, np.uint8)
     truth[:, :2] = 127
     truth[:, 3] = 0  # unknown
-    found, _ = of_kind("depth", truth, self.painted(truth), OPTIONS)
+    found, _ = scorer().of_kind("depth", truth, self.painted(truth))
     assert found["delta1"] == 1 and found["rmse"] == 0
     half = truth.copy()
     half[:, 2] = 51  # 4.2 m where 1 m is true
-    found, _ = of_kind("depth", half, self.painted(truth), OPTIONS)
+    found, _ = scorer().of_kind("depth", half, self.painted(truth))
     assert found["abs_rel"] == pytest.approx(3.2 / 3) and found["delta3"] == pytest.approx(2 / 3)
 
-  def test_pictures_of_normals_labels_and_masks(self):
+  def test_pictures_of_normals(self):
+    vectors = np.random.default_rng(0).normal(size=(1, 5, 5, 3))
+    truth = normals_picture(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
+    assert scorer().of_kind("normals", truth, self.painted(truth))[0]["mean"] < 1
+
+  def test_pictures_of_labels(self, tmp_path):
+    """By the nearest colour of a palette; over a data set by the sum of all pictures' pixels."""
+    colors = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)
+    (tmp_path / "palette.txt").write_text("\n".join(" ".join(map(str, color)) for color in colors))
+    of_labels = scorer(palette=str(tmp_path / "palette.txt"))
     rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(1, 5, 5, 3))
-    truth = ((vectors / np.linalg.norm(vectors, axis=-1, keepdims=True) + 1) * 127.5).round().astype(np.uint8)
-    assert of_kind("normals", truth, self.painted(truth), OPTIONS)[0]["mean"] < 1
-    labels = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)[rng.integers(0, 3, (1, 6, 6))]
+    labels = colors[rng.integers(0, 3, (1, 6, 6))]
     noisy = np.clip(labels.astype(int) + rng.integers(-20, 21, labels.shape), 0, 255).astype(np.uint8)
-    assert of_kind("segmentation", noisy, self.painted(labels), OPTIONS)[0]["miou"] == 1
+    assert of_labels.of_kind("segmentation", noisy, self.painted(labels))[0]["miou"] == 1
     swapped = labels[..., [1, 0, 2]]
-    found, _ = of_kind("segmentation", swapped, self.painted(labels), OPTIONS)
+    found, _ = of_labels.of_kind("segmentation", swapped, self.painted(labels))
     assert found["pixel_accuracy"] < 0.6 and found["pixel_accuracy_matched"] == 1
-    with pytest.raises(ValueError, match="got 'magic'"):
-      of_kind("magic", labels, self.painted(labels), OPTIONS)
+    one, other = labels.copy(), np.zeros_like(labels)
+    one[:, :3] = colors[1]
+    scores = [Score(i, "painted", *of_labels.of_kind("segmentation", clip, self.painted(labels)))
+              for i, clip in enumerate((one, other))]
+    row = of_labels.table(scores)["painted"]
+    numbers = [nearest_labels(clip, colors).ravel() for clip in (labels, labels, one, other)]
+    jaccard = sklearn_metrics.jaccard_score(np.concatenate(numbers[:2]), np.concatenate(numbers[2:]), average="macro")
+    assert row["miou"] == pytest.approx(jaccard) and row["miou"] != pytest.approx(np.mean([s.metrics["miou"] for s in scores]))
+
+  def test_label_maps_of_other_colors(self):
+    """As TFDS paints them no palette has to be given; a map of other colours is an error and not a score."""
+    labels = np.random.default_rng(0).integers(0, 256, (1, 6, 6))
+    assert scorer().of_kind("segmentation", label_colors(labels), self.painted(label_colors(labels)))[0]["miou"] == 1
+    with pytest.raises(ValueError, match="of a label map of task 't' are of no label's colour: give the colours with"):
+      scorer(num_labels=3).of_kind("segmentation", label_colors(labels), self.painted(label_colors(labels)))
+
+  def test_turned_round_it_is_no_map(self):
+    """The target of a scribble turned round is a photograph: it has no edges to be found."""
+    truth = np.zeros((1, 16, 16, 3), np.uint8)
+    params = {"paper": (0, 0, 0), "ink": (1, 1, 1)}
+    (there, *_), (back, *_) = (scorer()(self.painted(truth, params, reverse, "scribble")) for reverse in (False, True))
+    assert "edges" in there.counts and not back.counts
+    assert task_of({"task": "scribble", "reverse": True}) == "scribble turned round"
 
   def test_between_two_colors(self):
     clip = np.array([[0, 0, 0], [255, 255, 255], [51, 51, 51]], np.uint8)
     np.testing.assert_allclose(between(clip, (0, 0, 0), (1, 1, 1)), [0, 1, 0.2], atol=1e-6)
 
   def test_only_defined_values_count(self):
-    rows = table([Score(0, "painted", {"psnr": 10.0, "x": float("nan")}), Score(1, "painted", {"psnr": 20.0, "x": 3.0})])
+    rows = scorer().table([Score(0, "painted", {"psnr": 10.0, "x": float("nan")}), Score(1, "painted", {"psnr": 20.0, "x": 3.0})])
     assert rows == {"painted": {"psnr": 15.0, "x": 3.0, "count": 2}}
-    assert set(KINDS.values()) <= {"edges", "saliency", "camera"}
+
+
+class TestOwnData:
+  def pairs(self, folder, names, size=(32, 48)):
+    """Noise with its depth: what is far is dark."""
+    for i, name in enumerate(names):
+      path = folder / "depth" / name
+      path.mkdir(parents=True)
+      rng = np.random.default_rng((len(names), i))
+      Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(path / "source.png")
+      depth = np.where(np.arange(size[1]) < 16 + 8 * i, 50, 250).astype(np.uint8)
+      Image.fromarray(np.broadcast_to(depth[:, None], (*size, 3))).save(path / "target.png")
+
+  def test_a_test_set(self, workdir, tmp_path):
+    """Each test pair is asked for once, with examples of the training; depth keeps its values when it is resized."""
+    self.pairs(tmp_path / "train", "abcd")
+    self.pairs(tmp_path / "test", "xyz")
+    command = ["univid_jax.evaluate", *SMALL, f"--workdir={workdir}", f"--out={tmp_path / 'out'}", "--config.data.bundled=False",
+               f"--config.data.pairs={tmp_path / 'train'}", f"--config.data.test_pairs={tmp_path / 'test'}",
+               "--config.data.kinds={'depth': 'depth'}", "--config.eval.sentences_per_case=3", "--config.data.contexts.I=0.0",
+               "--config.data.contexts.III=0.0"]
+    code, _, error = run(*command)
+    assert code == 0, error
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["by_task"]["depth"]["painted"]["count"] == 3
+    assert report["overall"]["swapped"]["count"] == 3  # with an inverted photograph: there is no other task
+    assert report["by_task"]["depth"]["codec"]["delta1"] > 0.9 and "abs_rel" in report["by_task"]["depth"]["painted"]
+    truths = []
+    for path in sorted((tmp_path / "out" / "samples").glob("*.npz")):
+      with np.load(path) as file:
+        assert set(np.unique(file["clip_3"])) == {50, 250}
+        truths.append(file["clip_3"].tobytes())
+    assert len(set(truths)) == 3
+    code, _, error = run(*command, "--config.eval.depth_alignment=median")  # scored otherwise, from the same pictures
+    assert code == 0, error
+    median = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert median["by_task"]["depth"]["painted"]["psnr"] == report["by_task"]["depth"]["painted"]["psnr"]
+    assert median["by_task"]["depth"]["painted"]["abs_rel"] != report["by_task"]["depth"]["painted"]["abs_rel"]

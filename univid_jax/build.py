@@ -18,6 +18,7 @@ from univid_jax.attention.api import BACKENDS
 from univid_jax.data.cache import Cache, read_frames
 from univid_jax.data.clips import ClipFormat, ClipRef, file_hash
 from univid_jax.data.datasets import Drawing, Dropped, open_manifest, open_metadata, open_pairs
+from univid_jax.data.kinds import COMPUTED_KINDS, KIND_NAMES
 from univid_jax.data.loader import FeatureMaker
 from univid_jax.data.packing import RowShape
 from univid_jax.data.sources import ComputedSentences, FolderSource, LazySentences, PhotoSource
@@ -230,21 +231,36 @@ def data_sources(config: Config, workdir: str) -> DataSources:
   drawing = Drawing(contexts=dict(data["contexts"]), num_clips=clip_counts(config),
                     reverse_probability=data["reverse_probability"], prompt=data["prompt"],
                     prompt_dropout=data["prompt_dropout"], variants=data["variants"], seed=seed)
+  kinds, tfds = task_kinds(config), dict(data["tfds"])
+
+  def pairs(folder):
+    return open_pairs(folder, form, drawing, kinds=kinds)
+
+  def data_set(split):
+    return open_tfds(tfds | {"split": split}, form, drawing, depth_range=tuple(data["depth_range"]))
+
+  # What opens the data, and where there is one its test set.
   opened = {
-      "metadata": lambda: open_metadata(data["metadata"], form, drawing),
-      "pairs": lambda: open_pairs(data["pairs"], form, drawing),
-      "manifest": lambda: open_manifest(data["manifest"], form, drawing),
-      "tfds": lambda: open_tfds(dict(data["tfds"]), form, drawing),
+      "metadata": (lambda: open_metadata(data["metadata"], form, drawing), None),
+      "pairs": (lambda: pairs(data["pairs"]), data["test_pairs"] and (lambda: pairs(data["test_pairs"]))),
+      "manifest": (lambda: open_manifest(data["manifest"], form, drawing), None),
+      "tfds": (lambda: data_set(tfds["split"]), tfds["test_split"] and (lambda: data_set(tfds["test_split"]))),
   }
-  given = [name for name in opened if (data["tfds"]["name"] if name == "tfds" else data[name])]
+  given = [name for name in opened if (tfds["name"] if name == "tfds" else data[name])]
   found, dropped, held_out = {}, [], {}
   for name in given:
-    source, problems = opened[name]()
-    dropped += problems
-    if not len(source):
+    (source, problems), open_test = opened[name][0](), opened[name][1]
+    if len(source) and open_test:
+      test, more = open_test()
+      found[name] = source
+      held_out[name], unasked = source.asked_by(test)
+      problems = [*problems, *more, *unasked]
+    elif len(source):
+      found[name], held_out[name] = source.split(data["held_out"])
+    else:
       reasons = "; ".join(map(str, problems[:3])) or "it is empty"
       raise ValueError(f"nothing in config.data.{name} can be used: {reasons}")
-    found[name], held_out[name] = source.split(data["held_out"])
+    dropped += problems
   if not (given or data["folder"] or data["bundled"]):
     raise ValueError("there is no data: give config.data.folder (videos and photos, for computed tasks), or "
                      "config.data.metadata, pairs, manifest or tfds.name")
@@ -255,6 +271,20 @@ def data_sources(config: Config, workdir: str) -> DataSources:
     held_out["computed"] = sentences(config, "held_out", seed=seed + 1)
   return DataSources(found, {name: data["weights"][name] for name in found}, dropped,
                      {name: source for name, source in held_out.items() if len(source)})
+
+
+def task_kinds(config: Config) -> Mapping[str, str]:
+  """What the targets of each task are, see `data.kinds`; tasks that are not there make pictures.
+
+  Raises:
+    ValueError: the config names a kind that there is not.
+  """
+  tfds, own = config["data"]["tfds"], dict(config["data"]["kinds"])
+  unknown = sorted(set(own.values()) - set(KIND_NAMES))
+  if unknown:
+    raise ValueError(f"config.data.kinds are {', '.join(KIND_NAMES)}, got {unknown[0]!r}")
+  of_tfds = {tfds["task"]: tfds["kind"]} if tfds["name"] and tfds["kind"] != "image" else {}
+  return {**COMPUTED_KINDS, **of_tfds, **own}
 
 
 def computed_identity(config: Config) -> str:

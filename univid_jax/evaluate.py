@@ -22,6 +22,9 @@ LORA = flags.DEFINE_list("lora", [], "LoRA files on top.")
 STEP = flags.DEFINE_string("step", None, "Of the workdir's checkpoints: a number, or best; the latest by default.")
 OUT = flags.DEFINE_string("out", None, "Folder of the results; WORKDIR/evaluation by default.")
 
+# Keys of config.eval that change no picture: the report is made again with others from the same files.
+SCORING = ("depth_alignment", "palette", "num_labels", "void_label", "clip_model")
+
 
 def main() -> None:
   start_processes()
@@ -35,14 +38,12 @@ def main() -> None:
   from univid_jax import build
   from univid_jax.parallel.mesh import make_mesh
   from univid_jax.pipeline import load_pipeline
-  from univid_jax.report import KIND_NAMES, make_report
+  from univid_jax.report import make_report
   from univid_jax.study import paint, study_sentences
 
   config = json.loads(CONFIG.value.to_json())
   build.check(config)
-  unknown = sorted(set(config["eval"]["kinds"].values()) - set(KIND_NAMES))
-  if unknown:
-    raise cli.UserError(f"config.eval.kinds are {', '.join(KIND_NAMES)}, got {unknown[0]!r}")
+  build.task_kinds(config)
   workdir = WORKDIR.value or f"runs/{config['name']}"
   folder = Path(OUT.value or f"{workdir}/evaluation")
   # Each process has the model on its own devices and its own share of the sentences.
@@ -50,7 +51,8 @@ def main() -> None:
   pipeline = load_pipeline(CHECKPOINT.value or workdir, lora=LORA.value, mesh=mesh, step=STEP.value)
   sentences = study_sentences(config, build.data_sources(config, workdir))
   folder.mkdir(parents=True, exist_ok=True)
-  protocol = {"config": {name: config[name] for name in ("data", "eval")}, "checkpoint": CHECKPOINT.value or workdir,
+  painting = {name: value for name, value in config["eval"].items() if name not in SCORING}
+  protocol = {"config": {"data": config["data"], "eval": painting}, "checkpoint": CHECKPOINT.value or workdir,
               "lora": LORA.value, "step": STEP.value, "version": univid_jax.__version__}
   protocol = json.loads(json.dumps(protocol, default=list))
   kept = folder / "protocol.json"

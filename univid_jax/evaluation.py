@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from univid_jax import build
+from univid_jax.data.sentences import CONTEXTS, video_pattern
+from univid_jax.data.video import fit_clip
 from univid_jax.metrics.image import psnr
 from univid_jax.pipeline import Pipeline, to_uint8
 from univid_jax.types import Sentence
@@ -34,28 +36,41 @@ def held_out_sentences(config: Mapping[str, Any]) -> list[Sentence]:
 
 
 def with_swapped_pairs(sentences: Sequence[Sentence], rng: np.random.Generator) -> list[Sentence]:
-  """The sentences with their example pairs taken from another task's, of the same lengths.
+  """The sentences with their example pairs taken from another task's.
 
   Raises:
     ValueError: some sentence has no such other.
   """
-  swapped = []
-  for sentence in sentences:
-    lengths = [len(clip) for clip in sentence.clips[:-2]]
-    foreign = [other for other in sentences if other.task != sentence.task and len(other.clips) == len(sentence.clips)
-               and other.clips[0].shape[1:] == sentence.clips[0].shape[1:]]
-    others = [other for other in foreign if [len(clip) for clip in other.clips[:-2]] == lengths]
-    if not others:
-      others = [_stretched(other, lengths) for other in foreign]
-    if not others:
-      raise ValueError("swapping example pairs takes at least two tasks")
-    swapped.append(sentence.replace(clips=others[rng.integers(len(others))].clips[:-2] + sentence.clips[-2:]))
-  return swapped
+  others = foreign_sentences([(s.task, s.context, len(s.clips)) for s in sentences], rng)
+  if None in others:
+    raise ValueError("swapping example pairs takes at least two tasks")
+  return [with_pairs_of(sentence, sentences[other]) for sentence, other in zip(sentences, others)]
 
 
-def _stretched(sentence: Sentence, lengths: Sequence[int]) -> Sentence:
-  """The example pairs at other lengths, for patterns that a single task has."""
-  return sentence.replace(clips=tuple(matched(clip, n) for clip, n in zip(sentence.clips, lengths)) + sentence.clips[-2:])
+def foreign_sentences(cases: Sequence[tuple[str, str, int]], rng: np.random.Generator) -> list[int | None]:
+  """For each sentence another of another task, with example pairs of the same pattern of images and videos where there is one.
+
+  Args:
+    cases: task, context and number of clips of each sentence.
+    rng: chooses.
+
+  Returns:
+    Its index; None where no other task has a sentence of so many clips.
+  """
+  patterns = [video_pattern(context, count)[:-2] if context in CONTEXTS else context for _, context, count in cases]
+  chosen = []
+  for (task, _, count), pattern in zip(cases, patterns):
+    foreign = [i for i, other in enumerate(cases) if other[0] != task and other[2] == count]
+    found = [i for i in foreign if patterns[i] == pattern] or foreign
+    chosen.append(found[rng.integers(len(found))] if found else None)
+  return chosen
+
+
+def with_pairs_of(sentence: Sentence, other: Sentence) -> Sentence:
+  """A sentence with another's example pairs, at its own lengths and sizes."""
+  size = sentence.clips[0].shape[1:3]
+  pairs = tuple(fit_clip(matched(theirs, len(own)), size) for theirs, own in zip(other.clips[:-2], sentence.clips))
+  return sentence.replace(clips=pairs + sentence.clips[-2:])
 
 
 def matched(clip: np.ndarray, num_frames: int) -> np.ndarray:

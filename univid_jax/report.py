@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.sparse import csr_array
 
+from univid_jax import build
+from univid_jax.data.kinds import depth_of, known, normals_of, read_palette
 from univid_jax.data.tasks import camera_poses
 from univid_jax.evaluation import matched
 from univid_jax.metrics.camera import camera_metrics
 from univid_jax.metrics.clip_scores import CLIPScores
 from univid_jax.metrics.dense import (
     align_depth,
+    confusion_matrix,
     depth_metrics,
     edge_counts,
     edge_metrics,
@@ -23,15 +27,12 @@ from univid_jax.metrics.dense import (
     normal_metrics,
     saliency_metrics,
     segmentation_metrics,
+    with_matched_labels,
 )
 from univid_jax.metrics.figures import COLUMNS, sentence_grid
 from univid_jax.metrics.image import SSIM_SIDE, psnr, rmse, ssim
 from univid_jax.study import Painted, read_study
 
-# What the targets of computed tasks are; the config's eval.kinds says it of a user's own.
-KINDS: Mapping[str, str] = {"scribble": "edges", "salient_object": "saliency", "moving_object": "saliency",
-                            "camera_movement": "camera"}
-KIND_NAMES = ("depth", "normals", "segmentation", "edges", "saliency", "camera")
 BASELINES = ("copy_b", "copy_a2", "mean_a2", "codec")
 EXPLAINED = {
     "painted": "the model", "swapped": "the model, shown another task's example pairs: does it read them?",
@@ -57,103 +58,137 @@ DOUBTS = ("(1) the paper has this number for depth as well. (2) 29 times less th
           "LVM's, while all else of depth is better. The authors' test sets are not public.")
 
 
+# A colour of a label map lies at most so far, in any channel, from one of the palette in this share of the pixels.
+PALETTE_DISTANCE, PALETTE_SHARE = 8, 0.9
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """Of one sentence under one condition: means over its frames by metric, and counts of edges by threshold, where it has any."""
+  """Of one sentence under one condition.
+
+  Attributes:
+    number: of the sentence.
+    condition: its name.
+    metrics: means over the frames.
+    counts: what adds up over a data set: "edges" by threshold, "labels" and "labels_matched" as confusion matrices.
+  """
 
   number: int
   condition: str
   metrics: Mapping[str, float]
-  edges: np.ndarray | None = None
+  counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def score(painted: Painted, config: Mapping[str, Any], clip_scores: CLIPScores | None = None) -> list[Score]:
-  """All conditions and baselines of a sentence."""
-  truth, (_, a2, b) = painted.clips[-1], painted.clips[-4:-1]
-  mean = np.broadcast_to(np.round(a2.mean(axis=(0, 1, 2))), truth.shape).astype(np.uint8)
-  frames = dict(painted.painted) | {"copy_b": matched(b, len(truth)), "copy_a2": matched(a2, len(truth)), "mean_a2": mean,
-                                    "codec": painted.codec}
-  kind = config["eval"]["kinds"].get(painted.info["task"]) or KINDS.get(painted.info["task"])
-  scores = []
-  for condition, clip in frames.items():
-    metrics = {"psnr": psnr(clip, truth), "rmse": rmse(clip, truth)}
-    if min(truth.shape[1:3]) >= SSIM_SIDE:
-      metrics["ssim"] = ssim(clip, truth)
-    if clip_scores is not None:
-      metrics["clip_i"] = clip_scores.clip_i(clip, truth)
-      metrics |= {"clip_t": clip_scores.clip_t(clip, painted.info["prompt"])} if painted.info["prompt"] else {}
-    extra, edges = of_kind(kind, clip, painted, config) if kind else ({}, None)
-    scores.append(Score(painted.number, condition, metrics | extra, edges))
-  return scores
+class Scorer:
+  """Scores what was painted.
 
-
-def of_kind(kind: str, clip: np.ndarray, painted: Painted,
-            config: Mapping[str, Any]) -> tuple[dict[str, float], np.ndarray | None]:
-  """What a clip means, against what the truth means: metrics, and counts of edges.
+  Args:
+    config: of the evaluation.
 
   Raises:
-    ValueError: there is no such kind.
+    ValueError: the palette's file is none.
   """
-  truth, params = painted.clips[-1], painted.info["params"]
-  if kind == "depth":
-    near, far = config["eval"]["depth_range"]
-    depth = [far - (x.astype(np.float64).mean(-1) / 255) * (far - near) for x in (clip, truth)]
-    known = np.where(truth.max(-1) > 0, depth[1], 0)
-    return depth_metrics(align_depth(depth[0], known, how=config["eval"]["depth_alignment"]), known), None
-  if kind == "normals":
-    vectors = [x.astype(np.float64) / 127.5 - 1 for x in (clip, truth)]
-    return normal_metrics(vectors[0], np.where(truth.max(-1, keepdims=True) > 0, vectors[1], 0)), None
-  if kind == "segmentation":
-    palette = np.unique(np.concatenate([x.reshape(-1, 3) for x in (truth, painted.clips[-3])]), axis=0)
-    labels = [nearest_labels(x, palette) for x in (clip, truth)]
-    renamed = segmentation_metrics(*labels, len(palette), match_labels=True)
-    return segmentation_metrics(*labels, len(palette)) | {f"{name}_matched": value for name, value in renamed.items()}, None
-  if kind == "saliency":
-    colors = (params["background"], params["object_color"]) if params else ((0, 0, 0), (1, 1, 1))
-    return saliency_metrics(*(between(x, *colors) for x in (clip, truth))), None
-  if kind == "edges":
-    colors = (params["paper"], params["ink"]) if params else ((0, 0, 0), (1, 1, 1))
-    strength, true = (between(x, *colors) for x in (clip, truth))
-    return {}, sum(edge_counts(s, t >= 0.5) for s, t in zip(strength, true))
-  if kind == "camera":
+
+  def __init__(self, config: Mapping[str, Any]):
+    options = config["eval"]
+    self._kinds, self._depth_range = build.task_kinds(config), tuple(config["data"]["depth_range"])
+    self._alignment, self._void = options["depth_alignment"], options["void_label"]
+    self._palette = read_palette(options["palette"])[:options["num_labels"] or None]
+    self._clip_scores = CLIPScores(options["clip_model"]) if options["clip_model"] else None
+
+  def __call__(self, painted: Painted) -> list[Score]:
+    """All conditions and baselines of a sentence."""
+    truth, (_, a2, b) = painted.clips[-1], painted.clips[-4:-1]
+    mean = np.broadcast_to(np.round(a2.mean(axis=(0, 1, 2))), truth.shape).astype(np.uint8)
+    frames = dict(painted.painted) | {"copy_b": matched(b, len(truth)), "copy_a2": matched(a2, len(truth)), "mean_a2": mean,
+                                      "codec": painted.codec}
+    kind = None if painted.info["reverse"] else self._kinds.get(painted.info["task"])
+    scores = []
+    for condition, clip in frames.items():
+      metrics = {"psnr": psnr(clip, truth), "rmse": rmse(clip, truth)}
+      if min(truth.shape[1:3]) >= SSIM_SIDE:
+        metrics["ssim"] = ssim(clip, truth)
+      if self._clip_scores is not None:
+        metrics["clip_i"] = self._clip_scores.clip_i(clip, truth)
+        metrics |= {"clip_t": self._clip_scores.clip_t(clip, painted.info["prompt"])} if painted.info["prompt"] else {}
+      extra, counts = self.of_kind(kind, clip, painted) if kind else ({}, {})
+      scores.append(Score(painted.number, condition, metrics | extra, counts))
+    return scores
+
+  def of_kind(self, kind: str, clip: np.ndarray, painted: Painted) -> tuple[dict[str, float], dict[str, Any]]:
+    """What a clip means, against what the truth means: metrics, and counts of which they are made over a data set.
+
+    Raises:
+      ValueError: the truth's colours are not the palette's.
+    """
+    truth, params = painted.clips[-1], painted.info["params"]
+    if kind == "depth":
+      predicted, true = depth_of(clip, self._depth_range), np.where(known(truth), depth_of(truth, self._depth_range), 0)
+      return depth_metrics(align_depth(predicted, true, how=self._alignment), true), {}
+    if kind == "normals":
+      return normal_metrics(normals_of(clip), np.where(known(truth)[..., None], normals_of(truth), 0)), {}
+    if kind == "segmentation":
+      labels, true = nearest_labels(clip, self._palette), nearest_labels(truth, self._palette)
+      far = np.abs(self._palette[true].astype(int) - truth).max(-1) > PALETTE_DISTANCE
+      if np.mean(far) > 1 - PALETTE_SHARE:
+        raise ValueError(f"{np.mean(far):.0%} of a label map of task {painted.info['task']!r} are of no label's colour: give the "
+                         "colours with config.eval.palette")
+      confusion = confusion_matrix(labels, true, len(self._palette), void=self._void)
+      counts = {"labels": confusion, "labels_matched": with_matched_labels(confusion)}
+      return self._of_labels(counts), {name: csr_array(matrix) for name, matrix in counts.items()}
+    if kind == "saliency":
+      colors = (params["background"], params["object_color"]) if params else ((0, 0, 0), (1, 1, 1))
+      return saliency_metrics(*(between(x, *colors) for x in (clip, truth))), {}
+    if kind == "edges":
+      colors = (params["paper"], params["ink"]) if params else ((0, 0, 0), (1, 1, 1))
+      strength, true = (between(x, *colors) for x in (clip, truth))
+      return {}, {"edges": sum(edge_counts(s, t >= 0.5) for s, t in zip(strength, true))}
     poses = camera_poses(len(truth), truth.shape[1:3], **params) if params and len(truth) > 1 else None
-    return (camera_metrics(clip, painted.clips[-2], poses) if poses is not None else {}), None
-  raise ValueError(f"config.eval.kinds are {', '.join(KIND_NAMES)}, got {kind!r}")
+    return (camera_metrics(clip, painted.clips[-2], poses) if poses is not None else {}), {}
+
+  def _of_labels(self, counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {name + suffix: value for key, suffix in (("labels", ""), ("labels_matched", "_matched"))
+            for name, value in segmentation_metrics(counts[key], void=self._void).items()}
+
+  def table(self, scores: Iterable[Score]) -> dict[str, dict[str, float]]:
+    """Means by condition and metric over the sentences that have the metric, and their count; edges and labels over all together.
+
+    Conditions seed_N are not rows of their own: with them `painted` has the mean over seeds, and `METRIC_std` their deviation.
+    """
+    by_condition = collections.defaultdict(list)
+    for item in scores:
+      by_condition[item.condition].append(item)
+    rows = {name: self._means(items) for name, items in by_condition.items()}
+    repeats = [rows.pop(name) for name in list(rows) if name.startswith("seed_")]
+    if repeats and "painted" in rows:
+      runs = [rows["painted"], *repeats]
+      for name in set(rows["painted"]) - {"count"}:
+        values = [run[name] for run in runs]
+        rows["painted"] |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values, ddof=1))}
+    return rows
+
+  def _means(self, items: Sequence[Score]) -> dict[str, float]:
+    names = dict.fromkeys(name for item in items for name in item.metrics)
+    means = {}
+    for name in names:
+      values = [value for item in items if np.isfinite(value := item.metrics.get(name, np.nan))]
+      if values:
+        means[name] = float(np.mean(values))
+    counts = collections.defaultdict(list)
+    for item in items:
+      for name, value in item.counts.items():
+        counts[name].append(value)
+    if "edges" in counts:
+      means |= edge_metrics(counts["edges"])
+    if "labels" in counts:
+      means |= self._of_labels({name: sum(counts[name]).toarray() for name in ("labels", "labels_matched")})
+    return means | {"count": len(items)}
 
 
 def between(clip: np.ndarray, low: Sequence[float], high: Sequence[float]) -> np.ndarray:
   """Where each colour lies on the way from one colour (0) to another (1); colours in [0, 1]."""
   low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
   return np.clip((clip / 255 - low) @ (high - low) / max(np.sum((high - low) ** 2), 1e-12), 0, 1)
-
-
-def table(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
-  """Means by condition and metric over the sentences that have the metric, and their count; edges over all together.
-
-  Conditions seed_N are not rows of their own: with them `painted` has the mean over seeds, and `METRIC_std` their deviation.
-  """
-  by_condition = collections.defaultdict(list)
-  for item in scores:
-    by_condition[item.condition].append(item)
-  rows = {name: _means(items) for name, items in by_condition.items()}
-  repeats = [rows.pop(name) for name in list(rows) if name.startswith("seed_")]
-  if repeats and "painted" in rows:
-    runs = [rows["painted"], *repeats]
-    for name in set(rows["painted"]) - {"count"}:
-      values = [run[name] for run in runs]
-      rows["painted"] |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values, ddof=1))}
-  return rows
-
-
-def _means(items: Sequence[Score]) -> dict[str, float]:
-  names = dict.fromkeys(name for item in items for name in item.metrics)
-  means = {}
-  for name in names:
-    values = [value for item in items if np.isfinite(value := item.metrics.get(name, np.nan))]
-    if values:
-      means[name] = float(np.mean(values))
-  edges = [item.edges for item in items if item.edges is not None]
-  return means | (edge_metrics(edges) if edges else {}) | {"count": len(items)}
 
 
 def make_report(folder: Path, count: int, config: Mapping[str, Any], reproduce: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,24 +200,24 @@ def make_report(folder: Path, count: int, config: Mapping[str, Any], reproduce: 
     config: of the evaluation.
     reproduce: what else it takes to do it again.
   """
-  clip_scores = CLIPScores(config["eval"]["clip_model"]) if config["eval"]["clip_model"] else None
+  scorer = Scorer(config)
   infos, scores, examples = [], [], {}
   for painted in read_study(folder, count):
     infos.append(painted.info)
-    scores.append(score(painted, config, clip_scores))
-    examples.setdefault((painted.info["task"], painted.info["context"]), painted)
+    scores.append(scorer(painted))
+    examples.setdefault((task_of(painted.info), painted.info["context"]), painted)
 
   def grouped(key: Callable[[Mapping[str, Any]], str]) -> dict[str, Any]:
     groups = collections.defaultdict(list)
     for info, items in zip(infos, scores):
       groups[key(info)] += items
-    return {name: table(items) for name, items in sorted(groups.items())}
+    return {name: scorer.table(items) for name, items in sorted(groups.items())}
 
   report = {
-      "overall": table(item for items in scores for item in items),
-      "by_task": grouped(lambda info: info["task"]),
+      "overall": scorer.table(item for items in scores for item in items),
+      "by_task": grouped(task_of),
       "by_context": grouped(lambda info: info["context"] or "-"),
-      "by_task_and_context": grouped(lambda info: f"{info['task']} {info['context']}"),
+      "by_task_and_context": grouped(lambda info: f"{task_of(info)} {info['context']}"),
       "by_num_clips": grouped(lambda info: str(info["num_clips"])),
       "sentences": [info | {"scores": {item.condition: item.metrics for item in items}} for info, items in zip(infos, scores)],
       "config": config, **reproduce,
@@ -196,6 +231,11 @@ def make_report(folder: Path, count: int, config: Mapping[str, Any], reproduce: 
   sentence_grid(folder / "grid.png", rows, columns=(*COLUMNS, "with a swapped pair"))
   plot_curves(folder / "curves.png", report)
   return report
+
+
+def task_of(info: Mapping[str, Any]) -> str:
+  """A sentence's task, as the tables name it."""
+  return info["task"] + (" turned round" if info["reverse"] else "")
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ class Sentence:
     prompt: the text that goes with it; "" is the null prompt.
     task: name of the task that the example pairs show.
     context: "I", "II", "III" or "IV" as in the paper, or any other name of a pattern of images and videos.
+    reverse: whether the pairs are turned round, so that A of A' is the task.
     params: what a computed task drew for this sentence, where it is one.
   """
 
@@ -40,6 +41,7 @@ class Sentence:
   prompt: str = ""
   task: str = ""
   context: str = ""
+  reverse: bool = False
   params: Mapping[str, Any] | None = None
 
   def __post_init__(self):

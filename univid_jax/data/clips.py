@@ -39,6 +39,7 @@ class ClipFormat:
     fit: "crop" cuts the middle out of the resized frames, "pad" keeps all of them between black bars.
     fps: frames a second that videos are thinned (or held) to; 0 leaves them as they are.
     buckets: other sizes; a clip goes to the size whose shape is nearest to its own.
+    resample: "bicubic", or "nearest" for labels, depth and normals, whose values must not mix.
   """
 
   size: tuple[int, int]
@@ -46,6 +47,7 @@ class ClipFormat:
   fit: str = "crop"
   fps: float = 0.0
   buckets: tuple[tuple[int, int], ...] = ()
+  resample: str = "bicubic"
 
   def for_shape(self, shape: tuple[int, int]) -> "ClipFormat":
     """The format of clips whose files have a shape (height, width): one size of those there are."""
@@ -135,7 +137,7 @@ def file_clip(path: Path, *, start: int, count: int, form: ClipFormat, fps: floa
     fps: of the file.
   """
   indices = frame_indices(start, count, fps=fps, target_fps=form.fps)
-  words = (READING_VERSION, file_hash(path), list(map(int, indices)), form.size, form.fit)
+  words = (READING_VERSION, file_hash(path), list(map(int, indices)), form.size, form.fit, form.resample)
   return ClipRef(hashlib.sha256(repr(words).encode()).hexdigest(), functools.partial(_read, path, tuple(indices), form))
 
 
@@ -154,19 +156,19 @@ def _read(path: Path, indices: tuple[int, ...], form: ClipFormat) -> np.ndarray:
 def fit(frames: np.ndarray, form: ClipFormat) -> np.ndarray:
   """Frames of any size at the size of a format."""
   if form.fit == "crop":
-    return fit_clip(frames, form.size)
+    return fit_clip(frames, form.size, resample=form.resample)
   height, width = form.size
   scale = min(height / frames.shape[1], width / frames.shape[2])
   inner = max(round(frames.shape[1] * scale), 1), max(round(frames.shape[2] * scale), 1)
   top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
   out = np.zeros((len(frames), height, width, 3), np.uint8)
-  out[:, top:top + inner[0], left:left + inner[1]] = fit_clip(frames, inner)
+  out[:, top:top + inner[0], left:left + inner[1]] = fit_clip(frames, inner, resample=form.resample)
   return out
 
 
 def array_clip(key: str, read: Callable[[], np.ndarray], form: ClipFormat) -> ClipRef:
   """A clip from anything else: `read` gives uint8 frames of any size, `key` names what they are."""
-  words = (READING_VERSION, key, form.size, form.fit)
+  words = (READING_VERSION, key, form.size, form.fit, form.resample)
   return ClipRef(hashlib.sha256(repr(words).encode()).hexdigest(), lambda: fit(read(), form))
 
 

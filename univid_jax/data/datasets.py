@@ -22,6 +22,7 @@ from univid_jax.data.clips import (
     natural_path,
     probe,
 )
+from univid_jax.data.kinds import resampling
 from univid_jax.data.sentences import CONTEXTS, make_sentence, prompt_for, video_pattern
 from univid_jax.data.sources import draw
 from univid_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -124,10 +125,11 @@ class ListedSentences:
       context = draw(rng, self.drawing.contexts)
       lengths = [self.form.num_frames if is_video else 1 for is_video in video_pattern(context, len(row.shots))]
     clips = [shot.clip(n) for shot, n in zip(row.shots, lengths)]
-    if row.lengths is None and rng.random() < self.drawing.reverse_probability:
+    reverse = row.lengths is None and rng.random() < self.drawing.reverse_probability
+    if reverse:
       clips = [clips[i ^ 1] for i in range(len(clips))]
     prompt = "" if rng.random() < self.drawing.prompt_dropout else row.prompt
-    return Sentence(clips=tuple(clips), roles=row.roles, prompt=prompt, task=row.task, context=context)
+    return Sentence(clips=tuple(clips), roles=row.roles, prompt=prompt, task=row.task, context=context, reverse=reverse)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +173,17 @@ class PairSentences:
     kept, held_out = split_by_task(self.pairs, share, task=lambda pair: (pair.task, pair.bucket), at_least=2)
     return dataclasses.replace(self, pairs=kept), dataclasses.replace(self, pairs=kept, queries=held_out)
 
+  def asked_by(self, test: "PairSentences") -> tuple["PairSentences", list[Dropped]]:
+    """Those that ask for the pairs of a test set, with these pairs as examples; and the test pairs that cannot be asked for."""
+    asked, dropped = [], []
+    for pair in test.pairs:
+      group = self.groups.get((pair.task, pair.bucket), ())
+      if any(weight > 0 and self.fits((*group, pair), name) for name, weight in self.drawing.contexts.items()) and group:
+        asked.append(pair)
+      else:
+        dropped.append(Dropped(f"{pair.task}/{pair.name}", "the training has no example of its task, size and length"))
+    return dataclasses.replace(self, queries=asked), dropped
+
   @functools.cached_property
   def groups(self) -> Mapping[tuple[str, tuple[int, int]], Sequence[Pair]]:
     """Pairs that may be joined: those of one task and one size."""
@@ -198,7 +211,7 @@ class PairSentences:
     query = self.asked[int(index) % len(self.asked)]
     group = self.groups[query.task, query.bucket]
     num_clips = int(draw(rng, self.drawing.num_clips))
-    contexts = {name: weight for name, weight in self.drawing.contexts.items() if self.fits(group, name)}
+    contexts = {name: weight for name, weight in self.drawing.contexts.items() if self.fits((*group, query), name)}
     context = draw(rng, contexts)
     pattern = video_pattern(context, num_clips)
     others = [pair for pair in group if pair.name != query.name and self._long_enough(pair, pattern[:2])]
@@ -304,8 +317,15 @@ def file_shot(path: Path, form: ClipFormat, *, start: int = 0) -> Shot:
   return Shot(usable, lambda count: file_clip(path, start=start, count=count, form=form, fps=found.fps), found.size)
 
 
-def open_pairs(folder: str, form: ClipFormat, drawing: Drawing) -> tuple[PairSentences, list[Dropped]]:
+def open_pairs(folder: str, form: ClipFormat, drawing: Drawing, *,
+               kinds: Mapping[str, str] | None = None) -> tuple[PairSentences, list[Dropped]]:
   """A folder of pairs: FOLDER/TASK/NAME/source.* and target.*, each an image or a video (or a folder of frames).
+
+  Args:
+    folder: of the tasks.
+    form: size and lengths.
+    drawing: how sentences are drawn.
+    kinds: what the targets of a task are, see `data.kinds`; pictures by default.
 
   Raises:
     FileNotFoundError: there is no such folder.
@@ -320,7 +340,8 @@ def open_pairs(folder: str, form: ClipFormat, drawing: Drawing) -> tuple[PairSen
   pairs, dropped = [], []
   for name in names:
     try:
-      source, target = (file_shot(_only(name, part), form) for part in ("source", "target"))
+      target_form = dataclasses.replace(form, resample=resampling((kinds or {}).get(name.parent.name)))
+      source, target = (file_shot(_only(name, part), of) for part, of in (("source", form), ("target", target_form)))
       shapes = [shot.size[1] / shot.size[0] for shot in (source, target)]
       if max(shapes) > 1.02 * min(shapes):
         raise ValueError("the source is {}x{} and the target {}x{}: cut to one size they would not lie upon each other".format(

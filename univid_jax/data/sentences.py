@@ -70,4 +70,4 @@ def make_sentence(pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, reverse: bo
     context: name of the pattern of images and videos.
   """
   clips = tuple(clip for pair in pairs for clip in (pair[::-1] if reverse else pair))
-  return Sentence(clips=clips, roles=reference_roles(len(clips)), prompt=prompt, task=task, context=context)
+  return Sentence(clips=clips, roles=reference_roles(len(clips)), prompt=prompt, task=task, context=context, reverse=reverse)

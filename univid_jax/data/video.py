@@ -156,8 +156,14 @@ def _natural_key(path: Path) -> list:
   return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
-def fit_clip(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resizes a clip, aspect kept, until it covers a size, and cuts the middle out: uint8 (T, *size, 3)."""
+def fit_clip(frames: np.ndarray, size: tuple[int, int], *, resample: str = "bicubic") -> np.ndarray:
+  """Resizes a clip, aspect kept, until it covers a size, and cuts the middle out: uint8 (T, *size, 3).
+
+  Args:
+    frames: uint8 (T, H, W, 3).
+    size: height and width.
+    resample: "bicubic", or "nearest" where values must not mix.
+  """
   height, width = size
   if frames.shape[1:3] == (height, width):
     return frames
@@ -165,8 +171,8 @@ def fit_clip(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   box_height, box_width = height / scale, width / scale
   top, left = (frames.shape[1] - box_height) / 2, (frames.shape[2] - box_width) / 2
   box = (left, top, left + box_width, top + box_height)
-  return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box))
-                   for frame in frames])
+  method = Image.Resampling[resample.upper()]
+  return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), method, box=box)) for frame in frames])
 
 
 def read_context(paths: Sequence[str | os.PathLike], *, num_frames: int, size: tuple[int, int],

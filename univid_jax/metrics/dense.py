@@ -92,29 +92,40 @@ def nearest_labels(colors: np.ndarray, palette: Sequence[Sequence[int]]) -> np.n
   return labels.reshape(colors.shape[:-1])
 
 
-def segmentation_metrics(predicted: np.ndarray, truth: np.ndarray, num_classes: int, *, void: int | None = None,
-                         match_labels: bool = False) -> dict[str, float]:
-  """miou, the mean over classes that occur of intersection over union (Everingham et al. 2010), and pixel_accuracy; higher is
-  better.
+def confusion_matrix(predicted: np.ndarray, truth: np.ndarray, num_classes: int, *, void: int = -1) -> np.ndarray:
+  """How many pixels of each class (row) are taken for each (column), int (num_classes, num_classes).
 
   Args:
     predicted: labels from 0.
     truth: likewise.
     num_classes: labels that there are.
-    void: a label of the truth whose pixels do not count.
-    match_labels: rename predicted labels so that most pixels agree (one to one), since a model may permute colours.
+    void: a label of the truth whose pixels do not count; -1 is none.
   """
-  valid = (truth >= 0) & (truth < num_classes) & (truth != (-1 if void is None else void))
-  if not valid.any():
+  valid = (truth >= 0) & (truth < num_classes) & (truth != void)
+  pairs = truth[valid].astype(np.int64) * num_classes + predicted[valid]
+  return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def with_matched_labels(confusion: np.ndarray) -> np.ndarray:
+  """With predicted labels renamed, one to one, so that most pixels agree: a model may permute colours."""
+  rows, columns = linear_sum_assignment(confusion, maximize=True)
+  return confusion[:, columns[np.argsort(rows)]]
+
+
+def segmentation_metrics(confusion: np.ndarray, *, void: int = -1) -> dict[str, float]:
+  """miou, the mean of intersection over union (Everingham et al. 2010) over the classes that occur in truth or prediction, and
+  pixel_accuracy; higher is better.
+
+  Args:
+    confusion: of a picture, or the sum over a data set, as benchmarks have it.
+    void: the label that is no class; -1 is none.
+  """
+  if not confusion.any():
     return {"miou": math.nan, "pixel_accuracy": math.nan}
-  confusion = np.bincount(truth[valid].astype(np.int64) * num_classes + predicted[valid], minlength=num_classes**2)
-  confusion = confusion.reshape(num_classes, num_classes)
-  if match_labels:
-    rows, columns = linear_sum_assignment(confusion, maximize=True)
-    confusion = confusion[:, columns[np.argsort(rows)]]
   agreed = np.diag(confusion)
   union = confusion.sum(0) + confusion.sum(1) - agreed
-  return {"miou": float(np.mean(agreed[union > 0] / union[union > 0])), "pixel_accuracy": float(agreed.sum() / confusion.sum())}
+  counted = (union > 0) & (np.arange(len(union)) != void)
+  return {"miou": float(np.mean(agreed[counted] / union[counted])), "pixel_accuracy": float(agreed.sum() / confusion.sum())}
 
 
 def saliency_metrics(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
