@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from univid_jax import build
 from univid_jax.data.loader import make_loader
 from univid_jax.data.packing import pack, pack_rows
+from univid_jax.data.video import write_clip
 from univid_jax.diffusion.loss import draw_noise, sentence_losses
 from univid_jax.parallel.mesh import make_mesh, mesh_shape
 from univid_jax.parallel.sharding import parameter_shardings, shard_batch
@@ -232,6 +233,35 @@ def test_a_disk_that_is_full_during_a_save(tmp_path):
   again = run_command([*arguments, "--config.num_steps=4"])
   assert again.returncode == 0 and "at step 2 of 4" in again.stdout, again.stderr
   assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.long
+def test_a_clip_that_vanishes_during_the_training(tmp_path):
+  """One line that names it; the last checkpoint is whole, and with the clip back the run goes on."""
+  for number, name in enumerate("abc"):
+    (tmp_path / "pairs" / "task" / name).mkdir(parents=True)
+    for part in ("source", "target"):
+      write_clip(tmp_path / "pairs" / "task" / name / f"{part}.png", np.full((1, 16, 16, 3), 50 * number, np.uint8))
+  arguments = [*SMALL, f"--config.data.pairs={tmp_path / 'pairs'}", "--config.data.bundled=False", "--config.data.contexts.I=0.0",
+               "--config.data.contexts.III=0.0", "--config.validation.every_steps=0", "--config.eval.sentences_per_case=0",
+               "--config.checkpoint.every_steps=5", f"--workdir={tmp_path / 'run'}"]
+  process = subprocess.Popen([sys.executable, "-m", "univid_jax.train", *arguments, "--config.num_steps=100000"],
+                             env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True)
+  while process.poll() is None and not ((tmp_path / "run" / "metrics.jsonl").exists() and lines_complete(tmp_path / "run") >= 12):
+    time.sleep(0.05)
+  clip, away = tmp_path / "pairs" / "task" / "b" / "target.png", tmp_path / "away.png"
+  clip.rename(away)
+  _, error = process.communicate(timeout=60)
+  last = error.strip().splitlines()[-1]
+  assert process.returncode == 1 and last.startswith("error: ") and str(clip) in last, error
+  away.rename(clip)
+  checkpointer = Checkpointer(str(tmp_path / "run"))
+  step = checkpointer.latest_step
+  checkpointer.close()
+  assert step >= 10 and step % 5 == 0
+  again = run_command(["univid_jax.train", *arguments, f"--config.num_steps={step + 1}"])
+  assert again.returncode == 0 and f"at step {step} of {step + 1}" in again.stdout, again.stderr
 
 
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path):

@@ -25,6 +25,7 @@ from univid_jax.data.sources import ComputedSentences, FolderSource, LazySentenc
 from univid_jax.data.tfds import open_tfds
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.encoders import CheckpointEncoders, Encoders, PlainEncoders, i2v_condition
+from univid_jax.files import CACHE_FOLDER, is_remote, local_data
 from univid_jax.models.codec import DCTCodec
 from univid_jax.models.dit import PRESETS, REMAT_POLICIES, DiT, DiTConfig
 from univid_jax.models.in_context import look_back
@@ -180,7 +181,9 @@ def sentences(config: Config, split: str, *, seed: int, workdir: str = "") -> Co
   clips = [PhotoSource.bundled(split, jitter=data["jitter"])] if data["bundled"] or split != "train" else []
   if data["folder"] and split == "train":
     side = 4 * max(data["height"], data["width"])
-    clips.append(FolderSource.open(data["folder"], cache=os.path.join(workdir, "clips"), side=side))
+    # Mapped from disk, so on this machine.
+    cache = os.path.join(os.path.expanduser(CACHE_FOLDER) if is_remote(workdir) else workdir, "clips")
+    clips.append(FolderSource.open(local_data(data["folder"]), cache=cache, side=side))
   return ComputedSentences(
       clips=clips,
       tasks=dict(data["tasks"]),
@@ -234,16 +237,16 @@ def data_sources(config: Config, workdir: str) -> DataSources:
   kinds, tfds = task_kinds(config), dict(data["tfds"])
 
   def pairs(folder):
-    return open_pairs(folder, form, drawing, kinds=kinds)
+    return open_pairs(local_data(folder), form, drawing, kinds=kinds)
 
   def data_set(split):
     return open_tfds(tfds | {"split": split}, form, drawing, depth_range=tuple(data["depth_range"]))
 
   # What opens the data, and where there is one its test set.
   opened = {
-      "metadata": (lambda: open_metadata(data["metadata"], form, drawing), None),
+      "metadata": (lambda: open_metadata(local_data(data["metadata"]), form, drawing), None),
       "pairs": (lambda: pairs(data["pairs"]), data["test_pairs"] and (lambda: pairs(data["test_pairs"]))),
-      "manifest": (lambda: open_manifest(data["manifest"], form, drawing), None),
+      "manifest": (lambda: open_manifest(local_data(data["manifest"]), form, drawing), None),
       "tfds": (lambda: data_set(tfds["split"]), tfds["test_split"] and (lambda: data_set(tfds["test_split"]))),
   }
   given = [name for name in opened if (tfds["name"] if name == "tfds" else data[name])]
@@ -294,7 +297,7 @@ def computed_identity(config: Config) -> str:
            "bundled", "jitter")
   files = []
   if data["folder"]:
-    files = [file_hash(path) for path in sorted(Path(data["folder"]).iterdir()) if path.is_file()]
+    files = [file_hash(path) for path in sorted(Path(local_data(data["folder"])).iterdir()) if path.is_file()]
   return repr((univid_jax.__version__, config["seed"], [(name, str(data[name])) for name in names], files))
 
 

@@ -44,7 +44,7 @@ def _guarded(main: Callable[..., None], argv: Sequence[str], num_arguments: int)
     sys.exit(2)
   try:
     main(*arguments)
-  except (UserError, ValueError, OSError, ModuleNotFoundError) as error:
+  except (UserError, ValueError, OSError, ImportError) as error:
     if flags.FLAGS.verbosity >= 1:
       traceback.print_exc()
     _complain(error)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-DEFAULT_FOLDER = "~/.cache/univid_jax/programs"
+from univid_jax.files import CACHE_FOLDER
 
 
 def keep_programs(folder: str | None = None) -> str:
@@ -16,7 +16,7 @@ def keep_programs(folder: str | None = None) -> str:
     Where programs are kept. The folder may be deleted at any time.
   """
   import jax
-  chosen = folder or jax.config.jax_compilation_cache_dir or str(Path(DEFAULT_FOLDER).expanduser())
+  chosen = folder or jax.config.jax_compilation_cache_dir or str(Path(CACHE_FOLDER).expanduser() / "programs")
   jax.config.update("jax_compilation_cache_dir", chosen)
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -29,9 +29,8 @@ SCORING = ("depth_alignment", "palette", "num_labels", "void_label", "clip_model
 def main() -> None:
   start_processes()
   keep_programs()
-  from pathlib import Path
-
   import jax
+  from etils import epath
   from jax.experimental import multihost_utils
 
   import univid_jax
@@ -45,7 +44,7 @@ def main() -> None:
   build.check(config)
   build.task_kinds(config)
   workdir = WORKDIR.value or f"runs/{config['name']}"
-  folder = Path(OUT.value or f"{workdir}/evaluation")
+  folder = epath.Path(OUT.value or f"{workdir}/evaluation")
   # Each process has the model on its own devices and its own share of the sentences.
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
   pipeline = load_pipeline(CHECKPOINT.value or workdir, lora=LORA.value, mesh=mesh, step=STEP.value)

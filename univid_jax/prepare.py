@@ -5,7 +5,6 @@ latents and prompt embeddings where they are not kept yet. `train` does the same
 before an accelerator waits, or to have several processes share the work.
 """
 
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -22,7 +21,10 @@ PREVIEW = flags.DEFINE_integer("preview", 0, "Draw so many sentences into WORKDI
 def main() -> None:
   start_processes()
   # After the flags: --help and wrong flags answer at once, without waiting for JAX.
+  from etils import epath
+
   from univid_jax import build
+  from univid_jax.files import local_file
   from univid_jax.metrics.figures import contact_sheet
   from univid_jax.parallel.mesh import make_mesh
   from univid_jax.training.prepare import open_data, prepare
@@ -32,11 +34,11 @@ def main() -> None:
   build.check(config)
   workdir = WORKDIR.value or f"runs/{config.name}"
   data = open_data(config, workdir)
-  Path(workdir).mkdir(parents=True, exist_ok=True)
   if PREVIEW.value:
-    path = Path(workdir) / "preview.png"
-    contact_sheet(path, [(name, source[index]) for index in range(PREVIEW.value) for name, source in data.sources.items()])
-    print(f"the first sentences, as the model sees them: {path}")
+    preview = epath.Path(workdir) / "preview.png"
+    with local_file(preview) as path:
+      contact_sheet(path, [(name, source[index]) for index in range(PREVIEW.value) for name, source in data.sources.items()])
+    print(f"the first sentences, as the model sees them: {preview}")
     return
   done = prepare(config, workdir, build.encoders(config, make_mesh(config.mesh)), data)
   if done.caches is None:

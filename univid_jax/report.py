@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 from scipy.sparse import csr_array
 
@@ -15,6 +16,7 @@ from univid_jax import build
 from univid_jax.data.kinds import depth_of, known, normals_of, read_palette
 from univid_jax.data.tasks import camera_poses
 from univid_jax.evaluation import matched
+from univid_jax.files import local_file
 from univid_jax.metrics.camera import camera_metrics
 from univid_jax.metrics.clip_scores import CLIPScores
 from univid_jax.metrics.dense import (
@@ -191,7 +193,7 @@ def between(clip: np.ndarray, low: Sequence[float], high: Sequence[float]) -> np
   return np.clip((clip / 255 - low) @ (high - low) / max(np.sum((high - low) ** 2), 1e-12), 0, 1)
 
 
-def make_report(folder: Path, count: int, config: Mapping[str, Any], reproduce: Mapping[str, Any]) -> dict[str, Any]:
+def make_report(folder: epath.Path, count: int, config: Mapping[str, Any], reproduce: Mapping[str, Any]) -> dict[str, Any]:
   """Scores the files of a study and writes report.json, report.md, grid.png and curves.png.
 
   Args:
@@ -228,8 +230,10 @@ def make_report(folder: Path, count: int, config: Mapping[str, Any], reproduce: 
            (*painted.clips[-4:-1], painted.painted["painted"], painted.clips[-1],
             painted.painted.get("swapped", np.zeros_like(painted.clips[-1]))))
           for (task, context), painted in sorted(examples.items())]
-  sentence_grid(folder / "grid.png", rows, columns=(*COLUMNS, "with a swapped pair"))
-  plot_curves(folder / "curves.png", report)
+  with local_file(folder / "grid.png") as path:
+    sentence_grid(path, rows, columns=(*COLUMNS, "with a swapped pair"))
+  with local_file(folder / "curves.png") as path:
+    plot_curves(path, report)
   return report
 
 

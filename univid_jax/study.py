@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from univid_jax import build
@@ -157,7 +158,7 @@ def with_reversed_pairs(sentence: Sentence) -> Sentence:
   return sentence.replace(clips=(*turned, query, truth))
 
 
-def paint(pipeline: Pipeline, config: Mapping[str, Any], sentences: Sequence[Planned], folder: Path) -> None:
+def paint(pipeline: Pipeline, config: Mapping[str, Any], sentences: Sequence[Planned], folder: epath.Path) -> None:
   """Paints all conditions of all sentences into files; what is there already is left. Several processes share the work.
 
   Args:
@@ -200,11 +201,11 @@ def _painted(pipeline: Pipeline, condition: Condition, sentences: Mapping[int, S
   return frames
 
 
-def sample_path(folder: Path, number: int) -> Path:
+def sample_path(folder: epath.Path, number: int) -> epath.Path:
   return folder / SAMPLES / f"{number:05d}.npz"
 
 
-def _write(path: Path, sentence: Sentence, codec: np.ndarray, painted: Mapping[str, np.ndarray]) -> None:
+def _write(path: epath.Path, sentence: Sentence, codec: np.ndarray, painted: Mapping[str, np.ndarray]) -> None:
   info = {"task": sentence.task, "context": sentence.context, "num_clips": len(sentence.clips), "prompt": sentence.prompt,
           "reverse": sentence.reverse, "params": sentence.params}
   with local_file(path) as unfinished, unfinished.open("wb") as file:
@@ -212,14 +213,14 @@ def _write(path: Path, sentence: Sentence, codec: np.ndarray, painted: Mapping[s
                         **{f"condition_{name}": frames for name, frames in painted.items()})
 
 
-def read_study(folder: Path, count: int) -> Iterator[Painted]:
+def read_study(folder: epath.Path, count: int) -> Iterator[Painted]:
   """The files of `paint`, in order.
 
   Raises:
     FileNotFoundError: one is missing.
   """
   for number in range(count):
-    with np.load(sample_path(folder, number)) as file:
+    with np.load(io.BytesIO(sample_path(folder, number).read_bytes())) as file:
       clips = [file[f"clip_{i}"] for i in range(sum(name.startswith("clip_") for name in file))]
       painted = {name.removeprefix("condition_"): file[name] for name in file if name.startswith("condition_")}
       yield Painted(number, json.loads(str(file["info"])), clips, file["codec"], painted)

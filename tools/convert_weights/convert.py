@@ -20,6 +20,7 @@ from tqdm import tqdm
 import univid_jax
 from tools.convert_weights.layout import Fill, check_fills, fills
 from tools.convert_weights.sources import Release, Source
+from univid_jax.files import absolute, is_remote
 from univid_jax.parallel.sharding import unflatten
 from univid_jax.weights.checkpoint import CheckpointInfo, ComponentInfo, abstract_component, count_files, parameter_shapes
 from univid_jax.weights.files import numpy_dtype
@@ -128,8 +129,8 @@ def create_arrays(folder: epath.Path, specs: Mapping[tuple[str, ...], tuple[tupl
     # JAX on a CPU takes mapped memory as it is, so this copies nothing.
     tree = unflatten((path, jax.device_put(zeros, jax.devices("cpu")[0])) for path, zeros in files.items())
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
-      checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(tree))
-  base = str(folder) if "://" in str(folder) else f"file://{folder.resolve()}"
+      checkpointer.save(absolute(folder), args=ocp.args.PyTreeSave(tree))
+  base = str(folder) if is_remote(folder) else f"file://{absolute(folder)}"
   return {path: ts.open({"driver": "zarr", "kvstore": f"{base}/{'.'.join(path)}/",
                          "metadata": {"shape": shape, "chunks": chunk_shape(path, shape, dtype), "dtype": zarr_dtype(dtype),
                                       "compressor": {"id": "zstd", "level": 1}},
@@ -193,7 +194,7 @@ def writing(destination: epath.PathLike, *, needed: int, is_file: bool = False, 
   destination = epath.Path(destination)
   if destination.exists() and not force:
     raise FileExistsError(f"{destination} exists already; --force replaces it")
-  if "://" in str(destination):
+  if is_remote(destination):
     if destination.exists():
       _remove(destination)
     if not is_file:

@@ -6,14 +6,14 @@ another name and then renamed: several processes may fill one cache, and one tha
 
 import hashlib
 import io
-import os
 import warnings
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from univid_jax.data.clips import ClipRef
+from univid_jax.files import local_file
 
 # Part of every key: to be raised whenever the code would compute something else from the same input and weights.
 ENCODING_VERSION = 1
@@ -25,14 +25,14 @@ class Cache:
   """Arrays by key.
 
   Args:
-    folder: where they are kept; made when something is.
+    folder: where they are kept, here or in a bucket; made when something is.
     fingerprint: names what computes them (weights, options); another one is another cache.
   """
 
-  def __init__(self, folder: str | os.PathLike, fingerprint: str):
-    self.folder, self.fingerprint = Path(folder), fingerprint
+  def __init__(self, folder: epath.PathLike, fingerprint: str):
+    self.folder, self.fingerprint = epath.Path(folder), fingerprint
 
-  def path(self, key: str) -> Path:
+  def path(self, key: str) -> epath.Path:
     """The file of a key."""
     name = hashlib.sha256(f"{ENCODING_VERSION}|{self.fingerprint}|{key}".encode()).hexdigest()
     return self.folder / name[:2] / f"{name}.npy"
@@ -59,13 +59,10 @@ class Cache:
 
   def put(self, key: str, value: np.ndarray) -> None:
     """Keeps a value."""
-    path = self.path(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, value, allow_pickle=False)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
-    unfinished.replace(path)
+    with local_file(self.path(key)) as path:
+      path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
 
   def get_or_compute(self, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
     """The value, computed and kept where it is not there yet."""

@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from univid_jax.files import absolute
 from univid_jax.training.step import TrainState
 
 CONFIG_FILE = "config.json"
@@ -31,7 +32,7 @@ class Checkpointer:
     kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
     options = ocp.CheckpointManagerOptions(preservation_policy=None if read_only else kept, best_fn=loss, best_mode="min",
                                            create=not read_only, read_only=read_only)
-    self._manager = ocp.CheckpointManager(epath.Path(workdir).resolve() / "checkpoints", options=options,
+    self._manager = ocp.CheckpointManager(absolute(workdir) / "checkpoints", options=options,
                                           item_names=("model", "training", "data"))
 
   @property

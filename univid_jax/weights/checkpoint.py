@@ -17,6 +17,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from univid_jax.files import absolute
 from univid_jax.models.clip import CLIPConfig, CLIPVision
 from univid_jax.models.dit import DiT, DiTConfig
 from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
@@ -184,7 +185,7 @@ def abstract_parameters(module: nnx.Module, mesh: Mesh, kind: type[nnx.Variable]
 def restore_as_stored(folder: epath.PathLike, module: nnx.Module, mesh: Mesh) -> dict[str, Any]:
   """A module's parameters in the dtypes in which they are stored."""
   with ocp.StandardCheckpointer() as checkpointer:
-    stored = jax.tree_util.tree_leaves_with_path(checkpointer.metadata(epath.Path(folder).resolve()).item_metadata.tree)
+    stored = jax.tree_util.tree_leaves_with_path(checkpointer.metadata(absolute(folder)).item_metadata.tree)
   dtypes = {_names(path): leaf.dtype for path, leaf in stored}
   abstract = jax.tree_util.tree_map_with_path(
       lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes.get(_names(path), x.dtype), sharding=x.sharding),
@@ -205,6 +206,6 @@ def restore_arrays(folder: epath.PathLike, abstract: Any) -> Any:
   """
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(epath.Path(folder).resolve(), abstract)
+      return checkpointer.restore(absolute(folder), abstract)
   except Exception as error:  # orbax and tensorstore raise many kinds
     raise ValueError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error

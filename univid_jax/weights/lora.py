@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 import univid_jax
+from univid_jax.files import absolute
 from univid_jax.models.dit import DiTConfig
 from univid_jax.models.lora import linear_name, lora_targets
 from univid_jax.weights.files import TensorFile, numpy_dtype, open_tensors, save_safetensors, save_torch
@@ -285,7 +286,7 @@ def write_lora_folder(folder: epath.PathLike, lora: LoRAWeights, *, metadata: Ma
       arrays["alpha"][index], arrays["rank"][index] = layer.alpha, layer.rank
     tree.setdefault("blocks" if stacked else "others", {})[name.replace(".", "__")] = arrays
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(folder.resolve() / "lora", tree)
+    checkpointer.save(absolute(folder) / "lora", tree)
   info = {"format": 1, **header(lora, "jax", metadata or {}), "source_format": lora.format}
   (folder / LORA_FILE).write_text(json.dumps(info, indent=2) + "\n")
 
@@ -304,7 +305,7 @@ def _read_folder(folder: epath.Path) -> LoRAWeights:
   info = json.loads((folder / LORA_FILE).read_text())
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      tree = checkpointer.restore(folder.resolve() / "lora")
+      tree = checkpointer.restore(absolute(folder) / "lora")
   except Exception as error:  # orbax and tensorstore raise many kinds
     raise ValueError(f"the LoRA in {folder} cannot be read: {str(error).splitlines()[0]}") from error
   layers = {}
