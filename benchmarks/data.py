@@ -21,10 +21,9 @@ VIDEO = flags.DEFINE_string("video", None, "A file in the reference's format.", 
 PAIRS = flags.DEFINE_integer("pairs", 5, "Timed readings of each kind.", lower_bound=1)
 OUT = flags.DEFINE_string("out", "", "File for the figures as JSON.")
 
-# At 832 x 480: tokens of a latent frame, and latent frames of a sentence by context; the paper's mix.
+# At 832 x 480: tokens of a latent frame, and latent frames of a sentence by context.
 TOKENS_A_FRAME = 1560
-FRAMES = {"I": 20, "II": 4, "III": 12}
-MIX = {"I": 0.3, "II": 0.3, "III": 0.4}
+FRAMES = {"I": 20, "II": 4, "III": 12, "IV": 12}
 ROW_TOKENS = 37504
 # A LoRA step on one sentence of context I costs 1.06 PFLOP (with recomputation); 60 % of an H200's 989 TFLOP/s is a fast machine.
 SECONDS_A_SENTENCE = 1.06e15 / (0.6 * 989e12)
@@ -34,15 +33,18 @@ def fill_rates(rows: int = 1500) -> dict[str, float]:
   """Share of a row's tokens that are some sentence's, by how rows are packed."""
   import grain
 
+  from univid_jax.data.sentences import PAPER_CONTEXTS
+
   class Sentences:
     def __len__(self):
       return 100_000
 
     def __getitem__(self, index):
-      context = np.random.default_rng((1, int(index))).choice(list(MIX), p=list(MIX.values()))
+      context = np.random.default_rng((1, int(index))).choice(list(PAPER_CONTEXTS), p=list(PAPER_CONTEXTS.values()))
       return {"frames": np.ones(FRAMES[context], np.int8)}
 
-  rates = {"one sentence a row, padded to context I": sum(MIX[name] * FRAMES[name] for name in MIX) / FRAMES["I"]}
+  mean = sum(share * FRAMES[name] for name, share in PAPER_CONTEXTS.items())
+  rates = {"one sentence a row, padded to context I": mean / FRAMES["I"]}
   for name, kind in (("first_fit", grain.experimental.FirstFitPackIterDataset),
                      ("best_fit", grain.experimental.BestFitPackIterDataset)):
     sentences = grain.MapDataset.source(Sentences()).seed(0).shuffle().to_iter_dataset()

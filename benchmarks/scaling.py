@@ -1,10 +1,12 @@
 """Training on TPUs that are not here: memory, traffic and a roofline, from the TPU compiler (`pip install libtpu`).
 
-  python -m benchmarks.scaling [--presets=wan_1_3b,wan_14b] [--topologies=v5e:2x4,v5e:4x4,v5p:2x2x2] [--out=FILE.json]
+  python -m benchmarks.scaling [--presets=wan_1_3b,wan_14b] [--topologies=v5e:2x4,v5e:4x4,v5p:2x2x2] [--contexts=1,4]
+      [--out=FILE.json]
 
-For each preset and topology and a few meshes the step is compiled, about two minutes each; rows are those of the preset, one
-for each data x fsdp device. Memory is the compiler's. Times are lower bounds from stated peaks (`performance.CHIPS`): operations
-by formula (with recomputation), bytes that collectives carry over the chip's network; the larger of the two bounds the step.
+For each preset and topology and a few meshes the step is compiled, about two minutes each; a mesh whose weights alone do not fit
+is left out. Rows are those of the preset, one for each data x fsdp device. Memory is the compiler's. Times are lower bounds from
+stated peaks (`performance.CHIPS`): operations by formula (with recomputation), bytes that collectives carry over the chip's
+network; the larger of the two bounds the step.
 """
 
 import json
@@ -12,16 +14,21 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 
 from univid_jax import cli
+from univid_jax.performance import CHIPS, chip_of, step_flops
 
 PRESETS = flags.DEFINE_list("presets", ["wan_1_3b", "wan_14b"], "Of configs/video_tasks.py.")
 TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x4", "v5e:4x4", "v5p:2x2x2"], "Names that libtpu knows.")
+CONTEXTS = flags.DEFINE_list("contexts", ["1", "4"], "Devices that share a row, to try.")
 OUT = flags.DEFINE_string("out", "", "File for the table as JSON.")
 ONE = flags.DEFINE_string("one", "", "PRESET TOPOLOGY FSDP CONTEXT: what each compilation is started with.")
 
+# What JAX calls the chips of a topology.
+KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 
@@ -67,7 +74,6 @@ def compile_one(preset: str, topology: str, fsdp: int, context: int) -> dict:
   from configs.video_tasks import get_config
   from univid_jax import build
   from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.performance import chip_of, step_flops
   from univid_jax.training.forecast import forecast_with_program
 
   config = get_config(preset)
@@ -93,9 +99,22 @@ def compile_one(preset: str, topology: str, fsdp: int, context: int) -> dict:
                  "rows_per_s": rows / max(compute, network), "collective_gb": {k: v / 1e9 for k, v in carried.items() if v}}
 
 
-def meshes(chips: int) -> list[tuple[int, int]]:
-  """(fsdp, context) to try."""
-  return [(chips // context, context) for context in (1, 2, 4) if chips % context == 0 and chips // context >= 1]
+def meshes(chips: int, contexts: Sequence[int]) -> list[tuple[int, int]]:
+  """(fsdp, context) to try; what is left is data: weights on every device, over eight, or over all of them."""
+  return [(fsdp, context) for context in contexts if chips % context == 0
+          for fsdp in sorted({1, 8, chips // context}) if (chips // context) % fsdp == 0]
+
+
+def weight_bytes(preset: str) -> int:
+  """Of the frozen base."""
+  sys.path.insert(0, os.getcwd())
+  import jax
+  from flax import nnx
+
+  from configs.video_tasks import get_config
+  from univid_jax import build
+  model = nnx.eval_shape(lambda: build.model(get_config(preset), adapters=False))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def main() -> None:
@@ -113,9 +132,16 @@ def main() -> None:
   names = ("preset", "topology", "data x fsdp x context", "a chip (GB)", "compute", "network", "bottleneck", "rows/s at most")
   print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
   for preset in PRESETS.value:
+    weights = weight_bytes(preset)
     for topology in TOPOLOGIES.value:
       chips = _product(topology.partition(":")[2].replace("x", ","))
-      for fsdp, context in meshes(chips):
+      kind = topology.partition(":")[0]
+      if kind not in KINDS:
+        raise cli.UserError(f"topologies are of {', '.join(KINDS)}, as v5e:2x4; got {topology}")
+      memory = CHIPS[KINDS[kind]].memory
+      for fsdp, context in meshes(chips, list(map(int, CONTEXTS.value))):
+        if weights / (fsdp * context) > memory:
+          continue
         # A process each: what one compilation leaves behind does not weigh on the next.
         command = [sys.executable, "-m", "benchmarks.scaling", f"--one={preset} {topology} {fsdp} {context}"]
         done = subprocess.run(command, env=env, capture_output=True, text=True)

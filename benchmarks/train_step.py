@@ -29,82 +29,39 @@ PROMPT_TOKENS = 512
 RANK = 16
 
 
-def jax_side(variant, layers, frames, height, width, rows, dtype, mode, backend):
+def jax_side(shape, frames, height, width, rows, dtype, mode, backend):
   import dataclasses
-  import os
-  import sys
 
-  # The configs stand beside the benchmarks, not in the package.
-  sys.path.insert(0, os.getcwd())
   import jax
-  import jax.numpy as jnp
   import numpy as np
-  from flax import nnx
 
-  from configs.video_tasks import get_config
-  from univid_jax import build
+  from benchmarks.steps import row_program
   from univid_jax.data.packing import RowShape, pack, sentence_features
-  from univid_jax.models.dit import PRESETS
-  from univid_jax.models.lora import join
-  from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.parallel.sharding import shard_batch
-  from univid_jax.training.optimizer import make_optimizer
-  from univid_jax.training.step import StateSpec, make_train_step
   from univid_jax.types import Sentence, reference_roles
 
-  shape = PRESETS[variant]
-  config = get_config("wan_1_3b")
-  config.model.update({"variant": "", "dim": shape.dim, "ffn_dim": shape.ffn_dim, "num_heads": shape.num_heads,
-                       "num_layers": layers or shape.num_layers, "freq_dim": shape.freq_dim, "text_dim": shape.text_dim,
-                       "rope_theta": 10000.0, "rope_scale": 1.0, "dtype": dtype, "param_dtype": dtype,
-                       "attention_backend": backend})
-  mesh = make_mesh({"data": 1, "fsdp": -1})
   clips = tuple(np.ones((frames, height // 8, width // 8, 16), np.float32) for _ in range(4))
   features = sentence_features(Sentence(clips=clips, roles=reference_roles(4)), patch_size=(1, 2, 2), text_len=PROMPT_TOKENS,
                                prompt_embedding=np.ones((PROMPT_TOKENS, shape.text_dim), np.float32))
   row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=PROMPT_TOKENS, num_slots=1,
                                   num_targets=len(features["targets"]) if mode == "train" else None))
   row = dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
-  row = shard_batch(jax.tree.map(lambda x: np.repeat(x, rows, axis=0), row), mesh)
-  optimizer = make_optimizer(config.optimizer, 1000)
-  spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=False, lora=True)
-  # One parameter after another, so that making them is not what takes the most memory.
-  draw = jax.jit(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype))
-  frozen = jax.tree.map(lambda x: jax.device_put(draw(jnp.zeros(x.shape, x.dtype)), x.sharding), spec.abstract_frozen)
-  state = spec.create()
-  if mode == "forward":
-    timesteps = jnp.full((rows, 1), 500.0)
-    forward = jax.jit(lambda params, frozen, row: nnx.merge(spec.graph, join(frozen, params))(row.tokens, timesteps, row))
-
-    def run():
-      with jax.set_mesh(mesh):
-        jax.block_until_ready(forward(state.params, frozen, row))
-    return run
-  step = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=0.0, seed=0)
-  holder = [state]
-
-  def run_step():
-    with jax.set_mesh(mesh):
-      holder[0], metrics = step(holder[0], frozen, row)
-      jax.block_until_ready(metrics)
-  return run_step
+  row = jax.tree.map(lambda x: np.repeat(x, rows, axis=0), row)
+  run = row_program(shape, dtype=dtype, mode=mode, backend=backend)
+  return lambda: run(row)
 
 
-def torch_side(variant, layers, frames, height, width, rows, dtype, mode, compiled):
+def torch_side(shape, frames, height, width, rows, dtype, mode, compiled):
   import diffusers
   import peft
   import torch
 
-  from univid_jax.models.dit import PRESETS
-
-  config = PRESETS[variant]
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.manual_seed(0)
   with torch.device(device):
     model = diffusers.WanTransformer3DModel(
-        num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, in_channels=16, out_channels=16,
-        text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=layers or config.num_layers,
-        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=config.eps).to(getattr(torch, dtype))
+        num_attention_heads=shape.num_heads, attention_head_dim=shape.head_dim, in_channels=16, out_channels=16,
+        text_dim=shape.text_dim, freq_dim=shape.freq_dim, ffn_dim=shape.ffn_dim, num_layers=shape.num_layers,
+        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=shape.eps).to(getattr(torch, dtype))
     model.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     model.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
@@ -112,7 +69,7 @@ def torch_side(variant, layers, frames, height, width, rows, dtype, mode, compil
       if parameter.requires_grad:
         parameter.data = parameter.data.float()
     clean = torch.ones(rows, 16, 4 * frames, height // 8, width // 8, dtype=getattr(torch, dtype))
-    text = torch.ones(rows, PROMPT_TOKENS, config.text_dim, dtype=getattr(torch, dtype))
+    text = torch.ones(rows, PROMPT_TOKENS, shape.text_dim, dtype=getattr(torch, dtype))
   if mode == "train":
     model.enable_gradient_checkpointing()
     model.train()
@@ -147,26 +104,26 @@ def main() -> None:
   from univid_jax.models.dit import PRESETS
   from univid_jax.performance import forward_flops, step_flops
 
-  shared = dict(variant=VARIANT.value, layers=LAYERS.value, frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value,
+  shape = PRESETS[VARIANT.value]
+  shape = dataclasses.replace(shape, num_layers=LAYERS.value or shape.num_layers)
+  shared = dict(shape=shape, frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value,
                 rows=ROWS.value, dtype=DTYPE.value, mode=MODE.value)
   length = 4 * FRAMES.value * (HEIGHT.value // 16) * (WIDTH.value // 16)
-  config = PRESETS[VARIANT.value]
-  config = dataclasses.replace(config, num_layers=LAYERS.value or config.num_layers)
   counts = dict(tokens=length, text_tokens=PROMPT_TOKENS, attended=length**2, attended_text=length * PROMPT_TOKENS)
   if MODE.value == "train":
     counts["targets"] = length // 4
   counts = {name: ROWS.value * count for name, count in counts.items()}
-  flops = step_flops(config, lora_rank=RANK, **counts) if MODE.value == "train" else forward_flops(config, **counts)
+  flops = step_flops(shape, lora_rank=RANK, **counts) if MODE.value == "train" else forward_flops(shape, **counts)
   sides = {"univid_jax": (jax_side, shared | {"backend": BACKEND.value}), **peers(AGAINST.value, torch_side, shared)}
-  print(f"{MODE.value}: {length:,} tokens a sentence, {config.num_layers} layers, {flops / 1e12:.2f} TFLOP")
+  print(f"{MODE.value}: {length:,} tokens a sentence, {shape.num_layers} layers, {flops / 1e12:.2f} TFLOP")
   figures = race(sides, pairs=PAIRS.value, flops=flops)
   if MODE.value == "train":
-    ratio = step_flops(config, lora_rank=RANK, recompute=True, **counts) / flops
+    ratio = step_flops(shape, lora_rank=RANK, recompute=True, **counts) / flops
     for values in figures.values():
       values["hfu_tflops"] = round(values["tflops"] * ratio, 3)
     print("TFLOP/s with recomputation: " + ", ".join(f"{name} {values['hfu_tflops']:g}" for name, values in figures.items()))
   print_ratios(figures)
-  write_json(OUT.value, {**shared, "tokens": length, "flops": flops, **figures})
+  write_json(OUT.value, {**shared, "shape": dataclasses.asdict(shape), "tokens": length, "flops": flops, **figures})
 
 
 if __name__ == "__main__":
