@@ -117,8 +117,9 @@ class FolderSource:
     largest = min(frames.shape[2] * height / width, frames.shape[1])
     side = rng.uniform(largest / 2, largest)
     box = np.array([side * width / height, side])
-    corner = rng.uniform(size=2) * (np.array([frames.shape[2], frames.shape[1]]) - box)
-    edges = tuple(map(float, (*corner, *(corner + box))))
+    whole = np.array([frames.shape[2], frames.shape[1]])
+    corner = rng.uniform(size=2) * np.maximum(whole - box, 0)  # rounding may leave less than nothing
+    edges = tuple(map(float, (*corner, *np.minimum(corner + box, whole))))
     return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=edges))
                      for frame in frames[start:start + num_frames]])
 
@@ -150,7 +151,7 @@ def moving_window(photo: Image.Image, rng: np.random.Generator, *, num_frames: i
   frames = []
   for side, progress in zip(sides, np.linspace(0, 1, num_frames)):
     box = np.array([side * width / height, side])
-    room = np.array([photo.width, photo.height]) - box
+    room = np.maximum(np.array([photo.width, photo.height]) - box, 0)  # rounding may leave less than nothing
     corner = np.clip(origin * room + start + (end - start) * progress, 0, room)
     edges = (*corner, *np.minimum(corner + box, (photo.width, photo.height)))
     frames.append(np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box=tuple(map(float, edges)))))

@@ -168,7 +168,7 @@ def fit_clip(frames: np.ndarray, size: tuple[int, int], *, resample: str = "bicu
   if frames.shape[1:3] == (height, width):
     return frames
   scale = max(height / frames.shape[1], width / frames.shape[2])
-  box_height, box_width = height / scale, width / scale
+  box_height, box_width = min(height / scale, frames.shape[1]), min(width / scale, frames.shape[2])  # as rounding may exceed
   top, left = (frames.shape[1] - box_height) / 2, (frames.shape[2] - box_width) / 2
   box = (left, top, left + box_width, top + box_height)
   method = Image.Resampling[resample.upper()]
