@@ -8,6 +8,8 @@ turn: packed rows as `wan_1_3b` makes them; a sentence a row, padded to context 
 the same where it does not, as in a batch without a mask. Where attention cannot skip, the second is as slow as the third.
 """
 
+import collections
+
 from absl import flags
 
 from univid_jax import cli
@@ -26,8 +28,21 @@ ROW_FRAMES = 24  # of `wan_1_3b`: a sentence of context I and one of II, or two 
 COUNTED_ROWS, RARE = 300, 0.02
 
 
+def rows_by_kind(loader):
+  """Rows by the contexts of their sentences: one of each kind, how many there are; and all their sentences and tokens."""
+  from univid_jax.data.sentences import CONTEXTS
+
+  packed, counts, sentences, filled = {}, collections.Counter(), 0, 0
+  for _ in range(COUNTED_ROWS):
+    row = next(loader)
+    kind = " + ".join(sorted(tuple(CONTEXTS)[i - 1] for i in row.context_ids[0] if i))
+    packed.setdefault(kind, row)
+    counts[kind] += 1
+    sentences, filled = sentences + int(row.segment_ids.max()), filled + int((row.segment_ids > 0).sum())
+  return packed, counts, sentences, filled
+
+
 def main() -> None:
-  import collections
   import dataclasses
   import math
   import statistics
@@ -39,9 +54,9 @@ def main() -> None:
   from benchmarks.timing import write_json
   from univid_jax.data.loader import FeatureMaker, make_loader
   from univid_jax.data.packing import RowShape, pack
-  from univid_jax.data.sentences import CONTEXTS, PAPER_CONTEXTS, video_pattern
+  from univid_jax.data.sentences import PAPER_CONTEXTS, video_pattern
   from univid_jax.models.dit import PRESETS
-  from univid_jax.types import PackedRow, Sentence, reference_roles
+  from univid_jax.types import Sentence, reference_roles
 
   scale, shape = int(SCALE.value), PRESETS[VARIANT.value]
   shape = dataclasses.replace(shape, dim=shape.dim // scale, ffn_dim=shape.ffn_dim // scale, num_heads=shape.num_heads // scale,
@@ -70,17 +85,9 @@ def main() -> None:
                           num_targets=VIDEO_FRAMES * frame)
   loader = make_loader([Sentences()], make_features, row_shape=packed_shape, rows_per_batch=1, seed=0, num_packing_bins=64,
                        packing="best_fit")
-  # Rows by the contexts of their sentences; the few rare ones are not timed.
-  packed: dict[str, PackedRow] = {}
-  counts: collections.Counter = collections.Counter()
-  sentences = filled = 0
-  for _ in range(COUNTED_ROWS):
-    row = next(loader)
-    kind = " + ".join(sorted(tuple(CONTEXTS)[i - 1] for i in row.context_ids[0] if i))
-    packed.setdefault(kind, row)
-    counts[kind] += 1
-    sentences, filled = sentences + int(row.segment_ids.max()), filled + int(np.sum(row.segment_ids > 0))
+  packed, counts, sentences, filled = rows_by_kind(loader)
   loader.close()
+  # The few rare kinds are not timed.
   common = {kind: count for kind, count in counts.items() if count >= RARE * COUNTED_ROWS}
   timed = {kind: count / sum(common.values()) for kind, count in common.items()}
   a_row = sum(share * len(kind.split(" + ")) for kind, share in timed.items())
