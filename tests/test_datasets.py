@@ -1,8 +1,12 @@
 """Data of one's own: every kind of source, every way in which a row can be wrong, and what is kept of it."""
 
 import csv
+import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -316,3 +320,102 @@ def test_label_maps_keep_their_colors_when_they_are_resized():
   mixed, kept = (fit_clip(labels, (32, 48), resample=resample) for resample in ("bicubic", "nearest"))
   colors = {tuple(color) for color in labels.reshape(-1, 3)}
   assert {tuple(color) for color in kept.reshape(-1, 3)} <= colors < {tuple(color) for color in mixed.reshape(-1, 3)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  pytest.importorskip("torch", reason="the release has PyTorch files; needs the extra `convert`")
+  from tests.helpers import GOLDENS
+  from tools.convert_weights.commands import convert_any
+  folder = tmp_path_factory.mktemp("converted") / "tiny_wan"
+  convert_any(str(GOLDENS / "tiny_wan"), str(folder))
+  return folder
+
+
+def run(module, *arguments, config="configs/video_tasks.py:wan_1_3b"):
+  small = ["--config.model.dtype=float32", "--config.model.param_dtype=float32", "--config.data.height=16",
+           "--config.data.width=32", "--config.data.num_frames=5", "--config.rows.num_tokens=48",
+           "--config.lora.rank=2", "--config.log_every=1"]
+  env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  return subprocess.run([sys.executable, "-m", module, f"--config={config}", *small, *arguments], env=env, capture_output=True,
+                        text=True, timeout=300)
+
+
+@pytest.mark.long
+def test_the_road(checkpoint, metadata, tmp_path):
+  """Prepare, train a LoRA, go on, paint with it, carry it to another program: as a user does it."""
+  common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}",
+            "--config.data.variants=4"]
+  done = run("univid_jax.prepare", *common)
+  assert done.returncode == 0, done.stderr
+  assert "16 clips are ready (16 encoded now)" in done.stdout
+  done = run("univid_jax.prepare", *common)
+  assert "16 clips are ready (0 encoded now)" in done.stdout
+  done = run("univid_jax.train", *common, "--config.num_steps=2")
+  assert done.returncode == 0, done.stderr
+  done = run("univid_jax.train", *common, "--config.num_steps=4")
+  assert done.returncode == 0 and "resuming" in done.stdout and "step 2 of 4" in done.stdout, done.stderr
+  steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert steps == [1, 2, 3, 4]
+  video(tmp_path / "clip.mp4", 9)
+  from univid_jax.pipeline import load_pipeline
+  from univid_jax.weights.lora import read_lora
+  clips = [np.random.default_rng(i).integers(0, 255, (5, 16, 32, 3), np.uint8) for i in range(3)]
+  whole, beside = (load_pipeline(*paths, dtype="float32") for paths in (
+      (str(tmp_path / "run"),), (str(checkpoint), str(tmp_path / "run" / "lora.safetensors"))))
+  painted = [pipe.sample(clips, num_inference_steps=2, prompt="x").latents for pipe in (whole, beside)]
+  np.testing.assert_allclose(*painted, atol=1e-5)
+  command = ["-m", "tools.convert_weights", str(tmp_path / "run"), str(tmp_path / "out.safetensors"), "--to=diffusers"]
+  assert subprocess.run([sys.executable, *command], capture_output=True, timeout=120).returncode == 0
+  lora = read_lora(tmp_path / "out.safetensors")
+  assert lora.metadata["step"] == "4" and len(lora.layers) == 30
+
+
+def test_rows_that_cannot_be_used_end_the_run_unless_allowed(checkpoint, metadata, tmp_path):
+  write_table(metadata, [("one é.mp4", "x"), ("gone.mp4", "x")])
+  common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
+  done = run("univid_jax.prepare", *common)
+  assert done.returncode == 1 and "1 of the listed rows cannot be used, first metadata.csv line 3 (gone.mp4)" in done.stderr
+  done = run("univid_jax.prepare", *common, "--allow_dropped")
+  assert done.returncode == 0 and "dropped: metadata.csv line 3 (gone.mp4)" in done.stdout and "1 rows dropped" in done.stdout
+  done = run("univid_jax.prepare", *common, "--allow_dropped", "--preview=2")
+  assert done.returncode == 0 and Image.open(tmp_path / "run" / "preview.png").size[0] > 300
+
+
+def test_no_data(checkpoint, tmp_path):
+  done = run("univid_jax.train", f"--config.init_from={checkpoint}", f"--workdir={tmp_path / 'run'}")
+  assert done.returncode == 1 and "there is no data: give config.data.folder" in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_same_with_any_number_of_threads(pairs):
+  """A mixture of sources, shuffled and packed, is the same whatever reads it; two processes share it."""
+  from univid_jax.data.loader import FeatureMaker, make_loader
+  from univid_jax.data.packing import RowShape
+  sentences, _ = open_pairs(str(pairs), FORM, drawing())
+  maker = FeatureMaker(encode=lambda clip: read_frames(clip)[::4, ::8, ::6, :].astype(np.float32), patch_size=(1, 2, 2),
+                       embed_prompt=lambda prompt: np.zeros((0, 3), np.float32), text_len=4, task_names=("depth map", "edges"))
+
+  def batches(**options):
+    loader = make_loader([sentences, sentences], maker, row_shape=RowShape(num_tokens=24, num_text_tokens=4, num_slots=4),
+                         rows_per_batch=2, seed=1, weights=[2.0, 1.0], **options)
+    out = list(itertools.islice(loader, 4))
+    loader.close()
+    return [row.tokens for row in out]
+
+  assert all(np.array_equal(a, b) for a, b in zip(batches(), batches(num_threads=4)))
+
+
+@pytest.mark.slow
+def test_two_processes_prepare_one_cache(checkpoint, metadata, tmp_path):
+  """At the same time: both end well, and the cache is whole."""
+  arguments = [sys.executable, "-m", "univid_jax.prepare", "--config=configs/video_tasks.py:wan_1_3b", "--config.data.height=16",
+               "--config.data.width=32", "--config.data.num_frames=5", "--config.rows.num_tokens=48",
+               f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
+  env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  both = [subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+  for process in both:
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0 and "16 clips are ready" in out, error
+  files = list((tmp_path / "run" / "cache" / "latents").rglob("*.*"))
+  assert len(files) == 16 and all(path.suffix == ".npy" for path in files)

@@ -121,6 +121,7 @@ def test_two_processes_write_the_same_report(workdir, tmp_path):
     (["--workdir=nowhere"], "neither a converted checkpoint"),
     (["--config.data.kinds={'x': 'magic'}"], "got 'magic'"),
     (["--config.eval.palette=nowhere.txt"], "nowhere.txt"),
+    (["--config.data.test_pairs=nowhere"], "config.data.test_pairs is a test set, and there is no training data"),
     (["--config.eval.sentences_per_case=0"], "there is nothing to evaluate on"),
 ])
 def test_one_clear_line(workdir, arguments, message):

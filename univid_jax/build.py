@@ -250,6 +250,10 @@ def data_sources(config: Config, workdir: str) -> DataSources:
       "tfds": (lambda: data_set(tfds["split"]), tfds["test_split"] and (lambda: data_set(tfds["test_split"]))),
   }
   given = [name for name in opened if (tfds["name"] if name == "tfds" else data[name])]
+  for name, option in (("pairs", "test_pairs"), ("tfds", "tfds.test_split")):
+    if opened[name][1] and name not in given:
+      raise ValueError(f"config.data.{option} is a test set, and there is no training data for its examples: give config.data."
+                       + ("pairs" if name == "pairs" else "tfds.name"))
   found, dropped, held_out = {}, [], {}
   for name in given:
     (source, problems), open_test = opened[name][0](), opened[name][1]
