@@ -129,7 +129,8 @@ def main() -> None:
   env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
          "TPU_LIBRARY_PATH": os.path.join(os.path.dirname(libtpu.__file__), "libtpu.so")}
   table = []
-  names = ("preset", "topology", "data x fsdp x context", "a chip (GB)", "compute", "network", "bottleneck", "rows/s at most")
+  names = ("preset", "topology", "data x fsdp x context", "a chip (GB)", "compute", "network", "bottleneck", "rows/s at most",
+           "collectives (GB a chip)")
   print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
   for preset in PRESETS.value:
     weights = weight_bytes(preset)
@@ -152,8 +153,9 @@ def main() -> None:
         table.append(line)
         size = "?" if line["memory_gb"] is None else f"{line['memory_gb']:.1f}"
         head = f"| {preset} | {topology} | {line['data']} x {fsdp} x {context} | {size}"
+        carried = ", ".join(f"{kind} {size:.1f}" for kind, size in line.get("collective_gb", {}).items() if size >= 0.05)
         print(f"{head} of {line['of_gb']:.1f} | {line['compute_s']:.2f} s | {line['network_s']:.2f} s | {line['bottleneck']} | "
-              f"{line['rows_per_s']:.2f} |" if line["fits"] else f"{head}: does not fit | | | | |", flush=True)
+              f"{line['rows_per_s']:.2f} | {carried} |" if line["fits"] else f"{head}: does not fit" + " |" * 6, flush=True)
   for preset in PRESETS.value:
     for topology in TOPOLOGIES.value:
       fitting = [line for line in table if line["preset"] == preset and line["topology"] == topology and line["fits"]]

@@ -1,11 +1,19 @@
-"""A forward pass or a LoRA step of univid_jax on random weights, as the benchmarks time it."""
+"""The transformer on random weights as the benchmarks time it, a forward pass or a LoRA step; and its shape for the peer."""
 
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from univid_jax.models.dit import DiTConfig
 from univid_jax.types import PackedRow
+
+
+def diffusers_options(shape: DiTConfig) -> dict[str, Any]:
+  """What diffusers.WanTransformer3DModel takes for the same shape; plain values, so that the peer's process has no JAX in it."""
+  return dict(num_attention_heads=shape.num_heads, attention_head_dim=shape.head_dim, in_channels=shape.in_dim,
+              out_channels=shape.out_dim, text_dim=shape.text_dim, freq_dim=shape.freq_dim, ffn_dim=shape.ffn_dim,
+              num_layers=shape.num_layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=shape.eps)
 
 
 def row_program(shape: DiTConfig, *, dtype: str, mode: str, backend: str) -> Callable[[PackedRow], None]:

@@ -50,7 +50,7 @@ def jax_side(shape, frames, height, width, rows, dtype, mode, backend):
   return lambda: run(row)
 
 
-def torch_side(shape, frames, height, width, rows, dtype, mode, compiled):
+def torch_side(options, frames, height, width, rows, dtype, mode, compiled):
   import diffusers
   import peft
   import torch
@@ -58,10 +58,7 @@ def torch_side(shape, frames, height, width, rows, dtype, mode, compiled):
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.manual_seed(0)
   with torch.device(device):
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=shape.num_heads, attention_head_dim=shape.head_dim, in_channels=16, out_channels=16,
-        text_dim=shape.text_dim, freq_dim=shape.freq_dim, ffn_dim=shape.ffn_dim, num_layers=shape.num_layers,
-        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=shape.eps).to(getattr(torch, dtype))
+    model = diffusers.WanTransformer3DModel(**options).to(getattr(torch, dtype))
     model.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     model.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
@@ -69,7 +66,7 @@ def torch_side(shape, frames, height, width, rows, dtype, mode, compiled):
       if parameter.requires_grad:
         parameter.data = parameter.data.float()
     clean = torch.ones(rows, 16, 4 * frames, height // 8, width // 8, dtype=getattr(torch, dtype))
-    text = torch.ones(rows, PROMPT_TOKENS, shape.text_dim, dtype=getattr(torch, dtype))
+    text = torch.ones(rows, PROMPT_TOKENS, options["text_dim"], dtype=getattr(torch, dtype))
   if mode == "train":
     model.enable_gradient_checkpointing()
     model.train()
@@ -100,21 +97,22 @@ def torch_side(shape, frames, height, width, rows, dtype, mode, compiled):
 def main() -> None:
   import dataclasses
 
+  from benchmarks.steps import diffusers_options
   from benchmarks.timing import peers, print_ratios, race, write_json
   from univid_jax.models.dit import PRESETS
   from univid_jax.performance import forward_flops, step_flops
 
   shape = PRESETS[VARIANT.value]
   shape = dataclasses.replace(shape, num_layers=LAYERS.value or shape.num_layers)
-  shared = dict(shape=shape, frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value,
-                rows=ROWS.value, dtype=DTYPE.value, mode=MODE.value)
+  shared = dict(frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value, rows=ROWS.value, dtype=DTYPE.value, mode=MODE.value)
   length = 4 * FRAMES.value * (HEIGHT.value // 16) * (WIDTH.value // 16)
   counts = dict(tokens=length, text_tokens=PROMPT_TOKENS, attended=length**2, attended_text=length * PROMPT_TOKENS)
   if MODE.value == "train":
     counts["targets"] = length // 4
   counts = {name: ROWS.value * count for name, count in counts.items()}
   flops = step_flops(shape, lora_rank=RANK, **counts) if MODE.value == "train" else forward_flops(shape, **counts)
-  sides = {"univid_jax": (jax_side, shared | {"backend": BACKEND.value}), **peers(AGAINST.value, torch_side, shared)}
+  sides = {"univid_jax": (jax_side, {**shared, "shape": shape, "backend": BACKEND.value}),
+           **peers(AGAINST.value, torch_side, {**shared, "options": diffusers_options(shape)})}
   print(f"{MODE.value}: {length:,} tokens a sentence, {shape.num_layers} layers, {flops / 1e12:.2f} TFLOP")
   figures = race(sides, pairs=PAIRS.value, flops=flops)
   if MODE.value == "train":
