@@ -153,7 +153,7 @@ def main() -> None:
         table.append(line)
         size = "?" if line["memory_gb"] is None else f"{line['memory_gb']:.1f}"
         head = f"| {preset} | {topology} | {line['data']} x {fsdp} x {context} | {size}"
-        carried = ", ".join(f"{kind} {size:.1f}" for kind, size in line.get("collective_gb", {}).items() if size >= 0.05)
+        carried = ", ".join(f"{kind} {gb:.1f}" for kind, gb in line.get("collective_gb", {}).items() if gb >= 0.05)
         print(f"{head} of {line['of_gb']:.1f} | {line['compute_s']:.2f} s | {line['network_s']:.2f} s | {line['bottleneck']} | "
               f"{line['rows_per_s']:.2f} | {carried} |" if line["fits"] else f"{head}: does not fit" + " |" * 6, flush=True)
   for preset in PRESETS.value:
