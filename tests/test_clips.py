@@ -1,7 +1,10 @@
 """Clips that are read when needed, and what is kept of them."""
 
+import gc
 import shutil
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from tests.test_datasets import FORM, greys, video
 from univid_jax.data.cache import Cache
 from univid_jax.data.clips import ClipFormat, file_clip, fit, probe
-from univid_jax.data.video import iterate_video, read_video_frames, write_clip
+from univid_jax.data.video import iterate_video, read_clip, read_video_frames, write_clip
 
 
 class TestClips:
@@ -70,7 +73,7 @@ class TestCache:
     cache = Cache(tmp_path, "a")
     cache.put("k", np.zeros(5))
     data = bytearray(cache.path("k").read_bytes())
-    data[140] ^= 1
+    data[-40] ^= 1
     cache.path("k").write_bytes(data)
     with pytest.warns(UserWarning, match="is damaged and is computed again"):
       assert cache.get("k") is None
@@ -78,3 +81,19 @@ class TestCache:
       warnings.simplefilter("ignore")
       assert cache.get_or_compute("k", lambda: np.ones(2)).tolist() == [1, 1]
     assert cache.get("k").tolist() == [1, 1]
+
+  def test_many_threads_read(self, tmp_path):
+    """Python 3.11's ast, with which NumPy reads its headers, fails when threads change places within it."""
+    cache, clip = Cache(tmp_path, "a"), np.zeros((1, 2, 2, 3), np.uint8)
+    cache.put("k", clip)
+    np.save(tmp_path / "clip.npy", clip)
+    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(5)  # JAX collects what is its own then
+    sys.setswitchinterval(1e-6)
+    try:
+      with ThreadPoolExecutor(8) as threads:
+        assert all(np.array_equal(value, clip) for value in threads.map(cache.get, ["k"] * 400))
+        assert all(np.array_equal(loaded.frames, clip) for loaded in threads.map(read_clip, [tmp_path / "clip.npy"] * 400))
+    finally:
+      gc.set_threshold(*threshold)
+      sys.setswitchinterval(interval)

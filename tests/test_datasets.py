@@ -418,4 +418,4 @@ def test_two_processes_prepare_one_cache(checkpoint, metadata, tmp_path):
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0 and "16 clips are ready" in out, error
   files = list((tmp_path / "run" / "cache" / "latents").rglob("*.*"))
-  assert len(files) == 16 and all(path.suffix == ".npy" for path in files)
+  assert len(files) == 16 and all(path.suffix == ".safetensors" for path in files)

@@ -5,12 +5,12 @@ another name and then renamed: several processes may fill one cache, and one tha
 """
 
 import hashlib
-import io
 import warnings
 from collections.abc import Callable, Iterable
 
 import numpy as np
 from etils import epath
+from safetensors.numpy import load, save
 
 from univid_jax.data.clips import ClipRef
 from univid_jax.files import local_file
@@ -19,6 +19,7 @@ from univid_jax.files import local_file
 ENCODING_VERSION = 1
 
 _CHECKSUM_BYTES = 32
+_NAME = "value"  # of the one array in a file
 
 
 class Cache:
@@ -35,7 +36,7 @@ class Cache:
   def path(self, key: str) -> epath.Path:
     """The file of a key."""
     name = hashlib.sha256(f"{ENCODING_VERSION}|{self.fingerprint}|{key}".encode()).hexdigest()
-    return self.folder / name[:2] / f"{name}.npy"
+    return self.folder / name[:2] / f"{name}.safetensors"
 
   def __contains__(self, key: str) -> bool:
     return self.path(key).exists()
@@ -55,14 +56,14 @@ class Cache:
     if hashlib.sha256(body).digest() != checksum:
       warnings.warn(f"{path} is damaged and is computed again", stacklevel=2)
       return None
-    return np.load(io.BytesIO(body), allow_pickle=False)
+    # Not a .npy: NumPy reads its header with Python's ast, which in Python 3.11 fails now and then when threads use it at once.
+    return load(body)[_NAME]
 
   def put(self, key: str, value: np.ndarray) -> None:
     """Keeps a value."""
-    buffer = io.BytesIO()
-    np.save(buffer, value, allow_pickle=False)
+    body = save({_NAME: np.ascontiguousarray(value)})
     with local_file(self.path(key)) as path:
-      path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+      path.write_bytes(body + hashlib.sha256(body).digest())
 
   def get_or_compute(self, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
     """The value, computed and kept where it is not there yet."""

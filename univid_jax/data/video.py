@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,9 @@ CLIP_KINDS = "an image (png, jpg), a video (mp4, webm, mov, mkv, gif), a folder 
 
 # The frame rate of clips that have none of their own; Wan2.1's.
 DEFAULT_FPS = 16.0
+
+# NumPy reads the header of a .npy with Python's ast, which in Python 3.11 fails now and then when threads use it at once.
+_HEADERS = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +140,8 @@ def _read_image(path: Path, short_side: int | None) -> np.ndarray:
 
 def _read_array(path: Path) -> np.ndarray:
   try:
-    array = np.load(path, allow_pickle=False)
+    with _HEADERS:
+      array = np.load(path, allow_pickle=False)
   except (ValueError, EOFError) as error:
     raise ValueError(f"cannot read {path}: {error}") from error
   if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
