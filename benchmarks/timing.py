@@ -9,23 +9,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from univid_jax import cli
 
 # Makes the program: a function without arguments that runs it once, to the end.
 Side = Callable[..., Callable[[], Any]]
 
 
-def race(sides: Mapping[str, tuple[Side, Mapping[str, Any]]], *, pairs: int, flops: float = 0.0) -> dict[str, dict[str, float]]:
+def race(sides: Mapping[str, tuple[Side, Mapping[str, Any]]], *, pairs: int, flops: float = 0.0,
+         hardware_flops: float = 0.0) -> dict[str, dict[str, float]]:
   """Runs each side once to warm up and then `pairs` times in turn; prints a table.
 
   Args:
     sides: by name, a function of a module and its keyword arguments.
     pairs: timed runs of each.
-    flops: of one run, for TFLOP/s; 0 leaves it out.
+    flops: of one run, the model's own work, for TFLOP/s; 0 leaves it out.
+    hardware_flops: with what is computed again; 0 where nothing is.
 
   Returns:
-    By name first_s (compilation included), median_s, peak_gib (of the process; on a GPU also device_gib), tflops and, where the
-    chip's peak in bfloat16 is known, its share of that.
+    By name first_s, compile_s (what the first run took longer than the others), median_s, peak_gib (of the process; on a GPU
+    also device_gib), tflops, mfu (its share of the peak) and with hardware_flops hfu. The peak is the chip's in bfloat16; of a
+    processor that is none of `performance.CHIPS`, what a large product in float32 reaches on it.
   """
   context = multiprocessing.get_context("spawn")
   pipes = {}
@@ -39,18 +44,33 @@ def race(sides: Mapping[str, tuple[Side, Mapping[str, Any]]], *, pairs: int, flo
     for name, pipe in pipes.items():
       pipe.send(True)
       seconds[name].append(pipe.recv())
+  peak = 0.0
   figures = {}
   for name, pipe in pipes.items():
     pipe.send(False)
     first, *rest = seconds[name]
-    figures[name] = {"first_s": round(first, 3), "median_s": round(statistics.median(rest), 3), **pipe.recv()}
-    peak = figures[name].pop("chip_flops", 0)
+    median = statistics.median(rest)
+    figures[name] = {"first_s": round(first, 3), "compile_s": round(max(first - median, 0), 3), "median_s": round(median, 3),
+                     **pipe.recv()}
+    chip = figures[name].pop("chip_flops", 0)
     if flops:
-      figures[name]["tflops"] = round(flops / statistics.median(rest) / 1e12, 3)
-      if peak:
-        figures[name]["share_of_peak"] = round(flops / statistics.median(rest) / peak, 3)
+      peak = chip or peak or product_flops()
+      figures[name] |= {"tflops": round(flops / median / 1e12, 3), "mfu": round(flops / median / peak, 3)}
+      if hardware_flops:
+        figures[name]["hfu"] = round(hardware_flops / median / peak, 3)
     print(f"{name:<14}" + "   ".join(f"{key} {value:g}" for key, value in figures[name].items()), flush=True)
   return figures
+
+
+def product_flops(size: int = 4096, repeats: int = 5) -> float:
+  """Operations a second of a product of square matrices in float32 on this processor: the fastest of some."""
+  a, b = np.random.default_rng(0).standard_normal((2, size, size), np.float32)
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    a @ b
+    seconds.append(time.perf_counter() - start)
+  return 2 * size**3 / min(seconds)
 
 
 def peers(names: Sequence[str], side: Side, options: Mapping[str, Any]) -> dict[str, tuple[Side, Mapping[str, Any]]]:

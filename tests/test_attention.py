@@ -94,9 +94,9 @@ def packed_intervals():
   return rows
 
 
-def out_and_gradients(backend, q, k, v, intervals, weight):
+def out_and_gradients(backend, q, k, v, intervals, weight, bias=None):
   """Of real tokens: what padding gets is not defined, but finite."""
-  run = lambda *qkv: attention(*qkv, key_intervals=jnp.asarray(intervals), backend=backend)  # noqa: E731
+  run = lambda *qkv: attention(*qkv, key_intervals=jnp.asarray(intervals), key_bias=bias, backend=backend)  # noqa: E731
   real = (intervals[..., 1] > 0)[..., None, None]
   grads = jax.grad(lambda *qkv: jnp.sum(run(*qkv) * weight * real), (0, 1, 2))(q, k, v)
   return run(q, k, v) * real, *grads
@@ -113,6 +113,28 @@ def test_splash_equals_xla_forward_and_backward(monkeypatch, block_kv):
     assert relative_error(a, b) <= 2e-6
   q, k, v = inputs(100, 333)
   assert relative_error(attention(q, k, v, backend="splash"), reference(q, k, v)) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-6), ("bfloat16", 1e-2)])
+def test_splash_with_keys_that_count_for_many(dtype, tolerance):
+  """As in cross-attention: the padding of a prompt is one key that counts for 500. What bfloat16 costs is the products' own."""
+  rng = np.random.default_rng(3)
+  q, k, v = (jnp.asarray(x, dtype) for x in inputs(300, 140))
+  intervals = np.stack([np.repeat([0, 70], 150), np.repeat([70, 140], 150)], -1)[None].repeat(2, 0)
+  counts = np.ones((2, 140), np.float32)
+  counts[:, [69, 139]], counts[1, 100:139] = 500, 0
+  weight = rng.normal(size=(2, 300, 3, 8))
+  splash_side, xla_side = (out_and_gradients(backend, q, k, v, intervals, weight, count_bias(jnp.asarray(counts)))
+                           for backend in ("splash", "xla"))
+  for a, b in zip(splash_side, xla_side):
+    assert relative_error(a, b) <= tolerance
+
+
+def test_a_bias_is_carried_more_exactly_than_by_one_bfloat16():
+  bias, ones = count_bias(jnp.array([[509.0, 1.0, 3.0]])), jnp.ones((1, 3, 1, 4), jnp.bfloat16)
+  q, k = jax.jit(splash.carrying_bias)(0 * ones, ones, bias)
+  logits = jnp.einsum("blhk,bnhk->bhln", q, k, preferred_element_type=jnp.float32)
+  np.testing.assert_allclose(logits[0, 0, 0], bias[0], rtol=1e-5)
 
 
 def test_splash_skips_blocks_that_no_query_sees():
@@ -136,7 +158,7 @@ def test_a_mesh_equals_one_device(sizes):
 
 def test_the_choice_goes_by_platform_and_need():
   assert best_backend("tpu", jnp.float32, 32) == "splash"
-  assert best_backend("tpu", jnp.float32, 32, has_bias=True) == "xla"
+  assert best_backend("tpu", jnp.float32, 32, has_bias=True) == "splash"
   assert best_backend("gpu", jnp.bfloat16, 128) == "cudnn"
   assert best_backend("gpu", jnp.float32, 128) == best_backend("cpu", jnp.bfloat16, 128) == "xla"
 
@@ -145,8 +167,8 @@ def test_what_cannot_be_served():
   q, k, v = inputs(4, 4)
   with pytest.raises(ValueError, match="cuDNN attention takes bfloat16 or float16"):
     attention(q, k, v, backend="cudnn")
-  with pytest.raises(ValueError, match="knows no key bias"):
-    attention(q, k, v, key_bias=jnp.zeros((2, 4)), backend="splash")
+  with pytest.raises(ValueError, match="fewer than 65,536 keys"):
+    attention(q, *jnp.zeros((2, 2, 1 << 16, 3, 8)), backend="splash")
 
 
 def test_unknown_backend():

@@ -23,6 +23,7 @@ from univid_jax.data.packing import (
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import sentence_losses, timestep_table
 from univid_jax.diffusion.solvers import euler, velocity_fn
+from univid_jax.models import rope as rotary
 from univid_jax.models.dit import PRESETS, DiT, DiTConfig, normalize, timestep_embedding
 from univid_jax.models.rope import rotary_tables
 from univid_jax.parallel.mesh import make_mesh
@@ -74,6 +75,13 @@ def test_equals_the_original_on_the_way():
   y, _ = block.self_attn(normalize(x, config.eps) * (1 + scale) + shift, row, rope)
   assert relative_error(y, io["block0.self_attn"]) <= 2e-5
   assert relative_error(block(x, row, rope, modulation, text, None)[0], io["block0"]) <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_neighbours_as_on_a_tpu_are_the_same_to_the_bit(dtype):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 8)), dtype)
+  assert np.array_equal(rotary._neighbours_by_product(x), rotary._neighbours(x))
+  assert np.array_equal(rotary._neighbours(x)[0, 0, 0], x[0, 0, 0, jnp.array([1, 0, 3, 2, 5, 4, 7, 6])])
 
 
 def test_bfloat16_stays_close():

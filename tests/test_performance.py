@@ -1,6 +1,7 @@
 """Counted operations against the compiler's own count."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.scaling import collective_bytes
+from benchmarks import scaling
+from benchmarks.scaling import collective_bytes, memory_bytes
 from univid_jax.attention import xla
 from univid_jax.data.packing import RowShape, pack, sentence_features, target_places
 from univid_jax.diffusion.loss import timestep_table
@@ -115,6 +117,66 @@ def test_traffic_of_the_last_layer_counts_once():
                               out_specs=jax.sharding.PartitionSpec()))
   text = run.lower(np.zeros((3, 80), np.float32)).compile().as_text()
   assert collective_bytes(text, 3)["all-gather"] == (2 * 80 + 40) * 4
+
+
+PROGRAM = """HloModule jit_step
+%fused (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  ROOT %n = f32[8,128]{1,0} negate(%p)
+}
+
+%body (t: (s32[], f32[8,128], f32[3,8,128])) -> (s32[], f32[8,128], f32[3,8,128]) {
+  %t = (s32[], f32[8,128]{1,0:T(8,128)}, f32[3,8,128]{2,1,0:T(8,128)}) parameter(0)
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%t), index=1
+  %layers = f32[3,8,128]{2,1,0:T(8,128)} get-tuple-element(%t), index=2
+  %start = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%start)
+  %y = f32[8,128]{1,0:T(8,128)} fusion(%done, %layers), kind=kLoop, calls=%fused
+  ROOT %r = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) tuple(%i, %y, %layers)
+}
+
+%condition (t: (s32[], f32[8,128], f32[3,8,128])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[8,128], w: f32[3,8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %w = f32[3,8,128]{2,1,0:T(8,128)} parameter(1)
+  %b = f32[8,128]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%fused
+  %loop = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) while(%init), condition=%condition, body=%body
+  ROOT %out = f32[8,128]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_memory_traffic_is_read_off_the_program():
+  """Before the loop a fusion reads and writes; in each of three layers a copy to the chip reads, and a fusion reads the copy from
+  there, one layer's weights from memory, and writes."""
+  block = 8 * 128 * 4
+  assert memory_bytes(PROGRAM, 3) == 2 * block + 3 * (block + 2 * block)
+
+
+def test_a_real_program_s_memory_traffic():
+  x = np.zeros((256, 512), np.float32)
+  text = jax.jit(lambda x: jnp.sin(x) + 1).lower(x).compile().as_text()
+  assert memory_bytes(text, 1) == 2 * x.nbytes
+
+
+def test_the_scaling_table_stops_at_the_first_mesh_that_fits_and_goes_on_from_its_file(monkeypatch, tmp_path):
+  compiled = []
+
+  def compile_apart(preset, topology, fsdp, context):
+    compiled.append((fsdp, context))
+    return {"preset": preset, "topology": topology, "fsdp": fsdp, "context": context, "fits": fsdp > 1}
+  monkeypatch.setattr(scaling, "compile_apart", compile_apart)
+  flagsaver = dict(OUT=str(tmp_path / "table.jsonl"), ALL=False)
+  for name, value in flagsaver.items():
+    monkeypatch.setattr(scaling, name, type("Flag", (), {"value": value}))
+  lines = list(scaling.lines_of("tiny", "v5e:4x4", 10, [1, 4], []))
+  assert compiled == [(1, 1), (8, 1), (1, 4), (4, 4)] and [line["fits"] for line in lines] == [False, True] * 2
+  known = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
+  assert list(scaling.lines_of("tiny", "v5e:4x4", 10, [1, 4], known)) == lines and len(compiled) == 4
+  assert [line["fsdp"] for line in scaling.lines_of("tiny", "v5e:4x4", 17e9 * 9, [1], [])] == [16], "weights alone are too much"
 
 
 def test_chips_by_the_names_that_jax_gives_them():

@@ -56,7 +56,7 @@ def attention(q: Float[Array, "b l h k"], k: Float[Array, "b n h k"], v: Float[A
 
 def best_backend(platform: str, dtype, head_dim: int, *, has_bias: bool = False) -> str:
   """What "auto" means."""
-  if platform == "tpu" and not has_bias:
+  if platform == "tpu":
     return "splash"
   if platform in ("gpu", "cuda") and not has_bias and cudnn.serves(dtype, head_dim):
     return "cudnn"

@@ -20,16 +20,16 @@ MAX_KEYS = 1 << 16
 def splash_attention(q: Float[Array, "b l h k"], k: Float[Array, "b n h k"], v: Float[Array, "b n h k"], *,
                      key_intervals: Int[Array, "b l 2"] | None = None,
                      key_bias: Float[Array, "b n"] | None = None, interpret: bool = False) -> Float[Array, "b l h k"]:
-  """See `api.attention`. Any number of tokens: both sides are filled up to whole blocks, and the filling is hidden.
+  """See `api.attention`; no gradient flows to the bias.
+
+  Any number of tokens: both sides are filled up to whole blocks, and the filling is hidden.
 
   Args:
     interpret: run the kernel step by step on any device, to test it.
 
   Raises:
-    ValueError: there is a key bias, which the kernel does not know, or there are too many keys.
+    ValueError: there are too many keys.
   """
-  if key_bias is not None:
-    raise ValueError("splash attention knows no key bias; use the backend xla")
   num_queries, num_keys = q.shape[1], k.shape[1]
   if num_keys >= MAX_KEYS:
     raise ValueError(f"splash attention takes fewer than {MAX_KEYS:,} keys, got {num_keys:,}")
@@ -42,8 +42,11 @@ def splash_attention(q: Float[Array, "b l h k"], k: Float[Array, "b n h k"], v: 
   if key_intervals is None:
     key_intervals = jnp.broadcast_to(jnp.array([0, num_keys], jnp.int32), (q.shape[0], num_queries, 2))
   key_intervals = jnp.pad(key_intervals, ((0, 0), (0, length_q - num_queries), (0, 0)))
+  q = q * q.shape[-1] ** -0.5
+  if key_bias is not None:
+    q, k = carrying_bias(q, k, key_bias)
   q, k, v = (jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
-             for x, length in ((q * q.shape[-1] ** -0.5, length_q), (k, length_kv), (v, length_kv)))
+             for x, length in ((q, length_q), (k, length_kv), (v, length_kv)))
 
   def attend(q, k, v, intervals):
     runs = running_blocks(intervals, block_q, block_kv, length_kv // block_kv)
@@ -59,6 +62,19 @@ def splash_attention(q: Float[Array, "b l h k"], k: Float[Array, "b n h k"], v: 
 
   out = jnp.stack([attend(*row) for row in zip(q, k, v, key_intervals)])
   return out.transpose(0, 2, 1, 3)[:, :num_queries]
+
+
+def carrying_bias(q: Float[Array, "b l h k"], k: Float[Array, "b n h k"], bias: Float[Array, "b n"]
+                  ) -> tuple[Float[Array, "b l h k+2"], Float[Array, "b n h k+2"]]:
+  """Queries and keys whose products have a key's bias in them, since the kernel itself knows none.
+
+  Two more dims: a query is 1 there, and a key its bias as a bfloat16 and what that leaves out.
+  """
+  bias = jax.lax.stop_gradient(bias.astype(jnp.float32))
+  high = jax.lax.reduce_precision(bias, exponent_bits=8, mantissa_bits=7)
+  parts = jnp.stack([high, bias - high], axis=-1).astype(k.dtype)[:, :, None]
+  return (jnp.concatenate([q, jnp.ones((*q.shape[:3], 2), q.dtype)], axis=-1),
+          jnp.concatenate([k, jnp.broadcast_to(parts, (*k.shape[:3], 2))], axis=-1))
 
 
 def running_blocks(intervals: Int[Array, "l 2"], block_q: int, block_kv: int, num_kv_blocks: int) -> Bool[Array, "i j"]:
