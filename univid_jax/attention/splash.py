@@ -2,8 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
 # Tokens of a block. Large blocks keep the matrix unit busy; with these all of a step, backward too, stays within the 16 MiB of
@@ -30,6 +28,10 @@ def splash_attention(q: Float[Array, "b l h k"], k: Float[Array, "b n h k"], v: 
   Raises:
     ValueError: there are too many keys.
   """
+  # Not at the top: importing it takes a tenth of a second, of which other platforms have nothing.
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
   num_queries, num_keys = q.shape[1], k.shape[1]
   if num_keys >= MAX_KEYS:
     raise ValueError(f"splash attention takes fewer than {MAX_KEYS:,} keys, got {num_keys:,}")

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import scipy
+import skimage
 from PIL import Image
-from scipy import ndimage
-from skimage import color, filters, registration
 
 Params = Mapping[str, Any]
 
@@ -104,7 +104,7 @@ def draw_scribble(rng: np.random.Generator) -> Params:
 def scribble(clip: np.ndarray, *, paper, ink) -> np.ndarray:
   """Soft edges (the gradient of the smoothed brightness) drawn in one colour on another."""
   grey = luma(clip)[..., 0]
-  down, across = (ndimage.gaussian_filter(grey, (0, 1, 1), order=order) for order in ((0, 1, 0), (0, 0, 1)))
+  down, across = (scipy.ndimage.gaussian_filter(grey, (0, 1, 1), order=order) for order in ((0, 1, 0), (0, 0, 1)))
   strength = np.clip(4 * np.hypot(down, across), 0, 1)[..., None].astype(np.float32)
   paper, ink = np.asarray(paper, np.float32), np.asarray(ink, np.float32)
   return paper + (ink - paper) * strength
@@ -192,7 +192,7 @@ def draw_blur(rng: np.random.Generator) -> Params:
 def blur(clip: np.ndarray, *, radius: float) -> np.ndarray:
   """Out of focus; the radius (a standard deviation) in heights of the frame."""
   sigma = radius * clip.shape[1]
-  return ndimage.gaussian_filter(clip, (0, sigma, sigma, 0))
+  return scipy.ndimage.gaussian_filter(clip, (0, sigma, sigma, 0))
 
 
 def draw_noise(rng: np.random.Generator) -> Params:
@@ -226,7 +226,7 @@ def rain(clip: np.ndarray, *, count: int, slant: float, strength: float, seed: i
       columns = (((x + slant * (drop * i + steps)) % 1) * width).astype(int)
       inside = (rows >= 0) & (rows < height)
       layer[rows[inside], columns[inside]] = 1
-    layer = ndimage.gaussian_filter(layer, 0.4)[..., None] * strength
+    layer = scipy.ndimage.gaussian_filter(layer, 0.4)[..., None] * strength
     out[i] = clip[i] * (1 - layer) + layer
   return out
 
@@ -251,8 +251,8 @@ def draw_mask_colors(rng: np.random.Generator) -> Params:
 
 def salient_mask(clip: np.ndarray, *, object_color, background) -> np.ndarray:
   """What differs most from the clip's mean colour (Achanta et al. 2009, "Frequency-tuned salient region detection")."""
-  lab = color.rgb2lab(clip)
-  smooth = ndimage.gaussian_filter(lab, (0, 1, 1, 0))
+  lab = skimage.color.rgb2lab(clip)
+  smooth = scipy.ndimage.gaussian_filter(lab, (0, 1, 1, 0))
   return painted_mask(np.linalg.norm(smooth - lab.mean(axis=(1, 2), keepdims=True), axis=-1), object_color, background)
 
 
@@ -260,20 +260,24 @@ def moving_mask(clip: np.ndarray, *, object_color, background) -> np.ndarray:
   """What moves against the scene: frames are shifted onto the middle one, and what differs from their median moves."""
   grey = luma(clip)[..., 0]
   middle = grey[len(grey) // 2]
-  shifts = [registration.phase_cross_correlation(middle, frame, upsample_factor=4)[0] for frame in grey]
-  aligned = np.stack([ndimage.shift(frame, shift, order=1, mode="nearest") for frame, shift in zip(grey, shifts)])
+  shifts = [skimage.registration.phase_cross_correlation(middle, frame, upsample_factor=4)[0] for frame in grey]
+  aligned = np.stack([scipy.ndimage.shift(frame, shift, order=1, mode="nearest") for frame, shift in zip(grey, shifts)])
   difference = np.abs(aligned - np.median(aligned, axis=0))
-  back = np.stack([ndimage.shift(part, -shift, order=1, mode="nearest") for part, shift in zip(difference, shifts)])
+  back = np.stack([scipy.ndimage.shift(part, -shift, order=1, mode="nearest") for part, shift in zip(difference, shifts)])
   sigma = max(clip.shape[1] / 120, 1)
-  return painted_mask(ndimage.gaussian_filter(back, (0.5, sigma, sigma)), object_color, background)
+  return painted_mask(scipy.ndimage.gaussian_filter(back, (0.5, sigma, sigma)), object_color, background)
 
 
 def painted_mask(strength: np.ndarray, object_color, background) -> np.ndarray:
   """A map (T, H, W) cut in two at Otsu's threshold, small specks and holes closed, in two colours."""
-  mask = strength > filters.threshold_otsu(strength) if np.ptp(strength) > 1e-6 else np.zeros(strength.shape, bool)
+  mask = strength > skimage.filters.threshold_otsu(strength) if np.ptp(strength) > 1e-6 else np.zeros(strength.shape, bool)
   square, reach = np.ones((3, 3), bool), max(strength.shape[1] // 60, 1)
-  mask = np.stack([ndimage.binary_fill_holes(ndimage.binary_closing(ndimage.binary_opening(frame, square), square, reach))
-                   for frame in mask])
+
+  def whole(frame):
+    opened = scipy.ndimage.binary_opening(frame, square)
+    return scipy.ndimage.binary_fill_holes(scipy.ndimage.binary_closing(opened, square, reach))
+
+  mask = np.stack([whole(frame) for frame in mask])
   return np.where(mask[..., None], np.asarray(object_color, np.float32), np.asarray(background, np.float32))
 
 

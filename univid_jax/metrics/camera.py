@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage, optimize
+import scipy
 
 from univid_jax.metrics.image import psnr
 
@@ -26,7 +26,7 @@ def warp(picture: np.ndarray, pose: Pose) -> np.ndarray:
   middle = np.array([height / 2 - 0.5, width / 2 - 0.5])
   offset = middle + np.array([y * height, x * width]) - matrix @ middle
   channels = np.atleast_3d(picture)
-  out = np.stack([ndimage.affine_transform(channels[..., c], matrix, offset, order=3, mode="nearest")
+  out = np.stack([scipy.ndimage.affine_transform(channels[..., c], matrix, offset, order=3, mode="nearest")
                   for c in range(channels.shape[-1])], axis=-1)
   return out.reshape(picture.shape)
 
@@ -37,7 +37,7 @@ def recover_pose(seen: np.ndarray, picture: np.ndarray, *, start: Pose | None = 
   The correlation of brightness is maximised from several starts, or from one that is known to be near.
   """
   scale = min(SIDE / picture.shape[0], 1.0)
-  seen, picture = (ndimage.zoom(x.astype(np.float64).mean(-1), scale, order=1) for x in (seen, picture))
+  seen, picture = (scipy.ndimage.zoom(x.astype(np.float64).mean(-1), scale, order=1) for x in (seen, picture))
   target = seen - seen.mean()
 
   def unlikeness(pose):
@@ -48,7 +48,7 @@ def recover_pose(seen: np.ndarray, picture: np.ndarray, *, start: Pose | None = 
   starts = [start] if start is not None else [np.array([zoom, angle, 0.0, 0.0]) for zoom in ZOOMS for angle in ANGLES]
   best = min(starts, key=unlikeness)
   simplex = best + np.concatenate([np.zeros((1, 4)), np.diag([0.08, 0.08, 0.05, 0.05])])
-  found = optimize.minimize(unlikeness, best, method="Nelder-Mead", options={"initial_simplex": simplex, "xatol": 1e-4,
+  found = scipy.optimize.minimize(unlikeness, best, method="Nelder-Mead", options={"initial_simplex": simplex, "xatol": 1e-4,
                                                                             "fatol": 1e-7, "maxiter": 400})
   return found.x
 
