@@ -8,7 +8,8 @@ from the least traffic on (weights on every chip, then spread over eight, then o
 them. Each takes two to five minutes; with --out those that the file has already are not compiled again. Rows are those of the
 preset, one for each data x fsdp device. Memory is the compiler's. Times are lower bounds from stated peaks
 (`performance.CHIPS`): operations by formula (with recomputation), bytes that the program reads and writes, bytes that its
-collectives carry; the largest of the three bounds the step.
+collectives carry; the largest of the three bounds the step. The file also has the cycles that the compiler itself expects for all
+but attention.
 """
 
 import json
@@ -97,6 +98,12 @@ def memory_bytes(text: str, num_layers: int) -> float:
   return total
 
 
+def estimated_cycles(text: str, num_layers: int) -> float:
+  """Cycles that the TPU's compiler expects a program to take; of kernels (splash attention) it expects nothing."""
+  return float(sum(times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', computation)))
+                   for times, computation in executed(text, num_layers)))
+
+
 def _sizes(shapes: str, num_layers: int = 0) -> list[float]:
   """Bytes of each array of a type that lies in the device's memory; of one entry where the first dim is `num_layers`."""
   sizes = []
@@ -148,7 +155,8 @@ def compile_one(preset: str, topology: str, fsdp: int, context: int) -> dict:
             "network": sum(carried.values()) / chip.network}
   return line | {"fits": memory.fits, "memory_gb": memory.total / 1e9, "of_gb": memory.memory / 1e9, "seconds": bounds,
                  "bottleneck": max(bounds, key=bounds.get), "rows_per_s": rows / max(bounds.values()),
-                 "collective_gb": {k: v / 1e9 for k, v in carried.items() if v}}
+                 "collective_gb": {k: v / 1e9 for k, v in carried.items() if v},
+                 "estimated_cycles": estimated_cycles(text, dit.num_layers)}
 
 
 def meshes(chips: int, context: int) -> list[int]:

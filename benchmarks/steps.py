@@ -16,14 +16,15 @@ def diffusers_options(shape: DiTConfig) -> dict[str, Any]:
               num_layers=shape.num_layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=shape.eps)
 
 
-def row_program(shape: DiTConfig, *, dtype: str, mode: str, backend: str) -> Callable[[PackedRow], None]:
+def row_program(shape: DiTConfig, *, dtype: str, mode: str, backend: str, remat: str = "full") -> Callable[[PackedRow], None]:
   """A program that takes a row (or several) through the model, to the end; compiled for each shape of row.
 
   Args:
     shape: of the transformer.
     dtype: of weights and products; adapters are float32.
-    mode: "train" is a step of AdamW on adapters of rank 16, blocks recomputed; "forward" a forward pass.
+    mode: "train" is a step of AdamW on adapters of rank 16; "forward" a forward pass.
     backend: of attention.
+    remat: what a step keeps of the forward pass, see `models.dit.DiT`.
   """
   # The configs stand beside the benchmarks, not in the package.
   sys.path.insert(0, os.getcwd())
@@ -43,7 +44,7 @@ def row_program(shape: DiTConfig, *, dtype: str, mode: str, backend: str) -> Cal
   config.model.update({"variant": "", "dim": shape.dim, "ffn_dim": shape.ffn_dim, "num_heads": shape.num_heads,
                        "num_layers": shape.num_layers, "freq_dim": shape.freq_dim, "text_dim": shape.text_dim,
                        "rope_theta": 10000.0, "rope_scale": 1.0, "dtype": dtype, "param_dtype": dtype,
-                       "attention_backend": backend})
+                       "attention_backend": backend, "remat": remat})
   mesh = make_mesh({"data": 1, "fsdp": -1})
   optimizer = make_optimizer(config.optimizer, 1000)
   spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=False, lora=True)

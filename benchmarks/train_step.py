@@ -1,7 +1,7 @@
 """A training step, or a forward pass, beside PyTorch's: diffusers' transformer with PEFT's LoRA and SDPA, the same shapes.
 
   python -m benchmarks.train_step [--against=torch|torch_compile] [--variant=wan2.1-t2v-1.3b] [--layers=4] [--frames=1]
-      [--height=512 --width=512] [--dtype=float32] [--mode=train|forward] [--pairs=5]
+      [--height=512 --width=512] [--dtype=float32] [--mode=train|forward] [--remat=full] [--pairs=5]
 
 One sentence of four clips, a prompt of 512 tokens, LoRA of rank 16 on all Linears of attention and feed-forward, blocks
 recomputed in the backward pass, AdamW, loss on the last clip; random weights. TFLOP/s and MFU count the model's own work, with a
@@ -20,6 +20,7 @@ WIDTH = flags.DEFINE_integer("width", 512, "In pixels.")
 ROWS = flags.DEFINE_integer("rows", 1, "Sentences of a batch.", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of weights and products; adapters are float32.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "forward"], "A step, or a forward pass alone.")
+REMAT = flags.DEFINE_string("remat", "full", "What univid_jax keeps of the forward pass: none, dots, attention or full.")
 BACKEND = flags.DEFINE_string("attention_backend", "auto", "Of univid_jax.")
 AGAINST = flags.DEFINE_list("against", [], "Peers: torch (eager), torch_compile.")
 PAIRS = flags.DEFINE_integer("pairs", 5, "Timed runs of each.", lower_bound=1)
@@ -29,7 +30,7 @@ PROMPT_TOKENS = 512
 RANK = 16
 
 
-def jax_side(shape, frames, height, width, rows, dtype, mode, backend):
+def jax_side(shape, frames, height, width, rows, dtype, mode, backend, remat):
   import dataclasses
 
   import jax
@@ -46,7 +47,7 @@ def jax_side(shape, frames, height, width, rows, dtype, mode, backend):
                                   num_targets=len(features["targets"]) if mode == "train" else None))
   row = dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
   row = jax.tree.map(lambda x: np.repeat(x, rows, axis=0), row)
-  run = row_program(shape, dtype=dtype, mode=mode, backend=backend)
+  run = row_program(shape, dtype=dtype, mode=mode, backend=backend, remat=remat)
   return lambda: run(row)
 
 
@@ -112,11 +113,11 @@ def main() -> None:
   counts = {name: ROWS.value * count for name, count in counts.items()}
   training = MODE.value == "train"
   flops = step_flops(shape, lora_rank=RANK, **counts) if training else forward_flops(shape, **counts)
-  with_recomputation = step_flops(shape, lora_rank=RANK, recompute=True, **counts) if training else 0.0
-  sides = {"univid_jax": (jax_side, {**shared, "shape": shape, "backend": BACKEND.value}),
+  with_recomputation = step_flops(shape, lora_rank=RANK, recompute=True, **counts) if training and REMAT.value == "full" else 0.0
+  sides = {"univid_jax": (jax_side, {**shared, "shape": shape, "backend": BACKEND.value, "remat": REMAT.value}),
            **peers(AGAINST.value, torch_side, {**shared, "options": diffusers_options(shape)})}
   print(f"{MODE.value}: {length:,} tokens a sentence, {shape.num_layers} layers, {flops / 1e12:.2f} TFLOP"
-        + (f", {with_recomputation / 1e12:.2f} with recomputation" if training else ""))
+        + (f", {with_recomputation / 1e12:.2f} with recomputation" if with_recomputation else ""))
   figures = race(sides, pairs=PAIRS.value, flops=flops, hardware_flops=with_recomputation)
   print_ratios(figures)
   write_json(OUT.value, {**shared, "shape": dataclasses.asdict(shape), "tokens": length, "flops": flops, **figures})

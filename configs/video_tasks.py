@@ -39,7 +39,8 @@ def tiny() -> ml_collections.ConfigDict:
       "dim": 128, "ffn_dim": 256, "num_heads": 4, "num_layers": 4, "freq_dim": 64, "text_dim": 16,
       # Coarse positions: 4 rows and columns, up to 8 latent frames.
       "rope_theta": 10.0, "rope_scale": 1.57,
-      # Recomputing the blocks is faster on a CPU than storing what they need.
+      # What of a block the backward pass computes again: full (all), attention (all else), dots (no products) or none.
+      # Recomputing is faster on a CPU than storing what a small model needs.
       "remat": "full", "dtype": "float32", "param_dtype": "float32",
       # full: every token sees its whole sentence, as in UniVid. context_causal: context sees only context, so that sampling
       # computes it once and not in every step.

@@ -32,7 +32,7 @@ def test_help(module):
     ([CONFIG, "--config.num_steps=-5"], "config.num_steps must be at least 1, got -5"),
     ([CONFIG, "--config.rows.per_batch=-1"], "config.rows.per_batch must be at least 0, got -1"),
     ([CONFIG, "--config.mesh.data=3"], "mesh"),
-    ([CONFIG, "--config.model.remat=half"], "config.model.remat is one of none, dots, full, got 'half'"),
+    ([CONFIG, "--config.model.remat=half"], "config.model.remat is one of none, attention, dots, full, got 'half'"),
     ([CONFIG, "--config.optimizer.name=magic"], "unknown optimizer 'magic'"),
     ([CONFIG, "--config.model.attention=half"], "config.model.attention is full or context_causal, got 'half'"),
     ([CONFIG, "--config.model.attention_backend=magic"], "config.model.attention_backend is auto or one of"),

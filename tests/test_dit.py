@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from tests.helpers import channels_last, golden, load_dit, relative_error
+from univid_jax.attention import xla
 from univid_jax.data.packing import (
     RowShape,
     join_rows,
@@ -94,7 +95,7 @@ def test_bfloat16_stays_close():
   assert 1e-6 < relative_error(low, expected) <= 2e-2
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["attention", "dots", "full"])
 def test_remat_changes_nothing(remat):
   info, io, weights = golden("dit_t2v")
   config = DiTConfig.from_json(info["config"])
@@ -106,6 +107,18 @@ def test_remat_changes_nothing(remat):
 
   for a, b in zip(jax.tree.leaves(gradient(remat)), jax.tree.leaves(gradient("none"))):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(b))) + 1e-12)
+
+
+@pytest.mark.parametrize("remat, passes", [("full", 3), ("attention", 2)])
+def test_attention_is_computed_again_only_where_it_is_not_kept(monkeypatch, remat, passes):
+  """Its loops over keys in the program of a gradient: forward, perhaps again, backward."""
+  monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(1, 8, 8, 0))
+  info, io, weights = golden("dit_t2v")
+  row, t = row_of(io["x"], io["context"], fold=False), jnp.asarray(io["t"])[None]
+  row = dataclasses.replace(row, text=row.text[:, :8], text_counts=row.text_counts[:, :8])  # one block, so no loop
+  graph, params = nnx.split(load_dit(DiTConfig.from_json(info["config"]), weights, remat=remat), nnx.Param)
+  gradient = jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(row.tokens, t, row))))
+  assert str(jax.make_jaxpr(gradient)(params)).count("while[") == passes
 
 
 @pytest.mark.parametrize("name, count", [("wan2.1-t2v-1.3b", 1_418_996_800), ("wan2.1-t2v-14b", 14_288_491_584),
@@ -181,7 +194,7 @@ class TestPacking:
     with pytest.raises(ValueError, match="only the context of a model trained with attention = context_causal"):
       self.model.encode_context(dataclasses.replace(full, targets=places))
 
-  @pytest.mark.parametrize("remat", ["full", "none"])
+  @pytest.mark.parametrize("remat", ["full", "attention", "none"])
   @pytest.mark.parametrize("spare", [0, 10])
   def test_what_only_context_would_need_is_left_out(self, remat, spare):
     """The losses of sentences and all gradients are those of a model that computes every token's velocity."""

@@ -131,7 +131,7 @@ PROGRAM = """HloModule jit_step
   %layers = f32[3,8,128]{2,1,0:T(8,128)} get-tuple-element(%t), index=2
   %start = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
   %done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%start)
-  %y = f32[8,128]{1,0:T(8,128)} fusion(%done, %layers), kind=kLoop, calls=%fused
+  %y = f32[8,128]{1,0:T(8,128)} fusion(%done, %layers), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"500"}
   ROOT %r = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) tuple(%i, %y, %layers)
 }
 
@@ -142,7 +142,7 @@ PROGRAM = """HloModule jit_step
 ENTRY %main (a: f32[8,128], w: f32[3,8,128]) -> f32[8,128] {
   %a = f32[8,128]{1,0:T(8,128)} parameter(0)
   %w = f32[3,8,128]{2,1,0:T(8,128)} parameter(1)
-  %b = f32[8,128]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%fused
+  %b = f32[8,128]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"70"}
   %loop = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) while(%init), condition=%condition, body=%body
   ROOT %out = f32[8,128]{1,0:T(8,128)} get-tuple-element(%loop), index=1
 }
@@ -154,6 +154,7 @@ def test_memory_traffic_is_read_off_the_program():
   there, one layer's weights from memory, and writes."""
   block = 8 * 128 * 4
   assert memory_bytes(PROGRAM, 3) == 2 * block + 3 * (block + 2 * block)
+  assert scaling.estimated_cycles(PROGRAM, 3) == 70 + 3 * 500
 
 
 def test_a_real_program_s_memory_traffic():

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from univid_jax.attention.xla import OUTPUT_NAME
+
 # Tokens of a block. Large blocks keep the matrix unit busy; with these all of a step, backward too, stays within the 16 MiB of
 # vector memory that a v5e's compiler gives a kernel by default.
 BLOCK_Q = 512
@@ -58,7 +60,7 @@ def splash_attention(q: Float[Array, "b l h k"], k: Float[Array, "b n h k"], v: 
                                for axis in (1, 0))
     kernel = splash.SplashAttentionKernel(
         over_keys, over_keys, over_queries, block_sizes=blocks, is_mqa=False, save_residuals=False,
-        mask_value=splash.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None, residual_checkpoint_name=None,
+        mask_value=splash.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None, residual_checkpoint_name=OUTPUT_NAME,
         mask_function=_within, interpret=interpret)
     return kernel(q, k, v)
 

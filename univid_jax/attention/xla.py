@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 
@@ -33,6 +34,9 @@ class Blocks:
 # Accelerators want large products, and their loops whose length depends on data wait for the host.
 BLOCKS = {"cpu": Blocks(heads=1, queries=512, keys=1024, smallest=1 << 17)}
 OTHER_BLOCKS = Blocks(heads=0, queries=1024, keys=0, smallest=1 << 21)
+
+# Of what a backward pass needs of the forward's; a policy of `jax.checkpoint` that keeps it spares attention a second time.
+OUTPUT_NAME = "attention"
 
 LOWEST = jnp.finfo(jnp.float32).min / 2  # of a maximum over nothing: what is subtracted from it stays finite
 
@@ -110,7 +114,8 @@ def _blockwise_forward(q, k, v, intervals, bias, query_block: int, key_block: in
     return (out / total).astype(v.dtype), highest + jnp.log(total)
 
   out, normalizers = jax.lax.map(queries, (_split(q, query_block), intervals.reshape(-1, query_block, 2)))
-  return _join(out), (q, k, v, intervals, bias, _join(out), _join(normalizers))
+  out, normalizers = (checkpoint_name(_join(x), OUTPUT_NAME) for x in (out, normalizers))
+  return out, (q, k, v, intervals, bias, out, normalizers)
 
 
 def _blockwise_backward(query_block: int, key_block: int, saved, d_out):

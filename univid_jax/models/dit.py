@@ -15,12 +15,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from univid_jax.attention.api import attention, count_bias
+from univid_jax.attention.xla import OUTPUT_NAME
 from univid_jax.models.layers import LayerNorm, Linear, RMSNorm, gelu_tanh, normalize, param
 from univid_jax.models.rope import rotary_tables, rotate
 from univid_jax.types import PackedRow, put_tokens, take_tokens
 
 REMAT_POLICIES = {
     "none": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -298,7 +300,7 @@ class DiT(nnx.Module):
     dtype: of activations and products; modulation, norms, softmax and rotary positions are float32 whatever it is.
     param_dtype: of the stored weights.
     remat: what the backward pass keeps of a block: "none" (recompute nothing), "dots" (keep the results of weight
-      products) or "full" (recompute all).
+      products), "attention" (keep what attention gave, recompute all else) or "full" (recompute all).
     attention_backend: of self-attention: a name of `attention.api.BACKENDS`, or "auto".
     rngs: the stream `params`.
   """
@@ -372,8 +374,9 @@ class DiT(nnx.Module):
     time, modulation, text, image = self.embed_conditions(timesteps, row)
     rope = rotary_tables(row.positions, self.config.head_dim, theta=self.config.rope_theta, scale=self.config.rope_scale)
     graph, layers = nnx.split(self.blocks)
-    # Both forms of a block stand in the loop, and what either's backward pass keeps is kept for both: little with remat full.
-    queries = row.of_targets() if row.targets is not None and not keep and self.remat == "full" else None
+    policy = REMAT_POLICIES[self.remat]
+    # Both forms of a block stand in the loop, and what either's backward pass keeps is kept for both: little with these.
+    queries = row.of_targets() if row.targets is not None and not keep and self.remat in ("full", "attention") else None
 
     def block(x, layer, **options):
       return nnx.merge(graph, layer)(x, row, rope, modulation, text, image, **options)
@@ -387,13 +390,14 @@ class DiT(nnx.Module):
         def last(x, layer):
           return put_tokens(block(x, layer, queries=queries)[0], row.targets, into=x)
 
-        return jax.lax.cond(index < self.config.num_layers - 1, *map(jax.checkpoint, (whole, last)), x, layer), None
+        return jax.lax.cond(index < self.config.num_layers - 1,
+                            *(jax.checkpoint(form, policy=policy) for form in (whole, last)), x, layer), None
       known = None if kept is None else Context(kept, context.targets)
       x, keys_and_values = block(x, layer, context=known)
       return x, keys_and_values if keep else None
 
     if self.remat != "none":
-      apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+      apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
     x, kept = jax.lax.scan(apply_block, self.patch_embedding(tokens), (
         jnp.arange(self.config.num_layers), layers, None if context is None else context.keys_and_values))
     return time, x, kept
