@@ -58,7 +58,7 @@ def race(sides: Mapping[str, tuple[Side, Mapping[str, Any]]], *, pairs: int, flo
       figures[name] |= {"tflops": round(flops / median / 1e12, 3), "mfu": round(flops / median / peak, 3)}
       if hardware_flops:
         figures[name]["hfu"] = round(hardware_flops / median / peak, 3)
-    print(f"{name:<14}" + "   ".join(f"{key} {value:g}" for key, value in figures[name].items()), flush=True)
+    print(f"{name:<23}" + "   ".join(f"{key} {value:g}" for key, value in figures[name].items()), flush=True)
   return figures
 
 

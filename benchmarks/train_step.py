@@ -20,7 +20,7 @@ WIDTH = flags.DEFINE_integer("width", 512, "In pixels.")
 ROWS = flags.DEFINE_integer("rows", 1, "Sentences of a batch.", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of weights and products; adapters are float32.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "forward"], "A step, or a forward pass alone.")
-REMAT = flags.DEFINE_string("remat", "full", "What univid_jax keeps of the forward pass: none, dots, attention or full.")
+REMAT = flags.DEFINE_list("remat", ["full"], "What univid_jax recomputes: none, dots, attention or full; several race.")
 BACKEND = flags.DEFINE_string("attention_backend", "auto", "Of univid_jax.")
 AGAINST = flags.DEFINE_list("against", [], "Peers: torch (eager), torch_compile.")
 PAIRS = flags.DEFINE_integer("pairs", 5, "Timed runs of each.", lower_bound=1)
@@ -100,9 +100,11 @@ def main() -> None:
 
   from benchmarks.steps import diffusers_options
   from benchmarks.timing import peers, print_ratios, race, write_json
-  from univid_jax.models.dit import PRESETS
+  from univid_jax.models.dit import PRESETS, REMAT_POLICIES
   from univid_jax.performance import forward_flops, step_flops
 
+  if unknown := set(REMAT.value) - set(REMAT_POLICIES):
+    raise cli.UserError(f"--remat is one or more of {', '.join(REMAT_POLICIES)}, got {unknown.pop()!r}")
   shape = PRESETS[VARIANT.value]
   shape = dataclasses.replace(shape, num_layers=LAYERS.value or shape.num_layers)
   shared = dict(frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value, rows=ROWS.value, dtype=DTYPE.value, mode=MODE.value)
@@ -113,9 +115,12 @@ def main() -> None:
   counts = {name: ROWS.value * count for name, count in counts.items()}
   training = MODE.value == "train"
   flops = step_flops(shape, lora_rank=RANK, **counts) if training else forward_flops(shape, **counts)
-  with_recomputation = step_flops(shape, lora_rank=RANK, recompute=True, **counts) if training and REMAT.value == "full" else 0.0
-  sides = {"univid_jax": (jax_side, {**shared, "shape": shape, "backend": BACKEND.value, "remat": REMAT.value}),
-           **peers(AGAINST.value, torch_side, {**shared, "options": diffusers_options(shape)})}
+  recomputes_all = training and REMAT.value == ["full"]
+  with_recomputation = step_flops(shape, lora_rank=RANK, recompute=True, **counts) if recomputes_all else 0.0
+  ours = {**shared, "shape": shape, "backend": BACKEND.value}
+  sides = {f"univid_jax, {remat}" if i else "univid_jax": (jax_side, {**ours, "remat": remat})
+           for i, remat in enumerate(REMAT.value)}
+  sides |= peers(AGAINST.value, torch_side, {**shared, "options": diffusers_options(shape)})
   print(f"{MODE.value}: {length:,} tokens a sentence, {shape.num_layers} layers, {flops / 1e12:.2f} TFLOP"
         + (f", {with_recomputation / 1e12:.2f} with recomputation" if with_recomputation else ""))
   figures = race(sides, pairs=PAIRS.value, flops=flops, hardware_flops=with_recomputation)
