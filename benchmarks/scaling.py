@@ -69,9 +69,11 @@ def collective_bytes(text: str, num_layers: int) -> dict[str, float]:
   """Bytes that one device takes part in, by kind, from a compiled program."""
   totals = dict.fromkeys(COLLECTIVES, 0.0)
   for times, computation in executed(text, num_layers):
-    for shapes, kind in re.findall(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
-                                   computation):
-      totals[kind] += times * max(_sizes(shapes), default=0)
+    for shapes, kind, start in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", computation):
+      sizes = sorted(size for size in _sizes(shapes, on_chip=True) if size > 8 or not start)
+      if start and kind in ("all-gather", "collective-permute"):  # what starts them has the type of what goes in and comes out
+        sizes = sizes[len(sizes) // 2:]
+      totals[kind] += times * sum(sizes)
   return totals
 
 
@@ -90,7 +92,7 @@ def memory_bytes(text: str, num_layers: int) -> float:
       if kind in ("slice", "dynamic-slice", "gather"):
         total += times * 2 * sizes[name]
       elif kind in ("copy-start", "slice-start"):  # of type (to, from, flag) or ((from), to, flag), each here or on the chip
-        moved = min(sorted(_sizes(shapes.replace("S(", ""), num_layers if times > 1 else 0), reverse=True)[:2])
+        moved = min(sorted(_sizes(shapes, num_layers if times > 1 else 0, on_chip=True), reverse=True)[:2])
         total += times * moved * sum(size > 8 for size in made)
       elif kind not in NO_TRAFFIC:
         read = re.findall(r"%([\w.\-]+)", re.match(r"[^)]*", arguments)[0])
@@ -104,11 +106,11 @@ def estimated_cycles(text: str, num_layers: int) -> float:
                    for times, computation in executed(text, num_layers)))
 
 
-def _sizes(shapes: str, num_layers: int = 0) -> list[float]:
-  """Bytes of each array of a type that lies in the device's memory; of one entry where the first dim is `num_layers`."""
+def _sizes(shapes: str, num_layers: int = 0, *, on_chip: bool = False) -> list[float]:
+  """Bytes of each array of a type, of those on the chip only if asked; of one entry where the first dim is `num_layers`."""
   sizes = []
   for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shapes):
-    if "S(" not in layout:  # other memory spaces are on the chip
+    if on_chip or "S(" not in layout:  # other memory spaces are on the chip
       first = dims.partition(",")[0]
       sizes.append(BYTES.get(dtype, 4) * product(dims) / (num_layers if num_layers and first == str(num_layers) else 1))
   return sizes

@@ -119,6 +119,17 @@ def test_traffic_of_the_last_layer_counts_once():
   assert collective_bytes(text, 3)["all-gather"] == (2 * 80 + 40) * 4
 
 
+def test_collectives_of_several_arrays_count_all_of_them():
+  text = """ENTRY %main (a: f32[4]) -> f32[4] {
+  %r = (f32[100]{0:T(128)S(1)}, f32[50]{0}) all-reduce(%a, %b), to_apply=%add
+  %g = ((f32[10]{0}, f32[20]{0}), (f32[80]{0}, f32[160]{0})) all-gather-start(%c, %d), dimensions={0}
+  %p = (bf16[64]{0}, bf16[64]{0}, u32[], u32[]) collective-permute-start(%e), source_target_pairs={{0,1}}
+}
+"""
+  found = collective_bytes(text, 3)
+  assert (found["all-reduce"], found["all-gather"], found["collective-permute"]) == (150 * 4, 240 * 4, 64 * 2)
+
+
 PROGRAM = """HloModule jit_step
 %fused (p: f32[8,128]) -> f32[8,128] {
   %p = f32[8,128]{1,0} parameter(0)
