@@ -202,7 +202,7 @@ def shown(line: dict) -> str:
   if line["fits"]:
     carried = ", ".join(f"{kind} {gb:.1f}" for kind, gb in line["collective_gb"].items() if gb >= 0.05)
     cells += [f"{size} of {line['of_gb']:.1f}", *(f"{line['seconds'][name]:.2f} s" for name in ("compute", "memory", "network")),
-              line["bottleneck"], f"{line['rows_per_s']:.2f}", carried or "none"]
+              line["bottleneck"], f"{line['rows_per_s']:.2f}", carried or "under 0.05"]
   else:
     cells += [f"{size}: does not fit", *[""] * 6]
   return f"| {' | '.join(cells)} |"

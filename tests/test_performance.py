@@ -181,8 +181,7 @@ def test_the_scaling_table_stops_at_the_first_mesh_that_fits_and_goes_on_from_it
     compiled.append((fsdp, context))
     return {"preset": preset, "topology": topology, "fsdp": fsdp, "context": context, "fits": fsdp > 1}
   monkeypatch.setattr(scaling, "compile_apart", compile_apart)
-  flagsaver = dict(OUT=str(tmp_path / "table.jsonl"), ALL=False)
-  for name, value in flagsaver.items():
+  for name, value in {"OUT": str(tmp_path / "table.jsonl"), "ALL": False}.items():
     monkeypatch.setattr(scaling, name, type("Flag", (), {"value": value}))
   lines = list(scaling.lines_of("tiny", "v5e:4x4", 10, [1, 4], []))
   assert compiled == [(1, 1), (8, 1), (1, 4), (4, 4)] and [line["fits"] for line in lines] == [False, True] * 2
