@@ -1,6 +1,9 @@
-"""Compiled programs that outlive the process, so that a second start of the same command is fast."""
+"""Fast starts: compiled programs that outlive the process, and no looking for garbage while they are made."""
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from univid_jax.files import CACHE_FOLDER
@@ -21,3 +24,20 @@ def keep_programs(folder: str | None = None) -> str:
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   return chosen
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+  """Keeps Python from looking for garbage, as `with uncollected():` or `@uncollected()`.
+
+  For imports and for tracing, which make a great many objects and drop few: looking through them is a tenth of a start. What was
+  made is left alone from then on.
+  """
+  was_enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    gc.freeze()
+    if was_enabled:
+      gc.enable()

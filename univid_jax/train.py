@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from univid_jax import cli
-from univid_jax.compilation import keep_programs
+from univid_jax.compilation import keep_programs, uncollected
 from univid_jax.parallel.processes import start_processes
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/video_tasks.py", "Config file; :PRESET after it chooses a preset.")
@@ -20,15 +20,16 @@ GRID_EXAMPLES = 1
 
 
 def main() -> None:
-  start_processes()
-  keep_programs()
   # After the flags: --help and wrong flags answer at once, without waiting for JAX.
-  from etils import epath
+  with uncollected():
+    start_processes()
+    keep_programs()
+    from etils import epath
 
-  from univid_jax.evaluation import evaluate
-  from univid_jax.files import local_file
-  from univid_jax.metrics.figures import sentence_grid
-  from univid_jax.training.loop import LORA_EXPORT, Interrupted, train
+    from univid_jax.evaluation import evaluate
+    from univid_jax.files import local_file
+    from univid_jax.metrics.figures import sentence_grid
+    from univid_jax.training.loop import LORA_EXPORT, Interrupted, train
 
   config = CONFIG.value
   workdir = WORKDIR.value or f"runs/{config.name}"

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 
 import numpy as np
-from scipy import fft
+import scipy
 
 from univid_jax.color import OPPONENT_COLORS
 from univid_jax.types import latent_shape
@@ -103,7 +103,7 @@ class DCTCodec:
   def _ranked_basis(self, time: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Orthonormal columns for a block of `time` frames, the scale of each, and their order from strong to weak."""
     side = self.spatial_stride
-    in_time, in_space = fft.dct(np.eye(time), norm="ortho", axis=0), fft.dct(np.eye(side), norm="ortho", axis=0)
+    in_time, in_space = (scipy.fft.dct(np.eye(length), norm="ortho", axis=0) for length in (time, side))
     basis = functools.reduce(np.kron, (in_time, in_space, in_space, OPPONENT_COLORS)).T
     index = np.meshgrid(np.arange(time), np.arange(side), np.arange(side), np.arange(3), indexing="ij")
     variance = DC_VARIANCE * side**2 * np.exp(log_variance(*index)).ravel()

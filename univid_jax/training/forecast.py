@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univid_jax import build
+from univid_jax.compilation import uncollected
 from univid_jax.data.packing import IMAGE_FEATURES, RowShape, pack, sentence_features
 from univid_jax.diffusion.solvers import euler, velocity_fn
 from univid_jax.parallel.sharding import BATCH, TOKENS
@@ -85,6 +86,7 @@ def abstract_batch(config: Mapping[str, Any], mesh: Mesh) -> PackedRow:
   return PackedRow(**fields, context_causal=shape.context_causal)
 
 
+@uncollected()
 def compile_step(step: Callable[..., Any], spec: StateSpec, batch: PackedRow, mesh: Mesh) -> tuple[Callable[..., Any], Forecast]:
   """Compiles a training step without running it, and reads what it will take.
 

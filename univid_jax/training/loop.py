@@ -20,6 +20,7 @@ from tqdm import tqdm
 import univid_jax
 from univid_jax import build
 from univid_jax.attention.api import best_backend
+from univid_jax.compilation import uncollected
 from univid_jax.data.loader import make_loader
 from univid_jax.encoders import Encoders
 from univid_jax.files import local_file
@@ -144,6 +145,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   return TrainResult(finished(run, state), config.num_steps - start, time.monotonic() - started)
 
 
+@uncollected()
 def first_state(run: Run, checkpointer: Checkpointer, loader: grain.DatasetIterator) -> TrainState:
   """The state of the latest checkpoint, with the loader put where it was; else a new one, from the base where there is one.
 

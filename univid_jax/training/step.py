@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from univid_jax.compilation import uncollected
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import NoiseLevels, draw_noise, has_sentence, sentence_losses
 from univid_jax.models.lora import LoRAParam, join, with_dropout_keys
@@ -63,6 +64,7 @@ class StateSpec:
   abstract_frozen: Params
 
   @classmethod
+  @uncollected()
   def of(cls, init: Callable[[], nnx.Module], optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool,
          lora: bool = False) -> "StateSpec":
     """The state of a model that is trained whole, or whose adapters are.
@@ -82,10 +84,13 @@ class StateSpec:
                         ema=jax.tree.map(jnp.copy, params) if ema else None)
 
     def create_frozen():
-      return nnx.to_pure_dict(nnx.state(init(), nnx.Param)) if lora else {}
+      return frozen_of(init())
+
+    def frozen_of(model):
+      return nnx.to_pure_dict(nnx.state(model, nnx.Param)) if lora else {}
 
     model = nnx.eval_shape(init)
-    shapes = jax.eval_shape(create)
+    shapes = jax.eval_shape(create, nnx.to_pure_dict(nnx.state(model, kind)))
     shardings = _state_shardings(shapes, parameter_shardings(model, mesh, kind), optimizer, mesh)
     frozen_shardings = parameter_shardings(model, mesh) if lora else {}
 
@@ -95,7 +100,7 @@ class StateSpec:
     return cls(graph=nnx.graphdef(model), create=jax.jit(create, out_shardings=shardings),
                create_frozen=jax.jit(create_frozen, out_shardings=frozen_shardings),
                abstract=jax.tree.map(placed, shapes, shardings),
-               abstract_frozen=jax.tree.map(placed, jax.eval_shape(create_frozen), frozen_shardings))
+               abstract_frozen=jax.tree.map(placed, frozen_of(model), frozen_shardings))
 
   @property
   def shardings(self) -> TrainState:
