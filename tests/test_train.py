@@ -1,5 +1,6 @@
 """Training: sharded alike, resumed to the bit, stopped with care."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -50,6 +51,19 @@ def one_gradient(config, mesh, row, microbatches=1):
   for leaf, abstract in zip(jax.tree.leaves((state.params, frozen)), jax.tree.leaves(promised)):
     assert leaf.addressable_shards[0].data.nbytes == np.prod(abstract.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
   return float(metrics["loss"]), np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)]), spec
+
+
+@dataclasses.dataclass(frozen=True)
+class TorusChip:
+  """What JAX asks of a TPU to place it in a mesh."""
+
+  id: int
+  coords: tuple[int, int, int]
+  slice_index: int = 0
+  core_on_chip: int = 0
+  process_index: int = 0
+  platform: str = "tpu"
+  device_kind: str = "TPU v6 lite"
 
 
 class TestMeshes:
@@ -103,6 +117,12 @@ class TestMeshes:
     kernel = spec.abstract.params["blocks"]["ffn"]["up"]["kernel"]
     moments = [x for x in jax.tree.leaves(spec.abstract.opt_state) if x.shape == kernel.shape]
     assert moments and all(x.sharding.shard_shape(x.shape) == kernel.sharding.shard_shape(kernel.shape) for x in moments)
+
+  def test_axes_that_share_a_row_of_chips(self):
+    torus = [TorusChip(4 * y + x, (x, y, 0)) for y in range(4) for x in range(4)]
+    assert dict(make_mesh({"data": -1, "fsdp": 8}, torus).shape) == {"data": 2, "fsdp": 8, "tensor": 1, "context": 1}
+    with pytest.raises(ValueError, match="several TPU slices"):
+      make_mesh({"data": 32}, [*torus, *(dataclasses.replace(chip, slice_index=1) for chip in torus)])
 
   def test_rows_that_do_not_divide(self, tiny_config):
     row = self.row(tiny_config)
