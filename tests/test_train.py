@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from univid_jax import build
 from univid_jax.data.loader import make_loader
@@ -27,7 +27,7 @@ from univid_jax.parallel.mesh import make_mesh, mesh_shape
 from univid_jax.parallel.sharding import parameter_shardings, shard_batch
 from univid_jax.pipeline import load_pipeline
 from univid_jax.training.checkpoint import Checkpointer
-from univid_jax.training.forecast import forecast, forecast_sampling
+from univid_jax.training.forecast import bytes_per_device, forecast, forecast_sampling
 from univid_jax.training.loop import train
 from univid_jax.training.optimizer import make_optimizer, make_schedule
 from univid_jax.training.restore import checkpoint_step
@@ -411,6 +411,12 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 class TestForecast:
+  def test_more_elements_than_an_int32_counts(self):
+    """As a kernel of the 14B's feed-forward layers has, stacked over its layers."""
+    mesh = make_mesh({}, devices=jax.devices()[:1])
+    kernel = jax.ShapeDtypeStruct((40, 5120, 13824), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
+    assert bytes_per_device({"kernel": kernel}) == 5_662_310_400
+
   def test_sampling_counts_the_cache(self, tiny_config):
     """Keys and values of a sentence of context I, in every layer."""
     mesh = make_mesh({}, devices=jax.devices()[:1])

@@ -1,6 +1,7 @@
 """How much memory a training step will take on each device, before any step runs, from the compiler's own figures."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -107,8 +108,8 @@ def compile_step(step: Callable[..., Any], spec: StateSpec, batch: PackedRow, me
       raise
     raise ValueError(f"the training step does not fit ({str(error).splitlines()[0].rstrip('.')}); {ADVICE}") from error
   device = mesh.devices.flat[0]
-  return compiled, Forecast(weights=_bytes((spec.abstract.params, spec.abstract.ema, spec.abstract_frozen)),
-                            optimizer=_bytes(spec.abstract.opt_state), batch=_bytes(batch),
+  return compiled, Forecast(weights=bytes_per_device((spec.abstract.params, spec.abstract.ema, spec.abstract_frozen)),
+                            optimizer=bytes_per_device(spec.abstract.opt_state), batch=bytes_per_device(batch),
                             activations=compiled.memory_analysis().temp_size_in_bytes, device=device.device_kind,
                             memory=device_memory(device))
 
@@ -173,11 +174,11 @@ def forecast_sampling(config: Mapping[str, Any], mesh: Mesh) -> Forecast:
   with jax.set_mesh(mesh):
     compiled = jax.jit(sample).lower(params, row).compile()
   device, dtype = mesh.devices.flat[0], jnp.dtype(config["model"]["dtype"])
-  return Forecast(weights=_bytes(params), optimizer=0, batch=_bytes(row), device=device.device_kind,
+  return Forecast(weights=bytes_per_device(params), optimizer=0, batch=bytes_per_device(row), device=device.device_kind,
                   activations=compiled.memory_analysis().temp_size_in_bytes, memory=device_memory(device),
                   cache=2 * dit.num_layers * row.tokens.shape[1] * dit.dim * dtype.itemsize if causal else 0)
 
 
-def _bytes(tree: Any) -> int:
-  """On each device."""
-  return sum(int(jnp.prod(jnp.array(x.sharding.shard_shape(x.shape), int))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def bytes_per_device(tree: Any) -> int:
+  """What arrays, here or only described, take on each device."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
