@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 
 from univid_jax.data.sources import ComputedSentences, PhotoSource
 from univid_jax.metrics.image import psnr
-from univid_jax.models.codec import DCTCodec
+from univid_jax.models.codec import DCTCodec, cosines
 from univid_jax.pipeline import to_uint8
 
 
@@ -77,3 +78,8 @@ def test_quality_on_the_clips_of_the_default_run():
     for pixels in source[i].clips:
       scores[len(pixels)].append(psnr(to_uint8(codec.decode(codec.encode(pixels.astype(np.float32) / 127.5 - 1))), pixels))
   assert np.mean(scores[1]) >= 35 and np.mean(scores[5]) >= 35
+
+
+@pytest.mark.parametrize("length", [1, 4, 8])
+def test_cosines_are_scipys(length):
+  np.testing.assert_allclose(cosines(length), scipy.fft.dct(np.eye(length), norm="ortho", axis=0), atol=1e-12)

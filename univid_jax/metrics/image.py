@@ -1,7 +1,9 @@
 """Metrics of pictures against pictures: uint8 clips (T, H, W, 3) of one shape."""
 
+import functools
+
 import numpy as np
-from skimage.metrics import structural_similarity
+import skimage
 
 # What identical pictures score: that of an error of 1e-5 of the range.
 PSNR_CEILING = 100.0
@@ -36,8 +38,9 @@ def ssim(predicted: np.ndarray, truth: np.ndarray) -> float:
   _check(predicted, truth)
   if min(truth.shape[1:3]) < SSIM_SIDE:
     raise ValueError(f"SSIM needs sides of at least {SSIM_SIDE} pixels, got {truth.shape[1]}x{truth.shape[2]}")
-  return float(np.mean([structural_similarity(a, b, channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5,
-                                              use_sample_covariance=False) for a, b in zip(predicted, truth)]))
+  compare = functools.partial(skimage.metrics.structural_similarity, channel_axis=-1, data_range=255, gaussian_weights=True,
+                              sigma=1.5, use_sample_covariance=False)
+  return float(np.mean([compare(a, b) for a, b in zip(predicted, truth)]))
 
 
 def _check(predicted: np.ndarray, truth: np.ndarray) -> None:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 
 import numpy as np
-import scipy
 
 from univid_jax.color import OPPONENT_COLORS
 from univid_jax.types import latent_shape
@@ -103,11 +102,17 @@ class DCTCodec:
   def _ranked_basis(self, time: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Orthonormal columns for a block of `time` frames, the scale of each, and their order from strong to weak."""
     side = self.spatial_stride
-    in_time, in_space = (scipy.fft.dct(np.eye(length), norm="ortho", axis=0) for length in (time, side))
+    in_time, in_space = cosines(time), cosines(side)
     basis = functools.reduce(np.kron, (in_time, in_space, in_space, OPPONENT_COLORS)).T
     index = np.meshgrid(np.arange(time), np.arange(side), np.arange(side), np.arange(3), indexing="ij")
     variance = DC_VARIANCE * side**2 * np.exp(log_variance(*index)).ravel()
     return basis, variance**-0.25, np.argsort(-variance, kind="stable")
+
+
+def cosines(length: int) -> np.ndarray:
+  """The orthonormal DCT-II, (frequency, sample). In NumPy: importing SciPy's takes a fifth of a second of every start."""
+  frequency, sample = np.ogrid[:length, :length]
+  return np.sqrt((2 - (frequency == 0)) / length) * np.cos(np.pi * (sample + 0.5) * frequency / length)
 
 
 def _concatenate(first, rest):
