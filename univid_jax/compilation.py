@@ -30,14 +30,12 @@ def keep_programs(folder: str | None = None) -> str:
 def uncollected() -> Iterator[None]:
   """Keeps Python from looking for garbage, as `with uncollected():` or `@uncollected()`.
 
-  For imports and for tracing, which make a great many objects and drop few: looking through them is a tenth of a start. What was
-  made is left alone from then on.
+  For imports and for tracing, which make a great many objects and drop few: looking through them is a tenth of a start.
   """
   was_enabled = gc.isenabled()
   gc.disable()
   try:
     yield
   finally:
-    gc.freeze()
     if was_enabled:
       gc.enable()

@@ -3,6 +3,7 @@
 Run again with the same workdir, it goes on where it was. At the end it evaluates on held-out photographs.
 """
 
+import gc
 import json
 
 from absl import flags
@@ -30,6 +31,7 @@ def main() -> None:
     from univid_jax.files import local_file
     from univid_jax.metrics.figures import sentence_grid
     from univid_jax.training.loop import LORA_EXPORT, Interrupted, train
+  gc.freeze()  # modules stay; no need to look through them ever again
 
   config = CONFIG.value
   workdir = WORKDIR.value or f"runs/{config.name}"

@@ -33,7 +33,7 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     ValueError: the sizes do not multiply to the number of devices, or these are of several TPU slices.
   """
   devices = jax.devices() if devices is None else devices
-  if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+  if len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) > 1:
     raise ValueError("the devices are of several TPU slices; a mesh lies in one")
   # A row of chips may serve two axes, as jax.make_mesh has it for v5e alone: else fsdp 8 would fit no v6e of 4 x 4.
   placed = mesh_utils.create_device_mesh(mesh_shape(sizes, len(devices)), devices, allow_split_physical_axes=True)
