@@ -4,15 +4,18 @@ import os
 import shutil
 import tempfile
 
-# The processes that pytest-xdist starts inherit all this, and with it the programs of one another.
+from tests.commands import xla_flags
+
+# The processes that pytest-xdist starts inherit all this, and with it the programs of one another. So do runs that are given
+# one folder for their programs, as those of .ci/run are.
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+PROGRAMS = None
 if not IS_WORKER:
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="univid_jax_programs")
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS = tempfile.mkdtemp(prefix="univid_jax_programs")
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.03"
   os.environ["JAX_PLATFORMS"] = "cpu"
-  # Most tests compile for far longer than they compute: LLVM's optimizations would take a third of their compilation.
-  flags = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
-  os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags))
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -21,8 +24,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_unconfigure():
-  if not IS_WORKER:
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+  if PROGRAMS:
+    shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 @pytest.fixture

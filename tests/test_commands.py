@@ -1,23 +1,20 @@
 """The commands as a person types them: help, real files, and one clear line for whatever is wrong."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_train import SMALL, run_command
+from tests.commands import SMALL, run_command
 from univid_jax.data.video import read_clip, write_clip
 
-CONFIG = "--config=configs/video_tasks.py"
+CONFIG, *_ = SMALL
 
 
 @pytest.mark.parametrize("module", ["univid_jax.train", "univid_jax.sample", "univid_jax.evaluate", "univid_jax.forecast"])
 def test_help(module):
-  done = run_command([module, "--help"])
+  done = run_command(module, "--help")
   assert done.returncode == 0
   assert module in done.stdout + done.stderr and "--" in done.stdout + done.stderr and "Traceback" not in done.stderr
 
@@ -45,7 +42,7 @@ def test_help(module):
 ])
 def test_wrong_arguments_of_train(tmp_path, arguments, message):
   workdir = [] if any(a.startswith("--workdir") for a in arguments) else [f"--workdir={tmp_path}"]
-  done = run_command(["univid_jax.train", *arguments, *workdir])
+  done = run_command("univid_jax.train", *arguments, *workdir)
   assert done.returncode not in (0, -6, -11)
   assert "Traceback" not in done.stderr
   last = done.stderr.strip().splitlines()[-1]
@@ -73,7 +70,7 @@ def test_folders_that_hold_no_clip(tmp_path):
       (folder / "notes.txt").write_text(content)
   (tmp_path / "broken" / "bad.mp4").write_bytes(b"nonsense")
   for name, message in (("empty", "no images or videos in"), ("texts", "no images or videos in"), ("broken", "bad.mp4")):
-    done = run_command(["univid_jax.train", CONFIG, f"--config.data.folder={tmp_path / name}", f"--workdir={tmp_path / 'run'}"])
+    done = run_command("univid_jax.train", CONFIG, f"--config.data.folder={tmp_path / name}", f"--workdir={tmp_path / 'run'}")
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith("error: ") and message in last
 
@@ -86,10 +83,9 @@ def trained(tmp_path_factory):
   for i in range(2):
     frames = rng.integers(0, 256, (8, 6, 8, 3)).astype(np.uint8).repeat(8, axis=1).repeat(8, axis=2)
     write_clip(root / "clips" / f"{i}.mp4", frames)
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-  command = [sys.executable, "-m", "univid_jax.train", *SMALL, "--config.num_steps=3", f"--config.data.folder={root / 'clips'}",
-             f"--workdir={root / 'run'}"]
-  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+  done = run_command("univid_jax.train", *SMALL, "--config.num_steps=3", "--config.eval.sentences_per_case=1",
+                     "--config.eval.num_inference_steps=2", f"--config.data.folder={root / 'clips'}",
+                     f"--workdir={root / 'run'}", devices=8)
   assert done.returncode == 0, done.stderr
   return root, done
 
@@ -113,16 +109,16 @@ def test_sampling_real_files(trained, tmp_path):
   common = [f"--checkpoint={root / 'run'}", "--steps=2"]
   a, b, video = tmp_path / "a.png", tmp_path / "b.npy", tmp_path / "a video.mp4"
 
-  done = run_command(["univid_jax.sample", *common, f"--clips={a},{a},{video}", f"--out={tmp_path / 'out.mp4'}"])
+  done = run_command("univid_jax.sample", *common, f"--clips={a},{a},{video}", f"--out={tmp_path / 'out.mp4'}")
   assert done.returncode == 0, done.stderr
   clip = read_clip(tmp_path / "out.mp4")
   assert clip.frames.shape == (5, 16, 16, 3) and clip.fps == pytest.approx(25)
 
-  done = run_command(["univid_jax.sample", *common, f"--clips={a},{a},{a}", f"--out={tmp_path / 'out.png'}"])
+  done = run_command("univid_jax.sample", *common, f"--clips={a},{a},{a}", f"--out={tmp_path / 'out.png'}")
   assert done.returncode == 0 and read_clip(tmp_path / "out.png").frames.shape == (1, 16, 16, 3)
 
-  done = run_command(["univid_jax.sample", *common, f"--clips={a},{b},{a}", f"--out={tmp_path / 'out.npy'}",
-                      "--guidance_scale=2"])
+  done = run_command("univid_jax.sample", *common, f"--clips={a},{b},{a}", f"--out={tmp_path / 'out.npy'}",
+                     "--guidance_scale=2")
   assert done.returncode == 0 and np.load(tmp_path / "out.npy").shape == (5, 16, 16, 3)
 
 
@@ -135,7 +131,7 @@ def test_many_queries_with_grids_and_records(trained, tmp_path):
   write_clip(queries / "z.mp4", np.zeros((7, 20, 20, 3), np.uint8), fps=12)
   pair = f"{queries / 'x.png'},{queries / 'y.png'}"
   common = ["univid_jax.sample", f"--checkpoint={root / 'run'}", "--steps=2", f"--clips={pair}", f"--out={tmp_path / 'out'}"]
-  done = run_command([*common, f"--queries={queries}", "--grid", "--solver=unipc"])
+  done = run_command(*common, f"--queries={queries}", "--grid", "--solver=unipc")
   assert done.returncode == 0, done.stderr
   assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
       "x.json", "x.png", "x_grid.png", "y.json", "y.png", "y_grid.png", "z.json", "z.mp4", "z_grid.mp4"]
@@ -143,7 +139,7 @@ def test_many_queries_with_grids_and_records(trained, tmp_path):
   assert read_clip(tmp_path / "out" / "z_grid.mp4").frames.shape[0] == 5
   record = json.loads((tmp_path / "out" / "z.json").read_text())
   assert record["num_frames"] == 5 and record["fps"] == 12 and record["solver"] == "unipc" and len(record["clips"]) == 3
-  done = run_command([*common, f"--queries={queries / 'x.png'},{queries / 'x.png'}"])
+  done = run_command(*common, f"--queries={queries / 'x.png'},{queries / 'x.png'}")
   assert done.returncode == 1 and "two queries are named 'x'" in done.stderr
 
 
@@ -163,6 +159,6 @@ def test_wrong_arguments_of_sample(trained, tmp_path, arguments, message):
   (tmp_path / "notes.txt").write_text("hello")
   names = {"a": tmp_path / "a.png", "text": tmp_path / "notes.txt", "root": tmp_path}
   arguments = [argument.format(**names) for argument in arguments]
-  done = run_command(["univid_jax.sample", f"--checkpoint={root / 'run'}", f"--out={tmp_path / 'out.png'}", *arguments])
+  done = run_command("univid_jax.sample", f"--checkpoint={root / 'run'}", f"--out={tmp_path / 'out.png'}", *arguments)
   assert done.returncode != 0 and "Traceback" not in done.stderr
   assert message in done.stderr and not (tmp_path / "out.png").exists()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.commands import environment
 from tests.helpers import GOLDENS
 from tools.convert_weights.commands import convert_any, inspect, verify
 from tools.convert_weights.convert import component_fills
@@ -27,7 +28,6 @@ from univid_jax.weights.names import name_from_diffusers, name_to_diffusers
 torch = pytest.importorskip("torch", reason="the release has PyTorch files; needs the extra `convert`")
 
 RELEASE = GOLDENS / "tiny_wan"
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -266,14 +266,14 @@ class TestSafeWriting:
   def test_a_disk_that_fills_up(self, release):
     """The limit on a file's size stands for the full disk that the check did not foresee."""
     command = f"ulimit -f 45; exec {sys.executable} -m tools.convert_weights {release} {release.parent}/target"
-    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, env=environment())
     assert run.returncode == 1 and run.stderr.strip().splitlines()[-1].startswith("error: "), run.stderr
     assert sorted(path.name for path in release.parent.iterdir()) == ["release"]
 
   def test_killed_half_way(self, release, converted):
     """Nothing that looks whole, and a clean rerun."""
     command = [sys.executable, "-m", "tools.convert_weights", str(release), str(release.parent / "target")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
     partial = release.parent / ".partial-target"
     while not partial.exists() and process.poll() is None:
       time.sleep(0.002)

@@ -3,15 +3,13 @@
 import csv
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.commands import run_command, start_command
 from univid_jax.data.cache import read_frames
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.datasets import Drawing, open_manifest, open_metadata, open_pairs
@@ -336,9 +334,7 @@ def run(module, *arguments, config="configs/video_tasks.py:wan_1_3b"):
   small = ["--config.model.dtype=float32", "--config.model.param_dtype=float32", "--config.data.height=16",
            "--config.data.width=32", "--config.data.num_frames=5", "--config.rows.num_tokens=48",
            "--config.lora.rank=2", "--config.log_every=1"]
-  env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-  return subprocess.run([sys.executable, "-m", module, f"--config={config}", *small, *arguments], env=env, capture_output=True,
-                        text=True, timeout=300)
+  return run_command(module, f"--config={config}", *small, *arguments)
 
 
 @pytest.mark.long
@@ -365,8 +361,8 @@ def test_the_road(checkpoint, metadata, tmp_path):
       (str(tmp_path / "run"),), (str(checkpoint), str(tmp_path / "run" / "lora.safetensors"))))
   painted = [pipe.sample(clips, num_inference_steps=2, prompt="x").latents for pipe in (whole, beside)]
   np.testing.assert_allclose(*painted, atol=1e-5)
-  command = ["-m", "tools.convert_weights", str(tmp_path / "run"), str(tmp_path / "out.safetensors"), "--to=diffusers"]
-  assert subprocess.run([sys.executable, *command], capture_output=True, timeout=120).returncode == 0
+  done = run_command("tools.convert_weights", tmp_path / "run", tmp_path / "out.safetensors", "--to=diffusers")
+  assert done.returncode == 0, done.stderr
   lora = read_lora(tmp_path / "out.safetensors")
   assert lora.metadata["step"] == "4" and len(lora.layers) == 30
 
@@ -409,11 +405,10 @@ def test_the_same_with_any_number_of_threads(pairs):
 @pytest.mark.slow
 def test_two_processes_prepare_one_cache(checkpoint, metadata, tmp_path):
   """At the same time: both end well, and the cache is whole."""
-  arguments = [sys.executable, "-m", "univid_jax.prepare", "--config=configs/video_tasks.py:wan_1_3b", "--config.data.height=16",
+  arguments = ["univid_jax.prepare", "--config=configs/video_tasks.py:wan_1_3b", "--config.data.height=16",
                "--config.data.width=32", "--config.data.num_frames=5", "--config.rows.num_tokens=48",
                f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
-  env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-  both = [subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+  both = [start_command(*arguments) for _ in range(2)]
   for process in both:
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0 and "16 clips are ready" in out, error

@@ -14,6 +14,7 @@ import urllib.request
 import numpy as np
 import pytest
 
+from tests.commands import environment
 from tests.helpers import GOLDENS
 from univid_jax.data.video import write_clip
 
@@ -33,7 +34,7 @@ def test_files_go_in_and_a_picture_comes_out(tmp_path):
   log = (tmp_path / "log").open("w")
   command = [sys.executable, "-m", "univid_jax.demo", f"--checkpoint={tmp_path / 'wan'}", "--dtype=float32", "--port=7871"]
   server = subprocess.Popen(command, stdout=log, stderr=log,
-                            env={**os.environ, "XLA_FLAGS": "", "GRADIO_ANALYTICS_ENABLED": "0"})
+                            env={**environment(), "GRADIO_ANALYTICS_ENABLED": "0"})
   try:
     for _ in range(120):
       try:

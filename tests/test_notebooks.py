@@ -8,6 +8,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.commands import xla_flags
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -33,7 +35,7 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     (tmp_path / name).symlink_to(ROOT / name)
   shutil.copytree(ROOT / "tests" / "goldens" / "tiny_wan", tmp_path / "tests" / "goldens" / "tiny_wan")
   monkeypatch.setenv("NUM_STEPS", "3")
-  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("XLA_FLAGS", xla_flags(1))
   monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
   notebook = nbformat.read(path, as_version=4)
   NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()

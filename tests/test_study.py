@@ -1,11 +1,8 @@
 """Evaluation from the command line: the report is what the saved frames say, however often it was interrupted."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,28 +11,21 @@ from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
 from configs.video_tasks import get_config
+from tests import commands
+from tests.commands import run_command, start_command
 from univid_jax.data.kinds import label_colors, normals_picture
 from univid_jax.metrics.dense import nearest_labels
 from univid_jax.metrics.image import psnr
 from univid_jax.report import Score, Scorer, between, task_of
 from univid_jax.study import Painted
 
-SMALL = ["--config=configs/video_tasks.py", "--config.model.dim=32", "--config.model.ffn_dim=32", "--config.model.num_layers=1",
-         "--config.data.height=16", "--config.data.width=16", "--config.rows.num_tokens=48", "--config.rows.packing_bins=8",
-         "--config.data.tasks.scribble=1.0", "--config.data.tasks.salient_object=1.0"]
+SMALL = (*commands.SMALL, "--config.data.tasks.scribble=1.0", "--config.data.tasks.salient_object=1.0")
 EVALUATION = ["--config.eval.sentences_per_case=2", "--config.eval.more_steps=(1,)", "--config.eval.num_seeds=2"]
-ENV = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-
-
-def start(module, *arguments):
-  return subprocess.Popen([sys.executable, "-m", module, *arguments], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True)
 
 
 def run(module, *arguments):
-  process = start(module, *arguments)
-  out, error = process.communicate(timeout=300)
-  return process.returncode, out, error
+  done = run_command(module, *arguments)
+  return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +81,7 @@ def test_what_people_read(workdir):
 @pytest.mark.long
 def test_killed_and_run_again(workdir, tmp_path):
   arguments = [*SMALL, *EVALUATION, f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]
-  process = start("univid_jax.evaluate", *arguments)
+  process = start_command("univid_jax.evaluate", *arguments)
   while process.poll() is None and len(list((tmp_path / "out").glob("samples/*.npz"))) < 10:
     time.sleep(0.05)
   process.send_signal(signal.SIGKILL)
@@ -109,8 +99,8 @@ def test_two_processes_write_the_same_report(workdir, tmp_path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  processes = [start("univid_jax.evaluate", *SMALL, *EVALUATION, f"--workdir={workdir}", f"--out={tmp_path / 'out'}",
-                     f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}") for i in range(2)]
+  processes = [start_command("univid_jax.evaluate", *SMALL, *EVALUATION, f"--workdir={workdir}", f"--out={tmp_path / 'out'}",
+                             f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}") for i in range(2)]
   for process in processes:
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error

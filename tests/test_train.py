@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import os
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -18,6 +15,8 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests import commands
+from tests.commands import run_command, start_command
 from univid_jax import build
 from univid_jax.data.loader import make_loader
 from univid_jax.data.packing import pack, pack_rows
@@ -178,15 +177,8 @@ def test_muon_touches_matrices_of_blocks_alone(tiny_config):
   assert np.all(np.asarray(updates["head"]["head"]["kernel"]) < 0)
 
 
-def run_command(args, **options):
-  env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-  return subprocess.run([sys.executable, "-m", *args], env=env, capture_output=True, text=True, timeout=300, **options)
-
-
 # The same small run from the command line.
-SMALL = ["--config=configs/video_tasks.py", "--config.model.dim=32", "--config.model.ffn_dim=32", "--config.model.num_layers=1",
-         "--config.data.height=16", "--config.data.width=16", "--config.rows.num_tokens=48", "--config.rows.packing_bins=8",
-         "--config.log_every=1", "--config.eval.sentences_per_case=1", "--config.eval.num_inference_steps=2"]
+SMALL = (*commands.SMALL, "--config.log_every=1", "--config.eval.sentences_per_case=1", "--config.eval.num_inference_steps=2")
 
 
 def weights(workdir, config):
@@ -210,20 +202,18 @@ def lines(workdir):
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_any_time_and_run_again_it_ends_the_same(tmp_path, kills):
   steps = ["--config.num_steps=20", "--config.checkpoint.every_steps=3"]
-  straight = run_command(["univid_jax.train", *SMALL, *steps, f"--workdir={tmp_path / 'straight'}"])
+  straight = run_command("univid_jax.train", *SMALL, *steps, f"--workdir={tmp_path / 'straight'}")
   assert straight.returncode == 0, straight.stderr
   rng = np.random.default_rng()
   for reached in sorted(rng.choice(range(2, 19), kills, replace=False)):
-    command = [sys.executable, "-m", "univid_jax.train", *SMALL, *steps, f"--workdir={tmp_path / 'killed'}"]
-    process = subprocess.Popen(command, env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_command("univid_jax.train", *SMALL, *steps, f"--workdir={tmp_path / 'killed'}")
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= reached):
       time.sleep(0.01)
     time.sleep(float(rng.uniform(0, 0.1)))
     process.send_signal(signal.SIGKILL)
-    process.wait()
-  again = run_command(["univid_jax.train", *SMALL, *steps, f"--workdir={tmp_path / 'killed'}"])
+    process.communicate()
+  again = run_command("univid_jax.train", *SMALL, *steps, f"--workdir={tmp_path / 'killed'}")
   assert again.returncode == 0, again.stderr
   assert [row["step"] for row in lines(tmp_path / "killed")] == list(range(1, 21))
   assert [row["loss"] for row in lines(tmp_path / "killed")] == [row["loss"] for row in lines(tmp_path / "straight")]
@@ -236,7 +226,7 @@ def test_killed_at_any_time_and_run_again_it_ends_the_same(tmp_path, kills):
   for a, b in zip(jax.tree.leaves(weights(tmp_path / "straight", config)), jax.tree.leaves(weights(tmp_path / "killed", config))):
     np.testing.assert_array_equal(a, b)
 
-  complete = run_command(["univid_jax.train", *SMALL, *steps, f"--workdir={tmp_path / 'killed'}"])
+  complete = run_command("univid_jax.train", *SMALL, *steps, f"--workdir={tmp_path / 'killed'}")
   assert complete.returncode == 0 and "is complete (20 steps)" in complete.stdout
 
 
@@ -245,12 +235,12 @@ def test_a_disk_that_is_full_during_a_save(tmp_path):
   """Files may not grow past 16 KB: one line, the checkpoint from before is whole, and with room again it goes on."""
   arguments = ["univid_jax.train", *SMALL, "--config.validation.every_steps=0", "--config.eval.sentences_per_case=0",
                f"--workdir={tmp_path}"]
-  assert run_command([*arguments, "--config.num_steps=2"]).returncode == 0
+  assert run_command(*arguments, "--config.num_steps=2").returncode == 0
   limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))  # noqa: E731
-  full = run_command([*arguments, "--config.num_steps=4"], preexec_fn=limit)
+  full = run_command(*arguments, "--config.num_steps=4", preexec_fn=limit)
   last = full.stderr.strip().splitlines()[-1]
   assert full.returncode == 1 and last.startswith("error: ") and "step 2 is the last" in last, full.stderr
-  again = run_command([*arguments, "--config.num_steps=4"])
+  again = run_command(*arguments, "--config.num_steps=4")
   assert again.returncode == 0 and "at step 2 of 4" in again.stdout, again.stderr
   assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4]
 
@@ -265,9 +255,7 @@ def test_a_clip_that_vanishes_during_the_training(tmp_path):
   arguments = [*SMALL, f"--config.data.pairs={tmp_path / 'pairs'}", "--config.data.bundled=False", "--config.data.contexts.I=0.0",
                "--config.data.contexts.III=0.0", "--config.validation.every_steps=0", "--config.eval.sentences_per_case=0",
                "--config.checkpoint.every_steps=5", f"--workdir={tmp_path / 'run'}"]
-  process = subprocess.Popen([sys.executable, "-m", "univid_jax.train", *arguments, "--config.num_steps=100000"],
-                             env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True)
+  process = start_command("univid_jax.train", *arguments, "--config.num_steps=100000")
   while process.poll() is None and not ((tmp_path / "run" / "metrics.jsonl").exists() and lines_complete(tmp_path / "run") >= 12):
     time.sleep(0.05)
   clip, away = tmp_path / "pairs" / "task" / "b" / "target.png", tmp_path / "away.png"
@@ -280,14 +268,12 @@ def test_a_clip_that_vanishes_during_the_training(tmp_path):
   step = checkpointer.latest_step
   checkpointer.close()
   assert step >= 10 and step % 5 == 0
-  again = run_command(["univid_jax.train", *arguments, f"--config.num_steps={step + 1}"])
+  again = run_command("univid_jax.train", *arguments, f"--config.num_steps={step + 1}")
   assert again.returncode == 0 and f"at step {step} of {step + 1}" in again.stdout, again.stderr
 
 
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path):
-  command = [sys.executable, "-m", "univid_jax.train", *SMALL, "--config.num_steps=100000", f"--workdir={tmp_path}"]
-  process = subprocess.Popen(command, env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)
+  process = start_command("univid_jax.train", *SMALL, "--config.num_steps=100000", f"--workdir={tmp_path}")
   while process.poll() is None and not ((tmp_path / "metrics.jsonl").exists() and lines_complete(tmp_path) >= 2):
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)
@@ -382,25 +368,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path):
 @pytest.mark.long
 def test_two_processes_train_as_one(tmp_path):
   """Two real processes with four devices each, and one with eight: the same losses and the same LoRA, resumed too."""
-  arguments = [sys.executable, "-m", "univid_jax.train", *SMALL, "--config.lora.rank=2", "--config.rows.streams=2",
+  arguments = ["univid_jax.train", *SMALL, "--config.lora.rank=2", "--config.rows.streams=2",
                "--config.eval.sentences_per_case=0", "--config.mesh.data=2", "--config.mesh.fsdp=4",
                "--config.optimizer.name=adamw"]
-
-  def environment(devices):
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   for steps in (2, 3):
-    both = [subprocess.Popen([*arguments, f"--workdir={tmp_path / 'two'}", f"--config.num_steps={steps}",
-                              f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"], env=environment(4),
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    both = [start_command(*arguments, f"--workdir={tmp_path / 'two'}", f"--config.num_steps={steps}",
+                          f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}", devices=4)
+            for i in range(2)]
     for process in both:
       _, error = process.communicate(timeout=300)
       assert process.returncode == 0, error
-  one = subprocess.run([*arguments, f"--workdir={tmp_path / 'one'}", "--config.num_steps=3"], env=environment(8),
-                       capture_output=True, text=True, timeout=300)
+  one = run_command(*arguments, f"--workdir={tmp_path / 'one'}", "--config.num_steps=3", devices=8)
   assert one.returncode == 0, one.stderr
   two_losses, one_losses = ([line["loss"] for line in lines(tmp_path / name)] for name in ("two", "one"))
   assert len(one_losses) == 3
@@ -444,6 +425,6 @@ class TestForecast:
   @pytest.mark.parametrize("preset, topology, sizes", [("wan_1_3b", "v5e:2x4", {"data": 1, "fsdp": 8})])
   def test_for_tpus_that_are_not_here(self, preset, topology, sizes):
     pytest.importorskip("libtpu")
-    done = run_command(["univid_jax.forecast", f"--config=configs/video_tasks.py:{preset}", f"--topology={topology}",
-                        *(f"--config.mesh.{axis}={size}" for axis, size in sizes.items())])
+    done = run_command("univid_jax.forecast", f"--config=configs/video_tasks.py:{preset}", f"--topology={topology}",
+                       *(f"--config.mesh.{axis}={size}" for axis, size in sizes.items()))
     assert done.returncode == 0 and "memory a device (TPU v5 lite)" in done.stdout, done.stderr
