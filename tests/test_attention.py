@@ -50,7 +50,7 @@ def test_blocks_equal_the_whole(monkeypatch, blocks, masked):
 
   def out_and_gradients():
     loss = lambda *qkv: jnp.sum((attention(*qkv, **options) * real) ** 2)  # noqa: E731
-    return attention(q, k, v, **options) * real, *jax.grad(loss, (0, 1, 2))(q, k, v)
+    return jax.jit(lambda *qkv: (attention(*qkv, **options) * real, *jax.grad(loss, (0, 1, 2))(*qkv)))(q, k, v)
 
   whole = out_and_gradients()
   monkeypatch.setitem(xla.BLOCKS, "cpu", blocks)
@@ -98,8 +98,8 @@ def out_and_gradients(backend, q, k, v, intervals, weight, bias=None):
   """Of real tokens: what padding gets is not defined, but finite."""
   run = lambda *qkv: attention(*qkv, key_intervals=jnp.asarray(intervals), key_bias=bias, backend=backend)  # noqa: E731
   real = (intervals[..., 1] > 0)[..., None, None]
-  grads = jax.grad(lambda *qkv: jnp.sum(run(*qkv) * weight * real), (0, 1, 2))(q, k, v)
-  return run(q, k, v) * real, *grads
+  gradients = jax.grad(lambda *qkv: jnp.sum(run(*qkv) * weight * real), (0, 1, 2))
+  return jax.jit(lambda *qkv: (run(*qkv) * real, *gradients(*qkv)))(q, k, v)
 
 
 @pytest.mark.parametrize("block_kv", [128, 256])

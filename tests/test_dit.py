@@ -26,6 +26,7 @@ from univid_jax.diffusion.loss import sentence_losses, timestep_table
 from univid_jax.diffusion.solvers import euler, velocity_fn
 from univid_jax.models import rope as rotary
 from univid_jax.models.dit import PRESETS, DiT, DiTConfig, normalize, timestep_embedding
+from univid_jax.models.layers import next_key
 from univid_jax.models.rope import rotary_tables
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.types import Role, Sentence
@@ -54,7 +55,7 @@ def test_equals_the_original(name, fold):
   conditions = {}
   if name == "dit_i2v":
     conditions = {"condition": patchify(channels_last(io["y"]), PATCH)[None], "image_features": io["clip_fea"]}
-  out = model(row.tokens, jnp.asarray(io["t"])[None], dataclasses.replace(row, **conditions))[0]
+  out = jax.jit(model)(row.tokens, jnp.asarray(io["t"])[None], dataclasses.replace(row, **conditions))[0]
   expected = channels_last(io["out"])
   assert relative_error(unpatchify(np.asarray(out), expected.shape[:3], PATCH), expected) <= 2e-5
 
@@ -89,8 +90,7 @@ def test_bfloat16_stays_close():
   info, io, weights = golden("dit_t2v")
   config = DiTConfig.from_json(info["config"])
   row, t = row_of(io["x"], io["context"]), jnp.asarray(io["t"])[None]
-  expected = load_dit(config, weights)(row.tokens, t, row)
-  low = load_dit(config, weights, dtype=jnp.bfloat16)(row.tokens, t, row)
+  expected, low = (jax.jit(load_dit(config, weights, dtype=dtype))(row.tokens, t, row) for dtype in (jnp.float32, jnp.bfloat16))
   assert low.dtype == jnp.bfloat16
   assert 1e-6 < relative_error(low, expected) <= 2e-2
 
@@ -103,7 +103,7 @@ def test_remat_changes_nothing(remat):
 
   def gradient(policy):
     graph, params = nnx.split(load_dit(config, weights, remat=policy), nnx.Param)
-    return jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(row.tokens, t, row))))(params)
+    return jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(row.tokens, t, row)))))(params)
 
   for a, b in zip(jax.tree.leaves(gradient(remat)), jax.tree.leaves(gradient("none"))):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(b))) + 1e-12)
@@ -119,6 +119,11 @@ def test_attention_is_computed_again_only_where_it_is_not_kept(monkeypatch, rema
   graph, params = nnx.split(load_dit(DiTConfig.from_json(info["config"]), weights, remat=remat), nnx.Param)
   gradient = jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(row.tokens, t, row))))
   assert str(jax.make_jaxpr(gradient)(params)).count("while[") == passes
+
+
+def test_keys_are_those_of_nnx():
+  ours, theirs = nnx.Rngs(3), nnx.Rngs(3)
+  assert all(next_key(ours) == theirs.params() for _ in range(3))
 
 
 @pytest.mark.parametrize("name, count", [("wan2.1-t2v-1.3b", 1_418_996_800), ("wan2.1-t2v-14b", 14_288_491_584),
@@ -159,7 +164,8 @@ class TestPacking:
 
   def setup_method(self):
     rng = np.random.default_rng(0)
-    self.model = DiT(self.config, rngs=nnx.Rngs(1))
+    self.model = nnx.jit(lambda: DiT(self.config, rngs=nnx.Rngs(1)))()
+    self.velocity = jax.jit(self.model)
 
     def sentence(lengths, prompt_length):
       clips = tuple(rng.normal(size=(n, 4, 6, 4)).astype(np.float32) for n in lengths)
@@ -172,11 +178,11 @@ class TestPacking:
     self.timesteps = jnp.asarray([[900.0, 900.0, 500.0, 500.0, 20.0, 20.0, 0.0, 0.0]])
 
   def test_each_sentence_is_as_if_alone(self):
-    packed = self.model(self.row.tokens, self.timesteps, self.row)[0]
+    packed = self.velocity(self.row.tokens, self.timesteps, self.row)[0]
     for index, features in enumerate(self.sentences):
       row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=len(features["text"]), num_slots=1))
       row = dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
-      alone = self.model(row.tokens, self.timesteps[:, 2 * index:2 * index + 1], row)[0]
+      alone = self.velocity(row.tokens, self.timesteps[:, 2 * index:2 * index + 1], row)[0]
       assert relative_error(packed[self.row.segment_ids[0] == index + 1], alone) <= 1e-5
 
   def test_cached_context_gives_the_same_samples(self):
@@ -190,7 +196,7 @@ class TestPacking:
     cached, whole = run(dataclasses.replace(row, targets=places)), run(row)
     assert relative_error(cached, whole) <= 1e-5
     full = dataclasses.replace(row, context_causal=False, key_intervals=segment_intervals(row.segment_ids, row.segment_ids))
-    assert relative_error(euler(velocity_fn(self.model, full), full, noise, FlowMatching().inference_sigmas(4)), whole) > 1e-3
+    assert relative_error(run(full), whole) > 1e-3
     with pytest.raises(ValueError, match="only the context of a model trained with attention = context_causal"):
       self.model.encode_context(dataclasses.replace(full, targets=places))
 
@@ -198,9 +204,8 @@ class TestPacking:
   @pytest.mark.parametrize("spare", [0, 10])
   def test_what_only_context_would_need_is_left_out(self, remat, spare):
     """The losses of sentences and all gradients are those of a model that computes every token's velocity."""
-    model = DiT(self.model.config, remat=remat, rngs=nnx.Rngs(0))
-    nnx.update(model, nnx.state(self.model))
-    graph, params = nnx.split(model)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: DiT(self.config, remat=remat, rngs=nnx.Rngs(0))))
+    params = nnx.state(self.model)
     noise = np.random.default_rng(3).normal(size=self.row.tokens.shape).astype(np.float32)
 
     @jax.jit
@@ -215,14 +220,14 @@ class TestPacking:
     assert row.targets.shape == (1, 30 + spare)
     for a, b in zip(jax.tree.leaves(loss_and_gradients(row)), jax.tree.leaves(whole)):
       assert relative_error(a, b) <= 1e-5
-    velocity = self.model(row.tokens, self.timesteps, row)
+    velocity = self.velocity(row.tokens, self.timesteps, row)
     assert not np.any(velocity[~row.target_mask]) and np.all(np.any(velocity[row.target_mask], axis=-1))
 
   def test_context_that_sees_only_context_does_not_change(self):
     shape = RowShape(num_tokens=120, num_text_tokens=16, num_slots=4, context_causal=True)
     row = pack(self.sentences, shape)
     other = np.where(row.target_mask[..., None], 7.0, row.tokens)
-    outs = [self.model(tokens, timestep_table(jnp.full((1, 4), sigma), row), row)
+    outs = [self.velocity(tokens, timestep_table(jnp.full((1, 4), sigma), row), row)
             for tokens, sigma in ((row.tokens, 0.9), (other, 0.1))]
     context = (row.segment_ids[0] > 0) & ~row.target_mask[0]
     assert np.array_equal(outs[0][0][context], outs[1][0][context])
@@ -230,7 +235,7 @@ class TestPacking:
 
   def test_no_gradient_between_sentences(self):
     def output_of(tokens, segment):
-      out = self.model(tokens, self.timesteps, self.row)[0]
+      out = self.velocity(tokens, self.timesteps, self.row)[0]
       return jnp.sum(jnp.where((self.row.segment_ids[0] == segment)[:, None], out, 0) ** 2)
 
     for segment in (1, 2, 3):
@@ -240,8 +245,8 @@ class TestPacking:
       assert np.all(np.any(np.asarray(gradient)[inside] != 0, axis=-1))
 
   def test_context_and_target_may_have_timesteps_of_their_own(self):
-    same = self.model(self.row.tokens, self.timesteps, self.row)
-    other = self.model(self.row.tokens, self.timesteps.at[0, 0].set(0.0), self.row)
+    same = self.velocity(self.row.tokens, self.timesteps, self.row)
+    other = self.velocity(self.row.tokens, self.timesteps.at[0, 0].set(0.0), self.row)
     first = self.row.segment_ids[0] == 1
     assert relative_error(other[0][first], same[0][first]) > 1e-3
     others = self.row.segment_ids[0] > 1

@@ -113,13 +113,17 @@ class TestGoldenTraining:
     assert worst["loss"] <= 1e-5 and worst["gradient"] <= 1e-4 and worst["weights"] <= 1e-3
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def base():
-  """A small base with weights that are all random."""
-  model = DiT(CONFIG, rngs=nnx.Rngs(0))
-  keys = iter(jax.random.split(jax.random.key(1), 200))
-  nnx.update(model, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), nnx.state(model, nnx.Param)))
-  return model
+  """A small base with weights that are all random; tests that change it take a clone."""
+  @nnx.jit
+  def init():
+    model = DiT(CONFIG, rngs=nnx.Rngs(0))
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    nnx.update(model, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), nnx.state(model, nnx.Param)))
+    return model
+
+  return init()
 
 
 def random_lora(rank=3, alpha=5.0, seed=0, blocks=(0, 2)):
@@ -143,8 +147,8 @@ def row():
 
 
 def predict(graph, params):
-  r = row()
-  return np.asarray(nnx.merge(graph, params)(r.tokens, jnp.full((1, 2), 300.0), r))
+  velocity = jax.jit(lambda params, r: nnx.merge(graph, params)(r.tokens, jnp.full((1, 2), 300.0), r))
+  return np.asarray(velocity(params, row()))
 
 
 def with_lora(base, loras, merged):

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -71,7 +72,7 @@ def test_transformer(rng, kind):
     inputs = [torch.from_numpy(array) for array in (hidden[None], t, padded[None])]
     expected = theirs(*inputs, return_dict=False, **given)[0]
   row = row_of(x, context)
-  out = unpatchify(np.asarray(ours(row.tokens, t[None], dataclasses.replace(row, **conditions)))[0], shape, PATCH)
+  out = unpatchify(np.asarray(jax.jit(ours)(row.tokens, t[None], dataclasses.replace(row, **conditions)))[0], shape, PATCH)
   assert relative_error(out, np.moveaxis(expected[0].numpy(), 0, -1)) <= 2e-5
 
 
@@ -85,8 +86,8 @@ def test_autoencoder(rng):
     mean = theirs.encode(torch.from_numpy(np.moveaxis(video, -1, 0))[None]).latent_dist.mode()
     decoded = theirs.decode(mean, return_dict=False)[0]
   latents = (np.moveaxis(mean[0].numpy(), 0, -1) - np.array(LATENT_MEAN)) / np.array(LATENT_STD)
-  assert relative_error(ours.encode(video), latents) <= 1e-4
-  ours_decoded = np.clip(ours.decode(latents.astype(np.float32)), -1, 1)
+  assert relative_error(jax.jit(ours.encode)(video), latents) <= 1e-4
+  ours_decoded = np.clip(jax.jit(ours.decode)(latents.astype(np.float32)), -1, 1)
   assert relative_error(ours_decoded, np.moveaxis(decoded[0].numpy(), 0, -1)) <= 1e-4
 
 

@@ -165,11 +165,11 @@ def test_schedules():
 
 def test_muon_touches_matrices_of_blocks_alone(tiny_config):
   optimizer = make_optimizer(tiny_config.optimizer, 10)
-  params = nnx.to_pure_dict(nnx.state(build.model(tiny_config), nnx.Param))
+  params = nnx.to_pure_dict(nnx.state(nnx.jit(lambda: build.model(tiny_config))(), nnx.Param))
   grads = jax.tree.map(jnp.ones_like, params)
-  state = optimizer.init(params)
+  state, update = jax.jit(optimizer.init)(params), jax.jit(optimizer.update)
   for _ in range(2):  # the first step of a warm-up has rate 0
-    updates, state = optimizer.update(grads, state, params)
+    updates, state = update(grads, state, params)
   # Muon's update of a constant gradient has rank one and a spectral norm of about the rate.
   update = np.asarray(updates["blocks"]["self_attn"]["q"]["kernel"][0])
   singular = np.linalg.svd(update, compute_uv=False)

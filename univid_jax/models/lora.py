@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from univid_jax.models.layers import Linear
+from univid_jax.models.layers import Linear, next_key
 from univid_jax.weights.names import original_name
 
 # What the reference trains: the Linears of attention and feed-forward, by their official names.
@@ -71,7 +71,7 @@ class LoRA(nnx.Module):
     self.scale, self.dropout, self.dtype = config.scale, config.dropout, dtype
     # PEFT's start: uniform within 1 / sqrt(in_dim).
     bound = in_dim**-0.5
-    down = jax.random.uniform(rngs.params(), (*layers, in_dim, config.rank), jnp.float32, -bound, bound)
+    down = jax.random.uniform(next_key(rngs), (*layers, in_dim, config.rank), jnp.float32, -bound, bound)
     self.down = LoRAParam(down, dims=(in_name, None))
     self.up = LoRAParam(jnp.zeros((*layers, config.rank, out_dim), jnp.float32), dims=(None, out_name))
     self.key = DropoutKey(jax.random.split(jax.random.key(0), tuple(layers))) if config.dropout else None
