@@ -24,7 +24,7 @@ def main() -> None:
   # After the flags: --help and wrong flags answer at once, without waiting for JAX.
   with uncollected():
     start_processes()
-    keep_programs()
+    programs = keep_programs()
     from etils import epath
 
     from univid_jax.evaluation import evaluate
@@ -36,7 +36,7 @@ def main() -> None:
   config = CONFIG.value
   workdir = WORKDIR.value or f"runs/{config.name}"
   try:
-    result = train(config, workdir)
+    result = train(config, workdir, traces=programs)
   except (Interrupted, FloatingPointError) as error:
     raise cli.UserError(error) from error
   import jax

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import univid_jax
 from univid_jax import build
 from univid_jax.attention.api import best_backend
-from univid_jax.compilation import uncollected
+from univid_jax.compilation import kept_step, uncollected
 from univid_jax.data.loader import make_loader
 from univid_jax.encoders import Encoders
 from univid_jax.files import local_file
@@ -106,8 +106,14 @@ class Run:
     return Pipeline(self.dit, self.spec.graph, join(self.frozen, params), encoders=self.encoders, mesh=self.mesh, run=self.values)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
+def train(config: ml_collections.ConfigDict, workdir: str, *, traces: str | None = None) -> TrainResult:
   """Trains until config.num_steps, from the latest checkpoint in the workdir or else from the start.
+
+  Args:
+    config: of `configs/`.
+    workdir: a folder or a bucket.
+    traces: a folder that keeps the traced step for the next start, see `compilation.kept_step`; for processes that run this
+      package as it is, which all commands do.
 
   Raises:
     ValueError: a value of the config fits no run, or the workdir holds a run of another config.
@@ -135,7 +141,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> TrainResult:
   loader.start_prefetch()  # the first batches are made while the step is compiled
   step_fn = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=config.ema_decay, seed=config.seed,
                             microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0)
-  step_fn, memory = compile_step(step_fn, spec, abstract_batch(config, mesh), mesh)
+  batch = abstract_batch(config, mesh)
+  if traces:
+    with uncollected(), jax.set_mesh(mesh):
+      step_fn = kept_step(step_fn, spec.abstract, spec.abstract_frozen, batch, folder=traces, about=(values, run.dit))
+  step_fn, memory = compile_step(step_fn, spec, batch, mesh)
   print(memory if memory.fits else f"{memory}: that is more than there is; {ADVICE}")
   print(f"attention: {backend_name(config, mesh, run.dit)}, {config.model.attention.replace('_', '-')}")
   start, started = int(state.step), time.monotonic()
