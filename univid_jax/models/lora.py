@@ -81,8 +81,23 @@ class LoRA(nnx.Module):
     if self.key is not None:
       kept = jax.random.bernoulli(self.key[...], 1 - self.dropout, x.shape)
       x = jnp.where(kept, x / (1 - self.dropout), 0)
-    y = (x @ self.down[...].astype(self.dtype)) @ self.up[...].astype(self.dtype)
+    y = _widened(x @ self.down[...].astype(self.dtype), self.up[...].astype(self.dtype))
     return y if self.scale == 1 else y * jnp.asarray(self.scale, self.dtype)
+
+
+@jax.custom_vjp
+def _widened(x: Float[Array, "... r"], up: Float[Array, "r o"]) -> Float[Array, "... o"]:
+  """x @ up. Its own gradient of `up` has x first: JAX's has the output's first, which XLA on CPUs then transposes as a whole."""
+  return x @ up
+
+
+def _widened_backward(saved, gradient):
+  x, up = saved
+  tokens = tuple(range(x.ndim - 1))
+  return gradient @ up.T, jax.lax.dot_general(x, gradient, ((tokens, tokens), ((), ())))
+
+
+_widened.defvjp(lambda x, up: (x @ up, (x, up)), _widened_backward)
 
 
 def attach(model: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs) -> list[str]:
