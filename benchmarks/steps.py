@@ -37,6 +37,7 @@ def row_program(shape: DiTConfig, *, dtype: str, mode: str, backend: str, remat:
   from univid_jax.models.lora import join
   from univid_jax.parallel.mesh import make_mesh
   from univid_jax.parallel.sharding import shard_batch
+  from univid_jax.training.forecast import compile_step
   from univid_jax.training.optimizer import make_optimizer
   from univid_jax.training.step import StateSpec, make_train_step
 
@@ -61,10 +62,14 @@ def row_program(shape: DiTConfig, *, dtype: str, mode: str, backend: str, remat:
         jax.block_until_ready(forward(state.params, frozen, shard_batch(row, mesh)))
     return run_forward
   step = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=0.0, seed=0)
-  holder = [state]
+  holder, programs = [state], {}
 
   def run_step(row: PackedRow) -> None:
+    row = shard_batch(row, mesh)
+    shapes = str(jax.tree.map(jnp.shape, row))
+    if shapes not in programs:
+      programs[shapes], _ = compile_step(step, spec, row, mesh)
     with jax.set_mesh(mesh):
-      holder[0], metrics = step(holder[0], frozen, shard_batch(row, mesh))
+      holder[0], metrics = programs[shapes](holder[0], frozen, row)
       jax.block_until_ready(metrics)
   return run_step
