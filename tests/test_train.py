@@ -298,12 +298,22 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_config, tmp_path):
 
 
 def test_what_is_written(tiny_config, tmp_path):
-  result = train(tiny_config, str(tmp_path))
-  assert result.steps_taken == 4
+  result = train(tiny_config, str(tmp_path), traces=str(tmp_path / "traces"))
+  assert result.steps_taken == 4 and len(list((tmp_path / "traces").iterdir())) == 1
   assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4]
   assert all(0 < row["fill_rate"] <= 1 and row["sentences"] >= 8 and np.isfinite(row["loss"]) for row in lines(tmp_path))
   assert (tmp_path / "loss.png").stat().st_size > 1000 and any((tmp_path / "tensorboard").iterdir())
   assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4"]
+
+
+def test_a_second_start_goes_on_from_the_kept_step(tiny_config, tmp_path, monkeypatch):
+  """The same losses to the bit, without tracing the step."""
+  traces = str(tmp_path / "traces")
+  train(tiny_config, str(tmp_path / "first"), traces=traces)
+  monkeypatch.setattr("univid_jax.training.step.sentence_losses", None)  # what a trace would call
+  train(tiny_config, str(tmp_path / "second"), traces=traces)
+  first, second = ([row["loss"] for row in lines(tmp_path / name)] for name in ("first", "second"))
+  assert first == second and len(second) == 4
 
 
 class TestValidation:

@@ -65,7 +65,7 @@ def kept_step(step: Callable[..., Any], *args: Any, folder: epath.PathLike, abou
     try:
       exported = export.export(jax.jit(of_leaves))(*leaves)
       content = exported.serialize()
-    except (ValueError, NotImplementedError):
+    except (ValueError, NotImplementedError):  # what is wrong with the step itself is said again when it is compiled
       return step
     with contextlib.suppress(OSError), local_file(path) as unfinished:
       unfinished.write_bytes(content)
