@@ -1,78 +1,88 @@
-"""Attention's time and memory by the number of tokens: forward and gradient, beside PyTorch's scaled_dot_product_attention.
+"""Attention's time and memory by the number of tokens, against PyTorch's scaled_dot_product_attention.
 
-  python -m benchmarks.attention [--against=torch] [--tokens=4096,8192,16384] [--dtype=float32] [--backend=auto]
-      [--sentences=1] [--pairs=3]
+  python -m benchmarks.attention [--against=torch] [--tokens=4096,8192,16384] [--mode=gradient|forward]
+      [--dtype=float32] [--backend=auto] [--sentences=1] [--pairs=5]
 
-Of the 1.3B's shape, 12 heads of 128. Memory is the whole process's, inputs and outputs included. With several
-sentences a row is packed: each token sees its own, and what a backend can skip shows in the time (univid_jax alone).
+The shape is that of the 1.3B: 12 heads of 128. Memory is the whole process's, inputs and outputs included. With
+several sentences a row is packed, each token attends to its own sentence, and the time shows what a backend skips
+(univid_jax alone).
 """
 
-from absl import flags
+import sys
+from collections.abc import Callable
 
-from univid_jax import cli
+from benchmarks.timing import Figures, Program, RaceFlags, print_ratios, race, write_json
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import AttentionBackend
 
-TOKENS = flags.DEFINE_list("tokens", ["4096", "8192", "16384"], "Lengths of a row.")
-SENTENCES = flags.DEFINE_integer("sentences", 1, "Of equal length in a row.", lower_bound=1)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of all inputs.")
-BACKEND = flags.DEFINE_string("backend", "auto", "Of univid_jax.")
-MODE = flags.DEFINE_enum("mode", "gradient", ["forward", "gradient"], "Forward alone, or with the gradient of all inputs.")
-AGAINST = flags.DEFINE_list("against", [], "Peers: torch.")
-PAIRS = flags.DEFINE_integer("pairs", 3, "Timed runs of each.", lower_bound=1)
-OUT = flags.DEFINE_string("out", "", "File for the figures as JSON.")
+FLAGS = CommandFlags(__doc__)
+TOKENS = FLAGS.strings("tokens", ["4096", "8192", "16384"], "Lengths of a row.")
+SENTENCES = FLAGS.integer("sentences", 1, "Sentences of equal length in a row.", lower_bound=1)
+BACKEND = FLAGS.choice("backend", "auto", list(AttentionBackend), "Of univid_jax.")
+MODE = FLAGS.choice("mode", "gradient", ["forward", "gradient"], "Forward alone, or with the gradient of all inputs.")
+RACE = RaceFlags(FLAGS)
 
 NUM_HEADS, HEAD_DIM = 12, 128
 
 
-def jax_side(tokens, dtype, sentences, backend, mode):
+def build_jax(*, tokens: int, dtype: str, sentences: int, backend: str, mode: str) -> Callable[[], object]:
   import jax
   import jax.numpy as jnp
 
-  from univid_jax.attention.api import attention
+  from univid_jax.models.attention.api import attention
 
   keys = jax.random.split(jax.random.key(0), 4)
-  q, k, v, g = (jax.random.normal(key, (1, tokens, NUM_HEADS, HEAD_DIM), dtype) for key in keys)
+  q, k, v, g = (jax.random.normal(key, (1, tokens, NUM_HEADS, HEAD_DIM), jnp.dtype(dtype)) for key in keys)
   starts = jnp.arange(tokens) * sentences // tokens * tokens // sentences
   intervals = None if sentences == 1 else jnp.stack([starts, starts + tokens // sentences], -1)[None]
 
   def attend(q, k, v):
-    return attention(q, k, v, key_intervals=intervals, backend=backend)
+    return attention(q, k, v, key_intervals=intervals, backend=AttentionBackend(backend))
 
   run = jax.jit(attend if mode == "forward" else lambda q, k, v: jax.vjp(attend, q, k, v)[1](g))
   return lambda: jax.block_until_ready(run(q, k, v))
 
 
-def torch_side(tokens, dtype, mode, compiled):
+def build_torch(*, tokens: int, dtype: str, mode: str, compiled: bool) -> Callable[[], object]:
   import torch
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  options = dict(device=device, dtype=getattr(torch, dtype), requires_grad=mode == "gradient")
-  q, k, v, g = (torch.randn(1, NUM_HEADS, tokens, HEAD_DIM, **options) for _ in range(4))
+  q, k, v, g = (
+    torch.randn(
+      1, NUM_HEADS, tokens, HEAD_DIM, device=device, dtype=getattr(torch, dtype), requires_grad=mode == "gradient"
+    )
+    for _ in range(4)
+  )
   attend = torch.nn.functional.scaled_dot_product_attention
   attend = torch.compile(attend) if compiled else attend
 
-  def once():
+  def run() -> float:
     out = attend(q, k, v)
-    grads = torch.autograd.grad(out, (q, k, v), g.detach()) if mode == "gradient" else (out,)
-    return grads[0].sum().item()
-  return once
+    results = torch.autograd.grad(out, (q, k, v), g.detach()) if mode == "gradient" else (out,)
+    return results[0].sum().item()
+
+  return run
 
 
+@app.command(FLAGS)
 def main() -> None:
-  from benchmarks.timing import peers, print_ratios, race, write_json
-
-  figures = {}
+  figures: dict[str, dict[str, Figures]] = {}
   for tokens in map(int, TOKENS.value):
     if tokens % SENTENCES.value:
-      raise cli.UserError(f"{tokens} tokens do not divide into {SENTENCES.value} sentences")
-    shared = dict(tokens=tokens, dtype=DTYPE.value, mode=MODE.value)
-    # A pair of a query and a key takes two products of the head's size; the backward pass four more.
+      raise UserError(f"--tokens={tokens} must be divisible by --sentences={SENTENCES.value}")
+    shared = dict(tokens=tokens, dtype=RACE.dtype.value, mode=MODE.value)
+    # A pair of a query and a key takes two products of the head's size; the backward pass takes four more.
     flops = 4 * tokens**2 / SENTENCES.value * NUM_HEADS * HEAD_DIM * (3 if MODE.value == "gradient" else 1)
     print(f"{tokens:,} tokens")
-    ours = (jax_side, {**shared, "sentences": SENTENCES.value, "backend": BACKEND.value})
-    figures[tokens] = race({"univid_jax": ours, **peers(AGAINST.value, torch_side, shared)}, pairs=PAIRS.value, flops=flops)
-    print_ratios(figures[tokens])
-  write_json(OUT.value, {"sentences": SENTENCES.value, "dtype": DTYPE.value, "mode": MODE.value, **figures})
+    ours = Program(build_jax, {**shared, "sentences": SENTENCES.value, "backend": BACKEND.value})
+    programs = {"univid_jax": ours, **RACE.peers(build_torch, shared)}
+    figures[str(tokens)] = race(programs, pairs=RACE.pairs.value, flops=flops)
+    print_ratios(figures[str(tokens)])
+  setup = {"sentences": SENTENCES.value, "dtype": RACE.dtype.value, "mode": MODE.value}
+  write_json(RACE.out.value, {**setup, **figures})
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  sys.exit(main())

@@ -1,122 +1,234 @@
-"""What packing is worth: sentences a second of a training step, with several sentences a row and with one padded to the longest.
+"""What packing gains: sentences per second of a training step, packed and with one sentence per row.
 
-  python -m benchmarks.packing [--variant=wan2.1-t2v-1.3b] [--scale=4] [--layers=8] [--rounds=5] [--out=FILE.json]
+  python -m benchmarks.packing [--variant=wan2.1-t2v-1.3b] [--scale=4] [--layers=8] [--dtype=float32] [--rounds=5]
+      [--out=FILE.json]
 
-LoRA of rank 16, blocks recomputed, the paper's mix of contexts (0.3 I, 0.3 II, 0.4 III), 17 frames of 832 x 480 a video. A scale
-of 4 divides the tokens and the width of the model by 4, so that attention keeps its share of a step. Three ways, a row a step, in
-turn: packed rows as `wan_1_3b` makes them; a sentence a row, padded to context I, where attention skips the padding;
-the same where it does not, as in a batch without a mask. Where attention cannot skip, the second is as slow as the third.
+LoRA of rank 16, blocks recomputed, the paper's contexts (0.3 I, 0.3 II, 0.4 III), videos of 17 frames of 832 x 480. A
+scale of 4 divides the tokens and the width of the model by 4, so that attention keeps its share of a step. Three
+kinds of rows are timed in turn: packed rows as `wan_1_3b` makes them; one sentence per row, padded to context I,
+where attention skips the padding; the same where it does not, as in a batch without a mask. If the backend cannot
+skip, the second is as slow as the third.
 """
 
 import collections
+import dataclasses
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
-from absl import flags
+import numpy as np
 
-from univid_jax import cli
+from benchmarks.steps import find_variant, make_row_program
+from benchmarks.timing import write_json
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags
+from univid_jax.core.options import AttentionBackend, Packing
+from univid_jax.core.packed_row import PackedRow
+from univid_jax.core.sentence import Sentence, reference_roles
+from univid_jax.data.contexts import CONTEXT_NAMES, PAPER_CONTEXTS, video_pattern
+from univid_jax.data.loader import make_loader
+from univid_jax.data.packing import Features, RowShape, pack, sentence_features
+from univid_jax.models.variants import DiTConfig
 
-VARIANT = flags.DEFINE_string("variant", "wan2.1-t2v-1.3b", "A name of models.dit.PRESETS.")
-SCALE = flags.DEFINE_enum("scale", "4", ["1", "4"], "Divides tokens, width and heads.")
-LAYERS = flags.DEFINE_integer("layers", 8, "Blocks; 0 for all.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of weights and products; adapters are float32.")
-BACKEND = flags.DEFINE_string("attention_backend", "auto", "Of univid_jax.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each kind of row.", lower_bound=1)
-OUT = flags.DEFINE_string("out", "", "File for the figures as JSON.")
+FLAGS = CommandFlags(__doc__)
+VARIANT = FLAGS.string("variant", "wan2.1-t2v-1.3b", "A published model, by its name in models.variants.")
+SCALE = FLAGS.choice("scale", "4", ["1", "4"], "Divides tokens, width and heads.")
+LAYERS = FLAGS.integer("layers", 8, "Blocks; 0 for all.")
+DTYPE = FLAGS.choice("dtype", "float32", ["bfloat16", "float32"], "Of weights and activations; adapters are float32.")
+BACKEND = FLAGS.choice("attention_backend", "auto", list(AttentionBackend), "Of univid_jax.")
+ROUNDS = FLAGS.integer("rounds", 5, "Timed steps of each kind of row.", lower_bound=1)
+OUT = FLAGS.string("out", "", "File for the figures as JSON.")
 
-VIDEO_FRAMES = 5  # in latents
+VIDEO_FRAMES = 5  # latent frames of a video
 PROMPT_TOKENS = 64
 ROW_FRAMES = 24  # of `wan_1_3b`: a sentence of context I and one of II, or two of III
-COUNTED_ROWS, RARE = 300, 0.02
+COUNTED_ROWS = 300
+RARE = 0.02  # combinations of contexts that fewer rows have are not timed
+CONTEXT_SHARES = {name: share for name, share in PAPER_CONTEXTS.items() if share}
 
 
-def rows_by_kind(loader):
-  """Rows by the contexts of their sentences: one of each kind, how many there are; and all their sentences and tokens."""
-  from univid_jax.data.sentences import CONTEXTS
+@dataclasses.dataclass(frozen=True)
+class LatentFeatures:
+  """Makes the features of sentences whose clips are latents; their prompts have equal lengths.
 
-  packed, counts, sentences, filled = {}, collections.Counter(), 0, 0
-  for _ in range(COUNTED_ROWS):
-    row = next(loader)
-    kind = " + ".join(sorted(tuple(CONTEXTS)[i - 1] for i in row.context_ids[0] if i))
-    packed.setdefault(kind, row)
-    counts[kind] += 1
-    sentences, filled = sentences + int(row.segment_ids.max()), filled + int((row.segment_ids > 0).sum())
-  return packed, counts, sentences, filled
+  Attributes:
+    shape: of the transformer.
+    takes_image: whether the transformer is an I2V model.
+  """
+
+  shape: DiTConfig
+  takes_image: bool = False
+
+  def __call__(self, sentence: Sentence, /) -> Features:
+    return sentence_features(
+      sentence,
+      patch_size=self.shape.patch_size,
+      prompt_embedding=np.ones((PROMPT_TOKENS, self.shape.text_dim), np.float32),
+      text_len=self.shape.text_len,
+      context_id=1 + CONTEXT_NAMES.index(sentence.context),
+    )
 
 
-def main() -> None:
-  import dataclasses
-  import math
-  import statistics
-  import time
+@dataclasses.dataclass(frozen=True)
+class LatentSentences:
+  """Sentences of constant latents with contexts drawn as the paper does.
 
-  import numpy as np
+  Attributes:
+    size: height and width of the latents.
+  """
 
-  from benchmarks.steps import row_program
-  from benchmarks.timing import write_json
-  from univid_jax.data.loader import FeatureMaker, make_loader
-  from univid_jax.data.packing import RowShape, pack
-  from univid_jax.data.sentences import PAPER_CONTEXTS, video_pattern
-  from univid_jax.models.dit import PRESETS
-  from univid_jax.types import Sentence, reference_roles
+  size: tuple[int, int]
 
-  scale, shape = int(SCALE.value), PRESETS[VARIANT.value]
-  shape = dataclasses.replace(shape, dim=shape.dim // scale, ffn_dim=shape.ffn_dim // scale, num_heads=shape.num_heads // scale,
-                              num_layers=LAYERS.value or shape.num_layers)
-  height, width = 60 // math.isqrt(scale), 104 // math.isqrt(scale)  # of latents
-  mix = {name: share for name, share in PAPER_CONTEXTS.items() if share}
+  @property
+  def task_names(self) -> Sequence[str]:
+    return ()
 
-  def sentence(context: str) -> Sentence:
-    clips = tuple(np.ones((VIDEO_FRAMES if video else 1, height, width, 16), np.float32)
-                  for video in video_pattern(context, 4))
+  def __len__(self) -> int:
+    return 100_000
+
+  def __getitem__(self, index: int) -> Sentence:
+    rng = np.random.default_rng((1, int(index)))
+    return self.make(rng.choice(list(CONTEXT_SHARES), p=list(CONTEXT_SHARES.values())))
+
+  def make(self, context: str) -> Sentence:
+    """Returns a sentence of a context."""
+    lengths = [VIDEO_FRAMES if is_video else 1 for is_video in video_pattern(context, 4)]
+    clips = tuple(np.ones((length, *self.size, 16), np.float32) for length in lengths)
     return Sentence(clips=clips, roles=reference_roles(4), context=context)
 
-  class Sentences:
-    def __len__(self):
-      return 100_000
+  def split(self, share: float) -> tuple["LatentSentences", "LatentSentences"]:
+    raise NotImplementedError
 
-    def __getitem__(self, index):
-      return sentence(np.random.default_rng((1, int(index))).choice(list(mix), p=list(mix.values())))
 
-  make_features = FeatureMaker(encode=lambda clip: clip, patch_size=(1, 2, 2), text_len=512, task_names=(),
-                               embed_prompt=lambda prompt: np.ones((PROMPT_TOKENS, shape.text_dim), np.float32))
-  frame = height // 2 * width // 2
-  packed_shape = RowShape(num_tokens=ROW_FRAMES * frame, num_text_tokens=6 * (PROMPT_TOKENS + 1), num_slots=6,
-                          num_targets=ROW_FRAMES * frame // 2)
-  padded_shape = RowShape(num_tokens=4 * VIDEO_FRAMES * frame, num_text_tokens=PROMPT_TOKENS + 1, num_slots=1,
-                          num_targets=VIDEO_FRAMES * frame)
-  loader = make_loader([Sentences()], make_features, row_shape=packed_shape, rows_per_batch=1, seed=0, num_packing_bins=64,
-                       packing="best_fit")
-  packed, counts, sentences, filled = rows_by_kind(loader)
-  loader.close()
-  # The few rare kinds are not timed.
-  common = {kind: count for kind, count in counts.items() if count >= RARE * COUNTED_ROWS}
-  timed = {kind: count / sum(common.values()) for kind, count in common.items()}
-  a_row = sum(share * len(kind.split(" + ")) for kind, share in timed.items())
-  fill = filled / COUNTED_ROWS / packed_shape.num_tokens
-  print(f"{frame} tokens a latent frame; packed: rows of {packed_shape.num_tokens:,} tokens, {sentences / COUNTED_ROWS:.2f} "
-        f"sentences each, {fill:.1%} full; padded: rows of {padded_shape.num_tokens:,}; timed "
-        f"{sum(common.values()) / COUNTED_ROWS:.0%} of the packed rows", flush=True)
-  padded = {name: pack([make_features(sentence(name))], padded_shape) for name in mix}
-  rows = {**{f"packed, {kind}": packed[kind] for kind in timed}, **{f"padded, {name}": row for name, row in padded.items()},
-          "padded, no mask": dataclasses.replace(padded["I"], key_intervals=None)}
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+  """A sample of packed rows.
 
-  run = row_program(shape, dtype=DTYPE.value, mode="train", backend=BACKEND.value)
-  seconds: dict[str, list[float]] = {}
+  Attributes:
+    rows: one per combination of contexts, such as "I + II".
+    shares: how often each combination occurs, without the rare ones.
+    sentences: per row, rare rows included.
+    fill_rate: likewise.
+    timed: share of the rows that are not rare.
+  """
+
+  rows: Mapping[str, PackedRow]
+  shares: Mapping[str, float]
+  sentences: float
+  fill_rate: float
+  timed: float
+
+  @classmethod
+  def draw(cls, loader: Iterator[PackedRow]) -> "PackedRows":
+    rows: dict[str, PackedRow] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    sentences = fill = 0.0
+    for _ in range(COUNTED_ROWS):
+      row = next(loader)
+      assert row.context_ids is not None
+      kind = " + ".join(sorted(CONTEXT_NAMES[i - 1] for i in np.asarray(row.context_ids)[0] if i))
+      rows.setdefault(kind, row)
+      counts[kind] += 1
+      segments = np.asarray(row.segment_ids)
+      sentences += segments.max() / COUNTED_ROWS
+      fill += np.mean(segments > 0) / COUNTED_ROWS
+    common = {kind: count for kind, count in counts.items() if count >= RARE * COUNTED_ROWS}
+    total = sum(common.values())
+    shares = {kind: count / total for kind, count in common.items()}
+    return cls(rows, shares, sentences, float(fill), total / COUNTED_ROWS)
+
+  @property
+  def sentences_per_timed_row(self) -> float:
+    return sum(share * len(kind.split(" + ")) for kind, share in self.shares.items())
+
+
+def scaled_shape() -> DiTConfig:
+  shape, scale = find_variant(VARIANT.value), int(SCALE.value)
+  return dataclasses.replace(
+    shape,
+    dim=shape.dim // scale,
+    ffn_dim=shape.ffn_dim // scale,
+    num_heads=shape.num_heads // scale,
+    num_layers=LAYERS.value or shape.num_layers,
+  )
+
+
+def time_rows(shape: DiTConfig, rows: Mapping[str, PackedRow]) -> dict[str, float]:
+  """Returns the median seconds of a step on each row, timed in turn after one warm-up."""
+  run = make_row_program(shape, dtype=DTYPE.value, mode="train", backend=BACKEND.value)
+  seconds: dict[str, list[float]] = {name: [] for name in rows}
   for _ in range(1 + ROUNDS.value):
     for name, row in rows.items():
       start = time.perf_counter()
       run(row)
-      seconds.setdefault(name, []).append(time.perf_counter() - start)
-  median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-  rates = {"packed": a_row / sum(share * median[f"packed, {kind}"] for kind, share in timed.items()),
-           "padded, padding skipped": 1 / sum(share * median[f"padded, {name}"] for name, share in mix.items()),
-           "padded, padding attended": 1 / median["padded, no mask"]}
+      seconds[name].append(time.perf_counter() - start)
+  return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+@app.command(FLAGS)
+def main() -> None:
+  shape = scaled_shape()
+  divisor = math.isqrt(int(SCALE.value))
+  source = LatentSentences((60 // divisor, 104 // divisor))
+  tokens_per_frame = source.size[0] // 2 * (source.size[1] // 2)
+  make_features = LatentFeatures(shape)
+  packed_shape = RowShape(
+    num_tokens=ROW_FRAMES * tokens_per_frame,
+    num_text_tokens=6 * (PROMPT_TOKENS + 1),
+    num_slots=6,
+    num_targets=ROW_FRAMES * tokens_per_frame // 2,
+  )
+  padded_shape = RowShape(
+    num_tokens=4 * VIDEO_FRAMES * tokens_per_frame,
+    num_text_tokens=PROMPT_TOKENS + 1,
+    num_slots=1,
+    num_targets=VIDEO_FRAMES * tokens_per_frame,
+  )
+  loader = make_loader(
+    [source],
+    make_features,
+    row_shape=packed_shape,
+    rows_per_batch=1,
+    seed=0,
+    num_packing_bins=64,
+    packing=Packing.BEST_FIT,
+  )
+  packed = PackedRows.draw(loader)
+  loader.close()
+  print(
+    f"{tokens_per_frame} tokens per latent frame; packed: rows of {packed_shape.num_tokens:,} tokens, "
+    f"{packed.sentences:.2f} sentences each, {packed.fill_rate:.1%} full, {packed.timed:.0%} of them timed; padded: "
+    f"rows of {padded_shape.num_tokens:,}",
+    flush=True,
+  )
+  padded = {name: pack([make_features(source.make(name))], padded_shape) for name in CONTEXT_SHARES}
+  rows = {
+    **{f"packed, {kind}": packed.rows[kind] for kind in packed.shares},
+    **{f"padded, {name}": row for name, row in padded.items()},
+    "padded, no mask": dataclasses.replace(padded["I"], key_intervals=None),
+  }
+  median = time_rows(shape, rows)
+  packed_seconds = sum(share * median[f"packed, {kind}"] for kind, share in packed.shares.items())
+  rates = {
+    "packed": packed.sentences_per_timed_row / packed_seconds,
+    "padded, padding skipped": 1 / sum(share * median[f"padded, {name}"] for name, share in CONTEXT_SHARES.items()),
+    "padded, padding attended": 1 / median["padded, no mask"],
+  }
   for name, value in median.items():
-    print(f"{name:<26}{value:8.2f} s a row (median of {ROUNDS.value})")
+    print(f"{name:<26}{value:8.2f} s per row (median of {ROUNDS.value})")
   for name, rate in rates.items():
-    print(f"{name:<26}{rate:8.4f} sentences a second; packed {rates['packed'] / rate:.2f} times")
-  write_json(OUT.value, {"sentences_a_row": sentences / COUNTED_ROWS, "fill_rate": fill, "rows": timed,
-                         "median_s": median, "sentences_a_s": rates})
+    print(f"{name:<26}{rate:8.4f} sentences per second; packed {rates['packed'] / rate:.2f} times")
+  figures = {
+    "sentences_per_row": packed.sentences,
+    "fill_rate": packed.fill_rate,
+    "rows": packed.shares,
+    "median_s": median,
+    "sentences_per_s": rates,
+  }
+  write_json(OUT.value, figures)
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  sys.exit(main())

@@ -1,265 +1,309 @@
 """Training on TPUs that are not here: memory, traffic and a roofline, from the TPU compiler (`pip install '.[tpu]'`).
 
-  python -m benchmarks.scaling [--presets=wan_1_3b,wan_14b] [--topologies=v5e:2x4,v5p:2x2x2,v6e:2x4] [--contexts=1,4] [--all]
-      [--out=FILE.jsonl]
+  python -m benchmarks.scaling [--presets=wan_1_3b,wan_14b] [--topologies=v5e:2x4,v5p:2x2x2,v6e:2x4] [--contexts=1,4]
+      [--all] [--out=FILE.jsonl]
 
-For each preset, topology and number of devices that share a row the step is compiled on the meshes that could hold the weights,
-from the least traffic on (weights on every chip, then spread over eight, then over all), until one fits; with --all on all of
-them. Each takes two to five minutes; with --out those that the file has already are not compiled again. Rows are those of the
-preset, one for each data x fsdp device. Memory is the compiler's. Times are lower bounds from stated peaks
-(`performance.CHIPS`): operations by formula (with recomputation), bytes that the program reads and writes, bytes that its
-collectives carry; the largest of the three bounds the step. The file also has the cycles that the compiler itself expects for all
-but attention.
+For each preset, topology and number of devices that share a row, the step is compiled on the meshes that could hold
+the weights, in the order of least traffic (weights on every chip, then sharded over eight, then over all), until one
+fits; with --all on all of them. Each takes two to five minutes; with --out, lines that the file already has are not
+compiled again. Rows are those of the preset, one per data x fsdp device.
+
+Memory is the compiler's. Times are lower bounds from stated peaks (`platform.chips`): operations by formula,
+recomputation included; bytes that the program reads and writes; bytes that its collectives carry. The largest of the
+three bounds the step. The file also has the cycles that the compiler expects for everything but attention.
 """
 
+import dataclasses
 import json
-import os
+import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from absl import flags
+from benchmarks.programs import collective_bytes, estimated_cycles, memory_bytes
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import PRESETS
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.platform.chips import CHIPS, Chip
+from univid_jax.platform.topologies import describe_devices, use_tpu_compiler
 
-from univid_jax import cli
-from univid_jax.performance import CHIPS, chip_of, step_flops
+FLAGS = CommandFlags(__doc__)
+PRESET_NAMES = FLAGS.strings("presets", ["wan_1_3b", "wan_14b"], "Presets, see config.presets.")
+TOPOLOGIES = FLAGS.strings("topologies", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"], "Names that libtpu knows.")
+CONTEXTS = FLAGS.strings("contexts", ["1", "4"], "Sizes of the mesh's sequence axis (config.mesh.context) to try.")
+ALL = FLAGS.switch("all", False, "Compile all meshes, not only up to the first that fits.")
+OUT = FLAGS.string("out", "", "File for the table, one line of JSON per program; an existing file is continued.")
+ONE = FLAGS.string("one", "", "PRESET TOPOLOGY FSDP CONTEXT: compiles one line; used internally.")
 
-PRESETS = flags.DEFINE_list("presets", ["wan_1_3b", "wan_14b"], "Of configs/video_tasks.py.")
-TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"], "Names that libtpu knows.")
-CONTEXTS = flags.DEFINE_list("contexts", ["1", "4"], "Devices that share a row, to try.")
-ALL = flags.DEFINE_bool("all", False, "All meshes, not only up to the first that fits.")
-OUT = flags.DEFINE_string("out", "", "File for the table, a line of JSON for each program; gone on with where it is there.")
-ONE = flags.DEFINE_string("one", "", "PRESET TOPOLOGY FSDP CONTEXT: what each compilation is started with.")
-
-# What JAX calls the chips of a topology.
+# JAX's names of the chips of a topology.
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# What moves nothing by itself: names of values, and calls whose own instructions are counted.
-NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done",
-              "slice-done", "async-done", "async-update", "after-all", "iota", "partition-id", "replica-id",
-              *(f"{name}{end}" for name in COLLECTIVES for end in ("", "-start", "-done")))
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+COLUMNS = (
+  "preset",
+  "topology",
+  "data x fsdp x context",
+  "GB per chip",
+  "compute",
+  "memory",
+  "network",
+  "bottleneck",
+  "rows/s at most",
+  "collectives (GB per chip)",
+)
+# Tokens of the sentences in a row of `wan_1_3b`: one of context I and one of II.
+SENTENCE_TOKENS = (31200, 6240)
 
 
-def executed(text: str, num_layers: int) -> Iterator[tuple[int, str]]:
-  """The computations of a compiled program that are run as such, each with how often.
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """A program to compile: a preset on a mesh; `context` is the size of the sequence axis."""
 
-  A loop's body runs once a layer; where the body chooses between two forms of a block, one is the last layer's and the other
-  that of all before, as in `models.dit.DiT`.
+  preset: str
+  topology: str
+  fsdp: int
+  context: int
+
+  @property
+  def config(self) -> RunConfig:
+    mesh = {"mesh.data": -1, "mesh.fsdp": self.fsdp, "mesh.context": self.context}
+    return override(PRESETS[self.preset](), mesh)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+  """A line of the table; without a forecast if the compiler refused the program.
+
+  Attributes:
+    data: size of the data axis.
+    memory_gb: of a chip; None if unknown.
+    of_gb: what a chip has.
+    seconds: lower bounds of a step: compute, memory, network.
+    rows_per_s: upper bound.
+    collective_gb: per chip, by kind of collective.
+    estimated_cycles: of the compiler.
   """
-  computations, entry = {}, ""
-  for computation in re.split(r"\n(?=%?[\w.\-]+ \(|ENTRY )", text):
-    if name := re.match(r"(ENTRY )?%?([\w.\-]+)", computation):
-      computations[name[2]] = computation
-      entry = name[2] if name[1] else entry
-  times = {entry: 1}
-  for body in set(re.findall(r"body=%?([\w.\-]+)", text)):
-    times[body] = num_layers
-    pairs = [(whole, last) for last, whole in
-             re.findall(r"branch_computations=\{%?([\w.\-]+), %?([\w.\-]+)\}", computations[body])]
-    pairs += re.findall(r"true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)", computations[body])
-    for whole, last in pairs:
-      times[last], times[whole] = 1, num_layers - 1
-  for name, count in times.items():
-    yield count, computations[name]
+
+  preset: str
+  topology: str
+  data: int
+  fsdp: int
+  context: int
+  fits: bool
+  memory_gb: float | None
+  of_gb: float = 0.0
+  seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  bottleneck: str = ""
+  rows_per_s: float = 0.0
+  collective_gb: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  estimated_cycles: float = 0.0
+
+  @property
+  def setup(self) -> Setup:
+    return Setup(self.preset, self.topology, self.fsdp, self.context)
+
+  def to_markdown(self) -> str:
+    size = "?" if self.memory_gb is None else f"{self.memory_gb:.1f}"
+    cells = [self.preset, self.topology, f"{self.data} x {self.fsdp} x {self.context}"]
+    if self.fits:
+      collectives = ", ".join(f"{kind} {gb:.1f}" for kind, gb in self.collective_gb.items() if gb >= 0.05)
+      cells += [
+        f"{size} of {self.of_gb:.1f}",
+        *(f"{self.seconds[name]:.2f} s" for name in ("compute", "memory", "network")),
+        self.bottleneck,
+        f"{self.rows_per_s:.2f}",
+        collectives or "under 0.05",
+      ]
+    else:
+      cells += [f"{size}: does not fit", *[""] * 6]
+    return f"| {' | '.join(cells)} |"
 
 
-def collective_bytes(text: str, num_layers: int) -> dict[str, float]:
-  """Bytes that one device takes part in, by kind, from a compiled program."""
-  totals = dict.fromkeys(COLLECTIVES, 0.0)
-  for times, computation in executed(text, num_layers):
-    for shapes, kind, start in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", computation):
-      sizes = sorted(size for size in _sizes(shapes, on_chip=True) if size > 8 or not start)
-      if start and kind in ("all-gather", "collective-permute"):  # what starts them has the type of what goes in and comes out
-        sizes = sizes[len(sizes) // 2:]
-      totals[kind] += times * sum(sizes)
-  return totals
+class Table:
+  """Lines by setup; compiles those that its file lacks and appends them.
 
-
-def memory_bytes(text: str, num_layers: int) -> float:
-  """Bytes that a compiled program reads from the device's memory and writes there: what goes into and comes out of each of its
-  instructions, but for what the compiler keeps on the chip.
-
-  What has an entry for each layer (weights, what is kept for the backward pass) counts within a loop as one entry.
+  Args:
+    path: of the file; None keeps none.
   """
-  total = 0.0
-  for times, computation in executed(text, num_layers):
-    sizes = {}
-    for name, shapes, kind, arguments in re.findall(r"^ *(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$", computation, re.M):
-      made = _sizes(shapes, num_layers if times > 1 else 0)
-      sizes[name] = sum(made)
-      if kind in ("slice", "dynamic-slice", "gather"):
-        total += times * 2 * sizes[name]
-      elif kind in ("copy-start", "slice-start"):  # of type (to, from, flag) or ((from), to, flag), each here or on the chip
-        moved = min(sorted(_sizes(shapes, num_layers if times > 1 else 0, on_chip=True), reverse=True)[:2])
-        total += times * moved * sum(size > 8 for size in made)
-      elif kind not in NO_TRAFFIC:
-        read = re.findall(r"%([\w.\-]+)", re.match(r"[^)]*", arguments)[0])
-        total += times * (sizes[name] + sum(sizes.get(argument, 0) for argument in read))
-  return total
+
+  def __init__(self, path: Path | None):
+    self._path = path
+    lines = path.read_text().splitlines() if path and path.is_file() else []
+    self._lines = {line.setup: line for line in (Line(**json.loads(text)) for text in lines)}
+
+  def line(self, setup: Setup) -> Line:
+    if setup not in self._lines:
+      line = self._lines[setup] = compile_apart(setup)
+      if self._path:
+        with self._path.open("a") as file:
+          file.write(json.dumps(dataclasses.asdict(line)) + "\n")
+    return self._lines[setup]
 
 
-def estimated_cycles(text: str, num_layers: int) -> float:
-  """Cycles that the TPU's compiler expects a program to take; of kernels (splash attention) it expects nothing."""
-  return float(sum(times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', computation)))
-                   for times, computation in executed(text, num_layers)))
+def compile_setup(setup: Setup) -> Line:
+  """Compiles a line of the table in this process, for TPUs that need not exist."""
+  use_tpu_compiler()
+  from univid_jax.parallel.mesh import make_mesh, row_shards
+  from univid_jax.training.memory import forecast_with_program
 
-
-def _sizes(shapes: str, num_layers: int = 0, *, on_chip: bool = False) -> list[float]:
-  """Bytes of each array of a type, of those on the chip only if asked; of one entry where the first dim is `num_layers`."""
-  sizes = []
-  for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shapes):
-    if on_chip or "S(" not in layout:  # other memory spaces are on the chip
-      first = dims.partition(",")[0]
-      sizes.append(BYTES.get(dtype, 4) * product(dims) / (num_layers if num_layers and first == str(num_layers) else 1))
-  return sizes
-
-
-def product(dims: str) -> int:
-  """Of numbers with commas between."""
-  count = 1
-  for n in filter(None, dims.split(",")):
-    count *= int(n)
-  return count
-
-
-def compile_one(preset: str, topology: str, fsdp: int, context: int) -> dict:
-  """One line of the table."""
-  sys.path.insert(0, os.getcwd())
-  from jax.experimental import topologies
-
-  from configs.video_tasks import get_config
-  from univid_jax import build
-  from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.training.forecast import forecast_with_program
-
-  config = get_config(preset)
-  config.mesh.update({"data": -1, "fsdp": fsdp, "context": context})
-  mesh = make_mesh(config.mesh, topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-  dit, rows = build.transformer_config(config), build.rows_per_batch(config, mesh)
-  chip = chip_of(mesh.devices.flat[0])
-  line = {"preset": preset, "topology": topology, "data": mesh.shape["data"], "fsdp": fsdp, "context": context}
+  config = setup.config
+  mesh = make_mesh(config.mesh, describe_devices(setup.topology))
+  head: dict[str, Any] = {**dataclasses.asdict(setup), "data": mesh.shape["data"]}
   try:
     memory, program = forecast_with_program(config, mesh)
-  except ValueError as error:
+  except UserError as error:
     needed = re.search(r"\((\d+\.\d+)G\)", str(error))
-    return line | {"fits": False, "memory_gb": float(needed[1]) * 1.0737 if needed else None}
-  # A row as `wan_1_3b` packs it: one sentence of context I and one of II.
-  lengths = (31200, 6240)
-  text_tokens = config.rows.num_text_tokens
-  flops = rows * step_flops(dit, lora_rank=config.lora.rank, recompute=True, tokens=sum(lengths), text_tokens=text_tokens,
-                            targets=sum(lengths) / 4, attended=sum(n * n for n in lengths),
-                            attended_text=sum(lengths) * text_tokens / 2)
+    return Line(**head, fits=False, memory_gb=float(needed[1]) * 1.0737 if needed else None)
+  rows = config.rows.batch_size(row_shards(mesh))
   text = program.as_text()
-  carried = collective_bytes(text, dit.num_layers)
-  bounds = {"compute": flops / mesh.size / chip.flops, "memory": memory_bytes(text, dit.num_layers) / chip.bandwidth,
-            "network": sum(carried.values()) / chip.network}
-  return line | {"fits": memory.fits, "memory_gb": memory.total / 1e9, "of_gb": memory.memory / 1e9, "seconds": bounds,
-                 "bottleneck": max(bounds, key=bounds.get), "rows_per_s": rows / max(bounds.values()),
-                 "collective_gb": {k: v / 1e9 for k, v in carried.items() if v},
-                 "estimated_cycles": estimated_cycles(text, dit.num_layers)}
+  seconds, collectives = bound_seconds(config, text, rows=rows, num_chips=mesh.size, chip=chip_of(setup.topology))
+  return Line(
+    **head,
+    fits=memory.fits,
+    memory_gb=memory.total / 1e9,
+    of_gb=(memory.memory or 0) / 1e9,
+    seconds=seconds,
+    bottleneck=max(seconds, key=lambda name: seconds[name]),
+    rows_per_s=rows / max(seconds.values()),
+    collective_gb={kind: size / 1e9 for kind, size in collectives.items() if size},
+    estimated_cycles=estimated_cycles(text, num_layers(config)),
+  )
 
 
-def meshes(chips: int, context: int) -> list[int]:
-  """Sizes of fsdp to try, from the least traffic on: weights on every device, over eight, or over all of them."""
-  rest = chips // context
-  return [fsdp for fsdp in sorted({1, 8, rest}) if rest % fsdp == 0]
+def bound_seconds(
+  config: RunConfig, text: str, *, rows: int, num_chips: int, chip: Chip
+) -> tuple[dict[str, float], dict[str, float]]:
+  """Returns lower bounds of a step in seconds, and the bytes of its collectives by kind.
+
+  Args:
+    config: of the run.
+    text: of the compiled step.
+    rows: of a batch.
+    num_chips: of the mesh.
+    chip: its peaks.
+  """
+  from univid_jax.checkpoints.model import transformer_config
+  from univid_jax.models.flops import step_flops
+
+  tokens, text_tokens = sum(SENTENCE_TOKENS), config.rows.num_text_tokens
+  flops = rows * step_flops(
+    transformer_config(config),
+    lora_rank=config.lora.rank,
+    recompute=True,
+    tokens=tokens,
+    text_tokens=text_tokens,
+    targets=tokens / 4,
+    attended=sum(length**2 for length in SENTENCE_TOKENS),
+    attended_text=tokens * text_tokens / 2,
+  )
+  collectives = collective_bytes(text, num_layers(config))
+  seconds = {
+    "compute": flops / num_chips / chip.flops,
+    "memory": memory_bytes(text, num_layers(config)) / chip.bandwidth,
+    "network": sum(collectives.values()) / chip.network,
+  }
+  return seconds, collectives
+
+
+def num_layers(config: RunConfig) -> int:
+  from univid_jax.checkpoints.model import transformer_config
+
+  return transformer_config(config).num_layers
+
+
+def compile_apart(setup: Setup) -> Line:
+  """Compiles a line of the table in a process of its own, so that its memory is freed afterwards.
+
+  Raises:
+    UserError: it failed; the message has the last line of its output.
+  """
+  values = " ".join(map(str, dataclasses.astuple(setup)))
+  command = [sys.executable, "-m", "benchmarks.scaling", f"--one={values}"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  if result := re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE):
+    return Line(**json.loads(result[1]))
+  raise UserError(f"{setup.preset} on {setup.topology}: {(done.stderr.strip() or 'it was killed').splitlines()[-1]}")
 
 
 def weight_bytes(preset: str) -> int:
-  """Of the frozen base."""
-  sys.path.insert(0, os.getcwd())
+  """Returns the bytes of the frozen base."""
   import jax
   from flax import nnx
 
-  from configs.video_tasks import get_config
-  from univid_jax import build
-  model = nnx.eval_shape(lambda: build.model(get_config(preset), adapters=False))
+  from univid_jax.checkpoints.model import create_model
+
+  model = nnx.eval_shape(lambda: create_model(PRESETS[preset](), adapters=False))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def compile_apart(preset: str, topology: str, fsdp: int, context: int) -> dict:
-  """One line of the table, from a process of its own: what one compilation leaves behind does not weigh on the next.
+def chip_of(topology: str) -> Chip:
+  return CHIPS[KINDS[topology.partition(":")[0]]]
 
-  Raises:
-    UserError: it failed; the message has the last line of what it said.
+
+def fsdp_sizes(num_chips: int, context: int) -> list[int]:
+  """Returns sizes of fsdp in the order of least traffic: weights on every device, over eight, or over all."""
+  rest = num_chips // context
+  return [fsdp for fsdp in sorted({1, 8, rest}) if rest % fsdp == 0]
+
+
+def table_lines(
+  table: Table, preset: str, topology: str, *, weights: float, contexts: Sequence[int], all_meshes: bool = False
+) -> Iterator[Line]:
+  """Yields the lines of one preset and topology.
+
+  Args:
+    table: compiles them.
+    preset: a name of config.presets.
+    topology: a name that libtpu knows.
+    weights: bytes of the base, which must fit on the devices that share them.
+    contexts: sizes of the sequence axis.
+    all_meshes: whether to go on after the first mesh that fits, for each size of the sequence axis.
   """
-  import libtpu
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-         "TPU_LIBRARY_PATH": os.path.join(os.path.dirname(libtpu.__file__), "libtpu.so")}
-  command = [sys.executable, "-m", "benchmarks.scaling", f"--one={preset} {topology} {fsdp} {context}"]
-  done = subprocess.run(command, env=env, capture_output=True, text=True)
-  if result := re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE):
-    return json.loads(result[1])
-  raise cli.UserError(f"{preset} on {topology}: {(done.stderr.strip() or 'it was ended').splitlines()[-1]}")
-
-
-def shown(line: dict) -> str:
-  """A line of the table in Markdown."""
-  size = "?" if line["memory_gb"] is None else f"{line['memory_gb']:.1f}"
-  cells = [line["preset"], line["topology"], f"{line['data']} x {line['fsdp']} x {line['context']}"]
-  if line["fits"]:
-    carried = ", ".join(f"{kind} {gb:.1f}" for kind, gb in line["collective_gb"].items() if gb >= 0.05)
-    cells += [f"{size} of {line['of_gb']:.1f}", *(f"{line['seconds'][name]:.2f} s" for name in ("compute", "memory", "network")),
-              line["bottleneck"], f"{line['rows_per_s']:.2f}", carried or "under 0.05"]
-  else:
-    cells += [f"{size}: does not fit", *[""] * 6]
-  return f"| {' | '.join(cells)} |"
-
-
-def main() -> None:
-  if ONE.value:
-    preset, topology, fsdp, context = ONE.value.split()
-    print("RESULT " + json.dumps(compile_one(preset, topology, int(fsdp), int(context))))
-    return
-  try:
-    import libtpu  # noqa: F401
-  except ModuleNotFoundError as error:
-    raise cli.UserError("compiling for a TPU needs its compiler: pip install '.[tpu]'") from error
-  for topology in TOPOLOGIES.value:
-    if topology.partition(":")[0] not in KINDS:
-      raise cli.UserError(f"topologies are of {', '.join(KINDS)}, as v5e:2x4; got {topology}")
-  known = [json.loads(line) for line in Path(OUT.value).read_text().splitlines()] if Path(OUT.value).is_file() else []
-  names = ("preset", "topology", "data x fsdp x context", "a chip (GB)", "compute", "memory", "network", "bottleneck",
-           "rows/s at most", "collectives (GB a chip)")
-  print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
-  table = []
-  for preset in PRESETS.value:
-    weights = weight_bytes(preset)
-    for topology in TOPOLOGIES.value:
-      for line in lines_of(preset, topology, weights, list(map(int, CONTEXTS.value)), known):
-        table.append(line)
-        print(shown(line), flush=True)
-  for preset in PRESETS.value:
-    for topology in TOPOLOGIES.value:
-      fitting = [line for line in table if line["preset"] == preset and line["topology"] == topology and line["fits"]]
-      if fitting:
-        best = max(fitting, key=lambda line: line["rows_per_s"])
-        print(f"best for {preset} on {topology}: data {best['data']}, fsdp {best['fsdp']}, context {best['context']}")
-
-
-def lines_of(preset: str, topology: str, weights: int, contexts: Sequence[int], known: Sequence[dict]) -> Iterator[dict]:
-  """The table's lines for one preset and topology; those that are new are added to the file."""
-  kind, _, sides = topology.partition(":")
-  chips = product(sides.replace("x", ","))
+  num_chips = math.prod(map(int, topology.partition(":")[2].split("x")))
   for context in contexts:
-    if chips % context:
+    if num_chips % context:
       continue
-    for fsdp in meshes(chips, context):
-      if weights / (fsdp * context) > CHIPS[KINDS[kind]].memory:
+    for fsdp in fsdp_sizes(num_chips, context):
+      if weights / (fsdp * context) > chip_of(topology).memory:
         continue
-      wanted = dict(preset=preset, topology=topology, fsdp=fsdp, context=context)
-      line = next((line for line in known if wanted.items() <= line.items()), None)
-      if line is None:
-        line = compile_apart(**wanted)
-        if OUT.value:
-          with open(OUT.value, "a") as file:
-            file.write(json.dumps(line) + "\n")
+      line = table.line(Setup(preset, topology, fsdp, context))
       yield line
-      if line["fits"] and not ALL.value:
+      if line.fits and not all_meshes:
         break
 
 
+@app.command(FLAGS)
+def main() -> None:
+  if ONE.value:
+    preset, topology, fsdp, context = ONE.value.split()
+    line = compile_setup(Setup(preset, topology, int(fsdp), int(context)))
+    print("RESULT " + json.dumps(dataclasses.asdict(line)))
+    return
+  for preset in PRESET_NAMES.value:
+    if preset not in PRESETS:
+      raise UserError(f"--presets must be among {', '.join(PRESETS)}, got {preset!r}")
+  for topology in TOPOLOGIES.value:
+    if topology.partition(":")[0] not in KINDS:
+      raise UserError(f"--topologies must start with one of {', '.join(KINDS)}, for example v5e:2x4, got {topology!r}")
+  table = Table(Path(OUT.value) if OUT.value else None)
+  print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
+  best: dict[tuple[str, str], Line] = {}
+  for preset in PRESET_NAMES.value:
+    weights = weight_bytes(preset)
+    for topology in TOPOLOGIES.value:
+      contexts = [int(context) for context in CONTEXTS.value]
+      for line in table_lines(table, preset, topology, weights=weights, contexts=contexts, all_meshes=ALL.value):
+        print(line.to_markdown(), flush=True)
+        previous = best.get((preset, topology))
+        if line.fits and (previous is None or line.rows_per_s > previous.rows_per_s):
+          best[preset, topology] = line
+  for (preset, topology), line in best.items():
+    print(f"best for {preset} on {topology}: data {line.data}, fsdp {line.fsdp}, context {line.context}")
+
+
 if __name__ == "__main__":
-  cli.run(main)
+  sys.exit(main())

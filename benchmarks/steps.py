@@ -1,75 +1,158 @@
-"""The transformer on random weights as the benchmarks time it, a forward pass or a LoRA step; and its shape for the peer."""
+"""The transformer on random weights as the benchmarks time it: a forward pass or a LoRA step.
 
-import os
-import sys
+Importing this module does not import JAX, so that a peer's process has none of its memory.
+"""
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from univid_jax.models.dit import DiTConfig
-from univid_jax.types import PackedRow
+from univid_jax.core.errors import UserError
+from univid_jax.models.variants import VARIANTS, DiTConfig
+
+if TYPE_CHECKING:
+  from univid_jax.core.packed_row import PackedRow
+
+LORA_RANK = 16
+
+# Keys of config.model that DiTConfig has too; its other values are the same in all of Wan2.1's T2V models.
+SHAPE_KEYS = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "rope_theta", "rope_scale")
+
+
+def find_variant(name: str) -> DiTConfig:
+  """Returns the shape of a published model.
+
+  Raises:
+    UserError: there is no such model.
+  """
+  if name not in VARIANTS:
+    raise UserError(f"--variant must be one of {', '.join(VARIANTS)}, got {name!r}")
+  return VARIANTS[name]
 
 
 def diffusers_options(shape: DiTConfig) -> dict[str, Any]:
-  """What diffusers.WanTransformer3DModel takes for the same shape; plain values, so that the peer's process has no JAX in it."""
-  return dict(num_attention_heads=shape.num_heads, attention_head_dim=shape.head_dim, in_channels=shape.in_dim,
-              out_channels=shape.out_dim, text_dim=shape.text_dim, freq_dim=shape.freq_dim, ffn_dim=shape.ffn_dim,
-              num_layers=shape.num_layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=shape.eps)
+  """Returns the arguments of diffusers.WanTransformer3DModel for the same shape."""
+  return dict(
+    num_attention_heads=shape.num_heads,
+    attention_head_dim=shape.head_dim,
+    in_channels=shape.in_dim,
+    out_channels=shape.out_dim,
+    text_dim=shape.text_dim,
+    freq_dim=shape.freq_dim,
+    ffn_dim=shape.ffn_dim,
+    num_layers=shape.num_layers,
+    cross_attn_norm=True,
+    qk_norm="rms_norm_across_heads",
+    eps=shape.eps,
+  )
 
 
-def row_program(shape: DiTConfig, *, dtype: str, mode: str, backend: str, remat: str = "full") -> Callable[[PackedRow], None]:
-  """A program that takes a row (or several) through the model, to the end; compiled for each shape of row.
+def make_row_program(
+  shape: DiTConfig, *, dtype: str, mode: str, backend: str, remat: str = "full"
+) -> Callable[["PackedRow"], None]:
+  """Returns a program that runs rows through the model and waits for the result; it compiles once per shape of rows.
 
   Args:
     shape: of the transformer.
-    dtype: of weights and products; adapters are float32.
-    mode: "train" is a step of AdamW on adapters of rank 16; "forward" a forward pass.
+    dtype: of weights and activations; adapters are float32.
+    mode: "train" is a step of AdamW on adapters, "forward" a forward pass.
     backend: of attention.
-    remat: what a step keeps of the forward pass, see `models.dit.DiT`.
+    remat: what the step recomputes.
   """
-  # The configs stand beside the benchmarks, not in the package.
-  sys.path.insert(0, os.getcwd())
   import jax
   import jax.numpy as jnp
   from flax import nnx
 
-  from configs.video_tasks import get_config
-  from univid_jax import build
+  from univid_jax.checkpoints.model import create_model
+  from univid_jax.config.boundary import override
+  from univid_jax.config.presets import wan_1_3b
+  from univid_jax.diffusion.flow import FlowMatching
   from univid_jax.models.lora import join
   from univid_jax.parallel.mesh import make_mesh
   from univid_jax.parallel.sharding import shard_batch
-  from univid_jax.training.forecast import compile_step
+  from univid_jax.training.memory import compile_step
   from univid_jax.training.optimizer import make_optimizer
-  from univid_jax.training.step import StateSpec, make_train_step
+  from univid_jax.training.state import StateSpec
+  from univid_jax.training.step import make_train_step
 
-  config = get_config("wan_1_3b")
-  config.model.update({"variant": "", "dim": shape.dim, "ffn_dim": shape.ffn_dim, "num_heads": shape.num_heads,
-                       "num_layers": shape.num_layers, "freq_dim": shape.freq_dim, "text_dim": shape.text_dim,
-                       "rope_theta": 10000.0, "rope_scale": 1.0, "dtype": dtype, "param_dtype": dtype,
-                       "attention_backend": backend, "remat": remat})
+  options = {"variant": "", "dtype": dtype, "param_dtype": dtype, "attention_backend": backend, "remat": remat}
+  options |= {name: getattr(shape, name) for name in SHAPE_KEYS}
+  config = override(wan_1_3b(), {"lora.rank": LORA_RANK, **{f"model.{key}": value for key, value in options.items()}})
   mesh = make_mesh({"data": 1, "fsdp": -1})
   optimizer = make_optimizer(config.optimizer, 1000)
-  spec = StateSpec.of(lambda: build.model(config), optimizer, mesh, ema=False, lora=True)
-  # One parameter after another, so that making them is not what takes the most memory.
+  spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=False, lora=True)
+
+  # One parameter at a time, so that drawing them does not determine the peak of memory.
   draw = jax.jit(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype))
   frozen = jax.tree.map(lambda x: jax.device_put(draw(jnp.zeros(x.shape, x.dtype)), x.sharding), spec.abstract_frozen)
   state = spec.create()
+
   if mode == "forward":
-    forward = jax.jit(lambda params, frozen, row: nnx.merge(spec.graph, join(frozen, params))(
-        row.tokens, jnp.full((len(row.tokens), 1), 500.0), row))
 
-    def run_forward(row: PackedRow) -> None:
+    @jax.jit
+    def predict(params, frozen, row):
+      return nnx.merge(spec.graph, join(frozen, params))(row.tokens, jnp.full((len(row.tokens), 1), 500.0), row)
+
+    def run_forward(row: "PackedRow") -> None:
       with jax.set_mesh(mesh):
-        jax.block_until_ready(forward(state.params, frozen, shard_batch(row, mesh)))
-    return run_forward
-  step = make_train_step(spec, optimizer, build.flow(config), mesh=mesh, ema_decay=0.0, seed=0)
-  holder, programs = [state], {}
+        jax.block_until_ready(predict(state.params, frozen, shard_batch(row, mesh)))
 
-  def run_step(row: PackedRow) -> None:
+    return run_forward
+
+  step = make_train_step(spec, optimizer, FlowMatching.of(config.flow), mesh=mesh, ema_decay=0.0, seed=0)
+  compiled = {}
+
+  def run_step(row: "PackedRow") -> None:
+    nonlocal state
     row = shard_batch(row, mesh)
     shapes = str(jax.tree.map(jnp.shape, row))
-    if shapes not in programs:
-      programs[shapes], _ = compile_step(step, spec, row, mesh)
+    if shapes not in compiled:
+      compiled[shapes], _ = compile_step(step, spec, row, mesh)
     with jax.set_mesh(mesh):
-      holder[0], metrics = programs[shapes](holder[0], frozen, row)
+      state, metrics = compiled[shapes](state, frozen, row)
       jax.block_until_ready(metrics)
+
   return run_step
+
+
+def make_sentence_row(
+  shape: DiTConfig,
+  *,
+  frames: int,
+  height: int,
+  width: int,
+  prompt_tokens: int,
+  with_targets: bool,
+  context_causal: bool = False,
+) -> "PackedRow":
+  """Packs one sentence of four clips into a row without padding.
+
+  Args:
+    shape: of the transformer.
+    frames: latent frames of a clip.
+    height: of a clip in pixels.
+    width: likewise.
+    prompt_tokens: length of the prompt; 512 has no padding.
+    with_targets: whether the row says where its targets are, so that the last block computes them alone.
+    context_causal: whether context attends to context only.
+  """
+  import numpy as np
+
+  from univid_jax.core.sentence import Sentence, reference_roles
+  from univid_jax.data.packing import RowShape, pack, sentence_features
+
+  clips = tuple(np.ones((frames, height // 8, width // 8, shape.out_dim), np.float32) for _ in range(4))
+  features = sentence_features(
+    Sentence(clips=clips, roles=reference_roles(4)),
+    patch_size=shape.patch_size,
+    text_len=shape.text_len,
+    prompt_embedding=np.ones((prompt_tokens, shape.text_dim), np.float32),
+  )
+  num_targets = frames * (height // 16) * (width // 16)
+  row_shape = RowShape(
+    num_tokens=4 * num_targets,
+    num_text_tokens=min(prompt_tokens + 1, shape.text_len),
+    num_slots=1,
+    num_targets=num_targets if with_targets else None,
+    context_causal=context_causal,
+  )
+  return pack([features], row_shape)

@@ -1,26 +1,28 @@
-"""The text encoder beside PyTorch's: transformers' UMT5EncoderModel at UMT5-XXL's widths, random weights.
+"""The text encoder against transformers' UMT5EncoderModel at UMT5-XXL's widths, random weights.
 
   python -m benchmarks.text_encoder [--against=torch] [--layers=2] [--prompts=1] [--dtype=float32] [--pairs=5]
 
-Prompts of 512 tokens. All 24 layers take 23 GB in float32; the vocabulary is cut to 32,768, since looking up costs nothing.
+Prompts of 512 tokens. All 24 layers take 23 GB in float32; the vocabulary is cut to 32,768, since looking up costs
+nothing.
 """
 
-from absl import flags
+import sys
+from collections.abc import Callable
 
-from univid_jax import cli
+from benchmarks.timing import Program, RaceFlags, print_ratios, race, write_json
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags
 
-LAYERS = flags.DEFINE_integer("layers", 2, "Blocks; UMT5-XXL has 24.", lower_bound=1)
-PROMPTS = flags.DEFINE_integer("prompts", 1, "At a time.", lower_bound=1)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of weights and products.")
-AGAINST = flags.DEFINE_list("against", [], "Peers: torch (eager), torch_compile.")
-PAIRS = flags.DEFINE_integer("pairs", 5, "Timed runs of each.", lower_bound=1)
-OUT = flags.DEFINE_string("out", "", "File for the figures as JSON.")
+FLAGS = CommandFlags(__doc__)
+LAYERS = FLAGS.integer("layers", 2, "Blocks; UMT5-XXL has 24.", lower_bound=1)
+PROMPTS = FLAGS.integer("prompts", 1, "Prompts at a time.", lower_bound=1)
+RACE = RaceFlags(FLAGS)
 
 LENGTH = 512
 VOCABULARY = 32768
 
 
-def jax_side(layers, prompts, dtype):
+def build_jax(*, layers: int, prompts: int, dtype: str) -> Callable[[], object]:
   import jax
   import jax.numpy as jnp
   from flax import nnx
@@ -35,32 +37,40 @@ def jax_side(layers, prompts, dtype):
   return lambda: jax.block_until_ready(run(params, ids, mask))
 
 
-def torch_side(layers, prompts, dtype, compiled):
+def build_torch(*, layers: int, prompts: int, dtype: str, compiled: bool) -> Callable[[], object]:
   import torch
   import transformers
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  config = transformers.UMT5Config(vocab_size=VOCABULARY, d_model=4096, d_kv=64, d_ff=10240, num_layers=layers, num_heads=64,
-                                   feed_forward_proj="gated-gelu")
+  config = transformers.UMT5Config(
+    vocab_size=VOCABULARY,
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=layers,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+  )
   with torch.device(device):
     model = transformers.UMT5EncoderModel(config).to(getattr(torch, dtype)).eval()
     ids = torch.ones(prompts, LENGTH, dtype=torch.long)
-  run = torch.compile(model) if compiled else model
+  encode = torch.compile(model) if compiled else model
 
-  def once():
+  def run() -> float:
     with torch.no_grad():
-      return run(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.sum().item()
-  return once
+      return encode(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.sum().item()
+
+  return run
 
 
+@app.command(FLAGS)
 def main() -> None:
-  from benchmarks.timing import peers, print_ratios, race, write_json
-
-  shared = dict(layers=LAYERS.value, prompts=PROMPTS.value, dtype=DTYPE.value)
-  figures = race({"univid_jax": (jax_side, shared), **peers(AGAINST.value, torch_side, shared)}, pairs=PAIRS.value)
+  shared = dict(layers=LAYERS.value, prompts=PROMPTS.value, dtype=RACE.dtype.value)
+  programs = {"univid_jax": Program(build_jax, shared), **RACE.peers(build_torch, shared)}
+  figures = race(programs, pairs=RACE.pairs.value)
   print_ratios(figures)
-  write_json(OUT.value, {**shared, **figures})
+  write_json(RACE.out.value, {**shared, **figures})
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  sys.exit(main())

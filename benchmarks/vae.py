@@ -1,67 +1,70 @@
-"""The autoencoder beside PyTorch's: diffusers' AutoencoderKLWan at the same sizes, random weights.
+"""The autoencoder against diffusers' AutoencoderKLWan at the same sizes, random weights.
 
-  python -m benchmarks.vae [--against=torch] [--mode=encode|decode] [--frames=17] [--height=480 --width=832]
-      [--dtype=float32] [--pairs=5]
+python -m benchmarks.vae [--against=torch] [--mode=encode|decode] [--frames=17] [--height=480 --width=832]
+    [--dtype=float32] [--pairs=5]
 """
 
-from absl import flags
+import sys
+from collections.abc import Callable
 
-from univid_jax import cli
+from benchmarks.timing import Program, RaceFlags, print_ratios, race, write_json
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags
 
-MODE = flags.DEFINE_enum("mode", "encode", ["encode", "decode"], "Pixels to latents, or back.")
-FRAMES = flags.DEFINE_integer("frames", 17, "Of the clip: 4n + 1.", lower_bound=1)
-HEIGHT = flags.DEFINE_integer("height", 480, "In pixels.")
-WIDTH = flags.DEFINE_integer("width", 832, "In pixels.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of weights and activations.")
-AGAINST = flags.DEFINE_list("against", [], "Peers: torch (eager), torch_compile.")
-PAIRS = flags.DEFINE_integer("pairs", 5, "Timed runs of each.", lower_bound=1)
-OUT = flags.DEFINE_string("out", "", "File for the figures as JSON.")
+FLAGS = CommandFlags(__doc__)
+MODE = FLAGS.choice("mode", "encode", ["encode", "decode"], "Pixels to latents, or back.")
+FRAMES = FLAGS.integer("frames", 17, "Of the clip: 4n + 1.", lower_bound=1)
+HEIGHT = FLAGS.integer("height", 480, "In pixels.")
+WIDTH = FLAGS.integer("width", 832, "In pixels.")
+RACE = RaceFlags(FLAGS)
 
 
-def jax_side(mode, frames, height, width, dtype):
+def build_jax(*, mode: str, frames: int, height: int, width: int, dtype: str) -> Callable[[], object]:
   import jax
   import jax.numpy as jnp
   from flax import nnx
 
-  from univid_jax.models.vae import VAE, VAEConfig
+  from univid_jax.codecs.wan_vae import VAE, VAEConfig
+  from univid_jax.core.dims import latent_shape
 
   config = VAEConfig()
   graph, params = nnx.split(VAE(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-  if mode == "encode":
-    x = jnp.zeros((frames, height, width, 3))
-  else:
-    x = jnp.zeros((1 + (frames - 1) // config.temporal_stride, height // config.spatial_stride, width // config.spatial_stride,
-                   config.latent_channels))
+  clip = (frames, height, width, 3)
+  strides = dict(temporal_stride=config.temporal_stride, spatial_stride=config.spatial_stride)
+  x = jnp.zeros(clip if mode == "encode" else (*latent_shape(clip, **strides), config.latent_channels))
   run = jax.jit(lambda params, x: getattr(nnx.merge(graph, params), mode)(x))
   return lambda: jax.block_until_ready(run(params, x))
 
 
-def torch_side(mode, frames, height, width, dtype, compiled):
+def build_torch(*, mode: str, frames: int, height: int, width: int, dtype: str, compiled: bool) -> Callable[[], object]:
   import diffusers
   import torch
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  model = diffusers.AutoencoderKLWan().to(device, getattr(torch, dtype)).eval()
+  kind = diffusers.AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]  # exported lazily
+  with torch.device(device):
+    model = kind().to(getattr(torch, dtype)).eval()
   shape = (1, 3, frames, height, width) if mode == "encode" else (1, 16, 1 + (frames - 1) // 4, height // 8, width // 8)
   x = torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
-  run = torch.compile(getattr(model, mode)) if compiled else getattr(model, mode)
+  convert = torch.compile(getattr(model, mode)) if compiled else getattr(model, mode)
 
-  def once():
+  def run() -> float:
     with torch.no_grad():
-      out = run(x)
+      out = convert(x)
       out = out.latent_dist.mode() if mode == "encode" else out.sample
       return out.sum().item()
-  return once
+
+  return run
 
 
+@app.command(FLAGS)
 def main() -> None:
-  from benchmarks.timing import peers, print_ratios, race, write_json
-
-  shared = dict(mode=MODE.value, frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value, dtype=DTYPE.value)
-  figures = race({"univid_jax": (jax_side, shared), **peers(AGAINST.value, torch_side, shared)}, pairs=PAIRS.value)
+  shared = dict(mode=MODE.value, frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value, dtype=RACE.dtype.value)
+  programs = {"univid_jax": Program(build_jax, shared), **RACE.peers(build_torch, shared)}
+  figures = race(programs, pairs=RACE.pairs.value)
   print_ratios(figures)
-  write_json(OUT.value, {**shared, **figures})
+  write_json(RACE.out.value, {**shared, **figures})
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  sys.exit(main())

@@ -1,38 +1,69 @@
-"""The project's commands as another process runs them."""
+"""The project's commands in processes of their own."""
 
 import os
+import socket
 import subprocess
 import sys
 
-# Most tests compile for far longer than they compute: LLVM's optimizations would take a third of their compilation.
+# Most tests compile for far longer than they compute; LLVM's optimizations are a third of the compilation.
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
 
-# A run that takes seconds, on the default data.
-SMALL = ("--config=configs/video_tasks.py", "--config.model.dim=32", "--config.model.ffn_dim=32", "--config.model.num_layers=1",
-         "--config.data.height=16", "--config.data.width=16", "--config.rows.num_tokens=48", "--config.rows.packing_bins=8")
+# A run of seconds, on the default data.
+SMALL = (
+  "--config=configs/video_tasks.py",
+  "--config.model.dim=32",
+  "--config.model.ffn_dim=32",
+  "--config.model.num_layers=1",
+  "--config.data.height=16",
+  "--config.data.width=16",
+  "--config.rows.num_tokens=48",
+  "--config.rows.packing_bins=8",
+)
 
 
 def xla_flags(devices: int) -> str:
-  """For a CPU that looks like so many devices, and programs that are made quickly."""
+  """Returns flags for a CPU that looks like this many devices, and for quick compilation."""
   return f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}"
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-  """For a process with so many devices."""
+  """Returns the variables of a process with this many devices."""
   return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
 
 
-def start_command(module: str, *arguments: str, devices: int = 1, **options) -> subprocess.Popen:
-  """`python -m module arguments` in a process of its own, with what it writes as text."""
-  return subprocess.Popen([sys.executable, "-m", module, *map(str, arguments)], env=environment(devices), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True, **options)
+def start_python(*arguments: str, devices: int = 1, **options) -> subprocess.Popen:
+  """Starts `python arguments`, with its output as text."""
+  return subprocess.Popen(
+    [sys.executable, *map(str, arguments)],
+    env=environment(devices),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **options,
+  )
 
 
-def run_command(module: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-  """The same to its end."""
-  process = start_command(module, *arguments, **options)
+def start_command(module: str, *arguments: str, **options) -> subprocess.Popen:
+  """Starts `python -m module arguments`, with its output as text."""
+  return start_python("-m", module, *arguments, **options)
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+  """Waits for the end of a process."""
   try:
     stdout, stderr = process.communicate(timeout=300)
   finally:
     process.kill()
   return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def run_command(module: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+  """Runs `python -m module arguments` to its end."""
+  return finish(start_command(module, *arguments, **options))
+
+
+def free_port() -> int:
+  """Returns a port that nothing listens on."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return free.getsockname()[1]

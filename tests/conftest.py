@@ -1,4 +1,4 @@
-"""Set before JAX starts: a CPU that looks like eight devices, full precision for comparisons, programs made quickly and kept."""
+"""Settings made before JAX starts: eight CPU devices, full precision, and quick compilation, shared programs."""
 
 import os
 import shutil
@@ -6,8 +6,8 @@ import tempfile
 
 from tests.commands import xla_flags
 
-# The processes that pytest-xdist starts inherit all this, and with it the programs of one another. So do runs that are given
-# one folder for their programs, as those of .ci/run are.
+# Workers of pytest-xdist inherit these variables, and with them each other's compiled programs. A given folder of
+# programs is used and kept, so that several runs can share one.
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 PROGRAMS = None
 if not IS_WORKER:
@@ -20,6 +20,10 @@ if not IS_WORKER:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from univid_jax.config.boundary import override  # noqa: E402
+from univid_jax.config.presets import tiny  # noqa: E402
+from univid_jax.config.schema import RunConfig  # noqa: E402
+
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
@@ -29,14 +33,23 @@ def pytest_unconfigure():
 
 
 @pytest.fixture
-def tiny_config():
-  """The default config, cut down until a step takes milliseconds."""
-  from configs.video_tasks import get_config
-
-  config = get_config()
-  config.update({"num_steps": 4, "log_every": 1})
-  config.model.update({"dim": 32, "ffn_dim": 64, "num_layers": 2, "freq_dim": 16, "text_dim": 8})
-  config.data.update({"height": 16, "width": 16})
-  config.rows.update({"num_tokens": 48, "packing_bins": 8})
-  config.eval.update({"sentences_per_case": 1, "num_inference_steps": 2})
-  return config
+def tiny_config() -> RunConfig:
+  """The default config, so small that a step takes milliseconds."""
+  return override(
+    tiny(),
+    {
+      "num_steps": 4,
+      "log_every": 1,
+      "model.dim": 32,
+      "model.ffn_dim": 64,
+      "model.num_layers": 2,
+      "model.freq_dim": 16,
+      "model.text_dim": 8,
+      "data.height": 16,
+      "data.width": 16,
+      "rows.num_tokens": 48,
+      "rows.packing_bins": 8,
+      "eval.sentences_per_case": 1,
+      "eval.num_inference_steps": 2,
+    },
+  )

@@ -1,26 +1,35 @@
-"""What several tests need: goldens, models filled from official names, and errors as numbers."""
+"""Shared by several tests: goldens, models with golden weights, relative errors."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.sharding import Mesh
+from PIL import Image
 from safetensors.numpy import load_file
 
-from tools.convert_weights.layout import check_fills, fills, read_parameters
-from univid_jax.models.dit import DiT, DiTConfig
+from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
+from univid_jax.config.schema import RunConfig
+from univid_jax.convert.layout import make_fills, match_fills
+from univid_jax.inference.pipeline import Pipeline
+from univid_jax.models.dit import DiT
+from univid_jax.models.variants import DiTConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
 
 
 def golden(name: str):
-  """(json, inputs and outputs, weights or None) of a golden."""
+  """Returns (description, inputs and outputs, weights or None) of a golden."""
   weights = GOLDENS / f"{name}.weights.safetensors"
-  return (json.loads((GOLDENS / f"{name}.json").read_text()) if (GOLDENS / f"{name}.json").exists() else {},
-          load_file(GOLDENS / f"{name}.io.safetensors"), load_file(weights) if weights.exists() else None)
+  return (
+    json.loads((GOLDENS / f"{name}.json").read_text()) if (GOLDENS / f"{name}.json").exists() else {},
+    load_file(GOLDENS / f"{name}.io.safetensors"),
+    load_file(weights) if weights.exists() else None,
+  )
 
 
 def relative_error(value, expected) -> float:
@@ -29,14 +38,19 @@ def relative_error(value, expected) -> float:
   return float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
 
 
-def load(component: str, init: Callable[[], nnx.Module], weights) -> nnx.Module:
-  """A model with the weights of an official file."""
+def load(component: str, init: Callable[[], nnx.Module], weights: Mapping[str, np.ndarray]) -> nnx.Module:
+  """Builds a model with weights given by official name."""
   model = nnx.eval_shape(init)
+  arrays = {}
+  for fill in match_fills(make_fills(component, model.config), {name: x.shape for name, x in weights.items()}):
+    layers = [fill.from_original(weights[name]) for name in fill.names]
+    arrays[fill.path] = np.stack(layers) if fill.stacked else layers[0]
+
+  def fill_leaf(path, leaf):
+    return leaf.replace(jnp.asarray(arrays[tuple(map(str, path))], leaf.dtype))
+
   leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
-  wanted = fills(component, model.config, {path: leaf.shape for path, leaf in leaves})
-  wanted = check_fills(wanted, {name: value.shape for name, value in weights.items()})
-  arrays = read_parameters(wanted, weights.__getitem__)
-  nnx.update(model, nnx.from_flat_state([(path, leaf.replace(jnp.asarray(arrays[path], leaf.dtype))) for path, leaf in leaves]))
+  nnx.update(model, nnx.from_flat_state([(path, fill_leaf(path, leaf)) for path, leaf in leaves]))
   return model
 
 
@@ -45,10 +59,35 @@ def load_dit(config: DiTConfig, weights, **options) -> DiT:
 
 
 def dit_config(dit) -> DiTConfig:
-  """From the short names of the sampling and training goldens."""
-  return DiTConfig(dim=dit["dim"], ffn_dim=dit["ffn"], num_heads=dit["heads"], num_layers=dit["layers"], freq_dim=dit["freq"],
-                   text_dim=dit["text"])
+  """Builds the config that the sampling and training goldens describe with short names."""
+  return DiTConfig(
+    dim=dit["dim"],
+    ffn_dim=dit["ffn"],
+    num_heads=dit["heads"],
+    num_layers=dit["layers"],
+    freq_dim=dit["freq"],
+    text_dim=dit["text"],
+  )
 
 
 def channels_last(latents):
   return rearrange(latents, "c t y x -> t y x c")
+
+
+def random_pipeline(config: RunConfig, mesh: Mesh) -> Pipeline:
+  """Builds a pipeline with random weights, as a run of the config would leave it."""
+  graph, params = nnx.split(create_model(config), nnx.Param)
+  return Pipeline(
+    transformer_config(config),
+    graph,
+    nnx.to_pure_dict(params),
+    encoders=open_encoders(config, mesh),
+    mesh=mesh,
+    run=config,
+  )
+
+
+def image_width(path: Path) -> int:
+  """Returns the width of an image in pixels; the file is closed."""
+  with Image.open(path) as image:
+    return image.width

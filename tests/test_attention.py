@@ -1,4 +1,7 @@
-"""Attention against its definition in NumPy float64."""
+"""Attention equals its definition in NumPy float64, on every backend and mesh."""
+
+import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +9,11 @@ import numpy as np
 import pytest
 
 from tests.helpers import relative_error
-from univid_jax.attention import splash, xla
-from univid_jax.attention.api import attention, best_backend, count_bias
+from univid_jax.core.options import AttentionBackend
+from univid_jax.models.attention import splash, xla
+from univid_jax.models.attention.api import attention, best_backend, count_bias
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.platform.current import Platform
 
 
 def reference(q, k, v, intervals=None, bias=None):
@@ -25,7 +30,7 @@ def reference(q, k, v, intervals=None, bias=None):
 
 def inputs(queries, keys, seed=0):
   rng = np.random.default_rng(seed)
-  return tuple(rng.normal(size=(2, n, 3, 8)).astype(np.float32) for n in (queries, keys, keys))
+  return tuple(jnp.asarray(rng.normal(size=(2, n, 3, 8)), jnp.float32) for n in (queries, keys, keys))
 
 
 def test_intervals_and_bias():
@@ -37,10 +42,12 @@ def test_intervals_and_bias():
   assert relative_error(out, reference(q, k, v, intervals, bias)) <= 1e-6
 
 
-@pytest.mark.parametrize("blocks", [xla.Blocks(1, 64, 48, 0), xla.Blocks(1, 64, 0, 0), xla.Blocks(0, 128, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+  "blocks", [xla.Blocks(1, 64, 48, 0), xla.Blocks(1, 64, 0, 0), xla.Blocks(0, 128, 0, 0)], ids=str
+)
 @pytest.mark.parametrize("masked", [True, False])
-def test_blocks_equal_the_whole(monkeypatch, blocks, masked):
-  """Lengths that are no multiples, queries that see nothing or all, some keys that count more, and the gradients of all."""
+def test_blockwise_equals_unblocked(monkeypatch, blocks, masked):
+  """Outputs and gradients, for lengths that no block divides, empty and full intervals, and biased keys."""
   q, k, v = inputs(300, 200)
   start = np.sort(np.random.default_rng(1).integers(0, 150, (2, 300)), axis=1)
   intervals = np.stack([start, start + 50], -1)
@@ -58,28 +65,30 @@ def test_blocks_equal_the_whole(monkeypatch, blocks, masked):
     assert relative_error(a, b) <= 1e-6
 
 
-def test_blocks_that_nobody_sees_are_skipped(monkeypatch):
-  """What is skipped may hold anything; what is only masked would spread through 0 * NaN."""
+def test_blocks_outside_all_intervals_are_skipped(monkeypatch):
+  """Keys of a skipped block may be NaN; if they were masked only, 0 * NaN would spread."""
   monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(1, 64, 32, 0))
   q, k, v = inputs(128, 128)
-  v[:, 64:96] = np.nan
+  v = v.at[:, 64:96].set(jnp.nan)
   intervals = np.zeros((2, 128, 2), np.int32)
   intervals[:, :64], intervals[:, 64:100] = [0, 60], [96, 128]
   out, gradients = jax.vjp(lambda *qkv: attention(*qkv, key_intervals=jnp.asarray(intervals)), q, k, v)
   assert np.all(np.isfinite(out)) and all(np.all(np.isfinite(g)) for g in gradients(jnp.ones_like(out)))
 
 
-def test_a_key_that_counts_for_many():
+def test_count_bias_equals_repeated_keys():
   q, k, v = inputs(5, 4)
   counts = np.array([[1, 1, 1, 9], [1, 1, 0, 2]], np.float32)
   out = attention(q, k, v, key_bias=count_bias(jnp.asarray(counts)))
   for row in range(2):
     repeats = counts[row].astype(int)
-    expected = reference(q[row:row + 1], np.repeat(k[row:row + 1], repeats, 1), np.repeat(v[row:row + 1], repeats, 1))
-    assert relative_error(out[row:row + 1], expected) <= 1e-6
+    expected = reference(
+      q[row : row + 1], np.repeat(k[row : row + 1], repeats, 1), np.repeat(v[row : row + 1], repeats, 1)
+    )
+    assert relative_error(out[row : row + 1], expected) <= 1e-6
 
 
-def test_an_empty_interval_gives_finite_values_and_gradients():
+def test_empty_intervals_give_finite_outputs_and_gradients():
   q, k, v = inputs(6, 6)
   empty = jnp.zeros((2, 6, 2), jnp.int32)
   gradients = jax.grad(lambda *qkv: jnp.sum(attention(*qkv, key_intervals=empty)), (0, 1, 2))(q, k, v)
@@ -87,7 +96,7 @@ def test_an_empty_interval_gives_finite_values_and_gradients():
 
 
 def packed_intervals():
-  """Rows of 300 tokens: two sentences and padding; one whose context does not see its target, and padding."""
+  """Returns two rows of 300 tokens: two sentences and padding; one context-causal sentence and padding."""
   rows = np.zeros((2, 300, 2), np.int32)
   rows[0, :90], rows[0, 90:270] = [0, 90], [90, 270]
   rows[1, :140], rows[1, 140:260] = [0, 140], [0, 260]
@@ -95,7 +104,7 @@ def packed_intervals():
 
 
 def out_and_gradients(backend, q, k, v, intervals, weight, bias=None):
-  """Of real tokens: what padding gets is not defined, but finite."""
+  """Computes both for tokens; outputs of padding are finite but undefined."""
   run = lambda *qkv: attention(*qkv, key_intervals=jnp.asarray(intervals), key_bias=bias, backend=backend)  # noqa: E731
   real = (intervals[..., 1] > 0)[..., None, None]
   gradients = jax.grad(lambda *qkv: jnp.sum(run(*qkv) * weight * real), (0, 1, 2))
@@ -104,73 +113,95 @@ def out_and_gradients(backend, q, k, v, intervals, weight, bias=None):
 
 @pytest.mark.parametrize("block_kv", [128, 256])
 def test_splash_equals_xla_forward_and_backward(monkeypatch, block_kv):
-  """In Pallas' interpreter: sentences, contexts that see only context, lengths that are no multiple of a block."""
+  """In Pallas' interpreter, with packed sentences, context-causal attention and lengths that no block divides."""
   monkeypatch.setattr(splash, "BLOCK_Q", 128)
   monkeypatch.setattr(splash, "BLOCK_KV", block_kv)
   monkeypatch.setattr(splash, "BLOCK_KV_COMPUTE", 128)
   args = *inputs(300, 300), packed_intervals(), np.random.default_rng(7).normal(size=(2, 300, 3, 8))
-  for a, b in zip(out_and_gradients("splash", *args), out_and_gradients("xla", *args)):
+  for a, b in zip(out_and_gradients(AttentionBackend.SPLASH, *args), out_and_gradients(AttentionBackend.XLA, *args)):
     assert relative_error(a, b) <= 2e-6
   q, k, v = inputs(100, 333)
-  assert relative_error(attention(q, k, v, backend="splash"), reference(q, k, v)) <= 1e-6
+  assert relative_error(attention(q, k, v, backend=AttentionBackend.SPLASH), reference(q, k, v)) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-6), ("bfloat16", 1e-2)])
-def test_splash_with_keys_that_count_for_many(dtype, tolerance):
-  """As in cross-attention: the padding of a prompt is one key that counts for 500. What bfloat16 costs is the products' own."""
+def test_splash_supports_biased_keys(dtype, tolerance):
+  """As in cross-attention, where one key that counts 500 times represents the padding of a prompt.
+
+  The tolerance of bfloat16 is that of its matrix products, not of the bias.
+  """
   rng = np.random.default_rng(3)
   q, k, v = (jnp.asarray(x, dtype) for x in inputs(300, 140))
   intervals = np.stack([np.repeat([0, 70], 150), np.repeat([70, 140], 150)], -1)[None].repeat(2, 0)
   counts = np.ones((2, 140), np.float32)
   counts[:, [69, 139]], counts[1, 100:139] = 500, 0
   weight = rng.normal(size=(2, 300, 3, 8))
-  splash_side, xla_side = (out_and_gradients(backend, q, k, v, intervals, weight, count_bias(jnp.asarray(counts)))
-                           for backend in ("splash", "xla"))
+  splash_side, xla_side = (
+    out_and_gradients(backend, q, k, v, intervals, weight, count_bias(jnp.asarray(counts)))
+    for backend in (AttentionBackend.SPLASH, AttentionBackend.XLA)
+  )
   for a, b in zip(splash_side, xla_side):
     assert relative_error(a, b) <= tolerance
 
 
-def test_a_bias_is_carried_more_exactly_than_by_one_bfloat16():
+def test_appended_bias_is_more_precise_than_bfloat16():
   bias, ones = count_bias(jnp.array([[509.0, 1.0, 3.0]])), jnp.ones((1, 3, 1, 4), jnp.bfloat16)
-  q, k = jax.jit(splash.carrying_bias)(0 * ones, ones, bias)
+  q, k = jax.jit(splash.append_bias)(0 * ones, ones, bias)
   logits = jnp.einsum("blhk,bnhk->bhln", q, k, preferred_element_type=jnp.float32)
   np.testing.assert_allclose(logits[0, 0, 0], bias[0], rtol=1e-5)
 
 
-def test_splash_skips_blocks_that_no_query_sees():
-  runs = splash.running_blocks(jnp.asarray(packed_intervals()[0][:256]), 64, 128, 3)
-  assert runs.tolist() == [[True, False, False], [True, True, True], [True, True, True], [True, True, True]]
-  fetched = splash._next_running(jnp.array([[False, True, False], [True, False, False]]), 1)
-  assert fetched.tolist() == [[1, 1, 1], [0, 0, 0]]  # nothing is fetched that is not used
+def test_splash_skips_blocks_outside_all_intervals():
+  visible = splash.visible_blocks(jnp.asarray(packed_intervals()[0][:256]), 64, 128, 3)
+  assert visible.tolist() == [[True, False, False], [True, True, True], [True, True, True], [True, True, True]]
+  prefetched = splash._next_visible(jnp.array([[False, True, False], [True, False, False]]), 1)
+  assert prefetched.tolist() == [[1, 1, 1], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "context": 4}, {"tensor": 2, "context": 4}, {"context": 2, "fsdp": 4}], ids=str)
-def test_a_mesh_equals_one_device(sizes):
-  """Heads that change places with tokens over context, keys that are gathered, rows that do not divide."""
+def test_private_parts_of_the_splash_kernel_are_unchanged():
+  """`models.attention.splash` builds the kernel from a `MaskInfo` of traced arrays; JAX documents neither class.
+
+  If this fails after an upgrade of JAX: compare `splash._build_kernel` with `_make_splash_attention` in JAX's
+  splash_attention_kernel.py, and run this file's splash tests, which check outputs and gradients in interpret mode.
+  """
+  fields = ("data_next", "mask_next", "block_mask", "partial_mask_blocks", "q_sequence", "is_dynamic_mask")
+  assert splash.MaskInfo._fields == fields
+  parameters = inspect.signature(splash.splash.SplashAttentionKernel).parameters
+  assert list(parameters) == ["fwd_mask_info", "dq_mask_info", "dkv_mask_info", "kwargs"]
+
+
+@pytest.mark.parametrize(
+  "sizes", [{"data": 2, "context": 4}, {"tensor": 2, "context": 4}, {"context": 2, "fsdp": 4}], ids=str
+)
+def test_sharded_attention_equals_one_device(sizes):
+  """Covers Ulysses, gathered keys, and rows that do not divide over the mesh."""
   rng = np.random.default_rng(0)
   qkv_and_weight = rng.normal(size=(4, 2, 300, 4, 8)).astype(np.float32)
   args = *qkv_and_weight[:3], packed_intervals(), qkv_and_weight[3]
   with jax.set_mesh(make_mesh(sizes)):
-    shared = jax.jit(lambda *args: out_and_gradients("xla", *args))(*args)
-  for a, b in zip(shared, out_and_gradients("xla", *args)):
+    sharded = jax.jit(functools.partial(out_and_gradients, AttentionBackend.XLA))(*args)
+  for a, b in zip(sharded, out_and_gradients(AttentionBackend.XLA, *args)):
     assert relative_error(a, b) <= 1e-6
 
 
-def test_the_choice_goes_by_platform_and_need():
-  assert best_backend("tpu", jnp.float32, 32) == "splash"
-  assert best_backend("tpu", jnp.float32, 32, has_bias=True) == "splash"
-  assert best_backend("gpu", jnp.bfloat16, 128) == "cudnn"
-  assert best_backend("gpu", jnp.float32, 128) == best_backend("cpu", jnp.bfloat16, 128) == "xla"
+def test_auto_backend_by_platform_dtype_and_bias():
+  assert best_backend(Platform.TPU, jnp.float32, 32) == AttentionBackend.SPLASH
+  assert best_backend(Platform.TPU, jnp.float32, 32, has_bias=True) == AttentionBackend.SPLASH
+  assert best_backend(Platform.GPU, jnp.bfloat16, 128) == AttentionBackend.CUDNN
+  assert best_backend(Platform.GPU, jnp.bfloat16, 128, has_bias=True) == AttentionBackend.XLA
+  assert best_backend(Platform.GPU, jnp.float32, 128) == AttentionBackend.XLA
+  assert best_backend(Platform.CPU, jnp.bfloat16, 128) == AttentionBackend.XLA
 
 
-def test_what_cannot_be_served():
+def test_unsupported_calls():
   q, k, v = inputs(4, 4)
   with pytest.raises(ValueError, match="cuDNN attention takes bfloat16 or float16"):
-    attention(q, k, v, backend="cudnn")
+    attention(q, k, v, backend=AttentionBackend.CUDNN)
   with pytest.raises(ValueError, match="fewer than 65,536 keys"):
-    attention(q, *jnp.zeros((2, 2, 1 << 16, 3, 8)), backend="splash")
+    attention(q, *jnp.zeros((2, 2, 1 << 16, 3, 8)), backend=AttentionBackend.SPLASH)
 
 
 def test_unknown_backend():
-  with pytest.raises(ValueError, match="unknown attention backend 'magic'"):
+  # TypeError where annotations are checked.
+  with pytest.raises((ValueError, TypeError), match="magic"):
     attention(*inputs(2, 2), backend="magic")

@@ -1,4 +1,4 @@
-"""Weights travel both ways, whole or not at all, and whatever is wrong is named."""
+"""Conversion of base weights: exact in both directions, all or nothing, and errors name what is wrong."""
 
 import json
 import os
@@ -15,17 +15,18 @@ from safetensors.numpy import load_file, save_file
 
 from tests.commands import environment
 from tests.helpers import GOLDENS
-from tools.convert_weights.commands import convert_any, inspect, verify
-from tools.convert_weights.convert import component_fills
-from tools.convert_weights.export import official_config
-from univid_jax.models.dit import PRESETS, DiTConfig
+from univid_jax.checkpoints.pretrained import read_info
+from univid_jax.checkpoints.tensor_files import open_tensors
+from univid_jax.codecs.wan_vae import VAEConfig
+from univid_jax.convert.commands import convert_any, inspect, verify
+from univid_jax.convert.layout import make_fills
+from univid_jax.convert.release_configs import official_config
+from univid_jax.core.errors import UserError
+from univid_jax.models.names import name_from_diffusers, name_to_diffusers
 from univid_jax.models.umt5 import UMT5Config
-from univid_jax.models.vae import VAEConfig
-from univid_jax.weights.checkpoint import read_info
-from univid_jax.weights.files import open_tensors
-from univid_jax.weights.names import name_from_diffusers, name_to_diffusers
+from univid_jax.models.variants import VARIANTS, DiTConfig
 
-torch = pytest.importorskip("torch", reason="the release has PyTorch files; needs the extra `convert`")
+torch = pytest.importorskip("torch", reason="the release contains PyTorch files; needs the extra `convert`")
 
 RELEASE = GOLDENS / "tiny_wan"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -33,7 +34,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def release(tmp_path):
-  """A copy of the miniature release that a test may damage."""
+  """A copy of the miniature release that tests may modify."""
   folder = tmp_path / "release"
   shutil.copytree(RELEASE, folder)
   (folder / "univid_lora.ckpt").unlink()
@@ -52,14 +53,14 @@ def checksums(folder):
 
 
 def change(release, edit):
-  """Rewrites the transformer's file."""
+  """Edits the tensors of the transformer's file."""
   tensors = load_file(release / WEIGHTS)
   edit(tensors)
   save_file(tensors, release / WEIGHTS)
 
 
 def assert_refused(release, message, **options):
-  """Fails with the message and leaves nothing behind."""
+  """Asserts that the conversion fails with a message and leaves nothing behind."""
   target = release.parent / "target"
   with pytest.raises((ValueError, OSError), match=message):
     convert_any(str(release), str(target), **options)
@@ -74,20 +75,28 @@ class TestRoundTrips:
       assert before.infos == after.infos
       assert all(before.read(name).tobytes() == after.read(name).tobytes() for name in before.infos)
     expected = {key: value for key, value in json.loads((RELEASE / "config.json").read_text()).items() if key[0] != "_"}
-    assert {key: value for key, value in json.loads((tmp_path / "back" / "config.json").read_text()).items()
-            if key[0] != "_"} == expected
+    assert {
+      key: value for key, value in json.loads((tmp_path / "back" / "config.json").read_text()).items() if key[0] != "_"
+    } == expected
     tokenizer = "google/umt5-xxl/tokenizer.json"
     assert (tmp_path / "back" / tokenizer).read_bytes() == (RELEASE / tokenizer).read_bytes()
 
   def test_diffusers(self, converted, tmp_path):
-    """Through files that diffusers and transformers themselves load and save."""
+    """Converts files that diffusers and transformers have loaded and saved."""
     diffusers = pytest.importorskip("diffusers", reason="needs the extra `parity`")
     transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
     convert_any(str(converted), str(tmp_path / "ours"), to="diffusers")
     theirs = tmp_path / "theirs"
-    for part, module in (("transformer", diffusers.WanTransformer3DModel), ("vae", diffusers.AutoencoderKLWan),
-                         ("text_encoder", transformers.UMT5EncoderModel)):
-      kind = {"output_loading_info": True} if part != "text_encoder" else {"output_loading_info": True, "dtype": torch.bfloat16}
+    for part, module in (
+      ("transformer", diffusers.WanTransformer3DModel),
+      ("vae", diffusers.AutoencoderKLWan),
+      ("text_encoder", transformers.UMT5EncoderModel),
+    ):
+      kind = (
+        {"output_loading_info": True}
+        if part != "text_encoder"
+        else {"output_loading_info": True, "dtype": torch.bfloat16}
+      )
       loaded, info = module.from_pretrained(tmp_path / "ours" / part, **kind)
       assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
       loaded.save_pretrained(theirs / part)
@@ -112,24 +121,28 @@ class TestRoundTrips:
     convert_any(str(folder), str(tmp_path / "target"))
     assert checksums(tmp_path / "target")["transformer"] == checksums(converted)["transformer"]
     (folder / files[1]).unlink()
-    with pytest.raises(FileNotFoundError, match=f"shards that are not there: {files[1]}"):
+    with pytest.raises(FileNotFoundError, match=f"missing: {files[1]}"):
       convert_any(str(folder), str(tmp_path / "other"))
     index.unlink()
-    with pytest.raises(FileNotFoundError, match=r"its index diffusion_pytorch_model\.safetensors\.index\.json is not there"):
+    with pytest.raises(
+      FileNotFoundError, match=r"its index diffusion_pytorch_model\.safetensors\.index\.json is missing"
+    ):
       convert_any(str(folder), str(tmp_path / "other"))
     with pytest.raises(ValueError, match="is shard 1 of 2"):
       convert_any(str(folder / files[0]), str(tmp_path / "other"))
 
-  @pytest.mark.parametrize("component, config", [
-      ("transformer", PRESETS["wan2.1-i2v-14b-480p"]), ("vae", VAEConfig()), ("text_encoder", UMT5Config())])
-  def test_names_there_and_back(self, component, config):
-    names = [name for fill in component_fills(component, config) for name in fill.names]
+  @pytest.mark.parametrize(
+    "component, config",
+    [("transformer", VARIANTS["wan2.1-i2v-14b-480p"]), ("vae", VAEConfig()), ("text_encoder", UMT5Config())],
+  )
+  def test_diffusers_names(self, component, config):
+    names = [name for fill in make_fills(component, config) for name in fill.names]
     theirs = [name_to_diffusers(component, name) for name in names]
     assert len(set(names)) == len(set(theirs)) == len(names)
     assert [name_from_diffusers(component, name) for name in theirs] == names
 
   def test_single_files_and_prefixes(self, converted, tmp_path):
-    """A file alone, and one as ComfyUI has them."""
+    """A single file, and one with ComfyUI's prefix."""
     tensors = {f"model.diffusion_model.{name}": value for name, value in load_file(RELEASE / WEIGHTS).items()}
     (tmp_path / "config.json").write_text((RELEASE / "config.json").read_text())
     save_file(tensors, tmp_path / "wan.safetensors")
@@ -139,7 +152,7 @@ class TestRoundTrips:
     assert checksums(tmp_path / "vae") == {"vae": checksums(converted)["vae"]}
 
   def test_image_tower(self, tmp_path):
-    """A whole CLIP as the release has it: what Wan2.1 does not use of it is named and left out."""
+    """The parts of the release's CLIP model that Wan2.1 does not use are listed and left out."""
     weights = load_file(GOLDENS / "clip_vision.weights.safetensors")
     tower = {f"visual.{name}": torch.from_numpy(value) for name, value in weights.items()}
     text = {"textual.model.embeddings.weight": torch.zeros(3, 2), "log_scale": torch.zeros(())}
@@ -149,7 +162,7 @@ class TestRoundTrips:
     info = read_info(tmp_path / "target").components["image_encoder"]
     assert info.config["num_layers"] == 3 and info.config["image_size"] == 28
 
-  def test_other_dtypes(self, converted, tmp_path):
+  def test_dtype(self, converted, tmp_path):
     convert_any(str(RELEASE), str(tmp_path / "low"), dtype="bfloat16")
     assert read_info(tmp_path / "low").components["transformer"].dtypes == {"bfloat16": 96}
     convert_any(str(tmp_path / "low"), str(tmp_path / "back"), to="original")
@@ -158,16 +171,16 @@ class TestRoundTrips:
 
 
 class TestVerify:
-  def test_all_is_well(self, tmp_path):
+  def test_equal(self, tmp_path):
     pytest.importorskip("diffusers", reason="needs the extra `parity`")
-    text, fine = verify(str(RELEASE), str(tmp_path / "target"))
-    assert fine and text.count("equal bit for bit") == 3 and text.count("against PyTorch") == 3, text
+    text, equal = verify(str(RELEASE), str(tmp_path / "target"))
+    assert equal and text.count("equal bit for bit") == 3 and text.count("against PyTorch") == 3, text
 
-  def test_another_source(self, converted, release, monkeypatch):
-    monkeypatch.setattr("tools.convert_weights.verify.RUNS", {})  # outputs are not what this is about
+  def test_different_source(self, converted, release, monkeypatch):
+    monkeypatch.setattr("univid_jax.convert.verify.OUTPUTS", {})  # compares tensors only
     change(release, lambda tensors: tensors["blocks.1.ffn.0.bias"].__setitem__(3, 7.0))
-    text, fine = verify(str(release), str(converted))
-    assert not fine and "1 of 96 tensors differ" in text and "blocks.1.ffn.0.bias" in text, text
+    text, equal = verify(str(release), str(converted))
+    assert not equal and "1 of 96 tensors differ" in text and "blocks.1.ffn.0.bias" in text, text
 
 
 class TestStrict:
@@ -177,9 +190,11 @@ class TestStrict:
 
   def test_missing(self, release):
     change(release, lambda tensors: tensors.update({"blocks.0.norm3.waight": tensors.pop("blocks.0.norm3.weight")}))
-    assert_refused(release, r"missing: blocks.0.norm3.weight \(there is blocks.0.norm3.waight\); not used: blocks.0.norm3.waight")
+    assert_refused(
+      release, r"missing: blocks.0.norm3.weight \(similar: blocks.0.norm3.waight\); not used: blocks.0.norm3.waight"
+    )
 
-  def test_missing_and_allowed(self, release, tmp_path):
+  def test_allow_missing(self, release, tmp_path):
     change(release, lambda tensors: [tensors.pop(f"blocks.{i}.norm3.weight") for i in range(3)])
     assert_refused(release, "missing: blocks.0.norm3.weight")
     convert_any(str(release), str(tmp_path / "target"), allow_missing=["blocks.*.norm3.weight"])
@@ -188,43 +203,46 @@ class TestStrict:
 
   def test_wrong_shape(self, release):
     change(release, lambda tensors: tensors.update({"blocks.0.ffn.2.weight": np.zeros((96, 161), np.float32)}))
-    assert_refused(release, r"wrong shape: blocks.0.ffn.2.weight: \(96, 161\) where \(96, 160\)")
+    assert_refused(release, r"wrong shape: blocks.0.ffn.2.weight is \(96, 161\) instead of \(96, 160\)")
 
   def test_wrong_dtype(self, release):
     change(release, lambda tensors: tensors.update({"blocks.0.ffn.2.weight": np.zeros((96, 160), np.int32)}))
-    assert_refused(release, "blocks.0.ffn.2.weight is stored as I32, which is not supported")
+    assert_refused(release, "blocks.0.ffn.2.weight has the dtype I32, which is not supported")
 
-  def test_config_of_another_model(self, release):
+  def test_config_mismatch(self, release):
     values = json.loads((release / "config.json").read_text())
     (release / "config.json").write_text(json.dumps({**values, "num_layers": 4}))
-    assert_refused(release, "config.json says num_layers = 4, the tensors show 3")
+    assert_refused(release, "config.json has num_layers = 4, but the tensors have 3")
     (release / "config.json").write_text(json.dumps({**values, "model_type": "flf2v"}))
-    assert_refused(release, "'flf2v' is not supported")
+    assert_refused(release, "'flf2v', which is not supported")
     (release / "config.json").unlink()
-    assert_refused(release, "tensors do not show the number of heads")
+    assert_refused(release, "cannot infer the number of heads")
 
-  def test_other_variants(self, release):
+  def test_unsupported_variant(self, release):
     change(release, lambda tensors: tensors.update({"vace_blocks.0.before_proj.weight": np.zeros((2, 2), np.float32)}))
-    assert_refused(release, "is a VACE model, which is not supported")
+    assert_refused(release, "is a VACE model; only Wan2.1's T2V and I2V models are supported")
 
-  def test_twice(self, release):
+  def test_duplicate_component(self, release):
     shutil.copy(release / WEIGHTS, release / "copy.safetensors")
-    assert_refused(release, "holds two of transformer")
+    assert_refused(release, "has two files for transformer")
 
 
 class TestDamaged:
   def test_truncated(self, release):
-    for name, message in ((WEIGHTS, "not a whole safetensors file"), ("Wan2.1_VAE.pth", "not a whole PyTorch file")):
+    for name, message in (
+      (WEIGHTS, "not a complete safetensors file"),
+      ("Wan2.1_VAE.pth", "not a complete PyTorch file"),
+    ):
       whole = (release / name).read_bytes()
-      (release / name).write_bytes(whole[:len(whole) // 2])
+      (release / name).write_bytes(whole[: len(whole) // 2])
       assert_refused(release, message)
       (release / name).write_bytes(whole)
 
-  def test_text(self, release):
-    (release / WEIGHTS).write_text("hello, these are no weights")
-    assert_refused(release, "not a whole safetensors file")
+  def test_text_file(self, release):
+    (release / WEIGHTS).write_text("hello, these are not weights")
+    assert_refused(release, "not a complete safetensors file")
 
-  def test_a_pickle_that_runs_code(self, release, tmp_path):
+  def test_malicious_pickle(self, release, tmp_path):
     class Evil:
       def __reduce__(self):
         return os.system, (f"touch {release}/ran",)
@@ -234,20 +252,20 @@ class TestDamaged:
     assert not (release / "ran").exists()
 
   def test_without_pytorch(self, monkeypatch):
-    """safetensors need none; what does need it names the extra."""
+    """safetensors files need no PyTorch; for others the error names the extra."""
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "96 tensors" in inspect(str(RELEASE / WEIGHTS))
-    with pytest.raises(ModuleNotFoundError, match=r"needs PyTorch: pip install 'univid_jax\[convert\]'"):
+    with pytest.raises(UserError, match=r"needs PyTorch: pip install 'univid_jax\[convert\]'"):
       inspect(str(RELEASE / "Wan2.1_VAE.pth"))
 
   def test_unknown_tensors(self, tmp_path):
     save_file({"a": np.zeros(2), "b": np.zeros(3)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"no part of Wan2.1 that is known \(its names begin with a, b\)"):
+    with pytest.raises(ValueError, match=r"not a known component of Wan2.1 \(its first tensors are a, b\)"):
       inspect(str(tmp_path / "x.safetensors"))
 
 
-class TestSafeWriting:
-  def test_existing(self, converted, tmp_path):
+class TestAtomicWriting:
+  def test_existing_destination(self, converted, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     (target / "mine").write_text("keep")
@@ -258,53 +276,57 @@ class TestSafeWriting:
     assert not (target / "mine").exists() and checksums(target) == checksums(converted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["target"]
 
-  def test_too_small_a_disk(self, release, monkeypatch):
+  def test_disk_too_small(self, release, monkeypatch):
     usage = shutil.disk_usage(release)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     assert_refused(release, r"needs .* MB, .* has 1\.00 MB free")
 
-  def test_a_disk_that_fills_up(self, release):
-    """The limit on a file's size stands for the full disk that the check did not foresee."""
+  def test_disk_fills_up(self, release):
+    """A limit on file sizes simulates a disk that fills up after the check."""
     command = f"ulimit -f 45; exec {sys.executable} -m tools.convert_weights {release} {release.parent}/target"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, env=environment())
     assert run.returncode == 1 and run.stderr.strip().splitlines()[-1].startswith("error: "), run.stderr
     assert sorted(path.name for path in release.parent.iterdir()) == ["release"]
 
-  def test_killed_half_way(self, release, converted):
-    """Nothing that looks whole, and a clean rerun."""
+  def test_killed(self, release, converted):
+    """A killed conversion leaves no destination, and a rerun removes its partial folder."""
     command = [sys.executable, "-m", "tools.convert_weights", str(release), str(release.parent / "target")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
     partial = release.parent / ".partial-target"
     while not partial.exists() and process.poll() is None:
       time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert partial.exists() and not (release.parent / "target").exists()
     convert_any(str(release), str(release.parent / "target"))
     assert checksums(release.parent / "target") == checksums(converted) and not partial.exists()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "give SRC and DST"),
-    (["--inspect"], "give SRC"),
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ([], "SRC and DST"),
+    (["--inspect"], "SRC"),
     (["nowhere", "target"], "no such file or folder: nowhere"),
     (["a", "b", "c"], "unexpected argument 'c'"),
     (["a", "b", "--to=caffe"], "caffe"),
-])
-def test_one_line_for_what_is_wrong(arguments, message):
-  run = subprocess.run([sys.executable, "-m", "tools.convert_weights", *arguments], capture_output=True, text=True, timeout=120)
+  ],
+)
+def test_one_line_errors(arguments, message):
+  run = subprocess.run(
+    [sys.executable, "-m", "tools.convert_weights", *arguments], capture_output=True, text=True, timeout=120
+  )
   assert run.returncode != 0 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
 
 
-def test_published_shapes_are_known_by_name():
-  """Without config.json too: 128 numbers a head."""
-  config = PRESETS["wan2.1-t2v-1.3b"]
+def test_official_config():
+  config = VARIANTS["wan2.1-t2v-1.3b"]
   assert official_config(config)["num_heads"] == 12
   assert DiTConfig.from_json(official_config(config)) == config
 
 
-def test_layers_of_zeros_come_back(release, tmp_path):
-  """The storage format has a habit of leaving zeros out."""
+def test_layer_of_zeros(release, tmp_path):
+  """The storage format leaves out chunks of zeros unless told otherwise."""
   change(release, lambda tensors: tensors["blocks.1.ffn.0.bias"].fill(0))
   convert_any(str(release), str(tmp_path / "target"))
   convert_any(str(tmp_path / "target"), str(tmp_path / "back"), to="original")

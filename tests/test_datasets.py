@@ -1,7 +1,5 @@
-"""Data of one's own: every kind of source, every way in which a row can be wrong, and what is kept of it."""
+"""Data of one's own: what each reader accepts, and how it names what it cannot use."""
 
-import csv
-import itertools
 import json
 import shutil
 
@@ -9,95 +7,88 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands import run_command, start_command
-from univid_jax.data.cache import read_frames
+from tests.clip_files import (
+  FORM,
+  draw_options,
+  read_greys,
+  read_lengths,
+  write_image,
+  write_metadata,
+  write_pairs,
+  write_table,
+  write_video,
+)
+from univid_jax.config.schema import TFDSConfig
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import PromptStyle, TargetKind
+from univid_jax.core.sentence import Role, read_frames
 from univid_jax.data.clips import ClipFormat
-from univid_jax.data.datasets import Drawing, open_manifest, open_metadata, open_pairs
-from univid_jax.data.kinds import depth_of, depth_picture, known, label_colors, read_palette
-from univid_jax.data.tfds import open_tfds, to_frames
-from univid_jax.data.video import fit_clip, write_clip
-from univid_jax.types import Role
-
-FORM = ClipFormat(size=(16, 24), num_frames=5)
-
-
-def drawing(**options):
-  defaults = dict(contexts={"I": 1.0, "II": 1.0, "III": 1.0, "IV": 1.0}, num_clips={4: 1.0}, reverse_probability=0.0,
-                  prompt="detailed", prompt_dropout=0.0, variants=8, seed=0)
-  return Drawing(**(defaults | options))
-
-
-def video(path, count, *, shade=0, size=(32, 48)):
-  """Frame i of a clip is of one grey: shade + 8 i."""
-  frames = np.stack([np.full((*size, 3), shade + 8 * i, np.uint8) for i in range(count)])
-  write_clip(path, frames, fps=8)
-  return path
-
-
-def greys(clip):
-  """The grey of each frame, to the nearest 4."""
-  return [int(round(float(frame.mean()) / 4) * 4) for frame in read_frames(clip)]
-
-
-def lengths(sentence):
-  return [len(read_frames(clip)) for clip in sentence.clips]
+from univid_jax.data.sources.readers.jsonl import open_manifest
+from univid_jax.data.sources.readers.metadata_csv import open_metadata
+from univid_jax.data.sources.readers.pair_folder import open_pairs
+from univid_jax.data.sources.readers.tfds import open_tfds, to_frames
+from univid_jax.data.target_kinds import label_colors
 
 
 @pytest.fixture
 def metadata(tmp_path):
-  """Two rows, one file beside the table and one under train/."""
-  (tmp_path / "train").mkdir()
-  video(tmp_path / "one é.mp4", 24)
-  video(tmp_path / "train" / "two.mp4", 28)
-  write_table(tmp_path, [("one é.mp4", "first"), ("two.mp4", "second")])
-  return tmp_path
+  return write_metadata(tmp_path / "metadata")
 
 
-def write_table(folder, rows, header=("file_name", "text")):
-  with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-    csv.writer(file).writerows([header, *rows])
+@pytest.fixture
+def pairs(tmp_path):
+  return write_pairs(tmp_path / "pairs")
 
 
 class TestMetadata:
-  def test_quarters_and_contexts(self, metadata):
-    """Each clip is the start of its quarter; all four contexts come, with the lengths that they say."""
-    sentences, dropped = open_metadata(str(metadata), FORM, drawing())
+  def test_clips_are_quarters_of_the_file(self, metadata):
+    """Each clip is the start of its quarter; all four contexts are drawn, with their lengths."""
+    sentences, dropped = open_metadata(str(metadata), FORM, draw_options())
     assert not dropped and len(sentences) == 16
     seen = {}
     for index in range(16):
       sentence = sentences[index]
       quarter = (6, 7)[index % 2]
-      seen[sentence.context] = lengths(sentence)
-      assert [greys(clip)[0] for clip in sentence.clips] == [8 * quarter * i // 4 * 4 for i in range(4)]
+      seen[sentence.context] = read_lengths(sentence)
+      assert [read_greys(clip)[0] for clip in sentence.clips] == [8 * quarter * i // 4 * 4 for i in range(4)]
       assert sentence.prompt == ("first", "second")[index % 2]
       assert sentence.roles == (Role.CONTEXT,) * 3 + (Role.TARGET,)
     assert seen == {"I": [5, 5, 5, 5], "II": [1, 1, 1, 1], "III": [1, 1, 5, 5], "IV": [1, 5, 1, 5]}
 
-  def test_reversed_and_without_prompts(self, metadata):
-    backwards, _ = open_metadata(str(metadata / "metadata.csv"), FORM, drawing(reverse_probability=1.0, prompt="null"))
-    assert [greys(clip)[0] for clip in backwards[0].clips] == [48, 0, 144, 96]
-    assert backwards.prompts() == {""}
-    sometimes, _ = open_metadata(str(metadata), FORM, drawing(prompt_dropout=0.5))
+  def test_reversal_and_dropped_prompts(self, metadata):
+    options = draw_options(reverse_probability=1.0, prompt=PromptStyle.NULL)
+    reversed_sentences, _ = open_metadata(str(metadata / "metadata.csv"), FORM, options)
+    assert [read_greys(clip)[0] for clip in reversed_sentences[0].clips] == [48, 0, 144, 96]
+    assert {reversed_sentences[i].prompt for i in range(16)} == {""}
+    sometimes, _ = open_metadata(str(metadata), FORM, draw_options(prompt_dropout=0.5))
     assert 2 <= sum(sometimes[i].prompt == "" for i in range(16)) <= 14
 
-  def test_wrong_rows_are_named(self, metadata):
-    video(metadata / "short.mp4", 16)
+  def test_unusable_lines_are_named(self, metadata):
+    write_video(metadata / "short.mp4", 16)
     whole = (metadata / "one é.mp4").read_bytes()
-    (metadata / "cut.mp4").write_bytes(whole[:len(whole) // 2])
+    (metadata / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (metadata / "empty.mp4").write_bytes(b"")
     (metadata / "text.mp4").write_text("hello")
     (metadata / "notes.txt").write_text("hello")
-    write_table(metadata, [("one é.mp4", "x"), ("one é.mp4", "x"), ("short.mp4", "x"), ("cut.mp4", "x"), ("empty.mp4", "x"),
-                           ("text.mp4", "x"), ("gone.mp4", "x"), ("notes.txt", "x")])
-    sentences, dropped = open_metadata(str(metadata), FORM, drawing())
-    assert len(sentences.rows) == 1
-    reasons = {row.row: row.reason for row in dropped}
-    for line, message in enumerate(["stands there twice", "16 frames, 4 for each of its four clips, and 5 are needed", "cut.mp4",
-                                    "empty.mp4", "text.mp4", "no such file", "notes.txt"], 3):
-      assert any(f"line {line} " in row and message in row + reason for row, reason in reasons.items()), (line, reasons)
+    names = ("one é.mp4", "one é.mp4", "short.mp4", "cut.mp4", "empty.mp4", "text.mp4", "gone.mp4", "notes.txt")
+    write_table(metadata, [(name, "x") for name in names])
+    sentences, dropped = open_metadata(str(metadata), FORM, draw_options())
+    assert len(sentences.records) == 1
+    expected = [
+      "is listed twice",
+      "16 frames, 4 for each of its four clips, and 5 are needed",
+      "cut.mp4",
+      "empty.mp4",
+      "text.mp4",
+      "no such file",
+      "notes.txt",
+    ]
+    for line, (record, message) in enumerate(zip(dropped, expected, strict=True), 3):
+      assert f"line {line} " in record.record and message in str(record)
 
-  def test_sound_alone(self, metadata):
+  def test_a_file_with_sound_alone(self, metadata):
     import av
+
     with av.open(str(metadata / "sound.mp4"), "w") as container:
       stream = container.add_stream("aac", rate=44100)
       frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), format="fltp", layout="mono")
@@ -105,56 +96,42 @@ class TestMetadata:
       for packet in (*stream.encode(frame), *stream.encode()):
         container.mux(packet)
     write_table(metadata, [("sound.mp4", "x")])
-    _, dropped = open_metadata(str(metadata), FORM, drawing())
+    _, dropped = open_metadata(str(metadata), FORM, draw_options())
     assert "no video in" in dropped[0].reason
 
-  def test_missing_column(self, metadata):
+  def test_missing_columns_and_tables(self, metadata):
     write_table(metadata, [("one.mp4", "x")], header=("file", "text"))
-    with pytest.raises(ValueError, match="has no column file_name, only file, text"):
-      open_metadata(str(metadata), FORM, drawing())
+    with pytest.raises(UserError, match="has no column file_name; its columns are file, text"):
+      open_metadata(str(metadata), FORM, draw_options())
     with pytest.raises(FileNotFoundError, match="no such table"):
-      open_metadata(str(metadata / "nowhere"), FORM, drawing())
-
-
-@pytest.fixture
-def pairs(tmp_path):
-  """Two tasks: videos to videos, images to images."""
-  for number, name in enumerate(("a", "b b", "c")):
-    folder = tmp_path / "depth map" / name
-    folder.mkdir(parents=True)
-    video(folder / "source.mp4", 6, shade=40 * number)
-    video(folder / "target.mp4", 7, shade=40 * number + 4)
-    folder = tmp_path / "edges" / name
-    folder.mkdir(parents=True)
-    for part in ("source.png", "target.jpg"):
-      Image.new("RGB", (40, 30), (40 * number,) * 3).save(folder / part)
-  return tmp_path
+      open_metadata(str(metadata / "nowhere"), FORM, draw_options())
 
 
 class TestPairs:
   def test_pairs_of_different_names_are_joined(self, pairs):
-    sentences, dropped = open_pairs(str(pairs), FORM, drawing(num_clips={4: 1.0, 6: 1.0, 8: 1.0}))
+    options = draw_options(num_clips={4: 1.0, 6: 1.0, 8: 1.0})
+    sentences, dropped = open_pairs(str(pairs), FORM, options)
     assert not dropped and sentences.task_names == ("depth map", "edges")
     counts, contexts = set(), set()
     for index in range(len(sentences)):
       sentence = sentences[index]
       counts.add(len(sentence.clips))
       contexts.add((sentence.task, sentence.context))
-      shades = [greys(clip)[0] // 40 for clip in sentence.clips]
+      shades = [read_greys(clip)[0] // 40 for clip in sentence.clips]
       assert shades[::2] == shades[1::2] and shades[-2] not in shades[:-2:2]
       assert sentence.prompt.count(sentence.task) == 2
     assert counts == {4, 6, 8}
-    assert contexts == {("depth map", "I"), ("depth map", "II"), ("depth map", "III"), ("depth map", "IV"), ("edges", "II")}
+    # Images make no videos.
+    assert contexts == {("edges", "II"), *(("depth map", name) for name in ("I", "II", "III", "IV"))}
 
-  def test_buckets(self, pairs):
-    """Upright pairs go to an upright size and are joined among themselves."""
+  def test_pairs_of_one_bucket_are_joined(self, pairs):
     for number, name in enumerate(("u", "v")):
       folder = pairs / "edges" / name
       folder.mkdir()
       for part in ("source.png", "target.png"):
-        Image.new("RGB", (30, 50), (40 * number,) * 3).save(folder / part)
+        write_image(folder / part, shade=40 * number, size=(50, 30))
     form = ClipFormat(size=(16, 24), num_frames=5, buckets=((32, 16),))
-    sentences, dropped = open_pairs(str(pairs), form, drawing(contexts={"II": 1.0}))
+    sentences, dropped = open_pairs(str(pairs), form, draw_options(contexts={"II": 1.0}))
     assert not dropped
     sizes = set()
     for index in range(len(sentences)):
@@ -163,70 +140,125 @@ class TestPairs:
       sizes |= shapes
     assert sizes == {(16, 24), (32, 16)}
 
-  def test_reversed(self, pairs):
-    sentences, _ = open_pairs(str(pairs), FORM, drawing(reverse_probability=1.0, contexts={"I": 1.0, "II": 0.1}))
-    assert [grey % 40 for clip in sentences[0].clips for grey in greys(clip)[:1]] == [4, 0, 4, 0]
+  def test_reversal(self, pairs):
+    options = draw_options(reverse_probability=1.0, contexts={"I": 1.0, "II": 0.1})
+    sentences, _ = open_pairs(str(pairs), FORM, options)
+    assert [grey % 40 for clip in sentences[0].clips for grey in read_greys(clip)[:1]] == [4, 0, 4, 0]
 
-  def test_wrong_pairs_are_named(self, pairs):
+  def test_targets_of_labels_are_resized_without_mixing(self, pairs):
+    """A map of two labels has two colours after resizing, but an image has more."""
+    board = np.random.default_rng(0).integers(0, 2, (6, 8)).repeat(5, 0).repeat(5, 1) * 255
+    for name in ("a", "b b", "c"):
+      (pairs / "edges" / name / "target.jpg").unlink()
+      Image.fromarray(board.astype(np.uint8)).save(pairs / "edges" / name / "target.png")
+    colors = {}
+    for kind in (TargetKind.SEGMENTATION, TargetKind.EDGES):
+      sentences, _ = open_pairs(str(pairs), FORM, draw_options(contexts={"II": 1.0}), kinds={"edges": kind})
+      targets = [sentence.clips[1] for sentence in map(sentences.__getitem__, range(8)) if sentence.task == "edges"]
+      colors[kind] = len(np.unique(read_frames(targets[0])))
+    assert colors[TargetKind.SEGMENTATION] == 2 < colors[TargetKind.EDGES]
+
+  def test_unusable_pairs_are_named(self, pairs):
     (pairs / "edges" / "c" / "target.jpg").unlink()
     shutil.copy(pairs / "depth map" / "a" / "source.mp4", pairs / "depth map" / "a" / "source.mov")
     (pairs / "depth map" / "b b" / "target.mp4").unlink()
-    video(pairs / "depth map" / "b b" / "target.mp4", 3)
-    Image.new("RGB", (30, 30)).save(pairs / "edges" / "b b" / "target.jpg")
-    extra = pairs / "edges" / "d"
-    shutil.copytree(pairs / "edges" / "a", extra)
-    bomb = pairs / "edges" / "e"
-    shutil.copytree(pairs / "edges" / "a", bomb)
-    Image.new("L", (20000, 20000)).save(bomb / "source.png")
-    sentences, dropped = open_pairs(str(pairs), FORM, drawing())
+    write_video(pairs / "depth map" / "b b" / "target.mp4", 3)
+    write_image(pairs / "edges" / "b b" / "target.jpg", size=(30, 30))
+    shutil.copytree(pairs / "edges" / "a", pairs / "edges" / "d")
+    shutil.copytree(pairs / "edges" / "a", pairs / "edges" / "e")
+    Image.new("L", (20000, 20000)).save(pairs / "edges" / "e" / "source.png")
+    sentences, dropped = open_pairs(str(pairs), FORM, draw_options())
     reasons = " | ".join(map(str, dropped))
-    assert "needs one target.*, an image or a video, and has 0" in reasons
-    assert "needs one source.*, an image or a video, and has 2" in reasons
-    assert "edges/b b: the source is 30x40 and the target 30x30: cut to one size they would not lie upon each other" in reasons
+    assert "must have one target.*, an image or a video, and has 0" in reasons
+    assert "must have one source.*, an image or a video, and has 2" in reasons
+    assert "edges/b b: the source is 30x40 and the target 30x30: cropped to one size they would not be" in reasons
     assert "exceeds limit" in reasons and "decompression bomb" in reasons.lower()
     assert "the source has 6 frames and the target 3; 5 of each are needed" in reasons
     assert "depth map: a task needs pairs of at least two names" in reasons
     assert sentences.task_names == ("edges",)
 
-  def test_no_pairs(self, tmp_path):
-    with pytest.raises(ValueError, match="no pairs in"):
-      open_pairs(str(tmp_path), FORM, drawing())
+  def test_a_folder_without_pairs(self, tmp_path):
+    with pytest.raises(UserError, match="no pairs in"):
+      open_pairs(str(tmp_path), FORM, draw_options())
+
+  def test_held_out_pairs_are_only_queried(self, pairs):
+    training, held_out = open_pairs(str(pairs), FORM, draw_options())[0].split(0.4)
+    assert {(pair.task, pair.name) for pair in held_out.queries} == {("depth map", "b b"), ("edges", "b b")}
+    for source, shade in ((training, {0, 2}), (held_out, {1})):
+      sentences = [source[i] for i in range(len(source))]
+      assert {read_greys(sentence.clips[-1])[0] // 40 for sentence in sentences} == shade
+      assert {read_greys(sentence.clips[0])[0] // 40 for sentence in sentences} == {0, 2}
+
+  def test_a_test_set_is_queried_with_training_examples(self, pairs, tmp_path):
+    test_folder = tmp_path / "test"
+    shutil.copytree(pairs / "edges", test_folder / "edges")
+    shutil.copytree(pairs / "edges", test_folder / "scribbles")
+    training, test = (open_pairs(str(folder), FORM, draw_options())[0] for folder in (pairs, test_folder))
+    held_out, unusable = training.with_test_set(test)
+    assert {held_out[i].task for i in range(len(held_out))} == {"edges"}
+    assert len(unusable) == 3 and "scribbles/a: the training data has no example of its task" in str(unusable[0])
 
 
 class TestManifest:
-  def write(self, folder, *rows):
-    (folder / "m.jsonl").write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return open_manifest(str(folder / "m.jsonl"), FORM, drawing())
+  def write(self, folder, *lines):
+    (folder / "m.jsonl").write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return open_manifest(str(folder / "m.jsonl"), FORM, draw_options())
 
   def test_any_sentence(self, tmp_path):
-    """Six clips, two targets, starts and lengths of one's own."""
-    video(tmp_path / "v.mp4", 12)
-    Image.new("RGB", (40, 30), (200, 200, 200)).save(tmp_path / "i.png")
-    clips = [{"path": "v.mp4", "start": 3}, {"path": "v.mp4", "num_frames": 1}, {"path": "i.png"}, {"path": "i.png"},
-             {"path": "v.mp4", "role": "target", "num_frames": 5}, {"path": "i.png", "role": "target"}]
+    """Six clips, two targets, with starts and lengths of their own."""
+    write_video(tmp_path / "v.mp4", 12)
+    write_image(tmp_path / "i.png", shade=200)
+    clips = [
+      {"path": "v.mp4", "start": 3},
+      {"path": "v.mp4", "num_frames": 1},
+      {"path": "i.png"},
+      {"path": "i.png"},
+      {"path": "v.mp4", "role": "target", "num_frames": 5},
+      {"path": "i.png", "role": "target"},
+    ]
     sentences, dropped = self.write(tmp_path, {"clips": clips, "prompt": "p", "task": "t"}, "")
     assert not dropped
     sentence = sentences[3]
-    assert lengths(sentence) == [5, 1, 1, 1, 5, 1] and greys(sentence.clips[0]) == [24, 32, 40, 48, 56]
+    assert read_lengths(sentence) == [5, 1, 1, 1, 5, 1] and read_greys(sentence.clips[0]) == [24, 32, 40, 48, 56]
     assert sentence.roles == (Role.CONTEXT,) * 4 + (Role.TARGET,) * 2 and (sentence.prompt, sentence.task) == ("p", "t")
 
-  def test_wrong_lines_are_named(self, tmp_path):
-    video(tmp_path / "v.mp4", 12)
+  def test_unusable_lines_are_named(self, tmp_path):
+    write_video(tmp_path / "v.mp4", 12)
     target = {"path": "v.mp4", "role": "target"}
-    _, dropped = self.write(tmp_path, "{broken", {"clip": []}, {"clips": [{"path": "gone.mp4"}]}, {"clips": [{"role": "target"}]},
-                            {"clips": [{**target, "num_frames": 4}]}, {"clips": [{**target, "role": "boss"}]},
-                            {"clips": [{**target, "start": 10, "num_frames": 5}]}, {"clips": [target, {"path": "v.mp4"}]},
-                            {"clips": [{"path": "v.mp4"}]})
-    expected = ["line 1", "unknown key 'clip'", "no such clip", "no 'path'", "1 or 4n + 1 frames, got num_frames 4",
-                "context or target, got 'boss'", "gives 2 frames, 5 are asked for", "targets stand last", "needs a target"]
-    assert len(dropped) == len(expected)
-    for row, message in zip(dropped, expected):
-      assert message in str(row)
+    _, dropped = self.write(
+      tmp_path,
+      "{broken",
+      {"clip": []},
+      {"clips": [{"path": "gone.mp4"}]},
+      {"clips": [{"role": "target"}]},
+      {"clips": [{**target, "num_frames": 4}]},
+      {"clips": [{**target, "role": "boss"}]},
+      {"clips": [{**target, "start": 10, "num_frames": 5}]},
+      {"clips": [target, {"path": "v.mp4"}]},
+      {"clips": [{"path": "v.mp4"}]},
+    )
+    expected = [
+      "line 1",
+      "unknown key 'clip'",
+      "no such clip",
+      "no 'path'",
+      "1 or 4n + 1 frames, got num_frames 4",
+      "context or target, got 'boss'",
+      "has 2 frames, but num_frames is 5",
+      "targets must come last",
+      "needs a target",
+    ]
+    for record, message in zip(dropped, expected, strict=True):
+      assert message in str(record)
 
 
 class TestTFDS:
+  CONFIG = TFDSConfig(
+    name="scenes", task="segmentation map", source="image", target="labels", kind=TargetKind.SEGMENTATION
+  )
+
   def build(self, folder):
-    """A data set of eight photographs with labels, written by TFDS itself."""
+    """Builds a data set of eight images with labels and depth."""
     tfds = pytest.importorskip("tensorflow_datasets")
     rng = np.random.default_rng(0)
     paths = []
@@ -239,178 +271,66 @@ class TestTFDS:
       VERSION = tfds.core.Version("1.0.0")
 
       def _info(self):
-        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "labels": tfds.features.Tensor(shape=(20, 30), dtype=np.uint8),
-            "depth": tfds.features.Tensor(shape=(20, 30, 1), dtype=np.float32)}))
+        return self.dataset_info_from_configs(
+          features=tfds.features.FeaturesDict(
+            {
+              "image": tfds.features.Image(shape=(None, None, 3)),
+              "labels": tfds.features.Tensor(shape=(20, 30), dtype=np.uint8),
+              "depth": tfds.features.Tensor(shape=(20, 30, 1), dtype=np.float32),
+            }
+          )
+        )
 
       def _split_generators(self, dl_manager):
         return {"train": self._generate_examples()}
 
       def _generate_examples(self):
         for index, path in enumerate(paths):
-          yield index, {"image": str(path), "labels": np.full((20, 30), index, np.uint8),
-                        "depth": np.linspace(1, 2, 600, dtype=np.float32).reshape(20, 30, 1)}
+          yield (
+            index,
+            {
+              "image": str(path),
+              "labels": np.full((20, 30), index, np.uint8),
+              "depth": np.linspace(1, 2, 600, dtype=np.float32).reshape(20, 30, 1),
+            },
+          )
 
     Scenes(data_dir=str(folder / "data"), file_format="array_record").download_and_prepare()
     return str(folder / "data")
 
+  def open(self, data_dir, **changes):
+    config = TFDSConfig(**(vars(self.CONFIG) | {"data_dir": data_dir} | changes))
+    return open_tfds(config, config.split, FORM, draw_options(contexts={"II": 1.0}), depth_range=(1.0, 2.0))
+
   def test_labels_and_depth(self, tmp_path):
     data_dir = self.build(tmp_path)
-    options = {"name": "scenes", "split": "train", "data_dir": data_dir, "task": "segmentation map", "source": "image",
-               "target": "labels", "kind": "segmentation"}
-    depth_range = (1.0, 2.0)
-    sentences, dropped = open_tfds(options, FORM, drawing(contexts={"II": 1.0}), depth_range=depth_range)
+    sentences, dropped = self.open(data_dir)
     assert not dropped and len(sentences.pairs) == 8
     sentence = sentences[3]
-    assert sentence.task == "segmentation map" and lengths(sentence) == [1] * 4
+    assert sentence.task == "segmentation map" and read_lengths(sentence) == [1] * 4
     colors = [tuple(read_frames(clip)[0, 8, 8]) for clip in sentence.clips[1::2]]
     assert set(colors) <= {tuple(label_colors(np.array(i))) for i in range(8)} and colors[0] != colors[1]
-    depth, _ = open_tfds(options | {"target": "depth", "kind": "depth"}, FORM, drawing(contexts={"II": 1.0}),
-                         depth_range=depth_range)
+    depth, _ = self.open(data_dir, target="depth", kind=TargetKind.DEPTH)
     target = read_frames(depth[0].clips[1])
     assert target[0, 0, 0, 0] > 240 and target[0, -1, -1, 0] < 15
-    test, more = depth.split(0.5)[0].asked_by(depth)
-    assert not more and [test[i].clips[-1].key for i in range(8)] == [pair.target.clip(1).key for pair in depth.pairs]
-    with pytest.raises(ValueError, match="has no feature 'mask'; there are"):
-      open_tfds(options | {"target": "mask"}, FORM, drawing(), depth_range=depth_range)
-    with pytest.raises(ValueError, match="TFDS has no nothing with split train here"):
-      open_tfds(options | {"name": "nothing"}, FORM, drawing(), depth_range=depth_range)
+    held_out, unusable = depth.split(0.5)[0].with_test_set(depth)
+    assert not unusable
+    assert [held_out[i].clips[-1].key for i in range(8)] == [pair.target.clip(1).key for pair in depth.pairs]
+    with pytest.raises(UserError, match="has no feature 'mask'; there are"):
+      self.open(data_dir, target="mask")
+    with pytest.raises(UserError, match="TFDS has no nothing with split train here"):
+      self.open(data_dir, name="nothing")
 
+  def test_features_become_frames(self):
+    def frames(value, kind):
+      return to_frames(value, kind, (0.5, 10.0))
 
-def test_features_become_frames():
-  def frames(value, kind):
-    return to_frames(value, kind, (0.5, 10.0))
-  assert frames(np.zeros((4, 5), np.uint8), "image").shape == (1, 4, 5, 3)
-  assert frames(np.zeros((7, 4, 5, 3), np.uint8), "image").shape == (7, 4, 5, 3)
-  assert frames(np.eye(4, dtype=bool), "saliency")[0, :, 0, 0].tolist() == [255, 0, 0, 0]
-  assert frames(np.array([[[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]]), "normals").tolist() == [[[[128, 128, 255], [0, 0, 0]]]]
-  assert label_colors(np.array([0, 1, 2, 3, 8, 15])).tolist() == [
-      [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [64, 0, 0], [192, 128, 128]]
-  with pytest.raises(ValueError, match="images are uint8"):
-    frames(np.zeros((4, 5, 3)), "image")
-  with pytest.raises(ValueError, match="got 'labels'"):
-    frames(np.zeros((4, 5, 3)), "labels")
-
-
-def test_depth_there_and_back():
-  """To a two-hundredth of the range; unknown depth stays unknown, and depth beyond the range is at its end."""
-  depth = np.array([0.5, 0.7, 3.0, 9.9, 10.0, 0.0, np.nan, np.inf, -1.0, 20.0])[:, None]
-  picture = depth_picture(depth, (0.5, 10.0))
-  assert known(picture).tolist() == [True] * 5 + [False] * 4 + [True]
-  np.testing.assert_allclose(depth_of(picture, (0.5, 10.0))[:5], depth[:5, 0], atol=9.5 / 200)
-  assert depth_of(picture, (0.5, 10.0))[9] == pytest.approx(10, abs=0.05)
-
-
-def test_a_palette(tmp_path):
-  path = tmp_path / "palette.txt"
-  path.write_text("0 0 0\n120,120,120\n\n180 120 120\n")
-  assert read_palette(str(path)).tolist() == [[0, 0, 0], [120, 120, 120], [180, 120, 120]]
-  assert len(read_palette("")) == 256
-  for text in ("a b c", "1 2\n", "0 0 256", "1 2 3\n4 5"):
-    path.write_text(text)
-    with pytest.raises(ValueError, match="is no palette"):
-      read_palette(str(path))
-
-
-def test_label_maps_keep_their_colors_when_they_are_resized():
-  labels = label_colors(np.random.default_rng(0).integers(0, 9, (1, 4, 6)).repeat(6, 1).repeat(6, 2))
-  mixed, kept = (fit_clip(labels, (32, 48), resample=resample) for resample in ("bicubic", "nearest"))
-  colors = {tuple(color) for color in labels.reshape(-1, 3)}
-  assert {tuple(color) for color in kept.reshape(-1, 3)} <= colors < {tuple(color) for color in mixed.reshape(-1, 3)}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-  pytest.importorskip("torch", reason="the release has PyTorch files; needs the extra `convert`")
-  from tests.helpers import GOLDENS
-  from tools.convert_weights.commands import convert_any
-  folder = tmp_path_factory.mktemp("converted") / "tiny_wan"
-  convert_any(str(GOLDENS / "tiny_wan"), str(folder))
-  return folder
-
-
-def run(module, *arguments, config="configs/video_tasks.py:wan_1_3b"):
-  small = ["--config.model.dtype=float32", "--config.model.param_dtype=float32", "--config.data.height=16",
-           "--config.data.width=32", "--config.data.num_frames=5", "--config.rows.num_tokens=48",
-           "--config.lora.rank=2", "--config.log_every=1"]
-  return run_command(module, f"--config={config}", *small, *arguments)
-
-
-@pytest.mark.long
-def test_the_road(checkpoint, metadata, tmp_path):
-  """Prepare, train a LoRA, go on, paint with it, carry it to another program: as a user does it."""
-  common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}",
-            "--config.data.variants=4"]
-  done = run("univid_jax.prepare", *common)
-  assert done.returncode == 0, done.stderr
-  assert "16 clips are ready (16 encoded now)" in done.stdout
-  done = run("univid_jax.prepare", *common)
-  assert "16 clips are ready (0 encoded now)" in done.stdout
-  done = run("univid_jax.train", *common, "--config.num_steps=2")
-  assert done.returncode == 0, done.stderr
-  done = run("univid_jax.train", *common, "--config.num_steps=4")
-  assert done.returncode == 0 and "resuming" in done.stdout and "step 2 of 4" in done.stdout, done.stderr
-  steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-  assert steps == [1, 2, 3, 4]
-  video(tmp_path / "clip.mp4", 9)
-  from univid_jax.pipeline import load_pipeline
-  from univid_jax.weights.lora import read_lora
-  clips = [np.random.default_rng(i).integers(0, 255, (5, 16, 32, 3), np.uint8) for i in range(3)]
-  whole, beside = (load_pipeline(*paths, dtype="float32") for paths in (
-      (str(tmp_path / "run"),), (str(checkpoint), str(tmp_path / "run" / "lora.safetensors"))))
-  painted = [pipe.sample(clips, num_inference_steps=2, prompt="x").latents for pipe in (whole, beside)]
-  np.testing.assert_allclose(*painted, atol=1e-5)
-  done = run_command("tools.convert_weights", tmp_path / "run", tmp_path / "out.safetensors", "--to=diffusers")
-  assert done.returncode == 0, done.stderr
-  lora = read_lora(tmp_path / "out.safetensors")
-  assert lora.metadata["step"] == "4" and len(lora.layers) == 30
-
-
-def test_rows_that_cannot_be_used_end_the_run_unless_allowed(checkpoint, metadata, tmp_path):
-  write_table(metadata, [("one é.mp4", "x"), ("gone.mp4", "x")])
-  common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
-  done = run("univid_jax.prepare", *common)
-  assert done.returncode == 1 and "1 of the listed rows cannot be used, first metadata.csv line 3 (gone.mp4)" in done.stderr
-  done = run("univid_jax.prepare", *common, "--allow_dropped")
-  assert done.returncode == 0 and "dropped: metadata.csv line 3 (gone.mp4)" in done.stdout and "1 rows dropped" in done.stdout
-  done = run("univid_jax.prepare", *common, "--allow_dropped", "--preview=2")
-  assert done.returncode == 0 and Image.open(tmp_path / "run" / "preview.png").size[0] > 300
-
-
-def test_no_data(checkpoint, tmp_path):
-  done = run("univid_jax.train", f"--config.init_from={checkpoint}", f"--workdir={tmp_path / 'run'}")
-  assert done.returncode == 1 and "there is no data: give config.data.folder" in done.stderr
-  assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_the_same_with_any_number_of_threads(pairs):
-  """A mixture of sources, shuffled and packed, is the same whatever reads it; two processes share it."""
-  from univid_jax.data.loader import FeatureMaker, make_loader
-  from univid_jax.data.packing import RowShape
-  sentences, _ = open_pairs(str(pairs), FORM, drawing())
-  maker = FeatureMaker(encode=lambda clip: read_frames(clip)[::4, ::8, ::6, :].astype(np.float32), patch_size=(1, 2, 2),
-                       embed_prompt=lambda prompt: np.zeros((0, 3), np.float32), text_len=4, task_names=("depth map", "edges"))
-
-  def batches(**options):
-    loader = make_loader([sentences, sentences], maker, row_shape=RowShape(num_tokens=24, num_text_tokens=4, num_slots=4),
-                         rows_per_batch=2, seed=1, weights=[2.0, 1.0], **options)
-    out = list(itertools.islice(loader, 4))
-    loader.close()
-    return [row.tokens for row in out]
-
-  assert all(np.array_equal(a, b) for a, b in zip(batches(), batches(num_threads=4)))
-
-
-@pytest.mark.slow
-def test_two_processes_prepare_one_cache(checkpoint, metadata, tmp_path):
-  """At the same time: both end well, and the cache is whole."""
-  arguments = ["univid_jax.prepare", "--config=configs/video_tasks.py:wan_1_3b", "--config.data.height=16",
-               "--config.data.width=32", "--config.data.num_frames=5", "--config.rows.num_tokens=48",
-               f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
-  both = [start_command(*arguments) for _ in range(2)]
-  for process in both:
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0 and "16 clips are ready" in out, error
-  files = list((tmp_path / "run" / "cache" / "latents").rglob("*.*"))
-  assert len(files) == 16 and all(path.suffix == ".safetensors" for path in files)
+    assert frames(np.zeros((4, 5), np.uint8), TargetKind.IMAGE).shape == (1, 4, 5, 3)
+    assert frames(np.zeros((7, 4, 5, 3), np.uint8), TargetKind.IMAGE).shape == (7, 4, 5, 3)
+    assert frames(np.eye(4, dtype=bool), TargetKind.SALIENCY)[0, :, 0, 0].tolist() == [255, 0, 0, 0]
+    normals = np.array([[[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]])
+    assert frames(normals, TargetKind.NORMALS).tolist() == [[[[128, 128, 255], [0, 0, 0]]]]
+    with pytest.raises(UserError, match="images must be uint8"):
+      frames(np.zeros((4, 5, 3)), TargetKind.IMAGE)
+    with pytest.raises(UserError, match="cannot be a camera movement"):
+      frames(np.zeros((4, 5, 3)), TargetKind.CAMERA)

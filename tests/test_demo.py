@@ -1,4 +1,4 @@
-"""The page in a real browser: python -m pytest -m slow tests/test_demo.py
+"""The demo in a real browser: python -m pytest -m slow tests/test_demo.py
 
 Needs the extra `demo`, Playwright for Python, and a Chromium on the path.
 """
@@ -21,20 +21,27 @@ from univid_jax.data.video import write_clip
 pytestmark = pytest.mark.slow
 
 
-def test_files_go_in_and_a_picture_comes_out(tmp_path):
+def test_files_in_and_a_picture_out(tmp_path):
   pytest.importorskip("gradio")
   playwright = pytest.importorskip("playwright.sync_api")
   chromium = shutil.which("chromium") or pytest.skip("no Chromium")
-  from tools.convert_weights.commands import convert_any
+  from univid_jax.convert.commands import convert_any
+
   convert_any(str(GOLDENS / "tiny_wan"), str(tmp_path / "wan"))
   clips = []
   for name, shade in (("a", 40), ("b", 120), ("c", 200)):
     write_clip(tmp_path / f"{name}.png", np.full((1, 60, 80, 3), shade, np.uint8))
     clips.append(str(tmp_path / f"{name}.png"))
   log = (tmp_path / "log").open("w")
-  command = [sys.executable, "-m", "univid_jax.demo", f"--checkpoint={tmp_path / 'wan'}", "--dtype=float32", "--port=7871"]
-  server = subprocess.Popen(command, stdout=log, stderr=log,
-                            env={**environment(), "GRADIO_ANALYTICS_ENABLED": "0"})
+  command = [
+    sys.executable,
+    "-m",
+    "univid_jax.demo",
+    f"--checkpoint={tmp_path / 'wan'}",
+    "--dtype=float32",
+    "--port=7871",
+  ]
+  server = subprocess.Popen(command, stdout=log, stderr=log, env={**environment(), "GRADIO_ANALYTICS_ENABLED": "0"})
   try:
     for _ in range(120):
       try:
@@ -43,8 +50,9 @@ def test_files_go_in_and_a_picture_comes_out(tmp_path):
       except OSError:
         time.sleep(0.5)
     with playwright.sync_playwright() as p:
-      browser = p.chromium.launch(executable_path=chromium,
-                                  args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+      browser = p.chromium.launch(
+        executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+      )
       page = browser.new_page()
       page.goto("http://127.0.0.1:7871")
       page.wait_for_selector("text=Visual sentences", timeout=60_000)
@@ -53,8 +61,8 @@ def test_files_go_in_and_a_picture_comes_out(tmp_path):
         page.wait_for_selector(f"text={os.path.basename(path).split('.')[0]}", timeout=20_000)
         assert index < 3
       page.get_by_label(re.compile("^number input for Steps|^Steps")).first.fill("2")
-      page.get_by_role("button", name="Paint B'").click()
-      page.wait_for_selector("img[src*='painted_0']", timeout=120_000)
+      page.get_by_role("button", name="Sample B'").click()
+      page.wait_for_selector("img[src*='sample_0']", timeout=120_000)
       page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
       browser.close()
   finally:

@@ -1,4 +1,4 @@
-"""The objective and the sampler equal the reference's."""
+"""Objective and sampler equal the reference's."""
 
 import dataclasses
 import functools
@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from tests.helpers import channels_last, dit_config, golden, load_dit, relative_error
-from univid_jax.data.packing import RowShape, pack, patchify, sentence_features, target_tokens, unpatchify
+from univid_jax.core.sentence import Role, Sentence, reference_roles
+from univid_jax.data.packing import RowShape, pack, patchify, select_target_tokens, sentence_features, unpatchify
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS, FlowMatching
+from univid_jax.diffusion.guidance import Branch, guide
 from univid_jax.diffusion.loss import draw_noise, sentence_losses
-from univid_jax.diffusion.solvers import euler, unipc, velocity_fn
-from univid_jax.types import PackedRow, Role, Sentence, reference_roles
+from univid_jax.diffusion.solvers import Euler, UniPC
 
 PATCH = (1, 2, 2)
 
@@ -24,7 +25,8 @@ def features_of(clips, context):
 
 
 def single_row(features):
-  return pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=len(features["text"]), num_slots=1))
+  shape = RowShape(num_tokens=len(features.tokens), num_text_tokens=len(features.text), num_slots=1)
+  return jax.tree.map(jnp.asarray, pack([features], shape))
 
 
 class TestSchedule:
@@ -38,12 +40,12 @@ class TestSchedule:
   @pytest.mark.parametrize("steps", [5, 50])
   @pytest.mark.parametrize("shift", [3, 5])
   def test_inference(self, steps, shift):
-    sigmas = FlowMatching(shift=float(shift)).inference_sigmas(steps)
+    sigmas = Euler().sigmas(FlowMatching(shift=float(shift)), steps)
     assert relative_error(sigmas, self.io[f"infer{steps}_shift{shift}_sigmas"]) <= 1e-6
 
   def test_no_steps(self):
     with pytest.raises(ValueError, match="at least 1 step, got 0"):
-      FlowMatching().inference_sigmas(0)
+      Euler().sigmas(FlowMatching(), 0)
 
   @pytest.mark.parametrize("stratified", [False, True])
   def test_times_are_uniform(self, stratified):
@@ -57,30 +59,41 @@ class TestSchedule:
 
 def test_sampling_equals_the_reference():
   info, io, weights = golden("sampling_video")
-  model = load_dit(dit_config(info["dit"]), {k.removeprefix("dit."): v for k, v in weights.items() if k.startswith("dit.")})
+  model = load_dit(
+    dit_config(info["dit"]), {k.removeprefix("dit."): v for k, v in weights.items() if k.startswith("dit.")}
+  )
   clips = [channels_last(io[f"latent{i}"]) for i in range(3)]
   noise = channels_last(io["noise"])
   row = single_row(features_of([*clips, np.zeros_like(noise)], io["context"]))
-  start = np.zeros_like(row.tokens)
+  start = np.zeros(row.tokens.shape, np.float32)
   start[0, row.target_mask[0]] = patchify(noise, PATCH)
-  sigmas = jnp.asarray(FlowMatching(shift=info["sigma_shift"]).inference_sigmas(info["steps"]))
+  solver, flow = Euler(), FlowMatching(shift=info["sigma_shift"])
   for packed in (row, dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)):
-    tokens = np.asarray(jax.jit(lambda row: euler(velocity_fn(model, row), row, start, sigmas))(packed))
-    np.testing.assert_array_equal(tokens[0][~row.target_mask[0]], row.tokens[0][~row.target_mask[0]])
-    latents = unpatchify(target_tokens(tokens, row, (0, 1)), noise.shape[:3], PATCH)
+    tokens = solve(solver, guide(model, Branch.create(model, packed)), start, solver.sigmas(flow, info["steps"]))
+    latents = unpatchify(select_target_tokens(tokens, row, (0, 1)), noise.shape[:3], PATCH)
     assert relative_error(latents, channels_last(io["latent3"])) <= 1e-4
 
 
+def solve(solver, predict, noise, sigmas):
+  """Takes all steps of a solver."""
+  step, state = jax.jit(functools.partial(solver.step, predict)), solver.init(jnp.asarray(noise))
+  for sigma, coefficients in zip(sigmas, solver.coefficients(sigmas), strict=True):
+    state = step(state, sigma, coefficients)
+  return np.asarray(solver.tokens(state))
+
+
 def test_guidance():
-  model = lambda x, t, given: x + (10.0 if given is row else 1.0)  # noqa: E731
+  """Velocities 10 with the prompt and 1 with the negative prompt, extrapolated by a scale of 3."""
+  row = single_row(features_of([np.zeros((1, 4, 4, 16))] * 2, np.zeros((0, 8))))
+  other = dataclasses.replace(row, text=np.ones_like(row.text))
 
-  class Row:
-    modulation_ids = targets = None
+  def model(tokens, timesteps, given):
+    return jnp.full(tokens.shape, jnp.where(jnp.any(given.text != 0), 1.0, 10.0))
 
-  row, other = Row(), Row()
-  x, sigmas = jnp.zeros((1, 1, 1)), jnp.ones((1, 1))
-  assert velocity_fn(model, row)(x, sigmas) == 10
-  assert velocity_fn(model, row, negative=other, guidance_scale=3.0)(x, sigmas) == 1 + 3 * (10 - 1)
+  tokens, sigma = jnp.zeros(row.tokens.shape), jnp.float32(1.0)
+  positive, negative = Branch(row), Branch(other)
+  assert np.all(guide(model, positive)(tokens, sigma) == 10)
+  assert np.all(guide(model, positive, negative=negative, guidance_scale=3.0)(tokens, sigma) == 1 + 3 * (10 - 1))
 
 
 class TestLoss:
@@ -88,34 +101,44 @@ class TestLoss:
     latents, lengths = channels_last(io[f"step{step}.latents"]), info["clip_latent_frames"]
     clips = np.split(latents, np.cumsum(lengths)[:-1])
     row = single_row(features_of(clips, io[f"step{step}.context"]))
-    noise = np.zeros_like(row.tokens)
+    noise = np.zeros(row.tokens.shape, np.float32)
     noise[0, row.target_mask[0]] = patchify(channels_last(io[f"step{step}.noise"]), PATCH)
     return row, noise, jnp.asarray(io[f"step{step}.timestep"] / NUM_TRAIN_TIMESTEPS)[None]
 
   def model(self, info, weights):
-    return load_dit(dit_config(info["dit"]), {k.removeprefix("base."): v for k, v in weights.items() if k.startswith("base.")})
+    return load_dit(
+      dit_config(info["dit"]), {k.removeprefix("base."): v for k, v in weights.items() if k.startswith("base.")}
+    )
 
   def test_first_loss_equals_the_reference(self):
-    """The reference's LoRA, as it is before the first step, merged into the base."""
+    """With the reference's LoRA before its first step merged into the base."""
     info, io, weights = golden("training")
     merged = dict(weights)
     for name in (name for name in weights if name.startswith("lora_init") and ".lora_A." in name):
       layer = name.removeprefix("lora_init.").partition(".lora_A.")[0]
-      merged[f"base.{layer}.weight"] = weights[f"base.{layer}.weight"] + weights[name.replace("lora_A", "lora_B")] @ weights[name]
-    losses, present = jax.jit(functools.partial(sentence_losses, self.model(info, merged)))(*self.golden_row(info, io, 0))
+      merged[f"base.{layer}.weight"] = (
+        weights[f"base.{layer}.weight"] + weights[name.replace("lora_A", "lora_B")] @ weights[name]
+      )
+    losses, present = jax.jit(functools.partial(sentence_losses, self.model(info, merged)))(
+      *self.golden_row(info, io, 0)
+    )
     assert present.tolist() == [[1.0]]
     assert abs(float(losses[0, 0]) / io["losses"][0] - 1) <= 1e-5
 
-  def test_packing_and_order_change_nothing(self):
+  def test_losses_do_not_depend_on_packing_and_order(self):
     info, _, weights = golden("training")
     losses_of = jax.jit(functools.partial(sentence_losses, self.model(info, weights)))
     rng = np.random.default_rng(0)
     lengths = [(2, 2, 2, 2), (1, 1, 1, 1), (1, 1, 2, 2)]
-    sentences = [features_of([rng.normal(size=(n, 4, 6, 16)) for n in clips], rng.normal(size=(4, 32))) for clips in lengths]
+    sentences = [
+      features_of([rng.normal(size=(n, 4, 6, 16)) for n in clips], rng.normal(size=(4, 32))) for clips in lengths
+    ]
     sigmas = np.array([0.9, 0.3, 0.6], np.float32)
-    noises = [rng.normal(size=f["tokens"].shape).astype(np.float32) for f in sentences]
-    alone = [float(losses_of(single_row(f), noise[None], jnp.full((1, 1), sigma))[0][0, 0])
-             for f, noise, sigma in zip(sentences, noises, sigmas)]
+    noises = [rng.normal(size=f.tokens.shape).astype(np.float32) for f in sentences]
+    alone = [
+      float(losses_of(single_row(f), noise[None], jnp.full((1, 1), sigma))[0][0, 0])
+      for f, noise, sigma in zip(sentences, noises, sigmas)
+    ]
     order = [2, 0, 1]
     row = pack([sentences[i] for i in order], RowShape(num_tokens=120, num_text_tokens=20, num_slots=4))
     noise = np.zeros_like(row.tokens)
@@ -141,7 +164,7 @@ class TestLoss:
     np.testing.assert_allclose(timesteps, [[250.0]])
     assert float(losses[0, 0]) == pytest.approx((5 - 2) ** 2)
 
-  def test_noise_is_standard_and_levels_lie_on_the_grid(self):
+  def test_noise_is_standard_normal_and_levels_are_on_the_grid(self):
     row = single_row(features_of([np.zeros((8, 16, 16, 16))] * 2, np.zeros((0, 8))))
     noise, levels = draw_noise(jax.random.key(0), row, FlowMatching())
     sigmas = levels.sigmas
@@ -149,7 +172,7 @@ class TestLoss:
     assert np.isin(np.asarray(sigmas), FlowMatching().training_sigmas()).all()
 
 
-def test_roles_are_the_references():
+def test_reference_roles():
   assert reference_roles(4) == (Role.CONTEXT, Role.CONTEXT, Role.CONTEXT, Role.TARGET)
 
 
@@ -164,15 +187,15 @@ def test_unipc_equals_diffusers(steps, shift):
   def velocity(x, sigma, module):
     return module.tanh(x @ module.asarray(weights)) * (1 + sigma) + x * sigma
 
-  scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+  scheduler = diffusers.UniPCMultistepScheduler(
+    prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+  )
   scheduler.set_timesteps(steps)
   x = torch.from_numpy(noise)
   for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas):
     x = scheduler.step(velocity(x, float(sigma), torch), timestep, x, return_dict=False)[0]
-  sigmas = FlowMatching(shift=shift).unipc_sigmas(steps)
+  solver = UniPC()
+  sigmas = solver.sigmas(FlowMatching(shift=shift), steps)
   np.testing.assert_allclose(sigmas, scheduler.sigmas[:-1], rtol=1e-5)
-  row = PackedRow(tokens=np.zeros((1, 6, 4), np.float32), positions=np.zeros((1, 6, 3), np.int32),
-                  segment_ids=np.ones((1, 6), np.int32), target_mask=np.ones((1, 6), bool),
-                  text=np.zeros((1, 1, 1)), text_counts=np.ones((1, 1)))
-  ours = unipc(lambda x, level: velocity(x, level[0, 0], jnp), row, noise[None], sigmas)[0]
+  ours = solve(solver, lambda x, sigma: velocity(x, sigma, jnp), noise[None], sigmas)[0]
   assert relative_error(ours, x.numpy()) <= 1e-4

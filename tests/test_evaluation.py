@@ -1,133 +1,177 @@
-"""Scores are what they say."""
+"""The evaluator: sentences, controls, scores and reports; the evaluate command has its own tests."""
 
+import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
-from skimage.metrics import peak_signal_noise_ratio
+from sklearn import metrics as sklearn_metrics
 
-from tests.helpers import relative_error
-from univid_jax import build
-from univid_jax.evaluation import METRICS, evaluate, held_out_sentences, matched, with_swapped_pairs
-from univid_jax.metrics.figures import plot_loss, sentence_grid
-from univid_jax.metrics.image import psnr
+from tests.helpers import image_width, random_pipeline
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import tiny
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import TargetKind
+from univid_jax.data.contexts import CONTEXTS
+from univid_jax.data.sources.open import open_data
+from univid_jax.data.target_kinds import label_colors, normals_to_image
+from univid_jax.evaluation import run
+from univid_jax.evaluation.controls import Case, baselines, choose_other_tasks, match_length, reverse_pairs, round_trip
+from univid_jax.evaluation.figures import plot_loss, sentence_grid
+from univid_jax.evaluation.generate import Generated, SentenceInfo, make_variants
+from univid_jax.evaluation.kinds import KIND_METRICS, KindOptions, unmix_colors
+from univid_jax.evaluation.metrics.dense import nearest_labels
+from univid_jax.evaluation.metrics.image import psnr
+from univid_jax.evaluation.protocol import Origin, claim_folder
+from univid_jax.evaluation.report import QUICK_KEYS
+from univid_jax.evaluation.score import Score, Scorer
+from univid_jax.evaluation.sentences import plan_other_pairs, select_sentences
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.pipeline import Pipeline, inferred_length
 
 
-def noisy_clips(seed=0):
-  rng = np.random.default_rng(seed)
-  return tuple(rng.integers(0, 256, (3, 8, 8, 3)).astype(np.uint8) for _ in range(2))
+def select(config):
+  return select_sentences(config, open_data(config, workdir="").held_out)
 
 
-def test_psnr():
-  a, b = noisy_clips()
-  assert psnr(a, b) == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255), abs=1e-6)
-  assert psnr(a, a) == 100
-  assert psnr(np.zeros_like(a), np.full_like(a, 255)) == 0
-  with pytest.raises(ValueError, match="different shapes"):
-    psnr(a, b[:1])
+class TestSentences:
+  def test_every_case_has_the_same_number(self, tiny_config):
+    config = override(tiny_config, {"eval.sentences_per_case": 2, "data.num_clips.clips_6": 1.0})
+    sentences = select(config)
+    cases = [sentence.case for sentence in sentences]
+    assert all(cases.count(case) == 2 for case in cases)
+    assert {case.task for case in cases} == {task for task, weight in config.data.tasks.items() if weight}
+    assert {case.context for case in cases} == set(CONTEXTS) and {case.num_clips for case in cases} == {4, 6}
+    for planned in sentences:
+      sentence = planned.read()
+      assert Case(sentence.task, sentence.context, len(sentence.clips)) == planned.case
+
+  def test_order_of_keys_does_not_matter(self, tiny_config):
+    """Flags sort the keys of a config, Python does not; the sentences are the same."""
+    data = dataclasses.replace(tiny_config.data, tasks=dict(sorted(tiny_config.data.tasks.items())))
+    for a, b in zip(select(tiny_config), select(dataclasses.replace(tiny_config, data=data)), strict=True):
+      assert a.case == b.case
+      assert all(np.array_equal(x, y) for x, y in zip(a.read().clips, b.read().clips))
 
 
-def test_clips_are_matched_in_length():
-  clip = np.arange(3)[:, None, None, None]
-  assert matched(clip, 5).ravel().tolist() == [0, 1, 2, 2, 2] and matched(clip, 1).ravel().tolist() == [0]
+class TestControls:
+  def test_match_length(self):
+    clip = np.arange(3)[:, None, None, None]
+    assert match_length(clip, 5).ravel().tolist() == [0, 1, 2, 2, 2] and match_length(clip, 1).ravel().tolist() == [0]
+
+  def test_baselines_have_the_length_of_the_target(self):
+    a, b = np.zeros((1, 4, 4, 3), np.uint8), np.full((1, 4, 4, 3), 9, np.uint8)
+    a2 = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (10, 30)])
+    found = baselines([a, a2, b, np.zeros((3, 4, 4, 3), np.uint8)])
+    assert found["copy_b"].shape == (3, 4, 4, 3) and (found["copy_b"] == 9).all()
+    assert found["copy_a2"][:, 0, 0, 0].tolist() == [10, 30, 30]
+    assert found["mean_a2"].dtype == np.uint8 and (found["mean_a2"] == 20).all()
+
+  def test_swapped_pairs_are_of_another_task(self, tiny_config):
+    planned = select(tiny_config)
+    sentences = [each.read() for each in planned]
+    swap = make_variants(tiny_config.eval, plan_other_pairs(tiny_config, planned))[1].alter
+    for number, sentence in enumerate(sentences):
+      swapped = swap(number, sentence)
+      assert all(a is b for a, b in zip(swapped.clips[-2:], sentence.clips[-2:]))
+      assert [clip.shape for clip in swapped.clips] == [clip.shape for clip in sentence.clips]
+      assert not np.array_equal(swapped.clips[0], sentence.clips[0])
+      assert [len(clip) for clip in sentence.clips] != [1] * 4 or any(
+        np.array_equal(swapped.clips[1], other.clips[1]) and other.task != sentence.task for other in sentences
+      )
+
+  def test_without_another_task_pairs_are_of_a_computed_task(self, tiny_config):
+    cases = [Case("x", "II", 4), Case("x", "I", 4), Case("y", "I", 6)]
+    assert choose_other_tasks(cases, np.random.default_rng(0)) == [None, None, None]
+    planned = [each for each in select(tiny_config) if each.case.task == "invert"]
+    others = [read() for read in plan_other_pairs(tiny_config, planned)]
+    assert [other.task for other in others] == ["swap_channels"] * len(planned)
+
+  def test_codec_round_trip_is_close(self, tiny_config):
+    truth = select(tiny_config)[0].read().clips[-1]
+    assert psnr(round_trip(random_pipeline(tiny_config, make_mesh({"data": -1})), truth), truth) > 20
+
+  def test_reversed_pairs_keep_the_query(self, tiny_config):
+    sentence = select(tiny_config)[0].read()
+    a, a2, b, b2 = sentence.clips
+    assert all(x is y for x, y in zip(reverse_pairs(sentence).clips, (a2, a, b, b2)))
 
 
-@pytest.mark.parametrize("lengths, expected", [((5, 5, 5), 5), ((1, 1, 1), 1), ((1, 1, 5), 5), ((1, 5, 1), 5),
-                                               ((1, 1, 1, 1, 5), 5), ((1, 9, 1, 9, 1), 9), ((5,), 5)])
-def test_the_targets_length_is_inferred(lengths, expected):
-  assert inferred_length(lengths) == expected
+class TestModes:
+  @pytest.fixture
+  def results(self, tiny_config, tmp_path, monkeypatch):
+    """(config, eval.json, PSNR of each sentence in quick mode, report.json) of one pipeline."""
+    config = override(tiny_config, {"eval.batch_size": 3})
+    pipeline = random_pipeline(config, make_mesh({"data": -1}))
+    quick_scores, score_psnr = [], run.score_psnr
+
+    def score_and_keep(generated):
+      quick_scores.append(score_psnr(generated))
+      return quick_scores[-1]
+
+    monkeypatch.setattr(run, "score_psnr", score_and_keep)
+    run.evaluate_quick(pipeline, config, tmp_path)
+    run.evaluate(
+      pipeline,
+      config,
+      data=open_data(config, workdir=""),
+      folder=tmp_path / "evaluation",
+      origin=Origin(checkpoint="random"),
+    )
+    assert image_width(tmp_path / "grid.png") > 500
+    quick = json.loads((tmp_path / "eval.json").read_text())
+    return config, quick, quick_scores, json.loads((tmp_path / "evaluation" / "report.json").read_text())
+
+  def test_quick_and_full_agree(self, results):
+    config, quick, quick_scores, full = results
+    assert len(quick_scores) == len(full["sentences"]) == len(select(config))
+    for scores, sentence in zip(quick_scores, full["sentences"]):
+      assert scores.keys() == {*QUICK_KEYS.values()}
+      assert scores == {name: sentence["scores"][name]["psnr"] for name in scores}
+    groups = [(quick["overall"], full["overall"])]
+    for part in ("by_task", "by_context"):
+      assert quick[part].keys() == full[part].keys()
+      groups += [(quick[part][name], full[part][name]) for name in quick[part]]
+    for means, rows in groups:
+      assert means == {key: round(rows[name]["psnr"], 3) for key, name in QUICK_KEYS.items()} | {
+        "count": rows["prediction"]["count"]
+      }
+
+  def test_quick_report_averages_its_sentences(self, results):
+    config, quick, quick_scores, full = results
+    assert quick["seed"] == 0 and quick["steps"] == 4
+    assert set(quick["by_task"]) == {task for task, weight in config.data.tasks.items() if weight}
+    assert set(quick["by_context"]) == {"I", "II", "III", "IV"}
+    assert quick["overall"]["count"] == len(quick_scores) == sum(m["count"] for m in quick["by_task"].values())
+    images = [
+      scores["prediction"] for scores, sentence in zip(quick_scores, full["sentences"]) if sentence["context"] == "II"
+    ]
+    assert quick["image"]["psnr"] == pytest.approx(np.mean(images), abs=1e-3) and quick["image"]["count"] == len(images)
+    assert quick["overall"]["psnr_codec"] > 30
+
+  def test_nothing_held_out(self, tiny_config, tmp_path):
+    config = override(tiny_config, {"eval.sentences_per_case": 0})
+    pipeline = random_pipeline(config, make_mesh({"data": -1}))
+    assert run.evaluate_quick(pipeline, config, tmp_path) is None and not (tmp_path / "eval.json").exists()
+    with pytest.raises(UserError, match="there is nothing to evaluate on"):
+      run.evaluate(
+        pipeline, config, data=open_data(config, workdir=""), folder=tmp_path, origin=Origin(checkpoint="random")
+      )
 
 
-def test_swapped_pairs_come_from_another_task(tiny_config):
-  sentences = held_out_sentences(tiny_config)
-  assert {s.context for s in sentences} == {"I", "II", "III", "IV"}
-  for sentence, swapped in zip(sentences, with_swapped_pairs(sentences, np.random.default_rng(0))):
-    assert swapped.clips[-2:] == sentence.clips[-2:]
-    assert [clip.shape for clip in swapped.clips] == [clip.shape for clip in sentence.clips]
-    assert not np.array_equal(swapped.clips[0], sentence.clips[0])
-    assert [len(clip) for clip in sentence.clips] != [1] * 4 or any(
-        np.array_equal(swapped.clips[1], other.clips[1]) and other.task != sentence.task for other in sentences)
-  with pytest.raises(ValueError, match="at least two tasks"):
-    with_swapped_pairs([s for s in sentences if s.task == "invert"], np.random.default_rng(0))
+class TestProtocol:
+  def test_only_what_changes_samples_matters(self, tiny_config, tmp_path):
+    origin = Origin(checkpoint="run", lora=("a.safetensors",))
+    claim_folder(tmp_path, tiny_config, origin, write=True)
+    claim_folder(tmp_path, override(tiny_config, {"eval.depth_alignment": "median"}), origin, write=True)
+    with pytest.raises(UserError, match=r"holds samples with config.data.height = 16, not 32"):
+      claim_folder(tmp_path, override(tiny_config, {"data.height": 32}), origin, write=True)
+    with pytest.raises(UserError, match="holds samples with step = None, not '5'"):
+      claim_folder(tmp_path, tiny_config, dataclasses.replace(origin, step="5"), write=True)
 
-
-def random_pipeline(config, mesh):
-  graph, params = nnx.split(build.model(config), nnx.Param)
-  return Pipeline(build.transformer_config(config), graph, nnx.to_pure_dict(params), encoders=build.encoders(config, mesh),
-                  mesh=mesh, run=config)
-
-
-def test_the_report_equals_a_recount(tiny_config):
-  config = json.loads(tiny_config.to_json())
-  pipeline = random_pipeline(config, make_mesh({"data": -1}))
-  report, examples = evaluate(pipeline)
-  assert report["seed"] == 0 and report["steps"] == 4
-  assert set(report["by_task"]) == {task for task, weight in config["data"]["tasks"].items() if weight}
-  assert set(report["by_context"]) == {"I", "II", "III", "IV"}
-  assert report["overall"]["count"] == len(examples) == sum(m["count"] for m in report["by_task"].values())
-  for key, values in report["by_task"].items():
-    chosen = [e for e in examples if e.sentence.task == key]
-    truth = [e.sentence.clips[-1] for e in chosen]
-    assert values["psnr"] == pytest.approx(np.mean([psnr(e.painted, t) for e, t in zip(chosen, truth)]), abs=1e-3)
-    copies = [psnr(matched(e.sentence.clips[2], len(t)), t) for e, t in zip(chosen, truth)]
-    assert values["psnr_copy_b"] == pytest.approx(np.mean(copies), abs=1e-3)
-    assert set(values) == {*METRICS, "count"}
-  images = [e for e in examples if e.sentence.context == "II"]
-  assert report["image"]["psnr"] == pytest.approx(np.mean([e.scores["psnr"] for e in images]), abs=1e-3)
-  assert report["overall"]["psnr_codec"] > 30
-
-
-def test_a_batch_equals_single_samples(tiny_config):
-  """Packed into rows over eight devices or alone: the same picture for the same noise."""
-  config = json.loads(tiny_config.to_json())
-  pipeline = random_pipeline(config, make_mesh({"data": -1}))
-  sentences = held_out_sentences(config)[:5]
-  together = pipeline.sample_sentences(sentences, num_inference_steps=3, seed=7)
-  alone = pipeline.sample_sentences(sentences[:1], num_inference_steps=3, seed=7)
-  again = pipeline.sample_sentences(sentences, num_inference_steps=3, seed=7)
-  assert all(np.array_equal(a, b) for a, b in zip(together, again))
-  assert together[0].shape == alone[0].shape == sentences[0].clips[-1].shape
-  encoded = pipeline.encode(sentences[0].clips[-1])
-  noise = jax.random.normal(jax.random.key(0), encoded.shape)
-  one = pipeline.sample(sentences[0].clips[:-1], num_inference_steps=3, latents=noise)
-  two = pipeline.sample(sentences[0].clips[:-1], num_inference_steps=3, latents=noise)
-  assert np.array_equal(one.frames, two.frames) and one.latents.shape == encoded.shape
-
-
-@pytest.mark.parametrize("attention, solver, guidance_scale", [("full", "unipc", 1.0), ("context_causal", "euler", 1.5)])
-def test_a_batch_of_four_equals_four(tiny_config, attention, solver, guidance_scale):
-  """Sentences of several lengths, packed and spread over eight devices, against one at a time on one."""
-  config = json.loads(tiny_config.to_json())
-  config["model"]["attention"] = attention
-  pipeline, single = (random_pipeline(config, mesh) for mesh in (make_mesh({"data": -1}), make_mesh({}, jax.devices()[:1])))
-  chosen = {len(s.clips[-1]) + 10 * len(s.clips[0]): s for s in held_out_sentences(config)}
-  contexts = [list(s.clips[:-1]) for s in chosen.values()]
-  contexts = (contexts * 4)[:4]
-  assert len(chosen) >= 3
-  options = dict(num_inference_steps=3, solver=solver, guidance_scale=guidance_scale)
-  together = pipeline.sample_batch(contexts, seeds=[5, 6, 7, 8], **options)
-  for clips, seed, sample in zip(contexts, (5, 6, 7, 8), together):
-    alone = single.sample(clips, seed=seed, **options)
-    assert relative_error(sample.latents, alone.latents) <= 1e-5
-  with pytest.raises(ValueError, match="4 sentences, 4 prompts and 2 seeds"):
-    pipeline.sample_batch(contexts, seeds=[1, 2])
-
-
-def test_one_step_of_sampling_is_one_velocity(tiny_config):
-  config = json.loads(tiny_config.to_json())
-  pipeline = random_pipeline(config, make_mesh({}, devices=jax.devices()[:1]))
-  clips = next(s for s in held_out_sentences(config) if s.context == "III").clips
-  context = [pipeline.encode(clip) for clip in clips[:-1]]
-  noise = np.random.default_rng(0).normal(size=context[-1].shape).astype(np.float32)
-  prompt = np.zeros((0, config["model"]["text_dim"]), np.float32)
-  velocity = pipeline.predict_velocity(np.concatenate([*context, noise]), 1000.0, prompt)[-len(noise):]
-  out = pipeline.sample(clips[:-1], num_inference_steps=1, latents=noise)
-  assert np.abs(velocity).mean() > 0.1
-  np.testing.assert_allclose(out.latents, noise - velocity, atol=1e-5)
+  def test_samples_of_an_earlier_version_are_refused(self, tiny_config, tmp_path):
+    (tmp_path / "protocol.json").write_text('{"config": {}, "version": "0.1.0"}')
+    with pytest.raises(UserError, match="holds samples of an earlier version of univid_jax"):
+      claim_folder(tmp_path, tiny_config, Origin(checkpoint="run"), write=True)
 
 
 def test_figures(tmp_path):
@@ -135,3 +179,104 @@ def test_figures(tmp_path):
   image, video = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((5, 8, 8, 3), np.uint8)
   sentence_grid(tmp_path / "grid.png", [("task\ncontext IV", (image, video, image, video, video))])
   assert (tmp_path / "loss.png").stat().st_size > 1000 and (tmp_path / "grid.png").stat().st_size > 500
+
+
+def config_with(**options):
+  return override(
+    tiny(),
+    {"data.depth_range": (1.0, 5.0), "eval.depth_alignment": "none"}
+    | {f"eval.{name}": value for name, value in options.items()},
+  )
+
+
+def as_generated(truth, params=None, reverse=False, task="t"):
+  info = SentenceInfo(
+    task=task, context="II", num_clips=4, num_frames=[1] * 4, prompt="", reverse=reverse, params=params
+  )
+  return Generated(info, [truth] * 4, truth, {"prediction": truth})
+
+
+def score_kind(kind, clip, truth, **options):
+  """Returns the metrics and counts of a kind."""
+  return KIND_METRICS[kind].score(clip, as_generated(truth), KindOptions.of(config_with(**options)))
+
+
+class TestKinds:
+  def test_every_kind_has_metrics(self):
+    assert set(KIND_METRICS) == set(TargetKind) - {TargetKind.IMAGE}
+
+  def test_depth(self):
+    truth = np.full((1, 4, 4, 3), 255, np.uint8)
+    truth[:, :2] = 127
+    truth[:, 3] = 0  # unknown
+    found, _ = score_kind(TargetKind.DEPTH, truth, truth)
+    assert found["delta1"] == 1 and found["rmse"] == 0
+    wrong = truth.copy()
+    wrong[:, 2] = 51  # 4.2 m instead of 1 m
+    found, _ = score_kind(TargetKind.DEPTH, wrong, truth)
+    assert found["abs_rel"] == pytest.approx(3.2 / 3) and found["delta3"] == pytest.approx(2 / 3)
+
+  def test_normals(self):
+    vectors = np.random.default_rng(0).normal(size=(1, 5, 5, 3))
+    truth = normals_to_image(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
+    assert score_kind(TargetKind.NORMALS, truth, truth)[0]["mean"] < 1
+
+  def test_segmentation_is_pooled(self, tmp_path):
+    """Labels are the nearest colours of a palette; over a data set, pixels are counted, not images averaged."""
+    colors = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)
+    (tmp_path / "palette.txt").write_text("\n".join(" ".join(map(str, color)) for color in colors))
+    palette = str(tmp_path / "palette.txt")
+    rng = np.random.default_rng(0)
+    truth = colors[rng.integers(0, 3, (1, 6, 6))]
+    noisy = np.clip(truth.astype(int) + rng.integers(-20, 21, truth.shape), 0, 255).astype(np.uint8)
+    assert score_kind(TargetKind.SEGMENTATION, noisy, truth, palette=palette)[0]["miou"] == 1
+    found, _ = score_kind(TargetKind.SEGMENTATION, truth[..., [1, 0, 2]], truth, palette=palette)
+    assert found["pixel_accuracy"] < 0.6 and found["pixel_accuracy_matched"] == 1
+    one, other = truth.copy(), np.zeros_like(truth)
+    one[:, :3] = colors[1]
+    kind = TargetKind.SEGMENTATION
+    scores = [
+      Score("prediction", metrics, kind, counts)
+      for metrics, counts in (score_kind(kind, clip, truth, palette=palette) for clip in (one, other))
+    ]
+    row = Scorer(config_with(palette=palette)).tabulate(scores)["prediction"]
+    labels = [nearest_labels(clip, colors).ravel() for clip in (truth, truth, one, other)]
+    jaccard = sklearn_metrics.jaccard_score(np.concatenate(labels[:2]), np.concatenate(labels[2:]), average="macro")
+    assert row["miou"] == pytest.approx(jaccard)
+    assert row["miou"] != pytest.approx(np.mean([score.metrics["miou"] for score in scores]))
+
+  def test_label_maps_with_other_colors_are_an_error(self):
+    """TFDS's label maps have the default palette."""
+    truth = label_colors(np.random.default_rng(0).integers(0, 256, (1, 6, 6)))
+    assert score_kind(TargetKind.SEGMENTATION, truth, truth)[0]["miou"] == 1
+    with pytest.raises(
+      UserError, match="of the pixels in a label map of task 't' have a colour that is not in the pal"
+    ):
+      score_kind(TargetKind.SEGMENTATION, truth, truth, num_labels=3)
+
+  def test_reversed_sentences_have_image_metrics_only(self):
+    """The target of a reversed scribble is a photograph: it has no edges to be compared."""
+    truth = np.zeros((1, 16, 16, 3), np.uint8)
+    params = {"paper": (0, 0, 0), "ink": (1, 1, 1)}
+    forward, reverse = (as_generated(truth, params, reverse, "scribble") for reverse in (False, True))
+    scorer = Scorer(config_with())
+    assert "edges" in scorer(forward)[0].counts and not scorer(reverse)[0].counts
+    assert (forward.info.label, reverse.info.label) == ("scribble", "scribble reversed")
+
+  def test_unmix_colors(self):
+    clip = np.array([[0, 0, 0], [255, 255, 255], [51, 51, 51]], np.uint8)
+    np.testing.assert_allclose(unmix_colors(clip, (0, 0, 0), (1, 1, 1)), [0, 1, 0.2], atol=1e-6)
+
+
+class TestTables:
+  def test_only_defined_values_count(self):
+    rows = Scorer(config_with()).tabulate(
+      [Score("prediction", {"psnr": 10.0, "x": float("nan")}), Score("prediction", {"psnr": 20.0, "x": 3.0})]
+    )
+    assert rows == {"prediction": {"psnr": 15.0, "x": 3.0, "count": 2}}
+
+  def test_repetitions_become_a_deviation(self):
+    scores = [Score("prediction", {"psnr": 10.0}), Score("seed_1", {"psnr": 12.0}), Score("swapped", {"psnr": 5.0})]
+    rows = Scorer(config_with()).tabulate(scores)
+    assert rows.keys() == {"prediction", "swapped"} and rows["swapped"] == {"psnr": 5.0, "count": 1}
+    assert rows["prediction"] == {"psnr": 11.0, "psnr_std": pytest.approx(2**0.5), "count": 1}

@@ -1,9 +1,9 @@
-"""Adapters: training equals the reference's, beside or merged they are the same, and nothing else is trained."""
-
+"""LoRA: training as in the reference, merged and unmerged adapters, files of every format."""
 
 import functools
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +13,25 @@ import pytest
 from flax import nnx, traverse_util
 
 from tests.helpers import channels_last, dit_config, golden, load_dit, relative_error
-from tools.convert_weights.convert import component_fills
-from tools.convert_weights.export import diffusers_config
+from univid_jax.checkpoints.lora.folder import LORA_FILE, write_lora_folder
+from univid_jax.checkpoints.lora.formats import FORMATS, lora_tensors, parse_lora, read_lora, write_lora
+from univid_jax.checkpoints.lora.stacking import stack_loras, unstack_lora
+from univid_jax.checkpoints.lora.weights import LoRALayer, LoRAWeights
+from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo
+from univid_jax.config.schema import LoRAConfig
+from univid_jax.convert.layout import make_fills
+from univid_jax.convert.release_configs import diffusers_config
+from univid_jax.core.errors import UserError
+from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.packing import RowShape, pack, patchify, sentence_features, unpatchify
 from univid_jax.diffusion.loss import NoiseLevels
-from univid_jax.models.dit import DiT, DiTConfig
-from univid_jax.models.lora import LoRA, LoRAConfig, LoRAParam, attach, split_lora, with_dropout_keys
+from univid_jax.inference.load import add_loras
+from univid_jax.models.dit import DiT
+from univid_jax.models.lora import LoRA, LoRAParam, attach, split_lora, with_dropout_keys
+from univid_jax.models.names import name_to_diffusers
+from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.pipeline import with_loras
 from univid_jax.training.step import StateSpec, make_update
-from univid_jax.types import Sentence, reference_roles
-from univid_jax.weights.files import TensorFile, TensorInfo
-from univid_jax.weights.lora import (
-  FORMATS,
-  LoRALayer,
-  LoRAWeights,
-  lora_tensors,
-  parse_lora,
-  read_lora,
-  stack_loras,
-  unstack_lora,
-  write_lora,
-  write_lora_folder,
-)
-from univid_jax.weights.names import name_to_diffusers
 
 PATCH = (1, 2, 2)
 CONFIG = DiTConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=3, freq_dim=8, text_dim=12)
@@ -44,15 +39,18 @@ CONFIG = DiTConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=3, freq_dim=8, te
 
 def lora_from(tensors):
   infos = {name: TensorInfo(value.shape, str(value.dtype)) for name, value in tensors.items()}
-  return parse_lora(TensorFile("test.safetensors", infos, tensors.__getitem__))
+  return parse_lora(TensorFile(Path("test.safetensors"), infos, tensors.__getitem__))
 
 
 def shapes_of(model):
-  return {path: value.shape for path, value in traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param))).items()}
+  return {
+    path: value.shape
+    for path, value in traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param))).items()
+  }
 
 
 class TestGoldenTraining:
-  """Four steps of the reference's LoRA training, in float32 as there, and in float64 for the noise floor."""
+  """Four steps of the reference's LoRA training, in float32 like the reference."""
 
   info, io, weights = golden("training")
 
@@ -64,9 +62,13 @@ class TestGoldenTraining:
     latents, noise = (channels_last(io[f"step{step}.{name}"]) for name in ("latents", "noise"))
     ends = np.cumsum(self.info["clip_latent_frames"])[:-1]
     clips = tuple(np.split(latents, ends))
-    features = sentence_features(Sentence(clips=clips, roles=reference_roles(4)), patch_size=PATCH,
-                                 prompt_embedding=io[f"step{step}.context"], text_len=512)
-    row = pack([features], RowShape(num_tokens=len(features["tokens"]), num_text_tokens=len(features["text"]), num_slots=1))
+    features = sentence_features(
+      Sentence(clips=clips, roles=reference_roles(4)),
+      patch_size=PATCH,
+      prompt_embedding=io[f"step{step}.context"],
+      text_len=512,
+    )
+    row = pack([features], RowShape(num_tokens=len(features.tokens), num_text_tokens=len(features.text), num_slots=1))
     all_noise = np.zeros_like(row.tokens)
     all_noise[0, row.target_mask[0]] = patchify(noise, PATCH)
     sigma = io[f"step{step}.timestep"][None] / np.float32(1000)
@@ -74,8 +76,11 @@ class TestGoldenTraining:
 
   def run(self, dtype):
     base = load_dit(dit_config(self.info["dit"]), self.part("base."), dtype=dtype, param_dtype=dtype)
-    config = LoRAConfig(rank=self.info["lora_rank"], alpha=self.info["lora_alpha"],
-                        targets=tuple(self.info["lora_target_modules"].split(",")))
+    config = LoRAConfig(
+      rank=self.info["lora_rank"],
+      alpha=self.info["lora_alpha"],
+      targets=tuple(self.info["lora_target_modules"].split(",")),
+    )
     frozen, shapes = nnx.to_pure_dict(nnx.state(base, nnx.Param)), shapes_of(base)
     start, _ = stack_loras([(lora_from(self.part("lora_init.")), 1.0)], base.config, shapes)
 
@@ -93,8 +98,10 @@ class TestGoldenTraining:
       state, metrics = update(state, frozen, *self.batch(step), jax.random.key(0))
       losses.append(float(metrics["loss"]))
       moments = state.opt_state[0].mu if moments is None else moments
-    grads = jax.tree.map(lambda m: np.asarray(m) / 0.1, moments)  # after one step the first moment is 0.1 of the gradient
-    return np.array(losses), unstack_lora(grads, alpha=4), unstack_lora(state.params, alpha=4)
+    grads = jax.tree.map(
+      lambda m: np.asarray(m) / 0.1, moments
+    )  # after one step the first moment is 0.1 of the gradient
+    return np.array(losses), unstack_lora(grads, alpha=4.0), unstack_lora(state.params, alpha=4.0)
 
   def errors(self, result, dtype_name):
     losses, grads, final = result
@@ -102,8 +109,10 @@ class TestGoldenTraining:
     for name, lora, prefix in (("gradient", grads, "lora_grad0."), ("weights", final, "lora_final.")):
       expected = lora_from(self.part(prefix))
       assert lora.layers.keys() == expected.layers.keys() and len(lora.layers) == 20
-      ours, theirs = (np.concatenate([part.ravel() for key in expected.layers for part in (x.layers[key].down, x.layers[key].up)])
-                      for x in (lora, expected))
+      ours, theirs = (
+        np.concatenate([part.ravel() for key in expected.layers for part in (x.layers[key].down, x.layers[key].up)])
+        for x in (lora, expected)
+      )
       worst[name] = relative_error(ours, theirs)
     print(dtype_name, worst)
     return worst
@@ -115,22 +124,27 @@ class TestGoldenTraining:
 
 @pytest.fixture(scope="module")
 def base():
-  """A small base with weights that are all random; tests that change it take a clone."""
+  """A small base with random weights everywhere; tests that change it clone it."""
+
   @nnx.jit
   def init():
     model = DiT(CONFIG, rngs=nnx.Rngs(0))
     keys = iter(jax.random.split(jax.random.key(1), 200))
-    nnx.update(model, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), nnx.state(model, nnx.Param)))
+    nnx.update(
+      model, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), nnx.state(model, nnx.Param))
+    )
     return model
 
   return init()
 
 
 def random_lora(rank=3, alpha=5.0, seed=0, blocks=(0, 2)):
-  """Some Linears of some blocks, and one outside of blocks."""
+  """Adapts some Linears of some blocks, and one outside of blocks."""
   rng = np.random.default_rng(seed)
   dims = {"self_attn.q": (24, 24), "cross_attn.v": (24, 24), "ffn.0": (24, 40), "ffn.2": (40, 24)}
-  names = {f"blocks.{block}.{name}": size for block in blocks for name, size in dims.items()} | {"time_projection.1": (24, 144)}
+  names = {f"blocks.{block}.{name}": size for block in blocks for name, size in dims.items()} | {
+    "time_projection.1": (24, 144)
+  }
 
   def layer(in_dim, out_dim):
     down, up = (rng.normal(size=shape).astype(np.float32) for shape in ((rank, in_dim), (out_dim, rank)))
@@ -141,8 +155,12 @@ def random_lora(rank=3, alpha=5.0, seed=0, blocks=(0, 2)):
 
 def row():
   rng = np.random.default_rng(5)
-  features = sentence_features(Sentence(clips=(rng.normal(size=(3, 4, 4, 16)),), roles=reference_roles(1)), patch_size=PATCH,
-                               prompt_embedding=rng.normal(size=(4, 12)), text_len=16)
+  features = sentence_features(
+    Sentence(clips=(rng.normal(size=(3, 4, 4, 16)),), roles=reference_roles(1)),
+    patch_size=PATCH,
+    prompt_embedding=rng.normal(size=(4, 12)),
+    text_len=16,
+  )
   return pack([features], RowShape(num_tokens=12, num_text_tokens=5, num_slots=1))
 
 
@@ -154,13 +172,13 @@ def predict(graph, params):
 def with_lora(base, loras, merged):
   graph, params = nnx.graphdef(base), nnx.to_pure_dict(nnx.state(base, nnx.Param))
   mesh = make_mesh({}, devices=jax.devices()[:1])
-  return predict(*with_loras(CONFIG, graph, jax.tree.map(jnp.copy, params), loras, mesh=mesh, merged=merged))
+  return predict(*add_loras(CONFIG, graph, jax.tree.map(jnp.copy, params), loras, mesh=mesh, merged=merged))
 
 
 class TestOnAModel:
-  def test_beside_merged_and_by_hand(self, base):
+  def test_unmerged_merged_and_by_hand(self, base):
     lora = random_lora()
-    beside, merged = (with_lora(base, [(lora, 0.5)], m) for m in (False, True))
+    unmerged, merged = (with_lora(base, [(lora, 0.5)], m) for m in (False, True))
     params = nnx.to_pure_dict(nnx.state(base, nnx.Param))
     for block in (0, 2):
       layer = lora.layers[f"blocks.{block}.ffn.0"]
@@ -170,28 +188,28 @@ class TestOnAModel:
     only_ffn = LoRAWeights({name: layer for name, layer in by_hand.items() if name.endswith("ffn.0")}, "jax")
     expected = predict(nnx.graphdef(base), params)
     assert relative_error(with_lora(base, [(only_ffn, 0.5)], False), expected) <= 1e-5
-    assert relative_error(beside, merged) <= 1e-5
-    assert relative_error(beside, expected) > 1e-2
+    assert relative_error(unmerged, merged) <= 1e-5
+    assert relative_error(unmerged, expected) > 1e-2
 
   def test_several_with_weights(self, base):
-    """Two side by side are one whose updates are the sum; ranks may differ from layer to layer."""
+    """The updates of several LoRAs add up, and ranks may differ between layers."""
     a, b = random_lora(seed=1), random_lora(rank=2, alpha=2.0, seed=2, blocks=(1, 2))
     together = with_lora(base, [(a, 0.3), (b, -0.7)], False)
     assert relative_error(together, with_lora(base, [(a, 0.3), (b, -0.7)], True)) <= 1e-5
     mixed = LoRAWeights({**a.layers, **{k: v for k, v in b.layers.items() if k not in a.layers}}, "jax")
     assert relative_error(with_lora(base, [(mixed, 1.0)], False), with_lora(base, [(mixed, 1.0)], True)) <= 1e-5
 
-  def test_there_and_back(self, base):
-    """Stacked for a model and unstacked: the same updates."""
+  def test_stack_and_unstack(self, base):
+    """The updates stay the same."""
     lora = random_lora()
     params, rank = stack_loras([(lora, 1.0)], CONFIG, shapes_of(base))
-    back = unstack_lora(params, alpha=rank)
+    back = unstack_lora(params, alpha=float(rank))
     for name, layer in back.layers.items():
       update = layer.up @ layer.down
       expected = lora.layers[name].up @ lora.layers[name].down * 5 / 3 if name in lora.layers else np.zeros_like(update)
       np.testing.assert_allclose(update, expected, atol=1e-5)
 
-  def test_it_starts_as_the_base(self, base):
+  def test_new_adapters_change_nothing(self, base):
     model = nnx.clone(base)
     names = attach(model, LoRAConfig(rank=4, targets=("q", "ffn.0", "head.head")), rngs=nnx.Rngs(0))
     assert names == ["blocks.0.cross_attn.q", "blocks.0.ffn.0", "blocks.0.self_attn.q", "head.head"]
@@ -199,12 +217,12 @@ class TestOnAModel:
     time = jnp.full((1, 2), 300.0)
     assert np.array_equal(model(r.tokens, time, r), base(r.tokens, time, r))
 
-  def test_targets_that_match_nothing(self, base):
+  def test_unmatched_target(self, base):
     with pytest.raises(ValueError, match=r"no Linear of the model matches the LoRA target ffn\.1"):
       attach(nnx.clone(base), LoRAConfig(targets=("q", "ffn.1")), rngs=nnx.Rngs(0))
 
   def test_dropout(self, base):
-    """Inputs are dropped at the stated rate, differently in every layer and step, and kept in the mean."""
+    """Inputs are dropped at the given rate, differently in every layer and step, and their mean is preserved."""
     model = nnx.clone(base)
     attach(model, LoRAConfig(rank=4, targets=("self_attn.q",), dropout=0.3), rngs=nnx.Rngs(0))
     _, adapters = split_lora(nnx.to_pure_dict(nnx.state(model, LoRAParam)))
@@ -217,29 +235,33 @@ class TestOnAModel:
     y = np.asarray(layer(jnp.ones((50, 1000))))
     assert abs(y.mean() / 1000 - 1) < 0.01 and y.std() > 10
 
-  def test_scales(self):
+  def test_scale(self):
     assert LoRAConfig(rank=16, alpha=8).scale == 0.5
     assert LoRAConfig(rank=16, alpha=8, rslora=True).scale == 2
-    with pytest.raises(ValueError, match="at least 1"):
-      LoRAConfig(rank=0)
+    assert LoRAConfig(rank=1).enabled and not LoRAConfig(rank=0).enabled
+    with pytest.raises(UserError, match=r"config\.lora\.rank must be at least 0, got -1"):
+      LoRAConfig(rank=-1)
 
 
-# What each trainer documents.
+# The tensor names that each trainer documents, and the number of tensors per layer.
 KEYS = {
-    "univid": (r"(blocks\.\d+\.\w+\.\w+|time_projection\.1)\.lora_[AB]\.default\.weight", 2),
-    "diffusers": (r"transformer\.(blocks\.\d+\.(attn[12]\.to_[qv]|ffn\.net\.(0\.proj|2))|condition_embedder\.time_proj)"
-                  r"\.lora_[AB]\.weight", 2),
-    "comfyui": (r"diffusion_model\.(blocks\.\d+\.\w+\.\w+|time_projection\.1)\.(lora_[AB]\.weight|alpha)", 3),
-    "musubi": (r"lora_unet_(blocks_\d+_\w+|time_projection_1)\.(lora_(down|up)\.weight|alpha)", 3),
+  "univid": (r"(blocks\.\d+\.\w+\.\w+|time_projection\.1)\.lora_[AB]\.default\.weight", 2),
+  "diffusers": (
+    r"transformer\.(blocks\.\d+\.(attn[12]\.to_[qv]|ffn\.net\.(0\.proj|2))|condition_embedder\.time_proj)"
+    r"\.lora_[AB]\.weight",
+    2,
+  ),
+  "comfyui": (r"diffusion_model\.(blocks\.\d+\.\w+\.\w+|time_projection\.1)\.(lora_[AB]\.weight|alpha)", 3),
+  "musubi": (r"lora_unet_(blocks_\d+_\w+|time_projection_1)\.(lora_(down|up)\.weight|alpha)", 3),
 }
 
 
 class TestFiles:
   @pytest.mark.parametrize("name", FORMATS)
-  def test_there_and_back(self, name, tmp_path):
+  def test_write_and_read(self, name, tmp_path):
     if name == "univid":
       pytest.importorskip("torch", reason="a .ckpt is a PyTorch file; needs the extra `convert`")
-    lora = random_lora(rank=4, alpha=8.0)  # alpha / rank is a power of 2: folding it rounds nothing
+    lora = random_lora(rank=4, alpha=8.0)  # alpha / rank is a power of 2, so that folding it is exact
     path = tmp_path / ("lora.ckpt" if name == "univid" else "lora.safetensors")
     write_lora(path, lora, name, metadata={"base_model": "tiny", "step": 7})
     back = read_lora(path)
@@ -256,54 +278,82 @@ class TestFiles:
       assert back.metadata | {"rank": "4", "alpha": "8", "base_model": "tiny", "step": "7"} == back.metadata
       assert "ffn.0" in back.metadata["targets"] and "univid_jax" in back.metadata["software"]
 
-  def test_this_projects_folder(self, tmp_path):
+  def test_folder(self, tmp_path):
     lora = random_lora(alpha=0.7)
-    mixed = LoRAWeights({**random_lora(rank=5, seed=3).layers, **random_lora(rank=2, alpha=0.7, blocks=(1,)).layers}, "musubi")
+    mixed = LoRAWeights(
+      {**random_lora(rank=5, seed=3).layers, **random_lora(rank=2, alpha=0.7, blocks=(1,)).layers}, "musubi"
+    )
     for number, each in enumerate((lora, mixed)):
-      (tmp_path / str(number)).mkdir()
-      write_lora_folder(tmp_path / str(number), each)
-      back = read_lora(tmp_path / str(number))
+      folder = tmp_path / str(number)
+      folder.mkdir()
+      write_lora_folder(folder, each, metadata={"step": 7})
+      back = read_lora(folder)
+      assert back.format == "jax" and back.metadata["step"] == "7" and back.metadata["source_format"] == each.format
       assert back.layers.keys() == each.layers.keys()
       for key, layer in back.layers.items():
         assert np.array_equal(layer.down, each.layers[key].down) and np.array_equal(layer.up, each.layers[key].up)
         assert layer.alpha == pytest.approx(each.layers[key].alpha)
 
-  def test_comfyui_needs_no_alpha_where_it_is_the_rank(self):
+  def test_damaged_folder(self, tmp_path):
+    write_lora_folder(tmp_path, random_lora())
+    (tmp_path / LORA_FILE).write_text("{")
+    with pytest.raises(UserError, match=r"lora\.json is not valid JSON"):
+      read_lora(tmp_path)
+
+  @pytest.mark.parametrize(
+    "to, name", [("comfyui", "lora.ckpt"), ("univid", "lora.bin"), ("kohya", "lora.safetensors")]
+  )
+  def test_wrong_suffix_or_format(self, to, name, tmp_path):
+    with pytest.raises(UserError, match=r"must be named \*\.safetensors|unknown LoRA format 'kohya'; valid are univid"):
+      write_lora(tmp_path / name, random_lora(), to)
+    assert not list(tmp_path.iterdir())
+
+  def test_comfyui_omits_alpha_equal_to_rank(self):
     assert not any(key.endswith("alpha") for key in lora_tensors(random_lora(rank=4, alpha=4.0), "comfyui"))
 
   def test_diffsynth(self):
-    """UniVid's names with an alpha beside: alpha / rank scales."""
+    """UniVid's tensor names and an alpha, which scales by alpha / rank."""
     lora = random_lora(rank=4, alpha=4.0)
     tensors = lora_tensors(lora, "univid") | {"blocks.0.ffn.0.alpha": np.float32(2)[None]}
-    assert lora_from(tensors).layers["blocks.0.ffn.0"].alpha == 2 and lora_from(tensors).layers["blocks.2.ffn.0"].alpha == 4
+    assert (
+      lora_from(tensors).layers["blocks.0.ffn.0"].alpha == 2 and lora_from(tensors).layers["blocks.2.ffn.0"].alpha == 4
+    )
 
   def test_alpha_in_the_header(self):
-    """diffusers keeps alpha in the file's header."""
+    """diffusers stores alpha in the file's header."""
     tensors = lora_tensors(random_lora(rank=4, alpha=4.0), "diffusers")
     infos = {name: TensorInfo(value.shape, str(value.dtype)) for name, value in tensors.items()}
-    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 12,
-                                                   "transformer.alpha_pattern": {"blocks.0.attn1.to_q": 3}})}
-    layers = parse_lora(TensorFile("x", infos, tensors.__getitem__, header)).layers
+    header = {
+      "lora_adapter_metadata": json.dumps(
+        {"transformer.r": 4, "transformer.lora_alpha": 12, "transformer.alpha_pattern": {"blocks.0.attn1.to_q": 3}}
+      )
+    }
+    layers = parse_lora(TensorFile(Path("x"), infos, tensors.__getitem__, header)).layers
     assert layers["blocks.2.ffn.0"].alpha == 12 and layers["blocks.0.self_attn.q"].alpha == 3
 
-  @pytest.mark.parametrize("name, what", [
-      ("diffusion_model.blocks.0.ffn.0.diff", "whole weight differences"),
+  @pytest.mark.parametrize(
+    "name, what",
+    [
+      ("diffusion_model.blocks.0.ffn.0.diff", "full weight differences"),
       ("diffusion_model.blocks.0.ffn.0.diff_b", "bias differences"),
-      ("lora_unet_blocks_0_ffn_0.hada_w1_a", "LoHa"), ("lora_unet_blocks_0_ffn_0.lokr_w1", "LoKr"),
-      ("diffusion_model.blocks.0.ffn.0.dora_scale", "DoRA"), ("lora_te1_x.lora_down.weight", "text encoder"),
-      ("diffusion_model.blocks.0.oops.lora_A.weight", "no part of a LoRA of Wan2.1: diffusion_model.blocks.0.oops"),
-  ])
-  def test_what_else_files_hold_is_refused_by_name(self, name, what):
+      ("lora_unet_blocks_0_ffn_0.hada_w1_a", "LoHa"),
+      ("lora_unet_blocks_0_ffn_0.lokr_w1", "LoKr"),
+      ("diffusion_model.blocks.0.ffn.0.dora_scale", "DoRA"),
+      ("lora_te1_x.lora_down.weight", "text encoder"),
+      ("diffusion_model.blocks.0.oops.lora_A.weight", "not belong to a LoRA for Wan2.1: diffusion_model.blocks.0.oops"),
+    ],
+  )
+  def test_unsupported_tensors(self, name, what):
     with pytest.raises(ValueError, match=what):
       lora_from(lora_tensors(random_lora(), "comfyui") | {name: np.zeros((3, 3), np.float32)})
 
-  def test_half_a_pair(self):
+  def test_incomplete_pair(self):
     tensors = lora_tensors(random_lora(), "comfyui")
     del tensors["diffusion_model.blocks.0.ffn.0.lora_B.weight"]
-    with pytest.raises(ValueError, match=r"holds only .* for blocks\.0\.ffn\.0"):
+    with pytest.raises(ValueError, match=r"has only .* for blocks\.0\.ffn\.0"):
       lora_from(tensors)
 
-  def test_another_base(self, base):
+  def test_wrong_base(self, base):
     def refused(lora, message):
       with pytest.raises(ValueError, match=message):
         stack_loras([(lora, 1.0)], CONFIG, shapes_of(base))
@@ -311,33 +361,40 @@ class TestFiles:
     rng = np.random.default_rng(0)
     matrices = rng.normal(size=(2, 5120)), rng.normal(size=(5120, 2))
     large = {f"blocks.{i}.self_attn.q": LoRALayer(*matrices, 2.0) for i in range(40)}
-    refused(LoRAWeights(large, "x"),
-            r"for a base with dim 5120 \(14B\) and at least 40 layers, the base here has dim 24 and 3 layers")
+    refused(
+      LoRAWeights(large, "x"),
+      r"needs a base with dim 5120 \(14B\) and at least 40 layers, the base has dim 24 and 3 layers",
+    )
     refused(random_lora(blocks=(7,)), "at least 8 layers")
     image = {"blocks.0.cross_attn.k_img": LoRALayer(np.zeros((2, 24)), np.zeros((24, 2)), 2.0)}
-    refused(LoRAWeights(image, "x"), r"blocks\.0\.cross_attn\.k_img; k_img and v_img belong to I2V")
+    refused(LoRAWeights(image, "x"), r"blocks\.0\.cross_attn\.k_img; k_img and v_img exist in I2V models only")
     wrong = {"blocks.0.ffn.2": LoRALayer(np.zeros((2, 41)), np.zeros((24, 2)), 2.0)}
-    refused(LoRAWeights(wrong, "x"), r"its blocks\.0\.ffn\.2 is 41 to 24, the base's 40 to 24")
+    refused(LoRAWeights(wrong, "x"), r"its blocks\.0\.ffn\.2 maps 41 to 24 channels, the base's 40 to 24")
 
 
-def test_diffusers_applies_it_as_we_do(base, tmp_path, caplog):
-  """Real diffusers loads the file without a key left over, alpha other than the rank included, and paints the same."""
+def test_diffusers_gives_the_same_output(base, tmp_path, caplog):
+  """diffusers loads the file without unmatched keys, although alpha differs from the rank, and predicts the same."""
   torch = pytest.importorskip("torch", reason="needs the extra `parity`")
   diffusers = pytest.importorskip("diffusers", reason="needs the extra `parity`")
   pytest.importorskip("peft", reason="needs the extra `parity`")
   lora = random_lora(alpha=5.0)
   write_lora(tmp_path / "lora.safetensors", lora, "diffusers")
-  options = {key: value for key, value in diffusers_config("transformer", CONFIG).items() if key != "_class_name"}
+  options = {key: value for key, value in diffusers_config(CONFIG).items() if key != "_class_name"}
   theirs = diffusers.WanTransformer3DModel(**options).eval()
   params = nnx.to_pure_dict(nnx.state(base, nnx.Param))
   state = {}
-  for fill in component_fills("transformer", CONFIG):
+  for fill in make_fills("transformer", CONFIG):
     value = np.asarray(functools.reduce(lambda tree, key: tree[key], fill.path, params))
     for name, layer in zip(fill.names, value if fill.stacked else (value,)):
       state[name_to_diffusers("transformer", name)] = torch.from_numpy(np.array(fill.to_original(layer)))
   theirs.load_state_dict(state, strict=True)
-  pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=theirs,
-                               scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+  pipe = diffusers.WanPipeline(
+    tokenizer=None,
+    text_encoder=None,
+    vae=None,
+    transformer=theirs,
+    scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+  )
   diffusers.utils.logging.enable_propagation()
   with caplog.at_level("WARNING"):  # unmatched keys are only logged there
     pipe.load_lora_weights(str(tmp_path / "lora.safetensors"))
@@ -348,8 +405,12 @@ def test_diffusers_applies_it_as_we_do(base, tmp_path, caplog):
   latents = unpatchify(r.tokens[0], (3, 4, 4), PATCH)
   text = np.concatenate([r.text[0, :4], np.zeros((12, 12), np.float32)])
   with torch.no_grad():
-    out = theirs(torch.from_numpy(np.moveaxis(latents, -1, 0)[None].copy()), torch.tensor([300.0]), torch.from_numpy(text[None]),
-                 return_dict=False)[0]
+    out = theirs(
+      torch.from_numpy(np.moveaxis(latents, -1, 0)[None].copy()),
+      torch.tensor([300.0]),
+      torch.from_numpy(text[None]),
+      return_dict=False,
+    )[0]
   ours = unpatchify(with_lora(base, [(read_lora(tmp_path / "lora.safetensors"), 1.0)], False)[0], (3, 4, 4), PATCH)
   assert relative_error(ours, np.moveaxis(out[0].numpy(), 0, -1)) <= 1e-4
   assert relative_error(ours, unpatchify(predict(nnx.graphdef(base), params)[0], (3, 4, 4), PATCH)) > 1e-2

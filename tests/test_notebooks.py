@@ -26,6 +26,13 @@ def test_stored_without_outputs(path):
   assert "colab-badge.svg" in notebook.cells[0].source
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_repository_is_named_once_at_the_top(path):
+  code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+  assert 'REPOSITORY = "' in code[0]
+  assert not any("REPOSITORY =" in source or "git clone -q http" in source for source in code[1:])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):

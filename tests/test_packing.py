@@ -1,10 +1,19 @@
-"""Sentences become rows, and rows batches that can be had again."""
+"""Packed rows, and the loader that makes batches of them."""
+
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 
-from univid_jax import build
+from tests.stand_ins import Shape
+from univid_jax.codecs.dct import DCTCodec
+from univid_jax.codecs.encoders import PlainEncoders
+from univid_jax.config.boundary import override
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Packing
+from univid_jax.core.sentence import Role, Sentence, reference_roles
+from univid_jax.data.features import FeatureMaker
 from univid_jax.data.loader import make_loader
 from univid_jax.data.packing import (
   RowShape,
@@ -12,21 +21,25 @@ from univid_jax.data.packing import (
   pack_rows,
   patchify,
   segment_intervals,
+  select_target_tokens,
   sentence_features,
-  target_tokens,
   unpatchify,
 )
-from univid_jax.types import Role, Sentence
+from univid_jax.data.sources.computed import open_computed
 
 PATCH = (1, 2, 2)
 
 
-def features(lengths, *, prompt_length=0, seed=0):
+def make_features(lengths, *, prompt_length=0, seed=0):
+  """Returns random latents of these lengths, and their features."""
   rng = np.random.default_rng(seed)
   clips = tuple(rng.normal(size=(n, 4, 6, 3)).astype(np.float32) for n in lengths)
   sentence = Sentence(clips=clips, roles=(Role.CONTEXT,) * (len(clips) - 1) + (Role.TARGET,))
   embedding = rng.normal(size=(prompt_length, 5)).astype(np.float32)
-  return clips, sentence_features(sentence, patch_size=PATCH, prompt_embedding=embedding, text_len=512, task_id=2, context_id=3)
+  features = sentence_features(
+    sentence, patch_size=PATCH, prompt_embedding=embedding, text_len=512, task_id=2, context_id=3
+  )
+  return clips, features
 
 
 def test_patches_are_ordered_like_the_weights():
@@ -40,20 +53,20 @@ def test_patches_are_ordered_like_the_weights():
 
 
 def test_features_of_a_sentence():
-  clips, row = features((1, 2, 1, 2), prompt_length=7)
-  np.testing.assert_array_equal(row["tokens"][:6], patchify(clips[0], PATCH))
-  np.testing.assert_array_equal(row["positions"][:, 0], np.repeat(np.arange(6), 6))
-  np.testing.assert_array_equal(row["positions"][:6, 1:], [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]])
-  assert row["target_mask"].sum() == 12 and row["target_mask"][-12:].all()
-  assert row["text"].shape == (8, 5) and np.all(row["text"][7] == 0)
-  np.testing.assert_array_equal(row["text_counts"], [1] * 7 + [505])
-  with pytest.raises(ValueError, match="longer than 512"):
-    features((1, 1), prompt_length=513)
+  clips, features = make_features((1, 2, 1, 2), prompt_length=7)
+  np.testing.assert_array_equal(features.tokens[:6], patchify(clips[0], PATCH))
+  np.testing.assert_array_equal(features.positions[:, 0], np.repeat(np.arange(6), 6))
+  np.testing.assert_array_equal(features.positions[:6, 1:], [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]])
+  assert features.target_mask.sum() == 12 and features.target_mask[-12:].all()
+  assert features.text.shape == (8, 5) and np.all(features.text[7] == 0)
+  np.testing.assert_array_equal(features.text_counts, [1] * 7 + [505])
+  with pytest.raises(UserError, match="longer than 512"):
+    make_features((1, 1), prompt_length=513)
 
 
 def test_a_row_of_two_sentences_and_padding():
-  _, first = features((1, 1), prompt_length=2)
-  _, second = features((1, 2), prompt_length=0, seed=1)
+  _, first = make_features((1, 1), prompt_length=2)
+  _, second = make_features((1, 2), prompt_length=0, seed=1)
   row = pack([first, second], RowShape(num_tokens=40, num_text_tokens=6, num_slots=3))
   ids = row.segment_ids[0]
   np.testing.assert_array_equal(ids, [1] * 12 + [2] * 18 + [0] * 10)
@@ -64,18 +77,19 @@ def test_a_row_of_two_sentences_and_padding():
   np.testing.assert_array_equal(row.text_counts[0], [1, 1, 510, 512, 0, 0])
   np.testing.assert_array_equal(row.modulation_ids[0][:30], [0] * 6 + [1] * 6 + [2] * 6 + [3] * 12)
   np.testing.assert_array_equal(row.task_ids[0], [2, 2, 0])
-  with pytest.raises(ValueError, match="do not fit into a row of 20"):
+  with pytest.raises(UserError, match="do not fit into a row of 20"):
     pack([first, second], RowShape(num_tokens=20, num_text_tokens=6, num_slots=3))
 
 
-def test_packing_many_gives_each_its_own_targets():
+def test_packing_keeps_the_targets_of_every_sentence():
   lengths = [(2, 2, 2, 2), (1, 1, 1, 1), (1, 1, 2, 2), (1, 1, 1, 1), (1, 1, 2, 2), (1, 2, 1, 2)]
-  made = [features(n, seed=i) for i, n in enumerate(lengths)]
-  row, places = pack_rows([f for _, f in made], RowShape(num_tokens=72, num_text_tokens=4, num_slots=3))
+  made = [make_features(n, seed=i) for i, n in enumerate(lengths)]
+  shape = RowShape(num_tokens=72, num_text_tokens=4, num_slots=3)
+  row, places = pack_rows([features for _, features in made], shape)
   # 8 + 4, 6 + 6 and 6 + 4 latent frames of 6 tokens.
   assert len(row.tokens) == 3 and sorted(set(places)) == sorted(places)
   for (clips, _), place in zip(made, places):
-    np.testing.assert_array_equal(target_tokens(row.tokens, row, place), patchify(clips[-1], PATCH))
+    np.testing.assert_array_equal(select_target_tokens(row.tokens, row, place), patchify(clips[-1], PATCH))
 
 
 def test_intervals_of_segments():
@@ -83,20 +97,50 @@ def test_intervals_of_segments():
   np.testing.assert_array_equal(out, [[[2, 3], [0, 0], [0, 2], [0, 0]]])
 
 
+def test_the_capacity_of_rows_follows_from_the_config(tiny_config):
+  changes = {"rows.num_target_tokens": 20, "model.attention": "context_causal"}
+  assert RowShape.of(override(tiny_config, changes)) == RowShape(
+    num_tokens=48, num_text_tokens=3, num_slots=3, num_targets=20, context_causal=True
+  )
+  assert RowShape.of(tiny_config).num_targets == 24
+
+
+class NumberedSentences:
+  """Sentences whose task is their index."""
+
+  task_names = ()
+
+  def __init__(self, count):
+    self.count = count
+
+  def __len__(self):
+    return self.count
+
+  def __getitem__(self, index):
+    clip = np.zeros((1, 4, 6, 3), np.float32)
+    return Sentence(clips=(clip, clip), roles=reference_roles(2), task=str(index))
+
+  def split(self, share):
+    raise AssertionError
+
+
+class NumberFeatures:
+  """Features of one size whose tokens have the sentence's index as their value."""
+
+  takes_image = False
+
+  def __call__(self, sentence):
+    features = make_features((1, 1))[1]
+    return dataclasses.replace(features, tokens=np.full_like(features.tokens, int(sentence.task)))
+
+
 class TestLoader:
   def loader(self, config, **options):
-    source = build.sentences(config, "train", seed=0)
-    defaults = dict(row_shape=build.row_shape(config), rows_per_batch=4, seed=1, num_packing_bins=8)
-    return make_loader([source], build.feature_maker(config, build.encoders(config, None)), **defaults | options)
-
-  @pytest.mark.parametrize("limits, message", [
-      (dict(num_tokens=10), r"has \d+ tokens, and config.rows.num_tokens = 10 is all"),
-      (dict(num_targets=2), r"has \d+ targets, and config.rows.num_target_tokens = 2 is all"),
-  ])
-  def test_a_sentence_that_fits_no_row_is_named(self, tiny_config, limits, message):
-    shape = RowShape(**dict(num_tokens=48, num_text_tokens=3, num_slots=3) | limits)
-    with pytest.raises(ValueError, match=message):
-      next(self.loader(tiny_config, row_shape=shape))
+    source = open_computed(config, "train", seed=0)
+    encoders = PlainEncoders(DCTCodec(**dataclasses.asdict(config.codec)), config.model.text_dim)
+    features = FeatureMaker(encoders, shape=Shape(), task_names=source.task_names)
+    defaults = dict(row_shape=RowShape.of(config), rows_per_batch=4, seed=1, num_packing_bins=8)
+    return make_loader([source], features, **defaults | options)
 
   def batches(self, loader, count):
     out = [next(loader) for _ in range(count)]
@@ -107,14 +151,26 @@ class TestLoader:
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
       np.testing.assert_array_equal(x, y)
 
-  def test_same_seed_same_batches_whatever_the_threads(self, tiny_config):
+  @pytest.mark.parametrize(
+    "limits, message",
+    [
+      (dict(num_tokens=10), r"has \d+ tokens, but a row holds only config.rows.num_tokens = 10"),
+      (dict(num_targets=2), r"has \d+ targets, but a row holds only config.rows.num_target_tokens = 2"),
+    ],
+  )
+  def test_a_sentence_that_is_too_long_is_named(self, tiny_config, limits, message):
+    shape = RowShape(**dict(num_tokens=48, num_text_tokens=3, num_slots=3) | limits)
+    with pytest.raises(UserError, match=message):
+      next(self.loader(tiny_config, row_shape=shape))
+
+  def test_batches_depend_on_the_seed_and_not_on_threads(self, tiny_config):
     one, four = (self.batches(self.loader(tiny_config, num_threads=n), 5) for n in (1, 4))
     self.assert_equal(one, four)
     other = self.batches(self.loader(tiny_config, seed=2), 1)
     assert not np.array_equal(one[0].tokens, other[0].tokens)
 
-  @pytest.mark.parametrize("packing", ["first_fit", "best_fit"])
-  def test_goes_on_where_it_was(self, tiny_config, packing):
+  @pytest.mark.parametrize("packing", Packing)
+  def test_resumes_where_it_was(self, tiny_config, packing):
     loader = self.loader(tiny_config, packing=packing)
     for _ in range(3):
       next(loader)
@@ -124,31 +180,49 @@ class TestLoader:
     again.set_state(state)
     self.assert_equal(self.batches(again, 4), expected)
 
-  def test_processes_share_the_sentences(self, tiny_config):
-    tiny_config.data.num_sentences = 40
-
-    class Named:
-      """Each sentence carries its index instead of its pixels."""
-
-      def __len__(self):
-        return 40
-
-      def __getitem__(self, index):
-        return int(index)
-
-    def index_features(index):
-      _, row = features((1, 1))
-      return row | {"tokens": np.full_like(row["tokens"], index)}
-
-    index_features.names = tuple(features((1, 1))[1])
+  def test_processes_share_the_sentences(self):
     seen = []
     for process in (0, 1):
-      loader = make_loader([Named()], index_features, row_shape=RowShape(num_tokens=12, num_text_tokens=1, num_slots=1),
-                           rows_per_batch=5, seed=0, process_index=process, process_count=2, num_packing_bins=5)
+      loader = make_loader(
+        [NumberedSentences(40)],
+        NumberFeatures(),
+        row_shape=RowShape(num_tokens=12, num_text_tokens=1, num_slots=1),
+        rows_per_batch=5,
+        seed=0,
+        process_index=process,
+        process_count=2,
+        num_packing_bins=5,
+      )
       seen += [int(row[0, 0]) for batch in self.batches(loader, 4) for row in batch.tokens]
     assert sorted(seen) == list(range(40))
 
-  def test_every_row_is_made_of_whole_sentences(self, tiny_config):
+  def test_with_fixed_streams_batches_do_not_depend_on_processes(self, tiny_config):
+    whole = self.batches(self.loader(tiny_config, num_streams=2), 3)
+    halves = [
+      self.batches(self.loader(tiny_config, num_streams=2, process_index=process, process_count=2, rows_per_batch=2), 3)
+      for process in (0, 1)
+    ]
+    for batch, first, second in zip(whole, *halves):
+      self.assert_equal(batch, jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second))
+    with pytest.raises(UserError, match=r"config\.rows\.streams = 3 does not divide over 2 processes"):
+      self.loader(tiny_config, num_streams=3, process_count=2)
+
+  def test_mixed_sources_do_not_depend_on_threads(self):
+    def batches(num_threads):
+      loader = make_loader(
+        [NumberedSentences(40), NumberedSentences(7)],
+        NumberFeatures(),
+        row_shape=RowShape(num_tokens=36, num_text_tokens=3, num_slots=3),
+        rows_per_batch=2,
+        seed=1,
+        weights=[2.0, 1.0],
+        num_threads=num_threads,
+      )
+      return self.batches(loader, 6)
+
+    self.assert_equal(batches(1), batches(4))
+
+  def test_rows_consist_of_whole_sentences(self, tiny_config):
     for batch in self.batches(self.loader(tiny_config), 4):
       for row in range(4):
         count = int(batch.segment_ids[row].max())
@@ -158,9 +232,7 @@ class TestLoader:
           assert np.array_equal(batch.key_intervals[row, where[0]], [where[0], where[-1] + 1])
           assert batch.positions[row, where[0], 0] == 0 and batch.target_mask[row, where[-1]]
 
-  def test_a_sentence_longer_than_the_row_is_refused(self, tiny_config):
-    tiny_config.rows.num_tokens = 16
-    with pytest.raises(ValueError, match=r"context I has 32 tokens, config\.rows\.num_tokens is only 16"):
-      build.check(tiny_config)
-
-
+  def test_rows_that_are_too_short_are_rejected(self, tiny_config):
+    config = override(tiny_config, {"rows.num_tokens": 16})
+    with pytest.raises(UserError, match=r"context I has 32 tokens, config\.rows\.num_tokens is only 16"):
+      config.check_rows()

@@ -1,20 +1,22 @@
-"""Against diffusers and transformers themselves, on configurations drawn anew each run. Needs the extra `parity`."""
+"""Equality with diffusers and transformers on random configurations, new in every run. Needs the extra `parity`."""
 
 import dataclasses
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from tests.helpers import load, load_dit, relative_error
 from tests.test_dit import PATCH, row_of
+from univid_jax.codecs.wan_vae import LATENT_MEAN, LATENT_STD, VAE, VAEConfig
+from univid_jax.core.options import ModelType
 from univid_jax.data.packing import patchify, unpatchify
-from univid_jax.models.dit import DiTConfig
+from univid_jax.models.names import name_from_diffusers
 from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
-from univid_jax.models.vae import LATENT_MEAN, LATENT_STD, VAE, VAEConfig
-from univid_jax.weights.names import name_from_diffusers
+from univid_jax.models.variants import DiTConfig
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 diffusers = pytest.importorskip("diffusers", reason="needs the extra `parity`")
@@ -29,8 +31,8 @@ def rng():
   return np.random.default_rng(seed)
 
 
-def shake(module):
-  """Random values for all parameters: fresh modules hold zeros and ones that hide mistakes."""
+def randomize(module):
+  """Randomises all parameters: the zeros and ones of a fresh module would hide mistakes."""
   with torch.no_grad():
     for parameter in module.parameters():
       parameter.add_(0.05 * torch.randn_like(parameter))
@@ -39,7 +41,7 @@ def shake(module):
 
 def official_weights(component, module):
   state = module.state_dict()
-  state.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
+  state.pop("encoder.embed_tokens.weight", None)  # another name of shared.weight
   return {name_from_diffusers(component, name): value.numpy() for name, value in state.items()}
 
 
@@ -50,12 +52,34 @@ def test_transformer(rng, kind):
   ffn, freq = int(rng.integers(20, 90)), 2 * int(rng.integers(8, 33))
   image = dict(image_dim=40, added_kv_proj_dim=heads * head_dim) if kind == "i2v" else {}
   in_dim = 36 if kind == "i2v" else 16
-  theirs = shake(diffusers.WanTransformer3DModel(
-      patch_size=PATCH, num_attention_heads=heads, attention_head_dim=head_dim, in_channels=in_dim, out_channels=16,
-      text_dim=text_dim, freq_dim=freq, ffn_dim=ffn, num_layers=layers, cross_attn_norm=True,
-      qk_norm="rms_norm_across_heads", eps=1e-6, **image))
-  config = DiTConfig(dim=heads * head_dim, ffn_dim=ffn, num_heads=heads, num_layers=layers, freq_dim=freq, text_dim=text_dim,
-                     model_type=kind, in_dim=in_dim, image_dim=40)
+  theirs = randomize(
+    diffusers.WanTransformer3DModel(
+      patch_size=PATCH,
+      num_attention_heads=heads,
+      attention_head_dim=head_dim,
+      in_channels=in_dim,
+      out_channels=16,
+      text_dim=text_dim,
+      freq_dim=freq,
+      ffn_dim=ffn,
+      num_layers=layers,
+      cross_attn_norm=True,
+      qk_norm="rms_norm_across_heads",
+      eps=1e-6,
+      **image,
+    )
+  )
+  config = DiTConfig(
+    dim=heads * head_dim,
+    ffn_dim=ffn,
+    num_heads=heads,
+    num_layers=layers,
+    freq_dim=freq,
+    text_dim=text_dim,
+    model_type=ModelType(kind),
+    in_dim=in_dim,
+    image_dim=40,
+  )
   ours = load_dit(config, official_weights("transformer", theirs))
 
   shape = (int(rng.integers(1, 5)), 2 * int(rng.integers(1, 5)), 2 * int(rng.integers(1, 5)))
@@ -72,13 +96,15 @@ def test_transformer(rng, kind):
     inputs = [torch.from_numpy(array) for array in (hidden[None], t, padded[None])]
     expected = theirs(*inputs, return_dict=False, **given)[0]
   row = row_of(x, context)
-  out = unpatchify(np.asarray(jax.jit(ours)(row.tokens, t[None], dataclasses.replace(row, **conditions)))[0], shape, PATCH)
+  out = unpatchify(
+    np.asarray(jax.jit(ours)(row.tokens, t[None], dataclasses.replace(row, **conditions)))[0], shape, PATCH
+  )
   assert relative_error(out, np.moveaxis(expected[0].numpy(), 0, -1)) <= 2e-5
 
 
 def test_autoencoder(rng):
   dim = 4 * int(rng.integers(1, 4))
-  theirs = shake(diffusers.AutoencoderKLWan(base_dim=dim, z_dim=16))
+  theirs = randomize(diffusers.AutoencoderKLWan(base_dim=dim, z_dim=16))
   ours = load("vae", lambda: VAE(VAEConfig(dim=dim), rngs=nnx.Rngs(0)), official_weights("vae", theirs))
   frames, height, width = 4 * int(rng.integers(0, 4)) + 1, 8 * int(rng.integers(1, 5)), 8 * int(rng.integers(1, 5))
   video = rng.uniform(-1, 1, (frames, height, width, 3)).astype(np.float32)
@@ -94,12 +120,21 @@ def test_autoencoder(rng):
 def test_text_encoder(rng):
   heads, head_dim, layers = int(rng.integers(1, 5)), int(rng.integers(4, 17)), int(rng.integers(1, 4))
   dim, ffn = int(rng.integers(16, 64)), int(rng.integers(16, 99))
-  theirs = shake(transformers.UMT5EncoderModel(transformers.UMT5Config(
-      vocab_size=99, d_model=dim, d_kv=head_dim, d_ff=ffn, num_layers=layers, num_heads=heads, dropout_rate=0.0)))
-  config = UMT5Config(vocab_size=99, dim=dim, attention_dim=heads * head_dim, ffn_dim=ffn, num_heads=heads, num_layers=layers)
+  theirs = randomize(
+    transformers.UMT5EncoderModel(
+      transformers.UMT5Config(
+        vocab_size=99, d_model=dim, d_kv=head_dim, d_ff=ffn, num_layers=layers, num_heads=heads, dropout_rate=0.0
+      )
+    )
+  )
+  config = UMT5Config(
+    vocab_size=99, dim=dim, attention_dim=heads * head_dim, ffn_dim=ffn, num_heads=heads, num_layers=layers
+  )
   ours = load("text_encoder", lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)), official_weights("text_encoder", theirs))
   ids, length = rng.integers(0, 99, (2, 200)), int(rng.integers(1, 200))
   mask = np.arange(200) < np.array([[length], [200]])
   with torch.no_grad():
-    expected = theirs(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask.astype(np.int64))).last_hidden_state.numpy()
-  assert relative_error(np.asarray(ours(ids, mask))[mask], expected[mask]) <= 2e-5
+    expected = theirs(
+      torch.from_numpy(ids), attention_mask=torch.from_numpy(mask.astype(np.int64))
+    ).last_hidden_state.numpy()
+  assert relative_error(np.asarray(ours(jnp.asarray(ids), jnp.asarray(mask)))[mask], expected[mask]) <= 2e-5

@@ -1,157 +1,269 @@
-"""Clips become sentences."""
+"""Visual sentences: contexts, prompts, computed tasks and their natural clips."""
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from univid_jax.data.sentences import make_sentence, prompt_for, video_pattern
-from univid_jax.data.sources import ComputedSentences, FolderSource, LazySentences, PhotoSource, draw
+from univid_jax.config.boundary import from_config_dict, override
+from univid_jax.config.presets import get_config, tiny
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import PromptStyle
+from univid_jax.core.sentence import ClipRef, Role, Sentence
+from univid_jax.data.contexts import make_sentence, video_pattern
+from univid_jax.data.prompts import prompt_for
+from univid_jax.data.sources.base import draw
+from univid_jax.data.sources.computed import ComputedSentences, LazySentences, computed_identity, open_computed
+from univid_jax.data.sources.photos import FolderSource, PhotoSource, moving_window
 from univid_jax.data.tasks import TASKS
-from univid_jax.types import Role, Sentence
+from univid_jax.data.tasks.base import Task, draw_nothing
+from univid_jax.data.video import write_clip
 
 CLIP = np.zeros((1, 4, 4, 3), np.uint8)
 
 
-@pytest.mark.parametrize("context, num_clips, lengths", [
-    ("I", 4, "VVVV"), ("II", 6, "IIIIII"), ("III", 4, "IIVV"), ("III", 8, "IIIIIIVV"), ("IV", 4, "IVIV"), ("IV", 6, "IVIVIV")])
-def test_patterns(context, num_clips, lengths):
+@pytest.mark.parametrize(
+  "context, num_clips, lengths",
+  [
+    ("I", 4, "VVVV"),
+    ("II", 6, "IIIIII"),
+    ("III", 4, "IIVV"),
+    ("III", 8, "IIIIIIVV"),
+    ("IV", 4, "IVIV"),
+    ("IV", 6, "IVIVIV"),
+  ],
+)
+def test_patterns_of_images_and_videos(context, num_clips, lengths):
   assert video_pattern(context, num_clips) == tuple(letter == "V" for letter in lengths)
 
 
 @pytest.mark.parametrize("context, num_clips", [("V", 4), ("I", 5), ("I", 2)])
-def test_patterns_that_are_none(context, num_clips):
-  with pytest.raises(ValueError, match=r"unknown context|4, 6, 8"):
+def test_invalid_patterns(context, num_clips):
+  with pytest.raises(UserError, match=r"unknown context|4, 6, 8"):
     video_pattern(context, num_clips)
 
 
-def test_reversal_turns_every_pair_round():
+def test_reversal_swaps_every_pair():
   a, a2, b, b2 = (np.full((1, 2, 2, 3), i, np.uint8) for i in range(4))
   sentence = make_sentence([(a, a2), (b, b2)], reverse=True)
   assert [clip[0, 0, 0, 0] for clip in sentence.clips] == [1, 0, 3, 2]
   assert sentence.roles == (Role.CONTEXT,) * 3 + (Role.TARGET,)
 
 
-def test_a_sentence_needs_a_target_and_it_stands_last():
+def test_a_sentence_needs_a_target_and_it_comes_last():
   with pytest.raises(ValueError, match="needs a target"):
     Sentence(clips=(CLIP,), roles=(Role.CONTEXT,))
-  with pytest.raises(ValueError, match="targets stand last"):
+  with pytest.raises(ValueError, match="targets must come last"):
     Sentence(clips=(CLIP, CLIP), roles=(Role.TARGET, Role.CONTEXT))
 
 
 def test_prompts():
-  assert prompt_for("depth map", "null") == ""
-  assert "its corresponding depth map." in prompt_for("depth map", "detailed")
-  assert "camera motion" in prompt_for("camera movement", "detailed")
-  assert prompt_for("anything", "rough").startswith("[clip1] and [clip2] form an editing pair.")
-  with pytest.raises(ValueError, match="unknown prompt style"):
-    prompt_for("anything", "poetic")
+  assert prompt_for("depth map", PromptStyle.NULL) == ""
+  assert "its corresponding depth map." in prompt_for("depth map", PromptStyle.DETAILED)
+  assert "camera motion" in prompt_for("camera movement", PromptStyle.DETAILED)
+  assert prompt_for("anything", PromptStyle.ROUGH).startswith("[clip1] and [clip2] form an editing pair.")
+  with pytest.raises(UserError, match=r"config\.data\.prompt must be one of null, rough, detailed, got 'poetic'"):
+    override(tiny(), {"data.prompt": "poetic"})
 
 
-@pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("frames", [1, 5])
-def test_tasks(name, frames):
-  if TASKS[name].videos_only and frames == 1:
-    pytest.skip("means nothing for an image")
-  task = TASKS[name]
-  clip = np.random.default_rng(0).uniform(size=(frames, 16, 24, 3)).astype(np.float32)
-  params = task.draw(np.random.default_rng(1))
-  out = task.apply(clip, **params)
-  assert out.shape == clip.shape
-  assert out.min() >= -1e-6 and out.max() <= 1 + 1e-6
-  np.testing.assert_array_equal(out, task.apply(clip, **params))
-  if frames > 1 or not task.animates:
-    assert np.abs(out - clip).mean() > 0.01
+class TestTasks:
+  @pytest.mark.parametrize("name", TASKS)
+  @pytest.mark.parametrize("frames", [1, 5])
+  def test_targets(self, name, frames):
+    """They have the clip's shape and range, depend only on the parameters, and differ from the clip."""
+    task = TASKS[name]
+    if task.videos_only and frames == 1:
+      pytest.skip("meaningless for images")
+    clip = np.random.default_rng(0).uniform(size=(frames, 16, 24, 3)).astype(np.float32)
+    params = task.draw(np.random.default_rng(1))
+    out = task.apply(clip, **params)
+    assert out.shape == clip.shape
+    assert out.min() >= -1e-6 and out.max() <= 1 + 1e-6
+    np.testing.assert_array_equal(out, task.apply(clip, **params))
+    if frames > 1 or not task.animates:
+      assert np.abs(out - clip).mean() > 0.01
+
+  def test_camera_movement_starts_at_rest_and_makes_a_video_of_an_image(self):
+    rng = np.random.default_rng(0)
+    image = np.round(rng.uniform(size=(1, 16, 24, 3)) * 255).astype(np.float32) / 255
+    video = TASKS["camera_movement"].apply(image, zoom=1.5, angle=20.0, shift=[1.0, -1.0], num_frames=5)
+    assert video.shape == (5, 16, 24, 3)
+    np.testing.assert_allclose(video[0], image[0], atol=0.5 / 255)
+    steps = [np.abs(video[i] - image[0]).mean() for i in range(5)]
+    assert steps[1] > 0.01 and steps[4] > steps[1]
+
+  def test_camera_movement_stays_inside_the_frame(self):
+    white = np.ones((1, 32, 18, 3), np.float32)
+    for seed in range(50):
+      params = TASKS["camera_movement"].draw(np.random.default_rng(seed))
+      assert TASKS["camera_movement"].apply(white, **params, num_frames=5).min() == 1
+
+  def test_an_animating_task_is_not_reversible(self):
+    with pytest.raises(ValueError, match="cannot be reversible"):
+      Task(draw=draw_nothing, apply=lambda clip, num_frames: clip, animates=True)
 
 
-def test_camera_movement_starts_at_rest_and_makes_a_video_of_an_image():
-  rng = np.random.default_rng(0)
-  image = np.round(rng.uniform(size=(1, 16, 24, 3)) * 255).astype(np.float32) / 255
-  video = TASKS["camera_movement"].apply(image, zoom=1.5, angle=20.0, shift=[1.0, -1.0], num_frames=5)
-  assert video.shape == (5, 16, 24, 3)
-  np.testing.assert_allclose(video[0], image[0], atol=0.5 / 255)
-  steps = [np.abs(video[i] - image[0]).mean() for i in range(5)]
-  assert steps[1] > 0.01 and steps[4] > steps[1]
-
-
-def test_camera_movement_never_shows_what_is_outside():
-  white = np.ones((1, 32, 18, 3), np.float32)
-  for seed in range(50):
-    params = TASKS["camera_movement"].draw(np.random.default_rng(seed))
-    assert TASKS["camera_movement"].apply(white, **params, num_frames=5).min() == 1
+def computed(**options):
+  defaults = dict(
+    clips=[PhotoSource.bundled("train")],
+    tasks=dict.fromkeys(TASKS, 1.0),
+    num_frames=5,
+    size=(16, 16),
+    num_sentences=100,
+    seed=3,
+  )
+  return ComputedSentences(**defaults | options)
 
 
 class TestComputedSentences:
-  def source(self, **options):
-    defaults = dict(clips=[PhotoSource.bundled("train")], tasks=dict.fromkeys(TASKS, 1.0), num_frames=5, size=(16, 16),
-                    num_sentences=100, seed=3)
-    return ComputedSentences(**defaults | options)
-
-  def test_an_index_is_always_the_same_sentence(self):
-    first, again, other = self.source()[7], self.source()[7], self.source(seed=4)[7]
+  def test_an_index_always_gives_the_same_sentence(self):
+    first, again, other = computed()[7], computed()[7], computed(seed=4)[7]
     assert first.task == again.task and all(np.array_equal(a, b) for a, b in zip(first.clips, again.clips))
     assert not (first.task == other.task and all(np.array_equal(a, b) for a, b in zip(first.clips, other.clips)))
 
-  def test_both_pairs_share_the_parameters_and_the_sources_differ(self):
-    source = self.source(tasks={"duotone": 1.0}, contexts={"II": 1.0})
+  def test_pairs_share_their_parameters_and_have_different_sources(self):
+    source = computed(tasks={"duotone": 1.0}, contexts={"II": 1.0})
     for index in range(10):
       a, a2, b, b2 = source[index].clips
       assert not np.array_equal(a, b)
-      # A duotone's colours lie on one line; both targets lie on the same.
+      # The colours of a duotone are on a line; those of both targets are on the same.
       colors = np.concatenate([a2.reshape(-1, 3), b2.reshape(-1, 3)]).astype(np.float64)
       variances = np.linalg.svd(colors - colors.mean(0), compute_uv=False)
       assert variances[1] < 0.02 * variances[0]
 
-  def test_contexts_and_shots(self):
-    sentence = self.source(tasks={"camera_movement": 1.0}, animating_contexts={"IV": 1.0}, num_clips={6: 1.0})[0]
+  def test_contexts_and_numbers_of_clips(self):
+    sentence = computed(tasks={"camera_movement": 1.0}, animating_contexts={"IV": 1.0}, num_clips={6: 1.0})[0]
     assert [len(clip) for clip in sentence.clips] == [1, 5] * 3 and sentence.context == "IV"
 
   def test_reversal(self):
-    forward = self.source(tasks={"greyscale": 1.0}, contexts={"II": 1.0})[0]
-    backward = self.source(tasks={"greyscale": 1.0}, contexts={"II": 1.0}, reverse_probability=1.0)[0]
+    forward = computed(tasks={"greyscale": 1.0}, contexts={"II": 1.0})[0]
+    backward = computed(tasks={"greyscale": 1.0}, contexts={"II": 1.0}, reverse_probability=1.0)[0]
     assert np.array_equal(forward.clips[0], backward.clips[1]) and np.array_equal(forward.clips[1], backward.clips[0])
 
-  def test_unknown_tasks_and_bad_weights(self):
-    with pytest.raises(ValueError, match="unknown task 'mowing'"):
-      self.source(tasks={"mowing": 1.0})
+  def test_unknown_tasks_and_invalid_weights(self):
+    with pytest.raises(UserError, match="unknown task 'mowing'"):
+      computed(tasks={"mowing": 1.0})
     for weights in ({}, {"a": 0.0}, {"a": -1.0, "b": 2.0}):
-      with pytest.raises(ValueError, match="weights"):
+      with pytest.raises(UserError, match="weights"):
         draw(np.random.default_rng(0), weights)
 
+  def test_held_out_sentences_show_held_out_photographs(self):
+    training, held_out = computed().split(0.1)
+    assert len(held_out) == 100 and held_out.seed != training.seed
+    photos, held_out_photos = (source.clips[0].photos for source in (training, held_out))
+    assert len(held_out_photos) == 3 and not any(photo in photos for photo in held_out_photos)
+    assert not held_out.clips[0].jitter
 
-def test_a_folder_of_videos_and_photos(tmp_path):
-  from univid_jax.data.video import write_clip
-  folder, cache = tmp_path / "my clips ü", tmp_path / "cache"
-  ramp = np.broadcast_to(np.arange(12, dtype=np.uint8)[:, None, None, None] * 20, (12, 48, 64, 3))
-  write_clip(folder / "a video.mp4", ramp)
-  write_clip(folder / "photo.png", ramp[:1])
-  (folder / "notes.txt").write_text("not a clip")
-  source = FolderSource.open(str(folder), cache=str(cache), side=24)
-  assert [clip.shape for clip in source.clips] == [(12, 24, 32, 3), (1, 24, 32, 3)]
-  video = source.clip(0, np.random.default_rng(0), num_frames=5, size=(16, 16))
-  assert video.shape == (5, 16, 16, 3)
-  assert np.all(np.diff(video.mean(axis=(1, 2, 3))) > 10)
-  assert source.clip(1, np.random.default_rng(0), num_frames=5, size=(16, 16)).shape == (5, 16, 16, 3)
-  written = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-  FolderSource.open(str(folder), cache=str(cache), side=24)
-  assert written == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+  def test_sentences_do_not_depend_on_the_order_of_keys(self):
+    """Flags sort the keys of a config."""
+    as_written, sorted_keys = tiny(), from_config_dict(get_config("tiny"))
+    assert list(as_written.data.tasks) != list(sorted_keys.data.tasks)
+    sources = [open_computed(config, "train", seed=0) for config in (as_written, sorted_keys)]
+    assert sources[0].task_names == sources[1].task_names
+    for index in range(10):
+      first, second = (source[index] for source in sources)
+      assert all(np.array_equal(a, b) for a, b in zip(first.clips, second.clips))
+
+  def test_pixels_belong_to_a_version(self):
+    """If this fails, computed clips have other pixels: raise COMPUTING_VERSION, so that no stale latent is used."""
+    expected = {
+      "greyscale": 106.3,
+      "invert": 140.2,
+      "invert_brightness": 140.2,
+      "swap_channels": 114.8,
+      "duotone": 153.7,
+      "low_light": 34.6,
+      "scribble": 95.3,
+      "inpainting": 84.4,
+      "colorization": 114.8,
+      "super_resolution": 151.2,
+      "deblurring": 137.1,
+      "denoising": 114.0,
+      "deraining": 110.2,
+      "flip": 151.2,
+      "time_reversal": 114.8,
+      "salient_object": 63.9,
+      "moving_object": 66.8,
+      "camera_movement": 92.5,
+    }
+    source = computed()
+    for task, value in expected.items():
+      sentences = [source.sentence(np.random.default_rng(seed), task=task, context="I") for seed in range(3)]
+      assert np.mean([sentence.clips[-1].mean() for sentence in sentences]) == pytest.approx(value, abs=0.5)
+    assert set(expected) == set(TASKS)
 
 
-def test_folders_without_clips(tmp_path):
-  (tmp_path / "notes.txt").write_text("not a clip")
-  with pytest.raises(ValueError, match="no images or videos in"):
-    FolderSource.open(str(tmp_path), cache=str(tmp_path), side=24)
-  with pytest.raises(FileNotFoundError, match="no such folder"):
-    FolderSource.open(str(tmp_path / "missing"), cache=str(tmp_path), side=24)
+class TestLazySentences:
+  def test_they_are_the_same_sentences(self):
+    """Task, context, prompt, keys and lengths are known before any clip is made."""
+    contexts = {"I": 1.0, "II": 1.0, "III": 1.0, "IV": 1.0}
+    whole = computed(
+      num_sentences=30,
+      prompt_style=PromptStyle.DETAILED,
+      prompt_dropout=0.3,
+      num_clips={4: 1.0, 6: 1.0},
+      contexts=contexts,
+      animating_contexts=contexts,
+      reverse_probability=0.5,
+    )
+    lazy, keys, prompts = LazySentences(whole, "identity"), set(), set()
+    for index in range(30):
+      planned, made = lazy[index], whole[index]
+      assert (planned.task, planned.context, planned.prompt) == (made.task, made.context, made.prompt)
+      assert planned.roles == made.roles
+      assert [ref.num_frames for ref in planned.clips] == [len(clip) for clip in made.clips]
+      assert all(np.array_equal(ref.read(), clip) for ref, clip in zip(planned.clips, made.clips, strict=True))
+      keys |= {ref.key for ref in planned.clips}
+      prompts.add(planned.prompt == "")
+    assert len(keys) == sum(len(lazy[index].clips) for index in range(30)) and prompts == {True, False}
+
+  def test_a_sentence_is_made_once(self, monkeypatch):
+    made, make = [], ComputedSentences.__getitem__
+
+    def counting(self, index):
+      made.append(index)
+      return make(self, index)
+
+    monkeypatch.setattr(ComputedSentences, "__getitem__", counting)
+    for clip in LazySentences(computed(), "identity")[3].clips:
+      assert isinstance(clip, ClipRef) and clip.read().dtype == np.uint8
+    assert made == [3]
+
+  def test_the_identity_names_options_and_files(self, tmp_path):
+    write_clip(tmp_path / "a.png", CLIP)
+    base = {"data.folder": str(tmp_path)}
+    changes = ({}, {"seed": 1}, {"data.height": 48}, {"data.tasks.flip": 1.0}, {"data.bundled": False})
+    identities = [computed_identity(override(tiny(), base | change)) for change in changes]
+    write_clip(tmp_path / "b.png", CLIP)
+    identities.append(computed_identity(override(tiny(), base)))
+    assert len(set(identities)) == len(identities)
+    assert computed_identity(override(tiny(), base | {"num_steps": 5})) == identities[-1]
 
 
-def test_lazy_sentences_are_the_same_sentences():
-  """Known before any picture is made: task, context, prompt and keys; the clips are those of the sentence itself."""
-  computed = ComputedSentences(clips=[PhotoSource.bundled("train")], tasks=dict.fromkeys(TASKS, 1.0), num_frames=5, size=(16, 16),
-                               num_sentences=30, seed=4, prompt_style="detailed", prompt_dropout=0.3, num_clips={4: 1.0, 6: 1.0})
-  lazy, keys = LazySentences(computed, "identity"), set()
-  for index in range(30):
-    plan, whole = lazy[index], computed[index]
-    assert (plan.task, plan.context, plan.prompt, plan.roles) == (whole.task, whole.context, whole.prompt, whole.roles)
-    assert all(np.array_equal(ref.read(), clip) for ref, clip in zip(plan.clips, whole.clips, strict=True))
-    assert plan.prompt in lazy.prompts()
-    keys |= {ref.key for ref in plan.clips}
-  assert keys == {ref.key for ref in lazy.clips()} and len({s.prompt == "" for s in map(lazy.__getitem__, range(30))}) == 2
+class TestFolders:
+  def test_videos_and_photos(self, tmp_path):
+    folder, cache = tmp_path / "my clips ü", tmp_path / "cache"
+    ramp = np.broadcast_to(np.arange(12, dtype=np.uint8)[:, None, None, None] * 20, (12, 48, 64, 3))
+    write_clip(folder / "a video.mp4", ramp)
+    write_clip(folder / "photo.png", ramp[:1])
+    (folder / "notes.txt").write_text("not a clip")
+    source = FolderSource.open(str(folder), cache=str(cache), side=24)
+    assert [clip.shape for clip in source.clips] == [(12, 24, 32, 3), (1, 24, 32, 3)]
+    video = source.clip(0, np.random.default_rng(0), num_frames=5, size=(16, 16))
+    assert video.shape == (5, 16, 16, 3)
+    assert np.all(np.diff(video.mean(axis=(1, 2, 3))) > 10)
+    assert source.clip(1, np.random.default_rng(0), num_frames=5, size=(16, 16)).shape == (5, 16, 16, 3)
+    written = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    FolderSource.open(str(folder), cache=str(cache), side=24)
+    assert written == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+
+  def test_folders_without_clips(self, tmp_path):
+    (tmp_path / "notes.txt").write_text("not a clip")
+    with pytest.raises(UserError, match="no images or videos in"):
+      FolderSource.open(str(tmp_path), cache=str(tmp_path), side=24)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+      FolderSource.open(str(tmp_path / "missing"), cache=str(tmp_path), side=24)
+
+  def test_windows_stay_inside_the_photograph(self):
+    photo = Image.new("RGB", (61, 43))
+    for seed in range(300):
+      assert moving_window(photo, np.random.default_rng(seed), num_frames=5, size=(48, 80)).shape == (5, 48, 80, 3)

@@ -1,4 +1,4 @@
-"""Prompts become the original's tokens."""
+"""Tokens equal the original's."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers import GOLDENS
-from univid_jax.data.tokenizer import Tokenizer, clean
+from univid_jax.codecs.tokenizer import Tokenizer, clean
 
 FILE = GOLDENS / "tiny_wan" / "google" / "umt5-xxl" / "tokenizer.json"
 
@@ -20,7 +20,7 @@ def test_tokens_equal_the_originals():
     np.testing.assert_array_equal(ids, expected[f"prompt{index}.ids"])
 
 
-def test_long_prompts_keep_their_end():
+def test_truncation_keeps_the_end_of_text_token():
   tokenize = Tokenizer(FILE)
   ids = tokenize("word " * 2000)
   assert len(ids) == 512 and ids[-1] == tokenize("")[0]
@@ -30,7 +30,7 @@ def test_cleaning():
   assert clean("  a\n\tb &amp;amp; c \u00e2\u20ac\u201d d ") == "a b & c \u2014 d"
 
 
-def test_files_that_are_no_tokenizer(tmp_path):
+def test_invalid_and_missing_files(tmp_path):
   (tmp_path / "tokenizer.json").write_text("{}")
   with pytest.raises(ValueError, match="not a tokenizer"):
     Tokenizer(tmp_path / "tokenizer.json")

@@ -1,76 +1,65 @@
-"""How good a model is: python -m univid_jax.evaluate --config=configs/video_tasks.py[:PRESET] --workdir=DIR [--config.KEY=VALUE]
+"""Evaluates a model on held-out sentences.
 
-Paints held-out sentences of the config's data with the model of the workdir (or of --checkpoint and --lora), with the right and
-with wrong example pairs, and writes report.md, report.json, grid.png and curves.png beside the frames to OUT. What is compared is
-the config's: tasks, contexts, numbers of clips, prompts, seeds, steps. Stopped and run again, it goes on where it was.
+  python -m univid_jax.evaluate --config=PRESET --workdir=DIR [--config.KEY=VALUE ...] [--out=DIR]
+
+Samples them with the model of the workdir (or with --checkpoint and --lora), with the right example pairs and with
+altered ones, and writes report.md, report.json, grid.png, curves.png and the frames to OUT. The config determines the
+tasks, contexts, numbers of clips, prompts, seeds and steps. Rerun the same command to resume.
 """
 
-import json
+import shlex
 import sys
 
-from absl import flags
-from ml_collections import config_flags
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags
 
-from univid_jax import cli
-from univid_jax.compilation import keep_programs
-from univid_jax.parallel.processes import start_processes
-
-CONFIG = config_flags.DEFINE_config_file("config", "configs/video_tasks.py", "Config file; :PRESET after it chooses a preset.")
-WORKDIR = flags.DEFINE_string("workdir", None, "The training run to evaluate; runs/NAME by default.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A converted checkpoint to evaluate instead of the workdir's model.")
-LORA = flags.DEFINE_list("lora", [], "LoRA files on top.")
-STEP = flags.DEFINE_string("step", None, "Of the workdir's checkpoints: a number, or best; the latest by default.")
-OUT = flags.DEFINE_string("out", None, "Folder of the results; WORKDIR/evaluation by default.")
-
-# Keys of config.eval that change no picture: the report is made again with others from the same files.
-SCORING = ("depth_alignment", "palette", "num_labels", "void_label", "clip_model")
+FLAGS = CommandFlags(__doc__)
+CONFIG = FLAGS.config()
+WORKDIR = FLAGS.workdir("The training run to evaluate")
+CHECKPOINT = FLAGS.string("checkpoint", None, "A converted checkpoint to evaluate instead of the workdir's model.")
+LORA = FLAGS.lora()
+STEP = FLAGS.step()
+OUT = FLAGS.string("out", None, "Folder of the results; default: WORKDIR/evaluation.")
+PROCESSES = FLAGS.processes()
 
 
+@app.command(FLAGS)
 def main() -> None:
-  start_processes()
-  keep_programs()
+  from univid_jax.cli.compilation import enable_compilation_cache
+  from univid_jax.cli.distributed import start_processes
+
+  start_processes(PROCESSES)
+  enable_compilation_cache()
   import jax
-  from etils import epath
-  from jax.experimental import multihost_utils
 
   import univid_jax
-  from univid_jax import build
+  from univid_jax.checkpoints.run import read_run
+  from univid_jax.checkpoints.trained import find_step
+  from univid_jax.cli.sampling import parse_lora
+  from univid_jax.data.sources.open import open_data
+  from univid_jax.evaluation.protocol import Origin
+  from univid_jax.evaluation.run import evaluate
   from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.pipeline import load_pipeline
-  from univid_jax.report import make_report
-  from univid_jax.study import paint, study_sentences
 
-  config = json.loads(CONFIG.value.to_json())
-  build.check(config)
-  build.task_kinds(config)
-  workdir = WORKDIR.value or f"runs/{config['name']}"
-  folder = epath.Path(OUT.value or f"{workdir}/evaluation")
-  # Each process has the model on its own devices and its own share of the sentences.
+  config, workdir = CONFIG.value, WORKDIR.value
+  folder = OUT.value or f"{workdir}/evaluation"
+  # The number of the step, so that stored samples of an earlier one are not taken for those of the latest.
+  is_run = CHECKPOINT.value is None and read_run(workdir) is not None
+  step = str(find_step(workdir, STEP.value)) if is_run else STEP.value
+  origin = Origin(checkpoint=CHECKPOINT.value or workdir, lora=tuple(LORA.value), step=step)
+  # Each process has the whole model on its own devices, and its share of the sentences.
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-  pipeline = load_pipeline(CHECKPOINT.value or workdir, lora=LORA.value, mesh=mesh, step=STEP.value)
-  sentences = study_sentences(config, build.data_sources(config, workdir))
-  folder.mkdir(parents=True, exist_ok=True)
-  painting = {name: value for name, value in config["eval"].items() if name not in SCORING}
-  protocol = {"config": {"data": config["data"], "eval": painting}, "checkpoint": CHECKPOINT.value or workdir,
-              "lora": LORA.value, "step": STEP.value, "version": univid_jax.__version__}
-  protocol = json.loads(json.dumps(protocol, default=list))
-  kept = folder / "protocol.json"
-  if kept.exists() and json.loads(kept.read_text()) != protocol:
-    raise cli.UserError(f"{folder} holds an evaluation of another model or config: give another --out, or delete it")
-  if jax.process_index() == 0:
-    kept.write_text(json.dumps(protocol, indent=2) + "\n")
-  paint(pipeline, config, sentences, folder)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("painted")
-  if jax.process_index() > 0:
+  loras = [parse_lora(item) for item in LORA.value]
+  pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=loras, mesh=mesh, step=origin.step)
+  data = open_data(config, workdir=workdir)
+  command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
+  report = evaluate(pipeline, config, data=data, folder=folder, origin=origin, command=command)
+  if report is None:  # not process 0
     return
-  command = "`python -m univid_jax.evaluate " + " ".join(sys.argv[1:]) + "`"
-  del protocol["config"]
-  report = make_report(folder, len(sentences), config, {"command": command, **protocol})
-  for name, rows in report["overall"].items():
-    print(f"  {name:<9} PSNR {rows['psnr']:5.1f} dB   RMSE {rows['rmse']:6.2f}")
-  print(f"{len(sentences)} sentences: {folder / 'report.md'}, report.json, grid.png, curves.png")
+  for name, scores in report["overall"].items():
+    print(f"  {name:<10} PSNR {scores['psnr']:5.1f} dB   RMSE {scores['rmse']:6.2f}")
+  print(f"{len(report['sentences'])} sentences: {folder}/report.md, report.json, grid.png, curves.png")
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  sys.exit(main())

@@ -1,42 +1,38 @@
-"""Will it fit? python -m univid_jax.forecast --config=configs/video_tasks.py:wan_1_3b --topology=v5e:2x4 [--config.KEY=VALUE]
+"""Forecasts the memory that training or sampling needs on each device.
 
-Compiles the training step for a TPU topology that need not be here (`pip install libtpu`) and prints what each chip has to hold.
+  python -m univid_jax.forecast --config=PRESET [--config.KEY=VALUE ...] [--topology=v5e:2x4] [--sampling]
+
+Compiles the program for the devices of this machine, or for a TPU topology that need not be here (`pip install
+libtpu`). Exits with 1 if it does not fit.
 """
 
-import os
+import sys
 
-from absl import flags
-from ml_collections import config_flags
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags
+from univid_jax.core.errors import UserError
+from univid_jax.platform.topologies import describe_devices, use_tpu_compiler
 
-from univid_jax import cli
+FLAGS = CommandFlags(__doc__)
+CONFIG = FLAGS.config()
+TOPOLOGY = FLAGS.string("topology", None, "A TPU topology such as v5e:2x4 or v5p:2x2x2; default: the devices here.")
+SAMPLING = FLAGS.switch("sampling", False, "Forecast sampling of one sentence of context I instead of training.")
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/video_tasks.py", "Config file; :PRESET after it chooses a preset.")
-SAMPLING = flags.DEFINE_bool("sampling", False, "Forecast sampling of one sentence of context I instead of training.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU topology, as v5e:2x4 or v5p:2x2x2; the devices here by default.")
 
+@app.command(FLAGS)
 def main() -> None:
-  # Before JAX looks for accelerators: this machine's own CPU does the compiling.
   if TOPOLOGY.value:
-    os.environ.update({"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"})
-    try:
-      import libtpu
-    except ModuleNotFoundError as error:
-      raise cli.UserError("compiling for a TPU needs its compiler: pip install libtpu") from error
-    os.environ["TPU_LIBRARY_PATH"] = os.path.join(os.path.dirname(libtpu.__file__), "libtpu.so")
-  from jax.experimental import topologies
-
-  from univid_jax import build
+    use_tpu_compiler()
   from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.training.forecast import ADVICE, forecast, forecast_sampling
+  from univid_jax.training.memory import ADVICE, forecast, forecast_sampling
 
-  config = CONFIG.value
-  build.check(config)
-  devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value).devices if TOPOLOGY.value else None
-  result = (forecast_sampling if SAMPLING.value else forecast)(config, make_mesh(config.mesh, devices))
+  devices = describe_devices(TOPOLOGY.value) if TOPOLOGY.value else None
+  mesh = make_mesh(CONFIG.value.mesh, devices)
+  result = forecast_sampling(CONFIG.value, mesh) if SAMPLING.value else forecast(CONFIG.value, mesh)
   print(result)
   if not result.fits:
-    raise cli.UserError(f"this does not fit; {ADVICE}")
+    raise UserError(f"this does not fit; {ADVICE}")
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  sys.exit(main())

@@ -1,52 +1,58 @@
-"""Makes data ready: python -m univid_jax.prepare --config=configs/video_tasks.py:PRESET --workdir=DIR [--config.KEY=VALUE]
+"""Checks a data set and encodes it, so that training does not have to.
 
-Checks every row (a row that cannot be used ends in an exit code other than 0, or is left out with --allow_dropped), then computes
-latents and prompt embeddings where they are not kept yet. `train` does the same by itself; run this first to see what is wrong
-before an accelerator waits, or to have several processes share the work.
+  python -m univid_jax.prepare --config=PRESET --workdir=DIR [--config.KEY=VALUE ...] [--preview=N]
+
+Every row is checked; a row that cannot be used is an error, or is left out with --allow_dropped. Then whatever is not
+cached yet is encoded: latents, prompts, and the conditions of I2V models. `train` does the same; run this first to find
+problems before an accelerator waits, or to encode with several processes.
 """
 
+import dataclasses
+import sys
 
-from absl import flags
-from ml_collections import config_flags
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags
 
-from univid_jax import cli
-from univid_jax.parallel.processes import start_processes
+FLAGS = CommandFlags(__doc__)
+CONFIG = FLAGS.config()
+WORKDIR = FLAGS.workdir("Folder of the run")
+PROCESSES = FLAGS.processes()
+ALLOW_DROPPED = FLAGS.switch("allow_dropped", False, "Leave out rows that cannot be used.")
+PREVIEW = FLAGS.integer("preview", 0, "Only draw this many sentences, to WORKDIR/preview.png.", lower_bound=0)
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/video_tasks.py", "Config file; :PRESET after it chooses a preset.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/NAME by default.")
-ALLOW_DROPPED = flags.DEFINE_bool("allow_dropped", False, "Go on without rows that cannot be used.")
-PREVIEW = flags.DEFINE_integer("preview", 0, "Draw so many sentences into WORKDIR/preview.png, and stop there.", lower_bound=0)
 
-
+@app.command(FLAGS)
 def main() -> None:
-  start_processes()
-  # After the flags: --help and wrong flags answer at once, without waiting for JAX.
-  from etils import epath
+  from univid_jax.cli.compilation import enable_compilation_cache
+  from univid_jax.cli.distributed import start_processes
 
-  from univid_jax import build
-  from univid_jax.files import local_file
-  from univid_jax.metrics.figures import contact_sheet
+  start_processes(PROCESSES)
+  enable_compilation_cache()
+  from univid_jax.checkpoints.model import open_encoders, transformer_config
+  from univid_jax.cli.preview import draw_preview
+  from univid_jax.data.features import FeatureCaches, FeatureMaker
+  from univid_jax.data.prepare import prepare
+  from univid_jax.data.sources.open import open_data
   from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.training.prepare import open_data, prepare
 
-  config = CONFIG.value
-  config.data.allow_dropped = config.data.allow_dropped or ALLOW_DROPPED.value
-  build.check(config)
-  workdir = WORKDIR.value or f"runs/{config.name}"
-  data = open_data(config, workdir)
+  config, workdir = CONFIG.value, WORKDIR.value
+  if ALLOW_DROPPED.value:
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, allow_dropped=True))
+  data = open_data(config, workdir=workdir)
+  data.report()
+  data.require_usable(config.data)
   if PREVIEW.value:
-    preview = epath.Path(workdir) / "preview.png"
-    with local_file(preview) as path:
-      contact_sheet(path, [(name, source[index]) for index in range(PREVIEW.value) for name, source in data.sources.items()])
-    print(f"the first sentences, as the model sees them: {preview}")
+    print(f"the first sentences, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}")
     return
-  done = prepare(config, workdir, build.encoders(config, make_mesh(config.mesh)), data)
-  if done.caches is None:
-    print("nothing to compute beforehand: this model encodes clips as it trains")
-  else:
-    print(f"{done.num_clips} clips are ready ({done.num_encoded} encoded now) in {done.caches.latents.folder}; "
-          f"{len(data.dropped)} rows dropped")
+  encoders = open_encoders(config, make_mesh(config.mesh))
+  caches = FeatureCaches.open(config, encoders, workdir)
+  if caches is None:
+    print("nothing to encode in advance: without config.init_from, clips are encoded while training")
+    return
+  shape, task_names = transformer_config(config), data.task_names
+  done = prepare(FeatureMaker(encoders, shape=shape, task_names=task_names, caches=caches), data)
+  print(f"{done.num_clips} clips are ready ({done.num_encoded} encoded now); {len(data.dropped)} rows dropped")
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  sys.exit(main())

@@ -1,21 +1,20 @@
-"""Latents and prompt embeddings that were computed once, on disk, by what they were made from.
+"""A cache of arrays on disk, keyed by what they were computed from.
 
-A value's key is a hash of everything that determines it, so a stale one is never found. Each is a file of its own, written under
-another name and then renamed: several processes may fill one cache, and one that is killed leaves nothing half written.
+A key is a hash of everything that determines its value, so that a stale value is never found. Each value is a file,
+published atomically: several processes may fill one cache, and a killed one leaves no partial file.
 """
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 from etils import epath
 from safetensors.numpy import load, save
 
-from univid_jax.data.clips import ClipRef
-from univid_jax.files import local_file
+from univid_jax.core.paths import atomic_write
 
-# Part of every key: to be raised whenever the code would compute something else from the same input and weights.
+# Part of every key: raise it when the code computes something else from the same input and weights.
 ENCODING_VERSION = 1
 
 _CHECKSUM_BYTES = 32
@@ -26,27 +25,23 @@ class Cache:
   """Arrays by key.
 
   Args:
-    folder: where they are kept, here or in a bucket; made when something is.
-    fingerprint: names what computes them (weights, options); another one is another cache.
+    folder: local or in a bucket; created when the first value is stored.
+    fingerprint: identifies what computes the values (weights, options); caches of other fingerprints are separate.
   """
 
   def __init__(self, folder: epath.PathLike, fingerprint: str):
     self.folder, self.fingerprint = epath.Path(folder), fingerprint
 
   def path(self, key: str) -> epath.Path:
-    """The file of a key."""
+    """Returns the file of a key, whether it exists or not."""
     name = hashlib.sha256(f"{ENCODING_VERSION}|{self.fingerprint}|{key}".encode()).hexdigest()
     return self.folder / name[:2] / f"{name}.safetensors"
 
   def __contains__(self, key: str) -> bool:
     return self.path(key).exists()
 
-  def missing(self, keys: Iterable[str]) -> list[str]:
-    """Those of the keys that are not there."""
-    return [key for key in keys if key not in self]
-
   def get(self, key: str) -> np.ndarray | None:
-    """The value, or None where there is none; one that is damaged is said to be, and counts as none."""
+    """Returns the value, or None if it is missing or corrupt (warns)."""
     path = self.path(key)
     try:
       data = path.read_bytes()
@@ -54,26 +49,20 @@ class Cache:
       return None
     body, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
     if hashlib.sha256(body).digest() != checksum:
-      warnings.warn(f"{path} is damaged and is computed again", stacklevel=2)
+      warnings.warn(f"{path} is corrupt and is computed again", stacklevel=2)
       return None
-    # Not a .npy: NumPy reads its header with Python's ast, which in Python 3.11 fails now and then when threads use it at once.
+    # Not a .npy, whose header several threads cannot parse at once, see `video._HEADER_LOCK`.
     return load(body)[_NAME]
 
   def put(self, key: str, value: np.ndarray) -> None:
-    """Keeps a value."""
     body = save({_NAME: np.ascontiguousarray(value)})
-    with local_file(self.path(key)) as path:
+    with atomic_write(self.path(key)) as path:
       path.write_bytes(body + hashlib.sha256(body).digest())
 
   def get_or_compute(self, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """The value, computed and kept where it is not there yet."""
+    """Returns the value; computes and stores it if necessary."""
     value = self.get(key)
     if value is None:
       value = compute()
       self.put(key, value)
     return value
-
-
-def read_frames(clip: np.ndarray | ClipRef) -> np.ndarray:
-  """A clip's frames, uint8 (T, H, W, 3), whether they are at hand or still to be read."""
-  return clip.read() if isinstance(clip, ClipRef) else clip

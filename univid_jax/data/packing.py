@@ -1,41 +1,89 @@
-"""From sentences of latents to packed rows: whole sentences side by side, with all that the model needs to know of them."""
+"""From sentences of latents to packed rows: whole sentences side by side, and everything the model knows of them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
-from univid_jax.types import PackedRow, Role, Sentence
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Attention
+from univid_jax.core.packed_row import PackedRow
+from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
 
-Features = Mapping[str, np.ndarray]
-
-# What a sentence brings, by what it is counted in; and those of each kind that say which sentence stands where.
-FEATURES = {
-    "tokens": ("tokens", "positions", "target_mask", "condition"),
-    "text": ("text", "text_counts"),
-    "image_features": ("image_features",),
-    "targets": ("targets",),
-    "slots": ("task_ids", "context_ids"),
-}
-SEGMENTED = ("tokens", "text", "image_features")
+# Works on NumPy and JAX arrays.
+ArrayT = TypeVar("ArrayT", Array, np.ndarray)
 
 # CLIP's features of one image: its patches and their class.
 IMAGE_FEATURES = 257
 
 
+class Unit(enum.Enum):
+  """What a feature has one entry for; a row's capacity is counted in these."""
+
+  TOKEN = enum.auto()
+  TEXT_TOKEN = enum.auto()
+  IMAGE_FEATURE = enum.auto()
+  TARGET_TOKEN = enum.auto()
+  SENTENCE = enum.auto()
+
+
+def _per(unit: Unit, *, default: Any = dataclasses.MISSING) -> Any:
+  return dataclasses.field(default=default, metadata={"unit": unit})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Features:
+  """What a sentence contributes to a row, except what depends on its place there. The fields are those of `PackedRow`.
+
+  Attributes:
+    targets: indices of the target tokens in the sentence.
+    condition, image_features: None for T2V.
+  """
+
+  tokens: Float[np.ndarray, "l p"] = _per(Unit.TOKEN)
+  positions: Int[np.ndarray, "l 3"] = _per(Unit.TOKEN)
+  target_mask: Bool[np.ndarray, "l"] = _per(Unit.TOKEN)
+  targets: Int[np.ndarray, "q"] = _per(Unit.TARGET_TOKEN)
+  text: Float[np.ndarray, "n d"] = _per(Unit.TEXT_TOKEN)
+  text_counts: Float[np.ndarray, "n"] = _per(Unit.TEXT_TOKEN)
+  task_ids: Int[np.ndarray, "1"] = _per(Unit.SENTENCE)
+  context_ids: Int[np.ndarray, "1"] = _per(Unit.SENTENCE)
+  condition: Float[np.ndarray, "l v"] | None = _per(Unit.TOKEN, default=None)
+  image_features: Float[np.ndarray, "i e"] | None = _per(Unit.IMAGE_FEATURE, default=None)
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Returns the features that are not None, by name."""
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+UNITS: Mapping[str, Unit] = {field.name: field.metadata["unit"] for field in dataclasses.fields(Features)}
+
+# The feature of each unit whose entries are numbered by sentence in a row, so that intervals can be derived.
+SEGMENTED: Mapping[Unit, str] = {Unit.TOKEN: "tokens", Unit.TEXT_TOKEN: "text", Unit.IMAGE_FEATURE: "image_features"}
+
+
+def feature_names(*, takes_image: bool) -> list[str]:
+  """Returns the names of a sentence's features, for I2V or for T2V."""
+  return [field.name for field in dataclasses.fields(Features) if takes_image or field.default is dataclasses.MISSING]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowShape:
-  """What a row holds at most.
+  """The capacity of a row.
 
   Attributes:
     num_tokens: tokens.
-    num_text_tokens: text tokens, each sentence's padding counted as one.
+    num_text_tokens: text tokens; the padding of a prompt counts as one.
     num_slots: sentences.
-    num_targets: tokens of targets; None is any number, and rows that do not say where their targets are.
-    context_causal: whether context tokens see only context, see `PackedRow`.
+    num_targets: target tokens; None is any number, in rows without indices of target tokens.
+    context_causal: see `PackedRow`.
   """
 
   num_tokens: int
@@ -44,15 +92,35 @@ class RowShape:
   num_targets: int | None = None
   context_causal: bool = False
 
-  def limits(self, features: Mapping[str, Any]) -> dict[str, int]:
-    """How long each of the features of a row may be."""
-    counts = {"tokens": self.num_tokens, "text": self.num_text_tokens, "targets": self.num_targets, "slots": self.num_slots,
-              "image_features": IMAGE_FEATURES * self.num_slots}
-    return {name: counts[kind] for kind, names in FEATURES.items() if counts[kind] for name in names if name in features}
+  @classmethod
+  def of(cls, config: RunConfig) -> "RowShape":
+    rows = config.rows
+    return cls(
+      num_tokens=rows.num_tokens,
+      num_text_tokens=rows.num_text_tokens,
+      num_slots=rows.num_sentences,
+      num_targets=rows.target_tokens,
+      context_causal=config.model.attention == Attention.CONTEXT_CAUSAL,
+    )
+
+  def capacity(self, unit: Unit) -> int | None:
+    """Returns how much of a unit a row can hold; None leaves the unit's features out."""
+    return {
+      Unit.TOKEN: self.num_tokens,
+      Unit.TEXT_TOKEN: self.num_text_tokens,
+      Unit.IMAGE_FEATURE: IMAGE_FEATURES * self.num_slots,
+      Unit.TARGET_TOKEN: self.num_targets,
+      Unit.SENTENCE: self.num_slots,
+    }[unit]
+
+  def capacities(self, names: Iterable[str]) -> dict[str, int]:
+    """Returns the length of each of the named features in a row, without those that are left out."""
+    capacities = {name: self.capacity(UNITS[name]) for name in names}
+    return {name: capacity for name, capacity in capacities.items() if capacity is not None}
 
 
-def patchify(latents: np.ndarray, patch_size: tuple[int, int, int]) -> np.ndarray:
-  """(t, y, x, c) latents to (tokens, values), tokens in the order t, y, x; works on NumPy and JAX arrays.
+def patchify(latents: Shaped[ArrayT, "t y x c"], patch_size: tuple[int, int, int]) -> Shaped[ArrayT, "l p"]:
+  """Cuts latents into patches, one per token, in the order t, y, x.
 
   Raises:
     ValueError: a dim is not a multiple of the patch.
@@ -63,98 +131,137 @@ def patchify(latents: np.ndarray, patch_size: tuple[int, int, int]) -> np.ndarra
   return rearrange(latents, "(t p) (y q) (x r) c -> (t y x) (p q r c)", p=p, q=q, r=r)
 
 
-def unpatchify(tokens: np.ndarray, shape: tuple[int, int, int], patch_size: tuple[int, int, int]) -> np.ndarray:
-  """The inverse of `patchify` for latents of shape (t, y, x)."""
+def unpatchify(
+  tokens: Shaped[ArrayT, "l p"], shape: tuple[int, int, int], patch_size: tuple[int, int, int]
+) -> Shaped[ArrayT, "t y x c"]:
+  """Joins patches to latents of shape (t, y, x): the inverse of `patchify`."""
   (t, y, x), (p, q, r) = (tuple(n // m for n, m in zip(shape, patch_size)), patch_size)
   return rearrange(tokens, "(t y x) (p q r c) -> (t p) (y q) (x r) c", t=t, y=y, x=x, p=p, q=q, r=r)
 
 
-def sentence_features(sentence: Sentence, *, patch_size: tuple[int, int, int], prompt_embedding: np.ndarray, text_len: int,
-                      task_id: int = 0, context_id: int = 0, condition: np.ndarray | None = None,
-                      image_features: np.ndarray | None = None) -> Features:
-  """What a sentence puts into a row, without what depends on its place there.
+def sentence_features(
+  sentence: Sentence,
+  *,
+  patch_size: tuple[int, int, int],
+  prompt_embedding: Float[np.ndarray, "n d"],
+  text_len: int,
+  task_id: int = 0,
+  context_id: int = 0,
+  condition: Float[np.ndarray, "t y x v"] | None = None,
+  image_features: Float[np.ndarray, "i e"] | None = None,
+) -> Features:
+  """Returns the features of a sentence of latents.
 
   Args:
     sentence: its clips are latents.
     patch_size: of the transformer.
-    prompt_embedding: (tokens, text_dim), without padding.
+    prompt_embedding: without padding.
     text_len: length to which the original pads a prompt.
-    task_id: number of the task, from 1; 0 is none.
-    context_id: number of the context, likewise.
-    condition: I2V's mask and first-frame latents (t, y, x, 20) over the whole sentence, or None.
-    image_features: I2V's CLIP features (257, 1280), or None.
+    task_id, context_id: numbers from 1; 0 for neither.
+    condition: I2V's mask and first-frame latents over the whole sentence.
+    image_features: I2V's CLIP features of the first frame.
+
+  Raises:
+    UserError: the prompt is longer than `text_len`.
   """
-  tokens = [patchify(clip, patch_size) for clip in sentence.clips]
-  positions, start = [], 0
-  for clip in sentence.clips:
-    t, y, x = (n // p for n, p in zip(clip.shape, patch_size))
-    grid = np.stack(np.meshgrid(np.arange(start, start + t), np.arange(y), np.arange(x), indexing="ij"), axis=-1)
-    positions.append(grid.reshape(-1, 3))
-    start += t
-  lengths = [len(part) for part in tokens]
+  clips = [_check_encoded(clip) for clip in sentence.clips]
+  tokens = [patchify(clip, patch_size) for clip in clips]
   padding = text_len - len(prompt_embedding)
   if padding < 0:
-    raise ValueError(f"a prompt of {len(prompt_embedding)} tokens is longer than {text_len}")
+    raise UserError(f"a prompt of {len(prompt_embedding)} tokens is longer than {text_len}")
   text = np.concatenate([prompt_embedding, np.zeros((min(padding, 1), prompt_embedding.shape[1]))])
   counts = np.concatenate([np.ones(len(prompt_embedding)), np.full(min(padding, 1), padding)])
-  target_mask = np.repeat([role == Role.TARGET for role in sentence.roles], lengths)
-  conditions = {}
-  if condition is not None:
-    conditions["condition"] = patchify(condition, patch_size).astype(np.float32)
-  if image_features is not None:
-    conditions["image_features"] = np.asarray(image_features, np.float32)
-  return {
-      **conditions,
-      "tokens": np.concatenate(tokens).astype(np.float32),
-      "positions": np.concatenate(positions).astype(np.int32),
-      "target_mask": target_mask,
-      "targets": np.flatnonzero(target_mask).astype(np.int32),
-      "text": text.astype(np.float32),
-      "text_counts": counts.astype(np.float32),
-      "task_ids": np.array([task_id], np.int32),
-      "context_ids": np.array([context_id], np.int32),
-  }
-
-
-def finish_rows(packed: Features, *, context_causal: bool = False) -> PackedRow:
-  """Adds to packed features what follows from which sentence stands where; every array has a leading row dim.
-
-  Args:
-    packed: the features of `sentence_features`, and for tokens, text and image features the segment ids of each (from 1; 0 is
-      padding) under their name and `_segment_ids`.
-    context_causal: whether context tokens see only context.
-  """
-  segment_ids, targets = packed["tokens_segment_ids"], packed["target_mask"].astype(bool)
-  key_intervals = segment_intervals(segment_ids, segment_ids)
-  if context_causal:
-    context = segment_intervals(segment_ids, np.where(targets, 0, segment_ids))
-    key_intervals = np.where(targets[..., None], key_intervals, context)
-  images = packed.get("image_features_segment_ids")
-  given = {name: packed[name] for names in FEATURES.values() for name in names if name in packed}
-  if "targets" in given:  # places in the sentence; those in the row follow from the mask
-    given["targets"] = target_places(targets, given["targets"].shape[1])
-  return PackedRow(
-      **given,
-      segment_ids=segment_ids.astype(np.int32),
-      key_intervals=key_intervals,
-      text_intervals=segment_intervals(segment_ids, packed["text_segment_ids"]),
-      image_intervals=None if images is None else segment_intervals(segment_ids, images),
-      modulation_ids=(2 * np.maximum(segment_ids - 1, 0) + targets).astype(np.int32),
-      context_causal=context_causal,
+  target_mask = np.repeat([role == Role.TARGET for role in sentence.roles], [len(part) for part in tokens])
+  return Features(
+    tokens=np.concatenate(tokens).astype(np.float32),
+    positions=_positions([clip.shape for clip in clips], patch_size),
+    target_mask=target_mask,
+    targets=np.flatnonzero(target_mask).astype(np.int32),
+    text=text.astype(np.float32),
+    text_counts=counts.astype(np.float32),
+    task_ids=np.array([task_id], np.int32),
+    context_ids=np.array([context_id], np.int32),
+    condition=None if condition is None else patchify(condition, patch_size).astype(np.float32),
+    image_features=None if image_features is None else image_features.astype(np.float32),
   )
 
 
-def target_places(target_mask: np.ndarray, count: int | None = None) -> np.ndarray:
-  """Where the targets' tokens stand in each row, (b, l) to (b, count), see `PackedRow.targets`; as many as needed by default."""
-  places = [np.flatnonzero(mask) for mask in target_mask]
-  count = max(map(len, places)) if count is None else count
-  return np.stack([np.pad(p, (0, count - len(p)), constant_values=target_mask.shape[1]) for p in places]).astype(np.int32)
+def _check_encoded(clip: Clip) -> np.ndarray:
+  if isinstance(clip, ClipRef):
+    raise TypeError("the clips of the sentence must be latents, got one that has not been read")
+  return clip
 
 
-def segment_intervals(query_ids: np.ndarray, key_ids: np.ndarray) -> np.ndarray:
-  """[start, end) of the keys with each query's segment id: (b, l), (b, n) to (b, l, 2); padding gets [0, 0).
+def _positions(shapes: Sequence[tuple[int, ...]], patch_size: tuple[int, int, int]) -> Int[np.ndarray, "l 3"]:
+  """Returns (t, y, x) of each token of a sentence; time runs on from clip to clip."""
+  positions, start = [], 0
+  for shape in shapes:
+    t, y, x = (n // p for n, p in zip(shape, patch_size))
+    grid = np.stack(np.meshgrid(np.arange(start, start + t), np.arange(y), np.arange(x), indexing="ij"), axis=-1)
+    positions.append(grid.reshape(-1, 3))
+    start += t
+  return np.concatenate(positions).astype(np.int32)
 
-  Keys of one segment must stand together.
+
+def pack(sentences: Sequence[Features], shape: RowShape) -> PackedRow:
+  """Packs sentences, in order, into one row (b = 1).
+
+  Raises:
+    UserError: they do not fit.
+  """
+  parts = [features.arrays() for features in sentences]
+  packed, segment_ids = {}, {}
+  for name, capacity in shape.capacities(parts[0]).items():
+    values = [part[name] for part in parts]
+    total = sum(map(len, values))
+    if total > capacity:
+      raise UserError(f"{len(sentences)} sentences with {total} {name} do not fit into a row of {capacity}")
+    packed[name] = _pad(np.concatenate(values), capacity)[None]
+    if SEGMENTED.get(UNITS[name]) == name:
+      ids = np.repeat(np.arange(1, len(values) + 1), [len(value) for value in values])
+      segment_ids[UNITS[name]] = _pad(ids, capacity)[None]
+  return finish_rows(packed, segment_ids, context_causal=shape.context_causal)
+
+
+def finish_rows(
+  packed: Mapping[str, np.ndarray],
+  segment_ids: Mapping[Unit, Integer[np.ndarray, "b _"]],
+  *,
+  context_causal: bool = False,
+) -> PackedRow:
+  """Derives everything that depends on the places of sentences in their rows.
+
+  Args:
+    packed: the features of `Features` by name, each with a leading row dim.
+    segment_ids: of the tokens, the text tokens and, for I2V, the image features: the sentence of each entry, from 1; 0
+      is padding.
+    context_causal: see `PackedRow`.
+  """
+  tokens, is_target = segment_ids[Unit.TOKEN], packed["target_mask"].astype(bool)
+  key_intervals = segment_intervals(tokens, tokens)
+  if context_causal:
+    context = segment_intervals(tokens, np.where(is_target, 0, tokens))
+    key_intervals = np.where(is_target[..., None], key_intervals, context)
+  fields: dict[str, Any] = {
+    **packed,
+    "segment_ids": tokens.astype(np.int32),
+    "key_intervals": key_intervals,
+    "text_intervals": segment_intervals(tokens, segment_ids[Unit.TEXT_TOKEN]),
+    "modulation_ids": (2 * np.maximum(tokens - 1, 0) + is_target).astype(np.int32),
+  }
+  if "targets" in packed:  # so far indices in the sentence; those in the row follow from the mask
+    fields["targets"] = target_indices(is_target, packed["targets"].shape[1])
+  if Unit.IMAGE_FEATURE in segment_ids:
+    fields["image_intervals"] = segment_intervals(tokens, segment_ids[Unit.IMAGE_FEATURE])
+  return PackedRow(**fields, context_causal=context_causal)
+
+
+def segment_intervals(
+  query_ids: Integer[np.ndarray, "b l"], key_ids: Integer[np.ndarray, "b n"]
+) -> Int[np.ndarray, "b l 2"]:
+  """Returns [start, end) of the keys with each query's segment id; padding gets [0, 0).
+
+  The keys of a segment must be contiguous.
   """
   highest = int(max(query_ids.max(initial=0), key_ids.max(initial=0)))
   ids = np.arange(1, highest + 1)
@@ -165,33 +272,21 @@ def segment_intervals(query_ids: np.ndarray, key_ids: np.ndarray) -> np.ndarray:
   return np.take_along_axis(table, query_ids[..., None].astype(np.int64), axis=1).astype(np.int32)
 
 
-def pack(sentences: Sequence[Features], shape: RowShape) -> PackedRow:
-  """Puts the given sentences, in order, into one row (b = 1).
-
-  Raises:
-    ValueError: they do not fit.
-  """
-  packed = {}
-  for name, limit in shape.limits(sentences[0]).items():
-    parts = [features[name] for features in sentences]
-    total = sum(map(len, parts))
-    if total > limit:
-      raise ValueError(f"{len(sentences)} sentences with {total} {name} do not fit into a row of {limit}")
-    values = np.concatenate(parts)
-    packed[name] = np.pad(values, [(0, limit - total)] + [(0, 0)] * (values.ndim - 1))[None]
-    if name in SEGMENTED:
-      ids = np.repeat(np.arange(1, len(parts) + 1), [len(part) for part in parts])
-      packed[f"{name}_segment_ids"] = np.pad(ids, (0, limit - total))[None]
-  return finish_rows(packed, context_causal=shape.context_causal)
+def target_indices(target_mask: Bool[np.ndarray, "b l"], count: int | None = None) -> Int[np.ndarray, "b q"]:
+  """Returns the indices of the target tokens of each row, padded to `count` with l; as many as needed by default."""
+  indices = [np.flatnonzero(mask) for mask in target_mask]
+  count = max(map(len, indices)) if count is None else count
+  length = target_mask.shape[1]
+  return np.stack([np.pad(i, (0, count - len(i)), constant_values=length) for i in indices]).astype(np.int32)
 
 
 def join_rows(rows: Sequence[PackedRow]) -> PackedRow:
-  """Rows of one shape as a batch."""
+  """Joins rows of one shape to a batch."""
   return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
 
 def pack_rows(sentences: Sequence[Features], shape: RowShape) -> tuple[PackedRow, list[tuple[int, int]]]:
-  """Packs sentences into rows by `assign_rows`.
+  """Packs sentences into as few rows as `assign_rows` finds.
 
   Returns:
     The rows, and (row, segment id) of each sentence.
@@ -200,20 +295,10 @@ def pack_rows(sentences: Sequence[Features], shape: RowShape) -> tuple[PackedRow
   return join_rows([pack([sentences[i] for i in row], shape) for row in rows]), places_of(rows)
 
 
-def places_of(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-  """(row, segment id) of each sentence."""
-  places = {index: (r, 1 + s) for r, row in enumerate(rows) for s, index in enumerate(row)}
-  return [places[i] for i in range(len(places))]
-
-
 def assign_rows(sentences: Sequence[Features], shape: RowShape) -> list[list[int]]:
-  """Which sentences share a row: as few rows as first-fit-decreasing finds.
-
-  Raises:
-    ValueError: a sentence is longer than a row.
-  """
+  """Assigns sentences to rows, first-fit decreasing; a sentence that fits into no row gets its own."""
   rows: list[list[int]] = []
-  for index in sorted(range(len(sentences)), key=lambda i: -len(sentences[i]["tokens"])):
+  for index in sorted(range(len(sentences)), key=lambda i: -len(sentences[i].tokens)):
     row = next((row for row in rows if _fits([sentences[i] for i in (*row, index)], shape)), None)
     if row is None:
       rows.append(row := [])
@@ -221,14 +306,30 @@ def assign_rows(sentences: Sequence[Features], shape: RowShape) -> list[list[int
   return rows
 
 
-def _fits(sentences: Sequence[Features], shape: RowShape) -> bool:
-  return (len(sentences) <= shape.num_slots
-          and sum(len(features["tokens"]) for features in sentences) <= shape.num_tokens
-          and sum(len(features["targets"]) for features in sentences) <= (shape.num_targets or shape.num_tokens)
-          and sum(len(features["text"]) for features in sentences) <= shape.num_text_tokens)
+def places_of(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+  """Returns (row, segment id) of each sentence, given the sentences of each row."""
+  places = {index: (r, 1 + s) for r, row in enumerate(rows) for s, index in enumerate(row)}
+  return [places[i] for i in range(len(places))]
 
 
-def target_tokens(tokens: np.ndarray, row: PackedRow, place: tuple[int, int]) -> np.ndarray:
-  """The tokens (n, p) of the targets of the sentence at (row, segment id)."""
+def select_target_tokens(
+  tokens: Float[Array | np.ndarray, "b l p"], row: PackedRow, place: tuple[int, int]
+) -> Float[np.ndarray, "q p"]:
+  """Selects the target tokens of the sentence at (row, segment id)."""
   index, segment = place
-  return tokens[index][(row.segment_ids[index] == segment) & row.target_mask[index]]
+  selected = (np.asarray(row.segment_ids[index]) == segment) & np.asarray(row.target_mask[index])
+  return np.asarray(tokens[index])[selected]
+
+
+def _fits(sentences: Sequence[Features], shape: RowShape) -> bool:
+  return (
+    len(sentences) <= shape.num_slots
+    and sum(len(features.tokens) for features in sentences) <= shape.num_tokens
+    and sum(len(features.targets) for features in sentences) <= (shape.num_targets or shape.num_tokens)
+    and sum(len(features.text) for features in sentences) <= shape.num_text_tokens
+  )
+
+
+def _pad(values: np.ndarray, length: int) -> np.ndarray:
+  """Pads the first dim with zeros."""
+  return np.pad(values, [(0, length - len(values))] + [(0, 0)] * (values.ndim - 1))

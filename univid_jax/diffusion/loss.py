@@ -1,23 +1,27 @@
-"""The training loss on packed rows: every sentence counts the same, whatever its length and wherever it was packed."""
+"""The training loss on packed rows: every sentence has the same weight, whatever its length and place in a row."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from univid_jax.core.packed_row import PackedRow
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS, FlowMatching, interpolate, velocity
-from univid_jax.types import PackedRow
 
 
 def per_token(values: Float[Array, "b s"], row: PackedRow) -> Float[Array, "b l 1"]:
-  """Gives each token the value of its sentence; padding gets that of the first."""
+  """Gives each token the value of its sentence; padding gets that of the first sentence."""
   return jnp.take_along_axis(values, jnp.maximum(row.segment_ids - 1, 0), axis=1)[..., None]
 
 
 def timestep_table(sigmas: Float[Array, "b s"], row: PackedRow) -> Float[Array, "b m"]:
-  """Timesteps (0 to 1000) by modulation slot: a sentence's context and target share one, as in the reference, or in
-  context-causal rows the context has 0."""
+  """Returns timesteps (0 to 1000) by modulation slot.
+
+  The context of a sentence has the timestep of its target, as in the reference; in context-causal rows it has 0.
+  """
   timesteps = sigmas * NUM_TRAIN_TIMESTEPS
   if row.modulation_ids is None:
     return timesteps
@@ -26,23 +30,27 @@ def timestep_table(sigmas: Float[Array, "b s"], row: PackedRow) -> Float[Array, 
 
 
 def has_sentence(row: PackedRow) -> Float[Array, "b s"]:
-  """1 where a slot holds a sentence, else 0."""
+  """Returns 1 for each slot that holds a sentence, else 0."""
   in_slot = jax.nn.one_hot(row.segment_ids - 1, row.num_slots) * row.target_mask[..., None]
   return jnp.max(in_slot, axis=1)
 
 
-def sentence_losses(model, row: PackedRow, noise: Float[Array, "b l p"], sigmas: Float[Array, "b s"]
-                    ) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
-  """Mean squared error of the velocity over each sentence's targets.
+def sentence_losses(
+  model: Callable[[Array, Array, PackedRow], Array],
+  row: PackedRow,
+  noise: Float[Array, "b l p"],
+  sigmas: Float[Array, "b s"],
+) -> tuple[Float[Array, "b s"], Float[Array, "b s"]]:
+  """Returns the mean squared error of the velocity over each sentence's targets.
 
   Args:
-    model: a DiT.
+    model: predicts velocities, as `models.dit.DiT` does.
     row: the sentences, clean.
     noise: standard normal; only that of target tokens is used.
     sigmas: the noise level of each sentence.
 
   Returns:
-    The losses, float32, 0 where a slot is empty, and 1 where there is a sentence, else 0.
+    The losses, float32, 0 for empty slots; and 1 for each slot that holds a sentence, else 0.
   """
   noised = interpolate(row.tokens, noise, per_token(sigmas, row))
   tokens = jnp.where(row.target_mask[..., None], noised, row.tokens)
@@ -55,13 +63,14 @@ def sentence_losses(model, row: PackedRow, noise: Float[Array, "b l p"], sigmas:
   return totals / jnp.maximum(counts, 1), (counts > 0).astype(jnp.float32)
 
 
+@no_type_check  # of fields at run time: leaves of a pytree can be anything
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoiseLevels:
-  """How much noise each sentence of a batch gets, and what its loss counts.
+  """The noise level of each sentence of a batch, and the weight of its loss.
 
   Attributes:
-    sigmas: noise levels; 1 is noise.
+    sigmas: noise levels; 1 is pure noise.
     weights: of the losses; 1 in UniVid.
   """
 
@@ -70,7 +79,7 @@ class NoiseLevels:
 
 
 def draw_noise(key: PRNGKeyArray, row: PackedRow, flow: FlowMatching) -> tuple[Float[Array, "b l p"], NoiseLevels]:
-  """Noise and noise levels for a training batch."""
+  """Draws noise and noise levels for a training batch."""
   noise_key, time_key = jax.random.split(key)
   noise = jax.random.normal(noise_key, row.tokens.shape, jnp.float32)
   in_slot = jax.nn.one_hot(row.segment_ids - 1, row.num_slots) * row.target_mask[..., None]

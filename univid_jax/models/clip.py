@@ -1,4 +1,4 @@
-"""The CLIP image tower (ViT-H/14) that gives I2V models their view of the first frame. Ported from Wan2.1 (Apache-2.0)."""
+"""The CLIP image encoder (ViT-H/14) for the first frame of I2V models. Ported from Wan2.1 (Apache-2.0)."""
 
 import dataclasses
 import functools
@@ -10,13 +10,13 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from univid_jax.attention.api import attention
+from univid_jax.models.attention.api import attention
 from univid_jax.models.layers import LayerNorm, Linear, param
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
-  """Shape of the tower; the defaults are those of XLM-RoBERTa-Large-ViT-Huge-14."""
+  """Shape of the encoder; the defaults are those of XLM-RoBERTa-Large-ViT-Huge-14."""
 
   image_size: int = 224
   patch_size: int = 14
@@ -28,12 +28,12 @@ class CLIPConfig:
 
   @property
   def num_tokens(self) -> int:
-    """The class token and one for each patch."""
+    """One class token and one token per patch."""
     return 1 + (self.image_size // self.patch_size) ** 2
 
 
 class Block(nnx.Module):
-  """Attention and two layers, each after a norm."""
+  """Pre-norm attention and feed-forward."""
 
   def __init__(self, config: CLIPConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
     linear = functools.partial(Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -46,22 +46,37 @@ class Block(nnx.Module):
     self.down = linear(config.mlp_ratio * config.dim, config.dim, dims=("mlp", "embed"))
 
   def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-    q, k, v = (part.reshape(*x.shape[:2], self.num_heads, -1) for part in jnp.split(self.to_qkv(self.norm1(x)), 3, axis=-1))
+    q, k, v = (
+      part.reshape(*x.shape[:2], self.num_heads, -1) for part in jnp.split(self.to_qkv(self.norm1(x)), 3, axis=-1)
+    )
     x = x + self.proj(attention(q, k, v).reshape(x.shape))
     return x + self.down(jax.nn.gelu(self.up(self.norm2(x)), approximate=False))
 
 
 class CLIPVision(nnx.Module):
-  """Images to features of all patches after all blocks but the last, as Wan2.1's I2V reads them.
+  """Images to features of all patches after the second to last block, as Wan2.1's I2V uses them.
 
-  The last block and what follows it are not used, and so are not part of the model.
+  The last block and the layers after it are not part of the model, since their outputs are unused.
+
+  Args:
+    config: the shape.
+    dtype: of activations and matrix products.
+    param_dtype: of the stored weights.
+    rngs: the stream `params`.
   """
 
   def __init__(self, config: CLIPConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
     self.config, self.dtype = config, dtype
     small = jax.nn.initializers.normal(config.dim**-0.5)
-    self.patch_embedding = Linear(3 * config.patch_size**2, config.dim, dims=(None, "embed"), use_bias=False, dtype=dtype,
-                                  param_dtype=param_dtype, rngs=rngs)
+    self.patch_embedding = Linear(
+      3 * config.patch_size**2,
+      config.dim,
+      dims=(None, "embed"),
+      use_bias=False,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      rngs=rngs,
+    )
     self.cls_embedding = param(rngs, small, (config.dim,), param_dtype, ("embed",))
     self.pos_embedding = param(rngs, small, (config.num_tokens, config.dim), param_dtype, (None, "embed"))
     self.pre_norm = LayerNorm(config.dim, eps=config.eps, param_dtype=param_dtype, rngs=rngs)
@@ -69,7 +84,7 @@ class CLIPVision(nnx.Module):
     self.blocks = nnx.vmap(lambda rngs: block(rngs=rngs))(rngs.split(config.num_layers - 1))
 
   def __call__(self, images: Float[Array, "b y x 3"]) -> Float[Array, "b l d"]:
-    """Features (b, 1 + patches, dim) of normalised images of the tower's size."""
+    """Returns features (b, 1 + patches, dim) of images from `preprocess`."""
     p = self.config.patch_size
     patches = rearrange(images, "b (y p) (x q) c -> b (y x) (p q c)", p=p, q=p)
     x = self.patch_embedding(patches)
@@ -80,24 +95,27 @@ class CLIPVision(nnx.Module):
     return x
 
 
-
-# Mean and deviation of the colours that the tower was trained on.
+# Mean and standard deviation of the colours of CLIP's training data.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def preprocess(frame: Float[np.ndarray, "H W 3"], size: int) -> Float[np.ndarray, "size size 3"]:
-  """A frame in [-1, 1] as the tower reads it: resized without regard to its shape, as Wan2.1 does, and normalised."""
+def preprocess(frame: Float[np.ndarray, "H W 3"], size: int) -> Float[np.ndarray, "s s 3"]:
+  """Resizes a frame in [-1, 1] to a square, ignoring its aspect ratio as Wan2.1 does, and normalises its colours."""
   height, width = (_cubic_weights(length, size) for length in frame.shape[:2])
   resized = np.einsum("yh,hwc,xw->yxc", height, frame.astype(np.float32), width, optimize=True)
   return ((resized * 0.5 + 0.5 - np.array(MEAN)) / np.array(STD)).astype(np.float32)
 
 
-def _cubic_weights(length: int, size: int) -> Float[np.ndarray, "size length"]:
-  """PyTorch's bicubic interpolation along one side: cubic convolution with a = -0.75, pixels at their centres, edges repeated,
-  no blur before shrinking. (Pillow's and JAX's have a = -0.5 and blur.)"""
+def _cubic_weights(length: int, size: int) -> Float[np.ndarray, "s n"]:
+  """Returns the weights of PyTorch's bicubic interpolation along one side.
+
+  Cubic convolution with a = -0.75, pixels at their centres, edges repeated, no antialiasing; Pillow and JAX have
+  a = -0.5 and antialiasing.
+  """
   a = -0.75
-  place = np.float32(length / size) * (np.arange(size, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)  # rounded as there
+  half = np.float32(0.5)  # float32 rounds as PyTorch does
+  place = np.float32(length / size) * (np.arange(size, dtype=np.float32) + half) - half
   first = np.floor(place).astype(int) - 1
   weights = np.zeros((size, length))
   for tap in range(4):

@@ -1,7 +1,7 @@
-"""A start for small transformers trained from scratch, from which they learn in minutes to read the example pair.
+"""Initialisation of small transformers trained from scratch, so that they learn to use the example pair in minutes.
 
-A pre-trained Wan model needs none of it. Each measure was found by trying: without them the same model is several dB worse
-after the same number of steps.
+Pre-trained Wan models do not need it. Each measure was found by experiment: without them the same model is several dB
+worse after the same number of steps.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from univid_jax.core.errors import UserError
 from univid_jax.models.dit import DiT
 from univid_jax.models.rope import rotary_frequencies
 
@@ -21,24 +22,26 @@ KERNEL_SCALE = 0.1
 
 
 def look_back(model: DiT, frames: Sequence[int], *, rng: PRNGKeyArray) -> None:
-  """Prepares a fresh model, in place.
+  """Makes heads of a fresh model attend to earlier frames; changes its weights in place.
 
-  Head i of every layer starts out looking at the same place `frames[i]` latent frames earlier, by biases of queries and
-  keys that rotary positions turn towards each other there; further heads start without a wish. Random weights are made
-  small, so that the biases prevail; gates start open a little; and the head starts as the patch embedding turned round,
-  so that the noise in a token, most of the velocity, is passed on from the first step.
+  Head i of every layer attends to the same position `frames[i]` latent frames earlier: it gets biases of queries and
+  keys that rotary positions align at that distance. Other heads get no bias. Random weights are scaled down so that the
+  biases dominate, gates start slightly open, and the output head is the transpose of the patch embedding, so that the
+  noise in a token, which is most of its velocity, is copied to the output from the first step.
 
   Args:
     model: with random weights.
-    frames: how far each of the first heads looks back.
-    rng: for the patch embedding.
+    frames: distance of each of the first heads, in latent frames.
+    rng: of the patch embedding.
 
   Raises:
-    ValueError: there are fewer heads than frames.
+    UserError: there are fewer heads than frames.
   """
   config = model.config
   if len(frames) > config.num_heads:
-    raise ValueError(f"{len(frames)} heads shall look back, but there are {config.num_heads}")
+    raise UserError(
+      f"config.model.look_back has a distance for {len(frames)} heads, but config.model.num_heads is {config.num_heads}"
+    )
   time_frequencies = rotary_frequencies(config.head_dim, theta=config.rope_theta, scale=config.rope_scale)[0]
   pairs = config.head_dim // 2
   query = np.zeros((config.num_heads, pairs, 2), np.float32)
@@ -51,6 +54,7 @@ def look_back(model: DiT, frames: Sequence[int], *, rng: PRNGKeyArray) -> None:
 
   attention = model.blocks.self_attn
   for linear, bias in ((attention.q, query), (attention.k, key)):
+    assert linear.bias is not None
     linear.bias.set_value(jnp.broadcast_to(bias.reshape(-1), linear.bias.shape).astype(linear.bias.dtype))
   for linear in (attention.q, attention.k, attention.v, attention.o, model.blocks.ffn.up, model.blocks.ffn.down):
     linear.kernel.set_value(KERNEL_SCALE * linear.kernel[...])

@@ -1,6 +1,6 @@
-"""Layers that the models share. Parameters name their dims once; `parallel.sharding` maps the names to the mesh."""
+"""Layers that the models share. Parameters name their dims; `parallel.sharding` maps the names to mesh axes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,39 +15,39 @@ ones = jax.nn.initializers.ones
 
 
 def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], dtype, dims: Sequence[str | None]) -> nnx.Param:
-  """A parameter that knows the names of its dims; layers stacked by `vmap` gain a leading one in silence."""
+  """Creates a parameter with named dims; `nnx.vmap` prepends an unnamed layer axis."""
   if len(shape) != len(dims):
-    raise ValueError(f"a parameter of shape {tuple(shape)} needs as many dim names, got {tuple(dims)}")
-  return nnx.Param(init(next_key(rngs), tuple(shape), dtype), dims=tuple(dims))
-
-
-def next_key(rngs: nnx.Rngs) -> Array:
-  """The next key of the stream `params`: that of `rngs.params()`, in a third of the time for a model of many parameters.
-
-  NNX's own way of counting looks for the sharding of the count; while shapes are traced, JAX then writes a message of where
-  the count came from, through all of the trace.
-  """
-  stream = rngs.params
-  count = stream.count[...]
-  stream.count.set_value(count + 1)
-  return jax.random.fold_in(stream.key[...], count)
+    raise ValueError(f"a parameter of shape {tuple(shape)} needs {len(shape)} dim names, got {tuple(dims)}")
+  return nnx.Param(init(rngs.params(), tuple(shape), dtype), dims=tuple(dims))
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """The tanh form of GELU, written with the logistic function, which is cheaper and the same."""
+  """GELU's tanh approximation, written with the logistic function, which is cheaper and equal."""
   return x * jax.nn.sigmoid(2 * (2 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3))
 
 
 class Linear(nnx.Module):
-  """x W + b, with W (in_dim, out_dim), plus the update of a low-rank adapter where one is attached.
+  """x W + b, with W (in_dim, out_dim), plus the output of a low-rank adapter if one is attached.
 
   Attributes:
-    lora: None, or a `models.lora.LoRA` that maps x to its part of the output.
+    lora: None, or a `models.lora.LoRA`.
   """
 
-  def __init__(self, in_dim: int, out_dim: int, *, dims: Sequence[str | None], use_bias: bool = True,
-               kernel_init: Initializer = xavier, bias_init: Initializer = zeros, dtype=jnp.float32,
-               param_dtype=jnp.float32, rngs: nnx.Rngs):
+  lora: Callable[[Array], Array] | None
+
+  def __init__(
+    self,
+    in_dim: int,
+    out_dim: int,
+    *,
+    dims: Sequence[str | None],
+    use_bias: bool = True,
+    kernel_init: Initializer = xavier,
+    bias_init: Initializer = zeros,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
     self.dtype = dtype
     self.kernel = param(rngs, kernel_init, (in_dim, out_dim), param_dtype, dims)
     self.bias = param(rngs, bias_init, (out_dim,), param_dtype, dims[1:]) if use_bias else None
@@ -62,10 +62,18 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """x / rms(x) times a gain, over the last dim, in float32."""
+  """x / rms(x) times a scale, over the last dim, in float32."""
 
-  def __init__(self, dim: int, *, dims: Sequence[str | None] = (None,), eps: float = 1e-6, scale_init: Initializer = ones,
-               param_dtype=jnp.float32, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    dim: int,
+    *,
+    dims: Sequence[str | None] = (None,),
+    eps: float = 1e-6,
+    scale_init: Initializer = ones,
+    param_dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
     self.eps = eps
     self.scale = param(rngs, scale_init, (dim,), param_dtype, dims)
 

@@ -1,51 +1,60 @@
-"""Rotary positions over (t, y, x), as in Wan2.1: neighbouring channels form a pair that turns by position x frequency."""
+"""Rotary positions over (t, y, x), as in Wan2.1: each pair of neighbouring channels rotates by position x frequency."""
 
-import jax
+from collections.abc import Iterable
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from univid_jax.platform import tpu
+from univid_jax.platform.current import Platform, current_platform
+
+# cos and sin of the angle of each channel, (b, l, 1, k).
+RotaryTables = tuple[Float[Array, "b l 1 k"], Float[Array, "b l 1 k"]]
+
 
 def split_head_dim(head_dim: int) -> tuple[int, int, int]:
-  """Channels of a head that carry t, y and x; what six does not divide goes to time."""
+  """Returns how many channels of a head encode t, y and x; t takes the remainder of a division by six."""
   side = 2 * (head_dim // 6)
   return head_dim - 2 * side, side, side
 
 
 def rotary_frequencies(head_dim: int, *, theta: float, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Radians a position for each pair of channels on each axis, float64."""
-  return tuple(scale * theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim) for dim in split_head_dim(head_dim))
+  """Returns the radians per position of each pair of channels, for t, y and x; float64."""
+  t, y, x = (scale * theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim) for dim in split_head_dim(head_dim))
+  return t, y, x
 
 
-def rotary_tables(positions: Int[Array, "b l 3"], head_dim: int, *, theta: float = 10000.0, scale: float = 1.0,
-                  max_position: int = 1024) -> tuple[Float[Array, "b l 1 k"], Float[Array, "b l 1 k"]]:
-  """What `rotate` multiplies each channel and its neighbour with, float32: the cosine, and the sine with its sign.
+def rotary_tables(
+  positions: Int[Array | np.ndarray, "b l 3"],
+  head_dim: int,
+  *,
+  theta: float = 10000.0,
+  scale: float = 1.0,
+  max_position: int = 1024,
+) -> RotaryTables:
+  """Returns the factors of `rotate`, float32: of each channel its cosine, and of its neighbour the signed sine.
 
-  The angles are taken in float64 on the host for every position up to max_position, as the original does, and looked up.
+  Looked up in tables of max_position entries that are computed in float64 on the host, as in the original.
   """
   frequencies = rotary_frequencies(head_dim, theta=theta, scale=scale)
   angles = [np.arange(max_position)[:, None] * np.repeat(f, 2) for f in frequencies]
 
-  def look_up(values):
-    parts = [jnp.asarray(value, jnp.float32)[positions[..., axis]] for axis, value in enumerate(values)]
+  def look_up(tables: Iterable[np.ndarray]) -> Array:
+    parts = [jnp.asarray(table, jnp.float32)[positions[..., axis]] for axis, table in enumerate(tables)]
     return jnp.concatenate(parts, axis=-1)[:, :, None, :]
 
   return look_up(np.cos(a) for a in angles), look_up(np.sin(a) * np.tile([-1, 1], a.shape[1] // 2) for a in angles)
 
 
-def rotate(x: Float[Array, "b l h k"], cos: Float[Array, "b l 1 k"], sin: Float[Array, "b l 1 k"]) -> Float[Array, "b l h k"]:
-  """Turns each pair of channels (2i, 2i + 1) by its angle, in float32."""
-  # On a TPU channels are lanes of registers, which change places in a product alone; anything else copies x several times.
-  neighbours = jax.lax.platform_dependent(x, tpu=_neighbours_by_product, default=_neighbours)
+def rotate(
+  x: Float[Array, "b l h k"], cos: Float[Array, "b l 1 k"], sin: Float[Array, "b l 1 k"]
+) -> Float[Array, "b l h k"]:
+  """Rotates each pair of channels (2i, 2i + 1) by its angle, in float32."""
+  neighbours = tpu.swap_pairs(x) if current_platform() == Platform.TPU else swap_pairs(x)
   return (x.astype(jnp.float32) * cos + neighbours.astype(jnp.float32) * sin).astype(x.dtype)
 
 
-def _neighbours(x: Float[Array, "b l h k"]) -> Float[Array, "b l h k"]:
-  """Each channel's other one of its pair."""
+def swap_pairs(x: Float[Array, "b l h k"]) -> Float[Array, "b l h k"]:
+  """Swaps channels 2i and 2i + 1."""
   return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
-
-
-def _neighbours_by_product(x: Float[Array, "b l h k"]) -> Float[Array, "b l h k"]:
-  """The same by a product with zeros and ones, exact in x's dtype."""
-  exchange = np.eye(x.shape[-1], dtype=x.dtype)[np.arange(x.shape[-1]) ^ 1]
-  return jnp.einsum("blhk,kn->blhn", x, exchange, precision=jax.lax.Precision.HIGHEST)

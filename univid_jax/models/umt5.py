@@ -1,4 +1,4 @@
-"""The UMT5 encoder that reads Wan2.1's prompts. Ported from Wan2.1 (Apache-2.0)."""
+"""The UMT5 encoder for Wan2.1's prompts. Ported from Wan2.1 (Apache-2.0)."""
 
 import dataclasses
 import functools
@@ -29,37 +29,51 @@ class UMT5Config:
 
 
 def relative_buckets(length: int, num_buckets: int) -> np.ndarray:
-  """The bucket of each (query, key) distance, (length, length): exact up to num_buckets / 4, then on a logarithmic scale up to
-  MAX_DISTANCE; keys after the query have buckets of their own."""
+  """Returns the bucket of each (query, key) distance, (length, length).
+
+  One bucket per distance up to num_buckets / 4, then a logarithmic scale up to MAX_DISTANCE; keys after the query have
+  their own buckets.
+  """
   distance = np.arange(length)[None] - np.arange(length)[:, None]
   half = num_buckets // 2
   exact = half // 2
   size = np.abs(distance)
-  # float32 like the original: distances that fall on the edge of a bucket must fall on the same side.
+  # float32 like the original, so that distances on the edge of a bucket are rounded to the same side.
   ratio = np.log(np.maximum(size, 1).astype(np.float32) / exact) / np.float32(np.log(MAX_DISTANCE / exact))
   far = np.minimum(exact + (ratio * (half - exact)).astype(np.int64), half - 1)
   return half * (distance > 0) + np.where(size < exact, size, far)
 
 
 class Block(nnx.Module):
-  """Self-attention with a bias by distance, then a gated feed-forward."""
+  """Self-attention with a bias by relative position, then a gated feed-forward."""
 
   def __init__(self, config: UMT5Config, *, dtype, param_dtype, rngs: nnx.Rngs):
-    linear = functools.partial(Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
-                               kernel_init=jax.nn.initializers.normal(0.02))
+    linear = functools.partial(
+      Linear,
+      use_bias=False,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      rngs=rngs,
+      kernel_init=jax.nn.initializers.normal(0.02),
+    )
     norm = functools.partial(RMSNorm, config.dim, eps=config.eps, param_dtype=param_dtype, rngs=rngs)
     self.num_heads = config.num_heads
     self.norm1, self.norm2 = norm(), norm()
-    # T5 does not divide logits by the root of the head's size, so they are large: queries and keys stay in float32.
-    self.q, self.k = (linear(config.dim, config.attention_dim, dims=("embed", "heads"), dtype=jnp.float32) for _ in range(2))
+    # T5 does not scale logits by head_dim^-1/2, so they are large: queries and keys are float32.
+    self.q, self.k = (
+      linear(config.dim, config.attention_dim, dims=("embed", "heads"), dtype=jnp.float32) for _ in range(2)
+    )
     self.v = linear(config.dim, config.attention_dim, dims=("embed", "heads"))
     self.o = linear(config.attention_dim, config.dim, dims=("heads", "embed"))
     self.gate, self.fc1 = (linear(config.dim, config.ffn_dim, dims=("embed", "mlp")) for _ in range(2))
     self.fc2 = linear(config.ffn_dim, config.dim, dims=("mlp", "embed"))
-    self.position = param(rngs, jax.nn.initializers.normal(0.02), (config.num_buckets, config.num_heads), param_dtype,
-                          (None, "heads"))
+    self.position = param(
+      rngs, jax.nn.initializers.normal(0.02), (config.num_buckets, config.num_heads), param_dtype, (None, "heads")
+    )
 
-  def __call__(self, x: Float[Array, "b l d"], buckets: Int[Array, "l l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
+  def __call__(
+    self, x: Float[Array, "b l d"], buckets: Int[Array, "l l"], mask: Bool[Array, "b l"]
+  ) -> Float[Array, "b l d"]:
     y = self.norm1(x)
     q, k, v = (linear(y).reshape(*y.shape[:2], self.num_heads, -1) for linear in (self.q, self.k, self.v))
     logits = jnp.einsum("blhk,bnhk->bhln", q, k, preferred_element_type=jnp.float32)
@@ -72,29 +86,30 @@ class Block(nnx.Module):
 
 
 class UMT5Encoder(nnx.Module):
-  """Token ids to embeddings.
+  """Token ids to prompt embeddings.
 
   Args:
     config: the shape.
-    dtype: of activations and products; norms and softmax are float32.
+    dtype: of activations and matrix products; norms and softmax are float32.
     param_dtype: of the stored weights.
     rngs: the stream `params`.
   """
 
   def __init__(self, config: UMT5Config, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
     self.config, self.dtype = config, dtype
-    self.token_embedding = param(rngs, jax.nn.initializers.normal(1.0), (config.vocab_size, config.dim), param_dtype,
-                                 ("vocab", "embed"))
+    self.token_embedding = param(
+      rngs, jax.nn.initializers.normal(1.0), (config.vocab_size, config.dim), param_dtype, ("vocab", "embed")
+    )
     block = functools.partial(Block, config, dtype=dtype, param_dtype=param_dtype)
     self.blocks = nnx.vmap(lambda rngs: block(rngs=rngs))(rngs.split(config.num_layers))
     self.norm = RMSNorm(config.dim, eps=config.eps, param_dtype=param_dtype, rngs=rngs)
 
   def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
-    """Embeds prompts; what stands at positions outside the mask means nothing.
+    """Embeds prompts; the output at masked positions is undefined.
 
     Args:
       ids: tokens, padded.
-      mask: where there is a token.
+      mask: True for tokens, False for padding.
     """
     buckets = jnp.asarray(relative_buckets(ids.shape[1], self.config.num_buckets))
     graph, layers = nnx.split(self.blocks)
@@ -102,6 +117,6 @@ class UMT5Encoder(nnx.Module):
     def apply_block(x, layer):
       return nnx.merge(graph, layer)(x, buckets, mask.astype(bool)), None
 
-    # The residual stream stays in float32: it grows with depth, and in bfloat16 would lose what each layer adds.
+    # The residual stream is float32: it grows with depth, and bfloat16 would round away what later layers add.
     x, _ = jax.lax.scan(apply_block, self.token_embedding[...][ids].astype(jnp.float32), layers)
     return self.norm(x).astype(self.dtype)

@@ -1,40 +1,71 @@
-"""The devices as a mesh of four axes: data, fsdp, tensor, context."""
+"""The mesh of devices: data and fsdp shard rows, fsdp and tensor shard weights, context shards the tokens of a row."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
+
+# Experimental, used here alone: unlike jax.make_mesh it lets two mesh axes share a physical axis of a TPU slice.
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-AXES = ("data", "fsdp", "tensor", "context")
+from univid_jax.core.errors import UserError
+from univid_jax.platform.chips import Device
+
+# The axis that shards the tokens of a row. Its name is that of the config key, config.mesh.context.
+SEQUENCE = "context"
+AXES = ("data", "fsdp", "tensor", SEQUENCE)
 
 
-def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
-  """The size of each axis; one of them may be -1 and takes the devices that are left.
+@runtime_checkable
+class MeshSizes(Protocol):
+  """Devices along each axis; one may be -1 and takes the remaining devices. `config.mesh` is one."""
+
+  @property
+  def data(self) -> int: ...
+  @property
+  def fsdp(self) -> int: ...
+  @property
+  def tensor(self) -> int: ...
+  @property
+  def context(self) -> int: ...
+
+
+def make_mesh(sizes: MeshSizes | Mapping[str, int], devices: Sequence[Device] | None = None) -> Mesh:
+  """Makes a mesh over all devices, or those given; compilers choose the sharding of whatever is not annotated.
+
+  Args:
+    sizes: by axis; axes that a mapping lacks have size 1.
+    devices: of one TPU slice, if TPUs.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
-  """
-  shape = [int(sizes.get(axis, 1)) for axis in AXES]
-  if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
-    raise ValueError(f"mesh axes are positive, at most one of them -1, got {dict(zip(AXES, shape))}")
-  if -1 in shape:
-    shape[shape.index(-1)] = max(num_devices // -int(np.prod(shape)), 1)
-  if np.prod(shape) != num_devices:
-    raise ValueError(f"a mesh of {dict(zip(AXES, shape))} needs {np.prod(shape)} devices, there are {num_devices}")
-  return tuple(shape)
-
-
-def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
-  """A mesh over all devices (or those given), compilers free to place what is not annotated.
-
-  Raises:
-    ValueError: the sizes do not multiply to the number of devices, or these are of several TPU slices.
+    UserError: the sizes do not multiply to the number of devices, or the devices belong to several TPU slices.
   """
   devices = jax.devices() if devices is None else devices
   if len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) > 1:
-    raise ValueError("the devices are of several TPU slices; a mesh lies in one")
-  # A row of chips may serve two axes, as jax.make_mesh has it for v5e alone: else fsdp 8 would fit no v6e of 4 x 4.
+    raise UserError("a mesh must be within one TPU slice, but the devices belong to several")
+  # Without split physical axes, which jax.make_mesh has for v5e alone, fsdp = 8 would not fit a v6e of 4 x 4.
   placed = mesh_utils.create_device_mesh(mesh_shape(sizes, len(devices)), devices, allow_split_physical_axes=True)
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(sizes: MeshSizes | Mapping[str, int], num_devices: int) -> tuple[int, ...]:
+  """Returns the size of each axis, -1 resolved.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  shape = [int(sizes.get(axis, 1) if isinstance(sizes, Mapping) else getattr(sizes, axis)) for axis in AXES]
+  if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
+    raise UserError(f"mesh axes must be positive, at most one of them -1, got {dict(zip(AXES, shape))}")
+  if -1 in shape:
+    shape[shape.index(-1)] = max(num_devices // -int(np.prod(shape)), 1)
+  if np.prod(shape) != num_devices:
+    raise UserError(f"a mesh of {dict(zip(AXES, shape))} needs {np.prod(shape)} devices, there are {num_devices}")
+  return tuple(shape)
+
+
+def row_shards(mesh: Mesh) -> int:
+  """Returns over how many groups of devices the rows of a batch are sharded."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,29 +1,30 @@
-"""Several processes as one run: what the commands share to find each other.
+"""What one run of several processes exchanges. The only module that uses jax.experimental.multihost_utils."""
 
-On TPU pod slices and under SLURM or Kubernetes JAX finds the others by itself; elsewhere each process is told where the first one
-listens, how many there are and which it is.
-"""
+from typing import Any
 
-import os
-
-from absl import flags
-
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 listens, for runs of several processes.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.", lower_bound=0)
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 
-def start_processes() -> None:
-  """Joins the other processes, where there are any; call before JAX is used.
+def gather_arrays(tree: Any) -> Any:
+  """Returns sharded arrays as whole NumPy arrays, on every process; all processes must call it."""
 
-  Raises:
-    ValueError: only some of the flags are given.
-  """
-  import jax
-  given = [flag.value is not None for flag in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)]
-  if all(given):
-    jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-  elif any(given):
-    raise ValueError("--coordinator, --num_processes and --process_id belong together")
-  elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-    jax.distributed.initialize()
+  def gather(x: jax.Array) -> np.ndarray:
+    return jax.device_get(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(gather, tree)
+
+
+def local_rows(x: np.ndarray, mesh: Mesh) -> np.ndarray:
+  """Returns this process's rows of a batch for a mesh, whose devices may be this process's alone."""
+  processes = sorted({device.process_index for device in mesh.devices.flat})
+  count, place = len(x) // len(processes), processes.index(jax.process_index())
+  return x[place * count : (place + 1) * count]
+
+
+def wait_for_processes(name: str) -> None:
+  """Blocks until all processes have called this with the same name."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

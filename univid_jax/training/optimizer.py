@@ -1,55 +1,57 @@
-"""Optimizers and schedules by name, all from optax."""
+"""Optimizers and schedules from optax."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
+from optax import contrib
+
+from univid_jax.config.schema import OptimizerConfig
+from univid_jax.core.options import OptimizerName, Schedule
 
 
-def make_schedule(config: Mapping[str, Any], num_steps: int) -> optax.Schedule:
-  """A learning rate as a factor of the peak, from 0 to 1.
-
-  `constant`; `cosine` to 0; or `linear` to 0 over the last `decay_fraction` of the steps; each after `warmup_steps`.
-  """
-  name, warmup = config["schedule"], config["warmup_steps"]
-  if name == "constant":
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+  """Returns the learning rate as a factor of its peak, from 0 to 1."""
+  warmup = config.warmup_steps
+  if config.schedule == Schedule.CONSTANT:
     decay = optax.constant_schedule(1.0)
-  elif name == "cosine":
+  elif config.schedule == Schedule.COSINE:
     decay = optax.cosine_decay_schedule(1.0, max(num_steps - warmup, 1))
-  elif name == "linear":
-    length = max(int(num_steps * config["decay_fraction"]), 1)
-    decay = optax.linear_schedule(1.0, 0.0, length, transition_begin=max(num_steps - warmup - length, 0))
   else:
-    raise ValueError(f"unknown schedule {name!r}; there are constant, cosine, linear")
+    length = max(int(num_steps * config.decay_fraction), 1)
+    decay = optax.linear_schedule(1.0, 0.0, length, transition_begin=max(num_steps - warmup - length, 0))
   return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), decay], [warmup]) if warmup else decay
 
 
-def make_optimizer(config: Mapping[str, Any], num_steps: int) -> optax.GradientTransformation:
-  """The optimizer of a config: `adamw`, or `muon` on the matrices of self-attention and feed-forward and Adam on all else."""
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+  """Returns the optimizer of a config: AdamW, or Muon on some matrices and Adam on everything else."""
   schedule = make_schedule(config, num_steps)
 
-  def rate(peak):
+  def scale(peak: float) -> optax.Schedule:
     return lambda step: peak * schedule(step)
 
-  name = config["name"]
-  if name == "adamw":
-    update = optax.adamw(rate(config["learning_rate"]), b1=config["b1"], b2=config["b2"], eps=config["eps"],
-                         weight_decay=config["weight_decay"])
-  elif name == "muon":
-    update = optax.contrib.muon(rate(config["learning_rate"]), weight_decay=config["weight_decay"], adam_b1=config["b1"],
-                                adam_b2=config["b2"], adam_learning_rate=rate(config["adam_learning_rate"]),
-                                muon_weight_dimension_numbers=muon_dimensions)
+  if config.name == OptimizerName.ADAMW:
+    update = optax.adamw(
+      scale(config.learning_rate), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
+    )
   else:
-    raise ValueError(f"unknown optimizer {name!r}; there are adamw, muon")
-  clip = config["clip_norm"]
-  return optax.chain(optax.clip_by_global_norm(clip), update) if clip else update
+    update = contrib.muon(
+      scale(config.learning_rate),
+      weight_decay=config.weight_decay,
+      adam_b1=config.b1,
+      adam_b2=config.b2,
+      adam_learning_rate=scale(config.adam_learning_rate),
+      muon_weight_dimension_numbers=select_muon_matrices,
+    )
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
 
 
-def muon_dimensions(params):
-  """Which parameters Muon orthogonalises: the stacked (layers, in, out) matrices of self-attention and feed-forward."""
-  def dimensions(path, value):
+def select_muon_matrices(params: optax.Params) -> Any:
+  """Selects what Muon orthogonalises: the stacked (layers, in, out) matrices of self-attention and feed-forward."""
+
+  def select(path: Any, value: Any) -> contrib.MuonDimensionNumbers | None:
     names = [key.key for key in path]
     chosen = value.ndim == 3 and "kernel" in names and ("self_attn" in names or "ffn" in names)
-    return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if chosen else None
-  return jax.tree_util.tree_map_with_path(dimensions, params)
+    return contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if chosen else None
+
+  return jax.tree_util.tree_map_with_path(select, params)

@@ -1,0 +1,118 @@
+"""Reads the costs of a compiled program off its text: memory traffic, collectives and the TPU compiler's own cycles."""
+
+import math
+import re
+from collections.abc import Iterator
+
+COLLECTIVES: tuple[str, ...] = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Instructions that move nothing themselves: names of values, and calls whose own instructions are counted.
+NO_TRAFFIC = (
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "while",
+  "conditional",
+  "call",
+  "copy-done",
+  "slice-done",
+  "async-done",
+  "async-update",
+  "after-all",
+  "iota",
+  "partition-id",
+  "replica-id",
+  *(f"{name}{end}" for name in COLLECTIVES for end in ("", "-start", "-done")),
+)
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+FLAG_BYTES = 8  # instructions that start a transfer also have flags in their type
+
+
+def collective_bytes(text: str, num_layers: int) -> dict[str, float]:
+  """Returns the bytes that one device takes part in, by kind of collective."""
+  totals = dict.fromkeys(COLLECTIVES, 0.0)
+  for times, computation in _executed(text, num_layers):
+    for shapes, kind, start in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", computation):
+      sizes = sorted(size for size in _sizes(shapes, on_chip=True) if size > FLAG_BYTES or not start)
+      if start and kind in ("all-gather", "collective-permute"):  # their type has both input and output
+        sizes = sizes[len(sizes) // 2 :]
+      totals[kind] += times * sum(sizes)
+  return totals
+
+
+def memory_bytes(text: str, num_layers: int) -> float:
+  """Returns the bytes that a program reads from and writes to the device's memory.
+
+  These are the inputs and outputs of its instructions, without what the compiler keeps on the chip. Of an array with
+  one entry per layer (weights, values stored for the backward pass) a loop's body counts one entry.
+  """
+  total = 0.0
+  for times, computation in _executed(text, num_layers):
+    stacked = num_layers if times > 1 else 0
+    sizes: dict[str, float] = {}
+    instructions = re.findall(r"^ *(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$", computation, re.M)
+    for name, shapes, kind, arguments in instructions:
+      made = _sizes(shapes, stacked)
+      sizes[name] = sum(made)
+      if kind in ("slice", "dynamic-slice", "gather"):
+        total += times * 2 * sizes[name]
+      elif kind in (
+        "copy-start",
+        "slice-start",
+      ):  # of type (to, from, flag) or ((from), to, flag), in memory or on chip
+        moved = min(sorted(_sizes(shapes, stacked, on_chip=True), reverse=True)[:2])
+        total += times * moved * sum(size > FLAG_BYTES for size in made)
+      elif kind not in NO_TRAFFIC:
+        read = re.findall(r"%([\w.\-]+)", arguments.partition(")")[0])
+        total += times * (sizes[name] + sum(sizes.get(argument, 0) for argument in read))
+  return total
+
+
+def estimated_cycles(text: str, num_layers: int) -> float:
+  """Returns the cycles that the TPU compiler expects; it expects none of kernels (splash attention)."""
+  cycles = 0
+  for times, computation in _executed(text, num_layers):
+    cycles += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', computation)))
+  return float(cycles)
+
+
+def _executed(text: str, num_layers: int) -> Iterator[tuple[int, str]]:
+  """Yields the computations that run on their own, each with how often.
+
+  The body of a loop runs once per layer. If it chooses between two forms of a block, one is the last layer's and the
+  other that of all layers before, as in `models.dit.DiT`.
+  """
+  computations: dict[str, str] = {}
+  entry = ""
+  for computation in re.split(r"\n(?=%?[\w.\-]+ \(|ENTRY )", text):
+    if name := re.match(r"(ENTRY )?%?([\w.\-]+)", computation):
+      computations[name[2]] = computation
+      entry = name[2] if name[1] else entry
+  times = {entry: 1}
+  for body in set(re.findall(r"body=%?([\w.\-]+)", text)):
+    times[body] = num_layers
+    branches = re.findall(r"branch_computations=\{%?([\w.\-]+), %?([\w.\-]+)\}", computations[body])
+    pairs = [(whole, last) for last, whole in branches]
+    pairs += re.findall(r"true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)", computations[body])
+    for whole, last in pairs:
+      times[last], times[whole] = 1, num_layers - 1
+  for name, count in times.items():
+    yield count, computations[name]
+
+
+def _sizes(shapes: str, num_layers: int = 0, *, on_chip: bool = False) -> list[float]:
+  """Returns the bytes of each array of a type.
+
+  Args:
+    shapes: the type.
+    num_layers: arrays with this first dim count one entry; 0 for none.
+    on_chip: whether to include arrays that the compiler keeps on the chip.
+  """
+  sizes = []
+  for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shapes):
+    if on_chip or "S(" not in layout:  # memory spaces other than the default are on the chip
+      lengths = [int(length) for length in dims.split(",") if length]
+      stacked = num_layers and lengths[:1] == [num_layers]
+      sizes.append(BYTES.get(dtype, 4) * math.prod(lengths) / (num_layers if stacked else 1))
+  return sizes

@@ -1,0 +1,77 @@
+"""Small clips and data sets on disk, and what tests read back from them."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from univid_jax.core.options import PromptStyle
+from univid_jax.core.sentence import read_frames
+from univid_jax.data.clips import ClipFormat
+from univid_jax.data.sources.base import DrawOptions
+from univid_jax.data.video import write_clip
+
+FORM = ClipFormat(size=(16, 24), num_frames=5)
+
+
+def draw_options(**changes) -> DrawOptions:
+  defaults = dict(
+    contexts={"I": 1.0, "II": 1.0, "III": 1.0, "IV": 1.0},
+    num_clips={4: 1.0},
+    reverse_probability=0.0,
+    prompt=PromptStyle.DETAILED,
+    prompt_dropout=0.0,
+    variants=8,
+    seed=0,
+  )
+  return DrawOptions(**(defaults | changes))
+
+
+def write_video(path, count, *, shade=0, size=(32, 48)):
+  """Writes a video whose frame i has the grey value shade + 8 i."""
+  frames = np.stack([np.full((*size, 3), shade + 8 * i, np.uint8) for i in range(count)])
+  write_clip(path, frames, fps=8)
+  return path
+
+
+def write_image(path, *, shade=0, size=(30, 40)):
+  Image.fromarray(np.full((*size, 3), shade, np.uint8)).save(path)
+  return path
+
+
+def write_table(folder, records, header=("file_name", "text")):
+  with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+    csv.writer(file).writerows([header, *records])
+
+
+def write_metadata(folder: Path) -> Path:
+  """Writes a table of two files, one beside it and one in train/."""
+  (folder / "train").mkdir(parents=True)
+  write_video(folder / "one é.mp4", 24)
+  write_video(folder / "train" / "two.mp4", 28)
+  write_table(folder, [("one é.mp4", "first"), ("two.mp4", "second")])
+  return folder
+
+
+def write_pairs(folder: Path) -> Path:
+  """Writes three pairs of each of two tasks: videos to videos, images to images."""
+  for number, name in enumerate(("a", "b b", "c")):
+    pair = folder / "depth map" / name
+    pair.mkdir(parents=True)
+    write_video(pair / "source.mp4", 6, shade=40 * number)
+    write_video(pair / "target.mp4", 7, shade=40 * number + 4)
+    pair = folder / "edges" / name
+    pair.mkdir(parents=True)
+    for part in ("source.png", "target.jpg"):
+      write_image(pair / part, shade=40 * number)
+  return folder
+
+
+def read_greys(clip):
+  """Returns the grey value of each frame, rounded to a multiple of 4."""
+  return [int(round(float(frame.mean()) / 4) * 4) for frame in read_frames(clip)]
+
+
+def read_lengths(sentence):
+  return [len(read_frames(clip)) for clip in sentence.clips]

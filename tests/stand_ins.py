@@ -1,0 +1,75 @@
+"""Stand-ins for a transformer and its encoders in tests of the data."""
+
+import collections
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """A `TransformerShape`."""
+
+  patch_size: tuple[int, int, int] = (1, 2, 2)
+  text_len: int = 512
+  text_dim: int = 8
+  in_dim: int = 16
+  out_dim: int = 16
+  image_dim: int = 4
+  takes_image: bool = False
+
+  @property
+  def patch_volume(self) -> int:
+    return int(np.prod(self.patch_size))
+
+
+class CountingEncoders:
+  """Cheap `Encoders` that count what they encode, by kind."""
+
+  text_dim = 8
+  codec_fingerprint = prompt_fingerprint = image_fingerprint = "counting"
+
+  def __init__(self):
+    self.calls = collections.Counter()
+    self.loaded: set[str] = set()
+    self.most_loaded = 0
+
+  @property
+  def codec(self):
+    self._load("codec")
+    return _CountingCodec(self.calls)
+
+  def tokenize(self, text):
+    raise AssertionError("no test tokenizes")
+
+  def embed_prompt(self, text):
+    self._load("text encoder")
+    self.calls["prompt"] += 1
+    return np.full((1 + len(text) % 5, self.text_dim), len(text), np.float32)
+
+  def embed_image(self, frame):
+    self._load("image encoder")
+    self.calls["image"] += 1
+    return np.full((257, 4), frame.mean(), np.float32)
+
+  def release(self):
+    self.loaded.clear()
+
+  def _load(self, component):
+    self.loaded.add(component)
+    self.most_loaded = max(self.most_loaded, len(self.loaded))
+
+
+@dataclasses.dataclass
+class _CountingCodec:
+  calls: collections.Counter
+  latent_channels: int = 3
+  temporal_stride: int = 4
+  spatial_stride: int = 4
+
+  def encode(self, frames):
+    self.calls["clip"] += 1
+    return np.asarray(frames, np.float32)[::4, ::4, ::4].copy()
+
+  def decode(self, latents):
+    raise AssertionError("no test decodes")

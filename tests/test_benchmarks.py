@@ -1,0 +1,150 @@
+"""The benchmarks' own arithmetic: costs read off compiled programs, the scaling table, the peers' noise levels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import scaling
+from benchmarks.programs import collective_bytes, estimated_cycles, memory_bytes
+from benchmarks.sample import euler_sigmas
+from univid_jax.diffusion.flow import FlowMatching
+from univid_jax.diffusion.solvers import Euler
+from univid_jax.parallel.mesh import make_mesh
+
+
+def test_collectives_count_inside_and_outside_of_loops():
+  """A sum over eight devices outside of a loop, and a gather inside a loop over three layers."""
+  mesh = make_mesh({"data": 8})
+  spec = jax.sharding.PartitionSpec("data")
+
+  def local(x, layers):
+    def body(carry, layer):
+      return carry + jnp.sum(jax.lax.all_gather(layer, "data", tiled=True)), None
+
+    total, _ = jax.lax.scan(body, jax.lax.psum(x, "data")[0, 0], layers)
+    return total
+
+  run = jax.jit(
+    jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=(spec, jax.sharding.PartitionSpec(None, "data")),
+      check_vma=False,
+      out_specs=jax.sharding.PartitionSpec(),
+    )
+  )
+  text = run.lower(np.zeros((8, 64), np.float32), np.zeros((3, 80), np.float32)).compile().as_text()
+  found = collective_bytes(text, 3)
+  assert found["all-reduce"] == 64 * 4 and found["all-gather"] == 3 * 80 * 4
+
+
+def test_collectives_of_the_last_layer_count_once():
+  """Of three layers, two gather 80 numbers and the last gathers 40."""
+  mesh = make_mesh({"data": 8})
+
+  def local(layers):
+    def gather(layer):
+      return jnp.sum(jax.lax.all_gather(layer, "data", tiled=True))
+
+    def body(carry, inputs):
+      index, layer = inputs
+      return carry + jax.lax.cond(index < 2, gather, lambda layer: gather(layer[:5]), layer), None
+
+    return jax.lax.scan(body, 0.0, (jnp.arange(3), layers))[0]
+
+  run = jax.jit(
+    jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=jax.sharding.PartitionSpec(None, "data"),
+      check_vma=False,
+      out_specs=jax.sharding.PartitionSpec(),
+    )
+  )
+  text = run.lower(np.zeros((3, 80), np.float32)).compile().as_text()
+  assert collective_bytes(text, 3)["all-gather"] == (2 * 80 + 40) * 4
+
+
+def test_collectives_of_several_arrays_count_all_of_them():
+  text = """ENTRY %main (a: f32[4]) -> f32[4] {
+  %r = (f32[100]{0:T(128)S(1)}, f32[50]{0}) all-reduce(%a, %b), to_apply=%add
+  %g = ((f32[10]{0}, f32[20]{0}), (f32[80]{0}, f32[160]{0})) all-gather-start(%c, %d), dimensions={0}
+  %p = (bf16[64]{0}, bf16[64]{0}, u32[], u32[]) collective-permute-start(%e), source_target_pairs={{0,1}}
+}
+"""
+  found = collective_bytes(text, 3)
+  assert (found["all-reduce"], found["all-gather"], found["collective-permute"]) == (150 * 4, 240 * 4, 64 * 2)
+
+
+PROGRAM = """HloModule jit_step
+%fused (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  ROOT %n = f32[8,128]{1,0} negate(%p)
+}
+
+%body (t: (s32[], f32[8,128], f32[3,8,128])) -> (s32[], f32[8,128], f32[3,8,128]) {
+  %t = (s32[], f32[8,128]{1,0:T(8,128)}, f32[3,8,128]{2,1,0:T(8,128)}) parameter(0)
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%t), index=1
+  %layers = f32[3,8,128]{2,1,0:T(8,128)} get-tuple-element(%t), index=2
+  %start = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%start)
+  %y = f32[8,128]{1,0:T(8,128)} fusion(%done, %layers), calls=%fused, backend_config={"estimated_cycles":"500"}
+  ROOT %r = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) tuple(%i, %y, %layers)
+}
+
+%condition (t: (s32[], f32[8,128], f32[3,8,128])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[8,128], w: f32[3,8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %w = f32[3,8,128]{2,1,0:T(8,128)} parameter(1)
+  %b = f32[8,128]{1,0:T(8,128)} fusion(%a), calls=%fused, backend_config={"estimated_cycles":"70"}
+  %loop = (s32[], f32[8,128]{1,0}, f32[3,8,128]{2,1,0}) while(%init), condition=%condition, body=%body
+  ROOT %out = f32[8,128]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_memory_traffic_of_a_loop():
+  """A fusion before the loop reads and writes. In each of three layers a copy to the chip reads, and a fusion reads the
+  copy, reads one layer's weights from memory, and writes."""
+  block = 8 * 128 * 4
+  assert memory_bytes(PROGRAM, 3) == 2 * block + 3 * (block + 2 * block)
+  assert estimated_cycles(PROGRAM, 3) == 70 + 3 * 500
+
+
+def test_memory_traffic_of_a_compiled_program():
+  x = np.zeros((256, 512), np.float32)
+  text = jax.jit(lambda x: jnp.sin(x) + 1).lower(x).compile().as_text()
+  assert memory_bytes(text, 1) == 2 * x.nbytes
+
+
+class TestScalingTable:
+  def compile_apart(self, setup: scaling.Setup) -> scaling.Line:
+    self.compiled.append((setup.fsdp, setup.context))
+    return scaling.Line(**dataclasses.asdict(setup), data=1, fits=setup.fsdp > 1, memory_gb=1.0)
+
+  def lines(self, table, *, weights=10.0, contexts=(1, 4)):
+    return list(scaling.table_lines(table, "tiny", "v5e:4x4", weights=weights, contexts=contexts))
+
+  def test_stops_at_the_first_mesh_that_fits_and_resumes_from_its_file(self, monkeypatch, tmp_path):
+    self.compiled = []
+    monkeypatch.setattr(scaling, "compile_apart", self.compile_apart)
+    path = tmp_path / "table.jsonl"
+    lines = self.lines(scaling.Table(path))
+    assert self.compiled == [(1, 1), (8, 1), (1, 4), (4, 4)]
+    assert [line.fits for line in lines] == [False, True] * 2
+    assert self.lines(scaling.Table(path)) == lines
+    assert len(self.compiled) == 4
+
+  def test_skips_meshes_that_cannot_hold_the_weights(self, monkeypatch):
+    self.compiled = []
+    monkeypatch.setattr(scaling, "compile_apart", self.compile_apart)
+    assert [line.fsdp for line in self.lines(scaling.Table(None), weights=17e9 * 9, contexts=[1])] == [16]
+
+
+def test_peers_sample_at_the_same_noise_levels():
+  np.testing.assert_allclose(euler_sigmas(50), Euler().sigmas(FlowMatching(), 50), rtol=1e-6)

@@ -1,0 +1,129 @@
+"""The run configuration: valid values load from flags, JSON and earlier versions; invalid ones are named."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.helpers import GOLDENS
+from univid_jax.checkpoints.run import RunRecord, read_run, write_run
+from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json
+from univid_jax.config.presets import PRESETS, get_config, tiny
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import RematPolicy
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_conversions_are_lossless(preset):
+  config = PRESETS[preset]()
+  assert from_config_dict(get_config(preset)) == config
+  assert from_config_dict(to_config_dict(config)) == config
+  assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_unknown_preset():
+  with pytest.raises(UserError, match="unknown preset 'huge'; there are tiny, wan_1_3b"):
+    get_config("huge")
+
+
+@pytest.mark.parametrize(
+  "key, value, message",
+  [
+    ("model.dim", 0, "config.model.dim must be at least 1, got 0"),
+    ("model.dimm", 1, "unknown key config.model.dimm"),
+    ("modle.dim", 1, "unknown key config.modle.dim"),
+    ("model.remat", "half", "config.model.remat must be one of none, dots, attention, full, got 'half'"),
+    ("model.attention", "causal", "config.model.attention must be one of full, context_causal, got 'causal'"),
+    ("model.attention_backend", "magic", "config.model.attention_backend must be one of auto, xla, cudnn, splash"),
+    ("model.dtype", "float33", "config.model.dtype must be one of float32, bfloat16, float16, got 'float33'"),
+    ("num_steps", 0, "config.num_steps must be at least 1, got 0"),
+    ("num_steps", 2.5, "config.num_steps must be an integer, got 2.5"),
+    ("num_steps", True, "config.num_steps must be an integer, got True"),
+    ("ema_decay", 1.0, r"config.ema_decay must be from 0 to 1 \(exclusive\), got 1.0"),
+    ("rows.num_tokens", "many", "config.rows.num_tokens must be an integer, got 'many'"),
+    ("rows.packing", "tight", "config.rows.packing must be one of first_fit, best_fit, got 'tight'"),
+    ("lora.dropout", -0.1, r"config.lora.dropout must be from 0 to 1 \(exclusive\), got -0.1"),
+    ("optimizer.schedule", "spiral", "config.optimizer.schedule must be one of constant, cosine, linear"),
+    ("flow.shift", 0.0, "config.flow.shift must be positive, got 0.0"),
+    ("flow.objective", "best", "config.flow.objective must be one of univid, diffsynth"),
+    ("validation.sigmas", (), "config.validation.sigmas must be one or more noise levels above 0 and at most 1"),
+    ("validation.sentences", 0, "config.validation.sentences must be at least 1, got 0"),
+    ("mesh.fsdp", 0, "config.mesh.fsdp must be a positive number of devices, or -1"),
+    ("mesh.fsdp", -1, "config.mesh may have only one axis of -1"),
+    ("data.num_frames", 6, r"config.data.num_frames must be 4n \+ 1 \(5 or 9\), got 6"),
+    ("data.held_out", 1.0, "config.data.held_out must be from 0 to 1"),
+    ("data.buckets", ["480"], "config.data.buckets must be sizes HEIGHTxWIDTH, for example 480x832"),
+    ("data.fit", "stretch", "config.data.fit must be one of crop, pad, got 'stretch'"),
+    ("data.prompt", "poetic", "config.data.prompt must be one of null, rough, detailed, got 'poetic'"),
+    ("data.kinds", {"x": "magic"}, "config.data.kinds.x must be one of image, depth"),
+    ("data.kinds", {"x": "image"}, "config.data.kinds.x must be one of depth, normals"),
+    ("data.num_clips", {"clips_5": 1.0}, "config.data.num_clips must have keys clips_4, clips_6"),
+    ("data.contexts", {"I": -1.0}, "config.data.contexts.I must be at least 0, got -1.0"),
+    ("data.depth_range", (5.0, 1.0), "config.data.depth_range must be two increasing positive distances"),
+    ("data.test_pairs", "dir", "config.data.test_pairs is a test set, and there is no training data"),
+    ("data.tfds.test_split", "test", "config.data.tfds.test_split is a test set, and there is no training data"),
+    ("eval.depth_alignment", "eye", "config.eval.depth_alignment must be one of least_squares, median, none"),
+  ],
+)
+def test_invalid_values_are_named(key, value, message):
+  with pytest.raises(UserError, match=message):
+    override(tiny(), {key: value})
+
+
+def test_a_row_too_short_for_a_sentence():
+  with pytest.raises(UserError, match=r"a sentence of context I has 128 tokens, config\.rows\.num_tokens is only 64"):
+    override(tiny(), {"rows.num_tokens": 64}).check_rows()
+
+
+def test_numbers_convert_where_exact():
+  config = override(tiny(), {"optimizer.learning_rate": 1, "num_steps": 5.0, "model.remat": "dots"})
+  assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)
+  assert config.num_steps == 5 and isinstance(config.num_steps, int)
+  assert config.model.remat is RematPolicy.DOTS
+
+
+def test_differences_name_keys():
+  changed = override(tiny(), {"seed": 3, "model.dim": 64})
+  assert list(differences(tiny(), changed)) == [("model.dim", 128, 64), ("seed", 0, 3)]
+
+
+def test_sections_are_frozen():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    tiny().model.dim = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class TestStoredConfigs:
+  @pytest.mark.parametrize("name", ["0.1.0_tiny", "0.1.0_lora"])
+  def test_earlier_versions_load(self, tmp_path, name):
+    (tmp_path / "config.json").write_text((GOLDENS / "configs" / f"{name}.json").read_text())
+    record = read_run(tmp_path)
+    assert record is not None and record.version == "0.1.0"
+    assert record.config.lora.enabled == bool(record.base)
+
+  def test_round_trip(self, tmp_path):
+    record = RunRecord(override(tiny(), {"seed": 7}), "abc", "1.2.3")
+    write_run(tmp_path, record)
+    assert read_run(tmp_path) == record
+
+  def test_missing_keys_take_defaults(self):
+    values = to_json(tiny())
+    del values["rows"]["packing"], values["validation"]
+    assert from_json(values) == RunConfig()
+
+  @pytest.mark.parametrize(
+    "content, message",
+    [
+      ("{", "cannot be read"),
+      ("[]", "cannot be read"),
+      ('{"model": {}, "data": {}, "rows": {}, "new": 1}', "unknown key config.new"),
+    ],
+  )
+  def test_unreadable_configs_are_one_line(self, tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+      read_run(tmp_path)
+
+  def test_no_config(self, tmp_path):
+    assert read_run(tmp_path) is None
+    assert read_run(GOLDENS / "tiny_wan") is None  # the config.json of a release

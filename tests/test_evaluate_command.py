@@ -1,0 +1,182 @@
+"""The evaluate command: its report matches the stored samples, interrupted or not, with one process or two."""
+
+import json
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import commands
+from tests.commands import run_command, start_command
+from tests.helpers import image_width
+from univid_jax.evaluation.metrics.image import psnr
+
+SMALL = (*commands.SMALL, "--config.data.tasks.scribble=1.0", "--config.data.tasks.salient_object=1.0")
+EVALUATION = ["--config.eval.sentences_per_case=2", "--config.eval.more_steps=(1,)", "--config.eval.num_seeds=2"]
+
+
+def run(module, *arguments):
+  done = run_command(module, *arguments)
+  return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("evaluate") / "run"
+  code, _, error = run(
+    "univid_jax.train",
+    *SMALL,
+    "--config.num_steps=3",
+    "--config.eval.sentences_per_case=0",
+    "--config.validation.every_steps=0",
+    f"--workdir={folder}",
+  )
+  assert code == 0, error
+  code, _, error = run("univid_jax.evaluate", *SMALL, *EVALUATION, f"--workdir={folder}")
+  assert code == 0, error
+  return folder
+
+
+@pytest.fixture(scope="module")
+def report(workdir):
+  return json.loads((workdir / "evaluation" / "report.json").read_text())
+
+
+def read_numbers(folder):
+  """Reads a report without the command, which names the folder."""
+  report = json.loads((folder / "report.json").read_text())
+  del report["command"]
+  return report
+
+
+def test_report_matches_stored_samples(workdir, report):
+  files = sorted((workdir / "evaluation" / "samples").glob("*.npz"))
+  assert len(files) == len(report["sentences"]) == report["overall"]["prediction"]["count"]
+  by_variant = {}
+  for path in files:
+    with np.load(path) as file:
+      truth = file[max(name for name in file if name.startswith("clip_"))]
+      for name in ("prediction", "swapped", "reversed", "steps_1", "seed_1"):
+        by_variant.setdefault(name, []).append(psnr(file[f"sample_{name}"], truth))
+  for name in ("swapped", "reversed", "steps_1"):
+    assert report["overall"][name]["psnr"] == pytest.approx(np.mean(by_variant[name]))
+  seeds = [np.mean(by_variant[name]) for name in ("prediction", "seed_1")]
+  assert report["overall"]["prediction"]["psnr"] == pytest.approx(np.mean(seeds)) and "seed_1" not in report["overall"]
+  assert report["overall"]["prediction"]["psnr_std"] == pytest.approx(np.std(seeds, ddof=1))
+  assert {"ods", "ois", "ap"} <= report["by_task"]["scribble"]["prediction"].keys()
+  assert report["by_task"]["scribble"]["codec"]["ods"] > report["by_task"]["scribble"]["prediction"]["ods"] + 0.2
+  assert report["by_task"]["salient_object"]["codec"]["iou"] > 0.9
+  assert report["by_task"]["camera_movement"]["codec"]["zoom_error"] < 10
+  assert set(report["by_context"]) == {"I", "II", "III", "IV"}
+
+
+def test_markdown_and_figures(workdir):
+  folder = workdir / "evaluation"
+  text = (folder / "report.md").read_text()
+  assert "| all |" in text and "61.03 (1)" in text and "python -m univid_jax.evaluate" in text
+  assert image_width(folder / "grid.png") > 500 and image_width(folder / "curves.png") > 500
+
+
+@pytest.mark.long
+def test_rerun_after_kill_gives_the_same_report(workdir, tmp_path):
+  arguments = [*SMALL, *EVALUATION, f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]
+  process = start_command("univid_jax.evaluate", *arguments)
+  while process.poll() is None and len(list((tmp_path / "out").glob("samples/*.npz"))) < 10:
+    time.sleep(0.05)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert not (tmp_path / "out" / "report.json").exists()
+  code, _, error = run("univid_jax.evaluate", *arguments)
+  assert code == 0, error
+  assert read_numbers(tmp_path / "out") == read_numbers(workdir / "evaluation")
+  code, _, error = run("univid_jax.evaluate", *arguments, "--config.eval.seed=9")
+  assert code == 1 and "holds samples with config.eval.seed = 1, not 9" in error.strip().splitlines()[-1]
+
+
+@pytest.mark.long
+def test_two_processes_give_the_same_report(workdir, tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  processes = [
+    start_command(
+      "univid_jax.evaluate",
+      *SMALL,
+      *EVALUATION,
+      f"--workdir={workdir}",
+      f"--out={tmp_path / 'out'}",
+      f"--coordinator=127.0.0.1:{port}",
+      "--num_processes=2",
+      f"--process_id={i}",
+    )
+    for i in range(2)
+  ]
+  for process in processes:
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+  assert read_numbers(tmp_path / "out") == read_numbers(workdir / "evaluation")
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--workdir=nowhere"], "neither a converted checkpoint"),
+    (["--config.data.kinds={'x': 'magic'}"], "got 'magic'"),
+    (["--config.eval.palette=nowhere.txt"], "nowhere.txt"),
+    (["--config.data.test_pairs=nowhere"], "config.data.test_pairs is a test set, and there is no training data"),
+    (["--config.eval.sentences_per_case=0"], "there is nothing to evaluate on"),
+  ],
+)
+def test_errors_are_one_clear_line(workdir, arguments, message):
+  code, _, error = run("univid_jax.evaluate", *SMALL, f"--workdir={workdir}", f"--out={workdir / 'other'}", *arguments)
+  assert code != 0 and message in error.strip().splitlines()[-1], error
+
+
+def write_pairs(folder, names, size=(32, 48)):
+  """Writes noise with depth; dark is far."""
+  for i, name in enumerate(names):
+    path = folder / "depth" / name
+    path.mkdir(parents=True)
+    rng = np.random.default_rng((len(names), i))
+    Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(path / "source.png")
+    depth = np.where(np.arange(size[1]) < 16 + 8 * i, 50, 250).astype(np.uint8)
+    Image.fromarray(np.broadcast_to(depth[:, None], (*size, 3))).save(path / "target.png")
+
+
+def test_every_test_pair_is_used_with_training_examples(workdir, tmp_path):
+  """Every test pair is used once; resizing keeps the values of depth; another alignment does not sample again."""
+  write_pairs(tmp_path / "train", "abcd")
+  write_pairs(tmp_path / "test", "xyz")
+  command = [
+    "univid_jax.evaluate",
+    *SMALL,
+    f"--workdir={workdir}",
+    f"--out={tmp_path / 'out'}",
+    "--config.data.bundled=False",
+    f"--config.data.pairs={tmp_path / 'train'}",
+    f"--config.data.test_pairs={tmp_path / 'test'}",
+    "--config.data.kinds={'depth': 'depth'}",
+    "--config.eval.sentences_per_case=3",
+    "--config.data.contexts.I=0.0",
+    "--config.data.contexts.III=0.0",
+  ]
+  code, _, error = run(*command)
+  assert code == 0, error
+  report = json.loads((tmp_path / "out" / "report.json").read_text())
+  assert report["by_task"]["depth"]["prediction"]["count"] == 3
+  assert report["overall"]["swapped"]["count"] == 3  # inverted photographs, because there is no other task
+  assert report["by_task"]["depth"]["codec"]["delta1"] > 0.9 and "abs_rel" in report["by_task"]["depth"]["prediction"]
+  truths = []
+  for path in sorted((tmp_path / "out" / "samples").glob("*.npz")):
+    with np.load(path) as file:
+      assert set(np.unique(file["clip_3"])) == {50, 250}
+      truths.append(file["clip_3"].tobytes())
+  assert len(set(truths)) == 3
+  code, _, error = run(*command, "--config.eval.depth_alignment=median")  # other scores of the same samples
+  assert code == 0, error
+  median = json.loads((tmp_path / "out" / "report.json").read_text())
+  assert median["by_task"]["depth"]["prediction"]["psnr"] == report["by_task"]["depth"]["prediction"]["psnr"]
+  assert median["by_task"]["depth"]["prediction"]["abs_rel"] != report["by_task"]["depth"]["prediction"]["abs_rel"]

@@ -1,0 +1,92 @@
+"""The forms of a computation for one platform equal the general ones, and are used on that platform only."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from tests.helpers import relative_error
+from univid_jax.codecs import vae_layers
+from univid_jax.config.schema import LoRAConfig
+from univid_jax.models import lora, rope
+from univid_jax.models.dit_blocks import split_heads
+from univid_jax.models.layers import Linear
+from univid_jax.platform import cpu, tpu
+from univid_jax.platform.current import Platform, current_platform
+
+TPU_MESH = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice("TPU v5 lite", 1, "tpu"))
+
+
+def traced_operations(function, *args, platform):
+  """Returns the program of a function and its gradient as text, traced for a platform."""
+  gradient = jax.make_jaxpr(lambda *args: (function(*args), jax.grad(lambda *args: jnp.sum(function(*args)))(*args)))
+  if platform == Platform.CPU:
+    return str(gradient(*args))
+  with use_abstract_mesh(TPU_MESH):
+    return str(gradient(*args))
+
+
+def test_platform_is_that_of_the_mesh():
+  assert current_platform() == Platform.CPU
+  with use_abstract_mesh(TPU_MESH):
+    assert current_platform() == Platform.TPU
+
+
+def test_pairs_are_swapped_by_a_product_on_tpus_only():
+  x, table = jnp.ones((1, 3, 2, 8)), jnp.ones((1, 3, 1, 8))
+  program = {
+    platform: traced_operations(lambda x: rope.rotate(x, table, table), x, platform=platform)
+    for platform in (Platform.CPU, Platform.TPU)
+  }
+  assert "dot_general" in program[Platform.TPU] and "dot_general" not in program[Platform.CPU]
+
+
+def test_heads_are_split_behind_a_barrier_on_tpus_only():
+  program = {
+    platform: traced_operations(lambda x: split_heads(x, 2), jnp.ones((1, 3, 8)), platform=platform)
+    for platform in (Platform.CPU, Platform.TPU)
+  }
+  assert "optimization_barrier" in program[Platform.TPU] and "optimization_barrier" not in program[Platform.CPU]
+  np.testing.assert_array_equal(tpu.materialize(jnp.ones(3)), jnp.ones(3))
+
+
+def test_adapters_have_their_own_gradient_on_cpus_only():
+  linear = Linear(6, 4, dims=(None, None), rngs=nnx.Rngs(0))
+  adapter = lora.LoRA(linear.kernel, LoRAConfig(rank=2), dtype=jnp.float32, rngs=nnx.Rngs(0))
+  program = {
+    platform: traced_operations(adapter, jnp.ones((3, 6)), platform=platform)
+    for platform in (Platform.CPU, Platform.TPU)
+  }
+  assert "custom_vjp" in program[Platform.CPU] and "custom_vjp" not in program[Platform.TPU]
+
+
+def test_gradient_of_adapters_on_cpus_equals_the_general_one():
+  rng = np.random.default_rng(0)
+  x, up, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 3), (3, 7), (2, 5, 7)))
+  ours, general = (
+    jax.grad(lambda x, up: jnp.sum(product(x, up) * weight), (0, 1))(x, up)  # noqa: B023
+    for product in (cpu.project_up, jnp.matmul)
+  )
+  for a, b in zip(ours, general):
+    assert relative_error(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize(
+  "kernel, strides, padding, zero_frames",
+  [
+    ((3, 3, 3), (1, 1, 1), 1, 2),
+    ((3, 1, 1), (2, 1, 1), 0, 0),
+    ((1, 3, 3), (1, 2, 2), 0, 0),
+    ((1, 1, 1), (1, 1, 1), 0, 0),
+  ],
+  ids=["causal", "halves time", "halves y and x", "1 x 1 x 1"],
+)
+def test_convolutions_on_cpus_equal_the_general_ones(monkeypatch, kernel, strides, padding, zero_frames):
+  rngs, x = nnx.Rngs(0), jnp.asarray(np.random.default_rng(0).normal(size=(5, 7, 9, 4)), jnp.float32)
+  options = dict(strides=strides, padding=padding, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
+  conv = vae_layers.Convolution(4, 6, kernel, **options)
+  out = conv.convolve(x, zero_frames=zero_frames)
+  monkeypatch.setattr(vae_layers, "current_platform", lambda: Platform.OTHER)
+  assert relative_error(out, conv.convolve(x, zero_frames=zero_frames)) <= 1e-6

@@ -1,0 +1,250 @@
+"""Opening the data of a run, and encoding it in advance."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from tests.clip_files import write_metadata, write_pairs, write_table
+from tests.commands import run_command, start_command
+from tests.helpers import image_width
+from tests.stand_ins import CountingEncoders, Shape
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import tiny
+from univid_jax.core.errors import UserError
+from univid_jax.core.sentence import read_frames
+from univid_jax.data.features import FeatureCaches, FeatureMaker
+from univid_jax.data.prepare import Prepared, prepare
+from univid_jax.data.sources.computed import ComputedSentences, LazySentences
+from univid_jax.data.sources.open import open_data
+
+CONTEXTS = {f"data.contexts.{name}": 0.25 for name in ("I", "II", "III", "IV")}
+SMALL = {"data.height": 16, "data.width": 24, "data.variants": 6, **CONTEXTS}
+
+
+@pytest.fixture
+def metadata(tmp_path):
+  return write_metadata(tmp_path / "metadata")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+  return write_pairs(tmp_path / "pairs")
+
+
+class TestOpenData:
+  def test_all_kinds_of_data(self, metadata, pairs, tmp_path):
+    changes = {"data.metadata": str(metadata), "data.pairs": str(pairs), "data.weights.pairs": 2.0}
+    data = open_data(override(tiny(), SMALL | changes | {"data.held_out": 0.5}), workdir=str(tmp_path))
+    assert list(data.sources) == ["metadata", "pairs"] and data.weights == {"metadata": 1.0, "pairs": 2.0}
+    assert len(data.sources["metadata"]) == len(data.held_out["metadata"]) == 6
+    assert data.task_names == ("depth map", "edges") and not data.dropped
+
+  def test_without_data_of_ones_own_tasks_are_computed(self, tmp_path):
+    data = open_data(tiny(), workdir=str(tmp_path))
+    assert isinstance(data.sources["computed"], ComputedSentences)
+    assert isinstance(data.held_out["computed"], ComputedSentences)
+    data = open_data(override(tiny(), {"init_from": "base"}), workdir=str(tmp_path))
+    assert isinstance(data.sources["computed"], LazySentences)
+    assert isinstance(data.held_out["computed"], ComputedSentences)
+
+  def test_no_data_is_an_error(self, tmp_path):
+    with pytest.raises(UserError, match=r"there is no data: give config\.data\.folder"):
+      open_data(override(tiny(), {"data.bundled": False}), workdir=str(tmp_path))
+    write_table(tmp_path, [("gone.mp4", "x")])
+    with pytest.raises(UserError, match=r"nothing in config\.data\.metadata can be used: .*gone\.mp4"):
+      open_data(override(tiny(), {"data.metadata": str(tmp_path)}), workdir=str(tmp_path))
+
+  def test_unknown_contexts_are_an_error(self, pairs, tmp_path):
+    with pytest.raises(UserError, match="unknown context 'V'"):
+      open_data(override(tiny(), {"data.pairs": str(pairs), "data.contexts.V": 1.0}), workdir=str(tmp_path))
+
+  def test_dropped_records_have_to_be_allowed(self, metadata, tmp_path, caplog):
+    write_table(metadata, [("one é.mp4", "x"), ("gone.mp4", "x")])
+    config = override(tiny(), SMALL | {"data.metadata": str(metadata)})
+    data = open_data(config, workdir=str(tmp_path))
+    with caplog.at_level("INFO", "univid_jax"):
+      data.report()
+    assert "data: metadata, 6 sentences, drawn with weight 1" in caplog.text
+    assert "dropped: metadata.csv line 3 (gone.mp4)" in caplog.text
+    with pytest.raises(UserError, match=r"1 of the listed records cannot be used, first metadata\.csv line 3"):
+      data.require_usable(config.data)
+    data.require_usable(dataclasses.replace(config.data, allow_dropped=True))
+
+
+class TestPrepare:
+  """After `prepare`, training features need no encoder."""
+
+  def open(self, config, workdir, *, takes_image):
+    config = override(config, {"init_from": "base", "data.prompt": "detailed", "data.prompt_dropout": 0.3})
+    encoders = CountingEncoders()
+    data = open_data(config, workdir=str(workdir))
+    caches = FeatureCaches.open(config, encoders, workdir)
+    features = FeatureMaker(encoders, shape=Shape(takes_image=takes_image), task_names=data.task_names, caches=caches)
+    return encoders, data, features
+
+  def configure(self, kind, tmp_path):
+    changes = {"data.num_clips.clips_6": 1.0, "data.reverse_probability": 0.4, "data.num_sentences": 12}
+    if kind != "computed":
+      write = {"metadata": write_metadata, "pairs": write_pairs}[kind]
+      changes[f"data.{kind}"] = str(write(tmp_path / kind))
+    return override(tiny(), SMALL | changes)
+
+  @pytest.mark.parametrize("takes_image", [False, True], ids=["t2v", "i2v"])
+  @pytest.mark.parametrize("kind", ["computed", "metadata", "pairs"])
+  def test_training_needs_no_encoder(self, tmp_path, kind, takes_image):
+    encoders, data, features = self.open(self.configure(kind, tmp_path), tmp_path, takes_image=takes_image)
+    done = prepare(features, data)
+    assert done.num_clips == done.num_encoded > 0
+    assert encoders.most_loaded == 1 and not encoders.loaded
+    assert encoders.calls["clip"] >= done.num_clips and (encoders.calls["image"] > 0) == takes_image
+    encoders.calls.clear()
+    for source in data.sources.values():
+      for index in range(len(source)):
+        made = features(source[index])
+        assert (made.condition is not None) == (made.image_features is not None) == takes_image
+    assert not encoders.calls and not encoders.loaded
+
+  def test_the_features_are_those_without_caches(self, tmp_path):
+    encoders, data, features = self.open(self.configure("pairs", tmp_path), tmp_path, takes_image=True)
+    prepare(features, data)
+    plain = FeatureMaker(encoders, shape=features.shape, task_names=features.task_names)
+    for index in range(10):
+      sentence = data.sources["pairs"][index]
+      cached, encoded = features(sentence).arrays(), plain(sentence.with_frames()).arrays()
+      assert cached.keys() == encoded.keys() and all(np.array_equal(cached[name], encoded[name]) for name in cached)
+
+  def test_a_second_time_encodes_nothing(self, tmp_path):
+    config = self.configure("metadata", tmp_path)
+    _, data, features = self.open(config, tmp_path, takes_image=True)
+    first = prepare(features, data)
+    encoders, data, features = self.open(config, tmp_path, takes_image=True)
+    assert prepare(features, data) == Prepared(first.num_clips, 0)
+    assert not encoders.calls and encoders.most_loaded == 0, "not even a codec is loaded"
+
+  def test_processes_share_the_work(self, tmp_path, monkeypatch):
+    config = self.configure("pairs", tmp_path)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("univid_jax.data.prepare.wait_for_processes", lambda name: None)
+    counts = []
+    for process in (0, 1):
+      monkeypatch.setattr("jax.process_index", lambda process=process: process)
+      encoders, data, features = self.open(config, tmp_path, takes_image=True)
+      counts.append(prepare(features, data))
+    assert counts[0].num_clips == counts[1].num_clips == sum(count.num_encoded for count in counts)
+    assert abs(counts[0].num_encoded - counts[1].num_encoded) <= 1
+    encoders.calls.clear()
+    for index in range(len(data.sources["pairs"])):
+      features(data.sources["pairs"][index])
+    assert not encoders.calls
+
+  def test_without_a_base_nothing_is_cached(self, metadata, tmp_path):
+    config = override(tiny(), SMALL | {"data.metadata": str(metadata)})
+    assert FeatureCaches.open(config, CountingEncoders(), tmp_path) is None
+    data = open_data(config, workdir=str(tmp_path))
+    assert prepare(FeatureMaker(CountingEncoders(), shape=Shape(), task_names=()), data) == Prepared(0, 0)
+
+  def test_frames_and_references_are_encoded_alike(self, metadata, tmp_path):
+    """As in sampling, which has frames, uint8 or float in [-1, 1]."""
+    data = open_data(override(tiny(), SMALL | {"data.metadata": str(metadata)}), workdir=str(tmp_path))
+    features = FeatureMaker(CountingEncoders(), shape=Shape(takes_image=True), task_names=())
+    clip = data.sources["metadata"][0].clips[0]
+    frames = read_frames(clip)
+    for same in (frames, frames.astype(np.float32) / 127.5 - 1):
+      assert np.array_equal(features.encode_clip(same), features.encode_clip(clip))
+      for a, b in zip(features.condition(same, 3), features.condition(clip, 3)):
+        assert np.array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  pytest.importorskip("torch", reason="the release has PyTorch files; needs the extra `convert`")
+  from tests.helpers import GOLDENS
+  from univid_jax.convert.commands import convert_any
+
+  folder = tmp_path_factory.mktemp("converted") / "tiny_wan"
+  convert_any(str(GOLDENS / "tiny_wan"), str(folder))
+  return folder
+
+
+SMALL_WAN = (
+  "--config=wan_1_3b",
+  "--config.model.variant=",
+  "--config.model.dtype=float32",
+  "--config.model.param_dtype=float32",
+  "--config.data.height=16",
+  "--config.data.width=32",
+  "--config.data.num_frames=5",
+  "--config.rows.num_tokens=48",
+  "--config.lora.rank=2",
+  "--config.log_every=1",
+)
+
+
+def run(module, *arguments):
+  return run_command(module, *SMALL_WAN, *arguments)
+
+
+@pytest.mark.long
+def test_from_data_to_a_lora_for_other_programs(checkpoint, metadata, tmp_path):
+  """Prepare, train a LoRA, resume, sample with it, export it: as a user does it."""
+  common = [
+    f"--config.init_from={checkpoint}",
+    f"--config.data.metadata={metadata}",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.data.variants=8",
+  ]
+  done = run("univid_jax.prepare", *common)
+  assert done.returncode == 0, done.stderr
+  assert "16 clips are ready (16 encoded now)" in done.stdout
+  done = run("univid_jax.prepare", *common)
+  assert "16 clips are ready (0 encoded now)" in done.stdout
+  done = run("univid_jax.train", *common, "--config.num_steps=2")
+  assert done.returncode == 0, done.stderr
+  done = run("univid_jax.train", *common, "--config.num_steps=4")
+  assert done.returncode == 0 and "resuming" in done.stderr and "step 2 of 4" in done.stderr, done.stderr
+  steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert steps == [1, 2, 3, 4]
+  from univid_jax import load_pipeline
+  from univid_jax.checkpoints.lora.formats import read_lora
+
+  clips = [np.random.default_rng(i).integers(0, 255, (5, 16, 32, 3), np.uint8) for i in range(3)]
+  whole = load_pipeline(str(tmp_path / "run"), dtype="float32")
+  beside = load_pipeline(str(checkpoint), str(tmp_path / "run" / "lora.safetensors"), dtype="float32")
+  sampled = [pipe.sample(clips, num_inference_steps=2, prompt="x").latents for pipe in (whole, beside)]
+  np.testing.assert_allclose(*sampled, atol=1e-5)
+  done = run_command("tools.convert_weights", tmp_path / "run", tmp_path / "out.safetensors", "--to=diffusers")
+  assert done.returncode == 0, done.stderr
+  lora = read_lora(tmp_path / "out.safetensors")
+  assert lora.metadata["step"] == "4" and len(lora.layers) == 30
+
+
+def test_unusable_records_end_the_command_unless_allowed(checkpoint, metadata, tmp_path):
+  write_table(metadata, [("one é.mp4", "x"), ("gone.mp4", "x")])
+  common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
+  done = run("univid_jax.prepare", *common)
+  assert done.returncode == 1
+  assert "1 of the listed records cannot be used, first metadata.csv line 3 (gone.mp4)" in done.stderr
+  done = run("univid_jax.prepare", *common, "--allow_dropped")
+  assert done.returncode == 0 and "dropped: metadata.csv line 3 (gone.mp4)" in done.stderr
+  done = run("univid_jax.prepare", *common, "--allow_dropped", "--preview=2")
+  assert done.returncode == 0 and image_width(tmp_path / "run" / "preview.png") > 300
+
+
+def test_a_command_without_data(checkpoint, tmp_path):
+  done = run("univid_jax.train", f"--config.init_from={checkpoint}", f"--workdir={tmp_path / 'run'}")
+  assert done.returncode == 1 and "there is no data: give config.data.folder" in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_commands_fill_one_cache(checkpoint, metadata, tmp_path):
+  """At the same time: both end well, and no file is partial."""
+  data = (f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}")
+  both = [start_command("univid_jax.prepare", *SMALL_WAN, *data) for _ in range(2)]
+  for process in both:
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0 and "16 clips are ready" in out, error
+  files = list((tmp_path / "run" / "cache" / "latents").rglob("*.*"))
+  assert len(files) == 16 and all(path.suffix == ".safetensors" for path in files)

@@ -1,0 +1,68 @@
+"""Checkpoint folders: components are found, loaded, and reported if they are missing or damaged."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from tests.helpers import GOLDENS
+from univid_jax.checkpoints.pretrained import CHECKPOINT_FILE, PretrainedCheckpoint, is_checkpoint
+from univid_jax.convert.commands import convert_any
+from univid_jax.core.errors import UserError
+from univid_jax.models.dit import DiT
+from univid_jax.models.variants import DiTConfig
+from univid_jax.parallel.mesh import make_mesh
+
+WEIGHTS = GOLDENS / "tiny_wan" / "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A checkpoint that contains a transformer only."""
+  convert_any(str(WEIGHTS), str(tmp_path / "checkpoint"))
+  return tmp_path / "checkpoint"
+
+
+def test_load(folder):
+  checkpoint = PretrainedCheckpoint.open(folder)
+  assert checkpoint.has("transformer") and not checkpoint.has("vae")
+  config = checkpoint.config("transformer")
+  assert isinstance(config, DiTConfig) and config.patch_size == (1, 2, 2)
+  mesh = make_mesh({}, devices=jax.devices()[:1])
+  graph, params = checkpoint.load("transformer", mesh=mesh, dtype=jnp.float32, param_dtype=jnp.bfloat16)
+  bias = load_file(WEIGHTS)["head.head.bias"]
+  assert np.array_equal(params["head"]["head"]["bias"], bias.astype(jnp.bfloat16))
+  assert isinstance(nnx.merge(graph, params), DiT)
+  assert np.array_equal(checkpoint.load_as_stored("transformer", mesh=mesh)["head"]["head"]["bias"], bias)
+
+
+def test_missing_component(folder):
+  checkpoint = PretrainedCheckpoint.open(folder)
+  message = "has no vae, only transformer: convert a release that includes it"
+  for use in (
+    lambda: checkpoint.config("vae"),
+    lambda: checkpoint.checksum("vae"),
+    lambda: checkpoint.load("vae", mesh=make_mesh({}, devices=jax.devices()[:1]), dtype=jnp.float32),
+  ):
+    with pytest.raises(UserError, match=message):
+      use()
+  with pytest.raises(UserError, match="has no tokenizer"):
+    checkpoint.tokenizer_path()
+
+
+def test_incomplete_component(folder):
+  next((folder / "transformer").rglob("0.0.0")).unlink()
+  with pytest.raises(UserError, match=r"transformer has \d+ files instead of \d+: convert the release again"):
+    PretrainedCheckpoint.open(folder).load("transformer", mesh=make_mesh({}, devices=jax.devices()[:1]))
+
+
+def test_damaged_or_missing_description(folder, tmp_path):
+  for text in ("{", "[]", '{"format": 2}', '{"format": 1, "components": {"vae": {"x": 1}}}'):
+    (folder / CHECKPOINT_FILE).write_text(text)
+    with pytest.raises(UserError, match=rf"cannot read .*{CHECKPOINT_FILE}"):
+      PretrainedCheckpoint.open(folder)
+  assert not is_checkpoint(tmp_path)
+  with pytest.raises(FileNotFoundError, match="not a converted checkpoint"):
+    PretrainedCheckpoint.open(tmp_path)

@@ -1,0 +1,84 @@
+"""Sampling: batches equal single samples, on one device or eight, and one step is one velocity."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import random_pipeline, relative_error
+from univid_jax.config.boundary import override
+from univid_jax.data.sources.open import open_data
+from univid_jax.evaluation.sentences import select_sentences
+from univid_jax.inference.jobs import infer_length
+from univid_jax.parallel.mesh import make_mesh
+
+
+def held_out_sentences(config):
+  return [planned.read() for planned in select_sentences(config, open_data(config, workdir="").held_out)]
+
+
+@pytest.mark.parametrize(
+  "lengths, expected",
+  [
+    ((5, 5, 5), 5),
+    ((1, 1, 1), 1),
+    ((1, 1, 5), 5),
+    ((1, 5, 1), 5),
+    ((1, 1, 1, 1, 5), 5),
+    ((1, 9, 1, 9, 1), 9),
+    ((5,), 5),
+  ],
+)
+def test_target_length_is_inferred(lengths, expected):
+  assert infer_length(lengths) == expected
+
+
+def test_batch_equals_single_samples(tiny_config):
+  """A batch is reproducible, and so is a single sample from given noise."""
+  pipeline = random_pipeline(tiny_config, make_mesh({"data": -1}))
+  contexts = [sentence.clips[:-1] for sentence in held_out_sentences(tiny_config)[:5]]
+  truth = held_out_sentences(tiny_config)[0].clips[-1]
+  options = dict(num_inference_steps=3)
+  together = pipeline.sample_batch(contexts, seeds=range(7, 12), **options)
+  alone = pipeline.sample_batch(contexts[:1], seeds=[7], **options)
+  again = pipeline.sample_batch(contexts, seeds=range(7, 12), **options)
+  assert all(np.array_equal(a.frames, b.frames) for a, b in zip(together, again))
+  assert together[0].frames.shape == alone[0].frames.shape == truth.shape
+  encoded = pipeline.encode(truth)
+  noise = jax.random.normal(jax.random.key(0), encoded.shape)
+  one = pipeline.sample(contexts[0], latents=noise, **options)
+  two = pipeline.sample(contexts[0], latents=noise, **options)
+  assert np.array_equal(one.frames, two.frames) and one.latents.shape == encoded.shape
+
+
+@pytest.mark.parametrize(
+  "attention, solver, guidance_scale", [("full", "unipc", 1.0), ("context_causal", "euler", 1.5)]
+)
+def test_batch_over_eight_devices_equals_one_at_a_time(tiny_config, attention, solver, guidance_scale):
+  """Four sentences of different lengths, packed and sharded."""
+  config = override(tiny_config, {"model.attention": attention})
+  pipeline, single = (
+    random_pipeline(config, mesh) for mesh in (make_mesh({"data": -1}), make_mesh({}, jax.devices()[:1]))
+  )
+  chosen = {len(s.clips[-1]) + 10 * len(s.clips[0]): s for s in held_out_sentences(config)}
+  contexts = [list(s.clips[:-1]) for s in chosen.values()]
+  contexts = (contexts * 4)[:4]
+  assert len(chosen) >= 3
+  options = dict(num_inference_steps=3, solver=solver, guidance_scale=guidance_scale)
+  together = pipeline.sample_batch(contexts, seeds=[5, 6, 7, 8], **options)
+  for clips, seed, sample in zip(contexts, (5, 6, 7, 8), together):
+    alone = single.sample(clips, seed=seed, **options)
+    assert relative_error(sample.latents, alone.latents) <= 1e-5
+  with pytest.raises(ValueError, match="4 sentences, 4 prompts and 2 seeds"):
+    pipeline.sample_batch(contexts, seeds=[1, 2])
+
+
+def test_one_step_is_one_velocity(tiny_config):
+  pipeline = random_pipeline(tiny_config, make_mesh({}, devices=jax.devices()[:1]))
+  clips = next(s for s in held_out_sentences(tiny_config) if s.context == "III").clips
+  context = [pipeline.encode(clip) for clip in clips[:-1]]
+  noise = np.random.default_rng(0).normal(size=context[-1].shape).astype(np.float32)
+  prompt = np.zeros((0, tiny_config.model.text_dim), np.float32)
+  velocity = pipeline.predict_velocity(np.concatenate([*context, noise]), 1000.0, prompt)[-len(noise) :]
+  out = pipeline.sample(clips[:-1], num_inference_steps=1, latents=noise)
+  assert np.abs(velocity).mean() > 0.1
+  np.testing.assert_allclose(out.latents, noise - velocity, atol=1e-5)

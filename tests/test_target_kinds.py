@@ -1,0 +1,75 @@
+"""Labels, depth and normals as colours, and back."""
+
+import numpy as np
+import pytest
+
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import tiny
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import TargetKind
+from univid_jax.data.clips import resize_and_crop
+from univid_jax.data.target_kinds import (
+  depth_to_image,
+  image_to_depth,
+  image_to_normals,
+  known_pixels,
+  label_colors,
+  normals_to_image,
+  read_palette,
+  resampling,
+  task_kinds,
+)
+
+
+def test_labels_have_the_colors_of_pascal_voc():
+  assert label_colors(np.array([0, 1, 2, 3, 8, 15])).tolist() == [
+    [0, 0, 0],
+    [128, 0, 0],
+    [0, 128, 0],
+    [128, 128, 0],
+    [64, 0, 0],
+    [192, 128, 128],
+  ]
+
+
+def test_depth_survives_the_round_trip():
+  """To 1/200 of the range; unknown depth stays unknown, and depth beyond the range is clipped."""
+  depth = np.array([0.5, 0.7, 3.0, 9.9, 10.0, 0.0, np.nan, np.inf, -1.0, 20.0])[:, None]
+  image = depth_to_image(depth, (0.5, 10.0))
+  assert known_pixels(image).tolist() == [True] * 5 + [False] * 4 + [True]
+  np.testing.assert_allclose(image_to_depth(image, (0.5, 10.0))[:5], depth[:5, 0], atol=9.5 / 200)
+  assert image_to_depth(image, (0.5, 10.0))[9] == pytest.approx(10, abs=0.05)
+
+
+def test_normals_survive_the_round_trip():
+  normals = np.array([[0.0, 0.6, 0.8], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+  image = normals_to_image(normals)
+  assert known_pixels(image).tolist() == [True, True, False]
+  np.testing.assert_allclose(image_to_normals(image)[:2], normals[:2], atol=1 / 127)
+
+
+def test_palettes(tmp_path):
+  path = tmp_path / "palette.txt"
+  path.write_text("0 0 0\n120,120,120\n\n180 120 120\n")
+  assert read_palette(str(path)).tolist() == [[0, 0, 0], [120, 120, 120], [180, 120, 120]]
+  assert len(read_palette("")) == 256
+  for text in ("a b c", "1 2\n", "0 0 256", "1 2 3\n4 5"):
+    path.write_text(text)
+    with pytest.raises(UserError, match="is not a palette"):
+      read_palette(str(path))
+
+
+def test_resizing_labels_adds_no_colors():
+  labels = label_colors(np.random.default_rng(0).integers(0, 9, (1, 4, 6)).repeat(6, 1).repeat(6, 2))
+  mixed, kept = (
+    resize_and_crop(labels, (32, 48), resample=resampling(kind)) for kind in (TargetKind.IMAGE, TargetKind.SEGMENTATION)
+  )
+  colors = {tuple(color) for color in labels.reshape(-1, 3)}
+  assert {tuple(color) for color in kept.reshape(-1, 3)} <= colors < {tuple(color) for color in mixed.reshape(-1, 3)}
+
+
+def test_kinds_of_computed_configured_and_tfds_tasks():
+  changes = {"data.kinds": {"rooms": "depth"}, "data.tfds.name": "scenes", "data.tfds.task": "labels"}
+  kinds = task_kinds(override(tiny(), changes | {"data.tfds.kind": "segmentation"}).data)
+  assert kinds["scribble"] == TargetKind.EDGES and kinds["rooms"] == TargetKind.DEPTH
+  assert kinds["labels"] == TargetKind.SEGMENTATION and "invert" not in kinds

@@ -1,0 +1,93 @@
+"""The parts of a run that depend on its base: the transformer's shape, a model to train, codec and encoders."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
+from univid_jax.codecs.dct import DCTCodec
+from univid_jax.codecs.encoders import PlainEncoders, PretrainedEncoders
+from univid_jax.codecs.tiling import Tiling
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.core.protocols import Encoders
+from univid_jax.models.dit import DiT
+from univid_jax.models.in_context import look_back
+from univid_jax.models.lora import attach
+from univid_jax.models.variants import VARIANTS, DiTConfig
+
+
+def transformer_config(config: RunConfig) -> DiTConfig:
+  """Returns the transformer's shape: that of the base, of a published model, or the config's own.
+
+  Raises:
+    UserError: there is no such published model, or the base is another one.
+  """
+  options = config.model
+  if options.variant and options.variant not in VARIANTS:
+    raise UserError(f"config.model.variant must be one of {', '.join(VARIANTS)} or empty, got {options.variant!r}")
+  if config.init_from:
+    base = PretrainedCheckpoint.open(config.init_from).config("transformer")
+    if options.variant and base != VARIANTS[options.variant]:
+      raise UserError(
+        f"config.model.variant is {options.variant}, but the base {config.init_from} has another shape; leave "
+        "config.model.variant empty to take the base's"
+      )
+    return base
+  if options.variant:
+    return VARIANTS[options.variant]
+  channels = config.codec.latent_channels
+  return DiTConfig(
+    dim=options.dim,
+    ffn_dim=options.ffn_dim,
+    num_heads=options.num_heads,
+    num_layers=options.num_layers,
+    freq_dim=options.freq_dim,
+    text_dim=options.text_dim,
+    in_dim=channels,
+    out_dim=channels,
+    rope_theta=options.rope_theta,
+    rope_scale=options.rope_scale,
+  )
+
+
+def create_model(config: RunConfig, *, adapters: bool = True) -> DiT:
+  """Creates a model with random weights from the config's seed.
+
+  Call it under `nnx.eval_shape` or `jax.jit` if the weights must not all be on one device.
+
+  Args:
+    config: of the run.
+    adapters: whether to attach the config's LoRA.
+  """
+  options = config.model
+  model = DiT(
+    transformer_config(config),
+    dtype=jnp.dtype(options.dtype),
+    param_dtype=jnp.dtype(options.param_dtype),
+    remat=options.remat,
+    attention_backend=options.attention_backend,
+    rngs=nnx.Rngs(config.seed),
+  )
+  if options.look_back:
+    look_back(model, options.look_back, rng=jax.random.key(config.seed))
+  if adapters and config.lora.enabled:
+    attach(model, config.lora, rngs=nnx.Rngs(config.seed + 1))
+  return model
+
+
+def open_encoders(config: RunConfig, mesh: Mesh) -> Encoders:
+  """Returns the base's codec and encoders, or those that need no weights."""
+  if not config.init_from:
+    return PlainEncoders(DCTCodec(**dataclasses.asdict(config.codec)), transformer_config(config).text_dim)
+  tiling = Tiling(**dataclasses.asdict(config.vae_tiling)) if config.vae_tiling.size else None
+  base = PretrainedCheckpoint.open(config.init_from)
+  return PretrainedEncoders(base, mesh, dtype=jnp.dtype(config.model.dtype), tiling=tiling)
+
+
+def base_checksum(config: RunConfig) -> str:
+  """Returns the checksum of the transformer that training starts from; "" without a base."""
+  return PretrainedCheckpoint.open(config.init_from).checksum("transformer") if config.init_from else ""

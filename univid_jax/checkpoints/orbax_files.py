@@ -1,0 +1,116 @@
+"""Parameters on disk, as Orbax stores them: the only module that relies on details of Orbax's format.
+
+Undocumented, and checked by tests/test_orbax_files.py:
+
+- `PyTreeCheckpointHandler(use_ocdbt=False)` stores each array as a zarr array in a folder named by its dotted path, and
+  records no chunk shapes that a reader would compare with those on disk. `create_arrays` relies on it.
+- The metadata of a checkpoint is a tree of entries that have a dtype. `stored_dtypes` relies on it.
+"""
+
+import mmap
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from flax import traverse_util
+
+from univid_jax.checkpoints.tensor_files import numpy_dtype
+from univid_jax.core.errors import UserError
+from univid_jax.core.paths import is_remote, make_absolute
+
+Path = tuple[str, ...]
+
+# Stacked layers and other arrays that are larger than this are stored in several chunks.
+CHUNK_BYTES = 64 << 20
+
+
+def save_arrays(folder: epath.PathLike, tree: Any) -> None:
+  """Saves nested arrays to a new folder."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(make_absolute(folder), tree)
+
+
+def restore_arrays(folder: epath.PathLike, abstract: Any = None) -> Any:
+  """Reads nested arrays.
+
+  Args:
+    folder: written by `save_arrays` or through `create_arrays`.
+    abstract: shapes, dtypes and shardings of the result; as stored by default.
+
+  Raises:
+    UserError: they cannot be read.
+  """
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(make_absolute(folder), abstract)
+  except Exception as error:  # Orbax and TensorStore raise errors of many types for damaged files
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    raise UserError(f"cannot read the weights in {folder}: {reason}") from error
+
+
+def stored_dtypes(folder: epath.PathLike) -> dict[Path, np.dtype]:
+  """Returns the dtype of each stored array by its path."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree = checkpointer.metadata(make_absolute(folder)).item_metadata.tree
+  return {path_keys(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def path_keys(path: jax.tree_util.KeyPath) -> Path:
+  """Returns the keys of a path in nested dicts as strings; Orbax turns integer keys into strings."""
+  return tuple(str(key.key) for key in path)
+
+
+def create_arrays(folder: epath.PathLike, specs: Mapping[Path, tuple[tuple[int, ...], str]]) -> dict[Path, Any]:
+  """Creates a checkpoint whose arrays are written afterwards, layer by layer.
+
+  Orbax saves whole arrays only, which have up to 5.7 GB in the 14B model. So it saves zeros here, together with all its
+  metadata; then each array is created anew, in chunks of one layer.
+
+  Args:
+    folder: of the new checkpoint.
+    specs: shape and dtype of each array by its path; the first dim of arrays under `blocks` is that of layers.
+
+  Returns:
+    TensorStore arrays of zeros by path.
+  """
+  zeros = {path: _virtual_zeros(shape, numpy_dtype(dtype)) for path, (shape, dtype) in specs.items()}
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+    checkpointer.save(make_absolute(folder), args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(zeros)))
+  base = str(folder) if is_remote(folder) else f"file://{make_absolute(folder)}"
+  return {path: _create_array(f"{base}/{'.'.join(path)}/", path, *spec) for path, spec in specs.items()}
+
+
+def _virtual_zeros(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+  """Returns zeros that take no memory: private pages that are never written to are all the same page."""
+  nbytes = max(int(np.prod(shape)) * dtype.itemsize, 1)
+  pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+  # JAX on CPUs refers to aligned NumPy memory and does not copy it.
+  return jax.device_put(np.frombuffer(pages, dtype, count=int(np.prod(shape))).reshape(shape), jax.devices("cpu")[0])
+
+
+def _create_array(url: str, path: Path, shape: tuple[int, ...], dtype: str) -> Any:
+  metadata = {
+    "shape": shape,
+    "chunks": _chunk_shape(path, shape, dtype),
+    "dtype": dtype if dtype == "bfloat16" else np.dtype(dtype).str,  # zarr's names
+    "compressor": {"id": "zstd", "level": 1},
+  }
+  spec = {
+    "driver": "zarr",
+    "kvstore": url,
+    "metadata": metadata,
+    "store_data_equal_to_fill_value": True,  # Orbax takes an absent chunk for a lost one
+  }
+  return ts.open(spec, create=True, delete_existing=True).result()
+
+
+def _chunk_shape(path: Path, shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+  """Returns one layer if layers are stacked; splits the first dim of what is larger than CHUNK_BYTES."""
+  if path[0] == "blocks":
+    return (1, *_chunk_shape(path[1:], shape[1:], dtype))
+  row_bytes = int(np.prod(shape[1:])) * numpy_dtype(dtype).itemsize
+  return (max(1, min(shape[0], CHUNK_BYTES // max(row_bytes, 1))), *shape[1:])

@@ -1,0 +1,244 @@
+"""Checkpoint folders: pre-trained weights in this project's layout.
+
+DIR/checkpoint.json   describes the contents and their origin; written last, so a folder that has it is complete
+DIR/transformer/      parameters with stacked layers (Orbax); likewise vae/, text_encoder/ and image_encoder/ if present
+DIR/tokenizer/        the tokenizer's own files
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from univid_jax.checkpoints.orbax_files import path_keys, restore_arrays, stored_dtypes
+from univid_jax.codecs.wan_vae import VAE, VAEConfig
+from univid_jax.core.errors import UserError
+from univid_jax.models.clip import CLIPConfig, CLIPVision
+from univid_jax.models.dit import DiT
+from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
+from univid_jax.models.variants import DiTConfig
+from univid_jax.parallel.sharding import parameter_shardings
+
+CHECKPOINT_FILE = "checkpoint.json"
+FORMAT = 1
+
+# The config and the module of each component.
+COMPONENTS: Mapping[str, tuple[type, type]] = {
+  "transformer": (DiTConfig, DiT),
+  "vae": (VAEConfig, VAE),
+  "text_encoder": (UMT5Config, UMT5Encoder),
+  "image_encoder": (CLIPConfig, CLIPVision),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComponentInfo:
+  """A component in checkpoint.json.
+
+  Attributes:
+    config: the values of the component's config.
+    source: the file it was converted from.
+    layout: of that file, "original" or "diffusers".
+    dtypes: number of tensors by dtype.
+    num_tensors: of the official layout.
+    num_parameters: numbers in them.
+    num_files: in the component's folder.
+    checksum: of the tensors of the official layout, see `checksums`.
+  """
+
+  config: Mapping[str, Any]
+  source: str
+  layout: str
+  dtypes: Mapping[str, int]
+  num_tensors: int
+  num_parameters: int
+  num_files: int
+  checksum: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+  """The contents of checkpoint.json.
+
+  Attributes:
+    variant: name of the published model with this shape, else "custom".
+    version: of the univid_jax that wrote it.
+    components: by name.
+    tokenizer: the tokenizer's file, relative to the folder, or None.
+  """
+
+  variant: str
+  version: str
+  components: Mapping[str, ComponentInfo]
+  tokenizer: str | None
+
+  def write(self, folder: epath.PathLike) -> None:
+    values = {"format": FORMAT, **dataclasses.asdict(self)}
+    (epath.Path(folder) / CHECKPOINT_FILE).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def is_checkpoint(folder: epath.PathLike) -> bool:
+  """Returns whether a path is a complete checkpoint folder."""
+  return (epath.Path(folder) / CHECKPOINT_FILE).exists()
+
+
+def read_info(folder: epath.PathLike) -> CheckpointInfo:
+  """Reads checkpoint.json.
+
+  Raises:
+    FileNotFoundError: the folder is not a checkpoint.
+    UserError: the file is damaged or has a newer format.
+  """
+  path = epath.Path(folder) / CHECKPOINT_FILE
+  if not path.exists():
+    raise FileNotFoundError(
+      f"no {CHECKPOINT_FILE} in {folder}: it is not a converted checkpoint; "
+      "create one with python -m univid_jax.convert SRC DST"
+    )
+  try:
+    values = json.loads(path.read_text())
+    if values.pop("format") != FORMAT:
+      raise ValueError("it was written by another version of univid_jax")
+    components = {name: ComponentInfo(**component) for name, component in values.pop("components").items()}
+    return CheckpointInfo(components=components, **values)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"cannot read {path}: {error}") from error
+
+
+def component_config(component: str, values: Mapping[str, Any]) -> Any:
+  """Converts the values of a component's config in checkpoint.json, where tuples are lists, to its dataclass."""
+  config_class, _ = COMPONENTS[component]
+  if config_class is DiTConfig:
+    return DiTConfig.from_json(values)
+  return config_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def abstract_component(component: str, config: Any, **options) -> nnx.Module:
+  """Builds a component without allocating memory: shapes, dtypes and names of dims.
+
+  Args:
+    component: a name in `COMPONENTS`.
+    config: of the component.
+    **options: of the module (dtype, param_dtype, ...).
+  """
+  _, module_class = COMPONENTS[component]
+  return nnx.eval_shape(lambda: module_class(config, rngs=nnx.Rngs(0), **options))
+
+
+def abstract_parameters(module: nnx.Module, mesh: Mesh, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Any]:
+  """Returns shapes, dtypes and shardings of a module's parameters (or variables of another kind), in nested dicts."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    nnx.to_pure_dict(nnx.state(module, kind)),
+    parameter_shardings(module, mesh, kind),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedCheckpoint:
+  """A checkpoint folder whose components are loaded one by one.
+
+    checkpoint = PretrainedCheckpoint.open("converted/wan-1.3b")
+    graph, params = checkpoint.load("vae", mesh=mesh, dtype=jnp.float32)
+    vae = nnx.merge(graph, params)
+
+  Every method that takes the name of a component raises UserError if the checkpoint lacks it.
+  """
+
+  folder: epath.Path
+  info: CheckpointInfo
+
+  @classmethod
+  def open(cls, folder: epath.PathLike) -> "PretrainedCheckpoint":
+    """Reads checkpoint.json only; raises like `read_info`."""
+    return cls(epath.Path(folder), read_info(folder))
+
+  def has(self, component: str) -> bool:
+    return component in self.info.components
+
+  def component(self, component: str) -> ComponentInfo:
+    if not self.has(component):
+      raise UserError(
+        f"{self.folder} has no {component}, only {', '.join(self.info.components)}: convert a release that includes it"
+      )
+    return self.info.components[component]
+
+  def config(self, component: str) -> Any:
+    """Returns the dataclass that describes the component's shape."""
+    return component_config(component, self.component(component).config)
+
+  def checksum(self, component: str) -> str:
+    return self.component(component).checksum
+
+  def tokenizer_path(self) -> epath.Path:
+    if self.info.tokenizer is None:
+      raise UserError(f"{self.folder} has no tokenizer: convert a release that includes it")
+    return self.folder / self.info.tokenizer
+
+  def load(
+    self,
+    component: str,
+    *,
+    mesh: Mesh,
+    dtype: DTypeLike = jnp.bfloat16,
+    param_dtype: DTypeLike | None = None,
+    **options,
+  ) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Loads a component, each parameter directly into its shards.
+
+    Args:
+      component: its name.
+      mesh: the devices to load to.
+      dtype: of activations and matrix products.
+      param_dtype: of the parameters; `dtype` by default.
+      **options: of the module.
+
+    Returns:
+      The module's graph, and its parameters in nested dicts.
+
+    Raises:
+      UserError: the weights are damaged.
+    """
+    param_dtype = dtype if param_dtype is None else param_dtype
+    module = abstract_component(component, self.config(component), dtype=dtype, param_dtype=param_dtype, **options)
+    return nnx.graphdef(module), self.load_arrays(component, abstract_parameters(module, mesh))
+
+  def load_as_stored(self, component: str, *, mesh: Mesh) -> dict[str, Any]:
+    """Returns a component's parameters in the dtypes in which they are stored."""
+    abstract = abstract_parameters(abstract_component(component, self.config(component)), mesh)
+    dtypes = stored_dtypes(self.folder / component)
+    return self.load_arrays(
+      component,
+      jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes.get(path_keys(path), x.dtype), sharding=x.sharding),
+        abstract,
+      ),
+    )
+
+  def load_arrays(self, component: str, abstract: Any) -> dict[str, Any]:
+    """Loads the parameters of a component.
+
+    Args:
+      component: its name.
+      abstract: shapes, dtypes and shardings, see `abstract_parameters`.
+
+    Raises:
+      UserError: the weights are damaged.
+    """
+    folder = self.folder / component
+    found, expected = count_files(folder), self.component(component).num_files
+    if found != expected:
+      raise UserError(f"{folder} has {found} files instead of {expected}: convert the release again")
+    return restore_arrays(folder, abstract)
+
+
+def count_files(folder: epath.Path) -> int:
+  """Counts the files in a folder and its subfolders."""
+  return sum(count_files(path) if path.is_dir() else 1 for path in folder.iterdir())

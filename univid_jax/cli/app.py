@@ -1,0 +1,168 @@
+"""What all commands share: logging, exit codes, and one line for every error.
+
+Exit codes:
+  0    done, or --help
+  1    an error
+  2    wrong flags
+  75   stopped by SIGTERM or a preemption, the state is saved
+  130  stopped by Ctrl-C
+
+A user's error is one line. These are `UserError`, and of OSError those that name a file, those of a full disk, and
+those that this package raises itself. Every other exception is a bug, or a failure of a library or of hardware: its
+line names a log file with the traceback, in WORKDIR/logs/ if the command has a local workdir that can be written, else
+in the temporary directory. `--verbosity=1` prints the traceback as well.
+"""
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+import absl.logging
+from tqdm import tqdm
+
+import univid_jax
+from univid_jax.cli.distributed import wait_for_all
+from univid_jax.cli.flags import CommandFlags, UsageError
+from univid_jax.core.errors import Interrupted, UserError
+from univid_jax.core.paths import is_remote
+
+# Conditions of the machine that come without a file name.
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
+OUT_OF_MEMORY = "use fewer frames, a smaller size or more devices; python -m univid_jax.forecast prints what is needed"
+
+
+class Main(Protocol):
+  """A command: takes a command line, program name first (default: sys.argv), and returns the exit code."""
+
+  def __call__(self, argv: Sequence[str] | None = None, /) -> int: ...
+
+
+def command(flags: CommandFlags) -> Callable[[Callable[[], None]], Main]:
+  """Decorates the body of a command, which runs after the flags are parsed; its exceptions become exit codes."""
+
+  def decorate(body: Callable[[], None]) -> Main:
+    @functools.wraps(body)
+    def main(argv: Sequence[str] | None = None, /) -> int:
+      return _run(body, flags, sys.argv if argv is None else argv)
+
+    return main
+
+  return decorate
+
+
+def _run(body: Callable[[], None], flags: CommandFlags, argv: Sequence[str]) -> int:
+  if {"--help", "-help", "-h"} & set(argv[1:]):
+    print(flags.help())
+    return 0
+  try:
+    flags.parse(argv)
+  except UserError as error:
+    _print_error(error)
+    return 2
+  try:
+    with _status_messages():
+      body()
+      wait_for_all()
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    return 130
+  except Interrupted as error:
+    print(error, file=sys.stderr)
+    return error.exit_code
+  except Exception as error:
+    if flags.verbosity.value >= 1:
+      traceback.print_exc()
+    _print_error(_explain(error, argv, flags.workdir_path))
+    return 2 if isinstance(error, UsageError) else 1
+  return 0
+
+
+class _Handler(logging.Handler):
+  """Writes plain lines to stderr, above progress bars."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _status_messages() -> Iterator[None]:
+  """Shows this package's status messages, and of libraries only errors, while a command runs."""
+  absl.logging.set_verbosity(absl.logging.ERROR)
+  root, package, handler = logging.getLogger(), logging.getLogger("univid_jax"), _Handler()
+  levels, handlers = (root.level, package.level), (root.handlers, package.handlers)
+  root.setLevel(logging.ERROR)
+  root.handlers = root.handlers or [handler]
+  package.setLevel(logging.INFO)
+  # Not through the root logger: libraries may have configured it.
+  package.handlers, package.propagate = [handler], False
+  try:
+    yield
+  finally:
+    root.setLevel(levels[0])
+    package.setLevel(levels[1])
+    (root.handlers, package.handlers), package.propagate = handlers, True
+
+
+def _explain(error: Exception, argv: Sequence[str], workdir: str | None) -> object:
+  """Returns the line for an exception; writes a log file if it is not the user's."""
+  if isinstance(error, UserError) or (isinstance(error, OSError) and _is_users(error)):
+    return error
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    return f"not enough memory ({_first_line(error)}): {OUT_OF_MEMORY}"
+  log = _write_log(error, argv, workdir)
+  return f"internal error ({_first_line(error)}); the traceback is in {log}"
+
+
+def _is_users(error: OSError) -> bool:
+  if error.filename or error.errno in MACHINE_ERRORS:
+    return True
+  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+  return (frame.f_globals.get("__package__") or "").partition(".")[0] == "univid_jax"
+
+
+def _first_line(error: Exception) -> str:
+  text = str(error).strip()
+  return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _write_log(error: Exception, argv: Sequence[str], workdir: str | None) -> Path:
+  """Writes what a bug report needs; returns the path of the file."""
+  versions = [f"{name} {metadata.version(name)}" for name in ("jax", "flax", "orbax-checkpoint", "grain", "numpy")]
+  lines = [
+    f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {' '.join(argv)}",
+    f"univid_jax {univid_jax.__version__}, Python {platform.python_version()}, {platform.platform()}",
+    ", ".join(versions),
+    "",
+    *traceback.format_exception(error),
+  ]
+  name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+  if workdir and not is_remote(workdir):
+    path = Path(workdir).absolute() / "logs" / name
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text("\n".join(lines))
+      return path
+    except OSError:
+      pass  # the workdir may be what is wrong
+  path = Path(tempfile.gettempdir()) / f"univid_jax-{name}"
+  path.write_text("\n".join(lines))
+  return path
+
+
+def _print_error(error: object) -> None:
+  """Prints a message, on one line."""
+  message = error
+  if isinstance(error, OSError) and error.strerror:
+    message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+  print(f"error: {' '.join(str(message).split())}", file=sys.stderr)

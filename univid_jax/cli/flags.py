@@ -1,0 +1,219 @@
+"""Flags of the commands; those that several commands share are defined here, once."""
+
+import functools
+import os
+import runpy
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from univid_jax.config import presets
+from univid_jax.config.boundary import from_config_dict, to_config_dict
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+
+# The file of presets in a clone; where it does not exist, its name means the packaged presets.
+PRESETS_FILE = os.path.join("configs", "video_tasks.py")
+
+
+class UsageError(UserError):
+  """A flag or argument that is wrong by itself or together with others; the exit code is 2."""
+
+
+class CommandFlags:
+  """The flags of one command.
+
+  They live in a namespace of their own instead of `absl.flags.FLAGS`, so that the modules of several commands can be
+  imported together, and importing one changes no global state. A command defines its flags with `string`, `strings`
+  (separated by commas), `repeated`, `switch`, `integer`, `number` and `choice`, which are absl's `DEFINE_...`, and
+  shared flags with the other methods.
+
+  Args:
+    usage: the text of --help above the flags.
+    max_arguments: words besides the flags that the command takes.
+
+  Attributes:
+    arguments: these words, after `parse`.
+    argv: the whole command line, after `parse`.
+  """
+
+  def __init__(self, usage: str | None, *, max_arguments: int = 0):
+    self._usage, self._max_arguments = usage or "", max_arguments
+    self._values = flags.FlagValues()
+    self._values.set_gnu_getopt(True)  # flags may follow arguments
+    self._config: ConfigFlag | None = None
+    self._workdir: WorkdirFlag | None = None
+    self.arguments: Sequence[str] = ()
+    self.argv: Sequence[str] = ()
+    self.string = functools.partial(flags.DEFINE_string, flag_values=self._values)
+    self.strings = functools.partial(flags.DEFINE_list, flag_values=self._values)
+    self.repeated = functools.partial(flags.DEFINE_multi_string, flag_values=self._values)
+    self.switch = functools.partial(flags.DEFINE_bool, flag_values=self._values)
+    self.integer = functools.partial(flags.DEFINE_integer, flag_values=self._values)
+    self.number = functools.partial(flags.DEFINE_float, flag_values=self._values)
+    self.choice = functools.partial(flags.DEFINE_enum, flag_values=self._values)
+    self.switch("help", False, "Print this text.", short_name="h")
+    self.verbosity = self.integer("verbosity", 0, "1 also prints the traceback of an error.")
+
+  def config(self) -> "ConfigFlag":
+    self._config = ConfigFlag()
+    return self._config
+
+  def workdir(self, purpose: str) -> "WorkdirFlag":
+    """Defines --workdir of a command that has --config."""
+    assert self._config, "the default workdir depends on the config"
+    self._workdir = WorkdirFlag(self.string("workdir", None, f"{purpose}; default: runs/NAME."), self._config)
+    return self._workdir
+
+  def checkpoint(self) -> flags.FlagHolder[str]:
+    help_text = "A converted checkpoint, or the workdir of a training run."
+    return self.string("checkpoint", None, help_text, required=True)
+
+  def lora(self) -> flags.FlagHolder[list[str]]:
+    help_text = "LoRA files or folders, separated by commas; PATH:WEIGHT sets a weight other than 1."
+    return self.strings("lora", [], help_text)
+
+  def dtype(self) -> flags.FlagHolder[str | None]:
+    help_text = "Dtype of the model; default: that of the training run, or bfloat16."
+    return self.choice("dtype", None, ["bfloat16", "float32"], help_text)
+
+  def step(self) -> flags.FlagHolder[str | None]:
+    return self.string("step", None, "Checkpoint of a workdir: a step, or best; default: the latest.")
+
+  def profile(self, folder: str) -> flags.FlagHolder[int]:
+    help_text = f"Write a JAX profiler trace of this many steps to {folder}."
+    return self.integer("profile", 0, help_text, lower_bound=0)
+
+  def processes(self) -> "ProcessFlags":
+    return ProcessFlags(self)
+
+  @property
+  def workdir_path(self) -> str | None:
+    """The workdir of a command that has one."""
+    return self._workdir.value if self._workdir else None
+
+  def parse(self, argv: Sequence[str]) -> None:
+    """Parses a command line, program name first; may be called again.
+
+    Raises:
+      UserError: a flag is unknown or has an invalid value, or a config file cannot be loaded.
+    """
+    self.argv = list(argv)
+    if self._values.is_parsed():
+      self._values.unparse_flags()
+    for name in [name for name in self._values if name.startswith("config")]:
+      delattr(self._values, name)
+    try:
+      rest = self._values.read_flags_from_files(list(argv), force_gnu=True)
+      if self._config:
+        rest = self._config.define(rest, self._values)
+      self.arguments = self._values(rest)[1:]
+    except flags.Error as error:
+      raise UserError(error) from error
+    except (AttributeError, KeyError, TypeError) as error:
+      raise UserError(f"wrong override of the config: {error.args[0]}") from error
+    if self._config:
+      self._config.read(self._values)
+    if len(self.arguments) > self._max_arguments:
+      word = self.arguments[self._max_arguments]
+      raise UsageError(f"unexpected argument {word!r}; flags are written --name=value")
+
+  def help(self) -> str:
+    """Returns the text of --help."""
+    return "\n".join([self._usage.strip(), "", "flags:", *self._describe_flags()])
+
+  def _describe_flags(self) -> Iterator[str]:
+    if self._config:
+      text = f"A preset ({', '.join(presets.PRESETS)}), or a file with get_config(), as FILE.py[:ARGUMENT]."
+      yield from _describe("--config", f"{text} --config.KEY=VALUE overrides a value. Default: tiny.")
+    for name in sorted(name for name in self._values if len(name) > 1 and not name.startswith("config")):
+      flag = self._values[name]
+      default = f" Default: {flag.default}." if flag.default and not isinstance(flag.default, list) else ""
+      yield from _describe(f"--{'[no]' if flag.boolean else ''}{name}", f"{flag.help}{default}")
+
+
+def _describe(name: str, text: str) -> list[str]:
+  return [f"  {name}", *textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+
+
+class ConfigFlag:
+  """--config=NAME, and --config.KEY=VALUE for every key."""
+
+  def __init__(self):
+    self._value: RunConfig | None = None
+
+  @property
+  def value(self) -> RunConfig:
+    assert self._value, "flags are parsed when the command runs"
+    return self._value
+
+  def define(self, argv: Sequence[str], values: flags.FlagValues) -> list[str]:
+    """Defines flags for the overrides in a command line; returns the command line without --config."""
+    name, rest, words = "tiny", [], iter(argv)
+    for word in words:
+      flag, equals, value = word.partition("=")
+      if flag in ("--config", "-config"):
+        name = value if equals else next(words, "")
+      else:
+        rest.append(word)
+    config_flags.DEFINE_config_dict("config", load_config(name), flag_values=values, sys_argv=rest)
+    return rest
+
+  def read(self, values: flags.FlagValues) -> None:
+    config = values["config"].value
+    assert isinstance(config, ml_collections.ConfigDict)
+    self._value = from_config_dict(config)
+
+
+def load_config(name: str) -> ml_collections.ConfigDict:
+  """Loads a preset, as PRESET or configs/video_tasks.py[:PRESET], or a file with get_config(), as FILE.py[:ARGUMENT].
+
+  Raises:
+    UserError: there is no such preset or file, or the file cannot be loaded.
+  """
+  path, _, argument = name.partition(":")
+  arguments = [argument] if argument else []
+  if not path.endswith(".py"):
+    return presets.get_config(name)
+  if not Path(path).is_file():
+    if os.path.normpath(path) == PRESETS_FILE:
+      return presets.get_config(*arguments)
+    raise UserError(f"no such config file: {path}; give a file, or a preset: {', '.join(presets.PRESETS)}")
+  try:
+    config = runpy.run_path(path)["get_config"](*arguments)
+  except UserError:
+    raise
+  except KeyError as error:
+    raise UserError(f"{path} has no function get_config()") from error
+  except Exception as error:  # whatever a user's file raises
+    raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+  if isinstance(config, RunConfig):
+    return to_config_dict(config)
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(f"get_config() of {path} must return a ConfigDict or a RunConfig, got {type(config).__name__}")
+  return config.lock()
+
+
+class WorkdirFlag:
+  """--workdir, by default runs/NAME with the name of the config."""
+
+  def __init__(self, folder: flags.FlagHolder[str | None], config: ConfigFlag):
+    self._folder, self._config = folder, config
+
+  @property
+  def value(self) -> str:
+    return self._folder.value or f"runs/{self._config.value.name}"
+
+
+class ProcessFlags:
+  """How the processes of one run find each other where JAX cannot tell; see `cli.distributed`."""
+
+  def __init__(self, command: CommandFlags):
+    self.coordinator = command.string("coordinator", None, "HOST:PORT of process 0, for runs of several processes.")
+    help_text = "Number of processes, with --coordinator."
+    self.num_processes = command.integer("num_processes", None, help_text, lower_bound=1)
+    self.process_id = command.integer("process_id", None, "This process, from 0, with --coordinator.", lower_bound=0)

@@ -1,0 +1,16 @@
+"""A picture of the data, as the model sees it."""
+
+from etils import epath
+
+from univid_jax.core.paths import atomic_write
+from univid_jax.data.sources.open import DataSources
+from univid_jax.evaluation.figures import contact_sheet
+
+
+def draw_preview(data: DataSources, count: int, workdir: str) -> epath.Path:
+  """Draws the first `count` sentences of every source to WORKDIR/preview.png; returns the path."""
+  path = epath.Path(workdir) / "preview.png"
+  sentences = [(name, source[index]) for index in range(count) for name, source in data.sources.items()]
+  with atomic_write(path) as unfinished:
+    contact_sheet(unfinished, sentences)
+  return path

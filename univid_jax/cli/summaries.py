@@ -1,0 +1,62 @@
+"""What `train` prints when it is done."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from univid_jax.config.schema import RunConfig
+from univid_jax.training.loop import LORA_EXPORT, TrainResult
+
+
+def complete(config: RunConfig, workdir: str) -> str:
+  """Says that there was nothing to do."""
+  return f"{workdir} is complete ({config.num_steps} steps); see {workdir}/eval.json and {workdir}/grid.png"
+
+
+def trained(result: TrainResult, config: RunConfig, workdir: str) -> str:
+  """Says where the model is, after a run without evaluation."""
+  lines = [f"{_steps(result)}; checkpoints and metrics: {workdir}"]
+  if config.lora.enabled:
+    lines += [
+      f"LoRA for ComfyUI and diffusers: {workdir}/{LORA_EXPORT}; in other formats:",
+      f"  python -m univid_jax.convert {workdir} OUT.safetensors --to=diffusers|comfyui|musubi|univid",
+    ]
+  clips = "--clips=A.mp4,A2.mp4,B.mp4 --out=B2.mp4"
+  return "\n".join([*lines, "next:", f"  python -m univid_jax.sample --checkpoint={workdir} {clips}"])
+
+
+def evaluated(result: TrainResult, report: Mapping[str, Any], workdir: str) -> str:
+  """Summarizes the quick evaluation in ten lines.
+
+  Args:
+    report: the contents of eval.json.
+  """
+  failed = [
+    name
+    for name, scores in report["by_task"].items()
+    if scores["psnr"] <= max(scores["psnr_copy_b"], scores["psnr_mean_a2"])
+  ]
+  lines = [
+    f"{_steps(result)}. PSNR of B' on held-out photographs:",
+    *([_scores("images", report["image"])] if report["image"] else []),
+    _scores("all", report["overall"]),
+    f"  no better than a baseline: {', '.join(failed) or 'none of the tasks'}",
+    f"pictures    {workdir}/grid.png (A | A' | B | B' predicted | B' true), {workdir}/loss.png",
+    f"numbers     {workdir}/eval.json, {workdir}/metrics.jsonl, tensorboard --logdir={workdir}/tensorboard",
+    f"checkpoints {workdir}/checkpoints",
+    "next: sample from your own files, or train on your own videos:",
+    f"  python -m univid_jax.sample --checkpoint={workdir} --clips=A.png,A2.png,B.png --out=B2.png",
+    "  python -m univid_jax.train --config.data.folder=DIR --workdir=runs/mine",
+  ]
+  return "\n".join(lines)
+
+
+def _steps(result: TrainResult) -> str:
+  return f"{result.steps_taken} steps in {result.seconds:.0f} s"
+
+
+def _scores(name: str, scores: Mapping[str, Any]) -> str:
+  return (
+    f"  {name:<9} {scores['psnr']:5.1f} dB   copy of B {scores['psnr_copy_b']:5.1f}   "
+    f"mean of A' {scores['psnr_mean_a2']:5.1f}   swapped pair {scores['psnr_swapped']:5.1f}   "
+    f"({scores['count']} sentences)"
+  )

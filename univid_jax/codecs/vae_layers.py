@@ -1,0 +1,182 @@
+"""Layers of Wan2.1's causal video autoencoder, which compute a clip in chunks. Ported from Wan2.1 (Apache-2.0)."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from univid_jax.models.attention.api import attention
+from univid_jax.models.layers import ones, param, xavier, zeros
+from univid_jax.platform import cpu
+from univid_jax.platform.current import Platform, current_platform
+
+
+class Caches:
+  """Frames that convolutions over time keep from one chunk to the next, in the order in which the convolutions run.
+
+  Attributes:
+    written: the frames to keep for the next chunk.
+  """
+
+  def __init__(self, kept: Sequence[Array] | None):
+    """Starts a chunk with what the chunk before has written; None starts a clip."""
+    self.is_first = kept is None
+    self._kept = iter(kept or ())
+    self.written: list[Array] = []
+
+  def extend(self, x: Float[Array, "t y x c"], frames: int) -> tuple[Float[Array, "u y x c"], int]:
+    """Prepends the kept frames to x, and keeps the last `frames` of the result.
+
+    Returns:
+      The extended x, and how many zero frames precede it: `frames` in the first chunk, else 0.
+    """
+    if self.is_first:
+      missing = max(frames - len(x), 0)
+      self.written.append(jnp.pad(x[-frames:], ((missing, 0), (0, 0), (0, 0), (0, 0))))
+      return x, frames
+    x = jnp.concatenate([next(self._kept), x])
+    self.written.append(x[-frames:])
+    return x, 0
+
+
+class Convolution(nnx.Module):
+  """Kernel and bias of a convolution over (t, y, x), channels last."""
+
+  def __init__(
+    self,
+    in_dim: int,
+    out_dim: int,
+    kernel: tuple[int, int, int],
+    *,
+    strides: tuple[int, int, int] = (1, 1, 1),
+    padding: int = 0,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    self.strides, self.padding, self.dtype = strides, padding, dtype
+    self.kernel = param(rngs, xavier, (*kernel, in_dim, out_dim), param_dtype, (None,) * 5)
+    self.bias = param(rngs, zeros, (out_dim,), param_dtype, (None,))
+
+  def convolve(self, x: Float[Array, "t y x c"], *, zero_frames: int) -> Float[Array, "u v w d"]:
+    """Convolves x, preceded by `zero_frames` and with `padding` zeros at each side of y and x."""
+    x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+    if current_platform() == Platform.CPU:
+      y = cpu.conv_in_time(x, kernel, strides=self.strides, padding=self.padding, zero_frames=zero_frames)
+    else:
+      padding = ((zero_frames, 0), *((self.padding, self.padding),) * 2)
+      dimensions = ("NDHWC", "DHWIO", "NDHWC")
+      y = jax.lax.conv_general_dilated(x[None], kernel, self.strides, padding, dimension_numbers=dimensions)[0]
+    return y + self.bias[...].astype(self.dtype)
+
+
+class Conv(Convolution):
+  """Convolution without padding in time."""
+
+  def __call__(self, x: Float[Array, "t y x c"]) -> Float[Array, "u v w d"]:
+    return self.convolve(x, zero_frames=0)
+
+
+class CausalConv(Convolution):
+  """3 x 3 x 3 convolution in which a frame depends on itself and the two before."""
+
+  def __init__(self, in_dim: int, out_dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    super().__init__(in_dim, out_dim, (3, 3, 3), padding=1, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "t y x d"]:
+    x, zero_frames = caches.extend(x, 2)
+    return self.convolve(x, zero_frames=zero_frames)
+
+
+class ChannelNorm(nnx.Module):
+  """x / |x| over the channels, times sqrt(channels) and a scale; in float32."""
+
+  def __init__(self, dim: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    self.scale = param(rngs, ones, (dim,), param_dtype, (None,))
+
+  def __call__(self, x: Float[Array, "t y x c"]) -> Float[Array, "t y x c"]:
+    y = x.astype(jnp.float32)
+    norm = jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(y), axis=-1, keepdims=True)), 1e-12)
+    return (y / norm * x.shape[-1] ** 0.5 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class ResidualBlock(nnx.Module):
+  """Twice norm, SiLU and convolution, and a shortcut."""
+
+  def __init__(self, in_dim: int, out_dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    norm = functools.partial(ChannelNorm, param_dtype=param_dtype, rngs=rngs)
+    conv = functools.partial(CausalConv, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.norm1 = norm(in_dim)
+    self.conv1 = conv(in_dim, out_dim)
+    self.norm2 = norm(out_dim)
+    self.conv2 = conv(out_dim, out_dim)
+    shortcut = functools.partial(Conv, kernel=(1, 1, 1), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.shortcut = shortcut(in_dim, out_dim) if in_dim != out_dim else None
+
+  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "t y x d"]:
+    y = self.conv1(jax.nn.silu(self.norm1(x)), caches)
+    y = self.conv2(jax.nn.silu(self.norm2(y)), caches)
+    return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class FrameAttention(nnx.Module):
+  """Attention of one head among the positions of each frame."""
+
+  def __init__(self, dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    conv = functools.partial(Conv, kernel=(1, 1, 1), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.norm = ChannelNorm(dim, param_dtype=param_dtype, rngs=rngs)
+    self.to_qkv = conv(dim, 3 * dim)
+    self.proj = conv(dim, dim)
+
+  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "t y x c"]:
+    del caches  # takes part in the interface of all layers
+    q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(x.shape[0], -1, 1, 3 * x.shape[-1]), 3, axis=-1)
+    return x + self.proj(attention(q, k, v).reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+  """Halves y and x and, after the first frame, optionally t."""
+
+  def __init__(self, dim: int, *, temporal: bool, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    conv = functools.partial(Conv, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.conv = conv(dim, dim, (1, 3, 3), strides=(1, 2, 2))
+    self.time_conv = conv(dim, dim, (3, 1, 1), strides=(2, 1, 1)) if temporal else None
+
+  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "u v w c"]:
+    x = self.conv(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
+    if self.time_conv is None:
+      return x
+    extended, _ = caches.extend(x, 1)
+    return x if caches.is_first else self.time_conv(extended)
+
+
+class Upsample(nnx.Module):
+  """Doubles y and x and, after the first frame, optionally t; halves the channels."""
+
+  def __init__(self, dim: int, *, temporal: bool, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    conv = functools.partial(Conv, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.conv = conv(dim, dim // 2, (1, 3, 3), padding=1)
+    self.time_conv = conv(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "u v w d"]:
+    if self.time_conv is not None:
+      # The first frame is not doubled in time, and the next chunk gets zeros in its place.
+      extended, _ = caches.extend(jnp.zeros_like(x) if caches.is_first else x, 2)
+      if not caches.is_first:
+        pairs = self.time_conv(extended)
+        pairs = pairs.reshape(*pairs.shape[:3], 2, -1)
+        x = jnp.moveaxis(pairs, 3, 1).reshape(-1, *x.shape[1:])
+    return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+
+
+Layer = ResidualBlock | FrameAttention | Downsample | Upsample
+
+
+def middle_layers(dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> list[Layer]:
+  """Returns the layers at the lowest resolution."""
+  block = functools.partial(ResidualBlock, dim, dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  return [block(), FrameAttention(dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs), block()]

@@ -1,0 +1,231 @@
+"""Wan2.1's causal video autoencoder: 4 x 8 x 8 pixels per latent; the first frame is a latent frame of its own.
+
+Ported from Wan2.1 (Apache-2.0). A clip is computed in chunks (one frame, then four at a time; in the decoder one latent
+frame at a time), and each convolution over time keeps the last frames of its input for the next chunk, so memory does
+not grow with the clip. All of it is one program: the first chunk, then a scan over the others.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from univid_jax.codecs.tiling import Tiling, decode_tiled, encode_tiled
+from univid_jax.codecs.vae_layers import (
+  Caches,
+  CausalConv,
+  ChannelNorm,
+  Conv,
+  Downsample,
+  Layer,
+  ResidualBlock,
+  Upsample,
+  middle_layers,
+)
+from univid_jax.core.dims import latent_shape
+
+# Mean and standard deviation of each latent channel of the released weights, used to normalise latents.
+# fmt: off
+LATENT_MEAN = (
+  -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+  0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+LATENT_STD = (
+  2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+  3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+# fmt: on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+  """Shape of the autoencoder; the defaults are Wan2.1's.
+
+  Attributes:
+    dim: channels at full resolution.
+    dim_mult: channels at each level, in multiples of dim.
+    num_res_blocks: per level of the encoder; the decoder has one more.
+    temporal_downsample: for each level but the last, whether the downsampling after it halves time too.
+    latent_channels: of the latents.
+  """
+
+  dim: int = 96
+  dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+  num_res_blocks: int = 2
+  temporal_downsample: tuple[bool, ...] = (False, True, True)
+  latent_channels: int = 16
+
+  @property
+  def spatial_stride(self) -> int:
+    return 2 ** (len(self.dim_mult) - 1)
+
+  @property
+  def temporal_stride(self) -> int:
+    return 2 ** sum(self.temporal_downsample)
+
+
+class Encoder(nnx.Module):
+  """Pixels to mean and log-variance of latents."""
+
+  def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    causal_conv = functools.partial(CausalConv, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    block = functools.partial(ResidualBlock, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    downsample = functools.partial(Downsample, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    dims = [config.dim * m for m in (1, *config.dim_mult)]
+    self.conv1 = causal_conv(3, dims[0])
+    layers: list[Layer] = []
+    for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
+      layers += [block(in_dim if i == 0 else out_dim, out_dim) for i in range(config.num_res_blocks)]
+      if level < len(config.dim_mult) - 1:
+        layers.append(downsample(out_dim, temporal=config.temporal_downsample[level]))
+    self.downsamples = nnx.List(layers)
+    self.middle = nnx.List(middle_layers(dims[-1], dtype=dtype, param_dtype=param_dtype, rngs=rngs))
+    self.norm = ChannelNorm(dims[-1], param_dtype=param_dtype, rngs=rngs)
+    self.head = causal_conv(dims[-1], 2 * config.latent_channels)
+
+  def __call__(self, x: Float[Array, "T H W 3"], caches: Caches) -> Float[Array, "t y x d"]:
+    x = self.conv1(x, caches)
+    for layer in (*self.downsamples, *self.middle):
+      x = layer(x, caches)
+    return self.head(jax.nn.silu(self.norm(x)), caches)
+
+
+class Decoder(nnx.Module):
+  """Latents to pixels."""
+
+  def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    causal_conv = functools.partial(CausalConv, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    block = functools.partial(ResidualBlock, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    upsample = functools.partial(Upsample, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    mult = config.dim_mult[::-1]
+    dims = [config.dim * m for m in (mult[0], *mult)]
+    self.conv1 = causal_conv(config.latent_channels, dims[0])
+    self.middle = nnx.List(middle_layers(dims[0], dtype=dtype, param_dtype=param_dtype, rngs=rngs))
+    layers: list[Layer] = []
+    for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
+      in_dim = in_dim // 2 if level else in_dim  # the upsampling before this level halved the channels
+      layers += [block(in_dim if i == 0 else out_dim, out_dim) for i in range(config.num_res_blocks + 1)]
+      if level < len(mult) - 1:
+        layers.append(upsample(out_dim, temporal=config.temporal_downsample[::-1][level]))
+    self.upsamples = nnx.List(layers)
+    self.norm = ChannelNorm(dims[-1], param_dtype=param_dtype, rngs=rngs)
+    self.head = causal_conv(dims[-1], 3)
+
+  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "T H W 3"]:
+    x = self.conv1(x, caches)
+    for layer in (*self.middle, *self.upsamples):
+      x = layer(x, caches)
+    return self.head(jax.nn.silu(self.norm(x)), caches)
+
+
+class VAE(nnx.Module):
+  """The autoencoder. Clips have no batch dim: they differ in length, and one keeps a device busy.
+
+  Args:
+    config: the shape.
+    dtype: of activations and convolutions.
+    param_dtype: of the stored weights.
+    rngs: the stream `params`.
+  """
+
+  def __init__(
+    self, config: VAEConfig, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+  ):
+    self.config, self.dtype = config, dtype
+    channels = config.latent_channels
+    conv = functools.partial(Conv, kernel=(1, 1, 1), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.encoder = Encoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.decoder = Decoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.conv1 = conv(2 * channels, 2 * channels)
+    self.conv2 = conv(channels, channels)
+
+  def encode(self, frames: Float[Array, "T H W 3"]) -> Float[Array, "t y x c"]:
+    """Encodes pixels in [-1, 1] to normalised latents, float32.
+
+    Raises:
+      ValueError: T is not 4n + 1 or a side is not a multiple of 8; the message names the nearest valid values.
+    """
+    latent_shape(frames.shape, temporal_stride=self.config.temporal_stride, spatial_stride=self.config.spatial_stride)
+    moments = self.conv1(_run_in_chunks(self.encoder, frames.astype(self.dtype), self.config.temporal_stride))
+    mean = moments[..., : self.config.latent_channels].astype(jnp.float32)
+    return (mean - jnp.asarray(LATENT_MEAN)) / jnp.asarray(LATENT_STD)
+
+  def decode(self, latents: Float[Array, "t y x c"]) -> Float[Array, "T H W 3"]:
+    """Decodes normalised latents to pixels, float32, about in [-1, 1] but not clipped."""
+    x = latents.astype(jnp.float32) * jnp.asarray(LATENT_STD) + jnp.asarray(LATENT_MEAN)
+    return _run_in_chunks(self.decoder, self.conv2(x.astype(self.dtype)), 1).astype(jnp.float32)
+
+
+def _run_in_chunks(
+  module: Callable[[Array, Caches], Array], x: Float[Array, "t ..."], size: int
+) -> Float[Array, "u ..."]:
+  """Runs the first frame, then chunks of `size` frames, each with what the one before has kept."""
+  caches = Caches(None)
+  first = module(x[:1], caches)
+  if len(x) == 1:
+    return first
+
+  def run_chunk(kept, chunk):
+    caches = Caches(kept)
+    out = module(chunk, caches)
+    return caches.written, out
+
+  _, rest = jax.lax.scan(run_chunk, caches.written, x[1:].reshape(-1, size, *x.shape[1:]))
+  return jnp.concatenate([first, rest.reshape(-1, *rest.shape[2:])])
+
+
+class WanVAECodec:
+  """Wan2.1's autoencoder as a codec of NumPy arrays; compiles one program per shape.
+
+  Args:
+    config: the autoencoder's shape.
+    graph: the autoencoder without its parameters.
+    params: its parameters.
+    mesh: the devices that hold them, and compute.
+    tiling: how large frames are cut, or None.
+  """
+
+  def __init__(self, config: VAEConfig, graph: nnx.GraphDef, params: Any, *, mesh: Mesh, tiling: Tiling | None = None):
+    self.latent_channels = config.latent_channels
+    self.temporal_stride, self.spatial_stride = config.temporal_stride, config.spatial_stride
+    self._tiling = tiling
+
+    def compile_method(method: Callable[[VAE, Array], Array]) -> Callable[[np.ndarray], Array]:
+      run = jax.jit(lambda params, x: method(nnx.merge(graph, params), x))
+
+      def call(x):
+        with jax.set_mesh(mesh):  # the caller may have set another
+          return run(params, x)
+
+      return call
+
+    self._encode, self._decode = compile_method(VAE.encode), compile_method(VAE.decode)
+
+  def encode(self, frames: Float[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "t y x c"]:
+    """Encodes pixels in [-1, 1] to normalised latents, float32.
+
+    Raises:
+      ValueError: T is not 4n + 1 or a side is not a multiple of 8.
+    """
+    frames = np.asarray(frames, np.float32)
+    if self._tiling is None:
+      return np.asarray(self._encode(frames))
+    return encode_tiled(
+      self._encode, frames, self._tiling, spatial_stride=self.spatial_stride, temporal_stride=self.temporal_stride
+    )
+
+  def decode(self, latents: Float[np.ndarray, "t y x c"]) -> Float[np.ndarray, "T H W 3"]:
+    """Decodes latents to pixels, about in [-1, 1]."""
+    latents = np.asarray(latents, np.float32)
+    if self._tiling is None:
+      return np.asarray(self._decode(latents))
+    return decode_tiled(self._decode, latents, self._tiling, spatial_stride=self.spatial_stride)

@@ -1,0 +1,197 @@
+"""The config of the data."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from univid_jax.config.section import Section
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import ClipFit, PromptStyle, TargetKind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TFDSConfig(Section):
+  """A TFDS data set of pairs.
+
+  Attributes:
+    name: of the data set; "" for none.
+    split, data_dir: as TFDS takes them.
+    task: name given to the task.
+    source, target: names of the features.
+    kind: what the target's pixels represent.
+    test_split: split whose pairs are held out; "" holds out `data.held_out` of `split`.
+  """
+
+  KEY: ClassVar[str] = "data.tfds."
+
+  name: str = ""
+  split: str = "train"
+  data_dir: str = ""
+  task: str = ""
+  source: str = "image"
+  target: str = "target"
+  kind: TargetKind = TargetKind.IMAGE
+  test_split: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceWeights(Section):
+  """How often each kind of data is drawn."""
+
+  KEY: ClassVar[str] = "data.weights."
+
+  computed: float = 1.0
+  metadata: float = 1.0
+  pairs: float = 1.0
+  manifest: float = 1.0
+  tfds: float = 1.0
+
+  def __post_init__(self):
+    self.require_at_least(0, *(field.name for field in dataclasses.fields(self)))
+
+
+_TASKS = {"invert": 1.0, "swap_channels": 1.0, "duotone": 1.0, "camera_movement": 0.5}
+
+
+_OTHER_TASKS = (
+  "scribble",
+  "moving_object",
+  "salient_object",
+  "inpainting",
+  "colorization",
+  "super_resolution",
+  "deblurring",
+  "denoising",
+  "deraining",
+  "low_light",
+  "greyscale",
+  "invert_brightness",
+  "flip",
+  "time_reversal",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+  """Where sentences come from and how they are drawn.
+
+  Attributes:
+    bundled: whether computed tasks are applied to the photographs inside scikit-image.
+    jitter: whether the colours of these photographs are varied.
+    folder: images and videos of your own for computed tasks.
+    metadata: the reference's metadata.csv.
+    pairs: a folder TASK/NAME/source.* and target.*.
+    manifest: a JSONL file with one sentence per line.
+    tfds: a TFDS data set of pairs. Where any of these four is given, computed tasks are only used with `folder`.
+    kinds: what the targets of your tasks represent, by task; selects their metrics and how they are resized.
+    depth_range: metres that white and black represent in images of depth; black itself is unknown.
+    weights: how often each kind of data is drawn.
+    held_out: share of your rows or pairs that training does not see.
+    test_pairs: a folder like `pairs` that is held out instead, with examples from the training pairs.
+    allow_dropped: leave out rows that cannot be used instead of stopping.
+    variants: sentences per row or pair that differ in context, direction and examples.
+    num_threads: threads that read and encode.
+    buckets: further sizes, HEIGHTxWIDTH; a clip goes to the size nearest to its aspect ratio.
+    fit: how clips are brought to the model's size.
+    fps: frame rate that videos are resampled to; 0 keeps theirs.
+    prompt_dropout: share of sentences with the null prompt.
+    cache: folder of cached latents and prompt embeddings; WORKDIR/cache by default.
+    height, width: of every clip, in pixels.
+    num_frames: of a video clip, 4n + 1.
+    tasks: weights of the computed tasks.
+    contexts: weights of the contexts I to IV.
+    animating_contexts: the same for tasks that make a video of an image (camera movement).
+    num_clips: weights of sentences with 4, 6 or 8 clips, under `clips_4` and so on.
+    reverse_probability: share of sentences with swapped pairs, so that the task is inverted.
+    prompt: style of the prompts.
+    num_sentences: computed sentences before the first is repeated.
+  """
+
+  KEY: ClassVar[str] = "data."
+
+  bundled: bool = True
+  jitter: bool = True
+  folder: str = ""
+  metadata: str = ""
+  pairs: str = ""
+  manifest: str = ""
+  tfds: TFDSConfig = TFDSConfig()
+  kinds: Mapping[str, TargetKind] = dataclasses.field(default_factory=dict)
+  depth_range: tuple[float, float] = (0.5, 10.0)
+  weights: SourceWeights = SourceWeights()
+  held_out: float = 0.05
+  test_pairs: str = ""
+  allow_dropped: bool = False
+  variants: int = 16
+  num_threads: int = 1
+  buckets: tuple[str, ...] = ()
+  fit: ClipFit = ClipFit.CROP
+  fps: float = 0.0
+  prompt_dropout: float = 0.0
+  cache: str = ""
+  height: int = 32
+  width: int = 32
+  num_frames: int = 5
+  tasks: Mapping[str, float] = dataclasses.field(default_factory=lambda: _TASKS | dict.fromkeys(_OTHER_TASKS, 0.0))
+  contexts: Mapping[str, float] = dataclasses.field(
+    default_factory=lambda: {"I": 0.2, "II": 0.5, "III": 0.3, "IV": 0.0}
+  )
+  animating_contexts: Mapping[str, float] = dataclasses.field(
+    default_factory=lambda: {"I": 0.5, "II": 0.0, "III": 0.0, "IV": 0.5}
+  )
+  num_clips: Mapping[str, float] = dataclasses.field(
+    default_factory=lambda: {"clips_4": 1.0, "clips_6": 0.0, "clips_8": 0.0}
+  )
+  reverse_probability: float = 0.0
+  prompt: PromptStyle = PromptStyle.NULL
+  num_sentences: int = 1_000_000
+
+  def __post_init__(self):
+    self.require_at_least(1, "height", "width", "num_frames", "num_sentences", "variants", "num_threads")
+    self.require_at_least(0, "fps")
+    self.require_share("held_out")
+    self.require_share("reverse_probability", "prompt_dropout", closed=True)
+    self.require(
+      "num_frames", self.num_frames % 4 == 1, f"4n + 1 ({' or '.join(map(str, _nearest_lengths(self.num_frames)))})"
+    )
+    near, far = self.depth_range
+    self.require("depth_range", 0 < near < far, "two increasing positive distances in metres")
+    self.require_weights("tasks", "contexts", "animating_contexts", "num_clips")
+    for task, kind in self.kinds.items():
+      if kind in (TargetKind.IMAGE, TargetKind.CAMERA):
+        kinds = ", ".join(k for k in TargetKind if k not in (TargetKind.IMAGE, TargetKind.CAMERA))
+        raise UserError(f"config.data.kinds.{task} must be one of {kinds}, got {str(kind)!r}")
+    for name, given, training in (
+      ("test_pairs", self.test_pairs, self.pairs),
+      ("tfds.test_split", self.tfds.test_split, self.tfds.name),
+    ):
+      if given and not training:
+        option = "pairs" if name == "test_pairs" else "tfds.name"
+        raise UserError(
+          f"config.data.{name} is a test set, and there is no training data for its examples: give config.data.{option}"
+        )
+    _ = self.sizes, self.shots  # parsed once here, so that mistakes are found
+
+  @property
+  def sizes(self) -> tuple[tuple[int, int], ...]:
+    """(height, width) of `height` and `width`, then of the buckets."""
+    sizes = [(self.height, self.width)]
+    for text in self.buckets:
+      height, _, width = text.partition("x")
+      self.require("buckets", height.isdigit() and width.isdigit(), "sizes HEIGHTxWIDTH, for example 480x832")
+      sizes.append((int(height), int(width)))
+    return tuple(sizes)
+
+  @property
+  def shots(self) -> Mapping[int, float]:
+    """Weights by number of clips in a sentence."""
+    for name in self.num_clips:
+      count = name.removeprefix("clips_")
+      if not (count.isdigit() and int(count) >= 4 and int(count) % 2 == 0):
+        raise UserError(f"config.data.num_clips must have keys clips_4, clips_6, clips_8, ..., got {name!r}")
+    return {int(name.removeprefix("clips_")): weight for name, weight in self.num_clips.items()}
+
+
+def _nearest_lengths(num_frames: int) -> tuple[int, int]:
+  below = (num_frames - 1) // 4 * 4 + 1
+  return max(below, 1), below + 4

@@ -1,0 +1,111 @@
+"""The config of the transformer, the codec and the adapters."""
+
+import dataclasses
+from typing import ClassVar
+
+from univid_jax.config.section import Section
+from univid_jax.core.options import Attention, AttentionBackend, RematPolicy
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+  """The transformer.
+
+  Attributes:
+    variant: name of a published model; "" takes the base's own config.json, or the numbers below without a base.
+    dim, ffn_dim, num_heads, num_layers, freq_dim, text_dim: shape of a model that is trained from scratch.
+    rope_theta, rope_scale: base and scale of the rotary frequencies.
+    remat: what the backward pass recomputes.
+    dtype: of activations and matrix products.
+    param_dtype: of the stored base weights.
+    attention: what tokens attend to.
+    attention_backend: implementation of self-attention.
+    look_back: from-scratch initialisation: head i attends this many latent frames back; () is the plain random start.
+  """
+
+  KEY: ClassVar[str] = "model."
+
+  variant: str = ""
+  dim: int = 128
+  ffn_dim: int = 256
+  num_heads: int = 4
+  num_layers: int = 4
+  freq_dim: int = 64
+  text_dim: int = 16
+  rope_theta: float = 10.0
+  rope_scale: float = 1.57
+  remat: RematPolicy = RematPolicy.FULL
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  attention: Attention = Attention.FULL
+  attention_backend: AttentionBackend = AttentionBackend.AUTO
+  look_back: tuple[int, ...] = (1, 2, 4)
+
+  def __post_init__(self):
+    self.require_at_least(1, "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim")
+    self.require("rope_theta", self.rope_theta > 0, "positive")
+    for name in ("dtype", "param_dtype"):
+      self.require(name, getattr(self, name) in DTYPES, f"one of {', '.join(DTYPES)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecConfig(Section):
+  """The weightless codec that is used without a base: coefficients kept per block, and the block's side in pixels."""
+
+  KEY: ClassVar[str] = "codec."
+
+  latent_channels: int = 16
+  spatial_stride: int = 4
+
+  def __post_init__(self):
+    self.require_at_least(1, "latent_channels", "spatial_stride")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TilingConfig(Section):
+  """How the autoencoder of a base cuts large frames: side of a tile and overlap, in latents; size 0 does not cut."""
+
+  KEY: ClassVar[str] = "vae_tiling."
+
+  size: int = 0
+  overlap: int = 8
+
+  def __post_init__(self):
+    self.require_at_least(0, "size")
+    if self.size:
+      self.require("overlap", 0 < self.overlap <= self.size // 2, f"from 1 to half of size = {self.size}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig(Section):
+  """Which Linears get adapters, and how strong they are.
+
+  Attributes:
+    rank: of the update; 0 trains the whole model.
+    alpha: the update is scaled by alpha / rank.
+    targets: patterns (`fnmatch`) of official Linear names or of their ends: `q` matches every `....q`.
+    dropout: share of the adapter inputs dropped in training.
+    rslora: scales by alpha / sqrt(rank) instead.
+  """
+
+  KEY: ClassVar[str] = "lora."
+
+  rank: int = 0
+  alpha: float = 16.0
+  targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+  dropout: float = 0.0
+  rslora: bool = False
+
+  def __post_init__(self):
+    self.require_at_least(0, "rank")
+    self.require_share("dropout")
+
+  @property
+  def enabled(self) -> bool:
+    return self.rank > 0
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / (self.rank**0.5 if self.rslora else self.rank)

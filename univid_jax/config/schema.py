@@ -1,0 +1,92 @@
+"""The configuration of a run: a tree of frozen dataclasses that validate themselves.
+
+Every error is a `UserError` that names the key, the value and the valid range. The defaults are those of the preset
+`tiny`. Keys are stable: a config written by an earlier version loads, and keys that it lacks take their defaults.
+"""
+
+import dataclasses
+
+from univid_jax.config.data import DataConfig, SourceWeights, TFDSConfig
+from univid_jax.config.model import CodecConfig, LoRAConfig, ModelConfig, TilingConfig
+from univid_jax.config.section import Section
+from univid_jax.config.training import (
+  CheckpointConfig,
+  EvalConfig,
+  FlowConfig,
+  MeshConfig,
+  OptimizerConfig,
+  RowsConfig,
+  ValidationConfig,
+)
+from univid_jax.core.errors import UserError
+
+__all__ = [
+  "CheckpointConfig",
+  "CodecConfig",
+  "DataConfig",
+  "EvalConfig",
+  "FlowConfig",
+  "LoRAConfig",
+  "MeshConfig",
+  "ModelConfig",
+  "OptimizerConfig",
+  "RowsConfig",
+  "RunConfig",
+  "SourceWeights",
+  "TFDSConfig",
+  "TilingConfig",
+  "ValidationConfig",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+  """Everything that determines a run.
+
+  Attributes:
+    name: names the default workdir, runs/NAME.
+    seed: of weights, data order and noise.
+    num_steps: training steps.
+    log_every: steps between lines of metrics.jsonl.
+    init_from: a converted checkpoint to train on; "" trains from scratch with a weightless codec.
+    ema_decay: of the exponential moving average of the weights; 0 keeps none.
+  """
+
+  name: str = "tiny"
+  seed: int = 0
+  num_steps: int = 1600
+  log_every: int = 20
+  model: ModelConfig = ModelConfig()
+  init_from: str = ""
+  codec: CodecConfig = CodecConfig()
+  vae_tiling: TilingConfig = TilingConfig()
+  lora: LoRAConfig = LoRAConfig()
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  rows: RowsConfig = RowsConfig()
+  flow: FlowConfig = FlowConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  ema_decay: float = 0.98
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  validation: ValidationConfig = ValidationConfig()
+  eval: EvalConfig = EvalConfig()
+
+  def __post_init__(self):
+    self.require_at_least(1, "num_steps", "log_every")
+    self.require_at_least(0, "seed")
+    self.require_share("ema_decay")
+
+  @property
+  def spatial_stride(self) -> int:
+    """Pixels per latent: of Wan2.1's autoencoder with a base or a published shape, else of the weightless codec."""
+    return 8 if self.init_from or self.model.variant else self.codec.spatial_stride
+
+  def check_rows(self) -> None:
+    """Raises UserError if a row is too short for a sentence of context I."""
+    side = 2 * self.spatial_stride
+    latent_frames = 1 + (self.data.num_frames - 1) // 4
+    longest = 4 * latent_frames * max((height // side) * (width // side) for height, width in self.data.sizes)
+    if longest > self.rows.num_tokens:
+      raise UserError(
+        f"a sentence of context I has {longest} tokens, config.rows.num_tokens is only {self.rows.num_tokens}"
+      )

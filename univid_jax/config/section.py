@@ -1,0 +1,36 @@
+"""The base of all parts of the config."""
+
+from typing import ClassVar
+
+from univid_jax.core.errors import UserError
+
+
+class Section:
+  """A part of the config that checks its values.
+
+  Attributes:
+    KEY: prefix of its keys in error messages, with a trailing dot; "" for the root.
+  """
+
+  KEY: ClassVar[str] = ""
+
+  def require(self, name: str, valid: bool, expected: str) -> None:
+    """Raises UserError that names the key, its value and what is expected, unless `valid`."""
+    if not valid:
+      raise UserError(f"config.{self.KEY}{name} must be {expected}, got {getattr(self, name)!r}")
+
+  def require_at_least(self, minimum: float, *names: str) -> None:
+    for name in names:
+      self.require(name, getattr(self, name) >= minimum, f"at least {minimum:g}")
+
+  def require_share(self, *names: str, closed: bool = False) -> None:
+    for name in names:
+      value = getattr(self, name)
+      self.require(name, 0 <= value < 1 or (closed and value == 1), f"from 0 to 1{'' if closed else ' (exclusive)'}")
+
+  def require_weights(self, *names: str) -> None:
+    """Checks mappings of non-negative weights."""
+    for name in names:
+      for key, weight in getattr(self, name).items():
+        if not weight >= 0:
+          raise UserError(f"config.{self.KEY}{name}.{key} must be at least 0, got {weight!r}")

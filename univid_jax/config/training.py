@@ -1,0 +1,208 @@
+"""The config of rows, noise levels, optimizer, mesh, checkpoints, validation and evaluation."""
+
+import dataclasses
+from typing import ClassVar
+
+from univid_jax.config.section import Section
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import DepthAlignment, Objective, OptimizerName, Packing, Schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowsConfig(Section):
+  """Packed rows and batches.
+
+  Attributes:
+    per_batch: rows of a batch on all devices; 0 is data x fsdp x microbatches.
+    num_tokens, num_sentences: capacity of a row.
+    num_text_tokens: capacity for prompts, one token of padding per sentence included.
+    num_target_tokens: capacity for targets; 0 is half of num_tokens.
+    packing_bins: rows that are filled at the same time.
+    packing: which of them a sentence goes to.
+    streams: independent streams of rows; 0 is one per process. With a fixed number, batches do not depend on the number
+      of processes.
+    microbatches: parts of a batch computed one after another, for less memory and the same result.
+  """
+
+  KEY: ClassVar[str] = "rows."
+
+  per_batch: int = 8
+  num_tokens: int = 192
+  num_sentences: int = 3
+  packing_bins: int = 64
+  packing: Packing = Packing.FIRST_FIT
+  num_text_tokens: int = 3
+  num_target_tokens: int = 0
+  streams: int = 0
+  microbatches: int = 1
+
+  def __post_init__(self):
+    self.require_at_least(1, "num_tokens", "num_text_tokens", "num_sentences", "packing_bins", "microbatches")
+    self.require_at_least(0, "per_batch", "num_target_tokens", "streams")
+
+  @property
+  def target_tokens(self) -> int:
+    return self.num_target_tokens or self.num_tokens // 2
+
+  def batch_size(self, num_shards: int) -> int:
+    """Returns the rows of a batch on all devices.
+
+    Args:
+      num_shards: data x fsdp devices.
+
+    Raises:
+      UserError: they do not divide over the devices and microbatches.
+    """
+    count = self.per_batch or num_shards * self.microbatches
+    if count % (num_shards * self.microbatches):
+      raise UserError(
+        f"config.rows.per_batch = {count} does not divide over data x fsdp = {num_shards} devices"
+        + (f" and {self.microbatches} microbatches" if self.microbatches > 1 else "")
+      )
+    return count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowConfig(Section):
+  """Noise levels of training and sampling; see `diffusion.flow.FlowMatching`."""
+
+  KEY: ClassVar[str] = "flow."
+
+  shift: float = 5.0
+  stratified: bool = True
+  objective: Objective = Objective.UNIVID
+
+  def __post_init__(self):
+    self.require("shift", self.shift > 0, "positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+  """The optimizer and the schedule of its learning rate.
+
+  Attributes:
+    learning_rate: peak; of Muon's matrices with `muon`.
+    adam_learning_rate: peak for all other parameters with `muon`.
+    clip_norm: global norm that gradients are clipped to; 0 does not clip.
+    decay_fraction: share of the steps over which `linear` decays.
+  """
+
+  KEY: ClassVar[str] = "optimizer."
+
+  name: OptimizerName = OptimizerName.MUON
+  learning_rate: float = 1e-2
+  adam_learning_rate: float = 3e-3
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.01
+  clip_norm: float = 1.0
+  schedule: Schedule = Schedule.LINEAR
+  warmup_steps: int = 50
+  decay_fraction: float = 0.5
+
+  def __post_init__(self):
+    self.require_at_least(0, "learning_rate", "adam_learning_rate", "weight_decay", "clip_norm", "warmup_steps", "eps")
+    self.require_share("b1", "b2")
+    self.require_share("decay_fraction", closed=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig(Section):
+  """Devices along each axis of the mesh; one may be -1 and takes the remaining devices."""
+
+  KEY: ClassVar[str] = "mesh."
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+  context: int = 1
+
+  def __post_init__(self):
+    names = [field.name for field in dataclasses.fields(self)]
+    for name in names:
+      size = getattr(self, name)
+      self.require(name, size >= 1 or size == -1, "a positive number of devices, or -1 for the remaining devices")
+    if sum(getattr(self, name) == -1 for name in names) > 1:
+      raise UserError("config.mesh may have only one axis of -1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+  """Steps between checkpoints, and how many of the latest are kept (the best is kept as well)."""
+
+  KEY: ClassVar[str] = "checkpoint."
+
+  every_steps: int = 250
+  keep: int = 2
+
+  def __post_init__(self):
+    self.require_at_least(1, "every_steps", "keep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidationConfig(Section):
+  """Validation during training.
+
+  Attributes:
+    every_steps: 0 never validates.
+    sentences: held-out sentences whose loss is measured.
+    sigmas: noise levels at which it is measured.
+    previews: sentences of which samples are written.
+    num_inference_steps: of these samples.
+  """
+
+  KEY: ClassVar[str] = "validation."
+
+  every_steps: int = 250
+  sentences: int = 24
+  sigmas: tuple[float, ...] = (0.3, 0.6, 0.9)
+  previews: int = 6
+  num_inference_steps: int = 2
+
+  def __post_init__(self):
+    self.require_at_least(0, "every_steps", "previews")
+    self.require_at_least(1, "sentences", "num_inference_steps")
+    self.require(
+      "sigmas",
+      bool(self.sigmas) and all(0 < sigma <= 1 for sigma in self.sigmas),
+      "one or more noise levels above 0 and at most 1",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig(Section):
+  """Evaluation, after training (quick) and by `python -m univid_jax.evaluate` (full).
+
+  Attributes:
+    sentences_per_case: sentences per task and context; 0 skips the evaluation after training.
+    num_inference_steps: of the samples.
+    seed: of sentences and noise.
+    batch_size: sentences sampled together; an interrupted evaluation loses at most these.
+    num_seeds: repetitions with other noise (full).
+    more_steps: further numbers of inference steps to compare (full).
+    depth_alignment: how depth is brought to the scale of the ground truth.
+    palette: file with one line R G B per label; "" is Pascal VOC's palette.
+    num_labels: labels of the palette that are used; 0 is all.
+    void_label: label that does not count; -1 for none.
+    clip_model: folder or name of a CLIP model for CLIP-T and CLIP-I; "" for neither.
+  """
+
+  KEY: ClassVar[str] = "eval."
+
+  sentences_per_case: int = 32
+  num_inference_steps: int = 2
+  seed: int = 1
+  batch_size: int = 8
+  num_seeds: int = 1
+  more_steps: tuple[int, ...] = ()
+  depth_alignment: DepthAlignment = DepthAlignment.LEAST_SQUARES
+  palette: str = ""
+  num_labels: int = 0
+  void_label: int = -1
+  clip_model: str = ""
+
+  def __post_init__(self):
+    self.require_at_least(0, "sentences_per_case", "num_labels", "seed")
+    self.require_at_least(1, "num_inference_steps", "batch_size", "num_seeds")
+    self.require("more_steps", all(steps >= 1 for steps in self.more_steps), "numbers of steps, each at least 1")

@@ -1,0 +1,50 @@
+"""Converts weights between PyTorch's Wan2.1 and this project.
+
+  python -m univid_jax.convert SRC DST [--to=jax|original|diffusers|comfyui|musubi|univid] [--dtype=DTYPE]
+  python -m univid_jax.convert --inspect SRC
+  python -m univid_jax.convert --verify SRC DST
+
+SRC is the folder of an official release or of diffusers, a file of one component, a LoRA file of any trainer, or this
+project's checkpoint folder, LoRA folder, or workdir of a LoRA run. Its type is inferred from tensor names and shapes.
+"""
+
+import sys
+
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags, UsageError
+from univid_jax.core.errors import UserError
+
+# Written out, as their tables import JAX: `convert.export.LAYOUTS` and `checkpoints.lora.formats.FORMATS`.
+DESTINATIONS = ["jax", "original", "diffusers", "comfyui", "musubi", "univid"]
+
+FLAGS = CommandFlags(__doc__, max_arguments=2)
+TO = FLAGS.choice("to", "jax", DESTINATIONS, "Base weights: jax, original or diffusers. LoRAs: all but original.")
+DTYPE = FLAGS.choice("dtype", None, ["bfloat16", "float16", "float32"], "Of the written weights; default: unchanged.")
+FORCE = FLAGS.switch("force", False, "Replace DST if it exists.")
+ALLOW_MISSING = FLAGS.repeated("allow_missing", [], "An official name, with * and ?, that SRC may lack.")
+INSPECT = FLAGS.switch("inspect", False, "Only describe SRC.")
+VERIFY = FLAGS.switch("verify", False, "Convert unless DST exists, then compare it with SRC.")
+
+
+@app.command(FLAGS)
+def main() -> None:
+  names = ("SRC",) if INSPECT.value else ("SRC", "DST")
+  if len(FLAGS.arguments) != len(names):
+    raise UsageError(f"expected {' and '.join(names)}, got {len(FLAGS.arguments)} arguments; see --help")
+  from univid_jax.convert import commands
+
+  source, *destination = FLAGS.arguments
+  if INSPECT.value:
+    print(commands.inspect(source))
+  elif VERIFY.value:
+    text, is_right = commands.verify(source, *destination, allow_missing=ALLOW_MISSING.value)
+    print(text)
+    if not is_right:
+      raise UserError("the conversion is NOT right; see above")
+  else:
+    options = dict(to=TO.value, dtype=DTYPE.value, force=FORCE.value, allow_missing=ALLOW_MISSING.value)
+    print(commands.convert_any(source, *destination, **options))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,174 @@
+"""The operations of the command line: inspect what a path contains, convert it, verify a conversion."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from etils import epath
+
+from univid_jax.checkpoints.lora.folder import is_lora_folder, write_lora_folder
+from univid_jax.checkpoints.lora.formats import FORMATS, is_lora, read_lora, write_lora
+from univid_jax.checkpoints.lora.weights import LoRAWeights
+from univid_jax.checkpoints.pretrained import CheckpointInfo, is_checkpoint, read_info
+from univid_jax.checkpoints.tensor_files import open_tensors
+from univid_jax.checkpoints.trained import is_lora_run, read_run_lora
+from univid_jax.convert.checkpoint_writer import write_checkpoint
+from univid_jax.convert.destination import atomic_folder, check_destination, format_bytes
+from univid_jax.convert.export import LAYOUTS, export_checkpoint
+from univid_jax.convert.layout import Layout
+from univid_jax.convert.sources import Release, Source, find_release
+from univid_jax.convert.verify import verify_release
+from univid_jax.core.errors import UserError
+from univid_jax.core.paths import atomic_write
+
+Found = CheckpointInfo | LoRAWeights | Release
+
+# The target that is this project's own layout; others are names in LAYOUTS (base weights) and FORMATS (LoRAs).
+JAX = "jax"
+
+logger = logging.getLogger(__name__)
+
+
+def find_weights(source: str) -> Found:
+  """Identifies what a path contains: a checkpoint of this project, a LoRA, or a release of PyTorch files.
+
+  Raises:
+    OSError: there are no weights.
+    UserError: they are damaged or of an unsupported model.
+  """
+  path = epath.Path(source)
+  if is_checkpoint(path):
+    return read_info(path)
+  if is_lora_run(path):
+    return read_run_lora(path)
+  if is_lora_folder(path) or (path.is_file() and is_lora(open_tensors(source).infos)):
+    return read_lora(source)
+  return find_release(Path(source))
+
+
+def inspect(source: str) -> str:
+  """Describes what a path contains, in several lines; raises like `find_weights`."""
+  return _describe(source, find_weights(source))
+
+
+def convert_any(
+  source: str,
+  destination: str,
+  *,
+  to: str = JAX,
+  dtype: str | None = None,
+  force: bool = False,
+  allow_missing: Sequence[str] = (),
+) -> str:
+  """Converts what a path contains.
+
+  Args:
+    source: see `find_weights`.
+    destination: the new folder or LoRA file.
+    to: "jax", a layout in `export.LAYOUTS` for base weights, or a format in `lora.formats.FORMATS` for LoRAs.
+    dtype: of the written weights; that of the source by default.
+    force: whether to replace an existing destination.
+    allow_missing: patterns of official names that a release may lack.
+
+  Returns:
+    One line that says what was written.
+
+  Raises:
+    UserError: the source cannot be converted to this target, or is incomplete.
+    OSError: the destination exists, or the disk is too small.
+  """
+  found = find_weights(source)
+  logger.info(_describe(source, found))
+  if isinstance(found, LoRAWeights):
+    return _convert_lora(found, source, destination, to=to, dtype=dtype, force=force)
+  if to != JAX and to not in LAYOUTS:
+    raise UserError(f"{source} contains base weights, and {to} is a format of LoRAs; use {JAX}, {', '.join(LAYOUTS)}")
+  if isinstance(found, CheckpointInfo):
+    if to == JAX:
+      raise UserError(f"{source} is a checkpoint of this project already; convert it to {' or '.join(LAYOUTS)}")
+    export_checkpoint(source, destination, Layout(to), dtype=dtype, force=force)
+    return f"wrote {destination} in the layout of {'the official release' if to == Layout.ORIGINAL else to}"
+  if to != JAX:
+    raise UserError(f"{source} contains PyTorch weights; convert them to {JAX} first, and the result to {to}")
+  info = write_checkpoint(found, destination, dtype=dtype, allow_missing=allow_missing, force=force)
+  parts = ", ".join(f"{name} {part.num_parameters:,}" for name, part in info.components.items())
+  return f"wrote {destination}: {info.variant} ({parts} parameters)"
+
+
+def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, dtype: str | None, force: bool) -> str:
+  if to != JAX and to not in FORMATS:
+    raise UserError(f"{source} contains a LoRA, which cannot be converted to {to}; use {JAX}, {', '.join(FORMATS)}")
+  if dtype:
+    lora = lora.astype(dtype)
+  needed = 2 * lora.nbytes
+  if to == JAX:
+    with atomic_folder(destination, needed=needed, force=force) as folder:
+      write_lora_folder(folder, lora)
+    return f"wrote {destination} (this project's format)"
+  check_destination(destination, needed=needed, force=force)
+  with atomic_write(destination) as path:
+    write_lora(path, lora, to)
+  return f"wrote {destination} ({to})"
+
+
+def verify(source: str, destination: str, *, allow_missing: Sequence[str] = ()) -> tuple[str, bool]:
+  """Compares a checkpoint folder with the release that it was converted from; converts first if there is no folder.
+
+  Returns:
+    A report with a verdict in its last line, and whether everything is equal.
+
+  Raises: see `convert_any`.
+  """
+  release = find_release(Path(source))
+  if not is_checkpoint(destination):
+    logger.info(convert_any(source, destination, allow_missing=allow_missing))
+  return verify_release(release, destination, allow_missing=allow_missing)
+
+
+def _describe(source: str, found: Found) -> str:
+  match found:
+    case LoRAWeights():
+      header, lines = found.describe(), _lora_lines(found)
+    case CheckpointInfo():
+      header, lines = f"checkpoint of univid_jax {found.version}, {found.variant}", _checkpoint_lines(found)
+    case Release():
+      header, lines = f"Wan2.1, {found.variant}", _release_lines(found)
+  return "\n".join([f"{source}: {header}", *(f"  {line}" for line in lines)])
+
+
+def _lora_lines(lora: LoRAWeights) -> list[str]:
+  return [f"{key}: {value}" for key, value in sorted(lora.metadata.items()) if len(value) < 200]
+
+
+def _checkpoint_lines(info: CheckpointInfo) -> list[str]:
+  components = [
+    f"{name}: {part.num_parameters:,} parameters, {_describe_dtypes(part.dtypes)}, from {part.source} ({part.layout})"
+    for name, part in info.components.items()
+  ]
+  return [*components, f"tokenizer: {info.tokenizer or 'none'}"]
+
+
+def _release_lines(release: Release) -> list[str]:
+  components = [line for part in release.sources for line in _source_lines(part)]
+  notes = [f"not converted: {note}" for note in release.notes]
+  return [*components, f"tokenizer: {release.tokenizer or 'none'}", *notes]
+
+
+def _source_lines(source: Source) -> list[str]:
+  infos = source.tensors.infos
+  dtypes = _describe_dtypes(Counter(info.dtype for info in infos.values()))
+  left_out = [
+    f"  left out, not used by Wan2.1: {reason} ({len(names)} tensors)"
+    for reason, names in source.left_out.items()
+    if names
+  ]
+  return [
+    f"{source.component}: {len(infos)} tensors ({dtypes}, {format_bytes(source.nbytes)}) in the {source.layout} "
+    f"layout, {source.path}",
+    *left_out,
+  ]
+
+
+def _describe_dtypes(counts: Mapping[str, int]) -> str:
+  return ", ".join(f"{count} {dtype}" for dtype, count in sorted(counts.items()))

@@ -1,0 +1,117 @@
+"""The JSON files of releases: config.json of each component, and the pipeline files of diffusers."""
+
+from typing import Any
+
+from univid_jax.checkpoints.pretrained import CheckpointInfo
+from univid_jax.codecs.wan_vae import LATENT_MEAN, LATENT_STD, VAEConfig
+from univid_jax.models.umt5 import UMT5Config
+from univid_jax.models.variants import DiTConfig
+
+# scheduler_config.json of diffusers.
+SCHEDULER = {
+  "_class_name": "UniPCMultistepScheduler",
+  "prediction_type": "flow_prediction",
+  "use_flow_sigmas": True,
+  "flow_shift": 3.0,
+  "num_train_timesteps": 1000,
+}
+
+_OFFICIAL_KEYS = (
+  "dim",
+  "eps",
+  "ffn_dim",
+  "freq_dim",
+  "in_dim",
+  "model_type",
+  "num_heads",
+  "num_layers",
+  "out_dim",
+  "text_len",
+)
+
+
+def official_config(config: DiTConfig) -> dict[str, Any]:
+  """Returns the official release's config.json; inverts `DiTConfig.from_json`."""
+  return {"_class_name": "WanModel", **{key: getattr(config, key) for key in _OFFICIAL_KEYS}}
+
+
+def diffusers_config(config: DiTConfig | VAEConfig | UMT5Config) -> dict[str, Any]:
+  """Returns the config.json of the class of diffusers (or transformers) that has the component's shape."""
+  match config:
+    case DiTConfig():
+      return _diffusers_transformer(config)
+    case VAEConfig():
+      return _diffusers_vae(config)
+    case UMT5Config():
+      return _transformers_text_encoder(config)
+
+
+def _diffusers_transformer(config: DiTConfig) -> dict[str, Any]:
+  image = {"image_dim": config.image_dim, "added_kv_proj_dim": config.dim} if config.model_type == "i2v" else {}
+  return {
+    "_class_name": "WanTransformer3DModel",
+    "patch_size": list(config.patch_size),
+    "num_attention_heads": config.num_heads,
+    "attention_head_dim": config.head_dim,
+    "in_channels": config.in_dim,
+    "out_channels": config.out_dim,
+    "text_dim": config.text_dim,
+    "freq_dim": config.freq_dim,
+    "ffn_dim": config.ffn_dim,
+    "num_layers": config.num_layers,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": config.eps,
+    "rope_max_seq_len": 1024,
+    **image,
+  }
+
+
+def _diffusers_vae(config: VAEConfig) -> dict[str, Any]:
+  return {
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": config.dim,
+    "z_dim": config.latent_channels,
+    "dim_mult": list(config.dim_mult),
+    "num_res_blocks": config.num_res_blocks,
+    "attn_scales": [],
+    "temperal_downsample": list(config.temporal_downsample),
+    "dropout": 0.0,
+    "latents_mean": list(LATENT_MEAN),
+    "latents_std": list(LATENT_STD),
+  }
+
+
+def _transformers_text_encoder(config: UMT5Config) -> dict[str, Any]:
+  return {
+    "architectures": ["UMT5EncoderModel"],
+    "model_type": "umt5",
+    "vocab_size": config.vocab_size,
+    "d_model": config.dim,
+    "d_kv": config.attention_dim // config.num_heads,
+    "d_ff": config.ffn_dim,
+    "num_layers": config.num_layers,
+    "num_heads": config.num_heads,
+    "relative_attention_num_buckets": config.num_buckets,
+    "layer_norm_epsilon": config.eps,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+    "is_encoder_decoder": True,
+    "tie_word_embeddings": False,
+  }
+
+
+def model_index(info: CheckpointInfo) -> dict[str, Any]:
+  """Returns the model_index.json of diffusers' pipeline."""
+  classes = {
+    "transformer": ("diffusers", "WanTransformer3DModel"),
+    "vae": ("diffusers", "AutoencoderKLWan"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+  }
+  present = {name: list(value) if name in info.components else [None, None] for name, value in classes.items()}
+  return {
+    "_class_name": "WanPipeline",
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "tokenizer": ["transformers", "T5TokenizerFast"] if info.tokenizer else [None, None],
+    **present,
+  }

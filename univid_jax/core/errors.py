@@ -1,0 +1,24 @@
+"""Exceptions with a meaning for the commands: errors that a user can fix, and runs that were stopped."""
+
+
+class UserError(ValueError):
+  """A wrong value, file or combination that the user can fix; the message says what, where and how.
+
+  The commands end in this message alone, without a traceback. In Python it is a ValueError like any other.
+  """
+
+
+class DivergedError(UserError, FloatingPointError):
+  """The loss is not finite."""
+
+
+class Interrupted(Exception):
+  """A run was asked to stop and has saved its state; the message says where it stopped and how to resume.
+
+  Attributes:
+    exit_code: of the command: 75 after SIGTERM or a preemption (EX_TEMPFAIL: rerun later), 130 after Ctrl-C.
+  """
+
+  def __init__(self, message: str, exit_code: int = 75):
+    super().__init__(message)
+    self.exit_code = exit_code

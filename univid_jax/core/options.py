@@ -1,0 +1,99 @@
+"""Options that select behaviour, as enums: a misspelt name is an error where it is written."""
+
+import enum
+
+
+class Attention(enum.StrEnum):
+  """What a token attends to."""
+
+  FULL = "full"  # its whole sentence, as in UniVid
+  CONTEXT_CAUSAL = "context_causal"  # context attends to context only, so that sampling computes it once
+
+
+class AttentionBackend(enum.StrEnum):
+  """The implementation of attention."""
+
+  AUTO = "auto"  # the fastest that the platform, dtype and head size allow
+  XLA = "xla"
+  CUDNN = "cudnn"  # NVIDIA
+  SPLASH = "splash"  # TPU
+
+
+class ModelType(enum.StrEnum):
+  """What a transformer is conditioned on, besides the prompt and the context; named as in Wan's config.json."""
+
+  T2V = "t2v"  # nothing
+  I2V = "i2v"  # the first frame: its latents and its CLIP features
+
+
+class RematPolicy(enum.StrEnum):
+  """What the backward pass recomputes of a block."""
+
+  NONE = "none"  # nothing
+  DOTS = "dots"  # everything but matrix products with weights
+  ATTENTION = "attention"  # everything but attention
+  FULL = "full"  # everything
+
+
+class ClipFit(enum.StrEnum):
+  """How a clip is brought to the model's size."""
+
+  CROP = "crop"  # resize until the size is covered, cut out the centre
+  PAD = "pad"  # resize until the clip fits, add black bars
+
+
+class PromptStyle(enum.StrEnum):
+  """Which of the paper's prompts a sentence carries."""
+
+  NULL = "null"
+  ROUGH = "rough"
+  DETAILED = "detailed"
+
+
+class TargetKind(enum.StrEnum):
+  """What the pixels of a task's targets represent."""
+
+  IMAGE = "image"
+  DEPTH = "depth"
+  NORMALS = "normals"
+  SEGMENTATION = "segmentation"
+  EDGES = "edges"
+  SALIENCY = "saliency"
+  CAMERA = "camera"  # a video of computed camera movement
+
+
+class Packing(enum.StrEnum):
+  """Which open row a sentence goes to."""
+
+  FIRST_FIT = "first_fit"
+  BEST_FIT = "best_fit"
+
+
+class Objective(enum.StrEnum):
+  """How training draws noise levels and weights their losses."""
+
+  UNIVID = "univid"  # uniform over a grid of 1,000 levels, equal weights
+  DIFFSYNTH = "diffsynth"  # the same grid, weighted by a bell over the timesteps
+  LOGIT_NORMAL = "logit_normal"  # times from the logistic of a normal variable, as in Stable Diffusion 3
+  RESOLUTION_SHIFT = "resolution_shift"  # shift times the square root of the number of target tokens
+
+
+class OptimizerName(enum.StrEnum):
+  ADAMW = "adamw"
+  MUON = "muon"  # on the matrices of self-attention and feed-forward; Adam on everything else
+
+
+class Schedule(enum.StrEnum):
+  """The learning rate after the warm-up."""
+
+  CONSTANT = "constant"
+  COSINE = "cosine"  # to 0
+  LINEAR = "linear"  # constant, then to 0 over the last `decay_fraction` of the steps
+
+
+class DepthAlignment(enum.StrEnum):
+  """How predicted depth is brought to the scale of the ground truth before scoring."""
+
+  LEAST_SQUARES = "least_squares"
+  MEDIAN = "median"
+  NONE = "none"

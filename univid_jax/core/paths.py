@@ -1,0 +1,77 @@
+"""Files and folders that are local or in a bucket (gs://)."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+from tqdm import tqdm
+
+# Holds only what can be recomputed or downloaded again.
+CACHE_FOLDER = "~/.cache/univid_jax"
+
+
+@contextlib.contextmanager
+def atomic_write(path: epath.PathLike) -> Iterator[Path]:
+  """Yields a local path whose contents are published atomically to `path` on exit.
+
+  Creates the parent folder. Nothing appears at `path` if the block raises.
+  """
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if is_remote(path):
+    with tempfile.TemporaryDirectory() as folder:
+      local = Path(folder) / path.name
+      yield local
+      path.write_bytes(local.read_bytes())
+    return
+  local = Path(path).with_name(f".{os.getpid()}.{path.name}")
+  try:
+    yield local
+    local.replace(path)
+  finally:
+    local.unlink(missing_ok=True)
+
+
+def copy_to_local(path: str) -> str:
+  """Returns a local path to data: the path itself, or a copy of data in a bucket.
+
+  Copies a whole folder, or for a file everything in its folder, since tables refer to other files. Files whose copy has
+  the same size are not copied again. Copies are kept in ~/.cache/univid_jax/data and may be deleted at any time.
+
+  Raises:
+    FileNotFoundError: there is no such file or folder.
+  """
+  if not path or not is_remote(path):
+    return path
+  wanted = epath.Path(path)
+  if not wanted.exists():
+    raise FileNotFoundError(f"no such file or folder: {path}")
+  root = wanted if wanted.is_dir() else wanted.parent
+  copy = Path(CACHE_FOLDER).expanduser() / "data" / str(root).replace("://", "/")
+  for file in tqdm(list(_walk_files(root)), desc=f"copying {root}", unit="file", disable=None):
+    target = copy / file.relative_to(root)
+    if not target.exists() or target.stat().st_size != file.stat().length:
+      with atomic_write(target) as unfinished:
+        unfinished.write_bytes(file.read_bytes())
+  return str(copy if root == wanted else copy / wanted.name)
+
+
+def _walk_files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in sorted(folder.iterdir()):
+    if path.is_dir():
+      yield from _walk_files(path)
+    else:
+      yield path
+
+
+def make_absolute(path: epath.PathLike) -> epath.Path:
+  """Returns an absolute path, as Orbax requires; paths in a bucket are returned as they are."""
+  path = epath.Path(path)
+  return path if is_remote(path) else path.resolve()  # etils would take gs:// for the name of a local folder
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  return "://" in str(epath.Path(path))

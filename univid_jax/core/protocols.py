@@ -1,0 +1,133 @@
+"""Interfaces between packages, so that for example `data` receives codecs and encoders without importing them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+# Before Python 3.12 isinstance of typing's protocols evaluates properties, such as Encoders.codec, which loads weights.
+from typing_extensions import Protocol, runtime_checkable
+
+from univid_jax.core.packed_row import PackedRow
+from univid_jax.core.sentence import Sentence
+
+
+@runtime_checkable
+class Codec(Protocol):
+  """Converts clips between pixels, (T, H, W, 3) in [-1, 1], and latents, (t, y, x, latent_channels)."""
+
+  @property
+  def latent_channels(self) -> int: ...
+  @property
+  def temporal_stride(self) -> int: ...
+  @property
+  def spatial_stride(self) -> int: ...
+
+  def encode(self, frames: Float[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "t y x c"]: ...
+  def decode(self, latents: Float[np.ndarray, "t y x c"]) -> Float[np.ndarray, "T H W 3"]: ...
+
+
+@runtime_checkable
+class TransformerShape(Protocol):
+  """What data needs to know of a transformer."""
+
+  @property
+  def patch_size(self) -> tuple[int, int, int]: ...
+  @property
+  def patch_volume(self) -> int: ...
+  @property
+  def text_len(self) -> int: ...
+  @property
+  def text_dim(self) -> int: ...
+  @property
+  def in_dim(self) -> int: ...
+  @property
+  def out_dim(self) -> int: ...
+  @property
+  def image_dim(self) -> int: ...
+  @property
+  def takes_image(self) -> bool: ...
+
+
+@runtime_checkable
+class Encoders(Protocol):
+  """A codec, and the embeddings of prompts and images; fingerprints identify everything that determines the results."""
+
+  @property
+  def text_dim(self) -> int: ...
+  @property
+  def codec(self) -> Codec: ...
+  @property
+  def codec_fingerprint(self) -> str: ...
+  @property
+  def prompt_fingerprint(self) -> str: ...
+  @property
+  def image_fingerprint(self) -> str: ...
+
+  def tokenize(self, text: str) -> Int[np.ndarray, "n"]: ...
+  def embed_prompt(self, text: str) -> Float[np.ndarray, "n d"]: ...
+  def embed_image(self, frame: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "i e"]: ...
+
+  def release(self) -> None:
+    """Frees the memory of loaded weights; they are loaded again when needed."""
+    ...
+
+
+@runtime_checkable
+class SentenceSource(Protocol):
+  """Random access to sentences: an index always gives the same sentence, whose clips are read on demand if possible."""
+
+  @property
+  def task_names(self) -> Sequence[str]: ...
+
+  def __len__(self) -> int: ...
+  def __getitem__(self, index: int) -> Sentence: ...
+
+  def split(self, share: float) -> "tuple[SentenceSource, SentenceSource]":
+    """Returns the sentences to train on, and those held out."""
+    ...
+
+
+# Noised tokens (b, l, p) and their noise level to velocities (b, l, p).
+VelocityFn = Callable[[Float[Array, "b l p"], Float[Array, ""]], Float[Array, "b l p"]]
+
+
+@runtime_checkable
+class NoiseSchedule(Protocol):
+  """Maps uniform times in [0, 1] to noise levels; 1 is pure noise."""
+
+  def sigma(self, u: np.ndarray) -> np.ndarray: ...
+
+
+State = TypeVar("State")
+
+
+@runtime_checkable
+class Solver(Protocol[State]):
+  """Integrates the flow from noise to data, one step at a time; the state is a pytree."""
+
+  def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Float[np.ndarray, "i"]:
+    """Returns the noise level before each step, float32, descending; it is 0 after the last step."""
+    ...
+
+  def coefficients(self, sigmas: Float[np.ndarray, "i"]) -> Float[np.ndarray, "i w"]:
+    """Returns what each step needs, as numbers, so that one compiled step serves every schedule."""
+    ...
+
+  def init(self, noise: Float[Array, "b l p"]) -> State: ...
+
+  def step(
+    self, predict: VelocityFn, state: State, sigma: Float[Array, ""], coefficients: Float[Array, "w"]
+  ) -> State: ...
+
+  def tokens(self, state: State) -> Float[Array, "b l p"]:
+    """Returns the current tokens of a state."""
+    ...
+
+
+@runtime_checkable
+class TrainStep(Protocol):
+  """A compiled training step: (state, frozen parameters, batch) to (state, metrics). The state passed in is donated."""
+
+  def __call__(self, state: Any, frozen: Any, row: PackedRow) -> tuple[Any, dict[str, Array]]: ...

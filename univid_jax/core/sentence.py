@@ -1,0 +1,87 @@
+"""Visual sentences: clips in order, each with a role."""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+class Role(enum.IntEnum):
+  """How the model uses a clip: context is shown clean, a target is noised and predicted."""
+
+  CONTEXT = 0
+  TARGET = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipRef:
+  """A clip that is read on demand.
+
+  Attributes:
+    key: identifies the content: derived from what the clip is made of and from every operation applied to it, never
+      from a path or a date.
+    read: returns the frames, uint8 (T, H, W, 3).
+    num_frames: T, known without reading.
+  """
+
+  key: str
+  read: Callable[[], np.ndarray]
+  num_frames: int
+
+
+Clip = np.ndarray | ClipRef
+
+
+def read_frames(clip: Clip) -> np.ndarray:
+  """Returns the frames of a clip, uint8 (T, H, W, 3), reading them if necessary."""
+  return clip.read() if isinstance(clip, ClipRef) else clip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sentence:
+  """A visual sentence.
+
+  Attributes:
+    clips: all pixels, uint8 (T, H, W, 3) or references to them, or all latents, float32 (t, y, x, c).
+    roles: one per clip; targets come last.
+    prompt: its text; "" is the null prompt.
+    task: name of the task that the example pairs show.
+    context: "I", "II", "III" or "IV" as in the paper, or the name of another pattern of images and videos.
+    reverse: whether the pairs are swapped, so that the task is inverted.
+    params: parameters drawn for this sentence by a computed task; None for other data.
+  """
+
+  clips: tuple[Clip, ...]
+  roles: tuple[Role, ...]
+  prompt: str = ""
+  task: str = ""
+  context: str = ""
+  reverse: bool = False
+  params: Mapping[str, Any] | None = None
+
+  def __post_init__(self):
+    check_roles(len(self.clips), self.roles)
+
+  def replace(self, **changes) -> "Sentence":
+    return dataclasses.replace(self, **changes)
+
+  def with_frames(self) -> "Sentence":
+    """Returns the sentence with all its clips read."""
+    return self.replace(clips=tuple(read_frames(clip) for clip in self.clips))
+
+
+def check_roles(num_clips: int, roles: tuple[Role, ...]) -> None:
+  """Raises ValueError unless there is one role per clip, at least one target, and targets come last."""
+  if num_clips != len(roles):
+    raise ValueError(f"a sentence needs one role per clip: {num_clips} clips, {len(roles)} roles")
+  if Role.TARGET not in roles:
+    raise ValueError("a sentence needs a target clip")
+  if list(roles) != sorted(roles):
+    raise ValueError(f"targets must come last in a sentence, got the roles {[role.name for role in roles]}")
+
+
+def reference_roles(num_clips: int) -> tuple[Role, ...]:
+  """Returns the roles of UniVid's A, A', B, B': the last clip is the target, all others are context."""
+  return (Role.CONTEXT,) * (num_clips - 1) + (Role.TARGET,)

@@ -1,0 +1,49 @@
+"""How clips become visual sentences: contexts, numbers of clips and reversal, as in the UniVid paper."""
+
+from collections.abc import Mapping, Sequence
+
+from univid_jax.core.errors import UserError
+from univid_jax.core.sentence import Clip, Sentence, reference_roles
+
+# Which clips are videos: (source, target) of the example pairs, then (source, target) of the query pair.
+CONTEXTS: Mapping[str, tuple[tuple[bool, bool], tuple[bool, bool]]] = {
+  "I": ((True, True), (True, True)),
+  "II": ((False, False), (False, False)),
+  "III": ((False, False), (True, True)),
+  "IV": ((False, True), (False, True)),
+}
+CONTEXT_NAMES = tuple(CONTEXTS)
+
+# The paper's weights, for tasks in general and for camera movement.
+PAPER_CONTEXTS: Mapping[str, float] = {"I": 0.3, "II": 0.3, "III": 0.4, "IV": 0.0}
+PAPER_CAMERA_CONTEXTS: Mapping[str, float] = {"I": 0.5, "II": 0.0, "III": 0.0, "IV": 0.5}
+
+
+def video_pattern(context: str, num_clips: int) -> tuple[bool, ...]:
+  """Returns whether each clip of a sentence is a video.
+
+  Raises:
+    UserError: the context is unknown, or the number of clips is odd or less than four.
+  """
+  if context not in CONTEXTS:
+    raise UserError(f"unknown context {context!r}; there are {', '.join(CONTEXTS)}")
+  if num_clips < 4 or num_clips % 2:
+    raise UserError(f"a sentence must have 4, 6, 8, ... clips, got {num_clips}")
+  example, query = CONTEXTS[context]
+  return example * (num_clips // 2 - 1) + query
+
+
+def make_sentence(
+  pairs: Sequence[tuple[Clip, Clip]], *, reverse: bool = False, prompt: str = "", task: str = "", context: str = ""
+) -> Sentence:
+  """Joins (source, target) pairs to a sentence whose last clip is the target of the model.
+
+  Args:
+    pairs: example pairs, then the query pair.
+    reverse: swaps the clips of every pair, so that understanding becomes generation.
+    prompt, task, context: see `Sentence`.
+  """
+  clips = tuple(clip for pair in pairs for clip in (pair[::-1] if reverse else pair))
+  return Sentence(
+    clips=clips, roles=reference_roles(len(clips)), prompt=prompt, task=task, context=context, reverse=reverse
+  )

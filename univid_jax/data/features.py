@@ -1,0 +1,157 @@
+"""The one path from clips and prompts to the features of a row, used by training, prepare, sampling and evaluation."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.conditions import i2v_condition
+from univid_jax.core.pixels import to_float
+from univid_jax.core.protocols import Encoders, TransformerShape
+from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames
+from univid_jax.data.cache import Cache
+from univid_jax.data.contexts import CONTEXT_NAMES
+from univid_jax.data.packing import Features, sentence_features
+
+Latents = Float[np.ndarray, "t y x c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureCaches:
+  """Where a run caches what its encoders compute.
+
+  Attributes:
+    latents: of clips and of I2V's conditions.
+    prompts: embeddings of prompts.
+    images: I2V's CLIP features.
+  """
+
+  latents: Cache
+  prompts: Cache
+  images: Cache
+
+  @classmethod
+  def open(cls, config: RunConfig, encoders: Encoders, workdir: epath.PathLike) -> "FeatureCaches | None":
+    """Opens the caches of a run; None without a base, since the codec without weights costs nothing."""
+    if not config.init_from:
+      return None
+    folder = epath.Path(config.data.cache or epath.Path(workdir) / "cache")
+    return cls(
+      Cache(folder / "latents", encoders.codec_fingerprint),
+      Cache(folder / "prompts", encoders.prompt_fingerprint),
+      Cache(folder / "images", encoders.image_fingerprint),
+    )
+
+
+class FeatureMaker:
+  """Encodes sentences. Clips that are read on demand are cached by their keys, prompts by their text.
+
+  Args:
+    encoders: the codec, and the encoders of prompts and images.
+    shape: of the transformer.
+    task_names: tasks by number, from 1.
+    caches: where encoded clips and prompts are looked up and stored; None always encodes.
+  """
+
+  def __init__(
+    self, encoders: Encoders, *, shape: TransformerShape, task_names: Sequence[str], caches: FeatureCaches | None = None
+  ):
+    self.encoders, self.shape, self.task_names, self.caches = encoders, shape, tuple(task_names), caches
+
+  @property
+  def takes_image(self) -> bool:
+    """Whether the features contain I2V's condition and image features."""
+    return self.shape.takes_image
+
+  def __call__(self, sentence: Sentence) -> Features:
+    latents = tuple(self.encode_clip(clip) for clip in sentence.clips)
+    condition = image_features = None
+    if self.takes_image:
+      condition, image_features = self.condition(sentence.clips[0], sum(map(len, latents)))
+    return self.assemble(
+      sentence.replace(clips=latents),
+      prompt_embedding=self.embed_prompt(sentence.prompt),
+      condition=condition,
+      image_features=image_features,
+    )
+
+  def assemble(
+    self,
+    sentence: Sentence,
+    *,
+    prompt_embedding: Float[np.ndarray, "n d"],
+    condition: Float[np.ndarray, "t y x v"] | None = None,
+    image_features: Float[np.ndarray, "i e"] | None = None,
+  ) -> Features:
+    """Returns the features of a sentence whose clips are latents, see `sentence_features`."""
+    return sentence_features(
+      sentence,
+      patch_size=self.shape.patch_size,
+      prompt_embedding=prompt_embedding,
+      text_len=self.shape.text_len,
+      task_id=_number(sentence.task, self.task_names),
+      context_id=_number(sentence.context, CONTEXT_NAMES),
+      condition=condition,
+      image_features=image_features,
+    )
+
+  def encode_clip(self, clip: Clip) -> Latents:
+    """Returns the latents of a clip: uint8 frames, float frames in [-1, 1], or a reference."""
+
+    def encode() -> Latents:
+      return self.encoders.codec.encode(to_float(read_frames(clip)))
+
+    return _look_up(self.caches and self.caches.latents, _key(clip), encode)
+
+  def embed_prompt(self, prompt: str) -> Float[np.ndarray, "n d"]:
+    """Returns the embedding of a prompt, without padding."""
+    return _look_up(self.caches and self.caches.prompts, prompt, lambda: self.encoders.embed_prompt(prompt))
+
+  def condition(
+    self, first_clip: Clip, num_latent_frames: int
+  ) -> tuple[Float[np.ndarray, "t y x v"], Float[np.ndarray, "i e"]]:
+    """Returns I2V's condition and image features of a sentence.
+
+    Args:
+      first_clip: of the sentence; its first frame is the image.
+      num_latent_frames: of the whole sentence.
+    """
+    return self.encode_condition(first_clip, num_latent_frames), self.embed_image(first_clip)
+
+  def encode_condition(self, first_clip: Clip, num_latent_frames: int) -> Float[np.ndarray, "t y x v"]:
+    """Returns I2V's mask and first-frame latents, see `condition`."""
+
+    def encode() -> np.ndarray:
+      return i2v_condition(self.encoders.codec, to_float(read_frames(first_clip)[0]), num_latent_frames)
+
+    key = condition_key(first_clip, num_latent_frames) if isinstance(first_clip, ClipRef) else None
+    return _look_up(self.caches and self.caches.latents, key, encode)
+
+  def embed_image(self, first_clip: Clip) -> Float[np.ndarray, "i e"]:
+    """Returns I2V's CLIP features of the first frame of a clip."""
+
+    def embed() -> np.ndarray:
+      return self.encoders.embed_image(to_float(read_frames(first_clip)[0]))
+
+    return _look_up(self.caches and self.caches.images, _key(first_clip), embed)
+
+
+def condition_key(first_clip: ClipRef, num_latent_frames: int) -> str:
+  """Returns the key of I2V's condition among the latents."""
+  return f"{first_clip.key}|first frame of {num_latent_frames}"
+
+
+def _key(clip: Clip) -> str | None:
+  return clip.key if isinstance(clip, ClipRef) else None
+
+
+def _look_up(cache: Cache | None, key: str | None, compute: Callable[[], np.ndarray]) -> np.ndarray:
+  return compute() if cache is None or key is None else cache.get_or_compute(key, compute)
+
+
+def _number(name: str, names: Sequence[str]) -> int:
+  """Returns the number of a name, from 1; 0 if it is not in the list."""
+  return 1 + names.index(name) if name in names else 0

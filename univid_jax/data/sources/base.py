@@ -1,0 +1,138 @@
+"""What the sources share: footage, records that cannot be used, and how sentences are drawn."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from univid_jax.config.schema import DataConfig
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import PromptStyle
+from univid_jax.core.sentence import ClipRef
+from univid_jax.data.clips import ClipFormat, file_clip
+from univid_jax.data.contexts import video_pattern
+from univid_jax.data.video import count_resampled, probe
+
+T = TypeVar("T")
+GroupT = TypeVar("GroupT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+  """A record that cannot be used, and why."""
+
+  record: str
+  reason: str
+
+  def __str__(self) -> str:
+    return f"{self.record}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Footage:
+  """What clips are taken from.
+
+  Attributes:
+    num_frames: how many frames a clip of it can have.
+    clip: returns a clip of its first n frames.
+    size: height and width of the file in pixels.
+  """
+
+  num_frames: int
+  clip: Callable[[int], ClipRef]
+  size: tuple[int, int]
+
+
+def open_footage(path: Path, form: ClipFormat, *, start: int = 0) -> Footage:
+  """Opens a file from a frame on; its clips have the format's size that is nearest to its aspect ratio.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    UserError: it is not a clip, or has no frame at `start`.
+  """
+  found = probe(path)
+  if found.num_frames <= start:
+    raise UserError(f"{path} has {found.num_frames} frames and cannot start at frame {start}")
+  form = form.for_shape(found.size)
+  usable = count_resampled(found.num_frames - start, fps=found.fps, target_fps=form.fps)
+  return Footage(usable, lambda count: file_clip(path, start=start, count=count, form=form, fps=found.fps), found.size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+  """How sentences are drawn from records and pairs.
+
+  Attributes:
+    contexts: weights by name.
+    num_clips: weights by number of clips.
+    reverse_probability, prompt, prompt_dropout, variants: see `DataConfig`.
+    seed: of all draws.
+  """
+
+  contexts: Mapping[str, float]
+  num_clips: Mapping[int, float]
+  reverse_probability: float
+  prompt: PromptStyle
+  prompt_dropout: float
+  variants: int
+  seed: int
+
+  @classmethod
+  def of(cls, config: DataConfig, *, seed: int) -> "DrawOptions":
+    """Raises UserError if there is no such context."""
+    for context in config.contexts:
+      video_pattern(context, num_clips=4)
+    return cls(
+      contexts=sort_weights(config.contexts),
+      num_clips=sort_weights(config.shots),
+      reverse_probability=config.reverse_probability,
+      prompt=config.prompt,
+      prompt_dropout=config.prompt_dropout,
+      variants=config.variants,
+      seed=seed,
+    )
+
+
+def sort_weights(weights: Mapping[T, float]) -> dict[T, float]:
+  """Sorts weights by name, so that draws do not depend on how a config was written: flags sort their keys."""
+  return dict(sorted(weights.items(), key=lambda item: str(item[0])))
+
+
+def draw(rng: np.random.Generator, weights: Mapping[T, float]) -> T:
+  """Draws a key by weight.
+
+  Raises:
+    UserError: a weight is negative, or none is positive.
+  """
+  values = np.asarray(list(weights.values()), np.float64)
+  if not len(values) or (values < 0).any() or not values.sum() > 0:
+    raise UserError(f"weights must not be negative and not all be zero, got {dict(weights)}")
+  return list(weights)[rng.choice(len(values), p=values / values.sum())]
+
+
+def hold_out(
+  items: Sequence[T], share: float, *, group: Callable[[T], GroupT], keep_at_least: int = 1
+) -> tuple[list[T], list[T]]:
+  """Splits off a share of each group, rounded down: evenly spaced items, the same every time.
+
+  Args:
+    items: to split.
+    share: to hold out.
+    group: returns the group of an item.
+    keep_at_least: items of a group that are never held out.
+
+  Returns:
+    The items that are kept, and those that are held out.
+  """
+  groups: dict[GroupT, list[T]] = {}
+  for item in items:
+    groups.setdefault(group(item), []).append(item)
+  kept, held_out = [], []
+  for members in groups.values():
+    count = max(min(int(share * len(members)), len(members) - keep_at_least), 0)
+    chosen = {round((i + 0.5) * len(members) / count - 0.5) for i in range(count)}
+    for i, item in enumerate(members):
+      (held_out if i in chosen else kept).append(item)
+  return kept, held_out

@@ -1,0 +1,236 @@
+"""Sentences of computed tasks over natural clips."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import PromptStyle
+from univid_jax.core.paths import CACHE_FOLDER, copy_to_local, is_remote
+from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames, reference_roles
+from univid_jax.data.clips import file_hash
+from univid_jax.data.contexts import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, make_sentence, video_pattern
+from univid_jax.data.prompts import prompt_for
+from univid_jax.data.sources.base import draw, sort_weights
+from univid_jax.data.sources.photos import ClipSource, FolderSource, PhotoSource, Split
+from univid_jax.data.tasks import TASKS
+from univid_jax.data.tasks.base import from_unit, to_unit
+from univid_jax.data.video import Frames
+
+# Part of the keys of lazy clips: raise it when the same config and seed give other pixels.
+COMPUTING_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputedSentences:
+  """Sentences of computed tasks; the seed and the index determine a sentence.
+
+  Attributes:
+    clips: natural clips; those of one sentence differ if there are enough.
+    tasks: weights by name.
+    contexts: weights by name.
+    animating_contexts: the same for tasks that make a video of an image, such as camera movement.
+    num_frames: of a video clip, 4n + 1.
+    size: height and width of every clip in pixels.
+    num_clips: weights by number of clips in a sentence.
+    reverse_probability: share of sentences of reversible tasks that are reversed.
+    prompt_style: of the prompts.
+    prompt_dropout: share of sentences with the null prompt.
+    num_sentences: how many there are.
+    seed: of all draws.
+  """
+
+  clips: Sequence[ClipSource]
+  tasks: Mapping[str, float]
+  num_frames: int
+  size: tuple[int, int]
+  num_sentences: int
+  seed: int
+  contexts: Mapping[str, float] = dataclasses.field(default_factory=lambda: PAPER_CONTEXTS)
+  animating_contexts: Mapping[str, float] = dataclasses.field(default_factory=lambda: PAPER_CAMERA_CONTEXTS)
+  num_clips: Mapping[int, float] = dataclasses.field(default_factory=lambda: {4: 1.0})
+  reverse_probability: float = 0.0
+  prompt_style: PromptStyle = PromptStyle.NULL
+  prompt_dropout: float = 0.0
+
+  def __post_init__(self):
+    unknown = set(self.tasks) - set(TASKS)
+    if unknown:
+      raise UserError(f"unknown task {sorted(unknown)[0]!r}; there are {', '.join(TASKS)}")
+
+  @property
+  def task_names(self) -> tuple[str, ...]:
+    return tuple(self.tasks)
+
+  def __len__(self) -> int:
+    return self.num_sentences
+
+  def split(self, share: float) -> "tuple[ComputedSentences, ComputedSentences]":
+    """Returns these sentences, and others over the held-out photographs, whatever the share."""
+    del share
+    return self, dataclasses.replace(self, clips=[PhotoSource.bundled("held_out")], seed=self.seed + 1)
+
+  def __getitem__(self, index: int) -> Sentence:
+    rng, plan = self._plan(index)
+    return self._compute(rng, plan)
+
+  def plan(self, index: int) -> "Plan":
+    """Returns what the sentence at an index will be, without making any clip."""
+    return self._plan(index)[1]
+
+  def contexts_of(self, task: str) -> Mapping[str, float]:
+    """Returns the weights of the contexts of a task."""
+    if TASKS[task].videos_only:
+      return {"I": 1.0}
+    return self.animating_contexts if TASKS[task].animates else self.contexts
+
+  def sentence(self, rng: np.random.Generator, *, task: str, context: str) -> Sentence:
+    """Draws a sentence of a task and context."""
+    prompt = prompt_for(TASKS[task].prompt_name, self.prompt_style)
+    return self._compute(rng, Plan(task, context, int(draw(rng, self.num_clips)), prompt))
+
+  def _plan(self, index: int) -> "tuple[np.random.Generator, Plan]":
+    """Returns the plan of a sentence, and the random generator that goes on to draw its clips."""
+    rng = np.random.default_rng((self.seed, int(index)))
+    task = draw(rng, self.tasks)
+    context = draw(rng, self.contexts_of(task))
+    num_clips = int(draw(rng, self.num_clips))
+    prompt = prompt_for(TASKS[task].prompt_name, self.prompt_style)
+    # A stream of its own, so that dropping prompts changes nothing else.
+    if self.prompt_dropout and np.random.default_rng((self.seed, int(index), 1)).random() < self.prompt_dropout:
+      prompt = ""
+    return rng, Plan(task, context, num_clips, prompt)
+
+  def _compute(self, rng: np.random.Generator, plan: "Plan") -> Sentence:
+    task = TASKS[plan.task]
+    params = task.draw(rng)
+    lengths = plan.lengths(self.num_frames)
+    pairs = []
+    for (source, index), length, target_length in zip(
+      self._draw_clips(rng, plan.num_clips // 2), lengths[::2], lengths[1::2]
+    ):
+      clip = source.clip(index, rng, num_frames=length, size=self.size)
+      options = {"num_frames": target_length} if task.animates else {}
+      target = from_unit(task.apply(to_unit(clip), **params, **options))
+      pairs.append((target, clip) if task.restores else (clip, target))
+    reverse = task.reversible and rng.random() < self.reverse_probability
+    sentence = make_sentence(pairs, reverse=reverse, prompt=plan.prompt, task=plan.task, context=plan.context)
+    return sentence.replace(params=None if reverse else params)
+
+  def _draw_clips(self, rng: np.random.Generator, count: int) -> list[tuple[ClipSource, int]]:
+    everything = [(source, index) for source in self.clips for index in range(len(source))]
+    chosen = rng.choice(len(everything), size=count, replace=len(everything) < count)
+    return [everything[i] for i in chosen]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a computed sentence will be."""
+
+  task: str
+  context: str
+  num_clips: int
+  prompt: str
+
+  def lengths(self, num_frames: int) -> list[int]:
+    """Returns the frames of each clip, given those of a video; only animating tasks change the length of a clip."""
+    pattern = video_pattern(self.context, self.num_clips)
+    if not TASKS[self.task].animates:
+      pattern = tuple(is_video for is_video in pattern[::2] for _ in range(2))
+    return [num_frames if is_video else 1 for is_video in pattern]
+
+
+@dataclasses.dataclass(frozen=True)
+class LazySentences:
+  """Computed sentences whose clips are made on demand, so that cached ones are not made again.
+
+  Attributes:
+    sentences: the same, made immediately.
+    identity: identifies the natural clips and options that determine the sentences.
+  """
+
+  sentences: ComputedSentences
+  identity: str
+
+  def __len__(self) -> int:
+    return len(self.sentences)
+
+  @property
+  def task_names(self) -> tuple[str, ...]:
+    return self.sentences.task_names
+
+  def split(self, share: float) -> "tuple[LazySentences, ComputedSentences]":
+    """See `ComputedSentences.split`."""
+    return self, self.sentences.split(share)[1]
+
+  def __getitem__(self, index: int) -> Sentence:
+    plan, computation = self.sentences.plan(index), _Computation(self.sentences, index)
+    clips = tuple(
+      ClipRef(f"{self.identity}|{int(index)}|{number}", functools.partial(computation.clip, number), length)
+      for number, length in enumerate(plan.lengths(self.sentences.num_frames))
+    )
+    return Sentence(
+      clips=clips, roles=reference_roles(len(clips)), prompt=plan.prompt, task=plan.task, context=plan.context
+    )
+
+
+class _Computation:
+  """Computes a sentence when the first of its clips is read."""
+
+  def __init__(self, sentences: ComputedSentences, index: int):
+    self._sentences, self._index = sentences, index
+    self._clips: tuple[Clip, ...] | None = None
+
+  def clip(self, number: int) -> Frames:
+    if self._clips is None:
+      self._clips = self._sentences[self._index].clips
+    return read_frames(self._clips[number])
+
+
+def open_computed(config: RunConfig, split: Split, *, seed: int, workdir: str = "") -> ComputedSentences:
+  """Opens the computed sentences of a config.
+
+  Args:
+    config: of the run.
+    split: the held-out sentences always show the bundled photographs.
+    seed: of all draws.
+    workdir: caches the decoded frames of the config's folder.
+  """
+  data = config.data
+  clips: list[ClipSource] = []
+  if data.bundled or split == "held_out":
+    clips.append(PhotoSource.bundled(split, jitter=data.jitter))
+  if data.folder and split == "train":
+    # Memory-mapped, so the cache must be on this machine.
+    cache = os.path.join(os.path.expanduser(CACHE_FOLDER) if is_remote(workdir) else workdir, "clips")
+    side = 4 * max(data.height, data.width)
+    clips.append(FolderSource.open(copy_to_local(data.folder), cache=cache, side=side))
+  return ComputedSentences(
+    clips=clips,
+    tasks=sort_weights(data.tasks),
+    contexts=sort_weights(data.contexts),
+    animating_contexts=sort_weights(data.animating_contexts),
+    num_frames=data.num_frames,
+    size=(data.height, data.width),
+    num_clips=sort_weights(data.shots),
+    reverse_probability=data.reverse_probability,
+    prompt_style=data.prompt,
+    prompt_dropout=data.prompt_dropout,
+    num_sentences=data.num_sentences,
+    seed=seed,
+  )
+
+
+def computed_identity(config: RunConfig) -> str:
+  """Identifies everything that determines the computed clips of a config."""
+  data = config.data
+  files = sorted(path for path in Path(copy_to_local(data.folder)).iterdir() if path.is_file()) if data.folder else []
+  weights = [sort_weights(each) for each in (data.tasks, data.contexts, data.animating_contexts)]
+  options = (data.height, data.width, data.num_frames, data.reverse_probability, data.bundled, data.jitter)
+  hashes = [file_hash(path) for path in files]
+  return repr((COMPUTING_VERSION, config.seed, weights, sort_weights(data.shots), options, hashes))

@@ -1,0 +1,68 @@
+"""Sentences that someone has written down: lines of a table or of a manifest."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from univid_jax.core.sentence import Role, Sentence
+from univid_jax.data.clips import ClipFormat
+from univid_jax.data.contexts import video_pattern
+from univid_jax.data.sources.base import DrawOptions, Footage, draw, hold_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """A sentence that was written down.
+
+  Attributes:
+    footage: one per clip.
+    roles: one per clip.
+    prompt: its text.
+    task: its name, or "".
+    lengths: frames of each clip; None if the context decides.
+  """
+
+  footage: tuple[Footage, ...]
+  roles: tuple[Role, ...]
+  prompt: str
+  task: str
+  lengths: tuple[int, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ListedSentences:
+  """Records, each in `options.variants` variants that differ in context, direction and dropped prompts."""
+
+  records: Sequence[Record]
+  form: ClipFormat
+  options: DrawOptions
+
+  def __len__(self) -> int:
+    return len(self.records) * self.options.variants
+
+  @property
+  def task_names(self) -> tuple[str, ...]:
+    return tuple(sorted({record.task for record in self.records} - {""}))
+
+  def split(self, share: float) -> tuple["ListedSentences", "ListedSentences"]:
+    """Holds out a share of the records of each task, rounded down."""
+    kept, held_out = hold_out(self.records, share, group=lambda record: record.task)
+    return dataclasses.replace(self, records=kept), dataclasses.replace(self, records=held_out)
+
+  def __getitem__(self, index: int) -> Sentence:
+    rng = np.random.default_rng((self.options.seed, int(index)))
+    record = self.records[int(index) % len(self.records)]
+    context, lengths = "", record.lengths
+    if lengths is None:
+      context = draw(rng, self.options.contexts)
+      is_video = video_pattern(context, len(record.footage))
+      lengths = [self.form.num_frames if video else 1 for video in is_video]
+    clips = [footage.clip(n) for footage, n in zip(record.footage, lengths)]
+    reverse = record.lengths is None and rng.random() < self.options.reverse_probability
+    if reverse:
+      clips = [clips[i ^ 1] for i in range(len(clips))]
+    prompt = "" if rng.random() < self.options.prompt_dropout else record.prompt
+    return Sentence(
+      clips=tuple(clips), roles=record.roles, prompt=prompt, task=record.task, context=context, reverse=reverse
+    )

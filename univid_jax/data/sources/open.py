@@ -1,0 +1,143 @@
+"""Opens everything that a config names as data."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+
+from univid_jax.config.schema import DataConfig, RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.core.paths import copy_to_local
+from univid_jax.core.protocols import SentenceSource
+from univid_jax.data.clips import ClipFormat
+from univid_jax.data.sources.base import DrawOptions, Dropped
+from univid_jax.data.sources.computed import LazySentences, computed_identity, open_computed
+from univid_jax.data.sources.pairs import PairSentences
+from univid_jax.data.sources.readers.jsonl import open_manifest
+from univid_jax.data.sources.readers.metadata_csv import open_metadata
+from univid_jax.data.sources.readers.pair_folder import open_pairs
+from univid_jax.data.sources.readers.tfds import open_tfds
+from univid_jax.data.target_kinds import task_kinds
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSources:
+  """Where the sentences of a run come from.
+
+  Attributes:
+    sources: training sentences by kind of data: metadata, pairs, manifest, tfds, computed.
+    weights: how often each source is drawn.
+    dropped: records that cannot be used.
+    held_out: sentences that training does not see, by kind of data; kinds without any are missing.
+  """
+
+  sources: Mapping[str, SentenceSource]
+  weights: Mapping[str, float]
+  dropped: Sequence[Dropped]
+  held_out: Mapping[str, SentenceSource]
+
+  @property
+  def task_names(self) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for source in self.sources.values() for name in source.task_names))
+
+  def report(self) -> None:
+    """Logs what is used and what is dropped."""
+    for name, source in self.sources.items():
+      log.info("data: %s, %s sentences, drawn with weight %g", name, f"{len(source):,}", self.weights[name])
+    for dropped in self.dropped:
+      log.info("dropped: %s", dropped)
+
+  def require_usable(self, config: DataConfig) -> None:
+    """Raises UserError if records were dropped and the config does not allow that."""
+    if self.dropped and not config.allow_dropped:
+      raise UserError(
+        f"{len(self.dropped)} of the listed records cannot be used, first {self.dropped[0]}; fix them, or leave them "
+        "out with --config.data.allow_dropped=True"
+      )
+
+
+def open_data(config: RunConfig, *, workdir: str) -> DataSources:
+  """Opens all data that a config names, and checks every record.
+
+  Raises:
+    OSError: a file or folder is missing or unreadable.
+    UserError: the config names no data, or data without a usable record.
+  """
+  data = config.data
+  opened = _open_listed(config)
+  if not (opened or data.folder or data.bundled):
+    raise UserError(
+      "there is no data: give config.data.folder (videos and photos, for computed tasks), or config.data.metadata, "
+      "pairs, manifest or tfds.name"
+    )
+  if data.folder or not opened:
+    computed = open_computed(config, "train", seed=config.seed, workdir=workdir)
+    # Caching computed clips pays only with the encoders of a base.
+    source = LazySentences(computed, computed_identity(config)) if config.init_from else computed
+    opened["computed"] = _Opened(*source.split(data.held_out), [])
+  return DataSources(
+    sources={name: each.training for name, each in opened.items()},
+    weights={name: getattr(data.weights, name) for name in opened},
+    dropped=[dropped for each in opened.values() for dropped in each.dropped],
+    held_out={name: each.held_out for name, each in opened.items() if len(each.held_out)},
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+  """One kind of data."""
+
+  training: SentenceSource
+  held_out: SentenceSource
+  dropped: Sequence[Dropped]
+
+
+def _open_listed(config: RunConfig) -> dict[str, _Opened]:
+  """Opens the kinds of data that consist of records; the order determines how they are mixed."""
+  data = config.data
+  form, options = ClipFormat.of(data), DrawOptions.of(data, seed=config.seed)
+  opened = {}
+  if data.metadata:
+    source, dropped = open_metadata(copy_to_local(data.metadata), form, options)
+    opened["metadata"] = _hold_out("metadata", source, dropped, data.held_out)
+  if data.pairs:
+    kinds = task_kinds(data)
+    source, dropped = open_pairs(copy_to_local(data.pairs), form, options, kinds=kinds)
+    if data.test_pairs:
+      test = open_pairs(copy_to_local(data.test_pairs), form, options, kinds=kinds)
+      opened["pairs"] = _with_test_set("pairs", source, dropped, test)
+    else:
+      opened["pairs"] = _hold_out("pairs", source, dropped, data.held_out)
+  if data.manifest:
+    source, dropped = open_manifest(copy_to_local(data.manifest), form, options)
+    opened["manifest"] = _hold_out("manifest", source, dropped, data.held_out)
+  if data.tfds.name:
+    depth_range = data.depth_range
+    source, dropped = open_tfds(data.tfds, data.tfds.split, form, options, depth_range=depth_range)
+    if data.tfds.test_split:
+      test = open_tfds(data.tfds, data.tfds.test_split, form, options, depth_range=depth_range)
+      opened["tfds"] = _with_test_set("tfds", source, dropped, test)
+    else:
+      opened["tfds"] = _hold_out("tfds", source, dropped, data.held_out)
+  return opened
+
+
+def _hold_out(name: str, source: SentenceSource, dropped: Sequence[Dropped], share: float) -> _Opened:
+  _require_any(name, source, dropped)
+  return _Opened(*source.split(share), dropped)
+
+
+def _with_test_set(
+  name: str, source: PairSentences, dropped: Sequence[Dropped], test: tuple[PairSentences, Sequence[Dropped]]
+) -> _Opened:
+  _require_any(name, source, dropped)
+  test_source, test_dropped = test
+  held_out, unusable = source.with_test_set(test_source)
+  return _Opened(source, held_out, [*dropped, *test_dropped, *unusable])
+
+
+def _require_any(name: str, source: SentenceSource, dropped: Sequence[Dropped]) -> None:
+  if not len(source):
+    reasons = "; ".join(map(str, dropped[:3])) or "it is empty"
+    raise UserError(f"nothing in config.data.{name} can be used: {reasons}")

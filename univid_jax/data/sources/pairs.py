@@ -1,0 +1,161 @@
+"""Sentences drawn by joining pairs of one task, as the paper joins its 20 samples."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from univid_jax.core.sentence import Sentence
+from univid_jax.data.clips import ClipFormat
+from univid_jax.data.contexts import CONTEXTS, make_sentence, video_pattern
+from univid_jax.data.prompts import prompt_for
+from univid_jax.data.sources.base import DrawOptions, Dropped, Footage, draw, hold_out
+
+# A task and a size: the pairs that can be joined.
+Group = tuple[str, tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """A source and its target under a task.
+
+  Attributes:
+    task: its name.
+    name: of the pair; a sentence joins pairs of different names.
+    source, target: what the clips are taken from.
+    size: height and width of the clips.
+  """
+
+  task: str
+  name: str
+  source: Footage
+  target: Footage
+  size: tuple[int, int]
+
+  @property
+  def group(self) -> Group:
+    return self.task, self.size
+
+  def fits(self, context: str, num_frames: int) -> bool:
+    """Returns whether the pair is long enough for a context, as example and as query: images make no videos."""
+    return all(
+      footage.num_frames >= num_frames
+      for part in CONTEXTS[context]
+      for footage, is_video in zip((self.source, self.target), part)
+      if is_video
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSentences:
+  """Sentences of pairs of one task and size and of different names, `options.variants` for each query.
+
+  Attributes:
+    pairs: example pairs, and queries if `queries` is None.
+    form: of the clips.
+    options: how pairs are joined.
+    queries: the pairs whose targets are predicted, each with others as its examples.
+  """
+
+  pairs: Sequence[Pair]
+  form: ClipFormat
+  options: DrawOptions
+  queries: Sequence[Pair] | None = None
+
+  def __len__(self) -> int:
+    return len(self._queries) * self.options.variants
+
+  @property
+  def _queries(self) -> Sequence[Pair]:
+    return self.pairs if self.queries is None else self.queries
+
+  @functools.cached_property
+  def groups(self) -> Mapping[Group, Sequence[Pair]]:
+    groups: dict[Group, list[Pair]] = {}
+    for pair in self.pairs:
+      groups.setdefault(pair.group, []).append(pair)
+    return groups
+
+  @functools.cached_property
+  def contexts(self) -> Mapping[Group, Mapping[str, float]]:
+    """The weights of the contexts for which all pairs of a group are long enough."""
+    return {
+      group: {
+        name: weight
+        for name, weight in self.options.contexts.items()
+        if all(pair.fits(name, self.form.num_frames) for pair in pairs)
+      }
+      for group, pairs in self.groups.items()
+    }
+
+  @property
+  def task_names(self) -> tuple[str, ...]:
+    return tuple(sorted({task for task, _ in self.groups}))
+
+  def split(self, share: float) -> tuple["PairSentences", "PairSentences"]:
+    """Holds out a share of the pairs of each task and size, rounded down, but leaves at least two.
+
+    Held-out sentences query the held-out pairs; their examples are training pairs.
+    """
+    kept, held_out = hold_out(self.pairs, share, group=lambda pair: pair.group, keep_at_least=2)
+    return dataclasses.replace(self, pairs=kept), dataclasses.replace(self, pairs=kept, queries=held_out)
+
+  def with_test_set(self, test: "PairSentences") -> tuple["PairSentences", list[Dropped]]:
+    """Returns sentences that query a test set with these pairs as examples, and the pairs that cannot be queried."""
+    queries, dropped = [], []
+    for pair in test.pairs:
+      if any(weight > 0 for weight in self._contexts_of(pair).values()):
+        queries.append(pair)
+      else:
+        reason = "the training data has no example of its task, size and length"
+        dropped.append(Dropped(f"{pair.task}/{pair.name}", reason))
+    return dataclasses.replace(self, queries=queries), dropped
+
+  def __getitem__(self, index: int) -> Sentence:
+    options = self.options
+    rng = np.random.default_rng((options.seed, int(index)))
+    query = self._queries[int(index) % len(self._queries)]
+    num_clips = int(draw(rng, options.num_clips))
+    context = draw(rng, self._contexts_of(query))
+    others = [pair for pair in self.groups[query.group] if pair.name != query.name]
+    count = num_clips // 2 - 1
+    examples = [others[i] for i in rng.choice(len(others), size=count, replace=len(others) < count)]
+    pattern = video_pattern(context, num_clips)
+    lengths = [self.form.num_frames if is_video else 1 for is_video in pattern]
+    pairs = [
+      (pair.source.clip(source_length), pair.target.clip(target_length))
+      for pair, source_length, target_length in zip((*examples, query), lengths[::2], lengths[1::2])
+    ]
+    dropped = rng.random() < options.prompt_dropout
+    return make_sentence(
+      pairs,
+      reverse=rng.random() < options.reverse_probability,
+      prompt="" if dropped else prompt_for(query.task.replace("_", " "), options.prompt),
+      task=query.task,
+      context=context,
+    )
+
+  def _contexts_of(self, query: Pair) -> dict[str, float]:
+    """Returns the weights of the contexts that a query and its examples can have."""
+    contexts = self.contexts.get(query.group, {})
+    return {name: weight for name, weight in contexts.items() if query.fits(name, self.form.num_frames)}
+
+
+def join_pairs(
+  pairs: Sequence[Pair], dropped: Sequence[Dropped], form: ClipFormat, options: DrawOptions
+) -> tuple[PairSentences, list[Dropped]]:
+  """Returns the sentences of pairs, without groups that cannot make one, and everything that was dropped."""
+  sentences = PairSentences(pairs, form, options)
+  kept, dropped = [], list(dropped)
+  for group, members in sentences.groups.items():
+    task, (height, width) = group
+    if len({pair.name for pair in members}) < 2:
+      size = f" at {height}x{width}" if form.buckets else ""
+      dropped.append(Dropped(task, f"a task needs pairs of at least two names{size}"))
+    elif not any(weight > 0 for weight in sentences.contexts[group].values()):
+      reason = f"its pairs are too short for {form.num_frames} frames, and contexts of images have no weight"
+      dropped.append(Dropped(task, reason))
+    else:
+      kept += members
+  return dataclasses.replace(sentences, pairs=kept), dropped

@@ -1,0 +1,195 @@
+"""Natural clips: the photographs inside scikit-image, and folders of images and videos."""
+
+import dataclasses
+import hashlib
+import importlib.resources
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from univid_jax.core.errors import UserError
+from univid_jax.core.pixels import OPPONENT_COLORS
+from univid_jax.data.tasks.base import from_unit, to_unit
+from univid_jax.data.tasks.photometric import draw_duotone, duotone
+from univid_jax.data.video import CLIP_KINDS, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Frames, read_clip
+
+Split = Literal["train", "held_out"]
+
+# Held-out photographs show nothing that the others show.
+TRAIN_PHOTOS = (
+  "astronaut.png",
+  "brick.png",
+  "camera.png",
+  "coins.png",
+  "grass.png",
+  "gravel.png",
+  "hubble_deep_field.jpg",
+  "ihc.png",
+  "moon.png",
+  "retina.jpg",
+  "rocket.jpg",
+)
+HELD_OUT_PHOTOS = ("chelsea.png", "coffee.png", "motorcycle_left.png")
+
+# A window on a photograph: its side in heights of the clip; over a video, how far it drifts at most, in sides, and how
+# much the logarithm of its side changes.
+WINDOW_RANGE = (0.875, 2.25)
+WINDOW_DRIFT = 0.05
+WINDOW_ZOOM = 0.07
+
+
+class ClipSource(Protocol):
+  """Natural clips by index; images and videos may have any size."""
+
+  def __len__(self) -> int: ...
+
+  def clip(self, index: int, rng: np.random.Generator, *, num_frames: int, size: tuple[int, int]) -> Frames:
+    """Draws a part of the image or video at an index, of `num_frames` frames of (height, width)."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotoSource:
+  """Windows on photographs; a video is a slow movement of the window.
+
+  Attributes:
+    photos: RGB images.
+    jitter: whether colours are varied at random, and grey photographs coloured in two tones.
+  """
+
+  photos: Sequence[Image.Image]
+  jitter: bool = True
+
+  @classmethod
+  def bundled(cls, split: Split, *, jitter: bool = True) -> "PhotoSource":
+    """Opens the photographs inside scikit-image; only those for training are jittered."""
+    names = TRAIN_PHOTOS if split == "train" else HELD_OUT_PHOTOS
+    folder = importlib.resources.files("skimage.data")
+    photos = []
+    for name in names:
+      with importlib.resources.as_file(folder / name) as path, Image.open(path) as photo:
+        photos.append(photo.convert("RGB"))
+    return cls(photos, jitter=jitter and split == "train")
+
+  def __len__(self) -> int:
+    return len(self.photos)
+
+  def clip(self, index: int, rng: np.random.Generator, *, num_frames: int, size: tuple[int, int]) -> Frames:
+    frames = moving_window(self.photos[index], rng, num_frames=num_frames, size=size)
+    return jitter_colors(frames, rng) if self.jitter else frames
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSource:
+  """Windows on the images and videos of a folder.
+
+  Videos are decoded once, at a reduced size, to arrays on disk, so that any frame can be read immediately.
+
+  Attributes:
+    clips: memory-mapped.
+  """
+
+  clips: Sequence[Frames]
+
+  @classmethod
+  def open(cls, folder: str, *, cache: str, side: int) -> "FolderSource":
+    """Opens a folder, without its subfolders.
+
+    Args:
+      folder: contains images and videos; other files are ignored.
+      cache: folder of the decoded frames.
+      side: short side of the decoded frames in pixels.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      UserError: it contains no clip, or one that cannot be read.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+      raise FileNotFoundError(f"no such folder: {folder}")
+    paths = sorted(path for path in root.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES)
+    if not paths:
+      raise UserError(f"no images or videos in {folder}; a clip is {CLIP_KINDS}")
+    return cls([_decode_once(path, cache=Path(cache), short_side=side) for path in paths])
+
+  def __len__(self) -> int:
+    return len(self.clips)
+
+  def clip(self, index: int, rng: np.random.Generator, *, num_frames: int, size: tuple[int, int]) -> Frames:
+    frames = self.clips[index]
+    if len(frames) < num_frames:
+      return moving_window(Image.fromarray(frames[0]), rng, num_frames=num_frames, size=size)
+    start = rng.integers(len(frames) - num_frames + 1)
+    height, width = size
+    largest = min(frames.shape[2] * height / width, frames.shape[1])
+    side = rng.uniform(largest / 2, largest)
+    box = np.array([side * width / height, side])
+    whole = np.array([frames.shape[2], frames.shape[1]])
+    corner = rng.uniform(size=2) * np.maximum(whole - box, 0)  # rounding may give less than zero
+    edges = _box(corner, np.minimum(corner + box, whole))
+    return np.stack(
+      [
+        np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=edges))
+        for frame in frames[start : start + num_frames]
+      ]
+    )
+
+
+def moving_window(photo: Image.Image, rng: np.random.Generator, *, num_frames: int, size: tuple[int, int]) -> Frames:
+  """Cuts a random window out of a photograph; over a video it drifts, and grows or shrinks, a little."""
+  height, width = size
+  largest = min(photo.width * height / width, photo.height)
+  first = min(height * rng.uniform(*WINDOW_RANGE), largest)
+  last = min(first * np.exp(rng.uniform(-WINDOW_ZOOM, WINDOW_ZOOM)), largest)
+  sides = np.geomspace(first, last, num_frames)
+  direction, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0, WINDOW_DRIFT) * first
+  start, end = np.array([0.0, 0.0]), distance * np.array([np.cos(direction), np.sin(direction)])
+  origin = rng.uniform(size=2)
+  whole = np.array([photo.width, photo.height])
+  frames = []
+  for side, progress in zip(sides, np.linspace(0, 1, num_frames)):
+    box = np.array([side * width / height, side])
+    room = np.maximum(whole - box, 0)  # rounding may give less than zero
+    corner = np.clip(origin * room + start + (end - start) * progress, 0, room)
+    edges = _box(corner, np.minimum(corner + box, whole))
+    frames.append(np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box=edges)))
+  return np.stack(frames)
+
+
+def jitter_colors(frames: Frames, rng: np.random.Generator) -> Frames:
+  """Varies hue, saturation and brightness at random; a grey clip is coloured in two random tones first.
+
+  So a few photographs show the colours of many.
+  """
+  clip = to_unit(frames)
+  if np.ptp(frames.astype(np.int16), axis=-1).max() < 3:
+    clip = duotone(clip, **draw_duotone(rng))
+  angle, saturation = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 2.0)
+  cos, sin = saturation * np.cos(angle), saturation * np.sin(angle)
+  rotation = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+  mix = OPPONENT_COLORS.T @ rotation @ OPPONENT_COLORS
+  clip = np.clip(clip @ mix.T.astype(np.float32), 0, 1)
+  return from_unit(clip ** rng.uniform(0.7, 1.4) * rng.uniform(0.8, 1.1))
+
+
+def _box(corner: np.ndarray, opposite: np.ndarray) -> tuple[float, float, float, float]:
+  """Returns (left, top, right, bottom)."""
+  return float(corner[0]), float(corner[1]), float(opposite[0]), float(opposite[1])
+
+
+def _decode_once(path: Path, *, cache: Path, short_side: int) -> Frames:
+  """Returns the frames of a file at a reduced size, memory-mapped; decodes them to the cache on first use."""
+  status = path.stat()
+  key = hashlib.sha256(f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{short_side}".encode()).hexdigest()[:16]
+  cached = cache / f"{path.stem}-{key}.npy"
+  if not cached.exists():
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
+    with unfinished.open("wb") as file:
+      np.save(file, read_clip(path, short_side=short_side).frames)
+    unfinished.replace(cached)
+  return np.load(cached, mmap_mode="r")

@@ -1,0 +1,66 @@
+"""What a computed task is: how its targets are made from natural clips, without annotation.
+
+A task draws its parameters once per sentence and applies them to every pair, so that only the example pairs reveal
+them. Tasks work on clips in float32 (T, H, W, 3), [0, 1].
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+Params = Mapping[str, Any]
+UnitClip = Float[np.ndarray, "T H W 3"]
+
+# The luma of ITU-R BT.601, as in PIL's conversion to grey.
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """A computed task.
+
+  Attributes:
+    draw: draws the parameters of a sentence.
+    apply: (clip, **parameters) to the target of the clip; an animating task also takes `num_frames`, and makes a video
+      of an image.
+    reversible: whether the task with swapped pairs (A', A, B', B) is a task too.
+    animates: whether the target of an image may be a video; such a task cannot be reversible.
+    restores: whether `apply` makes the source and the natural clip is the target.
+    videos_only: whether the task is meaningless for images.
+    prompt_name: what the paper's detailed prompt calls the target.
+  """
+
+  draw: Callable[[np.random.Generator], Params]
+  apply: Callable[..., UnitClip]
+  reversible: bool = True
+  animates: bool = False
+  restores: bool = False
+  videos_only: bool = False
+  prompt_name: str = ""
+
+  def __post_init__(self):
+    if self.animates and self.reversible:
+      raise ValueError("an animating task cannot be reversible: its inverse would make an image of a video")
+
+
+def draw_nothing(rng: np.random.Generator) -> Params:
+  """Draws the parameters of a task that has none."""
+  del rng
+  return {}
+
+
+def compute_luma(clip: UnitClip) -> Float[np.ndarray, "T H W 1"]:
+  return (clip @ LUMA)[..., None]
+
+
+def to_unit(frames: UInt8[np.ndarray, "T H W 3"]) -> UnitClip:
+  """Converts uint8 frames to float32 in [0, 1]."""
+  return frames.astype(np.float32) / 255
+
+
+def from_unit(clip: UnitClip) -> UInt8[np.ndarray, "T H W 3"]:
+  """Converts frames in [0, 1] to uint8, rounding and clipping."""
+  return (np.clip(clip, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -1,0 +1,93 @@
+"""Degradations, whose inverses are the restoration tasks."""
+
+import numpy as np
+import scipy
+from PIL import Image
+
+from univid_jax.data.tasks.base import Params, UnitClip
+
+
+def draw_holes(rng: np.random.Generator) -> Params:
+  """Draws one to three rectangles (top, left, bottom, right, as shares of the frame) and a colour."""
+  holes = []
+  for _ in range(rng.integers(1, 4)):
+    size = rng.uniform(0.2, 0.5, 2)
+    corner = rng.uniform(0, 1 - size)
+    holes.append([*corner.tolist(), *(corner + size).tolist()])
+  return {"holes": holes, "filling": rng.uniform(0, 1, 3).tolist()}
+
+
+def cover(clip: UnitClip, *, holes, filling) -> UnitClip:
+  """Covers rectangles with a colour."""
+  out = clip.copy()
+  sides = np.array([*clip.shape[1:3], *clip.shape[1:3]])
+  for hole in holes:
+    top, left, bottom, right = np.round(np.array(hole) * sides).astype(int)
+    out[:, top:bottom, left:right] = filling
+  return out
+
+
+def draw_factor(rng: np.random.Generator) -> Params:
+  return {"factor": int(rng.integers(2, 5))}
+
+
+def shrink(clip: UnitClip, *, factor: int) -> UnitClip:
+  """Reduces the resolution (box filter), and resizes back (bicubic)."""
+  height, width = clip.shape[1:3]
+  small = max(round(width / factor), 1), max(round(height / factor), 1)
+
+  def shrink_frame(frame):
+    image = Image.fromarray((frame * 255 + 0.5).astype(np.uint8)).resize(small, Image.Resampling.BOX)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+
+  return np.stack([shrink_frame(frame) for frame in clip])
+
+
+def draw_blur(rng: np.random.Generator) -> Params:
+  return {"radius": float(rng.uniform(0.01, 0.04))}
+
+
+def blur(clip: UnitClip, *, radius: float) -> UnitClip:
+  """Blurs with a Gaussian; the radius is its standard deviation as a share of the frame's height."""
+  sigma = radius * clip.shape[1]
+  return scipy.ndimage.gaussian_filter(clip, (0, sigma, sigma, 0))
+
+
+def draw_noise(rng: np.random.Generator) -> Params:
+  return {"strength": float(rng.uniform(0.05, 0.25)), "seed": int(rng.integers(2**31))}
+
+
+def add_noise(clip: UnitClip, *, strength: float, seed: int) -> UnitClip:
+  """Adds sensor noise: normal, independent in every pixel."""
+  noise = np.random.default_rng(seed).standard_normal(clip.shape, np.float32)
+  return np.clip(clip + strength * noise, 0, 1)
+
+
+def draw_rain(rng: np.random.Generator) -> Params:
+  return {
+    "count": int(rng.integers(40, 120)),
+    "slant": float(rng.uniform(-0.4, 0.4)),
+    "strength": float(rng.uniform(0.3, 0.7)),
+    "seed": int(rng.integers(2**31)),
+  }
+
+
+def add_rain(clip: UnitClip, *, count: int, slant: float, strength: float, seed: int) -> UnitClip:
+  """Adds bright streaks that fall from frame to frame, all at the same slant."""
+  rng = np.random.default_rng(seed)
+  frames, height, width = clip.shape[:3]
+  start, speed = rng.uniform(0, 1, (count, 2)), rng.uniform(0.15, 0.35, count)
+  length = rng.uniform(0.05, 0.15, count)
+  out = clip.copy()
+  for i in range(frames):
+    layer = np.zeros((height, width), np.float32)
+    for (y, x), drop, size in zip(start, speed, length):
+      top = (y + drop * i) % 1.15 - 0.15
+      steps = np.linspace(0, size, max(int(size * height * 2), 2))
+      rows = ((top + steps) * height).astype(int)
+      columns = (((x + slant * (drop * i + steps)) % 1) * width).astype(int)
+      inside = (rows >= 0) & (rows < height)
+      layer[rows[inside], columns[inside]] = 1
+    layer = scipy.ndimage.gaussian_filter(layer, 0.4)[..., None] * strength
+    out[i] = clip[i] * (1 - layer) + layer
+  return out

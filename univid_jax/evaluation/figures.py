@@ -1,0 +1,125 @@
+"""Pictures of results."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from univid_jax.core.sentence import Role, Sentence, read_frames
+
+COLUMNS = ("A", "A'", "B", "B' predicted", "B' true")
+
+# Space between frames, left of them for labels, and above them for the names of the columns, in pixels.
+GAP, MARGIN, HEADER = 6, 150, 30
+
+
+def plot_loss(path: Path, training: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = ()) -> None:
+  """Plots (step, loss) of the training, with a running mean, and of the validation."""
+  from matplotlib.figure import Figure  # takes a third of a second to import
+
+  steps, losses = zip(*training)
+  figure = Figure(figsize=(7, 4), layout="constrained")
+  axes = figure.subplots()
+  axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training")
+  window = max(len(losses) // 20, 1)
+  smooth = np.convolve(np.pad(losses, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
+  axes.plot(steps, smooth, color="tab:blue", label=f"mean of {window}" if window > 1 else None)
+  if validation:
+    axes.plot(*zip(*validation), color="tab:orange", marker="o", markersize=4, label="validation, fixed noise levels")
+  axes.set(xlabel="step", ylabel="loss", yscale="log", title="loss")
+  axes.grid(alpha=0.3, which="both")
+  axes.legend()
+  figure.savefig(path, dpi=120, format="png")
+
+
+def plot_curves(path: Path, report: Mapping[str, Any]) -> None:
+  """Plots the PSNR of a full report by context, by number of clips and by inference steps."""
+  from matplotlib.figure import Figure  # takes a third of a second to import
+
+  overall = report["overall"]
+  figure = Figure(figsize=(11, 3.5), layout="constrained")
+  by_context, by_num_clips, by_steps = figure.subplots(1, 3)
+  for axes, part, title in (
+    (by_context, report["by_context"], "context"),
+    (by_num_clips, report["by_num_clips"], "clips in a sentence"),
+  ):
+    for name in ("prediction", "swapped", "copy_b", "mean_a2"):
+      if name in overall:
+        axes.plot(list(part), [rows[name]["psnr"] for rows in part.values()], marker="o", label=name)
+    axes.set(xlabel=title, ylabel="PSNR (dB)")
+  by_context.legend(fontsize=8)
+  steps = {report["config"]["eval"]["num_inference_steps"]: overall["prediction"]["psnr"]}
+  steps |= {int(name.removeprefix("steps_")): rows["psnr"] for name, rows in overall.items() if "steps_" in name}
+  by_steps.plot(sorted(steps), [steps[n] for n in sorted(steps)], marker="o")
+  by_steps.set(xlabel="inference steps", ylabel="PSNR (dB)")
+  for axes in (by_context, by_num_clips, by_steps):
+    axes.grid(alpha=0.3)
+  figure.savefig(path, dpi=110, format="png")
+
+
+def sentence_grid(
+  path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, columns: Sequence[str] = COLUMNS, tile: int = 96
+) -> None:
+  """Draws one sentence per line; videos are represented by their first, middle and last frame.
+
+  Args:
+    path: of the PNG file.
+    rows: label and clips (uint8 (T, H, W, 3)) of each sentence, at most as many clips as columns.
+    columns: names of the clips.
+    tile: height of a frame in pixels.
+  """
+  strips = [[_key_frames(clip) for clip in clips] + [[]] * (len(columns) - len(clips)) for _, clips in rows]
+  widths = [max(_strip_width(line[i], tile) for line in strips) for i in range(len(columns))]
+  size = (MARGIN + sum(widths) + GAP * (len(columns) + 1), HEADER + (tile + GAP) * len(rows))
+  canvas = Image.new("RGB", size, "white")
+  pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
+  lefts = [MARGIN + GAP * (i + 1) + sum(widths[:i]) for i in range(len(columns))]
+  for left, width, name in zip(lefts, widths, columns):
+    pen.text((left + width / 2, HEADER / 2), name, fill="black", font=font, anchor="mm")
+  for index, ((label, _), line) in enumerate(zip(rows, strips)):
+    top = HEADER + index * (tile + GAP)
+    pen.text((MARGIN - GAP, top + tile / 2), label, fill="black", font=font, anchor="rm", align="right")
+    for left, width, frames in zip(lefts, widths, line):
+      x = left + (width - _strip_width(frames, tile)) // 2
+      for frame in frames:
+        shape = (round(tile * frame.shape[1] / frame.shape[0]), tile)
+        canvas.paste(Image.fromarray(frame).resize(shape, Image.Resampling.NEAREST), (x, top))
+        x += shape[0] + 2
+  canvas.save(path)
+
+
+def contact_sheet(path: Path, sentences: Sequence[tuple[str, Sentence]]) -> None:
+  """Draws sentences as the model sees them: clips with their roles, context and prompt.
+
+  Args:
+    path: of the PNG file.
+    sentences: each with the name of its source.
+  """
+  count = max(len(sentence.clips) for _, sentence in sentences)
+  columns = [chr(ord("A") + i // 2) + "'" * (i % 2) for i in range(count)]
+  rows = []
+  for name, sentence in sentences:
+    targets = [column for column, role in zip(columns, sentence.roles) if role == Role.TARGET]
+    prompt = textwrap.shorten(sentence.prompt, 24, placeholder=" ...") or "no prompt"
+    label = f"{name} {sentence.task}\ncontext {sentence.context or '-'}\npredicts {', '.join(targets)}\n{prompt}"
+    rows.append((label, [read_frames(clip) for clip in sentence.clips]))
+  sentence_grid(path, rows, columns=columns)
+
+
+def concatenate_clips(clips: Sequence[np.ndarray]) -> np.ndarray:
+  """Joins clips of one height, uint8 (T, H, W, 3), from left to right; shorter clips repeat their last frame."""
+  count = max(len(clip) for clip in clips)
+  gap = np.full((count, clips[0].shape[1], 4, 3), 255, np.uint8)
+  extended = [clip[np.minimum(np.arange(count), len(clip) - 1)] for clip in clips]
+  return np.concatenate([part for clip in extended for part in (clip, gap)][:-1], axis=2)
+
+
+def _key_frames(clip: np.ndarray) -> list[np.ndarray]:
+  return [clip[i] for i in sorted({0, len(clip) // 2, len(clip) - 1})]
+
+
+def _strip_width(frames: Sequence[np.ndarray], tile: int) -> int:
+  return max(sum(round(tile * frame.shape[1] / frame.shape[0]) + 2 for frame in frames) - 2, 0)

@@ -1,0 +1,178 @@
+"""Scores of what pixels represent: for every kind of target the metrics that its benchmarks use.
+
+A new kind is an entry of `KIND_METRICS`: a function that scores one clip and, if the metric over a data set is not the
+mean over its clips, a function that computes it from counts of all clips.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import DepthAlignment, TargetKind
+from univid_jax.data.target_kinds import image_to_depth, image_to_normals, known_pixels, read_palette
+from univid_jax.data.tasks.camera import camera_poses
+from univid_jax.evaluation.generate import Generated
+from univid_jax.evaluation.metrics.camera import camera_metrics
+from univid_jax.evaluation.metrics.dense import (
+  align_depth,
+  confusion_matrix,
+  depth_metrics,
+  edge_counts,
+  edge_metrics,
+  match_labels,
+  nearest_labels,
+  normal_metrics,
+  saliency_metrics,
+  segmentation_metrics,
+)
+
+# Required of true label maps: this share of the pixels is this close, in every channel, to a colour of the palette.
+PALETTE_SHARE, PALETTE_DISTANCE = 0.9, 8
+
+Metrics = dict[str, float]
+# What adds up over a data set: counts by edge threshold, or sparse confusion matrices.
+Counts = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class KindOptions:
+  """How targets are read.
+
+  Attributes:
+    depth_range: metres that white and black represent.
+    depth_alignment: how predicted depth is brought to the scale of the ground truth.
+    palette: colours of the labels, uint8 (labels, 3).
+    void_label: label of the ground truth that does not count; -1 for none.
+  """
+
+  depth_range: tuple[float, float]
+  depth_alignment: DepthAlignment
+  palette: np.ndarray
+  void_label: int
+
+  @classmethod
+  def of(cls, config: RunConfig) -> "KindOptions":
+    """Reads the options from a config.
+
+    Raises:
+      FileNotFoundError: the file of the palette does not exist.
+      ValueError: it is not a palette.
+    """
+    options = config.eval
+    return cls(
+      depth_range=config.data.depth_range,
+      depth_alignment=options.depth_alignment,
+      palette=read_palette(options.palette)[: options.num_labels or None],
+      void_label=options.void_label,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class KindMetrics:
+  """The metrics of a kind of target.
+
+  Attributes:
+    score: scores a clip against the ground truth of its sentence: metrics, and counts to be pooled.
+    pool: computes metrics over a data set from the counts of its clips; None if they are means over clips.
+  """
+
+  score: Callable[[np.ndarray, Generated, KindOptions], tuple[Metrics, Counts]]
+  pool: Callable[[Sequence[Counts], KindOptions], Metrics] | None = None
+
+
+def unmix_colors(clip: np.ndarray, low: Sequence[float], high: Sequence[float]) -> np.ndarray:
+  """Recovers the weight with which two colours are mixed: 0 is `low`, 1 is `high`.
+
+  Args:
+    clip: uint8 (..., 3).
+    low: a colour in [0, 1].
+    high: likewise.
+  """
+  start, way = np.asarray(low, np.float64), np.asarray(high, np.float64) - np.asarray(low, np.float64)
+  return np.clip((clip / 255 - start) @ way / max(np.sum(way**2), 1e-12), 0, 1)
+
+
+def _score_depth(clip: np.ndarray, generated: Generated, options: KindOptions) -> tuple[Metrics, Counts]:
+  truth = generated.clips[-1]
+  predicted = image_to_depth(clip, options.depth_range)
+  expected = np.where(known_pixels(truth), image_to_depth(truth, options.depth_range), 0)
+  return depth_metrics(align_depth(predicted, expected, how=options.depth_alignment), expected), {}
+
+
+def _score_normals(clip: np.ndarray, generated: Generated, options: KindOptions) -> tuple[Metrics, Counts]:
+  truth = generated.clips[-1]
+  return normal_metrics(
+    image_to_normals(clip), np.where(known_pixels(truth)[..., None], image_to_normals(truth), 0)
+  ), {}
+
+
+def _score_segmentation(clip: np.ndarray, generated: Generated, options: KindOptions) -> tuple[Metrics, Counts]:
+  """Raises UserError if the colours of the ground truth are not the palette's."""
+  truth, palette = generated.clips[-1], options.palette
+  labels, expected = nearest_labels(clip, palette), nearest_labels(truth, palette)
+  far = np.mean(np.abs(palette[expected].astype(int) - truth).max(-1) > PALETTE_DISTANCE)
+  if far > 1 - PALETTE_SHARE:
+    raise UserError(
+      f"{far:.0%} of the pixels in a label map of task {generated.info.task!r} have a colour that is not in the "
+      "palette: set config.eval.palette to a file with the colour of each label"
+    )
+  confusion = confusion_matrix(labels, expected, len(palette), void=options.void_label)
+  counts = {"labels": confusion, "labels_matched": match_labels(confusion)}
+  return _segmentation_metrics(counts, options), {name: csr_array(matrix) for name, matrix in counts.items()}
+
+
+def _pool_segmentation(counts: Sequence[Counts], options: KindOptions) -> Metrics:
+  names = ("labels", "labels_matched")
+  totals = {name: functools.reduce(operator.add, (each[name] for each in counts)).toarray() for name in names}
+  return _segmentation_metrics(totals, options)
+
+
+def _segmentation_metrics(counts: Mapping[str, np.ndarray], options: KindOptions) -> Metrics:
+  metrics: Metrics = {}
+  for key, suffix in (("labels", ""), ("labels_matched", "_matched")):
+    values = segmentation_metrics(counts[key], void=options.void_label)
+    metrics |= {name + suffix: value for name, value in values.items()}
+  return metrics
+
+
+def _score_saliency(clip: np.ndarray, generated: Generated, options: KindOptions) -> tuple[Metrics, Counts]:
+  params = generated.info.params
+  colors = (params["background"], params["object_color"]) if params else ((0, 0, 0), (1, 1, 1))
+  return saliency_metrics(unmix_colors(clip, *colors), unmix_colors(generated.clips[-1], *colors)), {}
+
+
+def _score_edges(clip: np.ndarray, generated: Generated, options: KindOptions) -> tuple[Metrics, Counts]:
+  params = generated.info.params
+  colors = (params["paper"], params["ink"]) if params else ((0, 0, 0), (1, 1, 1))
+  strength, expected = unmix_colors(clip, *colors), unmix_colors(generated.clips[-1], *colors)
+  return {}, {"edges": sum(edge_counts(frame, edges >= 0.5) for frame, edges in zip(strength, expected))}
+
+
+def _pool_edges(counts: Sequence[Counts], options: KindOptions) -> Metrics:
+  return edge_metrics([each["edges"] for each in counts])
+
+
+def _score_camera(clip: np.ndarray, generated: Generated, options: KindOptions) -> tuple[Metrics, Counts]:
+  """Scores videos of the computed task, whose camera path is known; other clips have no metrics."""
+  params = generated.info.params
+  if not params or len(clip) == 1:
+    return {}, {}
+  poses = camera_poses(len(clip), (clip.shape[1], clip.shape[2]), **params)
+  return camera_metrics(clip, generated.clips[-2], poses), {}
+
+
+KIND_METRICS: Mapping[TargetKind, KindMetrics] = {
+  TargetKind.DEPTH: KindMetrics(_score_depth),
+  TargetKind.NORMALS: KindMetrics(_score_normals),
+  TargetKind.EDGES: KindMetrics(_score_edges, _pool_edges),
+  TargetKind.SEGMENTATION: KindMetrics(_score_segmentation, _pool_segmentation),
+  TargetKind.SALIENCY: KindMetrics(_score_saliency),
+  TargetKind.CAMERA: KindMetrics(_score_camera),
+}

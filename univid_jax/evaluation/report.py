@@ -1,0 +1,205 @@
+"""Reports of an evaluation: tables of scores by task, context and number of clips, as JSON, Markdown and pictures."""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from etils import epath
+
+from univid_jax.config.boundary import to_json
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.paths import atomic_write
+from univid_jax.evaluation import published
+from univid_jax.evaluation.figures import COLUMNS, plot_curves, sentence_grid
+from univid_jax.evaluation.generate import PREDICTION, SWAPPED, Generated, SentenceInfo
+from univid_jax.evaluation.kinds import Metrics
+from univid_jax.evaluation.metrics.image import psnr
+from univid_jax.evaluation.score import Score, Scorer, mean_metrics
+
+# What the rows of the tables are, as report.md explains them.
+DESCRIPTIONS = {
+  PREDICTION: "the model's prediction",
+  SWAPPED: "the model, shown example pairs of another task: does it read them?",
+  "reversed": "the model, shown the example pairs in reverse (A', A)",
+  "copy_b": "a copy of B",
+  "copy_a2": "a copy of A'",
+  "mean_a2": "the mean colour of A'",
+  "codec": "the ground truth, encoded and decoded: the upper bound",
+}
+
+# The keys of eval.json, and the variants and baselines whose PSNR they hold.
+QUICK_KEYS = {
+  "psnr": PREDICTION,
+  "psnr_copy_b": "copy_b",
+  "psnr_copy_a2": "copy_a2",
+  "psnr_mean_a2": "mean_a2",
+  "psnr_codec": "codec",
+  "psnr_swapped": SWAPPED,
+}
+
+
+Scored = TypeVar("Scored")
+
+
+class Gallery:
+  """Keeps the first sentence of each task and context, for a picture."""
+
+  def __init__(self):
+    self._examples: dict[tuple[str, str], Generated] = {}
+
+  def add(self, generated: Generated) -> None:
+    self._examples.setdefault((generated.info.label, generated.info.context), generated)
+
+  def draw(self, path: epath.Path, *, with_swapped: bool) -> None:
+    """Draws A, A', B, the prediction, the ground truth and, if wanted, the prediction with swapped pairs."""
+    rows = []
+    for (task, context), generated in sorted(self._examples.items()):
+      clips = [*generated.clips[-4:-1], generated.samples[PREDICTION], generated.clips[-1]]
+      score = psnr(generated.samples[PREDICTION], generated.clips[-1])
+      label = f"{task.replace('_', ' ')}\ncontext {context or '-'}\n{score:.1f} dB"
+      rows.append((label, [*clips, generated.samples[SWAPPED]] if with_swapped else clips))
+    columns = (*COLUMNS, "with swapped pairs") if with_swapped else COLUMNS
+    with atomic_write(path) as unfinished:
+      sentence_grid(unfinished, rows, columns=columns)
+
+
+def quick_report(config: RunConfig, scored: Sequence[tuple[SentenceInfo, Mapping[str, float]]]) -> dict[str, Any]:
+  """Returns the contents of eval.json.
+
+  Args:
+    config: of the run.
+    scored: for each sentence the PSNR by variant or baseline, see `score_psnr`.
+  """
+
+  def average(group: Sequence[tuple[SentenceInfo, Mapping[str, float]]]) -> dict[str, float]:
+    means = mean_metrics([values for _, values in group])
+    return {key: round(means[name], 3) for key, name in QUICK_KEYS.items()} | {"count": len(group)}
+
+  def by(key: Callable[[SentenceInfo], str]) -> dict[str, dict[str, float]]:
+    return {name: average(group) for name, group in _group(scored, key).items()}
+
+  images = [item for item in scored if item[0].is_image]
+  return {
+    "overall": average(scored),
+    "image": average(images) if images else None,
+    "by_task": by(lambda info: info.label),
+    "by_context": by(lambda info: info.context or "-"),
+    "seed": config.seed,
+    "steps": config.num_steps,
+  }
+
+
+def full_report(
+  config: RunConfig, scorer: Scorer, scored: Sequence[tuple[SentenceInfo, Sequence[Score]]], **reproduce: Any
+) -> dict[str, Any]:
+  """Returns the contents of report.json.
+
+  Args:
+    config: of the evaluation.
+    scorer: that made the scores.
+    scored: the scores of each sentence.
+    **reproduce: what else it takes to repeat the evaluation; must be JSON values.
+  """
+
+  def by(key: Callable[[SentenceInfo], str]) -> dict[str, dict[str, Metrics]]:
+    return {
+      name: scorer.tabulate(score for _, scores in group for score in scores)
+      for name, group in _group(scored, key).items()
+    }
+
+  return {
+    "overall": scorer.tabulate(score for _, scores in scored for score in scores),
+    "by_task": by(lambda info: info.label),
+    "by_context": by(lambda info: info.context or "-"),
+    "by_task_and_context": by(lambda info: f"{info.label} {info.context}"),
+    "by_num_clips": by(lambda info: str(info.num_clips)),
+    "sentences": [
+      dataclasses.asdict(info) | {"scores": {score.name: score.metrics for score in scores}} for info, scores in scored
+    ],
+    "config": to_json(config),
+    **reproduce,
+  }
+
+
+def write_report(folder: epath.Path, report: Mapping[str, Any], gallery: Gallery) -> None:
+  """Writes report.json, report.md, grid.png and curves.png."""
+  write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+  write_text(folder / "report.md", markdown(report))
+  gallery.draw(folder / "grid.png", with_swapped=True)
+  with atomic_write(folder / "curves.png") as path:
+    plot_curves(path, report)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+  with atomic_write(path) as unfinished:
+    unfinished.write_text(text)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+  """Formats a full report for people."""
+  lines = ["# Evaluation", "", f"{len(report['sentences'])} held-out sentences; {report['command']}", ""]
+  lines += [*_descriptions(report), ""]
+  for title, part in (
+    ("All", {"all": report["overall"]}),
+    ("By task", report["by_task"]),
+    ("By context", report["by_context"]),
+    ("By number of clips", report["by_num_clips"]),
+  ):
+    if title != "By number of clips" or len(part) > 1:
+      lines += [f"## {title}", "", "PSNR in dB (higher is better).", "", *_psnr_table(part), ""]
+  lines += ["## All metrics by task", ""]
+  for task, rows in report["by_task"].items():
+    names = [name for name in rows[PREDICTION] if name != "count" and not name.endswith("_std")]
+    cells = [(row, *(_cell(values, name) for name in names)) for row, values in rows.items()]
+    lines += [f"**{task}** ({rows[PREDICTION]['count']} sentences)", "", *_table(("", *names), cells), ""]
+  lines += ["## Published results", "", published.SOURCE, ""]
+  for columns, results in (
+    (published.TRAINING_COLUMNS, published.TRAINING),
+    (published.BENCHMARK_COLUMNS, published.BENCHMARKS),
+  ):
+    lines += [*_table(("", "", *columns), [(row.task, row.metric, *row.values) for row in results]), ""]
+  return "\n".join([*lines, published.FOOTNOTES, ""])
+
+
+def _descriptions(report: Mapping[str, Any]) -> list[str]:
+  """Explains the rows of the tables, one list item each."""
+  texts = {name: text for name, text in DESCRIPTIONS.items() if name in report["overall"]}
+  options = report["config"]["eval"]
+  if options["num_seeds"] > 1:
+    texts[PREDICTION] += f"; mean ± standard deviation over {options['num_seeds']} seeds"
+  texts |= {f"steps_{n}": f"the prediction with {n} inference step{'s' * (n > 1)}" for n in options["more_steps"]}
+  return [f"- **{name}**: {text}" for name, text in texts.items()]
+
+
+def _group(
+  items: Iterable[tuple[SentenceInfo, Scored]], key: Callable[[SentenceInfo], str]
+) -> dict[str, list[tuple[SentenceInfo, Scored]]]:
+  """Groups sentences with their scores by a key, sorted."""
+  groups: dict[str, list[tuple[SentenceInfo, Scored]]] = collections.defaultdict(list)
+  for item in items:
+    groups[key(item[0])].append(item)
+  return dict(sorted(groups.items()))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+  return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _psnr_table(part: Mapping[str, Mapping[str, Metrics]]) -> list[str]:
+  names = list(dict.fromkeys(name for rows in part.values() for name in rows))
+  return _table(
+    ("", *names, "sentences"),
+    [
+      (key, *(_cell(rows.get(name, {}), "psnr") for name in names), str(rows[PREDICTION]["count"]))
+      for key, rows in part.items()
+    ],
+  )
+
+
+def _cell(values: Mapping[str, float], name: str) -> str:
+  if name not in values:
+    return "-"
+  spread = f" ± {values[f'{name}_std']:.2g}" if f"{name}_std" in values else ""
+  return f"{values[name]:.4g}{spread}"

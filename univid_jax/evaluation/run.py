@@ -1,0 +1,112 @@
+"""The evaluator: quick after training, full by `python -m univid_jax.evaluate`.
+
+Both use the same sentences, noise and sampling, so their numbers agree. Quick evaluation samples the prediction and the
+control "swapped" alone, computes PSNR alone, and keeps no samples.
+"""
+
+import json
+import logging
+from typing import Any
+
+import jax
+from etils import epath
+
+import univid_jax
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.evaluation.generate import (
+  PREDICTION,
+  SWAPPED,
+  generate,
+  generate_files,
+  make_variants,
+  progress_bar,
+  read_generated,
+  split_batches,
+)
+from univid_jax.evaluation.protocol import Origin, claim_folder
+from univid_jax.evaluation.report import Gallery, full_report, quick_report, write_report, write_text
+from univid_jax.evaluation.score import Scorer, score_psnr
+from univid_jax.evaluation.sentences import plan_other_pairs, select_sentences
+from univid_jax.inference.pipeline import Pipeline
+from univid_jax.parallel.processes import wait_for_processes
+
+logger = logging.getLogger(__name__)
+
+NOTHING_HELD_OUT = (
+  "there is nothing to evaluate on: config.eval.sentences_per_case is 0, or no data is held out (config.data.held_out)"
+)
+
+
+def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike) -> dict[str, Any] | None:
+  """Evaluates a trained model and writes eval.json and grid.png.
+
+  Args:
+    pipeline: the model.
+    config: of the run.
+    folder: the workdir of the run.
+
+  Returns:
+    The contents of eval.json; None, with a warning, if nothing is held out.
+  """
+  folder = epath.Path(folder)
+  sentences = select_sentences(config, open_data(config, workdir=str(folder)).held_out)
+  if not sentences:
+    logger.warning(NOTHING_HELD_OUT)
+    return None
+  variants = make_variants(config.eval, plan_other_pairs(config, sentences))
+  variants = [variant for variant in variants if variant.name in (PREDICTION, SWAPPED)]
+  scored, gallery = [], Gallery()
+  with progress_bar(len(sentences)) as bar:
+    for numbers in split_batches(len(sentences), config.eval.batch_size):
+      for generated in generate(pipeline, sentences, variants, numbers).values():
+        scored.append((generated.info, score_psnr(generated)))
+        gallery.add(generated)
+      bar.update(len(numbers))
+  report = quick_report(config, scored)
+  gallery.draw(folder / "grid.png", with_swapped=False)
+  write_text(folder / "eval.json", json.dumps(report, indent=2) + "\n")
+  return report
+
+
+def evaluate(
+  pipeline: Pipeline, config: RunConfig, *, data: DataSources, folder: epath.PathLike, origin: Origin, command: str = ""
+) -> dict[str, Any] | None:
+  """Evaluates a model under all controls and metrics; continues if samples are already stored.
+
+  Writes samples/, report.json, report.md, grid.png and curves.png. Several processes share the work.
+
+  Args:
+    pipeline: the model, on this process's own devices.
+    config: of the evaluation.
+    data: of which the held-out part is used.
+    folder: of the results.
+    origin: of the model; stored samples of another one are refused.
+    command: how to repeat the evaluation, for the report.
+
+  Returns:
+    The contents of report.json; None on all processes but the first.
+
+  Raises:
+    UserError: nothing is held out, or the folder holds samples of another model or config.
+  """
+  folder = epath.Path(folder)
+  sentences = select_sentences(config, data.held_out)
+  if not sentences:
+    raise UserError(NOTHING_HELD_OUT)
+  scorer = Scorer(config)  # a wrong palette is reported before hours of sampling
+  claim_folder(folder, config, origin, write=jax.process_index() == 0)
+  variants = make_variants(config.eval, plan_other_pairs(config, sentences))
+  generate_files(pipeline, sentences, variants, folder=folder, batch_size=config.eval.batch_size)
+  wait_for_processes("samples are stored")
+  if jax.process_index() > 0:
+    return None
+  scored, gallery = [], Gallery()
+  for generated in read_generated(folder, len(sentences)):
+    scored.append((generated.info, scorer(generated)))
+    gallery.add(generated)
+  reproduce = {"command": command, **origin.to_json(), "version": univid_jax.__version__}
+  report = full_report(config, scorer, scored, **reproduce)
+  write_report(folder, report, gallery)
+  return report

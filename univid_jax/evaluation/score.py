@@ -1,0 +1,127 @@
+"""Scores samples and baselines against the ground truth, and averages the scores over sentences."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.options import TargetKind
+from univid_jax.data.target_kinds import task_kinds
+from univid_jax.evaluation.controls import baselines
+from univid_jax.evaluation.generate import PREDICTION, REPEATED, Generated
+from univid_jax.evaluation.kinds import KIND_METRICS, Counts, KindOptions, Metrics
+from univid_jax.evaluation.metrics.clip_scores import CLIPScores
+from univid_jax.evaluation.metrics.image import SSIM_SIDE, psnr, rmse, ssim
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """The scores of one clip of one sentence.
+
+  Attributes:
+    name: the variant or baseline that the clip is of.
+    metrics: of the whole clip.
+    kind: what the target represents, if it has metrics of its own.
+    counts: what `KIND_METRICS[kind].pool` needs.
+  """
+
+  name: str
+  metrics: Metrics
+  kind: TargetKind = TargetKind.IMAGE
+  counts: Counts = dataclasses.field(default_factory=dict)
+
+
+def scored_clips(generated: Generated) -> dict[str, np.ndarray]:
+  """Returns every clip that is compared with the ground truth: samples by variant, then baselines."""
+  return {**generated.samples, **baselines(generated.clips), "codec": generated.codec}
+
+
+def score_psnr(generated: Generated) -> dict[str, float]:
+  """Returns the PSNR of every clip, the part of the scores that costs nothing."""
+  return {name: psnr(clip, generated.clips[-1]) for name, clip in scored_clips(generated).items()}
+
+
+class Scorer:
+  """Computes all metrics.
+
+  Args:
+    config: of the evaluation.
+
+  Raises:
+    FileNotFoundError: the file of the palette does not exist.
+    ModuleNotFoundError: CLIP scores need an extra that is not installed.
+    ValueError: the palette is malformed.
+  """
+
+  def __init__(self, config: RunConfig):
+    self._kinds, self._options = task_kinds(config.data), KindOptions.of(config)
+    self._clip_scores = CLIPScores(config.eval.clip_model) if config.eval.clip_model else None
+
+  def __call__(self, generated: Generated) -> list[Score]:
+    """Scores all clips of a sentence."""
+    return [self.score(name, clip, generated) for name, clip in scored_clips(generated).items()]
+
+  def score(self, name: str, clip: np.ndarray, generated: Generated) -> Score:
+    """Scores one clip: as an image or video, then as what it represents.
+
+    Targets of reversed sentences are natural images and videos, whatever the task's kind.
+    """
+    info = generated.info
+    metrics = self._image_metrics(clip, generated)
+    kind = TargetKind.IMAGE if info.reverse else self._kinds.get(info.task, TargetKind.IMAGE)
+    if kind not in KIND_METRICS:
+      return Score(name, metrics)
+    extra, counts = KIND_METRICS[kind].score(clip, generated, self._options)
+    return Score(name, metrics | extra, kind, counts)
+
+  def tabulate(self, scores: Iterable[Score]) -> dict[str, Metrics]:
+    """Averages scores: metrics and `count` by variant or baseline.
+
+    With repetitions (`seed_N`) the row "prediction" is the mean over all of them, and METRIC_std their standard
+    deviation; the repetitions have no rows of their own.
+    """
+    by_name = collections.defaultdict(list)
+    for score in scores:
+      by_name[score.name].append(score)
+    rows = {name: self._average(group) for name, group in by_name.items()}
+    repeats = [rows.pop(name) for name in list(rows) if name.startswith(REPEATED)]
+    if repeats and PREDICTION in rows:
+      runs = [rows[PREDICTION], *repeats]
+      for name in [name for name in rows[PREDICTION] if name != "count"]:
+        values = [run[name] for run in runs if name in run]
+        rows[PREDICTION][name] = float(np.mean(values))
+        if len(values) > 1:
+          rows[PREDICTION][f"{name}_std"] = float(np.std(values, ddof=1))
+    return rows
+
+  def _image_metrics(self, clip: np.ndarray, generated: Generated) -> Metrics:
+    truth, prompt = generated.clips[-1], generated.info.prompt
+    metrics = {"psnr": psnr(clip, truth), "rmse": rmse(clip, truth)}
+    if min(truth.shape[1:3]) >= SSIM_SIDE:
+      metrics["ssim"] = ssim(clip, truth)
+    if self._clip_scores is not None:
+      metrics["clip_i"] = self._clip_scores.clip_i(clip, truth)
+      if prompt:
+        metrics["clip_t"] = self._clip_scores.clip_t(clip, prompt)
+    return metrics
+
+  def _average(self, scores: Sequence[Score]) -> Metrics:
+    """Averages each metric over the sentences that have it, except those that are pooled over all sentences."""
+    metrics = mean_metrics([score.metrics for score in scores])
+    for kind, entry in KIND_METRICS.items():
+      counts = [score.counts for score in scores if score.kind == kind]
+      if entry.pool and counts:
+        metrics |= entry.pool(counts, self._options)
+    return metrics | {"count": len(scores)}
+
+
+def mean_metrics(items: Sequence[Mapping[str, float]]) -> Metrics:
+  """Averages each metric over the items in which it is defined: present and finite."""
+  values = collections.defaultdict(list)
+  for item in items:
+    for name, value in item.items():
+      if np.isfinite(value):
+        values[name].append(value)
+  return {name: float(np.mean(each)) for name, each in values.items()}

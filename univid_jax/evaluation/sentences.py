@@ -1,0 +1,98 @@
+"""The sentences of an evaluation: held out, and the same number of them for every case."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from univid_jax.config.schema import DataConfig, RunConfig
+from univid_jax.core.protocols import SentenceSource
+from univid_jax.core.sentence import Sentence
+from univid_jax.data.contexts import CONTEXTS
+from univid_jax.data.sources.computed import ComputedSentences, open_computed
+from univid_jax.evaluation.controls import Case, choose_other_tasks
+
+# Computed tasks whose example pairs serve as control if the data has a single task.
+FALLBACK_TASKS = ("invert", "swap_channels")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedSentence:
+  """A sentence whose clips have not been read.
+
+  Attributes:
+    case: its task, context and number of clips.
+    read: returns the sentence with its frames.
+  """
+
+  case: Case
+  read: Callable[[], Sentence]
+
+
+def select_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) -> list[PlannedSentence]:
+  """Selects `eval.sentences_per_case` held-out sentences per case; the result is empty if nothing is held out.
+
+  A case of computed data is a combination of task, context and number of clips; a case of other data is a task. Every
+  held-out row or pair is used once before any is repeated.
+  """
+  per_case = config.eval.sentences_per_case
+  sentences: list[PlannedSentence] = []
+  for source in held_out.values():
+    if isinstance(source, ComputedSentences):
+      for number, (case, only) in enumerate(_split_cases(config, source)):
+        only = dataclasses.replace(only, seed=_case_seed(config.eval.seed, number))
+        sentences += [PlannedSentence(case, functools.partial(only.__getitem__, i)) for i in range(per_case)]
+    else:
+      count = min(len(source), per_case * max(len(source.task_names), 1))
+      sentences += [_plan(source[i]) for i in range(count)]
+  return sentences
+
+
+def plan_other_pairs(config: RunConfig, sentences: Sequence[PlannedSentence]) -> list[Callable[[], Sentence]]:
+  """Returns for each sentence a function that reads one of another task, see `choose_other_tasks`.
+
+  If the data has no other task, it reads a sentence of a computed task on held-out photographs.
+  """
+  seed = config.eval.seed
+  others = choose_other_tasks([sentence.case for sentence in sentences], np.random.default_rng(seed))
+
+  def computed(index: int) -> Callable[[], Sentence]:
+    case = sentences[index].case
+    task = next(task for task in FALLBACK_TASKS if task != case.task)
+    source = dataclasses.replace(
+      open_computed(config, "held_out", seed=seed),
+      tasks={task: 1.0},
+      contexts={case.context if case.context in CONTEXTS else "II": 1.0},
+      num_clips={case.num_clips: 1.0},
+    )
+    return functools.partial(source.__getitem__, index)
+
+  return [computed(i) if other is None else sentences[other].read for i, other in enumerate(others)]
+
+
+def _plan(sentence: Sentence) -> PlannedSentence:
+  return PlannedSentence(Case(sentence.task, sentence.context, len(sentence.clips)), sentence.with_frames)
+
+
+def _split_cases(config: RunConfig, source: ComputedSentences) -> Iterator[tuple[Case, ComputedSentences]]:
+  """Yields every case with a positive weight, and the source restricted to it.
+
+  The order, on which seeds depend, is that of the default config, however the config was read: flags sort their keys.
+  """
+  order = list(DataConfig().tasks)
+  tasks = [task for task, weight in source.tasks.items() if weight > 0]
+  for task in sorted(tasks, key=lambda task: order.index(task) if task in order else len(order)):
+    for context, weight in sorted(source.contexts_of(task).items()):
+      for count, count_weight in sorted(config.data.shots.items()):
+        if weight > 0 and count_weight > 0:
+          only = {context: 1.0}
+          restricted = dataclasses.replace(
+            source, tasks={task: 1.0}, contexts=only, animating_contexts=only, num_clips={count: 1.0}
+          )
+          yield Case(task, context, count), restricted
+
+
+def _case_seed(seed: int, number: int) -> int:
+  """Returns the seed of a case's sentences; distinct for up to 1,000 cases. Reports depend on these numbers."""
+  return seed * 1000 + number

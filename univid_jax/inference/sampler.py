@@ -1,0 +1,157 @@
+"""Samples the targets of packed rows: one compiled step, driven by a loop on the host."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from univid_jax.core.packed_row import PackedRow
+from univid_jax.core.protocols import Solver
+from univid_jax.data.packing import select_target_tokens, target_indices
+from univid_jax.diffusion.guidance import Branch, guide
+from univid_jax.parallel.mesh import row_shards
+from univid_jax.parallel.processes import gather_arrays, local_rows
+from univid_jax.parallel.sharding import shard_batch
+
+Params = Mapping[str, Any]
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """Packed sentences to sample.
+
+  Attributes:
+    row: the rows with their prompts, as NumPy arrays.
+    negative: the same rows with the negative prompts; None samples without guidance.
+    places: (row, segment id) of each sentence.
+    noises: the initial noise of each sentence's target, (tokens, p).
+  """
+
+  row: PackedRow
+  negative: PackedRow | None
+  places: Sequence[tuple[int, int]]
+  noises: Sequence[Float[np.ndarray, "t p"]]
+
+
+class Sampler:
+  """Compiled sampling of one model. Programs are compiled once per shape of rows and solver, for any number of steps.
+
+  Args:
+    graph: the transformer without its parameters.
+    mesh: its devices.
+  """
+
+  def __init__(self, graph: nnx.GraphDef, mesh: Mesh):
+    self._graph, self._mesh = graph, mesh
+    self._prepare = jax.jit(lambda params, row: Branch.create(nnx.merge(graph, params), row))
+    self._steps: dict[Solver[Any], Callable[..., Any]] = {}
+
+  def sample(
+    self,
+    params: Params,
+    request: Request,
+    *,
+    solver: Solver[Any],
+    sigmas: Float[np.ndarray, "i"],
+    guidance_scale: float = 1.0,
+    rows_per_batch: int | None = None,
+    progress: Progress | None = None,
+  ) -> list[Float[np.ndarray, "t p"]]:
+    """Samples the targets of all sentences.
+
+    Args:
+      params: of the transformer.
+      request: the sentences.
+      solver: integrates the flow.
+      sigmas: of `solver.sigmas`.
+      guidance_scale: 1 is the prompt alone.
+      rows_per_batch: rows computed together; by default one per data shard, or a single row.
+      progress: called with the number of steps taken, from 1 again for every batch of rows.
+
+    Returns:
+      The target tokens of each sentence, float32 (tokens, p), in the order of `request.places`.
+    """
+    row, noise = _with_targets(request.row), _scatter_noise(request)
+    negative = None if request.negative is None else _with_targets(request.negative)
+    shards = row_shards(self._mesh)
+    batch = rows_per_batch or (shards if len(noise) > 1 else 1)
+    solved = []
+    with jax.set_mesh(self._mesh):
+      for start in range(0, len(noise), batch):
+        part = jax.tree.map(lambda x, start=start: _take_rows(x, start, batch), (row, negative, noise))
+        if batch % shards == 0:
+          part = shard_batch(jax.tree.map(lambda x: local_rows(x, self._mesh), part), self._mesh)
+        part_row, part_negative, part_noise = part
+        tokens = self._solve(
+          params,
+          part_row,
+          part_negative,
+          part_noise,
+          solver=solver,
+          sigmas=sigmas,
+          guidance_scale=guidance_scale,
+          progress=progress,
+        )
+        solved.append(gather_arrays(tokens))
+    tokens = np.concatenate(solved)
+    return [select_target_tokens(tokens, row, place) for place in request.places]
+
+  def _solve(
+    self,
+    params: Params,
+    row: PackedRow,
+    negative: PackedRow | None,
+    noise: Float[Array | np.ndarray, "b l p"],
+    *,
+    solver: Solver[Any],
+    sigmas: Float[np.ndarray, "i"],
+    guidance_scale: float,
+    progress: Progress | None,
+  ) -> Float[Array, "b l p"]:
+    branches = self._prepare(params, row), None if negative is None else self._prepare(params, negative)
+    step, coefficients = self.step(solver), solver.coefficients(sigmas)
+    state = solver.init(jnp.array(noise, jnp.float32))
+    for index, (sigma, weights) in enumerate(zip(sigmas, coefficients, strict=True), 1):
+      with jax.profiler.StepTraceAnnotation("sample", step_num=index):
+        state = step(params, branches, state, sigma, weights, np.float32(guidance_scale))
+      if progress is not None:
+        jax.block_until_ready(state)
+        progress(index)
+    return solver.tokens(state)
+
+  def step(self, solver: Solver[Any]) -> Callable[..., Any]:
+    """Returns the jitted step (params, (branch, negative branch), state, sigma, coefficients, scale) -> state."""
+
+    def step(params, branches, state, sigma, coefficients, guidance_scale):
+      positive, negative = branches
+      model = nnx.merge(self._graph, params)
+      predict = guide(model, positive, negative=negative, guidance_scale=guidance_scale)
+      return solver.step(predict, state, sigma, coefficients)
+
+    return self._steps.setdefault(solver, jax.jit(step, donate_argnums=2))
+
+
+def _with_targets(row: PackedRow) -> PackedRow:
+  """Returns the row with exactly as many target indices as it has target tokens."""
+  return dataclasses.replace(row, targets=target_indices(np.asarray(row.target_mask)))
+
+
+def _scatter_noise(request: Request) -> Float[np.ndarray, "b l p"]:
+  row = request.row
+  noise = np.zeros(row.tokens.shape, np.float32)
+  for tokens, (index, segment) in zip(request.noises, request.places, strict=True):
+    noise[index, (row.segment_ids[index] == segment) & row.target_mask[index]] = tokens
+  return noise
+
+
+def _take_rows(x: np.ndarray, start: int, length: int) -> np.ndarray:
+  """Takes rows from `start` on, padded to `length` with zeros."""
+  x = x[start : start + length]
+  return np.pad(x, [(0, length - len(x))] + [(0, 0)] * (x.ndim - 1))

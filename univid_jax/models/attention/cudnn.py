@@ -1,0 +1,44 @@
+"""Attention on NVIDIA GPUs: cuDNN's fused kernel, through JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from univid_jax.core.errors import UserError
+
+# Limits of the kernel.
+DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+MAX_HEAD_DIM = 128
+
+
+def supports(dtype: DTypeLike, head_dim: int) -> bool:
+  return jnp.dtype(dtype) in DTYPES and head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
+
+
+def cudnn_attention(
+  q: Float[Array, "b l h k"],
+  k: Float[Array, "b n h k"],
+  v: Float[Array, "b n h k"],
+  *,
+  key_intervals: Int[Array | np.ndarray, "b l 2"] | None = None,
+  key_bias: Float[Array, "b n"] | None = None,
+) -> Float[Array, "b l h k"]:
+  """See `api.attention`. The kernel has no intervals: they become a mask of b x l x n, and no blocks are skipped.
+
+  Raises:
+    UserError: the kernel does not support the dtype or head size.
+  """
+  if not supports(q.dtype, q.shape[-1]):
+    raise UserError(
+      f"cuDNN attention takes bfloat16 or float16 and a head size of at most {MAX_HEAD_DIM}, a multiple of 8; got "
+      f"{q.dtype} and {q.shape[-1]}: use the backend xla"
+    )
+  bias = None if key_bias is None else key_bias[:, None, None, :].astype(q.dtype)
+  mask = None
+  if key_intervals is not None:
+    keys = jnp.arange(k.shape[1])
+    start, end = key_intervals[..., 0, None], key_intervals[..., 1, None]
+    mask = ((keys >= start) & (keys < end))[:, None]
+  return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, implementation="cudnn")

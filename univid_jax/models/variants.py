@@ -1,0 +1,95 @@
+"""Shapes of the transformers that this project supports."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import ModelType
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+  """Shape of a Wan2.1 transformer; names and defaults are those of its config.json.
+
+  Attributes:
+    dim: embedding channels.
+    ffn_dim: channels inside the feed-forward layers.
+    model_type: whether the model also takes an image condition.
+    in_dim, out_dim: channels of a latent as the model reads it, condition included, and of its velocity.
+    freq_dim: channels of the sinusoidal timestep embedding.
+    text_dim, text_len: channels of a prompt embedding, and its length including padding.
+    patch_size: latents per token, (t, y, x).
+    image_dim: channels of I2V's image features.
+    rope_theta, rope_scale: base and scale of the rotary frequencies.
+  """
+
+  dim: int
+  ffn_dim: int
+  num_heads: int
+  num_layers: int
+  model_type: ModelType = ModelType.T2V
+  in_dim: int = 16
+  out_dim: int = 16
+  freq_dim: int = 256
+  text_dim: int = 4096
+  text_len: int = 512
+  patch_size: tuple[int, int, int] = (1, 2, 2)
+  image_dim: int = 1280
+  eps: float = 1e-6
+  rope_theta: float = 10000.0
+  rope_scale: float = 1.0
+
+  def __post_init__(self):
+    if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+      raise UserError(f"dim {self.dim} does not split into {self.num_heads} heads of an even size")
+
+  @property
+  def head_dim(self) -> int:
+    return self.dim // self.num_heads
+
+  @property
+  def patch_volume(self) -> int:
+    return math.prod(self.patch_size)
+
+  @property
+  def takes_image(self) -> bool:
+    """Whether rows must carry a condition and image features."""
+    return self.model_type == ModelType.I2V
+
+  @classmethod
+  def from_json(cls, values: Mapping[str, Any]) -> "DiTConfig":
+    """Converts the config.json of an official release, or this project's own.
+
+    Raises:
+      UserError: the variant is not supported (FLF2V, VACE, Wan2.2, ...); the message names it.
+    """
+    class_name, model_type = values.get("_class_name", "WanModel"), values.get("model_type", ModelType.T2V)
+    if class_name != "WanModel" or model_type not in tuple(ModelType):
+      raise UserError(
+        f"{class_name} with model_type {model_type!r} is not supported, only Wan2.1's {' and '.join(ModelType)}"
+      )
+    in_dim, out_dim = values.get("in_dim", 16), values.get("out_dim", 16)
+    expected = 2 * out_dim + 4 if model_type == ModelType.I2V else out_dim
+    if in_dim != expected:
+      raise UserError(
+        f"a Wan2.1 {model_type} model with out_dim {out_dim} has in_dim {expected}, got {in_dim}: another variant "
+        "(Wan2.2, Fun or the like), which is not supported"
+      )
+    names = {field.name for field in dataclasses.fields(cls)}
+    known = {name: value for name, value in values.items() if name in names}
+    patch_size = tuple(values.get("patch_size", (1, 2, 2)))
+    return cls(**{**known, "model_type": ModelType(model_type), "patch_size": patch_size})
+
+
+_T2V_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+_I2V_14B = dataclasses.replace(_T2V_14B, model_type=ModelType.I2V, in_dim=36)
+
+# Published models by name, as in config.model.variant.
+VARIANTS: Mapping[str, DiTConfig] = {
+  "wan2.1-t2v-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+  "wan2.1-t2v-14b": _T2V_14B,
+  "wan2.1-i2v-14b-480p": _I2V_14B,
+  "wan2.1-i2v-14b-720p": _I2V_14B,
+}

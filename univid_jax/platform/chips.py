@@ -1,0 +1,57 @@
+"""Makers' figures of the chips that JAX runs on."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Device(Protocol):
+  """What `jax.Device` provides; type checkers do not accept that name as a type."""
+
+  @property
+  def platform(self) -> str: ...
+  @property
+  def device_kind(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A chip by its maker's figures.
+
+  Attributes:
+    flops: dense bfloat16 operations per second.
+    memory: bytes.
+    bandwidth: bytes per second from memory.
+    network: bytes per second to and from the other chips of a slice or machine, all links together.
+  """
+
+  flops: float
+  memory: float
+  bandwidth: float
+  network: float
+
+
+# By JAX's name of the device. Sources: Google Cloud's TPU pages, NVIDIA's data sheets.
+CHIPS: Mapping[str, Chip] = {
+  "TPU v4": Chip(275e12, 34.4e9, 1228e9, 300e9),
+  "TPU v5 lite": Chip(197e12, 16.9e9, 819e9, 200e9),
+  "TPU v5": Chip(459e12, 102.0e9, 2765e9, 600e9),
+  "TPU v6 lite": Chip(918e12, 34.4e9, 1640e9, 448e9),
+  "NVIDIA A100": Chip(312e12, 85.0e9, 2039e9, 600e9),
+  "NVIDIA H100": Chip(989e12, 85.0e9, 3350e9, 900e9),
+  "NVIDIA H200": Chip(989e12, 150.0e9, 4800e9, 900e9),
+}
+
+
+def find_chip(device: Device) -> Chip | None:
+  """Returns the chip of a device, or None if it is not in the table."""
+  return find_chip_by_name(device.device_kind)
+
+
+def find_chip_by_name(kind: str) -> Chip | None:
+  """Returns a chip by JAX's or PyTorch's name of the device, which for NVIDIA ends in memory size and form factor."""
+  if kind in CHIPS:
+    return CHIPS[kind]
+  matches = (chip for name, chip in CHIPS.items() if name.startswith("NVIDIA") and kind.startswith(name))
+  return next(matches, None)

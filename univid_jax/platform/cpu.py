@@ -1,0 +1,66 @@
+"""Computations for which XLA makes slow programs on CPUs, in forms that it compiles well.
+
+Times are of two cores of an AMD EPYC, float32; docs/benchmarks.md has the details.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def conv_in_time(
+  x: Float[Array, "t y x c"],
+  kernel: Float[Array, "a e f c d"],
+  *,
+  strides: tuple[int, int, int],
+  padding: int,
+  zero_frames: int,
+) -> Float[Array, "u v w d"]:
+  """Convolves over (t, y, x) by sums of convolutions in the plane; see `codecs.vae_layers.Convolution`.
+
+  XLA's own convolutions over time take 2.4 times as long on a CPU: the autoencoder takes 12.4 s instead of 30.7 s to
+  encode 5 frames of 240x416, 21.5 s instead of 51.8 s to decode them, and a tenth more memory.
+  Benchmark: `python -m benchmarks.vae --mode=encode --frames=5 --height=240 --width=416`.
+  """
+  (time_stride, *plane_strides), sides = strides, ((padding, padding),) * 2
+  # Keeps XLA from computing early, and storing, whatever depends on the cached frames alone: a fifth more memory.
+  x = jax.lax.optimization_barrier(x)
+
+  def convolve_frame(start: int) -> Array:
+    taps = [
+      jax.lax.conv_general_dilated(
+        x[start + tap][None], kernel[tap], plane_strides, sides, dimension_numbers=("NHWC", "HWIO", "NHWC")
+      )
+      for tap in range(len(kernel))
+      if start + tap >= 0  # frames before x are zero and add nothing
+    ]
+    return sum(taps[1:], start=taps[0])
+
+  # Unrolled: a chunk has a few frames, and a loop over them takes more memory than the frames themselves.
+  return jnp.concatenate(
+    [convolve_frame(start) for start in range(-zero_frames, len(x) - len(kernel) + 1, time_stride)]
+  )
+
+
+@jax.custom_vjp
+def project_up(x: Float[Array, "... r"], up: Float[Array, "r o"]) -> Float[Array, "... o"]:
+  """Returns x @ up for a narrow x, with a gradient of `up` whose product takes x first.
+
+  JAX puts the wide gradient of the output first, and XLA on CPUs then transposes all of it: a LoRA step on 4 blocks of
+  the 1.3B takes 23.2 s instead of 28.8 s, and 3.68 instead of 4.02 GiB.
+  Benchmark: `python -m benchmarks.train_step --pairs=2`.
+  """
+  return x @ up
+
+
+def _project_up_forward(x: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
+  return x @ up, (x, up)
+
+
+def _project_up_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+  x, up = saved
+  tokens = tuple(range(x.ndim - 1))
+  return gradient @ up.T, jax.lax.dot_general(x, gradient, ((tokens, tokens), ((), ())))
+
+
+project_up.defvjp(_project_up_forward, _project_up_backward)

@@ -1,0 +1,285 @@
+"""What happens between steps: summaries, validation, logging, checkpoints, stopping and profiling.
+
+The loop calls its hooks in order after every step. Each hook reads the `StepEvent` and may add to its summary; later
+hooks see what earlier ones added.
+"""
+
+import dataclasses
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from univid_jax.checkpoints.run import Checkpointer
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import DivergedError, Interrupted
+from univid_jax.inference.pipeline import Pipeline
+from univid_jax.models.flops import step_flops
+from univid_jax.parallel.mesh import row_shards
+from univid_jax.platform.chips import find_chip
+from univid_jax.training.metrics_writer import MetricsWriter
+from univid_jax.training.setup import Run
+from univid_jax.training.state import Params, TrainState
+from univid_jax.training.validation import PREVIEWS_FOLDER, Validation, select_sentences, write_previews
+
+log = logging.getLogger(__name__)
+
+PROFILE_FOLDER = "profile"
+# The first steps of a process are not typical: they compile and fill caches.
+PROFILE_AFTER = 2
+
+
+@dataclasses.dataclass(kw_only=True)
+class StepEvent:
+  """A finished step.
+
+  Attributes:
+    step: its number, from 1.
+    state: after the step.
+    metrics: of the step, on the devices.
+    is_last: whether it is the last step of the run.
+    stop_signal: name of the signal that asked the run to stop; "" without one.
+    logs, validates, saves: what is due after this step.
+    summary: means since the last summary; empty if nothing is due.
+  """
+
+  step: int
+  state: TrainState
+  metrics: dict[str, jax.Array]
+  is_last: bool
+  stop_signal: str
+  logs: bool
+  validates: bool
+  saves: bool
+  summary: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def create(
+    cls, config: RunConfig, step: int, state: TrainState, metrics: dict[str, jax.Array], stop_signal: str
+  ) -> "StepEvent":
+    is_last = step == config.num_steps
+    every = config.validation.every_steps
+    return cls(
+      step=step,
+      state=state,
+      metrics=metrics,
+      is_last=is_last,
+      stop_signal=stop_signal,
+      logs=step % config.log_every == 0,
+      validates=every > 0 and (is_last or step % every == 0) and not stop_signal,
+      saves=is_last or bool(stop_signal) or step % config.checkpoint.every_steps == 0,
+    )
+
+
+class Hook(Protocol):
+  """Runs after every step."""
+
+  def __call__(self, event: StepEvent) -> None: ...
+
+
+class Summarize:
+  """Averages metrics since the last summary, measures speed, and stops a run whose loss is not finite.
+
+  Runs before a checkpoint is saved, so that a bad state never replaces a good checkpoint. Adds `step_time` in seconds,
+  `tokens_per_second` without padding and, if the chip's peak is known, the model FLOPs utilisation `mfu`.
+  """
+
+  def __init__(self, run: Run, bar: tqdm):
+    config, mesh = run.config, run.mesh
+    self._shape, self._rank, self._bar = run.shape, config.lora.rank, bar
+    rows = config.rows.batch_size(row_shards(mesh))
+    self._tokens, self._text_tokens = rows * config.rows.num_tokens, rows * config.rows.num_text_tokens
+    chip = find_chip(mesh.devices.flat[0])
+    self._peak = chip.flops * mesh.size if chip else None
+    self._pending: list[dict[str, jax.Array]] = []
+    self.restart_clock()
+
+  def restart_clock(self) -> None:
+    """Leaves out the time since the last summary."""
+    self._since = time.monotonic()
+
+  def __call__(self, event: StepEvent) -> None:
+    self._pending.append(event.metrics)
+    self._bar.update()
+    if not (event.logs or event.validates or event.saves):
+      return
+    values = jax.device_get(self._pending)
+    summary = {name: float(np.mean([metrics[name] for metrics in values])) for name in values[0]}
+    if not np.isfinite(summary["loss"]):
+      raise DivergedError(
+        f"the loss is not finite by step {event.step}: lower config.optimizer.learning_rate and train in another "
+        "--workdir"
+      )
+    seconds = (time.monotonic() - self._since) / len(self._pending)
+    self._pending.clear()
+    self.restart_clock()
+    event.summary |= self._measure(summary, seconds)
+    self._bar.set_postfix_str(_describe(event.summary), refresh=False)
+
+  def _measure(self, summary: dict[str, float], seconds: float) -> dict[str, float]:
+    attended, attended_text, targets = (summary.pop(name) for name in ("attended", "attended_text", "targets"))
+    tokens = summary["fill_rate"] * self._tokens
+    summary |= {"step_time": seconds, "tokens_per_second": tokens / seconds}
+    if self._peak:
+      work = step_flops(
+        self._shape,
+        lora_rank=self._rank,
+        tokens=tokens,
+        text_tokens=self._text_tokens,
+        attended=attended,
+        attended_text=attended_text,
+        targets=targets,
+      )
+      summary["mfu"] = work / seconds / self._peak
+    return summary
+
+
+class Validate:
+  """Adds the validation loss to the summary and writes previews; frees the encoders' memory afterwards.
+
+  Args:
+    run: what is trained.
+    summarize: its clock leaves the validation out.
+    bar: gets a line.
+  """
+
+  def __init__(self, run: Run, summarize: Summarize, bar: tqdm):
+    self._run, self._summarize, self._bar = run, summarize, bar
+    self._options = run.config.validation
+    self._pipeline: Pipeline | None = None
+    self._sentences, held_out = select_sentences(run.data, self._options.sentences)
+    if not held_out:
+      log.info("validation: too little data to hold any out, so the loss is on training sentences")
+    self._validation = Validation(run.config, run.spec, self._sentences, run.features, run.mesh)
+    run.encoders.release()
+
+  def __call__(self, event: StepEvent) -> None:
+    if not event.validates:
+      return
+    with jax.profiler.TraceAnnotation("validate"):
+      params = event.state.model_params
+      if self._options.previews:
+        self._write_previews(event.step, params)
+      event.summary |= self._validation(params, self._run.frozen)
+    self._bar.write(f"step {event.step}: validation loss {event.summary['val_loss']:.4f}")
+    self._summarize.restart_clock()
+
+  def _write_previews(self, step: int, params: Params) -> None:
+    fresh = self._run.create_pipeline(params)
+    self._pipeline = self._pipeline or fresh
+    self._pipeline.params = fresh.params  # the same pipeline each time, so that its programs compile once
+    write_previews(
+      epath.Path(self._run.workdir) / PREVIEWS_FOLDER,
+      step,
+      self._pipeline,
+      self._sentences[: self._options.previews],
+      num_inference_steps=self._options.num_inference_steps,
+    )
+    self._run.encoders.release()
+
+
+class WriteMetrics:
+  """Writes every summary."""
+
+  def __init__(self, writer: MetricsWriter):
+    self._writer = writer
+
+  def __call__(self, event: StepEvent) -> None:
+    if event.summary:
+      self._writer.write(event.step, event.summary)
+
+
+class SaveCheckpoint:
+  """Saves asynchronously; waits only on the last step or when the run is stopped."""
+
+  def __init__(self, checkpointer: Checkpointer, loader: grain.DatasetIterator):
+    self._checkpointer, self._loader = checkpointer, loader
+
+  def __call__(self, event: StepEvent) -> None:
+    if event.saves:
+      with jax.profiler.TraceAnnotation("save"):
+        self._checkpointer.save(
+          event.step,
+          model=event.state.model_params,
+          training=event.state.training_items,
+          data=self._loader,
+          val_loss=event.summary.get("val_loss"),
+        )
+    if event.is_last or event.stop_signal:
+      self._checkpointer.wait()
+
+
+class StopOnSignal:
+  """Ends the run after a signal; the state is saved by then."""
+
+  def __init__(self, num_steps: int):
+    self._num_steps = num_steps
+
+  def __call__(self, event: StepEvent) -> None:
+    if event.stop_signal and not event.is_last:
+      raise Interrupted(
+        f"stopped by {event.stop_signal} at step {event.step} of {self._num_steps}, state saved; rerun the same "
+        "command to resume",
+        exit_code=130 if event.stop_signal == "SIGINT" else 75,
+      )
+
+
+class Profile:
+  """Writes a JAX profiler trace of some steps to WORKDIR/profile."""
+
+  def __init__(self, workdir: str, *, first_step: int, num_steps: int):
+    self._folder = str(epath.Path(workdir) / PROFILE_FOLDER)
+    self._start = first_step + PROFILE_AFTER
+    self._stop = self._start + num_steps
+    self._running = False
+
+  def __call__(self, event: StepEvent) -> None:
+    if event.step == self._start and not event.is_last:
+      jax.block_until_ready(event.state)
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # Python's calls would crowd out everything else
+      jax.profiler.start_trace(self._folder, profiler_options=options)
+      self._running = True
+    elif self._running and (event.step == self._stop or event.is_last or event.stop_signal):
+      jax.block_until_ready(event.state)
+      jax.profiler.stop_trace()
+      self._running = False
+      log.info("profile of steps %d to %d: %s", self._start + 1, event.step, self._folder)
+
+
+class StopRequest:
+  """The signal that asked the process to stop; "" if none did."""
+
+  signal_name = ""
+
+
+@contextmanager
+def catch_signals() -> Iterator[StopRequest]:
+  """Turns SIGTERM and Ctrl-C into a request that the loop honours between steps; a second Ctrl-C interrupts at once."""
+  request = StopRequest()
+
+  def handle(number: int, frame: Any) -> None:
+    del frame
+    if request.signal_name and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    request.signal_name = signal.Signals(number).name
+
+  previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield request
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def _describe(summary: dict[str, float]) -> str:
+  text = f"loss={summary['loss']:.3f}, fill={summary['fill_rate']:.0%}, {summary['tokens_per_second']:,.0f} tokens/s"
+  return text + (f", MFU {summary['mfu']:.0%}" if "mfu" in summary else "")

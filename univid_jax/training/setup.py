@@ -1,0 +1,122 @@
+"""Everything a run needs before its first step: devices, data, base and the description of its state."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import optax
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+import univid_jax
+from univid_jax.checkpoints.model import base_checksum, create_model, open_encoders, transformer_config
+from univid_jax.checkpoints.run import RunRecord
+from univid_jax.checkpoints.trained import load_base
+from univid_jax.config.boundary import differences
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.core.protocols import Encoders
+from univid_jax.data.features import FeatureCaches, FeatureMaker
+from univid_jax.data.prepare import prepare
+from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.inference.pipeline import Pipeline
+from univid_jax.models.lora import join
+from univid_jax.models.variants import DiTConfig
+from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training.optimizer import make_optimizer
+from univid_jax.training.state import Params, StateSpec
+
+log = logging.getLogger(__name__)
+
+# Keys that may change when a run is resumed: how long, how often, and where it runs.
+MAY_CHANGE = ("num_steps", "log_every", "checkpoint.", "mesh.", "eval.", "validation.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What stays the same from the first step to the last.
+
+  Attributes:
+    record: the config, and what else identifies the run.
+    workdir: a folder or a bucket.
+    mesh: the devices.
+    shape: of the transformer.
+    optimizer: of the trained parameters.
+    spec: of the training state.
+    base_graph: the transformer without adapters if they are trained, else None.
+    frozen: parameters that are not trained.
+    encoders: of clips and prompts.
+    data: where sentences come from.
+    features: encodes sentences, with its caches filled.
+  """
+
+  record: RunRecord
+  workdir: str
+  mesh: Mesh
+  shape: DiTConfig
+  optimizer: optax.GradientTransformation
+  spec: StateSpec
+  base_graph: nnx.GraphDef | None
+  frozen: Params
+  encoders: Encoders
+  data: DataSources
+  features: FeatureMaker
+
+  @property
+  def config(self) -> RunConfig:
+    return self.record.config
+
+  def create_pipeline(self, params: Params) -> Pipeline:
+    """Returns the model trained so far, to sample with."""
+    return Pipeline(
+      self.shape, self.spec.graph, join(self.frozen, params), encoders=self.encoders, mesh=self.mesh, run=self.config
+    )
+
+
+def set_up_run(config: RunConfig, workdir: str) -> Run:
+  """Opens the data of a run, fills its caches and loads its base.
+
+  Raises:
+    UserError: a value of the config is invalid for a run, or a row of the data cannot be used.
+    OSError: a file cannot be read.
+  """
+  config.check_rows()
+  epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+  mesh = make_mesh(config.mesh)
+  check_rows_stay_on_one_process(mesh)
+  shape = transformer_config(config)
+  optimizer = make_optimizer(config.optimizer, config.num_steps)
+  spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=config.ema_decay > 0, lora=config.lora.enabled)
+  encoders = open_encoders(config, mesh)
+  data = open_data(config, workdir=workdir)
+  data.report()
+  data.require_usable(config.data)
+  caches = FeatureCaches.open(config, encoders, workdir)
+  features = FeatureMaker(encoders, shape=shape, task_names=data.task_names, caches=caches)
+  prepare(features, data)
+  base_graph, frozen = load_base(config, mesh) if config.lora.enabled else (None, {})
+  record = RunRecord(config, base_checksum(config), univid_jax.__version__)
+  return Run(record, workdir, mesh, shape, optimizer, spec, base_graph, frozen, encoders, data, features)
+
+
+def check_rows_stay_on_one_process(mesh: Mesh) -> None:
+  """Raises UserError unless the tokens of a row stay on one process."""
+  inner = mesh.shape["tensor"] * mesh.shape["context"]
+  if jax.local_device_count() % inner:
+    raise UserError(
+      f"config.mesh.tensor x context = {inner} devices must divide the {jax.local_device_count()} of each process"
+    )
+
+
+def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> None:
+  """Raises UserError, naming the first key that differs, if a workdir belongs to another config."""
+  changes: list[tuple[str, Any, Any]] = list(differences(previous.config, current.config))
+  if previous.base != current.base:
+    changes.append(("the checksum of init_from", previous.base, current.base))
+  for key, before, after in changes:
+    if not key.startswith(MAY_CHANGE):
+      raise UserError(
+        f"{workdir} is a run with {key} = {before!r}, not {after!r}: use the same config or another --workdir"
+      )

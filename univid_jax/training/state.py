@@ -1,0 +1,141 @@
+"""The training state: what changes from step to step, and how it is created and sharded."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from univid_jax.models.lora import LoRAParam
+from univid_jax.parallel.sharding import parameter_shardings
+
+Params = Mapping[str, Any]  # nested dicts of arrays, under the names of a model's modules
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """Everything that a step updates.
+
+  Attributes:
+    step: number of steps taken.
+    params: trained parameters.
+    ema: their exponential moving average; None without one.
+    opt_state: of the optimizer.
+  """
+
+  step: Int[Array, ""]
+  params: Params
+  ema: Params | None
+  opt_state: Any
+
+  @property
+  def model_params(self) -> Params:
+    """The parameters to sample with: the moving average if there is one."""
+    return self.params if self.ema is None else self.ema
+
+  @property
+  def training_items(self) -> dict[str, Any]:
+    """What a checkpoint holds besides `model_params`."""
+    items = {"step": self.step, "opt_state": self.opt_state}
+    return items if self.ema is None else items | {"params": self.params}
+
+  @classmethod
+  def from_items(cls, model: Params, training: Mapping[str, Any], *, ema: bool) -> "TrainState":
+    """The inverse of `model_params` and `training_items`."""
+    params = training["params"] if ema else model
+    return cls(step=training["step"], params=params, ema=model if ema else None, opt_state=training["opt_state"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateSpec:
+  """A training state before it exists.
+
+  Attributes:
+    graph: the model without parameters; `nnx.merge(spec.graph, join(frozen, params))` is the model.
+    create: creates the first state, from random parameters or from those given.
+    create_frozen: creates random parameters of what is not trained; {} if everything is.
+    abstract: shapes, dtypes and shardings of the state.
+    abstract_frozen: the same for what is not trained.
+  """
+
+  graph: nnx.GraphDef
+  create: Callable[..., TrainState]
+  create_frozen: Callable[[], Params]
+  abstract: TrainState
+  abstract_frozen: Params
+
+  @classmethod
+  def of(
+    cls,
+    init: Callable[[], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema: bool,
+    lora: bool = False,
+  ) -> "StateSpec":
+    """Describes the state of a model that is trained whole, or whose adapters are.
+
+    Args:
+      init: creates the model.
+      optimizer: creates its own state.
+      mesh: the devices.
+      ema: whether to keep a moving average.
+      lora: whether only adapters are trained.
+    """
+    kind = LoRAParam if lora else nnx.Param
+
+    def create(params: Params | None = None) -> TrainState:
+      params = nnx.to_pure_dict(nnx.state(init(), kind)) if params is None else params
+      average = jax.tree.map(jnp.copy, params) if ema else None
+      return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=average)
+
+    def select_frozen(model: nnx.Module) -> Params:
+      return nnx.to_pure_dict(nnx.state(model, nnx.Param)) if lora else {}
+
+    model = nnx.eval_shape(init)
+    shapes = jax.eval_shape(create, nnx.to_pure_dict(nnx.state(model, kind)))
+    shardings = _state_shardings(shapes, parameter_shardings(model, mesh, kind), optimizer, mesh)
+    frozen_shardings = parameter_shardings(model, mesh) if lora else {}
+
+    def place(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return cls(
+      graph=nnx.graphdef(model),
+      create=jax.jit(create, out_shardings=shardings),
+      create_frozen=jax.jit(lambda: select_frozen(init()), out_shardings=frozen_shardings),
+      abstract=jax.tree.map(place, shapes, shardings),
+      abstract_frozen=jax.tree.map(place, select_frozen(model), frozen_shardings),
+    )
+
+  @property
+  def shardings(self) -> TrainState:
+    return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+
+def _state_shardings(
+  shapes: TrainState, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Shards moments like their parameters and replicates scalars."""
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def shard_moment(moment: Any, sharding: NamedSharding) -> Any:
+    return moment if isinstance(moment, optax.MaskedNode) else sharding
+
+  opt_state = optax.tree_utils.tree_map_params(
+    optimizer,
+    shard_moment,
+    shapes.opt_state,
+    params,
+    transform_non_params=lambda _: replicated,
+    is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+  )
+  fields: dict[str, Any] = {"step": replicated, "params": params, "opt_state": opt_state}
+  return TrainState(**fields, ema=None if shapes.ema is None else params)
