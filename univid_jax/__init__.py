@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from univid_jax.config.schema import RunConfig
-  from univid_jax.data.video import read_clip
+  from univid_jax.data.reader import read_clip
   from univid_jax.inference.load import load_pipeline
   from univid_jax.inference.pipeline import Pipeline
 
@@ -16,7 +16,7 @@ _MODULES = {
   "Pipeline": "univid_jax.inference.pipeline",
   "RunConfig": "univid_jax.config.schema",
   "load_pipeline": "univid_jax.inference.load",
-  "read_clip": "univid_jax.data.video",
+  "read_clip": "univid_jax.data.reader",
 }
 
 

@@ -1,0 +1,305 @@
+"""Files as people have them are read as players show them, or rejected by name and reason."""
+
+import json
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tests.numbered_videos import encode_video, numbered_frames, read_numbers
+from univid_jax.core.errors import UserError
+from univid_jax.data.reader import is_foreign, probe, read_clip
+
+CASES = Path(__file__).parent / "cases" / "videos"
+TRUTH = json.loads((CASES / "truth.json").read_text())
+
+
+def middle_of_bars(frame: np.ndarray) -> np.ndarray:
+  """Returns the mean colour of each of the four bars on the right half."""
+  height, width = frame.shape[:2]
+  bars = [frame[height * i // 4 + 4 : height * (i + 1) // 4 - 4, width * 3 // 4 : -4] for i in range(4)]
+  return np.array([bar.reshape(-1, 3).mean(axis=0) for bar in bars])
+
+
+def copy_packets(
+  path: Path, target: Path, *, without: int | None = None, options: dict[str, str] | None = None
+) -> None:
+  """Copies a video, without one of its packets."""
+  with av.open(str(path)) as source, av.open(str(target), "w", options=options or {}) as output:
+    stream = output.add_stream_from_template(source.streams.video[0])
+    for number, packet in enumerate(source.demux(video=0)):
+      if packet.size and number != without:
+        packet.stream = stream
+        output.mux(packet)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, truth in TRUTH.items() if truth.get("readable", True)))
+def test_cases(name: str):
+  truth = TRUTH[name]
+  clip, info = read_clip(CASES / name), probe(CASES / name)
+  assert len(clip.frames) == info.num_frames == truth["frames"]
+  assert list(clip.frames.shape[1:3]) == list(info.size) == truth["height_width"]
+  if truth["number_of_each_frame"] is not None:
+    frames = clip.frames[:, :, ::-1] if "numbers_on" in truth else clip.frames
+    quarter = frames[:, :, : frames.shape[2] // 2]  # a circle covers the middle of one
+    assert read_numbers(quarter) == truth["number_of_each_frame"]
+  if truth["colours_of_first_frame"] is not None and name != "animated.gif":  # whose colours are dithered
+    np.testing.assert_allclose(middle_of_bars(clip.frames[0]), truth["colours_of_first_frame"], atol=4)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, truth in TRUTH.items() if not truth.get("readable", True)))
+def test_damaged_cases_are_named(name: str):
+  with pytest.raises(UserError, match=f"cannot read .*{name}: "):
+    read_clip(CASES / name)
+
+
+def test_frames_are_shown_when_due_at_another_rate():
+  truth = TRUTH["vfr.mp4"]["number_of_each_frame_at_16_fps"]
+  clip = read_clip(CASES / "vfr.mp4", fps=16)
+  assert read_numbers(clip.frames) == truth and clip.fps == 16
+  assert probe(CASES / "vfr.mp4").count_at(16) == len(truth)
+  assert read_numbers(read_clip(CASES / "vfr.mp4", 20, 17, fps=16.0).frames) == truth[20:37]
+
+
+def test_pixels_are_square():
+  """The circle in the middle is round."""
+  frame = read_clip(CASES / "anamorphic.mp4", 0, 1).frames[0]
+  is_yellow = (frame[..., 0] > 200) & (frame[..., 1] > 200) & (frame[..., 2] < 60)
+  rows, columns = np.flatnonzero(is_yellow.any(axis=1)), np.flatnonzero(is_yellow.any(axis=0))
+  assert abs(np.ptp(rows) - np.ptp(columns)) <= 2
+
+
+def test_hdr_is_mapped_to_sdr():
+  """HLG codes grey as SDR does up to half: neutral, in order, neither crushed nor clipped."""
+  frames = read_clip(CASES / "hlg.mp4").frames
+  greys = frames[:, 20:-20, 20:200].reshape(len(frames), -1, 3).mean(axis=1)
+  assert np.ptp(greys, axis=1).max() < 2
+  assert (np.diff(greys[:, 0]) > 1).all() and 10 < greys[0, 0] < greys[-1, 0] < 100
+  assert middle_of_bars(frames[0])[3].min() > 245
+
+
+@pytest.mark.parametrize(
+  "name", ["bframes_h264.avi", "trim_ss_copy.mp4", "interlaced.mp4", "cover_first.mp4", "animated.webp"]
+)
+def test_parts_are_the_same_as_in_the_whole(name: str):
+  whole = read_clip(CASES / name).frames
+  for start in (0, 1, 5, len(whole) - 3):
+    np.testing.assert_array_equal(read_clip(CASES / name, start, 3).frames, whole[start : start + 3])
+
+
+@pytest.mark.parametrize("name", ["plain.mp4", "bframes_mpeg4.avi", "animated.gif", "cover.png"])
+def test_too_few_frames_are_named(name: str):
+  count = TRUTH[name]["frames"]
+  with pytest.raises(UserError, match=f"{name}: it has {count} frame.*{count + 2} is needed"):
+    read_clip(CASES / name, count, 3)
+  with pytest.raises(UserError, match=name):
+    read_clip(CASES / name, start=count)
+
+
+def test_only_the_frames_that_depend_on_damage_are_rejected(tmp_path: Path):
+  frames = numbered_frames(40)
+  encode_video(tmp_path / "whole.mp4", frames, gop=10, options={"x264-params": "scenecut=0"})
+  with av.open(str(tmp_path / "whole.mp4")) as container:
+    packets = [packet for packet in container.demux(video=0) if packet.size]
+    damaged = packets[21]
+    data = bytearray((tmp_path / "whole.mp4").read_bytes())
+  assert damaged.pos is not None
+  data[damaged.pos + 4 : damaged.pos + damaged.size] = bytes(damaged.size - 4)
+  (tmp_path / "damaged.mp4").write_bytes(data)
+  for start in (0, 10, 30):
+    assert read_numbers(read_clip(tmp_path / "damaged.mp4", start, 10).frames) == list(range(start, start + 10))
+  with pytest.raises(UserError, match=r"damaged\.mp4: frame 2\d "):
+    read_clip(tmp_path / "damaged.mp4", 20, 10)
+  with pytest.raises(UserError, match="damaged"):
+    read_clip(tmp_path / "damaged.mp4")
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_lost_references_are_damage(tmp_path: Path, codec: str):
+  """H.264's decoder repeats another frame in their place without a word."""
+  frames = numbered_frames(20)
+  frames[:, :, 40:] = np.random.default_rng(0).integers(0, 256, frames[:, :, 40:].shape)
+  encode_video(tmp_path / "whole.mkv", frames, codec, gop=20, options={"preset": "ultrafast"})
+  for lost in (1, 4, 5):
+    copy_packets(tmp_path / "whole.mkv", tmp_path / "lossy.mkv", without=lost)
+    assert read_numbers(read_clip(tmp_path / "lossy.mkv", 0, 1).frames) == [0]
+    with pytest.raises(UserError, match="lossy"):
+      read_clip(tmp_path / "lossy.mkv")
+
+
+def test_wrong_checksums_are_damage(tmp_path: Path):
+  """FFV1's decoder copies slices from the frame before, and only logs it."""
+  encode_video(tmp_path / "video.mkv", numbered_frames(6), "ffv1", gop=1, options={"level": "3", "slicecrc": "1"})
+  with av.open(str(tmp_path / "video.mkv")) as container:
+    packet = [packet for packet in container.demux(video=0) if packet.size][3]
+  data = bytearray((tmp_path / "video.mkv").read_bytes())
+  assert packet.pos is not None
+  data[packet.pos + packet.size // 2] ^= 255
+  (tmp_path / "video.mkv").write_bytes(data)
+  assert read_numbers(read_clip(tmp_path / "video.mkv", 0, 3).frames) == [0, 1, 2]
+  with pytest.raises(UserError, match="frame 3 is damaged: slice CRC mismatch"):
+    read_clip(tmp_path / "video.mkv", 2, 2)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "webm"])
+def test_truncated_files_are_not_read_to_their_end(tmp_path: Path, suffix: str):
+  path = tmp_path / f"video.{suffix}"
+  if suffix == "webm":
+    encode_video(path, numbered_frames(30), "libvpx-vp9")
+  else:
+    encode_video(path, numbered_frames(30), "mpeg4", options={"qmin": "1", "qmax": "2"})
+  if suffix == "mp4":  # with the index in front
+    with (
+      av.open(str(path)) as source,
+      av.open(str(tmp_path / "fast.mp4"), "w", options={"movflags": "faststart"}) as fast,
+    ):
+      stream = fast.add_stream_from_template(source.streams.video[0])
+      for packet in source.demux(video=0):
+        if packet.size:
+          packet.stream = stream
+          fast.mux(packet)
+    path = tmp_path / "fast.mp4"
+  path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+  for read in (read_clip, probe):
+    with pytest.raises(UserError, match=rf"{path.name}: .*(truncated|intact)"):
+      read(path)
+  if suffix != "avi":
+    assert read_numbers(read_clip(path, 0, 5).frames) == list(range(5))
+
+
+@pytest.mark.parametrize(
+  "options, pixel_format",
+  [
+    ({"x264-params": "cqm=jvt"}, "yuv420p"),
+    ({"x264-params": "tff=1:cqm=jvt"}, "yuv422p"),
+    ({"x264-params": "ref=16:bframes=8:b-pyramid=strict:slices=4"}, "yuv420p"),
+    ({"x264-params": "nal-hrd=vbr:aud=1", "maxrate": "1M", "bufsize": "1M"}, "yuv420p10le"),
+    ({"x264-params": "weightp=0:8x8dct=0", "profile": "baseline"}, "yuv420p"),
+  ],
+)
+@pytest.mark.parametrize("suffix", ["mp4", "avi"])
+def test_h264_without_losses(tmp_path: Path, suffix: str, options: dict[str, str], pixel_format: str):
+  """No reference is found missing where none is."""
+  encode_video(
+    tmp_path / f"video.{suffix}",
+    numbered_frames(50),
+    options={"crf": "1", **options},
+    pixel_format=pixel_format,
+    gop=40,
+  )
+  assert read_numbers(read_clip(tmp_path / f"video.{suffix}").frames) == list(range(50))
+
+
+def test_open_groups_of_pictures(tmp_path: Path):
+  """Frames after a key frame may name references before it that they do not use."""
+  path = tmp_path / "open.mp4"
+  encode_video(path, numbered_frames(50), options={"x264-params": "open-gop=1:scenecut=0"}, gop=10)
+  for start in range(0, 50, 7):
+    assert read_numbers(read_clip(path, start, 1).frames) == [start]
+
+
+def test_intra_refresh(tmp_path: Path):
+  """Frames marked as key frames from which decoding cannot start."""
+  path = tmp_path / "refresh.mp4"
+  encode_video(path, numbered_frames(50), options={"x264-params": "intra-refresh=1:keyint=10:scenecut=0"}, bframes=0)
+  for start in range(0, 50, 7):
+    assert read_numbers(read_clip(path, start, 1).frames) == [start]
+
+
+def test_hidden_frames_are_not_counted(tmp_path: Path):
+  """VP8 has frames that are only referred to; here they are made from others by clearing the bit that shows them."""
+  encode_video(tmp_path / "shown.webm", numbered_frames(20), "libvpx", options={"b": "2M"})
+  with av.open(str(tmp_path / "shown.webm")) as source, av.open(str(tmp_path / "hidden.webm"), "w") as target:
+    stream = target.add_stream_from_template(source.streams.video[0])
+    for number, packet in enumerate(source.demux(video=0)):
+      if packet.size:
+        data = bytearray(bytes(packet))
+        data[0] &= 0xEF if number in (3, 7) else 0xFF
+        hidden = av.Packet(bytes(data))
+        hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
+        hidden.stream, hidden.is_keyframe = stream, packet.is_keyframe
+        target.mux(hidden)
+  shown = [number for number in range(20) if number not in (3, 7)]
+  assert read_numbers(read_clip(tmp_path / "hidden.webm").frames) == shown
+  assert read_numbers(read_clip(tmp_path / "hidden.webm", 14, 2).frames) == shown[14:16]
+  assert probe(tmp_path / "hidden.webm").num_frames == 18
+
+
+@pytest.mark.parametrize(
+  "codec, pixel_format, suffix", [("ffv1", "bgra", "mkv"), ("png", "rgba", "mov"), ("libvpx-vp9", "yuva420p", "webm")]
+)
+def test_transparency_is_white(tmp_path: Path, codec: str, pixel_format: str, suffix: str):
+  frames = np.zeros((3, 48, 64, 4), np.uint8)
+  frames[:, :, 32:, 3] = 255
+  encode_video(tmp_path / f"alpha.{suffix}", frames, codec, pixel_format=pixel_format)
+  read = read_clip(tmp_path / f"alpha.{suffix}").frames
+  assert read[:, :, :28].min() > 250 and read[:, :, 36:].max() < 5
+
+
+def test_unusual_colours_are_named(tmp_path: Path):
+  with av.open(str(tmp_path / "ictcp.mkv"), "w") as container:
+    stream = container.add_stream("ffv1", rate=25)
+    stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p10le"
+    stream.codec_context.colorspace = 14
+    frame = av.VideoFrame.from_ndarray(numbered_frames(1)[0]).reformat(format="yuv420p10le")
+    frame.colorspace = 14
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  with pytest.raises(UserError, match=r"ictcp\.mkv: .*BT\.709"):
+    read_clip(tmp_path / "ictcp.mkv")
+
+
+def test_foreign_files():
+  for name in ("._a.mp4", ".DS_Store", "Thumbs.db", ".ipynb_checkpoints", "@eaDir", ".hidden.png", "desktop.ini"):
+    assert is_foreign(Path("data") / name)
+  assert not is_foreign(".cache/clip.mp4") and not is_foreign("a.mp4") and not is_foreign("frames")
+
+
+def test_names_with_colons_and_other_characters(tmp_path: Path):
+  encode_video(tmp_path / "plain.mp4", numbered_frames(3))
+  for name in ("a:b.mp4", "-i ü %d.mp4", "concat:a|b.mp4"):
+    (tmp_path / name).write_bytes((tmp_path / "plain.mp4").read_bytes())
+    assert read_numbers(read_clip(tmp_path / name).frames) == [0, 1, 2]
+
+
+def test_playlists_are_not_followed(tmp_path: Path):
+  """FFmpeg would open what is named in them, on this machine or elsewhere."""
+  encode_video(tmp_path / "plain.mp4", numbered_frames(3))
+  (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile plain.mp4\n")
+  (tmp_path / "playlist.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nplain.mp4\n#EXT-X-ENDLIST\n")
+  for name in ("list.mp4", "playlist.mp4"):
+    with pytest.raises(UserError, match=name):
+      read_clip(tmp_path / name)
+
+
+def test_long_videos_cost_the_memory_of_the_frames_that_are_read(tmp_path: Path):
+  """The frames of the whole would be 1.8 GB."""
+  path = tmp_path / "long.mp4"
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+    stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+    frame = av.VideoFrame.from_ndarray(np.zeros((240, 320, 3), np.uint8)).reformat(format="yuv420p")
+    for index in range(8000):
+      frame.pts, frame.time_base = index, Fraction(1, 25)
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  read_clip(path, 0, 1)
+  tracemalloc.start()
+  clip = read_clip(path, 7900, 17)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 2 * clip.frames.nbytes
+  with pytest.raises(UserError, match="read fewer"):
+    read_clip(path, 0, 40_000, fps=1e6)
+
+
+def test_threads(tmp_path: Path):
+  """NumPy parses headers of .npy with Python's ast, which fails now and then when threads use it at once."""
+  np.save(tmp_path / "clip.npy", numbered_frames(2))
+  with ThreadPoolExecutor(8) as threads:
+    for clip in threads.map(read_clip, [tmp_path / "clip.npy", CASES / "plain.mp4"] * 50):
+      assert len(clip.frames) in (2, 50)

@@ -1,0 +1,183 @@
+"""Images, animations, folders of frames and arrays are read as viewers show them, or rejected by name and reason."""
+
+import struct
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.numbered_videos import encode_video, numbered_frames
+from univid_jax.core.errors import UserError
+from univid_jax.data import color
+from univid_jax.data.reader import probe, read_clip
+from univid_jax.data.schedule import Schedule
+
+
+def test_images_of_all_modes(tmp_path: Path):
+  rgb = numbered_frames(1)[0]
+  grey16 = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+  clear = np.dstack([rgb, np.zeros(rgb.shape[:2], np.uint8)])
+  palette = Image.fromarray(np.arange(64, dtype=np.uint8)[None].repeat(48, axis=0) // 32)
+  palette.putpalette([10, 20, 30, 40, 50, 60])
+  palette.info["transparency"] = 0
+  images = {
+    "rgb.png": Image.fromarray(rgb),
+    "rgb.bmp": Image.fromarray(rgb),
+    "rgb.avif": Image.fromarray(rgb),
+    "grey.png": Image.fromarray(rgb).convert("L"),
+    "deep.png": Image.fromarray(grey16),
+    "clear.png": Image.fromarray(clear),
+    "clear.webp": Image.fromarray(clear),
+    "half.png": Image.fromarray(np.dstack([np.zeros_like(rgb), np.full(rgb.shape[:2], 128, np.uint8)])),
+    "palette.png": palette,
+    "cmyk.jpg": Image.fromarray(rgb).convert("CMYK"),
+  }
+  for name, image in images.items():
+    image.save(tmp_path / name)
+    clip, info = read_clip(tmp_path / name), probe(tmp_path / name)
+    assert clip.frames.shape == (1, 48, 64, 3) and clip.fps is None
+    assert (info.num_frames, info.size, info.fps, info.duration) == (1, (48, 64), None, None)
+  for name in ("rgb.png", "rgb.bmp"):
+    np.testing.assert_array_equal(read_clip(tmp_path / name).frames[0], rgb)
+  np.testing.assert_allclose(read_clip(tmp_path / "deep.png").frames[0, ..., 0], grey16 / 257, atol=1)
+  assert (read_clip(tmp_path / "clear.png").frames == 255).all() and (
+    read_clip(tmp_path / "clear.webp").frames == 255
+  ).all()
+  np.testing.assert_allclose(read_clip(tmp_path / "half.png").frames, 127, atol=1)
+  assert (read_clip(tmp_path / "palette.png").frames[0, 0, ::32] == [[255, 255, 255], [40, 50, 60]]).all()
+
+
+def test_photos_are_upright(tmp_path: Path):
+  image = Image.fromarray(numbered_frames(1)[0])
+  exif = image.getexif()
+  exif[0x0112] = 6  # turn clockwise
+  image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+  frame = read_clip(tmp_path / "turned.jpg").frames[0]
+  assert frame.shape == (64, 48, 3) and probe(tmp_path / "turned.jpg").size == (64, 48)
+  assert frame[40:, 28:].mean() > 245  # what was above on the right is below on the right
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "avif"])
+def test_animations_keep_their_delays(tmp_path: Path, suffix: str):
+  path = tmp_path / f"animation.{suffix}"
+  images = [Image.fromarray(frame) for frame in numbered_frames(4)]
+  options = {} if suffix == "gif" else {"lossless": True} if suffix == "webp" else {}
+  images[0].save(path, save_all=True, append_images=images[1:], duration=[100, 200, 100, 400], loop=0, **options)
+  clip, info = read_clip(path), probe(path)
+  np.testing.assert_allclose(clip.frames[:, :, :28].mean(axis=(1, 2, 3)), 20 + 4 * np.arange(4), atol=1.5)
+  assert clip.fps == info.fps == pytest.approx(5) and info.duration == pytest.approx(0.8)
+  # Shown from 0, 100, 300 and 400 ms.
+  levels = read_clip(path, fps=10).frames[:, 24, 10, 0].astype(float)
+  np.testing.assert_allclose(levels, [20, 24, 24, 28, 32], atol=1.5)
+  assert info.count_at(10) == 5
+  np.testing.assert_array_equal(read_clip(path, 2, 1).frames, clip.frames[2:3])
+
+
+def test_short_delays_are_those_of_browsers(tmp_path: Path):
+  images = [Image.fromarray(frame) for frame in numbered_frames(3)]
+  images[0].save(tmp_path / "fast.gif", save_all=True, append_images=images[1:], duration=10, loop=0)
+  assert read_clip(tmp_path / "fast.gif").fps == pytest.approx(10)
+
+
+def test_folders_are_in_natural_order_without_foreign_files(tmp_path: Path):
+  frames = numbered_frames(12)
+  for index, frame in enumerate(frames):
+    Image.fromarray(frame).save(tmp_path / f"f{index}.png")
+  for name in ("._f0.png", "Thumbs.db", ".hidden.png", "notes.txt"):
+    (tmp_path / name).write_bytes(b"nothing")
+  np.testing.assert_array_equal(read_clip(tmp_path).frames, frames)
+  np.testing.assert_array_equal(read_clip(tmp_path, 9, 2, fps=16).frames, frames[9:11])
+  assert probe(tmp_path).num_frames == 12
+  Image.fromarray(frames[0, :20]).save(tmp_path / "f99.png")
+  with pytest.raises(UserError, match="different sizes"):
+    read_clip(tmp_path)
+
+
+def test_arrays(tmp_path: Path):
+  frames = numbered_frames(12)
+  np.save(tmp_path / "clip.npy", frames)
+  np.testing.assert_array_equal(read_clip(tmp_path / "clip.npy").frames, frames)
+  part = read_clip(tmp_path / "clip.npy", 3, 4).frames
+  np.testing.assert_array_equal(part, frames[3:7])
+  assert part.flags.writeable and type(part) is np.ndarray
+  assert probe(tmp_path / "clip.npy").size == (48, 64)
+
+
+def bad_files(folder: Path) -> None:
+  encode_video(folder / "whole.mp4", numbered_frames(9))
+  data = (folder / "whole.mp4").read_bytes()
+  (folder / "cut.mp4").write_bytes(data[:300])
+  for name in ("empty.mp4", "empty.png", "empty.npy"):
+    (folder / name).write_bytes(b"")
+  (folder / "text.png").write_text("not an image")
+  (folder / "text.mp4").write_text("not a video")
+  (folder / "notes.txt").write_text("neither")
+  (folder / "folder").mkdir()
+  np.save(folder / "float.npy", np.zeros((2, 4, 4, 3)))
+  np.save(folder / "no_frames.npy", np.zeros((0, 4, 4, 3), np.uint8))
+  np.save(folder / "objects.npy", np.array([{}]), allow_pickle=True)
+  (folder / "bad.npy").write_bytes(b"nonsense")
+  with (folder / "huge.npy").open("wb") as file:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**4, 10**4, 3)}
+    np.lib.format.write_array_header_1_0(file, header)
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(folder / "cut.jpg")
+  (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:900])
+  Image.new("L", (8, 8)).save(folder / "bomb.png")
+  data = bytearray((folder / "bomb.png").read_bytes())
+  data[16:24] = struct.pack(">II", 20_000, 20_000)
+  data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+  (folder / "bomb.png").write_bytes(data)
+
+
+BAD_FILES = (
+  "cut.mp4 empty.mp4 empty.png empty.npy text.png text.mp4 notes.txt folder float.npy no_frames.npy objects.npy "
+  "bad.npy huge.npy cut.jpg bomb.png"
+)
+
+
+@pytest.mark.parametrize("name", BAD_FILES.split())
+def test_what_is_not_a_clip_is_named(tmp_path: Path, name: str):
+  bad_files(tmp_path)
+  with pytest.raises(UserError, match=f"cannot read .*{name}: "):
+    read_clip(tmp_path / name)
+
+
+def test_missing_files_and_wrong_arguments(tmp_path: Path):
+  for read in (read_clip, probe):
+    with pytest.raises(FileNotFoundError, match=r"missing\.mp4"):
+      read(tmp_path / "missing.mp4")
+  np.save(tmp_path / "clip.npy", numbered_frames(3))
+  for arguments in ({"start": -1}, {"num_frames": 0}, {"fps": 0.0}, {"fps": float("nan")}):
+    with pytest.raises(UserError, match="positive"):
+      read_clip(tmp_path / "clip.npy", **arguments)
+
+
+def test_schedules():
+  """Times rounded to milliseconds do not repeat or skip frames at the clip's own rate."""
+  for fps in (24.0, 30000 / 1001, 29.97, 60.0):
+    rounded = Schedule(np.round(np.arange(1000) * 1000 / fps).astype(int), 33, Fraction(1, 1000), fps)
+    np.testing.assert_array_equal(rounded.select(0, None, fps), np.arange(1000))
+    assert rounded.count_at(fps) == 1000
+  held = Schedule(np.array([0, 1, 2]), 1, Fraction(1, 16), 16.0)
+  assert held.select(0, None, 10.0).tolist() == [0, 1]
+  assert held.select(0, None, 32.0).tolist() == [0, 0, 1, 1, 2]
+  # Asked for, the last frame is shown as long as it lasts.
+  assert held.select(3, 3, 32.0).tolist() == [1, 2, 2]
+  with pytest.raises(UserError, match="it has 5 frames at 32 frames per second, and frame 6 is needed"):
+    held.select(3, 4, 32.0)
+
+
+@pytest.mark.parametrize("is_hlg", [False, True])
+def test_tone_mapping(is_hlg: bool):
+  """Grey stays grey, brighter is not darker, and diffuse white is bright but leaves room for highlights."""
+  codes = np.linspace(0, 65535, 256).astype(np.uint16)
+  grey = color.tone_map(np.repeat(codes[None, :, None], 3, axis=2), is_hlg=is_hlg, primaries=9)[0].astype(int)
+  assert np.ptp(grey, axis=1).max() <= 1 and (np.diff(grey[:, 0]) >= 0).all()
+  assert grey[0, 0] == 0 and grey[-1, 0] == 255
+  white = round(255 * (0.75 if is_hlg else 0.58))  # 203 cd/m2, by BT.2408
+  assert 190 < grey[white, 0] < 245
+  with pytest.raises(UserError, match="primaries"):
+    color.tone_map(np.zeros((1, 1, 3), np.uint16), is_hlg=is_hlg, primaries=5)

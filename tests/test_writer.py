@@ -1,0 +1,121 @@
+"""Written videos are tagged as they are converted, and play everywhere."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tests.numbered_videos import FFMPEG, encode_video, numbered_frames, read_numbers, read_with_ffmpeg
+from univid_jax.core.errors import UserError
+from univid_jax.data.reader import read_clip
+from univid_jax.data.writer import check_target, write_clip
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".gif"])
+@pytest.mark.parametrize("size", [(48, 64), (33, 51)])
+def test_videos_come_back(tmp_path: Path, suffix: str, size: tuple[int, int]):
+  frames = numbered_frames(9, size)
+  path = tmp_path / f"a clip ü{suffix}"
+  write_clip(path, frames, fps=10)
+  clip = read_clip(path)
+  height, width = size if suffix == ".gif" else (size[0] + size[0] % 2, size[1] + size[1] % 2)
+  assert clip.frames.shape == (9, height, width, 3) and clip.fps == pytest.approx(10)
+  assert np.abs(clip.frames[:, : size[0], : size[1]].astype(int) - frames).mean() < 4
+  assert read_numbers(clip.frames) == list(range(9))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm"])
+def test_videos_are_tagged(tmp_path: Path, suffix: str):
+  """With what they are converted to, whatever their size."""
+  write_clip(tmp_path / f"clip{suffix}", numbered_frames(3), fps=24)
+  with av.open(str(tmp_path / f"clip{suffix}")) as container:
+    context = container.streams.video[0].codec_context
+    assert context.pix_fmt == "yuv420p"
+    tags = (context.color_primaries, context.color_trc, context.colorspace, context.color_range)
+    assert tags == (1, 1, 1, 1)  # BT.709, limited
+
+
+@pytest.mark.skipif(FFMPEG is None, reason="no ffmpeg program: install imageio-ffmpeg, or set FFMPEG")
+def test_ffmpeg_sees_the_same_colours(tmp_path: Path):
+  frames = numbered_frames(3)
+  write_clip(tmp_path / "clip.mp4", frames)
+  shown = read_with_ffmpeg(tmp_path / "clip.mp4", (48, 64))
+  assert np.abs(shown[:, :20, 40:].astype(int) - frames[:, :20, 40:]).max() < 5
+  assert np.abs(shown[:, 30:, 40:].astype(int) - frames[:, 30:, 40:]).max() < 8
+
+
+@pytest.mark.parametrize("name", ["clip.npy", "frames"])
+def test_lossless(tmp_path: Path, name: str):
+  frames = np.random.default_rng(0).integers(0, 256, (12, 9, 7, 3)).astype(np.uint8)
+  write_clip(tmp_path / "new" / name, frames, fps=10)
+  np.testing.assert_array_equal(read_clip(tmp_path / "new" / name).frames, frames)
+
+
+def test_images(tmp_path: Path):
+  frame = numbered_frames(1)
+  for suffix in (".png", ".jpg", ".webp", ".bmp", ".avif"):
+    write_clip(tmp_path / f"image{suffix}", frame)
+    assert np.abs(read_clip(tmp_path / f"image{suffix}").frames.astype(int) - frame).mean() < 4
+
+
+@pytest.mark.parametrize("fps", [16, 24, 30])
+def test_gifs_keep_their_rate_on_average(tmp_path: Path, fps: float):
+  """Their delays are multiples of 10 ms."""
+  write_clip(tmp_path / "clip.gif", numbered_frames(50), fps=fps)
+  assert read_clip(tmp_path / "clip.gif").fps == pytest.approx(fps, rel=0.01)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi", ".webm"])
+@pytest.mark.parametrize("codec", ["aac", "pcm_s16le"])
+def test_sound_is_copied_as_far_as_the_video_lasts(tmp_path: Path, suffix: str, codec: str):
+  source = tmp_path / "source.mov"
+  write_video_with_sound(source, codec, seconds=2.0)
+  write_clip(tmp_path / f"clip{suffix}", numbered_frames(25), fps=25, audio_from=source)
+  with av.open(str(tmp_path / f"clip{suffix}")) as container:
+    samples = [frame.to_ndarray() for frame in container.decode(container.streams.audio[0])]
+    rate = container.streams.audio[0].rate
+  duration = sum(part.shape[-1] for part in samples) / rate
+  assert duration == pytest.approx(1.0, abs=0.15)
+  assert max(np.abs(part.astype(float)).max() for part in samples) > 0.2
+  assert read_numbers(read_clip(tmp_path / f"clip{suffix}").frames) == list(range(25))
+
+
+def write_video_with_sound(path: Path, codec: str, *, seconds: float) -> None:
+  with av.open(str(path), "w") as container:
+    video, audio = container.add_stream("libx264", rate=25), container.add_stream(codec, rate=44100)
+    video.width, video.height, video.pix_fmt, audio.layout = 64, 48, "yuv420p", "mono"
+    for frame in numbered_frames(round(25 * seconds)):
+      container.mux(video.encode(av.VideoFrame.from_ndarray(frame)))
+    container.mux(video.encode())
+    tone = (np.sin(np.arange(round(44100 * seconds)) * 440 * 2 * np.pi / 44100) * 20000).astype(np.int16)
+    for start in range(0, len(tone), 1024):
+      part = av.AudioFrame.from_ndarray(tone[None, start : start + 1024], format="s16", layout="mono")
+      part.rate, part.pts = 44100, start
+      container.mux(audio.encode(part))
+    container.mux(audio.encode())
+
+
+def test_videos_without_sound_give_none(tmp_path: Path):
+  encode_video(tmp_path / "silent.mp4", numbered_frames(3))
+  write_clip(tmp_path / "clip.mp4", numbered_frames(3), audio_from=tmp_path / "silent.mp4")
+  write_clip(tmp_path / "clip.png", numbered_frames(1), audio_from=tmp_path / "silent.mp4")
+  assert len(read_clip(tmp_path / "clip.mp4").frames) == 3
+
+
+def test_nothing_is_written_to_a_wrong_target(tmp_path: Path):
+  frames = numbered_frames(3)
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "file").write_text("")
+  for name, message in {
+    "x.png": "3 frames to the image",
+    "x.docx": "use .png for an image",
+    "full": "it exists",
+  }.items():
+    with pytest.raises(UserError, match=message):
+      check_target(tmp_path / name, 3)
+    with pytest.raises(UserError, match=message):
+      write_clip(tmp_path / name, frames)
+  assert not (tmp_path / "x.png").exists() and not (tmp_path / "x.docx").exists()
+  with pytest.raises(ValueError, match="uint8"):
+    write_clip(tmp_path / "x.mp4", frames.astype(np.float32))

@@ -1,0 +1,130 @@
+"""Images and animations, read by Pillow: upright, 8-bit RGB, over white where they are transparent."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from univid_jax.core.errors import UserError
+from univid_jax.data.color import MAX_PIXELS, TRANSFER_HLG, TRANSFER_PQ, Frame
+from univid_jax.data.schedule import Schedule
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "AVIF")
+# MPO holds several views of one photograph.
+ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
+
+# Browsers and FFmpeg show frames with shorter delays for 100 ms.
+SHORTEST_DELAY_MS = 11
+DEFAULT_DELAY_MS = 100
+
+MILLISECOND = Fraction(1, 1000)
+EXIF_ORIENTATION = 0x0112
+
+
+@dataclasses.dataclass(frozen=True)
+class Animation:
+  """The frames of an animation; an image is one of a single frame.
+
+  Attributes:
+    schedule: when frames are shown.
+    first: position of the first frame in the file: some PNGs have a still image before it.
+    size: height and width as shown.
+  """
+
+  schedule: Schedule
+  first: int
+  size: tuple[int, int]
+
+
+def read_animation(path: Path) -> Animation:
+  """Reads sizes and delays.
+
+  Raises:
+    UserError: the file is not an image, or is damaged.
+  """
+  status = path.stat()
+  return _read_animation(path, status.st_size, status.st_mtime_ns)
+
+
+def read_image_frames(path: Path, indices: Sequence[int]) -> list[Frame]:
+  """Reads certain frames of an image or animation; `indices` are in order.
+
+  Raises:
+    UserError: the file is not an image, or is damaged.
+  """
+  first = read_animation(path).first
+  frames: dict[int, Frame] = {}
+  with _open_image(path) as image:
+    for index in indices:
+      if index not in frames:
+        if index + first:
+          image.seek(index + first)
+        frames[index] = _to_rgb(image)
+  return [frames[index] for index in indices]
+
+
+@functools.lru_cache(maxsize=65536)
+def _read_animation(path: Path, file_size: int, modified: int) -> Animation:
+  """Size and time of modification are arguments so that a changed file is read again."""
+  del file_size, modified
+  with _open_image(path) as image:
+    is_turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    size = (image.width, image.height) if is_turned else (image.height, image.width)
+    count = getattr(image, "n_frames", 1) if image.format in ANIMATED_FORMATS else 1
+    first = int(count > 1 and bool(image.info.get("default_image")))
+    if count == first + 1:
+      return Animation(Schedule.untimed(1), first, size)
+    delays = []
+    for index in range(first, count):
+      image.seek(index)
+      if image.format in ("WEBP", "AVIF"):
+        image.load()  # their delays are in the frames
+      delay = round(float(image.info.get("duration") or 0))
+      delays.append(delay if delay >= SHORTEST_DELAY_MS else DEFAULT_DELAY_MS)
+    times = np.cumsum([0, *delays[:-1]])
+    fps = 1000 * len(delays) / sum(delays)
+    return Animation(Schedule(times, delays[-1], MILLISECOND, fps), first, size)
+
+
+@contextlib.contextmanager
+def _open_image(path: Path) -> Iterator[Image.Image]:
+  """Opens an image and turns the errors of decoders, whose types vary, into user errors."""
+  Image.init()
+  try:
+    with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+      if image.width * image.height > MAX_PIXELS:
+        raise UserError(f"images of {image.width}x{image.height} pixels are too large")
+      if image.format == "AVIF":
+        _reject_hdr(path)
+      yield image
+  except (FileNotFoundError, PermissionError, UserError):
+    raise
+  except Image.UnidentifiedImageError as error:
+    raise UserError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
+  except Exception as error:  # plugins raise whatever their parsing of damaged data comes to
+    raise UserError(str(error) or "damaged image") from error
+
+
+def _reject_hdr(path: Path) -> None:
+  """Rejects AVIF images in HDR, whose transfer function Pillow ignores."""
+  with path.open("rb") as file:
+    _, found, color = file.read(2**16).partition(b"colrnclx")
+  if found and int.from_bytes(color[2:4], "big") in (TRANSFER_PQ, TRANSFER_HLG):
+    raise UserError("HDR images are not supported; convert it to sRGB")
+
+
+def _to_rgb(image: Image.Image) -> Frame:
+  image = ImageOps.exif_transpose(image)
+  if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+    rgba = image.convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+  if image.mode.startswith("I"):
+    # 16-bit grey, which Pillow would clip at 255.
+    grey = (np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(grey)
+  return np.asarray(image.convert("RGB"))

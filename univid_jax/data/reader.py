@@ -1,0 +1,226 @@
+"""Reads clips: the only way from a file to frames."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from av.error import FFmpegError
+from jaxtyping import UInt8
+
+from univid_jax.core.errors import UserError
+from univid_jax.data.color import Frame
+from univid_jax.data.images import read_animation, read_image_frames
+from univid_jax.data.schedule import Schedule
+from univid_jax.data.timeline import read_timeline, scan_timeline
+from univid_jax.data.video_frames import read_video_frames
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
+ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".gif", ".apng")
+CLIP_KINDS = (
+  "an image (png, jpg, webp, avif, bmp), a video (mp4, webm, mov, mkv, avi, gif, animated webp, png or avif), "
+  "a folder of frames, or a .npy of uint8 (T, H, W, 3)"
+)
+
+# The frame rate of clips that have none: Wan2.1's.
+DEFAULT_FPS = 16.0
+
+# Files that operating systems and tools leave in folders. All hidden files are foreign too.
+FOREIGN_NAMES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__macosx", "$recycle.bin", "lost+found")
+
+# NumPy parses the header of a .npy with Python's ast, which in Python 3.11 sometimes fails when several threads use it.
+_HEADER_LOCK = threading.Lock()
+
+Frames = UInt8[np.ndarray, "T H W 3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedClip:
+  """Frames, and their number per second; None if the file has no frame rate."""
+
+  frames: Frames
+  fps: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipInfo:
+  """What a file shows.
+
+  Attributes:
+    size: height and width in pixels.
+    schedule: when its frames are shown.
+  """
+
+  size: tuple[int, int]
+  schedule: Schedule = dataclasses.field(repr=False)
+
+  @property
+  def num_frames(self) -> int:
+    """Frames that are shown, whatever a header says, and without those that an edit list hides."""
+    return len(self.schedule.times)
+
+  @property
+  def fps(self) -> float | None:
+    """Mean frame rate; None for images, folders and arrays."""
+    return self.schedule.fps
+
+  @property
+  def duration(self) -> float | None:
+    """Seconds; None without a frame rate."""
+    return self.schedule.duration
+
+  def count_at(self, fps: float | None) -> int:
+    """Returns how many frames `read_clip` reads at a frame rate; None and 0 stand for the file's own."""
+    return self.schedule.count_at(fps)
+
+
+def is_foreign(path: str | os.PathLike) -> bool:
+  """Whether a file or folder is none of the user's: hidden, or left by an operating system or tool (`._a.mp4`)."""
+  name = os.path.basename(os.fspath(path))
+  return name.startswith(".") or name.lower() in FOREIGN_NAMES
+
+
+def read_clip(
+  path: str | os.PathLike, start: int = 0, num_frames: int | None = None, fps: float | None = None
+) -> LoadedClip:
+  """Reads a clip of any kind, as a player shows it.
+
+  Args:
+    path: an image, a video, a folder of frames in natural order, or a .npy; see CLIP_KINDS.
+    start: the first frame, counted at `fps` if that is given.
+    num_frames: of the clip; None reads to the end, which is the beginning of the last frame.
+    fps: frame rate: frame n is the one shown (start + n) / fps seconds after the first; None keeps each frame once.
+      Folders, arrays and images have no times, and ignore it.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    UserError: the file is not a clip or has too few frames, or one of those asked for is damaged; the message names it.
+  """
+  path = Path(path)
+  if start < 0 or (num_frames is not None and num_frames < 1) or (fps is not None and not 0 < fps < math.inf):
+    raise UserError(f"start, num_frames and fps are positive, got {start}, {num_frames} and {fps}")
+  with _named_errors(path):
+    if path.is_dir():
+      files = _list_frames(path)
+      indices = Schedule.untimed(len(files)).select(start, num_frames, fps)
+      return LoadedClip(_stack([read_image_frames(files[index], [0])[0] for index in indices]))
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+      array = _map_array(path)
+      indices = Schedule.untimed(len(array)).select(start, num_frames, fps)
+      return LoadedClip(np.array(array[indices[0] : indices[-1] + 1]))
+    if suffix in ANIMATION_SUFFIXES or suffix in IMAGE_SUFFIXES:
+      schedule = read_animation(path).schedule
+      frames = _stack(read_image_frames(path, schedule.select(start, num_frames, fps).tolist()))
+      return LoadedClip(frames, schedule.fps and (fps or schedule.fps))
+    if suffix in VIDEO_SUFFIXES:
+      return _read_video(path, start, num_frames, fps)
+    raise UserError(f"it is not a clip: a clip is {CLIP_KINDS}")
+
+
+def probe(path: str | os.PathLike) -> ClipInfo:
+  """Inspects a file without decoding more than the first frames, unless its frames can only be counted by decoding.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    UserError: the file is not a clip, is truncated, or its first frame cannot be decoded; the message names it.
+  """
+  path = Path(path)
+  with _named_errors(path):
+    if path.is_dir():
+      files = _list_frames(path)
+      return ClipInfo(read_animation(files[0]).size, Schedule.untimed(len(files)))
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+      array = _map_array(path)
+      return ClipInfo((array.shape[1], array.shape[2]), Schedule.untimed(len(array)))
+    if suffix in ANIMATION_SUFFIXES or suffix in IMAGE_SUFFIXES:
+      animation = read_animation(path)
+      return ClipInfo(animation.size, animation.schedule)
+    if suffix in VIDEO_SUFFIXES:
+      timeline = scan_timeline(path)
+      if timeline.defect or timeline.schedule is None:
+        raise UserError(timeline.defect or "its frames cannot be counted")
+      return ClipInfo(timeline.size, timeline.schedule)
+    raise UserError(f"it is not a clip: a clip is {CLIP_KINDS}")
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+  """Adds the name of the file to errors."""
+  if not path.exists():
+    raise FileNotFoundError(f"no such clip: {path}")
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"cannot read {path}: {error}") from error
+  except FFmpegError as error:
+    raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_video(path: Path, start: int, num_frames: int | None, fps: float | None) -> LoadedClip:
+  timeline = read_timeline(path)
+  if timeline.schedule is None and num_frames is not None and fps is None:
+    # No need to count all frames: reading notices when they end.
+    indices = np.arange(start, start + num_frames)
+  else:
+    timeline = scan_timeline(path)
+    assert timeline.schedule is not None
+    indices = timeline.schedule.select(start, num_frames, fps)
+  if num_frames is None and timeline.defect:
+    raise UserError(timeline.defect)
+  frames = read_video_frames(path, timeline, indices)
+  return LoadedClip(frames, timeline.fps and (fps or timeline.fps))
+
+
+def _list_frames(folder: Path) -> list[Path]:
+  """Returns the images of a folder of frames in natural order.
+
+  Raises:
+    UserError: there are none.
+  """
+  files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not is_foreign(file)]
+  if not files:
+    raise UserError("no images in the folder")
+  return sorted(files, key=_natural_key)
+
+
+def _natural_key(path: Path) -> list[int | str]:
+  """Sorts frame2 before frame10."""
+  return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def _map_array(path: Path) -> Frames:
+  """Maps a .npy, so that only what is read of it costs memory.
+
+  Raises:
+    UserError: it holds something else than frames.
+  """
+  try:
+    with _HEADER_LOCK:
+      array = np.load(path, mmap_mode="r", allow_pickle=False)
+  except OSError:
+    raise
+  except Exception as error:  # damaged headers are parsed as Python, with whatever errors that gives
+    raise UserError(f"not an intact .npy ({error})") from error
+  if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not array.size:
+    raise UserError(f"it contains {array.dtype} {array.shape}, not uint8 (T, H, W, 3)")
+  return array
+
+
+def _stack(frames: Sequence[Frame]) -> Frames:
+  """Stacks frames.
+
+  Raises:
+    UserError: they have different sizes.
+  """
+  shapes = {frame.shape for frame in frames}
+  if len(shapes) > 1:
+    raise UserError(f"its frames have different sizes: {', '.join(str(shape[:2]) for shape in sorted(shapes))}")
+  return np.stack(frames)

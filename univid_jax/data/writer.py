@@ -1,0 +1,201 @@
+"""Writes clips: images, videos that players accept, folders of frames and arrays."""
+
+import os
+from collections import deque
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.audio.resampler import AudioResampler
+from av.audio.stream import AudioStream
+from av.container import InputContainer, OutputContainer
+from av.error import FFmpegError
+from av.packet import Packet
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+from jaxtyping import UInt8
+from PIL import Image
+
+from univid_jax.core.errors import UserError
+from univid_jax.data.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames
+from univid_jax.data.timeline import read_timeline
+
+# Codecs of picture and sound by suffix: what players of the container know.
+CODECS = {
+  ".mp4": ("libx264", "aac"),
+  ".m4v": ("libx264", "aac"),
+  ".mov": ("libx264", "aac"),
+  ".mkv": ("libx264", "aac"),
+  ".avi": ("libx264", "mp3"),
+  ".webm": ("libvpx-vp9", "opus"),
+}
+CODEC_OPTIONS = {"libx264": {"crf": "12"}, "libvpx-vp9": {"crf": "18", "b": "0", "cpu-used": "4"}}
+ENCODERS = {"aac": "aac", "mp3": "libmp3lame", "opus": "libopus"}
+TARGETS = (
+  ".png for an image; .mp4, .mov, .mkv, .webm, .avi or .gif for a video; .npy or no suffix (a folder of PNGs) for "
+  "lossless frames"
+)
+
+
+def check_target(path: str | os.PathLike, num_frames: int) -> None:
+  """Checks that `write_clip` can write so many frames to a path, before time is spent on computing them.
+
+  Raises:
+    UserError: the suffix is unknown, several frames are to be written to an image, or the folder has files.
+  """
+  path = Path(path)
+  suffix = path.suffix.lower()
+  if suffix in IMAGE_SUFFIXES and num_frames != 1:
+    raise UserError(
+      f"cannot write {num_frames} frames to the image {path}: use .mp4, or no suffix for a folder of PNGs"
+    )
+  if suffix and suffix not in (*IMAGE_SUFFIXES, *CODECS, ".gif", ".npy"):
+    raise UserError(f"cannot write {path}: use {TARGETS}")
+  if not suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise UserError(f"cannot write frames to {path}: it exists; give a new or empty folder")
+
+
+def write_clip(
+  path: str | os.PathLike, frames: Frames, *, fps: float | None = None, audio_from: str | os.PathLike | None = None
+) -> None:
+  """Writes frames in the format of the suffix.
+
+  Videos are H.264 (VP9 in .webm), yuv420p, converted by the BT.709 matrix to limited range and tagged so. Odd sizes are
+  padded to even ones by repeating the last row or column. .npy and folders of PNGs are lossless.
+
+  Args:
+    path: without a suffix it is a new or empty folder, for one PNG per frame.
+    frames: at least one.
+    fps: frame rate; Wan2.1's by default. Images, folders and arrays have none.
+    audio_from: a video whose sound to copy, as far as it lasts; formats without sound ignore it, and so it is if the
+      video has none.
+
+  Raises:
+    UserError: see `check_target`; nothing is written then.
+  """
+  path = Path(path)
+  if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+    raise ValueError(f"frames are uint8 (T, H, W, 3), got {frames.dtype} {frames.shape}")
+  check_target(path, len(frames))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  suffix, rate = path.suffix.lower(), fps or DEFAULT_FPS
+  if suffix == ".npy":
+    np.save(path, frames)
+  elif suffix in IMAGE_SUFFIXES:
+    Image.fromarray(frames[0]).save(path)
+  elif suffix == ".gif":
+    _write_gif(path, frames, rate)
+  elif suffix:
+    _write_video(path, frames, rate, Path(audio_from) if audio_from else None)
+  else:
+    path.mkdir(exist_ok=True)
+    for index, frame in enumerate(frames):
+      Image.fromarray(frame).save(path / f"{index:05d}.png")
+
+
+def _write_gif(path: Path, frames: Frames, fps: float) -> None:
+  """Writes a GIF; its delays are multiples of 10 ms, so they vary to keep the rate on average."""
+  times = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int)
+  delays = [max(int(delay), 2) * 10 for delay in np.diff(times)]
+  images = [Image.fromarray(frame) for frame in frames]
+  images[0].save(path, save_all=True, append_images=images[1:], duration=delays, loop=0)
+
+
+def _write_video(path: Path, frames: Frames, fps: float, audio_from: Path | None) -> None:
+  height, width = frames.shape[1:3]
+  rate = Fraction(fps).limit_denominator(1001)
+  codec, audio_codec = CODECS[path.suffix.lower()]
+  # The index goes first, so that browsers play before they have loaded everything.
+  options = {"movflags": "+faststart"} if path.suffix.lower() in (".mp4", ".m4v", ".mov") else {}
+  with av.open(f"file:{path}", "w", options=options) as container:
+    stream = container.add_stream(codec, rate=rate, options=CODEC_OPTIONS[codec])
+    assert isinstance(stream, VideoStream)
+    stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+    context = stream.codec_context
+    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+    context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+    sound = deque(_copy_sound(audio_from, container, audio_codec, end=len(frames) / rate) if audio_from else ())
+    converter = VideoReformatter()
+    for index, frame in enumerate(frames):
+      while sound and (sound[0].pts or 0) * sound[0].time_base <= index / rate:
+        container.mux(sound.popleft())
+      container.mux(stream.encode(_to_yuv(frame, converter)))
+    container.mux(stream.encode())
+    container.mux(list(sound))
+
+
+def _to_yuv(frame: UInt8[np.ndarray, "H W 3"], converter: VideoReformatter) -> av.VideoFrame:
+  height, width = frame.shape[:2]
+  padded = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+  converted = converter.reformat(
+    av.VideoFrame.from_ndarray(padded, format="rgb24"),
+    format="yuv420p",
+    dst_colorspace=Colorspace.ITU709,
+    dst_color_range=ColorRange.MPEG,
+    interpolation=Interpolation.BICUBIC,
+    threads=1,
+  )
+  converted.color_primaries, converted.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+  return converted
+
+
+def _copy_sound(path: Path, container: OutputContainer, codec: str, *, end: Fraction) -> list[Packet]:
+  """Adds a stream with a video's sound, from its first frame on, and returns the packets; none if it has no sound.
+
+  The sound is encoded again if the container's players do not know its codec.
+
+  Raises:
+    UserError: the sound cannot be read.
+  """
+  try:
+    with av.open(f"file:{path}", metadata_errors="replace") as source:
+      if not source.streams.audio:
+        return []
+      track = source.streams.audio[0]
+      origin = _first_frame_time(path)
+      if track.codec_context.codec.canonical_name == codec:
+        return _copy_packets(source, track, container, origin=origin, end=end)
+      return _encode_sound(source, track, container, codec, origin=origin, end=end)
+  except FFmpegError as error:
+    raise UserError(f"cannot read the sound of {path}: {error.strerror}") from error
+
+
+def _first_frame_time(path: Path) -> Fraction:
+  """Returns the time in seconds at which a video shows its first frame; its sound may start earlier or later."""
+  schedule = read_timeline(path).schedule
+  return int(schedule.times[0]) * schedule.tick if schedule else Fraction(0)
+
+
+def _copy_packets(
+  source: InputContainer, track: AudioStream, container: OutputContainer, *, origin: Fraction, end: Fraction
+) -> list[Packet]:
+  stream = container.add_stream_from_template(track)
+  packets = []
+  for packet in source.demux(track):
+    if packet.pts is None or packet.dts is None:
+      continue
+    shift = round(origin / packet.time_base)
+    packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+    if packet.pts + (packet.duration or 0) > 0 and packet.pts * packet.time_base < end:
+      packet.stream = stream
+      packets.append(packet)
+  return packets
+
+
+def _encode_sound(
+  source: InputContainer, track: AudioStream, container: OutputContainer, codec: str, *, origin: Fraction, end: Fraction
+) -> list[Packet]:
+  rate = 48_000
+  stream = container.add_stream(ENCODERS[codec], rate=rate)
+  assert isinstance(stream, AudioStream)
+  stream.layout = track.layout.name if track.layout.nb_channels <= 2 else "stereo"
+  resampler = AudioResampler(format=stream.format.name, layout=stream.layout.name, rate=rate)
+  packets: list[Packet] = []
+  for frame in source.decode(track):
+    time = (frame.pts or 0) * (frame.time_base or Fraction(0)) - origin
+    if 0 <= time < end:
+      frame.pts = None
+      for part in resampler.resample(frame):
+        packets.extend(stream.encode(part))
+  return packets + stream.encode(None)
