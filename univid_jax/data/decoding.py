@@ -28,10 +28,10 @@ NOT_A_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 # Only libvpx decodes the alpha channel of VP8 and VP9, a second stream inside their packets.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
-# Without "explode", decoders conceal missing references and bad HEVC slices without a mark on the frame.
-# Decoders that know which frames no other refers to; HEVC's frames may still refer to those it calls so.
+# Codecs that mark the frames that no other refers to; HEVC's marks are only true within a temporal layer.
 SKIPPING_CODECS = ("h264", "mpeg4")
 
+# Without "explode", decoders conceal missing references and bad HEVC slices without a mark on the frame.
 STRICT = {"err_detect": "crccheck+explode"}
 
 _LOGGING_LOCK = threading.Lock()
@@ -73,12 +73,12 @@ class PacketInfo:
 
   Attributes:
     time: in ticks; in AVI, which knows no other, when it is decoded, else when it is shown.
-    is_key: whether decoding can start there.
+    key: number of the last key frame up to it, from which decoding can start; 0 if there is none.
     is_shown: whether an edit list shows it.
   """
 
   time: int | None
-  is_key: bool
+  key: int
   is_shown: bool
 
 
@@ -118,6 +118,7 @@ class Decoder:
     self.packets: list[PacketInfo] = []
     self.failures: dict[int, str] = {}
     self.pending: set[int] = set()
+    self._first_key: int | None = None
     self._container, self._stream = container, stream
     self._skip_until = skip_until if stream.codec_context.codec.canonical_name in SKIPPING_CODECS else None
     is_h264 = stream.codec_context.codec.canonical_name == "h264"
@@ -141,7 +142,10 @@ class Decoder:
       if packet.size:
         number = len(self.packets)
         time = packet.dts if self._is_avi else packet.pts
-        self.packets.append(PacketInfo(time, packet.is_keyframe, not packet.is_discard))
+        if packet.is_keyframe and self._first_key is None:
+          self._first_key = number
+        key = number if packet.is_keyframe or not number else self.packets[-1].key
+        self.packets.append(PacketInfo(time, key, not packet.is_discard))
         if self._pictures:
           picture = self._pictures.read(bytes(packet))
           if not number:
@@ -174,44 +178,39 @@ class Decoder:
       if frame.is_corrupt:
         self.failures.setdefault(number, "missing or damaged parts")
       # Frames shown before the first key frame refer to others before it where a video was cut.
-      is_cut = self.starts_open and self.is_leading(number) and not self.key_of(number)
+      is_cut = self.starts_open and self.is_leading(number) and not self.packets[number].key
       if self.packets[number].is_shown and not is_cut:
         yield DecodedFrame(frame, number, (number,))
 
   def is_leading(self, number: int) -> bool:
     """Whether a frame is shown before the key frame that precedes it in the order of decoding."""
-    time, key_time = self.packets[number].time, self.packets[self.key_of(number)].time
+    if number == len(self.packets):  # the file could not be read further
+      return False
+    packet = self.packets[number]
+    time, key_time = packet.time, self.packets[packet.key].time
     return time is not None and key_time is not None and time < key_time
 
   def find_damage(self, number: int) -> str | None:
     """Returns the error in a frame, or in what it may have been predicted from; None if there is none."""
-    if not self.failures:
-      return None
-    is_leading = self.is_leading(number)
-    start = self.key_of(number)
+    is_leading, start = self.is_leading(number), self.packets[number].key
     if is_leading and start:
-      start = self.key_of(start - 1)
-    for failed in range(start, number + 1):
+      start = self.packets[start - 1].key
+    for failed, reason in sorted(self.failures.items()):
       # Frames after a key frame do not refer to those shown before it.
-      if failed in self.failures and (is_leading or not self.is_leading(failed)):
-        return self.failures[failed]
+      if start <= failed <= number and (is_leading or not self.is_leading(failed)):
+        return reason
     return None
 
   def lacks_references(self) -> bool:
     """Whether all errors may be that frames name references before the first which they do not use."""
-    return self.starts_open and all(not self.key_of(number) for number in self.failures)
+    end = len(self.packets)
+    return self.starts_open and not any(failed == end or self.packets[failed].key for failed in self.failures)
 
   def find_any_damage(self, newest: int | None = None) -> str | None:
     """Returns the first error from the first key frame on, up to what is shown before a frame, or None."""
-    first = next((number for number, packet in enumerate(self.packets) if packet.is_key), 0)
+    first = self._first_key or 0
     last = len(self.packets) if newest is None else newest + self._context.reorder_depth + 1
     return next((reason for number, reason in sorted(self.failures.items()) if first <= number <= last), None)
-
-  def key_of(self, number: int) -> int:
-    """Returns the last key frame up to a frame in the order of decoding, or the first frame."""
-    while number and not self.packets[number].is_key:
-      number -= 1
-    return number
 
 
 def _decoder_context(stream: VideoStream, *, is_strict: bool) -> VideoCodecContext:

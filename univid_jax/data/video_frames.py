@@ -109,7 +109,7 @@ class _Reading:
         time = decoder.packets[decoded.number].time
         index = len(times) if time is None else int(np.searchsorted(times, time))
         # Frames shown before the key frame that was sought may refer to those before it.
-        is_cut = was_sought and decoder.is_leading(decoded.number) and not decoder.key_of(decoded.number)
+        is_cut = was_sought and decoder.is_leading(decoded.number) and not decoder.packets[decoded.number].key
         if is_cut or index == len(times) or times[index] != time:
           continue
         if not self._num_shown:

@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from univid_jax.core.errors import UserError
+from univid_jax.data.decoding import open_video
 from univid_jax.data.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames
 from univid_jax.data.timeline import read_timeline
 
@@ -68,8 +69,7 @@ def write_clip(
     path: without a suffix it is a new or empty folder, for one PNG per frame.
     frames: at least one.
     fps: frame rate; Wan2.1's by default. Images, folders and arrays have none.
-    audio_from: a video whose sound to copy, as far as it lasts; formats without sound ignore it, and so it is if the
-      video has none.
+    audio_from: a clip whose sound to copy, if it has any, as far as the frames last; formats without sound ignore it.
 
   Raises:
     UserError: see `check_target`; nothing is written then.
@@ -148,8 +148,10 @@ def _copy_sound(path: Path, container: OutputContainer, codec: str, *, end: Frac
   Raises:
     UserError: the sound cannot be read.
   """
+  if path.is_dir() or path.suffix.lower() not in CODECS:
+    return []
   try:
-    with av.open(f"file:{path}", metadata_errors="replace") as source:
+    with open_video(path) as (source, _):
       if not source.streams.audio:
         return []
       track = source.streams.audio[0]
@@ -157,8 +159,8 @@ def _copy_sound(path: Path, container: OutputContainer, codec: str, *, end: Frac
       if track.codec_context.codec.canonical_name == codec:
         return _copy_packets(source, track, container, origin=origin, end=end)
       return _encode_sound(source, track, container, codec, origin=origin, end=end)
-  except FFmpegError as error:
-    raise UserError(f"cannot read the sound of {path}: {error.strerror}") from error
+  except (FFmpegError, UserError) as error:
+    raise UserError(f"cannot read the sound of {path}: {error}") from error
 
 
 def _first_frame_time(path: Path) -> Fraction:
