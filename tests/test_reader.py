@@ -12,6 +12,7 @@ import pytest
 
 from tests.numbered_videos import encode_video, numbered_frames, read_numbers
 from univid_jax.core.errors import UserError
+from univid_jax.data.h264 import _Bits
 from univid_jax.data.reader import is_foreign, probe, read_clip
 
 CASES = Path(__file__).parent / "cases" / "videos"
@@ -303,3 +304,10 @@ def test_threads(tmp_path: Path):
   with ThreadPoolExecutor(8) as threads:
     for clip in threads.map(read_clip, [tmp_path / "clip.npy", CASES / "plain.mp4"] * 50):
       assert len(clip.frames) in (2, 50)
+
+
+def test_damaged_h264_headers_cost_no_memory():
+  """A number whose code claims thousands of bits: it was built in full, gigabytes for a few kilobytes."""
+  for data in (bytes(4000), bytes(3999) + b"\xff", b"\0" * 2000 + b"\x55" * 2000):
+    assert _Bits(data).take_golomb() < 1 << 33
+    assert _Bits(data).take(1 << 40) == 0

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 SLICE, IDR_SLICE, SEQUENCE_PARAMETERS = 1, 5, 7
 # Profiles whose sequence parameters have a chroma format.
 HIGH_PROFILES = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)
+# Of a frame's number.
+MAX_NUMBER_BITS = 16
 # More than the fields that are read of a slice.
 HEADER_BYTES = 40
 
@@ -73,14 +75,15 @@ class PictureReader:
       bits.take(1)
       if bits.take(1):
         _skip_scaling_lists(bits, 12 if chroma_format == 3 else 8)
-    self._number_bits = bits.take_golomb() + 4
+    number_bits = bits.take_golomb() + 4
+    self._number_bits = number_bits if number_bits <= MAX_NUMBER_BITS else 0  # damaged
     order_type = bits.take_golomb()
     if order_type == 0:
       bits.take_golomb()
     elif order_type == 1:
       bits.take(1)
       bits.take_golomb(2)
-      bits.take_golomb(bits.take_golomb())
+      bits.take_golomb(min(bits.take_golomb(), 255))
     bits.take_golomb()
     self._may_skip = bool(bits.take(1))
 
@@ -121,23 +124,25 @@ def _skip_scaling_lists(bits: "_Bits", count: int) -> None:
 
 
 class _Bits:
-  """Takes bits from the front of a unit; zeros follow its end, so that broken ones do no harm."""
+  """Takes bits from the front of a unit; zeros follow its end, so that damaged ones cost no memory or time."""
 
   def __init__(self, data: bytes):
     self._data = data.replace(b"\0\0\3", b"\0\0")
     self._value, self._left = int.from_bytes(self._data, "big"), 8 * len(self._data)
 
   def take(self, count: int) -> int:
+    if count > self._left:
+      self._left = 0
+      return 0
     self._left -= count
-    value = self._value >> self._left if self._left >= 0 else self._value << -self._left
-    return value & ((1 << count) - 1)
+    return (self._value >> self._left) & ((1 << count) - 1)
 
   def take_golomb(self, count: int = 1) -> int:
     """Takes Exp-Golomb codes, and returns the last."""
     code = 0
     for _ in range(count):
       zeros = 0
-      while self._left > 0 and not self.take(1):
+      while zeros < 32 and self._left and not self.take(1):
         zeros += 1
       code = (1 << zeros) - 1 + self.take(zeros)
     return code
