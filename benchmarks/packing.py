@@ -77,19 +77,21 @@ class LatentSentences:
 
   Attributes:
     size: height and width of the latents.
+    numbers: of the sentences.
   """
 
   size: tuple[int, int]
+  numbers: range = range(100_000)
 
   @property
   def task_names(self) -> Sequence[str]:
     return ()
 
   def __len__(self) -> int:
-    return 100_000
+    return len(self.numbers)
 
   def __getitem__(self, index: int) -> Sentence:
-    rng = np.random.default_rng((1, int(index)))
+    rng = np.random.default_rng((1, self.numbers[int(index)]))
     return self.make(rng.choice(list(CONTEXT_SHARES), p=list(CONTEXT_SHARES.values())))
 
   def make(self, context: str) -> Sentence:
@@ -99,7 +101,10 @@ class LatentSentences:
     return Sentence(clips=clips, roles=reference_roles(4), context=context)
 
   def split(self, share: float) -> tuple["LatentSentences", "LatentSentences"]:
-    raise NotImplementedError
+    count = int(share * len(self))
+    return dataclasses.replace(self, numbers=self.numbers[count:]), dataclasses.replace(
+      self, numbers=self.numbers[:count]
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,12 @@ from univid_jax.core.errors import UserError
 from univid_jax.models.variants import VARIANTS, DiTConfig
 
 if TYPE_CHECKING:
+  from jax.sharding import Mesh
+  from optax import GradientTransformation
+
+  from univid_jax.config.schema import FlowConfig
   from univid_jax.core.packed_row import PackedRow
+  from univid_jax.training.state import StateSpec
 
 LORA_RANK = 16
 
@@ -60,19 +65,13 @@ def make_row_program(
   """
   import jax
   import jax.numpy as jnp
-  from flax import nnx
 
   from univid_jax.checkpoints.model import create_model
   from univid_jax.config.boundary import override
   from univid_jax.config.presets import wan_1_3b
-  from univid_jax.diffusion.flow import FlowMatching
-  from univid_jax.models.lora import join
   from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.parallel.sharding import shard_batch
-  from univid_jax.training.memory import compile_step
   from univid_jax.training.optimizer import make_optimizer
   from univid_jax.training.state import StateSpec
-  from univid_jax.training.step import make_train_step
 
   options = {"variant": "", "dtype": dtype, "param_dtype": dtype, "attention_backend": backend, "remat": remat}
   options |= {name: getattr(shape, name) for name in SHAPE_KEYS}
@@ -84,21 +83,47 @@ def make_row_program(
   # One parameter at a time, so that drawing them does not determine the peak of memory.
   draw = jax.jit(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype))
   frozen = jax.tree.map(lambda x: jax.device_put(draw(jnp.zeros(x.shape, x.dtype)), x.sharding), spec.abstract_frozen)
-  state = spec.create()
-
   if mode == "forward":
+    return _make_forward(spec, frozen, mesh)
+  return _make_step(spec, frozen, mesh, optimizer=optimizer, flow=config.flow)
 
-    @jax.jit
-    def predict(params, frozen, row):
-      return nnx.merge(spec.graph, join(frozen, params))(row.tokens, jnp.full((len(row.tokens), 1), 500.0), row)
 
-    def run_forward(row: "PackedRow") -> None:
-      with jax.set_mesh(mesh):
-        jax.block_until_ready(predict(state.params, frozen, shard_batch(row, mesh)))
+def _make_forward(spec: "StateSpec", frozen: Any, mesh: "Mesh") -> Callable[["PackedRow"], None]:
+  """Returns the forward pass of `make_row_program`."""
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
 
-    return run_forward
+  from univid_jax.models.lora import join
+  from univid_jax.parallel.sharding import shard_batch
 
-  step = make_train_step(spec, optimizer, FlowMatching.of(config.flow), mesh=mesh, ema_decay=0.0, seed=0)
+  params = spec.create().params
+
+  @jax.jit
+  def predict(params, frozen, row):
+    return nnx.merge(spec.graph, join(frozen, params))(row.tokens, jnp.full((len(row.tokens), 1), 500.0), row)
+
+  def run_forward(row: "PackedRow") -> None:
+    with jax.set_mesh(mesh):
+      jax.block_until_ready(predict(params, frozen, shard_batch(row, mesh)))
+
+  return run_forward
+
+
+def _make_step(
+  spec: "StateSpec", frozen: Any, mesh: "Mesh", *, optimizer: "GradientTransformation", flow: "FlowConfig"
+) -> Callable[["PackedRow"], None]:
+  """Returns the training step of `make_row_program`."""
+  import jax
+  import jax.numpy as jnp
+
+  from univid_jax.diffusion.flow import FlowMatching
+  from univid_jax.parallel.sharding import shard_batch
+  from univid_jax.training.memory import compile_step
+  from univid_jax.training.step import make_train_step
+
+  state = spec.create()
+  step = make_train_step(spec, optimizer, FlowMatching.of(flow), mesh=mesh, ema_decay=0.0, seed=0)
   compiled = {}
 
   def run_step(row: "PackedRow") -> None:
