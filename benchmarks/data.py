@@ -25,7 +25,7 @@ from univid_jax.core.options import Packing
 from univid_jax.data.cache import Cache
 from univid_jax.data.contexts import PAPER_CONTEXTS
 from univid_jax.data.grain_adapter import pack_dataset
-from univid_jax.data.video import probe, read_video_frames
+from univid_jax.data.reader import probe, read_clip
 
 FLAGS = CommandFlags(__doc__)
 VIDEO = FLAGS.string("video", None, "A file in the reference's format.", required=True)
@@ -71,7 +71,7 @@ def read_clips(path: Path) -> np.ndarray:
   """Reads four clips, uint8 (4, T, H, W, 3)."""
   quarter = probe(path).num_frames // 4
   starts = range(0, 4 * quarter, quarter)
-  return np.stack([read_video_frames(path, range(start, start + NUM_FRAMES)) for start in starts])
+  return np.stack([read_clip(path, start, NUM_FRAMES).frames for start in starts])
 
 
 def read_clips_like_reference(path: Path) -> np.ndarray:

@@ -10,7 +10,7 @@ from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import read_frames
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.sources.base import DrawOptions
-from univid_jax.data.video import write_clip
+from univid_jax.data.writer import write_clip
 
 FORM = ClipFormat(size=(16, 24), num_frames=5)
 
@@ -29,8 +29,8 @@ def draw_options(**changes) -> DrawOptions:
 
 
 def write_video(path, count, *, shade=0, size=(32, 48)):
-  """Writes a video whose frame i has the grey value shade + 8 i."""
-  frames = np.stack([np.full((*size, 3), shade + 8 * i, np.uint8) for i in range(count)])
+  """Writes a video whose frame i has the grey value shade + 8 i, modulo 256."""
+  frames = np.stack([np.full((*size, 3), (shade + 8 * i) % 256, np.uint8) for i in range(count)])
   write_clip(path, frames, fps=8)
   return path
 

@@ -306,12 +306,11 @@ def test_a_profile_of_sampling_has_named_annotations(tmp_path):
   import jax
   import numpy as np
 
-  from univid_jax.cli.sampling import Request, profile_request
-  from univid_jax.data.video import write_clip
+  from univid_jax.cli.sampling import Request, RequestRunner
+  from univid_jax.data.clips import ClipFormat
+  from univid_jax.data.writer import write_clip
 
   class Pipeline:
-    num_frames = 5
-
     def sample(self, clips, num_inference_steps):
       jax.block_until_ready(jax.numpy.ones(3) + 1)
       assert num_inference_steps == 2
@@ -323,7 +322,8 @@ def test_a_profile_of_sampling_has_named_annotations(tmp_path):
 
   write_clip(tmp_path / "a.png", np.zeros((1, 16, 16, 3), np.uint8))
   request = Request((str(tmp_path / "a.png"),) * 3, tmp_path / "out.png")
-  line = profile_request(Pipeline(), request, {"num_inference_steps": 9}, size=(16, 16), steps=2)
+  form = ClipFormat(size=(16, 16), num_frames=5)
+  line = RequestRunner(Pipeline(), form, {"num_inference_steps": 9}, {}).profile(request, 2)
   assert line.endswith(str(tmp_path / "profile"))
   (trace,) = (tmp_path / "profile").rglob("*.trace.json.gz")
   names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}

@@ -1,6 +1,7 @@
 """Clips that are read on demand, and the cache of what is computed from them."""
 
 import gc
+import os
 import shutil
 import sys
 import warnings
@@ -17,20 +18,24 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
 from univid_jax.core.sentence import read_frames
 from univid_jax.data.cache import Cache
-from univid_jax.data.clips import ClipFormat, array_clip, file_clip, read_context, resize_and_crop
-from univid_jax.data.video import iterate_video, probe, read_clip, read_video_frames, write_clip
+from univid_jax.data.clips import ClipFormat, Footage, frame_rate, open_footage, read_context, resize_and_crop
+from univid_jax.data.reader import read_clip
 
 
 class TestClips:
-  @pytest.mark.parametrize("fps, expected", [(4.0, [0, 16, 32, 48, 64]), (16.0, [0, 8, 8, 16, 16])])
+  @pytest.mark.parametrize("fps, expected", [(4.0, [0, 16, 32, 48, 64]), (16.0, [0, 0, 8, 8, 16])])
   def test_other_frame_rates(self, tmp_path, fps, expected):
     """A video of 8 frames per second, with frames dropped or repeated: the same by every way of reading."""
     path = write_video(tmp_path / "v.mp4", 20)
     form = ClipFormat(size=(16, 24), num_frames=5, fps=fps)
-    clip = file_clip(path, start=0, count=5, form=form, fps=8.0)
-    assert clip.num_frames == 5 and read_greys(clip) == expected
-    context, rate = read_context([path], num_frames=5, size=(16, 24), fps=fps)
-    assert np.array_equal(context[0], read_frames(clip)) and rate == fps
+    footage = open_footage(path, form)
+    clip = footage.clip(5)
+    assert clip.num_frames == 5 and clip.size == (16, 24) and read_greys(clip) == expected
+    (context,) = read_context([path], form)
+    assert np.array_equal(context.frames, read_frames(clip)) and context.fps == fps
+    used = f"frames 0 to 4 of {footage.num_frames}"
+    resized = "32x48 resized to 16x24"
+    assert context.changes == (used, f"8 resampled to {fps:g} frames per second", resized)
 
   def test_crop_and_pad(self):
     frames = np.full((1, 20, 60, 3), 200, np.uint8)
@@ -57,7 +62,7 @@ class TestClips:
     other = write_video(tmp_path / "other.mp4", 20, shade=8)
 
     def key(path, start=0, count=5, form=FORM):
-      return file_clip(path, start=start, count=count, form=form).key
+      return open_footage(path, form, start=start).clip(count).key
 
     assert key(path) == key(copy)
     square = ClipFormat(size=(16, 16), num_frames=5)
@@ -69,45 +74,68 @@ class TestClips:
 
   def test_keys_are_stable(self, tmp_path):
     """If these keys change, every cached latent is computed again: raise READING_VERSION only for other pixels."""
-    path = tmp_path / "clip.mp4"
-    path.write_bytes(b"content")
-    clips = (
-      file_clip(path, start=0, count=5, form=FORM),
-      array_clip("scenes|0|image", lambda: np.zeros((1, 4, 4, 3), np.uint8), 1, FORM),
-    )
-    assert [clip.key for clip in clips] == [
-      "91df39be71779f7065ba9fe310ae99185a9784189a41ab08d29c7d1c1727182a",
-      "28c70a075faa27f01a2c5f2daa6fe27d86274308797a49b3e168bb0b98b67ef1",
-    ]
 
-  def test_frames_are_counted(self, tmp_path):
-    found = probe(write_video(tmp_path / "v.mp4", 13))
-    assert (found.num_frames, found.fps, found.size) == (13, 8.0, (32, 48))
+    def key(fps):
+      options = dict(name="", size=(4, 4), num_frames=9, form=FORM, identify=lambda: "x")
+      return Footage(fps=fps, read=lambda count: np.zeros((count, 4, 4, 3)), **options).clip(5).key
 
-  def test_any_frames_of_a_video(self, tmp_path):
-    """Across key frames, repeated and out of order: as decoded from the start."""
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 255, (61, 4, 4, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
-    write_clip(tmp_path / "v.mp4", noise, fps=8)
-    whole = np.stack(list(iterate_video(tmp_path / "v.mp4")))
-    for indices in ([0], [60], [30, 31, 32], [7, 7, 50], [59, 3]):
-      assert np.array_equal(read_video_frames(tmp_path / "v.mp4", indices), whole[indices])
-    with pytest.raises(UserError, match="has only 61 frames, frame 61 is needed"):
-      read_video_frames(tmp_path / "v.mp4", [60, 61])
+    assert key(8.0) == key(None) == "34df097612e2720fe404cd376228af476c90a3e69c18c73948efdef4de4c9a9a"
+
+  def test_a_changed_file_is_noticed(self, tmp_path):
+    """Even if its size and its dates stay the same, as after `cp -p`."""
+    path = write_image(tmp_path / "a.bmp", shade=50)
+    clip = open_footage(path, FORM).clip(1)
+    key = clip.key
+    assert clip.read().max() == 50
+    dates = path.stat()
+    write_image(path, shade=90)
+    os.utime(path, ns=(dates.st_atime_ns, dates.st_mtime_ns))
+    with pytest.raises(UserError, match=r"a\.bmp changed while it was in use"):
+      clip.read()
+    changed = open_footage(path, FORM).clip(1)
+    assert changed.key != key and changed.read().max() == 90
+
+  def test_folders_are_hashed_in_the_order_in_which_they_are_read(self, tmp_path):
+    for name, shade in (("f2.png", 8), ("f10.png", 16)):
+      for folder, frame in (("a", name), ("b", {"f2.png": "f10.png", "f10.png": "f2.png"}[name])):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        write_image(tmp_path / folder / frame, shade=shade)
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    (tmp_path / "c" / "._f2.png").write_bytes(b"left by a Mac")
+    clips = {name: open_footage(tmp_path / name, FORM).clip(2) for name in "abc"}
+    assert [read_greys(clips[name]) for name in "abc"] == [[8, 16], [16, 8], [8, 16]]
+    assert clips["a"].key == clips["c"].key != clips["b"].key
+
+  def test_changes_are_described_with_numbers(self, tmp_path):
+    path = write_video(tmp_path / "v.mp4", 30, size=(36, 64))
+    for fit, how in ((ClipFit.CROP, "cropped"), (ClipFit.PAD, "padded with black")):
+      footage = open_footage(path, ClipFormat(size=(16, 24), num_frames=5, fit=fit, fps=4.0), start=2)
+      assert footage.describe_changes(5) == [
+        "frames 2 to 6 of 15",
+        "8 resampled to 4 frames per second",
+        f"36x64 resized to 16x24, 16 % {how}",
+      ]
+    assert open_footage(path, ClipFormat(size=(36, 64), num_frames=29)).describe_changes(30) == []
 
 
 class TestContext:
   def test_videos_are_cut_to_4n_plus_1_frames(self, tmp_path):
     video, image = write_video(tmp_path / "v.mp4", 12), write_image(tmp_path / "i.png")
-    clips, fps = read_context([video, video, image], num_frames=17, size=(16, 24))
-    assert [clip.shape for clip in clips] == [(9, 16, 24, 3), (9, 16, 24, 3), (1, 16, 24, 3)] and fps == 8
+    clips = read_context([video, video, image], ClipFormat(size=(16, 24), num_frames=17))
+    assert [clip.frames.shape for clip in clips] == [(9, 16, 24, 3), (9, 16, 24, 3), (1, 16, 24, 3)]
+    assert frame_rate(clips) == 8 and clips[0].changes[0] == "frames 0 to 8 of 12"
+
+  def test_the_query_decides_between_sizes(self, tmp_path):
+    wide, tall = write_image(tmp_path / "wide.png", size=(20, 30)), write_image(tmp_path / "tall.png", size=(30, 20))
+    form = ClipFormat(size=(16, 24), num_frames=5, buckets=((24, 16),))
+    assert {clip.frames.shape for clip in read_context([wide, wide, tall], form)} == {(1, 24, 16, 3)}
 
   def test_clips_that_have_to_be_videos(self, tmp_path):
     video, image = write_video(tmp_path / "v.mp4", 12), write_image(tmp_path / "i.png")
-    clips, _ = read_context([video, video], num_frames=5, size=(16, 24), videos=(False, True))
-    assert [len(clip) for clip in clips] == [1, 5]
+    clips = read_context([video, video], FORM, videos=(False, True))
+    assert [len(clip.frames) for clip in clips] == [1, 5]
     with pytest.raises(UserError, match=r"i\.png has 1 frames, and 5 are needed here"):
-      read_context([image], num_frames=5, size=(16, 24), videos=(True,))
+      read_context([image], FORM, videos=(True,))
 
 
 def test_cropping_keeps_the_aspect_ratio_and_the_centre():

@@ -9,7 +9,8 @@ from PIL import Image
 
 from tests.commands import SMALL, run_command
 from tests.helpers import image_width
-from univid_jax.data.video import read_clip, write_clip
+from univid_jax.data.reader import read_clip
+from univid_jax.data.writer import write_clip
 
 CONFIG, *_ = SMALL
 COMMANDS = {
@@ -200,7 +201,7 @@ def test_many_queries_with_grids_and_records(trained, tmp_path):
     (["--clips={a},{a},{a}", "--prompt=x", "--task=depth map"], 2, "--prompt and --task exclude each other"),
     (["--clips={a},{a},{a}", "--queries={a},{a}"], 2, "with --queries, --clips are example pairs"),
     (["--clips={a},{a},{a}", "--num_frames=4"], 1, "4n + 1 frames, got 4; the nearest are 1 and 5"),
-    (["--clips={a},{a},{a}", "--num_frames=5"], 1, "is an image, but there are 5 frames"),
+    (["--clips={a},{a},{a}", "--num_frames=5"], 1, "cannot write 5 frames to the image"),
     (["--clips={a},{a},{a}", "--checkpoint={root}"], 1, "neither a converted checkpoint (no checkpoint.json) nor"),
     (["--clips={a},{a},{a}", "--prompt=make it black"], 1, "a prompt needs a text encoder"),
     (["--clips={a},{a},{a}", "--step=77"], 1, "no checkpoint of step 77"),

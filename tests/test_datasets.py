@@ -241,7 +241,7 @@ class TestManifest:
       "line 1",
       "unknown key 'clip'",
       "no such clip",
-      "no 'path'",
+      "a clip has no path",
       "1 or 4n + 1 frames, got num_frames 4",
       "context or target, got 'boss'",
       "has 2 frames, but num_frames is 5",

@@ -16,7 +16,7 @@ import pytest
 
 from tests.commands import environment
 from tests.helpers import GOLDENS
-from univid_jax.data.video import write_clip
+from univid_jax.data.writer import write_clip
 
 pytestmark = pytest.mark.slow
 

@@ -30,7 +30,7 @@ from univid_jax.parallel.mesh import make_mesh
 
 
 def select(config):
-  return select_sentences(config, open_data(config, workdir="").held_out)
+  return select_sentences(config, open_data(config).held_out)
 
 
 class TestSentences:
@@ -111,11 +111,7 @@ class TestModes:
     monkeypatch.setattr(run, "score_psnr", score_and_keep)
     run.evaluate_quick(pipeline, config, tmp_path)
     run.evaluate(
-      pipeline,
-      config,
-      data=open_data(config, workdir=""),
-      folder=tmp_path / "evaluation",
-      origin=Origin(checkpoint="random"),
+      pipeline, config, data=open_data(config), folder=tmp_path / "evaluation", origin=Origin(checkpoint="random")
     )
     assert image_width(tmp_path / "grid.png") > 500
     quick = json.loads((tmp_path / "eval.json").read_text())
@@ -153,9 +149,7 @@ class TestModes:
     pipeline = random_pipeline(config, make_mesh({"data": -1}))
     assert run.evaluate_quick(pipeline, config, tmp_path) is None and not (tmp_path / "eval.json").exists()
     with pytest.raises(UserError, match="there is nothing to evaluate on"):
-      run.evaluate(
-        pipeline, config, data=open_data(config, workdir=""), folder=tmp_path, origin=Origin(checkpoint="random")
-      )
+      run.evaluate(pipeline, config, data=open_data(config), folder=tmp_path, origin=Origin(checkpoint="random"))
 
 
 class TestProtocol:

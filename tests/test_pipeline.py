@@ -216,7 +216,7 @@ def test_i2v_trains(i2v_checkpoint, tmp_path):
       "lora.rank": 2,
     },
   )
-  encoders, data = open_encoders(config, one_device()), open_data(config, workdir=str(tmp_path))
+  encoders, data = open_encoders(config, one_device()), open_data(config)
   make_features = FeatureMaker(encoders, shape=transformer_config(config), task_names=data.task_names)
   features = make_features(sentence := data.sources["computed"][0])
   first = read_frames(sentence.clips[0])[0].astype(np.float32) / 127.5 - 1

@@ -15,11 +15,13 @@ from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import read_frames
 from univid_jax.data.features import FeatureCaches, FeatureMaker
+from univid_jax.data.packing import RowShape
 from univid_jax.data.prepare import Prepared, prepare
 from univid_jax.data.sources.computed import ComputedSentences, LazySentences
 from univid_jax.data.sources.open import open_data
 
 CONTEXTS = {f"data.contexts.{name}": 0.25 for name in ("I", "II", "III", "IV")}
+ROWS = RowShape(num_tokens=400, num_text_tokens=8, num_slots=2)
 SMALL = {"data.height": 16, "data.width": 24, "data.variants": 6, **CONTEXTS}
 
 
@@ -36,34 +38,34 @@ def pairs(tmp_path):
 class TestOpenData:
   def test_all_kinds_of_data(self, metadata, pairs, tmp_path):
     changes = {"data.metadata": str(metadata), "data.pairs": str(pairs), "data.weights.pairs": 2.0}
-    data = open_data(override(tiny(), SMALL | changes | {"data.held_out": 0.5}), workdir=str(tmp_path))
+    data = open_data(override(tiny(), SMALL | changes | {"data.held_out": 0.5}))
     assert list(data.sources) == ["metadata", "pairs"] and data.weights == {"metadata": 1.0, "pairs": 2.0}
     assert len(data.sources["metadata"]) == len(data.held_out["metadata"]) == 6
     assert data.task_names == ("depth map", "edges") and not data.dropped
 
   def test_without_data_of_ones_own_tasks_are_computed(self, tmp_path):
-    data = open_data(tiny(), workdir=str(tmp_path))
+    data = open_data(tiny())
     assert isinstance(data.sources["computed"], ComputedSentences)
     assert isinstance(data.held_out["computed"], ComputedSentences)
-    data = open_data(override(tiny(), {"init_from": "base"}), workdir=str(tmp_path))
+    data = open_data(override(tiny(), {"init_from": "base"}))
     assert isinstance(data.sources["computed"], LazySentences)
     assert isinstance(data.held_out["computed"], ComputedSentences)
 
   def test_no_data_is_an_error(self, tmp_path):
     with pytest.raises(UserError, match=r"there is no data: give config\.data\.folder"):
-      open_data(override(tiny(), {"data.bundled": False}), workdir=str(tmp_path))
+      open_data(override(tiny(), {"data.bundled": False}))
     write_table(tmp_path, [("gone.mp4", "x")])
     with pytest.raises(UserError, match=r"nothing in config\.data\.metadata can be used: .*gone\.mp4"):
-      open_data(override(tiny(), {"data.metadata": str(tmp_path)}), workdir=str(tmp_path))
+      open_data(override(tiny(), {"data.metadata": str(tmp_path)}))
 
   def test_unknown_contexts_are_an_error(self, pairs, tmp_path):
     with pytest.raises(UserError, match="unknown context 'V'"):
-      open_data(override(tiny(), {"data.pairs": str(pairs), "data.contexts.V": 1.0}), workdir=str(tmp_path))
+      open_data(override(tiny(), {"data.pairs": str(pairs), "data.contexts.V": 1.0}))
 
   def test_dropped_records_have_to_be_allowed(self, metadata, tmp_path, caplog):
     write_table(metadata, [("one é.mp4", "x"), ("gone.mp4", "x")])
     config = override(tiny(), SMALL | {"data.metadata": str(metadata)})
-    data = open_data(config, workdir=str(tmp_path))
+    data = open_data(config)
     with caplog.at_level("INFO", "univid_jax"):
       data.report()
     assert "data: metadata, 6 sentences, drawn with weight 1" in caplog.text
@@ -79,7 +81,7 @@ class TestPrepare:
   def open(self, config, workdir, *, takes_image):
     config = override(config, {"init_from": "base", "data.prompt": "detailed", "data.prompt_dropout": 0.3})
     encoders = CountingEncoders()
-    data = open_data(config, workdir=str(workdir))
+    data = open_data(config)
     caches = FeatureCaches.open(config, encoders, workdir)
     features = FeatureMaker(encoders, shape=Shape(takes_image=takes_image), task_names=data.task_names, caches=caches)
     return encoders, data, features
@@ -95,7 +97,7 @@ class TestPrepare:
   @pytest.mark.parametrize("kind", ["computed", "metadata", "pairs"])
   def test_training_needs_no_encoder(self, tmp_path, kind, takes_image):
     encoders, data, features = self.open(self.configure(kind, tmp_path), tmp_path, takes_image=takes_image)
-    done = prepare(features, data)
+    done = prepare(features, data, row_shape=ROWS)
     assert done.num_clips == done.num_encoded > 0
     assert encoders.most_loaded == 1 and not encoders.loaded
     assert encoders.calls["clip"] >= done.num_clips and (encoders.calls["image"] > 0) == takes_image
@@ -108,7 +110,7 @@ class TestPrepare:
 
   def test_the_features_are_those_without_caches(self, tmp_path):
     encoders, data, features = self.open(self.configure("pairs", tmp_path), tmp_path, takes_image=True)
-    prepare(features, data)
+    prepare(features, data, row_shape=ROWS)
     plain = FeatureMaker(encoders, shape=features.shape, task_names=features.task_names)
     for index in range(10):
       sentence = data.sources["pairs"][index]
@@ -118,20 +120,20 @@ class TestPrepare:
   def test_a_second_time_encodes_nothing(self, tmp_path):
     config = self.configure("metadata", tmp_path)
     _, data, features = self.open(config, tmp_path, takes_image=True)
-    first = prepare(features, data)
+    first = prepare(features, data, row_shape=ROWS)
     encoders, data, features = self.open(config, tmp_path, takes_image=True)
-    assert prepare(features, data) == Prepared(first.num_clips, 0)
+    assert prepare(features, data, row_shape=ROWS) == Prepared(first.num_clips, 0)
     assert not encoders.calls and encoders.most_loaded == 0, "not even a codec is loaded"
 
   def test_processes_share_the_work(self, tmp_path, monkeypatch):
     config = self.configure("pairs", tmp_path)
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    monkeypatch.setattr("univid_jax.data.prepare.wait_for_processes", lambda name: None)
+    monkeypatch.setattr("univid_jax.data.prepare.sum_over_processes", lambda value: value)
     counts = []
     for process in (0, 1):
       monkeypatch.setattr("jax.process_index", lambda process=process: process)
       encoders, data, features = self.open(config, tmp_path, takes_image=True)
-      counts.append(prepare(features, data))
+      counts.append(prepare(features, data, row_shape=ROWS))
     assert counts[0].num_clips == counts[1].num_clips == sum(count.num_encoded for count in counts)
     assert abs(counts[0].num_encoded - counts[1].num_encoded) <= 1
     encoders.calls.clear()
@@ -139,15 +141,15 @@ class TestPrepare:
       features(data.sources["pairs"][index])
     assert not encoders.calls
 
-  def test_without_a_base_nothing_is_cached(self, metadata, tmp_path):
+  def test_without_a_base_clips_are_only_read(self, metadata, tmp_path):
     config = override(tiny(), SMALL | {"data.metadata": str(metadata)})
     assert FeatureCaches.open(config, CountingEncoders(), tmp_path) is None
-    data = open_data(config, workdir=str(tmp_path))
-    assert prepare(FeatureMaker(CountingEncoders(), shape=Shape(), task_names=()), data) == Prepared(0, 0)
+    data = open_data(config)
+    assert prepare(FeatureMaker(CountingEncoders(), shape=Shape(), task_names=()), data, row_shape=ROWS) == Prepared(16)
 
   def test_frames_and_references_are_encoded_alike(self, metadata, tmp_path):
     """As in sampling, which has frames, uint8 or float in [-1, 1]."""
-    data = open_data(override(tiny(), SMALL | {"data.metadata": str(metadata)}), workdir=str(tmp_path))
+    data = open_data(override(tiny(), SMALL | {"data.metadata": str(metadata)}))
     features = FeatureMaker(CountingEncoders(), shape=Shape(takes_image=True), task_names=())
     clip = data.sources["metadata"][0].clips[0]
     frames = read_frames(clip)

@@ -13,7 +13,7 @@ from univid_jax.parallel.mesh import make_mesh
 
 
 def held_out_sentences(config):
-  return [planned.read() for planned in select_sentences(config, open_data(config, workdir="").held_out)]
+  return [planned.read() for planned in select_sentences(config, open_data(config).held_out)]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Visual sentences: contexts, prompts, computed tasks and their natural clips."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,10 +16,11 @@ from univid_jax.data.contexts import make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import draw
 from univid_jax.data.sources.computed import ComputedSentences, LazySentences, computed_identity, open_computed
-from univid_jax.data.sources.photos import FolderSource, PhotoSource, moving_window
+from univid_jax.data.sources.folder import FolderSource
+from univid_jax.data.sources.photos import PhotoSource, moving_window
 from univid_jax.data.tasks import TASKS
 from univid_jax.data.tasks.base import Task, draw_nothing
-from univid_jax.data.video import write_clip
+from univid_jax.data.writer import write_clip
 
 CLIP = np.zeros((1, 4, 4, 3), np.uint8)
 
@@ -63,6 +67,9 @@ def test_prompts():
   assert prompt_for("anything", PromptStyle.ROUGH).startswith("[clip1] and [clip2] form an editing pair.")
   with pytest.raises(UserError, match=r"config\.data\.prompt must be one of null, rough, detailed, got 'poetic'"):
     override(tiny(), {"data.prompt": "poetic"})
+
+
+CASES = Path(__file__).parent / "cases" / "videos"
 
 
 class TestTasks:
@@ -229,39 +236,70 @@ class TestLazySentences:
     assert made == [3]
 
   def test_the_identity_names_options_and_files(self, tmp_path):
+    def identity(config):
+      return computed_identity(config, open_computed(config, "train", seed=0))
+
     write_clip(tmp_path / "a.png", CLIP)
     base = {"data.folder": str(tmp_path)}
     changes = ({}, {"seed": 1}, {"data.height": 48}, {"data.tasks.flip": 1.0}, {"data.bundled": False})
-    identities = [computed_identity(override(tiny(), base | change)) for change in changes]
+    identities = [identity(override(tiny(), base | change)) for change in changes]
     write_clip(tmp_path / "b.png", CLIP)
-    identities.append(computed_identity(override(tiny(), base)))
+    identities.append(identity(override(tiny(), base)))
     assert len(set(identities)) == len(identities)
-    assert computed_identity(override(tiny(), base | {"num_steps": 5})) == identities[-1]
+    assert identity(override(tiny(), base | {"num_steps": 5})) == identities[-1]
 
 
 class TestFolders:
   def test_videos_and_photos(self, tmp_path):
-    folder, cache = tmp_path / "my clips ü", tmp_path / "cache"
+    folder = tmp_path / "my clips ü"
     ramp = np.broadcast_to(np.arange(12, dtype=np.uint8)[:, None, None, None] * 20, (12, 48, 64, 3))
     write_clip(folder / "a video.mp4", ramp)
     write_clip(folder / "photo.png", ramp[:1])
     (folder / "notes.txt").write_text("not a clip")
-    source = FolderSource.open(str(folder), cache=str(cache), side=24)
-    assert [clip.shape for clip in source.clips] == [(12, 24, 32, 3), (1, 24, 32, 3)]
+    (folder / "._a video.mp4").write_bytes(b"left by a Mac")
+    source = FolderSource.open(str(folder), side=24)
+    assert [(clip.path.name, clip.num_frames) for clip in source.clips] == [("a video.mp4", 12), ("photo.png", 1)]
     video = source.clip(0, np.random.default_rng(0), num_frames=5, size=(16, 16))
     assert video.shape == (5, 16, 16, 3)
     assert np.all(np.diff(video.mean(axis=(1, 2, 3))) > 10)
     assert source.clip(1, np.random.default_rng(0), num_frames=5, size=(16, 16)).shape == (5, 16, 16, 3)
-    written = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    FolderSource.open(str(folder), cache=str(cache), side=24)
-    assert written == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(FolderSource.open(str(folder), side=24, fps=8.0).clips) == 2
+    assert FolderSource.open(str(folder), side=24, fps=8.0).clips[0].num_frames == 6
+
+  def test_frames_are_kept_within_bounds(self, tmp_path, monkeypatch, caplog):
+    """Kept or not, windows show the same."""
+    noise = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3)).astype(np.uint8)
+    write_clip(tmp_path / "a.mp4", noise)
+    write_clip(tmp_path / "b.mp4", noise[::-1])
+    windows = []
+    for bound, kept in ((2**31, 2), (12 * 24 * 32 * 3, 1), (1000, 0)):
+      monkeypatch.setattr("univid_jax.data.sources.folder.KEPT_BYTES", bound)
+      caplog.clear()
+      source = FolderSource.open(str(tmp_path), side=24)
+      assert sum(clip.is_kept for clip in source.clips) == kept
+      assert ("are kept in memory" in caplog.text) == (kept < 2)
+      rng = np.random.default_rng(3)
+      windows.append([source.clip(i % 2, rng, num_frames=5, size=(16, 16)) for i in range(6)])
+    assert np.array_equal(windows[0], windows[1]) and np.array_equal(windows[0], windows[2])
+
+  def test_damaged_and_changed_files(self, tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+      write_clip(tmp_path / name, np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3)).astype(np.uint8))
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    shutil.copy(CASES / "corrupt.mp4", tmp_path / "b.mp4")
+    source = FolderSource.open(str(tmp_path), side=24)
+    assert [each.record for each in source.dropped] == ["a.mp4"]
+    assert [each.record for each in source.find_damaged()] == ["b.mp4"]
+    (tmp_path / "c.mp4").write_bytes((tmp_path / "c.mp4").read_bytes())
+    with pytest.raises(UserError, match=r"c\.mp4 changed while it was in use"):
+      source.clip(1, np.random.default_rng(0), num_frames=5, size=(16, 16))
 
   def test_folders_without_clips(self, tmp_path):
     (tmp_path / "notes.txt").write_text("not a clip")
     with pytest.raises(UserError, match="no images or videos in"):
-      FolderSource.open(str(tmp_path), cache=str(tmp_path), side=24)
+      FolderSource.open(str(tmp_path), side=24)
     with pytest.raises(FileNotFoundError, match="no such folder"):
-      FolderSource.open(str(tmp_path / "missing"), cache=str(tmp_path), side=24)
+      FolderSource.open(str(tmp_path / "missing"), side=24)
 
   def test_windows_stay_inside_the_photograph(self):
     photo = Image.new("RGB", (61, 43))

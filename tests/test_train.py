@@ -27,7 +27,7 @@ from univid_jax.core.options import Schedule
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.packing import RowShape, pack, pack_rows
 from univid_jax.data.sources.open import open_data
-from univid_jax.data.video import write_clip
+from univid_jax.data.writer import write_clip
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.inference.load import load_pipeline
 from univid_jax.parallel.mesh import make_mesh
@@ -216,7 +216,7 @@ class TestValidation:
   def measured(self, config, sizes, tmp_path):
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     spec = StateSpec.of(lambda: create_model(config), optax.sgd(1.0), mesh, ema=False)
-    data, encoders = open_data(config, workdir=str(tmp_path)), open_encoders(config, mesh)
+    data, encoders = open_data(config), open_encoders(config, mesh)
     sentences, held_out = select_sentences(data, 12)
     assert held_out and len(sentences) == 12
     make_features = FeatureMaker(encoders, shape=transformer_config(config), task_names=data.task_names)

@@ -51,7 +51,7 @@ def main() -> None:
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
   loras = [parse_lora(item) for item in LORA.value]
   pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=loras, mesh=mesh, step=origin.step)
-  data = open_data(config, workdir=workdir)
+  data = open_data(config)
   command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
   report = evaluate(pipeline, config, data=data, folder=folder, origin=origin, command=command)
   if report is None:  # not process 0

@@ -2,9 +2,10 @@
 
   python -m univid_jax.prepare --config=PRESET --workdir=DIR [--config.KEY=VALUE ...] [--preview=N]
 
-Every row is checked; a row that cannot be used is an error, or is left out with --allow_dropped. Then whatever is not
-cached yet is encoded: latents, prompts, and the conditions of I2V models. `train` does the same; run this first to find
-problems before an accelerator waits, or to encode with several processes.
+Every clip that training reads is decoded, and every sentence must fit into a row; a record that cannot be used is an
+error, or is left out with --allow_dropped. With a base, whatever is not cached yet is encoded: latents, prompts, and
+the conditions of I2V models. `train` encodes too; run this first to find problems before an accelerator waits, or to
+encode with several processes. --quick only looks at the headers of files.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ CONFIG = FLAGS.config()
 WORKDIR = FLAGS.workdir("Folder of the run")
 PROCESSES = FLAGS.processes()
 ALLOW_DROPPED = FLAGS.switch("allow_dropped", False, "Leave out rows that cannot be used.")
+QUICK = FLAGS.switch("quick", False, "Only look at the headers of files: decode and encode nothing.")
 PREVIEW = FLAGS.integer("preview", 0, "Only draw this many sentences, to WORKDIR/preview.png.", lower_bound=0)
 
 
@@ -31,27 +33,41 @@ def main() -> None:
   from univid_jax.checkpoints.model import open_encoders, transformer_config
   from univid_jax.cli.preview import draw_preview
   from univid_jax.data.features import FeatureCaches, FeatureMaker
+  from univid_jax.data.packing import RowShape
   from univid_jax.data.prepare import prepare
   from univid_jax.data.sources.open import open_data
   from univid_jax.parallel.mesh import make_mesh
+  from univid_jax.training.validation import select_sentences
 
   config, workdir = CONFIG.value, WORKDIR.value
   if ALLOW_DROPPED.value:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, allow_dropped=True))
-  data = open_data(config, workdir=workdir)
+  data = open_data(config)
   data.report()
   data.require_usable(config.data)
   if PREVIEW.value:
     print(f"the first sentences, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}")
     return
+  if QUICK.value:
+    print(
+      f"headers checked, {len(data.dropped)} records dropped; not checked: frames, and the fit of sentences into rows"
+    )
+    return
   encoders = open_encoders(config, make_mesh(config.mesh))
   caches = FeatureCaches.open(config, encoders, workdir)
+  done = prepare(
+    FeatureMaker(encoders, shape=transformer_config(config), task_names=data.task_names, caches=caches),
+    data,
+    row_shape=RowShape.of(config),
+    held_out=select_sentences(data, config.validation.sentences)[0],
+    allow_dropped=config.data.allow_dropped,
+    verify=True,
+  )
+  num_dropped = len(data.dropped) + len(done.dropped)
   if caches is None:
-    print("nothing to encode in advance: without config.init_from, clips are encoded while training")
-    return
-  shape, task_names = transformer_config(config), data.task_names
-  done = prepare(FeatureMaker(encoders, shape=shape, task_names=task_names, caches=caches), data)
-  print(f"{done.num_clips} clips are ready ({done.num_encoded} encoded now); {len(data.dropped)} rows dropped")
+    print(f"{done.num_clips} clips can be read, {num_dropped} records dropped; they are encoded while training")
+  else:
+    print(f"{done.num_clips} clips are ready ({done.num_encoded} encoded now), {num_dropped} records dropped")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
   python -m univid_jax.sample --checkpoint=DIR [--lora=PATH] --clips=A.mp4,A2.mp4,B.mp4 --out=B2.mp4
 
-A clip is an image, a video, a folder of frames, or a .npy of uint8 (T, H, W, 3), of any size and frame rate: it is
-resized and cropped to the size the model was trained on, and of a video the first frames are used. A .json next to the
-result says how it was made. With --queries=B1.mp4,B2.mp4 (or a folder), --clips are the example pairs alone, and --out
-is a folder.
+A clip is an image, a video, a folder of frames, or a .npy of uint8 (T, H, W, 3), of any size and frame rate. It is read
+as in training: resized to the size and resampled to the frame rate of training, if it had one; of a video the first
+frames are used. What that changes is logged, and a .json next to the result says how it was made.
+
+With --queries=B1.mp4,B2.mp4 (or a folder), --clips are the example pairs alone, and --out is a folder.
 """
 
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
-from univid_jax.core.options import Attention
+from univid_jax.core.options import Attention, ClipFit
 
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT, LORA, DTYPE, STEP = FLAGS.checkpoint(), FLAGS.lora(), FLAGS.dtype(), FLAGS.step()
@@ -21,13 +22,18 @@ MERGE_LORA = FLAGS.switch("merge_lora", False, "Add LoRAs to the weights: slight
 ATTENTION = FLAGS.choice("attention", None, list(Attention), "Default: what the model was trained with.")
 CLIPS = FLAGS.strings("clips", None, "The context in order: A, A', B, or any odd number of clips.", required=True)
 QUERIES = FLAGS.strings("queries", [], "Several B for the same example pairs: clips, or a folder of clips.")
-OUT = FLAGS.string("out", None, "The result: .png (an image), .mp4 (a video) or .npy.", required=True)
+OUT = FLAGS.string("out", None, "The result: .png, .mp4 (or another video), .npy, or FOLDER/ for PNGs.", required=True)
 GRID = FLAGS.switch("grid", False, "Also write A | A' | B | B' side by side, with _grid in its name.")
 PROMPT = FLAGS.string("prompt", None, "Text of the sentence; default: none.")
 TASK = FLAGS.string("task", None, "Use the paper's detailed prompt of this task: depth map, camera movement, ...")
 NEGATIVE_PROMPT = FLAGS.string("negative_prompt", "", "What guidance moves away from.")
 SIZE = FLAGS.string("size", None, "HEIGHTxWIDTH in pixels; default: as in training.")
-NUM_FRAMES = FLAGS.integer("num_frames", None, "Frames of B', 4n + 1; default: inferred from the clips.", lower_bound=1)
+NUM_FRAMES = FLAGS.integer(
+  "num_frames", None, "Frames of B', 4n + 1, and of videos in the context; default: as in training.", lower_bound=1
+)
+FIT = FLAGS.choice("fit", None, list(ClipFit), "How clips are brought to the size; default: as in training.")
+FPS = FLAGS.number("fps", None, "Frame rate that videos are resampled to; 0 keeps theirs; default: as in training.")
+COPY_AUDIO = FLAGS.switch("copy_audio", False, "Give B' the sound of B.")
 SOLVER = FLAGS.choice("solver", "euler", ["euler", "unipc"], "euler is the reference's; unipc needs fewer steps.")
 STEPS = FLAGS.integer("steps", 50, "Sampling steps.", lower_bound=1)
 GUIDANCE_SCALE = FLAGS.number("guidance_scale", 1.0, "Classifier-free guidance; 1 is none.")
@@ -46,15 +52,20 @@ def main() -> None:
   arguments = {flag.name: flag.value for flag in (NUM_FRAMES, GUIDANCE_SCALE, NEGATIVE_PROMPT, SHIFT, SEED, SOLVER)}
   arguments |= {"num_inference_steps": STEPS.value, "prompt": sampling.choose_prompt(PROMPT.value, TASK.value)}
   requests = sampling.plan_requests(CLIPS.value, QUERIES.value, OUT.value)
+  sampling.check_outputs(requests)
   size = sampling.parse_size(SIZE.value) if SIZE.value else None
   origin = {flag.name: flag.value for flag in (CHECKPOINT, LORA, MERGE_LORA)}
   loading: dict[str, Any] = {flag.name: flag.value for flag in (DTYPE, MERGE_LORA, ATTENTION, STEP)}
   loras = [sampling.parse_lora(item) for item in LORA.value]
   pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=loras, **loading)
+  form = sampling.choose_format(
+    pipeline.clip_format, size=size, num_frames=NUM_FRAMES.value, fit=FIT.value, fps=FPS.value
+  )
+  runner = sampling.RequestRunner(pipeline, form, arguments, origin, grid=GRID.value, copy_audio=COPY_AUDIO.value)
   for request in requests:
-    print(sampling.run_request(pipeline, request, arguments, size=size, grid=GRID.value, origin=origin))
+    print(runner.run(request))
   if PROFILE.value:
-    print(sampling.profile_request(pipeline, requests[0], arguments, size=size, steps=PROFILE.value))
+    print(runner.profile(requests[0], PROFILE.value))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from pathlib import Path
 import gradio as gr
 
 from univid_jax import Pipeline
-from univid_jax.data.clips import read_context
+from univid_jax.data.clips import frame_rate, read_context
 from univid_jax.data.contexts import CONTEXTS, video_pattern
-from univid_jax.data.video import write_clip
+from univid_jax.data.writer import write_clip
 
 AS_GIVEN = "as the files are"
 
@@ -26,16 +26,21 @@ def build_page(pipeline: Pipeline) -> gr.Blocks:
 
     try:
       pattern = None if context == AS_GIVEN else video_pattern(context, 4)
-      clips, fps = read_context((a, a2, b), num_frames=pipeline.num_frames, size=pipeline.size, videos=pattern)
+      clips = read_context((a, a2, b), pipeline.clip_format, videos=pattern)
       num_frames = None if pattern is None else pipeline.num_frames if pattern[-1] else 1
       out = pipeline.sample(
-        clips, prompt, num_frames=num_frames, num_inference_steps=int(steps), seed=int(seed), progress=show
+        [clip.frames for clip in clips],
+        prompt,
+        num_frames=num_frames,
+        num_inference_steps=int(steps),
+        seed=int(seed),
+        progress=show,
       )
     except (ValueError, OSError) as error:
       raise gr.Error(str(error)) from error
     is_image = len(out.frames) == 1
     path = folder / f"sample_{len(list(folder.iterdir()))}.{'png' if is_image else 'mp4'}"
-    write_clip(path, out.frames, fps=fps)
+    write_clip(path, out.frames, fps=frame_rate(clips))
     return gr.update(value=str(path) if is_image else None, visible=is_image), gr.update(
       value=None if is_image else str(path), visible=not is_image
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,22 +16,31 @@ from tqdm import tqdm
 import univid_jax
 from univid_jax import Pipeline
 from univid_jax.cli.flags import UsageError
-from univid_jax.core.options import PromptStyle
-from univid_jax.data.clips import file_hash, read_context
+from univid_jax.core.options import ClipFit, PromptStyle
+from univid_jax.core.paths import require_writable
+from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate, read_context
 from univid_jax.data.prompts import prompt_for
-from univid_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, write_clip
+from univid_jax.data.reader import CLIP_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Frames, is_foreign
+from univid_jax.data.writer import check_target, write_clip
 from univid_jax.evaluation.figures import concatenate_clips
+from univid_jax.inference.jobs import infer_length
 
-# What a folder of queries is searched for.
-QUERY_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".mp4", ".webm", ".mov", ".mkv", ".gif", ".npy")
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Clips to sample from, in order, and the path of the result; a path without a suffix gets one: .png or .mp4."""
+  """What to sample.
+
+  Attributes:
+    clips: the context, in order.
+    out: path of the result.
+    needs_suffix: `out` gets one that suits the result: .png or .mp4.
+  """
 
   clips: tuple[str, ...]
   out: Path
+  needs_suffix: bool = False
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -71,92 +81,150 @@ def plan_requests(clips: Sequence[str], queries: Sequence[str], out: str) -> lis
   Args:
     clips: the context; example pairs alone if there are queries.
     queries: clips, or one folder of clips.
-    out: path of the result; with queries a folder.
+    out: path of the result, which gets a suffix if it has none, or for a folder of PNGs ends in /; with queries a
+      folder of results.
 
   Raises:
     UsageError: an example pair is incomplete, or two queries have the same name.
   """
   if not queries:
-    return [Request(tuple(clips), Path(out))]
+    return [Request(tuple(clips), Path(out), needs_suffix=not Path(out).suffix and not out.endswith("/"))]
   if len(clips) % 2:
     raise UsageError(f"with --queries, --clips are example pairs A, A', an even number; got {len(clips)}")
   if len(queries) == 1 and Path(queries[0]).is_dir():
-    queries = [str(path) for path in sorted(Path(queries[0]).iterdir()) if path.suffix.lower() in QUERY_SUFFIXES]
+    files = [path for path in sorted(Path(queries[0]).iterdir()) if not is_foreign(path)]
+    queries = [str(path) for path in files if path.suffix.lower() in CLIP_SUFFIXES]
     if not queries:
       raise UsageError("no clips in the folder of --queries")
   names = [Path(query).stem for query in queries]
   for name in names:
     if names.count(name) > 1:
       raise UsageError(f"two queries are named {name!r}; results are named after their query")
-  return [Request((*clips, query), Path(out) / name) for query, name in zip(queries, names)]
+  return [Request((*clips, query), Path(out) / name, needs_suffix=True) for query, name in zip(queries, names)]
 
 
-def run_request(
-  pipeline: Pipeline,
-  request: Request,
-  arguments: Mapping[str, Any],
-  *,
-  size: tuple[int, int] | None,
-  grid: bool,
-  origin: Mapping[str, Any],
-) -> str:
-  """Samples, and writes the clip, a .json that says how it was made, and with `grid` the whole sentence.
+def choose_format(
+  trained: ClipFormat, *, size: tuple[int, int] | None, num_frames: int | None, fit: str | None, fps: float | None
+) -> ClipFormat:
+  """Returns the form in which clips are read: that of training, except for what is given.
 
   Args:
-    arguments: of `Pipeline.sample`.
-    size: height and width in pixels; None is the size of training.
-    origin: of the model, for the .json.
-
-  Returns:
-    A line that describes the result.
+    trained: the form of training.
+    size: height and width in pixels.
+    num_frames: of the result; videos of the context have as many, if the result is a video.
+    fit, fps: see `ClipFormat`.
   """
-  clips, fps = read_context(request.clips, num_frames=pipeline.num_frames, size=size or pipeline.size)
-  with tqdm(total=arguments["num_inference_steps"], desc="sample", unit="step") as bar:
-
-    def show(taken: int) -> None:
-      bar.update(taken - bar.n)
-
-    out = pipeline.sample(clips, **arguments, progress=show)
-  path = request.out
-  if not path.suffix:
-    path = path.with_name(path.name + (".png" if len(out.frames) == 1 else ".mp4"))
-  write_clip(path, out.frames, fps=fps)
-  if grid:
-    _write_grid(path, [*clips, out.frames], fps)
-  num_frames, height, width = out.frames.shape[:3]
-  record = {
-    "version": univid_jax.__version__,
-    **origin,
-    "dtype": str(pipeline.dtype),
-    "clips": [{"path": clip, "sha256": file_hash(Path(clip))} for clip in request.clips],
-    "height": height,
-    "width": width,
-    **arguments,
-    "num_frames": num_frames,
-    "fps": fps,
-  }
-  path.with_suffix(".json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-  return f"wrote {num_frames} frame{'s' * (num_frames > 1)} of {width}x{height}: {path}"
+  form = trained if size is None else dataclasses.replace(trained, size=size, buckets=())
+  if num_frames is not None and num_frames > 1:
+    form = dataclasses.replace(form, num_frames=num_frames)
+  return dataclasses.replace(form, fit=ClipFit(fit or form.fit), fps=form.fps if fps is None else fps)
 
 
-def profile_request(
-  pipeline: Pipeline, request: Request, arguments: Mapping[str, Any], *, size: tuple[int, int] | None, steps: int
-) -> str:
-  """Writes a JAX profiler trace of sampling in this many steps to OUT's folder; returns a line that says where."""
-  arguments = {**arguments, "num_inference_steps": steps}
-  clips, _ = read_context(request.clips, num_frames=pipeline.num_frames, size=size or pipeline.size)
-  pipeline.sample(clips, **arguments)  # compiles
-  folder = request.out.parent / "profile"
-  options = jax.profiler.ProfileOptions()
-  options.python_tracer_level = 0  # Python's calls would crowd out everything else
-  with jax.profiler.trace(str(folder), profiler_options=options):
-    with jax.profiler.TraceAnnotation("data"):
-      clips, fps = read_context(request.clips, num_frames=pipeline.num_frames, size=size or pipeline.size)
-    with jax.profiler.TraceAnnotation("step"):
-      frames = pipeline.sample(clips, **arguments).frames
-    with jax.profiler.TraceAnnotation("save"), tempfile.TemporaryDirectory() as scratch:
-      write_clip(Path(scratch) / "sample.mp4", frames, fps=fps)
-  return f"wrote a profile of {steps} steps: {folder}"
+def check_outputs(requests: Sequence[Request]) -> None:
+  """Checks that the results can be written, before a model is loaded.
+
+  Raises:
+    UserError, OSError: a suffix is unknown, or a folder cannot be written to.
+  """
+  for request in requests:
+    if not request.needs_suffix:
+      check_target(request.out, None)
+  for folder in dict.fromkeys(request.out.parent for request in requests):
+    require_writable(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestRunner:
+  """Samples, and writes for each request the clip and a .json that says how it was made.
+
+  Attributes:
+    pipeline: the model.
+    form: in which clips are read.
+    arguments: of `Pipeline.sample`.
+    origin: of the model, for the .json.
+    grid: whether to write the whole sentence too.
+    copy_audio: whether results get the sound of their query.
+  """
+
+  pipeline: Pipeline
+  form: ClipFormat
+  arguments: Mapping[str, Any]
+  origin: Mapping[str, Any]
+  grid: bool = False
+  copy_audio: bool = False
+  _reported: set[str] = dataclasses.field(default_factory=set)
+
+  def run(self, request: Request) -> str:
+    """Samples one request and returns a line that describes the result.
+
+    Raises:
+      UserError, OSError: a clip cannot be read, or the result cannot be written; the latter is checked first.
+    """
+    clips = self._read(request)
+    fps, frames = frame_rate(clips), [clip.frames for clip in clips]
+    path = self._choose_path(request, frames)
+    with tqdm(total=self.arguments["num_inference_steps"], desc="sample", unit="step") as bar:
+
+      def show(taken: int) -> None:
+        bar.update(taken - bar.n)
+
+      out = self.pipeline.sample(frames, **self.arguments, progress=show)
+    write_clip(path, out.frames, fps=fps, audio_from=request.clips[-1] if self.copy_audio else None)
+    if self.grid:
+      _write_grid(path, [*frames, out.frames], fps)
+    num_frames, height, width = out.frames.shape[:3]
+    record = {
+      "version": univid_jax.__version__,
+      **self.origin,
+      "dtype": str(self.pipeline.dtype),
+      "clips": [
+        {"path": clip.path, "sha256": clip.sha256, "num_frames": len(clip.frames), "changes": clip.changes}
+        for clip in clips
+      ],
+      "height": height,
+      "width": width,
+      **self.arguments,
+      "num_frames": num_frames,
+      "fps": fps,
+    }
+    path.with_name(f"{path.stem}.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return f"wrote {num_frames} frame{'s' * (num_frames > 1)} of {width}x{height}: {path}"
+
+  def profile(self, request: Request, steps: int) -> str:
+    """Writes a JAX profiler trace of sampling in this many steps to OUT's folder; returns a line that says where."""
+    arguments = {**self.arguments, "num_inference_steps": steps}
+    self.pipeline.sample([clip.frames for clip in self._read(request)], **arguments)  # compiles
+    folder = request.out.parent / "profile"
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # Python's calls would crowd out everything else
+    with jax.profiler.trace(str(folder), profiler_options=options):
+      with jax.profiler.TraceAnnotation("data"):
+        clips = self._read(request)
+      with jax.profiler.TraceAnnotation("step"):
+        frames = self.pipeline.sample([clip.frames for clip in clips], **arguments).frames
+      with jax.profiler.TraceAnnotation("save"), tempfile.TemporaryDirectory() as scratch:
+        write_clip(Path(scratch) / "sample.mp4", frames, fps=frame_rate(clips))
+    return f"wrote a profile of {steps} steps: {folder}"
+
+  def _read(self, request: Request) -> list[ContextClip]:
+    """Reads the context of a request, and reports once what makes a clip differ from its file."""
+    clips = read_context(request.clips, self.form)
+    for clip in clips:
+      if clip.changes and clip.path not in self._reported:
+        self._reported.add(clip.path)
+        log.info("%s: %s", clip.path, "; ".join(clip.changes))
+    return clips
+
+  def _choose_path(self, request: Request, frames: Sequence[Frames]) -> Path:
+    """Returns the path of the result, after checking that it can be written there."""
+    count = self.arguments["num_frames"] or infer_length([len(clip) for clip in frames])
+    path = request.out
+    if request.needs_suffix:
+      path = path.with_name(path.name + (".png" if count == 1 else ".mp4"))
+    self.pipeline.latent_shape((count, *frames[-1].shape[1:]))
+    check_target(path, count)
+    require_writable(path.parent, num_bytes=count * frames[-1][0].size)
+    return path
 
 
 def _write_grid(path: Path, clips: Sequence[np.ndarray], fps: float | None) -> None:

@@ -1,13 +1,17 @@
 """Files and folders that are local or in a bucket (gs://)."""
 
 import contextlib
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
 from tqdm import tqdm
+
+from univid_jax.core.errors import UserError
 
 # Holds only what can be recomputed or downloaded again.
 CACHE_FOLDER = "~/.cache/univid_jax"
@@ -65,6 +69,46 @@ def _walk_files(folder: epath.Path) -> Iterator[epath.Path]:
       yield from _walk_files(path)
     else:
       yield path
+
+
+def file_state(path: str | os.PathLike) -> tuple[int, ...]:
+  """Returns numbers that change whenever a local file is changed or replaced, also by copies that keep its dates.
+
+  Raises:
+    OSError: there is no such file.
+  """
+  status = os.stat(path)
+  return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def resolve_inside(folder: str | os.PathLike, name: str) -> Path:
+  """Returns the path of a file that is named in another file, relative to that file's folder.
+
+  Raises:
+    UserError: it leads out of the folder.
+  """
+  path = os.path.normpath(name)
+  if not name or "\0" in name or os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+    raise UserError(f"{name!r} must be a path inside {folder}: put the file there, or a link to it")
+  return Path(folder) / path
+
+
+def require_writable(folder: str | os.PathLike, *, num_bytes: int = 0) -> None:
+  """Creates a local folder if necessary, and checks that files can be written to it.
+
+  Raises:
+    OSError: they cannot, or the disk has less than `num_bytes` left.
+  """
+  folder = Path(folder)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise type(error)(error.errno, f"cannot write to the folder {folder}: {error.strerror}") from error
+  free = shutil.disk_usage(folder).free
+  if free < num_bytes:
+    raise OSError(errno.ENOSPC, f"{folder} needs {num_bytes / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} MB left")
 
 
 def make_absolute(path: epath.PathLike) -> epath.Path:

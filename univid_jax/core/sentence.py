@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,15 +21,26 @@ class ClipRef:
   """A clip that is read on demand.
 
   Attributes:
-    key: identifies the content: derived from what the clip is made of and from every operation applied to it, never
-      from a path or a date.
+    identify: returns `key`, which may take reading the file.
     read: returns the frames, uint8 (T, H, W, 3).
     num_frames: T, known without reading.
+    size: H and W, known without reading.
   """
 
-  key: str
+  identify: Callable[[], str]
   read: Callable[[], np.ndarray]
   num_frames: int
+  size: tuple[int, int]
+
+  @functools.cached_property
+  def key(self) -> str:
+    """Identifies the content: derived from what the clip is made of and from every operation applied to it, never from
+    a path or a date.
+
+    Raises:
+      OSError, UserError: the file has vanished or changed.
+    """
+    return self.identify()
 
 
 Clip = np.ndarray | ClipRef
@@ -51,6 +63,7 @@ class Sentence:
     context: "I", "II", "III" or "IV" as in the paper, or the name of another pattern of images and videos.
     reverse: whether the pairs are swapped, so that the task is inverted.
     params: parameters drawn for this sentence by a computed task; None for other data.
+    record: names what the sentence was made from, for messages: a line of a table, a pair.
   """
 
   clips: tuple[Clip, ...]
@@ -60,6 +73,7 @@ class Sentence:
   context: str = ""
   reverse: bool = False
   params: Mapping[str, Any] | None = None
+  record: str = ""
 
   def __post_init__(self):
     check_roles(len(self.clips), self.roles)

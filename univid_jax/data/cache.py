@@ -51,7 +51,7 @@ class Cache:
     if hashlib.sha256(body).digest() != checksum:
       warnings.warn(f"{path} is corrupt and is computed again", stacklevel=2)
       return None
-    # Not a .npy, whose header several threads cannot parse at once, see `video._HEADER_LOCK`.
+    # Not a .npy, whose header several threads cannot parse at once, see `reader._HEADER_LOCK`.
     return load(body)[_NAME]
 
   def put(self, key: str, value: np.ndarray) -> None:

@@ -1,4 +1,7 @@
-"""Clips of the model's size from files: read on demand, and identified by their content so that they can be cached."""
+"""Clips as the model sees them: cut, resampled and resized the same way for training, sampling and evaluation.
+
+They are read on demand, and identified by their content so that they can be cached.
+"""
 
 import dataclasses
 import functools
@@ -13,11 +16,12 @@ from PIL import Image
 from univid_jax.config.schema import DataConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
+from univid_jax.core.paths import file_state
 from univid_jax.core.sentence import ClipRef
-from univid_jax.data.video import IMAGE_SUFFIXES, Frames, frame_indices, read_clip, read_frames_at
+from univid_jax.data.reader import ClipInfo, Frames, list_frames, probe, read_clip
 
 # Part of every key: raise it when the same file would give other pixels.
-READING_VERSION = 1
+READING_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,92 +91,173 @@ def resize_and_pad(
   return out
 
 
-def file_clip(path: Path, *, start: int, count: int, form: ClipFormat, fps: float | None = None) -> ClipRef:
-  """Returns a clip of `count` frames of a file.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Footage:
+  """What clips are taken from: a file from some frame on, or frames of another origin.
 
-  Args:
-    path: an image, a video, a folder of frames or a .npy.
-    start: the first frame.
-    count: frames of the clip.
-    form: size, fit and frame rate.
-    fps: frame rate of the file.
+  Attributes:
+    name: for messages.
+    size: height and width in pixels, before they are brought to the format's.
+    fps: frame rate before it is resampled to the format's; None for images, folders and arrays.
+    num_frames: how many frames a clip can have, at the format's rate.
+    form: of the clips, with one size.
+    identify: returns a key of the content.
+    read: returns the first n frames, before they are resized.
+    start: number of the first frame in the file, at the format's rate.
+    watch: returns what changes whenever the content does; it must not change as long as clips are used.
   """
-  indices = frame_indices(start, count, fps=fps, target_fps=form.fps)
-  read = functools.partial(_read_at, path, indices, form)
-  return ClipRef(_content_key(form, file_hash(path), indices), read, count)
+
+  name: str
+  size: tuple[int, int]
+  fps: float | None
+  num_frames: int
+  form: ClipFormat
+  identify: Callable[[], str]
+  read: Callable[[int], Frames]
+  start: int = 0
+  watch: Callable[[], object] = lambda: None
+  _state: object = dataclasses.field(init=False, repr=False, compare=False)
+
+  def __post_init__(self):
+    object.__setattr__(self, "_state", self.watch())
+
+  def clip(self, num_frames: int) -> ClipRef:
+    """Returns a clip of the first frames."""
+    identify, read = functools.partial(self._identify, num_frames), functools.partial(self._read, num_frames)
+    return ClipRef(identify, read, num_frames, self.form.size)
+
+  def _identify(self, num_frames: int) -> str:
+    form, span = self.form, (self.start, num_frames, self.form.fps if self.fps else 0.0)
+    words = (READING_VERSION, self.identify(), span, form.size, form.fit.value, form.resample.name.lower())
+    self._require_unchanged()
+    return hashlib.sha256(repr(words).encode()).hexdigest()
+
+  def _read(self, num_frames: int) -> Frames:
+    frames = self.read(num_frames)
+    self._require_unchanged()
+    return self.form.resize(frames)
+
+  def _require_unchanged(self) -> None:
+    if self.watch() != self._state:
+      raise UserError(f"{self.name} changed while it was in use: start again")
+
+  def describe_changes(self, num_frames: int) -> list[str]:
+    """Describes, with numbers, everything that makes a clip of so many frames differ from the file."""
+    changes = []
+    if num_frames < self.num_frames:
+      last = self.start + num_frames - 1
+      changes.append(f"frames {self.start} to {last} of {self.start + self.num_frames}")
+    if self.fps and self.form.fps and round(self.fps, 2) != round(self.form.fps, 2):
+      changes.append(f"{self.fps:.5g} resampled to {self.form.fps:.5g} frames per second")
+    if self.size != self.form.size:
+      changes.append(self._describe_resizing())
+    return changes
+
+  def _describe_resizing(self) -> str:
+    (height, width), (to_height, to_width) = self.size, self.form.size
+    stretch = (height / width) / (to_height / to_width)
+    lost = round(100 * (1 - min(stretch, 1 / stretch)))
+    how = "cropped" if self.form.fit == ClipFit.CROP else "padded with black"
+    return f"{height}x{width} resized to {to_height}x{to_width}" + (f", {lost} % {how}" if lost else "")
 
 
-def array_clip(key: str, read: Callable[[], Frames], count: int, form: ClipFormat) -> ClipRef:
-  """Returns a clip of `count` frames from any other origin.
+def open_footage(path: Path, form: ClipFormat, *, start: int = 0) -> Footage:
+  """Opens a file from a frame on, counted at the format's rate; clips have its size nearest to the file's shape.
 
-  Args:
-    key: identifies the frames.
-    read: returns them, of any size.
-    count: frames of the clip.
-    form: size and fit.
+  Raises:
+    FileNotFoundError: there is no such file.
+    UserError: it is not a clip, or has no frame at `start`.
   """
-  return ClipRef(_content_key(form, key), lambda: form.resize(read()), count)
+  found = probe(path)
+  count = found.count_at(form.fps)
+  if not 0 <= start < count:
+    raise UserError(f"{path} has {count} frames and cannot start at frame {start}")
+  return file_footage(path, found, form, start=start, num_frames=count - start)
+
+
+def file_footage(path: Path, found: ClipInfo, form: ClipFormat, *, start: int, num_frames: int) -> Footage:
+  """Returns part of a file that was probed already, see `open_footage`."""
+  return Footage(
+    name=str(path),
+    size=found.size,
+    fps=found.fps,
+    num_frames=num_frames,
+    form=form.for_shape(found.size),
+    identify=functools.partial(file_hash, path),
+    read=lambda count: read_clip(path, start, count, form.fps or None).frames,
+    start=start,
+    watch=functools.partial(_clip_state, path),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextClip:
+  """A clip of the context of a sentence to sample.
+
+  Attributes:
+    path: of its file.
+    frames: as the model sees them.
+    fps: frame rate; None for images, folders and arrays.
+    sha256: of the file.
+    changes: see `Footage.describe_changes`.
+  """
+
+  path: str
+  frames: Frames
+  fps: float | None
+  sha256: str
+  changes: tuple[str, ...]
 
 
 def read_context(
-  paths: Sequence[str | os.PathLike],
-  *,
-  num_frames: int,
-  size: tuple[int, int],
-  videos: Sequence[bool] | None = None,
-  fit: ClipFit = ClipFit.CROP,
-  fps: float = 0.0,
-) -> tuple[list[Frames], float | None]:
-  """Reads files as the context of a sentence: the first 4n + 1 frames of each, at one size.
+  paths: Sequence[str | os.PathLike], form: ClipFormat, *, videos: Sequence[bool] | None = None
+) -> list[ContextClip]:
+  """Reads files as the context of a sentence, as training reads them: the first 4n + 1 frames of each, at one size.
 
   Args:
-    paths: of the clips, in order.
-    num_frames: of a video, at most.
-    size: height and width in pixels.
+    paths: of the clips, in order; the last is the query, whose shape decides between the format's sizes.
+    form: of the clips; `num_frames` is of a video, at most.
     videos: which clips are to be videos, the others being first frames; None takes the files as they are.
-    fit: how clips are brought to the size.
-    fps: frame rate that videos are resampled to; 0 keeps theirs.
-
-  Returns:
-    The clips, uint8 (T, *size, 3), and the frame rate of the last; if that has none, of the first that has one.
 
   Raises:
-    UserError: a file is not a clip, or is too short where a video is wanted.
+    OSError, UserError: a file is not a clip, or is too short where a video is wanted.
   """
-  form = ClipFormat(size=size, num_frames=num_frames, fit=fit, fps=fps)
-  clips, rates = [], []
-  for index, path in enumerate(paths):
-    is_video = None if videos is None else videos[index]
-    clip = read_clip(path, num_frames=1 if is_video is False else num_frames, fps=fps or None)
-    if is_video and len(clip.frames) < num_frames:
-      raise UserError(f"{path} has {len(clip.frames)} frames, and {num_frames} are needed here")
-    usable = 4 * ((len(clip.frames) - 1) // 4) + 1
-    clips.append(form.resize(clip.frames[:usable]))
-    rates.append(clip.fps)
-  return clips, rates[-1] or next(filter(None, rates), None)
+  found = [probe(path) for path in paths]
+  form = form.for_shape(found[-1].size)
+  clips = []
+  for index, (path, info) in enumerate(zip(map(Path, paths), found)):
+    footage = file_footage(path, info, form, start=0, num_frames=info.count_at(form.fps))
+    is_video = videos[index] if videos else None
+    if is_video and footage.num_frames < form.num_frames:
+      raise UserError(f"{path} has {footage.num_frames} frames, and {form.num_frames} are needed here")
+    count = 1 if is_video is False else (min(footage.num_frames, form.num_frames) - 1) // 4 * 4 + 1
+    clip = footage.clip(count)
+    fps = info.fps and (form.fps or info.fps)
+    changes = tuple(footage.describe_changes(count))
+    clips.append(ContextClip(str(path), clip.read(), fps, footage.identify(), changes))
+  return clips
+
+
+def frame_rate(clips: Sequence[ContextClip]) -> float | None:
+  """Returns the frame rate of the last clip; if that has none, of the first that has one."""
+  return clips[-1].fps or next((clip.fps for clip in clips if clip.fps), None)
 
 
 def file_hash(path: Path) -> str:
-  """Returns the SHA-256 of a file's content, or of the images in a folder."""
+  """Returns the SHA-256 of a file's content, or of the images in a folder in the order in which they are read."""
   if path.is_dir():
-    parts = [file_hash(part) for part in sorted(path.iterdir()) if part.suffix.lower() in IMAGE_SUFFIXES]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
-  status = path.stat()
-  return _hash_content(str(path.resolve()), status.st_size, status.st_mtime_ns)
+    return hashlib.sha256("".join(file_hash(part) for part in list_frames(path)).encode()).hexdigest()
+  return _hash_content(path.resolve(), file_state(path))
+
+
+def _clip_state(path: Path) -> object:
+  """Returns the state of a file, or of the images in a folder."""
+  return [file_state(part) for part in list_frames(path)] if path.is_dir() else file_state(path)
 
 
 @functools.lru_cache(maxsize=65536)
-def _hash_content(path: str, size: int, modified: int) -> str:
-  """Hashes a file; its size and time of modification are arguments so that a changed file is hashed again."""
-  del size, modified
-  with open(path, "rb") as file:
+def _hash_content(path: Path, state: tuple[int, ...]) -> str:
+  """Hashes a file; `state` is an argument so that a changed file is hashed again."""
+  del state
+  with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _content_key(form: ClipFormat, *content: object) -> str:
-  words = (READING_VERSION, *content, form.size, form.fit.value, form.resample.name.lower())
-  return hashlib.sha256(repr(words).encode()).hexdigest()
-
-
-def _read_at(path: Path, indices: Sequence[int], form: ClipFormat) -> Frames:
-  return form.resize(read_frames_at(path, indices))

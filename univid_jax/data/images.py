@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.paths import file_state
 from univid_jax.data.color import MAX_PIXELS, TRANSFER_HLG, TRANSFER_PQ, Frame
 from univid_jax.data.schedule import Schedule
 
@@ -47,8 +48,7 @@ def read_animation(path: Path) -> Animation:
   Raises:
     UserError: the file is not an image, or is damaged.
   """
-  status = path.stat()
-  return _read_animation(path, status.st_size, status.st_mtime_ns)
+  return _read_animation(path, file_state(path))
 
 
 def read_image_frames(path: Path, indices: Sequence[int]) -> list[Frame]:
@@ -69,9 +69,9 @@ def read_image_frames(path: Path, indices: Sequence[int]) -> list[Frame]:
 
 
 @functools.lru_cache(maxsize=65536)
-def _read_animation(path: Path, file_size: int, modified: int) -> Animation:
-  """Size and time of modification are arguments so that a changed file is read again."""
-  del file_size, modified
+def _read_animation(path: Path, state: tuple[int, ...]) -> Animation:
+  """Reads sizes and delays; `state` is an argument so that a changed file is read again."""
+  del state
   with _open_image(path) as image:
     is_turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     size = (image.width, image.height) if is_turned else (image.height, image.width)

@@ -1,6 +1,7 @@
 """The input pipeline: from sentences to batches of packed rows. Its position is part of a checkpoint."""
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from univid_jax.core.sentence import Sentence
 from univid_jax.data.grain_adapter import pack_dataset, prefetch
 from univid_jax.data.packing import SEGMENTED, UNITS, Features, RowShape, Unit, feature_names, finish_rows
 
+log = logging.getLogger(__name__)
+
 # Sentences that are encoded in advance in each stream, and batches.
 SENTENCE_BUFFER = 64
 BATCH_BUFFER = 2
@@ -26,6 +29,10 @@ _LIMITS: Mapping[Unit, str] = {
   Unit.TEXT_TOKEN: "num_text_tokens",
   Unit.TARGET_TOKEN: "num_target_tokens",
 }
+
+
+# After so many sentences in a row that cannot be used, there is no point in trying more.
+MAX_DROPPED_IN_A_ROW = 1000
 
 
 class MakeFeatures(Protocol):
@@ -53,6 +60,7 @@ def make_loader(
   packing: Packing = Packing.FIRST_FIT,
   num_streams: int | None = None,
   weights: Sequence[float] | None = None,
+  allow_dropped: bool = False,
 ) -> grain.DatasetIterator[PackedRow]:
   """Returns an endless, deterministic stream of this process's rows of each batch.
 
@@ -70,9 +78,11 @@ def make_loader(
     num_streams: independent streams of rows; by default (or 0) one per process. With a fixed number, batches do not
       depend on the number of processes.
     weights: how often each source is drawn; equal by default.
+    allow_dropped: leave out sentences that cannot be used, and log each once, instead of stopping.
 
   Raises:
-    UserError: the streams do not divide; or, from the iterator, a sentence is too long for a row.
+    UserError: the streams do not divide; or, from the iterator, a sentence cannot be used: one of its clips cannot be
+      read, or it is too long for a row. The message names the record and the file.
   """
   num_streams = num_streams or process_count
   if num_streams % process_count or rows_per_batch % (num_streams // process_count):
@@ -80,7 +90,8 @@ def make_loader(
     raise UserError(f"config.rows.streams = {num_streams} does not divide over {shares}")
   count = num_streams // process_count
   capacities = row_shape.capacities(feature_names(takes_image=make_features.takes_image))
-  sentences = _mix(sources, weights, seed=seed).map(functools.partial(_encode, make_features, capacities))
+  encoded = [EncodedSource(source, make_features, capacities, allow_dropped=allow_dropped) for source in sources]
+  sentences = _mix(encoded, weights, seed=seed)
   read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=SENTENCE_BUFFER)
   streams = [
     pack_dataset(
@@ -100,18 +111,52 @@ def make_loader(
   return iter(prefetch(rows.batch(rows_per_batch, drop_remainder=True).map(finish), buffer_size=BATCH_BUFFER))
 
 
+class EncodedSource:
+  """The features of a source's sentences; None, which Grain leaves out, for those that cannot be used.
+
+  Args:
+    source: of the sentences.
+    make_features: encodes them.
+    capacities: of a row, by feature.
+    allow_dropped: see `make_loader`.
+  """
+
+  def __init__(
+    self, source: SentenceSource, make_features: MakeFeatures, capacities: Mapping[str, int], *, allow_dropped: bool
+  ):
+    self._source, self._make_features, self._capacities = source, make_features, capacities
+    self._allow_dropped = allow_dropped
+    self._reported: set[str] = set()
+    self._dropped_in_a_row = 0
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray] | None:
+    sentence = None
+    try:
+      sentence = self._source[index]
+      arrays = self._make_features(sentence).arrays()
+      check_lengths(sentence, {name: len(values) for name, values in arrays.items()}, self._capacities)
+    except (UserError, OSError) as error:
+      record = sentence.record if sentence else f"sentence {index}"
+      self._dropped_in_a_row += 1
+      if not self._allow_dropped or self._dropped_in_a_row > MAX_DROPPED_IN_A_ROW:
+        raise UserError(f"{record} cannot be used: {error}") from error
+      if str(error) not in self._reported:  # once for each file, not for each sentence with it
+        self._reported.add(str(error))
+        log.warning("dropped: %s: %s", record, error)
+      return None
+    self._dropped_in_a_row = 0
+    return arrays
+
+
 def _mix(
-  sources: Sequence[SentenceSource], weights: Sequence[float] | None, *, seed: int
-) -> grain.MapDataset[Sentence]:
+  sources: Sequence[EncodedSource], weights: Sequence[float] | None, *, seed: int
+) -> grain.MapDataset[dict[str, np.ndarray] | None]:
   """Repeats each source endlessly, shuffled anew each time, and mixes them."""
   shuffled = [grain.MapDataset.source(source).seed(seed).shuffle().repeat() for source in sources]
   return shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights)
-
-
-def _encode(make_features: MakeFeatures, capacities: Mapping[str, int], sentence: Sentence) -> dict[str, np.ndarray]:
-  arrays = make_features(sentence).arrays()
-  _check_length(sentence, arrays, capacities)
-  return arrays
 
 
 def _finish(
@@ -123,11 +168,21 @@ def _finish(
   return finish_rows(packed, segment_ids, context_causal=context_causal)
 
 
-def _check_length(sentence: Sentence, arrays: Mapping[str, np.ndarray], capacities: Mapping[str, int]) -> None:
+def check_lengths(sentence: Sentence, lengths: Mapping[str, int], capacities: Mapping[str, int]) -> None:
+  """Checks that a sentence fits into a row.
+
+  Args:
+    sentence: for the message.
+    lengths: of its features, by name.
+    capacities: of a row, by name.
+
+  Raises:
+    UserError: it does not fit; the message names the config's key.
+  """
   for name, capacity in capacities.items():
     key = _LIMITS.get(UNITS[name])
-    if key and len(arrays[name]) > capacity:
+    if key and lengths.get(name, 0) > capacity:
       raise UserError(
         f"a sentence (task {sentence.task or 'unnamed'}, context {sentence.context or 'unnamed'}) has "
-        f"{len(arrays[name])} {name}, but a row holds only config.rows.{key} = {capacity}"
+        f"{lengths[name]} {name}, but a row holds only config.rows.{key} = {capacity}"
       )

@@ -1,63 +1,138 @@
-"""Encodes everything that training reads, so that no encoder is needed beside the model.
+"""Checks everything that training reads, and encodes it, so that no encoder is needed beside the model.
 
 Sources give the same sentence for an index every time, so the sentences of one epoch name all clips, prompts and
-conditions that training can ask for. None of their clips is read unless it has to be encoded.
+conditions that training can ask for. What is cached was read when it was encoded, and is not read again.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from univid_jax.core.sentence import ClipRef, Sentence
+from univid_jax.core.errors import UserError
+from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
 from univid_jax.data.cache import Cache
 from univid_jax.data.features import FeatureMaker, condition_key
+from univid_jax.data.loader import check_lengths
+from univid_jax.data.packing import RowShape, feature_names
+from univid_jax.data.sources.base import Dropped, require_none_dropped
+from univid_jax.data.sources.computed import ComputedSentences
 from univid_jax.data.sources.open import DataSources
-from univid_jax.parallel.processes import wait_for_processes
+from univid_jax.parallel.processes import sum_over_processes
+
+log = logging.getLogger(__name__)
 
 # Frames per latent frame, after the first, of all codecs; lengths of clips (4n + 1) rely on it too. The codec is not
 # asked, since that would load it even if nothing has to be encoded.
 TEMPORAL_STRIDE = 4
 
 # The key of a value, and what computes and stores it.
-Item = tuple[str, Callable[[], np.ndarray]]
+Item = tuple[str, Callable[[], object]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """How many different clips the sentences have, and how many of these this process encoded now."""
+  """What was done.
+
+  Attributes:
+    num_clips: different clips of all sentences.
+    num_encoded: clips that this process encoded now.
+    dropped: records that this process found it cannot use.
+  """
 
   num_clips: int
-  num_encoded: int
+  num_encoded: int = 0
+  dropped: tuple[Dropped, ...] = ()
 
 
-def prepare(features: FeatureMaker, data: DataSources) -> Prepared:
-  """Fills the caches: prompts, latents, and for I2V conditions and image features.
+def prepare(
+  features: FeatureMaker,
+  data: DataSources,
+  *,
+  row_shape: RowShape,
+  held_out: Sequence[Sentence] = (),
+  allow_dropped: bool = False,
+  verify: bool = False,
+) -> Prepared:
+  """Fills the caches with prompts, latents, and for I2V conditions and image features; without caches only checks.
 
-  One encoder is in memory at a time. Of several processes each does its share, and waits for the others.
+  Every clip that is not cached is read, and every sentence must fit into a row. One encoder is in memory at a time. Of
+  several processes each does its share, and waits for the others.
+
+  Args:
+    features: encodes the sentences.
+    data: the sources of a run.
+    row_shape: capacity of a row.
+    held_out: further sentences that training reads, for validation.
+    allow_dropped: report records that cannot be used, instead of raising.
+    verify: read what is cached, and replace what is damaged now instead of when it is needed.
 
   Raises:
-    OSError, UserError: a clip cannot be read; what was encoded before is kept.
+    UserError: a record cannot be used; all others are encoded first.
   """
-  caches, encoders = features.caches, features.encoders
+  num_encoded = 0
+  sentences, caches, encoders = _Sentences(data, held_out), features.caches, features.encoders
+  fill = functools.partial(_fill, sentences, verify=verify)
   if caches is None:
-    return Prepared(0, 0)
-  _fill(caches.prompts, _prompts(features, data), description="prompts")
-  encoders.release()
-  num_clips, num_encoded = _fill(caches.latents, _clips(features, data), description="clips")
-  if features.takes_image:
-    _fill(caches.latents, _conditions(features, data), description="conditions")
+    num_clips, _ = fill(None, _readings(sentences), description="clips")
+    _check_folders(data, sentences)
+  else:
+    fill(caches.prompts, _prompts(features, sentences), description="prompts")
     encoders.release()
-    _fill(caches.images, _images(features, data), description="image features")
+    num_clips, num_encoded = fill(caches.latents, _clips(features, sentences), description="clips")
+    if features.takes_image:
+      fill(caches.latents, _conditions(features, sentences), description="conditions")
+      encoders.release()
+      fill(caches.images, _images(features, sentences), description="image features")
+  _check_rows(features, row_shape, sentences)
   encoders.release()
-  wait_for_processes("prepare")
-  return Prepared(num_clips, num_encoded)
+  dropped = tuple(sentences.dropped.values())
+  for each in dropped:
+    log.warning("dropped: %s", each)
+  if sum_over_processes(len(dropped)) and not dropped and not allow_dropped:
+    raise UserError("another process found records that cannot be used; its log names them")
+  require_none_dropped(dropped, allowed=allow_dropped)
+  return Prepared(num_clips, num_encoded, dropped)
 
 
-def _fill(cache: Cache, items: Iterable[Item], *, description: str) -> tuple[int, int]:
+class _Sentences:
+  """The sentences of one epoch, and why some cannot be used.
+
+  Attributes:
+    dropped: by reason, which names the file: many sentences may show one damaged clip.
+    current: the record of the sentence that was yielded last.
+  """
+
+  def __init__(self, data: DataSources, held_out: Sequence[Sentence]):
+    # Sentences that are computed at once have no clips to read or cache.
+    self._sources = [source for source in data.sources.values() if not isinstance(source, ComputedSentences)]
+    self._held_out = held_out
+    self.dropped: dict[str, Dropped] = {}
+    self.current = ""
+
+  def __iter__(self) -> Iterator[Sentence]:
+    for source in (*self._sources, self._held_out):
+      for index in range(len(source)):
+        self.current = f"sentence {index}"
+        try:
+          sentence = source[index]
+        except (OSError, UserError) as error:
+          self.drop(error)
+          continue
+        self.current = sentence.record
+        yield sentence
+
+  def drop(self, error: Exception) -> None:
+    """Notes that the current sentence cannot be used."""
+    self.dropped.setdefault(str(error), Dropped(self.current, str(error)))
+
+
+def _fill(
+  sentences: _Sentences, cache: Cache | None, items: Iterable[Item], *, verify: bool, description: str
+) -> tuple[int, int]:
   """Computes the items that are missing and fall to this process.
 
   Returns:
@@ -71,42 +146,89 @@ def _fill(cache: Cache, items: Iterable[Item], *, description: str) -> tuple[int
         continue
       is_own = len(seen) % jax.process_count() == jax.process_index()
       seen.add(key)
-      if is_own and key not in cache:
-        compute()
-        computed += 1
+      if is_own and not _is_cached(cache, key, verify=verify):
+        try:
+          compute()
+          computed += 1
+        except (OSError, UserError) as error:
+          sentences.drop(error)
       bar.update()
   return len(seen), computed
 
 
-def _sentences(data: DataSources) -> Iterator[Sentence]:
-  for source in data.sources.values():
-    for index in range(len(source)):
-      yield source[index]
+def _is_cached(cache: Cache | None, key: str, *, verify: bool) -> bool:
+  if cache is None:
+    return False
+  return cache.get(key) is not None if verify else key in cache
 
 
 def _references(sentence: Sentence) -> list[ClipRef]:
   return [clip for clip in sentence.clips if isinstance(clip, ClipRef)]
 
 
-def _prompts(features: FeatureMaker, data: DataSources) -> Iterator[Item]:
-  for sentence in _sentences(data):
+def _readings(sentences: _Sentences) -> Iterator[Item]:
+  for sentence in sentences:
+    for clip in _references(sentence):
+      yield clip.key, clip.read
+
+
+def _prompts(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
+  for sentence in sentences:
     yield sentence.prompt, functools.partial(features.embed_prompt, sentence.prompt)
 
 
-def _clips(features: FeatureMaker, data: DataSources) -> Iterator[Item]:
-  for sentence in _sentences(data):
+def _clips(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
+  for sentence in sentences:
     for clip in _references(sentence):
       yield clip.key, functools.partial(features.encode_clip, clip)
 
 
-def _conditions(features: FeatureMaker, data: DataSources) -> Iterator[Item]:
-  for sentence in _sentences(data):
+def _conditions(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
+  for sentence in sentences:
     if clips := _references(sentence):
       count = sum(1 + (clip.num_frames - 1) // TEMPORAL_STRIDE for clip in clips)
       yield condition_key(clips[0], count), functools.partial(features.encode_condition, clips[0], count)
 
 
-def _images(features: FeatureMaker, data: DataSources) -> Iterator[Item]:
-  for sentence in _sentences(data):
+def _images(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
+  for sentence in sentences:
     if clips := _references(sentence):
       yield clips[0].key, functools.partial(features.embed_image, clips[0])
+
+
+def _check_folders(data: DataSources, sentences: _Sentences) -> None:
+  """Decodes the files from which sentences are computed at once."""
+  for source in data.sources.values():
+    if isinstance(source, ComputedSentences):
+      for folder in source.folders:
+        for dropped in folder.find_damaged():
+          sentences.current = dropped.record
+          sentences.drop(UserError(dropped.reason))
+
+
+def _check_rows(features: FeatureMaker, row_shape: RowShape, sentences: _Sentences) -> None:
+  """Checks that every sentence fits into a row, encoding one clip of each shape."""
+  capacities = row_shape.capacities(feature_names(takes_image=features.takes_image))
+  tokens: dict[tuple[int, tuple[int, int]], int] = {}
+  texts: dict[str, int] = {}
+
+  def count_tokens(clip: Clip) -> int:
+    """Raises UserError if the clip cannot be read."""
+    assert isinstance(clip, ClipRef)
+    shape = clip.num_frames, clip.size
+    if shape not in tokens:
+      tokens[shape] = features.encode_clip(clip)[..., 0].size // features.shape.patch_volume
+    return tokens[shape]
+
+  for sentence in sentences:
+    if len(_references(sentence)) < len(sentence.clips):
+      continue  # computed for this config, so of lengths that it has room for
+    try:
+      if sentence.prompt not in texts:
+        texts[sentence.prompt] = min(len(features.embed_prompt(sentence.prompt)) + 1, features.shape.text_len)
+      lengths = [count_tokens(clip) for clip in sentence.clips]
+      targets = sum(length for length, role in zip(lengths, sentence.roles) if role == Role.TARGET)
+      counts = {"tokens": sum(lengths), "targets": targets, "text": texts[sentence.prompt]}
+      check_lengths(sentence, counts, capacities)
+    except UserError as error:
+      sentences.drop(UserError(f"{sentence.record}: {error}"))

@@ -23,6 +23,7 @@ from univid_jax.data.video_frames import read_video_frames
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".gif", ".apng")
+CLIP_SUFFIXES = (*dict.fromkeys((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *ANIMATION_SUFFIXES)), ".npy")
 CLIP_KINDS = (
   "an image (png, jpg, webp, avif, bmp), a video (mp4, webm, mov, mkv, avi, gif, animated webp, png or avif), "
   "a folder of frames, or a .npy of uint8 (T, H, W, 3)"
@@ -107,7 +108,7 @@ def read_clip(
     raise UserError(f"start, num_frames and fps are positive, got {start}, {num_frames} and {fps}")
   with _named_errors(path):
     if path.is_dir():
-      files = _list_frames(path)
+      files = list_frames(path)
       indices = Schedule.untimed(len(files)).select(start, num_frames, fps)
       return LoadedClip(_stack([read_image_frames(files[index], [0])[0] for index in indices]))
     suffix = path.suffix.lower()
@@ -134,7 +135,7 @@ def probe(path: str | os.PathLike) -> ClipInfo:
   path = Path(path)
   with _named_errors(path):
     if path.is_dir():
-      files = _list_frames(path)
+      files = list_frames(path)
       return ClipInfo(read_animation(files[0]).size, Schedule.untimed(len(files)))
     suffix = path.suffix.lower()
     if suffix == ".npy":
@@ -149,6 +150,18 @@ def probe(path: str | os.PathLike) -> ClipInfo:
         raise UserError(timeline.defect or "its frames cannot be counted")
       return ClipInfo(timeline.size, timeline.schedule)
     raise UserError(f"it is not a clip: a clip is {CLIP_KINDS}")
+
+
+def list_frames(folder: Path) -> list[Path]:
+  """Returns the images of a folder of frames in natural order.
+
+  Raises:
+    UserError: there are none.
+  """
+  files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not is_foreign(file)]
+  if not files:
+    raise UserError("no images in the folder")
+  return sorted(files, key=_natural_key)
 
 
 @contextlib.contextmanager
@@ -177,18 +190,6 @@ def _read_video(path: Path, start: int, num_frames: int | None, fps: float | Non
     raise UserError(timeline.defect)
   frames = read_video_frames(path, timeline, indices)
   return LoadedClip(frames, timeline.fps and (fps or timeline.fps))
-
-
-def _list_frames(folder: Path) -> list[Path]:
-  """Returns the images of a folder of frames in natural order.
-
-  Raises:
-    UserError: there are none.
-  """
-  files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not is_foreign(file)]
-  if not files:
-    raise UserError("no images in the folder")
-  return sorted(files, key=_natural_key)
 
 
 def _natural_key(path: Path) -> list[int | str]:

@@ -12,6 +12,7 @@ from av.video.stream import VideoStream
 from jaxtyping import Int
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.paths import file_state
 from univid_jax.data.color import FrameConverter
 from univid_jax.data.containers import missing_bytes
 from univid_jax.data.decoding import Decoder, open_video
@@ -96,8 +97,7 @@ def read_timeline(path: Path) -> Timeline:
   Raises:
     UserError: no frame can be decoded.
   """
-  status = path.stat()
-  return _read_timeline(path, status.st_size, status.st_mtime_ns)
+  return _read_timeline(path, file_state(path))
 
 
 def scan_timeline(path: Path) -> Timeline:
@@ -106,15 +106,15 @@ def scan_timeline(path: Path) -> Timeline:
   Raises:
     UserError: no frame can be decoded.
   """
-  status = path.stat()
-  timeline = _read_timeline(path, status.st_size, status.st_mtime_ns)
-  return timeline if timeline.schedule else _scan_timeline(path, status.st_size, status.st_mtime_ns)
+  state = file_state(path)
+  timeline = _read_timeline(path, state)
+  return timeline if timeline.schedule else _scan_timeline(path, state)
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_timeline(path: Path, file_size: int, modified: int) -> Timeline:
-  """Size and time of modification are arguments so that a changed file is read again."""
-  del file_size, modified
+def _read_timeline(path: Path, state: tuple[int, ...]) -> Timeline:
+  """See `read_timeline`; `state` is an argument so that a changed file is read again."""
+  del state
   with open_video(path) as (container, stream):
     packets = _read_packet_times(container, stream)
     tick = stream.time_base or Fraction(1, 1000)
@@ -225,8 +225,8 @@ def _mean_rate(times: Int[np.ndarray, "n"], tick: Fraction, nominal: list[Fracti
 
 
 @functools.lru_cache(maxsize=1024)
-def _scan_timeline(path: Path, file_size: int, modified: int) -> Timeline:
-  timeline = _read_timeline(path, file_size, modified)
+def _scan_timeline(path: Path, state: tuple[int, ...]) -> Timeline:
+  timeline = _read_timeline(path, state)
   with open_video(path) as (container, stream):
     decoder = Decoder(container, stream)
     times = [decoder.packets[decoded.number].time for decoded in decoder.frames()]

@@ -39,15 +39,19 @@ TARGETS = (
 )
 
 
-def check_target(path: str | os.PathLike, num_frames: int) -> None:
+def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
   """Checks that `write_clip` can write so many frames to a path, before time is spent on computing them.
+
+  Args:
+    path: see `write_clip`.
+    num_frames: None if it is not known yet.
 
   Raises:
     UserError: the suffix is unknown, several frames are to be written to an image, or the folder has files.
   """
   path = Path(path)
   suffix = path.suffix.lower()
-  if suffix in IMAGE_SUFFIXES and num_frames != 1:
+  if suffix in IMAGE_SUFFIXES and num_frames not in (None, 1):
     raise UserError(
       f"cannot write {num_frames} frames to the image {path}: use .mp4, or no suffix for a folder of PNGs"
     )

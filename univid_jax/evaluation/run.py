@@ -51,7 +51,7 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
     The contents of eval.json; None, with a warning, if nothing is held out.
   """
   folder = epath.Path(folder)
-  sentences = select_sentences(config, open_data(config, workdir=str(folder)).held_out)
+  sentences = select_sentences(config, open_data(config).held_out)
   if not sentences:
     logger.warning(NOTHING_HELD_OUT)
     return None

@@ -22,6 +22,7 @@ from univid_jax.core.options import Attention
 from univid_jax.core.pixels import to_float, to_uint8
 from univid_jax.core.protocols import Encoders, Solver
 from univid_jax.core.sentence import Sentence, reference_roles
+from univid_jax.data.clips import ClipFormat
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.packing import Features, patchify, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
@@ -79,14 +80,19 @@ class Pipeline:
     )
 
   @property
+  def clip_format(self) -> ClipFormat:
+    """The form of the clips that the model was trained on; the paper's without a run."""
+    return ClipFormat.of(self.run.data) if self.run else ClipFormat(size=DEFAULT_SIZE, num_frames=DEFAULT_NUM_FRAMES)
+
+  @property
   def size(self) -> tuple[int, int]:
-    """Height and width in pixels that the model was trained on; the paper's without a run."""
-    return (self.run.data.height, self.run.data.width) if self.run else DEFAULT_SIZE
+    """Height and width in pixels that the model was trained on."""
+    return self.clip_format.size
 
   @property
   def num_frames(self) -> int:
-    """Frames of the videos that the model was trained on; the paper's without a run."""
-    return self.run.data.num_frames if self.run else DEFAULT_NUM_FRAMES
+    """Frames of the videos that the model was trained on."""
+    return self.clip_format.num_frames
 
   @property
   def dtype(self) -> np.dtype:
@@ -268,7 +274,7 @@ class Pipeline:
     if len({clip.shape[1:3] for clip in clips}) > 1:
       raise UserError(f"all clips must have the same size, got {[clip.shape[1:3] for clip in clips]}")
     num_frames = infer_length([len(clip) for clip in clips]) if num_frames is None else num_frames
-    shape = self._target_shape((num_frames, *clips[0].shape[1:3]))
+    shape = self.latent_shape((num_frames, *clips[0].shape[1:3]))
     channels = self.encoders.codec.latent_channels
     if latents is None:
       latents = jax.random.normal(jax.random.key(seed), (*shape, channels))
@@ -331,8 +337,12 @@ class Pipeline:
       )
     return Sample(latents, to_uint8(frames))
 
-  def _target_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Returns the latent shape of a clip, whose sides must divide into patches as well."""
+  def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Returns (t, y, x) of the latents of a clip of shape (T, H, W, ...).
+
+    Raises:
+      UserError: there are none, or they do not divide into patches; the message names the nearest shapes that do.
+    """
     codec = self.encoders.codec
     patch_side = codec.spatial_stride * self.config.patch_size[1]
     latent_shape(shape, temporal_stride=codec.temporal_stride, spatial_stride=patch_side)

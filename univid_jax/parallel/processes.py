@@ -24,6 +24,13 @@ def local_rows(x: np.ndarray, mesh: Mesh) -> np.ndarray:
   return x[place * count : (place + 1) * count]
 
 
+def sum_over_processes(value: int) -> int:
+  """Returns the sum of a number over all processes; all processes must call it."""
+  if jax.process_count() == 1:
+    return value
+  return int(np.sum(multihost_utils.process_allgather(np.int64(value))))
+
+
 def wait_for_processes(name: str) -> None:
   """Blocks until all processes have called this with the same name."""
   if jax.process_count() > 1:

@@ -169,6 +169,7 @@ def open_loader(run: Run) -> grain.DatasetIterator:
     packing=config.rows.packing,
     num_streams=config.rows.streams,
     weights=list(data.weights.values()),
+    allow_dropped=config.data.allow_dropped,
   )
 
 

@@ -19,6 +19,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import Encoders
 from univid_jax.data.features import FeatureCaches, FeatureMaker
+from univid_jax.data.packing import RowShape
 from univid_jax.data.prepare import prepare
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.inference.pipeline import Pipeline
@@ -27,6 +28,7 @@ from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.optimizer import make_optimizer
 from univid_jax.training.state import Params, StateSpec
+from univid_jax.training.validation import select_sentences
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +92,14 @@ def set_up_run(config: RunConfig, workdir: str) -> Run:
   optimizer = make_optimizer(config.optimizer, config.num_steps)
   spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=config.ema_decay > 0, lora=config.lora.enabled)
   encoders = open_encoders(config, mesh)
-  data = open_data(config, workdir=workdir)
+  data = open_data(config)
   data.report()
   data.require_usable(config.data)
   caches = FeatureCaches.open(config, encoders, workdir)
   features = FeatureMaker(encoders, shape=shape, task_names=data.task_names, caches=caches)
-  prepare(features, data)
+  if caches is not None:
+    held_out = select_sentences(data, config.validation.sentences)[0] if config.validation.every_steps else []
+    prepare(features, data, row_shape=RowShape.of(config), held_out=held_out, allow_dropped=config.data.allow_dropped)
   base_graph, frozen = load_base(config, mesh) if config.lora.enabled else (None, {})
   record = RunRecord(config, base_checksum(config), univid_jax.__version__)
   return Run(record, workdir, mesh, shape, optimizer, spec, base_graph, frozen, encoders, data, features)

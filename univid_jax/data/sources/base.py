@@ -1,8 +1,7 @@
-"""What the sources share: footage, records that cannot be used, and how sentences are drawn."""
+"""What the sources share: records that cannot be used, and how sentences are drawn."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -10,10 +9,7 @@ import numpy as np
 from univid_jax.config.schema import DataConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
-from univid_jax.core.sentence import ClipRef
-from univid_jax.data.clips import ClipFormat, file_clip
 from univid_jax.data.contexts import video_pattern
-from univid_jax.data.video import count_resampled, probe
 
 T = TypeVar("T")
 GroupT = TypeVar("GroupT")
@@ -30,34 +26,13 @@ class Dropped:
     return f"{self.record}: {self.reason}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Footage:
-  """What clips are taken from.
-
-  Attributes:
-    num_frames: how many frames a clip of it can have.
-    clip: returns a clip of its first n frames.
-    size: height and width of the file in pixels.
-  """
-
-  num_frames: int
-  clip: Callable[[int], ClipRef]
-  size: tuple[int, int]
-
-
-def open_footage(path: Path, form: ClipFormat, *, start: int = 0) -> Footage:
-  """Opens a file from a frame on; its clips have the format's size that is nearest to its aspect ratio.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    UserError: it is not a clip, or has no frame at `start`.
-  """
-  found = probe(path)
-  if found.num_frames <= start:
-    raise UserError(f"{path} has {found.num_frames} frames and cannot start at frame {start}")
-  form = form.for_shape(found.size)
-  usable = count_resampled(found.num_frames - start, fps=found.fps, target_fps=form.fps)
-  return Footage(usable, lambda count: file_clip(path, start=start, count=count, form=form, fps=found.fps), found.size)
+def require_none_dropped(dropped: Sequence[Dropped], *, allowed: bool) -> None:
+  """Raises UserError if records were dropped and that is not allowed."""
+  if dropped and not allowed:
+    raise UserError(
+      f"{len(dropped)} of the listed records cannot be used, first {dropped[0]}; fix them, or leave them out with "
+      "--config.data.allow_dropped=True"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,28 +2,27 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
-from univid_jax.core.paths import CACHE_FOLDER, copy_to_local, is_remote
+from univid_jax.core.paths import copy_to_local
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames, reference_roles
 from univid_jax.data.clips import file_hash
 from univid_jax.data.contexts import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
+from univid_jax.data.reader import Frames
 from univid_jax.data.sources.base import draw, sort_weights
-from univid_jax.data.sources.photos import ClipSource, FolderSource, PhotoSource, Split
+from univid_jax.data.sources.folder import FolderSource
+from univid_jax.data.sources.photos import ClipSource, PhotoSource, Split
 from univid_jax.data.tasks import TASKS
 from univid_jax.data.tasks.base import from_unit, to_unit
-from univid_jax.data.video import Frames
 
 # Part of the keys of lazy clips: raise it when the same config and seed give other pixels.
-COMPUTING_VERSION = 1
+COMPUTING_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +66,11 @@ class ComputedSentences:
   def task_names(self) -> tuple[str, ...]:
     return tuple(self.tasks)
 
+  @property
+  def folders(self) -> list[FolderSource]:
+    """The folders among the natural clips."""
+    return [source for source in self.clips if isinstance(source, FolderSource)]
+
   def __len__(self) -> int:
     return self.num_sentences
 
@@ -77,7 +81,7 @@ class ComputedSentences:
 
   def __getitem__(self, index: int) -> Sentence:
     rng, plan = self._plan(index)
-    return self._compute(rng, plan)
+    return self._compute(rng, plan).replace(record=_name(index))
 
   def plan(self, index: int) -> "Plan":
     """Returns what the sentence at an index will be, without making any clip."""
@@ -171,11 +175,21 @@ class LazySentences:
   def __getitem__(self, index: int) -> Sentence:
     plan, computation = self.sentences.plan(index), _Computation(self.sentences, index)
     clips = tuple(
-      ClipRef(f"{self.identity}|{int(index)}|{number}", functools.partial(computation.clip, number), length)
+      ClipRef(
+        functools.partial("{}|{}|{}".format, self.identity, int(index), number),
+        functools.partial(computation.clip, number),
+        length,
+        self.sentences.size,
+      )
       for number, length in enumerate(plan.lengths(self.sentences.num_frames))
     )
     return Sentence(
-      clips=clips, roles=reference_roles(len(clips)), prompt=plan.prompt, task=plan.task, context=plan.context
+      clips=clips,
+      roles=reference_roles(len(clips)),
+      prompt=plan.prompt,
+      task=plan.task,
+      context=plan.context,
+      record=_name(index),
     )
 
 
@@ -192,24 +206,25 @@ class _Computation:
     return read_frames(self._clips[number])
 
 
-def open_computed(config: RunConfig, split: Split, *, seed: int, workdir: str = "") -> ComputedSentences:
+def _name(index: int) -> str:
+  return f"computed sentence {int(index)}"
+
+
+def open_computed(config: RunConfig, split: Split, *, seed: int) -> ComputedSentences:
   """Opens the computed sentences of a config.
 
   Args:
     config: of the run.
     split: the held-out sentences always show the bundled photographs.
     seed: of all draws.
-    workdir: caches the decoded frames of the config's folder.
   """
   data = config.data
   clips: list[ClipSource] = []
   if data.bundled or split == "held_out":
     clips.append(PhotoSource.bundled(split, jitter=data.jitter))
   if data.folder and split == "train":
-    # Memory-mapped, so the cache must be on this machine.
-    cache = os.path.join(os.path.expanduser(CACHE_FOLDER) if is_remote(workdir) else workdir, "clips")
     side = 4 * max(data.height, data.width)
-    clips.append(FolderSource.open(copy_to_local(data.folder), cache=cache, side=side))
+    clips.append(FolderSource.open(copy_to_local(data.folder), side=side, fps=data.fps))
   return ComputedSentences(
     clips=clips,
     tasks=sort_weights(data.tasks),
@@ -226,11 +241,10 @@ def open_computed(config: RunConfig, split: Split, *, seed: int, workdir: str = 
   )
 
 
-def computed_identity(config: RunConfig) -> str:
+def computed_identity(config: RunConfig, sentences: ComputedSentences) -> str:
   """Identifies everything that determines the computed clips of a config."""
   data = config.data
-  files = sorted(path for path in Path(copy_to_local(data.folder)).iterdir() if path.is_file()) if data.folder else []
   weights = [sort_weights(each) for each in (data.tasks, data.contexts, data.animating_contexts)]
-  options = (data.height, data.width, data.num_frames, data.reverse_probability, data.bundled, data.jitter)
-  hashes = [file_hash(path) for path in files]
+  options = (data.height, data.width, data.num_frames, data.fps, data.reverse_probability, data.bundled, data.jitter)
+  hashes = [file_hash(clip.path) for folder in sentences.folders for clip in folder.clips]
   return repr((COMPUTING_VERSION, config.seed, weights, sort_weights(data.shots), options, hashes))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from univid_jax.core.sentence import Role, Sentence
-from univid_jax.data.clips import ClipFormat
+from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.contexts import video_pattern
-from univid_jax.data.sources.base import DrawOptions, Footage, draw, hold_out
+from univid_jax.data.sources.base import DrawOptions, draw, hold_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Record:
   """A sentence that was written down.
 
   Attributes:
+    name: of the line, for messages.
     footage: one per clip.
     roles: one per clip.
     prompt: its text.
@@ -23,6 +24,7 @@ class Record:
     lengths: frames of each clip; None if the context decides.
   """
 
+  name: str
   footage: tuple[Footage, ...]
   roles: tuple[Role, ...]
   prompt: str
@@ -64,5 +66,11 @@ class ListedSentences:
       clips = [clips[i ^ 1] for i in range(len(clips))]
     prompt = "" if rng.random() < self.options.prompt_dropout else record.prompt
     return Sentence(
-      clips=tuple(clips), roles=record.roles, prompt=prompt, task=record.task, context=context, reverse=reverse
+      clips=tuple(clips),
+      roles=record.roles,
+      prompt=prompt,
+      task=record.task,
+      context=context,
+      reverse=reverse,
+      record=record.name,
     )

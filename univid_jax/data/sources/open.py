@@ -2,15 +2,17 @@
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import copy_to_local
 from univid_jax.core.protocols import SentenceSource
-from univid_jax.data.clips import ClipFormat
-from univid_jax.data.sources.base import DrawOptions, Dropped
+from univid_jax.data.clips import ClipFormat, Footage
+from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped
 from univid_jax.data.sources.computed import LazySentences, computed_identity, open_computed
+from univid_jax.data.sources.listed import ListedSentences
 from univid_jax.data.sources.pairs import PairSentences
 from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
@@ -19,6 +21,9 @@ from univid_jax.data.sources.readers.tfds import open_tfds
 from univid_jax.data.target_kinds import task_kinds
 
 log = logging.getLogger(__name__)
+
+# How many kinds of changes to files are reported for each source.
+REPORTED_CHANGES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +50,17 @@ class DataSources:
     """Logs what is used and what is dropped."""
     for name, source in self.sources.items():
       log.info("data: %s, %s sentences, drawn with weight %g", name, f"{len(source):,}", self.weights[name])
+      for change, count in _count_changes(source).most_common(REPORTED_CHANGES):
+        log.info("data: %s, %s: %s", name, f"{count:,} file{'s' * (count > 1)}", change)
     for dropped in self.dropped:
       log.info("dropped: %s", dropped)
 
   def require_usable(self, config: DataConfig) -> None:
     """Raises UserError if records were dropped and the config does not allow that."""
-    if self.dropped and not config.allow_dropped:
-      raise UserError(
-        f"{len(self.dropped)} of the listed records cannot be used, first {self.dropped[0]}; fix them, or leave them "
-        "out with --config.data.allow_dropped=True"
-      )
+    require_none_dropped(self.dropped, allowed=config.allow_dropped)
 
 
-def open_data(config: RunConfig, *, workdir: str) -> DataSources:
+def open_data(config: RunConfig) -> DataSources:
   """Opens all data that a config names, and checks every record.
 
   Raises:
@@ -72,16 +75,28 @@ def open_data(config: RunConfig, *, workdir: str) -> DataSources:
       "pairs, manifest or tfds.name"
     )
   if data.folder or not opened:
-    computed = open_computed(config, "train", seed=config.seed, workdir=workdir)
+    computed = open_computed(config, "train", seed=config.seed)
+    dropped = [each for folder in computed.folders for each in folder.dropped]
     # Caching computed clips pays only with the encoders of a base.
-    source = LazySentences(computed, computed_identity(config)) if config.init_from else computed
-    opened["computed"] = _Opened(*source.split(data.held_out), [])
+    source = LazySentences(computed, computed_identity(config, computed)) if config.init_from else computed
+    opened["computed"] = _Opened(*source.split(data.held_out), dropped)
   return DataSources(
     sources={name: each.training for name, each in opened.items()},
     weights={name: getattr(data.weights, name) for name in opened},
     dropped=[dropped for each in opened.values() for dropped in each.dropped],
     held_out={name: each.held_out for name, each in opened.items() if len(each.held_out)},
   )
+
+
+def _count_changes(source: SentenceSource) -> Counter[str]:
+  """Counts what clips of the longest length differ in from their files."""
+  footage: list[Footage] = []
+  if isinstance(source, ListedSentences):
+    footage = [part for record in source.records for part in record.footage]
+  elif isinstance(source, PairSentences):
+    footage = [part for pair in source.pairs for part in (pair.source, pair.target)]
+  lengths = [(min(part.num_frames, part.form.num_frames) - 1) // 4 * 4 + 1 for part in footage]
+  return Counter(change for part, length in zip(footage, lengths) for change in part.describe_changes(length))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from univid_jax.core.sentence import Sentence
-from univid_jax.data.clips import ClipFormat
+from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.contexts import CONTEXTS, make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
-from univid_jax.data.sources.base import DrawOptions, Dropped, Footage, draw, hold_out
+from univid_jax.data.sources.base import DrawOptions, Dropped, draw, hold_out
 
 # A task and a size: the pairs that can be joined.
 Group = tuple[str, tuple[int, int]]
@@ -128,13 +128,15 @@ class PairSentences:
       for pair, source_length, target_length in zip((*examples, query), lengths[::2], lengths[1::2])
     ]
     dropped = rng.random() < options.prompt_dropout
-    return make_sentence(
+    sentence = make_sentence(
       pairs,
       reverse=rng.random() < options.reverse_probability,
       prompt="" if dropped else prompt_for(query.task.replace("_", " "), options.prompt),
       task=query.task,
       context=context,
     )
+    names = ", ".join(pair.name for pair in examples)
+    return sentence.replace(record=f"{query.task}/{query.name} with the examples {names}")
 
   def _contexts_of(self, query: Pair) -> dict[str, float]:
     """Returns the weights of the contexts that a query and its examples can have."""

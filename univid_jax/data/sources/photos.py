@@ -1,21 +1,17 @@
-"""Natural clips: the photographs inside scikit-image, and folders of images and videos."""
+"""Natural clips, and those of the photographs inside scikit-image."""
 
 import dataclasses
-import hashlib
 import importlib.resources
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
-from univid_jax.core.errors import UserError
 from univid_jax.core.pixels import OPPONENT_COLORS
+from univid_jax.data.reader import Frames
 from univid_jax.data.tasks.base import from_unit, to_unit
 from univid_jax.data.tasks.photometric import draw_duotone, duotone
-from univid_jax.data.video import CLIP_KINDS, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Frames, read_clip
 
 Split = Literal["train", "held_out"]
 
@@ -83,62 +79,6 @@ class PhotoSource:
     return jitter_colors(frames, rng) if self.jitter else frames
 
 
-@dataclasses.dataclass(frozen=True)
-class FolderSource:
-  """Windows on the images and videos of a folder.
-
-  Videos are decoded once, at a reduced size, to arrays on disk, so that any frame can be read immediately.
-
-  Attributes:
-    clips: memory-mapped.
-  """
-
-  clips: Sequence[Frames]
-
-  @classmethod
-  def open(cls, folder: str, *, cache: str, side: int) -> "FolderSource":
-    """Opens a folder, without its subfolders.
-
-    Args:
-      folder: contains images and videos; other files are ignored.
-      cache: folder of the decoded frames.
-      side: short side of the decoded frames in pixels.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      UserError: it contains no clip, or one that cannot be read.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-      raise FileNotFoundError(f"no such folder: {folder}")
-    paths = sorted(path for path in root.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES)
-    if not paths:
-      raise UserError(f"no images or videos in {folder}; a clip is {CLIP_KINDS}")
-    return cls([_decode_once(path, cache=Path(cache), short_side=side) for path in paths])
-
-  def __len__(self) -> int:
-    return len(self.clips)
-
-  def clip(self, index: int, rng: np.random.Generator, *, num_frames: int, size: tuple[int, int]) -> Frames:
-    frames = self.clips[index]
-    if len(frames) < num_frames:
-      return moving_window(Image.fromarray(frames[0]), rng, num_frames=num_frames, size=size)
-    start = rng.integers(len(frames) - num_frames + 1)
-    height, width = size
-    largest = min(frames.shape[2] * height / width, frames.shape[1])
-    side = rng.uniform(largest / 2, largest)
-    box = np.array([side * width / height, side])
-    whole = np.array([frames.shape[2], frames.shape[1]])
-    corner = rng.uniform(size=2) * np.maximum(whole - box, 0)  # rounding may give less than zero
-    edges = _box(corner, np.minimum(corner + box, whole))
-    return np.stack(
-      [
-        np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=edges))
-        for frame in frames[start : start + num_frames]
-      ]
-    )
-
-
 def moving_window(photo: Image.Image, rng: np.random.Generator, *, num_frames: int, size: tuple[int, int]) -> Frames:
   """Cuts a random window out of a photograph; over a video it drifts, and grows or shrinks, a little."""
   height, width = size
@@ -155,9 +95,14 @@ def moving_window(photo: Image.Image, rng: np.random.Generator, *, num_frames: i
     box = np.array([side * width / height, side])
     room = np.maximum(whole - box, 0)  # rounding may give less than zero
     corner = np.clip(origin * room + start + (end - start) * progress, 0, room)
-    edges = _box(corner, np.minimum(corner + box, whole))
+    edges = crop_box(corner, np.minimum(corner + box, whole))
     frames.append(np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box=edges)))
   return np.stack(frames)
+
+
+def crop_box(corner: np.ndarray, opposite: np.ndarray) -> tuple[float, float, float, float]:
+  """Returns (left, top, right, bottom), as Pillow takes it."""
+  return float(corner[0]), float(corner[1]), float(opposite[0]), float(opposite[1])
 
 
 def jitter_colors(frames: Frames, rng: np.random.Generator) -> Frames:
@@ -174,22 +119,3 @@ def jitter_colors(frames: Frames, rng: np.random.Generator) -> Frames:
   mix = OPPONENT_COLORS.T @ rotation @ OPPONENT_COLORS
   clip = np.clip(clip @ mix.T.astype(np.float32), 0, 1)
   return from_unit(clip ** rng.uniform(0.7, 1.4) * rng.uniform(0.8, 1.1))
-
-
-def _box(corner: np.ndarray, opposite: np.ndarray) -> tuple[float, float, float, float]:
-  """Returns (left, top, right, bottom)."""
-  return float(corner[0]), float(corner[1]), float(opposite[0]), float(opposite[1])
-
-
-def _decode_once(path: Path, *, cache: Path, short_side: int) -> Frames:
-  """Returns the frames of a file at a reduced size, memory-mapped; decodes them to the cache on first use."""
-  status = path.stat()
-  key = hashlib.sha256(f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{short_side}".encode()).hexdigest()[:16]
-  cached = cache / f"{path.stem}-{key}.npy"
-  if not cached.exists():
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
-    with unfinished.open("wb") as file:
-      np.save(file, read_clip(path, short_side=short_side).frames)
-    unfinished.replace(cached)
-  return np.load(cached, mmap_mode="r")

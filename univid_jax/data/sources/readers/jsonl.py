@@ -2,24 +2,27 @@
 
   {"clips": [{"path": ..., "role": ..., "num_frames": ..., "start": ...}, ...], "prompt": ..., "task": ...}
 
-Paths are relative to the file. A role is "context" (the default) or "target". `num_frames` is 1 or 4n + 1; by default
-it is as many as the clip has, up to the config's.
+Paths are relative to the file's folder and inside it. A role is "context" (the default) or "target". `start` is counted
+at `config.data.fps` if that is set. `num_frames` is 1 or 4n + 1; by default it is as many as the clip has, up to the
+config's, and of two videos that are a pair as many as the shorter has.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
+from univid_jax.core.paths import resolve_inside
 from univid_jax.core.sentence import Role, check_roles
-from univid_jax.data.clips import ClipFormat
-from univid_jax.data.sources.base import DrawOptions, Dropped, Footage, open_footage
+from univid_jax.data.clips import ClipFormat, Footage, open_footage
+from univid_jax.data.reader import probe
+from univid_jax.data.sources.base import DrawOptions, Dropped
 from univid_jax.data.sources.listed import ListedSentences, Record
-from univid_jax.data.video import probe
 
 KEYS = ("clips", "prompt", "task", "context")
+CLIP_KEYS = ("path", "role", "num_frames", "start")
 
 
 def open_manifest(path: str, form: ClipFormat, options: DrawOptions) -> tuple[ListedSentences, list[Dropped]]:
@@ -30,37 +33,69 @@ def open_manifest(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
 
   Raises:
     FileNotFoundError: there is no such file.
+    UserError: it is not text.
   """
   file = Path(path)
-  if not file.exists():
+  if not file.is_file():
     raise FileNotFoundError(f"no such manifest: {file}")
+  try:
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+  except UnicodeDecodeError as error:
+    raise UserError(f"{file} is not UTF-8 text: {error}") from error
   records, dropped = [], []
-  for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+  for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
+    name = f"{file.name} line {number}"
     try:
-      records.append(_make_record(file.parent, json.loads(line), form, options))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-      dropped.append(Dropped(f"{file.name} line {number}", reason))
+      records.append(_make_record(name, file.parent, _parse(line), form, options))
+    except (OSError, ValueError) as error:
+      dropped.append(Dropped(name, str(error)))
   return ListedSentences(records, form, options), dropped
 
 
-def _make_record(root: Path, values: Mapping[str, Any], form: ClipFormat, options: DrawOptions) -> Record:
-  unknown = sorted(set(values) - set(KEYS))
-  if unknown:
-    raise UserError(f"unknown key {unknown[0]!r}; there are {', '.join(KEYS)}")
-  clips = values["clips"]
-  if clips:  # one size for the whole sentence
-    form = form.for_shape(probe(root / clips[0]["path"]).size)
-  footage, roles, lengths = [], [], []
+def _parse(line: str) -> Mapping[str, Any]:
+  """Parses a line.
+
+  Raises:
+    ValueError: it is not JSON, or not a sentence.
+  """
+  try:
+    values = json.loads(line)
+  except RecursionError as error:
+    raise UserError("it is nested too deeply") from error
+  if not isinstance(values, dict):
+    raise UserError(f"a line must be an object with the keys {', '.join(KEYS)}")
+  _reject_unknown(values, KEYS)
+  clips = values.get("clips")
+  if not isinstance(clips, list) or not clips or not all(isinstance(clip, dict) for clip in clips):
+    raise UserError("clips must be a list of objects with the keys " + ", ".join(CLIP_KEYS))
   for clip in clips:
-    footage.append(open_footage(root / clip["path"], form, start=int(clip.get("start", 0))))
-    roles.append(_read_role(clip))
-    lengths.append(_read_length(clip, footage[-1], form))
-  check_roles(len(footage), tuple(roles))
+    _reject_unknown(clip, CLIP_KEYS)
+    if not isinstance(clip.get("path"), str):
+      raise UserError("a clip has no path")
+    for key in ("start", "num_frames"):
+      if not isinstance(clip.get(key, 0), int):
+        raise UserError(f"{clip['path']}: {key} must be a whole number, got {clip[key]!r}")
+  return values
+
+
+def _reject_unknown(values: Mapping[str, Any], known: Sequence[str]) -> None:
+  unknown = [key for key in values if key not in known]
+  if unknown:
+    raise UserError(f"unknown key {unknown[0]!r}; there are {', '.join(known)}")
+
+
+def _make_record(name: str, root: Path, values: Mapping[str, Any], form: ClipFormat, options: DrawOptions) -> Record:
+  clips = values["clips"]
+  paths = [resolve_inside(root, clip["path"]) for clip in clips]
+  form = form.for_shape(probe(paths[0]).size)  # one size for the whole sentence
+  footage = [open_footage(path, form, start=clip.get("start", 0)) for path, clip in zip(paths, clips)]
+  roles = tuple(_read_role(clip) for clip in clips)
+  check_roles(len(clips), roles)
   prompt = "" if options.prompt == PromptStyle.NULL else str(values.get("prompt", ""))
-  return Record(tuple(footage), tuple(roles), prompt, str(values.get("task", "")), tuple(lengths))
+  lengths = _read_lengths(clips, footage, form)
+  return Record(name, tuple(footage), roles, prompt, str(values.get("task", "")), lengths)
 
 
 def _read_role(clip: Mapping[str, Any]) -> Role:
@@ -70,11 +105,15 @@ def _read_role(clip: Mapping[str, Any]) -> Role:
   return Role[role.upper()]
 
 
-def _read_length(clip: Mapping[str, Any], footage: Footage, form: ClipFormat) -> int:
-  longest = (min(footage.num_frames, form.num_frames) - 1) // 4 * 4 + 1
-  count = int(clip.get("num_frames", longest))
-  if count % 4 != 1 or count < 1:
-    raise UserError(f"{clip['path']}: a clip must have 1 or 4n + 1 frames, got num_frames {count}")
-  if count > footage.num_frames:
-    raise UserError(f"{clip['path']} has {footage.num_frames} frames, but num_frames is {count}")
-  return count
+def _read_lengths(clips: Sequence[Mapping[str, Any]], footage: Sequence[Footage], form: ClipFormat) -> tuple[int, ...]:
+  longest = [(min(part.num_frames, form.num_frames) - 1) // 4 * 4 + 1 for part in footage]
+  lengths = []
+  for index, (clip, part) in enumerate(zip(clips, footage)):
+    pair = [length for length in longest[index // 2 * 2 : index // 2 * 2 + 2] if length > 1]
+    count = clip.get("num_frames", min([longest[index], *pair]))
+    if count % 4 != 1 or count < 1:
+      raise UserError(f"{clip['path']}: a clip must have 1 or 4n + 1 frames, got num_frames {count}")
+    if count > part.num_frames:
+      raise UserError(f"{clip['path']} has {part.num_frames} frames, but num_frames is {count}")
+    lengths.append(count)
+  return tuple(lengths)

@@ -2,16 +2,16 @@
 
 import csv
 import dataclasses
-import functools
 from pathlib import Path
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
+from univid_jax.core.paths import resolve_inside
 from univid_jax.core.sentence import reference_roles
-from univid_jax.data.clips import ClipFormat, file_clip
-from univid_jax.data.sources.base import DrawOptions, Dropped, Footage
+from univid_jax.data.clips import ClipFormat, file_footage
+from univid_jax.data.reader import probe
+from univid_jax.data.sources.base import DrawOptions, Dropped
 from univid_jax.data.sources.listed import ListedSentences, Record
-from univid_jax.data.video import count_resampled, probe
 
 COLUMNS = ("file_name", "text")
 CLIPS_PER_FILE = 4
@@ -25,60 +25,58 @@ def open_metadata(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
 
   Raises:
     FileNotFoundError: there is no such table.
-    UserError: it lacks a column.
+    UserError: it lacks a column, or is not a table.
   """
   table = Path(path)
   if table.is_dir():
     table = table / "metadata.csv"
-  if not table.exists():
+  if not table.is_file():
     raise FileNotFoundError(f"no such table: {table}")
   records: list[Record] = []
   dropped: list[Dropped] = []
   seen: set[str] = set()
   for number, line in enumerate(_read_lines(table), 2):
-    name = line["file_name"] or ""
+    file = line["file_name"] or ""
+    name = f"{table.name} line {number} ({file})"
     try:
-      if name in seen:
+      if file in seen:
         raise UserError("the file is listed twice")
-      seen.add(name)
-      records.append(_make_record(_find(table.parent, name), line["text"] or "", form))
+      seen.add(file)
+      records.append(_make_record(name, _find(table.parent, file), line["text"] or "", form))
     except (OSError, ValueError) as error:
-      dropped.append(Dropped(f"{table.name} line {number} ({name})", str(error)))
+      dropped.append(Dropped(name, str(error)))
   if options.prompt == PromptStyle.NULL:
     records = [dataclasses.replace(record, prompt="") for record in records]
   return ListedSentences(records, form, options), dropped
 
 
 def _read_lines(table: Path) -> list[dict[str, str]]:
-  with table.open(newline="", encoding="utf-8-sig") as file:
-    reader = csv.DictReader(file)
-    missing = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
-    if missing:
-      found = ", ".join(reader.fieldnames or ("none",))
-      raise UserError(f"{table} has no column {' and '.join(missing)}; its columns are {found}")
-    return list(reader)
+  try:
+    with table.open(newline="", encoding="utf-8-sig") as file:
+      reader = csv.DictReader(file)
+      missing = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
+      if missing:
+        found = ", ".join(reader.fieldnames or ("none",))
+        raise UserError(f"{table} has no column {' and '.join(missing)}; its columns are {found}")
+      return list(reader)
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise UserError(f"{table} is not a table in UTF-8: {error}") from error
 
 
 def _find(root: Path, name: str) -> Path:
   """Returns a listed file, which is beside the table or in train/."""
-  for path in (root / name, root / "train" / name):
+  for folder in (root, root / "train"):
+    path = resolve_inside(folder, name)
     if path.exists():
       return path
   raise FileNotFoundError(f"no such file: {root / name}")
 
 
-def _make_record(path: Path, text: str, form: ClipFormat) -> Record:
+def _make_record(name: str, path: Path, text: str, form: ClipFormat) -> Record:
   found = probe(path)
-  form = form.for_shape(found.size)
-  length = found.num_frames // CLIPS_PER_FILE
-  usable = count_resampled(length, fps=found.fps, target_fps=form.fps)
-  if usable < form.num_frames:
-    raise UserError(
-      f"{path} has {found.num_frames} frames, {usable} for each of its four clips, and {form.num_frames} are needed"
-    )
-
-  def clip(start: int, count: int):
-    return file_clip(path, start=start, count=count, form=form, fps=found.fps)
-
-  footage = [Footage(usable, functools.partial(clip, i * length), found.size) for i in range(CLIPS_PER_FILE)]
-  return Record(tuple(footage), reference_roles(CLIPS_PER_FILE), text, "", None)
+  total = found.count_at(form.fps)
+  length = total // CLIPS_PER_FILE
+  if length < form.num_frames:
+    raise UserError(f"{path} has {total} frames, {length} for each of its four clips, and {form.num_frames} are needed")
+  footage = [file_footage(path, found, form, start=i * length, num_frames=length) for i in range(CLIPS_PER_FILE)]
+  return Record(name, tuple(footage), reference_roles(CLIPS_PER_FILE), text, "", None)

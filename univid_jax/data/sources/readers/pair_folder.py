@@ -6,11 +6,11 @@ from pathlib import Path
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
-from univid_jax.data.clips import ClipFormat
-from univid_jax.data.sources.base import DrawOptions, Dropped, open_footage
+from univid_jax.data.clips import ClipFormat, open_footage
+from univid_jax.data.reader import CLIP_SUFFIXES, is_foreign
+from univid_jax.data.sources.base import DrawOptions, Dropped
 from univid_jax.data.sources.pairs import Pair, PairSentences, join_pairs
 from univid_jax.data.target_kinds import resampling
-from univid_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 # How far the aspect ratios of source and target may differ: cropping would misalign them.
 MAX_ASPECT_DIFFERENCE = 1.02
@@ -37,7 +37,7 @@ def open_pairs(
   root = Path(folder)
   if not root.is_dir():
     raise FileNotFoundError(f"no such folder: {folder}")
-  names = [name for task in sorted(root.iterdir()) if task.is_dir() for name in sorted(task.iterdir()) if name.is_dir()]
+  names = [name for task in _list_folders(root) for name in _list_folders(task)]
   if not names:
     raise UserError(f"no pairs in {folder}: a pair is TASK/NAME/source.* and TASK/NAME/target.*")
   pairs, dropped = [], []
@@ -48,6 +48,10 @@ def open_pairs(
     except (OSError, ValueError) as error:
       dropped.append(Dropped(f"{name.parent.name}/{name.name}", str(error)))
   return join_pairs(pairs, dropped, form, options)
+
+
+def _list_folders(folder: Path) -> list[Path]:
+  return sorted(path for path in folder.iterdir() if path.is_dir() and not is_foreign(path))
 
 
 def _open_pair(folder: Path, form: ClipFormat, kind: TargetKind) -> Pair:
@@ -72,7 +76,7 @@ def _find_only(folder: Path, stem: str) -> Path:
   found = [
     path
     for path in sorted(folder.iterdir())
-    if path.stem == stem and (path.is_dir() or path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".npy"))
+    if path.stem == stem and (path.is_dir() or path.suffix.lower() in CLIP_SUFFIXES)
   ]
   if len(found) != 1:
     raise UserError(f"{folder} must have one {stem}.*, an image or a video, and has {len(found)}")

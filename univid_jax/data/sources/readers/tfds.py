@@ -1,22 +1,19 @@
 """Reads TFDS data sets as pairs."""
 
 import dataclasses
-import functools
-import io
+import tempfile
 from typing import Any
 
-import av
 import numpy as np
 
 from univid_jax.config.schema import TFDSConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
-from univid_jax.core.sentence import ClipRef
-from univid_jax.data.clips import ClipFormat, array_clip
-from univid_jax.data.sources.base import DrawOptions, Dropped, Footage
+from univid_jax.data.clips import ClipFormat, Footage
+from univid_jax.data.reader import Frames, read_clip
+from univid_jax.data.sources.base import DrawOptions, Dropped
 from univid_jax.data.sources.pairs import Pair, PairSentences, join_pairs
 from univid_jax.data.target_kinds import depth_to_image, label_colors, normals_to_image, resampling
-from univid_jax.data.video import Frames
 
 
 def open_tfds(
@@ -90,12 +87,17 @@ class _Feature:
   def open(self) -> Footage:
     num_frames, height, width, _ = self.read().shape
     form = dataclasses.replace(self.form.for_shape((height, width)), resample=resampling(self.kind))
-    return Footage(num_frames, functools.partial(self._clip, form), (height, width))
-
-  def _clip(self, form: ClipFormat, count: int) -> ClipRef:
     key = f"{self.identity}|{self.index}|{self.name}|{self.kind}"
     key += f"|{self.depth_range}" if self.kind == TargetKind.DEPTH else ""
-    return array_clip(f"{key}|{count}", lambda: self.read()[:count], count, form)
+    return Footage(
+      name=f"{self.name} of example {self.index}",
+      size=(height, width),
+      fps=None,
+      num_frames=num_frames,
+      form=form,
+      identify=lambda: key,
+      read=lambda count: self.read()[:count],
+    )
 
 
 def to_frames(value: Any, kind: TargetKind, depth_range: tuple[float, float]) -> Frames:
@@ -110,8 +112,10 @@ def to_frames(value: Any, kind: TargetKind, depth_range: tuple[float, float]) ->
     UserError: the values do not have this form.
   """
   if isinstance(value, bytes):
-    with av.open(io.BytesIO(value), mode="r") as container:
-      return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+      file.write(value)
+      file.flush()
+      return read_clip(file.name).frames
   array = np.asarray(value)
   if array.ndim == 2:
     array = array[..., None]

@@ -1,0 +1,115 @@
+"""Sampling from files: how they are read, what is reported, and what is checked before time is spent."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.clip_files import write_image, write_video
+from univid_jax.cli.sampling import Request, RequestRunner, check_outputs, choose_format, plan_requests
+from univid_jax.core.dims import latent_shape
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import ClipFit
+from univid_jax.data.clips import ClipFormat
+from univid_jax.data.reader import read_clip
+
+TRAINED = ClipFormat(size=(16, 24), num_frames=17, fit=ClipFit.PAD, fps=8.0, buckets=((24, 16),))
+AS_TRAINED = dict(size=None, num_frames=None, fit=None, fps=None)
+
+
+class EchoPipeline:
+  """Returns the query, cut or repeated to the length asked for."""
+
+  dtype = "float32"
+
+  def __init__(self):
+    self.contexts: list[list[np.ndarray]] = []
+
+  def latent_shape(self, shape):
+    return latent_shape(shape, temporal_stride=4, spatial_stride=8)
+
+  def sample(self, clips, *, num_frames, num_inference_steps, progress):
+    self.contexts.append(clips)
+    progress(num_inference_steps)
+    indices = np.arange(num_frames or len(clips[-1])).clip(max=len(clips[-1]) - 1)
+    return dataclasses.make_dataclass("Sample", ["frames"])(clips[-1][indices])
+
+
+def runner(form: ClipFormat = TRAINED, *, num_frames: int | None = None, **options) -> RequestRunner:
+  return RequestRunner(EchoPipeline(), form, dict(num_frames=num_frames, num_inference_steps=2), {}, **options)
+
+
+def test_clips_are_read_as_in_training_unless_something_else_is_asked_for():
+  assert choose_format(TRAINED, **AS_TRAINED) == TRAINED
+  other = choose_format(TRAINED, size=(32, 32), num_frames=33, fit="crop", fps=0.0)
+  assert other == ClipFormat(size=(32, 32), num_frames=33)
+  assert choose_format(TRAINED, **AS_TRAINED | {"num_frames": 1}).num_frames == 17, "an image of a video"
+
+
+def test_changes_are_reported_once_and_recorded(tmp_path: Path, caplog):
+  image = str(write_image(tmp_path / "a.png", size=(16, 24)))
+  video = str(write_video(tmp_path / "v.mp4", 300, size=(36, 24)))  # 8 frames per second
+  sampling = runner(dataclasses.replace(TRAINED, fps=4.0))
+  with caplog.at_level("INFO", "univid_jax"):
+    for name in ("one", "two"):
+      line = sampling.run(Request((image, image, video), tmp_path / name, needs_suffix=True))
+      assert line == f"wrote 17 frames of 16x24: {tmp_path / name}.mp4"
+  image_line, video_line = caplog.messages
+  changes = ["frames 0 to 16 of 150", "8 resampled to 4 frames per second"]
+  assert video_line == f"{video}: {'; '.join([*changes, '36x24 resized to 24x16'])}"
+  assert image_line == f"{image}: 16x24 resized to 24x16, 56 % padded with black"
+  record = json.loads((tmp_path / "two.json").read_text())["clips"][2]
+  assert record["path"] == video and record["num_frames"] == 17 and record["changes"][:2] == changes
+  frames = sampling.pipeline.contexts[0][2]
+  assert frames.shape == (17, 24, 16, 3)
+  assert read_clip(tmp_path / "two.mp4").fps == 4
+
+
+@pytest.mark.parametrize("num_frames, expected", [(33, 33), (None, 17), (1, 17), (5, 5)])
+def test_as_many_frames_are_read_as_are_asked_for(tmp_path: Path, num_frames, expected):
+  video = str(write_video(tmp_path / "v.mp4", 50))
+  form = choose_format(TRAINED, **AS_TRAINED | {"num_frames": num_frames})
+  sampling = runner(form, num_frames=num_frames)
+  sampling.run(Request((video,) * 3, tmp_path / "out.npy"))
+  assert [len(clip) for clip in sampling.pipeline.contexts[0]] == [expected] * 3
+  assert len(np.load(tmp_path / "out.npy")) == (num_frames or 17)
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.npy", "frames/"])
+def test_lossless_results_and_sound(tmp_path: Path, name):
+  video = str(write_video(tmp_path / "v.mp4", 17))
+  (request,) = plan_requests([video] * 3, [], str(tmp_path) + "/" + name)
+  sampling = runner(copy_audio=True, grid=True)
+  sampling.run(request)
+  found = read_clip(tmp_path / name).frames
+  assert found.shape == (17, 16, 24, 3)
+  if name != "out.mp4":
+    assert np.array_equal(found, sampling.pipeline.contexts[0][2])
+
+
+def test_queries_with_dots_and_foreign_files(tmp_path: Path):
+  folder = tmp_path / "queries"
+  folder.mkdir()
+  write_image(folder / "a.v2.png")
+  for name in ("._a.v2.png", "Thumbs.db", ".hidden.mp4"):
+    (folder / name).write_bytes(b"x")
+  (request,) = plan_requests(["a.png", "b.png"], [str(folder)], str(tmp_path / "out"))
+  assert request == Request(("a.png", "b.png", str(folder / "a.v2.png")), tmp_path / "out" / "a.v2", needs_suffix=True)
+  runner().run(dataclasses.replace(request, clips=(str(folder / "a.v2.png"),) * 3))
+  assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.v2.json", "a.v2.png"]
+
+
+def test_targets_are_checked_first(tmp_path: Path, monkeypatch):
+  image = str(write_image(tmp_path / "a.png"))
+  for out, message in (("x.docx", "use .png"), ("a.png/x.png", "cannot write to the folder")):
+    with pytest.raises((UserError, OSError), match=message):
+      check_outputs([Request((image,), tmp_path / out)])
+  sampling = runner(num_frames=5)
+  with pytest.raises(UserError, match="cannot write 5 frames to the image"):
+    sampling.run(Request((image,) * 3, tmp_path / "x.png"))
+  monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 1000})())
+  with pytest.raises(OSError, match="needs 0 MB, and its disk has 0 MB left"):
+    sampling.run(Request((image,) * 3, tmp_path / "x.mp4"))
+  assert not sampling.pipeline.contexts and sorted(tmp_path.iterdir()) == [tmp_path / "a.png"]

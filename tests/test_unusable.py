@@ -1,0 +1,216 @@
+"""Records that cannot be used: found by `prepare`, and left out or named when they become unusable later."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.clip_files import write_image, write_table, write_video
+from tests.stand_ins import CountingEncoders, Shape
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import tiny
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.data.features import FeatureCaches, FeatureMaker
+from univid_jax.data.loader import make_loader
+from univid_jax.data.packing import RowShape
+from univid_jax.data.prepare import prepare
+from univid_jax.data.sources.open import DataSources, open_data
+
+CASES = Path(__file__).parent / "cases" / "videos"
+CORRUPT, PLAIN = CASES / "corrupt.mp4", CASES / "plain.mp4"
+ROWS = RowShape(num_tokens=400, num_text_tokens=8, num_slots=2)
+KINDS = ("metadata", "pairs", "manifest", "folder")
+CHANGES = {"data.height": 16, "data.width": 24, "data.held_out": 0.0, "data.num_sentences": 12, "data.bundled": False}
+
+
+def write_data(folder: Path, kind: str, video: Path) -> tuple[RunConfig, Path]:
+  """Writes a data set with a copy of a video in one of its records.
+
+  Returns:
+    The config, and the path of the copy.
+  """
+  folder.mkdir()
+  copy = folder / "bad.mp4"
+  if kind == "metadata":
+    write_video(folder / "good.mp4", 24)
+    write_table(folder, [("good.mp4", "x"), ("bad.mp4", "x")])
+  elif kind == "pairs":
+    for name in ("a", "b", "c"):
+      pair = folder / "edges" / name
+      pair.mkdir(parents=True)
+      for side in ("source", "target"):
+        shutil.copy(PLAIN, pair / f"{side}.mp4")
+    copy = folder / "edges" / "b" / "target.mp4"
+    (folder / "edges" / ".DS_Store").mkdir()
+  elif kind == "manifest":
+    write_image(folder / "good.png")
+    lines = [[{"path": name}, {"path": "good.png", "role": "target"}] for name in ("good.png", "bad.mp4")]
+    (folder / "m.jsonl").write_text("\n".join(json.dumps({"clips": clips}) for clips in lines))
+  else:
+    for name in ("a", "c", "d", "e", "f"):
+      write_image(folder / f"{name}.png", size=(64, 96))
+  shutil.copy(video, copy)
+  path = folder / "m.jsonl" if kind == "manifest" else folder
+  return override(tiny(), CHANGES | {f"data.{kind}": str(path)}), copy
+
+
+RECORDS = {
+  "metadata": r"metadata\.csv line 3 \(bad\.mp4\)",
+  "pairs": r"edges/[abc] with the examples",
+  "manifest": r"m\.jsonl line 2",
+  "folder": r"(computed )?sentence \d+|bad\.mp4",
+}
+
+
+def make_features(config: RunConfig, data: DataSources, workdir: Path | None) -> FeatureMaker:
+  encoders = CountingEncoders()
+  caches = FeatureCaches.open(override(config, {"init_from": "base"}), encoders, workdir) if workdir else None
+  return FeatureMaker(encoders, shape=Shape(), task_names=data.task_names, caches=caches)
+
+
+@pytest.mark.parametrize("has_base", [False, True], ids=["without a base", "with a base"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prepare_finds_damaged_frames(tmp_path, caplog, kind, has_base):
+  """Also in files whose headers are intact."""
+  config, path = write_data(tmp_path / "data", kind, CORRUPT)
+  if has_base:
+    config = override(config, {"init_from": "base"})
+  data = open_data(config)
+  assert not data.dropped
+  features = make_features(config, data, tmp_path if has_base else None)
+  message = (
+    rf"of the listed records cannot be used, first ({RECORDS[kind]}).*{path.name}: frame \d+ (cannot|is damaged)"
+  )
+  with pytest.raises(UserError, match=message):
+    prepare(features, data, row_shape=ROWS)
+  caplog.clear()
+  done = prepare(features, data, row_shape=ROWS, allow_dropped=True)
+  assert done.dropped and all(path.name in each.reason for each in done.dropped)
+  assert len(caplog.messages) == len(done.dropped)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_that_vanish_while_training(tmp_path, caplog, kind):
+  config, path = write_data(tmp_path / "data", kind, PLAIN)
+  for allowed in (False, True):
+    shutil.copy(PLAIN, path)
+    data = open_data(config)
+    path.unlink()
+    loader = make_loader(
+      list(data.sources.values()),
+      make_features(config, data, None),
+      row_shape=ROWS,
+      rows_per_batch=2,
+      seed=0,
+      allow_dropped=allowed,
+    )
+    if not allowed:
+      with pytest.raises(UserError, match=rf"({RECORDS[kind]}).*cannot be used: .*[nN]o such .*{path.name}"):
+        for _ in range(20):
+          next(loader)
+      continue
+    caplog.clear()
+    rows = [next(loader) for _ in range(20)]
+    assert all((row.segment_ids > 0).any() for row in rows)
+    dropped = [message for message in caplog.messages if message.startswith("dropped: ")]
+    assert dropped and len(dropped) == len(set(dropped)) and all(path.name in message for message in dropped)
+
+
+def test_data_without_a_usable_sentence_ends(tmp_path, monkeypatch):
+  monkeypatch.setattr("univid_jax.data.loader.MAX_DROPPED_IN_A_ROW", 30)
+  config, _ = write_data(tmp_path / "data", "folder", PLAIN)
+  data = open_data(config)
+  shutil.rmtree(tmp_path / "data")
+  features = make_features(config, data, None)
+  loader = make_loader(
+    list(data.sources.values()), features, row_shape=ROWS, rows_per_batch=2, seed=0, allow_dropped=True
+  )
+  with pytest.raises(UserError, match="cannot be used"):
+    next(loader)
+
+
+@pytest.mark.parametrize("has_base", [False, True], ids=["without a base", "with a base"])
+def test_prepare_finds_sentences_that_fit_no_row(tmp_path, has_base):
+  clips = [{"path": "v.mp4", "num_frames": 5}] * 6
+  write_video(tmp_path / "v.mp4", 12)
+  lines = [{"clips": [*clips[:count], {"path": "v.mp4", "role": "target"}], "prompt": "x"} for count in (1, 5, 3)]
+  (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  config = override(tiny(), CHANGES | {"data.manifest": str(tmp_path / "m.jsonl"), "init_from": "base" * has_base})
+  data = open_data(config)
+  features = make_features(config, data, tmp_path / "work" if has_base else None)
+  small = RowShape(num_tokens=66, num_text_tokens=8, num_slots=2)
+  with pytest.raises(UserError, match=r"1 of .* m\.jsonl line 2: .*has 72 tokens, .*config\.rows\.num_tokens = 66"):
+    prepare(features, data, row_shape=small)
+  assert len(prepare(features, data, row_shape=small, allow_dropped=True).dropped) == 1
+  assert not prepare(features, data, row_shape=ROWS).dropped
+
+
+def test_prepare_replaces_damaged_cache_entries(tmp_path):
+  config, _ = write_data(tmp_path / "data", "metadata", PLAIN)
+  config = override(config, {"init_from": "base"})
+  data = open_data(config)
+  features = make_features(config, data, tmp_path)
+  first = prepare(features, data, row_shape=ROWS)
+  path = next((tmp_path / "cache" / "latents").glob("*/*.safetensors"))
+  content = bytearray(path.read_bytes())
+  content[-50] ^= 1
+  path.write_bytes(content)
+  with pytest.warns(UserWarning, match="is corrupt"):
+    assert prepare(features, data, row_shape=ROWS, verify=True).num_encoded == 1
+  assert prepare(features, data, row_shape=ROWS, verify=True).num_encoded == 0 < first.num_encoded
+
+
+def test_pairs_of_a_manifest_have_one_length(tmp_path, caplog):
+  """Unless it says otherwise."""
+  write_video(tmp_path / "long.mp4", 20)
+  write_video(tmp_path / "short.mp4", 11)
+  clips = [{"path": name} for name in ("long.mp4", "long.mp4", "short.mp4")]
+  lines = [
+    {"clips": [*clips, {"path": "long.mp4", "role": "target"}]},
+    {"clips": [*clips, {"path": "long.mp4", "role": "target", "num_frames": 13}]},
+  ]
+  (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  config = override(tiny(), CHANGES | {"data.manifest": str(tmp_path / "m.jsonl"), "data.num_frames": 17})
+  data = open_data(config)
+  lengths = [[clip.num_frames for clip in data.sources["manifest"][i].clips] for i in range(2)]
+  assert lengths == [[17, 17, 9, 9], [17, 17, 9, 13]]
+  with caplog.at_level("INFO", "univid_jax"):
+    data.report()
+  assert "data: manifest, 6 files: frames 0 to 16 of 20" in caplog.text
+  assert "data: manifest, 2 files: frames 0 to 8 of 11" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["../out.png", "/etc/out.png", "a/../../out.png", "", "a\0.png"])
+def test_listed_files_stay_inside_their_folder(tmp_path, name):
+  folder = tmp_path / "data"
+  folder.mkdir()
+  write_image(tmp_path / "out.png")
+  (folder / "m.jsonl").write_text(json.dumps({"clips": [{"path": name, "role": "target"}]}))
+  with pytest.raises(UserError, match=r"m\.jsonl line 1: .* must be a path inside"):
+    open_data(override(tiny(), CHANGES | {"data.manifest": str(folder / "m.jsonl")}))
+  if "\0" not in name:
+    write_table(folder, [(name, "x")])
+    with pytest.raises(UserError, match=r"metadata\.csv line 2 .* must be a path inside"):
+      open_data(override(tiny(), CHANGES | {"data.metadata": str(folder)}))
+
+
+LINES = ("[]", "3", '"x"', "NaN", "{", "[" * 100_000, '{"clips": 3}', '{"clips": []}', '{"clips": [3]}')
+CLIPS = ('{"path": 3}', '{"path": "a.png", "start": "x"}', '{"path": "a.png", "num_frames": null}')
+
+
+@pytest.mark.parametrize("line", [*LINES, *(f'{{"clips": [{clip}]}}' for clip in CLIPS)])
+def test_malformed_lines_are_named(tmp_path, line):
+  write_image(tmp_path / "a.png")
+  (tmp_path / "m.jsonl").write_text(line)
+  with pytest.raises(UserError, match=r"m\.jsonl line 1: "):
+    open_data(override(tiny(), CHANGES | {"data.manifest": str(tmp_path / "m.jsonl")}))
+
+
+def test_files_that_are_not_text_are_named(tmp_path):
+  for key, name in (("manifest", "m.jsonl"), ("metadata", "metadata.csv")):
+    (tmp_path / name).write_bytes(np.arange(256).astype(np.uint8).tobytes())
+    with pytest.raises(UserError, match=f"{name} is not"):
+      open_data(override(tiny(), CHANGES | {f"data.{key}": str(tmp_path / name)}))
