@@ -1,6 +1,7 @@
 """The evaluate command: its report matches the stored samples, interrupted or not, with one process or two."""
 
 import json
+import shutil
 import signal
 import socket
 import time
@@ -15,6 +16,7 @@ from tests.helpers import image_width
 from univid_jax.evaluation.metrics.image import psnr
 
 SMALL = (*commands.SMALL, "--config.data.tasks.scribble=1.0", "--config.data.tasks.salient_object=1.0")
+TRAINING = (*SMALL, "--config.eval.sentences_per_case=0", "--config.validation.every_steps=0")
 EVALUATION = ["--config.eval.sentences_per_case=2", "--config.eval.more_steps=(1,)", "--config.eval.num_seeds=2"]
 
 
@@ -26,14 +28,7 @@ def run(module, *arguments):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("evaluate") / "run"
-  code, _, error = run(
-    "univid_jax.train",
-    *SMALL,
-    "--config.num_steps=3",
-    "--config.eval.sentences_per_case=0",
-    "--config.validation.every_steps=0",
-    f"--workdir={folder}",
-  )
+  code, _, error = run("univid_jax.train", *TRAINING, "--config.num_steps=3", f"--workdir={folder}")
   assert code == 0, error
   code, _, error = run("univid_jax.evaluate", *SMALL, *EVALUATION, f"--workdir={folder}")
   assert code == 0, error
@@ -53,7 +48,7 @@ def read_numbers(folder):
 
 
 def test_report_matches_stored_samples(workdir, report):
-  files = sorted((workdir / "evaluation" / "samples").glob("*.npz"))
+  files = sorted((workdir / "evaluation" / "samples").glob("*/*.npz"))
   assert len(files) == len(report["sentences"]) == report["overall"]["prediction"]["count"]
   by_variant = {}
   for path in files:
@@ -84,7 +79,7 @@ def test_markdown_and_figures(workdir):
 def test_rerun_after_kill_gives_the_same_report(workdir, tmp_path):
   arguments = [*SMALL, *EVALUATION, f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]
   process = start_command("univid_jax.evaluate", *arguments)
-  while process.poll() is None and len(list((tmp_path / "out").glob("samples/*.npz"))) < 10:
+  while process.poll() is None and len(list((tmp_path / "out").glob("samples/*/*.npz"))) < 10:
     time.sleep(0.05)
   process.send_signal(signal.SIGKILL)
   process.communicate()
@@ -92,8 +87,23 @@ def test_rerun_after_kill_gives_the_same_report(workdir, tmp_path):
   code, _, error = run("univid_jax.evaluate", *arguments)
   assert code == 0, error
   assert read_numbers(tmp_path / "out") == read_numbers(workdir / "evaluation")
-  code, _, error = run("univid_jax.evaluate", *arguments, "--config.eval.seed=9")
-  assert code == 1 and "holds samples with config.eval.seed = 1, not 9" in error.strip().splitlines()[-1]
+
+
+@pytest.mark.long
+def test_evaluating_again_after_more_training(workdir, tmp_path):
+  """The report is of the new model alone, though the folder has samples of the old one."""
+  shutil.copytree(workdir, tmp_path / "run")
+  before = read_numbers(tmp_path / "run" / "evaluation")
+  code, _, error = run("univid_jax.train", *TRAINING, "--config.num_steps=6", f"--workdir={tmp_path / 'run'}")
+  assert code == 0, error
+  evaluate = ["univid_jax.evaluate", *SMALL, *EVALUATION, f"--workdir={tmp_path / 'run'}"]
+  for out in ("run/evaluation", "fresh"):
+    code, _, error = run(*evaluate, f"--out={tmp_path / out}")
+    assert code == 0, error
+  again, fresh = (read_numbers(tmp_path / out) for out in ("run/evaluation", "fresh"))
+  assert again == fresh and again["step"] == 6 and before["step"] == 3
+  assert again["overall"]["prediction"] != before["overall"]["prediction"]
+  assert len(list((tmp_path / "run" / "evaluation" / "samples").iterdir())) == 2
 
 
 @pytest.mark.long
@@ -170,7 +180,7 @@ def test_every_test_pair_is_used_with_training_examples(workdir, tmp_path):
   assert report["overall"]["swapped"]["count"] == 3  # inverted photographs, because there is no other task
   assert report["by_task"]["depth"]["codec"]["delta1"] > 0.9 and "abs_rel" in report["by_task"]["depth"]["prediction"]
   truths = []
-  for path in sorted((tmp_path / "out" / "samples").glob("*.npz")):
+  for path in sorted((tmp_path / "out" / "samples").glob("*/*.npz")):
     with np.load(path) as file:
       assert set(np.unique(file["clip_3"])) == {50, 250}
       truths.append(file["clip_3"].tobytes())

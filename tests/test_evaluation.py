@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
+from tests.clip_files import write_image
 from tests.helpers import image_width, random_pipeline
+from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
@@ -22,11 +24,21 @@ from univid_jax.evaluation.generate import Generated, SentenceInfo, make_variant
 from univid_jax.evaluation.kinds import KIND_METRICS, KindOptions, unmix_colors
 from univid_jax.evaluation.metrics.dense import nearest_labels
 from univid_jax.evaluation.metrics.image import psnr
-from univid_jax.evaluation.protocol import Origin, claim_folder
+from univid_jax.evaluation.protocol import open_samples_folder
 from univid_jax.evaluation.report import QUICK_KEYS
 from univid_jax.evaluation.score import Score, Scorer
 from univid_jax.evaluation.sentences import plan_other_pairs, select_sentences
 from univid_jax.parallel.mesh import make_mesh
+
+
+def fixed_origin(checksum: str = "abc", **names) -> Origin:
+  """Returns an origin without files."""
+  origin = Origin(**({"checkpoint": "random"} | names))
+  origin.__dict__["checksums"] = {"trained": checksum}
+  return origin
+
+
+ORIGIN = fixed_origin()
 
 
 def select(config):
@@ -110,9 +122,7 @@ class TestModes:
 
     monkeypatch.setattr(run, "score_psnr", score_and_keep)
     run.evaluate_quick(pipeline, config, tmp_path)
-    run.evaluate(
-      pipeline, config, data=open_data(config), folder=tmp_path / "evaluation", origin=Origin(checkpoint="random")
-    )
+    run.evaluate(pipeline, config, data=open_data(config), folder=tmp_path / "evaluation", origin=ORIGIN)
     assert image_width(tmp_path / "grid.png") > 500
     quick = json.loads((tmp_path / "eval.json").read_text())
     return config, quick, quick_scores, json.loads((tmp_path / "evaluation" / "report.json").read_text())
@@ -149,23 +159,35 @@ class TestModes:
     pipeline = random_pipeline(config, make_mesh({"data": -1}))
     assert run.evaluate_quick(pipeline, config, tmp_path) is None and not (tmp_path / "eval.json").exists()
     with pytest.raises(UserError, match="there is nothing to evaluate on"):
-      run.evaluate(pipeline, config, data=open_data(config), folder=tmp_path, origin=Origin(checkpoint="random"))
+      run.evaluate(pipeline, config, data=open_data(config), folder=tmp_path, origin=ORIGIN)
 
 
-class TestProtocol:
+class TestSamplesFolder:
   def test_only_what_changes_samples_matters(self, tiny_config, tmp_path):
-    origin = Origin(checkpoint="run", lora=("a.safetensors",))
-    claim_folder(tmp_path, tiny_config, origin, write=True)
-    claim_folder(tmp_path, override(tiny_config, {"eval.depth_alignment": "median"}), origin, write=True)
-    with pytest.raises(UserError, match=r"holds samples with config.data.height = 16, not 32"):
-      claim_folder(tmp_path, override(tiny_config, {"data.height": 32}), origin, write=True)
-    with pytest.raises(UserError, match="holds samples with step = None, not '5'"):
-      claim_folder(tmp_path, tiny_config, dataclasses.replace(origin, step="5"), write=True)
+    def open_folder(config=tiny_config, origin=ORIGIN):
+      return open_samples_folder(tmp_path, config, select(config), origin, write=True)
 
-  def test_samples_of_an_earlier_version_are_refused(self, tiny_config, tmp_path):
-    (tmp_path / "protocol.json").write_text('{"config": {}, "version": "0.1.0"}')
-    with pytest.raises(UserError, match="holds samples of an earlier version of univid_jax"):
-      claim_folder(tmp_path, tiny_config, Origin(checkpoint="run"), write=True)
+    folder = open_folder()
+    assert folder == open_folder(override(tiny_config, {"eval.depth_alignment": "median", "data.num_threads": 2}))
+    assert folder == open_folder(origin=fixed_origin(checkpoint="elsewhere", step=9))
+    changes = {"data.height": 32, "eval.seed": 9, "flow.shift": 3.0, "eval.num_inference_steps": 3}
+    folders = [folder, open_folder(origin=fixed_origin("f00"))]
+    folders += [open_folder(override(tiny_config, {key: value})) for key, value in changes.items()]
+    assert len(set(folders)) == len(folders)
+    described = json.loads((folders[1] / "origin.json").read_text())
+    assert described["weights"] == {"trained": "f00"} and described["origin"]["checkpoint"] == "random"
+
+  def test_other_data_gives_other_samples(self, tiny_config, tmp_path):
+    folders = []
+    for shade in (0, 100):
+      for name in ("a", "b"):
+        for side in ("source", "target"):
+          path = tmp_path / "pairs" / "edges" / name / f"{side}.png"
+          path.parent.mkdir(parents=True, exist_ok=True)
+          write_image(path, shade=shade)
+      config = override(tiny_config, {f"data.{key}": str(tmp_path / "pairs") for key in ("pairs", "test_pairs")})
+      folders.append(open_samples_folder(tmp_path, config, select(config), ORIGIN, write=False))
+    assert folders[0] != folders[1]
 
 
 def test_figures(tmp_path):

@@ -4,7 +4,8 @@
 
 Samples them with the model of the workdir (or with --checkpoint and --lora), with the right example pairs and with
 altered ones, and writes report.md, report.json, grid.png, curves.png and the frames to OUT. The config determines the
-tasks, contexts, numbers of clips, prompts, seeds and steps. Rerun the same command to resume.
+tasks, contexts, numbers of clips, prompts, seeds and steps. Rerun the same command to resume; samples of other weights,
+configs or data are kept and not used.
 """
 
 import shlex
@@ -33,23 +34,18 @@ def main() -> None:
   import jax
 
   import univid_jax
-  from univid_jax.checkpoints.run import read_run
-  from univid_jax.checkpoints.trained import find_step
+  from univid_jax.checkpoints.origin import Origin
   from univid_jax.cli.sampling import parse_lora
   from univid_jax.data.sources.open import open_data
-  from univid_jax.evaluation.protocol import Origin
   from univid_jax.evaluation.run import evaluate
   from univid_jax.parallel.mesh import make_mesh
 
   config, workdir = CONFIG.value, WORKDIR.value
   folder = OUT.value or f"{workdir}/evaluation"
-  # The number of the step, so that stored samples of an earlier one are not taken for those of the latest.
-  is_run = CHECKPOINT.value is None and read_run(workdir) is not None
-  step = str(find_step(workdir, STEP.value)) if is_run else STEP.value
-  origin = Origin(checkpoint=CHECKPOINT.value or workdir, lora=tuple(LORA.value), step=step)
+  loras = [parse_lora(item) for item in LORA.value]
+  origin = Origin.of(CHECKPOINT.value or workdir, step=STEP.value, loras=loras)
   # Each process has the whole model on its own devices, and its share of the sentences.
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-  loras = [parse_lora(item) for item in LORA.value]
   pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=loras, mesh=mesh, step=origin.step)
   data = open_data(config)
   command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"

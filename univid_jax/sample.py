@@ -45,6 +45,7 @@ PROFILE = FLAGS.profile("OUT's folder")
 @app.command(FLAGS)
 def main() -> None:
   import univid_jax
+  from univid_jax.checkpoints.origin import Origin
   from univid_jax.cli import sampling
   from univid_jax.cli.compilation import enable_compilation_cache
 
@@ -54,14 +55,21 @@ def main() -> None:
   requests = sampling.plan_requests(CLIPS.value, QUERIES.value, OUT.value)
   sampling.check_outputs(requests)
   size = sampling.parse_size(SIZE.value) if SIZE.value else None
-  origin = {flag.name: flag.value for flag in (CHECKPOINT, LORA, MERGE_LORA)}
-  loading: dict[str, Any] = {flag.name: flag.value for flag in (DTYPE, MERGE_LORA, ATTENTION, STEP)}
+  loading: dict[str, Any] = {flag.name: flag.value for flag in (DTYPE, MERGE_LORA, ATTENTION)}
   loras = [sampling.parse_lora(item) for item in LORA.value]
-  pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=loras, **loading)
+  origin = Origin.of(CHECKPOINT.value, step=STEP.value, loras=loras)
+  pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=loras, step=origin.step, **loading)
   form = sampling.choose_format(
     pipeline.clip_format, size=size, num_frames=NUM_FRAMES.value, fit=FIT.value, fps=FPS.value
   )
-  runner = sampling.RequestRunner(pipeline, form, arguments, origin, grid=GRID.value, copy_audio=COPY_AUDIO.value)
+  runner = sampling.RequestRunner(
+    pipeline,
+    form,
+    arguments,
+    {**origin.to_json(), "merge_lora": MERGE_LORA.value},
+    grid=GRID.value,
+    copy_audio=COPY_AUDIO.value,
+  )
   for request in requests:
     print(runner.run(request))
   if PROFILE.value:

@@ -177,6 +177,7 @@ class RequestRunner:
       "version": univid_jax.__version__,
       **self.origin,
       "dtype": str(self.pipeline.dtype),
+      "attention": str(self.pipeline.attention),
       "clips": [
         {"path": clip.path, "sha256": clip.sha256, "num_frames": len(clip.frames), "changes": clip.changes}
         for clip in clips

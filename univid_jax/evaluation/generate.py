@@ -18,8 +18,6 @@ from univid_jax.evaluation.controls import replace_pairs, reverse_pairs, round_t
 from univid_jax.evaluation.sentences import PlannedSentence
 from univid_jax.inference.pipeline import Pipeline
 
-SAMPLES = "samples"
-
 # The variants that are compared most; evaluation after training samples these alone.
 PREDICTION, SWAPPED = "prediction", "swapped"
 REPEATED = "seed_"  # prefix of the names of repetitions with other noise
@@ -146,7 +144,7 @@ def generate_files(
     pipeline: on this process's own devices.
     sentences: of `select_sentences`.
     variants: of `make_variants`.
-    folder: receives samples/NNNNN.npz.
+    folder: receives NNNNN.npz.
     batch_size: sentences sampled together.
   """
   batches = split_batches(len(sentences), batch_size)[jax.process_index() :: jax.process_count()]
@@ -172,7 +170,7 @@ def read_generated(folder: epath.Path, num_sentences: int) -> Iterator[Generated
 
 
 def sample_path(folder: epath.Path, number: int) -> epath.Path:
-  return folder / SAMPLES / f"{number:05d}.npz"
+  return folder / f"{number:05d}.npz"
 
 
 def progress_bar(num_sentences: int) -> tqdm:

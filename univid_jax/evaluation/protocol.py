@@ -1,91 +1,67 @@
-"""What determines stored samples: an evaluation only continues in a folder whose samples were made the same way."""
+"""What determines stored samples. They are in a folder named after it, so a report never mixes those of two models."""
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
-from flax import traverse_util
 
 import univid_jax
+from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.boundary import to_json
-from univid_jax.config.schema import EvalConfig, RunConfig
-from univid_jax.core.errors import UserError
+from univid_jax.config.schema import DataConfig, EvalConfig, RunConfig
 from univid_jax.core.paths import atomic_write
+from univid_jax.evaluation.sentences import PlannedSentence
 
-FILE = "protocol.json"
+SAMPLES = "samples"
+FILE = "origin.json"
 
-# Of the stored files; increased when their names or contents change.
-FORMAT = 2
+# Raise it when the same weights, config and data give other samples, or their files change.
+SAMPLING_VERSION = 3
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Origin:
-  """The weights that are evaluated, as the user named them.
-
-  Attributes:
-    checkpoint: a converted checkpoint or the workdir of a run.
-    lora: LoRA files or folders on top.
-    step: of the workdir's checkpoints: a number or "best"; None for the latest.
-  """
-
-  checkpoint: str
-  lora: tuple[str, ...] = ()
-  step: str | None = None
-
-  def to_json(self) -> dict[str, Any]:
-    return {"checkpoint": self.checkpoint, "lora": list(self.lora), "step": self.step}
+# Options that samples do not depend on.
+_SCORING = ("depth_alignment", "palette", "num_labels", "void_label", "clip_model")
+_READING = ("cache", "num_threads", "allow_dropped")
 
 
-def claim_folder(folder: epath.Path, config: RunConfig, origin: Origin, *, write: bool) -> None:
-  """Checks that stored samples in the folder fit the model and the config, and records both for the next run.
+def open_samples_folder(
+  folder: epath.Path, config: RunConfig, sentences: Sequence[PlannedSentence], origin: Origin, *, write: bool
+) -> epath.Path:
+  """Returns the folder for the samples of a model, which may hold some already.
 
   Args:
     folder: of the evaluation.
     config: of the evaluation.
+    sentences: of the evaluation.
     origin: of the model.
-    write: whether this process records them.
-
-  Raises:
-    UserError: the samples were made with another model, config or version.
+    write: whether this process describes the samples in the folder.
   """
-  protocol = _describe(config, origin)
-  path = folder / FILE
-  if path.exists():
-    stored = json.loads(path.read_text())
-    if stored.get("format") != FORMAT:
-      raise UserError(f"{folder} holds samples of an earlier version of univid_jax: choose another --out, or delete it")
-    before, now = (traverse_util.flatten_dict(values, sep=".") for values in (stored, protocol))
-    for key in sorted(before.keys() | now.keys()):
-      if before.get(key) != now.get(key):
-        raise UserError(
-          f"{folder} holds samples with {key} = {before.get(key)!r}, not {now.get(key)!r}: choose another --out, or "
-          "delete it"
-        )
-  elif write:
-    with atomic_write(path) as unfinished:
-      unfinished.write_text(json.dumps(protocol, indent=2) + "\n")
+  values = _describe(config, sentences, origin)
+  name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+  samples = folder / SAMPLES / name
+  if write:
+    with atomic_write(samples / FILE) as path:
+      path.write_text(json.dumps({"origin": origin.to_json(), **values}, indent=2) + "\n")
+  return samples
 
 
-def _describe(config: RunConfig, origin: Origin) -> dict[str, Any]:
+def _describe(config: RunConfig, sentences: Sequence[PlannedSentence], origin: Origin) -> dict[str, Any]:
   """Everything that determines samples, as JSON-compatible values."""
-  values = to_json(dataclasses.replace(config, eval=_without_scoring(config.eval)))
+  values = to_json(
+    dataclasses.replace(
+      config, eval=_reset(config.eval, EvalConfig(), _SCORING), data=_reset(config.data, DataConfig(), _READING)
+    )
+  )
   return {
-    "config": {"data": values["data"], "eval": values["eval"]},
-    **origin.to_json(),
+    "weights": dict(origin.checksums),
+    "config": {name: values[name] for name in ("data", "eval", "flow", "model")},
+    "sentences": hashlib.sha256(repr([each.identify() for each in sentences]).encode()).hexdigest(),
     "version": univid_jax.__version__,
-    "format": FORMAT,
+    "sampling_version": SAMPLING_VERSION,
   }
 
 
-def _without_scoring(options: EvalConfig) -> EvalConfig:
-  """Resets the options that only affect scores, so that they can change without sampling again."""
-  default = EvalConfig()
-  return dataclasses.replace(
-    options,
-    depth_alignment=default.depth_alignment,
-    palette=default.palette,
-    num_labels=default.num_labels,
-    void_label=default.void_label,
-    clip_model=default.clip_model,
-  )
+def _reset(section: Any, default: Any, names: Sequence[str]) -> Any:
+  return dataclasses.replace(section, **{name: getattr(default, name) for name in names})

@@ -12,6 +12,7 @@ import jax
 from etils import epath
 
 import univid_jax
+from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.data.sources.open import DataSources, open_data
@@ -25,7 +26,7 @@ from univid_jax.evaluation.generate import (
   read_generated,
   split_batches,
 )
-from univid_jax.evaluation.protocol import Origin, claim_folder
+from univid_jax.evaluation.protocol import open_samples_folder
 from univid_jax.evaluation.report import Gallery, full_report, quick_report, write_report, write_text
 from univid_jax.evaluation.score import Scorer, score_psnr
 from univid_jax.evaluation.sentences import plan_other_pairs, select_sentences
@@ -73,40 +74,46 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
 def evaluate(
   pipeline: Pipeline, config: RunConfig, *, data: DataSources, folder: epath.PathLike, origin: Origin, command: str = ""
 ) -> dict[str, Any] | None:
-  """Evaluates a model under all controls and metrics; continues if samples are already stored.
+  """Evaluates a model under all controls and metrics; continues if some of its samples are already stored.
 
-  Writes samples/, report.json, report.md, grid.png and curves.png. Several processes share the work.
+  Writes samples/, report.json, report.md, grid.png and curves.png. Several processes share the work. Samples are stored
+  by what determines them, so those of other models, configs or data are kept, and are not used.
 
   Args:
     pipeline: the model, on this process's own devices.
     config: of the evaluation.
     data: of which the held-out part is used.
     folder: of the results.
-    origin: of the model; stored samples of another one are refused.
+    origin: of the model.
     command: how to repeat the evaluation, for the report.
 
   Returns:
     The contents of report.json; None on all processes but the first.
 
   Raises:
-    UserError: nothing is held out, or the folder holds samples of another model or config.
+    UserError: nothing is held out.
   """
   folder = epath.Path(folder)
   sentences = select_sentences(config, data.held_out)
   if not sentences:
     raise UserError(NOTHING_HELD_OUT)
   scorer = Scorer(config)  # a wrong palette is reported before hours of sampling
-  claim_folder(folder, config, origin, write=jax.process_index() == 0)
+  samples = open_samples_folder(folder, config, sentences, origin, write=jax.process_index() == 0)
   variants = make_variants(config.eval, plan_other_pairs(config, sentences))
-  generate_files(pipeline, sentences, variants, folder=folder, batch_size=config.eval.batch_size)
+  generate_files(pipeline, sentences, variants, folder=samples, batch_size=config.eval.batch_size)
   wait_for_processes("samples are stored")
   if jax.process_index() > 0:
     return None
   scored, gallery = [], Gallery()
-  for generated in read_generated(folder, len(sentences)):
+  for generated in read_generated(samples, len(sentences)):
     scored.append((generated.info, scorer(generated)))
     gallery.add(generated)
-  reproduce = {"command": command, **origin.to_json(), "version": univid_jax.__version__}
+  reproduce = {
+    "command": command,
+    **origin.to_json(),
+    "samples": str(samples.relative_to(folder)),
+    "version": univid_jax.__version__,
+  }
   report = full_report(config, scorer, scored, **reproduce)
   write_report(folder, report, gallery)
   return report

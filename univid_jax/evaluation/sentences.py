@@ -8,7 +8,7 @@ import numpy as np
 
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.protocols import SentenceSource
-from univid_jax.core.sentence import Sentence
+from univid_jax.core.sentence import ClipRef, Sentence
 from univid_jax.data.contexts import CONTEXTS
 from univid_jax.data.sources.computed import ComputedSentences, open_computed
 from univid_jax.evaluation.controls import Case, choose_other_tasks
@@ -24,10 +24,12 @@ class PlannedSentence:
   Attributes:
     case: its task, context and number of clips.
     read: returns the sentence with its frames.
+    identify: returns what identifies its content besides the config: the keys of its clips, and its prompt.
   """
 
   case: Case
   read: Callable[[], Sentence]
+  identify: Callable[[], object] = lambda: None
 
 
 def select_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) -> list[PlannedSentence]:
@@ -72,7 +74,11 @@ def plan_other_pairs(config: RunConfig, sentences: Sequence[PlannedSentence]) ->
 
 
 def _plan(sentence: Sentence) -> PlannedSentence:
-  return PlannedSentence(Case(sentence.task, sentence.context, len(sentence.clips)), sentence.with_frames)
+  def identify() -> object:
+    return sentence.prompt, [clip.key for clip in sentence.clips if isinstance(clip, ClipRef)]
+
+  case = Case(sentence.task, sentence.context, len(sentence.clips))
+  return PlannedSentence(case, sentence.with_frames, identify)
 
 
 def _split_cases(config: RunConfig, source: ComputedSentences) -> Iterator[tuple[Case, ComputedSentences]]:
