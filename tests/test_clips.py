@@ -87,6 +87,9 @@ class TestClips:
     clip = open_footage(path, FORM).clip(1)
     key = clip.key
     assert clip.read().max() == 50
+    os.link(path, tmp_path / "link.bmp")
+    os.utime(path)
+    assert clip.read().max() == 50, "the content is the same"
     dates = path.stat()
     write_image(path, shade=90)
     os.utime(path, ns=(dates.st_atime_ns, dates.st_mtime_ns))

@@ -61,6 +61,12 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
     raise UserError(f"{path} cannot be read by this version: {error}") from error
 
 
+def has_checkpoint(workdir: epath.PathLike) -> bool:
+  """Returns whether a run has saved a step."""
+  folder = epath.Path(workdir) / CHECKPOINTS_FOLDER
+  return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 class Checkpointer:
   """Saves asynchronously and atomically under WORKDIR/checkpoints; an interrupted save leaves no checkpoint.
 

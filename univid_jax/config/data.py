@@ -88,7 +88,8 @@ class DataConfig(Section):
     weights: how often each kind of data is drawn.
     held_out: share of your rows or pairs that training does not see.
     test_pairs: a folder like `pairs` that is held out instead, with examples from the training pairs.
-    allow_dropped: leave out rows that cannot be used instead of stopping.
+    allow_dropped: leave out records that cannot be used instead of stopping.
+    allow_changed: resume a run although its data has changed since it started.
     variants: sentences per row or pair that differ in context, direction and examples.
     num_threads: threads that read and encode.
     buckets: further sizes, HEIGHTxWIDTH; a clip goes to the size nearest to its aspect ratio.
@@ -122,6 +123,7 @@ class DataConfig(Section):
   held_out: float = 0.05
   test_pairs: str = ""
   allow_dropped: bool = False
+  allow_changed: bool = False
   variants: int = 16
   num_threads: int = 1
   buckets: tuple[str, ...] = ()

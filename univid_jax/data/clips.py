@@ -104,7 +104,7 @@ class Footage:
     identify: returns a key of the content.
     read: returns the first n frames, before they are resized.
     start: number of the first frame in the file, at the format's rate.
-    watch: returns what changes whenever the content does; it must not change as long as clips are used.
+    require_unchanged: raises UserError if the content is no longer that which was opened.
   """
 
   name: str
@@ -115,11 +115,7 @@ class Footage:
   identify: Callable[[], str]
   read: Callable[[int], Frames]
   start: int = 0
-  watch: Callable[[], object] = lambda: None
-  _state: object = dataclasses.field(init=False, repr=False, compare=False)
-
-  def __post_init__(self):
-    object.__setattr__(self, "_state", self.watch())
+  require_unchanged: Callable[[], None] = lambda: None
 
   def clip(self, num_frames: int) -> ClipRef:
     """Returns a clip of the first frames."""
@@ -129,17 +125,12 @@ class Footage:
   def _identify(self, num_frames: int) -> str:
     form, span = self.form, (self.start, num_frames, self.form.fps if self.fps else 0.0)
     words = (READING_VERSION, self.identify(), span, form.size, form.fit.value, form.resample.name.lower())
-    self._require_unchanged()
     return hashlib.sha256(repr(words).encode()).hexdigest()
 
   def _read(self, num_frames: int) -> Frames:
     frames = self.read(num_frames)
-    self._require_unchanged()
+    self.require_unchanged()
     return self.form.resize(frames)
-
-  def _require_unchanged(self) -> None:
-    if self.watch() != self._state:
-      raise UserError(f"{self.name} changed while it was in use: start again")
 
   def describe_changes(self, num_frames: int) -> list[str]:
     """Describes, with numbers, everything that makes a clip of so many frames differ from the file."""
@@ -161,6 +152,35 @@ class Footage:
     return f"{height}x{width} resized to {to_height}x{to_width}" + (f", {lost} % {how}" if lost else "")
 
 
+class WatchedFile:
+  """A file, or a folder of frames, whose content must not change while it is used."""
+
+  def __init__(self, path: Path):
+    self.path = path
+    self._state = _clip_state(path)
+    self._identity: str | None = None
+
+  def identify(self) -> str:
+    """Returns the hash of its content, see `file_hash`.
+
+    Raises:
+      OSError, UserError: it has vanished or changed.
+    """
+    if self._identity is None:
+      identity = file_hash(self.path)
+      self.require_unchanged()
+      self._identity = identity
+    return self._identity
+
+  def require_unchanged(self) -> None:
+    """Raises OSError if it has vanished, UserError if its content has changed; being moved or linked is no change."""
+    state = _clip_state(self.path)
+    if state != self._state:
+      if self._identity is None or file_hash(self.path) != self._identity:
+        raise UserError(f"{self.path} changed while it was in use: start again")
+      self._state = state
+
+
 def open_footage(path: Path, form: ClipFormat, *, start: int = 0) -> Footage:
   """Opens a file from a frame on, counted at the format's rate; clips have its size nearest to the file's shape.
 
@@ -177,16 +197,17 @@ def open_footage(path: Path, form: ClipFormat, *, start: int = 0) -> Footage:
 
 def file_footage(path: Path, found: ClipInfo, form: ClipFormat, *, start: int, num_frames: int) -> Footage:
   """Returns part of a file that was probed already, see `open_footage`."""
+  file = WatchedFile(path)
   return Footage(
     name=str(path),
     size=found.size,
     fps=found.fps,
     num_frames=num_frames,
     form=form.for_shape(found.size),
-    identify=functools.partial(file_hash, path),
+    identify=file.identify,
     read=lambda count: read_clip(path, start, count, form.fps or None).frames,
     start=start,
-    watch=functools.partial(_clip_state, path),
+    require_unchanged=file.require_unchanged,
   )
 
 

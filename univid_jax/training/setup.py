@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 
 import univid_jax
 from univid_jax.checkpoints.model import base_checksum, create_model, open_encoders, transformer_config
-from univid_jax.checkpoints.run import RunRecord
+from univid_jax.checkpoints.run import RunRecord, has_checkpoint, read_run
 from univid_jax.checkpoints.trained import load_base
 from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import Encoders
 from univid_jax.data.features import FeatureCaches, FeatureMaker
+from univid_jax.data.fingerprint import describe_changes, fingerprint, read_fingerprint, write_fingerprint
 from univid_jax.data.packing import RowShape
 from univid_jax.data.prepare import prepare
 from univid_jax.data.sources.open import DataSources, open_data
@@ -33,7 +34,17 @@ from univid_jax.training.validation import select_sentences
 log = logging.getLogger(__name__)
 
 # Keys that may change when a run is resumed: how long, how often, and where it runs.
-MAY_CHANGE = ("num_steps", "log_every", "checkpoint.", "mesh.", "eval.", "validation.")
+MAY_CHANGE = (
+  "num_steps",
+  "log_every",
+  "checkpoint.",
+  "mesh.",
+  "eval.",
+  "validation.",
+  "data.allow_",
+  "data.num_threads",
+  "data.cache",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +106,7 @@ def set_up_run(config: RunConfig, workdir: str) -> Run:
   data = open_data(config)
   data.report()
   data.require_usable(config.data)
+  check_same_data(workdir, data, config)
   caches = FeatureCaches.open(config, encoders, workdir)
   features = FeatureMaker(encoders, shape=shape, task_names=data.task_names, caches=caches)
   if caches is not None:
@@ -114,13 +126,37 @@ def check_rows_stay_on_one_process(mesh: Mesh) -> None:
     )
 
 
+def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
+  """Records what the data of a run consists of, and checks that it is what the run started with.
+
+  Raises:
+    UserError: the data has changed, and the config does not allow that.
+  """
+  before, now = read_fingerprint(workdir), fingerprint(data.sources)
+  previous = read_run(workdir) if has_checkpoint(workdir) else None
+  if before is not None and before != now and previous is not None and not _changes(previous.config, config):
+    for change in (changes := describe_changes(before, now)):
+      log.warning("the data of %s has changed: %s", workdir, change)
+    if not config.data.allow_changed:
+      raise UserError(
+        f"the data of {workdir} has changed since the run started: {changes[0]}; restore it, use another --workdir, or "
+        "go on with the changed data with --config.data.allow_changed=True"
+      )
+  if jax.process_index() == 0 and before != now:
+    write_fingerprint(workdir, now)
+
+
+def _changes(before: RunConfig, after: RunConfig) -> list[tuple[str, Any, Any]]:
+  """Returns the keys in which a config differs from that of a run, and must not."""
+  return [change for change in differences(before, after) if not change[0].startswith(MAY_CHANGE)]
+
+
 def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> None:
   """Raises UserError, naming the first key that differs, if a workdir belongs to another config."""
-  changes: list[tuple[str, Any, Any]] = list(differences(previous.config, current.config))
+  changes = _changes(previous.config, current.config)
   if previous.base != current.base:
     changes.append(("the checksum of init_from", previous.base, current.base))
   for key, before, after in changes:
-    if not key.startswith(MAY_CHANGE):
-      raise UserError(
-        f"{workdir} is a run with {key} = {before!r}, not {after!r}: use the same config or another --workdir"
-      )
+    raise UserError(
+      f"{workdir} is a run with {key} = {before!r}, not {after!r}: use the same config or another --workdir"
+    )

@@ -11,7 +11,6 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.paths import copy_to_local
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames, reference_roles
-from univid_jax.data.clips import file_hash
 from univid_jax.data.contexts import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.reader import Frames
@@ -65,6 +64,10 @@ class ComputedSentences:
   @property
   def task_names(self) -> tuple[str, ...]:
     return tuple(self.tasks)
+
+  def identify_records(self) -> dict[str, object]:
+    """See `IdentifiesRecords`: the files of the folders."""
+    return {clip.path.name: clip.file.identify() for folder in self.folders for clip in folder.clips}
 
   @property
   def folders(self) -> list[FolderSource]:
@@ -168,6 +171,10 @@ class LazySentences:
   def task_names(self) -> tuple[str, ...]:
     return self.sentences.task_names
 
+  def identify_records(self) -> dict[str, object]:
+    """See `ComputedSentences.identify_records`."""
+    return self.sentences.identify_records()
+
   def split(self, share: float) -> "tuple[LazySentences, ComputedSentences]":
     """See `ComputedSentences.split`."""
     return self, self.sentences.split(share)[1]
@@ -246,5 +253,5 @@ def computed_identity(config: RunConfig, sentences: ComputedSentences) -> str:
   data = config.data
   weights = [sort_weights(each) for each in (data.tasks, data.contexts, data.animating_contexts)]
   options = (data.height, data.width, data.num_frames, data.fps, data.reverse_probability, data.bundled, data.jitter)
-  hashes = [file_hash(clip.path) for folder in sentences.folders for clip in folder.clips]
+  hashes = [clip.file.identify() for folder in sentences.folders for clip in folder.clips]
   return repr((COMPUTING_VERSION, config.seed, weights, sort_weights(data.shots), options, hashes))

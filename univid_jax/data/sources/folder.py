@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import file_state
+from univid_jax.data.clips import WatchedFile
 from univid_jax.data.reader import CLIP_KINDS, CLIP_SUFFIXES, Frames, is_foreign, probe, read_clip
 from univid_jax.data.sources.base import Dropped
 from univid_jax.data.sources.photos import crop_box, moving_window
@@ -29,18 +29,20 @@ class FolderClip:
   """An image or a video of a folder.
 
   Attributes:
-    path: of the file.
+    file: which must not change while it is used.
     num_frames: at the source's frame rate.
     size: height and width in pixels.
-    state: of the file, see `file_state`: it must not change while it is used.
     is_kept: whether its decoded frames stay in memory.
   """
 
-  path: Path
+  file: WatchedFile
   num_frames: int
   size: tuple[int, int]
-  state: tuple[int, ...]
   is_kept: bool
+
+  @property
+  def path(self) -> Path:
+    return self.file.path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ class FolderSource:
       num_bytes = 3 * count * int(np.prod(_reduced_size(found.size, side)))
       is_kept = 3 * count * int(np.prod(found.size)) <= LARGEST_KEPT_FILE and kept + num_bytes <= KEPT_BYTES
       kept, total = kept + num_bytes * is_kept, total + num_bytes
-      clips.append(FolderClip(path, count, found.size, file_state(path), is_kept))
+      clips.append(FolderClip(WatchedFile(path), count, found.size, is_kept))
     if not clips:
       reason = f": {dropped[0]}" if dropped else f"; a clip is {CLIP_KINDS}"
       raise UserError(f"no images or videos in {folder}{reason}")
@@ -139,8 +141,7 @@ class FolderSource:
       return self._kept[clip.path][start : start + count]
     first, length = (0, clip.num_frames) if clip.is_kept else (start, count)
     frames = _reduce(read_clip(clip.path, first, length, self.fps or None).frames, self.side)
-    if file_state(clip.path) != clip.state:
-      raise UserError(f"{clip.path} changed while it was in use: start again")
+    clip.file.require_unchanged()
     if clip.is_kept:
       self._kept[clip.path] = frames
     return frames[start - first : start - first + count]

@@ -47,6 +47,19 @@ class ListedSentences:
   def task_names(self) -> tuple[str, ...]:
     return tuple(sorted({record.task for record in self.records} - {""}))
 
+  def identify_records(self) -> dict[str, object]:
+    """See `IdentifiesRecords`."""
+    return {
+      record.name: (
+        [(part.identify(), part.start, part.num_frames) for part in record.footage],
+        [int(role) for role in record.roles],
+        record.prompt,
+        record.task,
+        record.lengths,
+      )
+      for record in self.records
+    }
+
   def split(self, share: float) -> tuple["ListedSentences", "ListedSentences"]:
     """Holds out a share of the records of each task, rounded down."""
     kept, held_out = hold_out(self.records, share, group=lambda record: record.task)

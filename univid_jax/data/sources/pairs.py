@@ -93,6 +93,10 @@ class PairSentences:
   def task_names(self) -> tuple[str, ...]:
     return tuple(sorted({task for task, _ in self.groups}))
 
+  def identify_records(self) -> dict[str, object]:
+    """See `IdentifiesRecords`."""
+    return {f"{pair.task}/{pair.name}": (pair.source.identify(), pair.target.identify()) for pair in self.pairs}
+
   def split(self, share: float) -> tuple["PairSentences", "PairSentences"]:
     """Holds out a share of the pairs of each task and size, rounded down, but leaves at least two.
 

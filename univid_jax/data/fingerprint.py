@@ -1,0 +1,85 @@
+"""What the data of a run consists of, so that a run notices when it is resumed on other data."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from etils import epath
+
+from univid_jax.core.paths import atomic_write
+from univid_jax.core.protocols import SentenceSource
+
+FILE = "data.json"
+
+# Larger sources are compared as a whole, without naming what changed.
+MAX_NAMED_RECORDS = 20_000
+NAMED_CHANGES = 5
+
+
+@runtime_checkable
+class IdentifiesRecords(Protocol):
+  """A source whose sentences are made from records that may change."""
+
+  def identify_records(self) -> Mapping[str, object]:
+    """Returns what identifies each record, by its name: the contents of its files and everything else it says."""
+    ...
+
+
+def fingerprint(sources: Mapping[str, SentenceSource]) -> dict[str, Any]:
+  """Returns for each source the number of its records, a checksum of all and, if there are not too many, of each.
+
+  Raises:
+    OSError, UserError: a file has vanished or changed.
+  """
+  found = {}
+  for name, source in sources.items():
+    identities = source.identify_records() if isinstance(source, IdentifiesRecords) else {}
+    records = {record: _digest(identity) for record, identity in sorted(identities.items())}
+    found[name] = {
+      "num_records": len(records),
+      "checksum": _digest(list(records.items())),
+      "records": records if len(records) <= MAX_NAMED_RECORDS else {},
+    }
+  return found
+
+
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """Describes in one line per source what differs between two fingerprints."""
+  changes = []
+  for name in sorted(before.keys() | now.keys()):
+    old, new = before.get(name), now.get(name)
+    if not old or not new:
+      changes.append(f"{name} was {'removed' if old else 'added'}")
+    elif old["checksum"] != new["checksum"]:
+      parts = [f"{name} had {old['num_records']} records and has {new['num_records']}"]
+      for verb, records in (
+        ("removed", old["records"].keys() - new["records"].keys()),
+        ("added", new["records"].keys() - old["records"].keys()),
+        ("changed", {key for key, value in old["records"].items() if new["records"].get(key, value) != value}),
+      ):
+        if records and old["records"] and new["records"]:
+          more = f" and {len(records) - NAMED_CHANGES} more" if len(records) > NAMED_CHANGES else ""
+          parts.append(f"{verb}: {', '.join(sorted(records)[:NAMED_CHANGES])}{more}")
+      changes.append("; ".join(parts))
+  return changes
+
+
+def read_fingerprint(workdir: epath.PathLike) -> dict[str, Any] | None:
+  """Reads WORKDIR/data.json; None if there is none, or it is damaged."""
+  path = epath.Path(workdir) / FILE
+  try:
+    values = json.loads(path.read_text())
+  except (FileNotFoundError, ValueError):
+    return None
+  return values if isinstance(values, dict) else None
+
+
+def write_fingerprint(workdir: epath.PathLike, values: Mapping[str, Any]) -> None:
+  """Writes WORKDIR/data.json."""
+  with atomic_write(epath.Path(workdir) / FILE) as path:
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _digest(identity: object) -> str:
+  return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
