@@ -25,7 +25,7 @@ from univid_jax.core.options import Packing
 from univid_jax.data.cache import Cache
 from univid_jax.data.contexts import PAPER_CONTEXTS
 from univid_jax.data.grain_adapter import pack_dataset
-from univid_jax.data.reader import probe, read_clip
+from univid_jax.data.reader import probe, read_parts
 
 FLAGS = CommandFlags(__doc__)
 VIDEO = FLAGS.string("video", None, "A file in the reference's format.", required=True)
@@ -70,8 +70,7 @@ def measure_fill_rates(num_rows: int = 1500) -> dict[str, float]:
 def read_clips(path: Path) -> np.ndarray:
   """Reads four clips, uint8 (4, T, H, W, 3)."""
   quarter = probe(path).num_frames // 4
-  starts = range(0, 4 * quarter, quarter)
-  return np.stack([read_clip(path, start, NUM_FRAMES).frames for start in starts])
+  return np.stack(read_parts(path, [(i * quarter, NUM_FRAMES) for i in range(4)]))
 
 
 def read_clips_like_reference(path: Path) -> np.ndarray:

@@ -22,6 +22,7 @@ from univid_jax.config.schema import TFDSConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle, TargetKind
 from univid_jax.core.sentence import Role, read_frames
+from univid_jax.data import joint_reading
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
@@ -197,6 +198,24 @@ class TestPairs:
     held_out, unusable = training.with_test_set(test)
     assert {held_out[i].task for i in range(len(held_out))} == {"edges"}
     assert len(unusable) == 3 and "scribbles/a: the training data has no example of its task" in str(unusable[0])
+
+
+def test_clips_of_one_video_are_read_together(tmp_path, monkeypatch):
+  """Whatever the order in which they are needed, and however often."""
+  write_video(tmp_path / "one.mp4", 200)
+  write_table(tmp_path, [("one.mp4", "x")])
+  sentences, _ = open_metadata(str(tmp_path), FORM, draw_options(contexts={"I": 1.0}))
+  alone = [footage.clip(5).read() for footage in sentences.records[0].footage]
+  calls = []
+  read_parts = joint_reading.read_parts
+  monkeypatch.setattr(
+    joint_reading, "read_parts", lambda *args, **options: calls.append(1) or read_parts(*args, **options)
+  )
+  for order, num_calls in (((0, 1, 2, 3), 1), ((3, 0, 2, 1), 1), ((2, 2, 0, 3), 2)):
+    calls.clear()
+    clips = sentences[0].clips
+    assert all(np.array_equal(clips[i].read(), alone[i]) for i in order)
+    assert len(calls) == num_calls
 
 
 class TestManifest:

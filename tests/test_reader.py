@@ -13,7 +13,7 @@ import pytest
 from tests.numbered_videos import encode_video, numbered_frames, read_numbers
 from univid_jax.core.errors import UserError
 from univid_jax.data.h264 import _Bits
-from univid_jax.data.reader import is_foreign, probe, read_clip
+from univid_jax.data.reader import is_foreign, probe, read_clip, read_parts
 
 CASES = Path(__file__).parent / "cases" / "videos"
 TRUTH = json.loads((CASES / "truth.json").read_text())
@@ -311,3 +311,17 @@ def test_damaged_h264_headers_cost_no_memory():
   for data in (bytes(4000), bytes(3999) + b"\xff", b"\0" * 2000 + b"\x55" * 2000):
     assert _Bits(data).take_golomb() < 1 << 33
     assert _Bits(data).take(1 << 40) == 0
+
+
+def test_parts_are_read_together(tmp_path: Path):
+  """With key frames in some gaps and not in others, overlapping, repeated, in any order, at other rates."""
+  for name, gop in (("few", 1000), ("many", 12)):
+    path = tmp_path / f"{name}.mp4"
+    encode_video(path, numbered_frames(250), gop=gop)
+    for spans in ([(0, 5), (60, 5), (120, 5), (180, 5)], [(240, 10), (0, 1), (3, 9), (0, 1)], [(7, 100), (50, 2)]):
+      for fps in (None, 8.0):
+        if fps:
+          spans = [(start // 4, count) for start, count in spans if start // 4 + count < 60]
+        parts = read_parts(path, spans, fps=fps)
+        expected = [read_clip(path, start, count, fps).frames for start, count in spans]
+        assert all(np.array_equal(*pair) for pair in zip(parts, expected, strict=True))

@@ -105,6 +105,7 @@ class Footage:
     read: returns the first n frames, before they are resized.
     start: number of the first frame in the file, at the format's rate.
     require_unchanged: raises UserError if the content is no longer that which was opened.
+    path: of the file; None for frames of another origin.
   """
 
   name: str
@@ -116,6 +117,7 @@ class Footage:
   read: Callable[[int], Frames]
   start: int = 0
   require_unchanged: Callable[[], None] = lambda: None
+  path: Path | None = None
 
   def clip(self, num_frames: int) -> ClipRef:
     """Returns a clip of the first frames."""
@@ -208,6 +210,7 @@ def file_footage(path: Path, found: ClipInfo, form: ClipFormat, *, start: int, n
     read=lambda count: read_clip(path, start, count, form.fps or None).frames,
     start=start,
     require_unchanged=file.require_unchanged,
+    path=path,
   )
 
 

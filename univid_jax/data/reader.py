@@ -125,6 +125,33 @@ def read_clip(
     raise UserError(f"it is not a clip: a clip is {CLIP_KINDS}")
 
 
+def read_parts(path: str | os.PathLike, spans: Sequence[tuple[int, int]], *, fps: float | None = None) -> list[Frames]:
+  """Reads several parts of a clip, of a video faster than one after another.
+
+  Args:
+    path: see `read_clip`.
+    spans: `start` and `num_frames` of each part.
+    fps: see `read_clip`.
+
+  Raises:
+    FileNotFoundError, UserError: see `read_clip`.
+  """
+  path = Path(path)
+  if len(spans) == 1 or path.is_dir() or path.suffix.lower() not in VIDEO_SUFFIXES or _is_animation(path):
+    return [read_clip(path, start, count, fps).frames for start, count in spans]
+  with _named_errors(path):
+    timeline = scan_timeline(path)
+    assert timeline.schedule is not None
+    parts = [timeline.schedule.select(start, count, fps) for start, count in spans]
+    indices = np.unique(np.concatenate(parts))
+    frames = read_video_frames(path, timeline, indices)
+    return [frames[np.searchsorted(indices, part)] for part in parts]
+
+
+def _is_animation(path: Path) -> bool:
+  return path.suffix.lower() in ANIMATION_SUFFIXES
+
+
 def probe(path: str | os.PathLike) -> ClipInfo:
   """Inspects a file without decoding more than the first frames, unless its frames can only be counted by decoding.
 

@@ -22,9 +22,32 @@ MAX_REORDERED = 32
 def read_video_frames(path: Path, timeline: Timeline, indices: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
   """Reads frames by their positions in the order of presentation, which are sorted and may repeat.
 
+  What lies between them is decoded only if no key frame follows it.
+
   Raises:
     UserError: there are too few frames, one is damaged, or their sizes differ.
   """
+  parts = [_read_part(path, timeline, part) for part in _split_at_keys(timeline, indices)]
+  if len({part.shape[1:] for part in parts}) > 1:
+    raise UserError(f"its frames have different sizes: {parts[0].shape[1:3]} and {parts[-1].shape[1:3]}")
+  return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _split_at_keys(timeline: Timeline, indices: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "_"]]:
+  """Splits positions at gaps with a key frame, from which the next part can be decoded."""
+  if timeline.schedule is None or not timeline.is_indexed:
+    return [indices]
+  times = timeline.schedule.times
+  gaps = np.flatnonzero(np.diff(indices) > 1 + MAX_REORDERED)
+  splits = [
+    gap + 1
+    for gap in gaps
+    if ((timeline.keys > times[indices[gap]]) & (timeline.keys <= _first_needed(timeline, int(indices[gap + 1])))).any()
+  ]
+  return np.split(indices, splits)
+
+
+def _read_part(path: Path, timeline: Timeline, indices: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
   reading = None
   for key in _starting_points(timeline, int(indices[0])):
     reading = _Reading(timeline, indices)

@@ -8,6 +8,7 @@ import numpy as np
 from univid_jax.core.sentence import Role, Sentence
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.contexts import video_pattern
+from univid_jax.data.joint_reading import make_clips
 from univid_jax.data.sources.base import DrawOptions, draw, hold_out
 
 
@@ -73,7 +74,7 @@ class ListedSentences:
       context = draw(rng, self.options.contexts)
       is_video = video_pattern(context, len(record.footage))
       lengths = [self.form.num_frames if video else 1 for video in is_video]
-    clips = [footage.clip(n) for footage, n in zip(record.footage, lengths)]
+    clips = make_clips(record.footage, lengths)
     reverse = record.lengths is None and rng.random() < self.options.reverse_probability
     if reverse:
       clips = [clips[i ^ 1] for i in range(len(clips))]
