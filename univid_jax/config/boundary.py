@@ -127,6 +127,16 @@ def _build_scalar(kind: type, value: Any, key: str) -> Any:
   names = {int: "an integer", float: "a number", str: "text", bool: "True or False"}
   if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
     return value
-  if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool) and kind(value) == value:
+  if (
+    kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool) and _converts(value, kind)
+  ):
     return kind(value)
   raise UserError(f"{key} must be {names[kind]}, got {value!r}")
+
+
+def _converts(value: int | float, kind: type[int] | type[float]) -> bool:
+  """Returns whether a number is the same as another kind of number; infinity is no integer."""
+  try:
+    return kind(value) == value
+  except (OverflowError, ValueError):
+    return False

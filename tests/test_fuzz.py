@@ -1,0 +1,132 @@
+"""Damaged files end in one clear line: no other exception, no hang, bounded memory, nothing written elsewhere.
+
+python -m pytest tests/test_fuzz.py -m slow     # ten minutes in all
+"""
+
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from tests.clip_files import FORM, draw_options, write_image, write_table, write_video
+from tests.mutations import damaged_bytes, damaged_json_file, dump
+from univid_jax.checkpoints.run import RunRecord, read_run, write_run
+from univid_jax.config.presets import tiny
+from univid_jax.core.errors import UserError
+from univid_jax.data.fingerprint import read_fingerprint
+from univid_jax.data.sources.readers.jsonl import open_manifest
+from univid_jax.data.sources.readers.metadata_csv import open_metadata
+
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "600"))
+MAX_SECONDS_PER_FILE = 20
+MAX_MEGABYTES = 300
+
+
+class Target(NamedTuple):
+  """A reader to fuzz.
+
+  Attributes:
+    name: of the file.
+    prepare: writes a valid file and what it needs into a folder.
+    damage: given the valid file, a strategy for damaged ones.
+    read: reads the file.
+  """
+
+  name: str
+  prepare: Callable[[Path], object]
+  damage: Callable[[bytes], st.SearchStrategy[bytes]]
+  read: Callable[[Path], object]
+
+
+def write_metadata_csv(folder: Path) -> None:
+  write_video(folder / "a.mp4", 24)
+  write_table(folder, [("a.mp4", 'a "text", with commas'), ("b.mp4", "ü")])
+
+
+def write_manifest(folder: Path) -> None:
+  write_image(folder / "a.png")
+  clips = [{"path": "a.png", "role": role, "num_frames": 1, "start": 0} for role in ("context", "target")]
+  (folder / "m.jsonl").write_bytes(dump({"clips": clips, "prompt": "x", "task": "y", "context": "II"}))
+
+
+def write_checkpoint_info(folder: Path) -> None:
+  shutil.copy(Path(__file__).parent / "goldens" / "checkpoint.json", folder)
+
+
+def write_fingerprint(folder: Path) -> None:
+  (folder / "data.json").write_bytes(dump({"pairs": {"num_records": 1, "checksum": "x", "records": {"a": "b"}}}))
+
+
+def write_config(folder: Path) -> None:
+  write_run(folder, RunRecord(tiny(), "", "0"))
+
+
+TARGETS = (
+  Target("metadata.csv", write_metadata_csv, damaged_bytes, lambda path: open_metadata(path, FORM, draw_options())),
+  Target("m.jsonl", write_manifest, damaged_json_file, lambda path: open_manifest(path, FORM, draw_options())),
+  Target("config.json", write_config, damaged_json_file, lambda path: read_run(path.parent)),
+  Target("data.json", write_fingerprint, damaged_json_file, lambda path: read_fingerprint(path.parent)),
+)
+
+
+def fuzz(target: Target, folder: Path, *, max_examples: int, seed: int) -> None:
+  """Reads so many damaged files."""
+  inside = folder / "inside" / "deep"
+  inside.mkdir(parents=True, exist_ok=True)
+  target.prepare(inside)
+  path = inside / target.name
+  original = path.read_bytes()
+  expected = sorted(folder.rglob("*"))
+
+  @hypothesis.settings(
+    max_examples=max_examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+  )
+  @hypothesis.seed(seed)
+  @hypothesis.given(target.damage(original))
+  def check(data: bytes) -> None:
+    path.write_bytes(data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.alarm(MAX_SECONDS_PER_FILE)
+    try:
+      target.read(path)
+    except (UserError, OSError) as error:
+      assert str(error)
+    finally:
+      signal.alarm(0)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_MEGABYTES * 1024
+    assert sorted(folder.rglob("*")) == expected
+
+  check()
+
+
+@pytest.fixture(autouse=True)
+def alarm():
+  def stop(*_):
+    raise AssertionError("the file is still being read")
+
+  previous = signal.signal(signal.SIGALRM, stop)
+  yield
+  signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_damaged_files(tmp_path: Path, target: Target):
+  fuzz(target, tmp_path, max_examples=200, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_damaged_files_for_long(tmp_path: Path, target: Target):
+  end, seed = time.monotonic() + SECONDS / len(TARGETS), 1
+  while time.monotonic() < end:
+    fuzz(target, tmp_path, max_examples=300, seed=seed)
+    seed += 1
+  print(f"{target.name}: {seed - 1} seeds of 300 examples")
