@@ -2,7 +2,8 @@
 
   python -m univid_jax.demo --checkpoint=DIR [--lora=PATH] [--host=HOST] [--port=PORT]
 
-Needs the extra `demo` (Gradio). The page is only reachable from this machine unless --host says otherwise.
+Needs the extra `demo` (Gradio). The page is only reachable from this machine unless --host says otherwise; it serves
+only what was uploaded to it and what it sampled.
 """
 
 import sys
@@ -14,6 +15,8 @@ from univid_jax.core.errors import UserError
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT, LORA, DTYPE = FLAGS.checkpoint(), FLAGS.lora(), FLAGS.dtype()
 HOST = FLAGS.string("host", "127.0.0.1", "Address to listen on.")
+MAX_UPLOAD = FLAGS.integer("max_upload_mb", 200, "Largest file that is accepted, in MB.", lower_bound=1)
+MAX_QUEUE = FLAGS.integer("max_queue", 16, "Requests that may wait; more are refused.", lower_bound=1)
 PORT = FLAGS.integer("port", 7860, "Port to listen on; 0 takes a free one.", lower_bound=0)
 
 
@@ -31,7 +34,14 @@ def main() -> None:
   enable_compilation_cache()
   loras = [parse_lora(item) for item in LORA.value]
   page = build_page(univid_jax.load_pipeline(CHECKPOINT.value, lora=loras, dtype=DTYPE.value))
-  page.launch(server_name=HOST.value, server_port=PORT.value or None, quiet=False)
+  page.queue(max_size=MAX_QUEUE.value, default_concurrency_limit=1)
+  page.launch(
+    server_name=HOST.value,
+    server_port=PORT.value or None,
+    max_file_size=f"{MAX_UPLOAD.value}mb",
+    share=False,
+    quiet=False,
+  )
 
 
 if __name__ == "__main__":
