@@ -27,16 +27,19 @@ class RunRecord:
     config: of the run.
     base: checksum of the transformer that training starts from; "" without a base.
     version: of univid_jax that started or last resumed the run.
+    prompts: of the tasks, as the run trains them; tasks whose records have prompts of their own are missing.
   """
 
   config: RunConfig
   base: str
   version: str
+  prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_run(workdir: epath.PathLike, record: RunRecord) -> None:
   """Writes WORKDIR/config.json."""
   values = {**to_json(record.config), "base": record.base, "version": record.version}
+  values["prompts"] = dict(record.prompts)
   (epath.Path(workdir) / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -56,7 +59,10 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
     if not {"model", "data", "rows"} <= values.keys():
       return None  # of something else, for example of an official release
     base, version = values.pop("base", ""), values.pop("version", "unknown")
-    return RunRecord(from_json(values), base, version)
+    prompts = values.pop("prompts", {})
+    if not isinstance(prompts, dict):
+      raise ValueError("prompts must be an object")
+    return RunRecord(from_json(values), base, version, prompts)
   except ValueError as error:
     raise UserError(f"{path} cannot be read by this version: {error}") from error
 

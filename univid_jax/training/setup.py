@@ -113,7 +113,7 @@ def set_up_run(config: RunConfig, workdir: str) -> Run:
     held_out = select_sentences(data, config.validation.sentences)[0] if config.validation.every_steps else []
     prepare(features, data, row_shape=RowShape.of(config), held_out=held_out, allow_dropped=config.data.allow_dropped)
   base_graph, frozen = load_base(config, mesh) if config.lora.enabled else (None, {})
-  record = RunRecord(config, base_checksum(config), univid_jax.__version__)
+  record = RunRecord(config, base_checksum(config), univid_jax.__version__, data.prompts)
   return Run(record, workdir, mesh, shape, optimizer, spec, base_graph, frozen, encoders, data, features)
 
 

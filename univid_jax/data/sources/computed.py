@@ -65,6 +65,13 @@ class ComputedSentences:
   def task_names(self) -> tuple[str, ...]:
     return tuple(self.tasks)
 
+  @property
+  def prompts(self) -> dict[str, str]:
+    """The prompt of each task."""
+    return {
+      task: prompt_for(TASKS[task].prompt_name, self.prompt_style) for task, weight in self.tasks.items() if weight
+    }
+
   def identify_records(self) -> dict[str, object]:
     """See `IdentifiesRecords`: the files of the folders."""
     return {clip.path.name: clip.file.identify() for folder in self.folders for clip in folder.clips}
@@ -170,6 +177,11 @@ class LazySentences:
   @property
   def task_names(self) -> tuple[str, ...]:
     return self.sentences.task_names
+
+  @property
+  def prompts(self) -> dict[str, str]:
+    """See `ComputedSentences.prompts`."""
+    return self.sentences.prompts
 
   def identify_records(self) -> dict[str, object]:
     """See `ComputedSentences.identify_records`."""

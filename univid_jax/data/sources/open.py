@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.errors import UserError
@@ -26,6 +27,14 @@ log = logging.getLogger(__name__)
 REPORTED_CHANGES = 5
 
 
+@runtime_checkable
+class HasPrompts(Protocol):
+  """A source whose tasks have one prompt each."""
+
+  @property
+  def prompts(self) -> Mapping[str, str]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSources:
   """Where the sentences of a run come from.
@@ -45,6 +54,12 @@ class DataSources:
   @property
   def task_names(self) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for source in self.sources.values() for name in source.task_names))
+
+  @property
+  def prompts(self) -> dict[str, str]:
+    """The prompt of each task; tables and manifests have prompts of their own instead."""
+    sources = [source for source in self.sources.values() if isinstance(source, HasPrompts)]
+    return {task: prompt for source in sources for task, prompt in source.prompts.items()}
 
   def report(self) -> None:
     """Logs what is used and what is dropped."""

@@ -93,6 +93,14 @@ class PairSentences:
   def task_names(self) -> tuple[str, ...]:
     return tuple(sorted({task for task, _ in self.groups}))
 
+  @property
+  def prompts(self) -> dict[str, str]:
+    """The prompt of each task."""
+    return {task: self._prompt(task) for task in self.task_names}
+
+  def _prompt(self, task: str) -> str:
+    return prompt_for(task.replace("_", " "), self.options.prompt)
+
   def identify_records(self) -> dict[str, object]:
     """See `IdentifiesRecords`."""
     return {f"{pair.task}/{pair.name}": (pair.source.identify(), pair.target.identify()) for pair in self.pairs}
@@ -135,7 +143,7 @@ class PairSentences:
     sentence = make_sentence(
       pairs,
       reverse=rng.random() < options.reverse_probability,
-      prompt="" if dropped else prompt_for(query.task.replace("_", " "), options.prompt),
+      prompt="" if dropped else self._prompt(query.task),
       task=query.task,
       context=context,
     )
