@@ -18,7 +18,13 @@ if not IS_WORKER:
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+import tests.typecheck  # noqa: E402, F401  (the hook refers to it)
+
+# Before anything of the package is imported.
+jaxtyping.install_import_hook(["univid_jax"], "tests.typecheck.check_types")
 
 from univid_jax.config.boundary import override  # noqa: E402
 from univid_jax.config.presets import tiny  # noqa: E402

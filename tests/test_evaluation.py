@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 from sklearn import metrics as sklearn_metrics
 
 from tests.clip_files import write_image
@@ -165,7 +166,7 @@ class TestModes:
 class TestSamplesFolder:
   def test_only_what_changes_samples_matters(self, tiny_config, tmp_path):
     def open_folder(config=tiny_config, origin=ORIGIN):
-      return open_samples_folder(tmp_path, config, select(config), origin, write=True)
+      return open_samples_folder(epath.Path(tmp_path), config, select(config), origin, write=True)
 
     folder = open_folder()
     assert folder == open_folder(override(tiny_config, {"eval.depth_alignment": "median", "data.num_threads": 2}))
@@ -186,7 +187,7 @@ class TestSamplesFolder:
           path.parent.mkdir(parents=True, exist_ok=True)
           write_image(path, shade=shade)
       config = override(tiny_config, {f"data.{key}": str(tmp_path / "pairs") for key in ("pairs", "test_pairs")})
-      folders.append(open_samples_folder(tmp_path, config, select(config), ORIGIN, write=False))
+      folders.append(open_samples_folder(epath.Path(tmp_path), config, select(config), ORIGIN, write=False))
     assert folders[0] != folders[1]
 
 

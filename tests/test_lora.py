@@ -213,7 +213,7 @@ class TestOnAModel:
     model = nnx.clone(base)
     names = attach(model, LoRAConfig(rank=4, targets=("q", "ffn.0", "head.head")), rngs=nnx.Rngs(0))
     assert names == ["blocks.0.cross_attn.q", "blocks.0.ffn.0", "blocks.0.self_attn.q", "head.head"]
-    r = row()
+    r = jax.tree.map(jnp.asarray, row())
     time = jnp.full((1, 2), 300.0)
     assert np.array_equal(model(r.tokens, time, r), base(r.tokens, time, r))
 

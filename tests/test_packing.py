@@ -1,6 +1,7 @@
 """Packed rows, and the loader that makes batches of them."""
 
 import dataclasses
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -160,8 +161,8 @@ class TestLoader:
   )
   def test_a_sentence_that_is_too_long_is_named(self, tiny_config, limits, message):
     shape = RowShape(**dict(num_tokens=48, num_text_tokens=3, num_slots=3) | limits)
-    with pytest.raises(UserError, match=message):
-      next(self.loader(tiny_config, row_shape=shape))
+    with closing(self.loader(tiny_config, row_shape=shape)) as loader, pytest.raises(UserError, match=message):
+      next(loader)
 
   def test_batches_depend_on_the_seed_and_not_on_threads(self, tiny_config):
     one, four = (self.batches(self.loader(tiny_config, num_threads=n), 5) for n in (1, 4))

@@ -14,12 +14,13 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.reader import read_clip
+from univid_jax.inference.pipeline import Pipeline
 
 TRAINED = ClipFormat(size=(16, 24), num_frames=17, fit=ClipFit.PAD, fps=8.0, buckets=((24, 16),))
 AS_TRAINED = dict(size=None, num_frames=None, fit=None, fps=None)
 
 
-class EchoPipeline:
+class EchoPipeline(Pipeline):
   """Returns the query, cut or repeated to the length asked for."""
 
   dtype = "float32"

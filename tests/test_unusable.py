@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +109,14 @@ def test_files_that_vanish_while_training(tmp_path, caplog, kind):
       allow_dropped=allowed,
     )
     if not allowed:
-      with pytest.raises(UserError, match=rf"({RECORDS[kind]}).*cannot be used: .*[nN]o such .*{path.name}"):
+      message = rf"({RECORDS[kind]}).*cannot be used: .*[nN]o such .*{path.name}"
+      with closing(loader), pytest.raises(UserError, match=message):
         for _ in range(20):
           next(loader)
       continue
     caplog.clear()
-    rows = [next(loader) for _ in range(20)]
+    with closing(loader):
+      rows = [next(loader) for _ in range(20)]
     assert all((row.segment_ids > 0).any() for row in rows)
     dropped = [message for message in caplog.messages if message.startswith("dropped: ")]
     assert dropped and len(dropped) == len(set(dropped)) and all(path.name in message for message in dropped)
@@ -128,7 +131,7 @@ def test_data_without_a_usable_sentence_ends(tmp_path, monkeypatch):
   loader = make_loader(
     list(data.sources.values()), features, row_shape=ROWS, rows_per_batch=2, seed=0, allow_dropped=True
   )
-  with pytest.raises(UserError, match="cannot be used"):
+  with closing(loader), pytest.raises(UserError, match="cannot be used"):
     next(loader)
 
 

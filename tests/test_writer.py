@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.numbered_videos import FFMPEG, encode_video, numbered_frames, read_numbers, read_with_ffmpeg
+from tests.typecheck import unchecked
 from univid_jax.core.errors import UserError
 from univid_jax.data.reader import read_clip
 from univid_jax.data.writer import check_target, write_clip
@@ -117,5 +118,5 @@ def test_nothing_is_written_to_a_wrong_target(tmp_path: Path):
     with pytest.raises(UserError, match=message):
       write_clip(tmp_path / name, frames)
   assert not (tmp_path / "x.png").exists() and not (tmp_path / "x.docx").exists()
-  with pytest.raises(ValueError, match="uint8"):
+  with pytest.raises(ValueError, match="uint8"), unchecked():
     write_clip(tmp_path / "x.mp4", frames.astype(np.float32))

@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import absl.logging
 from tqdm import tqdm
@@ -42,6 +42,7 @@ MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
 OUT_OF_MEMORY = "use fewer frames, a smaller size or more devices; python -m univid_jax.forecast prints what is needed"
 
 
+@runtime_checkable
 class Main(Protocol):
   """A command: takes a command line, program name first (default: sys.argv), and returns the exit code."""
 

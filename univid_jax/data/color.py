@@ -42,7 +42,8 @@ RIGHT_ANGLES = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))
 MAX_PIXELS = 2**27
 MAX_PIXEL_ASPECT = 8
 
-Frame = UInt8[np.ndarray, "H W 3"]
+# Its size is not compared with others: frames of a file may differ, and some are turned.
+Frame = UInt8[np.ndarray, "_H _W 3"]
 
 
 class FrameConverter:

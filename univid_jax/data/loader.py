@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -35,6 +35,7 @@ _LIMITS: Mapping[Unit, str] = {
 MAX_DROPPED_IN_A_ROW = 1000
 
 
+@runtime_checkable
 class MakeFeatures(Protocol):
   """Encodes sentences; `FeatureMaker` in a run."""
 

@@ -38,7 +38,8 @@ FOREIGN_NAMES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__macosx"
 # NumPy parses the header of a .npy with Python's ast, which in Python 3.11 sometimes fails when several threads use it.
 _HEADER_LOCK = threading.Lock()
 
-Frames = UInt8[np.ndarray, "T H W 3"]
+# Clips need not agree in length and size.
+Frames = UInt8[np.ndarray, "_T _H _W 3"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,7 @@ class _Reading:
       if key is not None:
         container.seek(key, stream=stream)
       decoder = Decoder(
-        container, stream, is_strict=is_strict, skip_until=_first_needed(self._timeline, self._indices[0])
+        container, stream, is_strict=is_strict, skip_until=_first_needed(self._timeline, int(self._indices[0]))
       )
       converter = FrameConverter(stream.sample_aspect_ratio)
       shown = self._shown_frames(decoder, was_sought=key is not None)

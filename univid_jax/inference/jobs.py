@@ -23,7 +23,7 @@ class Job:
   """
 
   sentence: Sentence
-  noise: Float[np.ndarray, "l p"]
+  noise: Float[np.ndarray, "q p"]
   condition: np.ndarray | None
   image_features: np.ndarray | None
 
@@ -57,7 +57,7 @@ def pack_single(features: Features, *, context_causal: bool) -> PackedRow:
 def pack_request(
   positive: Sequence[Features],
   negative: Sequence[Features] | None,
-  noises: Sequence[Float[np.ndarray, "l p"]],
+  noises: Sequence[Float[np.ndarray, "_q p"]],
   *,
   context_causal: bool,
 ) -> Request:

@@ -37,7 +37,7 @@ class Request:
   row: PackedRow
   negative: PackedRow | None
   places: Sequence[tuple[int, int]]
-  noises: Sequence[Float[np.ndarray, "t p"]]
+  noises: Sequence[Float[np.ndarray, "_q p"]]
 
 
 class Sampler:
@@ -63,7 +63,7 @@ class Sampler:
     guidance_scale: float = 1.0,
     rows_per_batch: int | None = None,
     progress: Progress | None = None,
-  ) -> list[Float[np.ndarray, "t p"]]:
+  ) -> list[Float[np.ndarray, "_q p"]]:
     """Samples the targets of all sentences.
 
     Args:

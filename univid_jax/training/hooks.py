@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -79,6 +79,7 @@ class StepEvent:
     )
 
 
+@runtime_checkable
 class Hook(Protocol):
   """Runs after every step."""
 

@@ -31,6 +31,7 @@ from univid_jax.models.attention.api import best_backend
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.processes import gather_arrays
 from univid_jax.parallel.sharding import shard_batch
+from univid_jax.platform.current import current_platform
 from univid_jax.training.hooks import (
   Hook,
   Profile,
@@ -215,8 +216,8 @@ def compile_train_step(run: Run) -> TrainStep:
   log.info(memory if memory.fits else f"{memory}: that is more than there is; {ADVICE}")
   backend = config.model.attention_backend
   if backend == AttentionBackend.AUTO:
-    dtype = jnp.dtype(config.model.dtype)
-    backend = best_backend(mesh.devices.flat[0].platform, dtype, run.shape.head_dim)
+    with jax.set_mesh(mesh):
+      backend = best_backend(current_platform(), jnp.dtype(config.model.dtype), run.shape.head_dim)
   log.info("attention: %s, %s", backend, str(config.model.attention).replace("_", "-"))
   return compiled
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from univid_jax.parallel.sharding import parameter_shardings
 Params = Mapping[str, Any]  # nested dicts of arrays, under the names of a model's modules
 
 
+@no_type_check  # of fields at run time: as a pytree it also holds shardings and shapes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:

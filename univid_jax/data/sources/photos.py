@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.resources
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -38,6 +38,7 @@ WINDOW_DRIFT = 0.05
 WINDOW_ZOOM = 0.07
 
 
+@runtime_checkable
 class ClipSource(Protocol):
   """Natural clips by index; images and videos may have any size."""
 

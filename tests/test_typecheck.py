@@ -1,0 +1,27 @@
+"""The annotations of the package are checked while the tests run."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+from tests.typecheck import unchecked
+from univid_jax.core.packed_row import take_tokens
+from univid_jax.data.schedule import Schedule
+from univid_jax.training.state import TrainState
+
+TOKENS = jnp.zeros((2, 3, 4))
+
+
+def test_shapes_of_arguments_agree():
+  with pytest.raises(TypeCheckError, match="indices"):
+    take_tokens(TOKENS, jnp.zeros((1, 5), jnp.int32))
+  with unchecked():
+    take_tokens(TOKENS, jnp.zeros((1, 5), jnp.int32))
+  assert take_tokens(TOKENS, jnp.zeros((2, 5), jnp.int32)).shape == (2, 5, 4)
+
+
+def test_fields_of_dataclasses_are_checked():
+  with pytest.raises(TypeCheckError, match="times"):
+    Schedule(np.zeros(3), 1, 1, 1.0)
+  TrainState(step=TOKENS, params={}, ema=None, opt_state=None)  # @no_type_check
