@@ -14,9 +14,11 @@ from flax import nnx, traverse_util
 
 from tests.helpers import channels_last, dit_config, golden, load_dit, relative_error
 from univid_jax.checkpoints.lora.folder import LORA_FILE, write_lora_folder
-from univid_jax.checkpoints.lora.formats import FORMATS, lora_tensors, parse_lora, read_lora, write_lora
+from univid_jax.checkpoints.lora.formats import FORMATS, lora_tensors, write_lora
+from univid_jax.checkpoints.lora.kinds import LoRALayer
+from univid_jax.checkpoints.lora.reading import parse_lora, read_lora
 from univid_jax.checkpoints.lora.stacking import stack_loras, unstack_lora
-from univid_jax.checkpoints.lora.weights import LoRALayer, LoRAWeights
+from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo
 from univid_jax.config.schema import LoRAConfig
 from univid_jax.convert.layout import make_fills
@@ -40,6 +42,12 @@ CONFIG = DiTConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=3, freq_dim=8, te
 def lora_from(tensors):
   infos = {name: TensorInfo(value.shape, str(value.dtype)) for name, value in tensors.items()}
   return parse_lora(TensorFile(Path("test.safetensors"), infos, tensors.__getitem__))
+
+
+def adapters_of(lora, config, shapes):
+  """Returns a plain LoRA as the adapters that training starts from."""
+  kernels, _ = stack_loras([(lora, 1.0)], config, shapes)
+  return traverse_util.unflatten_dict({(*path, "lora"): groups["lora"] for path, groups in kernels.items()})
 
 
 def shapes_of(model):
@@ -82,7 +90,7 @@ class TestGoldenTraining:
       targets=tuple(self.info["lora_target_modules"].split(",")),
     )
     frozen, shapes = nnx.to_pure_dict(nnx.state(base, nnx.Param)), shapes_of(base)
-    start, _ = stack_loras([(lora_from(self.part("lora_init.")), 1.0)], base.config, shapes)
+    start = adapters_of(lora_from(self.part("lora_init.")), base.config, shapes)
 
     def init():
       model = DiT(base.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
@@ -108,9 +116,9 @@ class TestGoldenTraining:
     worst = {"loss": np.max(np.abs(losses / self.io["losses"] - 1))}
     for name, lora, prefix in (("gradient", grads, "lora_grad0."), ("weights", final, "lora_final.")):
       expected = lora_from(self.part(prefix))
-      assert lora.layers.keys() == expected.layers.keys() and len(lora.layers) == 20
+      assert lora.changes.keys() == expected.changes.keys() and len(lora.changes) == 20
       ours, theirs = (
-        np.concatenate([part.ravel() for key in expected.layers for part in (x.layers[key].down, x.layers[key].up)])
+        np.concatenate([part.ravel() for key in expected.changes for part in (x.changes[key].down, x.changes[key].up)])
         for x in (lora, expected)
       )
       worst[name] = relative_error(ours, theirs)
@@ -142,8 +150,8 @@ def random_lora(rank=3, alpha=5.0, seed=0, blocks=(0, 2)):
   """Adapts some Linears of some blocks, and one outside of blocks."""
   rng = np.random.default_rng(seed)
   dims = {"self_attn.q": (24, 24), "cross_attn.v": (24, 24), "ffn.0": (24, 40), "ffn.2": (40, 24)}
-  names = {f"blocks.{block}.{name}": size for block in blocks for name, size in dims.items()} | {
-    "time_projection.1": (24, 144)
+  names = {f"blocks.{block}.{name}.weight": size for block in blocks for name, size in dims.items()} | {
+    "time_projection.1.weight": (24, 144)
   }
 
   def layer(in_dim, out_dim):
@@ -181,11 +189,10 @@ class TestOnAModel:
     unmerged, merged = (with_lora(base, [(lora, 0.5)], m) for m in (False, True))
     params = nnx.to_pure_dict(nnx.state(base, nnx.Param))
     for block in (0, 2):
-      layer = lora.layers[f"blocks.{block}.ffn.0"]
+      layer = lora.changes[f"blocks.{block}.ffn.0.weight"]
       up = params["blocks"]["ffn"]["up"]
       up["kernel"] = up["kernel"].at[block].add((0.5 * 5 / 3 * layer.up @ layer.down).T)
-    by_hand = dict(lora.layers)
-    only_ffn = LoRAWeights({name: layer for name, layer in by_hand.items() if name.endswith("ffn.0")}, "jax")
+    only_ffn = lora.select(name for name in lora.changes if name.endswith("ffn.0.weight"))
     expected = predict(nnx.graphdef(base), params)
     assert relative_error(with_lora(base, [(only_ffn, 0.5)], False), expected) <= 1e-5
     assert relative_error(unmerged, merged) <= 1e-5
@@ -196,17 +203,17 @@ class TestOnAModel:
     a, b = random_lora(seed=1), random_lora(rank=2, alpha=2.0, seed=2, blocks=(1, 2))
     together = with_lora(base, [(a, 0.3), (b, -0.7)], False)
     assert relative_error(together, with_lora(base, [(a, 0.3), (b, -0.7)], True)) <= 1e-5
-    mixed = LoRAWeights({**a.layers, **{k: v for k, v in b.layers.items() if k not in a.layers}}, "jax")
+    mixed = LoRAWeights({**b.changes, **a.changes}, "jax")
     assert relative_error(with_lora(base, [(mixed, 1.0)], False), with_lora(base, [(mixed, 1.0)], True)) <= 1e-5
 
   def test_stack_and_unstack(self, base):
     """The updates stay the same."""
     lora = random_lora()
-    params, rank = stack_loras([(lora, 1.0)], CONFIG, shapes_of(base))
-    back = unstack_lora(params, alpha=float(rank))
-    for name, layer in back.layers.items():
-      update = layer.up @ layer.down
-      expected = lora.layers[name].up @ lora.layers[name].down * 5 / 3 if name in lora.layers else np.zeros_like(update)
+    back = unstack_lora(adapters_of(lora, CONFIG, shapes_of(base)), alpha=3.0)
+    for name, layer in back.changes.items():
+      update, expected = layer.up @ layer.down, np.zeros(layer.shape)
+      if name in lora.changes:
+        expected = lora.changes[name].up @ lora.changes[name].down * 5 / 3
       np.testing.assert_allclose(update, expected, atol=1e-5)
 
   def test_new_adapters_change_nothing(self, base):
@@ -265,15 +272,15 @@ class TestFiles:
     path = tmp_path / ("lora.ckpt" if name == "univid" else "lora.safetensors")
     write_lora(path, lora, name, metadata={"base_model": "tiny", "step": 7})
     back = read_lora(path)
-    assert back.format == name and back.layers.keys() == lora.layers.keys()
-    for key, layer in back.layers.items():
+    assert back.format == name and back.changes.keys() == lora.changes.keys()
+    for key, layer in back.changes.items():
       folded = name in ("univid", "diffusers")
       assert layer.alpha == (4 if folded else 8)
-      assert np.array_equal(layer.down, lora.layers[key].down)
-      assert np.array_equal(layer.up, lora.layers[key].up * (2 if folded else 1))
+      assert np.array_equal(layer.down, lora.changes[key].down)
+      assert np.array_equal(layer.up, lora.changes[key].up * (2 if folded else 1))
     pattern, count = KEYS[name]
     keys = lora_tensors(lora, name)
-    assert len(keys) == count * len(lora.layers) and all(re.fullmatch(pattern, key) for key in keys)
+    assert len(keys) == count * len(lora.changes) and all(re.fullmatch(pattern, key) for key in keys)
     if name != "univid":
       assert back.metadata | {"rank": "4", "alpha": "8", "base_model": "tiny", "step": "7"} == back.metadata
       assert "ffn.0" in back.metadata["targets"] and "univid_jax" in back.metadata["software"]
@@ -281,7 +288,7 @@ class TestFiles:
   def test_folder(self, tmp_path):
     lora = random_lora(alpha=0.7)
     mixed = LoRAWeights(
-      {**random_lora(rank=5, seed=3).layers, **random_lora(rank=2, alpha=0.7, blocks=(1,)).layers}, "musubi"
+      {**random_lora(rank=5, seed=3).changes, **random_lora(rank=2, alpha=0.7, blocks=(1,)).changes}, "musubi"
     )
     for number, each in enumerate((lora, mixed)):
       folder = tmp_path / str(number)
@@ -289,10 +296,10 @@ class TestFiles:
       write_lora_folder(folder, each, metadata={"step": 7})
       back = read_lora(folder)
       assert back.format == "jax" and back.metadata["step"] == "7" and back.metadata["source_format"] == each.format
-      assert back.layers.keys() == each.layers.keys()
-      for key, layer in back.layers.items():
-        assert np.array_equal(layer.down, each.layers[key].down) and np.array_equal(layer.up, each.layers[key].up)
-        assert layer.alpha == pytest.approx(each.layers[key].alpha)
+      assert back.changes.keys() == each.changes.keys()
+      for key, layer in back.changes.items():
+        assert np.array_equal(layer.down, each.changes[key].down) and np.array_equal(layer.up, each.changes[key].up)
+        assert layer.alpha == pytest.approx(each.changes[key].alpha)
 
   def test_damaged_folder(self, tmp_path):
     write_lora_folder(tmp_path, random_lora())
@@ -315,9 +322,8 @@ class TestFiles:
     """UniVid's tensor names and an alpha, which scales by alpha / rank."""
     lora = random_lora(rank=4, alpha=4.0)
     tensors = lora_tensors(lora, "univid") | {"blocks.0.ffn.0.alpha": np.float32(2)[None]}
-    assert (
-      lora_from(tensors).layers["blocks.0.ffn.0"].alpha == 2 and lora_from(tensors).layers["blocks.2.ffn.0"].alpha == 4
-    )
+    changes = lora_from(tensors).changes
+    assert changes["blocks.0.ffn.0.weight"].alpha == 2 and changes["blocks.2.ffn.0.weight"].alpha == 4
 
   def test_alpha_in_the_header(self):
     """diffusers stores alpha in the file's header."""
@@ -328,48 +334,29 @@ class TestFiles:
         {"transformer.r": 4, "transformer.lora_alpha": 12, "transformer.alpha_pattern": {"blocks.0.attn1.to_q": 3}}
       )
     }
-    layers = parse_lora(TensorFile(Path("x"), infos, tensors.__getitem__, header)).layers
-    assert layers["blocks.2.ffn.0"].alpha == 12 and layers["blocks.0.self_attn.q"].alpha == 3
-
-  @pytest.mark.parametrize(
-    "name, what",
-    [
-      ("diffusion_model.blocks.0.ffn.0.diff", "full weight differences"),
-      ("diffusion_model.blocks.0.ffn.0.diff_b", "bias differences"),
-      ("lora_unet_blocks_0_ffn_0.hada_w1_a", "LoHa"),
-      ("lora_unet_blocks_0_ffn_0.lokr_w1", "LoKr"),
-      ("diffusion_model.blocks.0.ffn.0.dora_scale", "DoRA"),
-      ("lora_te1_x.lora_down.weight", "text encoder"),
-      ("diffusion_model.blocks.0.oops.lora_A.weight", "not belong to a LoRA for Wan2.1: diffusion_model.blocks.0.oops"),
-    ],
-  )
-  def test_unsupported_tensors(self, name, what):
-    with pytest.raises(ValueError, match=what):
-      lora_from(lora_tensors(random_lora(), "comfyui") | {name: np.zeros((3, 3), np.float32)})
-
-  def test_incomplete_pair(self):
-    tensors = lora_tensors(random_lora(), "comfyui")
-    del tensors["diffusion_model.blocks.0.ffn.0.lora_B.weight"]
-    with pytest.raises(ValueError, match=r"has only .* for blocks\.0\.ffn\.0"):
-      lora_from(tensors)
+    changes = parse_lora(TensorFile(Path("x"), infos, tensors.__getitem__, header)).changes
+    assert changes["blocks.2.ffn.0.weight"].alpha == 12 and changes["blocks.0.self_attn.q.weight"].alpha == 3
 
   def test_wrong_base(self, base):
-    def refused(lora, message):
-      with pytest.raises(ValueError, match=message):
-        stack_loras([(lora, 1.0)], CONFIG, shapes_of(base))
+    def refused(changes, message):
+      with pytest.raises(UserError, match=message):
+        stack_loras([(LoRAWeights(changes, "x"), 1.0)], CONFIG, shapes_of(base))
 
-    rng = np.random.default_rng(0)
-    matrices = rng.normal(size=(2, 5120)), rng.normal(size=(5120, 2))
-    large = {f"blocks.{i}.self_attn.q": LoRALayer(*matrices, 2.0) for i in range(40)}
+    def layer(in_dim, out_dim):
+      return LoRALayer(np.zeros((2, in_dim), np.float32), np.zeros((out_dim, 2), np.float32), 2.0)
+
     refused(
-      LoRAWeights(large, "x"),
+      {f"blocks.{i}.self_attn.q.weight": layer(5120, 5120) for i in range(40)},
       r"needs a base with dim 5120 \(14B\) and at least 40 layers, the base has dim 24 and 3 layers",
     )
-    refused(random_lora(blocks=(7,)), "at least 8 layers")
-    image = {"blocks.0.cross_attn.k_img": LoRALayer(np.zeros((2, 24)), np.zeros((24, 2)), 2.0)}
-    refused(LoRAWeights(image, "x"), r"blocks\.0\.cross_attn\.k_img; k_img and v_img exist in I2V models only")
-    wrong = {"blocks.0.ffn.2": LoRALayer(np.zeros((2, 41)), np.zeros((24, 2)), 2.0)}
-    refused(LoRAWeights(wrong, "x"), r"its blocks\.0\.ffn\.2 maps 41 to 24 channels, the base's 40 to 24")
+    refused(random_lora(blocks=(7,)).changes, "at least 8 layers")
+    refused(
+      {"blocks.0.ffn.2.weight": layer(41, 24)},
+      r"its blocks\.0\.ffn\.2\.weight has the shape \(24, 41\), the base's \(24, 40",
+    )
+    refused(
+      {"blocks.0.norm3.weight": layer(1, 24)}, r"low-rank change of blocks\.0\.norm3\.weight, which is not a matrix"
+    )
 
 
 def test_diffusers_gives_the_same_output(base, tmp_path, caplog):
@@ -400,7 +387,7 @@ def test_diffusers_gives_the_same_output(base, tmp_path, caplog):
     pipe.load_lora_weights(str(tmp_path / "lora.safetensors"))
   assert not [record for record in caplog.records if "key" in record.getMessage().lower()]
   adapted = [name for name, _ in theirs.named_parameters() if "lora_" in name]
-  assert len(adapted) == 2 * len(lora.layers)
+  assert len(adapted) == 2 * len(lora.changes)
   r = row()
   latents = unpatchify(r.tokens[0], (3, 4, 4), PATCH)
   text = np.concatenate([r.text[0, :4], np.zeros((12, 12), np.float32)])

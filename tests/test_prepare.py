@@ -209,7 +209,7 @@ def test_from_data_to_a_lora_for_other_programs(checkpoint, metadata, tmp_path):
   steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert steps == [1, 2, 3, 4]
   from univid_jax import load_pipeline
-  from univid_jax.checkpoints.lora.formats import read_lora
+  from univid_jax.checkpoints.lora.reading import read_lora
 
   clips = [np.random.default_rng(i).integers(0, 255, (5, 16, 32, 3), np.uint8) for i in range(3)]
   whole = load_pipeline(str(tmp_path / "run"), dtype="float32")
@@ -219,7 +219,7 @@ def test_from_data_to_a_lora_for_other_programs(checkpoint, metadata, tmp_path):
   done = run_command("tools.convert_weights", tmp_path / "run", tmp_path / "out.safetensors", "--to=diffusers")
   assert done.returncode == 0, done.stderr
   lora = read_lora(tmp_path / "out.safetensors")
-  assert lora.metadata["step"] == "4" and len(lora.layers) == 30
+  assert lora.metadata["step"] == "4" and len(lora.changes) == 30
 
 
 def test_unusable_records_end_the_command_unless_allowed(checkpoint, metadata, tmp_path):

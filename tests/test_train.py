@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import commands
 from tests.commands import run_command, start_command
-from univid_jax.checkpoints.lora.formats import read_lora
+from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.run import Checkpointer, read_run
 from univid_jax.checkpoints.trained import find_step
@@ -354,8 +354,8 @@ def test_two_processes_equal_one(tmp_path):
   assert len(one_losses) == 3
   np.testing.assert_allclose(two_losses, one_losses, rtol=1e-6)
   two_lora, one_lora = (read_lora(tmp_path / name / "lora.safetensors") for name in ("two", "one"))
-  for name, layer in one_lora.layers.items():
-    np.testing.assert_allclose(two_lora.layers[name].up, layer.up, atol=1e-6)
+  for name, layer in one_lora.changes.items():
+    np.testing.assert_allclose(two_lora.changes[name].up, layer.up, atol=1e-6)
 
 
 class TestForecast:

@@ -18,7 +18,7 @@ FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config()
 WORKDIR = FLAGS.workdir("The training run to evaluate")
 CHECKPOINT = FLAGS.string("checkpoint", None, "A converted checkpoint to evaluate instead of the workdir's model.")
-LORA = FLAGS.lora()
+LORA, LORA_SKIP_UNMATCHED = FLAGS.lora(), FLAGS.lora_skip_unmatched()
 STEP = FLAGS.step()
 OUT = FLAGS.string("out", None, "Folder of the results; default: WORKDIR/evaluation.")
 PROCESSES = FLAGS.processes()
@@ -46,7 +46,10 @@ def main() -> None:
   origin = Origin.of(CHECKPOINT.value or workdir, step=STEP.value, loras=loras)
   # Each process has the whole model on its own devices, and its share of the sentences.
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-  pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=loras, mesh=mesh, step=origin.step)
+  skip = LORA_SKIP_UNMATCHED.value
+  pipeline = univid_jax.load_pipeline(
+    origin.checkpoint, lora=loras, lora_skip_unmatched=skip, mesh=mesh, step=origin.step
+  )
   data = open_data(config)
   command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
   report = evaluate(pipeline, config, data=data, folder=folder, origin=origin, command=command)

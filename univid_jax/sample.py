@@ -18,7 +18,8 @@ from univid_jax.core.options import Attention, ClipFit
 
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT, LORA, DTYPE, STEP = FLAGS.checkpoint(), FLAGS.lora(), FLAGS.dtype(), FLAGS.step()
-MERGE_LORA = FLAGS.switch("merge_lora", False, "Add LoRAs to the weights: slightly faster, equal up to rounding.")
+MERGE_LORA = FLAGS.switch("merge_lora", False, "Add LoRAs to the weights: faster, equal up to rounding.")
+LORA_SKIP_UNMATCHED = FLAGS.lora_skip_unmatched()
 ATTENTION = FLAGS.choice("attention", None, list(Attention), "Default: what the model was trained with.")
 CLIPS = FLAGS.strings("clips", None, "The context in order: A, A', B, or any odd number of clips.", required=True)
 QUERIES = FLAGS.strings("queries", [], "Several B for the same example pairs: clips, or a folder of clips.")
@@ -55,7 +56,8 @@ def main() -> None:
   requests = sampling.plan_requests(CLIPS.value, QUERIES.value, OUT.value)
   sampling.check_outputs(requests)
   size = sampling.parse_size(SIZE.value) if SIZE.value else None
-  loading: dict[str, Any] = {flag.name: flag.value for flag in (DTYPE, MERGE_LORA, ATTENTION)}
+  options = (DTYPE, MERGE_LORA, LORA_SKIP_UNMATCHED, ATTENTION)
+  loading: dict[str, Any] = {flag.name: flag.value for flag in options}
   loras = [sampling.parse_lora(item) for item in LORA.value]
   origin = Origin.of(CHECKPOINT.value, step=STEP.value, loras=loras)
   pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=loras, step=origin.step, **loading)

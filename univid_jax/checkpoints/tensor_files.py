@@ -20,8 +20,12 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
-# NumPy's dtype names by those of safetensors and PyTorch. Others (8-bit floats, quantised weights) are refused.
+# NumPy's dtype names by those of safetensors and PyTorch. Others (8-bit floats) are refused.
 DTYPES = {
+  **{name: f"int{name[1:]}" for name in ("I64", "I32", "I16", "I8")},
+  **{f"torch.{name}": name for name in ("int64", "int32", "int16", "int8", "uint8", "bool")},
+  "U8": "uint8",
+  "BOOL": "bool",
   "F64": "float64",
   "F32": "float32",
   "F16": "float16",
@@ -60,6 +64,12 @@ class TensorFile:
   infos: Mapping[str, TensorInfo]
   read: Callable[[str], np.ndarray]
   metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def require_floats(self) -> None:
+    """Raises UserError if a tensor is of integers: not a weight, or a quantised one."""
+    for name, info in self.infos.items():
+      if numpy_dtype(info.dtype).kind in "iub":
+        raise UserError(f"{self.path}: {name} has the dtype {info.dtype}; expected floats")
 
   def rename(self, names: Mapping[str, str]) -> "TensorFile":
     """Returns the tensors under new names; `names` maps the old ones, and tensors that are not in it are dropped."""

@@ -77,6 +77,9 @@ class CommandFlags:
     help_text = "LoRA files or folders, separated by commas; PATH:WEIGHT sets a weight other than 1."
     return self.strings("lora", [], help_text)
 
+  def lora_skip_unmatched(self) -> flags.FlagHolder[bool]:
+    return self.switch("lora_skip_unmatched", False, "Leave out tensors of a LoRA without a counterpart in the model.")
+
   def dtype(self) -> flags.FlagHolder[str | None]:
     help_text = "Dtype of the model; default: that of the training run, or bfloat16."
     return self.choice("dtype", None, ["bfloat16", "float32"], help_text)

@@ -23,6 +23,7 @@ DTYPE = FLAGS.choice("dtype", None, ["bfloat16", "float16", "float32"], "Of the 
 FORCE = FLAGS.switch("force", False, "Replace DST if it exists.")
 ALLOW_MISSING = FLAGS.repeated("allow_missing", [], "An official name, with * and ?, that SRC may lack.")
 INSPECT = FLAGS.switch("inspect", False, "Only describe SRC.")
+LORA_SKIP_UNMATCHED = FLAGS.lora_skip_unmatched()
 VERIFY = FLAGS.switch("verify", False, "Convert unless DST exists, then compare it with SRC.")
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     if not is_right:
       raise UserError("the conversion is NOT right; see above")
   else:
-    options = dict(to=TO.value, dtype=DTYPE.value, force=FORCE.value, allow_missing=ALLOW_MISSING.value)
+    options = {flag.name: flag.value for flag in (TO, DTYPE, FORCE, ALLOW_MISSING, LORA_SKIP_UNMATCHED)}
     print(commands.convert_any(source, *destination, **options))
 
 

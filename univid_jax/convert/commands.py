@@ -8,7 +8,9 @@ from pathlib import Path
 from etils import epath
 
 from univid_jax.checkpoints.lora.folder import is_lora_folder, write_lora_folder
-from univid_jax.checkpoints.lora.formats import FORMATS, is_lora, read_lora, write_lora
+from univid_jax.checkpoints.lora.formats import FORMATS, write_lora
+from univid_jax.checkpoints.lora.names import is_lora, list_names
+from univid_jax.checkpoints.lora.reading import is_peft_folder, read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.pretrained import CheckpointInfo, is_checkpoint, read_info
 from univid_jax.checkpoints.tensor_files import open_tensors
@@ -42,7 +44,7 @@ def find_weights(source: str) -> Found:
     return read_info(path)
   if is_lora_run(path):
     return read_run_lora(path)
-  if is_lora_folder(path) or (path.is_file() and is_lora(open_tensors(source).infos)):
+  if is_lora_folder(path) or is_peft_folder(path) or (path.is_file() and is_lora(open_tensors(source).infos)):
     return read_lora(source)
   return find_release(Path(source))
 
@@ -60,6 +62,7 @@ def convert_any(
   dtype: str | None = None,
   force: bool = False,
   allow_missing: Sequence[str] = (),
+  lora_skip_unmatched: bool = False,
 ) -> str:
   """Converts what a path contains.
 
@@ -70,6 +73,7 @@ def convert_any(
     dtype: of the written weights; that of the source by default.
     force: whether to replace an existing destination.
     allow_missing: patterns of official names that a release may lack.
+    lora_skip_unmatched: leaves out tensors of a LoRA that Wan2.1's transformer has no counterpart of.
 
   Returns:
     One line that says what was written.
@@ -81,6 +85,7 @@ def convert_any(
   found = find_weights(source)
   logger.info(_describe(source, found))
   if isinstance(found, LoRAWeights):
+    found = found.select(found.changes) if lora_skip_unmatched else found
     return _convert_lora(found, source, destination, to=to, dtype=dtype, force=force)
   if to != JAX and to not in LAYOUTS:
     raise UserError(f"{source} contains base weights, and {to} is a format of LoRAs; use {JAX}, {', '.join(LAYOUTS)}")
@@ -138,7 +143,9 @@ def _describe(source: str, found: Found) -> str:
 
 
 def _lora_lines(lora: LoRAWeights) -> list[str]:
-  return [f"{key}: {value}" for key, value in sorted(lora.metadata.items()) if len(value) < 200]
+  unmatched = [f"{len(lora.unmatched)} tensors without a counterpart in Wan2.1: {list_names(lora.unmatched)}"]
+  metadata = [f"{key}: {value}" for key, value in sorted(lora.metadata.items()) if len(value) < 200]
+  return [*lora.notes, *(unmatched if lora.unmatched else []), *metadata]
 
 
 def _checkpoint_lines(info: CheckpointInfo) -> list[str]:

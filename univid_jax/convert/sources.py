@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from univid_jax.checkpoints.lora.formats import is_lora
+from univid_jax.checkpoints.lora.names import is_lora
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo, find_tensor_files, open_tensors
 from univid_jax.convert.component_configs import count_blocks, infer_config
 from univid_jax.convert.layout import Layout
@@ -112,6 +112,7 @@ def find_release(path: Path) -> Release:
         f"{file} is a CLIP tower in transformers' layout, which is not supported; use the official models_clip_*.pth"
       )
       continue
+    tensors.require_floats()
     source = identify(file, tensors)
     if source.component in sources:
       raise UserError(

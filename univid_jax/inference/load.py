@@ -1,5 +1,8 @@
 """Loads pipelines from converted checkpoints and from training runs, with LoRAs."""
 
+import logging
+import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
-from univid_jax.checkpoints.lora.formats import read_lora
+from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.stacking import stack_loras
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.model import open_encoders, transformer_config
@@ -17,16 +20,18 @@ from univid_jax.checkpoints.run import CONFIG_FILE, read_run
 from univid_jax.checkpoints.trained import restore_run
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
-from univid_jax.config.schema import LoRAConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention
 from univid_jax.inference.pipeline import Pipeline
-from univid_jax.models.lora import LoRAParam, attach, join, linear_name, merge
+from univid_jax.models.changes import attach_changes, merge_changes
+from univid_jax.models.lora import LORA, LoRAParam
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import parameter_shardings
 
-LoRASpec = str | tuple[str, float]
+LoRASpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+
+logger = logging.getLogger(__name__)
 
 
 def load_pipeline(
@@ -35,6 +40,7 @@ def load_pipeline(
   dtype: str | None = None,
   *,
   merge_lora: bool = False,
+  lora_skip_unmatched: bool = False,
   mesh: Mesh | None = None,
   attention: str | None = None,
   step: int | str | None = None,
@@ -43,9 +49,11 @@ def load_pipeline(
 
   Args:
     checkpoint: a folder written by the converter, or a workdir. The workdir of a LoRA run includes its base.
-    lora: a LoRA file of any trainer, or a LoRA folder of this project: one or several, each with an optional weight.
+    lora: a LoRA file of any trainer, a folder of PEFT or a LoRA folder of this project: one or several, each with an
+      optional weight w, which adds w (W' - W) to a weight W of the base that the LoRA alone makes W'.
     dtype: of the transformer and of the encoders of text and images; by default bfloat16, or that of the run.
     merge_lora: adds LoRAs to the weights instead of computing them separately.
+    lora_skip_unmatched: leaves out, with a warning, tensors of LoRAs that have no counterpart in the base.
     mesh: the devices; by default all, with parameters sharded over them.
     attention: "full" or "context_causal"; by default what the run or the LoRAs were trained with.
     step: checkpoint of a workdir: a number, "best" (the lowest validation loss) or None for the latest.
@@ -55,7 +63,7 @@ def load_pipeline(
     UserError: it cannot be read, or a LoRA is for another base.
   """
   mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
-  loras = [(read_lora(path), weight) for path, weight in _parse_loras(lora)]
+  loras = [(_read_lora(path), weight) for path, weight in _parse_loras(lora)]
   run = None
   if is_checkpoint(checkpoint):
     base = PretrainedCheckpoint.open(checkpoint)
@@ -77,7 +85,9 @@ def load_pipeline(
     graph, params, trained = restore_run(checkpoint, run, mesh, step=step)
     loras = [(each, 1.0) for each in trained] + loras
   if loras:
-    graph, params = add_loras(config, graph, params, loras, mesh=mesh, merged=merge_lora)
+    graph, params = add_loras(
+      config, graph, params, loras, mesh=mesh, merged=merge_lora, skip_unmatched=lora_skip_unmatched
+    )
   if attention is None and run is None:
     attention = _trained_attention([each for each, _ in loras])
   return Pipeline(config, graph, params, encoders=encoders, mesh=mesh, run=run, attention=attention)
@@ -91,37 +101,76 @@ def add_loras(
   *,
   mesh: Mesh,
   merged: bool,
+  skip_unmatched: bool = False,
 ) -> tuple[nnx.GraphDef, Mapping[str, Any]]:
-  """Returns a transformer with LoRAs, each with its weight, added to the weights or computed separately."""
+  """Returns a transformer with LoRAs, each with its weight, added to the weights or computed separately.
+
+  Biases, scales of norms and modulation are always added. Unmerged they become float32, so that nothing is lost to
+  rounding.
+
+  Args:
+    config: of the transformer.
+    graph: the transformer without its parameters.
+    params: its parameters; merging donates those that change.
+    loras: each with its weight.
+    mesh: the devices.
+    merged: whether to add the changes of kernels as well.
+    skip_unmatched: whether to leave out tensors without a counterpart in the base.
+
+  Raises:
+    UserError: a LoRA does not fit the base.
+  """
   leaves: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(params))
   shapes = {path: value.shape for path, value in leaves.items()}
-  adapters, rank = stack_loras(loras, config, shapes)
-  if merged:
-    return graph, jax.jit(merge, donate_argnums=0)(params, adapters)
-  targets = tuple(
-    linear_name(path[:-2], 0 if path[0] == "blocks" else None)
-    for path in traverse_util.flatten_dict(adapters)
-    if path[-1] == "down"
-  )
+  changes = stack_loras(loras, config, shapes, skip_unmatched=skip_unmatched)
+  for path, diff in changes.others.items():
+    base = leaves[path]
+    add = jax.jit(
+      lambda x, diff, dtype=base.dtype if merged else jnp.float32: (x.astype(jnp.float32) + diff).astype(dtype)
+    )
+    leaves[path] = add(base, diff)
+  module = nnx.eval_shape(lambda: nnx.merge(graph, params))
+  attach_changes(module, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), changes.kernels))
+  shardings = traverse_util.flatten_dict(parameter_shardings(module, mesh, kind=LoRAParam))
+  for path, groups in changes.kernels.items():
+    parts = {
+      group: {name: jax.device_put(value, shardings[*path, LORA, group, name]) for name, value in values.items()}
+      for group, values in groups.items()
+    }
+    if not merged:
+      leaves |= {(*path, LORA, *key): value for key, value in traverse_util.flatten_dict(parts).items()}
+      continue
+    kernel = leaves[*path, "kernel"]
+    merge = jax.jit(merge_changes, donate_argnums=0, static_argnums=2, out_shardings=kernel.sharding)
+    leaves[*path, "kernel"] = merge(kernel, parts, kernel.dtype)
+  return graph if merged else nnx.graphdef(module), traverse_util.unflatten_dict(leaves)
 
-  def attached() -> nnx.Module:
-    module = nnx.merge(graph, params)
-    attach(module, LoRAConfig(rank=rank, alpha=rank, targets=targets), rngs=nnx.Rngs(0))
-    return module
 
-  module = nnx.eval_shape(attached)
-  shardings = parameter_shardings(module, mesh, kind=LoRAParam)
-  return nnx.graphdef(module), join(params, jax.device_put(adapters, shardings))
+def _read_lora(path: str) -> LoRAWeights:
+  lora = read_lora(path)
+  for note in lora.notes:
+    logger.warning("%s: %s", path, note)
+  return lora
 
 
-def _parse_loras(lora: LoRASpec | Sequence[LoRASpec] | None) -> list[tuple[str, float]]:
-  if lora is None:
-    return []
-  if isinstance(lora, str):
-    return [(lora, 1.0)]
-  if isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], int | float):
-    return [(str(lora[0]), float(lora[1]))]
-  return [pair for spec in lora if isinstance(spec, str | tuple) for pair in _parse_loras(spec)]
+def _parse_loras(lora: object) -> list[tuple[str, float]]:
+  """Returns the paths in a `LoRASpec` or a sequence of them, with their weights.
+
+  Raises:
+    UserError: it is neither, or a weight is not finite.
+  """
+  match lora:
+    case None:
+      return []
+    case str() | os.PathLike() as path:
+      return [(os.fspath(path), 1.0)]
+    case (str() | os.PathLike() as path, int() | float() as weight):
+      if not math.isfinite(weight):
+        raise UserError(f"the weight of the LoRA {path} must be a finite number, got {weight}")
+      return [(os.fspath(path), float(weight))]
+    case list() | tuple() as specs:
+      return [pair for spec in specs for pair in _parse_loras(spec)]
+  raise UserError(f"a LoRA is a path or (path, weight), got {lora!r}")
 
 
 def _trained_attention(loras: Sequence[LoRAWeights]) -> str | None:

@@ -96,8 +96,8 @@ class Pipeline:
 
   @property
   def dtype(self) -> np.dtype:
-    """Of the transformer's parameters."""
-    return jax.tree.leaves(self.params)[0].dtype
+    """Of the transformer's kernels; LoRAs make other parameters float32."""
+    return self.params["patch_embedding"]["kernel"].dtype
 
   @property
   def _context_causal(self) -> bool:

@@ -27,13 +27,13 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class Linear(nnx.Module):
-  """x W + b, with W (in_dim, out_dim), plus the output of a low-rank adapter if one is attached.
+  """x W + b, with W (in_dim, out_dim), plus the output of an adapter if one is attached.
 
   Attributes:
-    lora: None, or a `models.lora.LoRA`.
+    lora: None, or what maps x and W to an output: `models.lora.LoRA` in training, `models.changes.Changes` of files.
   """
 
-  lora: Callable[[Array], Array] | None
+  lora: Callable[[Array, Array], Array] | None
 
   def __init__(
     self,
@@ -58,7 +58,7 @@ class Linear(nnx.Module):
     y = x @ self.kernel[...].astype(self.dtype)
     if self.bias is not None:
       y = y + self.bias[...].astype(self.dtype)
-    return y if self.lora is None else y + self.lora(x)
+    return y if self.lora is None else y + self.lora(x, self.kernel[...])
 
 
 class RMSNorm(nnx.Module):

@@ -50,14 +50,22 @@ class LoRA(nnx.Module):
     self.up = LoRAParam(jnp.zeros((*layers, config.rank, out_dim), jnp.float32), dims=(None, out_name))
     self.key = DropoutKey(jax.random.split(jax.random.key(0), tuple(layers))) if config.dropout else None
 
-  def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+  def __call__(self, x: Float[Array, "... i"], kernel: Float[Array, "i o"] | None = None) -> Float[Array, "... o"]:
+    del kernel  # adapters of other kinds depend on it
     x = x.astype(self.dtype)
     if self.key is not None:
       kept = jax.random.bernoulli(self.key[...], 1 - self.dropout, x.shape)
       x = jnp.where(kept, x / (1 - self.dropout), 0)
-    x, up = x @ self.down[...].astype(self.dtype), self.up[...].astype(self.dtype)
-    y = cpu.project_up(x, up) if current_platform() == Platform.CPU else x @ up
+    y = multiply_low_rank(x, self.down[...].astype(self.dtype), self.up[...].astype(self.dtype))
     return y if self.scale == 1 else y * jnp.asarray(self.scale, self.dtype)
+
+
+def multiply_low_rank(
+  x: Float[Array, "... i"], down: Float[Array, "i r"], up: Float[Array, "r o"]
+) -> Float[Array, "... o"]:
+  """Returns x @ down @ up."""
+  x = x @ down
+  return cpu.project_up(x, up) if current_platform() == Platform.CPU else x @ up
 
 
 def attach(model: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs) -> list[str]:
@@ -114,19 +122,6 @@ def with_dropout_keys(lora: Mapping[str, Any], key: PRNGKeyArray) -> dict[str, A
     else:
       out[name] = with_dropout_keys(value, part)
   return out
-
-
-def merge(
-  base: Mapping[str, Any], lora: Mapping[str, Any], *, scale: float = 1.0, strength: float = 1.0
-) -> dict[str, Any]:
-  """Adds the adapters' updates to the kernels of nested base parameters, computed in float32."""
-  params, adapters = _flatten(base), _flatten(lora)
-  for path, down in adapters.items():
-    if path[-1] == "down":
-      update = jnp.matmul(down, adapters[*path[:-1], "up"], precision=jax.lax.Precision.HIGHEST) * (scale * strength)
-      kernel = params[*path[:-2], "kernel"]
-      params[*path[:-2], "kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
-  return traverse_util.unflatten_dict(params)
 
 
 def _flatten(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:

@@ -1,7 +1,8 @@
 """This project's own LoRA folder.
 
 FOLDER/lora.json   metadata; written last, so a folder that has it is complete
-FOLDER/lora/       arrays by module: layers of blocks stacked up to the highest adapted one, ranks padded with zeros
+FOLDER/lora/       arrays; in blocks/ and others/ low-rank changes of Linears by module, layers of blocks stacked up to
+                   the highest adapted one and ranks padded with zeros; in changes/ all others by tensor and part
 """
 
 import json
@@ -13,12 +14,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from univid_jax.checkpoints.lora.weights import LoRALayer, LoRAWeights
+from univid_jax.checkpoints.lora.building import PartsError, build_changes
+from univid_jax.checkpoints.lora.formats import check_complete
+from univid_jax.checkpoints.lora.kinds import Change, LoRALayer
+from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.orbax_files import restore_arrays, save_arrays
 from univid_jax.core.errors import UserError
 
 LORA_FILE = "lora.json"
-FORMAT = 1
+FORMAT = 2  # 1 has no changes/
 
 
 def is_lora_folder(path: epath.PathLike) -> bool:
@@ -35,11 +39,15 @@ def write_lora_folder(folder: epath.PathLike, lora: LoRAWeights, *, metadata: Ma
     metadata: entries to add to those of `LoRAWeights.file_metadata`.
   """
   folder = epath.Path(folder)
+  check_complete(lora)
   tree: dict[str, Any] = {}
-  for (name, stacked), layers in _group_layers(lora).items():
-    tree.setdefault("blocks" if stacked else "others", {})[name.replace(".", "__")] = _stack(layers)
+  stacked, others = _group_changes(lora)
+  for (name, in_blocks), layers in stacked.items():
+    tree.setdefault("blocks" if in_blocks else "others", {})[name.replace(".", "__")] = _stack(layers)
+  if others:
+    tree["changes"] = {tensor.replace(".", "__"): _to_arrays(change) for tensor, change in others.items()}
   save_arrays(folder / "lora", tree)
-  info = {"format": FORMAT, **lora.file_metadata(metadata or {}), "source_format": lora.format}
+  info = {"format": FORMAT if others else 1, **lora.file_metadata(metadata or {}), "source_format": lora.format}
   (folder / LORA_FILE).write_text(json.dumps(info, indent=2) + "\n")
 
 
@@ -53,25 +61,61 @@ def read_lora_folder(folder: epath.PathLike) -> LoRAWeights:
   folder = epath.Path(folder)
   try:
     info = json.loads((folder / LORA_FILE).read_text())
-  except json.JSONDecodeError as error:
-    raise UserError(f"{folder / LORA_FILE} is not valid JSON: {error}") from error
-  layers: dict[str, LoRALayer] = {}
-  for kind, modules in restore_arrays(folder / "lora").items():
-    for name, arrays in modules.items():
-      module = name.replace("__", ".")
-      for index, layer in _unstack(arrays).items():
-        layers[f"blocks.{index}.{module}" if kind == "blocks" else module] = layer
-  return LoRAWeights(layers, "jax", {key: str(value) for key, value in info.items()})
+    if not isinstance(info, dict) or info.get("format", 1) not in range(1, FORMAT + 1):
+      raise ValueError(f"expected format 1 to {FORMAT}: it is damaged, or a newer univid_jax wrote it")
+  except ValueError as error:
+    raise UserError(f"{folder / LORA_FILE} is not valid JSON of this project: {error}") from error
+  changes: dict[str, Change] = {}
+  try:
+    for group, modules in restore_arrays(folder / "lora").items():
+      for name, arrays in modules.items():
+        changes |= _from_arrays(group, name.replace("__", "."), {key: np.asarray(x) for key, x in arrays.items()})
+  except (PartsError, KeyError, AttributeError, IndexError) as error:
+    raise UserError(f"{folder} is damaged: {error}") from error
+  for tensor, change in changes.items():
+    if not all(np.isfinite(part).all() for part in change.parts().values()):
+      raise UserError(f"{folder}: the change of {tensor} contains NaN or infinity")
+  return LoRAWeights(changes, "jax", {key: str(value) for key, value in info.items()}, source=str(folder))
 
 
-def _group_layers(lora: LoRAWeights) -> dict[tuple[str, bool], dict[int, LoRALayer]]:
-  """Groups layers by (module name within a block, True) or (module name, False)."""
-  groups: dict[tuple[str, bool], dict[int, LoRALayer]] = defaultdict(dict)
-  for module, layer in sorted(lora.layers.items()):
+_Stacks = dict[tuple[str, bool], dict[int, LoRALayer]]
+
+
+def _group_changes(lora: LoRAWeights) -> tuple[_Stacks, dict[str, Change]]:
+  """Groups the changes that can be stacked by (module name within a block, True) or (module name, False).
+
+  Returns:
+    Groups by layer, and the other changes.
+  """
+  groups: _Stacks = defaultdict(dict)
+  others: dict[str, Change] = {}
+  for tensor, change in sorted(lora.changes.items()):
+    if not isinstance(change, LoRALayer) or change.down.ndim != 2 or change.up.ndim != 2:
+      others[tensor] = change
+      continue
+    module = tensor.removesuffix(".weight")
     block = re.fullmatch(r"blocks\.(\d+)\.(.*)", module)
     key, index = ((block[2], True), int(block[1])) if block else ((module, False), 0)
-    groups[key][index] = layer
-  return groups
+    groups[key][index] = change
+  for key, layers in list(groups.items()):
+    if len({(layer.shape, layer.down.dtype, layer.up.dtype) for layer in layers.values()}) > 1:
+      name, in_blocks = key
+      others |= {f"{f'blocks.{i}.' if in_blocks else ''}{name}.weight": layer for i, layer in groups.pop(key).items()}
+  return groups, others
+
+
+def _to_arrays(change: Change) -> dict[str, np.ndarray]:
+  alpha = {"alpha": np.array(change.rank_and_alpha[1], np.float32)} if change.rank_and_alpha else {}
+  return {**change.parts(), **alpha}
+
+
+def _from_arrays(group: str, name: str, arrays: dict[str, np.ndarray]) -> Mapping[str, Change]:
+  """Inverts `_to_arrays` and `_stack`."""
+  if group == "changes":
+    alpha = arrays.pop("alpha", None)
+    return build_changes(name, arrays, lambda rank: None if alpha is None else float(alpha))
+  prefix = "blocks.{}.{}.weight" if group == "blocks" else "{1}.weight"
+  return {prefix.format(index, name): layer for index, layer in _unstack(arrays).items()}
 
 
 def _stack(layers: Mapping[int, LoRALayer]) -> dict[str, np.ndarray]:
@@ -91,7 +135,7 @@ def _stack(layers: Mapping[int, LoRALayer]) -> dict[str, np.ndarray]:
 
 
 def _unstack(arrays: Mapping[str, Any]) -> dict[int, LoRALayer]:
-  """Inverts `_stack`."""
+  """Returns the layers of `_stack` that are not absent."""
   down, up, alphas, ranks = (np.asarray(arrays[name]) for name in ("down", "up", "alpha", "rank"))
   return {
     index: LoRALayer(

@@ -1,111 +1,224 @@
-"""Conversion between LoRA weights and the adapter parameters of a transformer, whose layers are stacked."""
+"""Conversion between LoRA weights and what a transformer, whose layers are stacked, applies."""
 
+import logging
+import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from univid_jax.checkpoints.lora.weights import LoRALayer, LoRAWeights
+from univid_jax.checkpoints.lora.kinds import Change, Difference, DoRALayer, LoRALayer
+from univid_jax.checkpoints.lora.names import list_names
+from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.core.errors import UserError
+from univid_jax.models.changes import KINDS
 from univid_jax.models.lora import linear_name
+from univid_jax.models.names import original_name
 from univid_jax.models.variants import DiTConfig
 
-Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
+Path = tuple[str, ...]
+Shapes = Mapping[Path, tuple[int, ...]]
+Parts = Mapping[str, np.ndarray]
+
+logger = logging.getLogger(__name__)
 
 # Names of the published models by width, for error messages.
 _MODEL_NAMES = {1536: "1.3B", 5120: "14B"}
 
 
-class Linear(NamedTuple):
-  """A Linear of the base.
+class Target(NamedTuple):
+  """An official tensor of the base.
 
   Attributes:
-    path: of the module.
+    path: of the parameter.
     layer: index into the stacked layers; None if they are not stacked.
     stack: shape of the stacked dims, (layers,) or ().
-    in_dim, out_dim: of one layer.
+    shape: of one layer of the parameter: (in, out) if it is a kernel.
   """
 
-  path: tuple[str, ...]
+  path: Path
   layer: int | None
   stack: tuple[int, ...]
-  in_dim: int
-  out_dim: int
+  shape: tuple[int, ...]
+
+  @property
+  def is_kernel(self) -> bool:
+    return self.path[-1] == "kernel"
+
+  @property
+  def is_convolution(self) -> bool:
+    return self.path == ("patch_embedding", "kernel")
 
 
-def find_linears(shapes: Shapes) -> dict[str, Linear]:
-  """Finds the Linears that a LoRA can adapt, by official name.
+class StackedChanges(NamedTuple):
+  """The changes of a transformer by path.
+
+  Attributes:
+    kernels: of Linears: parts by group and name, see `models.changes`, stacked like the kernel.
+    others: differences of all other parameters, float32, by path of the parameter.
+  """
+
+  kernels: dict[Path, dict[str, dict[str, np.ndarray]]]
+  others: dict[Path, np.ndarray]
+
+
+def find_targets(shapes: Shapes) -> dict[str, Target]:
+  """Returns the tensors of a base by official name.
 
   Args:
-    shapes: of the base's parameters by path.
+    shapes: of its parameters by path.
   """
-  linears = {}
+  targets = {}
   for path, shape in shapes.items():
-    if path[-1] == "kernel" and path[0] != "patch_embedding":
-      *stack, in_dim, out_dim = shape
-      for layer in range(stack[0]) if path[0] == "blocks" else (None,):
-        linears[linear_name(path[:-1], layer)] = Linear(path[:-1], layer, tuple(stack), in_dim, out_dim)
-  return linears
+    stack = tuple(shape[:1]) if path[0] == "blocks" else ()
+    for layer in range(stack[0]) if stack else (None,):
+      targets[original_name("transformer", path, layer)] = Target(path, layer, stack, tuple(shape[len(stack) :]))
+  return targets
 
 
 def stack_loras(
-  loras: Sequence[tuple[LoRAWeights, float]], config: DiTConfig, shapes: Shapes
-) -> tuple[dict[str, Any], int]:
-  """Converts LoRAs to adapter parameters; several LoRAs are concatenated along the rank.
+  loras: Sequence[tuple[LoRAWeights, float]], config: DiTConfig, shapes: Shapes, *, skip_unmatched: bool = False
+) -> StackedChanges:
+  """Converts LoRAs to changes of a base, which add up: low-rank ones are concatenated along the rank.
 
   Args:
-    loras: each with its weight, which is multiplied into `up` together with alpha / rank.
+    loras: each with its weight.
     config: of the base.
     shapes: of the base's parameters by path.
-
-  Returns:
-    Nested float32 arrays `down` ([layers,] in, rank) and `up` ([layers,] rank, out), and their common rank.
+    skip_unmatched: whether to leave out tensors without a counterpart in the base.
 
   Raises:
     UserError: a LoRA does not fit the base.
   """
-  linears = find_linears(shapes)
-  for lora, _ in loras:
-    check_base(lora, config, linears)
-  rank = sum(max(lora.ranks) for lora, _ in loras)
-  arrays: dict[tuple[str, ...], np.ndarray] = {}
-  start = 0
-  for lora, weight in loras:
-    for name, layer in lora.layers.items():
-      linear = linears[name]
-      down_path, up_path = (*linear.path, "lora", "down"), (*linear.path, "lora", "up")
-      if down_path not in arrays:
-        arrays[down_path] = np.zeros((*linear.stack, linear.in_dim, rank), np.float32)
-        arrays[up_path] = np.zeros((*linear.stack, rank, linear.out_dim), np.float32)
-      at = () if linear.layer is None else (linear.layer,)
-      ranks = slice(start, start + layer.rank)
-      arrays[down_path][(*at, slice(None), ranks)] = layer.down.astype(np.float32).T
-      arrays[up_path][(*at, ranks)] = layer.up.astype(np.float32).T * np.float32(weight * layer.alpha / layer.rank)
-    start += max(lora.ranks)
-  return traverse_util.unflatten_dict(arrays), rank
+  targets = find_targets(shapes)
+  kernels: dict[Path, dict[str, dict[int | None, Parts]]] = defaultdict(lambda: defaultdict(dict))
+  others: dict[Path, np.ndarray] = {}
+  for number, (lora, weight) in enumerate(loras):
+    for name, change in match_base(lora, config, targets, skip_unmatched=skip_unmatched).changes.items():
+      target = targets[name]
+      if target.is_kernel:
+        group, parts = _kernel_parts(change, weight, config if target.is_convolution else None)
+        layers = kernels[target.path[:-1]][group if group in _ADD else f"{group}_{number}"]
+        layers[target.layer] = _ADD[group](layers[target.layer], parts) if target.layer in layers else parts
+      else:
+        assert isinstance(change, Difference)
+        stacked = others.setdefault(target.path, np.zeros((*target.stack, *target.shape), np.float32))
+        at = () if target.layer is None else target.layer
+        stacked[at] += change.diff.astype(np.float32).reshape(target.shape) * np.float32(weight)
+  stacks = {path: shapes[*path, "kernel"][:-2] for path in kernels}
+  return StackedChanges(
+    {
+      path: {group: _stack(layers, stacks[path]) for group, layers in groups.items()}
+      for path, groups in kernels.items()
+    },
+    others,
+  )
 
 
-def check_base(lora: LoRAWeights, config: DiTConfig, linears: Mapping[str, Linear]) -> None:
-  """Raises UserError unless every layer of a LoRA fits a Linear of the base."""
-  dims = {layer.down.shape[1] for name, layer in lora.layers.items() if re.search(r"(attn\.[qkv]|ffn\.0)$", name)}
-  if lora.num_layers > config.num_layers or (dims and dims != {config.dim}):
+# How two changes of a kernel become one, for kinds whose sum is of the same kind.
+_ADD = {
+  "lora": lambda a, b: {
+    "down": np.concatenate([a["down"], b["down"]], axis=1),
+    "up": np.concatenate([a["up"], b["up"]], axis=0),
+  },
+  "diff": lambda a, b: {"diff": a["diff"] + b["diff"]},
+}
+
+
+def _kernel_parts(change: Change, weight: float, convolution: DiTConfig | None) -> tuple[str, Parts]:
+  """Returns a change of one kernel, and the name of the group of those that can be stacked with it."""
+  group, parts = change.kernel_parts(weight)
+  if convolution is not None:
+    # The kernel of patches, which is small, has the order (t, y, x, channel), PyTorch's has (channel, t, y, x).
+    channels, patch = convolution.in_dim, convolution.patch_size
+    diff = np.asarray(KINDS[group].change({name: jnp.asarray(part) for name, part in parts.items()}))
+    diff = np.moveaxis(diff.reshape(channels, *patch, -1), 0, 3).reshape(diff.shape)
+    group, parts = (
+      "diff",
+      {"diff": diff, **{part: parts[part] for part in ("magnitude_out", "weight") if part in parts}},
+    )
+  if isinstance(change, DoRALayer):
+    group += f"_{change.axis}"
+  if group.startswith("lokr"):
+    group += f"_{'x'.join(str(size) for part in ('w1', 'w2') for size in parts[part].shape)}"
+  return group, parts
+
+
+def _stack(layers: Mapping[int | None, Parts], stack: tuple[int, ...]) -> dict[str, np.ndarray]:
+  """Stacks the parts of layers, padded with zeros to the largest rank; absent layers are zeros."""
+  stacked: dict[str, np.ndarray] = {}
+  for name in next(iter(layers.values())):
+    shapes = [parts[name].shape for parts in layers.values()]
+    array = np.zeros((*stack, *np.max(shapes, axis=0).astype(int)), np.float32)
+    for layer, parts in layers.items():
+      at = () if layer is None else (layer,)
+      array[(*at, *(slice(size) for size in parts[name].shape))] = parts[name]
+    stacked[name] = array
+  return stacked
+
+
+def match_base(
+  lora: LoRAWeights, config: DiTConfig, targets: Mapping[str, Target], *, skip_unmatched: bool = False
+) -> LoRAWeights:
+  """Returns the changes that a base has a counterpart of.
+
+  Raises:
+    UserError: the LoRA is for another base, or has other tensors too and they are not to be skipped.
+  """
+  dims = {
+    change.shape[1]
+    for name, change in lora.changes.items()
+    if re.search(r"(attn\.[qkv]|ffn\.0)\.weight$", name) and len(change.shape) == 2
+  }
+  absent = [name for name, change in lora.changes.items() if not _has_counterpart(change, targets.get(name), config)]
+  unmatched = [*lora.names_of(absent), *lora.unmatched]
+  if (dims and dims != {config.dim}) or (lora.num_layers > config.num_layers and not skip_unmatched):
     needed = " and ".join([*([_describe_dims(dims)] if dims else []), f"at least {lora.num_layers} layers"])
     raise UserError(
-      f"the LoRA needs a base with {needed}, the base has {_describe_dims({config.dim})} and {config.num_layers} layers"
+      f"{lora.source} needs a base with {needed}, the base has {_describe_dims({config.dim})} and {config.num_layers} "
+      "layers"
     )
-  absent = sorted(name for name in lora.layers if name not in linears)
-  if absent:
-    reason = "; k_img and v_img exist in I2V models only" if any(name.endswith("_img") for name in absent) else ""
-    raise UserError(f"the LoRA adapts {len(absent)} Linears that the base lacks: {', '.join(absent[:8])}{reason}")
-  for name, layer in lora.layers.items():
-    found, expected = (layer.down.shape[1], layer.up.shape[0]), (linears[name].in_dim, linears[name].out_dim)
-    if found != expected:
-      raise UserError(
-        f"the LoRA does not fit the base: its {name} maps {found[0]} to {found[1]} channels, the base's "
-        f"{expected[0]} to {expected[1]}"
-      )
+  if unmatched and (not skip_unmatched or len(absent) == len(lora.changes)):
+    reason = " (k_img, v_img and img_emb exist in I2V models only)" if re.search("_img|img_", " ".join(absent)) else ""
+    reason = " (the two differ in the channels of a latent)" if "patch_embedding.weight" in absent else reason
+    raise UserError(
+      f"{lora.source} has {len(unmatched)} tensors without a counterpart in the base{reason}: {list_names(unmatched)}"
+      + ("" if skip_unmatched else "; --lora_skip_unmatched (lora_skip_unmatched=True) leaves them out")
+    )
+  if unmatched:
+    logger.warning(
+      "%s: left out %d tensors without a counterpart: %s", lora.source, len(unmatched), list_names(unmatched)
+    )
+  found = lora.select(name for name in lora.changes if name not in absent)
+  for name, change in found.changes.items():
+    _check_shape(lora, name, change, targets[name], config)
+  return found
+
+
+def _has_counterpart(change: Change, target: Target | None, config: DiTConfig) -> bool:
+  """Returns whether a base has a tensor for a change; the patch embedding of latents with other channels is another."""
+  if target is None or not target.is_convolution:
+    return target is not None
+  return change.shape[0] != config.dim or math.prod(change.shape[1:]) == config.in_dim * config.patch_volume
+
+
+def _check_shape(lora: LoRAWeights, name: str, change: Change, target: Target, config: DiTConfig) -> None:
+  expected = target.shape[::-1] if target.is_kernel else target.shape
+  if target.is_convolution and len(change.shape) > 2:
+    expected = (config.dim, config.in_dim, *config.patch_size)
+  found, needed = (tuple(size for size in shape if size != 1) for shape in (change.shape, expected))
+  if found != needed:
+    raise UserError(
+      f"{lora.source} does not fit the base: its {name} has the shape {tuple(change.shape)}, the base's {expected}"
+    )
+  if not target.is_kernel and not isinstance(change, Difference):
+    raise UserError(f"{lora.source} has a {change.kind} change of {name}, which is not a matrix")
+  if target.is_convolution and isinstance(change, DoRALayer) and change.axis == "in":
+    raise UserError(f"{lora.source} has DoRA magnitudes per input channel for {name}, which is not supported")
 
 
 def _describe_dims(dims: set[int]) -> str:
@@ -124,7 +237,7 @@ def unstack_lora(
     metadata: of the LoRA.
   """
   flat = traverse_util.flatten_dict(params)
-  layers = {}
+  changes: dict[str, Change] = {}
   for path, down in flat.items():
     if path[-2:] != ("lora", "down"):
       continue
@@ -133,7 +246,7 @@ def unstack_lora(
     rank = down.shape[-1]
     for layer in range(len(down)) if down.ndim == 3 else (None,):
       at = () if layer is None else layer
-      layers[linear_name(linear, layer)] = LoRALayer(
+      changes[f"{linear_name(linear, layer)}.weight"] = LoRALayer(
         np.ascontiguousarray(down[at].T), np.ascontiguousarray(up[at].T), alpha * rank**0.5 if rslora else float(alpha)
       )
-  return LoRAWeights(layers, "jax", metadata or {})
+  return LoRAWeights(changes, "jax", metadata or {})

@@ -1,47 +1,19 @@
 """LoRA weights in memory: one form, whatever file they come from."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 import univid_jax
-from univid_jax.checkpoints.tensor_files import numpy_dtype
+from univid_jax.checkpoints.lora.kinds import Change
 from univid_jax.models.lora import lora_targets
 
 # Metadata that stays with a LoRA when it is written in another format.
 _KEPT_METADATA = ("base_model", "step")
 
-
-@dataclasses.dataclass(frozen=True)
-class LoRALayer:
-  """The update of one Linear: alpha / rank * up @ down, in PyTorch's layout.
-
-  Attributes:
-    down: (rank, in_dim).
-    up: (out_dim, rank).
-    alpha: equals the rank if the file stores none.
-  """
-
-  down: np.ndarray
-  up: np.ndarray
-  alpha: float
-
-  @property
-  def rank(self) -> int:
-    return len(self.down)
-
-  @property
-  def folded_up(self) -> np.ndarray:
-    """`up` times alpha / rank, in the dtype of `up`."""
-    if self.alpha == self.rank:
-      return self.up
-    return (self.up.astype(np.float32) * np.float32(self.alpha / self.rank)).astype(self.up.dtype)
-
-  def astype(self, dtype: str) -> "LoRALayer":
-    kind = numpy_dtype(dtype)
-    return LoRALayer(self.down.astype(kind), self.up.astype(kind), self.alpha)
+# Header of files that this project writes: where no alpha is stored, it is the rank, and the scale 1.
+SCALE_OF_ONE: Mapping[str, str] = {"scale_without_alpha": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,43 +21,66 @@ class LoRAWeights:
   """A LoRA for the transformer.
 
   Attributes:
-    layers: by the official name of the Linear.
-    format: of the file it was read from: a name in `formats.FORMATS`, or "jax" for this project's own folder.
+    changes: by the official name of the tensor.
+    format: of the file's names: keys of `formats.FORMATS`, or "jax" for this project's own folder.
     metadata: the text entries of the file's header.
+    source: the file, for messages.
+    names: names of the file's tensors, by the tensor that they change.
+    unmatched: names of the file's tensors that no transformer of Wan2.1 has a counterpart of.
+    notes: what had to be assumed to read the file, one line each.
   """
 
-  layers: Mapping[str, LoRALayer]
+  changes: Mapping[str, Change]
   format: str
   metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  source: str = "the LoRA"
+  names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  unmatched: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
 
   @property
   def ranks(self) -> tuple[int, ...]:
     """The distinct ranks, ascending."""
-    return tuple(sorted({layer.rank for layer in self.layers.values()}))
+    return tuple(sorted({found[0] for change in self.changes.values() if (found := change.rank_and_alpha)}))
 
   @property
   def alphas(self) -> tuple[float, ...]:
     """The distinct alphas, ascending."""
-    return tuple(sorted({layer.alpha for layer in self.layers.values()}))
+    return tuple(sorted({found[1] for change in self.changes.values() if (found := change.rank_and_alpha)}))
 
   @property
   def num_layers(self) -> int:
     """The number of blocks that the base must have at least."""
-    return 1 + max((int(name.split(".")[1]) for name in self.layers if name.startswith("blocks.")), default=-1)
+    return 1 + max((int(name.split(".")[1]) for name in self.changes if name.startswith("blocks.")), default=-1)
 
   @property
   def nbytes(self) -> int:
-    return sum(layer.down.nbytes + layer.up.nbytes for layer in self.layers.values())
+    return sum(change.nbytes for change in self.changes.values())
 
   def astype(self, dtype: str) -> "LoRAWeights":
-    return dataclasses.replace(self, layers={name: layer.astype(dtype) for name, layer in self.layers.items()})
+    return dataclasses.replace(self, changes={name: change.astype(dtype) for name, change in self.changes.items()})
+
+  def select(self, tensors: Iterable[str]) -> "LoRAWeights":
+    """Returns the changes of some tensors alone."""
+    return dataclasses.replace(self, changes={name: self.changes[name] for name in tensors}, unmatched=())
+
+  def names_of(self, tensors: Iterable[str]) -> list[str]:
+    """Returns the names in the file of what changes some tensors."""
+    return [name for tensor in tensors for name in self.names.get(tensor, (tensor,))]
 
   def describe(self) -> str:
-    """Returns one line: format, number of Linears and blocks, targets, rank and alpha."""
-    targets = ", ".join(lora_targets(list(self.layers)))
-    return (
-      f"LoRA ({self.format}) of {len(self.layers)} Linears in {self.num_layers} blocks ({targets}), "
-      f"rank {_join_numbers(self.ranks, limit=4)}, alpha {_join_numbers(self.alphas, limit=4)}"
+    """Returns one line: format, number of tensors and blocks, their names by kind, rank and alpha."""
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for name, change in self.changes.items():
+      by_kind[change.kind].append(name.removesuffix(".weight"))
+    kinds = [f"{len(names)} {kind} ({', '.join(lora_targets(names))})" for kind, names in by_kind.items()]
+    numbers = [
+      f"{name} {_join_numbers(values, limit=4)}"
+      for name, values in (("rank", self.ranks), ("alpha", self.alphas))
+      if values
+    ]
+    return ", ".join(
+      [f"LoRA ({self.format}), {len(self.changes)} tensors in {self.num_layers} blocks: {', '.join(kinds)}", *numbers]
     )
 
   def file_metadata(self, extra: Mapping[str, Any]) -> dict[str, str]:
@@ -94,7 +89,7 @@ class LoRAWeights:
       "software": f"univid_jax {univid_jax.__version__}",
       "rank": _join_numbers(self.ranks, separator=","),
       "alpha": _join_numbers(self.alphas, separator=","),
-      "targets": ",".join(lora_targets(list(self.layers))),
+      "targets": ",".join(lora_targets([name.removesuffix(".weight") for name in self.changes])),
     }
     kept = {key: self.metadata[key] for key in _KEPT_METADATA if key in self.metadata}
     return {**values, **{key: str(value) for key, value in {**kept, **extra}.items() if value is not None}}

@@ -1,0 +1,164 @@
+"""Reads LoRA files of every trainer, see docs/formats.md."""
+
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from univid_jax.checkpoints.lora.building import PartsError, build_changes
+from univid_jax.checkpoints.lora.folder import is_lora_folder, read_lora_folder
+from univid_jax.checkpoints.lora.kinds import Change
+from univid_jax.checkpoints.lora.names import MARKERS, TARGETS, list_names, parse_name, unsupported
+from univid_jax.checkpoints.lora.scaling import CONFIG_FILE, PeftScaling, find_scaling
+from univid_jax.checkpoints.lora.weights import SCALE_OF_ONE, LoRAWeights
+from univid_jax.checkpoints.tensor_files import SUFFIXES, TensorFile, open_tensors
+from univid_jax.core.errors import UserError
+
+# Of alpha / rank. Real ones are 0.01 to 100.
+_MAX_SCALE = 1e4
+
+
+def is_peft_folder(path: os.PathLike | str) -> bool:
+  """Returns whether a path is a folder that PEFT wrote."""
+  return (Path(path) / CONFIG_FILE).is_file()
+
+
+def read_lora(path: os.PathLike | str) -> LoRAWeights:
+  """Reads a LoRA: a file of any trainer, a folder of PEFT, or this project's own.
+
+  Raises:
+    FileNotFoundError: the path or its weights do not exist.
+    UserError: the contents are not a LoRA for Wan2.1's transformer, damaged, or of an unsupported kind.
+  """
+  if is_lora_folder(path):
+    return read_lora_folder(path)
+  if is_peft_folder(path):
+    files = [Path(path) / f"adapter_model{suffix}" for suffix in SUFFIXES]
+    found = next((file for file in files if file.exists()), None)
+    if found is None:
+      raise FileNotFoundError(f"{path} has {CONFIG_FILE}, but no {files[0].name}")
+    path = found
+  if Path(path).is_dir():
+    raise UserError(f"{path} is a folder without lora.json or {CONFIG_FILE}: pass the LoRA file itself")
+  return parse_lora(open_tensors(path))
+
+
+def parse_lora(file: TensorFile) -> LoRAWeights:
+  """Reads a LoRA from named tensors; raises like `read_lora`."""
+  modules: dict[str, _Module] = {}
+  names: dict[str, list[str]] = defaultdict(list)
+  unmatched, formats = [], set()
+  for name in (name for name in file.infos if name not in MARKERS):
+    if what := unsupported(name):
+      raise UserError(f"{file.path} contains {what}, which are not supported: {list_names([name])}")
+    found = parse_name(name)
+    if found is None:
+      unmatched.append(name)
+      continue
+    formats.add(found.format)
+    names[found.tensor].append(name)
+    # The bias of a low-rank layer is scaled like its matrices, so it is read with them.
+    owner = found.tensor.removesuffix(".bias") + ".weight" if found.part == "up_bias" else found.tensor
+    parts = modules.setdefault(owner, _Module(found.module, {})).parts
+    part = "diff" if found.part in TARGETS and found.part != "up_bias" else found.part
+    if part in parts:
+      raise UserError(f"{file.path} has two tensors for {part} of {owner}: {parts[part]} and {name}")
+    parts[part] = name
+  if not modules:
+    reason = f": Wan2.1's transformer has no counterpart of {list_names(unmatched)}" if unmatched else ""
+    raise UserError(f"{file.path} contains no LoRA for Wan2.1{reason}")
+  reader = _Reader(file)
+  changes: dict[str, Change] = {}
+  for owner, module in modules.items():
+    for tensor, change in reader.read(owner, module).items():
+      if tensor in changes:
+        raise UserError(f"{file.path} changes {tensor} twice: {list_names(names[tensor])}")
+      changes[tensor] = change
+  return LoRAWeights(
+    changes,
+    " and ".join(sorted(formats)),
+    dict(file.metadata),
+    source=str(file.path),
+    names={tensor: tuple(found) for tensor, found in names.items()},
+    unmatched=tuple(unmatched),
+    notes=reader.notes(),
+  )
+
+
+class _Module(NamedTuple):
+  """A module of a file: its name as spelled there, and the names of its tensors by part."""
+
+  name: str
+  parts: dict[str, str]
+
+
+class _Reader:
+  """Reads the changes of a file, and remembers what had to be assumed."""
+
+  def __init__(self, file: TensorFile):
+    self._file = file
+    self._scaling: PeftScaling | None = find_scaling(file.path, file.metadata)
+    self._assumed: Counter[str] = Counter()
+
+  def notes(self) -> tuple[str, ...]:
+    return tuple(f"{text} (modules: {count})" for text, count in self._assumed.items())
+
+  def read(self, tensor: str, module: _Module) -> Mapping[str, Change]:
+    """Returns what a module's tensors change, by official name."""
+    parts = {part: self._read_tensor(name) for part, name in module.parts.items()}
+    if any(part.startswith("lokr_") for part in parts):
+      parts |= {name: np.zeros(()) for name in MARKERS if name in self._file.infos}
+
+    def alpha_of(rank: int | None) -> float | None:
+      return self._alpha(module, rank, parts.get("alpha"))
+
+    try:
+      return build_changes(tensor, parts, alpha_of)
+    except PartsError as error:
+      shapes = ", ".join(f"{name} {parts[part].shape}" for part, name in module.parts.items())
+      raise UserError(f"{self._file.path}: the change of {tensor} {error}; got {shapes}") from error
+
+  def _read_tensor(self, name: str) -> np.ndarray:
+    """Reads a tensor of finite floats; an alpha may be an integer."""
+    info = self._file.infos[name]
+    if math.prod(info.shape) == 0:
+      raise UserError(f"{self._file.path}: {name} is empty, its shape is {info.shape}")
+    is_alpha = name.endswith(".alpha")
+    value = self._file.read(name)
+    if not is_alpha and value.dtype.kind in "iub":
+      raise UserError(f"{self._file.path}: {name} has the dtype {value.dtype}; expected floats")
+    if is_alpha:
+      return value.astype(np.float64)
+    as_float = value.astype(np.float32)
+    if not np.isfinite(as_float).all():
+      kind = "NaN" if np.isnan(as_float).any() else "values that are infinite or too large for float32"
+      raise UserError(f"{self._file.path}: {name} contains {kind}")
+    # What float32 represents exactly is kept, to be exported as it was.
+    return as_float if value.dtype == np.float64 else value
+
+  def _alpha(self, module: _Module, rank: int | None, stored: np.ndarray | None) -> float | None:
+    """Returns the alpha of a module: that of its tensor, of PEFT's config, or else the rank; see `AlphaOf`."""
+    if rank is None:
+      return self._scaling.alpha_of(module.name, None)[0] if self._scaling else None
+    if stored is not None:
+      if stored.size != 1:
+        raise UserError(f"{self._file.path}: {module.parts['alpha']} must be one number, its shape is {stored.shape}")
+      alpha = float(stored.reshape(()))
+    elif self._scaling:
+      alpha, assumed = self._scaling.alpha_of(module.name, rank)
+      self._assumed.update(assumed)
+    else:
+      alpha = float(rank)
+      if not SCALE_OF_ONE.items() <= self._file.metadata.items():
+        self._assumed["no alpha is stored: taken to be the rank, which is a scale of 1"] += 1
+    if not 0 < alpha / rank <= _MAX_SCALE:
+      where = module.parts.get("alpha", f"alpha of {module.name}")
+      raise UserError(
+        f"{self._file.path}: {where} is {alpha:g} for rank {rank}; the scale alpha / rank must be positive and at most "
+        f"{_MAX_SCALE:g}"
+      )
+    return alpha

@@ -1,0 +1,148 @@
+"""Rank and alpha of PEFT's adapters, which stand in adapter_config.json or in the header of diffusers' files."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from univid_jax.core.errors import UserError
+
+CONFIG_FILE = "adapter_config.json"
+HEADER_KEY = "lora_adapter_metadata"
+
+# Kinds of adapters that are read, with the key of alpha in their config.
+_ALPHA_KEYS: Mapping[str, str] = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
+_DEFAULT_ALPHA = 8.0  # PEFT's
+
+# Options that change the base, or how an adapter is applied. Others do not matter to a finished adapter.
+_REFUSED = (
+  "layer_replication",
+  "alora_invocation_tokens",
+  "use_qalora",
+  "use_bdlora",
+  "arrow_config",
+  "monteclora_config",
+)
+_REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# Patterns of a module's name are regular expressions: bounded, so that matching one takes no time.
+_MAX_PATTERN, _MAX_QUANTIFIERS = 300, 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftScaling:
+  """Rank and alpha by module.
+
+  Attributes:
+    source: where they stand, for messages.
+    rank: None if it is not stated.
+    alpha: of modules without a pattern.
+    alpha_stated: whether it is not PEFT's default.
+    use_rslora: whether the scale is alpha / sqrt(rank).
+    rank_pattern, alpha_pattern: by regular expression, which ends a module's name.
+  """
+
+  source: str
+  rank: float | None
+  alpha: float
+  alpha_stated: bool
+  use_rslora: bool
+  rank_pattern: Mapping[re.Pattern[str], float]
+  alpha_pattern: Mapping[re.Pattern[str], float]
+
+  def alpha_of(self, module: str, rank: int | None) -> tuple[float, list[str]]:
+    """Returns the alpha of a module, so that alpha / rank is its scale, and what had to be assumed.
+
+    Args:
+      module: its name in the file.
+      rank: of its tensors; None if they have none, which gives the scale itself.
+
+    Raises:
+      UserError: the stated rank is another one.
+    """
+    stated = _find(self.rank_pattern, module) or self.rank
+    if stated is not None and rank is not None and stated != rank:
+      raise UserError(f"{self.source} states rank {stated:g} for {module}, whose tensors have rank {rank}")
+    divisor = rank or stated
+    if divisor is None:
+      raise UserError(f"{self.source} states no rank r, which {module} needs")
+    alpha = _find(self.alpha_pattern, module)
+    assumed = [] if stated else [f"{self.source} states no rank: taken from the tensors"]
+    if alpha is None:
+      alpha = self.alpha
+      assumed += [] if self.alpha_stated else [f"{self.source} states no alpha: taken to be PEFT's default, {alpha:g}"]
+    scale = alpha / (divisor**0.5 if self.use_rslora else divisor)
+    return scale * (rank or 1), assumed
+
+
+def _find(patterns: Mapping[re.Pattern[str], float], module: str) -> float | None:
+  names = module, module.removeprefix("transformer.")
+  return next((value for pattern, value in patterns.items() if any(map(pattern.fullmatch, names))), None)
+
+
+def find_scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:
+  """Reads what PEFT or diffusers say about a file: the config next to adapter_model.*, or the header; None if neither.
+
+  Raises:
+    UserError: it is damaged, or of a kind of adapter that is not supported.
+  """
+  config = path.parent / CONFIG_FILE
+  if path.stem == "adapter_model" and config.exists():
+    return _read_scaling(str(config), config.read_bytes())
+  if HEADER_KEY in metadata:
+    return _read_scaling(f"{HEADER_KEY} in the header of {path}", metadata[HEADER_KEY].encode())
+  return None
+
+
+def _read_scaling(source: str, text: bytes) -> PeftScaling:
+  try:
+    values = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{source} is not valid JSON: {error}") from error
+  if not isinstance(values, dict):
+    raise UserError(f"{source} is not a JSON object")
+  # diffusers puts the name of the component in front of every key.
+  values = {key.removeprefix("transformer."): value for key, value in values.items()}
+  kind = str(values.get("peft_type") or "LORA")
+  if kind not in _ALPHA_KEYS:
+    raise UserError(f"{source}: adapters of peft_type {kind} are not supported, only {', '.join(_ALPHA_KEYS)}")
+  init = values.get("init_lora_weights")
+  refused = [key for key in _REFUSED if values.get(key)]
+  if isinstance(init, str) and init.startswith(_REFUSED_INITS):
+    refused.append(f"init_lora_weights={init}")
+  if refused:
+    raise UserError(f"{source}: {', '.join(refused)} is not supported: such an adapter also changes the base")
+  alpha = values.get(_ALPHA_KEYS[kind])
+  return PeftScaling(
+    source=source,
+    rank=None if values.get("r") is None else _number(source, "r", values["r"]),
+    alpha=_DEFAULT_ALPHA if alpha is None else _number(source, _ALPHA_KEYS[kind], alpha),
+    alpha_stated=alpha is not None,
+    use_rslora=bool(values.get("use_rslora")),
+    rank_pattern=_read_patterns(source, "rank_pattern", values),
+    alpha_pattern=_read_patterns(source, "alpha_pattern", values),
+  )
+
+
+def _read_patterns(source: str, key: str, values: Mapping[str, Any]) -> dict[re.Pattern[str], float]:
+  entries = values.get(key) or {}
+  if not isinstance(entries, dict):
+    raise UserError(f"{source}: {key} must be an object, got {entries!r}")
+  patterns = {}
+  for text, value in entries.items():
+    if len(text) > _MAX_PATTERN or len(re.findall(r"[*+?{]", text)) > _MAX_QUANTIFIERS or re.search(r"\)[*+{]", text):
+      raise UserError(f"{source}: the pattern {text[:80]!r} in {key} is too complex")
+    try:
+      pattern = re.compile(rf"(?:.*\.)?(?:{text})")  # as PEFT reads it
+    except (re.error, OverflowError, RecursionError) as error:
+      raise UserError(f"{source}: {text!r} in {key} is not a regular expression: {error}") from error
+    patterns[pattern] = _number(source, f"{key}[{text}]", value)
+  return patterns
+
+
+def _number(source: str, key: str, value: object) -> float:
+  if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+    raise UserError(f"{source}: {key} must be a positive number, got {str(value)[:80]}")
+  return float(value)
