@@ -130,8 +130,9 @@ def lora_tensors(lora: LoRAWeights, to: str) -> dict[str, np.ndarray]:
     reasons = "; ".join(f"{len(tensors)} {kind} ({list_names(tensors)})" for kind, tensors in refused.items())
     raise UserError(f"{lora.source} cannot be written as {to}, which has no form for some of its changes: {reasons}")
   out: dict[str, np.ndarray] = {}
-  for tensor, change in sorted(lora.changes.items()):
-    out |= file_format.tensors(tensor, change)
+  with np.errstate(all="ignore"):
+    for tensor, change in sorted(lora.changes.items()):
+      out |= file_format.tensors(tensor, change)
   overflow = [name for name, value in out.items() if not np.isfinite(value.astype(np.float32)).all()]
   if overflow:
     raise UserError(f"{lora.source} contains NaN, or values too large for their dtype, in {list_names(overflow)}")

@@ -61,7 +61,8 @@ class Change(abc.ABC):
           return value.astype(dtype)
       return value
 
-    fields = {field.name: convert(getattr(self, field.name)) for field in dataclasses.fields(self)}
+    with np.errstate(all="ignore"):  # what overflows is refused when it is used
+      fields = {field.name: convert(getattr(self, field.name)) for field in dataclasses.fields(self)}
     return dataclasses.replace(self, **fields)
 
 

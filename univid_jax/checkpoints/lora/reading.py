@@ -117,7 +117,8 @@ class _Reader:
       return self._alpha(module, rank, parts.get("alpha"))
 
     try:
-      return build_changes(tensor, parts, alpha_of)
+      with np.errstate(all="ignore"):  # what overflows is refused when it is used
+        return build_changes(tensor, parts, alpha_of)
     except PartsError as error:
       shapes = ", ".join(f"{name} {parts[part].shape}" for part, name in module.parts.items())
       raise UserError(f"{self._file.path}: the change of {tensor} {error}; got {shapes}") from error
@@ -133,7 +134,8 @@ class _Reader:
       raise UserError(f"{self._file.path}: {name} has the dtype {value.dtype}; expected floats")
     if is_alpha:
       return value.astype(np.float64)
-    as_float = value.astype(np.float32)
+    with np.errstate(all="ignore"):
+      as_float = value.astype(np.float32)
     if not np.isfinite(as_float).all():
       kind = "NaN" if np.isnan(as_float).any() else "values that are infinite or too large for float32"
       raise UserError(f"{self._file.path}: {name} contains {kind}")
@@ -156,7 +158,7 @@ class _Reader:
       if not SCALE_OF_ONE.items() <= self._file.metadata.items():
         self._assumed["no alpha is stored: taken to be the rank, which is a scale of 1"] += 1
     if not 0 < alpha / rank <= _MAX_SCALE:
-      where = module.parts.get("alpha", f"alpha of {module.name}")
+      where = module.parts.get("alpha", f"alpha of {module.name} in {self._scaling.source if self._scaling else ''}")
       raise UserError(
         f"{self._file.path}: {where} is {alpha:g} for rank {rank}; the scale alpha / rank must be positive and at most "
         f"{_MAX_SCALE:g}"

@@ -102,6 +102,8 @@ def stack_loras(
       target = targets[name]
       if target.is_kernel:
         group, parts = _kernel_parts(change, weight, config if target.is_convolution else None)
+        if not all(np.isfinite(part).all() for part in parts.values()):
+          raise UserError(f"{lora.source}: the change of {name} is not finite in float32")
         layers = kernels[target.path[:-1]][group if group in _ADD else f"{group}_{number}"]
         layers[target.layer] = _ADD[group](layers[target.layer], parts) if target.layer in layers else parts
       else:
@@ -131,7 +133,8 @@ _ADD = {
 
 def _kernel_parts(change: Change, weight: float, convolution: DiTConfig | None) -> tuple[str, Parts]:
   """Returns a change of one kernel, and the name of the group of those that can be stacked with it."""
-  group, parts = change.kernel_parts(weight)
+  with np.errstate(all="ignore"):
+    group, parts = change.kernel_parts(weight)
   if convolution is not None:
     # The kernel of patches, which is small, has the order (t, y, x, channel), PyTorch's has (channel, t, y, x).
     channels, patch = convolution.in_dim, convolution.patch_size
