@@ -141,8 +141,8 @@ def add_loras(
       leaves |= {(*path, LORA, *key): value for key, value in traverse_util.flatten_dict(parts).items()}
       continue
     kernel = leaves[*path, "kernel"]
-    merge = jax.jit(merge_changes, donate_argnums=0, static_argnums=2, out_shardings=kernel.sharding)
-    leaves[*path, "kernel"] = merge(kernel, parts, kernel.dtype)
+    merge = jax.jit(merge_changes, donate_argnums=0, out_shardings=kernel.sharding)
+    leaves[*path, "kernel"] = merge(kernel, parts)
   return graph if merged else nnx.graphdef(module), traverse_util.unflatten_dict(leaves)
 
 

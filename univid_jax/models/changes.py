@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from univid_jax.models.layers import Linear
@@ -45,7 +44,7 @@ def _multiply(a: Array, b: Array) -> Array:
 _LOW_RANK, _DIFFERENCE, _LOHA, _LOKR = "lora", "diff", "loha", "lokr"
 KINDS: Mapping[str, Kind] = {
   _LOW_RANK: Kind({"down": (IN, None), "up": (None, OUT)}, lambda parts: _multiply(parts["down"], parts["up"])),
-  _DIFFERENCE: Kind({"diff": (IN, OUT)}, lambda parts: parts["diff"]),
+  _DIFFERENCE: Kind({"diff": (IN, OUT)}, lambda parts: parts["diff"].astype(jnp.float32)),
   _LOHA: Kind(
     {"down": (IN, None), "up": (None, OUT), "down_2": (IN, None), "up_2": (None, OUT)},
     lambda parts: _multiply(parts["down"], parts["up"]) * _multiply(parts["down_2"], parts["up_2"]),
@@ -119,14 +118,17 @@ def attach_changes(model: nnx.Module, shapes: Mapping[tuple[str, ...], Shapes]) 
     linears[path].lora = Changes(groups, linears[path])
 
 
-def merge_changes(
-  kernel: Float[Array, "*layers i o"], groups: Mapping[str, Parts], dtype: DTypeLike
-) -> Float[Array, "*layers i o"]:
-  """Adds changes to a kernel, in float32 and one layer after the other, so that temporary memory is that of one."""
+def merge_changes(kernel: Float[Array, "*layers i o"], groups: Mapping[str, Parts]) -> Float[Array, "*layers i o"]:
+  """Adds changes to a kernel, in float32; stacked layers in place and one by one, so that temporary memory is small."""
 
-  def merge_layer(layer: tuple[Array, Mapping[str, Parts]]) -> Array:
-    kernel, groups = layer
+  def merge_layer(kernel: Array, groups: Mapping[str, Parts]) -> Array:
     changes = [kernel_change(group, parts, kernel) for group, parts in groups.items()]
-    return (kernel.astype(jnp.float32) + sum(changes[1:], start=changes[0])).astype(dtype)
+    return (kernel.astype(jnp.float32) + sum(changes[1:], start=changes[0])).astype(kernel.dtype)
 
-  return merge_layer((kernel, groups)) if kernel.ndim == 2 else jax.lax.map(merge_layer, (kernel, groups))
+  def merge_at(layer: int, stacked: Array) -> Array:
+    merged = merge_layer(
+      *jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (stacked, groups))
+    )
+    return jax.lax.dynamic_update_index_in_dim(stacked, merged, layer, axis=0)
+
+  return merge_layer(kernel, groups) if kernel.ndim == 2 else jax.lax.fori_loop(0, len(kernel), merge_at, kernel)

@@ -39,7 +39,10 @@ class Change(abc.ABC):
 
   @abc.abstractmethod
   def kernel_parts(self, weight: float) -> tuple[str, dict[str, np.ndarray]]:
-    """Returns the kind and the parts of `models.changes`, in float32, with the scale times `weight` folded in."""
+    """Returns the kind and the parts of `models.changes`, with the scale times `weight` folded in.
+
+    They are float32, but a `Difference` that is not scaled keeps its dtype.
+    """
 
   @property
   def rank_and_alpha(self) -> tuple[int, float] | None:
@@ -216,7 +219,9 @@ class Difference(Change):
     return {"diff": self.diff}
 
   def kernel_parts(self, weight: float) -> tuple[str, dict[str, np.ndarray]]:
-    return "diff", {"diff": as_matrix(self.diff).astype(np.float32).T * np.float32(weight)}
+    # A whole tensor may be large, so it is not widened without need.
+    diff = self.diff if weight == 1 else self.diff.astype(np.float32) * np.float32(weight)
+    return "diff", {"diff": as_matrix(diff).T}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

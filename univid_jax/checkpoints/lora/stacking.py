@@ -127,7 +127,7 @@ _ADD = {
     "down": np.concatenate([a["down"], b["down"]], axis=1),
     "up": np.concatenate([a["up"], b["up"]], axis=0),
   },
-  "diff": lambda a, b: {"diff": a["diff"] + b["diff"]},
+  "diff": lambda a, b: {"diff": a["diff"].astype(np.float32) + b["diff"].astype(np.float32)},
 }
 
 
@@ -156,7 +156,9 @@ def _stack(layers: Mapping[int | None, Parts], stack: tuple[int, ...]) -> dict[s
   stacked: dict[str, np.ndarray] = {}
   for name in next(iter(layers.values())):
     shapes = [parts[name].shape for parts in layers.values()]
-    array = np.zeros((*stack, *np.max(shapes, axis=0).astype(int)), np.float32)
+    dtypes = {parts[name].dtype for parts in layers.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.float32
+    array = np.zeros((*stack, *np.max(shapes, axis=0).astype(int)), dtype)
     for layer, parts in layers.items():
       at = () if layer is None else (layer,)
       array[(*at, *(slice(size) for size in parts[name].shape))] = parts[name]
