@@ -207,7 +207,7 @@ class TestStrict:
 
   def test_wrong_dtype(self, release):
     change(release, lambda tensors: tensors.update({"blocks.0.ffn.2.weight": np.zeros((96, 160), np.int32)}))
-    assert_refused(release, "blocks.0.ffn.2.weight has the dtype I32, which is not supported")
+    assert_refused(release, "blocks.0.ffn.2.weight has the dtype int32, which is not supported")
 
   def test_config_mismatch(self, release):
     values = json.loads((release / "config.json").read_text())

@@ -69,7 +69,7 @@ class TensorFile:
     """Raises UserError if a tensor is of integers: not a weight, or a quantised one."""
     for name, info in self.infos.items():
       if numpy_dtype(info.dtype).kind in "iub":
-        raise UserError(f"{self.path}: {name} has the dtype {info.dtype}; expected floats")
+        raise UserError(f"{self.path}: {name} has the dtype {info.dtype}, which is not supported: weights are floats")
 
   def rename(self, names: Mapping[str, str]) -> "TensorFile":
     """Returns the tensors under new names; `names` maps the old ones, and tensors that are not in it are dropped."""
