@@ -17,13 +17,17 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.clip_files import FORM, draw_options, write_image, write_table, write_video
-from tests.mutations import damaged_bytes, damaged_json_file, dump
+from tests.mutations import damaged_bytes, damaged_json_file, damaged_safetensors, dump
+from univid_jax.checkpoints.lora.folder import write_lora_folder
+from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
 from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.data.fingerprint import read_fingerprint
 from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
+
+CASES = Path(__file__).parent / "cases" / "lora"
 
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "600"))
 MAX_SECONDS_PER_FILE = 20
@@ -69,7 +73,25 @@ def write_config(folder: Path) -> None:
   write_run(folder, RunRecord(tiny(), "", "0"))
 
 
+def write_lora(case: str) -> Callable[[Path], object]:
+  return lambda folder: shutil.copy(CASES / f"{case}.safetensors", folder / "lora.safetensors")
+
+
+def write_adapter(folder: Path) -> None:
+  shutil.copytree(CASES / "peft_folder_patterns", folder, dirs_exist_ok=True)
+
+
+def write_own_lora(folder: Path) -> None:
+  write_lora_folder(folder, read_lora(CASES / "dora.safetensors"))
+
+
 TARGETS = (
+  *(
+    Target("lora.safetensors", write_lora(case), damaged_safetensors, read_lora)
+    for case in ("conv_patch_embedding", "dora", "lokr", "loha", "musubi_bf16_alpha")
+  ),
+  Target("adapter_config.json", write_adapter, damaged_json_file, lambda path: read_lora(path.parent)),
+  Target("lora.json", write_own_lora, damaged_json_file, lambda path: read_lora(path.parent)),
   Target("metadata.csv", write_metadata_csv, damaged_bytes, lambda path: open_metadata(path, FORM, draw_options())),
   Target("m.jsonl", write_manifest, damaged_json_file, lambda path: open_manifest(path, FORM, draw_options())),
   Target("config.json", write_config, damaged_json_file, lambda path: read_run(path.parent)),

@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from univid_jax.checkpoints.lora.folder import is_lora_folder
+from univid_jax.checkpoints.lora.scaling import find_config
 from univid_jax.checkpoints.pretrained import CHECKPOINT_FILE, PretrainedCheckpoint, is_checkpoint
 from univid_jax.checkpoints.run import CHECKPOINTS_FOLDER, CONFIG_FILE, read_run
 from univid_jax.checkpoints.trained import find_step
@@ -59,7 +61,9 @@ class Origin:
       checkpoint = PretrainedCheckpoint.open(base)
       checksums |= {name: checkpoint.checksum(name) for name in checkpoint.info.components}
     for number, (path, weight) in enumerate(self.loras):
-      checksums[f"lora {number}"] = f"{_digest(_lora_path(path))} x {weight:g}"
+      config = find_config(Path(path))
+      digests = [_digest(part) for part in (_lora_path(path), *([epath.Path(config)] if config else []))]
+      checksums[f"lora {number}"] = f"{' + '.join(digests)} x {weight:g}"
     return checksums
 
   def to_json(self) -> dict[str, Any]:

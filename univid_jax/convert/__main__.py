@@ -4,8 +4,9 @@
   python -m univid_jax.convert --inspect SRC
   python -m univid_jax.convert --verify SRC DST
 
-SRC is the folder of an official release or of diffusers, a file of one component, a LoRA file of any trainer, or this
-project's checkpoint folder, LoRA folder, or workdir of a LoRA run. Its type is inferred from tensor names and shapes.
+SRC is the folder of an official release or of diffusers, a file of one component, a LoRA file of any trainer, a
+folder of PEFT, or this project's checkpoint folder, LoRA folder, or workdir of a LoRA run. Its type is inferred from
+tensor names and shapes.
 """
 
 import sys

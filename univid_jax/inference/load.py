@@ -17,7 +17,7 @@ from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.model import open_encoders, transformer_config
 from univid_jax.checkpoints.pretrained import CHECKPOINT_FILE, PretrainedCheckpoint, is_checkpoint
 from univid_jax.checkpoints.run import CONFIG_FILE, read_run
-from univid_jax.checkpoints.trained import restore_run
+from univid_jax.checkpoints.trained import is_lora_run, read_run_lora, restore_run
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
@@ -49,8 +49,8 @@ def load_pipeline(
 
   Args:
     checkpoint: a folder written by the converter, or a workdir. The workdir of a LoRA run includes its base.
-    lora: a LoRA file of any trainer, a folder of PEFT or a LoRA folder of this project: one or several, each with an
-      optional weight w, which adds w (W' - W) to a weight W of the base that the LoRA alone makes W'.
+    lora: a LoRA file of any trainer, a folder of PEFT, or a LoRA folder or the workdir of a LoRA run of this project:
+      one or several, each with an optional weight w. Where a LoRA alone makes W' of a tensor W, it adds w (W' - W).
     dtype: of the transformer and of the encoders of text and images; by default bfloat16, or that of the run.
     merge_lora: adds LoRAs to the weights instead of computing them separately.
     lora_skip_unmatched: leaves out, with a warning, tensors of LoRAs that have no counterpart in the base.
@@ -147,7 +147,7 @@ def add_loras(
 
 
 def _read_lora(path: str) -> LoRAWeights:
-  lora = read_lora(path)
+  lora = read_run_lora(path) if os.path.isdir(path) and is_lora_run(path) else read_lora(path)
   for note in lora.notes:
     logger.warning("%s: %s", path, note)
   return lora

@@ -82,14 +82,19 @@ def _find(patterns: Mapping[re.Pattern[str], float], module: str) -> float | Non
   return next((value for pattern, value in patterns.items() if any(map(pattern.fullmatch, names))), None)
 
 
+def find_config(path: Path) -> Path | None:
+  """Returns PEFT's config of a file of weights, which lies next to it, or None if there is none."""
+  config = path.parent / CONFIG_FILE
+  return config if path.stem == "adapter_model" and config.exists() else None
+
+
 def find_scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:
   """Reads what PEFT or diffusers say about a file: the config next to adapter_model.*, or the header; None if neither.
 
   Raises:
     UserError: it is damaged, or of a kind of adapter that is not supported.
   """
-  config = path.parent / CONFIG_FILE
-  if path.stem == "adapter_model" and config.exists():
+  if config := find_config(path):
     return _read_scaling(str(config), config.read_bytes())
   if HEADER_KEY in metadata:
     return _read_scaling(f"{HEADER_KEY} in the header of {path}", metadata[HEADER_KEY].encode())
