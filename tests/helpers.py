@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
+from univid_jax.checkpoints.usage import Usage
 from univid_jax.config.schema import RunConfig
 from univid_jax.convert.layout import make_fills, match_fills
 from univid_jax.inference.pipeline import Pipeline
@@ -83,7 +84,7 @@ def random_pipeline(config: RunConfig, mesh: Mesh) -> Pipeline:
     nnx.to_pure_dict(params),
     encoders=open_encoders(config, mesh),
     mesh=mesh,
-    run=config,
+    usage=Usage.of(config),
   )
 
 

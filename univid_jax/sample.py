@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from univid_jax.cli import app
-from univid_jax.cli.flags import CommandFlags
+from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.core.options import Attention, ClipFit
 
 FLAGS = CommandFlags(__doc__)
@@ -26,7 +26,9 @@ QUERIES = FLAGS.strings("queries", [], "Several B for the same example pairs: cl
 OUT = FLAGS.string("out", None, "The result: .png, .mp4 (or another video), .npy, or FOLDER/ for PNGs.", required=True)
 GRID = FLAGS.switch("grid", False, "Also write A | A' | B | B' side by side, with _grid in its name.")
 PROMPT = FLAGS.string("prompt", None, "Text of the sentence; default: none.")
-TASK = FLAGS.string("task", None, "Use the paper's detailed prompt of this task: depth map, camera movement, ...")
+TASK = FLAGS.string(
+  "task", None, "Use the prompt of this task: a task of training, or one of the paper, such as depth map."
+)
 NEGATIVE_PROMPT = FLAGS.string("negative_prompt", "", "What guidance moves away from.")
 SIZE = FLAGS.string("size", None, "HEIGHTxWIDTH in pixels; default: as in training.")
 NUM_FRAMES = FLAGS.integer(
@@ -38,7 +40,7 @@ COPY_AUDIO = FLAGS.switch("copy_audio", False, "Give B' the sound of B.")
 SOLVER = FLAGS.choice("solver", "euler", ["euler", "unipc"], "euler is the reference's; unipc needs fewer steps.")
 STEPS = FLAGS.integer("steps", 50, "Sampling steps.", lower_bound=1)
 GUIDANCE_SCALE = FLAGS.number("guidance_scale", 1.0, "Classifier-free guidance; 1 is none.")
-SHIFT = FLAGS.number("shift", 5.0, "Shift of the noise levels toward noise.", lower_bound=0.0)
+SHIFT = FLAGS.number("shift", None, "Shift of the noise levels toward noise; default: as in training.")
 SEED = FLAGS.integer("seed", 0, "Seed of the noise.")
 PROFILE = FLAGS.profile("OUT's folder")
 
@@ -52,7 +54,9 @@ def main() -> None:
 
   enable_compilation_cache()
   arguments = {flag.name: flag.value for flag in (NUM_FRAMES, GUIDANCE_SCALE, NEGATIVE_PROMPT, SHIFT, SEED, SOLVER)}
-  arguments |= {"num_inference_steps": STEPS.value, "prompt": sampling.choose_prompt(PROMPT.value, TASK.value)}
+  arguments["num_inference_steps"] = STEPS.value
+  if PROMPT.value is not None and TASK.value is not None:
+    raise UsageError("--prompt and --task exclude each other")
   requests = sampling.plan_requests(CLIPS.value, QUERIES.value, OUT.value)
   sampling.check_outputs(requests)
   size = sampling.parse_size(SIZE.value) if SIZE.value else None
@@ -61,6 +65,10 @@ def main() -> None:
   loras = [sampling.parse_lora(item) for item in LORA.value]
   origin = Origin.of(CHECKPOINT.value, step=STEP.value, loras=loras)
   pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=loras, step=origin.step, **loading)
+  if TASK.value is not None:
+    arguments["prompt"] = sampling.task_prompt(TASK.value, pipeline.usage.prompts)
+  else:
+    arguments["prompt"] = PROMPT.value or ""
   form = sampling.choose_format(
     pipeline.clip_format, size=size, num_frames=NUM_FRAMES.value, fit=FIT.value, fps=FPS.value
   )

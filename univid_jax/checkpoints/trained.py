@@ -10,11 +10,13 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+import univid_jax
 from univid_jax.checkpoints.lora.stacking import unstack_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.model import create_model
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, abstract_parameters
-from univid_jax.checkpoints.run import CONFIG_FILE, Checkpointer, read_run
+from univid_jax.checkpoints.run import CONFIG_FILE, Checkpointer, RunRecord, read_run
+from univid_jax.checkpoints.usage import SOFTWARE, SOFTWARE_NAME, Usage
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.models.lora import LoRAParam
@@ -82,17 +84,28 @@ def read_run_lora(workdir: epath.PathLike, *, step: int | str | None = None) -> 
   local = make_mesh({"data": -1}, jax.local_devices()[:1])
   found = find_step(workdir, step)
   params = _restore_model(workdir, abstract_parameters(module, local, kind=LoRAParam), found)
-  return to_lora_weights(record.config, jax.tree.map(np.asarray, params), step=found)
+  return to_lora_weights(record, jax.tree.map(np.asarray, params), step=found)
 
 
-def to_lora_weights(config: RunConfig, params: Params, *, step: int) -> LoRAWeights:
-  """Returns trained adapters as a LoRA that records its base, its step and its attention."""
+def to_lora_weights(record: RunRecord, params: Params, *, step: int) -> LoRAWeights:
+  """Returns trained adapters as a LoRA that records its step and how it has to be run."""
+  lora = record.config.lora
+  metadata = {
+    SOFTWARE: f"{SOFTWARE_NAME} {univid_jax.__version__}",
+    "step": str(step),
+    **run_usage(record).to_metadata(),
+  }
+  return unstack_lora(params, alpha=lora.alpha, rslora=lora.rslora, metadata=metadata)
+
+
+def run_usage(record: RunRecord) -> Usage:
+  """Returns how the model of a run has to be run."""
+  config = record.config
   if config.init_from:
     base = PretrainedCheckpoint.open(config.init_from).info.variant
   else:
     base = config.model.variant or config.name
-  metadata = {"step": str(step), "base_model": base, "attention": str(config.model.attention)}
-  return unstack_lora(params, alpha=config.lora.alpha, rslora=config.lora.rslora, metadata=metadata)
+  return Usage.of(config, base_model=base, base_checksum=record.base, prompts=record.prompts)
 
 
 def find_step(workdir: epath.PathLike, step: int | str | None) -> int:

@@ -1,6 +1,7 @@
 """Sampling from files: which clips belong together, and what is written for each of them."""
 
 import dataclasses
+import difflib
 import json
 import logging
 import re
@@ -16,11 +17,13 @@ from tqdm import tqdm
 import univid_jax
 from univid_jax import Pipeline
 from univid_jax.cli.flags import UsageError
+from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate, read_context
-from univid_jax.data.prompts import prompt_for
+from univid_jax.data.prompts import PAPER_TARGETS, prompt_for
 from univid_jax.data.reader import CLIP_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Frames, is_foreign
+from univid_jax.data.tasks import TASKS
 from univid_jax.data.writer import check_target, write_clip
 from univid_jax.evaluation.figures import concatenate_clips
 from univid_jax.inference.jobs import infer_length
@@ -64,15 +67,28 @@ def parse_size(text: str) -> tuple[int, int]:
   return int(match[1]), int(match[2])
 
 
-def choose_prompt(prompt: str | None, task: str | None) -> str:
-  """Returns the given prompt, or the paper's detailed prompt of a task.
+def task_prompt(task: str, trained: Mapping[str, str]) -> str:
+  """Returns the prompt that a model was trained with for a task, or the paper's detailed prompt of a known task.
+
+  Args:
+    task: its name, with spaces or underscores.
+    trained: prompts of the tasks that the model was trained on.
 
   Raises:
-    UsageError: both are given.
+    UserError: there is no such task; the message names the nearest.
   """
-  if prompt is not None and task is not None:
-    raise UsageError("--prompt and --task exclude each other")
-  return prompt_for(task.replace("_", " "), PromptStyle.DETAILED) if task else prompt or ""
+  name = task.strip().replace(" ", "_")
+  by_name = {key.replace(" ", "_"): prompt for key, prompt in trained.items()}
+  if name in by_name:
+    return by_name[name]
+  known = {key: value.prompt_name for key, value in TASKS.items()}
+  known |= {target.replace(" ", "_"): target for target in (*known.values(), *PAPER_TARGETS)}
+  if name in known:
+    return prompt_for(known[name], PromptStyle.DETAILED)
+  nearest = difflib.get_close_matches(name, [*by_name, *known], n=1)
+  hint = f": did you mean {nearest[0].replace('_', ' ')!r}?" if nearest else "."
+  tasks = ", ".join(sorted(key.replace("_", " ") for key in {**by_name, **known}))
+  raise UserError(f"--task={task} is not known{hint} Use --prompt for a text of your own. Tasks: {tasks}")
 
 
 def plan_requests(clips: Sequence[str], queries: Sequence[str], out: str) -> list[Request]:

@@ -142,9 +142,13 @@ def _describe(source: str, found: Found) -> str:
   return "\n".join([f"{source}: {header}", *(f"  {line}" for line in lines)])
 
 
+def _shorten(text: str, limit: int = 200) -> str:
+  return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
 def _lora_lines(lora: LoRAWeights) -> list[str]:
   unmatched = [f"{len(lora.unmatched)} tensors without a counterpart in Wan2.1: {list_names(lora.unmatched)}"]
-  metadata = [f"{key}: {value}" for key, value in sorted(lora.metadata.items()) if len(value) < 200]
+  metadata = [f"{key}: {_shorten(value)}" for key, value in sorted(lora.metadata.items())]
   return [*lora.notes, *(unmatched if lora.unmatched else []), *metadata]
 
 

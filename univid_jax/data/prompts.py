@@ -18,6 +18,10 @@ DETAILED_PROMPT = (
 )
 
 
+# What the paper calls the targets of tasks that are not computed.
+PAPER_TARGETS = ("segmentation map", "depth map", "edge map", "normal map")
+
+
 def prompt_for(task_name: str, style: PromptStyle) -> str:
   """Returns the paper's prompt for a task.
 

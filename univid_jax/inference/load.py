@@ -1,5 +1,6 @@
 """Loads pipelines from converted checkpoints and from training runs, with LoRAs."""
 
+import dataclasses
 import logging
 import math
 import os
@@ -17,11 +18,11 @@ from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.model import open_encoders, transformer_config
 from univid_jax.checkpoints.pretrained import CHECKPOINT_FILE, PretrainedCheckpoint, is_checkpoint
 from univid_jax.checkpoints.run import CONFIG_FILE, read_run
-from univid_jax.checkpoints.trained import is_lora_run, read_run_lora, restore_run
+from univid_jax.checkpoints.trained import is_lora_run, read_run_lora, restore_run, run_usage
+from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.changes import attach_changes, merge_changes
 from univid_jax.models.lora import LORA, LoRAParam
@@ -64,13 +65,13 @@ def load_pipeline(
   """
   mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
   loras = [(_read_lora(path), weight) for path, weight in _parse_loras(lora)]
-  run = None
   if is_checkpoint(checkpoint):
     base = PretrainedCheckpoint.open(checkpoint)
     compute_dtype = jnp.dtype(dtype or "bfloat16")
     encoders = PretrainedEncoders(base, mesh, dtype=compute_dtype)
     config = base.config("transformer")
     graph, params = base.load("transformer", mesh=mesh, dtype=compute_dtype)
+    usage = _lora_usage([each for each, _ in loras], base.checksum("transformer"), attention=attention)
   else:
     record = read_run(checkpoint)
     if record is None:
@@ -84,13 +85,12 @@ def load_pipeline(
     config, encoders = transformer_config(run), open_encoders(run, mesh)
     graph, params, trained = restore_run(checkpoint, run, mesh, step=step)
     loras = [(each, 1.0) for each in trained] + loras
+    usage = run_usage(record)
   if loras:
     graph, params = add_loras(
       config, graph, params, loras, mesh=mesh, merged=merge_lora, skip_unmatched=lora_skip_unmatched
     )
-  if attention is None and run is None:
-    attention = _trained_attention([each for each, _ in loras])
-  return Pipeline(config, graph, params, encoders=encoders, mesh=mesh, run=run, attention=attention)
+  return Pipeline(config, graph, params, encoders=encoders, mesh=mesh, usage=usage, attention=attention)
 
 
 def add_loras(
@@ -173,10 +173,19 @@ def _parse_loras(lora: object) -> list[tuple[str, float]]:
   raise UserError(f"a LoRA is a path or (path, weight), got {lora!r}")
 
 
-def _trained_attention(loras: Sequence[LoRAWeights]) -> str | None:
-  found = {lora.metadata.get("attention", str(Attention.FULL)) for lora in loras}
-  if len(found) > 1:
-    raise UserError(
-      "the LoRAs were trained with different attention (full and context_causal): choose one with attention="
-    )
-  return next(iter(found), None)
+def _lora_usage(loras: Sequence[LoRAWeights], checksum: str, *, attention: str | None) -> Usage | None:
+  """Returns how LoRAs on a base are run, and logs where they disagree with each other or with the base.
+
+  Args:
+    loras: some of which may not say how they were trained.
+    checksum: of the base's transformer.
+    attention: what was asked for instead of that of the LoRAs.
+  """
+  usages = [(lora.source, lora.usage) for lora in loras if lora.usage is not None]
+  notes = [describe_mismatch(usage, checksum, source=source) for source, usage in usages]
+  if attention is not None:  # so that it cannot conflict
+    usages = [(source, dataclasses.replace(usage, attention=usages[0][1].attention)) for source, usage in usages]
+  usage, differences = merge_usages(usages)
+  for note in (*filter(None, notes), *differences):
+    logger.warning("%s", note)
+  return usage

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from univid_jax.config.schema import RunConfig
+from univid_jax.checkpoints.usage import Usage
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention
@@ -30,10 +30,6 @@ from univid_jax.diffusion.solvers import find_solver
 from univid_jax.inference.jobs import Job, infer_length, pack_request, pack_single
 from univid_jax.inference.sampler import Progress, Request, Sampler
 from univid_jax.models.variants import DiTConfig
-
-# The paper's clips, for models without a run that says otherwise.
-DEFAULT_SIZE = (480, 832)
-DEFAULT_NUM_FRAMES = 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +49,8 @@ class Pipeline:
     params: its parameters, sharded over `mesh`.
     encoders: the codec, and the encoders of prompts and images.
     mesh: the devices.
-    run: config of the run that trained the model, if there is one.
-    attention: what the model was trained with; that of the run by default, else full. With context_causal the context
+    usage: how the model was trained, if that is known.
+    attention: "full" or "context_causal"; by default what the model was trained with. With context_causal the context
       is computed once per sentence.
   """
 
@@ -66,13 +62,12 @@ class Pipeline:
     *,
     encoders: Encoders,
     mesh: Mesh,
-    run: RunConfig | None = None,
+    usage: Usage | None = None,
     attention: Attention | str | None = None,
   ):
-    self.config, self.encoders, self.mesh, self.run = config, encoders, mesh, run
+    self.config, self.encoders, self.mesh, self.usage = config, encoders, mesh, usage or Usage()
     self.graph, self.params = graph, params
-    self.attention = _parse_attention(attention or (run.model.attention if run else Attention.FULL))
-    self._flow = FlowMatching.of(run.flow) if run else FlowMatching()
+    self.attention = _parse_attention(attention or self.usage.attention)
     self._features = FeatureMaker(encoders, shape=config, task_names=())
     self._sampler = Sampler(graph, mesh)
     self._predict = jax.jit(
@@ -81,8 +76,9 @@ class Pipeline:
 
   @property
   def clip_format(self) -> ClipFormat:
-    """The form of the clips that the model was trained on; the paper's without a run."""
-    return ClipFormat.of(self.run.data) if self.run else ClipFormat(size=DEFAULT_SIZE, num_frames=DEFAULT_NUM_FRAMES)
+    """The form of the clips that the model was trained on; the paper's if that is not known."""
+    usage, (size, *buckets) = self.usage, self.usage.sizes
+    return ClipFormat(size=size, num_frames=usage.num_frames, fit=usage.fit, fps=usage.fps, buckets=tuple(buckets))
 
   @property
   def size(self) -> tuple[int, int]:
@@ -176,7 +172,7 @@ class Pipeline:
     num_inference_steps: int = 50,
     guidance_scale: float = 1.0,
     negative_prompt: str = "",
-    shift: float = 5.0,
+    shift: float | None = None,
     seed: int = 0,
     latents: Float[Array | np.ndarray, "t y x c"] | None = None,
     prompt_embeds: Float[Array | np.ndarray, "n d"] | None = None,
@@ -193,7 +189,7 @@ class Pipeline:
       num_inference_steps: steps of the solver.
       guidance_scale: 1 is no guidance.
       negative_prompt: what guidance moves away from.
-      shift: of the noise levels toward noise.
+      shift: of the noise levels toward noise; None takes that of training, which is 5 in the paper.
       seed: of the initial noise.
       latents: the initial noise itself.
       prompt_embeds, negative_prompt_embeds: replace the text encoder.
@@ -221,7 +217,7 @@ class Pipeline:
     num_inference_steps: int = 50,
     guidance_scale: float = 1.0,
     negative_prompt: str = "",
-    shift: float | None = 5.0,
+    shift: float | None = None,
     seeds: Sequence[int] | None = None,
     solver: str | Solver[Any] = "euler",
     progress: Progress | None = None,
@@ -237,7 +233,7 @@ class Pipeline:
       num_inference_steps: see `sample`.
       guidance_scale: see `sample`.
       negative_prompt: of all sentences.
-      shift: see `sample`; None takes that of the training.
+      shift: see `sample`.
       seeds: one per sentence; 0, 1, 2 and so on by default.
       solver: see `sample`.
       progress: called with the number of steps taken, from 1 again for every batch of rows.
@@ -309,7 +305,7 @@ class Pipeline:
     solver = find_solver(solver)
     if shift is not None and not shift > 0:
       raise UserError(f"the shift of the noise levels must be positive, got {shift}")
-    flow = self._flow if shift is None else dataclasses.replace(self._flow, shift=shift)
+    flow = FlowMatching(shift=self.usage.shift if shift is None else shift)
     sampled = self._sampler.sample(
       self.params,
       request,

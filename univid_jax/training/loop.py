@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.run import Checkpointer, read_run, write_run
-from univid_jax.checkpoints.trained import load_base, to_lora_weights
+from univid_jax.checkpoints.trained import load_base, run_usage, to_lora_weights
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import AttentionBackend
@@ -226,12 +226,12 @@ def finish_run(run: Run, state: TrainState) -> Pipeline:
   """Returns the trained model; of a LoRA run exports the LoRA, which the pipeline applies unmerged."""
   if run.base_graph is None:
     return run.create_pipeline(state.model_params)
-  lora = to_lora_weights(run.config, gather_arrays(state.model_params), step=run.config.num_steps)
+  lora = to_lora_weights(run.record, gather_arrays(state.model_params), step=run.config.num_steps)
   if jax.process_index() == 0:
     with atomic_write(epath.Path(run.workdir) / LORA_EXPORT) as path:
       write_lora(path, lora, "comfyui")
   graph, params = add_loras(run.shape, run.base_graph, run.frozen, [(lora, 1.0)], mesh=run.mesh, merged=False)
-  return Pipeline(run.shape, graph, params, encoders=run.encoders, mesh=run.mesh, run=run.config)
+  return Pipeline(run.shape, graph, params, encoders=run.encoders, mesh=run.mesh, usage=run_usage(run.record))
 
 
 def progress_bar(start: int, total: int) -> tqdm:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import univid_jax
 from univid_jax.checkpoints.model import base_checksum, create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.run import RunRecord, has_checkpoint, read_run
-from univid_jax.checkpoints.trained import load_base
+from univid_jax.checkpoints.trained import load_base, run_usage
 from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
@@ -83,9 +83,8 @@ class Run:
 
   def create_pipeline(self, params: Params) -> Pipeline:
     """Returns the model trained so far, to sample with."""
-    return Pipeline(
-      self.shape, self.spec.graph, join(self.frozen, params), encoders=self.encoders, mesh=self.mesh, run=self.config
-    )
+    params, usage = join(self.frozen, params), run_usage(self.record)
+    return Pipeline(self.shape, self.spec.graph, params, encoders=self.encoders, mesh=self.mesh, usage=usage)
 
 
 def set_up_run(config: RunConfig, workdir: str) -> Run:

@@ -12,6 +12,7 @@ import numpy as np
 
 from univid_jax.checkpoints.lora.kinds import Change, Difference, DoRALayer, LoHaLayer, LoKrLayer, LoRALayer
 from univid_jax.checkpoints.lora.names import list_names
+from univid_jax.checkpoints.lora.sidecar import write_sidecar
 from univid_jax.checkpoints.lora.weights import SCALE_OF_ONE, LoRAWeights
 from univid_jax.checkpoints.tensor_files import save_safetensors, save_torch
 from univid_jax.core.errors import UserError
@@ -85,7 +86,7 @@ FORMATS: Mapping[str, LoRAFormat] = {
     down=".lora_A.default.weight",
     up=".lora_B.default.weight",
     alpha=Alpha.FOLDED,
-    suffixes=(".safetensors", ".ckpt"),  # a .ckpt needs PyTorch and has no room for metadata
+    suffixes=(".safetensors", ".ckpt"),  # a .ckpt needs PyTorch, and has its metadata in a file beside it
   ),
   "diffusers": LoRAFormat(prefix="transformer.", spell=_to_diffusers, alpha=Alpha.FOLDED),
   "comfyui": LoRAFormat(
@@ -166,9 +167,10 @@ def write_lora(
   if path.suffix not in file_format.suffixes:
     raise UserError(f"a {to} LoRA file must be named *{' or *'.join(file_format.suffixes)}, got {path}")
   tensors = lora_tensors(lora, to)
+  entries = {**lora.file_metadata(metadata or {}), **SCALE_OF_ONE}
   if path.suffix == ".ckpt":
     save_torch(path, tensors)
+    write_sidecar(path, entries)
     return
-  entries = {**lora.file_metadata(metadata or {}), **SCALE_OF_ONE}
   added = {key: value.format(**entries) for key, value in file_format.metadata.items()}
   save_safetensors(path, tensors, metadata={**added, **entries})

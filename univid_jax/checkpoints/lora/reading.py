@@ -14,6 +14,7 @@ from univid_jax.checkpoints.lora.folder import is_lora_folder, read_lora_folder
 from univid_jax.checkpoints.lora.kinds import Change
 from univid_jax.checkpoints.lora.names import MARKERS, TARGETS, list_names, parse_name, unsupported
 from univid_jax.checkpoints.lora.scaling import CONFIG_FILE, PeftScaling, find_scaling
+from univid_jax.checkpoints.lora.sidecar import read_sidecar
 from univid_jax.checkpoints.lora.weights import SCALE_OF_ONE, LoRAWeights
 from univid_jax.checkpoints.tensor_files import SUFFIXES, TensorFile, open_tensors
 from univid_jax.core.errors import UserError
@@ -81,7 +82,7 @@ def parse_lora(file: TensorFile) -> LoRAWeights:
   return LoRAWeights(
     changes,
     " and ".join(sorted(formats)),
-    dict(file.metadata),
+    {**read_sidecar(file.path), **file.metadata},
     source=str(file.path),
     names={tensor: tuple(found) for tensor, found in names.items()},
     unmatched=tuple(unmatched),

@@ -1,16 +1,18 @@
 """LoRA weights in memory: one form, whatever file they come from."""
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import univid_jax
 from univid_jax.checkpoints.lora.kinds import Change
+from univid_jax.checkpoints.usage import ENTRIES, SOFTWARE, SOFTWARE_NAME, Usage
 from univid_jax.models.lora import lora_targets
 
-# Metadata that stays with a LoRA when it is written in another format.
-_KEPT_METADATA = ("base_model", "step")
+# Metadata that stays with a LoRA when it is written in another format, if this project wrote it.
+_KEPT_METADATA = (*ENTRIES, "step")
 
 # Header of files that this project writes: where no alpha is stored, it is the rank, and the scale 1.
 SCALE_OF_ONE: Mapping[str, str] = {"scale_without_alpha": "1"}
@@ -37,6 +39,15 @@ class LoRAWeights:
   names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   unmatched: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
+
+  @functools.cached_property
+  def usage(self) -> Usage | None:
+    """How it has to be run; None if it does not say.
+
+    Raises:
+      UserError: its metadata is malformed.
+    """
+    return Usage.from_metadata(self.metadata, source=self.source)
 
   @property
   def ranks(self) -> tuple[int, ...]:
@@ -86,12 +97,13 @@ class LoRAWeights:
   def file_metadata(self, extra: Mapping[str, Any]) -> dict[str, str]:
     """Returns the text entries to store with the weights: version, rank, alpha, targets, base, step, and `extra`."""
     values = {
-      "software": f"univid_jax {univid_jax.__version__}",
+      SOFTWARE: f"{SOFTWARE_NAME} {univid_jax.__version__}",
       "rank": _join_numbers(self.ranks, separator=","),
       "alpha": _join_numbers(self.alphas, separator=","),
       "targets": ",".join(lora_targets([name.removesuffix(".weight") for name in self.changes])),
     }
-    kept = {key: self.metadata[key] for key in _KEPT_METADATA if key in self.metadata}
+    is_own = self.metadata.get(SOFTWARE, "").startswith(SOFTWARE_NAME)
+    kept = {key: self.metadata[key] for key in _KEPT_METADATA if is_own and key in self.metadata}
     return {**values, **{key: str(value) for key, value in {**kept, **extra}.items() if value is not None}}
 
 

@@ -1,0 +1,177 @@
+"""How a LoRA was trained travels with it, in every format, and decides how it is run."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import univid_jax
+from tests.helpers import GOLDENS
+from univid_jax.checkpoints.lora.folder import write_lora_folder
+from univid_jax.checkpoints.lora.formats import FORMATS, write_lora
+from univid_jax.checkpoints.lora.kinds import LoRALayer
+from univid_jax.checkpoints.lora.reading import read_lora
+from univid_jax.checkpoints.lora.weights import LoRAWeights
+from univid_jax.checkpoints.tensor_files import save_safetensors
+from univid_jax.checkpoints.usage import Usage, merge_usages
+from univid_jax.cli.sampling import task_prompt
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import tiny
+from univid_jax.convert.commands import convert_any, inspect
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Attention, ClipFit
+from univid_jax.data.clips import ClipFormat
+from univid_jax.parallel.mesh import make_mesh
+
+USAGE = Usage(
+  attention=Attention.CONTEXT_CAUSAL,
+  shift=3.5,
+  sizes=((32, 48), (48, 32)),
+  num_frames=9,
+  fit=ClipFit.PAD,
+  fps=8.0,
+  base_model="tiny",
+  base_checksum="abc",
+  prompts={"depth map": 'a "prompt", ü', "edges": ""},
+)
+
+
+def make_lora(usage: Usage | None = USAGE, *, seed: int = 0) -> LoRAWeights:
+  rng = np.random.default_rng(seed)
+  down, up = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 96), (96, 2)))
+  changes = {"blocks.0.self_attn.q.weight": LoRALayer(down, up, 2.0)}
+  metadata = {"software": "univid_jax 1", "step": "7", **usage.to_metadata()} if usage else {}
+  return LoRAWeights(changes, "jax", metadata)
+
+
+def write(folder, lora, name):
+  folder.mkdir()
+  if name == "jax":
+    write_lora_folder(folder, lora)
+    return folder
+  path = folder / f"lora{FORMATS[name].suffixes[-1]}"
+  write_lora(path, lora, name)
+  return path
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "jax"])
+def test_every_format_carries_it_and_hands_it_on(tmp_path, name):
+  if name == "univid":
+    pytest.importorskip("torch", reason="a .ckpt is a PyTorch file; needs the extra `convert`")
+  path = write(tmp_path / "first", make_lora(), name)
+  read = read_lora(path)
+  assert read.usage == USAGE and read.metadata["step"] == "7"
+  again = read_lora(write(tmp_path / "again", read, "comfyui"))
+  assert again.usage == USAGE
+  shown = inspect(str(path))
+  for line in ("attention: context_causal", "shift: 3.5", "sizes: 32x48 48x32", "num_frames: 9", "fit: pad", "fps: 8"):
+    assert f"  {line}\n" in f"{shown}\n"
+
+
+def test_it_is_that_of_the_run():
+  changes = {"model.attention": "context_causal", "flow.shift": 2.0, "data.buckets": ["64x16"], "data.fit": "pad"}
+  config = override(tiny(), changes)
+  usage = Usage.of(config, prompts={"x": "y"})
+  assert usage == dataclasses.replace(
+    USAGE,
+    shift=2.0,
+    sizes=((32, 32), (64, 16)),
+    num_frames=5,
+    fps=0.0,
+    base_model="",
+    base_checksum="",
+    prompts={"x": "y"},
+  )
+  assert Usage.from_metadata({"software": "univid_jax 1", **usage.to_metadata()}, source="") == usage
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  """The miniature release."""
+  folder = tmp_path_factory.mktemp("converted") / "tiny_wan"
+  convert_any(str(GOLDENS / "tiny_wan"), str(folder))
+  return str(folder)
+
+
+class TestSampling:
+  def load(self, base, *loras, **options):
+    mesh = make_mesh({}, devices=jax.devices()[:1])
+    return univid_jax.load_pipeline(base, list(map(str, loras)), dtype="float32", mesh=mesh, **options)
+
+  def test_a_lora_is_run_as_it_was_trained(self, base, tmp_path, caplog):
+    pipeline = self.load(base, write(tmp_path / "lora", make_lora(), "diffusers"))
+    assert pipeline.attention == "context_causal" and pipeline.size == (32, 48) and pipeline.num_frames == 9
+    assert pipeline.clip_format == ClipFormat(
+      size=(32, 48), num_frames=9, fit=ClipFit.PAD, fps=8.0, buckets=((48, 32),)
+    )
+    assert "was trained on other base weights (tiny)" in caplog.text
+    clips = [np.full((1, 16, 16, 3), shade, np.uint8) for shade in (10, 100, 200)]
+    sample = {shift: pipeline.sample(clips, num_inference_steps=2, shift=shift).latents for shift in (None, 3.5, 5.0)}
+    assert np.array_equal(sample[None], sample[3.5]) and not np.allclose(sample[None], sample[5.0])
+    assert self.load(base, tmp_path / "lora" / "lora.safetensors", attention="full").attention == "full"
+
+  def test_loras_that_disagree(self, base, tmp_path, caplog):
+    first = write(tmp_path / "first", make_lora(), "comfyui")
+    second = write(tmp_path / "second", make_lora(dataclasses.replace(USAGE, attention=Attention.FULL)), "comfyui")
+    foreign = write(tmp_path / "foreign", make_lora(None), "comfyui")
+    with pytest.raises(UserError, match="choose one with attention="):
+      self.load(base, first, second)
+    assert self.load(base, first, second, attention="full").attention == "full"
+    assert self.load(base, foreign, first).attention == "context_causal"
+    assert self.load(base, foreign).usage == self.load(base).usage == Usage()
+    usages = [("a", USAGE), ("b", dataclasses.replace(USAGE, shift=5.0, prompts={"edges": "z", "new": "w"}))]
+    merged, notes = merge_usages(usages)
+    assert notes == ["a was trained with shift 3.5, which is used, and b with 5.0"]
+    assert merged == dataclasses.replace(USAGE, prompts={**USAGE.prompts, "new": "w"})
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("attention", "magic"),
+    ("shift", "0"),
+    ("shift", "nan"),
+    ("sizes", "4x"),
+    ("sizes", ""),
+    ("num_frames", "8"),
+    ("fps", "inf"),
+    ("prompts", "[]"),
+    ("prompts", "{"),
+    ("prompts", '{"a": 3}'),
+  ],
+)
+def test_malformed_entries_are_named(tmp_path, field, value):
+  lora = make_lora()
+  tensors = {
+    "diffusion_model.blocks.0.self_attn.q.lora_A.weight": lora.changes["blocks.0.self_attn.q.weight"].parts()["down"]
+  }
+  tensors["diffusion_model.blocks.0.self_attn.q.lora_B.weight"] = np.zeros((32, 2), np.float32)
+  metadata = {"software": "univid_jax 1", **USAGE.to_metadata(), field: value}
+  save_safetensors(tmp_path / "lora.safetensors", tensors, metadata=metadata)
+  with pytest.raises(UserError, match=rf"the header of .*lora\.safetensors has {field} = "):
+    _ = read_lora(tmp_path / "lora.safetensors").usage
+  metadata["software"] = "another trainer"
+  save_safetensors(tmp_path / "lora.safetensors", tensors, metadata=metadata)
+  assert read_lora(tmp_path / "lora.safetensors").usage is None
+
+
+def test_damaged_sidecars_are_named(tmp_path):
+  pytest.importorskip("torch", reason="a .ckpt is a PyTorch file; needs the extra `convert`")
+  path = write(tmp_path / "lora", make_lora(), "univid")
+  sidecar = path.with_name("lora.ckpt.json")
+  assert json.loads(sidecar.read_text())["attention"] == "context_causal"
+  sidecar.write_text("{")
+  with pytest.raises(UserError, match=r"lora\.ckpt\.json is not valid JSON"):
+    read_lora(path)
+
+
+def test_prompts_of_tasks():
+  trained = {"my style": "in my style", "edges": ""}
+  assert task_prompt("my_style", trained) == "in my style" and task_prompt("edges", trained) == ""
+  assert "its corresponding depth map" in task_prompt("depth map", {})
+  assert "its corresponding scribble map" in task_prompt("scribble", {}), "as training names the target"
+  assert "camera motion" in task_prompt("camera_movement", {})
+  with pytest.raises(UserError, match=r"--task=camera_movment is not known: did you mean 'camera movement'\?"):
+    task_prompt("camera_movment", trained)

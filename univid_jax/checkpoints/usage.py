@@ -1,0 +1,189 @@
+"""How a model was trained, and so has to be run. It travels with every LoRA that a run writes, in any format."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Attention, ClipFit
+
+# The entry that identifies files of this project; those of others may use the same names for other things.
+SOFTWARE = "software"
+SOFTWARE_NAME = "univid_jax"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Usage:
+  """What sampling takes from training unless something else is asked for; the defaults are the paper's.
+
+  Attributes:
+    attention: see `Attention`.
+    shift: of the noise levels toward noise.
+    sizes: (height, width) in pixels: the size of clips, then the other buckets.
+    num_frames: of a video.
+    fit, fps: see `DataConfig`.
+    base_model: name or shape of the base; "" if it is not known.
+    base_checksum: of the base's transformer; "" without a base.
+    prompts: of the tasks.
+  """
+
+  attention: Attention = Attention.FULL
+  shift: float = 5.0
+  sizes: tuple[tuple[int, int], ...] = ((480, 832),)
+  num_frames: int = 17
+  fit: ClipFit = ClipFit.CROP
+  fps: float = 0.0
+  base_model: str = ""
+  base_checksum: str = ""
+  prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def of(
+    cls, config: RunConfig, *, base_model: str = "", base_checksum: str = "", prompts: Mapping[str, str] | None = None
+  ) -> "Usage":
+    """Returns that of a run."""
+    data = config.data
+    return cls(
+      attention=config.model.attention,
+      shift=config.flow.shift,
+      sizes=data.sizes,
+      num_frames=data.num_frames,
+      fit=data.fit,
+      fps=data.fps,
+      base_model=base_model,
+      base_checksum=base_checksum,
+      prompts=dict(prompts or {}),
+    )
+
+  def to_metadata(self) -> dict[str, str]:
+    """Returns text entries for the header of a file."""
+    return {
+      "attention": str(self.attention),
+      "shift": f"{self.shift:g}",
+      "sizes": " ".join(f"{height}x{width}" for height, width in self.sizes),
+      "num_frames": str(self.num_frames),
+      "fit": str(self.fit),
+      "fps": f"{self.fps:g}",
+      "base_model": self.base_model,
+      "base_checksum": self.base_checksum,
+      "prompts": json.dumps(self.prompts, ensure_ascii=False),
+    }
+
+  @classmethod
+  def from_metadata(cls, metadata: Mapping[str, str], *, source: str) -> "Usage | None":
+    """Reads the entries of a file; missing ones, as of earlier versions, have the defaults.
+
+    Args:
+      metadata: text entries of the header.
+      source: of the file, for messages.
+
+    Returns:
+      None for files of other software, and for LoRAs of others that were converted.
+
+    Raises:
+      UserError: an entry is malformed.
+    """
+    if not metadata.get(SOFTWARE, "").startswith(SOFTWARE_NAME) or "attention" not in metadata:
+      return None
+    values = {}
+    for field, parse in _PARSERS.items():
+      if field in metadata:
+        try:
+          values[field] = parse(metadata[field])
+        except (ValueError, TypeError, AttributeError) as error:
+          raise UserError(f"the header of {source} has {field} = {metadata[field]!r}: {error}") from error
+    return cls(**values)
+
+
+ENTRIES = tuple(field.name for field in dataclasses.fields(Usage))
+
+
+def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, list[str]]:
+  """Returns how several LoRAs are run together: as the first was trained.
+
+  Args:
+    usages: with the names of the LoRAs.
+
+  Returns:
+    Their usage, None if there are none; and lines that describe where others differ from it.
+
+  Raises:
+    UserError: they were trained with different attention.
+  """
+  if not usages:
+    return None, []
+  (first, chosen), *others = usages
+  prompts: dict[str, str] = dict(chosen.prompts)
+  notes = []
+  for name, usage in others:
+    if usage.attention != chosen.attention:
+      raise UserError(
+        f"{first} was trained with attention {chosen.attention} and {name} with {usage.attention}: choose one with "
+        "attention="
+      )
+    prompts = {**usage.prompts, **prompts}
+    for field in ("shift", "sizes", "num_frames", "fit", "fps"):
+      values = [getattr(each, field) for each in (chosen, usage)]
+      if values[0] != values[1]:
+        notes.append(f"{first} was trained with {field} {values[0]}, which is used, and {name} with {values[1]}")
+  return dataclasses.replace(chosen, prompts=prompts), notes
+
+
+def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+  sizes = []
+  for size in text.split():
+    height, _, width = size.partition("x")
+    sizes.append((int(height), int(width)))
+  if not sizes or min(map(min, sizes)) < 1:
+    raise ValueError("it must be sizes HEIGHTxWIDTH")
+  return tuple(sizes)
+
+
+def _parse_prompts(text: str) -> dict[str, str]:
+  prompts = json.loads(text)
+  if not isinstance(prompts, dict) or not all(isinstance(value, str) for value in prompts.values()):
+    raise ValueError("it must be an object of texts")
+  return prompts
+
+
+def _parse_shift(text: str) -> float:
+  shift = float(text)
+  if not 0 < shift < 1000:
+    raise ValueError("it must be a positive number")
+  return shift
+
+
+def _parse_fps(text: str) -> float:
+  fps = float(text)
+  if not 0 <= fps < 10_000:
+    raise ValueError("it must be a rate, or 0")
+  return fps
+
+
+def _parse_num_frames(text: str) -> int:
+  count = int(text)
+  if count < 1 or count % 4 != 1:
+    raise ValueError("it must be 4n + 1")
+  return count
+
+
+_PARSERS = {
+  "attention": Attention,
+  "shift": _parse_shift,
+  "sizes": _parse_sizes,
+  "num_frames": _parse_num_frames,
+  "fit": ClipFit,
+  "fps": _parse_fps,
+  "base_model": str,
+  "base_checksum": str,
+  "prompts": _parse_prompts,
+}
+
+
+def describe_mismatch(usage: Usage, checksum: str, *, source: str) -> str | None:
+  """Returns a line if a LoRA was trained on other weights than those of a base, else None."""
+  if not usage.base_checksum or not checksum or usage.base_checksum == checksum:
+    return None
+  name = f" ({usage.base_model})" if usage.base_model else ""
+  return f"{source} was trained on other base weights{name}: their checksums differ, perhaps only in dtype"
