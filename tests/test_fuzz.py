@@ -82,6 +82,7 @@ def write_adapter(folder: Path) -> None:
 
 
 def write_own_lora(folder: Path) -> None:
+  shutil.rmtree(folder / "lora", ignore_errors=True)
   write_lora_folder(folder, read_lora(CASES / "dora.safetensors"))
 
 

@@ -1,6 +1,7 @@
 """LoRA files as people have them: `tests/cases/lora`, made elsewhere with an independent merge in NumPy."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -192,6 +193,16 @@ class TestAssumptions:
 
   def test_bare_adapter_reads_its_config(self):
     assert "rank 4, alpha 12" in inspect(str(CASES / "peft_folder" / "adapter_model.safetensors"))
+
+  def test_renamed_adapter_reads_its_config(self, tmp_path):
+    """If it is the only file that the config can belong to."""
+    shutil.copytree(CASES / "peft_folder", tmp_path, dirs_exist_ok=True)
+    renamed = (tmp_path / "adapter_model.safetensors").rename(tmp_path / "mine.safetensors")
+    assert "rank 4, alpha 12" in inspect(str(renamed)) and "rank 4, alpha 12" in inspect(str(tmp_path))
+    shutil.copy(renamed, tmp_path / "other.safetensors")
+    assert "no alpha is stored" in inspect(str(renamed))
+    with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors"):
+      inspect(str(tmp_path))
 
   @pytest.mark.parametrize("key, text", [("lora_alpha", "PEFT's default, 8"), ("r", "states no rank")])
   def test_incomplete_config(self, key, text, tmp_path):

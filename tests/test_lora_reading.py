@@ -89,6 +89,8 @@ class TestNames:
       ("blocks.1000.ffn.0.diff", None),
       ("transformer_2.blocks.3.attn1.to_q.lora_A.weight", None),
       ("vace_blocks.3.self_attn.q.lora_A.weight", None),
+      ("transformer.transformer_blocks.3.attn1.to_q.lora_A.weight", None),  # other models, with the same parts
+      ("_orig_mod.module.blocks.3.ffn.2.diff", ("blocks.3.ffn.2.weight", "diff", "univid")),
       ("lora_te_x.alpha", None),
     ],
   )

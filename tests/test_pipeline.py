@@ -225,7 +225,14 @@ def test_i2v_trains(i2v_checkpoint, tmp_path):
   assert relative_error(features.image_features, encoders.embed_image(first)) <= 1e-6
   result = train(config, str(tmp_path))
   out = result.pipeline.sample([np.zeros((1, 16, 16, 3), np.uint8)] * 3, prompt="a", num_inference_steps=1)
-  assert np.isfinite(out.latents).all() and (tmp_path / "lora.safetensors").exists()
+  assert np.isfinite(out.latents).all()
+  # The workdir and the exported file are the same LoRA.
+  by_workdir, by_file = (
+    univid_jax.load_pipeline(i2v_checkpoint, lora=path, dtype="float32", mesh=one_device())
+    for path in (tmp_path, tmp_path / "lora.safetensors")
+  )
+  for pipe in (by_workdir, by_file):
+    jax.tree.map(np.testing.assert_array_equal, pipe.params, result.pipeline.params)
 
 
 def test_i2v(i2v_checkpoint):

@@ -21,20 +21,20 @@ from univid_jax.models.dit import DiT
 from univid_jax.models.names import name_to_diffusers, original_name
 from univid_jax.models.variants import DiTConfig
 
-# Prefixes with "_" for every separator, and the format of official names behind them (for diffusers' names it is
-# diffusers). Any number of them is removed, so that base_model.model.diffusion_model. needs no entry.
+# Regular expressions of prefixes, and the format of official names behind them (diffusers' names are diffusers').
+# Any number of them is removed. `transformer` needs its dot: transformer_blocks is a module of other models.
 _PREFIXES: Mapping[str, str] = {
-  "diffusion_model_": "comfyui",
-  "lora_unet_": "musubi",
-  "lora_transformer_": "musubi",
-  "lycoris_": "musubi",
-  "transformer_": "diffusers",
-  "base_model_model_": "univid",
-  "pipe_dit_": "univid",
-  "dit_": "univid",
-  "model_": "univid",
-  "module_": "univid",
-  "orig_mod_": "univid",
+  r"diffusion_model[._]": "comfyui",
+  r"lora_unet_+": "musubi",
+  r"lora_transformer_+": "musubi",
+  r"lycoris_+": "musubi",
+  r"transformer\.": "diffusers",
+  r"base_model\.model\.": "univid",
+  r"pipe\.dit\.": "univid",
+  r"dit\.": "univid",
+  r"model\.": "univid",
+  r"module\.": "univid",
+  r"_orig_mod\.": "univid",
 }
 _NO_PREFIX = "univid"
 
@@ -140,22 +140,20 @@ def _split(name: str) -> tuple[str, str | None]:
 
 def _find_tensor(name: str) -> tuple[str, str] | None:
   """Returns the official name of a tensor, and the format of its spelling, in which `.weight` is left out."""
-  key, prefixes = _key(name), []
+  format_name = None
   while True:
+    key, number = _key(name), "#"
     block = re.fullmatch(r"blocks_(\d{1,9})_(.+)", key)
     if block and int(block[1]) < _MAX_BLOCKS:
-      number, key = str(int(block[1])), f"blocks_#_{block[2]}"
-    else:
-      number = "#"
+      key, number = f"blocks_#_{block[2]}", str(int(block[1]))
     if key in _tensors():
       tensor, diffusers = _tensors()[key]
-      format_name = _PREFIXES[prefixes[0]] if prefixes else _NO_PREFIX
-      return tensor.replace("#", number), "diffusers" if diffusers else format_name
-    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), None)
+      return tensor.replace("#", number), "diffusers" if diffusers else format_name or _NO_PREFIX
+    prefix = next((prefix for prefix in _PREFIXES if re.match(prefix, name)), None)
     if prefix is None:
       return None
-    prefixes.append(prefix)
-    key = key.removeprefix(prefix)
+    format_name = format_name or _PREFIXES[prefix]
+    name = re.sub(prefix, "", name, count=1)
 
 
 def _key(name: str) -> str:

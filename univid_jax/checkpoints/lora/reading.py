@@ -13,10 +13,10 @@ from univid_jax.checkpoints.lora.building import PartsError, build_changes
 from univid_jax.checkpoints.lora.folder import is_lora_folder, read_lora_folder
 from univid_jax.checkpoints.lora.kinds import Change
 from univid_jax.checkpoints.lora.names import MARKERS, TARGETS, list_names, parse_name, unsupported
-from univid_jax.checkpoints.lora.scaling import CONFIG_FILE, PeftScaling, find_scaling
+from univid_jax.checkpoints.lora.scaling import CONFIG_FILE, PeftScaling, find_adapter, find_scaling
 from univid_jax.checkpoints.lora.sidecar import read_sidecar
 from univid_jax.checkpoints.lora.weights import SCALE_OF_ONE, LoRAWeights
-from univid_jax.checkpoints.tensor_files import SUFFIXES, TensorFile, open_tensors
+from univid_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from univid_jax.core.errors import UserError
 
 # Of alpha / rank. Real ones are 0.01 to 100.
@@ -38,10 +38,9 @@ def read_lora(path: os.PathLike | str) -> LoRAWeights:
   if is_lora_folder(path):
     return read_lora_folder(path)
   if is_peft_folder(path):
-    files = [Path(path) / f"adapter_model{suffix}" for suffix in SUFFIXES]
-    found = next((file for file in files if file.exists()), None)
+    found = find_adapter(Path(path))
     if found is None:
-      raise FileNotFoundError(f"{path} has {CONFIG_FILE}, but no {files[0].name}")
+      raise FileNotFoundError(f"{path} has {CONFIG_FILE}, but no adapter_model.safetensors")
     path = found
   if Path(path).is_dir():
     raise UserError(f"{path} is a folder without lora.json or {CONFIG_FILE}: pass the LoRA file itself")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from univid_jax.checkpoints.tensor_files import SUFFIXES
 from univid_jax.core.errors import UserError
 
 CONFIG_FILE = "adapter_config.json"
@@ -82,14 +83,21 @@ def _find(patterns: Mapping[re.Pattern[str], float], module: str) -> float | Non
   return next((value for pattern, value in patterns.items() if any(map(pattern.fullmatch, names))), None)
 
 
+def find_adapter(folder: Path) -> Path | None:
+  """Returns the weights in a folder of PEFT: adapter_model.*, or the only file of tensors; None if there are none."""
+  files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+  named = [path for path in files if path.stem == "adapter_model"]
+  return named[0] if named else files[0] if len(files) == 1 else None
+
+
 def find_config(path: Path) -> Path | None:
-  """Returns PEFT's config of a file of weights, which lies next to it, or None if there is none."""
+  """Returns PEFT's config of a file of weights, if there is one next to it."""
   config = path.parent / CONFIG_FILE
-  return config if path.stem == "adapter_model" and config.exists() else None
+  return config if config.is_file() and find_adapter(path.parent) == path else None
 
 
 def find_scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:
-  """Reads what PEFT or diffusers say about a file: the config next to adapter_model.*, or the header; None if neither.
+  """Reads what PEFT or diffusers say about a file: the config next to it, or the header; None if neither.
 
   Raises:
     UserError: it is damaged, or of a kind of adapter that is not supported.

@@ -102,15 +102,16 @@ def stack_loras(
       target = targets[name]
       if target.is_kernel:
         group, parts = _kernel_parts(change, weight, config if target.is_convolution else None)
-        if not all(np.isfinite(part).all() for part in parts.values()):
-          raise UserError(f"{lora.source}: the change of {name} is not finite in float32")
         layers = kernels[target.path[:-1]][group if group in _ADD else f"{group}_{number}"]
         layers[target.layer] = _ADD[group](layers[target.layer], parts) if target.layer in layers else parts
       else:
         assert isinstance(change, Difference)
+        with np.errstate(all="ignore"):
+          parts = {"diff": change.diff.astype(np.float32).reshape(target.shape) * np.float32(weight)}
         stacked = others.setdefault(target.path, np.zeros((*target.stack, *target.shape), np.float32))
-        at = () if target.layer is None else target.layer
-        stacked[at] += change.diff.astype(np.float32).reshape(target.shape) * np.float32(weight)
+        stacked[() if target.layer is None else target.layer] += parts["diff"]
+      if not all(np.isfinite(part).all() for part in parts.values()):
+        raise UserError(f"{lora.source}: the change of {name} is not finite in float32")
   stacks = {path: shapes[*path, "kernel"][:-2] for path in kernels}
   return StackedChanges(
     {
@@ -181,17 +182,23 @@ def match_base(
   }
   absent = [name for name, change in lora.changes.items() if not _has_counterpart(change, targets.get(name), config)]
   unmatched = [*lora.names_of(absent), *lora.unmatched]
-  if (dims and dims != {config.dim}) or (lora.num_layers > config.num_layers and not skip_unmatched):
-    needed = " and ".join([*([_describe_dims(dims)] if dims else []), f"at least {lora.num_layers} layers"])
+  if dims and dims != {config.dim}:
     raise UserError(
-      f"{lora.source} needs a base with {needed}, the base has {_describe_dims({config.dim})} and {config.num_layers} "
-      "layers"
+      f"{lora.source} needs a base with {_describe_dims(dims)} and at least {lora.num_layers} layers, the base has "
+      f"{_describe_dims({config.dim})} and {config.num_layers} layers"
     )
   if unmatched and (not skip_unmatched or len(absent) == len(lora.changes)):
-    reason = " (k_img, v_img and img_emb exist in I2V models only)" if re.search("_img|img_", " ".join(absent)) else ""
-    reason = " (the two differ in the channels of a latent)" if "patch_embedding.weight" in absent else reason
+    reasons = {
+      "k_img, v_img and img_emb exist in I2V models only": re.search("_img|img_", " ".join(absent)),
+      "the channels of a latent differ": "patch_embedding.weight" in absent,
+      f"it needs at least {lora.num_layers} layers, the base has {config.num_layers}": (
+        lora.num_layers > config.num_layers
+      ),
+    }
+    reason = "; ".join(text for text, applies in reasons.items() if applies)
     raise UserError(
-      f"{lora.source} has {len(unmatched)} tensors without a counterpart in the base{reason}: {list_names(unmatched)}"
+      f"{lora.source} has {len(unmatched)} tensors without a counterpart in the base{reason and f' ({reason})'}: "
+      + list_names(unmatched)
       + ("" if skip_unmatched else "; --lora_skip_unmatched (lora_skip_unmatched=True) leaves them out")
     )
   if unmatched:
