@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from univid_jax.models.layers import Linear
 from univid_jax.models.lora import LoRAParam, multiply_low_rank
@@ -125,7 +125,7 @@ def merge_changes(kernel: Float[Array, "*layers i o"], groups: Mapping[str, Part
     changes = [kernel_change(group, parts, kernel) for group, parts in groups.items()]
     return (kernel.astype(jnp.float32) + sum(changes[1:], start=changes[0])).astype(kernel.dtype)
 
-  def merge_at(layer: int, stacked: Array) -> Array:
+  def merge_at(layer: Int[Array, ""], stacked: Array) -> Array:
     merged = merge_layer(
       *jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (stacked, groups))
     )
