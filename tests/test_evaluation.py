@@ -16,11 +16,11 @@ from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.data.contexts import CONTEXTS
+from univid_jax.data.pictures import sentence_grid
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.target_kinds import label_colors, normals_to_image
 from univid_jax.evaluation import run
 from univid_jax.evaluation.controls import Case, baselines, choose_other_tasks, match_length, reverse_pairs, round_trip
-from univid_jax.evaluation.figures import plot_loss, sentence_grid
 from univid_jax.evaluation.generate import Generated, SentenceInfo, make_variants
 from univid_jax.evaluation.kinds import KIND_METRICS, KindOptions, unmix_colors
 from univid_jax.evaluation.metrics.dense import nearest_labels
@@ -30,6 +30,7 @@ from univid_jax.evaluation.report import QUICK_KEYS
 from univid_jax.evaluation.score import Score, Scorer
 from univid_jax.evaluation.sentences import plan_other_pairs, select_sentences
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training.metrics_writer import plot_loss
 
 
 def fixed_origin(checksum: str = "abc", **names) -> Origin:

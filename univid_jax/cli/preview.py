@@ -3,8 +3,8 @@
 from etils import epath
 
 from univid_jax.core.paths import atomic_write
+from univid_jax.data.pictures import contact_sheet
 from univid_jax.data.sources.open import DataSources
-from univid_jax.evaluation.figures import contact_sheet
 
 
 def draw_preview(data: DataSources, count: int, workdir: str) -> epath.Path:

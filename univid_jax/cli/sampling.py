@@ -21,11 +21,11 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate, read_context
+from univid_jax.data.pictures import concatenate_clips
 from univid_jax.data.prompts import PAPER_TARGETS, prompt_for
 from univid_jax.data.reader import CLIP_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Frames, is_foreign
 from univid_jax.data.tasks import TASKS
 from univid_jax.data.writer import check_target, write_clip
-from univid_jax.evaluation.figures import concatenate_clips
 from univid_jax.inference.jobs import infer_length
 
 log = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from univid_jax.core.sentence import Sentence
 from univid_jax.data.contexts import CONTEXT_NAMES
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.packing import RowShape, pack_rows
+from univid_jax.data.pictures import COLUMNS, concatenate_clips, sentence_grid
 from univid_jax.data.sources.open import DataSources
 from univid_jax.data.writer import write_clip
 from univid_jax.diffusion.loss import sentence_losses
-from univid_jax.evaluation.figures import COLUMNS, concatenate_clips, sentence_grid
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.lora import join
 from univid_jax.parallel.mesh import row_shards

@@ -1,9 +1,8 @@
-"""Pictures of results."""
+"""Pictures of sentences: their clips side by side, and one sentence below the other."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,50 +13,6 @@ COLUMNS = ("A", "A'", "B", "B' predicted", "B' true")
 
 # Space between frames, left of them for labels, and above them for the names of the columns, in pixels.
 GAP, MARGIN, HEADER = 6, 150, 30
-
-
-def plot_loss(path: Path, training: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = ()) -> None:
-  """Plots (step, loss) of the training, with a running mean, and of the validation."""
-  from matplotlib.figure import Figure  # takes a third of a second to import
-
-  steps, losses = zip(*training)
-  figure = Figure(figsize=(7, 4), layout="constrained")
-  axes = figure.subplots()
-  axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training")
-  window = max(len(losses) // 20, 1)
-  smooth = np.convolve(np.pad(losses, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
-  axes.plot(steps, smooth, color="tab:blue", label=f"mean of {window}" if window > 1 else None)
-  if validation:
-    axes.plot(*zip(*validation), color="tab:orange", marker="o", markersize=4, label="validation, fixed noise levels")
-  axes.set(xlabel="step", ylabel="loss", yscale="log", title="loss")
-  axes.grid(alpha=0.3, which="both")
-  axes.legend()
-  figure.savefig(path, dpi=120, format="png")
-
-
-def plot_curves(path: Path, report: Mapping[str, Any]) -> None:
-  """Plots the PSNR of a full report by context, by number of clips and by inference steps."""
-  from matplotlib.figure import Figure  # takes a third of a second to import
-
-  overall = report["overall"]
-  figure = Figure(figsize=(11, 3.5), layout="constrained")
-  by_context, by_num_clips, by_steps = figure.subplots(1, 3)
-  for axes, part, title in (
-    (by_context, report["by_context"], "context"),
-    (by_num_clips, report["by_num_clips"], "clips in a sentence"),
-  ):
-    for name in ("prediction", "swapped", "copy_b", "mean_a2"):
-      if name in overall:
-        axes.plot(list(part), [rows[name]["psnr"] for rows in part.values()], marker="o", label=name)
-    axes.set(xlabel=title, ylabel="PSNR (dB)")
-  by_context.legend(fontsize=8)
-  steps = {report["config"]["eval"]["num_inference_steps"]: overall["prediction"]["psnr"]}
-  steps |= {int(name.removeprefix("steps_")): rows["psnr"] for name, rows in overall.items() if "steps_" in name}
-  by_steps.plot(sorted(steps), [steps[n] for n in sorted(steps)], marker="o")
-  by_steps.set(xlabel="inference steps", ylabel="PSNR (dB)")
-  for axes in (by_context, by_num_clips, by_steps):
-    axes.grid(alpha=0.3)
-  figure.savefig(path, dpi=110, format="png")
 
 
 def sentence_grid(
