@@ -29,7 +29,8 @@ from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.contexts import CONTEXT_NAMES, PAPER_CONTEXTS, video_pattern
 from univid_jax.data.loader import make_loader
-from univid_jax.data.packing import Features, RowShape, pack, sentence_features
+from univid_jax.data.packing import RowShape, pack
+from univid_jax.data.tokens import Features, sentence_features
 from univid_jax.models.variants import DiTConfig
 
 FLAGS = CommandFlags(__doc__)

@@ -163,7 +163,8 @@ def make_sentence_row(
   import numpy as np
 
   from univid_jax.core.sentence import Sentence, reference_roles
-  from univid_jax.data.packing import RowShape, pack, sentence_features
+  from univid_jax.data.packing import RowShape, pack
+  from univid_jax.data.tokens import sentence_features
 
   clips = tuple(np.ones((frames, height // 8, width // 8, shape.out_dim), np.float32) for _ in range(4))
   features = sentence_features(

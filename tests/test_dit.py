@@ -14,16 +14,8 @@ from tests.test_diffusion import solve
 from univid_jax.checkpoints.pretrained import abstract_parameters
 from univid_jax.core.options import RematPolicy
 from univid_jax.core.sentence import Role, Sentence
-from univid_jax.data.packing import (
-  RowShape,
-  join_rows,
-  pack,
-  patchify,
-  segment_intervals,
-  sentence_features,
-  target_indices,
-  unpatchify,
-)
+from univid_jax.data.packing import RowShape, join_rows, pack, segment_intervals, target_indices
+from univid_jax.data.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.guidance import Branch, guide
 from univid_jax.diffusion.loss import sentence_losses, timestep_table

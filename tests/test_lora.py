@@ -25,7 +25,8 @@ from univid_jax.convert.layout import make_fills
 from univid_jax.convert.release_configs import diffusers_config
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.packing import RowShape, pack, patchify, sentence_features, unpatchify
+from univid_jax.data.packing import RowShape, pack
+from univid_jax.data.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.loss import NoiseLevels
 from univid_jax.inference.load import add_loras
 from univid_jax.models.dit import DiT

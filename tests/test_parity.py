@@ -13,7 +13,7 @@ from tests.helpers import load, load_dit, relative_error
 from tests.test_dit import PATCH, row_of
 from univid_jax.codecs.wan_vae import LATENT_MEAN, LATENT_STD, VAE, VAEConfig
 from univid_jax.core.options import ModelType
-from univid_jax.data.packing import patchify, unpatchify
+from univid_jax.data.tokens import patchify, unpatchify
 from univid_jax.models.names import name_from_diffusers
 from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
 from univid_jax.models.variants import DiTConfig

@@ -11,7 +11,8 @@ from flax import nnx
 from univid_jax.config.schema import LoRAConfig
 from univid_jax.core.options import AttentionBackend, RematPolicy
 from univid_jax.core.sentence import Role, Sentence
-from univid_jax.data.packing import RowShape, pack, sentence_features, target_indices
+from univid_jax.data.packing import RowShape, pack, target_indices
+from univid_jax.data.tokens import sentence_features
 from univid_jax.diffusion.loss import timestep_table
 from univid_jax.models import dit
 from univid_jax.models.attention import xla

@@ -14,7 +14,7 @@ from univid_jax.core.protocols import Encoders, TransformerShape
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames
 from univid_jax.data.cache import Cache
 from univid_jax.data.contexts import CONTEXT_NAMES
-from univid_jax.data.packing import Features, sentence_features
+from univid_jax.data.tokens import Features, sentence_features
 
 Latents = Float[np.ndarray, "t y x c"]
 

@@ -15,7 +15,8 @@ from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Sentence
 from univid_jax.data.grain_adapter import pack_dataset, prefetch
-from univid_jax.data.packing import SEGMENTED, UNITS, Features, RowShape, Unit, feature_names, finish_rows
+from univid_jax.data.packing import RowShape, finish_rows
+from univid_jax.data.tokens import SEGMENTED, UNITS, Features, Unit, feature_names
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,11 @@ from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
 from univid_jax.data.cache import Cache
 from univid_jax.data.features import FeatureMaker, condition_key
 from univid_jax.data.loader import check_lengths
-from univid_jax.data.packing import RowShape, feature_names
+from univid_jax.data.packing import RowShape
 from univid_jax.data.sources.base import Dropped, require_none_dropped
 from univid_jax.data.sources.computed import ComputedSentences
 from univid_jax.data.sources.open import DataSources
+from univid_jax.data.tokens import feature_names
 from univid_jax.parallel.processes import sum_over_processes
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from jaxtyping import Float
 
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.sentence import Sentence
-from univid_jax.data.packing import Features, RowShape, assign_rows, join_rows, pack, places_of
+from univid_jax.data.packing import RowShape, assign_rows, join_rows, pack, places_of
+from univid_jax.data.tokens import Features
 from univid_jax.inference.sampler import Request
 
 

@@ -24,7 +24,7 @@ from univid_jax.core.protocols import Encoders, Solver
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.features import FeatureMaker
-from univid_jax.data.packing import Features, patchify, unpatchify
+from univid_jax.data.tokens import Features, patchify, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import find_solver
 from univid_jax.inference.jobs import Job, infer_length, pack_request, pack_single

@@ -18,7 +18,8 @@ from univid_jax.core.options import Attention
 from univid_jax.core.packed_row import TOKEN_FIELDS, PackedRow
 from univid_jax.core.protocols import TrainStep
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.packing import IMAGE_FEATURES, Features, RowShape, pack, sentence_features
+from univid_jax.data.packing import RowShape, pack
+from univid_jax.data.tokens import IMAGE_FEATURES, Features, sentence_features
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.guidance import Branch
 from univid_jax.diffusion.solvers import Euler

@@ -1,0 +1,154 @@
+"""From a sentence of latents to its features: tokens, positions, text and what else it contributes to a row."""
+
+import dataclasses
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from univid_jax.core.errors import UserError
+from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
+
+# Works on NumPy and JAX arrays.
+ArrayT = TypeVar("ArrayT", Array, np.ndarray)
+
+# CLIP's features of one image: its patches and their class.
+IMAGE_FEATURES = 257
+
+
+class Unit(enum.Enum):
+  """What a feature has one entry for; a row's capacity is counted in these."""
+
+  TOKEN = enum.auto()
+  TEXT_TOKEN = enum.auto()
+  IMAGE_FEATURE = enum.auto()
+  TARGET_TOKEN = enum.auto()
+  SENTENCE = enum.auto()
+
+
+def _per(unit: Unit, *, default: Any = dataclasses.MISSING) -> Any:
+  return dataclasses.field(default=default, metadata={"unit": unit})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Features:
+  """What a sentence contributes to a row, except what depends on its place there. The fields are those of `PackedRow`.
+
+  Attributes:
+    targets: indices of the target tokens in the sentence.
+    condition, image_features: None for T2V.
+  """
+
+  tokens: Float[np.ndarray, "l p"] = _per(Unit.TOKEN)
+  positions: Int[np.ndarray, "l 3"] = _per(Unit.TOKEN)
+  target_mask: Bool[np.ndarray, "l"] = _per(Unit.TOKEN)
+  targets: Int[np.ndarray, "q"] = _per(Unit.TARGET_TOKEN)
+  text: Float[np.ndarray, "n d"] = _per(Unit.TEXT_TOKEN)
+  text_counts: Float[np.ndarray, "n"] = _per(Unit.TEXT_TOKEN)
+  task_ids: Int[np.ndarray, "1"] = _per(Unit.SENTENCE)
+  context_ids: Int[np.ndarray, "1"] = _per(Unit.SENTENCE)
+  condition: Float[np.ndarray, "l v"] | None = _per(Unit.TOKEN, default=None)
+  image_features: Float[np.ndarray, "i e"] | None = _per(Unit.IMAGE_FEATURE, default=None)
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Returns the features that are not None, by name."""
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+UNITS: Mapping[str, Unit] = {field.name: field.metadata["unit"] for field in dataclasses.fields(Features)}
+
+# The feature of each unit whose entries are numbered by sentence in a row, so that intervals can be derived.
+SEGMENTED: Mapping[Unit, str] = {Unit.TOKEN: "tokens", Unit.TEXT_TOKEN: "text", Unit.IMAGE_FEATURE: "image_features"}
+
+
+def feature_names(*, takes_image: bool) -> list[str]:
+  """Returns the names of a sentence's features, for I2V or for T2V."""
+  return [field.name for field in dataclasses.fields(Features) if takes_image or field.default is dataclasses.MISSING]
+
+
+def patchify(latents: Shaped[ArrayT, "t y x c"], patch_size: tuple[int, int, int]) -> Shaped[ArrayT, "l p"]:
+  """Cuts latents into patches, one per token, in the order t, y, x.
+
+  Raises:
+    ValueError: a dim is not a multiple of the patch.
+  """
+  if any(n % p for n, p in zip(latents.shape, patch_size)):
+    raise ValueError(f"latents of shape {tuple(latents.shape[:3])} do not divide into patches of {tuple(patch_size)}")
+  p, q, r = patch_size
+  return rearrange(latents, "(t p) (y q) (x r) c -> (t y x) (p q r c)", p=p, q=q, r=r)
+
+
+def unpatchify(
+  tokens: Shaped[ArrayT, "l p"], shape: tuple[int, int, int], patch_size: tuple[int, int, int]
+) -> Shaped[ArrayT, "t y x c"]:
+  """Joins patches to latents of shape (t, y, x): the inverse of `patchify`."""
+  (t, y, x), (p, q, r) = (tuple(n // m for n, m in zip(shape, patch_size)), patch_size)
+  return rearrange(tokens, "(t y x) (p q r c) -> (t p) (y q) (x r) c", t=t, y=y, x=x, p=p, q=q, r=r)
+
+
+def sentence_features(
+  sentence: Sentence,
+  *,
+  patch_size: tuple[int, int, int],
+  prompt_embedding: Float[np.ndarray, "n d"],
+  text_len: int,
+  task_id: int = 0,
+  context_id: int = 0,
+  condition: Float[np.ndarray, "t y x v"] | None = None,
+  image_features: Float[np.ndarray, "i e"] | None = None,
+) -> Features:
+  """Returns the features of a sentence of latents.
+
+  Args:
+    sentence: its clips are latents.
+    patch_size: of the transformer.
+    prompt_embedding: without padding.
+    text_len: length to which the original pads a prompt.
+    task_id, context_id: numbers from 1; 0 for neither.
+    condition: I2V's mask and first-frame latents over the whole sentence.
+    image_features: I2V's CLIP features of the first frame.
+
+  Raises:
+    UserError: the prompt is longer than `text_len`.
+  """
+  clips = [_check_encoded(clip) for clip in sentence.clips]
+  tokens = [patchify(clip, patch_size) for clip in clips]
+  padding = text_len - len(prompt_embedding)
+  if padding < 0:
+    raise UserError(f"a prompt of {len(prompt_embedding)} tokens is longer than {text_len}")
+  text = np.concatenate([prompt_embedding, np.zeros((min(padding, 1), prompt_embedding.shape[1]))])
+  counts = np.concatenate([np.ones(len(prompt_embedding)), np.full(min(padding, 1), padding)])
+  target_mask = np.repeat([role == Role.TARGET for role in sentence.roles], [len(part) for part in tokens])
+  return Features(
+    tokens=np.concatenate(tokens).astype(np.float32),
+    positions=_positions([clip.shape for clip in clips], patch_size),
+    target_mask=target_mask,
+    targets=np.flatnonzero(target_mask).astype(np.int32),
+    text=text.astype(np.float32),
+    text_counts=counts.astype(np.float32),
+    task_ids=np.array([task_id], np.int32),
+    context_ids=np.array([context_id], np.int32),
+    condition=None if condition is None else patchify(condition, patch_size).astype(np.float32),
+    image_features=None if image_features is None else image_features.astype(np.float32),
+  )
+
+
+def _check_encoded(clip: Clip) -> np.ndarray:
+  if isinstance(clip, ClipRef):
+    raise TypeError("the clips of the sentence must be latents, got one that has not been read")
+  return clip
+
+
+def _positions(shapes: Sequence[tuple[int, ...]], patch_size: tuple[int, int, int]) -> Int[np.ndarray, "l 3"]:
+  """Returns (t, y, x) of each token of a sentence; time runs on from clip to clip."""
+  positions, start = [], 0
+  for shape in shapes:
+    t, y, x = (n // p for n, p in zip(shape, patch_size))
+    grid = np.stack(np.meshgrid(np.arange(start, start + t), np.arange(y), np.arange(x), indexing="ij"), axis=-1)
+    positions.append(grid.reshape(-1, 3))
+    start += t
+  return np.concatenate(positions).astype(np.int32)
