@@ -93,8 +93,10 @@ TARGETS = (
   ),
   Target("adapter_config.json", write_adapter, damaged_json_file, lambda path: read_lora(path.parent)),
   Target("lora.json", write_own_lora, damaged_json_file, lambda path: read_lora(path.parent)),
-  Target("metadata.csv", write_metadata_csv, damaged_bytes, lambda path: open_metadata(path, FORM, draw_options())),
-  Target("m.jsonl", write_manifest, damaged_json_file, lambda path: open_manifest(path, FORM, draw_options())),
+  Target(
+    "metadata.csv", write_metadata_csv, damaged_bytes, lambda path: open_metadata(str(path), FORM, draw_options())
+  ),
+  Target("m.jsonl", write_manifest, damaged_json_file, lambda path: open_manifest(str(path), FORM, draw_options())),
   Target("config.json", write_config, damaged_json_file, lambda path: read_run(path.parent)),
   Target("data.json", write_fingerprint, damaged_json_file, lambda path: read_fingerprint(path.parent)),
 )

@@ -60,8 +60,8 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
       return None  # of something else, for example of an official release
     base, version = values.pop("base", ""), values.pop("version", "unknown")
     prompts = values.pop("prompts", {})
-    if not isinstance(prompts, dict):
-      raise ValueError("prompts must be an object")
+    if not all(isinstance(text, str) for text in (base, version)) or not isinstance(prompts, dict):
+      raise ValueError("base and version must be text, and prompts an object")
     return RunRecord(from_json(values), base, version, prompts)
   except ValueError as error:
     raise UserError(f"{path} cannot be read by this version: {error}") from error
