@@ -13,7 +13,7 @@ if TYPE_CHECKING:
   from jax.sharding import Mesh
   from optax import GradientTransformation
 
-  from univid_jax.config.schema import FlowConfig
+  from univid_jax.config.schema import RunConfig
   from univid_jax.core.packed_row import PackedRow
   from univid_jax.training.state import StateSpec
 
@@ -85,7 +85,7 @@ def make_row_program(
   frozen = jax.tree.map(lambda x: jax.device_put(draw(jnp.zeros(x.shape, x.dtype)), x.sharding), spec.abstract_frozen)
   if mode == "forward":
     return _make_forward(spec, frozen, mesh)
-  return _make_step(spec, frozen, mesh, optimizer=optimizer, flow=config.flow)
+  return _make_step(config, spec, frozen, mesh, optimizer)
 
 
 def _make_forward(spec: "StateSpec", frozen: Any, mesh: "Mesh") -> Callable[["PackedRow"], None]:
@@ -111,19 +111,18 @@ def _make_forward(spec: "StateSpec", frozen: Any, mesh: "Mesh") -> Callable[["Pa
 
 
 def _make_step(
-  spec: "StateSpec", frozen: Any, mesh: "Mesh", *, optimizer: "GradientTransformation", flow: "FlowConfig"
+  config: "RunConfig", spec: "StateSpec", frozen: Any, mesh: "Mesh", optimizer: "GradientTransformation"
 ) -> Callable[["PackedRow"], None]:
   """Returns the training step of `make_row_program`."""
   import jax
   import jax.numpy as jnp
 
-  from univid_jax.diffusion.flow import FlowMatching
   from univid_jax.parallel.sharding import shard_batch
   from univid_jax.training.memory import compile_step
   from univid_jax.training.step import make_train_step
 
   state = spec.create()
-  step = make_train_step(spec, optimizer, FlowMatching.of(flow), mesh=mesh, ema_decay=0.0, seed=0)
+  step = make_train_step(config, spec, optimizer, mesh)
   compiled = {}
 
   def run_step(row: "PackedRow") -> None:

@@ -28,7 +28,7 @@ from univid_jax.evaluation.metrics.image import psnr
 from univid_jax.evaluation.protocol import open_samples_folder
 from univid_jax.evaluation.report import QUICK_KEYS
 from univid_jax.evaluation.score import Score, Scorer
-from univid_jax.evaluation.sentences import plan_other_pairs, select_sentences
+from univid_jax.evaluation.sentences import plan_other_pairs, plan_sentences
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.metrics_writer import plot_loss
 
@@ -44,7 +44,7 @@ ORIGIN = fixed_origin()
 
 
 def select(config):
-  return select_sentences(config, open_data(config).held_out)
+  return plan_sentences(config, open_data(config).held_out)
 
 
 class TestSentences:

@@ -29,7 +29,11 @@ def one_gradient(config, mesh, row, microbatches=1):
   """Returns loss, gradients and state spec of a step on a mesh; gradient descent at rate 1 exposes the gradient."""
   optimizer = optax.sgd(1.0)
   spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=False, lora=config.lora.enabled)
-  state, frozen = spec.create(), spec.create_frozen()
+  base = nnx.to_pure_dict(nnx.state(create_model(config), nnx.Param)) if config.lora.enabled else {}
+  state, frozen = (
+    spec.create(),
+    jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), base, spec.abstract_frozen),
+  )
   before = jax.device_get(state.params)
   noise, levels = draw_noise(jax.random.key(3), row, FlowMatching.of(config.flow))
   update = jax.jit(make_update(spec, optimizer, microbatches=microbatches), out_shardings=(spec.shardings, None))

@@ -7,13 +7,13 @@ import pytest
 from tests.helpers import random_pipeline, relative_error
 from univid_jax.config.boundary import override
 from univid_jax.data.sources.open import open_data
-from univid_jax.evaluation.sentences import select_sentences
+from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.inference.jobs import infer_length
 from univid_jax.parallel.mesh import make_mesh
 
 
 def held_out_sentences(config):
-  return [planned.read() for planned in select_sentences(config, open_data(config).held_out)]
+  return [planned.read() for planned in plan_sentences(config, open_data(config).held_out)]
 
 
 @pytest.mark.parametrize(

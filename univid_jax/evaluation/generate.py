@@ -142,7 +142,7 @@ def generate_files(
 
   Args:
     pipeline: on this process's own devices.
-    sentences: of `select_sentences`.
+    sentences: of `plan_sentences`.
     variants: of `make_variants`.
     folder: receives NNNNN.npz.
     batch_size: sentences sampled together.

@@ -29,7 +29,7 @@ from univid_jax.evaluation.generate import (
 from univid_jax.evaluation.protocol import open_samples_folder
 from univid_jax.evaluation.report import Gallery, full_report, quick_report, write_report, write_text
 from univid_jax.evaluation.score import Scorer, score_psnr
-from univid_jax.evaluation.sentences import plan_other_pairs, select_sentences
+from univid_jax.evaluation.sentences import plan_other_pairs, plan_sentences
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.parallel.processes import wait_for_processes
 
@@ -52,7 +52,7 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
     The contents of eval.json; None, with a warning, if nothing is held out.
   """
   folder = epath.Path(folder)
-  sentences = select_sentences(config, open_data(config).held_out)
+  sentences = plan_sentences(config, open_data(config).held_out)
   if not sentences:
     logger.warning(NOTHING_HELD_OUT)
     return None
@@ -94,7 +94,7 @@ def evaluate(
     UserError: nothing is held out.
   """
   folder = epath.Path(folder)
-  sentences = select_sentences(config, data.held_out)
+  sentences = plan_sentences(config, data.held_out)
   if not sentences:
     raise UserError(NOTHING_HELD_OUT)
   scorer = Scorer(config)  # a wrong palette is reported before hours of sampling

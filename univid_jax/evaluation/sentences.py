@@ -32,8 +32,8 @@ class PlannedSentence:
   identify: Callable[[], object] = lambda: None
 
 
-def select_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) -> list[PlannedSentence]:
-  """Selects `eval.sentences_per_case` held-out sentences per case; the result is empty if nothing is held out.
+def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) -> list[PlannedSentence]:
+  """Plans `eval.sentences_per_case` held-out sentences per case; the result is empty if nothing is held out.
 
   A case of computed data is a combination of task, context and number of clips; a case of other data is a task. Every
   held-out row or pair is used once before any is repeated.

@@ -119,7 +119,7 @@ class DiT(nnx.Module):
     assert keys_and_values is not None
     return KeyValueCache(keys_and_values, row.targets)
 
-  def embed_conditions(
+  def _embed_conditions(
     self, timesteps: Float[Array, "b m"], row: PackedRow
   ) -> tuple[Float[Array, "b m d"], Float[Array, "b m 6 d"], Float[Array, "b n d"], Float[Array, "b i d"] | None]:
     """Returns what all blocks share: time and its modulation in float32, embedded prompts and embedded images."""
@@ -140,7 +140,7 @@ class DiT(nnx.Module):
   ) -> tuple[Float[Array, "b m d"], Float[Array, "b l d"], KeysAndValues | None]:
     """Returns the time embedding, the last hidden states and, with `keep`, the keys and values of every layer."""
     tokens = self._add_condition(tokens, row)
-    time, modulation, text, image = self.embed_conditions(timesteps, row)
+    time, modulation, text, image = self._embed_conditions(timesteps, row)
     rope = rotary_tables(
       row.positions, self.config.head_dim, theta=self.config.rope_theta, scale=self.config.rope_scale
     )

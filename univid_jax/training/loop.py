@@ -24,7 +24,6 @@ from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import TrainStep
 from univid_jax.data.loader import make_loader
 from univid_jax.data.packing import RowShape
-from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.inference.load import add_loras
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.attention.api import best_backend
@@ -202,16 +201,7 @@ def restore_or_create_state(run: Run, checkpointer: Checkpointer, loader: grain.
 def compile_train_step(run: Run) -> TrainStep:
   """Compiles the step for the run's batches, and logs the memory it needs and its attention."""
   config, mesh = run.config, run.mesh
-  step_fn = make_train_step(
-    run.spec,
-    run.optimizer,
-    FlowMatching.of(config.flow),
-    mesh=mesh,
-    ema_decay=config.ema_decay,
-    seed=config.seed,
-    microbatches=config.rows.microbatches,
-    dropout=config.lora.dropout > 0,
-  )
+  step_fn = make_train_step(config, run.spec, run.optimizer, mesh)
   compiled, memory = compile_step(step_fn, run.spec, abstract_batch(config, run.shape, mesh), mesh)
   log.info(memory if memory.fits else f"{memory}: that is more than there is; {ADVICE}")
   backend = config.model.attention_backend

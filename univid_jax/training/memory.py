@@ -20,7 +20,6 @@ from univid_jax.core.protocols import TrainStep
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.packing import RowShape, pack
 from univid_jax.data.tokens import IMAGE_FEATURES, Features, sentence_features
-from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.guidance import Branch
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.inference.sampler import Sampler
@@ -28,8 +27,7 @@ from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.sharding import BATCH, TOKENS
 from univid_jax.platform.chips import find_chip
-from univid_jax.training.optimizer import make_optimizer
-from univid_jax.training.state import StateSpec
+from univid_jax.training.state import StateSpec, describe_training
 from univid_jax.training.step import make_train_step
 
 ADVICE = (
@@ -86,18 +84,8 @@ def forecast(config: RunConfig, mesh: Mesh) -> Forecast:
 
 def forecast_with_program(config: RunConfig, mesh: Mesh) -> tuple[Forecast, Any]:
   """Forecasts training, and returns the compiled step as well."""
-  optimizer = make_optimizer(config.optimizer, config.num_steps)
-  spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=config.ema_decay > 0, lora=config.lora.enabled)
-  step = make_train_step(
-    spec,
-    optimizer,
-    FlowMatching.of(config.flow),
-    mesh=mesh,
-    ema_decay=config.ema_decay,
-    seed=0,
-    microbatches=config.rows.microbatches,
-    dropout=config.lora.dropout > 0,
-  )
+  optimizer, spec = describe_training(config, mesh)
+  step = make_train_step(config, spec, optimizer, mesh)
   program, memory = compile_step(step, spec, abstract_batch(config, transformer_config(config), mesh), mesh)
   return memory, program
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import univid_jax
-from univid_jax.checkpoints.model import base_checksum, create_model, open_encoders, transformer_config
+from univid_jax.checkpoints.model import base_checksum, open_encoders, transformer_config
 from univid_jax.checkpoints.run import RunRecord, has_checkpoint, read_run
 from univid_jax.checkpoints.trained import load_base, run_usage
 from univid_jax.config.boundary import differences
@@ -27,8 +27,7 @@ from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.lora import join
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.training.optimizer import make_optimizer
-from univid_jax.training.state import Params, StateSpec
+from univid_jax.training.state import Params, StateSpec, describe_training
 from univid_jax.training.validation import select_sentences
 
 log = logging.getLogger(__name__)
@@ -99,8 +98,7 @@ def set_up_run(config: RunConfig, workdir: str) -> Run:
   mesh = make_mesh(config.mesh)
   check_rows_stay_on_one_process(mesh)
   shape = transformer_config(config)
-  optimizer = make_optimizer(config.optimizer, config.num_steps)
-  spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=config.ema_decay > 0, lora=config.lora.enabled)
+  optimizer, spec = describe_training(config, mesh)
   encoders = open_encoders(config, mesh)
   data = open_data(config)
   data.report()

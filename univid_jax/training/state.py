@@ -11,8 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from univid_jax.checkpoints.model import create_model
+from univid_jax.config.schema import RunConfig
 from univid_jax.models.lora import LoRAParam
 from univid_jax.parallel.sharding import parameter_shardings
+from univid_jax.training.optimizer import make_optimizer
 
 Params = Mapping[str, Any]  # nested dicts of arrays, under the names of a model's modules
 
@@ -60,14 +63,12 @@ class StateSpec:
   Attributes:
     graph: the model without parameters; `nnx.merge(spec.graph, join(frozen, params))` is the model.
     create: creates the first state, from random parameters or from those given.
-    create_frozen: creates random parameters of what is not trained; {} if everything is.
     abstract: shapes, dtypes and shardings of the state.
-    abstract_frozen: the same for what is not trained.
+    abstract_frozen: the same for what is not trained; {} if everything is.
   """
 
   graph: nnx.GraphDef
   create: Callable[..., TrainState]
-  create_frozen: Callable[[], Params]
   abstract: TrainState
   abstract_frozen: Params
 
@@ -97,13 +98,10 @@ class StateSpec:
       average = jax.tree.map(jnp.copy, params) if ema else None
       return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=average)
 
-    def select_frozen(model: nnx.Module) -> Params:
-      return nnx.to_pure_dict(nnx.state(model, nnx.Param)) if lora else {}
-
     model = nnx.eval_shape(init)
     shapes = jax.eval_shape(create, nnx.to_pure_dict(nnx.state(model, kind)))
     shardings = _state_shardings(shapes, parameter_shardings(model, mesh, kind), optimizer, mesh)
-    frozen_shardings = parameter_shardings(model, mesh) if lora else {}
+    frozen = nnx.to_pure_dict(nnx.state(model, nnx.Param)) if lora else {}
 
     def place(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -111,14 +109,20 @@ class StateSpec:
     return cls(
       graph=nnx.graphdef(model),
       create=jax.jit(create, out_shardings=shardings),
-      create_frozen=jax.jit(lambda: select_frozen(init()), out_shardings=frozen_shardings),
       abstract=jax.tree.map(place, shapes, shardings),
-      abstract_frozen=jax.tree.map(place, select_frozen(model), frozen_shardings),
+      abstract_frozen=jax.tree.map(place, frozen, parameter_shardings(model, mesh) if lora else {}),
     )
 
   @property
   def shardings(self) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+
+def describe_training(config: RunConfig, mesh: Mesh) -> tuple[optax.GradientTransformation, StateSpec]:
+  """Returns a run's optimizer and the description of its state."""
+  optimizer = make_optimizer(config.optimizer, config.num_steps)
+  spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=config.ema_decay > 0, lora=config.lora.enabled)
+  return optimizer, spec
 
 
 def _state_shardings(

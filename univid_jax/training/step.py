@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from univid_jax.config.schema import RunConfig
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import TrainStep
 from univid_jax.diffusion.flow import FlowMatching
@@ -23,26 +24,21 @@ Update = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_train_step(
-  spec: StateSpec,
-  optimizer: optax.GradientTransformation,
-  flow: FlowMatching,
-  *,
-  mesh: Mesh,
-  ema_decay: float,
-  seed: int,
-  microbatches: int = 1,
-  dropout: bool = False,
+  config: RunConfig, spec: StateSpec, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainStep:
   """Returns the jitted step (state, frozen, batch) -> (state, metrics); the state passed in is donated.
 
   Noise depends on the seed and the step alone.
   """
-  update = make_update(spec, optimizer, ema_decay=ema_decay, microbatches=microbatches, dropout=dropout)
+  flow = FlowMatching.of(config.flow)
+  update = make_update(
+    spec, optimizer, ema_decay=config.ema_decay, microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0
+  )
   replicated = NamedSharding(mesh, PartitionSpec())
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(spec.shardings, replicated))
   def train_step(state: TrainState, frozen: Params, row: PackedRow) -> tuple[TrainState, Metrics]:
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     noise, levels = draw_noise(key, row, flow)
     return update(state, frozen, row, noise, levels, jax.random.fold_in(key, 1))
 
