@@ -54,9 +54,9 @@ def test_report_matches_stored_samples(workdir, report):
   for path in files:
     with np.load(path) as file:
       truth = file[max(name for name in file if name.startswith("clip_"))]
-      for name in ("prediction", "swapped", "reversed", "steps_1", "seed_1"):
+      for name in ("prediction", "swapped", "inverse", "steps_1", "seed_1"):
         by_variant.setdefault(name, []).append(psnr(file[f"sample_{name}"], truth))
-  for name in ("swapped", "reversed", "steps_1"):
+  for name in ("swapped", "inverse", "steps_1"):
     assert report["overall"][name]["psnr"] == pytest.approx(np.mean(by_variant[name]))
   seeds = [np.mean(by_variant[name]) for name in ("prediction", "seed_1")]
   assert report["overall"]["prediction"]["psnr"] == pytest.approx(np.mean(seeds)) and "seed_1" not in report["overall"]

@@ -20,7 +20,14 @@ from univid_jax.data.pictures import sentence_grid
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.target_kinds import label_colors, normals_to_image
 from univid_jax.evaluation import run
-from univid_jax.evaluation.controls import Case, baselines, choose_other_tasks, match_length, reverse_pairs, round_trip
+from univid_jax.evaluation.controls import (
+  Case,
+  baselines,
+  choose_other_tasks,
+  match_length,
+  round_trip,
+  show_inverse_task,
+)
 from univid_jax.evaluation.generate import Generated, SentenceInfo, make_variants
 from univid_jax.evaluation.kinds import KIND_METRICS, KindOptions, unmix_colors
 from univid_jax.evaluation.metrics.dense import nearest_labels
@@ -104,10 +111,10 @@ class TestControls:
     truth = select(tiny_config)[0].read().clips[-1]
     assert psnr(round_trip(random_pipeline(tiny_config, make_mesh({"data": -1})), truth), truth) > 20
 
-  def test_reversed_pairs_keep_the_query(self, tiny_config):
+  def test_pairs_of_the_inverse_task_keep_the_query(self, tiny_config):
     sentence = select(tiny_config)[0].read()
     a, a2, b, b2 = sentence.clips
-    assert all(x is y for x, y in zip(reverse_pairs(sentence).clips, (a2, a, b, b2)))
+    assert all(x is y for x, y in zip(show_inverse_task(sentence).clips, (a2, a, b, b2)))
 
 
 class TestModes:

@@ -53,7 +53,7 @@ def replace_pairs(sentence: Sentence, other: Sentence) -> Sentence:
   return sentence.replace(clips=pairs + sentence.clips[-2:])
 
 
-def reverse_pairs(sentence: Sentence) -> Sentence:
+def show_inverse_task(sentence: Sentence) -> Sentence:
   """Swaps source and target in every example pair but not in the query: the pairs then show the inverse task."""
   *examples, query, truth = sentence.clips
   swapped = [clip for source, target in zip(examples[::2], examples[1::2]) for clip in (target, source)]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from univid_jax.config.schema import EvalConfig
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.sentence import Sentence, read_frames
-from univid_jax.evaluation.controls import replace_pairs, reverse_pairs, round_trip
+from univid_jax.evaluation.controls import replace_pairs, round_trip, show_inverse_task
 from univid_jax.evaluation.sentences import PlannedSentence
 from univid_jax.inference.pipeline import Pipeline
 
@@ -28,7 +28,7 @@ class Variant:
   """One way of sampling every sentence.
 
   Attributes:
-    name: "prediction" (the sentence as it is), the controls "swapped" (example pairs of another task) and "reversed"
+    name: "prediction" (the sentence as it is), the controls "swapped" (example pairs of another task) and "inverse"
       (A', A instead of A, A'), "steps_N" (other number of inference steps) or "seed_N" (other noise).
     num_steps: inference steps.
     first_seed: seed of the first sentence's noise; the next sentence has the next seed.
@@ -96,7 +96,7 @@ def make_variants(options: EvalConfig, other_pairs: Sequence[Callable[[], Senten
   return [
     Variant(PREDICTION, steps, seed),
     Variant(SWAPPED, steps, seed, lambda number, sentence: replace_pairs(sentence, other_pairs[number]())),
-    Variant("reversed", steps, seed, lambda _, sentence: reverse_pairs(sentence)),
+    Variant("inverse", steps, seed, lambda _, sentence: show_inverse_task(sentence)),
     *(Variant(f"steps_{more}", more, seed) for more in options.more_steps),
     *(Variant(f"{REPEATED}{n}", steps, _noise_seed(options.seed, n)) for n in range(1, options.num_seeds)),
   ]
@@ -112,7 +112,15 @@ def generate(
 ) -> dict[int, Generated]:
   """Samples the sentences with these numbers together, under every variant."""
   chosen = {number: sentences[number].read() for number in numbers}
-  samples = {variant.name: _sample(pipeline, variant, chosen) for variant in variants}
+  samples = {
+    variant.name: sample_targets(
+      pipeline,
+      {number: variant.alter(number, sentence) for number, sentence in chosen.items()},
+      num_inference_steps=variant.num_steps,
+      first_seed=variant.first_seed,
+    )
+    for variant in variants
+  }
   generated = {}
   for number, sentence in chosen.items():
     clips = [read_frames(clip) for clip in sentence.clips]
@@ -177,20 +185,31 @@ def progress_bar(num_sentences: int) -> tqdm:
   return tqdm(total=num_sentences, desc="evaluate", unit="sentence", disable=jax.process_index() > 0)
 
 
-def _sample(pipeline: Pipeline, variant: Variant, sentences: Mapping[int, Sentence]) -> dict[int, np.ndarray]:
-  """Samples targets by sentence number; those of one length together, because `sample_batch` takes one length."""
-  shown = {number: variant.alter(number, sentence) for number, sentence in sentences.items()}
-  lengths = {number: len(read_frames(sentence.clips[-1])) for number, sentence in shown.items()}
+def sample_targets(
+  pipeline: Pipeline, sentences: Mapping[int, Sentence], *, num_inference_steps: int, first_seed: int = 0
+) -> dict[int, np.ndarray]:
+  """Samples the targets of sentences by number; those of one length together, because `sample_batch` takes one length.
+
+  Args:
+    pipeline: the model.
+    sentences: by number; the targets give the lengths alone.
+    num_inference_steps: steps of the solver.
+    first_seed: seed of sentence 0's noise; the next sentence has the next seed.
+
+  Returns:
+    Frames by number, uint8 (T, H, W, 3).
+  """
+  lengths = {number: len(read_frames(sentence.clips[-1])) for number, sentence in sentences.items()}
   frames: dict[int, np.ndarray] = {}
   for length in sorted(set(lengths.values())):
-    numbers = [number for number in shown if lengths[number] == length]
+    numbers = [number for number in sentences if lengths[number] == length]
     samples = pipeline.sample_batch(
-      [[read_frames(clip) for clip in shown[number].clips[:-1]] for number in numbers],
+      [[read_frames(clip) for clip in sentences[number].clips[:-1]] for number in numbers],
       num_frames=length,
-      prompts=[shown[number].prompt for number in numbers],
-      num_inference_steps=variant.num_steps,
+      prompts=[sentences[number].prompt for number in numbers],
+      num_inference_steps=num_inference_steps,
       shift=None,
-      seeds=[variant.first_seed + number for number in numbers],
+      seeds=[first_seed + number for number in numbers],
     )
     frames |= {number: sample.frames for number, sample in zip(numbers, samples)}
   return frames

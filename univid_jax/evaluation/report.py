@@ -23,7 +23,7 @@ from univid_jax.evaluation.score import Score, Scorer, mean_metrics
 DESCRIPTIONS = {
   PREDICTION: "the model's prediction",
   SWAPPED: "the model, shown example pairs of another task: does it read them?",
-  "reversed": "the model, shown the example pairs in reverse (A', A)",
+  "inverse": "the model, shown the inverse task: A', A instead of A, A'",
   "copy_b": "a copy of B",
   "copy_a2": "a copy of A'",
   "mean_a2": "the mean colour of A'",

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.paths import atomic_write
-from univid_jax.core.sentence import Sentence
+from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.data.contexts import CONTEXT_NAMES
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.packing import RowShape, pack_rows
@@ -21,6 +21,7 @@ from univid_jax.data.pictures import COLUMNS, concatenate_clips, sentence_grid
 from univid_jax.data.sources.open import DataSources
 from univid_jax.data.writer import write_clip
 from univid_jax.diffusion.loss import sentence_losses
+from univid_jax.evaluation.generate import sample_targets
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.lora import join
 from univid_jax.parallel.mesh import row_shards
@@ -112,23 +113,12 @@ def write_previews(
   Every process samples; the first one writes.
   """
   sentences = [sentence.with_frames() for sentence in sentences]
-  predictions: dict[int, np.ndarray] = {}
-  for length in sorted({len(_frames(sentence)[-1]) for sentence in sentences}):
-    chosen = {i: sentence for i, sentence in enumerate(sentences) if len(_frames(sentence)[-1]) == length}
-    samples = pipeline.sample_batch(
-      [_frames(sentence)[:-1] for sentence in chosen.values()],
-      [sentence.prompt for sentence in chosen.values()],
-      num_frames=length,
-      num_inference_steps=num_inference_steps,
-      shift=None,
-      seeds=list(chosen),
-    )
-    predictions |= {i: sample.frames for i, sample in zip(chosen, samples, strict=True)}
+  predictions = sample_targets(pipeline, dict(enumerate(sentences)), num_inference_steps=num_inference_steps)
   if jax.process_index() > 0:
     return
   rows = []
   for index, sentence in enumerate(sentences):
-    *context, truth = _frames(sentence)
+    *context, truth = (read_frames(clip) for clip in sentence.clips)
     row = (*context[-3:], predictions[index], truth)
     rows.append((f"{sentence.task.replace('_', ' ')}\ncontext {sentence.context or '-'}", row))
     if len(truth) > 1:
@@ -136,10 +126,6 @@ def write_previews(
         write_clip(path, concatenate_clips(row), fps=PREVIEW_FPS)
   with atomic_write(folder / f"step_{step:06d}.png") as path:
     sentence_grid(path, rows, columns=COLUMNS)
-
-
-def _frames(sentence: Sentence) -> list[np.ndarray]:
-  return [clip for clip in sentence.clips if isinstance(clip, np.ndarray)]
 
 
 def _take_batch(x: np.ndarray, start: int, size: int, mesh: Mesh) -> np.ndarray:
