@@ -51,7 +51,7 @@ class DCTCodec:
     """Encodes pixels (T, H, W, 3) in [-1, 1] to latents (t, y, x, latent_channels) of about unit power.
 
     Raises:
-      ValueError: T is not 4n + 1 or a side is not a multiple of spatial_stride.
+      UserError: T is not 4n + 1 or a side is not a multiple of spatial_stride.
     """
     latent_shape(frames.shape, temporal_stride=self.temporal_stride, spatial_stride=self.spatial_stride)
     image, video = self._analysis

@@ -28,7 +28,7 @@ class Caches:
     self._kept = iter(kept or ())
     self.written: list[Array] = []
 
-  def extend(self, x: Float[Array, "t y x c"], frames: int) -> tuple[Float[Array, "u y x c"], int]:
+  def extend(self, x: Float[Array, "t y x c"], frames: int) -> tuple[Float[Array, "_t y x c"], int]:
     """Prepends the kept frames to x, and keeps the last `frames` of the result.
 
     Returns:
@@ -62,7 +62,7 @@ class Convolution(nnx.Module):
     self.kernel = param(rngs, xavier, (*kernel, in_dim, out_dim), param_dtype, (None,) * 5)
     self.bias = param(rngs, zeros, (out_dim,), param_dtype, (None,))
 
-  def convolve(self, x: Float[Array, "t y x c"], *, zero_frames: int) -> Float[Array, "u v w d"]:
+  def convolve(self, x: Float[Array, "t y x c"], *, zero_frames: int) -> Float[Array, "_t _y _x d"]:
     """Convolves x, preceded by `zero_frames` and with `padding` zeros at each side of y and x."""
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
     if current_platform() == Platform.CPU:
@@ -77,7 +77,7 @@ class Convolution(nnx.Module):
 class Conv(Convolution):
   """Convolution without padding in time."""
 
-  def __call__(self, x: Float[Array, "t y x c"]) -> Float[Array, "u v w d"]:
+  def __call__(self, x: Float[Array, "t y x c"]) -> Float[Array, "_t _y _x d"]:
     return self.convolve(x, zero_frames=0)
 
 
@@ -146,7 +146,7 @@ class Downsample(nnx.Module):
     self.conv = conv(dim, dim, (1, 3, 3), strides=(1, 2, 2))
     self.time_conv = conv(dim, dim, (3, 1, 1), strides=(2, 1, 1)) if temporal else None
 
-  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "u v w c"]:
+  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "_t _y _x c"]:
     x = self.conv(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
     if self.time_conv is None:
       return x
@@ -162,7 +162,7 @@ class Upsample(nnx.Module):
     self.conv = conv(dim, dim // 2, (1, 3, 3), padding=1)
     self.time_conv = conv(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
-  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "u v w d"]:
+  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "_t _y _x d"]:
     if self.time_conv is not None:
       # The first frame is not doubled in time, and the next chunk gets zeros in its place.
       extended, _ = caches.extend(jnp.zeros_like(x) if caches.is_first else x, 2)

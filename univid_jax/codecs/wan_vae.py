@@ -152,7 +152,7 @@ class VAE(nnx.Module):
     """Encodes pixels in [-1, 1] to normalised latents, float32.
 
     Raises:
-      ValueError: T is not 4n + 1 or a side is not a multiple of 8; the message names the nearest valid values.
+      UserError: T is not 4n + 1 or a side is not a multiple of 8; the message names the nearest valid values.
     """
     latent_shape(frames.shape, temporal_stride=self.config.temporal_stride, spatial_stride=self.config.spatial_stride)
     moments = self.conv1(_run_in_chunks(self.encoder, frames.astype(self.dtype), self.config.temporal_stride))
@@ -167,7 +167,7 @@ class VAE(nnx.Module):
 
 def _run_in_chunks(
   module: Callable[[Array, Caches], Array], x: Float[Array, "t ..."], size: int
-) -> Float[Array, "u ..."]:
+) -> Float[Array, "_t ..."]:
   """Runs the first frame, then chunks of `size` frames, each with what the one before has kept."""
   caches = Caches(None)
   first = module(x[:1], caches)
@@ -214,7 +214,7 @@ class WanVAECodec:
     """Encodes pixels in [-1, 1] to normalised latents, float32.
 
     Raises:
-      ValueError: T is not 4n + 1 or a side is not a multiple of 8.
+      UserError: T is not 4n + 1 or a side is not a multiple of 8.
     """
     frames = np.asarray(frames, np.float32)
     if self._tiling is None:

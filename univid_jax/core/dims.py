@@ -1,10 +1,15 @@
 """Names of array dims, used in every shape annotation, and the arithmetic between pixels and latents.
 
-b  row of a batch          l  token of a row           n  text token of a row
-s  sentence slot of a row  m  modulation slot of a row q  target token of a row
-p  values of a patch       h  head                     k  channel of a head
-d  embedding channel       f  feed-forward channel     i  image feature, or step of a solver
+b  row of a batch          l  token of a row or prompt  n  text token of a row, or key
+s  sentence slot of a row  m  modulation slot of a row  q  target token of a row
+p  value of a patch        v  channel of a condition    w  weight of a solver's step
+h  head                    k  channel of a head         r  rank of an adapter
+d  embedding channel       e  channel of a feature      i  image feature, step of a solver, input of a Linear
+o  output of a Linear
 t, y, x  latent frame, row, column    c  latent channel    T, H, W  frames, height and width in pixels
+
+Dims of a single module have words for names. Names that begin with an underscore may differ in size: `_t` frames of the
+output where `t` are those of the input.
 """
 
 from univid_jax.core.errors import UserError

@@ -55,7 +55,7 @@ class PackedRow:
   key_intervals: Int[Array, "b l 2"] | None = _per_token(default=None)
   text_intervals: Int[Array, "b l 2"] | None = _per_token(default=None)
   modulation_ids: Int[Array, "b l"] | None = _per_token(default=None)
-  condition: Float[Array, "b l v"] | None = _per_token(default=None)
+  condition: Float[Array, "b l _p"] | None = _per_token(default=None)
   image_features: Float[Array, "b i e"] | None = None
   image_intervals: Int[Array, "b l 2"] | None = _per_token(default=None)
   task_ids: Int[Array, "b s"] | None = None

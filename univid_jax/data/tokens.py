@@ -50,7 +50,7 @@ class Features:
   text_counts: Float[np.ndarray, "n"] = _per(Unit.TEXT_TOKEN)
   task_ids: Int[np.ndarray, "1"] = _per(Unit.SENTENCE)
   context_ids: Int[np.ndarray, "1"] = _per(Unit.SENTENCE)
-  condition: Float[np.ndarray, "l v"] | None = _per(Unit.TOKEN, default=None)
+  condition: Float[np.ndarray, "l _p"] | None = _per(Unit.TOKEN, default=None)
   image_features: Float[np.ndarray, "i e"] | None = _per(Unit.IMAGE_FEATURE, default=None)
 
   def arrays(self) -> dict[str, np.ndarray]:
@@ -78,16 +78,16 @@ def patchify(latents: Shaped[ArrayT, "t y x c"], patch_size: tuple[int, int, int
   """
   if any(n % p for n, p in zip(latents.shape, patch_size)):
     raise ValueError(f"latents of shape {tuple(latents.shape[:3])} do not divide into patches of {tuple(patch_size)}")
-  p, q, r = patch_size
-  return rearrange(latents, "(t p) (y q) (x r) c -> (t y x) (p q r c)", p=p, q=q, r=r)
+  pt, py, px = patch_size
+  return rearrange(latents, "(t pt) (y py) (x px) c -> (t y x) (pt py px c)", pt=pt, py=py, px=px)
 
 
 def unpatchify(
   tokens: Shaped[ArrayT, "l p"], shape: tuple[int, int, int], patch_size: tuple[int, int, int]
 ) -> Shaped[ArrayT, "t y x c"]:
   """Joins patches to latents of shape (t, y, x): the inverse of `patchify`."""
-  (t, y, x), (p, q, r) = (tuple(n // m for n, m in zip(shape, patch_size)), patch_size)
-  return rearrange(tokens, "(t y x) (p q r c) -> (t p) (y q) (x r) c", t=t, y=y, x=x, p=p, q=q, r=r)
+  (t, y, x), (pt, py, px) = (tuple(n // m for n, m in zip(shape, patch_size)), patch_size)
+  return rearrange(tokens, "(t y x) (pt py px c) -> (t pt) (y py) (x px) c", t=t, y=y, x=x, pt=pt, py=py, px=px)
 
 
 def sentence_features(

@@ -85,8 +85,8 @@ class CLIPVision(nnx.Module):
 
   def __call__(self, images: Float[Array, "b y x 3"]) -> Float[Array, "b l d"]:
     """Returns features (b, 1 + patches, dim) of images from `preprocess`."""
-    p = self.config.patch_size
-    patches = rearrange(images, "b (y p) (x q) c -> b (y x) (p q c)", p=p, q=p)
+    side = self.config.patch_size
+    patches = rearrange(images, "b (y py) (x px) c -> b (y x) (py px c)", py=side, px=side)
     x = self.patch_embedding(patches)
     cls = jnp.broadcast_to(self.cls_embedding[...].astype(self.dtype), (x.shape[0], 1, x.shape[2]))
     x = self.pre_norm(jnp.concatenate([cls, x], axis=1) + self.pos_embedding[...].astype(self.dtype))
@@ -100,14 +100,14 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def preprocess(frame: Float[np.ndarray, "H W 3"], size: int) -> Float[np.ndarray, "s s 3"]:
+def preprocess(frame: Float[np.ndarray, "H W 3"], size: int) -> Float[np.ndarray, "side side 3"]:
   """Resizes a frame in [-1, 1] to a square, ignoring its aspect ratio as Wan2.1 does, and normalises its colours."""
   height, width = (_cubic_weights(length, size) for length in frame.shape[:2])
-  resized = np.einsum("yh,hwc,xw->yxc", height, frame.astype(np.float32), width, optimize=True)
+  resized = np.einsum("yH,HWc,xW->yxc", height, frame.astype(np.float32), width, optimize=True)
   return ((resized * 0.5 + 0.5 - np.array(MEAN)) / np.array(STD)).astype(np.float32)
 
 
-def _cubic_weights(length: int, size: int) -> Float[np.ndarray, "s n"]:
+def _cubic_weights(length: int, size: int) -> Float[np.ndarray, "size length"]:
   """Returns the weights of PyTorch's bicubic interpolation along one side.
 
   Cubic convolution with a = -0.75, pixels at their centres, edges repeated, no antialiasing; Pillow and JAX have

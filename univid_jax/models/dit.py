@@ -171,7 +171,7 @@ class DiT(nnx.Module):
     x, keys_and_values = jax.lax.scan(body, self.patch_embedding(tokens), inputs)
     return time, x, keys_and_values
 
-  def _add_condition(self, tokens: Float[Array, "b l p"], row: PackedRow) -> Float[Array, "b l w"]:
+  def _add_condition(self, tokens: Float[Array, "b l p"], row: PackedRow) -> Float[Array, "b l _p"]:
     """Appends I2V's condition to the channels of the tokens, after checking that the row has what the model needs."""
     inputs = {"condition": row.condition, "image_features": row.image_features}
     given = [name for name, value in inputs.items() if value is not None]

@@ -10,12 +10,12 @@ from jaxtyping import Array, Float
 
 def conv_in_time(
   x: Float[Array, "t y x c"],
-  kernel: Float[Array, "a e f c d"],
+  kernel: Float[Array, "_t _y _x c d"],
   *,
   strides: tuple[int, int, int],
   padding: int,
   zero_frames: int,
-) -> Float[Array, "u v w d"]:
+) -> Float[Array, "_t _y _x d"]:
   """Convolves over (t, y, x) by sums of convolutions in the plane; see `codecs.vae_layers.Convolution`.
 
   XLA's own convolutions over time take 2.4 times as long on a CPU: the autoencoder takes 12.4 s instead of 30.7 s to

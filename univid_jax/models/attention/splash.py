@@ -133,7 +133,9 @@ def append_bias(
   )
 
 
-def visible_blocks(intervals: Int[Array, "l 2"], block_q: int, block_kv: int, num_kv_blocks: int) -> Bool[Array, "i j"]:
+def visible_blocks(
+  intervals: Int[Array, "l 2"], block_q: int, block_kv: int, num_kv_blocks: int
+) -> Bool[Array, "query_blocks key_blocks"]:
   """Returns which blocks of keys each block of queries attends to: those that overlap the span of its intervals.
 
   A block that contains padding alone attends to the first, so that its output is finite.
@@ -147,7 +149,7 @@ def visible_blocks(intervals: Int[Array, "l 2"], block_q: int, block_kv: int, nu
   return (first_key < high[:, None]) & (first_key + block_kv > low[:, None])
 
 
-def _next_visible(visible: Bool[Array, "i j"], axis: int) -> Int[Array, "i j"]:
+def _next_visible(visible: Bool[Array, "query_blocks key_blocks"], axis: int) -> Int[Array, "query_blocks key_blocks"]:
   """Returns the block along an axis to prefetch at each step: the next visible one, or the last if none follows."""
   index = jax.lax.broadcasted_iota(jnp.int32, visible.shape, axis)
   following = jax.lax.cummin(jnp.where(visible, index, MAX_KEYS), axis=axis, reverse=True)

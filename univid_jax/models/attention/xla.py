@@ -74,7 +74,7 @@ def xla_attention(
   def pad(x, block):
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
 
-  def group_heads(x, block):  # b l (i g) k -> b i g l k
+  def group_heads(x, block):  # b l (groups h) k -> b groups h l k
     x = pad(x, block)
     return x.reshape(*x.shape[:2], num_groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
 
@@ -118,14 +118,14 @@ def _attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _blockwise(
-  q: Float[Array, "g l k"],
-  k: Float[Array, "g n k"],
-  v: Float[Array, "g n k"],
+  q: Float[Array, "h l k"],
+  k: Float[Array, "h n k"],
+  v: Float[Array, "h n k"],
   intervals: Int[Array, "l 2"],
   bias: Float[Array, "n"] | None,
   query_block: int,
   key_block: int,
-) -> Float[Array, "g l k"]:
+) -> Float[Array, "h l k"]:
   """Attends for some heads of one row; l and n are multiples of their blocks. A query without keys gets 0."""
   return _blockwise_forward(q, k, v, intervals, bias, query_block, key_block)[0]
 
@@ -139,11 +139,11 @@ def _blockwise_forward(q, k, v, intervals, bias, query_block: int, key_block: in
     def add_keys(index, sums):
       out, total, highest = sums
       k_block, v_block = _block(k, index, key_block), _block(v, index, key_block)
-      logits = _logits("glk,gnk->gln", q, k_block, index, intervals[:, :1], intervals[:, 1:], bias)
+      logits = _logits("hlk,hnk->hln", q, k_block, index, intervals[:, :1], intervals[:, 1:], bias)
       new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1, keepdims=True))
       weights, rescale = jnp.exp(logits - new_highest), jnp.exp(highest - new_highest)
       out = out * rescale + jnp.einsum(
-        "gln,gnk->glk", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32
+        "hln,hnk->hlk", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32
       )
       return out, total * rescale + jnp.sum(weights, axis=-1, keepdims=True), new_highest
 
@@ -171,13 +171,13 @@ def _blockwise_backward(query_block: int, key_block: int, saved, d_out):
       dk, dv, dq = sums
       k_block, v_block = _block(k, index, key_block), _block(v, index, key_block)
       # Keys before queries, so that two of the three products that follow need no transposition.
-      logits = _logits("glk,gnk->gnl", q, k_block, index, start, end, bias)
+      logits = _logits("hlk,hnk->hnl", q, k_block, index, start, end, bias)
       weights = jnp.exp(logits - normalizers.transpose(0, 2, 1))
-      d_logits = weights * (product("gnk,glk->gnl", v_block, d_out) - inner.transpose(0, 2, 1))
+      d_logits = weights * (product("hnk,hlk->hnl", v_block, d_out) - inner.transpose(0, 2, 1))
       d_logits = (d_logits * q.shape[-1] ** -0.5).astype(q.dtype)
-      dv = _add_block(dv, product("gnl,glk->gnk", weights.astype(v.dtype), d_out), index)
-      dk = _add_block(dk, product("gnl,glk->gnk", d_logits, q), index)
-      return dk, dv, dq + product("gnl,gnk->glk", d_logits, k_block)
+      dv = _add_block(dv, product("hnl,hlk->hnk", weights.astype(v.dtype), d_out), index)
+      dk = _add_block(dk, product("hnl,hlk->hnk", d_logits, q), index)
+      return dk, dv, dq + product("hnl,hnk->hlk", d_logits, k_block)
 
     dk, dv, dq = _over_blocks(add_keys, (*sums, jnp.zeros(q.shape, jnp.float32)), intervals, k.shape[1], key_block)
     return (dk, dv), dq.astype(q.dtype)
@@ -192,7 +192,7 @@ _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 def _logits(product: str, q, k_block, index, start, end, bias):
-  """Returns the logits of one block, (g, queries, keys) or (g, keys, queries), -inf for masked pairs.
+  """Returns the logits of one block, (h, queries, keys) or (h, keys, queries), -inf for masked pairs.
 
   Args:
     product: the einsum of q and k_block that gives the order of the result.
@@ -228,9 +228,9 @@ def _add_block(x, block, index):
   return jax.lax.dynamic_update_slice_in_dim(x, _block(x, index, size) + block, index * size, axis=1)
 
 
-def _split(x: Float[Array, "g l k"], size: int) -> Float[Array, "i g n k"]:
+def _split(x: Float[Array, "h l k"], size: int) -> Float[Array, "blocks h size k"]:
   return jnp.moveaxis(x.reshape(x.shape[0], -1, size, x.shape[2]), 1, 0)
 
 
-def _join(x: Float[Array, "i g n k"]) -> Float[Array, "g l k"]:
+def _join(x: Float[Array, "blocks h size k"]) -> Float[Array, "h l k"]:
   return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[3])
