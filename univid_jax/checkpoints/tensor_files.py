@@ -1,11 +1,11 @@
-"""Files of named tensors: safetensors, alone or in shards, and PyTorch's; headers first, tensors one at a time."""
+"""Files of named tensors: safetensors, GGUF and PyTorch's, alone or in shards; headers first, tensors one at a time."""
 
 import dataclasses
-import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import parse_json, read_json_object
+from univid_jax.core.paths import resolve_inside
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-INDEX_SUFFIX = ".safetensors.index.json"
-_SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
+SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin")
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)(\.safetensors|\.bin)$")
+_GGUF_SPLIT = re.compile(r"-(\d+)-of-(\d+)\.gguf$")
 
-# NumPy's dtype names by those of safetensors and PyTorch. Others (8-bit floats) are refused.
-DTYPES = {
-  **{name: f"int{name[1:]}" for name in ("I64", "I32", "I16", "I8")},
-  **{f"torch.{name}": name for name in ("int64", "int32", "int16", "int8", "uint8", "bool")},
-  "U8": "uint8",
-  "BOOL": "bool",
+# NumPy's dtype names by those of safetensors. PyTorch's are NumPy's after "torch.". Others are refused.
+_SAFETENSORS_DTYPES = {
   "F64": "float64",
   "F32": "float32",
   "F16": "float16",
   "BF16": "bfloat16",
-  "torch.float64": "float64",
-  "torch.float32": "float32",
-  "torch.float16": "float16",
-  "torch.bfloat16": "bfloat16",
+  "F8_E4M3": "float8_e4m3fn",
+  "F8_E5M2": "float8_e5m2",
+  "I64": "int64",
+  "I32": "int32",
+  "I16": "int16",
+  "I8": "int8",
+  "U8": "uint8",
+  "BOOL": "bool",
 }
+DTYPES = _SAFETENSORS_DTYPES | {f"torch.{name}": name for name in _SAFETENSORS_DTYPES.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,80 +59,148 @@ class TensorFile:
 
   Attributes:
     path: of the file or index.
-    infos: shape and dtype by tensor name.
+    infos: shape and dtype by tensor name, as `read` returns it.
     read: reads a tensor by name.
-    metadata: the text entries of a safetensors header.
+    metadata: the texts in the header of a safetensors or GGUF file.
+    stored: by name, the types of tensors that `read` dequantises.
   """
 
   path: Path
   infos: Mapping[str, TensorInfo]
   read: Callable[[str], np.ndarray]
   metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-  def require_floats(self) -> None:
-    """Raises UserError if a tensor is of integers: not a weight, or a quantised one."""
-    for name, info in self.infos.items():
-      if numpy_dtype(info.dtype).kind in "iub":
-        raise UserError(f"{self.path}: {name} has the dtype {info.dtype}, which is not supported: weights are floats")
+  stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def rename(self, names: Mapping[str, str]) -> "TensorFile":
     """Returns the tensors under new names; `names` maps the old ones, and tensors that are not in it are dropped."""
     old = {new: name for name, new in names.items()}
     return dataclasses.replace(
-      self, infos={new: self.infos[name] for new, name in old.items()}, read=lambda new: self.read(old[new])
+      self,
+      infos={new: self.infos[name] for new, name in old.items()},
+      read=lambda new: self.read(old[new]),
+      stored={new: self.stored[name] for new, name in old.items() if name in self.stored},
     )
+
+  def concatenate(self, parts: Mapping[str, Sequence[str]]) -> "TensorFile":
+    """Returns the tensors with some replaced by their concatenations over the first dim.
+
+    Args:
+      parts: names of the parts by name of the concatenation.
+
+    Raises:
+      UserError: a part is missing, or its shape or dtype does not fit.
+    """
+    infos = dict(self.infos)
+    for new, names in parts.items():
+      found = [infos.pop(name) for name in names if name in infos]
+      if len(found) < len(names) or len({(info.shape[1:], info.dtype) for info in found}) > 1 or not found[0].shape:
+        raise UserError(f"{', '.join(names)} must all exist, with shapes and dtypes that fit")
+      infos[new] = TensorInfo((sum(info.shape[0] for info in found), *found[0].shape[1:]), found[0].dtype)
+    stored = {new: self.stored[names[0]] for new, names in parts.items() if names[0] in self.stored}
+
+    def read(name: str) -> np.ndarray:
+      return np.concatenate([self.read(part) for part in parts[name]]) if name in parts else self.read(name)
+
+    return dataclasses.replace(self, infos=infos, read=read, stored={**self.stored, **stored})
 
 
 def numpy_dtype(name: str) -> np.dtype:
-  """Returns a NumPy dtype by name, including bfloat16."""
-  return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+  """Returns a NumPy dtype by name, including bfloat16 and the 8-bit floats."""
+  return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
-  """Opens a .safetensors file, the index of its shards, or a PyTorch file; reads headers only.
+  """Opens a .safetensors file, the index of its shards, a .gguf file or a PyTorch file; reads headers only.
 
   Raises:
-    FileNotFoundError: the file or one of its shards does not exist.
-    UserError: the file is damaged, contains more than tensors, has an unsupported dtype, or needs PyTorch, which is not
+    OSError: the file or one of its shards is missing or unreadable.
+    UserError: the file is damaged, contains more than tensors, has an unsupported dtype, or needs a package that is not
       installed.
   """
   path = Path(path)
   if not path.exists():
     raise FileNotFoundError(f"no such file: {path}")
-  if path.name.endswith(INDEX_SUFFIX):
+  if path.name.endswith(INDEX_SUFFIXES):
     return _open_shards(path)
   if shard := _SHARD.search(path.name):
     raise UserError(
       f"{path} is shard {int(shard[1])} of {int(shard[2])}: pass the folder that contains all shards and their index"
     )
+  if split := _GGUF_SPLIT.search(path.name):
+    raise UserError(
+      f"{path} is part {int(split[1])} of {int(split[2])}: join the parts with llama.cpp's gguf-split --merge"
+    )
+  if path.suffix not in SUFFIXES:
+    raise UserError(f"{path} is not a file of tensors; expected a name ending in {', '.join(SUFFIXES)}")
+  return _open_file(path)
+
+
+def _open_file(path: Path) -> TensorFile:
   if path.suffix == ".safetensors":
     return _open_safetensors(path)
-  if path.suffix in SUFFIXES:
-    return _open_torch(path)
-  raise UserError(f"{path} is not a file of tensors; expected a name ending in {', '.join(SUFFIXES)}")
+  if path.suffix == ".gguf":
+    from univid_jax.checkpoints.gguf_files import open_gguf  # which imports this module
+
+    return open_gguf(path)
+  return _open_torch(path)
 
 
 def _open_safetensors(path: Path) -> TensorFile:
+  with path.open("rb") as file:  # raises errors of the file system, which the library does not tell from damage
+    size = int.from_bytes(file.read(8), "little")
   try:
-    file = safe_open(path, framework="np")
-  except (SafetensorError, OSError) as error:
+    with safe_open(path, framework="np") as checked:  # checks that data and header have their sizes, and offsets
+      metadata = checked.metadata() or {}
+    with path.open("rb") as file:
+      header = parse_json(file.read(8 + size)[8:])
+  except (SafetensorError, ValueError) as error:
     raise UserError(f"{path} is not a complete safetensors file ({error})") from error
-  infos = {}
-  for name in file.keys():  # noqa: SIM118 (the file itself is not iterable)
-    part = file.get_slice(name)
-    infos[name] = TensorInfo(tuple(part.get_shape()), _dtype_name(path, name, part.get_dtype()))
-  return TensorFile(path, infos, file.get_tensor, file.metadata() or {})
+  header.pop("__metadata__", None)
+  infos = {
+    name: TensorInfo(tuple(entry["shape"]), _dtype_name(path, name, entry["dtype"])) for name, entry in header.items()
+  }
+
+  def read(name: str) -> np.ndarray:
+    # The library cannot return 8-bit floats as NumPy arrays.
+    start, end = header[name]["data_offsets"]
+    data = read_bytes(path, 8 + size + start, end - start)
+    return data.view(numpy_dtype(infos[name].dtype)).reshape(infos[name].shape)
+
+  return TensorFile(path, infos, read, metadata)
+
+
+def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
+  """Reads a part of a file, uint8 (count,); not mapped, so that a file that shrinks meanwhile is an error, not a crash.
+
+  Raises:
+    OSError: the file is unreadable.
+    UserError: it ends early.
+  """
+  data = np.fromfile(path, np.uint8, count, offset=offset)
+  if len(data) < count:
+    raise UserError(f"{path} is not complete: it ends before byte {offset + count:,}")
+  return data
 
 
 def _open_shards(index: Path) -> TensorFile:
-  try:
-    weight_map = json.loads(index.read_text())["weight_map"]
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{index} is not an index of shards ({error!r})") from error
-  missing = sorted({name for name in weight_map.values() if not (index.parent / name).exists()})
+  weight_map = read_json_object(index).get("weight_map")
+  if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+    raise UserError(f'{index} is not an index of shards: it has no "weight_map" from names of tensors to files')
+  names = sorted(set(weight_map.values()))
+  for name in names:
+    try:
+      resolve_inside(index.parent, name)
+    except UserError as error:
+      raise UserError(f"{index}: {error}") from error
+    if not name.endswith((".safetensors", ".bin")):
+      raise UserError(f"{index} names {name} as a shard; expected a name ending in .safetensors or .bin")
+  missing = [name for name in names if not (index.parent / name).is_file()]
   if missing:
     raise FileNotFoundError(f"shards listed in {index} are missing: {', '.join(missing)}")
-  shards = {name: _open_safetensors(index.parent / name) for name in sorted(set(weight_map.values()))}
+  shards = {name: _open_file(index.parent / name) for name in names}
+  counts = Counter(tensor for file in shards.values() for tensor in file.infos)
+  if repeated := [tensor for tensor, count in counts.items() if count > 1]:
+    raise UserError(f"{len(repeated)} tensors are in several shards of {index}, the first is {min(repeated)}")
   in_shards = {tensor: shard for shard, file in shards.items() for tensor in file.infos}
   if in_shards != weight_map:
     tensor, shard = min(in_shards.items() ^ weight_map.items())
@@ -139,27 +211,43 @@ def _open_shards(index: Path) -> TensorFile:
 
 def _open_torch(path: Path) -> TensorFile:
   torch = _import_torch(path)
-  if not zipfile.is_zipfile(path):
-    raise UserError(f"{path} is not a complete PyTorch file (of PyTorch 1.6 or newer)")
+  loaded = _load_torch(path)
+  if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+    loaded = loaded["state_dict"]
+  if not isinstance(loaded, Mapping) or not loaded:
+    raise UserError(f"{path} does not contain named tensors")
+  if not all(isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in loaded.items()):
+    raise UserError(f"{path} contains more than named tensors")
+  infos = {}
+  for name, x in loaded.items():
+    infos[name] = TensorInfo(tuple(x.shape), _dtype_name(path, name, str(x.dtype)))
+    if x.layout is not torch.strided or x.device.type != "cpu" or x.untyped_storage().nbytes() < infos[name].nbytes:
+      raise UserError(f"{path}: {name} has less data than its shape {infos[name].shape} says, or is sparse")
+
+  def read(name: str) -> np.ndarray:
+    # As bytes, because PyTorch cannot convert bfloat16 and 8-bit floats.
+    data = loaded[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return data.view(numpy_dtype(infos[name].dtype)).reshape(infos[name].shape)
+
+  return TensorFile(path, infos, read)
+
+
+def _load_torch(path: Path) -> Any:
+  """Loads what a PyTorch file contains, tensors mapped into memory; runs no code of the file."""
+  import torch
+
   try:
-    # weights_only: loads tensors and plain containers, and runs no code of the pickle.
-    loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    with zipfile.ZipFile(path) as file:
+      compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist())
+  except zipfile.BadZipFile as error:
+    raise UserError(f"{path} is not a complete PyTorch file (of PyTorch 1.6 or newer)") from error
+  if compressed:  # PyTorch never does; it could expand without bound
+    raise UserError(f"{path} is compressed, as no PyTorch file is")
+  try:
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
   except Exception as error:
     reason = (str(error).strip() or repr(error)).splitlines()[0]
     raise UserError(f"{path} is damaged or contains more than tensors; code in it is never run ({reason})") from error
-  if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-    loaded = loaded["state_dict"]
-  if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(x, torch.Tensor) for x in loaded.values()):
-    raise UserError(f"{path} does not contain named tensors")
-  infos = {name: TensorInfo(tuple(x.shape), _dtype_name(path, name, str(x.dtype))) for name, x in loaded.items()}
-
-  def read(name: str) -> np.ndarray:
-    tensor = loaded[name].detach().contiguous()
-    if tensor.dtype == torch.bfloat16:  # PyTorch cannot convert it
-      return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-  return TensorFile(path, infos, read)
 
 
 def _dtype_name(path: Path, name: str, dtype: str) -> str:
@@ -178,14 +266,16 @@ def _import_torch(path: Path) -> Any:
 
 
 def find_tensor_files(folder: Path) -> list[Path]:
-  """Lists the files of tensors in a folder; shards are represented by their index.
+  """Lists the files of tensors in a folder; shards are represented by their index. Hidden files are ignored.
 
   Raises:
     FileNotFoundError: there is a shard, but no index.
   """
-  files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES or path.name.endswith(INDEX_SUFFIX))
+  files = sorted(
+    path for path in folder.iterdir() if path.name.endswith((*SUFFIXES, *INDEX_SUFFIXES)) and path.name[0] != "."
+  )
   for path in files:
-    index = path.with_name(_SHARD.sub(INDEX_SUFFIX, path.name))
+    index = path.with_name(_SHARD.sub(r"\3.index.json", path.name))
     if _SHARD.search(path.name) and not index.exists():
       raise FileNotFoundError(f"{path} is a shard, but its index {index.name} is missing")
   return [path for path in files if not _SHARD.search(path.name)]

@@ -139,8 +139,8 @@ class _Reader:
     if not np.isfinite(as_float).all():
       kind = "NaN" if np.isnan(as_float).any() else "values that are infinite or too large for float32"
       raise UserError(f"{self._file.path}: {name} contains {kind}")
-    # What float32 represents exactly is kept, to be exported as it was.
-    return as_float if value.dtype == np.float64 else value
+    # What float32 represents exactly is kept, to be exported as it was; but nothing computes in 8 bits.
+    return value if value.dtype.itemsize in (2, 4) else as_float
 
   def _alpha(self, module: _Module, rank: int | None, stored: np.ndarray | None) -> float | None:
     """Returns the alpha of a module: that of its tensor, of PEFT's config, or else the rank; see `AlphaOf`."""
