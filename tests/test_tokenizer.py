@@ -1,13 +1,20 @@
 """Tokens equal the original's."""
 
+import dataclasses
+import functools
 import json
 
 import numpy as np
 import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from tests.helpers import GOLDENS
+from univid_jax.codecs.sentencepiece import UnigramModel
 from univid_jax.codecs.tokenizer import Tokenizer, clean
+from univid_jax.core.errors import UserError
 
 FILE = GOLDENS / "tiny_wan" / "google" / "umt5-xxl" / "tokenizer.json"
 
@@ -36,3 +43,50 @@ def test_invalid_and_missing_files(tmp_path):
     Tokenizer(tmp_path / "tokenizer.json")
   with pytest.raises(FileNotFoundError, match="no such tokenizer"):
     Tokenizer(tmp_path / "missing.json")
+
+
+class TestSentencePiece:
+  """A SentencePiece model gives the tokens of the tokenizer.json that was made from it, and those of SentencePiece."""
+
+  MODEL = (FILE.parent / "spiece.model").read_bytes()
+
+  @given(
+    st.text() | st.text("abcdefgh [clip1]<s/>\u4e2d\u6587\U0001f600\u200b\u3000\ufb01\u00bd\u2581\t\n.,'", max_size=40)
+  )
+  def test_tokens(self, text):
+    assert self.tokenizer().encode(text).ids == tokenizers.Tokenizer.from_file(str(FILE)).encode(text).ids
+
+  def test_tokens_of_the_library(self):
+    library = pytest.importorskip("sentencepiece", reason="compares with it where it is installed")
+    reference = library.SentencePieceProcessor(model_proto=self.MODEL)
+    for text in ("a clip", " two  spaces ", "\u4e2d\u6587 \U0001f600", "\ufb01ne \u00bd \u3000 \u2581 x", ""):
+      assert self.tokenizer().encode(text).ids == [*reference.encode(text), 1], text
+
+  @pytest.mark.parametrize("model", [b"", b"no model", MODEL[:5000]])
+  def test_damaged(self, model):
+    with pytest.raises(UserError, match="SentencePiece model"):
+      UnigramModel.parse(model)
+
+  @pytest.mark.parametrize(
+    "change, message",
+    [
+      ({"pieces": [("a", -1.0, 1), ("<unk>", 0.0, 2)]}, "has no </s>"),
+      ({"unknown": 999}, "is inconsistent"),
+      ({"charsmap": b"no map"}, "is inconsistent"),
+    ],
+  )
+  def test_inconsistent(self, change, message):
+    with pytest.raises(UserError, match=message):
+      dataclasses.replace(UnigramModel.parse(self.MODEL), **change).to_tokenizer()
+
+  def test_bytes_of_unknown_characters(self):
+    """A model with pieces for bytes uses them, one by one."""
+    model = UnigramModel.parse(self.MODEL)
+    pieces = [*model.pieces, *((f"<0x{byte:02X}>", 0.0, 6) for byte in range(256))]
+    tokens = dataclasses.replace(model, pieces=pieces, byte_fallback=True).to_tokenizer().encode("\u4e2d").tokens
+    assert tokens[-4:] == ["<0xE4>", "<0xB8>", "<0xAD>", "</s>"]
+
+  @staticmethod
+  @functools.cache
+  def tokenizer():
+    return UnigramModel.parse(TestSentencePiece.MODEL).to_tokenizer()

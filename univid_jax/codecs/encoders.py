@@ -22,6 +22,7 @@ from univid_jax.codecs.wan_vae import WanVAECodec
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import Codec
 from univid_jax.models.clip import preprocess
+from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
 
 
@@ -122,6 +123,12 @@ class PretrainedEncoders:
     return self._checkpoint.config("transformer").text_dim
 
   @property
+  def text_len(self) -> int:
+    """The maximal number of tokens of a prompt: the transformer's, or Wan2.1's if the checkpoint has no transformer."""
+    has_transformer = self._checkpoint.has("transformer")
+    return self._checkpoint.config("transformer").text_len if has_transformer else DiTConfig.text_len
+
+  @property
   def codec(self) -> WanVAECodec:
     return self._codec.get()
 
@@ -173,7 +180,7 @@ class PretrainedEncoders:
     return WanVAECodec(config, graph, params, mesh=local, tiling=self._tiling)
 
   def _load_tokenizer(self) -> Tokenizer:
-    return Tokenizer(self._checkpoint.tokenizer_path(), max_length=self._checkpoint.config("transformer").text_len)
+    return Tokenizer(self._checkpoint.tokenizer_path(), max_length=self.text_len)
 
   def _load_encoder(self, component: str) -> Callable[..., Array]:
     """Loads an encoder as a function of NumPy arrays."""

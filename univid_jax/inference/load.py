@@ -23,6 +23,7 @@ from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
+from univid_jax.inference.partial import PartialPipeline
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.changes import attach_changes, merge_changes
 from univid_jax.models.lora import LORA, LoRAParam
@@ -48,6 +49,8 @@ def load_pipeline(
 ) -> Pipeline:
   """Loads a converted checkpoint, or the model of a training run.
 
+  A checkpoint may lack components: what needs one of them raises UserError.
+
   Args:
     checkpoint: a folder written by the converter, or a workdir. The workdir of a LoRA run includes its base.
     lora: a LoRA file of any trainer, a folder of PEFT, or a LoRA folder or the workdir of a LoRA run of this project:
@@ -69,6 +72,8 @@ def load_pipeline(
     base = PretrainedCheckpoint.open(checkpoint)
     compute_dtype = jnp.dtype(dtype or "bfloat16")
     encoders = PretrainedEncoders(base, mesh, dtype=compute_dtype)
+    if not base.has("transformer") and not loras:
+      return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
     config = base.config("transformer")
     graph, params = base.load("transformer", mesh=mesh, dtype=compute_dtype)
     usage = _lora_usage([each for each, _ in loras], base.checksum("transformer"), attention=attention)
