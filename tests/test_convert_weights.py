@@ -1,26 +1,35 @@
 """Conversion of base weights: exact in both directions, all or nothing, and errors name what is wrong."""
 
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import univid_jax
+from tests.checkpoint_files import write_safetensors
 from tests.commands import environment
 from tests.helpers import GOLDENS
-from univid_jax.checkpoints.pretrained import read_info
+from univid_jax.checkpoints.pretrained import is_checkpoint, read_info
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.codecs.wan_vae import VAEConfig
 from univid_jax.convert.commands import convert_any, inspect, verify
+from univid_jax.convert.destination import atomic_folder, check_destination
+from univid_jax.convert.experts import Expert, find_expert
 from univid_jax.convert.layout import make_fills
 from univid_jax.convert.release_configs import official_config
+from univid_jax.convert.sources import find_release
 from univid_jax.core.errors import UserError
 from univid_jax.models.names import name_from_diffusers, name_to_diffusers
 from univid_jax.models.umt5 import UMT5Config
@@ -281,6 +290,84 @@ class TestAtomicWriting:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     assert_refused(release, r"needs .* MB, .* has 1\.00 MB free")
 
+  def test_killed_conversion_frees_its_space(self, tmp_path, monkeypatch):
+    """What a killed conversion has left is removed before the space is checked; that of others is named."""
+    usage = shutil.disk_usage(tmp_path)
+    for name in (".partial-target", ".partial-other"):
+      (tmp_path / name).mkdir()
+      (tmp_path / name / "weights").write_bytes(bytes(1_000_000))
+
+    def free(path):
+      return usage._replace(free=3_000_000 - sum(file.stat().st_size for file in tmp_path.glob(".partial-*/weights")))
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    message = r"needs 2\.50 MB, .* has 2\.00 MB free; \.partial-other in it are of conversions"
+    with pytest.raises(OSError, match=message), atomic_folder(tmp_path / "target", needed=2_500_000, force=False):
+      pass
+    with atomic_folder(tmp_path / "target", needed=2_000_000, force=False) as folder:
+      assert not list(folder.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-other", "target"]
+
+  def test_killed_while_replacing(self, tmp_path):
+    """A destination that was about to be replaced is restored, or removed if it has been replaced."""
+    target, old = tmp_path / "target", tmp_path / ".old-target"
+    old.mkdir()
+    (old / "mine").write_text("keep")
+    with pytest.raises(FileExistsError, match="--force"), atomic_folder(target, needed=0, force=False):
+      pass
+    assert (target / "mine").exists() and not old.exists()
+    old.mkdir()
+    with atomic_folder(target, needed=0, force=True):
+      pass
+    assert not (target / "mine").exists() and not old.exists()
+
+  def test_two_conversions_at_once(self, tmp_path):
+    with (
+      atomic_folder(tmp_path / "target", needed=0, force=False),
+      pytest.raises(UserError, match=r"another process is writing .*/target"),
+    ):
+      check_destination(tmp_path / "target", needed=0, force=True)
+
+  def test_leftover_of_a_file(self, tmp_path):
+    """LoRA files are written under a name with the process's number."""
+    (tmp_path / ".999999999.lora.safetensors").write_bytes(b"half")
+    (tmp_path / f".{os.getpid()}.lora.safetensors").write_bytes(b"of a running process")
+    check_destination(tmp_path / "lora.safetensors", needed=0, force=False)
+    assert [path.name for path in tmp_path.iterdir()] == [f".{os.getpid()}.lora.safetensors"]
+
+  def test_full_disk_is_named(self, release, monkeypatch):
+    """Libraries say it in errors of many types; TensorStore's looks like one of memory."""
+
+    def fail(*args):
+      raise ValueError('RESOURCE_EXHAUSTED: Error writing local file "x": No space left on device [os_error=28]')
+
+    monkeypatch.setattr("univid_jax.convert.checkpoint_writer.create_arrays", fail)
+    assert_refused(release, r"the disk was full before .*/target was complete, which needs up to .* MB")
+
+  def test_no_temporary_space(self, release, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    convert_any(str(release), str(tmp_path / "target"))
+    convert_any(str(tmp_path / "target"), str(tmp_path / "back"), to="original")
+
+  def test_small_file_system(self, release):
+    """The space that is asked for suffices, to the last file, and less is refused."""
+    mount = release.parent / "mount"
+    mount.mkdir()
+
+    def convert(size):
+      options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)]
+      if subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("only root can mount a file system")
+      try:
+        convert_any(str(release), str(mount / "target"))
+        return is_checkpoint(mount / "target")
+      finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+    with pytest.raises(OSError, match=r"needs (.*) MB, .* has 0.20 MB free") as refusal:
+      convert(204800)
+    assert convert(round(float(re.search(r"needs (.*?) MB", str(refusal.value))[1]) * 1e6) + 8192)
+
   def test_disk_fills_up(self, release):
     """A limit on file sizes simulates a disk that fills up after the check."""
     command = f"ulimit -f 45; exec {sys.executable} -m tools.convert_weights {release} {release.parent}/target"
@@ -332,3 +419,110 @@ def test_layer_of_zeros(release, tmp_path):
   convert_any(str(tmp_path / "target"), str(tmp_path / "back"), to="original")
   before, after = load_file(release / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
   assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+class TestNonfinite:
+  def test_reported(self, release, tmp_path, caplog):
+    """By name and count: by the converter, in the checkpoint, and when it is loaded."""
+
+    def edit(tensors):
+      tensors["blocks.1.ffn.0.bias"][3] = np.nan
+      tensors["head.head.weight"][0, :2] = np.inf, -np.inf
+
+    change(release, edit)
+    message = "3 numbers are NaN or infinite, in blocks.1.ffn.0.bias (1), head.head.weight (2)"
+    assert f"transformer: {message}" in convert_any(str(release), str(tmp_path / "target"))
+    info = read_info(tmp_path / "target").components["transformer"]
+    assert info.nonfinite == {"blocks.1.ffn.0.bias": 1, "head.head.weight": 2}
+    assert message in inspect(str(tmp_path / "target"))
+    caplog.set_level(logging.WARNING)
+    univid_jax.load_pipeline(str(tmp_path / "target"))
+    assert "3 numbers of the transformer are NaN or infinite, the first in blocks.1.ffn.0.bias" in caplog.text
+
+  def test_overflow(self, release):
+    """A dtype that is too small is refused, because the file has finite numbers."""
+    change(release, lambda tensors: tensors["blocks.1.ffn.0.bias"].__setitem__(3, 1e6))
+    assert_refused(release, "1 numbers of blocks.1.ffn.0.bias are too large for float16", dtype="float16")
+
+
+class TestExperts:
+  """One expert of Wan2.2 A14B has the tensors of Wan2.1's T2V-14B: only names tell."""
+
+  @pytest.mark.parametrize(
+    "path, metadata, expert",
+    [
+      ("Wan2.2-T2V-A14B/high_noise_model/diffusion_pytorch_model.safetensors", {}, "high"),
+      ("low_noise_model/diffusion_pytorch_model.safetensors.index.json", {}, "low"),
+      ("wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", {}, "high"),
+      ("Wan2_2-T2V-A14B-LOW_fp8_e4m3fn_scaled_KJ.safetensors", {}, "low"),
+      ("Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf", {}, "high"),
+      ("model.safetensors", {"modelspec.title": "Wan2.2 T2V 14B low noise"}, "low"),
+      ("model.gguf", {"general.name": "Wan 2.2 T2V A14B"}, "unknown"),
+      ("A14B/model.safetensors", {}, "unknown"),
+      ("wan2.2/Wan2_1-T2V-14B_fp8_high.safetensors", {}, None),
+      ("wan2.1_t2v_14B_bf16.safetensors", {"format": "pt"}, None),
+      ("high_quality/model.safetensors", {}, None),
+    ],
+  )
+  def test_names(self, path, metadata, expert):
+    assert find_expert(Path("/models") / path, metadata, VARIANTS["wan2.1-t2v-14b"]) == expert
+
+  def test_folders_of_diffusers(self, tmp_path):
+    config = VARIANTS["wan2.1-t2v-14b"]
+    for name, expert in (("transformer", None), ("transformer_2", Expert.LOW), ("transformer", Expert.HIGH)):
+      (tmp_path / name).mkdir(exist_ok=True)
+      assert find_expert(tmp_path / name / "model.safetensors", {}, config) == expert
+
+  def test_converted(self, release, tmp_path, caplog):
+    folder = tmp_path / "high_noise_model"
+    folder.mkdir()
+    for name in (WEIGHTS, "config.json"):
+      shutil.copy(release / name, folder)
+    assert "Wan2.2 A14B, the high-noise expert, custom" in inspect(str(folder))
+    assert "Wan2.2 A14B, the high-noise expert" in convert_any(str(folder), str(tmp_path / "target"))
+    assert read_info(tmp_path / "target").expert == "high"
+    caplog.set_level(logging.WARNING)
+    univid_jax.load_pipeline(str(tmp_path / "target"))
+    assert "is one expert of Wan2.2 A14B (high)" in caplog.text
+
+  def test_both(self, release, tmp_path):
+    for name in ("high_noise_model", "low_noise_model"):
+      (tmp_path / "a14b" / name).mkdir(parents=True)
+      shutil.copy(release / WEIGHTS, tmp_path / "a14b" / name)
+      shutil.copy(release / "config.json", tmp_path / "a14b" / name)
+    with pytest.raises(UserError, match=r"two experts of Wan2.2 A14B, .* \(high\) and .* \(low\)"):
+      find_release(tmp_path / "a14b")
+
+  def test_when_nothing_tells(self, tmp_path, monkeypatch):
+    """The file itself could be of Wan2.1 or Wan2.2."""
+    config = DiTConfig(dim=128, ffn_dim=32, num_heads=1, num_layers=1, freq_dim=32, text_dim=32)
+    fills = make_fills("transformer", config)
+    tensors = {name: np.zeros(fill.original_shape, np.float32) for fill in fills for name in fill.names}
+    monkeypatch.setattr("univid_jax.convert.sources.VARIANTS", {"wan2.1-t2v-14b": config})
+    note = "it could be an expert of Wan2.2 T2V-A14B"
+    assert note in inspect(str(write_safetensors(tmp_path / "some_14b.safetensors", tensors)))
+    assert note not in inspect(str(write_safetensors(tmp_path / "wan2.1_14b.safetensors", tensors)))
+
+  @pytest.mark.parametrize(
+    "in_dim, out_dim, message",
+    [
+      (36, 16, "it is an expert of Wan2.2's I2V-A14B, which takes no image embedding, which is not supported"),
+      (48, 48, "it is Wan2.2's TI2V-5B, which is not supported"),
+      (52, 16, "it is a Fun-Control model, which is not supported"),
+      (20, 16, "has in_dim 16, got 20"),
+    ],
+  )
+  def test_other_models(self, release, in_dim, out_dim, message):
+    def edit(tensors):
+      tensors["patch_embedding.weight"] = np.zeros((96, in_dim, 1, 2, 2), np.float32)
+      tensors["head.head.weight"] = np.zeros((out_dim * 4, 96), np.float32)
+
+    change(release, edit)
+    (release / "config.json").write_text(json.dumps({"num_heads": 4}))
+    with pytest.raises(UserError, match=message):
+      find_release(release)
+
+  def test_other_autoencoder(self, tmp_path):
+    name = "encoder.downsamples.0.downsamples.0.residual.2.weight"
+    with pytest.raises(UserError, match=r"is Wan2.2's autoencoder, not a component of Wan2.1"):
+      find_release(write_safetensors(tmp_path / "vae.safetensors", {name: np.zeros((2, 2), np.float32)}))

@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from tests.checkpoint_files import quantize_gguf, random_float8, write_gguf, write_safetensors
 from tests.clip_files import FORM, draw_options, write_image, write_table, write_video
+from tests.helpers import GOLDENS
 from tests.mutations import damaged_bytes, damaged_json_file, damaged_safetensors, dump
 from univid_jax.checkpoints.lora.folder import write_lora_folder
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
 from univid_jax.config.presets import tiny
+from univid_jax.convert.sources import find_release
 from univid_jax.core.errors import UserError
 from univid_jax.data.fingerprint import read_fingerprint
 from univid_jax.data.sources.readers.jsonl import open_manifest
@@ -86,6 +90,45 @@ def write_own_lora(folder: Path) -> None:
   write_lora_folder(folder, read_lora(CASES / "dora.safetensors"))
 
 
+def write_weights(folder: Path) -> None:
+  """Writes a few tensors of a transformer in every form that a header can describe."""
+  layer, random = "blocks.0.self_attn.q", np.random.default_rng(0)
+  text = np.frombuffer(dump({"format": "float8_e4m3fn"}), np.uint8)
+  tensors = {
+    f"{layer}.weight": random_float8((4, 8), "float8_e4m3fn", random),
+    f"{layer}.weight_scale": np.ones((4, 1), np.float32),
+    f"{layer}.input_scale": np.ones(1, np.float32),
+    f"{layer}.comfy_quant": text,
+    "patch_embedding.weight": np.ones((4, 16, 1, 2, 2), np.float16),
+    "head.head.weight": np.ones((64, 4), np.float32),
+  }
+  metadata = {"_quantization_metadata": dump({"layers": {layer: {"format": "float8_e4m3fn"}}}).decode()}
+  write_safetensors(folder / "wan.safetensors", tensors, metadata)
+
+
+def write_gguf_weights(folder: Path) -> None:
+  tensors = {"blocks.0.self_attn.q.weight": np.ones((2, 64)), "patch_embedding.weight": np.ones((4, 16, 1, 2, 2))}
+  quantized = quantize_gguf(tensors, {"blocks.0.self_attn.q.weight": "Q4_0"}, np.random.default_rng(0))
+  write_gguf(folder / "wan.gguf", quantized, {"a": ["b", "c"], "d": [1.0], "general.alignment": 32})
+
+
+def write_shards(folder: Path) -> None:
+  for name in ("a", "b"):
+    write_safetensors(folder / f"{name}.safetensors", {name: np.ones(3, np.float32)})
+  (folder / "x.safetensors.index.json").write_bytes(dump({"weight_map": {x: f"{x}.safetensors" for x in "ab"}}))
+
+
+def write_release(folder: Path) -> None:
+  for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+    shutil.copy(GOLDENS / "tiny_wan" / name, folder)
+
+
+def read_weights(path: Path) -> None:
+  for source in find_release(path).sources:
+    for name in source.tensors.infos:
+      source.tensors.read(name)
+
+
 TARGETS = (
   *(
     Target("lora.safetensors", write_lora(case), damaged_safetensors, read_lora)
@@ -99,6 +142,10 @@ TARGETS = (
   Target("m.jsonl", write_manifest, damaged_json_file, lambda path: open_manifest(str(path), FORM, draw_options())),
   Target("config.json", write_config, damaged_json_file, lambda path: read_run(path.parent)),
   Target("data.json", write_fingerprint, damaged_json_file, lambda path: read_fingerprint(path.parent)),
+  Target("wan.safetensors", write_weights, damaged_safetensors, read_weights),
+  Target("wan.gguf", write_gguf_weights, damaged_bytes, read_weights),
+  Target("x.safetensors.index.json", write_shards, damaged_json_file, read_weights),
+  Target("config.json", write_release, damaged_json_file, lambda path: find_release(path.parent)),
 )
 
 

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from univid_jax.checkpoints import orbax_files
-from univid_jax.checkpoints.orbax_files import create_arrays, restore_arrays, save_arrays, stored_dtypes
+from univid_jax.checkpoints.orbax_files import (
+  create_arrays,
+  num_chunks,
+  open_arrays,
+  restore_arrays,
+  save_arrays,
+  stored_dtypes,
+)
 from univid_jax.core.errors import UserError
 
 SPECS = {
@@ -96,3 +103,22 @@ def test_missing_file(tmp_path):
   (tmp_path / "params" / "x" / "0").unlink()
   with pytest.raises(UserError, match=r"cannot read the weights in .*params"):
     restore_arrays(tmp_path / "params")
+
+
+def test_layers_read_one_by_one(tmp_path):
+  """TensorStore reads single layers of a checkpoint, and says what it cannot read."""
+  expected = create_and_fill(tmp_path / "params")
+  for path, array in open_arrays(tmp_path / "params", SPECS).items():
+    assert array.shape == SPECS[path][0] and array.dtype.name == SPECS[path][1]
+    for index in range(len(expected[path])) if path[0] == "blocks" else [...]:
+      assert np.array_equal(array[index].read().result(), expected[path][index])
+  with pytest.raises(UserError, match=r"cannot read the weights in .*params"):
+    open_arrays(tmp_path / "params", [("missing",)])
+
+
+def test_number_of_files(tmp_path, monkeypatch):
+  monkeypatch.setattr(orbax_files, "CHUNK_BYTES", 24)
+  create_and_fill(tmp_path / "params")
+  for path, (shape, dtype) in SPECS.items():
+    files = [file for file in (tmp_path / "params" / ".".join(path)).iterdir() if not file.name.startswith(".")]
+    assert num_chunks(path, shape, dtype) == len(files)

@@ -5,10 +5,12 @@ Undocumented, and checked by tests/test_orbax_files.py:
 - `PyTreeCheckpointHandler(use_ocdbt=False)` stores each array as a zarr array in a folder named by its dotted path, and
   records no chunk shapes that a reader would compare with those on disk. `create_arrays` relies on it.
 - The metadata of a checkpoint is a tree of entries that have a dtype. `stored_dtypes` relies on it.
+- A reader that does not know Orbax finds the arrays in these folders. `open_arrays` relies on it.
 """
 
+import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -80,8 +82,32 @@ def create_arrays(folder: epath.PathLike, specs: Mapping[Path, tuple[tuple[int, 
   zeros = {path: _virtual_zeros(shape, numpy_dtype(dtype)) for path, (shape, dtype) in specs.items()}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
     checkpointer.save(make_absolute(folder), args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(zeros)))
+  return {path: _create_array(_array_url(folder, path), path, *spec) for path, spec in specs.items()}
+
+
+def open_arrays(folder: epath.PathLike, paths: Iterable[Path]) -> dict[Path, Any]:
+  """Opens arrays that were written through `create_arrays`, to read them layer by layer.
+
+  Args:
+    folder: of the checkpoint. A chunk that is missing reads as zeros, so count its files first.
+    paths: of the arrays.
+
+  Returns:
+    TensorStore arrays by path.
+
+  Raises:
+    UserError: they cannot be opened.
+  """
+  try:
+    futures = {path: ts.open({"driver": "zarr", "kvstore": _array_url(folder, path)}, read=True) for path in paths}
+    return {path: future.result() for path, future in futures.items()}
+  except ValueError as error:
+    raise UserError(f"cannot read the weights in {folder}: {str(error).splitlines()[0]}") from error
+
+
+def _array_url(folder: epath.PathLike, path: Path) -> str:
   base = str(folder) if is_remote(folder) else f"file://{make_absolute(folder)}"
-  return {path: _create_array(f"{base}/{'.'.join(path)}/", path, *spec) for path, spec in specs.items()}
+  return f"{base}/{'.'.join(path)}/"
 
 
 def _virtual_zeros(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
@@ -106,6 +132,11 @@ def _create_array(url: str, path: Path, shape: tuple[int, ...], dtype: str) -> A
     "store_data_equal_to_fill_value": True,  # Orbax takes an absent chunk for a lost one
   }
   return ts.open(spec, create=True, delete_existing=True).result()
+
+
+def num_chunks(path: Path, shape: tuple[int, ...], dtype: str) -> int:
+  """Returns how many files `create_arrays` stores an array in."""
+  return math.prod(-(-size // chunk) for size, chunk in zip(shape, _chunk_shape(path, shape, dtype)))
 
 
 def _chunk_shape(path: Path, shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ DIR/tokenizer/        the tokenizer's own files
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from univid_jax.checkpoints.orbax_files import path_keys, restore_arrays, stored_dtypes
+from univid_jax.checkpoints.orbax_files import open_arrays, path_keys, restore_arrays, stored_dtypes
 from univid_jax.codecs.wan_vae import VAE, VAEConfig
 from univid_jax.core.errors import UserError
 from univid_jax.models.clip import CLIPConfig, CLIPVision
@@ -28,6 +29,8 @@ from univid_jax.parallel.sharding import parameter_shardings
 
 CHECKPOINT_FILE = "checkpoint.json"
 FORMAT = 1
+
+logger = logging.getLogger(__name__)
 
 # The config and the module of each component.
 COMPONENTS: Mapping[str, tuple[type, type]] = {
@@ -45,12 +48,13 @@ class ComponentInfo:
   Attributes:
     config: the values of the component's config.
     source: the file it was converted from.
-    layout: of that file, "original" or "diffusers".
+    layout: of that file, see `convert.layout.Layout`.
     dtypes: number of tensors by dtype.
     num_tensors: of the official layout.
     num_parameters: numbers in them.
     num_files: in the component's folder.
     checksum: of the tensors of the official layout, see `checksums`.
+    nonfinite: how many numbers are NaN or infinite, by official name of the tensor.
   """
 
   config: Mapping[str, Any]
@@ -61,6 +65,7 @@ class ComponentInfo:
   num_parameters: int
   num_files: int
   checksum: str
+  nonfinite: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,12 +77,14 @@ class CheckpointInfo:
     version: of the univid_jax that wrote it.
     components: by name.
     tokenizer: the tokenizer's file, relative to the folder, or None.
+    expert: "high", "low" or "unknown" if the transformer is one expert of Wan2.2 A14B, else None.
   """
 
   variant: str
   version: str
   components: Mapping[str, ComponentInfo]
   tokenizer: str | None
+  expert: str | None = None
 
   def write(self, folder: epath.PathLike) -> None:
     values = {"format": FORMAT, **dataclasses.asdict(self)}
@@ -165,10 +172,13 @@ class PretrainedCheckpoint:
 
   def component(self, component: str) -> ComponentInfo:
     if not self.has(component):
-      raise UserError(
-        f"{self.folder} has no {component}, only {', '.join(self.info.components)}: convert a release that includes it"
-      )
+      raise UserError(self.explain_missing(component))
     return self.info.components[component]
+
+  def explain_missing(self, component: str) -> str:
+    return (
+      f"{self.folder} has no {component}, only {', '.join(self.info.components)}: convert a release that includes it"
+    )
 
   def config(self, component: str) -> Any:
     """Returns the dataclass that describes the component's shape."""
@@ -232,11 +242,38 @@ class PretrainedCheckpoint:
     Raises:
       UserError: the weights are damaged.
     """
+    self._check_files(component)
+    self._warn(component)
+    return restore_arrays(self.folder / component, abstract)
+
+  def open_arrays(self, component: str, paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:
+    """Opens parameters of a component as TensorStore arrays, to read them layer by layer; raises like `load_arrays`."""
+    self._check_files(component)
+    return open_arrays(self.folder / component, paths)
+
+  def _check_files(self, component: str) -> None:
     folder = self.folder / component
-    found, expected = count_files(folder), self.component(component).num_files
+    found, expected = count_files(folder) if folder.exists() else 0, self.component(component).num_files
     if found != expected:
       raise UserError(f"{folder} has {found} files instead of {expected}: convert the release again")
-    return restore_arrays(folder, abstract)
+
+  def _warn(self, component: str) -> None:
+    """Says what is unusual about weights that are about to be used."""
+    if nonfinite := self.component(component).nonfinite:
+      first = min(nonfinite)
+      logger.warning(
+        "%s: %s numbers of the %s are NaN or infinite, the first in %s: its outputs will not be finite",
+        self.folder,
+        f"{sum(nonfinite.values()):,}",
+        component,
+        first,
+      )
+    if component == "transformer" and self.info.expert:
+      logger.warning(
+        "%s is one expert of Wan2.2 A14B (%s): it was trained on a part of the noise levels, but is used for all",
+        self.folder,
+        self.info.expert,
+      )
 
 
 def count_files(folder: epath.Path) -> int:

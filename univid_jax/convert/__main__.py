@@ -4,9 +4,9 @@
   python -m univid_jax.convert --inspect SRC
   python -m univid_jax.convert --verify SRC DST
 
-SRC is the folder of an official release or of diffusers, a file of one component, a LoRA file of any trainer, a
-folder of PEFT, or this project's checkpoint folder, LoRA folder, or workdir of a LoRA run. Its type is inferred from
-tensor names and shapes.
+SRC is the folder of an official release or of diffusers, a file of one or more components (ComfyUI's, GGUF, ...), a
+LoRA file of any trainer, a folder of PEFT, or this project's checkpoint folder, LoRA folder, or workdir of a LoRA run.
+Its type is inferred from tensor names and shapes.
 """
 
 import sys
@@ -20,7 +20,12 @@ DESTINATIONS = ["jax", "original", "diffusers", "comfyui", "musubi", "univid"]
 
 FLAGS = CommandFlags(__doc__, max_arguments=2)
 TO = FLAGS.choice("to", "jax", DESTINATIONS, "Base weights: jax, original or diffusers. LoRAs: all but original.")
-DTYPE = FLAGS.choice("dtype", None, ["bfloat16", "float16", "float32"], "Of the written weights; default: unchanged.")
+DTYPE = FLAGS.choice(
+  "dtype",
+  None,
+  ["bfloat16", "float16", "float32"],
+  "Of the written weights; default: unchanged; quantised ones become what holds them exactly.",
+)
 FORCE = FLAGS.switch("force", False, "Replace DST if it exists.")
 ALLOW_MISSING = FLAGS.repeated("allow_missing", [], "An official name, with * and ?, that SRC may lack.")
 INSPECT = FLAGS.switch("inspect", False, "Only describe SRC.")

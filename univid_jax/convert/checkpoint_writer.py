@@ -3,7 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -11,15 +11,19 @@ from tqdm import tqdm
 
 import univid_jax
 from univid_jax.checkpoints.checksums import combine_digests, tensor_digest
-from univid_jax.checkpoints.orbax_files import create_arrays
+from univid_jax.checkpoints.orbax_files import create_arrays, num_chunks
 from univid_jax.checkpoints.pretrained import CheckpointInfo, ComponentInfo, count_files
 from univid_jax.checkpoints.tensor_files import numpy_dtype
 from univid_jax.convert.destination import atomic_folder
+from univid_jax.convert.identify import Source
 from univid_jax.convert.layout import Fill, make_fills, match_fills
-from univid_jax.convert.sources import Release, Source
+from univid_jax.convert.sources import Release, SentencePiece
 from univid_jax.core.errors import UserError
 
 NUM_THREADS = 4
+
+# Of a file system's blocks, each of which belongs to one file.
+BLOCK_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,13 @@ class ComponentPlan:
 
   @property
   def nbytes(self) -> int:
-    return sum(int(np.prod(fill.shape)) * numpy_dtype(self.dtypes[fill.path]).itemsize for fill in self.fills)
+    """An upper bound of the space on disk: all weights, a partly filled block per file, and descriptions."""
+    total = 0
+    for fill in self.fills:
+      dtype = self.dtypes[fill.path]
+      files = num_chunks(fill.path, fill.shape, dtype) + 3
+      total += int(np.prod(fill.shape)) * numpy_dtype(dtype).itemsize + files * BLOCK_BYTES
+    return total
 
 
 def plan_component(source: Source, *, dtype: str | None, allow_missing: Sequence[str]) -> ComponentPlan:
@@ -75,32 +85,48 @@ def write_checkpoint(
     force: whether to replace an existing destination.
 
   Raises:
-    UserError: tensors are missing, unused or have the wrong shape; nothing is written.
+    UserError: tensors are missing, unused or have the wrong shape, or overflow `dtype`; nothing is written.
     OSError: the destination exists, or the disk is too small.
   """
   plans = [plan_component(source, dtype=dtype, allow_missing=allow_missing) for source in release.sources]
-  needed, total = sum(plan.nbytes for plan in plans), sum(source.nbytes for source in release.sources)
+  tokenizer = _tokenizer_files(release)
+  needed = sum(plan.nbytes for plan in plans) + sum(len(file) + BLOCK_BYTES for file in tokenizer.values())
+  total = sum(source.nbytes for source in release.sources)
   with (
     atomic_folder(destination, needed=needed, force=force) as folder,
     tqdm(total=total, unit="B", unit_scale=True, desc="convert") as bar,
   ):
+    for name, file in tokenizer.items():
+      (folder / "tokenizer").mkdir(exist_ok=True)
+      (folder / "tokenizer" / name).write_bytes(file)
     info = CheckpointInfo(
       variant=release.variant,
       version=univid_jax.__version__,
       components={plan.source.component: _write_component(folder, plan, bar) for plan in plans},
-      tokenizer=_copy_tokenizer(release, folder),
+      tokenizer="tokenizer/tokenizer.json" if tokenizer else None,
+      expert=release.expert,
     )
     info.write(folder)
   return info
 
 
-def _copy_tokenizer(release: Release, folder: epath.Path) -> str | None:
-  if release.tokenizer is None:
-    return None
-  (folder / "tokenizer").mkdir()
-  for file in sorted(path for path in release.tokenizer.iterdir() if path.is_file()):
-    (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
-  return "tokenizer/tokenizer.json"
+def describe_nonfinite(counts: Mapping[str, int]) -> str:
+  """Describes the tensors with NaN or infinite numbers, which are given by name with their counts."""
+  items = [f"{name} ({count:,})" for name, count in sorted(counts.items())]
+  more = f" and {len(items) - 8} more tensors" if len(items) > 8 else ""
+  return f"{sum(counts.values()):,} numbers are NaN or infinite, in {', '.join(items[:8])}{more}"
+
+
+def _tokenizer_files(release: Release) -> dict[str, bytes]:
+  """Returns the tokenizer's files by name; a SentencePiece model is converted to a tokenizer.json."""
+  match release.tokenizer:
+    case None:
+      return {}
+    case SentencePiece(file=file, model=model):
+      files = {"tokenizer.json": model.to_tokenizer().to_str().encode()}
+      return files if file is None else {**files, "spiece.model": file}
+    case folder:
+      return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def _write_component(folder: epath.Path, plan: ComponentPlan, bar: tqdm) -> ComponentInfo:
@@ -108,6 +134,7 @@ def _write_component(folder: epath.Path, plan: ComponentPlan, bar: tqdm) -> Comp
   source, dtypes = plan.source, plan.dtypes
   arrays = create_arrays(folder / source.component, {fill.path: (fill.shape, dtypes[fill.path]) for fill in plan.fills})
   digests: dict[str, str] = {}
+  nonfinite: dict[str, int] = {}
 
   def write_layer(fill: Fill, layer: int) -> None:
     name, dtype = fill.names[layer], numpy_dtype(dtypes[fill.path])
@@ -115,8 +142,10 @@ def _write_component(folder: epath.Path, plan: ComponentPlan, bar: tqdm) -> Comp
     if name in fill.absent:
       target.write(fill.default().astype(dtype)).result()
       return
-    tensor = source.tensors.read(name).astype(dtype, copy=False)
+    tensor, count = read_as(source, name, dtype)
     digests[name] = tensor_digest(name, tensor)
+    if count:
+      nonfinite[name] = count
     target.write(_make_contiguous(fill.from_original(tensor))).result()
     bar.update(source.tensors.infos[name].nbytes)
 
@@ -135,7 +164,29 @@ def _write_component(folder: epath.Path, plan: ComponentPlan, bar: tqdm) -> Comp
     checksum=combine_digests(digests),
     num_files=count_files(folder / source.component),
     num_parameters=sum(int(np.prod(fill.shape)) for fill in plan.fills),
+    nonfinite=dict(sorted(nonfinite.items())),
   )
+
+
+def read_as(source: Source, name: str, dtype: np.dtype) -> tuple[np.ndarray, int]:
+  """Returns a tensor in a dtype, and how many of its numbers are NaN or infinite.
+
+  Raises:
+    UserError: finite numbers are too large for the dtype.
+  """
+  tensor = source.tensors.read(name)
+  count = _count_nonfinite(tensor)
+  if tensor.dtype == dtype:
+    return tensor, count
+  with np.errstate(all="ignore"):
+    converted = tensor.astype(dtype)
+  if (overflows := _count_nonfinite(converted) - count) > 0:
+    raise UserError(f"{source.path}: {overflows:,} numbers of {name} are too large for {dtype}; choose another --dtype")
+  return converted, count
+
+
+def _count_nonfinite(array: np.ndarray) -> int:
+  return array.size - int(np.count_nonzero(np.isfinite(array)))
 
 
 def _make_contiguous(array: np.ndarray) -> np.ndarray:

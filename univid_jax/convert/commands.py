@@ -1,7 +1,6 @@
 """The operations of the command line: inspect what a path contains, convert it, verify a conversion."""
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,11 +14,13 @@ from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.pretrained import CheckpointInfo, is_checkpoint, read_info
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.checkpoints.trained import is_lora_run, read_run_lora
-from univid_jax.convert.checkpoint_writer import write_checkpoint
+from univid_jax.convert.checkpoint_writer import describe_nonfinite, write_checkpoint
 from univid_jax.convert.destination import atomic_folder, check_destination, format_bytes
+from univid_jax.convert.experts import Expert, may_be_expert
 from univid_jax.convert.export import LAYOUTS, export_checkpoint
+from univid_jax.convert.identify import Source
 from univid_jax.convert.layout import Layout
-from univid_jax.convert.sources import Release, Source, find_release
+from univid_jax.convert.sources import Release, find_release
 from univid_jax.convert.verify import verify_release
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write
@@ -98,7 +99,10 @@ def convert_any(
     raise UserError(f"{source} contains PyTorch weights; convert them to {JAX} first, and the result to {to}")
   info = write_checkpoint(found, destination, dtype=dtype, allow_missing=allow_missing, force=force)
   parts = ", ".join(f"{name} {part.num_parameters:,}" for name, part in info.components.items())
-  return f"wrote {destination}: {info.variant} ({parts} parameters)"
+  warnings = [
+    f"{name}: {describe_nonfinite(part.nonfinite)}" for name, part in info.components.items() if part.nonfinite
+  ]
+  return "; ".join([f"wrote {destination}: {_describe_model(info)} ({parts} parameters)", *warnings])
 
 
 def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, dtype: str | None, force: bool) -> str:
@@ -136,9 +140,9 @@ def _describe(source: str, found: Found) -> str:
     case LoRAWeights():
       header, lines = found.describe(), _lora_lines(found)
     case CheckpointInfo():
-      header, lines = f"checkpoint of univid_jax {found.version}, {found.variant}", _checkpoint_lines(found)
+      header, lines = f"checkpoint of univid_jax {found.version}, {_describe_model(found)}", _checkpoint_lines(found)
     case Release():
-      header, lines = f"Wan2.1, {found.variant}", _release_lines(found)
+      header, lines = _describe_model(found), _release_lines(found)
   return "\n".join([f"{source}: {header}", *(f"  {line}" for line in lines)])
 
 
@@ -152,31 +156,47 @@ def _lora_lines(lora: LoRAWeights) -> list[str]:
   return [*lora.notes, *(unmatched if lora.unmatched else []), *metadata]
 
 
+def _describe_model(found: CheckpointInfo | Release) -> str:
+  if found.expert:
+    which = (
+      f"the {found.expert}-noise expert" if found.expert != Expert.UNKNOWN else "one expert, high or low is not said"
+    )
+    return f"Wan2.2 A14B, {which}, {found.variant}"
+  has_transformer = "transformer" in found.components if isinstance(found, CheckpointInfo) else found.transformer
+  return f"Wan2.1, {found.variant if has_transformer else 'without a transformer'}"
+
+
 def _checkpoint_lines(info: CheckpointInfo) -> list[str]:
-  components = [
-    f"{name}: {part.num_parameters:,} parameters, {_describe_dtypes(part.dtypes)}, from {part.source} ({part.layout})"
-    for name, part in info.components.items()
-  ]
-  return [*components, f"tokenizer: {info.tokenizer or 'none'}"]
+  lines = []
+  for name, part in info.components.items():
+    dtypes = _describe_dtypes(part.dtypes)
+    lines.append(f"{name}: {part.num_parameters:,} parameters, {dtypes}, from {part.source} ({part.layout})")
+    if part.nonfinite:
+      lines.append(f"  {describe_nonfinite(part.nonfinite)}")
+  return [*lines, f"tokenizer: {info.tokenizer or 'none'}"]
 
 
 def _release_lines(release: Release) -> list[str]:
   components = [line for part in release.sources for line in _source_lines(part)]
   notes = [f"not converted: {note}" for note in release.notes]
+  if release.transformer and may_be_expert(
+    release.transformer.path, release.transformer.tensors.metadata, release.variant
+  ):
+    notes.append("it could be an expert of Wan2.2 T2V-A14B, which has the same tensors: no name says Wan2.1 or Wan2.2")
   return [*components, f"tokenizer: {release.tokenizer or 'none'}", *notes]
 
 
 def _source_lines(source: Source) -> list[str]:
-  infos = source.tensors.infos
-  dtypes = _describe_dtypes(Counter(info.dtype for info in infos.values()))
   left_out = [
     f"  left out, not used by Wan2.1: {reason} ({len(names)} tensors)"
     for reason, names in source.left_out.items()
     if names
   ]
+  stored, dtypes = (_describe_dtypes(counts) for counts in (source.stored_dtypes, source.dtypes))
+  size = format_bytes(source.nbytes) + (f" as {dtypes}" if stored != dtypes else "")
   return [
-    f"{source.component}: {len(infos)} tensors ({dtypes}, {format_bytes(source.nbytes)}) in the {source.layout} "
-    f"layout, {source.path}",
+    f"{source.component}: {len(source.tensors.infos)} tensors ({stored}, {size}) in the {source.layout} layout, "
+    f"{source.path}",
     *left_out,
   ]
 

@@ -1,5 +1,6 @@
 """Configs of components, inferred from the shapes of their official tensors."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +16,24 @@ Infos = Mapping[str, TensorInfo]
 
 # Wan2.1's, for transformers whose config.json is missing.
 HEAD_DIM = 128
+
+# Variants by the channels of latents in and out, and whether they take an image.
+OTHER_CHANNELS = {
+  (48, 48, False): "Wan2.2's TI2V-5B",
+  (36, 16, False): "an expert of Wan2.2's I2V-A14B, which takes no image embedding",
+  (32, 16, False): "a Fun-Control model",
+  (48, 16, False): "a Fun-Control model",
+  (48, 16, True): "a Fun-Control model",
+  (52, 16, False): "a Fun-Control model",
+  (52, 16, True): "a Fun-Control model",
+  (100, 48, False): "a Fun-Control model",
+}
+
+# Bounds integers in config.json, and so what they can allocate; far above those of published models.
+MAX_SIZE = 100_000
+
+_KEYS = {"_class_name", *(field.name for field in dataclasses.fields(DiTConfig))}
+_NAMES_OF_DIFFUSERS = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
 
 
 def infer_config(component: str, infos: Infos, values: Mapping[str, Any]) -> Any:
@@ -33,97 +52,138 @@ def infer_config(component: str, infos: Infos, values: Mapping[str, Any]) -> Any
 
 
 def count_blocks(names: Iterable[str], pattern: str) -> int:
-  """Returns one more than the highest number that the pattern's group matches at the start of a name."""
-  return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+  """Returns one more than the highest number that the pattern's group matches at the start of a name.
+
+  Raises:
+    UserError: there are fewer names than that.
+  """
+  names = list(names)
+  count = 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+  if count > len(names):
+    raise UserError(f"it has only {len(names)} tensors, but the number of a block is {count - 1}")
+  return count
 
 
 def _transformer_config(infos: Infos, values: Mapping[str, Any]) -> DiTConfig:
   """Takes from config.json what tensors do not show: the number of heads, epsilon and the text length."""
-  dim, in_dim, *patch_size = infos["patch_embedding.weight"].shape
+  shown = _shown_by_tensors(infos)
+  keys = _KEYS | _NAMES_OF_DIFFUSERS.keys()
+  known = {key: value for key, value in values.items() if key in keys and value is not None}
+  _check_values(known)
+  if known.get("model_type", "t2v") not in ("t2v", "i2v"):
+    raise UserError(
+      f"config.json has the model_type {known['model_type']!r}, which is not supported; supported are t2v and i2v"
+    )
+  if values.get("_class_name") == "WanTransformer3DModel":
+    known = {_NAMES_OF_DIFFUSERS.get(key, key): value for key, value in known.items()} | {"_class_name": "WanModel"}
+  if "num_heads" not in known:
+    if shown["dim"] % HEAD_DIM:
+      raise UserError(
+        f"cannot infer the number of heads: dim {shown['dim']} is not a multiple of Wan2.1's {HEAD_DIM} channels per "
+        "head; put the model's config.json next to its weights"
+      )
+    known["num_heads"] = shown["dim"] // HEAD_DIM
+  for key, value in shown.items():
+    if key in known and (tuple(known[key]) if key == "patch_size" else known[key]) != value:
+      raise UserError(f"config.json has {key} = {known[key]}, but the tensors have {value}")
+  return DiTConfig.from_json({**known, **shown})
+
+
+def _shown_by_tensors(infos: Infos) -> dict[str, Any]:
+  """Returns the values of config.json that tensors show; raises UserError for other variants than Wan2.1's."""
+  shape = infos["patch_embedding.weight"].shape
+  if len(shape) != 5:
+    raise UserError(f"patch_embedding.weight is {shape}, expected 5 dims")
+  dim, in_dim, *patch_size = shape
   is_i2v = "img_emb.proj.1.weight" in infos
+  out_dim = _dim(infos, "head.head.weight", 0) // max(1, patch_size[0] * patch_size[1] * patch_size[2])
+  if variant := OTHER_CHANNELS.get((in_dim, out_dim, is_i2v)):
+    raise UserError(f"it is {variant}, which is not supported, only Wan2.1's T2V and I2V models are")
   shown = {
     "dim": dim,
-    "ffn_dim": infos["blocks.0.ffn.0.weight"].shape[0],
-    "num_layers": count_blocks(infos, r"blocks\.(\d+)\."),
+    "ffn_dim": _dim(infos, "blocks.0.ffn.0.weight", 0),
+    "num_layers": count_blocks(infos, r"blocks\.(\d{1,9})\."),
     "in_dim": in_dim,
-    "out_dim": infos["head.head.weight"].shape[0] // (patch_size[0] * patch_size[1] * patch_size[2]),
-    "freq_dim": infos["time_embedding.0.weight"].shape[1],
-    "text_dim": infos["text_embedding.0.weight"].shape[1],
+    "out_dim": out_dim,
+    "freq_dim": _dim(infos, "time_embedding.0.weight", 1),
+    "text_dim": _dim(infos, "text_embedding.0.weight", 1),
     "patch_size": tuple(patch_size),
     "model_type": "i2v" if is_i2v else "t2v",
   }
-  if is_i2v:
-    shown["image_dim"] = infos["img_emb.proj.1.weight"].shape[0]
-  values = dict(values)
-  if values.get("model_type", "t2v") not in ("t2v", "i2v"):
-    raise UserError(
-      f"config.json has the model_type {values['model_type']!r}, which is not supported; supported are t2v and i2v"
-    )
-  if values.get("_class_name") == "WanTransformer3DModel":
-    values = _config_from_diffusers(values, model_type=shown["model_type"])
-  if "num_heads" not in values:
-    if dim % HEAD_DIM:
-      raise UserError(
-        f"cannot infer the number of heads: dim {dim} is not a multiple of Wan2.1's {HEAD_DIM} channels per head; "
-        "put the model's config.json next to its weights"
-      )
-    values["num_heads"] = dim // HEAD_DIM
-  for key, value in shown.items():
-    if key in values and (tuple(values[key]) if key == "patch_size" else values[key]) != value:
-      raise UserError(f"config.json has {key} = {values[key]}, but the tensors have {value}")
-  return DiTConfig.from_json({**values, **shown})
+  return {**shown, "image_dim": _dim(infos, "img_emb.proj.1.weight", 0)} if is_i2v else shown
 
 
-def _config_from_diffusers(values: Mapping[str, Any], *, model_type: str) -> dict[str, Any]:
-  return {
-    "num_heads": values["num_attention_heads"],
-    "eps": values.get("eps", 1e-6),
-    "_class_name": "WanModel",
-    "model_type": model_type,
-    "in_dim": values["in_channels"],
-    "out_dim": values["out_channels"],
-    "ffn_dim": values["ffn_dim"],
-    "num_layers": values["num_layers"],
-  }
+def _dim(infos: Infos, name: str, axis: int) -> int:
+  """Returns a dim of a matrix."""
+  shape = infos[name].shape
+  if len(shape) < 2:
+    raise UserError(f"{name} is {shape}, expected a matrix")
+  return shape[axis]
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+  """Checks the types and ranges of values of config.json."""
+  for key, value in values.items():
+    if key in ("_class_name", "model_type"):
+      valid, expected = isinstance(value, str), "a text"
+    elif key == "patch_size":
+      valid, expected = isinstance(value, list) and len(value) == 3 and all(map(_is_size, value)), "three integers"
+    elif key in ("eps", "rope_theta", "rope_scale"):
+      valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+      expected = "a positive number"
+    else:
+      valid, expected = _is_size(value), f"an integer from 1 to {MAX_SIZE:,}"
+    if not valid:
+      raise UserError(f"config.json has {key} = {str(value)[:80]}, expected {expected}")
+
+
+def _is_size(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
 
 
 def _vae_config(infos: Infos, values: Mapping[str, Any]) -> VAEConfig:
   del values
-  latent_channels = infos["conv2.weight"].shape[0]
+  latent_channels = _dim(infos, "conv2.weight", 0)
   if latent_channels != VAEConfig.latent_channels:
     raise UserError(
       f"the autoencoder has {latent_channels} latent channels instead of Wan2.1's {VAEConfig.latent_channels}; "
       "Wan2.2's autoencoder is not supported"
     )
-  return VAEConfig(dim=infos["encoder.conv1.weight"].shape[0])
+  return VAEConfig(dim=_dim(infos, "encoder.conv1.weight", 0))
 
 
 def _text_encoder_config(infos: Infos, values: Mapping[str, Any]) -> UMT5Config:
   del values
-  vocab_size, dim = infos["token_embedding.weight"].shape
-  num_buckets, num_heads = infos["blocks.0.pos_embedding.embedding.weight"].shape
+  embedding, bias = "token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"
   return UMT5Config(
-    vocab_size=vocab_size,
-    dim=dim,
-    attention_dim=infos["blocks.0.attn.q.weight"].shape[0],
-    ffn_dim=infos["blocks.0.ffn.fc1.weight"].shape[0],
-    num_heads=num_heads,
-    num_buckets=num_buckets,
-    num_layers=count_blocks(infos, r"blocks\.(\d+)\."),
+    vocab_size=_dim(infos, embedding, 0),
+    dim=_dim(infos, embedding, 1),
+    attention_dim=_dim(infos, "blocks.0.attn.q.weight", 0),
+    ffn_dim=_dim(infos, "blocks.0.ffn.fc1.weight", 0),
+    num_heads=_dim(infos, bias, 1),
+    num_buckets=_dim(infos, bias, 0),
+    num_layers=count_blocks(infos, r"blocks\.(\d{1,9})\."),
   )
 
 
 def _image_encoder_config(infos: Infos, values: Mapping[str, Any]) -> CLIPConfig:
-  """The last block is not among the tensors, and the number of heads is the release's."""
-  del values
-  dim, _, patch_size, _ = infos["patch_embedding.weight"].shape
-  side = round((infos["pos_embedding"].shape[-2] - 1) ** 0.5)
+  """The last block is not among the tensors, and the number of heads is in transformers' config.json alone."""
+  values = values.get("vision_config", values if values.get("model_type") == "clip_vision_model" else {})
+  num_heads = values.get("num_attention_heads", CLIPConfig.num_heads) if isinstance(values, Mapping) else 0
+  if not _is_size(num_heads) or values.get("hidden_act", "gelu") != "gelu":
+    raise UserError("config.json is not that of a CLIP image encoder with num_attention_heads and hidden_act = gelu")
+  patch = infos["patch_embedding.weight"].shape
+  if len(patch) != 4 or not all(patch) or patch[0] % num_heads:
+    raise UserError(f"patch_embedding.weight is {patch}, expected 4 dims, the first divisible by {num_heads} heads")
+  dim, _, patch_size, _ = patch
+  side = round((_dim(infos, "pos_embedding", -2) - 1) ** 0.5)
   return CLIPConfig(
     image_size=side * patch_size,
     patch_size=patch_size,
     dim=dim,
-    mlp_ratio=infos["transformer.0.mlp.0.weight"].shape[0] // dim,
-    num_layers=count_blocks(infos, r"transformer\.(\d+)\.") + 1,
+    mlp_ratio=_dim(infos, "transformer.0.mlp.0.weight", 0) // dim,
+    num_heads=num_heads,
+    num_layers=count_blocks(infos, r"transformer\.(\d{1,9})\.") + 1,
   )
 
 

@@ -1,27 +1,28 @@
 """From a checkpoint folder back to PyTorch files, in the layout of the official release or of diffusers."""
 
 import dataclasses
-import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
-from flax import traverse_util
 
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
-from univid_jax.checkpoints.tensor_files import numpy_dtype, save_safetensors, save_torch
+from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo, numpy_dtype, save_safetensors, save_torch
 from univid_jax.convert.destination import atomic_folder
 from univid_jax.convert.layout import Layout, make_fills
 from univid_jax.convert.release_configs import SCHEDULER, diffusers_config, model_index, official_config
+from univid_jax.core.errors import UserError
 from univid_jax.models.names import name_to_diffusers
-from univid_jax.parallel.mesh import make_mesh
 
+# Of a shard, and so of the memory that writing it takes.
 SHARD_BYTES = 5 << 30
+
+# For JSON files and the headers of weights.
+SPARE_BYTES = 1 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -98,66 +99,108 @@ def export_checkpoint(
     OSError: the destination exists, or the disk is too small.
   """
   checkpoint, files = PretrainedCheckpoint.open(source), LAYOUTS[layout]
-  needed = sum(component.num_parameters * 4 for component in checkpoint.info.components.values())
+  tensors: dict[str, LazyTensors] = {}
+  for component in checkpoint.info.components:
+    if component in files.weights:
+      original = original_tensors(checkpoint, component)
+      names = {name: files.rename(component, name) for name in original.infos}
+      tensors[component] = LazyTensors(original.rename(names), dtype)
+    else:
+      logger.warning("%s is left out: the checkpoint has only the parts of it that Wan2.1 uses", component)
+  tokenizer = sorted(checkpoint.tokenizer_path().parent.iterdir()) if checkpoint.info.tokenizer else []
+  needed = sum(part.nbytes for part in tensors.values()) + sum(path.stat().length for path in tokenizer) + SPARE_BYTES
   with atomic_folder(destination, needed=needed, force=force) as folder:
     folder = Path(folder)
-    for component in checkpoint.info.components:
-      if component not in files.weights:
-        logger.warning("%s is left out: the checkpoint has only the parts of it that Wan2.1 uses", component)
-        continue
-      rename = functools.partial(files.rename, component)
-      tensors = {
-        rename(name): np.ascontiguousarray(value if dtype is None else value.astype(numpy_dtype(dtype)))
-        for name, value in original_tensors(checkpoint, component)
-      }
+    for component, part in tensors.items():
       path = folder / files.weights[component]
       path.parent.mkdir(exist_ok=True)
-      write_tensors(path, tensors)
+      write_tensors(path, part)
       if component in files.configs:
         _write_json(path.parent / "config.json", files.configs[component](checkpoint.config(component)))
-    if checkpoint.info.tokenizer:
-      target = folder / files.tokenizer
-      target.mkdir(parents=True)
-      for file in checkpoint.tokenizer_path().parent.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
+    for file in tokenizer:
+      (folder / files.tokenizer).mkdir(parents=True, exist_ok=True)
+      (folder / files.tokenizer / file.name).write_bytes(file.read_bytes())
     for name, make_values in files.others.items():
       (folder / name).parent.mkdir(exist_ok=True)
       _write_json(folder / name, make_values(checkpoint))
 
 
-def original_tensors(checkpoint: PretrainedCheckpoint, component: str) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields a component's tensors by official name, in the official layout and in their stored dtypes."""
-  mesh = make_mesh({"data": -1}, jax.devices("cpu")[:1])
-  params = traverse_util.flatten_dict(checkpoint.load_as_stored(component, mesh=mesh))
-  arrays = {tuple(map(str, path)): np.asarray(value) for path, value in params.items()}
-  for fill in make_fills(component, checkpoint.config(component)):
-    value = arrays[fill.path]
-    for name, layer in zip(fill.names, value if fill.stacked else (value,)):
-      yield name, fill.to_original(layer)
+def original_tensors(checkpoint: PretrainedCheckpoint, component: str) -> TensorFile:
+  """Returns a component's tensors by official name, in the official layout and in their stored dtypes.
+
+  Raises:
+    UserError: the weights are damaged; reading a tensor raises it too.
+  """
+  fills = make_fills(component, checkpoint.config(component))
+  arrays = checkpoint.open_arrays(component, [fill.path for fill in fills])
+  layers = {name: (fill, index) for fill in fills for index, name in enumerate(fill.names)}
+  infos = {}
+  for name, (fill, _) in layers.items():
+    if (found := tuple(arrays[fill.path].shape)) != fill.shape:
+      raise UserError(f"{checkpoint.folder} is damaged: {'.'.join(fill.path)} of the {component} has the shape {found}")
+    infos[name] = TensorInfo(fill.original_shape, arrays[fill.path].dtype.name)
+
+  def read(name: str) -> np.ndarray:
+    fill, index = layers[name]
+    array = arrays[fill.path]
+    try:
+      return fill.to_original((array[index] if fill.stacked else array).read().result())
+    except ValueError as error:
+      raise UserError(f"{checkpoint.folder} is damaged: {name} of the {component}: {error}") from error
+
+  return TensorFile(Path(checkpoint.folder), infos, read)
+
+
+class LazyTensors(Mapping[str, np.ndarray]):
+  """The tensors of a file, read when they are asked for, and optionally converted to a dtype."""
+
+  def __init__(self, file: TensorFile, dtype: str | None):
+    self._file, self._dtype = file, dtype
+
+  @property
+  def nbytes(self) -> int:
+    infos = self._file.infos.values()
+    return sum(TensorInfo(info.shape, self._dtype or info.dtype).nbytes for info in infos)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    value = self._file.read(name)
+    return np.ascontiguousarray(value if self._dtype is None else value.astype(numpy_dtype(self._dtype)))
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._file.infos)
+
+  def __len__(self) -> int:
+    return len(self._file.infos)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes a .pth file with PyTorch, or a .safetensors file: large ones as shards with an index."""
+  """Writes a .pth file with PyTorch, or a .safetensors file: large ones as shards with an index, one after another."""
   if path.suffix == ".pth":
     save_torch(path, tensors)
     return
-  shards: list[dict[str, np.ndarray]] = [{}]
-  shard_bytes = 0
+  shards: list[list[str]] = []
+  pending: dict[str, np.ndarray] = {}
+
+  def write_shard() -> None:
+    save_safetensors(path.with_name(f"{len(shards)}-{path.name}"), pending)
+    shards.append(list(pending))
+    pending.clear()
+
+  total = 0
   for name, value in tensors.items():
-    if shard_bytes and shard_bytes + value.nbytes > SHARD_BYTES:
-      shards.append({})
-      shard_bytes = 0
-    shards[-1][name] = value
-    shard_bytes += value.nbytes
+    if pending and sum(each.nbytes for each in pending.values()) + value.nbytes > SHARD_BYTES:
+      write_shard()
+    pending[name] = value
+    total += value.nbytes
+  write_shard()
   if len(shards) == 1:
-    save_safetensors(path, shards[0])
+    path.with_name(f"0-{path.name}").rename(path)
     return
   weight_map = {}
-  for number, shard in enumerate(shards, 1):
-    name = f"{path.stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-    save_safetensors(path.parent / name, shard)
-    weight_map |= dict.fromkeys(shard, name)
-  total = sum(value.nbytes for value in tensors.values())
+  for index, names in enumerate(shards):
+    name = f"{path.stem}-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+    path.with_name(f"{index}-{path.name}").rename(path.with_name(name))
+    weight_map |= dict.fromkeys(names, name)
   _write_json(path.with_name(f"{path.name}.index.json"), {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

@@ -24,7 +24,8 @@ class Layout(enum.StrEnum):
   """How a release of PyTorch weights names its tensors and divides them into files."""
 
   ORIGINAL = "original"  # Wan-AI's
-  DIFFUSERS = "diffusers"
+  DIFFUSERS = "diffusers"  # the encoders of text and images: transformers'
+  LLAMA_CPP = "llama.cpp"  # the text encoder in GGUF files
 
 
 @dataclasses.dataclass(frozen=True)

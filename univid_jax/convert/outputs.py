@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 
 from univid_jax.codecs.wan_vae import VAE, VAEConfig
+from univid_jax.convert.identify import Source
 from univid_jax.convert.release_configs import diffusers_config
-from univid_jax.convert.sources import Source
 from univid_jax.core.sentence import Role, Sentence
 from univid_jax.data.packing import RowShape, pack
 from univid_jax.data.tokens import sentence_features, unpatchify

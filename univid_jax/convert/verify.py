@@ -13,8 +13,9 @@ from univid_jax.checkpoints.checksums import combine_digests, tensor_digest
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.convert.checkpoint_writer import plan_component
 from univid_jax.convert.export import original_tensors
+from univid_jax.convert.identify import Source
 from univid_jax.convert.outputs import OUTPUTS
-from univid_jax.convert.sources import Release, Source
+from univid_jax.convert.sources import Release
 from univid_jax.parallel.mesh import make_mesh
 
 # Relative L2 error between the outputs here and in PyTorch, both in float32.
@@ -52,9 +53,11 @@ def compare_tensors(source: Source, checkpoint: PretrainedCheckpoint) -> tuple[s
   if not checkpoint.has(component):
     return f"{component}: FAILED, {checkpoint.folder} does not contain it", False
   different, digests, largest = [], {}, 0.0
-  for name, stored in original_tensors(checkpoint, component):
+  tensors = original_tensors(checkpoint, component)
+  for name in tensors.infos:
     if name not in source.tensors.infos:
       continue  # it was allowed to be missing
+    stored = tensors.read(name)
     original = source.tensors.read(name).astype(stored.dtype).reshape(stored.shape)
     digests[name] = tensor_digest(name, stored)
     if digests[name] != tensor_digest(name, original):

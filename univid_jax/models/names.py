@@ -1,4 +1,4 @@
-"""Names of parameters: ours, those of Wan2.1's official files and those of diffusers, with a table per component."""
+"""Names of parameters: ours, and those of Wan2.1's official files, of diffusers and others; a table per component."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,8 +70,8 @@ def original_name(component: str, path: Iterable[object], layer: int | None = No
   return name
 
 
-# Official to diffusers (for the text encoder: to transformers): pairs of parts, replaced in order; in the other
-# direction in reverse order. ^ and $ anchor a part, # matches a number.
+# Official to diffusers (for the encoders of text and images: to transformers) and to llama.cpp: pairs of parts,
+# replaced in order; in the other direction in reverse order. ^ and $ anchor a part, # matches a number.
 _ATTENTION = {
   "q": "to_q",
   "k": "to_k",
@@ -132,23 +132,61 @@ _TEXT_ENCODER_TO_TRANSFORMERS = (
   ("^blocks.", "^encoder.block."),
 )
 
+# Queries, keys and values are one official tensor, `to_qkv`; these are the names of its parts.
+_IMAGE_ENCODER_TO_TRANSFORMERS = (
+  ("^cls_embedding$", "^vision_model.embeddings.class_embedding$"),
+  ("^patch_embedding.", "^vision_model.embeddings.patch_embedding."),
+  ("^pos_embedding$", "^vision_model.embeddings.position_embedding.weight$"),
+  ("^pre_norm.", "^vision_model.pre_layrnorm."),
+  ("^post_norm.", "^vision_model.post_layernorm."),
+  ("^head$", "^visual_projection.weight$"),
+  ("transformer.#.norm1.", "transformer.#.layer_norm1."),
+  ("transformer.#.norm2.", "transformer.#.layer_norm2."),
+  *((f"transformer.#.attn.{part}.", f"transformer.#.self_attn.{part}_proj.") for part in "qkv"),
+  ("transformer.#.attn.proj.", "transformer.#.self_attn.out_proj."),
+  ("transformer.#.mlp.0.", "transformer.#.mlp.fc1."),
+  ("transformer.#.mlp.2.", "transformer.#.mlp.fc2."),
+  ("^transformer.", "^vision_model.encoder.layers."),
+)
+
 DIFFUSERS_TABLES: Mapping[str, Rules] = {
   "transformer": _TRANSFORMER_TO_DIFFUSERS,
   "vae": _VAE_TO_DIFFUSERS,
   "text_encoder": _TEXT_ENCODER_TO_TRANSFORMERS,
+  "image_encoder": _IMAGE_ENCODER_TO_TRANSFORMERS,
 }
+
+_TEXT_ENCODER_TO_LLAMA_CPP = (
+  ("^token_embedding.", "^token_embd."),
+  ("^norm.", "^enc.output_norm."),
+  *((f"blocks.#.attn.{part}.", f"blocks.#.attn_{part}.") for part in "qkvo"),
+  ("blocks.#.pos_embedding.embedding.", "blocks.#.attn_rel_b."),
+  ("blocks.#.norm1.", "blocks.#.attn_norm."),
+  ("blocks.#.norm2.", "blocks.#.ffn_norm."),
+  ("blocks.#.ffn.gate.0.", "blocks.#.ffn_gate."),
+  ("blocks.#.ffn.fc1.", "blocks.#.ffn_up."),
+  ("blocks.#.ffn.fc2.", "blocks.#.ffn_down."),
+  ("^blocks.", "^enc.blk."),
+)
 
 # Residual blocks per level of the decoder; official files number them and the upsamplings consecutively.
 _BLOCKS_PER_LEVEL = 3
 
 
 def name_from_diffusers(component: str, name: str) -> str:
-  """Returns the official name of a tensor of diffusers (for the text encoder: of transformers)."""
+  """Returns the official name of a tensor of diffusers (of the text and image encoders: of transformers)."""
   if component == "vae" and (up := re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.*)$", name)):
     level, kind, index, rest = up.groups()
     place = int(level) * (_BLOCKS_PER_LEVEL + 1) + (int(index) if kind == "resnets" else _BLOCKS_PER_LEVEL)
     name = f"decoder.upsamples.{place}.{rest}"
   for official, theirs in reversed(DIFFUSERS_TABLES[component]):
+    name = _replace(name, theirs, official)
+  return name
+
+
+def name_from_llama_cpp(name: str) -> str:
+  """Returns the official name of a tensor of the text encoder in llama.cpp's layout."""
+  for official, theirs in reversed(_TEXT_ENCODER_TO_LLAMA_CPP):
     name = _replace(name, theirs, official)
   return name
 

@@ -1,0 +1,62 @@
+"""Experts of Wan2.2 A14B on their own: transformers that only names tell from each other and from Wan2.1's 14B."""
+
+import enum
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from univid_jax.models.variants import VARIANTS, DiTConfig
+
+
+class Expert(enum.StrEnum):
+  """Which half of the noise levels a transformer was trained for."""
+
+  HIGH = "high"
+  LOW = "low"
+  UNKNOWN = "unknown"
+
+
+# The A14B variant of each Wan2.1 model that has the same tensors.
+SAME_TENSORS = {"wan2.1-t2v-14b": "wan2.2-t2v-a14b"}
+
+_VERSION = re.compile(r"wan[ _.-]*2[ _.-]?([12])(?!\d)", re.IGNORECASE)
+_NOISE = re.compile(r"(high|low)[ _.-]*noise", re.IGNORECASE)
+_BARE = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
+
+# Folders of diffusers' pipelines with two transformers.
+_DIFFUSERS_FOLDERS = {"transformer": Expert.HIGH, "transformer_2": Expert.LOW}
+
+# How many parts of a path are searched: Wan2.2-T2V-A14B/high_noise_model/diffusion_pytorch_model.safetensors.
+_DEPTH = 3
+
+
+def find_expert(path: Path, metadata: Mapping[str, str], config: DiTConfig) -> Expert | None:
+  """Returns which expert of Wan2.2 A14B a transformer is, None if it is of another model or nothing says it.
+
+  Args:
+    path: of its file. The file's own name counts more than those of its folders.
+    metadata: the texts in the file's header.
+    config: the transformer's shape.
+  """
+  texts = list(_texts(path, metadata))
+  version = next((match[1] for text in texts if (match := _VERSION.search(text))), None)
+  is_wan22 = version == "2" or any("a14b" in text.lower() for text in texts)
+  if version == "1":
+    return None
+  for text in texts:
+    if match := _NOISE.search(text) or (_BARE.search(text) if is_wan22 else None):
+      return Expert(match[1].lower())
+  if (path.parent.parent / "transformer_2").is_dir() and path.parent.name in _DIFFUSERS_FOLDERS:
+    return _DIFFUSERS_FOLDERS[path.parent.name]
+  return Expert.UNKNOWN if is_wan22 and VARIANTS.get("wan2.1-t2v-14b") == config else None
+
+
+def may_be_expert(path: Path, metadata: Mapping[str, str], variant: str) -> bool:
+  """Returns whether a transformer without a sign of Wan2.2 could still be one of its experts."""
+  return variant in SAME_TENSORS and not any(_VERSION.search(text) for text in _texts(path, metadata))
+
+
+def _texts(path: Path, metadata: Mapping[str, str]) -> Iterator[str]:
+  """Yields names and short texts, the most reliable first."""
+  yield from list(reversed(path.absolute().parts))[:_DEPTH]
+  yield from (value for _, value in sorted(metadata.items()) if len(value) < 200)
