@@ -1,0 +1,74 @@
+"""What univid_jax relies on of jax.experimental.topologies and libtpu.
+
+If one of these tests fails after an upgrade, `univid_jax.forecast --topology` and benchmarks/scaling.py cannot compile
+for TPUs that are not here, and platform/topologies.py has to be adapted; training and sampling, also on TPUs, are not
+affected. Those that need libtpu run where it is installed.
+"""
+
+import inspect
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+from univid_jax.core.errors import UserError
+from univid_jax.platform.topologies import describe_devices, use_tpu_compiler
+
+# In a process of its own, because JAX has to be prepared before its first import.
+COMPILE = """
+from univid_jax.core.errors import UserError
+from univid_jax.platform.topologies import describe_devices, use_tpu_compiler
+use_tpu_compiler()
+for wrong in ("v9:2x2", "v5e:3x5", "v5e"):
+  try:
+    describe_devices(wrong)
+    raise AssertionError(wrong)
+  except UserError as error:
+    assert "v5e:2x4" in str(error), error
+
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from univid_jax.parallel.mesh import make_mesh
+from univid_jax.platform.chips import find_chip
+from univid_jax.platform.current import Platform, current_platform
+assert len(describe_devices("v5e:1x1")) == 1
+devices = describe_devices("v5e:2x2")
+assert len(devices) == 4 and all(device.platform == "tpu" and find_chip(device) for device in devices)
+mesh = make_mesh({"fsdp": 4}, devices)
+x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+with jax.set_mesh(mesh):
+  assert current_platform() == Platform.TPU
+  program = jax.jit(lambda x: jnp.sum((x @ x) @ x.T)).lower(x).compile()
+assert program.memory_analysis().temp_size_in_bytes >= 0
+assert program.memory_analysis().argument_size_in_bytes == 1024 * 1024 * 2 // 4
+assert "all-" in program.as_text()
+"""
+
+
+def test_topologies_take_these_arguments():
+  assert {"platform", "topology_name"} <= set(inspect.signature(topologies.get_topology_desc).parameters)
+  assert "devices" in inspect.signature(topologies.TopologyDescription).parameters
+
+
+def test_without_libtpu(monkeypatch):
+  monkeypatch.setitem(sys.modules, "libtpu", None)
+  with pytest.raises(UserError, match="pip install libtpu"):
+    use_tpu_compiler()
+
+
+def test_unknown_topologies_are_user_errors(monkeypatch):
+  def reject(**_):
+    raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Invalid TPU external name: TPU v9")
+
+  monkeypatch.setattr(topologies, "get_topology_desc", reject)
+  with pytest.raises(UserError, match=r"'v9:2x2' is not a topology .* such as v5e:2x4.*: Invalid TPU external name"):
+    describe_devices("v9:2x2")
+
+
+@pytest.mark.long
+def test_programs_compile_without_a_tpu():
+  pytest.importorskip("libtpu")
+  done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
