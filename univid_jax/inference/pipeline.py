@@ -131,6 +131,17 @@ class Pipeline:
     """Decodes latents to a clip, float32 in [-1, 1]."""
     return np.clip(np.asarray(self.encoders.codec.decode(np.asarray(latents, np.float32))), -1, 1)
 
+  def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Returns (t, y, x) of the latents of a clip of shape (T, H, W, ...).
+
+    Raises:
+      UserError: there are none, or they do not divide into patches; the message names the nearest shapes that do.
+    """
+    codec = self.encoders.codec
+    patch_side = codec.spatial_stride * self.config.patch_size[1]
+    latent_shape(shape, temporal_stride=codec.temporal_stride, spatial_stride=patch_side)
+    return latent_shape(shape, temporal_stride=codec.temporal_stride, spatial_stride=codec.spatial_stride)
+
   def predict_velocity(
     self,
     latents: Float[Array | np.ndarray, "t y x c"],
@@ -303,21 +314,19 @@ class Pipeline:
     progress: Progress | None,
   ) -> list[Sample]:
     solver = find_solver(solver)
-    if shift is not None and not shift > 0:
+    shift = self.usage.shift if shift is None else shift
+    if not shift > 0:
       raise UserError(f"the shift of the noise levels must be positive, got {shift}")
-    flow = FlowMatching(shift=self.usage.shift if shift is None else shift)
     sampled = self._sampler.sample(
       self.params,
       request,
       solver=solver,
-      sigmas=solver.sigmas(flow, num_inference_steps),
+      sigmas=solver.sigmas(FlowMatching(shift=shift), num_inference_steps),
       guidance_scale=guidance_scale,
       progress=progress,
     )
-    latents = [
-      unpatchify(tokens, job.target_shape, self.config.patch_size) for tokens, job in zip(sampled, jobs, strict=True)
-    ]
-    return [self._finish(each) for each in latents]
+    shapes, patch_size = [job.target_shape for job in jobs], self.config.patch_size
+    return [self._finish(unpatchify(tokens, shape, patch_size)) for tokens, shape in zip(sampled, shapes, strict=True)]
 
   def _finish(self, latents: Float[np.ndarray, "t y x c"]) -> Sample:
     """Decodes sampled latents.
@@ -332,17 +341,6 @@ class Pipeline:
         "try dtype float32"
       )
     return Sample(latents, to_uint8(frames))
-
-  def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Returns (t, y, x) of the latents of a clip of shape (T, H, W, ...).
-
-    Raises:
-      UserError: there are none, or they do not divide into patches; the message names the nearest shapes that do.
-    """
-    codec = self.encoders.codec
-    patch_side = codec.spatial_stride * self.config.patch_size[1]
-    latent_shape(shape, temporal_stride=codec.temporal_stride, spatial_stride=patch_side)
-    return latent_shape(shape, temporal_stride=codec.temporal_stride, spatial_stride=codec.spatial_stride)
 
 
 def _parse_attention(attention: Attention | str) -> Attention:
