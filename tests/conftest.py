@@ -38,7 +38,7 @@ def pytest_unconfigure():
     shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config() -> RunConfig:
   """The default config, so small that a step takes milliseconds."""
   return override(

@@ -305,8 +305,10 @@ class TestFiles:
   def test_damaged_folder(self, tmp_path):
     write_lora_folder(tmp_path, random_lora())
     (tmp_path / LORA_FILE).write_text("{")
-    with pytest.raises(UserError, match=r"lora\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"lora\.json \(checksum differs\)"):
       read_lora(tmp_path)
+    with pytest.raises(UserError, match=r"lora\.json is not valid JSON"):
+      read_lora(tmp_path, verify=False)
 
   @pytest.mark.parametrize(
     "to, name", [("comfyui", "lora.ckpt"), ("univid", "lora.bin"), ("kohya", "lora.safetensors")]

@@ -135,6 +135,7 @@ def test_a_full_disk_during_a_save(tmp_path):
   full = run_command(*arguments, "--config.num_steps=4", preexec_fn=limit)
   last = full.stderr.strip().splitlines()[-1]
   assert full.returncode == 1 and last.startswith("error: ") and "the last one is that of step 2" in last, full.stderr
+  assert last.endswith(": File too large") and "Traceback" not in full.stderr and full.stderr.count("rror: ") == 1
   again = run_command(*arguments, "--config.num_steps=4")
   assert again.returncode == 0 and "at step 2 of 4" in again.stderr, again.stderr
   assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]

@@ -14,7 +14,7 @@ from univid_jax.core.errors import UserError
 
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT, LORA, DTYPE = FLAGS.checkpoint(), FLAGS.lora(), FLAGS.dtype()
-LORA_SKIP_UNMATCHED = FLAGS.lora_skip_unmatched()
+LORA_SKIP_UNMATCHED, VERIFICATION = FLAGS.lora_skip_unmatched(), FLAGS.verification()
 HOST = FLAGS.string("host", "127.0.0.1", "Address to listen on.")
 MAX_UPLOAD = FLAGS.integer("max_upload_mb", 200, "Largest file that is accepted, in MB.", lower_bound=1)
 MAX_QUEUE = FLAGS.integer("max_queue", 16, "Requests that may wait; more are refused.", lower_bound=1)
@@ -34,8 +34,8 @@ def main() -> None:
 
   enable_compilation_cache()
   loras = [parse_lora(item) for item in LORA.value]
-  skip = LORA_SKIP_UNMATCHED.value
-  pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=loras, dtype=DTYPE.value, lora_skip_unmatched=skip)
+  options = {"dtype": DTYPE.value, "lora_skip_unmatched": LORA_SKIP_UNMATCHED.value, **VERIFICATION.value}
+  pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=loras, **options)
   page = build_page(pipeline)
   page.queue(max_size=MAX_QUEUE.value, default_concurrency_limit=1)
   page.launch(

@@ -19,7 +19,7 @@ CONFIG = FLAGS.config()
 WORKDIR = FLAGS.workdir("The training run to evaluate")
 CHECKPOINT = FLAGS.string("checkpoint", None, "A converted checkpoint to evaluate instead of the workdir's model.")
 LORA, LORA_SKIP_UNMATCHED = FLAGS.lora(), FLAGS.lora_skip_unmatched()
-STEP = FLAGS.step()
+STEP, VERIFICATION = FLAGS.step(), FLAGS.verification()
 OUT = FLAGS.string("out", None, "Folder of the results; default: WORKDIR/evaluation.")
 PROCESSES = FLAGS.processes()
 
@@ -43,13 +43,11 @@ def main() -> None:
   config, workdir = CONFIG.value, WORKDIR.value
   folder = OUT.value or f"{workdir}/evaluation"
   loras = [parse_lora(item) for item in LORA.value]
-  origin = Origin.of(CHECKPOINT.value or workdir, step=STEP.value, loras=loras)
+  origin = Origin.of(CHECKPOINT.value or workdir, step=STEP.value, loras=loras, **VERIFICATION.value)
   # Each process has the whole model on its own devices, and its share of the sentences.
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-  skip = LORA_SKIP_UNMATCHED.value
-  pipeline = univid_jax.load_pipeline(
-    origin.checkpoint, lora=loras, lora_skip_unmatched=skip, mesh=mesh, step=origin.step
-  )
+  options = {"lora_skip_unmatched": LORA_SKIP_UNMATCHED.value, **VERIFICATION.value}
+  pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=loras, mesh=mesh, step=origin.step, **options)
   data = open_data(config)
   command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
   report = evaluate(pipeline, config, data=data, folder=folder, origin=origin, command=command)

@@ -20,6 +20,7 @@ WORKDIR = FLAGS.workdir("Folder of the run")
 PROCESSES = FLAGS.processes()
 ALLOW_DROPPED = FLAGS.switch("allow_dropped", False, "Leave out rows that cannot be used.")
 QUICK = FLAGS.switch("quick", False, "Only look at the headers of files: decode and encode nothing.")
+VERIFICATION = FLAGS.verification(of_runs=False)
 PREVIEW = FLAGS.integer("preview", 0, "Only draw this many sentences, to WORKDIR/preview.png.", lower_bound=0)
 
 
@@ -30,6 +31,7 @@ def main() -> None:
 
   start_processes(PROCESSES)
   enable_compilation_cache()
+  from univid_jax.checkpoints.checksums import verified
   from univid_jax.checkpoints.model import open_encoders, transformer_config
   from univid_jax.cli.preview import draw_preview
   from univid_jax.data.features import FeatureCaches, FeatureMaker
@@ -53,7 +55,8 @@ def main() -> None:
       f"headers checked, {len(data.dropped)} records dropped; not checked: frames, and the fit of sentences into rows"
     )
     return
-  encoders = open_encoders(config, make_mesh(config.mesh))
+  with verified(config.init_from, enabled=VERIFICATION.verify_weights):
+    encoders = open_encoders(config, make_mesh(config.mesh))
   caches = FeatureCaches.open(config, encoders, workdir)
   done = prepare(
     FeatureMaker(encoders, shape=transformer_config(config), task_names=data.task_names, caches=caches),

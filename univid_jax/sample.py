@@ -19,7 +19,7 @@ from univid_jax.core.options import Attention, ClipFit
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT, LORA, DTYPE, STEP = FLAGS.checkpoint(), FLAGS.lora(), FLAGS.dtype(), FLAGS.step()
 MERGE_LORA = FLAGS.switch("merge_lora", False, "Add LoRAs to the weights: faster, equal up to rounding.")
-LORA_SKIP_UNMATCHED = FLAGS.lora_skip_unmatched()
+LORA_SKIP_UNMATCHED, VERIFICATION = FLAGS.lora_skip_unmatched(), FLAGS.verification()
 ATTENTION = FLAGS.choice("attention", None, list(Attention), "Default: what the model was trained with.")
 CLIPS = FLAGS.strings("clips", None, "The context in order: A, A', B, or any odd number of clips.", required=True)
 QUERIES = FLAGS.strings("queries", [], "Several B for the same example pairs: clips, or a folder of clips.")
@@ -61,9 +61,9 @@ def main() -> None:
   sampling.check_outputs(requests)
   size = sampling.parse_size(SIZE.value) if SIZE.value else None
   options = (DTYPE, MERGE_LORA, LORA_SKIP_UNMATCHED, ATTENTION)
-  loading: dict[str, Any] = {flag.name: flag.value for flag in options}
+  loading: dict[str, Any] = {flag.name: flag.value for flag in options} | VERIFICATION.value
   loras = [sampling.parse_lora(item) for item in LORA.value]
-  origin = Origin.of(CHECKPOINT.value, step=STEP.value, loras=loras)
+  origin = Origin.of(CHECKPOINT.value, step=STEP.value, loras=loras, **VERIFICATION.value)
   pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=loras, step=origin.step, **loading)
   if TASK.value is not None:
     arguments["prompt"] = sampling.task_prompt(TASK.value, pipeline.usage.prompts)

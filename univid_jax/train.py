@@ -15,6 +15,7 @@ FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config()
 WORKDIR = FLAGS.workdir("Folder of the run")
 PROFILE = FLAGS.profile("WORKDIR/profile")
+VERIFICATION = FLAGS.verification()
 PROCESSES = FLAGS.processes()
 
 
@@ -34,7 +35,7 @@ def main() -> None:
   from univid_jax.training.loop import train
 
   config, workdir = CONFIG.value, WORKDIR.value
-  result = train(config, workdir, profile_steps=PROFILE.value)
+  result = train(config, workdir, profile_steps=PROFILE.value, **VERIFICATION.value)
   if jax.process_index() > 0:
     return
   if result.steps_taken == 0 and (epath.Path(workdir) / "eval.json").exists():

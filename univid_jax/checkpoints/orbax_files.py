@@ -6,10 +6,18 @@ Undocumented, and checked by tests/test_orbax_files.py:
   records no chunk shapes that a reader would compare with those on disk. `create_arrays` relies on it.
 - The metadata of a checkpoint is a tree of entries that have a dtype. `stored_dtypes` relies on it.
 - A reader that does not know Orbax finds the arrays in these folders. `open_arrays` relies on it.
+- Orbax logs through absl, and abandons the other arrays if one fails. `silence_orbax` relies on how that shows.
 """
 
+import functools
+import inspect
+import logging
 import math
 import mmap
+import os
+import re
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,9 +37,38 @@ Path = tuple[str, ...]
 # Stacked layers and other arrays that are larger than this are stored in several chunks.
 CHUNK_BYTES = 64 << 20
 
+_ORBAX = os.path.dirname(ocp.__file__)
+
+
+@functools.cache
+def silence_orbax() -> None:
+  """Drops what Orbax logs, and what it leaves behind after a failure, from now on.
+
+  It raises every error as well, its warnings are for those who write code with it, and what it abandons prints a
+  traceback for every array: writes that find their event loop closed, results and coroutines that nobody awaits.
+  """
+  print_unraisable = sys.unraisablehook
+
+  def keep_record(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    abandoned = _ORBAX in record.getMessage() or re.match("[A-Z_]+: Error (reading|writing) ", str(error))
+    return not (_ORBAX in record.pathname or abandoned)
+
+  def print_others(args: Any) -> None:
+    is_closed = isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"
+    is_coroutine = inspect.iscoroutine(args.object) and _ORBAX in args.object.cr_code.co_filename
+    if not (is_closed or is_coroutine):
+      print_unraisable(args)
+
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(keep_record)
+  sys.unraisablehook = print_others
+  warnings.filterwarnings("ignore", "coroutine '(async_serialize|_read_array|_serialize)", RuntimeWarning)
+
 
 def save_arrays(folder: epath.PathLike, tree: Any) -> None:
   """Saves nested arrays to a new folder."""
+  silence_orbax()
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(make_absolute(folder), tree)
 
@@ -46,16 +83,41 @@ def restore_arrays(folder: epath.PathLike, abstract: Any = None) -> Any:
   Raises:
     UserError: they cannot be read.
   """
+  silence_orbax()
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(make_absolute(folder), abstract)
   except Exception as error:  # Orbax and TensorStore raise errors of many types for damaged files
-    reason = (str(error).strip() or repr(error)).splitlines()[0]
-    raise UserError(f"cannot read the weights in {folder}: {reason}") from error
+    raise UserError(f"cannot read the weights in {folder}: {_first_line(error)}") from error
+
+
+def restore_items(folder: epath.PathLike, items: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Reads some of the items of a run's checkpoint.
+
+  Args:
+    folder: of the checkpoint.
+    items: shapes, dtypes and shardings of each item by its name.
+
+  Raises:
+    UserError: they cannot be read.
+  """
+  silence_orbax()
+  args = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()})
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      restored = checkpointer.restore(make_absolute(folder), args=args)
+  except Exception as error:  # as above
+    raise UserError(f"cannot read the checkpoint {folder}: {_first_line(error)}") from error
+  return {name: restored[name] for name in items}
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def stored_dtypes(folder: epath.PathLike) -> dict[Path, np.dtype]:
   """Returns the dtype of each stored array by its path."""
+  silence_orbax()
   with ocp.StandardCheckpointer() as checkpointer:
     tree = checkpointer.metadata(make_absolute(folder)).item_metadata.tree
   return {path_keys(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -79,6 +141,7 @@ def create_arrays(folder: epath.PathLike, specs: Mapping[Path, tuple[tuple[int, 
   Returns:
     TensorStore arrays of zeros by path.
   """
+  silence_orbax()
   zeros = {path: _virtual_zeros(shape, numpy_dtype(dtype)) for path, (shape, dtype) in specs.items()}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
     checkpointer.save(make_absolute(folder), args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(zeros)))

@@ -9,11 +9,14 @@ from typing import Any
 
 from etils import epath
 
+from univid_jax.checkpoints.checksums import has_checksums
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.scaling import find_config
-from univid_jax.checkpoints.pretrained import CHECKPOINT_FILE, PretrainedCheckpoint, is_checkpoint
-from univid_jax.checkpoints.run import CHECKPOINTS_FOLDER, CONFIG_FILE, read_run
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_checkpoint
+from univid_jax.checkpoints.run import read_run, require_run
+from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_step
+from univid_jax.core.options import OnDamaged
 
 _BLOCK_BYTES = 2**24
 
@@ -33,18 +36,27 @@ class Origin:
   loras: Sequence[tuple[str, float]] = ()
 
   @classmethod
-  def of(cls, checkpoint: str, *, step: int | str | None = None, loras: Sequence[tuple[str, float]] = ()) -> "Origin":
+  def of(
+    cls,
+    checkpoint: str,
+    *,
+    step: int | str | None = None,
+    loras: Sequence[tuple[str, float]] = (),
+    verify_weights: bool = True,
+    on_damaged_checkpoint: str = OnDamaged.FALLBACK,
+  ) -> "Origin":
     """Returns the origin of a model, with the number of the step that `step` stands for.
+
+    Args: see `load_pipeline`.
 
     Raises:
       FileNotFoundError: there is no such checkpoint, run or step.
+      DamagedError: the checkpoint of the step is damaged.
     """
-    if not is_checkpoint(checkpoint) and read_run(checkpoint) is None:
-      raise FileNotFoundError(
-        f"{checkpoint} is neither a converted checkpoint (no {CHECKPOINT_FILE}) nor the workdir of a training run (no "
-        f"{CONFIG_FILE})"
-      )
-    found = None if is_checkpoint(checkpoint) else find_step(checkpoint, step)
+    found = None
+    if not (is_checkpoint(checkpoint) or has_checksums(checkpoint)):
+      require_run(checkpoint)
+      found = find_step(checkpoint, step, verify=verify_weights, on_damaged=OnDamaged(on_damaged_checkpoint))
     return cls(checkpoint=checkpoint, step=found, loras=tuple(loras))
 
   @functools.cached_property
@@ -72,7 +84,7 @@ class Origin:
 
 
 def _step_folder(workdir: str, step: int) -> epath.Path:
-  return epath.Path(workdir) / CHECKPOINTS_FOLDER / str(step) / "model"
+  return SavedCheckpoints(workdir).folder(step) / "model"
 
 
 def _lora_path(path: str) -> epath.Path:

@@ -1,22 +1,30 @@
 """The checkpoints and the config of a run, in its workdir."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from univid_jax.checkpoints.checksums import write_checksums
+from univid_jax.checkpoints.orbax_files import restore_items, silence_orbax
+from univid_jax.checkpoints.pretrained import CHECKPOINT_FILE
+from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.config.boundary import from_json, to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import make_absolute
+from univid_jax.core.options import OnDamaged
 
 CONFIG_FILE = "config.json"
-CHECKPOINTS_FOLDER = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,49 +75,76 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
     raise UserError(f"{path} cannot be read by this version: {error}") from error
 
 
+def require_run(workdir: epath.PathLike) -> RunRecord:
+  """Reads WORKDIR/config.json.
+
+  Raises:
+    FileNotFoundError: there is none.
+    UserError: it is damaged, or has keys that this version does not know.
+  """
+  record = read_run(workdir)
+  if record is not None:
+    return record
+  if has_checkpoint(workdir):
+    raise FileNotFoundError(
+      f"{workdir} has checkpoints, but no {CONFIG_FILE}, which says what they are of: restore it from a copy, or from "
+      "another workdir of the same config"
+    )
+  raise FileNotFoundError(
+    f"{workdir} is neither a converted checkpoint (no {CHECKPOINT_FILE}) nor the workdir of a training run (no "
+    f"{CONFIG_FILE})"
+  )
+
+
 def has_checkpoint(workdir: epath.PathLike) -> bool:
   """Returns whether a run has saved a step."""
-  folder = epath.Path(workdir) / CHECKPOINTS_FOLDER
-  return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+  return bool(SavedCheckpoints(workdir).steps)
 
 
 class Checkpointer:
   """Saves asynchronously and atomically under WORKDIR/checkpoints; an interrupted save leaves no checkpoint.
 
   Keeps the last `keep` checkpoints and the one with the lowest validation loss. A checkpoint has three items: `model`
-  (what to sample with), `training` (step, raw weights, optimizer) and `data` (the position in the stream of sentences).
+  (what to sample with), `training` (step, raw weights, optimizer) and `data` (the position in the stream of sentences),
+  and gets checksums in the background when it is finished.
+
+  Args:
+    workdir: of the run.
+    keep: number of checkpoints.
+    verify: whether a checkpoint is verified before it is restored.
+    on_damaged: what to do if the newest is damaged.
   """
 
-  def __init__(self, workdir: epath.PathLike, *, keep: int = 2, read_only: bool = False):
+  def __init__(
+    self, workdir: epath.PathLike, *, keep: int = 2, verify: bool = True, on_damaged: OnDamaged = OnDamaged.FALLBACK
+  ):
+    self._saved = SavedCheckpoints(workdir, verify=verify, on_damaged=on_damaged)
+    self._keep = keep
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, "checksums")
+    self._saving: concurrent.futures.Future[None] | None = None
+
+  @functools.cached_property
+  def _manager(self) -> ocp.CheckpointManager:
+    """Opened by the first save: it reads the metrics of every checkpoint, and the damaged are set aside by then."""
+
     def loss(metrics: Mapping[str, float]) -> float:
       return metrics["val_loss"]
 
     policies = ocp.checkpoint_managers
     best = policies.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-    kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=None if read_only else kept,
-      best_fn=loss,
-      best_mode="min",
-      create=not read_only,
-      read_only=read_only,
-    )
-    self._manager = ocp.CheckpointManager(
-      make_absolute(workdir) / CHECKPOINTS_FOLDER, options=options, item_names=("model", "training", "data")
-    )
+    kept = policies.AnyPreservationPolicy([policies.LatestN(self._keep), best])
+    options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=loss, best_mode="min")
+    silence_orbax()
+    return ocp.CheckpointManager(self._saved.parent, options=options, item_names=("model", "training", "data"))
 
   @property
   def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+    """The step of the newest finished checkpoint."""
+    return max(self._saved.steps, default=None)
 
   @property
   def steps(self) -> list[int]:
-    return sorted(self._manager.all_steps())
-
-  @property
-  def best_step(self) -> int | None:
-    """The step with the lowest validation loss; None if none was measured."""
-    return self._manager.best_step()
+    return self._saved.steps
 
   def save(
     self, step: int, *, model: Any, training: Any, data: grain.DatasetIterator, val_loss: float | None = None
@@ -119,6 +154,7 @@ class Checkpointer:
     Raises:
       OSError: this save or the one before it failed.
     """
+    self.wait()
     if step == self.latest_step:
       return
     items = ocp.args.Composite(
@@ -128,9 +164,16 @@ class Checkpointer:
     )
     with self._explain_failure():
       self._manager.save(step, args=items, metrics=None if val_loss is None else {"val_loss": val_loss})
+    self._saving = self._pool.submit(self._finish, step)
+
+  def _finish(self, step: int) -> None:
+    """Waits until a step is written, and adds its checksums."""
+    self._manager.wait_until_finished()
+    if jax.process_index() == 0:
+      write_checksums(self._saved.folder(step))
 
   def restore(self, *, model: Any, training: Any, data: grain.DatasetIterator) -> tuple[Any, Any]:
-    """Restores the latest step and sets `data` to its position.
+    """Restores the newest checkpoint that is intact and sets `data` to its position; sets damaged ones aside.
 
     Args:
       model, training: shapes, dtypes and shardings of the items.
@@ -140,35 +183,32 @@ class Checkpointer:
       The items `model` and `training`, in their shards.
 
     Raises:
-      UserError: the checkpoint cannot be restored.
+      UserError: no checkpoint can be restored, or the newest is damaged and that stops the run.
     """
-    step = self.latest_step
-    items = ocp.args.Composite(
-      model=ocp.args.StandardRestore(model),
-      training=ocp.args.StandardRestore(training),
-      data=grain.checkpoint.CheckpointRestore(data),
-    )
-    try:
-      restored = self._manager.restore(step, args=items)
-    except Exception as error:  # Orbax and TensorStore raise many types
-      raise UserError(
-        f"the checkpoint of step {step} in {self._manager.directory} cannot be restored: {error}"
-      ) from error
-    return restored["model"], restored["training"]
 
-  def restore_model(self, abstract_params: Any, step: int) -> Any:
-    """Restores only what sampling needs."""
-    args = ocp.args.Composite(model=ocp.args.StandardRestore(abstract_params))
-    return self._manager.restore(step, args=args)["model"]
+    def read(folder: epath.Path) -> tuple[Any, Any]:
+      items = restore_items(folder, {"model": model, "training": training})
+      try:
+        grain.checkpoint.CheckpointHandler().restore(folder / "data", data)
+      except Exception as error:  # whatever a damaged state makes the loader raise
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{folder / 'data'} holds no position in the data: {reason}") from error
+      return items["model"], items["training"]
+
+    found, items = self._saved.read(None, read)
+    self._saved.set_aside_damaged(found)
+    return items
 
   def wait(self) -> None:
-    """Waits until everything is written.
+    """Waits until everything is written, with its checksums.
 
     Raises:
       OSError: it could not be written.
     """
+    saving, self._saving = self._saving, None
     with self._explain_failure():
-      self._manager.wait_until_finished()
+      if saving is not None:
+        saving.result()
 
   @contextlib.contextmanager
   def _explain_failure(self) -> Iterator[None]:
@@ -176,10 +216,21 @@ class Checkpointer:
     try:
       yield
     except Exception as error:
-      self._manager.reload()
       last = "there is none yet" if self.latest_step is None else f"the last one is that of step {self.latest_step}"
-      reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-      raise OSError(f"a checkpoint could not be written to {self._manager.directory}; {last}: {reason}") from error
+      raise OSError(f"a checkpoint could not be written to {self._saved.parent}; {last}: {_reason(error)}") from error
 
   def close(self) -> None:
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._pool.shutdown()
+      if "_manager" in vars(self):
+        self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+  """Returns in a few words why something could not be written."""
+  text = str(error)
+  if code := re.search(r"os_error_code='(\d+)'", text):  # of TensorStore, which names all the files above it
+    return os.strerror(int(code[1]))
+  return next((line for line in text.splitlines() if line), type(error).__name__)

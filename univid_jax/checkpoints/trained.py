@@ -1,6 +1,5 @@
 """What a run has trained, read from its workdir: to sample with, to export, or to train on."""
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +13,14 @@ import univid_jax
 from univid_jax.checkpoints.lora.stacking import unstack_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.model import create_model
+from univid_jax.checkpoints.orbax_files import restore_items
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, abstract_parameters
-from univid_jax.checkpoints.run import CONFIG_FILE, Checkpointer, RunRecord, read_run
+from univid_jax.checkpoints.run import RunRecord, read_run, require_run
+from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.usage import SOFTWARE, SOFTWARE_NAME, Usage
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import OnDamaged
 from univid_jax.models.lora import LoRAParam
 from univid_jax.parallel.mesh import make_mesh
 
@@ -41,24 +43,22 @@ def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
 
 
 def restore_run(
-  workdir: epath.PathLike, config: RunConfig, mesh: Mesh, *, step: int | str | None = None
+  saved: SavedCheckpoints, record: RunRecord, mesh: Mesh, *, step: int | str | None = None
 ) -> tuple[nnx.GraphDef, Params, list[LoRAWeights]]:
   """Restores what a run trained: a transformer with its parameters and, for a LoRA run, the adapters.
 
   Args:
-    workdir: of the run.
-    config: of the run.
+    saved: the checkpoints of the run.
+    record: of the run.
     mesh: where the parameters go.
-    step: of the checkpoint, see `find_step`.
+    step: of the checkpoint, see `SavedCheckpoints.read`.
 
-  Raises:
-    FileNotFoundError: the run has no finished checkpoint.
-    UserError: it cannot be read.
+  Raises: like `SavedCheckpoints.read`; and UserError if the base cannot be read.
   """
-  if config.lora.enabled:
-    return *load_base(config, mesh), [read_run_lora(workdir, step=step)]
-  module = nnx.eval_shape(lambda: create_model(config))
-  params = _restore_model(workdir, abstract_parameters(module, mesh), find_step(workdir, step))
+  if record.config.lora.enabled:
+    return *load_base(record.config, mesh), [_read_lora(saved, record, step)]
+  module = nnx.eval_shape(lambda: create_model(record.config))
+  _, params = _restore_model(saved, step, abstract_parameters(module, mesh))
   return nnx.graphdef(module), params, []
 
 
@@ -68,22 +68,23 @@ def is_lora_run(path: epath.PathLike) -> bool:
   return record is not None and record.config.lora.enabled
 
 
-def read_run_lora(workdir: epath.PathLike, *, step: int | str | None = None) -> LoRAWeights:
-  """Reads the LoRA that a run trained from its checkpoint (see `find_step`).
+def read_run_lora(workdir: epath.PathLike, *, step: int | str | None = None, verify: bool = True) -> LoRAWeights:
+  """Reads the LoRA that a run trained from its checkpoint, see `SavedCheckpoints.read`.
 
   Raises:
     FileNotFoundError: there is no run, or it has no finished checkpoint.
-    UserError: the run trained the whole model.
+    UserError: the run trained the whole model, or the checkpoint is damaged.
   """
-  record = read_run(workdir)
-  if record is None:
-    raise FileNotFoundError(f"no {CONFIG_FILE} in {workdir}: it is not the workdir of a training run")
+  record = require_run(workdir)
   if not record.config.lora.enabled:
     raise UserError(f"{workdir} is a run that trained the whole model, not a LoRA")
+  return _read_lora(SavedCheckpoints(workdir, model_only=True, verify=verify), record, step)
+
+
+def _read_lora(saved: SavedCheckpoints, record: RunRecord, step: int | str | None) -> LoRAWeights:
   module = nnx.eval_shape(lambda: create_model(record.config))
   local = make_mesh({"data": -1}, jax.local_devices()[:1])
-  found = find_step(workdir, step)
-  params = _restore_model(workdir, abstract_parameters(module, local, kind=LoRAParam), found)
+  found, params = _restore_model(saved, step, abstract_parameters(module, local, kind=LoRAParam))
   return to_lora_weights(record, jax.tree.map(np.asarray, params), step=found)
 
 
@@ -108,28 +109,13 @@ def run_usage(record: RunRecord) -> Usage:
   return Usage.of(config, base_model=base, base_checksum=record.base, prompts=record.prompts)
 
 
-def find_step(workdir: epath.PathLike, step: int | str | None) -> int:
-  """Returns the step of a finished checkpoint: the given one, the "best" by validation loss, or the latest for None.
-
-  Raises:
-    FileNotFoundError: there is none.
-    UserError: `step` is neither a number nor "best".
-  """
-  if isinstance(step, str) and step != "best" and not step.isdigit():
-    raise UserError(f'the step of a checkpoint must be a number or "best", got {step!r}')
-  with contextlib.closing(Checkpointer(workdir, read_only=True)) as checkpointer:
-    if step is None or step == "best":
-      found = checkpointer.latest_step if step is None else checkpointer.best_step
-      if found is None:
-        kind = "" if step is None else "with a validation loss "
-        raise FileNotFoundError(f"no finished checkpoint {kind}in {workdir}")
-      return found
-    if int(step) not in checkpointer.steps:
-      existing = ", ".join(map(str, checkpointer.steps)) or "none"
-      raise FileNotFoundError(f"no checkpoint of step {step} in {workdir}; there are {existing}")
-    return int(step)
+def find_step(
+  workdir: epath.PathLike, step: int | str | None, *, verify: bool = True, on_damaged: OnDamaged = OnDamaged.FALLBACK
+) -> int:
+  """Returns the step of a checkpoint whose model is intact; see `SavedCheckpoints`, and its `read` for errors."""
+  saved = SavedCheckpoints(workdir, model_only=True, verify=verify, on_damaged=on_damaged)
+  return saved.read(step, lambda folder: None)[0]
 
 
-def _restore_model(workdir: epath.PathLike, abstract: Any, step: int) -> Any:
-  with contextlib.closing(Checkpointer(workdir, read_only=True)) as checkpointer:
-    return checkpointer.restore_model(abstract, step)
+def _restore_model(saved: SavedCheckpoints, step: int | str | None, abstract: Any) -> tuple[int, Any]:
+  return saved.read(step, lambda folder: restore_items(folder, {"model": abstract})["model"])

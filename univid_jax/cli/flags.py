@@ -6,6 +6,7 @@ import runpy
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -15,6 +16,7 @@ from univid_jax.config import presets
 from univid_jax.config.boundary import from_config_dict, to_config_dict
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import OnDamaged
 
 # The file of presets in a clone; where it does not exist, its name means the packaged presets.
 PRESETS_FILE = os.path.join("configs", "video_tasks.py")
@@ -86,6 +88,9 @@ class CommandFlags:
 
   def step(self) -> flags.FlagHolder[str | None]:
     return self.string("step", None, "Checkpoint of a workdir: a step, or best; default: the latest.")
+
+  def verification(self, *, of_runs: bool = True) -> "VerificationFlags":
+    return VerificationFlags(self, of_runs=of_runs)
 
   def profile(self, folder: str) -> flags.FlagHolder[int]:
     help_text = f"Write a JAX profiler trace of this many steps to {folder}."
@@ -220,3 +225,23 @@ class ProcessFlags:
     help_text = "Number of processes, with --coordinator."
     self.num_processes = command.integer("num_processes", None, help_text, lower_bound=1)
     self.process_id = command.integer("process_id", None, "This process, from 0, with --coordinator.", lower_bound=0)
+
+
+class VerificationFlags:
+  """Whether weights are verified and, for commands that read checkpoints of runs, what a damaged one leads to."""
+
+  def __init__(self, command: CommandFlags, *, of_runs: bool):
+    help_text = "Compare weights with their checksums before they are used: on or off."
+    self._verify_weights = command.choice("verify_weights", "on", ["on", "off"], help_text)
+    if of_runs:
+      help_text = "If the latest checkpoint is damaged: fallback uses the newest that is intact, stop is an error."
+      self._on_damaged = command.choice("on_damaged_checkpoint", str(OnDamaged.FALLBACK), list(OnDamaged), help_text)
+
+  @property
+  def verify_weights(self) -> bool:
+    return self._verify_weights.value == "on"
+
+  @property
+  def value(self) -> dict[str, Any]:
+    """Keyword arguments of `load_pipeline` and others."""
+    return {"verify_weights": self.verify_weights, "on_damaged_checkpoint": OnDamaged(self._on_damaged.value)}

@@ -10,7 +10,7 @@ from etils import epath
 from tqdm import tqdm
 
 import univid_jax
-from univid_jax.checkpoints.checksums import combine_digests, tensor_digest
+from univid_jax.checkpoints.checksums import combine_digests, tensor_digest, write_checksums
 from univid_jax.checkpoints.orbax_files import create_arrays, num_chunks
 from univid_jax.checkpoints.pretrained import CheckpointInfo, ComponentInfo, count_files
 from univid_jax.checkpoints.tensor_files import numpy_dtype
@@ -107,6 +107,7 @@ def write_checkpoint(
       expert=release.expert,
     )
     info.write(folder)
+    write_checksums(folder)
   return info
 
 

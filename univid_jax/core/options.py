@@ -97,3 +97,10 @@ class DepthAlignment(enum.StrEnum):
   LEAST_SQUARES = "least_squares"
   MEDIAN = "median"
   NONE = "none"
+
+
+class OnDamaged(enum.StrEnum):
+  """What to do if the newest checkpoint of a run is damaged."""
+
+  FALLBACK = "fallback"  # use the newest that is intact, with a warning
+  STOP = "stop"

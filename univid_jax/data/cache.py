@@ -5,6 +5,7 @@ published atomically: several processes may fill one cache, and a killed one lea
 """
 
 import hashlib
+import re
 import warnings
 from collections.abc import Callable
 
@@ -47,8 +48,8 @@ class Cache:
       data = path.read_bytes()
     except FileNotFoundError:
       return None
-    body, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
-    if hashlib.sha256(body).digest() != checksum:
+    body = _intact_body(data)
+    if body is None:
       warnings.warn(f"{path} is corrupt and is computed again", stacklevel=2)
       return None
     # Not a .npy, whose header several threads cannot parse at once, see `reader._HEADER_LOCK`.
@@ -66,3 +67,19 @@ class Cache:
       value = compute()
       self.put(key, value)
     return value
+
+
+def is_entry(path: epath.Path) -> bool:
+  """Returns whether a file is an entry of a cache, by its name."""
+  return re.fullmatch(r"[0-9a-f]{64}\.safetensors", path.name) is not None and path.parent.name == path.name[:2]
+
+
+def is_intact(path: epath.Path) -> bool:
+  """Returns whether an entry equals its checksum."""
+  return _intact_body(path.read_bytes()) is not None
+
+
+def _intact_body(data: bytes) -> bytes | None:
+  """Returns the contents of an entry without its checksum; None if they differ from it."""
+  body, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+  return body if hashlib.sha256(body).digest() == checksum else None

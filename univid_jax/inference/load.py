@@ -12,17 +12,20 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
+from univid_jax.checkpoints.checksums import has_checksums, verified
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.stacking import stack_loras
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.model import open_encoders, transformer_config
-from univid_jax.checkpoints.pretrained import CHECKPOINT_FILE, PretrainedCheckpoint, is_checkpoint
-from univid_jax.checkpoints.run import CONFIG_FILE, read_run
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_checkpoint
+from univid_jax.checkpoints.run import require_run
+from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import is_lora_run, read_run_lora, restore_run, run_usage
 from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import OnDamaged
 from univid_jax.inference.partial import PartialPipeline
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.changes import attach_changes, merge_changes
@@ -46,6 +49,8 @@ def load_pipeline(
   mesh: Mesh | None = None,
   attention: str | None = None,
   step: int | str | None = None,
+  verify_weights: bool = True,
+  on_damaged_checkpoint: str = OnDamaged.FALLBACK,
 ) -> Pipeline:
   """Loads a converted checkpoint, or the model of a training run.
 
@@ -61,34 +66,36 @@ def load_pipeline(
     mesh: the devices; by default all, with parameters sharded over them.
     attention: "full" or "context_causal"; by default what the run or the LoRAs were trained with.
     step: checkpoint of a workdir: a number, "best" (the lowest validation loss) or None for the latest.
+    verify_weights: compares every file with its checksum while the weights are loaded.
+    on_damaged_checkpoint: if the latest checkpoint of a workdir is damaged, "fallback" takes the newest that is intact,
+      with a warning; "stop" raises.
 
   Raises:
     FileNotFoundError: there is no such checkpoint, run or LoRA.
+    DamagedError: a file differs from its checksum.
     UserError: it cannot be read, or a LoRA is for another base.
   """
   mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
-  loras = [(_read_lora(path), weight) for path, weight in _parse_loras(lora)]
-  if is_checkpoint(checkpoint):
-    base = PretrainedCheckpoint.open(checkpoint)
+  loras = [(_read_lora(path, verify=verify_weights), weight) for path, weight in _parse_loras(lora)]
+  if is_checkpoint(checkpoint) or has_checksums(checkpoint):
     compute_dtype = jnp.dtype(dtype or "bfloat16")
-    encoders = PretrainedEncoders(base, mesh, dtype=compute_dtype)
-    if not base.has("transformer") and not loras:
-      return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
-    config = base.config("transformer")
-    graph, params = base.load("transformer", mesh=mesh, dtype=compute_dtype)
+    with verified(checkpoint, enabled=verify_weights):
+      base = PretrainedCheckpoint.open(checkpoint)
+      encoders = PretrainedEncoders(base, mesh, dtype=compute_dtype)
+      if not base.has("transformer") and not loras:
+        return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
+      config = base.config("transformer")
+      graph, params = base.load("transformer", mesh=mesh, dtype=compute_dtype)
     usage = _lora_usage([each for each, _ in loras], base.checksum("transformer"), attention=attention)
   else:
-    record = read_run(checkpoint)
-    if record is None:
-      raise FileNotFoundError(
-        f"{checkpoint} is neither a converted checkpoint (no {CHECKPOINT_FILE}) nor the workdir of a training run (no "
-        f"{CONFIG_FILE})"
-      )
-    run = record.config
+    record, on_damaged = require_run(checkpoint), OnDamaged(on_damaged_checkpoint)
     if dtype:
-      run = override(run, {"model.dtype": dtype, "model.param_dtype": dtype})
-    config, encoders = transformer_config(run), open_encoders(run, mesh)
-    graph, params, trained = restore_run(checkpoint, run, mesh, step=step)
+      run = override(record.config, {"model.dtype": dtype, "model.param_dtype": dtype})
+      record = dataclasses.replace(record, config=run)
+    saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
+    with verified(record.config.init_from, enabled=verify_weights):
+      config, encoders = transformer_config(record.config), open_encoders(record.config, mesh)
+      graph, params, trained = restore_run(saved, record, mesh, step=step)
     loras = [(each, 1.0) for each in trained] + loras
     usage = run_usage(record)
   if loras:
@@ -151,8 +158,9 @@ def add_loras(
   return graph if merged else nnx.graphdef(module), traverse_util.unflatten_dict(leaves)
 
 
-def _read_lora(path: str) -> LoRAWeights:
-  lora = read_run_lora(path) if os.path.isdir(path) and is_lora_run(path) else read_lora(path)
+def _read_lora(path: str, *, verify: bool) -> LoRAWeights:
+  is_run = os.path.isdir(path) and is_lora_run(path)
+  lora = read_run_lora(path, verify=verify) if is_run else read_lora(path, verify=verify)
   for note in lora.notes:
     logger.warning("%s: %s", path, note)
   return lora

@@ -15,11 +15,11 @@ from etils import epath
 from tqdm import tqdm
 
 from univid_jax.checkpoints.lora.formats import write_lora
-from univid_jax.checkpoints.run import Checkpointer, read_run, write_run
+from univid_jax.checkpoints.run import Checkpointer, require_run, write_run
 from univid_jax.checkpoints.trained import load_base, run_usage, to_lora_weights
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import AttentionBackend
+from univid_jax.core.options import AttentionBackend, OnDamaged
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import TrainStep
 from univid_jax.data.loader import make_loader
@@ -69,13 +69,22 @@ class TrainResult:
   seconds: float
 
 
-def train(config: RunConfig, workdir: str, *, profile_steps: int = 0) -> TrainResult:
+def train(
+  config: RunConfig,
+  workdir: str,
+  *,
+  profile_steps: int = 0,
+  verify_weights: bool = True,
+  on_damaged_checkpoint: OnDamaged = OnDamaged.FALLBACK,
+) -> TrainResult:
   """Trains until `config.num_steps`, from the latest checkpoint in the workdir or else from the start.
 
   Args:
     config: of the run.
     workdir: a folder or a bucket.
     profile_steps: number of steps to write a profiler trace of.
+    verify_weights: compares every file of the base and of the checkpoint with its checksum before it is used.
+    on_damaged_checkpoint: whether to resume from an older checkpoint if the latest is damaged, which is then renamed.
 
   Raises:
     UserError: the config is invalid for a run, or the workdir belongs to another config.
@@ -83,8 +92,11 @@ def train(config: RunConfig, workdir: str, *, profile_steps: int = 0) -> TrainRe
     Interrupted: SIGTERM or Ctrl-C arrived; the state is saved.
     OSError: a file could not be read or a checkpoint not written.
   """
-  run = set_up_run(config, workdir)
-  loader, checkpointer = open_loader(run), Checkpointer(workdir, keep=config.checkpoint.keep)
+  run = set_up_run(config, workdir, verify_weights=verify_weights)
+  loader = open_loader(run)
+  checkpointer = Checkpointer(
+    workdir, keep=config.checkpoint.keep, verify=verify_weights, on_damaged=on_damaged_checkpoint
+  )
   with close_all([loader, checkpointer]):
     state = restore_or_create_state(run, checkpointer, loader)
     if jax.process_index() == 0:
@@ -174,16 +186,14 @@ def open_loader(run: Run) -> grain.DatasetIterator:
 
 
 def restore_or_create_state(run: Run, checkpointer: Checkpointer, loader: grain.DatasetIterator) -> TrainState:
-  """Restores the latest checkpoint and sets the loader to its position; without one creates a new state.
+  """Restores the latest intact checkpoint and sets the loader to its position; without any creates a new state.
 
   Raises:
     UserError: the checkpoint belongs to another config, or cannot be restored.
   """
   config, spec = run.config, run.spec
   if checkpointer.latest_step is not None:
-    previous = read_run(run.workdir)
-    if previous is not None:
-      check_same_run(run.workdir, previous, run.record)
+    check_same_run(run.workdir, require_run(run.workdir), run.record)
     abstract = spec.abstract
     model, training = checkpointer.restore(model=abstract.model_params, training=abstract.training_items, data=loader)
     state = TrainState.from_items(model, training, ema=abstract.ema is not None)

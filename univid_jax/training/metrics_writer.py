@@ -2,6 +2,7 @@
 
 import functools
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import numpy as np
 from etils import epath
 
 from univid_jax.core.paths import atomic_write, is_remote
+
+# How long TensorBoard events stay in memory.
+FLUSH_SECONDS = 30
 
 
 class MetricsWriter:
@@ -28,21 +32,21 @@ class MetricsWriter:
     self._start_step = start_step
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Writes the metrics of a step; raises OSError, for example if the disk is full."""
     self._lines.append(json.dumps({"step": step, **metrics}) + "\n")
-    if is_remote(self._path):  # objects in a bucket cannot be appended to
-      self._path.write_text("".join(self._lines))
-    else:
-      with self._path.open("a") as file:
-        file.write(self._lines[-1])
-    for name, value in metrics.items():
-      self._board.add_scalar(name, value, step)
+    try:
+      if is_remote(self._path):  # objects in a bucket cannot be appended to
+        self._path.write_text("".join(self._lines))
+      else:
+        with self._path.open("a") as file:
+          file.write(self._lines[-1])
+      self._board.write(step, metrics)
+    except OSError as error:
+      raise type(error)(error.errno, error.strerror, str(self._folder)) from error
 
   @functools.cached_property
-  def _board(self) -> Any:
-    # Imported with the first metrics: where PyTorch is installed, tensorboardX imports it.
-    import tensorboardX
-
-    return tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._start_step + 1, flush_secs=30)
+  def _board(self) -> "_Board":
+    return _Board(self._folder / "tensorboard", first_step=self._start_step + 1)
 
   def close(self) -> None:
     """Finishes the files and plots the losses."""
@@ -53,6 +57,37 @@ class MetricsWriter:
     if curves["loss"]:
       with atomic_write(self._folder / "loss.png") as path:
         plot_loss(path, curves["loss"], curves["val_loss"])
+
+
+class _Board:
+  """TensorBoard events, written at once: the thread of `tensorboardX.SummaryWriter` dies if the disk is full, and then
+  its queue blocks the run.
+  """
+
+  def __init__(self, folder: epath.Path, *, first_step: int):
+    # Imported with the first metrics: where PyTorch is installed, tensorboardX imports it.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.summary import scalar
+
+    folder.mkdir(parents=True, exist_ok=True)
+    self._messages: Any = event_pb2  # generated when it is imported
+    self._writer, self._scalar = EventsWriter(str(folder / "events")), scalar
+    # Viewers drop what earlier files hold from this step on.
+    start = self._messages.SessionLog(status=self._messages.SessionLog.START)
+    self._writer.write_event(self._messages.Event(step=first_step, session_log=start))
+    self._flushed = time.monotonic()
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+      summary = self._scalar(name, value)
+      self._writer.write_event(self._messages.Event(wall_time=time.time(), step=step, summary=summary))
+    if time.monotonic() - self._flushed > FLUSH_SECONDS:
+      self._writer.flush()
+      self._flushed = time.monotonic()
+
+  def close(self) -> None:
+    self._writer.close()
 
 
 def plot_loss(path: Path, training: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = ()) -> None:

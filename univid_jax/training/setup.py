@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import univid_jax
+from univid_jax.checkpoints.checksums import verified
 from univid_jax.checkpoints.model import base_checksum, open_encoders, transformer_config
 from univid_jax.checkpoints.run import RunRecord, has_checkpoint, read_run
 from univid_jax.checkpoints.trained import load_base, run_usage
@@ -86,10 +87,16 @@ class Run:
     return Pipeline(self.shape, self.spec.graph, params, encoders=self.encoders, mesh=self.mesh, usage=usage)
 
 
-def set_up_run(config: RunConfig, workdir: str) -> Run:
+def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) -> Run:
   """Opens the data of a run, fills its caches and loads its base.
 
+  Args:
+    config: of the run.
+    workdir: a folder or a bucket.
+    verify_weights: compares every file of the base with its checksum while the data are opened.
+
   Raises:
+    DamagedError: a file of the base differs from its checksum.
     UserError: a value of the config is invalid for a run, or a row of the data cannot be used.
     OSError: a file cannot be read.
   """
@@ -97,12 +104,13 @@ def set_up_run(config: RunConfig, workdir: str) -> Run:
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
   check_rows_stay_on_one_process(mesh)
-  shape = transformer_config(config)
-  optimizer, spec = describe_training(config, mesh)
-  encoders = open_encoders(config, mesh)
-  data = open_data(config)
-  data.report()
-  data.require_usable(config.data)
+  with verified(config.init_from, enabled=verify_weights):
+    shape = transformer_config(config)
+    optimizer, spec = describe_training(config, mesh)
+    encoders = open_encoders(config, mesh)
+    data = open_data(config)
+    data.report()
+    data.require_usable(config.data)
   check_same_data(workdir, data, config)
   caches = FeatureCaches.open(config, encoders, workdir)
   features = FeatureMaker(encoders, shape=shape, task_names=data.task_names, caches=caches)

@@ -3,6 +3,7 @@
 FOLDER/lora.json   metadata; written last, so a folder that has it is complete
 FOLDER/lora/       arrays; in blocks/ and others/ low-rank changes of Linears by module, layers of blocks stacked up to
                    the highest adapted one and ranks padded with zeros; in changes/ all others by tensor and part
+FOLDER/checksums.xxh128
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from univid_jax.checkpoints.checksums import write_checksums
 from univid_jax.checkpoints.lora.building import PartsError, build_changes
 from univid_jax.checkpoints.lora.formats import check_complete
 from univid_jax.checkpoints.lora.kinds import Change, LoRALayer
@@ -49,6 +51,7 @@ def write_lora_folder(folder: epath.PathLike, lora: LoRAWeights, *, metadata: Ma
   save_arrays(folder / "lora", tree)
   info = {"format": FORMAT if others else 1, **lora.file_metadata(metadata or {}), "source_format": lora.format}
   (folder / LORA_FILE).write_text(json.dumps(info, indent=2) + "\n")
+  write_checksums(folder)
 
 
 def read_lora_folder(folder: epath.PathLike) -> LoRAWeights:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from univid_jax.checkpoints.checksums import OPEN_SEAL, SEAL, seal
 from univid_jax.checkpoints.lora.kinds import Change, Difference, DoRALayer, LoHaLayer, LoKrLayer, LoRALayer
 from univid_jax.checkpoints.lora.names import list_names
-from univid_jax.checkpoints.lora.sidecar import write_sidecar
+from univid_jax.checkpoints.lora.sidecar import sidecar_path, write_sidecar
 from univid_jax.checkpoints.lora.weights import SCALE_OF_ONE, LoRAWeights
 from univid_jax.checkpoints.tensor_files import save_safetensors, save_torch
 from univid_jax.core.errors import UserError
@@ -167,10 +168,12 @@ def write_lora(
   if path.suffix not in file_format.suffixes:
     raise UserError(f"a {to} LoRA file must be named *{' or *'.join(file_format.suffixes)}, got {path}")
   tensors = lora_tensors(lora, to)
-  entries = {**lora.file_metadata(metadata or {}), **SCALE_OF_ONE}
+  entries = {**lora.file_metadata(metadata or {}), **SCALE_OF_ONE, SEAL: OPEN_SEAL}
   if path.suffix == ".ckpt":
     save_torch(path, tensors)
     write_sidecar(path, entries)
+    seal(sidecar_path(path), path)
     return
   added = {key: value.format(**entries) for key, value in file_format.metadata.items()}
   save_safetensors(path, tensors, metadata={**added, **entries})
+  seal(path)

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from univid_jax.checkpoints.checksums import has_checksums, require_seal, verified
 from univid_jax.checkpoints.lora.building import PartsError, build_changes
 from univid_jax.checkpoints.lora.folder import is_lora_folder, read_lora_folder
 from univid_jax.checkpoints.lora.kinds import Change
 from univid_jax.checkpoints.lora.names import MARKERS, TARGETS, list_names, parse_name, unsupported
 from univid_jax.checkpoints.lora.scaling import CONFIG_FILE, PeftScaling, find_adapter, find_scaling
-from univid_jax.checkpoints.lora.sidecar import read_sidecar
+from univid_jax.checkpoints.lora.sidecar import read_sidecar, sidecar_path
 from univid_jax.checkpoints.lora.weights import SCALE_OF_ONE, LoRAWeights
 from univid_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from univid_jax.core.errors import UserError
@@ -28,15 +29,21 @@ def is_peft_folder(path: os.PathLike | str) -> bool:
   return (Path(path) / CONFIG_FILE).is_file()
 
 
-def read_lora(path: os.PathLike | str) -> LoRAWeights:
+def read_lora(path: os.PathLike | str, *, verify: bool = True) -> LoRAWeights:
   """Reads a LoRA: a file of any trainer, a folder of PEFT, or this project's own.
 
+  Args:
+    path: of the file or folder.
+    verify: whether to compare it with its checksums, if it has any.
+
   Raises:
+    DamagedError: a file differs from its checksum.
     FileNotFoundError: the path or its weights do not exist.
     UserError: the contents are not a LoRA for Wan2.1's transformer, damaged, or of an unsupported kind.
   """
-  if is_lora_folder(path):
-    return read_lora_folder(path)
+  if is_lora_folder(path) or has_checksums(path):
+    with verified(path, enabled=verify):
+      return read_lora_folder(path)
   if is_peft_folder(path):
     found = find_adapter(Path(path))
     if found is None:
@@ -44,6 +51,8 @@ def read_lora(path: os.PathLike | str) -> LoRAWeights:
     path = found
   if Path(path).is_dir():
     raise UserError(f"{path} is a folder without lora.json or {CONFIG_FILE}: pass the LoRA file itself")
+  if verify:
+    require_seal(Path(path), sidecar_path(Path(path)))
   return parse_lora(open_tensors(path))
 
 

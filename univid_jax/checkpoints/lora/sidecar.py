@@ -10,7 +10,7 @@ from univid_jax.core.paths import atomic_write
 
 def write_sidecar(path: Path, metadata: Mapping[str, str]) -> None:
   """Writes the metadata of a file."""
-  with atomic_write(_sidecar(path)) as sidecar:
+  with atomic_write(sidecar_path(path)) as sidecar:
     sidecar.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -20,7 +20,7 @@ def read_sidecar(path: Path) -> dict[str, str]:
   Raises:
     UserError: it is damaged.
   """
-  sidecar = _sidecar(path)
+  sidecar = sidecar_path(path)
   if not sidecar.exists():
     return {}
   try:
@@ -32,5 +32,5 @@ def read_sidecar(path: Path) -> dict[str, str]:
   return {key: value for key, value in values.items() if isinstance(value, str)}
 
 
-def _sidecar(path: Path) -> Path:
+def sidecar_path(path: Path) -> Path:
   return path.with_name(f"{path.name}.json")

@@ -1,0 +1,224 @@
+"""Damaged checkpoints of a run: another one is used, and nothing is lost."""
+
+import contextlib
+import json
+import logging
+import shutil
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_checksums import flip_bit, list_files, run_verify
+from univid_jax.checkpoints.checksums import CHECKSUMS_FILE, DamagedError, find_damage
+from univid_jax.checkpoints.run import Checkpointer
+from univid_jax.checkpoints.saved import SavedCheckpoints
+from univid_jax.checkpoints.trained import find_step
+from univid_jax.config.boundary import override
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import OnDamaged
+from univid_jax.inference.load import load_pipeline
+from univid_jax.training.loop import train
+
+
+def open_stream(position=0):
+  stream = iter(grain.MapDataset.range(100).to_iter_dataset())
+  for _ in range(position):
+    next(stream)
+  return stream
+
+
+def arrays(step):
+  return {"kernel": jnp.full((8, 8), step, jnp.float32), "bias": jnp.arange(5) + step}
+
+
+def save(workdir, steps, *, keep=3):
+  """Saves small checkpoints as a run does, each with a validation loss."""
+  with contextlib.closing(Checkpointer(workdir, keep=keep)) as checkpointer:
+    for step in steps:
+      model, training = arrays(step), {"step": jnp.asarray(step), "moments": arrays(-step)}
+      checkpointer.save(step, model=model, training=training, data=open_stream(step), val_loss=1 / step)
+
+
+def resume(workdir, **options):
+  """Restores a checkpoint as a run does; returns its step, after checking that everything is of that step."""
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays(0))
+  scalar = jnp.asarray(0)
+  training = {"step": jax.ShapeDtypeStruct((), scalar.dtype, sharding=scalar.sharding), "moments": abstract}
+  stream = open_stream()
+  with contextlib.closing(Checkpointer(workdir, **options)) as checkpointer:
+    model, training = checkpointer.restore(model=abstract, training=training, data=stream)
+  step = int(training["step"])
+  for found, expected in ((model, arrays(step)), (training["moments"], arrays(-step))):
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+  assert next(stream) == step
+  return step
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """Checkpoints of the steps 2 and 4."""
+  save(tmp_path, [2, 4])
+  return tmp_path
+
+
+def damage(workdir, step=4, item="model"):
+  """Flips a bit of the largest file of an item; returns its name in the checkpoint."""
+  folder = workdir / "checkpoints" / str(step)
+  files = [path for path in list_files(folder / item) if path.name != "commit_success.txt"]
+  path = max(files, key=lambda path: path.stat().st_size)
+  flip_bit(path)
+  return str(path.relative_to(folder))
+
+
+def folders(workdir):
+  return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def test_every_file_of_a_checkpoint(workdir):
+  """A flipped bit anywhere is noticed, and the message names the file."""
+  folder, rng = workdir / "checkpoints" / "4", np.random.default_rng()
+  files = list_files(folder)
+  assert {path.relative_to(folder).parts[0] for path in files} >= {"model", "training", "data", "metrics"}
+  for path in files:
+    contents = flip_bit(path, rng)
+    with pytest.raises(DamagedError, match=rf"{path.relative_to(folder)} \(.*checksum differs\)"):
+      SavedCheckpoints(workdir, on_damaged=OnDamaged.STOP).read(None, lambda folder: None)
+    path.write_bytes(contents)
+  assert resume(workdir) == 4
+
+
+@pytest.mark.parametrize("item", ["model", "training", "data", "metrics"])
+def test_resuming(workdir, caplog, item):
+  """The newest that is intact is used; the other is kept under another name, and its step is saved again."""
+  name = damage(workdir, item=item)
+  with caplog.at_level(logging.WARNING):
+    assert resume(workdir) == 2
+  assert (
+    f"{workdir}/checkpoints/4 is damaged: {name} (checksum differs); the checkpoint of step 2 is used" in caplog.text
+  )
+  assert folders(workdir) == ["2", "4.damaged"]
+  save(workdir, [4])
+  assert resume(workdir) == 4 and find_damage(workdir / "checkpoints" / "4.damaged") == [f"{name} (checksum differs)"]
+  damage(workdir, item=item)
+  assert resume(workdir) == 2 and folders(workdir) == ["2", "4.damaged", "4.damaged-2"]
+  assert resume(workdir) == 2
+
+
+def test_stop(workdir):
+  damage(workdir)
+  with pytest.raises(DamagedError, match=r"checksum differs.*; --on_damaged_checkpoint=fallback uses the newest"):
+    resume(workdir, on_damaged=OnDamaged.STOP)
+  assert folders(workdir) == ["2", "4"]
+
+
+def test_none_is_intact(workdir):
+  damage(workdir, 2), damage(workdir, 4)
+  for use in (lambda: resume(workdir), lambda: find_step(workdir, None)):
+    with pytest.raises(DamagedError, match=r"4 is damaged.*checksum differs.*no older checkpoint is intact"):
+      use()
+  assert folders(workdir) == ["2", "4"]
+
+
+@pytest.mark.parametrize("contents", [b"", b'{"next', b"{}", None])
+@pytest.mark.parametrize("name", ["data/process_0-of-1.json", "model/manifest.ocdbt"])
+def test_damage_without_checksums(workdir, caplog, contents, name):
+  """What cannot be read is damaged."""
+  for step in (2, 4):
+    (workdir / "checkpoints" / str(step) / CHECKSUMS_FILE).unlink()
+  path = workdir / "checkpoints" / "4" / name
+  path.unlink() if contents is None else path.write_bytes(contents)
+  with caplog.at_level(logging.WARNING):
+    assert resume(workdir) == 2
+  reason = "data holds no position in the data" if name.startswith("data") else "cannot read the checkpoint"
+  assert "4 is damaged: " in caplog.text and reason in caplog.text and "step 2 is used instead" in caplog.text
+  assert f"python -m univid_jax.verify {workdir}/checkpoints/2 --write" in caplog.text
+  assert folders(workdir) == ["2", "4.damaged"]
+
+
+def test_an_intact_checkpoint_of_something_else_is_not_damaged(workdir):
+  abstract = {"kernel": jax.ShapeDtypeStruct((3, 3), np.float32, sharding=jnp.zeros(()).sharding)}
+  with (
+    contextlib.closing(Checkpointer(workdir)) as checkpointer,
+    pytest.raises(UserError, match="cannot read") as error,
+  ):
+    checkpointer.restore(model=abstract, training={}, data=open_stream())
+  assert not isinstance(error.value, DamagedError) and folders(workdir) == ["2", "4"]
+
+
+def test_sampling(workdir, caplog):
+  """It takes the newest intact one, unless another is asked for; it renames nothing."""
+  name = damage(workdir)
+  with caplog.at_level(logging.WARNING):
+    assert find_step(workdir, None) == 2
+  assert f"{name} (checksum differs); the checkpoint of step 2 is used instead" in caplog.text
+  assert find_step(workdir, None, verify=False) == 4 and find_step(workdir, 4, verify=False) == 4
+  for step in ("4", "best"):
+    with pytest.raises(DamagedError, match=r"checksum differs.*--verify_weights=off"):
+      find_step(workdir, step)
+  with pytest.raises(DamagedError, match="checksum differs"):
+    find_step(workdir, None, on_damaged=OnDamaged.STOP)
+  assert folders(workdir) == ["2", "4"]
+
+
+def test_large_states_that_are_not_read(workdir, monkeypatch):
+  """To sample, the optimizer's state is not hashed if that takes long."""
+  damage(workdir, item="training")
+  assert find_step(workdir, None) == 2
+  monkeypatch.setattr("univid_jax.checkpoints.saved._QUICK_BYTES", 10)
+  assert find_step(workdir, None) == 4 and resume(workdir) == 2
+
+
+def test_damaged_metrics_of_an_older_one(workdir, caplog):
+  """Orbax reads those of all checkpoints before it saves another."""
+  damage(workdir, 2, "metrics")
+  with caplog.at_level(logging.WARNING):
+    assert resume(workdir) == 4
+  assert "2 is damaged: metrics/metrics (checksum differs)" in caplog.text
+  save(workdir, [6])
+  assert folders(workdir) == ["2.damaged", "4", "6"] and find_step(workdir, "best") == 6
+  damage(workdir, 4, "metrics")
+  with pytest.raises(DamagedError, match="metrics/metrics"):
+    find_step(workdir, "best")
+
+
+def test_adding_checksums(workdir, caplog, capsys):
+  """Checkpoints without them load with a warning; the command that it names adds them."""
+  for step in (2, 4):
+    (workdir / "checkpoints" / str(step) / CHECKSUMS_FILE).unlink()
+  with caplog.at_level(logging.WARNING):
+    assert resume(workdir) == 4
+  assert f"python -m univid_jax.verify {workdir}/checkpoints/4 --write" in caplog.text
+  assert run_verify(workdir) == 1 and run_verify(workdir, "--write") == 0 and run_verify(workdir) == 0
+  name = damage(workdir)
+  assert run_verify(workdir, "--write") == 1 and f"checkpoints/4/{name} (checksum differs)" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_a_run(tiny_config, tmp_path, caplog):
+  """A run that falls back ends as an undisturbed one, and its metrics hold each step once."""
+  config = override(tiny_config, {"checkpoint.every_steps": 2, "validation.every_steps": 0})
+  logging.getLogger("absl").addHandler(caplog.handler)
+  try:
+    train(config, str(tmp_path / "run"))
+    shutil.copytree(tmp_path / "run", tmp_path / "damaged")
+    name = damage(tmp_path / "damaged")
+    with caplog.at_level(logging.WARNING):
+      assert train(config, str(tmp_path / "damaged")).steps_taken == 2
+    assert f"4 is damaged: {name} (checksum differs); the checkpoint of step 2 is used instead" in caplog.text
+    both = [load_pipeline(str(tmp_path / name)).params for name in ("run", "damaged")]
+  finally:
+    logging.getLogger("absl").removeHandler(caplog.handler)
+  # Orbax's warnings are for those who write code with it.
+  assert not [record for record in caplog.records if record.name == "absl"]
+  assert jax.tree.all(jax.tree.map(np.array_equal, *both))
+  metrics = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("run", "damaged")]
+  steps, losses = ([[json.loads(line)[key] for line in lines] for lines in metrics] for key in ("step", "loss"))
+  assert steps[0] == steps[1] == [1, 2, 3, 4] and losses[0] == losses[1]
+  assert folders(tmp_path / "damaged") == ["2", "4", "4.damaged"]
+  (tmp_path / "run" / "config.json").unlink()
+  for use in (lambda: train(config, str(tmp_path / "run")), lambda: load_pipeline(str(tmp_path / "run"))):
+    with pytest.raises((UserError, FileNotFoundError), match=r"has checkpoints, but no config\.json.*from a copy"):
+      use()

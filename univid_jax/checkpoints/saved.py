@@ -1,0 +1,205 @@
+"""The finished checkpoints of a run: which there are, which are intact, and what they hold."""
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from univid_jax.checkpoints.checksums import DamagedError, find_damage, has_checksums, verified
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import OnDamaged
+from univid_jax.core.paths import make_absolute
+from univid_jax.parallel.processes import sum_over_processes, wait_for_processes
+
+CHECKPOINTS_FOLDER = "checkpoints"
+# Of a checkpoint that was set aside because it is damaged.
+DAMAGED_SUFFIX = ".damaged"
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+# What sampling does not read (the optimizer's state) is verified if it is no larger: this takes no time, and a bit that
+# flips anywhere says that the disk cannot be trusted.
+_QUICK_BYTES = 1 << 30
+
+
+class SavedCheckpoints:
+  """The finished checkpoints of a run, by step.
+
+  Args:
+    workdir: of the run.
+    model_only: whether only the model will be read, not what training needs besides.
+    verify: whether checkpoints are verified before they are used.
+    on_damaged: what to do if the newest is damaged.
+  """
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    *,
+    model_only: bool = False,
+    verify: bool = True,
+    on_damaged: OnDamaged = OnDamaged.FALLBACK,
+  ):
+    self.workdir, self.parent = workdir, make_absolute(workdir) / CHECKPOINTS_FOLDER
+    self._model_only, self._verify, self._on_damaged = model_only, verify, OnDamaged(on_damaged)
+
+  @property
+  def steps(self) -> list[int]:
+    """The steps of all finished checkpoints, ascending."""
+    return sorted(ocp.utils.checkpoint_steps(self.parent)) if self.parent.exists() else []
+
+  def folder(self, step: int) -> epath.Path:
+    return self.parent / str(step)
+
+  def find_best(self) -> int | None:
+    """Returns the step with the lowest validation loss; None if none was measured.
+
+    Raises:
+      DamagedError: a loss cannot be read.
+    """
+    losses = {step: loss for step in self.steps if (loss := self._read_loss(step)) is not None}
+    return min(losses, key=lambda step: (losses[step], -step), default=None)
+
+  def _read_loss(self, step: int) -> float | None:
+    """Reads the validation loss of a checkpoint; returns None if it was not measured or is not finite."""
+    folder, name = self.folder(step), "metrics/metrics"
+    with verified(folder, enabled=self._verify and has_checksums(folder), select=_is_about_checkpoint):
+      if not (folder / name).exists():
+        return None
+      try:
+        loss = float(json.loads((folder / name).read_text())["val_loss"])
+      except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(folder, [f"{name} (no validation loss)"]) from error
+    return loss if math.isfinite(loss) else None
+
+  def read(self, step: int | str | None, read: Callable[[epath.Path], T]) -> tuple[int, T]:
+    """Reads a checkpoint while it is verified; all processes of a run must call it.
+
+    Args:
+      step: its number, "best" for the lowest validation loss, or None for the newest that is intact.
+      read: reads what is needed from the checkpoint's folder; its UserError means damage, unless the checksums say
+        otherwise.
+
+    Returns:
+      The number of the step, and what `read` returned.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      UserError: `step` is neither a number nor "best".
+      DamagedError: the checkpoint is damaged; or all are, if `step` is None.
+    """
+    if step is not None:
+      found = self._find(step)
+      return found, self._read(found, read)
+    damaged: list[DamagedError] = []
+    for found in reversed(self.steps):
+      try:
+        value = self._read(found, read)
+      except DamagedError as error:
+        if self._on_damaged == OnDamaged.STOP:
+          advice = "--on_damaged_checkpoint=fallback uses the newest that is intact"
+          raise DamagedError(error.folder, error.damage, advice) from error
+        damaged.append(error)
+        continue
+      for error in damaged:
+        _log.warning("%s; the checkpoint of step %d is used instead", error.summary, found)
+      return found, value
+    if not damaged:
+      raise FileNotFoundError(f"no finished checkpoint in {self.workdir}")
+    advice = "no older checkpoint is intact: restore one from a copy, or train in another --workdir"
+    raise DamagedError(damaged[0].folder, damaged[0].damage, advice) from damaged[0]
+
+  def _find(self, step: int | str) -> int:
+    if step == "best":
+      best = self.find_best()
+      if best is None:
+        raise FileNotFoundError(f"no finished checkpoint with a validation loss in {self.workdir}")
+      return best
+    if isinstance(step, str) and not step.isdecimal():
+      raise UserError(f'the step of a checkpoint must be a number or "best", got {step!r}')
+    if int(step) not in self.steps:
+      existing = ", ".join(map(str, self.steps)) or "none"
+      raise FileNotFoundError(f"no checkpoint of step {step} in {self.workdir}; there are {existing}")
+    return int(step)
+
+  def _read(self, step: int, read: Callable[[epath.Path], T]) -> T:
+    folder = self.folder(step)
+    is_known = self._verify and has_checksums(folder)
+    try:
+      with self._verified(folder):
+        return read(folder)
+    except UserError as error:
+      if is_known or isinstance(error, DamagedError):
+        raise
+      raise DamagedError(folder, [str(error)]) from error
+
+  @contextlib.contextmanager
+  def _verified(self, folder: epath.Path) -> Iterator[None]:
+    select = self._choose_files(folder)
+    if not self._verify or not has_checksums(folder) or jax.process_count() == 1:
+      with verified(folder, enabled=self._verify, select=select):
+        yield
+      return
+    # Each process hashes a share of the files before any of them reads: one that fails alone while it reads would leave
+    # the others waiting for it.
+    damage = find_damage(folder, lambda name: select(name) and _is_own_share(name))
+    if sum_over_processes(len(damage)):
+      raise DamagedError(folder, damage or ["a file with another checksum, which another process names"])
+    yield
+
+  def _choose_files(self, folder: epath.Path) -> Callable[[str], bool]:
+    if not self._model_only or _size(folder / "training") <= _QUICK_BYTES:
+      return lambda name: True
+    return lambda name: not name.startswith("training/")
+
+  def set_aside_damaged(self, used: int) -> None:
+    """Renames damaged checkpoints, so that their steps can be saved again; all processes of a run must call it.
+
+    Args:
+      used: step of the checkpoint that `read` has read: the newer ones are damaged. Of older ones, those are renamed
+        whose damage would keep Orbax from listing the others.
+    """
+    if jax.process_index() == 0:
+      for step in self.steps:
+        if step > used or not self._can_be_listed(step):
+          self._set_aside(self.folder(step))
+    wait_for_processes("damaged checkpoints are set aside")
+
+  def _set_aside(self, folder: epath.Path) -> None:
+    number = 1
+    while (target := folder.with_name(f"{folder.name}{DAMAGED_SUFFIX}{f'-{number}' * (number > 1)}")).exists():
+      number += 1
+    folder.rename(target)
+    _log.warning("%s is kept as %s; delete it when you do not need it any more", folder, target.name)
+
+  def _can_be_listed(self, step: int) -> bool:
+    try:
+      self._read_loss(step)
+    except DamagedError as error:
+      _log.warning("%s", error.summary)
+      return False
+    return True
+
+
+def _is_about_checkpoint(name: str) -> bool:
+  """Returns whether Orbax reads a file to list checkpoints."""
+  return name.startswith("metrics/") or "/" not in name
+
+
+def _is_own_share(name: str) -> bool:
+  return sum(name.encode()) % jax.process_count() == jax.process_index()
+
+
+def _size(folder: epath.Path) -> int:
+  """Returns the size of all files in a folder, in bytes."""
+  if not folder.exists():
+    return 0
+  return sum(_size(path) if path.is_dir() else path.stat().length for path in folder.iterdir())

@@ -1,0 +1,96 @@
+"""Finds everything below a folder that carries checksums, and verifies it."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from univid_jax.checkpoints.checksums import check_seal, find_damage, has_checksums, read_names, write_checksums
+from univid_jax.checkpoints.lora.folder import is_lora_folder
+from univid_jax.checkpoints.pretrained import is_checkpoint
+from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX
+from univid_jax.data import cache
+
+
+@dataclasses.dataclass(kw_only=True)
+class Findings:
+  """What was verified in one place.
+
+  Attributes:
+    path: the folder or file.
+    num_files: that have checksums.
+    damaged: paths of damaged files, with what is wrong.
+    note: what else there is to say.
+    is_unverified: whether there should be checksums, but are none.
+  """
+
+  path: epath.Path
+  num_files: int = 0
+  damaged: list[str] = dataclasses.field(default_factory=list)
+  note: str = ""
+  is_unverified: bool = False
+
+  def __str__(self) -> str:
+    if self.is_unverified:
+      return f"{self.path}: no checksums; --write adds them"
+    intact = f"{self.num_files - len(self.damaged)} of {self.num_files} files are intact"
+    notes = f" ({self.note})" if self.note else ""
+    return "\n".join([*(f"DAMAGED {line}" for line in self.damaged), f"{self.path}: {intact}{notes}"])
+
+
+def verify(path: epath.PathLike, *, write: bool) -> Iterator[Findings]:
+  """Verifies checkpoints, converted bases, LoRAs and caches, each when its turn comes.
+
+  Args:
+    path: one of them, or a folder that contains any number, such as a workdir.
+    write: whether to add checksums to checkpoints, bases and LoRA folders that have none.
+
+  Raises:
+    FileNotFoundError: there is no such path.
+  """
+  path = epath.Path(path)
+  if not path.exists():
+    raise FileNotFoundError(f"no such file or folder: {path}")
+  if not path.is_dir():
+    yield from _verify_files([path])
+  elif has_checksums(path) or is_checkpoint(path) or is_lora_folder(path) or _is_run_checkpoint(path):
+    yield _verify_folder(path, write=write)
+  else:
+    inside = sorted(path.iterdir())
+    yield from _verify_files([other for other in inside if not other.is_dir()])
+    for folder in inside:
+      if folder.is_dir() and DAMAGED_SUFFIX not in folder.name:
+        yield from verify(folder, write=write)
+
+
+def _is_run_checkpoint(folder: epath.Path) -> bool:
+  return folder.parent.name == CHECKPOINTS_FOLDER and folder.name.isdecimal()
+
+
+def _verify_folder(folder: epath.Path, *, write: bool) -> Findings:
+  if has_checksums(folder):
+    damage = [f"{folder}/{line}" for line in find_damage(folder)]
+    return Findings(path=folder, num_files=max(len(read_names(folder)), len(damage)), damaged=damage)
+  if not write:
+    return Findings(path=folder, is_unverified=True)
+  return Findings(path=folder, num_files=write_checksums(folder), note="checksums written now")
+
+
+def _verify_files(paths: list[epath.Path]) -> Iterator[Findings]:
+  """Verifies the files of one folder that carry their own checksums."""
+  found = Findings(path=paths[0].parent) if paths else None
+  for path in paths:
+    if cache.is_entry(path):
+      intact = cache.is_intact(path)
+    elif path.suffix == ".safetensors":
+      intact = check_seal(Path(path))
+    elif path.name.endswith(".ckpt.json") and Path(path).with_suffix("").exists():
+      intact = check_seal(Path(path), Path(path).with_suffix(""))
+    else:
+      continue
+    if intact is not None and found is not None:
+      found.num_files += 1
+      found.damaged += [] if intact else [f"{path} (checksum differs)"]
+  if found is not None and found.num_files:
+    yield found
