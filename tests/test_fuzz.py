@@ -191,7 +191,7 @@ def alarm():
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_damaged_files(tmp_path: Path, target: Target):
-  fuzz(target, tmp_path, max_examples=200, seed=0)
+  fuzz(target, tmp_path, max_examples=60, seed=0)
 
 
 @pytest.mark.slow

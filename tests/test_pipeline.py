@@ -269,11 +269,16 @@ class TestBadInput:
     chunk = damaged / "transformer" / "blocks.ffn.up.kernel" / "1.0.0"
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[: len(whole) // 2])
+    name = r"is damaged: transformer/blocks\.ffn\.up\.kernel/1\.0\.0"
+    with pytest.raises(ValueError, match=rf"{name} \(checksum differs\)"):
+      univid_jax.load_pipeline(str(damaged))
     with pytest.raises(ValueError, match="cannot read the weights in"):
-      univid_jax.load_pipeline(str(damaged))
+      univid_jax.load_pipeline(str(damaged), verify_weights=False)
     chunk.unlink()
-    with pytest.raises(ValueError, match=r"has \d+ files instead of \d+"):
+    with pytest.raises(ValueError, match=rf"{name} \(missing, but has a checksum\)"):
       univid_jax.load_pipeline(str(damaged))
+    with pytest.raises(ValueError, match=r"has \d+ files instead of \d+"):
+      univid_jax.load_pipeline(str(damaged), verify_weights=False)
 
   def test_sizes(self, pipe):
     with pytest.raises(ValueError, match="multiple of 16, got 40; the nearest are 32 and 48"):

@@ -23,7 +23,7 @@ AS_TRAINED = dict(size=None, num_frames=None, fit=None, fps=None)
 class EchoPipeline(Pipeline):
   """Returns the query, cut or repeated to the length asked for."""
 
-  dtype = "float32"
+  dtype, attention = "float32", "full"
 
   def __init__(self):
     self.contexts: list[list[np.ndarray]] = []
