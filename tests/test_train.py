@@ -217,9 +217,7 @@ class TestChangedData:
     train(config, workdir)
     more = override(config, {"num_steps": 3})
     self.write(data, names=("b",), shade=9)
-    with pytest.raises(
-      UserError, match="has changed since the run started: pairs had 3 .* and has 3; changed: edges/b"
-    ):
+    with pytest.raises(UserError, match=r"changed since the run started: pairs had 3 .* and has 3; changed: edges/b"):
       train(more, workdir)
     self.write(data, names=("d",))
     message = "pairs had 3 records and has 4; added: edges/d; changed: edges/b"
