@@ -160,7 +160,7 @@ class TestBase:
     assert find_damage(converted) == []
 
   @pytest.mark.parametrize("component", ["transformer", "vae", "checkpoint.json"])
-  def test_load_pipeline(self, converted, component):
+  def test_load_pipeline(self, converted, component, tmp_path):
     files = [path for path in list_files(converted) if path.is_relative_to(converted / component)]
     path = max(files, key=lambda path: path.stat().st_size)
     contents = flip_bit(path)
@@ -169,6 +169,9 @@ class TestBase:
         load_pipeline(str(converted))
       if component == "vae":
         load_pipeline(str(converted), verify_weights=False)
+        with pytest.raises(DamagedError, match="checksum differs"):
+          convert_any(str(converted), str(tmp_path / "out"), to="diffusers")
+        assert not any(tmp_path.iterdir())
       path.unlink()
       with pytest.raises(DamagedError, match=rf"{path.relative_to(converted)} \(missing, but has a checksum\)"):
         load_pipeline(str(converted))

@@ -4,9 +4,15 @@ If a test fails after an upgrade of Orbax or TensorStore, checkpoints may have b
 adapt that module before raising the upper bound in setup.cfg. If Orbax can write arrays in parts by then, use that.
 """
 
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from univid_jax.checkpoints import orbax_files
@@ -122,3 +128,30 @@ def test_number_of_files(tmp_path, monkeypatch):
   for path, (shape, dtype) in SPECS.items():
     files = [file for file in (tmp_path / "params" / ".".join(path)).iterdir() if not file.name.startswith(".")]
     assert num_chunks(path, shape, dtype) == len(files)
+
+
+def test_what_orbax_abandons_is_not_reported(monkeypatch, caplog):
+  """Nor what it logs; everything else is."""
+  unraisable: list[SimpleNamespace] = []
+  monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+  orbax_files.silence_orbax.__wrapped__()
+  scope: dict = {}
+  for name, file in (("theirs", f"{Path(ocp.__file__).parent}/serialization.py"), ("ours", __file__)):
+    exec(compile(f"async def {name}(): pass", file, "exec"), scope)
+    coroutine = scope[name]()
+    sys.unraisablehook(SimpleNamespace(object=coroutine, exc_value=ValueError()))
+    coroutine.close()
+  for text in ("Event loop is closed", "something else"):
+    sys.unraisablehook(SimpleNamespace(object=None, exc_value=RuntimeError(text)))
+  assert [args.object and args.object.__name__ for args in unraisable] == ["ours", None]
+  assert str(unraisable[1].exc_value) == "something else"
+
+  for name in ("absl", "asyncio"):
+    logger = logging.getLogger(name)
+    logger.addHandler(caplog.handler)
+    for path in (f"{Path(ocp.__file__).parent}/checkpoint_manager.py", __file__):
+      logger.handle(logging.LogRecord(name, logging.ERROR, path, 1, path, None, None))
+    error = ValueError('OUT_OF_RANGE: Error writing "a/0" in OCDBT database')
+    logger.error("Future exception was never retrieved", exc_info=(ValueError, error, None))
+    logger.removeHandler(caplog.handler)
+  assert {record.message for record in caplog.records} == {__file__}

@@ -32,7 +32,7 @@ OPEN_SEAL = f"xxh3_128:{'0' * 32}"
 # Either finds it, so that no flipped bit hides it.
 _SEAL_PATTERNS = (rb'"%s": ?".{9}(.{32})"' % SEAL.encode(), rb'"xxh3_128:(.{32})')
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _NUM_THREADS = 8
 # Fits into the second cache of a core: blocks of 4 MB take one and a half times as long.
@@ -134,7 +134,7 @@ def verified(
     return
   if not has_checksums(folder):
     yield
-    _log.warning(
+    log.warning(
       "%s has no checksums, so damage would go unnoticed; to add them: python -m univid_jax.verify %s --write",
       folder,
       folder,

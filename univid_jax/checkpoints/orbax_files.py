@@ -107,6 +107,8 @@ def restore_items(folder: epath.PathLike, items: Mapping[str, Any]) -> Mapping[s
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
       restored = checkpointer.restore(make_absolute(folder), args=args)
   except Exception as error:  # as above
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+      raise
     raise UserError(f"cannot read the checkpoint {folder}: {_first_line(error)}") from error
   return {name: restored[name] for name in items}
 

@@ -23,7 +23,7 @@ DAMAGED_SUFFIX = ".damaged"
 
 T = TypeVar("T")
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # What sampling does not read (the optimizer's state) is verified if it is no larger: this takes no time, and a bit that
 # flips anywhere says that the disk cannot be trusted.
@@ -110,7 +110,7 @@ class SavedCheckpoints:
         damaged.append(error)
         continue
       for error in damaged:
-        _log.warning("%s; the checkpoint of step %d is used instead", error.summary, found)
+        log.warning("%s; the checkpoint of step %d is used instead", error.summary, found)
       return found, value
     if not damaged:
       raise FileNotFoundError(f"no finished checkpoint in {self.workdir}")
@@ -178,13 +178,13 @@ class SavedCheckpoints:
     while (target := folder.with_name(f"{folder.name}{DAMAGED_SUFFIX}{f'-{number}' * (number > 1)}")).exists():
       number += 1
     folder.rename(target)
-    _log.warning("%s is kept as %s; delete it when you do not need it any more", folder, target.name)
+    log.warning("%s is kept as %s; delete it when you do not need it any more", folder, target.name)
 
   def _can_be_listed(self, step: int) -> bool:
     try:
       self._read_loss(step)
     except DamagedError as error:
-      _log.warning("%s", error.summary)
+      log.warning("%s", error.summary)
       return False
     return True
 

@@ -13,7 +13,7 @@ import xxhash
 
 from univid_jax.core.paths import CACHE_FOLDER
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # What an entry ends in: this word and the checksum of what precedes it. Decompression ignores both, so that entries are
 # shared with other users of JAX.
@@ -56,7 +56,7 @@ def _verify_entries() -> None:
       value = None if entry is None else read_intact(entry)
       if entry is not None and value is None:
         path = self.path / f"{key}-cache"
-        _log.info("a program in the compilation cache is damaged and is compiled again: %s", path)
+        log.info("a program in the compilation cache is damaged and is compiled again: %s", path)
         path.unlink(missing_ok=True)
       return value
 
@@ -64,6 +64,6 @@ def _verify_entries() -> None:
       try:
         super().put(key, value + _WORD + xxhash.xxh3_128_digest(value))
       except OSError as error:  # a full disk, for example: the program runs all the same
-        _log.warning("a compiled program is not kept for the next start: %s", error)
+        log.warning("a compiled program is not kept for the next start: %s", error)
 
   setattr(compilation_cache, "LRUCache", VerifiedCache)  # noqa: B010 (for the type checker, modules are read-only)

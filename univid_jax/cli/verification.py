@@ -10,6 +10,7 @@ from univid_jax.checkpoints.checksums import check_seal, find_damage, has_checks
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.pretrained import is_checkpoint
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX
+from univid_jax.core.paths import is_remote
 from univid_jax.data import cache
 
 
@@ -83,6 +84,8 @@ def _verify_files(paths: list[epath.Path]) -> Iterator[Findings]:
   for path in paths:
     if cache.is_entry(path):
       intact = cache.is_intact(path)
+    elif is_remote(path):
+      continue  # LoRA files are read from local disks only
     elif path.suffix == ".safetensors":
       intact = check_seal(Path(path))
     elif path.name.endswith(".ckpt.json") and Path(path).with_suffix("").exists():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from univid_jax.checkpoints.checksums import verified
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo, numpy_dtype, save_safetensors, save_torch
 from univid_jax.convert.destination import atomic_folder
@@ -96,6 +97,7 @@ def export_checkpoint(
 
   Raises:
     UserError: a file needs PyTorch, which is not installed.
+    DamagedError: a file of the checkpoint differs from its checksum; nothing is written.
     OSError: the destination exists, or the disk is too small.
   """
   checkpoint, files = PretrainedCheckpoint.open(source), LAYOUTS[layout]
@@ -109,7 +111,7 @@ def export_checkpoint(
       logger.warning("%s is left out: the checkpoint has only the parts of it that Wan2.1 uses", component)
   tokenizer = sorted(checkpoint.tokenizer_path().parent.iterdir()) if checkpoint.info.tokenizer else []
   needed = sum(part.nbytes for part in tensors.values()) + sum(path.stat().length for path in tokenizer) + SPARE_BYTES
-  with atomic_folder(destination, needed=needed, force=force) as folder:
+  with atomic_folder(destination, needed=needed, force=force) as folder, verified(source):
     folder = Path(folder)
     for component, part in tensors.items():
       path = folder / files.weights[component]

@@ -18,7 +18,7 @@ from univid_jax.checkpoints.lora.stacking import stack_loras
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.model import open_encoders, transformer_config
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_checkpoint
-from univid_jax.checkpoints.run import require_run
+from univid_jax.checkpoints.run import RunRecord, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import is_lora_run, read_run_lora, restore_run, run_usage
 from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
@@ -67,8 +67,7 @@ def load_pipeline(
     attention: "full" or "context_causal"; by default what the run or the LoRAs were trained with.
     step: checkpoint of a workdir: a number, "best" (the lowest validation loss) or None for the latest.
     verify_weights: compares every file with its checksum while the weights are loaded.
-    on_damaged_checkpoint: if the latest checkpoint of a workdir is damaged, "fallback" takes the newest that is intact,
-      with a warning; "stop" raises.
+    on_damaged_checkpoint: "fallback" takes the newest that is intact if the latest of a workdir is not, "stop" raises.
 
   Raises:
     FileNotFoundError: there is no such checkpoint, run or LoRA.
@@ -88,10 +87,7 @@ def load_pipeline(
       graph, params = base.load("transformer", mesh=mesh, dtype=compute_dtype)
     usage = _lora_usage([each for each, _ in loras], base.checksum("transformer"), attention=attention)
   else:
-    record, on_damaged = require_run(checkpoint), OnDamaged(on_damaged_checkpoint)
-    if dtype:
-      run = override(record.config, {"model.dtype": dtype, "model.param_dtype": dtype})
-      record = dataclasses.replace(record, config=run)
+    record, on_damaged = _override_dtype(require_run(checkpoint), dtype), OnDamaged(on_damaged_checkpoint)
     saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
     with verified(record.config.init_from, enabled=verify_weights):
       config, encoders = transformer_config(record.config), open_encoders(record.config, mesh)
@@ -103,6 +99,13 @@ def load_pipeline(
       config, graph, params, loras, mesh=mesh, merged=merge_lora, skip_unmatched=lora_skip_unmatched
     )
   return Pipeline(config, graph, params, encoders=encoders, mesh=mesh, usage=usage, attention=attention)
+
+
+def _override_dtype(record: RunRecord, dtype: str | None) -> RunRecord:
+  if not dtype:
+    return record
+  config = override(record.config, {"model.dtype": dtype, "model.param_dtype": dtype})
+  return dataclasses.replace(record, config=config)
 
 
 def add_loras(
