@@ -72,8 +72,7 @@ def make_loader(
     row_shape: capacity of a row.
     rows_per_batch: of this process.
     seed: of the order, which changes every epoch.
-    process_index: of this process.
-    process_count: processes, each of which gets its own share of the sentences.
+    process_index, process_count: of this process; each gets its own share of the sentences.
     num_threads: threads per stream that read and encode sentences.
     num_packing_bins: rows that are filled at the same time; by default two batches.
     packing: which of them a sentence goes to.
@@ -83,17 +82,14 @@ def make_loader(
     allow_dropped: leave out sentences that cannot be used, and log each once, instead of stopping.
 
   Raises:
-    UserError: the streams do not divide; or, from the iterator, a sentence cannot be used: one of its clips cannot be
-      read, or it is too long for a row. The message names the record and the file.
+    UserError: the streams do not divide; or, from the iterator, a sentence has a clip that cannot be read, or is too
+      long for a row. The message names the record and the file.
   """
   num_streams = num_streams or process_count
-  if num_streams % process_count or rows_per_batch % (num_streams // process_count):
-    shares = f"{process_count} processes and their {rows_per_batch} rows"
-    raise UserError(f"config.rows.streams = {num_streams} does not divide over {shares}")
-  count = num_streams // process_count
+  count = _divide_streams(num_streams, process_count, rows_per_batch)
   capacities = row_shape.capacities(feature_names(takes_image=make_features.takes_image))
-  encoded = [EncodedSource(source, make_features, capacities, allow_dropped=allow_dropped) for source in sources]
-  sentences = _mix(encoded, weights, seed=seed)
+  encode = functools.partial(EncodedSource, allow_dropped=allow_dropped)
+  sentences = _mix([encode(source, make_features, capacities) for source in sources], weights, seed=seed)
   read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=SENTENCE_BUFFER)
   streams = [
     pack_dataset(
@@ -111,6 +107,14 @@ def make_loader(
   order = np.arange(rows_per_batch).reshape(-1, count).T.ravel()
   finish = functools.partial(_finish, order, capacities, row_shape.context_causal)
   return iter(prefetch(rows.batch(rows_per_batch, drop_remainder=True).map(finish), buffer_size=BATCH_BUFFER))
+
+
+def _divide_streams(num_streams: int, process_count: int, rows_per_batch: int) -> int:
+  """Returns the streams of each process; raises UserError if they do not divide."""
+  if num_streams % process_count or rows_per_batch % (num_streams // process_count):
+    shares = f"{process_count} processes and their {rows_per_batch} rows"
+    raise UserError(f"config.rows.streams = {num_streams} does not divide over {shares}")
+  return num_streams // process_count
 
 
 class EncodedSource:
