@@ -1,9 +1,9 @@
 """Training runs: resumed bit-exactly, stopped cleanly, validated, forecast."""
 
 import json
-import resource
 import signal
 import socket
+import textwrap
 import time
 
 import jax
@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import commands
-from tests.commands import run_command, start_command
+from tests.commands import finish, run_command, start_command, start_python
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.run import Checkpointer, read_run
@@ -131,8 +131,12 @@ def test_a_full_disk_during_a_save(tmp_path):
     f"--workdir={tmp_path}",
   ]
   assert run_command(*arguments, "--config.num_steps=2").returncode == 0
-  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))  # noqa: E731
-  full = run_command(*arguments, "--config.num_steps=4", preexec_fn=limit)
+  script = textwrap.dedent("""
+    import resource, runpy
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
+    runpy.run_module("univid_jax.train", run_name="__main__")
+  """)
+  full = finish(start_python("-c", script, *arguments[1:], "--config.num_steps=4"))
   last = full.stderr.strip().splitlines()[-1]
   assert full.returncode == 1 and last.startswith("error: ") and "the last one is that of step 2" in last, full.stderr
   assert last.endswith(": File too large") and "Traceback" not in full.stderr and full.stderr.count("rror: ") == 1
