@@ -60,6 +60,8 @@ def test_unknown_preset():
     ("data.kinds", {"x": "image"}, "config.data.kinds.x must be one of depth, normals"),
     ("data.num_clips", {"clips_5": 1.0}, "config.data.num_clips must have keys clips_4, clips_6"),
     ("data.contexts", {"I": -1.0}, "config.data.contexts.I must be at least 0, got -1.0"),
+    ("data.weights.pairs", -1.0, "config.data.weights.pairs must be at least 0, and finite, got -1.0"),
+    ("data.weights.pairs", float("inf"), "config.data.weights.pairs must be at least 0, and finite, got inf"),
     ("data.depth_range", (5.0, 1.0), "config.data.depth_range must be two increasing positive distances"),
     ("data.test_pairs", "dir", "config.data.test_pairs is a test set, and there is no training data"),
     ("data.tfds.test_split", "test", "config.data.tfds.test_split is a test set, and there is no training data"),

@@ -23,8 +23,25 @@ from univid_jax.inference.load import load_pipeline
 from univid_jax.training.loop import train
 
 
+class Stream:
+  """Numbers, with a position as the loader has."""
+
+  def __init__(self):
+    self._numbers = iter(grain.MapDataset.range(100).to_iter_dataset())
+
+  def __next__(self):
+    return next(self._numbers)
+
+  def get_state(self):
+    return json.dumps(self._numbers.get_state()).encode()
+
+  def set_state(self, states):
+    (state,) = map(json.loads, states)
+    self._numbers.set_state(state)
+
+
 def open_stream(position=0):
-  stream = iter(grain.MapDataset.range(100).to_iter_dataset())
+  stream = Stream()
   for _ in range(position):
     next(stream)
   return stream

@@ -18,12 +18,15 @@ from tests.clip_files import (
   write_table,
   write_video,
 )
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import tiny
 from univid_jax.config.schema import TFDSConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle, TargetKind
 from univid_jax.core.sentence import Role, read_frames
 from univid_jax.data import joint_reading
 from univid_jax.data.clips import ClipFormat
+from univid_jax.data.sources.open import open_data
 from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
@@ -216,6 +219,29 @@ def test_clips_of_one_video_are_read_together(tmp_path, monkeypatch):
     clips = sentences[0].clips
     assert all(np.array_equal(clips[i].read(), alone[i]) for i in order)
     assert len(calls) == num_calls
+
+
+class TestWeights:
+  """Weight 0 switches a kind of data off."""
+
+  def config(self, metadata, **changes):
+    data = {"data.metadata": str(metadata), "data.height": 32, "data.width": 48, "data.fps": 0.0}
+    return override(tiny(), data | {f"data.{key}": value for key, value in changes.items()})
+
+  def test_it_is_not_opened(self, metadata):
+    config = self.config(metadata, pairs="/missing", manifest="/missing", **{"weights.pairs": 0, "weights.manifest": 0})
+    data = open_data(config)
+    assert data.sources.keys() == data.weights.keys() == {"metadata"}
+    with pytest.raises(FileNotFoundError):
+      open_data(override(config, {"data.weights.pairs": 0.5}))
+
+  def test_one_kind_must_be_left(self, metadata):
+    off = {"weights.metadata": 0, "weights.pairs": 0}
+    message = r"all data is switched off: config\.data\.weights\.metadata and pairs must not all be 0"
+    with pytest.raises(UserError, match=message):
+      open_data(self.config(metadata, pairs="/missing", **off))
+    with pytest.raises(UserError, match=r"config\.data\.weights\.computed must not be 0"):
+      open_data(override(tiny(), {"data.weights.computed": 0}))
 
 
 class TestManifest:

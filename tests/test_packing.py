@@ -1,6 +1,7 @@
 """Packed rows, and the loader that makes batches of them."""
 
 import dataclasses
+import json
 from contextlib import closing
 
 import jax
@@ -170,7 +171,7 @@ class TestLoader:
     state = loader.get_state()
     expected = self.batches(loader, 4)
     again = self.loader(tiny_config, packing=packing)
-    again.set_state(state)
+    again.set_state([state])
     self.assert_equal(self.batches(again, 4), expected)
 
   def test_processes_share_the_sentences(self):
@@ -197,8 +198,63 @@ class TestLoader:
     ]
     for batch, first, second in zip(whole, *halves):
       self.assert_equal(batch, jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second))
-    with pytest.raises(UserError, match=r"config\.rows\.streams = 3 does not divide over 2 processes"):
+    with pytest.raises(UserError, match=r"config\.rows\.streams = 3 does not divide the 8 rows of a batch"):
       self.loader(tiny_config, num_streams=3, process_count=2)
+
+  def numbered(self, process=0, count=1, streams=0):
+    """Six rows of a batch on all processes, each of one sentence that is its number."""
+    return make_loader(
+      [NumberedSentences(1000)],
+      NumberFeatures(),
+      row_shape=RowShape(num_tokens=12, num_text_tokens=1, num_slots=1),
+      rows_per_batch=6 // count,
+      seed=0,
+      process_index=process,
+      process_count=count,
+      num_packing_bins=5,
+      num_streams=streams,
+    )
+
+  def sentences(self, loaders, batches=3):
+    """The sentences of each batch over all processes."""
+    parts = [self.batches(loader, batches) for loader in loaders]
+    return [[int(row[0, 0]) for part in parts for row in part[step].tokens] for step in range(batches)]
+
+  @pytest.mark.parametrize("saved, streams", [(1, 0), (2, 0), (3, 0), (2, 3), (1, 6), (3, 2)])
+  def test_other_processes_continue_the_streams(self, saved, streams):
+    """A run that was saved by one to three processes goes on with the same batches on one to six."""
+    loaders = [self.numbered(process, saved, streams) for process in range(saved)]
+    assert self.sentences(loaders) == self.sentences([self.numbered(streams=streams or saved)])
+    loaders = [self.numbered(process, saved, streams) for process in range(saved)]
+    for loader in loaders:
+      next(loader)
+    states = [loader.get_state() for loader in loaders]
+    expected = self.sentences(loaders)
+    for count in (1, 2, 3, 6):
+      others = [self.numbered(process, count, streams) for process in range(count)]
+      for loader in others:
+        loader.set_state(states)
+      assert self.sentences(others) == expected, count
+
+  def test_positions_of_version_0_1_are_read(self):
+    """It saved the state of Grain's iterator: of one stream, or of several that were mixed."""
+
+    def plain(loader):
+      return list(json.loads(loader.get_state())["streams"].values())
+
+    for processes, streams in ((1, 1), (2, 2), (1, 3), (2, 6)):
+      loaders = [self.numbered(process, processes, streams) for process in range(processes)]
+      for loader in loaders:
+        next(loader)
+      old = [{"parents": plain(x), "index": 6, "stop": False} if streams > processes else plain(x)[0] for x in loaders]
+      expected, again = self.sentences(loaders), self.numbered()
+      again.set_state([json.dumps(state).encode() for state in old])
+      assert self.sentences([again]) == expected
+
+  @pytest.mark.parametrize("state", [b"", b"{}", b"[]", b'{"num_streams": 2, "streams": {}}', b'{"num_streams": 1}'])
+  def test_a_damaged_position_is_refused(self, state):
+    with pytest.raises(UserError, match="the position in the data is damaged"):
+      self.numbered().set_state([state])
 
   def test_mixed_sources_do_not_depend_on_threads(self):
     def batches(num_threads):

@@ -1,16 +1,19 @@
-"""Experimental APIs of JAX that `parallel` relies on."""
+"""Private and experimental APIs of JAX that `parallel` relies on."""
 
 import dataclasses
+import signal
 
 import jax
 import numpy as np
 import pytest
+from jax._src import clusters
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.commands import finish, free_port, start_python
 from univid_jax.config.schema import MeshConfig
 from univid_jax.parallel.mesh import make_mesh, row_shards
-from univid_jax.parallel.processes import gather_arrays, local_rows, wait_for_processes
+from univid_jax.parallel.processes import count_distinct, gather_arrays, local_rows, wait_for_processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,4 +53,67 @@ def test_arrays_are_gathered_and_processes_wait():
   np.testing.assert_array_equal(multihost_utils.process_allgather(sharded, tiled=True), x)
   multihost_utils.sync_global_devices("test")
   wait_for_processes("test")
+  assert count_distinct(["a", "b", "a"]) == 2
   np.testing.assert_array_equal(local_rows(x, mesh), x)
+
+
+STORE = """
+import sys
+from univid_jax.parallel.processes import CoordinationStore, connect, disconnect
+
+connect(f"127.0.0.1:{sys.argv[1]}", 1, 0, heartbeat_seconds=60)
+store = CoordinationStore()
+store.create("event/stop", "first")
+store.create("event/stop", "second")
+store.replace("event/beat", "1")
+store.replace("event/beat", "2")
+store.create("other", "x")
+assert dict(store.read("event")) == {"stop": "first", "beat": "2"}, store.read("event")
+assert dict(store.read("nothing")) == {}
+disconnect()
+"""
+
+
+def test_the_coordination_service_stores_text():
+  """`parallel.processes` uses jax._src.distributed.global_state.client: key_value_set (which raises ALREADY_EXISTS or
+  overwrites) and key_value_dir_get.
+
+  Without them processes do not hear of each other's signals, failures and deaths. JAX has no public access to the
+  service; orbax.checkpoint.multihost uses the same object.
+  """
+  done = finish(start_python("-c", STORE, free_port()))
+  assert done.returncode == 0, done.stderr
+
+
+def test_clusters_are_detected(monkeypatch):
+  """`parallel.processes` asks JAX for the address of process 0 itself, because its relay has to know it."""
+  variables = dict(JOB_ID=7, STEP_NODELIST="node[3-4]", NTASKS=2, PROCID=1, LOCALID=0, STEP_NUM_NODES=2)
+  for name, value in variables.items():
+    monkeypatch.setenv(f"SLURM_{name}", str(value))
+  found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 10)
+  (address, *numbers) = found
+  assert address.rpartition(":")[0] == "node3" and address.rpartition(":")[2].isdigit()
+  assert numbers == [2, 1, [0]]
+
+
+ALONE = """
+import sys, time
+import jax
+
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+print(flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.long
+def test_jax_aborts_when_process_0_dies():
+  """The reason for `parallel.relay`. If the second process survives, or ends without a stack trace, that can go."""
+  port = free_port()
+  first, second = (start_python("-c", ALONE, port, index) for index in (0, 1))
+  for process in (first, second):
+    process.stdout.readline()
+  first.kill()
+  finish(first)
+  done = finish(second)
+  assert done.returncode == -signal.SIGABRT and "stack trace" in done.stderr

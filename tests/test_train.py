@@ -1,10 +1,12 @@
 """Training runs: resumed bit-exactly, stopped cleanly, validated, forecast."""
 
 import json
+import os
 import signal
-import socket
 import textwrap
 import time
+from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +14,21 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import commands
-from tests.commands import finish, run_command, start_command, start_python
+from tests.commands import finish, free_port, run_command, start_command, start_python
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.run import Checkpointer, read_run
 from univid_jax.checkpoints.trained import find_step
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import OptimizerConfig
-from univid_jax.core.errors import UserError
+from univid_jax.core import lock
+from univid_jax.core.errors import Interrupted, UserError
+from univid_jax.core.lock import Lock
 from univid_jax.core.options import Schedule
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.packing import RowShape, pack, pack_rows
@@ -31,8 +37,10 @@ from univid_jax.data.writer import write_clip
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.inference.load import load_pipeline
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training import metrics_writer
 from univid_jax.training.loop import open_loader, restore_or_create_state, train
 from univid_jax.training.memory import bytes_per_device, forecast, forecast_sampling
+from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.optimizer import make_optimizer, make_schedule
 from univid_jax.training.setup import set_up_run
 from univid_jax.training.state import StateSpec
@@ -309,6 +317,84 @@ class TestValidation:
       find_step(tmp_path, 77)
 
 
+class TestMetrics:
+  """metrics.jsonl has each step once, in order, whatever the run before left there."""
+
+  @pytest.fixture(autouse=True)
+  def without_plots(self, monkeypatch):
+    monkeypatch.setattr(metrics_writer, "plot_loss", lambda path, *_: path.touch())
+    monkeypatch.setattr(MetricsWriter, "_board", mock.Mock())
+
+  def resume(self, tmp_path, content, start, steps):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    writer = MetricsWriter(tmp_path, start_step=start)
+    for step in steps:
+      writer.write(step, {"loss": float(step)})
+    writer.close()
+    return read_metrics(tmp_path)
+
+  @given(st.data())
+  @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+  def test_after_a_kill_at_any_byte(self, tmp_path, data):
+    """A run was killed while it wrote a line, and resumes from any checkpoint before."""
+    lines = [json.dumps({"step": step, "loss": float(step), "fill_rate": 0.5}) + "\n" for step in range(1, 9)]
+    content = "".join(lines).encode()
+    content = content[: data.draw(st.integers(len(lines[0]), len(content)))]
+    start = data.draw(st.integers(0, content.count(b"\n")))
+    rows = self.resume(tmp_path, content, start, range(start + 1, 10))
+    assert [(row["step"], row["loss"]) for row in rows] == [(step, step) for step in range(1, 10)]
+
+  @pytest.mark.parametrize(
+    "damage", [b"\0\0\0\n", b"{}\n", b"[1]\n", b'{"step": "2"}\n', b"\xff\n", b'{"step": 1}\n', b"\n"]
+  )
+  def test_after_damage(self, tmp_path, damage):
+    rows = self.resume(tmp_path, b'{"step": 1, "loss": 1.0}\n' + damage + b'{"step": 2, "loss": 2.0}\n{"st', 2, [3])
+    assert [row["step"] for row in rows] == [1, 2, 3]
+
+  def test_a_kill_while_it_is_trimmed_loses_nothing(self, tmp_path, monkeypatch):
+    """The lines after the checkpoint are dropped in a new file that replaces the old one."""
+    lines = b'{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+      MetricsWriter(tmp_path, start_step=1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+
+
+@pytest.mark.long
+def test_a_signal_during_validation_saves_at_once(tiny_config, tmp_path, monkeypatch):
+  """Validation may take longer than a preempted machine has; its result is left out, and the run resumes."""
+  config = override(tiny_config, {"validation.every_steps": 2, "validation.sentences": 4, "validation.previews": 0})
+  sums, calls = Validation.__call__, []
+
+  def interrupted(self, *args, progress, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    calls.append(len(calls))
+    return sums(self, *args, progress=progress, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Validation, "__call__", interrupted)
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM at step 2 of 4, state saved; rerun") as stopped:
+      train(config, str(tmp_path))
+  assert stopped.value.exit_code == 75 and calls == [0] and find_step(tmp_path, None) == 2
+  assert train(config, str(tmp_path)).steps_taken == 2
+  assert [("val_loss" in row, row["step"]) for row in read_metrics(tmp_path)] == [
+    (False, 1),
+    (False, 2),
+    (False, 3),
+    (True, 4),
+  ]
+
+
+def test_a_workdir_that_is_in_use_is_refused(tiny_config, tmp_path, monkeypatch):
+  monkeypatch.setattr(lock, "PATIENCE", 0.1)
+  other = Lock(tmp_path)
+  other.acquire()
+  with pytest.raises(UserError, match="is in use by process"):
+    train(tiny_config, str(tmp_path))
+  other.release()
+
+
 def test_a_non_finite_loss_ends_the_run(tiny_config, tmp_path):
   options = {"name": "adamw", "learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0}
   config = override(tiny_config, {f"optimizer.{key}": value for key, value in options.items()})
@@ -318,20 +404,17 @@ def test_a_non_finite_loss_ends_the_run(tiny_config, tmp_path):
 
 @pytest.mark.long
 def test_two_processes_equal_one(tmp_path):
-  """Two processes with four devices each and one with eight: the same losses and LoRA, also when resumed."""
+  """Two processes with four devices each and one with eight: the same losses and LoRA, also when one resumes two."""
   arguments = [
     "univid_jax.train",
     *SMALL,
     "--config.lora.rank=2",
-    "--config.rows.streams=2",
     "--config.eval.sentences_per_case=0",
     "--config.mesh.data=2",
     "--config.mesh.fsdp=4",
     "--config.optimizer.name=adamw",
   ]
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+  port = free_port()
   for steps in (2, 3):
     both = [
       start_command(
@@ -348,10 +431,13 @@ def test_two_processes_equal_one(tmp_path):
     for process in both:
       _, error = process.communicate(timeout=300)
       assert process.returncode == 0, error
-  one = run_command(*arguments, f"--workdir={tmp_path / 'one'}", "--config.num_steps=3", devices=8)
+  both = run_command(*arguments, f"--workdir={tmp_path / 'two'}", "--config.num_steps=4", devices=8)
+  assert both.returncode == 0 and "at step 3 of 4" in both.stderr, both.stderr
+  streams = "--config.rows.streams=2"  # as many as the two processes had
+  one = run_command(*arguments, streams, f"--workdir={tmp_path / 'one'}", "--config.num_steps=4", devices=8)
   assert one.returncode == 0, one.stderr
   two_losses, one_losses = ([line["loss"] for line in read_metrics(tmp_path / name)] for name in ("two", "one"))
-  assert len(one_losses) == 3
+  assert len(one_losses) == 4
   np.testing.assert_allclose(two_losses, one_losses, rtol=1e-6)
   two_lora, one_lora = (read_lora(tmp_path / name / "lora.safetensors") for name in ("two", "one"))
   for name, layer in one_lora.changes.items():

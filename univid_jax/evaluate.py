@@ -29,7 +29,7 @@ def main() -> None:
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.distributed import start_processes
 
-  start_processes(PROCESSES)
+  start_processes(PROCESSES, writes=OUT.value or f"{WORKDIR.value}/evaluation")
   enable_compilation_cache()
   import jax
 

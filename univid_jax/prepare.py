@@ -31,6 +31,8 @@ def main() -> None:
 
   start_processes(PROCESSES)
   enable_compilation_cache()
+  import jax
+
   from univid_jax.checkpoints.checksums import verified
   from univid_jax.checkpoints.model import open_encoders, transformer_config
   from univid_jax.cli.preview import draw_preview
@@ -39,6 +41,7 @@ def main() -> None:
   from univid_jax.data.prepare import prepare
   from univid_jax.data.sources.open import open_data
   from univid_jax.parallel.mesh import make_mesh
+  from univid_jax.parallel.processes import count_distinct, sum_over_processes
   from univid_jax.training.validation import select_sentences
 
   config, workdir = CONFIG.value, WORKDIR.value
@@ -47,13 +50,14 @@ def main() -> None:
   data = open_data(config)
   data.report()
   data.require_usable(config.data)
-  if PREVIEW.value:
-    print(f"the first sentences, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}")
-    return
-  if QUICK.value:
-    print(
-      f"headers checked, {len(data.dropped)} records dropped; not checked: frames, and the fit of sentences into rows"
-    )
+  is_first = jax.process_index() == 0
+  if PREVIEW.value or QUICK.value:
+    if is_first and PREVIEW.value:
+      print(f"the first sentences, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}")
+    elif is_first:
+      print(
+        f"headers checked, {len(data.dropped)} records dropped; not checked: frames, and the fit of sentences into rows"
+      )
     return
   with verified(config.init_from, enabled=VERIFICATION.verify_weights):
     encoders = open_encoders(config, make_mesh(config.mesh))
@@ -66,11 +70,14 @@ def main() -> None:
     allow_dropped=config.data.allow_dropped,
     verify=True,
   )
-  num_dropped = len(data.dropped) + len(done.dropped)
+  num_dropped = len(data.dropped) + count_distinct(each.reason for each in done.dropped)
+  num_encoded = sum_over_processes(done.num_encoded)
+  if not is_first:
+    return
   if caches is None:
     print(f"{done.num_clips} clips can be read, {num_dropped} records dropped; they are encoded while training")
   else:
-    print(f"{done.num_clips} clips are ready ({done.num_encoded} encoded now), {num_dropped} records dropped")
+    print(f"{done.num_clips} clips are ready ({num_encoded} encoded now), {num_dropped} records dropped")
 
 
 if __name__ == "__main__":

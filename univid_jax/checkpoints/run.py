@@ -23,6 +23,7 @@ from univid_jax.config.boundary import from_json, to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged
+from univid_jax.core.protocols import Resumable
 
 CONFIG_FILE = "config.json"
 
@@ -146,9 +147,7 @@ class Checkpointer:
   def steps(self) -> list[int]:
     return self._saved.steps
 
-  def save(
-    self, step: int, *, model: Any, training: Any, data: grain.DatasetIterator, val_loss: float | None = None
-  ) -> None:
+  def save(self, step: int, *, model: Any, training: Any, data: Resumable, val_loss: float | None = None) -> None:
     """Starts to save a step, unless it is saved already.
 
     Raises:
@@ -172,7 +171,7 @@ class Checkpointer:
     if jax.process_index() == 0:
       write_checksums(self._saved.folder(step))
 
-  def restore(self, *, model: Any, training: Any, data: grain.DatasetIterator) -> tuple[Any, Any]:
+  def restore(self, *, model: Any, training: Any, data: Resumable) -> tuple[Any, Any]:
     """Restores the newest checkpoint that is intact and sets `data` to its position; sets damaged ones aside.
 
     Args:
@@ -189,7 +188,7 @@ class Checkpointer:
     def read(folder: epath.Path) -> tuple[Any, Any]:
       items = restore_items(folder, {"model": model, "training": training})
       try:
-        grain.checkpoint.CheckpointHandler().restore(folder / "data", data)
+        data.set_state(_read_positions(folder / "data"))
       except Exception as error:  # whatever a damaged state makes the loader raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"{folder / 'data'} holds no position in the data: {reason}") from error
@@ -234,3 +233,10 @@ def _reason(error: Exception) -> str:
   if code := re.search(r"os_error_code='(\d+)'", text):  # of TensorStore, which names all the files above it
     return os.strerror(int(code[1]))
   return next((line for line in text.splitlines() if line), type(error).__name__)
+
+
+def _read_positions(folder: epath.Path) -> list[bytes]:
+  """Returns the position in the data that each process saved; Grain names the files process_INDEX-of-COUNT.json."""
+  files = {file.name: file for file in folder.glob("process_*-of-*.json")}
+  count = int(min(files, default="process_0-of-1.json").removesuffix(".json").rpartition("-")[2])
+  return [(folder / f"process_{index}-of-{count}.json").read_bytes() for index in range(count)]

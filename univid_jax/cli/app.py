@@ -32,13 +32,14 @@ import absl.logging
 from tqdm import tqdm
 
 import univid_jax
-from univid_jax.cli.distributed import wait_for_all
 from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.core.errors import Interrupted, UserError
 from univid_jax.core.paths import is_remote
+from univid_jax.parallel.supervisor import Supervisor
 
 # Conditions of the machine that come without a file name.
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
+LAST_SECONDS = 60
 OUT_OF_MEMORY = "use fewer frames, a smaller size or more devices; python -m univid_jax.forecast prints what is needed"
 
 
@@ -55,38 +56,59 @@ def command(flags: CommandFlags) -> Callable[[Callable[[], None]], Main]:
   def decorate(body: Callable[[], None]) -> Main:
     @functools.wraps(body)
     def main(argv: Sequence[str] | None = None, /) -> int:
-      return _run(body, flags, sys.argv if argv is None else argv)
+      return _run(body, flags, argv)
 
     return main
 
   return decorate
 
 
-def _run(body: Callable[[], None], flags: CommandFlags, argv: Sequence[str]) -> int:
+def _run(body: Callable[[], None], flags: CommandFlags, given: Sequence[str] | None) -> int:
+  argv = sys.argv if given is None else given
   if {"--help", "-help", "-h"} & set(argv[1:]):
     print(flags.help())
     return 0
   try:
     flags.parse(argv)
   except UserError as error:
-    _print_error(error)
+    print(f"error: {_message(error)}", file=sys.stderr)
     return 2
+  supervisor = Supervisor()
   try:
-    with _status_messages():
+    with supervisor.listen(), _status_messages():
       body()
-      wait_for_all()
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    return 130
-  except Interrupted as error:
-    print(error, file=sys.stderr)
-    return error.exit_code
-  except Exception as error:
+      supervisor.finish()
+    return 0
+  except (Exception, KeyboardInterrupt) as error:
+    error = supervisor.find_cause(error, is_suspicious=_may_come_from_another_process(error))
     if flags.verbosity.value >= 1:
       traceback.print_exc()
-    _print_error(_explain(error, argv, flags.workdir_path))
-    return 2 if isinstance(error, UsageError) else 1
-  return 0
+    if not supervisor.claim_report():
+      time.sleep(LAST_SECONDS)  # the supervisor ends the process at this moment
+    return _end(error, supervisor, argv, flags.workdir_path)
+  finally:
+    # The interpreter takes a while to exit, and a signal must not change the exit code any more.
+    supervisor.close(ignore_signals=given is None)
+
+
+def _end(error: BaseException, supervisor: Supervisor, argv: Sequence[str], workdir: str | None) -> int:
+  """Reports an error or an interruption, in one line, and parts from the other processes; returns the exit code."""
+  if isinstance(error, KeyboardInterrupt):
+    line, code = str(error) or "interrupted", error.exit_code if isinstance(error, Interrupted) else 130
+    print(line, file=sys.stderr)
+  else:
+    line, code = _message(_explain(error, argv, workdir)), 2 if isinstance(error, UsageError) else 1
+    print(f"error: {line}", file=sys.stderr)
+  supervisor.leave(code, line)
+  return code
+
+
+def _may_come_from_another_process(error: BaseException) -> bool:
+  if isinstance(error, KeyboardInterrupt) or "jax" not in sys.modules:
+    return False
+  from univid_jax.parallel.processes import may_come_from_another_process
+
+  return may_come_from_another_process(error)
 
 
 class _Handler(logging.Handler):
@@ -115,7 +137,7 @@ def _status_messages() -> Iterator[None]:
     (root.handlers, package.handlers), package.propagate = handlers, True
 
 
-def _explain(error: Exception, argv: Sequence[str], workdir: str | None) -> object:
+def _explain(error: BaseException, argv: Sequence[str], workdir: str | None) -> object:
   """Returns the line for an exception; writes a log file if it is not the user's."""
   if isinstance(error, UserError) or (isinstance(error, OSError) and _is_users(error)):
     return error
@@ -132,12 +154,12 @@ def _is_users(error: OSError) -> bool:
   return (frame.f_globals.get("__package__") or "").partition(".")[0] == "univid_jax"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
   text = str(error).strip()
   return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
-def _write_log(error: Exception, argv: Sequence[str], workdir: str | None) -> Path:
+def _write_log(error: BaseException, argv: Sequence[str], workdir: str | None) -> Path:
   """Writes what a bug report needs; returns the path of the file."""
   versions = [f"{name} {metadata.version(name)}" for name in ("jax", "flax", "orbax-checkpoint", "grain", "numpy")]
   lines = [
@@ -161,9 +183,9 @@ def _write_log(error: Exception, argv: Sequence[str], workdir: str | None) -> Pa
   return path
 
 
-def _print_error(error: object) -> None:
-  """Prints a message, on one line."""
+def _message(error: object) -> str:
+  """Returns a message on one line."""
   message = error
   if isinstance(error, OSError) and error.strerror:
     message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-  print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+  return " ".join(str(message).split())

@@ -1,4 +1,4 @@
-"""Start and end of runs with several processes.
+"""Start of runs with several processes, and the lock of the folder that a command writes.
 
 On TPU pod slices, under SLURM and under Kubernetes JAX finds the other processes itself. Elsewhere every process is
 given the address of process 0, the number of processes and its own number.
@@ -6,36 +6,53 @@ given the address of process 0, the number of processes and its own number.
 
 import logging
 import os
-import sys
 
 from univid_jax.cli.flags import ProcessFlags, UsageError
-
-# How long a process that fails waits for the others before it ends the run. Processes that succeed have no limit: they
-# wait for each other first.
-SHUTDOWN_TIMEOUT = 60
+from univid_jax.core import lock
+from univid_jax.parallel import supervisor
 
 
-def start_processes(flags: ProcessFlags) -> None:
-  """Joins the other processes, if there are any; call before JAX is used.
+def start_processes(flags: ProcessFlags, *, writes: str | None = None) -> None:
+  """Joins the other processes, if there are any, and locks a folder; call before JAX is used.
+
+  Args:
+    flags: of the command.
+    writes: the folder, if no two commands may write to it at the same time; locked until the command ends.
 
   Raises:
     UsageError: only some of the flags are given.
+    UserError: another command writes to the folder, or the other processes cannot be reached.
   """
-  import jax
-
-  address = {
-    "coordinator_address": flags.coordinator.value,
-    "num_processes": flags.num_processes.value,
-    "process_id": flags.process_id.value,
-  }
-  given = [value is not None for value in address.values()]
+  given = [flag.value is not None for flag in (flags.coordinator, flags.num_processes, flags.process_id)]
   if any(given) and not all(given):
     raise UsageError("--coordinator, --num_processes and --process_id must be given together")
   if not any(given) and not _is_cluster():
+    _lock(writes, 0)
     return
-  jax.distributed.initialize(**address, shutdown_timeout_seconds=SHUTDOWN_TIMEOUT)
-  if jax.process_index() > 0:
-    logging.getLogger("univid_jax").setLevel(logging.WARNING)
+  if all(given):
+    index, count = flags.process_id.value or 0, flags.num_processes.value or 0
+    if index >= count:
+      raise UsageError(f"--process_id={index} must be less than --num_processes={count}")
+    _hide_status(index)
+    _lock(writes, index)  # before joining, so that a command that is started twice does not disturb the first
+  from univid_jax.parallel import processes
+
+  peers = processes.connect(
+    flags.coordinator.value,
+    flags.num_processes.value,
+    flags.process_id.value,
+    heartbeat_seconds=flags.heartbeat_seconds.value,
+  )
+  _hide_status(peers.index)
+  supervisor.current().join(peers, processes.disconnect)
+  if not all(given):
+    _lock(writes, peers.index)
+
+
+def _lock(folder: str | None, process: int) -> None:
+  if folder is not None:
+    running = supervisor.current()
+    running.resources.enter_context(lock.hold(folder, process=process, on_loss=running.end))
 
 
 def _is_cluster() -> bool:
@@ -43,11 +60,7 @@ def _is_cluster() -> bool:
   return len(hosts) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
-def wait_for_all() -> None:
-  """Waits until all processes of the run have come here; returns at once in a run of one process."""
-  jax = sys.modules.get("jax")
-  if jax is None or not jax.distributed.is_initialized():
-    return
-  from univid_jax.parallel.processes import wait_for_processes
-
-  wait_for_processes("the command is done")
+def _hide_status(process: int) -> None:
+  """Leaves status messages to process 0."""
+  if process:
+    logging.getLogger("univid_jax").setLevel(logging.WARNING)

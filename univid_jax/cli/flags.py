@@ -225,6 +225,8 @@ class ProcessFlags:
     help_text = "Number of processes, with --coordinator."
     self.num_processes = command.integer("num_processes", None, help_text, lower_bound=1)
     self.process_id = command.integer("process_id", None, "This process, from 0, with --coordinator.", lower_bound=0)
+    help_text = "Seconds without a sign of life after which a process counts as dead and the others end."
+    self.heartbeat_seconds = command.integer("heartbeat_seconds", 60, help_text, lower_bound=5)
 
 
 class VerificationFlags:

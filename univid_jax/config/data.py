@@ -1,6 +1,7 @@
 """The config of the data."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -36,7 +37,7 @@ class TFDSConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceWeights(Section):
-  """How often each kind of data is drawn."""
+  """How often each kind of data is drawn; data with weight 0 is not opened."""
 
   KEY: ClassVar[str] = "data.weights."
 
@@ -47,7 +48,8 @@ class SourceWeights(Section):
   tfds: float = 1.0
 
   def __post_init__(self):
-    self.require_at_least(0, *(field.name for field in dataclasses.fields(self)))
+    for field in dataclasses.fields(self):
+      self.require(field.name, 0 <= getattr(self, field.name) < math.inf, "at least 0, and finite")
 
 
 _TASKS = {"invert": 1.0, "swap_channels": 1.0, "duotone": 1.0, "camera_movement": 0.5}
@@ -85,7 +87,7 @@ class DataConfig(Section):
     tfds: a TFDS data set of pairs. Where any of these four is given, computed tasks are only used with `folder`.
     kinds: what the targets of your tasks represent, by task; selects their metrics and how they are resized.
     depth_range: metres that white and black represent in images of depth; black itself is unknown.
-    weights: how often each kind of data is drawn.
+    weights: how often each kind of data is drawn; 0 switches it off.
     held_out: share of your rows or pairs that training does not see.
     test_pairs: a folder like `pairs` that is held out instead, with examples from the training pairs.
     allow_dropped: leave out records that cannot be used instead of stopping.

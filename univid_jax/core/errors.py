@@ -12,11 +12,14 @@ class DivergedError(UserError, FloatingPointError):
   """The loss is not finite."""
 
 
-class Interrupted(Exception):
-  """A run was asked to stop and has saved its state; the message says where it stopped and how to resume.
+class Interrupted(KeyboardInterrupt):
+  """The command has to end: by a signal, with everything saved, or because another process of its run has ended.
+
+  Like KeyboardInterrupt it may be raised anywhere in the main thread, and `except Exception` does not catch it.
 
   Attributes:
-    exit_code: of the command: 75 after SIGTERM or a preemption (EX_TEMPFAIL: rerun later), 130 after Ctrl-C.
+    exit_code: of the command: 75 after SIGTERM or a preemption (EX_TEMPFAIL: rerun later), 130 after Ctrl-C, 1 after a
+      failure.
   """
 
   def __init__(self, message: str, exit_code: int = 75):

@@ -51,6 +51,17 @@ class TransformerShape(Protocol):
 
 
 @runtime_checkable
+class Resumable(Protocol):
+  """A stream whose position is part of a checkpoint, together with those of the other processes."""
+
+  def get_state(self) -> bytes: ...
+
+  def set_state(self, states: Sequence[bytes], /) -> None:
+    """Continues where all processes saved their states; they may have been more or fewer than now."""
+    ...
+
+
+@runtime_checkable
 class Encoders(Protocol):
   """A codec, and the embeddings of prompts and images; fingerprints identify everything that determines the results."""
 

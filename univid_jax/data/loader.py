@@ -1,13 +1,14 @@
 """The input pipeline: from sentences to batches of packed rows. Its position is part of a checkpoint."""
 
 import functools
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import grain
+import jax
 import numpy as np
-from jaxtyping import Int
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Packing
@@ -15,7 +16,7 @@ from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Sentence
 from univid_jax.data.grain_adapter import pack_dataset, prefetch
-from univid_jax.data.packing import RowShape, finish_rows
+from univid_jax.data.packing import RowShape, finish_rows, join_rows
 from univid_jax.data.tokens import SEGMENTED, UNITS, Features, Unit, feature_names
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def make_loader(
   num_streams: int | None = None,
   weights: Sequence[float] | None = None,
   allow_dropped: bool = False,
-) -> grain.DatasetIterator[PackedRow]:
+) -> "Loader":
   """Returns an endless, deterministic stream of this process's rows of each batch.
 
   Args:
@@ -72,49 +73,124 @@ def make_loader(
     row_shape: capacity of a row.
     rows_per_batch: of this process.
     seed: of the order, which changes every epoch.
-    process_index, process_count: of this process; each gets its own share of the sentences.
+    process_index, process_count: of this process; each has an equal share of the rows.
     num_threads: threads per stream that read and encode sentences.
     num_packing_bins: rows that are filled at the same time; by default two batches.
     packing: which of them a sentence goes to.
-    num_streams: independent streams of rows; by default (or 0) one per process. With a fixed number, batches do not
-      depend on the number of processes.
+    num_streams: independent streams of rows, each with its share of the sentences; by default (or 0) one per process.
+      With a fixed number, batches do not depend on the number of processes.
     weights: how often each source is drawn; equal by default.
     allow_dropped: leave out sentences that cannot be used, and log each once, instead of stopping.
 
   Raises:
-    UserError: the streams do not divide; or, from the iterator, a sentence has a clip that cannot be read, or is too
-      long for a row. The message names the record and the file.
+    UserError: the streams do not divide; or, from the iterator, a sentence cannot be used: one of its clips cannot be
+      read, or it is too long for a row. The message names the record and the file.
   """
-  num_streams = num_streams or process_count
-  count = _divide_streams(num_streams, process_count, rows_per_batch)
   capacities = row_shape.capacities(feature_names(takes_image=make_features.takes_image))
-  encode = functools.partial(EncodedSource, allow_dropped=allow_dropped)
-  sentences = _mix([encode(source, make_features, capacities) for source in sources], weights, seed=seed)
+  encoded = [EncodedSource(source, make_features, capacities, allow_dropped=allow_dropped) for source in sources]
+  sentences = _mix(encoded, weights, seed=seed)
   read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=SENTENCE_BUFFER)
-  streams = [
-    pack_dataset(
-      sentences[index::num_streams].to_iter_dataset(read_options),
-      capacities=capacities,
-      segmented=SEGMENTED.values(),
-      packing=packing,
-      num_bins=num_packing_bins or 2 * rows_per_batch // count,
-      seed=seed,
-    )
-    for index in range(process_index * count, (process_index + 1) * count)
-  ]
-  rows = streams[0] if count == 1 else grain.IterDataset.mix(streams)
-  # Rows of one stream are adjacent, as they are if each stream belongs to a process.
-  order = np.arange(rows_per_batch).reshape(-1, count).T.ravel()
-  finish = functools.partial(_finish, order, capacities, row_shape.context_causal)
-  return iter(prefetch(rows.batch(rows_per_batch, drop_remainder=True).map(finish), buffer_size=BATCH_BUFFER))
+  pack = functools.partial(
+    pack_dataset, capacities=capacities, segmented=SEGMENTED.values(), packing=packing, seed=seed
+  )
+  finish = functools.partial(_finish, capacities, row_shape.context_causal)
+
+  def open_stream(index: int, count: int, num_rows: int) -> grain.DatasetIterator[PackedRow]:
+    encoded_sentences = sentences[index::count].to_iter_dataset(read_options)
+    rows = pack(encoded_sentences, num_bins=num_packing_bins or 2 * num_rows).batch(num_rows, drop_remainder=True)
+    return iter(prefetch(rows.map(finish), buffer_size=BATCH_BUFFER))
+
+  return Loader(
+    open_stream,
+    num_streams=num_streams or process_count,
+    rows_per_batch=rows_per_batch,
+    process_index=process_index,
+    process_count=process_count,
+  )
 
 
-def _divide_streams(num_streams: int, process_count: int, rows_per_batch: int) -> int:
-  """Returns the streams of each process; raises UserError if they do not divide."""
-  if num_streams % process_count or rows_per_batch % (num_streams // process_count):
-    shares = f"{process_count} processes and their {rows_per_batch} rows"
-    raise UserError(f"config.rows.streams = {num_streams} does not divide over {shares}")
-  return num_streams // process_count
+class Loader:
+  """This process's rows of every batch; see `make_loader`.
+
+  The rows of a batch come from the streams in turn, an equal number from each. A process opens the streams that its
+  rows come from, so that any number of processes can take over the streams of another. Where there are more processes
+  than streams, several read one and use a part of its rows each.
+
+  Args:
+    open_stream: opens a stream, given its number, the number of all, and its rows of a batch.
+    num_streams, rows_per_batch, process_index, process_count: see `make_loader`.
+  """
+
+  def __init__(
+    self,
+    open_stream: Callable[[int, int, int], grain.DatasetIterator[PackedRow]],
+    *,
+    num_streams: int,
+    rows_per_batch: int,
+    process_index: int,
+    process_count: int,
+  ):
+    self._open_stream = open_stream
+    self._rows, self._index, self._count = rows_per_batch, process_index, process_count
+    self._open(num_streams)
+
+  def _open(self, num_streams: int) -> None:
+    total = self._rows * self._count
+    if total % num_streams:
+      raise UserError(f"config.rows.streams = {num_streams} does not divide the {total} rows of a batch")
+    rows_per_stream, first = total // num_streams, self._rows * self._index
+    numbers = range(first // rows_per_stream, -(-(first + self._rows) // rows_per_stream))
+    self._num_streams, self._offset = num_streams, first - numbers.start * rows_per_stream
+    self._streams = {number: self._open_stream(number, num_streams, rows_per_stream) for number in numbers}
+
+  def __iter__(self) -> "Loader":
+    return self
+
+  def __next__(self) -> PackedRow:
+    parts = [next(stream) for stream in self._streams.values()]
+    rows = parts[0] if len(parts) == 1 else join_rows(parts)
+    return jax.tree.map(lambda x: x[self._offset : self._offset + self._rows], rows)
+
+  def start_prefetch(self) -> None:
+    """Makes the first batches in advance."""
+    for stream in self._streams.values():
+      stream.start_prefetch()
+
+  def get_state(self) -> bytes:
+    """Returns the position of this process's streams, as JSON."""
+    streams = {str(number): stream.get_state() for number, stream in self._streams.items()}
+    return json.dumps({"num_streams": self._num_streams, "streams": streams}).encode()
+
+  def set_state(self, states: Sequence[bytes]) -> None:
+    """Continues at a saved position.
+
+    Args:
+      states: of all processes that saved it, in order; also as version 0.1 saved them, as states of Grain's iterators.
+
+    Raises:
+      UserError: they are damaged.
+    """
+    try:
+      saved = [json.loads(state) for state in states]
+      if "num_streams" in saved[0]:
+        num_streams = saved[0]["num_streams"]
+        positions = {int(number): state for each in saved for number, state in each["streams"].items()}
+      else:
+        positions = dict(enumerate(state for each in saved for state in each.get("parents", [each])))
+        num_streams = len(positions)
+      if num_streams != self._num_streams:
+        self.close()
+        self._open(num_streams)
+      for number, stream in self._streams.items():
+        stream.set_state(positions[number])
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+      if isinstance(error, UserError):
+        raise
+      raise UserError(f"the position in the data is damaged ({error!r})") from error
+
+  def close(self) -> None:
+    for stream in self._streams.values():
+      stream.close()
 
 
 class EncodedSource:
@@ -165,12 +241,10 @@ def _mix(
   return shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights)
 
 
-def _finish(
-  order: Int[np.ndarray, "b"], capacities: Mapping[str, int], context_causal: bool, batch: Mapping[str, np.ndarray]
-) -> PackedRow:
-  """Turns a batch of packed features into rows, in another order."""
-  packed = {name: batch[name][order] for name in capacities}
-  segment_ids = {unit: batch[f"{name}_segment_ids"][order] for unit, name in SEGMENTED.items() if name in capacities}
+def _finish(capacities: Mapping[str, int], context_causal: bool, batch: Mapping[str, np.ndarray]) -> PackedRow:
+  """Turns a batch of packed features into rows."""
+  packed = {name: batch[name] for name in capacities}
+  segment_ids = {unit: batch[f"{name}_segment_ids"] for unit, name in SEGMENTED.items() if name in capacities}
   return finish_rows(packed, segment_ids, context_causal=context_causal)
 
 

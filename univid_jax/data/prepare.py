@@ -141,7 +141,7 @@ def _fill(
   """
   seen: set[str] = set()
   computed = 0
-  with tqdm(desc=description, disable=None) as bar:
+  with tqdm(desc=description, disable=True if jax.process_index() else None) as bar:
     for key, compute in items:
       if key in seen:
         continue

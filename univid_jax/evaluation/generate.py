@@ -17,6 +17,7 @@ from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.evaluation.controls import replace_pairs, round_trip, show_inverse_task
 from univid_jax.evaluation.sentences import PlannedSentence
 from univid_jax.inference.pipeline import Pipeline
+from univid_jax.inference.sampler import Progress
 
 # The variants that are compared most; evaluation after training samples these alone.
 PREDICTION, SWAPPED = "prediction", "swapped"
@@ -186,7 +187,12 @@ def progress_bar(num_sentences: int) -> tqdm:
 
 
 def sample_targets(
-  pipeline: Pipeline, sentences: Mapping[int, Sentence], *, num_inference_steps: int, first_seed: int = 0
+  pipeline: Pipeline,
+  sentences: Mapping[int, Sentence],
+  *,
+  num_inference_steps: int,
+  first_seed: int = 0,
+  progress: Progress | None = None,
 ) -> dict[int, np.ndarray]:
   """Samples the targets of sentences by number; those of one length together, because `sample_batch` takes one length.
 
@@ -195,6 +201,7 @@ def sample_targets(
     sentences: by number; the targets give the lengths alone.
     num_inference_steps: steps of the solver.
     first_seed: seed of sentence 0's noise; the next sentence has the next seed.
+    progress: see `Pipeline.sample_batch`.
 
   Returns:
     Frames by number, uint8 (T, H, W, 3).
@@ -210,6 +217,7 @@ def sample_targets(
       num_inference_steps=num_inference_steps,
       shift=None,
       seeds=[first_seed + number for number in numbers],
+      progress=progress,
     )
     frames |= {number: sample.frames for number, sample in zip(numbers, samples)}
   return frames

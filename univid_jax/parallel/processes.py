@@ -1,11 +1,121 @@
-"""What one run of several processes exchanges. The only module that uses jax.experimental.multihost_utils."""
+"""What the processes of a run exchange: the only module with JAX's private and experimental APIs for that.
 
+Private, and checked by tests/test_parallel.py: the client of the coordination service, which stores text by key, and
+the detection of clusters.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+
+from univid_jax.core.errors import UserError
+from univid_jax.parallel.peers import Peers
+from univid_jax.parallel.relay import Relay
+
+# Seconds that processes may start apart.
+START_TIMEOUT = 300
+
+# JAX's own watchdog aborts a process with a stack trace; this is how much later than ours it reacts.
+SECOND_WATCHDOG = 60
+
+# Parts of messages of errors that another process may have caused by its end.
+_SIGNS = (
+  "Gloo",
+  "NCCL",
+  "UNAVAILABLE",
+  "DEADLINE_EXCEEDED",
+  "ABORTED",
+  "barrier",
+  "Barrier",
+  "Connection",
+  "collective",
+)
+
+
+def connect(
+  coordinator: str | None, num_processes: int | None, process_id: int | None, *, heartbeat_seconds: int
+) -> Peers:
+  """Joins the other processes of the run.
+
+  Args:
+    coordinator: HOST:PORT of process 0; None in a cluster that JAX knows, as for the next two.
+    num_processes: of the run.
+    process_id: of this process.
+    heartbeat_seconds: silence after which a process counts as dead.
+
+  Raises:
+    UserError: they cannot be reached.
+  """
+  devices = None
+  if coordinator is None:
+    coordinator, num_processes, process_id, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+      None, None, None, None, None, START_TIMEOUT
+    )
+  relay = Relay(coordinator) if coordinator and process_id else None
+  try:
+    jax.distributed.initialize(
+      relay.address if relay else coordinator,
+      num_processes,
+      process_id,
+      local_device_ids=devices,
+      initialization_timeout=START_TIMEOUT,
+      heartbeat_timeout_seconds=2 * heartbeat_seconds + SECOND_WATCHDOG,
+    )
+  except RuntimeError as error:
+    reason = str(error).splitlines()[0]
+    raise UserError(
+      f"process {process_id} of {num_processes} could not join the others at {coordinator}: {reason}"
+    ) from error
+  assert num_processes is not None and process_id is not None, "known by now"
+  return Peers(
+    CoordinationStore(),
+    index=process_id,
+    count=num_processes,
+    heartbeat_seconds=heartbeat_seconds,
+    is_cut_off=relay.lost.is_set if relay else lambda: False,
+  )
+
+
+def disconnect() -> None:
+  """Parts from the other processes; returns when all have called it."""
+  jax.distributed.shutdown()
+
+
+class CoordinationStore:
+  """`peers.Store` in JAX's coordination service."""
+
+  def __init__(self):
+    client = distributed.global_state.client
+    assert client is not None, "the processes are connected"
+    self._client = client
+
+  def create(self, key: str, value: str) -> None:
+    try:
+      self._client.key_value_set(_PREFIX + key, value)
+    except jax.errors.JaxRuntimeError as error:
+      if "ALREADY_EXISTS" not in str(error):
+        raise
+
+  def replace(self, key: str, value: str) -> None:
+    self._client.key_value_set(_PREFIX + key, value, allow_overwrite=True)
+
+  def read(self, folder: str) -> Mapping[str, str]:
+    prefix = f"{_PREFIX}{folder}/"
+    return {key.removeprefix(prefix): value for key, value in self._client.key_value_dir_get(prefix)}
+
+
+_PREFIX = "univid_jax/"
+
+
+def may_come_from_another_process(error: BaseException) -> bool:
+  """Returns whether an error may be the consequence of another process's end."""
+  return not isinstance(error, UserError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def gather_arrays(tree: Any) -> Any:
@@ -29,6 +139,17 @@ def sum_over_processes(value: int) -> int:
   if jax.process_count() == 1:
     return value
   return int(np.sum(multihost_utils.process_allgather(np.int64(value))))
+
+
+def count_distinct(values: Iterable[str]) -> int:
+  """Returns how many different texts all processes have; all processes must call it."""
+  hashes = [int.from_bytes(hashlib.blake2b(value.encode(), digest_size=4).digest()) >> 1 for value in set(values)]
+  if jax.process_count() == 1:
+    return len(hashes)
+  most = int(np.max(multihost_utils.process_allgather(np.int32(len(hashes)))))
+  padded = np.full(most, -1, np.int32)
+  padded[: len(hashes)] = hashes
+  return len(set(multihost_utils.process_allgather(padded).ravel().tolist()) - {-1})
 
 
 def wait_for_processes(name: str) -> None:

@@ -6,13 +6,9 @@ hooks see what earlier ones added.
 
 import dataclasses
 import logging
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import grain
 import jax
 import numpy as np
 from etils import epath
@@ -20,10 +16,12 @@ from tqdm import tqdm
 
 from univid_jax.checkpoints.run import Checkpointer
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.errors import DivergedError, Interrupted
+from univid_jax.core.errors import DivergedError
+from univid_jax.core.protocols import Resumable
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.flops import step_flops
 from univid_jax.parallel.mesh import row_shards
+from univid_jax.parallel.supervisor import StopSignal, Supervisor
 from univid_jax.platform.chips import find_chip
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.setup import Run
@@ -46,8 +44,8 @@ class StepEvent:
     state: after the step.
     metrics: of the step, on the devices.
     is_last: whether it is the last step of the run.
-    stop_signal: name of the signal that asked the run to stop; "" without one.
-    logs, validates, saves: what is due after this step.
+    logs, validates, is_checkpoint: what is due after this step.
+    stop_signal: the signal after which the run stops here; may come while it validates.
     summary: means since the last summary; empty if nothing is due.
   """
 
@@ -55,15 +53,20 @@ class StepEvent:
   state: TrainState
   metrics: dict[str, jax.Array]
   is_last: bool
-  stop_signal: str
   logs: bool
   validates: bool
-  saves: bool
+  is_checkpoint: bool
+  stop_signal: StopSignal | None = None
   summary: dict[str, float] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def create(
-    cls, config: RunConfig, step: int, state: TrainState, metrics: dict[str, jax.Array], stop_signal: str
+    cls,
+    config: RunConfig,
+    step: int,
+    state: TrainState,
+    metrics: dict[str, jax.Array],
+    stop_signal: StopSignal | None = None,
   ) -> "StepEvent":
     is_last = step == config.num_steps
     every = config.validation.every_steps
@@ -72,11 +75,15 @@ class StepEvent:
       state=state,
       metrics=metrics,
       is_last=is_last,
-      stop_signal=stop_signal,
       logs=step % config.log_every == 0,
       validates=every > 0 and (is_last or step % every == 0) and not stop_signal,
-      saves=is_last or bool(stop_signal) or step % config.checkpoint.every_steps == 0,
+      is_checkpoint=is_last or step % config.checkpoint.every_steps == 0,
+      stop_signal=stop_signal,
     )
+
+  @property
+  def saves(self) -> bool:
+    return self.is_checkpoint or self.stop_signal is not None
 
 
 @runtime_checkable
@@ -146,14 +153,16 @@ class Summarize:
 class Validate:
   """Adds the validation loss to the summary and writes previews; frees the encoders' memory afterwards.
 
+  A signal interrupts it, so that the state is saved in time.
+
   Args:
     run: what is trained.
     summarize: its clock leaves the validation out.
-    bar: gets a line.
+    supervisor: is asked whether to go on.
   """
 
-  def __init__(self, run: Run, summarize: Summarize, bar: tqdm):
-    self._run, self._summarize, self._bar = run, summarize, bar
+  def __init__(self, run: Run, summarize: Summarize, supervisor: Supervisor):
+    self._run, self._summarize, self._supervisor = run, summarize, supervisor
     self._options = run.config.validation
     self._pipeline: Pipeline | None = None
     self._sentences, held_out = select_sentences(run.data, self._options.sentences)
@@ -165,13 +174,22 @@ class Validate:
   def __call__(self, event: StepEvent) -> None:
     if not event.validates:
       return
-    with jax.profiler.TraceAnnotation("validate"):
-      params = event.state.model_params
-      if self._options.previews:
-        self._write_previews(event.step, params)
-      event.summary |= self._validation(params, self._run.frozen)
-    self._bar.write(f"step {event.step}: validation loss {event.summary['val_loss']:.4f}")
+    params = event.state.model_params
+    try:
+      with jax.profiler.TraceAnnotation("validate"):
+        if self._options.previews:
+          self._write_previews(event.step, params)
+        event.summary |= self._validation(params, self._run.frozen, progress=self._go_on)
+      log.info("step %d: validation loss %.4f", event.step, event.summary["val_loss"])
+    except _Stopped:
+      event.stop_signal = self._supervisor.stop_signal
     self._summarize.restart_clock()
+
+  def _go_on(self, part: int) -> None:
+    """Passes a safe point after each part of the work."""
+    del part
+    if self._supervisor.should_stop():
+      raise _Stopped
 
   def _write_previews(self, step: int, params: Params) -> None:
     fresh = self._run.create_pipeline(params)
@@ -183,8 +201,13 @@ class Validate:
       self._pipeline,
       self._sentences[: self._options.previews],
       num_inference_steps=self._options.num_inference_steps,
+      progress=self._go_on,
     )
     self._run.encoders.release()
+
+
+class _Stopped(Exception):
+  """Validation was interrupted by a signal."""
 
 
 class WriteMetrics:
@@ -201,7 +224,7 @@ class WriteMetrics:
 class SaveCheckpoint:
   """Saves asynchronously; waits only on the last step or when the run is stopped."""
 
-  def __init__(self, checkpointer: Checkpointer, loader: grain.DatasetIterator):
+  def __init__(self, checkpointer: Checkpointer, loader: Resumable):
     self._checkpointer, self._loader = checkpointer, loader
 
   def __call__(self, event: StepEvent) -> None:
@@ -225,11 +248,9 @@ class StopOnSignal:
     self._num_steps = num_steps
 
   def __call__(self, event: StepEvent) -> None:
-    if event.stop_signal and not event.is_last:
-      raise Interrupted(
-        f"stopped by {event.stop_signal} at step {event.step} of {self._num_steps}, state saved; rerun the same "
-        "command to resume",
-        exit_code=130 if event.stop_signal == "SIGINT" else 75,
+    if event.stop_signal:
+      raise event.stop_signal.interrupt(
+        f" at step {event.step} of {self._num_steps}, state saved; rerun the same command to resume"
       )
 
 
@@ -254,31 +275,6 @@ class Profile:
       jax.profiler.stop_trace()
       self._running = False
       log.info("profile of steps %d to %d: %s", self._start + 1, event.step, self._folder)
-
-
-class StopRequest:
-  """The signal that asked the process to stop; "" if none did."""
-
-  signal_name = ""
-
-
-@contextmanager
-def catch_signals() -> Iterator[StopRequest]:
-  """Turns SIGTERM and Ctrl-C into a request that the loop honours between steps; a second Ctrl-C interrupts at once."""
-  request = StopRequest()
-
-  def handle(number: int, frame: Any) -> None:
-    del frame
-    if request.signal_name and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    request.signal_name = signal.Signals(number).name
-
-  previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield request
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
 
 
 def _describe(summary: dict[str, float]) -> str:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 from etils import epath
@@ -18,11 +17,12 @@ from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.run import Checkpointer, require_run, write_run
 from univid_jax.checkpoints.trained import load_base, run_usage, to_lora_weights
 from univid_jax.config.schema import RunConfig
+from univid_jax.core import lock
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import AttentionBackend, OnDamaged
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import TrainStep
-from univid_jax.data.loader import make_loader
+from univid_jax.data.loader import Loader, make_loader
 from univid_jax.data.packing import RowShape
 from univid_jax.inference.load import add_loras
 from univid_jax.inference.pipeline import Pipeline
@@ -30,6 +30,7 @@ from univid_jax.models.attention.api import best_backend
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.processes import gather_arrays
 from univid_jax.parallel.sharding import shard_batch
+from univid_jax.parallel.supervisor import Supervisor, supervise
 from univid_jax.platform.current import current_platform
 from univid_jax.training.hooks import (
   Hook,
@@ -40,7 +41,6 @@ from univid_jax.training.hooks import (
   Summarize,
   Validate,
   WriteMetrics,
-  catch_signals,
 )
 from univid_jax.training.memory import ADVICE, abstract_batch, compile_step
 from univid_jax.training.metrics_writer import MetricsWriter
@@ -87,37 +87,32 @@ def train(
     on_damaged_checkpoint: whether to resume from an older checkpoint if the latest is damaged, which is then renamed.
 
   Raises:
-    UserError: the config is invalid for a run, or the workdir belongs to another config.
+    UserError: the config is invalid for a run, or the workdir belongs to another config or is in use.
     DivergedError: the loss is not finite; the last checkpoint is from before.
-    Interrupted: SIGTERM or Ctrl-C arrived; the state is saved.
+    Interrupted: SIGTERM or Ctrl-C arrived, and the state is saved; or another process of the run has ended.
     OSError: a file could not be read or a checkpoint not written.
   """
-  run = set_up_run(config, workdir, verify_weights=verify_weights)
-  loader = open_loader(run)
-  checkpointer = Checkpointer(
-    workdir, keep=config.checkpoint.keep, verify=verify_weights, on_damaged=on_damaged_checkpoint
-  )
-  with close_all([loader, checkpointer]):
-    state = restore_or_create_state(run, checkpointer, loader)
-    if jax.process_index() == 0:
-      write_run(workdir, run.record)
-    loader.start_prefetch()  # makes the first batches while the step compiles
-    step_fn = compile_train_step(run)
-    start, started = int(state.step), time.monotonic()
-    state = take_steps(run, state, step_fn, loader, checkpointer, profile_steps=profile_steps)
-  if run.data.dropped:
-    log.info("%d records of the data could not be used, first %s", len(run.data.dropped), run.data.dropped[0])
-  return TrainResult(finish_run(run, state), config.num_steps - start, time.monotonic() - started)
+  with lock.hold(workdir, process=jax.process_index()):
+    run = set_up_run(config, workdir, verify_weights=verify_weights)
+    loader = open_loader(run)
+    checkpointer = Checkpointer(
+      workdir, keep=config.checkpoint.keep, verify=verify_weights, on_damaged=on_damaged_checkpoint
+    )
+    with close_all([loader, checkpointer]):
+      state = restore_or_create_state(run, checkpointer, loader)
+      if jax.process_index() == 0:
+        write_run(workdir, run.record)
+      loader.start_prefetch()  # makes the first batches while the step compiles
+      step_fn = compile_train_step(run)
+      start, started = int(state.step), time.monotonic()
+      state = take_steps(run, state, step_fn, loader, checkpointer, profile_steps=profile_steps)
+    if run.data.dropped:
+      log.info("%d records of the data could not be used, first %s", len(run.data.dropped), run.data.dropped[0])
+    return TrainResult(finish_run(run, state), config.num_steps - start, time.monotonic() - started)
 
 
 def take_steps(
-  run: Run,
-  state: TrainState,
-  step_fn: TrainStep,
-  loader: grain.DatasetIterator,
-  checkpointer: Checkpointer,
-  *,
-  profile_steps: int,
+  run: Run, state: TrainState, step_fn: TrainStep, loader: Loader, checkpointer: Checkpointer, *, profile_steps: int
 ) -> TrainState:
   """Takes the steps from the state's to the config's last, and calls the hooks after each."""
   config, start = run.config, int(state.step)
@@ -125,29 +120,34 @@ def take_steps(
   with (
     close_all([writer] if writer else []),
     jax.set_mesh(run.mesh),
-    catch_signals() as stop,
+    supervise() as supervisor,
     progress_bar(start, config.num_steps) as bar,
   ):
-    hooks = make_hooks(run, loader, checkpointer, writer, bar, start=start, profile_steps=profile_steps)
-    for step in range(start + 1, config.num_steps + 1):
-      with jax.profiler.StepTraceAnnotation("train", step_num=step):
-        with jax.profiler.TraceAnnotation("data"):
-          batch = shard_batch(next(loader), run.mesh)
-        with jax.profiler.TraceAnnotation("step"):
-          state, metrics = step_fn(state, run.frozen, batch)
-      # The signal is read once per step: one that arrives after this line stops the next step.
-      event = StepEvent.create(config, step, state, metrics, stop.signal_name)
-      for hook in hooks:
-        hook(event)
+    hooks = make_hooks(run, loader, checkpointer, writer, bar, supervisor, start=start, profile_steps=profile_steps)
+    with supervisor.stepping():
+      metrics = None
+      for step in range(start + 1, config.num_steps + 1):
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+          with jax.profiler.TraceAnnotation("data"):
+            batch = shard_batch(next(loader), run.mesh)
+          with jax.profiler.TraceAnnotation("step"):
+            previous, (state, metrics) = metrics, step_fn(state, run.frozen, batch)
+            # Devices are at most two steps behind, so that a stop does not wait for more.
+            jax.block_until_ready(previous)
+        signal = supervisor.stop_signal if supervisor.should_stop() else None
+        event = StepEvent.create(config, step, state, metrics, signal)
+        for hook in hooks:
+          hook(event)
   return state
 
 
 def make_hooks(
   run: Run,
-  loader: grain.DatasetIterator,
+  loader: Loader,
   checkpointer: Checkpointer,
   writer: MetricsWriter | None,
   bar: tqdm,
+  supervisor: Supervisor,
   *,
   start: int,
   profile_steps: int,
@@ -156,7 +156,7 @@ def make_hooks(
   summarize = Summarize(run, bar)
   hooks: list[Hook] = [summarize]
   if run.config.validation.every_steps:
-    hooks.append(Validate(run, summarize, bar))
+    hooks.append(Validate(run, summarize, supervisor))
   if writer is not None:
     hooks.append(WriteMetrics(writer))
   hooks += [SaveCheckpoint(checkpointer, loader), StopOnSignal(run.config.num_steps)]
@@ -165,7 +165,7 @@ def make_hooks(
   return hooks
 
 
-def open_loader(run: Run) -> grain.DatasetIterator:
+def open_loader(run: Run) -> Loader:
   """Opens the endless stream of this process's rows of every batch."""
   config, data = run.config, run.data
   return make_loader(
@@ -185,7 +185,7 @@ def open_loader(run: Run) -> grain.DatasetIterator:
   )
 
 
-def restore_or_create_state(run: Run, checkpointer: Checkpointer, loader: grain.DatasetIterator) -> TrainState:
+def restore_or_create_state(run: Run, checkpointer: Checkpointer, loader: Loader) -> TrainState:
   """Restores the latest intact checkpoint and sets the loader to its position; without any creates a new state.
 
   Raises:

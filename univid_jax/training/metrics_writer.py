@@ -17,18 +17,21 @@ FLUSH_SECONDS = 30
 
 
 class MetricsWriter:
-  """Appends metrics per step; drops what an interrupted run wrote for later steps.
+  """Appends metrics per step; the file has each step once, in order, whatever ended the run before.
 
   Args:
     workdir: gets metrics.jsonl, tensorboard/ and loss.png; a folder or a bucket.
-    start_step: the step that the run starts from.
+    start_step: the step that the run starts from. What an earlier run wrote for later steps is dropped.
   """
 
   def __init__(self, workdir: epath.PathLike, *, start_step: int):
     self._folder = epath.Path(workdir)
     self._path = self._folder / "metrics.jsonl"
-    self._lines = [line for line in _read_whole_lines(self._path) if json.loads(line)["step"] <= start_step]
-    self._path.write_text("".join(self._lines))
+    text = self._path.read_bytes().decode(errors="replace") if self._path.exists() else ""
+    self._lines = _select_lines(text, last_step=start_step)
+    if "".join(self._lines) != text:
+      with atomic_write(self._path) as path:  # a run that is killed here has lost nothing
+        path.write_text("".join(self._lines))
     self._start_step = start_step
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -109,8 +112,21 @@ def plot_loss(path: Path, training: Sequence[tuple[int, float]], validation: Seq
   figure.savefig(path, dpi=120, format="png")
 
 
-def _read_whole_lines(path: epath.Path) -> list[str]:
-  """Reads the complete lines of a file: a killed run may have left part of one."""
-  if not path.exists():
-    return []
-  return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+def _select_lines(text: str, *, last_step: int) -> list[str]:
+  """Returns the lines up to a step; not those that are cut or that repeat a step."""
+  lines, latest = [], -1
+  for line in text.splitlines(keepends=True):
+    step = _read_step(line)
+    if step is not None and latest < step <= last_step:
+      lines.append(line)
+      latest = step
+  return lines
+
+
+def _read_step(line: str) -> int | None:
+  """Returns the step of a line; None if it is damaged."""
+  try:
+    step = json.loads(line)["step"]
+  except (ValueError, TypeError, KeyError):
+    return None
+  return step if isinstance(step, int) and line.endswith("\n") else None

@@ -23,6 +23,7 @@ from univid_jax.data.writer import write_clip
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.evaluation.generate import sample_targets
 from univid_jax.inference.pipeline import Pipeline
+from univid_jax.inference.sampler import Progress
 from univid_jax.models.lora import join
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.processes import local_rows
@@ -71,14 +72,21 @@ class Validation:
 
     self._sum_losses = jax.jit(sum_losses, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-  def __call__(self, params: Params, frozen: Params) -> dict[str, float]:
-    """Returns val_loss, and the same by noise level, task and context: means over sentences and levels."""
+  def __call__(self, params: Params, frozen: Params, *, progress: Progress | None = None) -> dict[str, float]:
+    """Returns val_loss, and the same by noise level, task and context: means over sentences and levels.
+
+    Args:
+      params, frozen: of the model.
+      progress: called after each batch with its number, from 1 again for every noise level.
+    """
     metrics, sums = {}, []
     with jax.set_mesh(self._mesh):
       for sigma in self._sigmas:
-        parts = [
-          jax.device_get(self._sum_losses(params, frozen, *batch, jnp.float32(sigma))) for batch in self._batches
-        ]
+        parts = []
+        for number, batch in enumerate(self._batches, 1):
+          parts.append(jax.device_get(self._sum_losses(params, frozen, *batch, jnp.float32(sigma))))
+          if progress is not None:
+            progress(number)
         sums.append([sum(values) for values in zip(*parts, strict=True)])
         metrics[f"val_loss/sigma_{sigma:g}"] = float(sums[-1][0].sum() / sums[-1][2].sum())
     tasks, contexts, task_counts, context_counts = (np.sum(values, axis=0) for values in zip(*sums, strict=True))
@@ -106,14 +114,22 @@ def select_sentences(data: DataSources, count: int) -> tuple[list[Sentence], boo
 
 
 def write_previews(
-  folder: epath.Path, step: int, pipeline: Pipeline, sentences: Sequence[Sentence], *, num_inference_steps: int
+  folder: epath.Path,
+  step: int,
+  pipeline: Pipeline,
+  sentences: Sequence[Sentence],
+  *,
+  num_inference_steps: int,
+  progress: Progress | None = None,
 ) -> None:
   """Samples the sentences' targets and writes step_NNNNNN.png with all of them, and a video of each that is one.
 
-  Every process samples; the first one writes.
+  Every process samples; the first one writes. `progress` is that of `Pipeline.sample_batch`.
   """
   sentences = [sentence.with_frames() for sentence in sentences]
-  predictions = sample_targets(pipeline, dict(enumerate(sentences)), num_inference_steps=num_inference_steps)
+  predictions = sample_targets(
+    pipeline, dict(enumerate(sentences)), num_inference_steps=num_inference_steps, progress=progress
+  )
   if jax.process_index() > 0:
     return
   rows = []

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from univid_jax.config.schema import DataConfig, RunConfig
@@ -78,18 +78,16 @@ class DataSources:
 def open_data(config: RunConfig) -> DataSources:
   """Opens all data that a config names, and checks every record.
 
+  Data with weight 0 is not opened at all.
+
   Raises:
     OSError: a file or folder is missing or unreadable.
     UserError: the config names no data, or data without a usable record.
   """
   data = config.data
-  opened = _open_listed(config)
-  if not (opened or data.folder or data.bundled):
-    raise UserError(
-      "there is no data: give config.data.folder (videos and photos, for computed tasks), or config.data.metadata, "
-      "pairs, manifest or tfds.name"
-    )
-  if data.folder or not opened:
+  kinds = _used_kinds(data)
+  opened = _open_listed(config, kinds)
+  if "computed" in kinds:
     computed = open_computed(config, "train", seed=config.seed)
     dropped = [each for folder in computed.folders for each in folder.dropped]
     # Caching computed clips pays only with the encoders of a base.
@@ -101,6 +99,29 @@ def open_data(config: RunConfig) -> DataSources:
     dropped=[dropped for each in opened.values() for dropped in each.dropped],
     held_out={name: each.held_out for name, each in opened.items() if len(each.held_out)},
   )
+
+
+def _used_kinds(data: DataConfig) -> list[str]:
+  """Returns the kinds of data that a config names and does not switch off.
+
+  Raises:
+    UserError: there are none.
+  """
+  given = {"metadata": data.metadata, "pairs": data.pairs, "manifest": data.manifest, "tfds": data.tfds.name}
+  named = [name for name, value in given.items() if value]
+  if data.folder or (data.bundled and not named):
+    named.append("computed")
+  if not named:
+    raise UserError(
+      "there is no data: give config.data.folder (videos and photos, for computed tasks), or config.data.metadata, "
+      "pairs, manifest or tfds.name"
+    )
+  used = [name for name in named if getattr(data.weights, name)]
+  if not used:
+    raise UserError(
+      f"all data is switched off: config.data.weights.{' and '.join(named)} must not {'all ' * (len(named) > 1)}be 0"
+    )
+  return used
 
 
 def _count_changes(source: SentenceSource) -> Counter[str]:
@@ -123,26 +144,26 @@ class _Opened:
   dropped: Sequence[Dropped]
 
 
-def _open_listed(config: RunConfig) -> dict[str, _Opened]:
-  """Opens the kinds of data that consist of records; the order determines how they are mixed."""
+def _open_listed(config: RunConfig, kinds: Collection[str]) -> dict[str, _Opened]:
+  """Opens those of the kinds that consist of records; the order determines how they are mixed."""
   data = config.data
   form, options = ClipFormat.of(data), DrawOptions.of(data, seed=config.seed)
   opened = {}
-  if data.metadata:
+  if "metadata" in kinds:
     source, dropped = open_metadata(copy_to_local(data.metadata), form, options)
     opened["metadata"] = _hold_out("metadata", source, dropped, data.held_out)
-  if data.pairs:
-    kinds = task_kinds(data)
-    source, dropped = open_pairs(copy_to_local(data.pairs), form, options, kinds=kinds)
+  if "pairs" in kinds:
+    targets = task_kinds(data)
+    source, dropped = open_pairs(copy_to_local(data.pairs), form, options, kinds=targets)
     if data.test_pairs:
-      test = open_pairs(copy_to_local(data.test_pairs), form, options, kinds=kinds)
+      test = open_pairs(copy_to_local(data.test_pairs), form, options, kinds=targets)
       opened["pairs"] = _with_test_set("pairs", source, dropped, test)
     else:
       opened["pairs"] = _hold_out("pairs", source, dropped, data.held_out)
-  if data.manifest:
+  if "manifest" in kinds:
     source, dropped = open_manifest(copy_to_local(data.manifest), form, options)
     opened["manifest"] = _hold_out("manifest", source, dropped, data.held_out)
-  if data.tfds.name:
+  if "tfds" in kinds:
     depth_range = data.depth_range
     source, dropped = open_tfds(data.tfds, data.tfds.split, form, options, depth_range=depth_range)
     if data.tfds.test_split:

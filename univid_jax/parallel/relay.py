@@ -1,0 +1,96 @@
+"""A relay between JAX's client and the coordinator in process 0.
+
+When process 0 dies, the kernel closes its connections, and JAX's C++ client then aborts its own process within
+milliseconds, with a stack trace. That cannot be configured: `jax_enable_recoverability` does not cover the coordinator,
+and the callback that jaxlib would take instead cannot be called from Python (it is given a type without a binding). So
+the client connects to this relay in its own process, which keeps the connection open after the coordinator is gone and
+reports it, so that the command can end in a line that says what happened.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+
+# In seconds. Process 0 may start later than the others.
+CONNECT_TIMEOUT = 10.0
+RETRY = 0.2
+
+BUFFER = 1 << 16
+
+NO_PROXY = "no_grpc_proxy"
+
+
+class Relay:
+  """Forwards connections from a port of this machine.
+
+  Args:
+    coordinator: HOST:PORT of process 0.
+
+  Attributes:
+    address: HOST:PORT to connect to instead.
+    lost: set when the coordinator has closed a connection that this process still uses.
+  """
+
+  def __init__(self, coordinator: str):
+    host, _, port = coordinator.rpartition(":")
+    self._target = host.strip("[]"), int(port)
+    self._server = socket.create_server(("127.0.0.1", 0))
+    self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+    self.lost = threading.Event()
+    # gRPC would send even this connection to a proxy.
+    excluded = os.environ.get(NO_PROXY) or os.environ.get("no_proxy") or ""
+    os.environ[NO_PROXY] = f"{excluded},127.0.0.1".lstrip(",")
+    self._start(self._accept)
+
+  def _accept(self) -> None:
+    while True:
+      client, _ = self._server.accept()
+      self._start(self._connect, client)
+
+  def _connect(self, client: socket.socket) -> None:
+    coordinator = self._reach_coordinator()
+    if coordinator is None:
+      client.close()  # the client tries again
+      return
+    for end in (client, coordinator):
+      end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    closed = threading.Event()
+    self._start(self._forward_answers, coordinator, client, closed)
+    with client, coordinator:
+      _forward(client, coordinator)
+      closed.set()
+      with contextlib.suppress(OSError):
+        coordinator.shutdown(socket.SHUT_RDWR)  # wakes the other thread
+
+  def _reach_coordinator(self) -> socket.socket | None:
+    start = time.monotonic()
+    while time.monotonic() - start < CONNECT_TIMEOUT:
+      with contextlib.suppress(OSError):
+        connection = socket.create_connection(self._target, timeout=CONNECT_TIMEOUT)
+        connection.settimeout(None)
+        return connection
+      time.sleep(RETRY)
+    return None
+
+  def _forward_answers(self, coordinator: socket.socket, client: socket.socket, closed: threading.Event) -> None:
+    answered = _forward(coordinator, client)
+    if answered and not closed.is_set():
+      self.lost.set()
+    else:
+      with contextlib.suppress(OSError):
+        client.shutdown(socket.SHUT_RDWR)
+
+  def _start(self, function, *arguments) -> None:
+    threading.Thread(target=function, args=arguments, name="relay", daemon=True).start()
+
+
+def _forward(source: socket.socket, target: socket.socket) -> bool:
+  """Copies until one of the ends is closed; returns whether there was anything to copy."""
+  copied = False
+  with contextlib.suppress(OSError):
+    while data := source.recv(BUFFER):
+      copied = True
+      target.sendall(data)
+  return copied
