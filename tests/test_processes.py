@@ -144,6 +144,7 @@ class TestPeers:
 
   def test_a_silent_process_is_named_after_the_heartbeat(self, pair):
     first, second = pair
+    self.wait_for(lambda: "1" in first._beats)
     assert first.find_dead(3600) is None and second.find_dead(3600) is None
     second.stop()
     first.find_dead(0)
@@ -250,8 +251,8 @@ class TestTwoProcesses:
     start = time.monotonic()
     done = finish(processes[1 - victim])
     assert done.returncode == 1 and time.monotonic() - start < 10, done
-    (line,) = reported(done)
-    assert line.startswith(f"error: process {victim} (") and f"pid {processes[victim].pid}" in line
+    assert len(reported(done)) == 1, done.stderr
+    assert done.stderr.startswith(f"error: process {victim} (") and f"pid {processes[victim].pid}" in done.stderr
 
   @pytest.mark.long
   def test_an_error_in_one_ends_both(self, tmp_path):
