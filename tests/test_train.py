@@ -282,7 +282,8 @@ class TestValidation:
       alone = pack([make_features(sentence)], RowShape.of(tiny_config))
       own = np.zeros_like(alone.tokens)
       own[0, alone.segment_ids[0] == 1] = noise[index, rows.segment_ids[index] == segment]
-      losses.append(sentence_losses(model, alone, jnp.asarray(own), jnp.full((1, alone.num_slots), 0.7))[0].sum())
+      alone, own = jax.tree.map(jnp.asarray, (alone, own))
+      losses.append(sentence_losses(model, alone, own, jnp.full((1, alone.num_slots), 0.7))[0].sum())
     assert found["val_loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
   @pytest.mark.long
