@@ -67,21 +67,21 @@ def measure_fill_rates(num_rows: int = 1500) -> dict[str, float]:
   return rates
 
 
-def read_clips(path: Path) -> np.ndarray:
-  """Reads four clips, uint8 (4, T, H, W, 3)."""
+def read_clips(path: Path) -> list[np.ndarray]:
+  """Reads four clips, each uint8 (T, H, W, 3)."""
   quarter = probe(path).num_frames // 4
-  return np.stack(read_parts(path, [(i * quarter, NUM_FRAMES) for i in range(4)]))
+  return list(read_parts(path, [(i * quarter, NUM_FRAMES) for i in range(4)]))
 
 
-def read_clips_like_reference(path: Path) -> np.ndarray:
+def read_clips_like_reference(path: Path) -> list[np.ndarray]:
   import imageio
 
   reader = imageio.get_reader(str(path))
   quarter = reader.count_frames() // 4  # pyright: ignore[reportAttributeAccessIssue]  # of the ffmpeg plugin's reader
   starts = range(0, 4 * quarter, quarter)
-  clips = [[reader.get_data(start + i) for i in range(NUM_FRAMES)] for start in starts]
+  clips = [np.stack([reader.get_data(start + i) for i in range(NUM_FRAMES)]) for start in starts]
   reader.close()
-  return np.array(clips)
+  return clips
 
 
 def measure_seconds(run: Callable[[], object]) -> float:
@@ -107,7 +107,7 @@ def main() -> None:
     print(f"fill rate  {rate:6.1%}  {name}")
   assert VIDEO.value is not None
   path = Path(VIDEO.value)
-  difference = np.mean(np.abs(read_clips(path).astype(int) - read_clips_like_reference(path)))
+  difference = np.mean(np.abs(np.stack(read_clips(path)).astype(int) - np.stack(read_clips_like_reference(path))))
   times = [
     (measure_seconds(lambda: read_clips(path)), measure_seconds(lambda: read_clips_like_reference(path)))
     for _ in range(PAIRS.value)

@@ -5,6 +5,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 
 from tests.numbered_videos import encode_video, numbered_frames, read_numbers
 from univid_jax.core.errors import UserError
+from univid_jax.data import video_frames
+from univid_jax.data.decoding import Decoder
 from univid_jax.data.h264 import _Bits
 from univid_jax.data.reader import is_foreign, probe, read_clip, read_parts
 
@@ -325,3 +328,29 @@ def test_parts_are_read_together(tmp_path: Path):
         parts = read_parts(path, spans, fps=fps)
         expected = [read_clip(path, start, count, fps).frames for start, count in spans]
         assert all(np.array_equal(*pair) for pair in zip(parts, expected, strict=True))
+
+
+@pytest.mark.parametrize("bframes", [0, 2])
+def test_only_what_is_needed_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bframes: int):
+  """Reading at an offset seeks to the nearest key frame, and so does reading of the next part after a gap."""
+  path = tmp_path / "video.mp4"
+  encode_video(path, numbered_frames(180), gop=12, bframes=bframes, options={"sc_threshold": "0"})
+  probe(path)
+  decoders: list[Decoder] = []
+
+  def make_decoder(*args: Any, **kwargs: Any) -> Decoder:
+    decoders.append(Decoder(*args, **kwargs))
+    return decoders[-1]
+
+  monkeypatch.setattr(video_frames, "Decoder", make_decoder)
+  # Frames are decoded ahead of the last one shown: what is reordered, and the packets that tell of damage to it.
+  ahead = 3 + 2 * bframes
+  for start, count in ((100, 5), (168, 12), (12, 1)):
+    decoders.clear()
+    read_clip(path, start, count)
+    assert sum(len(decoder.packets) for decoder in decoders) <= start % 12 + count + ahead
+  decoders.clear()
+  parts = read_parts(path, [(quarter * 45, 17) for quarter in range(4)])
+  assert [len(part) for part in parts] == [17] * 4
+  from_keys = sum(quarter * 45 % 12 for quarter in range(4))
+  assert sum(len(decoder.packets) for decoder in decoders) <= 4 * (17 + ahead) + from_keys

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from av.error import FFmpegError
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from univid_jax.core.errors import UserError
 from univid_jax.data.color import Frame
@@ -127,7 +127,7 @@ def read_clip(
 
 
 def read_parts(path: str | os.PathLike, spans: Sequence[tuple[int, int]], *, fps: float | None = None) -> list[Frames]:
-  """Reads several parts of a clip, of a video faster than one after another.
+  """Reads several parts of a clip, of a video faster than one after another; parts may share memory.
 
   Args:
     path: see `read_clip`.
@@ -146,7 +146,13 @@ def read_parts(path: str | os.PathLike, spans: Sequence[tuple[int, int]], *, fps
     parts = [timeline.schedule.select(start, count, fps) for start, count in spans]
     indices = np.unique(np.concatenate(parts))
     frames = read_video_frames(path, timeline, indices)
-    return [frames[np.searchsorted(indices, part)] for part in parts]
+    return [_take(frames, np.searchsorted(indices, part)) for part in parts]
+
+
+def _take(frames: Frames, positions: Int[np.ndarray, "n"]) -> Frames:
+  """Returns frames at increasing positions, without a copy if nothing lies between them."""
+  begin, end = int(positions[0]), int(positions[-1]) + 1
+  return frames[begin:end] if (np.diff(positions) == 1).all() else frames[positions]
 
 
 def _is_animation(path: Path) -> bool:

@@ -18,48 +18,51 @@ MAX_BYTES = 2**33
 # Damage to a reference may only show after the frames that refer to it: at most so many frames later.
 MAX_REORDERED = 32
 
+# Opening a file again takes as long as decoding a few frames, with a long index more.
+MIN_SKIPPED = 12
+
 
 def read_video_frames(path: Path, timeline: Timeline, indices: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
   """Reads frames by their positions in the order of presentation, which are sorted and may repeat.
 
-  What lies between them is decoded only if no key frame follows it.
+  What lies between them is decoded only where no seek to a key frame saves it.
 
   Raises:
     UserError: there are too few frames, one is damaged, or their sizes differ.
   """
-  parts = [_read_part(path, timeline, part) for part in _split_at_keys(timeline, indices)]
-  if len({part.shape[1:] for part in parts}) > 1:
-    raise UserError(f"its frames have different sizes: {parts[0].shape[1:3]} and {parts[-1].shape[1:3]}")
-  return parts[0] if len(parts) == 1 else np.concatenate(parts)
+  frames = _Frames(indices)
+  for part in _split_at_keys(timeline, indices):
+    _read_part(path, timeline, part, frames)
+  assert frames.pixels is not None
+  return frames.pixels
 
 
 def _split_at_keys(timeline: Timeline, indices: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "_"]]:
-  """Splits positions at gaps with a key frame, from which the next part can be decoded."""
+  """Splits positions at gaps that a seek to a key frame, from which the next part can be decoded, makes cheaper."""
   if timeline.schedule is None or not timeline.is_indexed:
     return [indices]
-  times = timeline.schedule.times
-  gaps = np.flatnonzero(np.diff(indices) > 1 + MAX_REORDERED)
-  splits = [
-    gap + 1
-    for gap in gaps
-    if ((timeline.keys > times[indices[gap]]) & (timeline.keys <= _first_needed(timeline, int(indices[gap + 1])))).any()
-  ]
+  keys = np.searchsorted(timeline.schedule.times, timeline.keys)
+  gaps = np.flatnonzero(np.diff(indices) > MIN_SKIPPED)
+  splits = []
+  for gap in gaps:
+    resumed = int(indices[gap + 1]) - timeline.has_neighbours
+    if ((keys > indices[gap] + MIN_SKIPPED) & (keys <= resumed)).any():
+      splits.append(gap + 1)
   return np.split(indices, splits)
 
 
-def _read_part(path: Path, timeline: Timeline, indices: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
+def _read_part(path: Path, timeline: Timeline, indices: Int[np.ndarray, "n"], frames: "_Frames") -> None:
   reading = None
   for key in _starting_points(timeline, int(indices[0])):
-    reading = _Reading(timeline, indices)
+    reading = _Reading(timeline, indices, frames)
     reading.run(path, key)
     if reading.lacks_references:
-      reading = _Reading(timeline, indices)
+      reading = _Reading(timeline, indices, frames)
       reading.run(path, key, is_strict=False)
     if reading.started_at_key:
       break
-  if reading is None or reading.frames is None or reading.problem:
+  if reading is None or frames.pixels is None or reading.problem:
     raise UserError((reading and reading.problem) or "no frames")
-  return reading.frames
 
 
 def _starting_points(timeline: Timeline, first: int) -> list[int | None]:
@@ -78,22 +81,44 @@ def _first_needed(timeline: Timeline, first: int) -> int | None:
   return int(timeline.schedule.times[max(first - timeline.has_neighbours, 0)])
 
 
+class _Frames:
+  """Frames at certain positions, filled in as they are decoded.
+
+  Attributes:
+    pixels: None before the first is known.
+  """
+
+  def __init__(self, indices: Int[np.ndarray, "n"]):
+    self.pixels: UInt8[np.ndarray, "n H W 3"] | None = None
+    self._indices = indices
+
+  def store(self, index: int, frame: Frame) -> None:
+    if self.pixels is None:
+      needed = len(self._indices) * frame.size
+      if needed > MAX_BYTES:
+        height, width = frame.shape[:2]
+        raise UserError(f"{len(self._indices)} frames of {width}x{height} are {needed / 1e9:.0f} GB; read fewer")
+      self.pixels = np.empty((len(self._indices), *frame.shape), np.uint8)
+    if frame.shape != self.pixels.shape[1:]:
+      raise UserError(f"its frames have different sizes: {self.pixels.shape[1:3]} and {frame.shape[:2]}")
+    begin, end = (np.searchsorted(self._indices, index, side=side) for side in ("left", "right"))
+    self.pixels[begin:end] = frame
+
+
 class _Reading:
   """One attempt to decode certain frames.
 
   Attributes:
-    frames: None before the first is found.
     problem: why the frames cannot be used; None if they can.
     lacks_references: the problem may be that frames name references before the first which they do not use.
     started_at_key: decoding started at a frame that needs none before it. Containers mark others as key frames too.
   """
 
-  def __init__(self, timeline: Timeline, indices: Int[np.ndarray, "n"]):
-    self.frames: UInt8[np.ndarray, "n H W 3"] | None = None
+  def __init__(self, timeline: Timeline, indices: Int[np.ndarray, "n"], frames: _Frames):
     self.problem: str | None = None
     self.lacks_references = False
     self.started_at_key = False
-    self._timeline, self._indices = timeline, indices
+    self._timeline, self._indices, self._frames = timeline, indices, frames
     self._origins: dict[int, tuple[int, ...]] = {}
     self._num_shown = 0
 
@@ -111,7 +136,7 @@ class _Reading:
       for index, decoded in shown:
         if index in wanted and index not in self._origins:
           self._origins[index] = decoded.origins
-          self._store(index, converter.convert(decoded.frame))
+          self._frames.store(index, converter.convert(decoded.frame))
         if index >= last:
           break
       newest = max((max(numbers) for numbers in self._origins.values()), default=0)
@@ -140,18 +165,6 @@ class _Reading:
           self.started_at_key = is_intra and not decoded.number and index <= self._indices[0]
       self._num_shown += 1
       yield index, decoded
-
-  def _store(self, index: int, frame: Frame) -> None:
-    if self.frames is None:
-      needed = len(self._indices) * frame.size
-      if needed > MAX_BYTES:
-        height, width = frame.shape[:2]
-        raise UserError(f"{len(self._indices)} frames of {width}x{height} are {needed / 1e9:.0f} GB; read fewer")
-      self.frames = np.empty((len(self._indices), *frame.shape), np.uint8)
-    if frame.shape != self.frames.shape[1:]:
-      raise UserError(f"its frames have different sizes: {self.frames.shape[1:3]} and {frame.shape[:2]}")
-    begin, end = (np.searchsorted(self._indices, index, side=side) for side in ("left", "right"))
-    self.frames[begin:end] = frame
 
   def _find_problem(self, decoder: Decoder) -> str | None:
     """Returns why the frames cannot be used; None if they can."""
