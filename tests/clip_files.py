@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from univid_jax.core.options import PromptStyle
@@ -75,3 +76,47 @@ def read_greys(clip):
 
 def read_lengths(sentence):
   return [len(read_frames(clip)) for clip in sentence.clips]
+
+
+def write_tfds(folder: Path) -> str:
+  """Builds the TFDS data set `scenes` of eight images with labels and depth, and returns its `data_dir`."""
+  tfds = pytest.importorskip("tensorflow_datasets")
+  rng = np.random.default_rng(0)
+  paths = []
+  for index in range(8):
+    path = folder / f"{index}.png"
+    Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(path)
+    paths.append(path)
+
+  with tfds.core.registered.skip_registration():
+
+    class Scenes(tfds.core.GeneratorBasedBuilder):
+      VERSION = tfds.core.Version("1.0.0")
+
+      def _info(self):
+        return self.dataset_info_from_configs(
+          features=tfds.features.FeaturesDict(
+            {
+              "image": tfds.features.Image(shape=(None, None, 3)),
+              "labels": tfds.features.Tensor(shape=(20, 30), dtype=np.uint8),
+              "depth": tfds.features.Tensor(shape=(20, 30, 1), dtype=np.float32),
+            }
+          )
+        )
+
+      def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+      def _generate_examples(self):
+        for index, path in enumerate(paths):
+          yield (
+            index,
+            {
+              "image": str(path),
+              "labels": np.full((20, 30), index, np.uint8),
+              "depth": np.linspace(1, 2, 600, dtype=np.float32).reshape(20, 30, 1),
+            },
+          )
+
+  Scenes(data_dir=str(folder / "data"), file_format="array_record").download_and_prepare()
+  return str(folder / "data")

@@ -16,6 +16,7 @@ from tests.clip_files import (
   write_metadata,
   write_pairs,
   write_table,
+  write_tfds,
   write_video,
 )
 from univid_jax.config.boundary import override
@@ -302,53 +303,12 @@ class TestTFDS:
     name="scenes", task="segmentation map", source="image", target="labels", kind=TargetKind.SEGMENTATION
   )
 
-  def build(self, folder):
-    """Builds a data set of eight images with labels and depth."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    rng = np.random.default_rng(0)
-    paths = []
-    for index in range(8):
-      path = folder / f"{index}.png"
-      Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(path)
-      paths.append(path)
-
-    class Scenes(tfds.core.GeneratorBasedBuilder):
-      VERSION = tfds.core.Version("1.0.0")
-
-      def _info(self):
-        return self.dataset_info_from_configs(
-          features=tfds.features.FeaturesDict(
-            {
-              "image": tfds.features.Image(shape=(None, None, 3)),
-              "labels": tfds.features.Tensor(shape=(20, 30), dtype=np.uint8),
-              "depth": tfds.features.Tensor(shape=(20, 30, 1), dtype=np.float32),
-            }
-          )
-        )
-
-      def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-      def _generate_examples(self):
-        for index, path in enumerate(paths):
-          yield (
-            index,
-            {
-              "image": str(path),
-              "labels": np.full((20, 30), index, np.uint8),
-              "depth": np.linspace(1, 2, 600, dtype=np.float32).reshape(20, 30, 1),
-            },
-          )
-
-    Scenes(data_dir=str(folder / "data"), file_format="array_record").download_and_prepare()
-    return str(folder / "data")
-
   def open(self, data_dir, **changes):
     config = TFDSConfig(**(vars(self.CONFIG) | {"data_dir": data_dir} | changes))
     return open_tfds(config, config.split, FORM, draw_options(contexts={"II": 1.0}), depth_range=(1.0, 2.0))
 
   def test_labels_and_depth(self, tmp_path):
-    data_dir = self.build(tmp_path)
+    data_dir = write_tfds(tmp_path)
     sentences, dropped = self.open(data_dir)
     assert not dropped and len(sentences.pairs) == 8
     sentence = sentences[3]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.clip_files import write_image, write_table, write_video
+from tests.clip_files import write_image, write_table, write_tfds, write_video
 from tests.stand_ins import CountingEncoders, Shape
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
@@ -120,6 +120,39 @@ def test_files_that_vanish_while_training(tmp_path, caplog, kind):
     assert all((row.segment_ids > 0).any() for row in rows)
     dropped = [message for message in caplog.messages if message.startswith("dropped: ")]
     assert dropped and len(dropped) == len(set(dropped)) and all(path.name in message for message in dropped)
+
+
+def test_tfds_examples_that_are_damaged_while_training(tmp_path, caplog):
+  names = {"name": "scenes", "task": "x", "source": "image", "target": "labels", "kind": "segmentation"}
+  changes = {f"data.tfds.{name}": value for name, value in (names | {"data_dir": write_tfds(tmp_path)}).items()}
+  config = override(tiny(), CHANGES | changes)
+  (path,) = (tmp_path / "data").rglob("*.array_record*")
+  content = path.read_bytes()
+  for damage, allowed in ((slice(16000, 17000), False), (slice(16000, 17000), True), (slice(None), False)):
+    path.write_bytes(content)
+    data = open_data(config)
+    damaged = bytearray(content)
+    damaged[damage] = bytes(len(damaged[damage]))
+    path.write_bytes(damaged)
+    features = make_features(config, data, None)
+    caplog.clear()
+    loader = make_loader(
+      list(data.sources.values()), features, row_shape=ROWS, rows_per_batch=2, seed=0, allow_dropped=allowed
+    )
+    message = (
+      r"^x/\d with the examples \d cannot be used: example \d of scenes/1\.0\.0, split train cannot be read: "
+    )
+    with closing(loader):
+      if not allowed:
+        with pytest.raises(UserError, match=message):
+          for _ in range(20):
+            next(loader)
+        continue
+      assert all((next(loader).segment_ids > 0).any() for _ in range(20))
+    dropped = [message for message in caplog.messages if message.startswith("dropped: ")]
+    assert 1 <= len(dropped) <= 3 and len(dropped) == len(set(dropped))
+  with pytest.raises(UserError, match=r"nothing in config\.data\.tfds can be used: .*, split train cannot be read"):
+    open_data(config)
 
 
 def test_data_without_a_usable_sentence_ends(tmp_path, monkeypatch):

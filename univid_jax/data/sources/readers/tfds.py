@@ -1,6 +1,7 @@
 """Reads TFDS data sets as pairs."""
 
 import dataclasses
+import re
 import tempfile
 from typing import Any
 
@@ -39,16 +40,16 @@ def open_tfds(
   try:
     # Any: its type omits dataset_info.
     source: Any = tfds.data_source(config.name, split=split, data_dir=config.data_dir or None)
+    count = len(source)
   except Exception as error:  # TFDS raises many types
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise UserError(f"TFDS has no {config.name} with split {split} here: {reason}") from error
+    raise UserError(f"TFDS has no {config.name} with split {split} here: {_first_line(error)}") from error
   features = source.dataset_info.features
   missing = [name for name in (config.source, config.target) if name not in features]
   if missing:
     raise UserError(f"{config.name} has no feature {missing[0]!r}; there are {', '.join(features)}")
   identity = f"{source.dataset_info.full_name}|{split}"
   pairs, dropped = [], []
-  for index in range(len(source)):
+  for index in range(count):
     parts = [
       _Feature(source, index, name, kind, identity=identity, form=form, depth_range=depth_range)
       for name, kind in ((config.source, TargetKind.IMAGE), (config.target, config.kind))
@@ -82,7 +83,13 @@ class _Feature:
   depth_range: tuple[float, float]
 
   def read(self) -> Frames:
-    return to_frames(self.source[self.index][self.name], self.kind, self.depth_range)
+    try:
+      value = self.source[self.index][self.name]
+    except Exception as error:  # RuntimeError for damaged records, and whatever decoders raise
+      raise UserError(
+        f"example {self.index} of {self.identity.replace('|', ', split ')} cannot be read: {_first_line(error)}"
+      ) from error
+    return to_frames(value, self.kind, self.depth_range)
 
   def open(self) -> Footage:
     num_frames, height, width, _ = self.read().shape
@@ -135,3 +142,9 @@ def to_frames(value: Any, kind: TargetKind, depth_range: tuple[float, float]) ->
   if array.dtype != np.uint8:
     raise UserError(f"images must be uint8, got {array.dtype}")
   return array if array.shape[-1] == 3 else np.repeat(array[..., :1], 3, axis=-1)
+
+
+def _first_line(error: Exception) -> str:
+  """Returns the message, without addresses of objects, so that equal errors are reported once."""
+  message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+  return re.sub(r"<(\S+) object at 0x[0-9a-f]+>", r"\1", message)
