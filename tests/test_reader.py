@@ -1,6 +1,7 @@
 """Files as people have them are read as players show them, or rejected by name and reason."""
 
 import json
+import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -354,3 +355,31 @@ def test_only_what_is_needed_is_decoded(tmp_path: Path, monkeypatch: pytest.Monk
   assert [len(part) for part in parts] == [17] * 4
   from_keys = sum(quarter * 45 % 12 for quarter in range(4))
   assert sum(len(decoder.packets) for decoder in decoders) <= 4 * (17 + ahead) + from_keys
+
+
+def test_pictures_beside_a_video_are_not_read(tmp_path: Path):
+  """Cover art that is larger than the video, and that is not marked as such."""
+  encode_video(tmp_path / "video.mp4", numbered_frames(5))
+  encode_video(tmp_path / "cover.mp4", numbered_frames(1, (96, 128)), "png", pixel_format="rgb24")
+  for first, second in (("cover", "video"), ("video", "cover")):
+    path = tmp_path / f"{first}_{second}.mp4"
+    with av.open(str(path), "w") as target:
+      sources = [av.open(str(tmp_path / f"{name}.mp4")) for name in (first, second)]
+      streams = [target.add_stream_from_template(source.streams.video[0]) for source in sources]
+      for source, stream in zip(sources, streams, strict=True):
+        for packet in source.demux(video=0):
+          if packet.size:
+            packet.stream = stream
+            target.mux(packet)
+        source.close()
+    assert read_numbers(read_clip(path).frames) == list(range(5))
+
+
+def test_what_is_not_a_file_or_not_an_array_is_refused(tmp_path: Path):
+  os.mkfifo(tmp_path / "pipe.mp4")
+  with (tmp_path / "archive.npy").open("wb") as file:
+    np.savez(file, frames=np.zeros((1, 4, 4, 3), np.uint8))
+  for name, reason in (("pipe.mp4", "neither a file nor a folder"), ("archive.npy", "archive of arrays")):
+    for read in (probe, read_clip):
+      with pytest.raises(UserError, match=f"cannot read .*{name}: .*{reason}"):
+        read(tmp_path / name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.numbered_videos import FFMPEG, SIZE, encode_video, numbered_frames, read_numbers, read_with_ffmpeg
@@ -190,7 +190,11 @@ trimmed = examples().filter(
 )
 
 
+CUT_OFF = Example("mpeg4", "mp4", (1,), Fraction(16), gop=2, bframes=2, rotation=0, is_mirrored=False, trim_share=0.0)
+
+
 @pytest.mark.skipif(FFMPEG is None, reason="no ffmpeg program: install imageio-ffmpeg, or set FFMPEG")
+@example(CUT_OFF, Trim("mkv", 2.0, 1.0))  # frames that refer to what was cut come after the key frame, by their times
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(trimmed, trims)
 def test_trims_by_ffmpeg(example: Example, trim: Trim):

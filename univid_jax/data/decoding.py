@@ -23,6 +23,9 @@ from univid_jax.data.h264 import PictureReader
 
 # Containers of single files. Others, such as playlists, make FFmpeg open further files.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
+# Of the default among several videos, in pixels, as in ffmpeg.
+DEFAULT_BONUS = 5_000_000
+
 NOT_A_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 
 # Only libvpx decodes the alpha channel of VP8 and VP9, a second stream inside their packets.
@@ -39,7 +42,7 @@ _LOGGING_LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-  """Opens a file and chooses its video: not cover art, and the largest of several.
+  """Opens a file and chooses its video: not cover art, and of several the one that ffmpeg chooses.
 
   Raises:
     UserError: the file has no video that can be decoded.
@@ -61,10 +64,18 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     streams = [stream for stream in container.streams.video if not stream.disposition & NOT_A_VIDEO]
     if not streams:
       raise UserError("no video, only cover art" if container.streams.video else "no video in the file")
-    stream = max(streams, key=lambda stream: stream.width * stream.height if stream.codec_context else -1)
+    stream = max(streams, key=_rank)
     if not stream.codec_context:
       raise UserError("no decoder for the codec of its video; convert it to H.264")
     yield container, stream
+
+
+def _rank(stream: VideoStream) -> tuple[bool, int]:
+  """Ranks videos by size, with a bonus for the default one; single pictures may be cover art that is not marked."""
+  if not stream.codec_context:
+    return False, -1
+  bonus = DEFAULT_BONUS if stream.disposition & Disposition.default else 0
+  return stream.frames != 1, stream.width * stream.height + bonus
 
 
 @dataclasses.dataclass(frozen=True)

@@ -203,6 +203,8 @@ def _named_errors(path: Path) -> Iterator[None]:
   """Adds the name of the file to errors."""
   if not path.exists():
     raise FileNotFoundError(f"no such clip: {path}")
+  if not path.is_file() and not path.is_dir():  # reading a pipe waits for its writer
+    raise UserError(f"cannot read {path}: it is neither a file nor a folder")
   try:
     yield
   except UserError as error:
@@ -244,6 +246,8 @@ def _map_array(path: Path) -> Frames:
     raise
   except Exception as error:  # damaged headers are parsed as Python, with whatever errors that gives
     raise UserError(f"not an intact .npy ({error})") from error
+  if not isinstance(array, np.ndarray):
+    raise UserError("it is an .npz, an archive of arrays; save one array with np.save")
   if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not array.size:
     raise UserError(f"it contains {array.dtype} {array.shape}, not uint8 (T, H, W, 3)")
   return array

@@ -121,7 +121,6 @@ def _read_timeline(path: Path, state: tuple[int, ...]) -> Timeline:
     codec = stream.codec_context.codec
     has_neighbours = stream.codec_context.field_order != PROGRESSIVE and not codec.intra_only
     nominal = [rate for rate in (stream.average_rate, stream.guessed_rate) if rate]
-    is_h264 = codec.canonical_name == "h264"
   first = _decode_first_frames(path)
   shown, keys = packets.shown, packets.keys
   if keys is None and first.has_gaps:
@@ -129,8 +128,10 @@ def _read_timeline(path: Path, state: tuple[int, ...]) -> Timeline:
   if shown is not None and keys is not None and first.times:
     # Where a video was cut, frames shown before its first key frame are not decoded.
     shown = shown[(shown >= keys[0]) | (shown >= first.times[0])]
-    # Fields that are coded separately give one frame for two packets.
-    if is_h264 and shown[: len(first.times)].tolist() != first.times:
+    # Fields that are coded separately give one frame for two packets, and B-frames of MPEG-4 whose references were cut
+    # give none.
+    checked = {"h264": len(first.times), "mpeg4": NUM_CHECKED}.get(codec.canonical_name, 0)
+    if checked and shown[:checked].tolist() != first.times:
       shown = keys = None
   schedule, rate = None, next(iter(nominal), None)
   if shown is not None:
