@@ -1,9 +1,13 @@
-"""Local paths and paths in buckets; permissions of written files."""
+"""Local paths and paths in buckets; files of tensors by name; permissions of written files."""
+
+import json
+import os
 
 import numpy as np
 import pytest
 
-from univid_jax.checkpoints.tensor_files import save_safetensors
+from univid_jax.checkpoints.tensor_files import find_tensor_files, open_tensors, save_safetensors
+from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write, copy_to_local, is_remote, make_absolute
 
 
@@ -34,3 +38,23 @@ def test_safetensors_permissions(tmp_path):
   (tmp_path / "new.safetensors").chmod(0o640)
   save_safetensors(tmp_path / "new.safetensors", {"x": np.ones(2)})
   assert (tmp_path / "new.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_files_of_tensors_by_name(tmp_path):
+  tensors = {"a": np.ones(2, np.float32)}
+  save_safetensors(tmp_path / "SHARD.SAFETENSORS", tensors)
+  assert open_tensors(tmp_path / "SHARD.SAFETENSORS").read("a").tolist() == [1, 1]
+  os.mkfifo(tmp_path / "pipe.safetensors")
+  (tmp_path / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+  for name, reason in (("pipe.safetensors", "is not a file"), ("pointer.bin", "git lfs pull")):
+    with pytest.raises(UserError, match=f"{name} .*{reason}"):
+      open_tensors(tmp_path / name)
+
+
+def test_shards_of_any_name_are_found_by_their_index(tmp_path):
+  save_safetensors(tmp_path / "first.safetensors", {"a": np.ones(2, np.float32)})
+  index = tmp_path / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": {"a": "first.safetensors", "b": "second.safetensors"}}))
+  assert find_tensor_files(tmp_path) == [index]
+  with pytest.raises(FileNotFoundError, match=r"shards listed in .* are missing: second\.safetensors"):
+    open_tensors(index)

@@ -166,6 +166,16 @@ class TestPEFT:
     with pytest.raises(UserError, match=rf"adapter_config\.json.*{message}"):
       read_lora(write_adapter(tmp_path, config))
 
+  @pytest.mark.parametrize("other", ["adapter_model.bin", "._adapter_model.safetensors", "optimizer.pt"])
+  def test_other_files_in_the_folder(self, tmp_path, other):
+    """The config belongs to the adapter, whatever lies beside it."""
+    expected = read_lora(write_adapter(tmp_path / "alone", {"r": 2, "lora_alpha": 16}))
+    folder = write_adapter(tmp_path / "adapter", {"r": 2, "lora_alpha": 16})
+    (folder / other).write_bytes(b"x")
+    assert weight_change(next(iter(expected.changes.values()))).max() == 16
+    for path in (folder, folder / "adapter_model.safetensors"):
+      same(read_lora(path), expected)
+
   def test_missing_weights(self, tmp_path):
     write_adapter(tmp_path, {"r": 2})
     (tmp_path / "adapter_model.safetensors").unlink()

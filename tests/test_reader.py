@@ -375,11 +375,17 @@ def test_pictures_beside_a_video_are_not_read(tmp_path: Path):
     assert read_numbers(read_clip(path).frames) == list(range(5))
 
 
-def test_what_is_not_a_file_or_not_an_array_is_refused(tmp_path: Path):
+def test_what_only_has_the_name_of_a_clip_is_refused(tmp_path: Path):
   os.mkfifo(tmp_path / "pipe.mp4")
   with (tmp_path / "archive.npy").open("wb") as file:
     np.savez(file, frames=np.zeros((1, 4, 4, 3), np.uint8))
-  for name, reason in (("pipe.mp4", "neither a file nor a folder"), ("archive.npy", "archive of arrays")):
+  (tmp_path / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+  reasons = {
+    "pipe.mp4": "neither a file nor a folder",
+    "archive.npy": "archive of arrays",
+    "pointer.png": "git lfs pull",
+  }
+  for name, reason in reasons.items():
     for read in (probe, read_clip):
       with pytest.raises(UserError, match=f"cannot read .*{name}: .*{reason}"):
         read(tmp_path / name)

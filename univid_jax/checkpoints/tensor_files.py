@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json, read_json_object
-from univid_jax.core.paths import resolve_inside
+from univid_jax.core.paths import is_lfs_pointer, resolve_inside
 
 SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin")
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
@@ -120,6 +120,8 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
   path = Path(path)
   if not path.exists():
     raise FileNotFoundError(f"no such file: {path}")
+  if path.is_file() and is_lfs_pointer(path):
+    raise UserError(f"{path} is not downloaded: run git lfs pull in its repository")
   if path.name.endswith(INDEX_SUFFIXES):
     return _open_shards(path)
   if shard := _SHARD.search(path.name):
@@ -130,15 +132,22 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
     raise UserError(
       f"{path} is part {int(split[1])} of {int(split[2])}: join the parts with llama.cpp's gguf-split --merge"
     )
-  if path.suffix not in SUFFIXES:
+  if not is_tensor_file(path):
     raise UserError(f"{path} is not a file of tensors; expected a name ending in {', '.join(SUFFIXES)}")
+  if not path.is_file():  # reading a pipe waits for its writer
+    raise UserError(f"{path} is not a file")
   return _open_file(path)
 
 
+def is_tensor_file(path: Path) -> bool:
+  """Whether the name is that of a file of tensors, which may be a shard."""
+  return path.suffix.lower() in SUFFIXES
+
+
 def _open_file(path: Path) -> TensorFile:
-  if path.suffix == ".safetensors":
+  if path.suffix.lower() == ".safetensors":
     return _open_safetensors(path)
-  if path.suffix == ".gguf":
+  if path.suffix.lower() == ".gguf":
     from univid_jax.checkpoints.gguf_files import open_gguf  # which imports this module
 
     return open_gguf(path)
@@ -183,9 +192,7 @@ def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
 
 
 def _open_shards(index: Path) -> TensorFile:
-  weight_map = read_json_object(index).get("weight_map")
-  if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
-    raise UserError(f'{index} is not an index of shards: it has no "weight_map" from names of tensors to files')
+  weight_map = _read_weight_map(index)
   names = sorted(set(weight_map.values()))
   for name in names:
     try:
@@ -207,6 +214,14 @@ def _open_shards(index: Path) -> TensorFile:
     raise UserError(f"{index} and its shards disagree about the tensor {tensor} in {shard}")
   infos = {name: shards[shard].infos[name] for name, shard in weight_map.items()}
   return TensorFile(index, infos, lambda name: shards[weight_map[name]].read(name))
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+  """Returns the shard of each tensor."""
+  weight_map = read_json_object(index).get("weight_map")
+  if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+    raise UserError(f'{index} is not an index of shards: it has no "weight_map" from names of tensors to files')
+  return weight_map
 
 
 def _open_torch(path: Path) -> TensorFile:
@@ -270,15 +285,17 @@ def find_tensor_files(folder: Path) -> list[Path]:
 
   Raises:
     FileNotFoundError: there is a shard, but no index.
+    UserError: an index is damaged.
   """
-  files = sorted(
-    path for path in folder.iterdir() if path.name.endswith((*SUFFIXES, *INDEX_SUFFIXES)) and path.name[0] != "."
-  )
+  visible = sorted(path for path in folder.iterdir() if path.name[0] != ".")
+  files = [path for path in visible if is_tensor_file(path) or path.name.endswith(INDEX_SUFFIXES)]
+  indices = [path for path in files if path.name.endswith(INDEX_SUFFIXES)]
+  listed = {folder / shard for index in indices for shard in _read_weight_map(index).values()}
   for path in files:
     index = path.with_name(_SHARD.sub(r"\3.index.json", path.name))
     if _SHARD.search(path.name) and not index.exists():
       raise FileNotFoundError(f"{path} is a shard, but its index {index.name} is missing")
-  return [path for path in files if not _SHARD.search(path.name)]
+  return [path for path in files if not _SHARD.search(path.name) and path not in listed]
 
 
 def save_safetensors(

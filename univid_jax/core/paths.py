@@ -81,6 +81,14 @@ def file_state(path: str | os.PathLike) -> tuple[int, ...]:
   return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
+def is_lfs_pointer(path: str | os.PathLike) -> bool:
+  """Whether a file is what Git leaves in place of a file that Git LFS has not downloaded."""
+  path = Path(path)
+  if not path.is_file() or path.stat().st_size > 1024:
+    return False
+  return path.read_bytes().startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def resolve_inside(folder: str | os.PathLike, name: str) -> Path:
   """Returns the path of a file that is named in another file, relative to that file's folder.
 

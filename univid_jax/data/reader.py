@@ -14,6 +14,7 @@ from av.error import FFmpegError
 from jaxtyping import Int, UInt8
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.paths import is_lfs_pointer
 from univid_jax.data.color import Frame
 from univid_jax.data.images import read_animation, read_image_frames
 from univid_jax.data.schedule import Schedule
@@ -205,6 +206,8 @@ def _named_errors(path: Path) -> Iterator[None]:
     raise FileNotFoundError(f"no such clip: {path}")
   if not path.is_file() and not path.is_dir():  # reading a pipe waits for its writer
     raise UserError(f"cannot read {path}: it is neither a file nor a folder")
+  if is_lfs_pointer(path):
+    raise UserError(f"cannot read {path}: it is not downloaded: run git lfs pull in its repository")
   try:
     yield
   except UserError as error:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from univid_jax.checkpoints.tensor_files import SUFFIXES
+from univid_jax.checkpoints.tensor_files import is_tensor_file
 from univid_jax.core.errors import UserError
 
 CONFIG_FILE = "adapter_config.json"
+ADAPTER_STEM = "adapter_model"
 HEADER_KEY = "lora_adapter_metadata"
 
 # Kinds of adapters that are read, with the key of alpha in their config.
@@ -85,15 +86,16 @@ def _find(patterns: Mapping[re.Pattern[str], float], module: str) -> float | Non
 
 def find_adapter(folder: Path) -> Path | None:
   """Returns the weights in a folder of PEFT: adapter_model.*, or the only file of tensors; None if there are none."""
-  files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-  named = [path for path in files if path.stem == "adapter_model"]
-  return named[0] if named else files[0] if len(files) == 1 else None
+  files = sorted(path for path in folder.iterdir() if is_tensor_file(path) and path.name[0] != ".")
+  named = [path for path in files if path.stem == ADAPTER_STEM]
+  return named[-1] if named else files[0] if len(files) == 1 else None  # of several, the .safetensors
 
 
 def find_config(path: Path) -> Path | None:
   """Returns PEFT's config of a file of weights, if there is one next to it."""
   config = path.parent / CONFIG_FILE
-  return config if config.is_file() and find_adapter(path.parent) == path else None
+  is_adapter = path.stem == ADAPTER_STEM or find_adapter(path.parent) == path
+  return config if config.is_file() and is_adapter else None
 
 
 def find_scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:
