@@ -385,6 +385,8 @@ def test_what_only_has_the_name_of_a_clip_is_refused(tmp_path: Path):
     "archive.npy": "archive of arrays",
     "pointer.png": "git lfs pull",
   }
+  with pytest.raises(UserError, match="a clip needs a name"):
+    read_clip("")
   for name, reason in reasons.items():
     for read in (probe, read_clip):
       with pytest.raises(UserError, match=f"cannot read .*{name}: .*{reason}"):

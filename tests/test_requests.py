@@ -104,7 +104,17 @@ def test_queries_with_dots_and_foreign_files(tmp_path: Path):
 
 def test_targets_are_checked_first(tmp_path: Path, monkeypatch):
   image = str(write_image(tmp_path / "a.png"))
-  for out, message in (("x.docx", "use .png"), ("a.png/x.png", "cannot write to the folder")):
+  (tmp_path / "folder.png").mkdir()
+  link = tmp_path / "link.png"
+  link.symlink_to(image)
+  for out, message in (
+    ("x.docx", "use .png"),
+    ("a.png/x.png", "cannot write to the folder"),
+    ("folder.png", "it is a folder"),
+    ("a.png", "it is one of the clips"),
+    ("link.png", "it is one of the clips"),
+    ("x" * 300 + ".mp4", "File name too long"),
+  ):
     with pytest.raises((UserError, OSError), match=message):
       check_outputs([Request((image,), tmp_path / out)])
   sampling = runner(num_frames=5)
@@ -113,4 +123,7 @@ def test_targets_are_checked_first(tmp_path: Path, monkeypatch):
   monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 1000})())
   with pytest.raises(OSError, match="needs 0 MB, and its disk has 0 MB left"):
     sampling.run(Request((image,) * 3, tmp_path / "x.mp4"))
-  assert not sampling.pipeline.contexts and sorted(tmp_path.iterdir()) == [tmp_path / "a.png"]
+  with pytest.raises(UserError, match="it is one of the clips"):
+    runner().run(Request((image,) * 3, tmp_path / "a", needs_suffix=True))
+  assert not sampling.pipeline.contexts
+  assert {path.name for path in tmp_path.iterdir()} == {"a.png", "link.png", "folder.png"}

@@ -140,11 +140,11 @@ def check_outputs(requests: Sequence[Request]) -> None:
   """Checks that the results can be written, before a model is loaded.
 
   Raises:
-    UserError, OSError: a suffix is unknown, or a folder cannot be written to.
+    UserError, OSError: a suffix is unknown, a result would replace a clip, or a folder cannot be written to.
   """
   for request in requests:
     if not request.needs_suffix:
-      check_target(request.out, None)
+      _check_target(request.out, request, None)
   for folder in dict.fromkeys(request.out.parent for request in requests):
     require_writable(folder)
 
@@ -239,9 +239,15 @@ class RequestRunner:
     if request.needs_suffix:
       path = path.with_name(path.name + (".png" if count == 1 else ".mp4"))
     self.pipeline.latent_shape((count, *frames[-1].shape[1:]))
-    check_target(path, count)
+    _check_target(path, request, count)
     require_writable(path.parent, num_bytes=count * frames[-1][0].size)
     return path
+
+
+def _check_target(path: Path, request: Request, num_frames: int | None) -> None:
+  check_target(path, num_frames)
+  if any(path.exists() and Path(clip).exists() and path.samefile(clip) for clip in request.clips):
+    raise UserError(f"cannot write {path}: it is one of the clips")
 
 
 def _write_grid(path: Path, clips: Sequence[np.ndarray], fps: float | None) -> None:

@@ -105,7 +105,7 @@ def read_clip(
     FileNotFoundError: there is no such file.
     UserError: the file is not a clip or has too few frames, or one of those asked for is damaged; the message names it.
   """
-  path = Path(path)
+  path = _clip_path(path)
   if start < 0 or (num_frames is not None and num_frames < 1) or (fps is not None and not 0 < fps < math.inf):
     raise UserError(f"start, num_frames and fps are positive, got {start}, {num_frames} and {fps}")
   with _named_errors(path):
@@ -167,7 +167,7 @@ def probe(path: str | os.PathLike) -> ClipInfo:
     FileNotFoundError: there is no such file.
     UserError: the file is not a clip, is truncated, or its first frame cannot be decoded; the message names it.
   """
-  path = Path(path)
+  path = _clip_path(path)
   with _named_errors(path):
     if path.is_dir():
       files = list_frames(path)
@@ -199,9 +199,15 @@ def list_frames(folder: Path) -> list[Path]:
   return sorted(files, key=_natural_key)
 
 
+def _clip_path(path: str | os.PathLike) -> Path:
+  if not os.fspath(path):
+    raise UserError("a clip needs a name, got an empty one")  # Path would make it the current folder
+  return Path(path)
+
+
 @contextlib.contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-  """Adds the name of the file to errors."""
+  """Adds the name of the file to errors, and refuses what is none."""
   if not path.exists():
     raise FileNotFoundError(f"no such clip: {path}")
   if not path.is_file() and not path.is_dir():  # reading a pipe waits for its writer

@@ -47,7 +47,8 @@ def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
     num_frames: None if it is not known yet.
 
   Raises:
-    UserError: the suffix is unknown, several frames are to be written to an image, or the folder has files.
+    UserError: the suffix is unknown, there is a folder of this name, or several frames are to be written to an image.
+    OSError: the name is too long.
   """
   path = Path(path)
   suffix = path.suffix.lower()
@@ -57,6 +58,8 @@ def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
     )
   if suffix and suffix not in (*IMAGE_SUFFIXES, *CODECS, ".gif", ".npy"):
     raise UserError(f"cannot write {path}: use {TARGETS}")
+  if path.is_dir() and suffix:
+    raise UserError(f"cannot write {path}: it is a folder")
   if not suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise UserError(f"cannot write frames to {path}: it exists; give a new or empty folder")
 
