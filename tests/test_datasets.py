@@ -268,6 +268,12 @@ class TestManifest:
     assert read_lengths(sentence) == [5, 1, 1, 1, 5, 1] and read_greys(sentence.clips[0]) == [24, 32, 40, 48, 56]
     assert sentence.roles == (Role.CONTEXT,) * 4 + (Role.TARGET,) * 2 and (sentence.prompt, sentence.task) == ("p", "t")
 
+  def test_unicode_line_separators_do_not_end_lines(self, tmp_path):
+    write_image(tmp_path / "i.png")
+    line = {"clips": [{"path": "i.png"}, {"path": "i.png", "role": "target"}], "prompt": "a\u2028b\u0085c"}
+    sentences, dropped = self.write(tmp_path, json.dumps(line, ensure_ascii=False), line)
+    assert not dropped and sentences[0].prompt == line["prompt"]
+
   def test_unusable_lines_are_named(self, tmp_path):
     write_video(tmp_path / "v.mp4", 12)
     target = {"path": "v.mp4", "role": "target"}

@@ -1,6 +1,7 @@
 """Records that cannot be used: found by `prepare`, and left out or named when they become unusable later."""
 
 import json
+import os
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +19,7 @@ from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.loader import make_loader
 from univid_jax.data.packing import RowShape
 from univid_jax.data.prepare import prepare
+from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.open import DataSources, open_data
 
 CASES = Path(__file__).parent / "cases" / "videos"
@@ -217,7 +219,7 @@ def test_pairs_of_a_manifest_have_one_length(tmp_path, caplog):
   assert "data: manifest, 2 files: frames 0 to 8 of 11" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["../out.png", "/etc/out.png", "a/../../out.png", "", "a\0.png"])
+@pytest.mark.parametrize("name", ["../out.png", "/etc/out.png", "a/../../out.png", "", ".", "a/..", "a\0.png"])
 def test_listed_files_stay_inside_their_folder(tmp_path, name):
   folder = tmp_path / "data"
   folder.mkdir()
@@ -248,3 +250,13 @@ def test_files_that_are_not_text_are_named(tmp_path):
     (tmp_path / name).write_bytes(np.arange(256).astype(np.uint8).tobytes())
     with pytest.raises(UserError, match=f"{name} is not"):
       open_data(override(tiny(), CHANGES | {f"data.{key}": str(tmp_path / name)}))
+
+
+def test_what_is_no_file_in_a_folder_is_named(tmp_path):
+  write_image(tmp_path / "a.png")
+  (tmp_path / "gone.png").symlink_to("nowhere.png")
+  (tmp_path / "loop.png").symlink_to("loop.png")
+  os.mkfifo(tmp_path / "pipe.mp4")
+  (tmp_path / "frames.png").mkdir()
+  dropped = FolderSource.open(str(tmp_path), side=16).dropped
+  assert [each.record for each in dropped] == ["gone.png", "loop.png", "pipe.mp4"]

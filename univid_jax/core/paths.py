@@ -96,7 +96,7 @@ def resolve_inside(folder: str | os.PathLike, name: str) -> Path:
     UserError: it leads out of the folder.
   """
   path = os.path.normpath(name)
-  if not name or "\0" in name or os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+  if not name or "\0" in name or os.path.isabs(path) or path.split(os.sep)[0] in (os.curdir, os.pardir):
     raise UserError(f"{name!r} must be a path inside {folder}: put the file there, or a link to it")
   return Path(folder) / path
 

@@ -77,7 +77,7 @@ class FolderSource:
     clips: list[FolderClip] = []
     dropped: list[Dropped] = []
     kept = total = 0
-    for path in sorted(path for path in paths if path.is_file()):
+    for path in sorted(path for path in paths if not path.is_dir()):
       try:
         found = probe(path)
       except (OSError, UserError) as error:

@@ -39,7 +39,8 @@ def open_manifest(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
   if not file.is_file():
     raise FileNotFoundError(f"no such manifest: {file}")
   try:
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    # Not splitlines: JSON may contain the line separators of Unicode.
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
   except UnicodeDecodeError as error:
     raise UserError(f"{file} is not UTF-8 text: {error}") from error
   records, dropped = [], []
