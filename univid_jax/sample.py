@@ -14,7 +14,7 @@ from typing import Any
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
-from univid_jax.core.options import Attention, ClipFit
+from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit
 
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT, LORA, DTYPE, STEP = FLAGS.checkpoint(), FLAGS.lora(), FLAGS.dtype(), FLAGS.step()
@@ -38,10 +38,10 @@ FIT = FLAGS.choice("fit", None, list(ClipFit), "How clips are brought to the siz
 FPS = FLAGS.number("fps", None, "Frame rate that videos are resampled to; 0 keeps theirs; default: as in training.")
 COPY_AUDIO = FLAGS.switch("copy_audio", False, "Give B' the sound of B.")
 SOLVER = FLAGS.choice("solver", "euler", ["euler", "unipc"], "euler is the reference's; unipc needs fewer steps.")
-STEPS = FLAGS.integer("steps", 50, "Sampling steps.", lower_bound=1)
+STEPS = FLAGS.integer("steps", 50, "Sampling steps.", lower_bound=1, upper_bound=MAX_STEPS)
 GUIDANCE_SCALE = FLAGS.number("guidance_scale", 1.0, "Classifier-free guidance; 1 is none.")
 SHIFT = FLAGS.number("shift", None, "Shift of the noise levels toward noise; default: as in training.")
-SEED = FLAGS.integer("seed", 0, "Seed of the noise.")
+SEED = FLAGS.integer("seed", 0, "Seed of the noise.", lower_bound=-MAX_SEED - 1, upper_bound=MAX_SEED)
 PROFILE = FLAGS.profile("OUT's folder")
 
 

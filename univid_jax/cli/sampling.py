@@ -61,7 +61,7 @@ def parse_size(text: str) -> tuple[int, int]:
   Raises:
     UsageError: it has another form.
   """
-  match = re.fullmatch(r"(\d+)x(\d+)", text)
+  match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
   if not match:
     raise UsageError(f"--size is HEIGHTxWIDTH, for instance 480x832, got {text!r}")
   return int(match[1]), int(match[2])

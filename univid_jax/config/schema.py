@@ -19,6 +19,7 @@ from univid_jax.config.training import (
   ValidationConfig,
 )
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import MAX_SEED
 
 __all__ = [
   "CheckpointConfig",
@@ -73,7 +74,7 @@ class RunConfig(Section):
 
   def __post_init__(self):
     self.require_at_least(1, "num_steps", "log_every")
-    self.require_at_least(0, "seed")
+    self.require("seed", 0 <= self.seed <= MAX_SEED, "from 0 to 2**63 - 1")
     self.require_share("ema_decay")
 
   @property

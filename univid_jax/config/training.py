@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from univid_jax.config.section import Section
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import DepthAlignment, Objective, OptimizerName, Packing, Schedule
+from univid_jax.core.options import MAX_SEED, MAX_STEPS, DepthAlignment, Objective, OptimizerName, Packing, Schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,8 @@ class ValidationConfig(Section):
 
   def __post_init__(self):
     self.require_at_least(0, "every_steps", "previews")
-    self.require_at_least(1, "sentences", "num_inference_steps")
+    self.require_at_least(1, "sentences")
+    self.require("num_inference_steps", 1 <= self.num_inference_steps <= MAX_STEPS, f"from 1 to {MAX_STEPS}")
     self.require(
       "sigmas",
       bool(self.sigmas) and all(0 < sigma <= 1 for sigma in self.sigmas),
@@ -203,6 +204,8 @@ class EvalConfig(Section):
   clip_model: str = ""
 
   def __post_init__(self):
-    self.require_at_least(0, "sentences_per_case", "num_labels", "seed")
-    self.require_at_least(1, "num_inference_steps", "batch_size", "num_seeds")
+    self.require_at_least(0, "sentences_per_case", "num_labels")
+    self.require_at_least(1, "batch_size", "num_seeds")
+    self.require("seed", 0 <= self.seed <= MAX_SEED, "from 0 to 2**63 - 1")
+    self.require("num_inference_steps", 1 <= self.num_inference_steps <= MAX_STEPS, f"from 1 to {MAX_STEPS}")
     self.require("more_steps", all(steps >= 1 for steps in self.more_steps), "numbers of steps, each at least 1")

@@ -2,6 +2,11 @@
 
 import enum
 
+# Of what jax.random.key takes.
+MAX_SEED = 2**63 - 1
+# Of a solver: as many as Wan2.1's training has noise levels.
+MAX_STEPS = 1000
+
 
 class Attention(enum.StrEnum):
   """What a token attends to."""
