@@ -204,6 +204,8 @@ def test_many_queries_with_grids_and_records(trained, tmp_path):
     (["--clips={a},{a},{a}", "--steps=1000000000"], 2, "--steps"),
     (["--clips={a},{a},{a}", f"--seed={2**63}"], 2, "--seed"),
     (["--clips={a},{a},{a}", "--guidance_scale=nan"], 1, "the guidance scale must be finite, got nan"),
+    (["--clips={a},{a},{a}", "--out="], 2, "--out must end in the name of the result"),
+    (["--clips={a},{a},{a}", "--out=.."], 2, "--out must end in the name of the result"),
     (["--clips={a},{a},"], 1, "a clip needs a name"),
     (["--clips={a},{a},{a}", "--prompt=x", "--task=depth map"], 2, "--prompt and --task exclude each other"),
     (["--clips={a},{a},{a}", "--queries={a},{a}"], 2, "with --queries, --clips are example pairs"),

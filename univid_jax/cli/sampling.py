@@ -101,9 +101,11 @@ def plan_requests(clips: Sequence[str], queries: Sequence[str], out: str) -> lis
       folder of results.
 
   Raises:
-    UsageError: an example pair is incomplete, or two queries have the same name.
+    UsageError: the result has no name, an example pair is incomplete, or two queries have the same name.
   """
   if not queries:
+    if Path(out).name in ("", ".."):
+      raise UsageError(f"--out must end in the name of the result, got {out!r}")
     return [Request(tuple(clips), Path(out), needs_suffix=not Path(out).suffix and not out.endswith("/"))]
   if len(clips) % 2:
     raise UsageError(f"with --queries, --clips are example pairs A, A', an even number; got {len(clips)}")
