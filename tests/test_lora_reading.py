@@ -155,6 +155,7 @@ class TestPEFT:
       ({"r": 2, "lora_alpha": 10**400}, "lora_alpha must be a positive number"),
       ({"r": 2, "lora_alpha": 1e8}, r"is 1e\+08 for rank 2; the scale"),
       ({"r": 2, "alpha_pattern": {"ffn.(": 3}}, "is not a regular expression"),
+      ({"r": 2, "alpha_pattern": {"[[]": 3}}, "is not a regular expression: Possible nested set"),
       ({"r": 2, "alpha_pattern": {"(a+)+b": 3}}, "is too complex"),
       ({"r": 2, "alpha_pattern": [3]}, "alpha_pattern must be an object"),
       ({"peft_type": "OFT"}, "peft_type OFT are not supported, only LORA, LOHA, LOKR"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,10 @@ def _read_patterns(source: str, key: str, values: Mapping[str, Any]) -> dict[re.
     if len(text) > _MAX_PATTERN or len(re.findall(r"[*+?{]", text)) > _MAX_QUANTIFIERS or re.search(r"\)[*+{]", text):
       raise UserError(f"{source}: the pattern {text[:80]!r} in {key} is too complex")
     try:
-      pattern = re.compile(rf"(?:.*\.)?(?:{text})")  # as PEFT reads it
-    except (re.error, OverflowError, RecursionError) as error:
+      with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of patterns whose meaning will change
+        pattern = re.compile(rf"(?:.*\.)?(?:{text})")  # as PEFT reads it
+    except (re.error, OverflowError, RecursionError, Warning) as error:
       raise UserError(f"{source}: {text!r} in {key} is not a regular expression: {error}") from error
     patterns[pattern] = _number(source, f"{key}[{text}]", value)
   return patterns
