@@ -1,7 +1,7 @@
 """The autoencoder against diffusers' AutoencoderKLWan at the same sizes, random weights.
 
-python -m benchmarks.vae [--against=torch] [--mode=encode|decode] [--frames=17] [--height=480 --width=832]
-    [--dtype=float32] [--pairs=5]
+python -m benchmarks.vae [--variant=wan2.1|wan2.2] [--against=torch] [--mode=encode|decode] [--frames=17]
+    [--height=480 --width=832] [--dtype=float32] [--pairs=5]
 """
 
 import sys
@@ -10,8 +10,11 @@ from collections.abc import Callable
 from benchmarks.timing import Program, RaceFlags, print_ratios, race, write_json
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
+from univid_jax.codecs.vae_config import AUTOENCODERS
+from univid_jax.core.dims import latent_shape
 
 FLAGS = CommandFlags(__doc__)
+VARIANT = FLAGS.choice("variant", "wan2.1", list(AUTOENCODERS), "The autoencoder.")
 MODE = FLAGS.choice("mode", "encode", ["encode", "decode"], "Pixels to latents, or back.")
 FRAMES = FLAGS.integer("frames", 17, "Of the clip: 4n + 1.", lower_bound=1)
 HEIGHT = FLAGS.integer("height", 480, "In pixels.")
@@ -19,33 +22,42 @@ WIDTH = FLAGS.integer("width", 832, "In pixels.")
 RACE = RaceFlags(FLAGS)
 
 
-def build_jax(*, mode: str, frames: int, height: int, width: int, dtype: str) -> Callable[[], object]:
+def input_shape(*, variant: str, mode: str, frames: int, height: int, width: int) -> tuple[int, ...]:
+  """Returns the shape of a clip, or of its latents."""
+  config = AUTOENCODERS[variant]
+  clip = (frames, height, width, 3)
+  latents = latent_shape(clip, temporal_stride=config.temporal_stride, spatial_stride=config.spatial_stride)
+  return clip if mode == "encode" else (*latents, config.latent_channels)
+
+
+def build_jax(*, variant: str, mode: str, dtype: str, **size: int) -> Callable[[], object]:
   import jax
   import jax.numpy as jnp
   from flax import nnx
 
-  from univid_jax.codecs.wan_vae import VAE, VAEConfig
-  from univid_jax.core.dims import latent_shape
+  from univid_jax.codecs.wan_vae import VAE
 
-  config = VAEConfig()
-  graph, params = nnx.split(VAE(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-  clip = (frames, height, width, 3)
-  strides = dict(temporal_stride=config.temporal_stride, spatial_stride=config.spatial_stride)
-  x = jnp.zeros(clip if mode == "encode" else (*latent_shape(clip, **strides), config.latent_channels))
+  model = VAE(AUTOENCODERS[variant], dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+  graph, params = nnx.split(model)
+  x = jnp.zeros(input_shape(variant=variant, mode=mode, **size))
   run = jax.jit(lambda params, x: getattr(nnx.merge(graph, params), mode)(x))
   return lambda: jax.block_until_ready(run(params, x))
 
 
-def build_torch(*, mode: str, frames: int, height: int, width: int, dtype: str, compiled: bool) -> Callable[[], object]:
+def build_torch(*, variant: str, mode: str, dtype: str, compiled: bool, **size: int) -> Callable[[], object]:
   import diffusers
   import torch
 
+  from univid_jax.convert.release_configs import diffusers_config
+
   device = "cuda" if torch.cuda.is_available() else "cpu"
   kind = diffusers.AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]  # exported lazily
+  options = diffusers_config(AUTOENCODERS[variant])
+  del options["_class_name"]
   with torch.device(device):
-    model = kind().to(getattr(torch, dtype)).eval()
-  shape = (1, 3, frames, height, width) if mode == "encode" else (1, 16, 1 + (frames - 1) // 4, height // 8, width // 8)
-  x = torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
+    model = kind(**options).to(getattr(torch, dtype)).eval()
+  *positions, channels = input_shape(variant=variant, mode=mode, **size)
+  x = torch.zeros((1, channels, *positions), dtype=getattr(torch, dtype), device=device)
   convert = torch.compile(getattr(model, mode)) if compiled else getattr(model, mode)
 
   def run() -> float:
@@ -59,7 +71,8 @@ def build_torch(*, mode: str, frames: int, height: int, width: int, dtype: str, 
 
 @app.command(FLAGS)
 def main() -> None:
-  shared = dict(mode=MODE.value, frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value, dtype=RACE.dtype.value)
+  size = dict(frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value)
+  shared = dict(variant=VARIANT.value, mode=MODE.value, dtype=RACE.dtype.value, **size)
   programs = {"univid_jax": Program(build_jax, shared), **RACE.peers(build_torch, shared)}
   figures = race(programs, pairs=RACE.pairs.value)
   print_ratios(figures)

@@ -21,14 +21,15 @@ from univid_jax.models.dit import DiT
 from univid_jax.models.variants import DiTConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS22 = Path(__file__).parent / "goldens22"  # of Wan2.2
 
 
-def golden(name: str):
+def golden(name: str, folder: Path = GOLDENS):
   """Returns (description, inputs and outputs, weights or None) of a golden."""
-  weights = GOLDENS / f"{name}.weights.safetensors"
+  weights = folder / f"{name}.weights.safetensors"
   return (
-    json.loads((GOLDENS / f"{name}.json").read_text()) if (GOLDENS / f"{name}.json").exists() else {},
-    load_file(GOLDENS / f"{name}.io.safetensors"),
+    json.loads((folder / f"{name}.json").read_text()) if (folder / f"{name}.json").exists() else {},
+    load_file(folder / f"{name}.io.safetensors"),
     load_file(weights) if weights.exists() else None,
   )
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from tests.helpers import GOLDENS
+from univid_jax.checkpoints.model import check_rows
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
 from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json
 from univid_jax.config.presets import PRESETS, get_config, tiny
@@ -75,7 +76,7 @@ def test_invalid_values_are_named(key, value, message):
 
 def test_a_row_too_short_for_a_sentence():
   with pytest.raises(UserError, match=r"a sentence of context I has 128 tokens, config\.rows\.num_tokens is only 64"):
-    override(tiny(), {"rows.num_tokens": 64}).check_rows()
+    check_rows(override(tiny(), {"rows.num_tokens": 64}))
 
 
 def test_numbers_convert_where_exact():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.stand_ins import Shape
+from univid_jax.checkpoints.model import check_rows
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders
 from univid_jax.config.boundary import override
@@ -284,4 +285,4 @@ class TestLoader:
   def test_rows_that_are_too_short_are_rejected(self, tiny_config):
     config = override(tiny_config, {"rows.num_tokens": 16})
     with pytest.raises(UserError, match=r"context I has 32 tokens, config\.rows\.num_tokens is only 16"):
-      config.check_rows()
+      check_rows(config)

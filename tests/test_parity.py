@@ -11,10 +11,12 @@ from flax import nnx
 
 from tests.helpers import load, load_dit, relative_error
 from tests.test_dit import PATCH, row_of
-from univid_jax.codecs.wan_vae import LATENT_MEAN, LATENT_STD, VAE, VAEConfig
+from univid_jax.codecs.vae_config import AUTOENCODERS
+from univid_jax.codecs.wan_vae import VAE
+from univid_jax.convert.release_configs import diffusers_config
 from univid_jax.core.options import ModelType
 from univid_jax.data.tokens import patchify, unpatchify
-from univid_jax.models.names import name_from_diffusers
+from univid_jax.models.names import diffusers_table, name_from_diffusers
 from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
 from univid_jax.models.variants import DiTConfig
 
@@ -42,7 +44,13 @@ def randomize(module):
 def official_weights(component, module):
   state = module.state_dict()
   state.pop("encoder.embed_tokens.weight", None)  # another name of shared.weight
-  return {name_from_diffusers(component, name): value.numpy() for name, value in state.items()}
+  table = diffusers_table(component, state)
+  return {name_from_diffusers(table, name): value.numpy() for name, value in state.items()}
+
+
+def autoencoder_options(config):
+  """Returns the arguments of AutoencoderKLWan for an autoencoder."""
+  return {key: value for key, value in diffusers_config(config).items() if key != "_class_name"}
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
@@ -102,19 +110,33 @@ def test_transformer(rng, kind):
   assert relative_error(out, np.moveaxis(expected[0].numpy(), 0, -1)) <= 2e-5
 
 
-def test_autoencoder(rng):
-  dim = 4 * int(rng.integers(1, 4))
-  theirs = randomize(diffusers.AutoencoderKLWan(base_dim=dim, z_dim=16))
-  ours = load("vae", lambda: VAE(VAEConfig(dim=dim), rngs=nnx.Rngs(0)), official_weights("vae", theirs))
-  frames, height, width = 4 * int(rng.integers(0, 4)) + 1, 8 * int(rng.integers(1, 5)), 8 * int(rng.integers(1, 5))
+@pytest.mark.parametrize("version", AUTOENCODERS)
+def test_autoencoder(rng, version):
+  dim, decoder_dim = 4 * int(rng.integers(1, 4)), 4 * int(rng.integers(1, 4))
+  if version == "wan2.1":
+    decoder_dim = dim
+  config = dataclasses.replace(AUTOENCODERS[version], dim=dim, decoder_dim=decoder_dim)
+  theirs = randomize(diffusers.AutoencoderKLWan(**autoencoder_options(config)))
+  ours = load("vae", lambda: VAE(config, rngs=nnx.Rngs(0)), official_weights("vae", theirs))
+  stride = config.spatial_stride
+  frames, height, width = 4 * int(rng.integers(0, 4)) + 1, *(stride * int(n) for n in rng.integers(1, 5, 2))
   video = rng.uniform(-1, 1, (frames, height, width, 3)).astype(np.float32)
   with torch.no_grad():
     mean = theirs.encode(torch.from_numpy(np.moveaxis(video, -1, 0))[None]).latent_dist.mode()
     decoded = theirs.decode(mean, return_dict=False)[0]
-  latents = (np.moveaxis(mean[0].numpy(), 0, -1) - np.array(LATENT_MEAN)) / np.array(LATENT_STD)
+  latents = (np.moveaxis(mean[0].numpy(), 0, -1) - np.array(config.latent_mean)) / np.array(config.latent_std)
   assert relative_error(jax.jit(ours.encode)(video), latents) <= 1e-4
   ours_decoded = np.clip(jax.jit(ours.decode)(latents.astype(np.float32)), -1, 1)
   assert relative_error(ours_decoded, np.moveaxis(decoded[0].numpy(), 0, -1)) <= 1e-4
+
+
+@pytest.mark.parametrize("version", AUTOENCODERS)
+def test_autoencoders_have_as_many_parameters(version):
+  config = AUTOENCODERS[version]
+  with torch.device("meta"):
+    theirs = diffusers.AutoencoderKLWan(**autoencoder_options(config))
+  ours = nnx.state(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0))), nnx.Param)
+  assert sum(leaf.size for leaf in jax.tree.leaves(ours)) == sum(leaf.numel() for leaf in theirs.parameters())
 
 
 def test_text_encoder(rng):

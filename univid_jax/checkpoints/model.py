@@ -1,6 +1,7 @@
-"""The parts of a run that depend on its base: the transformer's shape, a model to train, codec and encoders."""
+"""The parts of a run that depend on its base: shapes of transformer and latents, a model to train, the encoders."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders, PretrainedEncoders
 from univid_jax.codecs.tiling import Tiling
+from univid_jax.codecs.vae_config import find_autoencoder
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
-from univid_jax.core.protocols import Encoders
+from univid_jax.core.protocols import CodecShape, Encoders
 from univid_jax.models.dit import DiT
 from univid_jax.models.in_context import look_back
 from univid_jax.models.lora import attach
@@ -52,6 +55,45 @@ def transformer_config(config: RunConfig) -> DiTConfig:
     rope_theta=options.rope_theta,
     rope_scale=options.rope_scale,
   )
+
+
+def codec_shape(config: RunConfig) -> CodecShape:
+  """Returns the shape of latents, from configs alone: of the base's or a published model's codec, or the config's own.
+
+  Raises:
+    UserError: see `transformer_config`.
+  """
+  if config.init_from:
+    base = PretrainedCheckpoint.open(config.init_from)
+    if base.has("vae"):
+      return base.config("vae")
+  elif not config.model.variant:
+    return DCTCodec(**dataclasses.asdict(config.codec))
+  return find_autoencoder(transformer_config(config).out_dim)
+
+
+def check_rows(config: RunConfig) -> None:
+  """Checks that clips divide into patches, and that a sentence of context I fits into a row.
+
+  Raises:
+    UserError: they do not; the message names the nearest valid sizes, or the tokens needed.
+  """
+  codec, (_, patch_side, _) = codec_shape(config), transformer_config(config).patch_size
+  longest = 0
+  for height, width in config.data.sizes:
+    try:
+      tokens = latent_shape(
+        (config.data.num_frames, height, width),
+        temporal_stride=codec.temporal_stride,
+        spatial_stride=codec.spatial_stride * patch_side,
+      )
+    except UserError as error:
+      raise UserError(f"config.data has clips of {height}x{width} pixels: {error}") from error
+    longest = max(longest, 4 * math.prod(tokens))
+  if longest > config.rows.num_tokens:
+    raise UserError(
+      f"a sentence of context I has {longest} tokens, config.rows.num_tokens is only {config.rows.num_tokens}"
+    )
 
 
 def create_model(config: RunConfig, *, adapters: bool = True) -> DiT:

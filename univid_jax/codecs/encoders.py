@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from univid_jax.codecs.tiling import Tiling
 from univid_jax.codecs.tokenizer import Tokenizer
+from univid_jax.codecs.vae_config import VAEConfig, find_autoencoder
 from univid_jax.codecs.wan_vae import WanVAECodec
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import Codec
@@ -98,7 +99,7 @@ class Lazy(Generic[T]):
 
 
 class PretrainedEncoders:
-  """Wan2.1's encoders, each loaded from a checkpoint when it is first needed.
+  """Wan's encoders, each loaded from a checkpoint when it is first needed.
 
   Missing components raise UserError when they are needed.
 
@@ -135,7 +136,11 @@ class PretrainedEncoders:
   @property
   def codec_fingerprint(self) -> str:
     """Identifies everything that determines latents, besides the pixels."""
-    return f"vae {self._checkpoint.checksum('vae')} {self._tiling}"
+    config: VAEConfig = self._checkpoint.config("vae")
+    published = find_autoencoder(config.latent_channels)
+    statistics = config.latent_mean, config.latent_std
+    own = "" if statistics == (published.latent_mean, published.latent_std) else f" {statistics}"
+    return f"vae {self._checkpoint.checksum('vae')} {self._tiling}{own}"
 
   @property
   def prompt_fingerprint(self) -> str:

@@ -1,17 +1,23 @@
-"""Layers of Wan2.1's causal video autoencoder, which compute a clip in chunks. Ported from Wan2.1 (Apache-2.0)."""
+"""Layers of Wan's causal video autoencoders, which compute a clip in chunks.
 
+Ported from Wan2.1 and Wan2.2 (Apache-2.0).
+"""
+
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from univid_jax.models.attention.api import attention
 from univid_jax.models.layers import ones, param, xavier, zeros
-from univid_jax.platform import cpu
+from univid_jax.platform import cpu, tpu
 from univid_jax.platform.current import Platform, current_platform
 
 
@@ -155,11 +161,13 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-  """Doubles y and x and, after the first frame, optionally t; halves the channels."""
+  """Doubles y and x and, after the first frame, optionally t."""
 
-  def __init__(self, dim: int, *, temporal: bool, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+  def __init__(
+    self, dim: int, out_dim: int, *, temporal: bool, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+  ):
     conv = functools.partial(Conv, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    self.conv = conv(dim, dim // 2, (1, 3, 3), padding=1)
+    self.conv = conv(dim, out_dim, (1, 3, 3), padding=1)
     self.time_conv = conv(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
   def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "_t _y _x d"]:
@@ -170,7 +178,19 @@ class Upsample(nnx.Module):
         pairs = self.time_conv(extended)
         pairs = pairs.reshape(*pairs.shape[:3], 2, -1)
         x = jnp.moveaxis(pairs, 3, 1).reshape(-1, *x.shape[1:])
-    return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+    return self.conv(repeat_positions(x, rows=2, columns=2))
+
+
+def repeat_positions(
+  x: Float[Array, "t y x c"], *, frames: int = 1, rows: int, columns: int
+) -> Float[Array, "u v w c"]:
+  """Repeats each position in t, y and x."""
+  times = (frames, rows, columns)
+  if current_platform() == Platform.TPU:
+    return tpu.repeat(x, (*times, 1))
+  for axis, count in enumerate(times):
+    x = jnp.repeat(x, count, axis=axis) if count > 1 else x
+  return x
 
 
 Layer = ResidualBlock | FrameAttention | Downsample | Upsample
@@ -180,3 +200,75 @@ def middle_layers(dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: n
   """Returns the layers at the lowest resolution."""
   block = functools.partial(ResidualBlock, dim, dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
   return [block(), FrameAttention(dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs), block()]
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageShortcut:
+  """Reduces the input of a level to the shape of its output by means over blocks of frames x side x side positions.
+
+  If the level multiplies channels, each channel becomes neighbouring ones, which are the means over parts of the block
+  in time. The first frame is preceded by zeros.
+
+  Attributes:
+    out_dim: channels of the output: those of the input, times a divisor of `frames`.
+    frames, side: of a block.
+  """
+
+  out_dim: int
+  frames: int
+  side: int
+
+  def __call__(self, x: Float[Array, "t y x c"], *, is_first: bool) -> Float[Array, "u v w d"]:
+    del is_first  # only its chunk has a number of frames that blocks do not divide
+    parts = self.out_dim // x.shape[-1]
+    block = (self.frames // parts, self.side, self.side, 1)
+    y = jnp.pad(x.astype(jnp.float32), ((-len(x) % self.frames, 0), (0, 0), (0, 0), (0, 0)))
+    y = jax.lax.reduce_window(y, 0.0, jax.lax.add, block, block, "VALID") / math.prod(block)
+    return rearrange(y, "(t n) y x c -> t y x (c n)", n=parts).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatShortcut:
+  """Expands the input of a level to the shape of its output by repeating values in blocks of frames x side x side.
+
+  If the level divides channels, neighbouring ones become the rows of a block. Of the first block in time, which is one
+  frame of the clip, only the last frame remains.
+
+  Attributes:
+    out_dim: channels of the output: those of the input, or those divided by `side`.
+    frames, side: of a block.
+  """
+
+  out_dim: int
+  frames: int
+  side: int
+
+  def __call__(self, x: Float[Array, "t y x c"], *, is_first: bool) -> Float[Array, "u v w d"]:
+    rows = x.shape[-1] // self.out_dim
+    y = repeat_positions(
+      rearrange(x, "t y x (c n) -> t (y n) x c", n=rows), frames=self.frames, rows=self.side // rows, columns=self.side
+    )
+    return y[self.frames - 1 :] if is_first else y
+
+
+class Level(nnx.Module):
+  """The layers of one resolution and the resampling after them, with a shortcut around all of them."""
+
+  def __init__(self, layers: Sequence[Layer], shortcut: AverageShortcut | RepeatShortcut | None):
+    self.layers, self.shortcut = nnx.List(layers), shortcut
+
+  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "u v w d"]:
+    y = x
+    for layer in self.layers:
+      y = layer(y, caches)
+    return y if self.shortcut is None else y + self.shortcut(x, is_first=caches.is_first)
+
+
+def fold_pixels(x: Float[Array, "T H W c"], side: int) -> Float[Array, "T v w d"]:
+  """Makes squares of pixels into channels, ordered (channel, column, row)."""
+  return rearrange(x, "t (y q) (x r) c -> t y x (c r q)", q=side, r=side)
+
+
+def unfold_pixels(x: Float[Array, "T v w d"], side: int) -> Float[Array, "T H W c"]:
+  """Inverts `fold_pixels`."""
+  return rearrange(x, "t y x (c r q) -> t (y q) (x r) c", q=side, r=side)

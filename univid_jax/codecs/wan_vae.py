@@ -1,11 +1,12 @@
-"""Wan2.1's causal video autoencoder: 4 x 8 x 8 pixels per latent; the first frame is a latent frame of its own.
+"""Wan's causal video autoencoders: 4 x 8 x 8 (Wan2.1) or 4 x 16 x 16 (Wan2.2) pixels per latent.
 
-Ported from Wan2.1 (Apache-2.0). A clip is computed in chunks (one frame, then four at a time; in the decoder one latent
-frame at a time), and each convolution over time keeps the last frames of its input for the next chunk, so memory does
-not grow with the clip. All of it is one program: the first chunk, then a scan over the others.
+The first frame is a latent frame of its own. Ported from Wan2.1 and Wan2.2 (Apache-2.0).
+
+A clip is computed in chunks (one frame, then four at a time; in the decoder one latent frame at a time), and each
+convolution over time keeps the last frames of its input for the next chunk, so memory does not grow with the clip. All
+of it is one program: the first chunk, then a scan over the others.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -20,57 +21,24 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from univid_jax.codecs.tiling import Tiling, decode_tiled, encode_tiled
+from univid_jax.codecs.vae_config import VAEConfig
 from univid_jax.codecs.vae_layers import (
+  AverageShortcut,
   Caches,
   CausalConv,
   ChannelNorm,
   Conv,
   Downsample,
   Layer,
+  Level,
+  RepeatShortcut,
   ResidualBlock,
   Upsample,
+  fold_pixels,
   middle_layers,
+  unfold_pixels,
 )
 from univid_jax.core.dims import latent_shape
-
-# Mean and standard deviation of each latent channel of the released weights, used to normalise latents.
-# fmt: off
-LATENT_MEAN = (
-  -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-  0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)
-LATENT_STD = (
-  2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-  3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)
-# fmt: on
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VAEConfig:
-  """Shape of the autoencoder; the defaults are Wan2.1's.
-
-  Attributes:
-    dim: channels at full resolution.
-    dim_mult: channels at each level, in multiples of dim.
-    num_res_blocks: per level of the encoder; the decoder has one more.
-    temporal_downsample: for each level but the last, whether the downsampling after it halves time too.
-    latent_channels: of the latents.
-  """
-
-  dim: int = 96
-  dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-  num_res_blocks: int = 2
-  temporal_downsample: tuple[bool, ...] = (False, True, True)
-  latent_channels: int = 16
-
-  @property
-  def spatial_stride(self) -> int:
-    return 2 ** (len(self.dim_mult) - 1)
-
-  @property
-  def temporal_stride(self) -> int:
-    return 2 ** sum(self.temporal_downsample)
 
 
 class Encoder(nnx.Module):
@@ -81,19 +49,24 @@ class Encoder(nnx.Module):
     block = functools.partial(ResidualBlock, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     downsample = functools.partial(Downsample, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     dims = [config.dim * m for m in (1, *config.dim_mult)]
-    self.conv1 = causal_conv(3, dims[0])
-    layers: list[Layer] = []
+    self.patch_size = config.patch_size
+    self.conv1 = causal_conv(3 * config.patch_size**2, dims[0])
+    downsamples: list[Layer | Level] = []
     for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
-      layers += [block(in_dim if i == 0 else out_dim, out_dim) for i in range(config.num_res_blocks)]
-      if level < len(config.dim_mult) - 1:
-        layers.append(downsample(out_dim, temporal=config.temporal_downsample[level]))
-    self.downsamples = nnx.List(layers)
+      is_last = level == len(config.dim_mult) - 1
+      temporal = not is_last and config.temporal_downsample[level]
+      layers: list[Layer] = [block(in_dim if i == 0 else out_dim, out_dim) for i in range(config.num_res_blocks)]
+      if not is_last:
+        layers.append(downsample(out_dim, temporal=temporal))
+      shortcut = AverageShortcut(out_dim, frames=2 if temporal else 1, side=1 if is_last else 2)
+      downsamples += [Level(layers, shortcut)] if config.level_shortcuts else layers
+    self.downsamples = nnx.List(downsamples)
     self.middle = nnx.List(middle_layers(dims[-1], dtype=dtype, param_dtype=param_dtype, rngs=rngs))
     self.norm = ChannelNorm(dims[-1], param_dtype=param_dtype, rngs=rngs)
     self.head = causal_conv(dims[-1], 2 * config.latent_channels)
 
   def __call__(self, x: Float[Array, "T H W 3"], caches: Caches) -> Float[Array, "t y x d"]:
-    x = self.conv1(x, caches)
+    x = self.conv1(fold_pixels(x, self.patch_size), caches)
     for layer in (*self.downsamples, *self.middle):
       x = layer(x, caches)
     return self.head(jax.nn.silu(self.norm(x)), caches)
@@ -107,24 +80,31 @@ class Decoder(nnx.Module):
     block = functools.partial(ResidualBlock, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     upsample = functools.partial(Upsample, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     mult = config.dim_mult[::-1]
-    dims = [config.dim * m for m in (mult[0], *mult)]
+    dims = [(config.decoder_dim or config.dim) * m for m in (mult[0], *mult)]
+    self.patch_size = config.patch_size
     self.conv1 = causal_conv(config.latent_channels, dims[0])
     self.middle = nnx.List(middle_layers(dims[0], dtype=dtype, param_dtype=param_dtype, rngs=rngs))
-    layers: list[Layer] = []
-    for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
-      in_dim = in_dim // 2 if level else in_dim  # the upsampling before this level halved the channels
-      layers += [block(in_dim if i == 0 else out_dim, out_dim) for i in range(config.num_res_blocks + 1)]
-      if level < len(mult) - 1:
-        layers.append(upsample(out_dim, temporal=config.temporal_downsample[::-1][level]))
-    self.upsamples = nnx.List(layers)
+    upsamples: list[Layer | Level] = []
+    channels = dims[0]
+    for level, out_dim in enumerate(dims[1:]):
+      is_last = level == len(mult) - 1
+      temporal = not is_last and config.temporal_downsample[::-1][level]
+      shortcut = None if is_last else RepeatShortcut(out_dim, frames=2 if temporal else 1, side=2)
+      layers: list[Layer] = [block(channels if i == 0 else out_dim, out_dim) for i in range(config.num_res_blocks + 1)]
+      channels = out_dim
+      if not is_last:
+        channels = out_dim if config.level_shortcuts else out_dim // 2
+        layers.append(upsample(out_dim, channels, temporal=temporal))
+      upsamples += [Level(layers, shortcut)] if config.level_shortcuts else layers
+    self.upsamples = nnx.List(upsamples)
     self.norm = ChannelNorm(dims[-1], param_dtype=param_dtype, rngs=rngs)
-    self.head = causal_conv(dims[-1], 3)
+    self.head = causal_conv(dims[-1], 3 * config.patch_size**2)
 
   def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "T H W 3"]:
     x = self.conv1(x, caches)
     for layer in (*self.middle, *self.upsamples):
       x = layer(x, caches)
-    return self.head(jax.nn.silu(self.norm(x)), caches)
+    return unfold_pixels(self.head(jax.nn.silu(self.norm(x)), caches), self.patch_size)
 
 
 class VAE(nnx.Module):
@@ -152,16 +132,16 @@ class VAE(nnx.Module):
     """Encodes pixels in [-1, 1] to normalised latents, float32.
 
     Raises:
-      UserError: T is not 4n + 1 or a side is not a multiple of 8; the message names the nearest valid values.
+      UserError: T is not 4n + 1 or a side is not a multiple of the stride; the message names the nearest valid values.
     """
     latent_shape(frames.shape, temporal_stride=self.config.temporal_stride, spatial_stride=self.config.spatial_stride)
     moments = self.conv1(_run_in_chunks(self.encoder, frames.astype(self.dtype), self.config.temporal_stride))
     mean = moments[..., : self.config.latent_channels].astype(jnp.float32)
-    return (mean - jnp.asarray(LATENT_MEAN)) / jnp.asarray(LATENT_STD)
+    return (mean - jnp.asarray(self.config.latent_mean)) / jnp.asarray(self.config.latent_std)
 
   def decode(self, latents: Float[Array, "t y x c"]) -> Float[Array, "T H W 3"]:
     """Decodes normalised latents to pixels, float32, about in [-1, 1] but not clipped."""
-    x = latents.astype(jnp.float32) * jnp.asarray(LATENT_STD) + jnp.asarray(LATENT_MEAN)
+    x = latents.astype(jnp.float32) * jnp.asarray(self.config.latent_std) + jnp.asarray(self.config.latent_mean)
     return _run_in_chunks(self.decoder, self.conv2(x.astype(self.dtype)), 1).astype(jnp.float32)
 
 
@@ -184,7 +164,7 @@ def _run_in_chunks(
 
 
 class WanVAECodec:
-  """Wan2.1's autoencoder as a codec of NumPy arrays; compiles one program per shape.
+  """An autoencoder of Wan as a codec of NumPy arrays; compiles one program per shape.
 
   Args:
     config: the autoencoder's shape.
@@ -214,7 +194,7 @@ class WanVAECodec:
     """Encodes pixels in [-1, 1] to normalised latents, float32.
 
     Raises:
-      UserError: T is not 4n + 1 or a side is not a multiple of 8.
+      UserError: T is not 4n + 1 or a side is not a multiple of the stride.
     """
     frames = np.asarray(frames, np.float32)
     if self._tiling is None:

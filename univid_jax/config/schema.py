@@ -18,7 +18,6 @@ from univid_jax.config.training import (
   RowsConfig,
   ValidationConfig,
 )
-from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_SEED
 
 __all__ = [
@@ -76,18 +75,3 @@ class RunConfig(Section):
     self.require_at_least(1, "num_steps", "log_every")
     self.require("seed", 0 <= self.seed <= MAX_SEED, "from 0 to 2**63 - 1")
     self.require_share("ema_decay")
-
-  @property
-  def spatial_stride(self) -> int:
-    """Pixels per latent: of Wan2.1's autoencoder with a base or a published shape, else of the weightless codec."""
-    return 8 if self.init_from or self.model.variant else self.codec.spatial_stride
-
-  def check_rows(self) -> None:
-    """Raises UserError if a row is too short for a sentence of context I."""
-    side = 2 * self.spatial_stride
-    latent_frames = 1 + (self.data.num_frames - 1) // 4
-    longest = 4 * latent_frames * max((height // side) * (width // side) for height, width in self.data.sizes)
-    if longest > self.rows.num_tokens:
-      raise UserError(
-        f"a sentence of context I has {longest} tokens, config.rows.num_tokens is only {self.rows.num_tokens}"
-      )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from univid_jax.checkpoints.tensor_files import TensorInfo
-from univid_jax.codecs.wan_vae import VAEConfig
+from univid_jax.codecs.vae_config import VAEConfig, find_autoencoder
 from univid_jax.core.errors import UserError
 from univid_jax.models.clip import CLIPConfig
 from univid_jax.models.umt5 import UMT5Config
@@ -141,15 +141,27 @@ def _is_size(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
 
 
+# Keys of diffusers' config.json for what tensors do not show.
+_LATENT_STATISTICS = {"latent_mean": "latents_mean", "latent_std": "latents_std"}
+
+
 def _vae_config(infos: Infos, values: Mapping[str, Any]) -> VAEConfig:
-  del values
-  latent_channels = _dim(infos, "conv2.weight", 0)
-  if latent_channels != VAEConfig.latent_channels:
-    raise UserError(
-      f"the autoencoder has {latent_channels} latent channels instead of Wan2.1's {VAEConfig.latent_channels}; "
-      "Wan2.2's autoencoder is not supported"
-    )
-  return VAEConfig(dim=_dim(infos, "encoder.conv1.weight", 0))
+  """Infers the release from the latent channels, and the widths; statistics of latents may be in config.json."""
+  dim, decoder_dim = _dim(infos, "encoder.conv1.weight", 0), _dim(infos, "decoder.head.0.gamma", 0)
+  statistics = {ours: _numbers(values, theirs) for ours, theirs in _LATENT_STATISTICS.items() if theirs in values}
+  return dataclasses.replace(
+    find_autoencoder(_dim(infos, "conv2.weight", 0)),
+    dim=dim,
+    decoder_dim=None if decoder_dim == dim else decoder_dim,
+    **statistics,
+  )
+
+
+def _numbers(values: Mapping[str, Any], key: str) -> tuple[float, ...]:
+  numbers = values[key]
+  if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
+    raise UserError(f"config.json has {key} = {str(numbers)[:80]}, expected a list of numbers")
+  return tuple(numbers)
 
 
 def _text_encoder_config(infos: Infos, values: Mapping[str, Any]) -> UMT5Config:

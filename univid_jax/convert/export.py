@@ -33,7 +33,7 @@ class ReleaseFiles:
   """The files of a release.
 
   Attributes:
-    weights: the file of each component; components without one are left out.
+    weights: the file of each component, a format string that gets its config; components without one are left out.
     tokenizer: the folder of the tokenizer's files.
     rename: converts the official name of a component's tensor.
     configs: returns the contents of the config.json next to a component's weights, if it has one.
@@ -58,7 +58,7 @@ LAYOUTS: Mapping[str, ReleaseFiles] = {
   Layout.ORIGINAL: ReleaseFiles(
     weights={
       "transformer": "diffusion_pytorch_model.safetensors",
-      "vae": "Wan2.1_VAE.pth",
+      "vae": "Wan{config.version}_VAE.pth",
       "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
     },
     tokenizer="google/umt5-xxl",
@@ -114,7 +114,7 @@ def export_checkpoint(
   with atomic_folder(destination, needed=needed, force=force) as folder, verified(source):
     folder = Path(folder)
     for component, part in tensors.items():
-      path = folder / files.weights[component]
+      path = folder / files.weights[component].format(config=checkpoint.config(component))
       path.parent.mkdir(exist_ok=True)
       write_tensors(path, part)
       if component in files.configs:

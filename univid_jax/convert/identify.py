@@ -17,14 +17,14 @@ from univid_jax.convert.layout import Layout
 from univid_jax.convert.quantized import FLOATS, dequantize
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import read_json_object
-from univid_jax.models.names import name_from_diffusers, name_from_llama_cpp
+from univid_jax.models.names import diffusers_table, name_from_diffusers, name_from_llama_cpp
 
 # A tensor that only this component has, in this layout.
 SIGNATURES = {
   ("transformer", Layout.ORIGINAL): "blocks.0.self_attn.q.weight",
   ("transformer", Layout.DIFFUSERS): "blocks.0.attn1.to_q.weight",
-  ("vae", Layout.ORIGINAL): "encoder.downsamples.0.residual.2.weight",
-  ("vae", Layout.DIFFUSERS): "encoder.down_blocks.0.conv1.weight",
+  ("vae", Layout.ORIGINAL): "encoder.middle.1.to_qkv.weight",
+  ("vae", Layout.DIFFUSERS): "encoder.mid_block.attentions.0.to_qkv.weight",
   ("text_encoder", Layout.ORIGINAL): "blocks.0.pos_embedding.embedding.weight",
   ("text_encoder", Layout.DIFFUSERS): "encoder.block.0.layer.0.SelfAttention.q.weight",
   ("text_encoder", Layout.LLAMA_CPP): "enc.blk.0.attn_q.weight",
@@ -54,9 +54,6 @@ OTHER_VARIANTS = {
   "cam_encoder": "camera",
   "cam_injector": "camera",
 }
-
-# Components of other models, by a tensor that only they have.
-OTHER_SIGNATURES = {"encoder.downsamples.0.downsamples.0.residual.2.weight": "Wan2.2's autoencoder, not a component"}
 
 # Tensors that Wan2.1 does not use, by the beginnings of their names in the file (after "!", of all others).
 LEFT_OUT: Mapping[tuple[str, Layout], Mapping[str, tuple[str, ...]]] = {
@@ -120,9 +117,8 @@ def identify(path: Path, tensors: TensorFile) -> Source:
   """
   found = next((kind for kind, signature in SIGNATURES.items() if signature in tensors.infos), None)
   if found is None:
-    kind = next((kind for name, kind in OTHER_SIGNATURES.items() if name in tensors.infos), "not a known component")
     first = ", ".join(sorted(tensors.infos)[:3])
-    raise UserError(f"{path} is {kind} of Wan2.1 (its first tensors are {first})")
+    raise UserError(f"{path} is not a known component of Wan2.1 (its first tensors are {first})")
   component, layout = found
   if component == "transformer":
     for part, variant in OTHER_VARIANTS.items():
@@ -170,9 +166,8 @@ def _select_tensors(
     for reason, starts in LEFT_OUT.get((component, layout), {}).items()
   }
   dropped = {name for names in left_out.values() for name in names}
-  convert = (
-    functools.partial(NAMES[layout], component) if layout in NAMES else lambda name: name.removeprefix("visual.")
-  )
+  table = diffusers_table(component, tensors.infos)
+  convert = functools.partial(NAMES[layout], table) if layout in NAMES else lambda name: name.removeprefix("visual.")
   names = {name: convert(name) for name in tensors.infos if name not in dropped}
   if component == "image_encoder":
     unused = _unused_vision(names)

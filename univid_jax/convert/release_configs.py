@@ -3,7 +3,7 @@
 from typing import Any
 
 from univid_jax.checkpoints.pretrained import CheckpointInfo
-from univid_jax.codecs.wan_vae import LATENT_MEAN, LATENT_STD, VAEConfig
+from univid_jax.codecs.vae_config import VAEConfig
 from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import DiTConfig
 
@@ -68,6 +68,16 @@ def _diffusers_transformer(config: DiTConfig) -> dict[str, Any]:
 
 
 def _diffusers_vae(config: VAEConfig) -> dict[str, Any]:
+  """Leaves out what Wan2.1's config.json does not have."""
+  shortcuts = {
+    "decoder_base_dim": config.decoder_dim,
+    "is_residual": config.level_shortcuts,
+    "patch_size": config.patch_size,
+    "in_channels": 3 * config.patch_size**2,
+    "out_channels": 3 * config.patch_size**2,
+    "scale_factor_spatial": config.spatial_stride,
+    "scale_factor_temporal": config.temporal_stride,
+  }
   return {
     "_class_name": "AutoencoderKLWan",
     "base_dim": config.dim,
@@ -77,8 +87,9 @@ def _diffusers_vae(config: VAEConfig) -> dict[str, Any]:
     "attn_scales": [],
     "temperal_downsample": list(config.temporal_downsample),
     "dropout": 0.0,
-    "latents_mean": list(LATENT_MEAN),
-    "latents_std": list(LATENT_STD),
+    "latents_mean": list(config.latent_mean),
+    "latents_std": list(config.latent_std),
+    **(shortcuts if config.level_shortcuts else {}),
   }
 
 

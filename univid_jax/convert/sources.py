@@ -1,7 +1,7 @@
 """Weights of other projects at a path: the components of Wan2.1 in a folder or file, and their tokenizer."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from univid_jax.checkpoints.gguf_files import read_gguf_values
@@ -88,9 +88,21 @@ def find_release(path: Path) -> Release:
     files.append(tensors)
   if not sources:
     raise UserError(f"{path} contains no component of a Wan2.1 model: {'; '.join(notes) or 'it has no tensors'}")
+  _check_latent_channels(path, sources)
   order = [component for component, _ in SIGNATURES]
   found = tuple(sorted(sources.values(), key=lambda source: order.index(source.component)))
   return Release(found, _find_tokenizer(path, files, sources.get("text_encoder")), tuple(notes))
+
+
+def _check_latent_channels(path: Path, sources: Mapping[str, Source]) -> None:
+  """Raises UserError if transformer and autoencoder have different latents."""
+  if {"transformer", "vae"} <= sources.keys():
+    transformer, vae = sources["transformer"], sources["vae"]
+    if transformer.config.out_dim != vae.config.latent_channels:
+      raise UserError(
+        f"{path} has a transformer of latents with {transformer.config.out_dim} channels, but {vae.path} is Wan"
+        f"{vae.config.version}'s autoencoder, with {vae.config.latent_channels}: they do not belong together"
+      )
 
 
 def _explain_duplicate(path: Path, first: Source, second: Source) -> str:

@@ -14,8 +14,8 @@ from univid_jax.core.sentence import Sentence
 
 
 @runtime_checkable
-class Codec(Protocol):
-  """Converts clips between pixels, (T, H, W, 3) in [-1, 1], and latents, (t, y, x, latent_channels)."""
+class CodecShape(Protocol):
+  """How the latents of a clip relate to its pixels; see `core.dims.latent_shape`."""
 
   @property
   def latent_channels(self) -> int: ...
@@ -23,6 +23,11 @@ class Codec(Protocol):
   def temporal_stride(self) -> int: ...
   @property
   def spatial_stride(self) -> int: ...
+
+
+@runtime_checkable
+class Codec(CodecShape, Protocol):
+  """Converts clips between pixels, (T, H, W, 3) in [-1, 1], and latents, (t, y, x, latent_channels)."""
 
   def encode(self, frames: Float[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "t y x c"]: ...
   def decode(self, latents: Float[np.ndarray, "t y x c"]) -> Float[np.ndarray, "T H W 3"]: ...

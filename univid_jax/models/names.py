@@ -1,7 +1,7 @@
-"""Names of parameters: ours, and those of Wan2.1's official files, of diffusers and others; a table per component."""
+"""Names of parameters: ours, and those of Wan's official files, of diffusers and others; a table per component."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 Rules = Sequence[tuple[str, str]]
 
@@ -24,6 +24,7 @@ _TRANSFORMER = (
 
 _LAYER = r"((?:downsamples|upsamples|middle)\.\d+)"
 _VAE = (
+  (r"\b(downsamples|upsamples)\.(\d+)\.layers\.", r"\1.\2.\1."),
   (rf"{_LAYER}\.norm1\.scale$", r"\1.residual.0.gamma"),
   (rf"{_LAYER}\.conv1\.", r"\1.residual.2."),
   (rf"{_LAYER}\.norm2\.scale$", r"\1.residual.3.gamma"),
@@ -102,6 +103,28 @@ _TRANSFORMER_TO_DIFFUSERS = (
   ("^head.modulation$", "^scale_shift_table$"),
 )
 
+# How autoencoders number layers. Official files of Wan2.1 number them consecutively, diffusers the decoder's per level;
+# both number those of Wan2.2, whose levels have shortcuts, per level.
+_ENCODER_BLOCKS, _DECODER_BLOCKS, _LEVELS = 2, 3, 4
+
+_LEVELS_TO_DIFFUSERS = (
+  ("^encoder.downsamples.", "^encoder.down_blocks."),
+  *(
+    (f"^decoder.upsamples.{level * (_DECODER_BLOCKS + 1) + layer}.", f"^decoder.up_blocks.{level}.{theirs}.")
+    for level in range(_LEVELS)
+    for layer, theirs in enumerate([*(f"resnets.{block}" for block in range(_DECODER_BLOCKS)), "upsamplers.0"])
+  ),
+)
+
+_LEVELS_WITH_SHORTCUTS_TO_DIFFUSERS = tuple(
+  (f"^{official}.{layer}.", f"^{diffusers}.{theirs}.")
+  for official, diffusers, blocks, resampling in (
+    ("encoder.downsamples.#.downsamples", "encoder.down_blocks.#", _ENCODER_BLOCKS, "downsampler"),
+    ("decoder.upsamples.#.upsamples", "decoder.up_blocks.#", _DECODER_BLOCKS, "upsampler"),
+  )
+  for layer, theirs in enumerate([*(f"resnets.{block}" for block in range(blocks)), resampling])
+)
+
 _VAE_TO_DIFFUSERS = (
   ("^conv1.", "^quant_conv."),
   ("^conv2.", "^post_quant_conv."),
@@ -116,7 +139,6 @@ _VAE_TO_DIFFUSERS = (
   (".middle.1.", ".mid_block.attentions.0."),
   (".middle.0.", ".mid_block.resnets.0."),
   (".middle.2.", ".mid_block.resnets.1."),
-  (".downsamples.", ".down_blocks."),
 )
 
 _TEXT_ENCODER_TO_TRANSFORMERS = (
@@ -151,7 +173,8 @@ _IMAGE_ENCODER_TO_TRANSFORMERS = (
 
 DIFFUSERS_TABLES: Mapping[str, Rules] = {
   "transformer": _TRANSFORMER_TO_DIFFUSERS,
-  "vae": _VAE_TO_DIFFUSERS,
+  "vae": (*_LEVELS_WITH_SHORTCUTS_TO_DIFFUSERS, *_LEVELS_TO_DIFFUSERS, *_VAE_TO_DIFFUSERS),
+  "vae_with_shortcuts": (*_LEVELS_WITH_SHORTCUTS_TO_DIFFUSERS, *_VAE_TO_DIFFUSERS),
   "text_encoder": _TEXT_ENCODER_TO_TRANSFORMERS,
   "image_encoder": _IMAGE_ENCODER_TO_TRANSFORMERS,
 }
@@ -169,17 +192,20 @@ _TEXT_ENCODER_TO_LLAMA_CPP = (
   ("^blocks.", "^enc.blk."),
 )
 
-# Residual blocks per level of the decoder; official files number them and the upsamplings consecutively.
-_BLOCKS_PER_LEVEL = 3
+
+def diffusers_table(component: str, names: Container[str]) -> str:
+  """Returns the key of `DIFFUSERS_TABLES` by which `name_from_diffusers` converts a component's tensors.
+
+  The names together tell which autoencoder it is: `decoder.up_blocks.0.resnets.0` alone belongs to both.
+  """
+  if component == "vae" and "decoder.up_blocks.0.upsampler.resample.1.weight" in names:
+    return "vae_with_shortcuts"
+  return component
 
 
-def name_from_diffusers(component: str, name: str) -> str:
+def name_from_diffusers(table: str, name: str) -> str:
   """Returns the official name of a tensor of diffusers (of the text and image encoders: of transformers)."""
-  if component == "vae" and (up := re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.*)$", name)):
-    level, kind, index, rest = up.groups()
-    place = int(level) * (_BLOCKS_PER_LEVEL + 1) + (int(index) if kind == "resnets" else _BLOCKS_PER_LEVEL)
-    name = f"decoder.upsamples.{place}.{rest}"
-  for official, theirs in reversed(DIFFUSERS_TABLES[component]):
+  for official, theirs in reversed(DIFFUSERS_TABLES[table]):
     name = _replace(name, theirs, official)
   return name
 
@@ -195,10 +221,6 @@ def name_to_diffusers(component: str, name: str) -> str:
   """Returns the name in diffusers (for the text encoder: in transformers) of an official tensor."""
   for official, theirs in DIFFUSERS_TABLES[component]:
     name = _replace(name, official, theirs)
-  if component == "vae" and (up := re.match(r"decoder\.upsamples\.(\d+)\.(.*)$", name)):
-    level, index = divmod(int(up[1]), _BLOCKS_PER_LEVEL + 1)
-    kind = f"resnets.{index}" if index < _BLOCKS_PER_LEVEL else "upsamplers.0"
-    name = f"decoder.up_blocks.{level}.{kind}.{up[2]}"
   return name
 
 

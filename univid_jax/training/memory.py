@@ -10,9 +10,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from univid_jax.checkpoints.model import create_model, transformer_config
+from univid_jax.checkpoints.model import codec_shape, create_model, transformer_config
 from univid_jax.checkpoints.pretrained import abstract_parameters
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention
 from univid_jax.core.packed_row import TOKEN_FIELDS, PackedRow
@@ -124,7 +125,7 @@ def compile_step(step: Any, spec: StateSpec, batch: PackedRow, mesh: Mesh) -> tu
 
 def abstract_batch(config: RunConfig, shape: DiTConfig, mesh: Mesh) -> PackedRow:
   """Returns the shapes, dtypes and shardings of a batch."""
-  row = pack([_placeholder_features(shape, latent_shape=shape.patch_size, num_clips=1)], RowShape.of(config))
+  row = pack([_placeholder_features(shape, shape.patch_size, num_clips=1)], RowShape.of(config))
   rows = config.rows.batch_size(row_shards(mesh))
 
   def describe(path: Any, x: np.ndarray) -> jax.ShapeDtypeStruct:
@@ -137,10 +138,14 @@ def abstract_batch(config: RunConfig, shape: DiTConfig, mesh: Mesh) -> PackedRow
 def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
   """Forecasts sampling one sentence of context I on each device, without codec and encoders."""
   shape, data = transformer_config(config), config.data
-  stride = config.spatial_stride
-  latent_shape = (1 + (data.num_frames - 1) // 4, data.height // stride, data.width // stride)
+  codec = codec_shape(config)
+  latents = latent_shape(
+    (data.num_frames, data.height, data.width),
+    temporal_stride=codec.temporal_stride,
+    spatial_stride=codec.spatial_stride,
+  )
   causal = config.model.attention == Attention.CONTEXT_CAUSAL
-  row = _sampling_row(_placeholder_features(shape, latent_shape=latent_shape, num_clips=4), causal=causal)
+  row = _sampling_row(_placeholder_features(shape, latents, num_clips=4), causal=causal)
   module = nnx.eval_shape(lambda: create_model(config, adapters=False))
   graph, params = nnx.graphdef(module), abstract_parameters(module, mesh)
   replicated = NamedSharding(mesh, PartitionSpec())
@@ -183,9 +188,9 @@ def _sampling_row(features: Features, *, causal: bool) -> PackedRow:
   return dataclasses.replace(row, key_intervals=None, text_intervals=None, image_intervals=None, modulation_ids=None)
 
 
-def _placeholder_features(shape: DiTConfig, *, latent_shape: tuple[int, int, int], num_clips: int) -> Features:
-  """Returns the features of a sentence of zeros with the null prompt."""
-  t, y, x = latent_shape
+def _placeholder_features(shape: DiTConfig, latents: tuple[int, int, int], *, num_clips: int) -> Features:
+  """Returns the features of a sentence of zeros with the null prompt; each clip has (t, y, x) latents."""
+  t, y, x = latents
   clips = (np.zeros((t, y, x, shape.out_dim), np.float32),) * num_clips
   condition = image_features = None
   if shape.takes_image:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 import univid_jax
 from univid_jax.checkpoints.checksums import verified
-from univid_jax.checkpoints.model import base_checksum, open_encoders, transformer_config
+from univid_jax.checkpoints.model import base_checksum, check_rows, open_encoders, transformer_config
 from univid_jax.checkpoints.run import RunRecord, has_checkpoint, read_run
 from univid_jax.checkpoints.trained import load_base, run_usage
 from univid_jax.config.boundary import differences
@@ -100,7 +100,7 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
     UserError: a value of the config is invalid for a run, or a row of the data cannot be used.
     OSError: a file cannot be read.
   """
-  config.check_rows()
+  check_rows(config)
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
   check_rows_stay_on_one_process(mesh)
