@@ -523,6 +523,12 @@ class TestExperts:
       find_release(release)
 
   def test_other_autoencoder(self, tmp_path):
-    name = "encoder.downsamples.0.downsamples.0.residual.2.weight"
-    with pytest.raises(UserError, match=r"is Wan2.2's autoencoder, not a component of Wan2.1"):
-      find_release(write_safetensors(tmp_path / "vae.safetensors", {name: np.zeros((2, 2), np.float32)}))
+    shapes = {
+      "encoder.conv1.weight": (8, 3, 3, 3, 3),
+      "encoder.middle.1.to_qkv.weight": (96, 32, 1, 1),
+      "decoder.head.0.gamma": (8, 1, 1, 1),
+      "conv2.weight": (32, 32, 1, 1, 1),
+    }
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    with pytest.raises(UserError, match=r"there is no autoencoder with 32 latent channels, only with 16 \(wan2\.1\)"):
+      find_release(write_safetensors(tmp_path / "vae.safetensors", tensors))

@@ -115,11 +115,12 @@ class TestVAE:
     assert scratch(65) - scratch(17) < 1.2 * (65 - 17) * 64 * 64 * 3 * 4
 
   @pytest.mark.long
-  @pytest.mark.parametrize("version", AUTOENCODERS)
-  def test_tiled_results_are_close_to_untiled_ones(self, version):
+  @pytest.mark.parametrize("version, bounds", [("wan2.1", (0.05, 0.12)), ("wan2.2", (0.07, 0.08))])
+  def test_tiled_results_are_close_to_untiled_ones(self, version, bounds):
     """Tiles of 256 x 256 pixels that overlap by 64, on a photograph of 320 x 448; docs/benchmarks.md states the errors.
 
-    They are 0.043 and 0.103 for Wan2.1, since attention at the lowest resolution sees a tile instead of the frame.
+    They are 0.043 and 0.103 for Wan2.1, 0.062 and 0.072 for Wan2.2, since attention at the lowest resolution sees a
+    tile instead of the frame.
     """
     model = autoencoder(version)
     stride = model.config.spatial_stride
@@ -133,7 +134,7 @@ class TestVAE:
     decoded = decode_tiled(decode, latents, tiling, spatial_stride=stride)
     errors = relative_error(tiled, latents), relative_error(decoded, decode(latents))
     print("tiling changes latents and pixels by", errors)
-    assert min(errors) > 0 and errors[0] <= 0.05 and errors[1] <= 0.12
+    assert all(0 < error <= bound for error, bound in zip(errors, bounds))
     one_tile = Tiling(size=64, overlap=8)
     assert np.array_equal(encode_tiled(encode, video, one_tile, **strides), latents)
 

@@ -90,3 +90,16 @@ def test_convolutions_on_cpus_equal_the_general_ones(monkeypatch, kernel, stride
   out = conv.convolve(x, zero_frames=zero_frames)
   monkeypatch.setattr(vae_layers, "current_platform", lambda: Platform.OTHER)
   assert relative_error(out, conv.convolve(x, zero_frames=zero_frames)) <= 1e-6
+
+
+def test_positions_are_repeated_by_windows_on_tpus_only():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5, 4)), jnp.float32)
+  times = dict(frames=2, rows=1, columns=2)
+  general = vae_layers.repeat_positions(x, **times)
+  np.testing.assert_array_equal(general, np.repeat(np.repeat(x, 2, axis=0), 2, axis=2))
+  np.testing.assert_array_equal(tpu.repeat(x, (2, 1, 2, 1)), general)
+  program = {
+    platform: traced_operations(lambda x: vae_layers.repeat_positions(x, **times), x, platform=platform)
+    for platform in (Platform.CPU, Platform.TPU)
+  }
+  assert "reduce_window" in program[Platform.TPU] and "reduce_window" not in program[Platform.CPU]

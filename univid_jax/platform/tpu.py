@@ -39,6 +39,5 @@ def repeat(x: Float[Array, "..."], times: Sequence[int]) -> Float[Array, "..."]:
   cycles, the repetition alone (2 frames, 88 x 160, 1024 channels, added to an array) 31 instead of 6.
   """
   padding = [(count - 1, count - 1) for count in times]
-  return jax.lax.reduce_window(
-    x, jnp.zeros((), x.dtype), jax.lax.add, times, (1,) * x.ndim, padding, base_dilation=times
-  )
+  zero = np.zeros((), x.dtype)  # known when this is traced: JAX differentiates sums only
+  return jax.lax.reduce_window(x, zero, jax.lax.add, times, (1,) * x.ndim, padding, base_dilation=times)
