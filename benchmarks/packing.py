@@ -56,11 +56,9 @@ class LatentFeatures:
 
   Attributes:
     shape: of the transformer.
-    takes_image: whether the transformer is an I2V model.
   """
 
   shape: DiTConfig
-  takes_image: bool = False
 
   def __call__(self, sentence: Sentence, /) -> Features:
     return sentence_features(

@@ -39,6 +39,7 @@ def build_jax(
   import jax.numpy as jnp
   from flax import nnx
 
+  from univid_jax.core.packed_row import ContextMode
   from univid_jax.diffusion.flow import FlowMatching
   from univid_jax.diffusion.guidance import Branch, guide
   from univid_jax.diffusion.solvers import Euler
@@ -51,7 +52,7 @@ def build_jax(
     width=width,
     prompt_tokens=PROMPT_TOKENS,
     with_targets=True,
-    context_causal=True,
+    context_mode=ContextMode(causal=True, zero_timestep=True),
   )
   abstract = nnx.eval_shape(lambda: DiT(shape, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
   graph = nnx.graphdef(abstract)

@@ -3,9 +3,11 @@
 Importing this module does not import JAX, so that a peer's process has none of its memory.
 """
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from univid_jax.codecs.vae_config import find_autoencoder
 from univid_jax.core.errors import UserError
 from univid_jax.models.variants import VARIANTS, DiTConfig
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
   from optax import GradientTransformation
 
   from univid_jax.config.schema import RunConfig
-  from univid_jax.core.packed_row import PackedRow
+  from univid_jax.core.packed_row import ContextMode, PackedRow
   from univid_jax.training.state import StateSpec
 
 LORA_RANK = 16
@@ -75,7 +77,8 @@ def make_row_program(
 
   options = {"variant": "", "dtype": dtype, "param_dtype": dtype, "attention_backend": backend, "remat": remat}
   options |= {name: getattr(shape, name) for name in SHAPE_KEYS}
-  config = override(wan_1_3b(), {"lora.rank": LORA_RANK, **{f"model.{key}": value for key, value in options.items()}})
+  changes = {"lora.rank": LORA_RANK, "codec.latent_channels": shape.out_dim}
+  config = override(wan_1_3b(), changes | {f"model.{key}": value for key, value in options.items()})
   mesh = make_mesh({"data": 1, "fsdp": -1})
   optimizer = make_optimizer(config.optimizer, 1000)
   spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=False, lora=True)
@@ -146,7 +149,7 @@ def make_sentence_row(
   width: int,
   prompt_tokens: int,
   with_targets: bool,
-  context_causal: bool = False,
+  context_mode: "ContextMode | None" = None,
 ) -> "PackedRow":
   """Packs one sentence of four clips into a row without padding.
 
@@ -157,27 +160,30 @@ def make_sentence_row(
     width: likewise.
     prompt_tokens: length of the prompt; 512 has no padding.
     with_targets: whether the row says where its targets are, so that the last block computes them alone.
-    context_causal: whether context attends to context only.
+    context_mode: see `PackedRow`; UniVid's by default.
   """
   import numpy as np
 
+  from univid_jax.core.packed_row import UNIVID_CONTEXT
   from univid_jax.core.sentence import Sentence, reference_roles
   from univid_jax.data.packing import RowShape, pack
   from univid_jax.data.tokens import sentence_features
 
-  clips = tuple(np.ones((frames, height // 8, width // 8, shape.out_dim), np.float32) for _ in range(4))
+  stride = find_autoencoder(shape.out_dim).spatial_stride
+  size = frames, height // stride, width // stride
+  clips = tuple(np.ones((*size, shape.out_dim), np.float32) for _ in range(4))
   features = sentence_features(
     Sentence(clips=clips, roles=reference_roles(4)),
     patch_size=shape.patch_size,
     text_len=shape.text_len,
     prompt_embedding=np.ones((prompt_tokens, shape.text_dim), np.float32),
   )
-  num_targets = frames * (height // 16) * (width // 16)
+  num_targets = math.prod(size) // shape.patch_volume
   row_shape = RowShape(
     num_tokens=4 * num_targets,
     num_text_tokens=min(prompt_tokens + 1, shape.text_len),
     num_slots=1,
     num_targets=num_targets if with_targets else None,
-    context_causal=context_causal,
+    context_mode=context_mode or UNIVID_CONTEXT,
   )
   return pack([features], row_shape)

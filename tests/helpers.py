@@ -16,12 +16,15 @@ from univid_jax.checkpoints.model import create_model, open_encoders, transforme
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.config.schema import RunConfig
 from univid_jax.convert.layout import make_fills, match_fills
+from univid_jax.core.packed_row import ContextMode
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.dit import DiT
 from univid_jax.models.variants import DiTConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
 GOLDENS22 = Path(__file__).parent / "goldens22"  # of Wan2.2
+
+CAUSAL = ContextMode(causal=True, zero_timestep=True)
 
 
 def golden(name: str, folder: Path = GOLDENS):

@@ -16,7 +16,8 @@ class Shape:
   in_dim: int = 16
   out_dim: int = 16
   image_dim: int = 4
-  takes_image: bool = False
+  takes_condition: bool = False
+  takes_image_features: bool = False
 
   @property
   def patch_volume(self) -> int:

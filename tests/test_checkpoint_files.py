@@ -226,7 +226,7 @@ class TestPrefixes:
   def test_other_tensors(self, folder):
     """Tensors without the prefix of the others are reported."""
     tensors = {f"model.diffusion_model.{name}": value for name, value in WEIGHTS.items()}
-    with pytest.raises(UserError, match=r"not a known component of Wan2.1 \(its first tensors are extra\)"):
+    with pytest.raises(UserError, match=r"not a known component of Wan \(its first tensors are extra\)"):
       read_all(write_safetensors(folder / "wan.safetensors", {**tensors, "extra": np.ones(3, np.float32)}))
 
   def test_whole_model_in_one_file(self, folder):

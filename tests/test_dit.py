@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import channels_last, golden, load_dit, relative_error
+from tests.helpers import CAUSAL, channels_last, golden, load_dit, relative_error
 from tests.test_diffusion import solve
 from univid_jax.checkpoints.pretrained import abstract_parameters
 from univid_jax.core.options import RematPolicy
+from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.sentence import Role, Sentence
 from univid_jax.data.packing import RowShape, join_rows, pack, segment_intervals, target_indices
 from univid_jax.data.tokens import patchify, sentence_features, unpatchify
@@ -160,7 +161,7 @@ def test_unsupported_variants_are_rejected_by_name(values, word):
 def test_conditions_must_match_the_model():
   info, io, weights = golden("dit_i2v")
   row = row_of(io["x"], io["context"])
-  with pytest.raises(ValueError, match="i2v models take both of condition and image_features, got neither"):
+  with pytest.raises(ValueError, match="condition must be given to this i2v model"):
     load_dit(DiTConfig.from_json(info["config"]), weights)(row.tokens, jnp.zeros((1, 1)), row)
 
 
@@ -204,7 +205,7 @@ class TestPacking:
 
   def test_cached_context_gives_the_same_samples(self):
     """Samples contexts I to III in two rows, one of them not full, in four steps with and without the cache."""
-    shape = RowShape(num_tokens=100, num_text_tokens=16, num_slots=3, context_causal=True)
+    shape = RowShape(num_tokens=100, num_text_tokens=16, num_slots=3, context_mode=CAUSAL)
     row = join_rows([pack([self.sentences[i] for i in part], shape) for part in ((2, 0), (1,))])
     noise = np.random.default_rng(3).normal(size=row.tokens.shape).astype(np.float32)
     places = target_indices(row.target_mask)
@@ -217,10 +218,12 @@ class TestPacking:
     cached, whole = sample(dataclasses.replace(row, targets=places)), sample(row)
     assert relative_error(cached, whole) <= 1e-5
     full = dataclasses.replace(
-      row, context_causal=False, key_intervals=segment_intervals(row.segment_ids, row.segment_ids)
+      row,
+      context_mode=ContextMode(zero_timestep=True),
+      key_intervals=segment_intervals(row.segment_ids, row.segment_ids),
     )
     assert relative_error(sample(full), whole) > 1e-3
-    with pytest.raises(ValueError, match="only the context of a row with context_causal = True"):
+    with pytest.raises(ValueError, match="only the context of a row that is context-causal"):
       self.model.encode_context(dataclasses.replace(full, targets=places))
 
   @pytest.mark.parametrize("remat", [RematPolicy.FULL, RematPolicy.ATTENTION, RematPolicy.NONE])
@@ -250,7 +253,7 @@ class TestPacking:
     assert not np.any(velocity[~row.target_mask]) and np.all(np.any(velocity[row.target_mask], axis=-1))
 
   def test_causal_context_does_not_depend_on_targets_and_noise(self):
-    shape = RowShape(num_tokens=120, num_text_tokens=16, num_slots=4, context_causal=True)
+    shape = RowShape(num_tokens=120, num_text_tokens=16, num_slots=4, context_mode=CAUSAL)
     row = pack(self.sentences, shape)
     other = np.where(row.target_mask[..., None], 7.0, row.tokens)
     outs = [

@@ -218,4 +218,4 @@ class TestAssumptions:
     save_file(
       {**load_file(CASES / "dora.safetensors"), "lora_te_x.lora_down.weight": np.ones((2, 2), np.float32)}, path
     )
-    assert "1 tensors without a counterpart in Wan2.1: lora_te_x.lora_down.weight" in inspect(str(path))
+    assert "1 tensors without a counterpart in Wan: lora_te_x.lora_down.weight" in inspect(str(path))

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
+from univid_jax.checkpoints.model import context_mode, create_model, open_encoders, transformer_config
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.data.features import FeatureMaker
@@ -82,7 +82,12 @@ class TestMeshes:
     encoders = open_encoders(config, make_mesh({}, devices=jax.devices()[:1]))
     features = FeatureMaker(encoders, shape=transformer_config(config), task_names=source.task_names)
     loader = make_loader(
-      [source], features, row_shape=RowShape.of(config), rows_per_batch=8, seed=0, num_packing_bins=8
+      [source],
+      features,
+      row_shape=RowShape.of(config.rows, context_mode(config)),
+      rows_per_batch=8,
+      seed=0,
+      num_packing_bins=8,
     )
     row = next(loader)
     loader.close()

@@ -8,13 +8,15 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers import CAUSAL
 from tests.stand_ins import Shape
-from univid_jax.checkpoints.model import check_rows
+from univid_jax.checkpoints.model import check_rows, context_mode
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Packing
+from univid_jax.core.packed_row import UNIVID_CONTEXT
 from univid_jax.core.sentence import Role, Sentence, reference_roles
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.loader import make_loader
@@ -94,10 +96,11 @@ def test_intervals_of_segments():
 
 def test_the_capacity_of_rows_follows_from_the_config(tiny_config):
   changes = {"rows.num_target_tokens": 20, "model.attention": "context_causal"}
-  assert RowShape.of(override(tiny_config, changes)) == RowShape(
-    num_tokens=48, num_text_tokens=3, num_slots=3, num_targets=20, context_causal=True
+  config = override(tiny_config, changes)
+  assert RowShape.of(config.rows, context_mode(config)) == RowShape(
+    num_tokens=48, num_text_tokens=3, num_slots=3, num_targets=20, context_mode=CAUSAL
   )
-  assert RowShape.of(tiny_config).num_targets == 24
+  assert RowShape.of(tiny_config.rows, UNIVID_CONTEXT).num_targets == 24
 
 
 class NumberedSentences:
@@ -122,7 +125,7 @@ class NumberedSentences:
 class NumberFeatures:
   """Features of one size whose tokens have the sentence's index as their value."""
 
-  takes_image = False
+  shape = Shape()
 
   def __call__(self, sentence):
     features = make_features((1, 1))[1]
@@ -134,7 +137,9 @@ class TestLoader:
     source = open_computed(config, "train", seed=0)
     encoders = PlainEncoders(DCTCodec(**dataclasses.asdict(config.codec)), config.model.text_dim)
     features = FeatureMaker(encoders, shape=Shape(), task_names=source.task_names)
-    defaults = dict(row_shape=RowShape.of(config), rows_per_batch=4, seed=1, num_packing_bins=8)
+    defaults = dict(
+      row_shape=RowShape.of(config.rows, context_mode(config)), rows_per_batch=4, seed=1, num_packing_bins=8
+    )
     return make_loader([source], features, **defaults | options)
 
   def batches(self, loader, count):

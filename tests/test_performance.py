@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.helpers import CAUSAL
 from univid_jax.config.schema import LoRAConfig
 from univid_jax.core.options import AttentionBackend, RematPolicy
+from univid_jax.core.packed_row import UNIVID_CONTEXT
 from univid_jax.core.sentence import Role, Sentence
 from univid_jax.data.packing import RowShape, pack, target_indices
 from univid_jax.data.tokens import sentence_features
@@ -35,7 +37,8 @@ def one_row(side, frames, text_dim=64, causal=False):
   clips = tuple(np.zeros((frames, side, side, 16), np.float32) for _ in range(4))
   sentence = Sentence(clips=clips, roles=(Role.CONTEXT,) * 3 + (Role.TARGET,))
   features = sentence_features(sentence, patch_size=(1, 2, 2), prompt_embedding=np.zeros((63, text_dim)), text_len=512)
-  shape = RowShape(num_tokens=len(features.tokens), num_text_tokens=64, num_slots=1, context_causal=causal)
+  mode = CAUSAL if causal else UNIVID_CONTEXT
+  shape = RowShape(num_tokens=len(features.tokens), num_text_tokens=64, num_slots=1, context_mode=mode)
   return jax.tree.map(jnp.asarray, pack([features], shape))
 
 
@@ -82,7 +85,7 @@ def test_cached_context_saves_most_operations_of_a_step(monkeypatch):
     prompt_embedding=np.zeros((63, 4096)),
     text_len=512,
   )
-  shape = RowShape(num_tokens=31200, num_targets=7800, num_text_tokens=64, num_slots=1, context_causal=True)
+  shape = RowShape(num_tokens=31200, num_targets=7800, num_text_tokens=64, num_slots=1, context_mode=CAUSAL)
   row = jax.tree.map(jnp.asarray, pack([features], shape))
   model = nnx.eval_shape(lambda: DiT(config, attention_backend=AttentionBackend.XLA, rngs=nnx.Rngs(0)))
   graph, params = nnx.split(model)

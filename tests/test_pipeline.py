@@ -250,7 +250,7 @@ def test_i2v(i2v_checkpoint):
     latents, 1000.0, prompt, condition=condition, clip_features=np.roll(features, 1, axis=1)
   )
   assert relative_error(other, velocity) > 1e-4
-  with pytest.raises(ValueError, match="i2v models take both of condition and image_features"):
+  with pytest.raises(ValueError, match="must be given to this i2v model"):
     pipe.predict_velocity(latents, 1000.0, prompt)
 
 

@@ -75,15 +75,19 @@ class TestOpenData:
     data.require_usable(dataclasses.replace(config.data, allow_dropped=True))
 
 
+I2V = Shape(takes_condition=True, takes_image_features=True)
+I2V22 = Shape(takes_condition=True)
+
+
 class TestPrepare:
   """After `prepare`, training features need no encoder."""
 
-  def open(self, config, workdir, *, takes_image):
+  def open(self, config, workdir, shape):
     config = override(config, {"init_from": "base", "data.prompt": "detailed", "data.prompt_dropout": 0.3})
     encoders = CountingEncoders()
     data = open_data(config)
     caches = FeatureCaches.open(config, encoders, workdir)
-    features = FeatureMaker(encoders, shape=Shape(takes_image=takes_image), task_names=data.task_names, caches=caches)
+    features = FeatureMaker(encoders, shape=shape, task_names=data.task_names, caches=caches)
     return encoders, data, features
 
   def configure(self, kind, tmp_path):
@@ -93,23 +97,24 @@ class TestPrepare:
       changes[f"data.{kind}"] = str(write(tmp_path / kind))
     return override(tiny(), SMALL | changes)
 
-  @pytest.mark.parametrize("takes_image", [False, True], ids=["t2v", "i2v"])
+  @pytest.mark.parametrize("shape", [Shape(), I2V, I2V22], ids=["t2v", "wan2.1 i2v", "wan2.2 i2v"])
   @pytest.mark.parametrize("kind", ["computed", "metadata", "pairs"])
-  def test_training_needs_no_encoder(self, tmp_path, kind, takes_image):
-    encoders, data, features = self.open(self.configure(kind, tmp_path), tmp_path, takes_image=takes_image)
+  def test_training_needs_no_encoder(self, tmp_path, kind, shape):
+    encoders, data, features = self.open(self.configure(kind, tmp_path), tmp_path, shape)
     done = prepare(features, data, row_shape=ROWS)
     assert done.num_clips == done.num_encoded > 0
     assert encoders.most_loaded == 1 and not encoders.loaded
-    assert encoders.calls["clip"] >= done.num_clips and (encoders.calls["image"] > 0) == takes_image
+    assert encoders.calls["clip"] >= done.num_clips and (encoders.calls["image"] > 0) == shape.takes_image_features
     encoders.calls.clear()
     for source in data.sources.values():
       for index in range(len(source)):
         made = features(source[index])
-        assert (made.condition is not None) == (made.image_features is not None) == takes_image
+        assert (made.condition is not None) == shape.takes_condition
+        assert (made.image_features is not None) == shape.takes_image_features
     assert not encoders.calls and not encoders.loaded
 
   def test_the_features_are_those_without_caches(self, tmp_path):
-    encoders, data, features = self.open(self.configure("pairs", tmp_path), tmp_path, takes_image=True)
+    encoders, data, features = self.open(self.configure("pairs", tmp_path), tmp_path, I2V)
     prepare(features, data, row_shape=ROWS)
     plain = FeatureMaker(encoders, shape=features.shape, task_names=features.task_names)
     for index in range(10):
@@ -119,9 +124,9 @@ class TestPrepare:
 
   def test_a_second_time_encodes_nothing(self, tmp_path):
     config = self.configure("metadata", tmp_path)
-    _, data, features = self.open(config, tmp_path, takes_image=True)
+    _, data, features = self.open(config, tmp_path, I2V)
     first = prepare(features, data, row_shape=ROWS)
-    encoders, data, features = self.open(config, tmp_path, takes_image=True)
+    encoders, data, features = self.open(config, tmp_path, I2V)
     assert prepare(features, data, row_shape=ROWS) == Prepared(first.num_clips, 0)
     assert not encoders.calls and encoders.most_loaded == 0, "not even a codec is loaded"
 
@@ -132,7 +137,7 @@ class TestPrepare:
     counts = []
     for process in (0, 1):
       monkeypatch.setattr("jax.process_index", lambda process=process: process)
-      encoders, data, features = self.open(config, tmp_path, takes_image=True)
+      encoders, data, features = self.open(config, tmp_path, I2V)
       counts.append(prepare(features, data, row_shape=ROWS))
     assert counts[0].num_clips == counts[1].num_clips == sum(count.num_encoded for count in counts)
     assert abs(counts[0].num_encoded - counts[1].num_encoded) <= 1
@@ -150,12 +155,12 @@ class TestPrepare:
   def test_frames_and_references_are_encoded_alike(self, metadata, tmp_path):
     """As in sampling, which has frames, uint8 or float in [-1, 1]."""
     data = open_data(override(tiny(), SMALL | {"data.metadata": str(metadata)}))
-    features = FeatureMaker(CountingEncoders(), shape=Shape(takes_image=True), task_names=())
+    features = FeatureMaker(CountingEncoders(), shape=I2V, task_names=())
     clip = data.sources["metadata"][0].clips[0]
     frames = read_frames(clip)
     for same in (frames, frames.astype(np.float32) / 127.5 - 1):
       assert np.array_equal(features.encode_clip(same), features.encode_clip(clip))
-      for a, b in zip(features.condition(same, 3), features.condition(clip, 3)):
+      for a, b in zip(features.image_inputs(same, 3), features.image_inputs(clip, 3)):
         assert np.array_equal(a, b)
 
 

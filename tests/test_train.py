@@ -30,6 +30,7 @@ from univid_jax.core import lock
 from univid_jax.core.errors import Interrupted, UserError
 from univid_jax.core.lock import Lock
 from univid_jax.core.options import Schedule
+from univid_jax.core.packed_row import UNIVID_CONTEXT
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.packing import RowShape, pack, pack_rows
 from univid_jax.data.sources.open import open_data
@@ -275,11 +276,13 @@ class TestValidation:
     weighted = sum(found[f"val_loss/task_{task}"] for task in tasks) / len(tasks)
     assert found["val_loss"] == found["val_loss/sigma_0.7"] == pytest.approx(weighted, rel=1e-5)
     # By hand: each sentence in a row of its own, with its noise in the packed rows.
-    rows, places = pack_rows([make_features(sentence) for sentence in sentences], RowShape.of(tiny_config))
+    rows, places = pack_rows(
+      [make_features(sentence) for sentence in sentences], RowShape.of(tiny_config.rows, UNIVID_CONTEXT)
+    )
     noise = np.asarray(jax.random.normal(jax.random.key(tiny_config.seed), rows.tokens.shape))
     model, losses = nnx.merge(spec.graph, params), []
     for sentence, (index, segment) in zip(sentences, places):
-      alone = pack([make_features(sentence)], RowShape.of(tiny_config))
+      alone = pack([make_features(sentence)], RowShape.of(tiny_config.rows, UNIVID_CONTEXT))
       own = np.zeros_like(alone.tokens)
       own[0, alone.segment_ids[0] == 1] = noise[index, rows.segment_ids[index] == segment]
       alone, own = jax.tree.map(jnp.asarray, (alone, own))

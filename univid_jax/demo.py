@@ -30,12 +30,12 @@ def main() -> None:
   import univid_jax
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.page import build_page
-  from univid_jax.cli.sampling import parse_lora
+  from univid_jax.cli.sampling import group_loras, parse_lora
 
   enable_compilation_cache()
   loras = [parse_lora(item) for item in LORA.value]
   options = {"dtype": DTYPE.value, "lora_skip_unmatched": LORA_SKIP_UNMATCHED.value, **VERIFICATION.value}
-  pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=loras, **options)
+  pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=group_loras(loras), **options)
   page = build_page(pipeline)
   page.queue(max_size=MAX_QUEUE.value, default_concurrency_limit=1)
   page.launch(

@@ -35,7 +35,7 @@ def main() -> None:
 
   import univid_jax
   from univid_jax.checkpoints.origin import Origin
-  from univid_jax.cli.sampling import parse_lora
+  from univid_jax.cli.sampling import group_loras, parse_lora
   from univid_jax.data.sources.open import open_data
   from univid_jax.evaluation.run import evaluate
   from univid_jax.parallel.mesh import make_mesh
@@ -47,7 +47,9 @@ def main() -> None:
   # Each process has the whole model on its own devices, and its share of the sentences.
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
   options = {"lora_skip_unmatched": LORA_SKIP_UNMATCHED.value, **VERIFICATION.value}
-  pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=loras, mesh=mesh, step=origin.step, **options)
+  pipeline = univid_jax.load_pipeline(
+    origin.checkpoint, lora=group_loras(loras), mesh=mesh, step=origin.step, **options
+  )
   data = open_data(config)
   command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
   report = evaluate(pipeline, config, data=data, folder=folder, origin=origin, command=command)

@@ -34,7 +34,7 @@ def main() -> None:
   import jax
 
   from univid_jax.checkpoints.checksums import verified
-  from univid_jax.checkpoints.model import open_encoders, transformer_config
+  from univid_jax.checkpoints.model import context_mode, open_encoders, transformer_config
   from univid_jax.cli.preview import draw_preview
   from univid_jax.data.features import FeatureCaches, FeatureMaker
   from univid_jax.data.packing import RowShape
@@ -65,7 +65,7 @@ def main() -> None:
   done = prepare(
     FeatureMaker(encoders, shape=transformer_config(config), task_names=data.task_names, caches=caches),
     data,
-    row_shape=RowShape.of(config),
+    row_shape=RowShape.of(config.rows, context_mode(config)),
     held_out=select_sentences(data, config.validation.sentences)[0],
     allow_dropped=config.data.allow_dropped,
     verify=True,

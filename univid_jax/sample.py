@@ -14,13 +14,19 @@ from typing import Any
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
-from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit
+from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit, ContextTimestep
 
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT, LORA, DTYPE, STEP = FLAGS.checkpoint(), FLAGS.lora(), FLAGS.dtype(), FLAGS.step()
 MERGE_LORA = FLAGS.switch("merge_lora", False, "Add LoRAs to the weights: faster, equal up to rounding.")
 LORA_SKIP_UNMATCHED, VERIFICATION = FLAGS.lora_skip_unmatched(), FLAGS.verification()
 ATTENTION = FLAGS.choice("attention", None, list(Attention), "Default: what the model was trained with.")
+OFFLOAD_INACTIVE = FLAGS.switch(
+  "offload_inactive", False, "Keep only the expert that is in use in device memory, of a base with two."
+)
+CONTEXT_TIMESTEP = FLAGS.choice(
+  "context_timestep", None, list(ContextTimestep), "Timestep of the context; default: what the model was trained with."
+)
 CLIPS = FLAGS.strings("clips", None, "The context in order: A, A', B, or any odd number of clips.", required=True)
 QUERIES = FLAGS.strings("queries", [], "Several B for the same example pairs: clips, or a folder of clips.")
 OUT = FLAGS.string("out", None, "The result: .png, .mp4 (or another video), .npy, or FOLDER/ for PNGs.", required=True)
@@ -39,7 +45,9 @@ FPS = FLAGS.number("fps", None, "Frame rate that videos are resampled to; 0 keep
 COPY_AUDIO = FLAGS.switch("copy_audio", False, "Give B' the sound of B.")
 SOLVER = FLAGS.choice("solver", "euler", ["euler", "unipc"], "euler is the reference's; unipc needs fewer steps.")
 STEPS = FLAGS.integer("steps", 50, "Sampling steps.", lower_bound=1, upper_bound=MAX_STEPS)
-GUIDANCE_SCALE = FLAGS.number("guidance_scale", 1.0, "Classifier-free guidance; 1 is none.")
+GUIDANCE_SCALE = FLAGS.string(
+  "guidance_scale", "1", "Classifier-free guidance; 1 is none. LOW,HIGH are those of two experts, by noise."
+)
 SHIFT = FLAGS.number("shift", None, "Shift of the noise levels toward noise; default: as in training.")
 SEED = FLAGS.integer("seed", 0, "Seed of the noise.", lower_bound=-MAX_SEED - 1, upper_bound=MAX_SEED)
 PROFILE = FLAGS.profile("OUT's folder")
@@ -53,18 +61,19 @@ def main() -> None:
   from univid_jax.cli.compilation import enable_compilation_cache
 
   enable_compilation_cache()
-  arguments = {flag.name: flag.value for flag in (NUM_FRAMES, GUIDANCE_SCALE, NEGATIVE_PROMPT, SHIFT, SEED, SOLVER)}
+  arguments: dict[str, Any] = {flag.name: flag.value for flag in (NUM_FRAMES, NEGATIVE_PROMPT, SHIFT, SEED, SOLVER)}
+  arguments["guidance_scale"] = sampling.parse_guidance_scale(GUIDANCE_SCALE.value)
   arguments["num_inference_steps"] = STEPS.value
   if PROMPT.value is not None and TASK.value is not None:
     raise UsageError("--prompt and --task exclude each other")
   requests = sampling.plan_requests(CLIPS.value, QUERIES.value, OUT.value)
   sampling.check_outputs(requests)
   size = sampling.parse_size(SIZE.value) if SIZE.value else None
-  options = (DTYPE, MERGE_LORA, LORA_SKIP_UNMATCHED, ATTENTION)
+  options = (DTYPE, MERGE_LORA, LORA_SKIP_UNMATCHED, ATTENTION, CONTEXT_TIMESTEP, OFFLOAD_INACTIVE)
   loading: dict[str, Any] = {flag.name: flag.value for flag in options} | VERIFICATION.value
   loras = [sampling.parse_lora(item) for item in LORA.value]
   origin = Origin.of(CHECKPOINT.value, step=STEP.value, loras=loras, **VERIFICATION.value)
-  pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=loras, step=origin.step, **loading)
+  pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=sampling.group_loras(loras), step=origin.step, **loading)
   if TASK.value is not None:
     arguments["prompt"] = sampling.task_prompt(TASK.value, pipeline.usage.prompts)
   else:

@@ -16,6 +16,7 @@ from univid_jax.codecs.vae_config import find_autoencoder
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
+from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import CodecShape, Encoders
 from univid_jax.models.dit import DiT
 from univid_jax.models.in_context import look_back
@@ -33,7 +34,13 @@ def transformer_config(config: RunConfig) -> DiTConfig:
   if options.variant and options.variant not in VARIANTS:
     raise UserError(f"config.model.variant must be one of {', '.join(VARIANTS)} or empty, got {options.variant!r}")
   if config.init_from:
-    base = PretrainedCheckpoint.open(config.init_from).config("transformer")
+    checkpoint = PretrainedCheckpoint.open(config.init_from)
+    if len(checkpoint.transformers) > 1:
+      raise UserError(
+        f"{config.init_from} has two experts, and a run trains one transformer: convert high_noise_model or "
+        "low_noise_model on its own, and train each in a run of its own"
+      )
+    base = checkpoint.config("transformer")
     if options.variant and base != VARIANTS[options.variant]:
       raise UserError(
         f"config.model.variant is {options.variant}, but the base {config.init_from} has another shape; leave "
@@ -54,6 +61,18 @@ def transformer_config(config: RunConfig) -> DiTConfig:
     out_dim=channels,
     rope_theta=options.rope_theta,
     rope_scale=options.rope_scale,
+  )
+
+
+def context_mode(config: RunConfig) -> ContextMode:
+  """Returns how a run computes the context of sentences.
+
+  Raises:
+    UserError: see `transformer_config` and `ContextMode.of`.
+  """
+  options = config.model
+  return ContextMode.of(
+    options.attention, options.context_timestep, default=transformer_config(config).context_timestep
   )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from univid_jax.checkpoints.checksums import has_checksums
+from univid_jax.checkpoints.experts import split_expert
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.scaling import find_config
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_checkpoint
@@ -73,9 +74,10 @@ class Origin:
       checkpoint = PretrainedCheckpoint.open(base)
       checksums |= {name: checkpoint.checksum(name) for name in checkpoint.info.components}
     for number, (path, weight) in enumerate(self.loras):
-      config = find_config(Path(path))
-      digests = [_digest(part) for part in (_lora_path(path), *([epath.Path(config)] if config else []))]
-      checksums[f"lora {number}"] = f"{' + '.join(digests)} x {weight:g}"
+      expert, file = split_expert(path)
+      config = find_config(Path(file))
+      digests = [_digest(part) for part in (_lora_path(file), *([epath.Path(config)] if config else []))]
+      checksums[f"lora {number}"] = f"{expert} {' + '.join(digests)} x {weight:g}".strip()
     return checksums
 
   def to_json(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 DIR/checkpoint.json   describes the contents and their origin; written last, so a folder that has it is complete
 DIR/transformer/      parameters with stacked layers (Orbax); likewise vae/, text_encoder/ and image_encoder/ if present
+DIR/transformer_2/    the low-noise expert of Wan2.2 A14B; transformer/ is then the high-noise one
 DIR/tokenizer/        the tokenizer's own files
 """
 
@@ -18,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from univid_jax.checkpoints.experts import Expert
 from univid_jax.checkpoints.orbax_files import open_arrays, path_keys, restore_arrays, stored_dtypes
 from univid_jax.codecs.wan_vae import VAE, VAEConfig
 from univid_jax.core.errors import UserError
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 # The config and the module of each component.
 COMPONENTS: Mapping[str, tuple[type, type]] = {
   "transformer": (DiTConfig, DiT),
+  "transformer_2": (DiTConfig, DiT),
   "vae": (VAEConfig, VAE),
   "text_encoder": (UMT5Config, UMT5Encoder),
   "image_encoder": (CLIPConfig, CLIPVision),
@@ -77,7 +80,7 @@ class CheckpointInfo:
     version: of the univid_jax that wrote it.
     components: by name.
     tokenizer: the tokenizer's file, relative to the folder, or None.
-    expert: "high", "low" or "unknown" if the transformer is one expert of Wan2.2 A14B, else None.
+    expert: "high", "low" or "unknown" if the only transformer is one expert of Wan2.2 A14B, else None.
   """
 
   variant: str
@@ -169,6 +172,18 @@ class PretrainedCheckpoint:
 
   def has(self, component: str) -> bool:
     return component in self.info.components
+
+  @property
+  def transformers(self) -> tuple[str, ...]:
+    """The names of the transformers: of the only one, or of the high-noise and the low-noise expert."""
+    return tuple(name for name in ("transformer", "transformer_2") if self.has(name))
+
+  @property
+  def experts(self) -> tuple[Expert | None, ...]:
+    """Which expert each transformer is; None for one that serves all noise levels."""
+    if len(self.transformers) > 1:
+      return Expert.HIGH, Expert.LOW
+    return (Expert(self.info.expert) if self.info.expert else None,)
 
   def component(self, component: str) -> ComponentInfo:
     if not self.has(component):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import univid_jax
 from univid_jax.checkpoints.lora.stacking import unstack_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.checkpoints.model import create_model
+from univid_jax.checkpoints.model import context_mode, create_model
 from univid_jax.checkpoints.orbax_files import restore_items
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, abstract_parameters
 from univid_jax.checkpoints.run import RunRecord, read_run, require_run
@@ -106,7 +106,8 @@ def run_usage(record: RunRecord) -> Usage:
     base = PretrainedCheckpoint.open(config.init_from).info.variant
   else:
     base = config.model.variant or config.name
-  return Usage.of(config, base_model=base, base_checksum=record.base, prompts=record.prompts)
+  timestep = context_mode(config).timestep
+  return Usage.of(config, context_timestep=timestep, base_model=base, base_checksum=record.base, prompts=record.prompts)
 
 
 def find_step(

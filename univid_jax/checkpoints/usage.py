@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ClipFit
+from univid_jax.core.options import Attention, ClipFit, ContextTimestep
 
 # The entry that identifies files of this project; those of others may use the same names for other things.
 SOFTWARE = "software"
@@ -19,6 +19,7 @@ class Usage:
 
   Attributes:
     attention: see `Attention`.
+    context_timestep: see `ContextTimestep`; AUTO for LoRAs of earlier versions.
     shift: of the noise levels toward noise.
     sizes: (height, width) in pixels: the size of clips, then the other buckets.
     num_frames: of a video.
@@ -26,9 +27,11 @@ class Usage:
     base_model: name or shape of the base; "" if it is not known.
     base_checksum: of the base's transformer; "" without a base.
     prompts: of the tasks.
+    expert: "high" or "low" if it was trained for one expert, else "".
   """
 
   attention: Attention = Attention.FULL
+  context_timestep: ContextTimestep = ContextTimestep.AUTO
   shift: float = 5.0
   sizes: tuple[tuple[int, int], ...] = ((480, 832),)
   num_frames: int = 17
@@ -37,15 +40,23 @@ class Usage:
   base_model: str = ""
   base_checksum: str = ""
   prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  expert: str = ""
 
   @classmethod
   def of(
-    cls, config: RunConfig, *, base_model: str = "", base_checksum: str = "", prompts: Mapping[str, str] | None = None
+    cls,
+    config: RunConfig,
+    *,
+    context_timestep: ContextTimestep = ContextTimestep.AUTO,
+    base_model: str = "",
+    base_checksum: str = "",
+    prompts: Mapping[str, str] | None = None,
   ) -> "Usage":
-    """Returns that of a run."""
+    """Returns that of a run, whose context tokens had a timestep that also depends on its base."""
     data = config.data
     return cls(
       attention=config.model.attention,
+      context_timestep=context_timestep,
       shift=config.flow.shift,
       sizes=data.sizes,
       num_frames=data.num_frames,
@@ -60,6 +71,7 @@ class Usage:
     """Returns text entries for the header of a file."""
     return {
       "attention": str(self.attention),
+      "context_timestep": str(self.context_timestep),
       "shift": f"{self.shift:g}",
       "sizes": " ".join(f"{height}x{width}" for height, width in self.sizes),
       "num_frames": str(self.num_frames),
@@ -68,6 +80,7 @@ class Usage:
       "base_model": self.base_model,
       "base_checksum": self.base_checksum,
       "prompts": json.dumps(self.prompts, ensure_ascii=False),
+      "expert": self.expert,
     }
 
   @classmethod
@@ -109,7 +122,7 @@ def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, lis
     Their usage, None if there are none; and lines that describe where others differ from it.
 
   Raises:
-    UserError: they were trained with different attention.
+    UserError: they were trained with different attention, or timesteps of the context.
   """
   if not usages:
     return None, []
@@ -117,11 +130,12 @@ def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, lis
   prompts: dict[str, str] = dict(chosen.prompts)
   notes = []
   for name, usage in others:
-    if usage.attention != chosen.attention:
-      raise UserError(
-        f"{first} was trained with attention {chosen.attention} and {name} with {usage.attention}: choose one with "
-        "attention="
-      )
+    for field in ("attention", "context_timestep"):
+      values = [getattr(each, field) for each in (chosen, usage)]
+      if values[0] != values[1]:
+        raise UserError(
+          f"{first} was trained with {field} {values[0]} and {name} with {values[1]}: choose one with {field}="
+        )
     prompts = {**usage.prompts, **prompts}
     for field in ("shift", "sizes", "num_frames", "fit", "fps"):
       values = [getattr(each, field) for each in (chosen, usage)]
@@ -168,8 +182,15 @@ def _parse_num_frames(text: str) -> int:
   return count
 
 
+def _parse_expert(text: str) -> str:
+  if text not in ("", "high", "low"):
+    raise ValueError("it must be high, low or empty")
+  return text
+
+
 _PARSERS = {
   "attention": Attention,
+  "context_timestep": ContextTimestep,
   "shift": _parse_shift,
   "sizes": _parse_sizes,
   "num_frames": _parse_num_frames,
@@ -178,6 +199,7 @@ _PARSERS = {
   "base_model": str,
   "base_checksum": str,
   "prompts": _parse_prompts,
+  "expert": _parse_expert,
 }
 
 

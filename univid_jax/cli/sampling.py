@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import univid_jax
 from univid_jax import Pipeline
+from univid_jax.checkpoints.experts import split_expert
 from univid_jax.cli.flags import UsageError
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle
@@ -53,6 +54,36 @@ def parse_lora(text: str) -> tuple[str, float]:
     return (path, float(weight)) if path else (text, 1.0)
   except ValueError:
     return text, 1.0
+
+
+def group_loras(loras: Sequence[tuple[str, float]]) -> list[tuple[str, float]] | dict[str, list[tuple[str, float]]]:
+  """Returns LoRAs as `load_pipeline` takes them: by expert if their paths begin with high=, low= or both=.
+
+  Raises:
+    UsageError: only some of them do.
+  """
+  groups: dict[str, list[tuple[str, float]]] = {}
+  for text, weight in loras:
+    expert, path = split_expert(text)
+    groups.setdefault(expert, []).append((path, weight))
+  if "" not in groups:
+    return groups or []
+  if len(groups) > 1:
+    raise UsageError(f"--lora needs high=, low= or both= before every path or before none, got {groups[''][0][0]}")
+  return groups[""]
+
+
+def parse_guidance_scale(text: str) -> float | tuple[float, ...]:
+  """Splits LOW,HIGH; one number is that of both experts, or of the only transformer.
+
+  Raises:
+    UsageError: it has another form.
+  """
+  try:
+    scales = tuple(float(part) for part in text.split(","))
+  except ValueError as error:
+    raise UsageError(f"--guidance_scale is a number, or two numbers LOW,HIGH, got {text!r}") from error
+  return scales[0] if len(scales) == 1 else scales
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -196,6 +227,7 @@ class RequestRunner:
       **self.origin,
       "dtype": str(self.pipeline.dtype),
       "attention": str(self.pipeline.attention),
+      "context_timestep": str(self.pipeline.context_mode.timestep),
       "clips": [
         {"path": clip.path, "sha256": clip.sha256, "num_frames": len(clip.frames), "changes": clip.changes}
         for clip in clips

@@ -151,7 +151,7 @@ class PretrainedEncoders:
   @property
   def image_fingerprint(self) -> str:
     """Identifies everything that determines the features of an image; "" if the model takes none."""
-    if not self._checkpoint.config("transformer").takes_image:
+    if not self._checkpoint.config("transformer").takes_image_features:
       return ""
     return f"clip {self._checkpoint.checksum('image_encoder')} {self._dtype}"
 

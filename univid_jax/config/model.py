@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from univid_jax.config.section import Section
-from univid_jax.core.options import Attention, AttentionBackend, RematPolicy
+from univid_jax.core.options import Attention, AttentionBackend, ContextTimestep, RematPolicy
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -21,6 +21,7 @@ class ModelConfig(Section):
     dtype: of activations and matrix products.
     param_dtype: of the stored base weights.
     attention: what tokens attend to.
+    context_timestep: of context tokens: that of their target, as in UniVid, or zero, as TI2V was trained.
     attention_backend: implementation of self-attention.
     look_back: from-scratch initialisation: head i attends this many latent frames back; () is the plain random start.
   """
@@ -40,6 +41,7 @@ class ModelConfig(Section):
   dtype: str = "float32"
   param_dtype: str = "float32"
   attention: Attention = Attention.FULL
+  context_timestep: ContextTimestep = ContextTimestep.AUTO
   attention_backend: AttentionBackend = AttentionBackend.AUTO
   look_back: tuple[int, ...] = (1, 2, 4)
 

@@ -1,4 +1,4 @@
-"""Converts weights between PyTorch's Wan2.1 and this project.
+"""Converts weights between PyTorch's Wan and this project.
 
   python -m univid_jax.convert SRC DST [--to=jax|original|diffusers|comfyui|musubi|univid] [--dtype=DTYPE]
   python -m univid_jax.convert --inspect SRC

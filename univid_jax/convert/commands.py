@@ -1,11 +1,13 @@
 """The operations of the command line: inspect what a path contains, convert it, verify a conversion."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from etils import epath
 
+from univid_jax.checkpoints.experts import Expert, may_be_expert
 from univid_jax.checkpoints.lora.folder import is_lora_folder, write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, write_lora
 from univid_jax.checkpoints.lora.names import is_lora, list_names
@@ -16,7 +18,6 @@ from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.checkpoints.trained import is_lora_run, read_run_lora
 from univid_jax.convert.checkpoint_writer import describe_nonfinite, write_checkpoint
 from univid_jax.convert.destination import atomic_folder, check_destination, format_bytes
-from univid_jax.convert.experts import Expert, may_be_expert
 from univid_jax.convert.export import LAYOUTS, export_checkpoint
 from univid_jax.convert.identify import Source
 from univid_jax.convert.layout import Layout
@@ -74,7 +75,7 @@ def convert_any(
     dtype: of the written weights; that of the source by default.
     force: whether to replace an existing destination.
     allow_missing: patterns of official names that a release may lack.
-    lora_skip_unmatched: leaves out tensors of a LoRA that Wan2.1's transformer has no counterpart of.
+    lora_skip_unmatched: leaves out tensors of a LoRA that Wan's transformers have no counterpart of.
 
   Returns:
     One line that says what was written.
@@ -151,7 +152,7 @@ def _shorten(text: str, limit: int = 200) -> str:
 
 
 def _lora_lines(lora: LoRAWeights) -> list[str]:
-  unmatched = [f"{len(lora.unmatched)} tensors without a counterpart in Wan2.1: {list_names(lora.unmatched)}"]
+  unmatched = [f"{len(lora.unmatched)} tensors without a counterpart in Wan: {list_names(lora.unmatched)}"]
   metadata = [f"{key}: {_shorten(value)}" for key, value in sorted(lora.metadata.items())]
   return [*lora.notes, *(unmatched if lora.unmatched else []), *metadata]
 
@@ -162,8 +163,14 @@ def _describe_model(found: CheckpointInfo | Release) -> str:
       f"the {found.expert}-noise expert" if found.expert != Expert.UNKNOWN else "one expert, high or low is not said"
     )
     return f"Wan2.2 A14B, {which}, {found.variant}"
+  both = found.has_both_experts if isinstance(found, Release) else "transformer_2" in found.components
+  if both:
+    return f"Wan2.2 A14B, both experts, {found.variant}"
   has_transformer = "transformer" in found.components if isinstance(found, CheckpointInfo) else found.transformer
-  return f"Wan2.1, {found.variant if has_transformer else 'without a transformer'}"
+  if not has_transformer:
+    return "Wan, without a transformer"
+  version = re.match(r"wan(\d\.\d)", found.variant)
+  return f"Wan{version[1] if version else ''}, {found.variant}"
 
 
 def _checkpoint_lines(info: CheckpointInfo) -> list[str]:
@@ -188,7 +195,7 @@ def _release_lines(release: Release) -> list[str]:
 
 def _source_lines(source: Source) -> list[str]:
   left_out = [
-    f"  left out, not used by Wan2.1: {reason} ({len(names)} tensors)"
+    f"  left out, not used by Wan: {reason} ({len(names)} tensors)"
     for reason, names in source.left_out.items()
     if names
   ]

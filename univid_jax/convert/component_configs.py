@@ -6,21 +6,20 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from univid_jax.checkpoints.tensor_files import TensorInfo
-from univid_jax.codecs.vae_config import VAEConfig, find_autoencoder
+from univid_jax.codecs.vae_config import AUTOENCODERS, VAEConfig, find_autoencoder
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import ModelType
 from univid_jax.models.clip import CLIPConfig
 from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import DiTConfig
 
 Infos = Mapping[str, TensorInfo]
 
-# Wan2.1's, for transformers whose config.json is missing.
+# Wan's, for transformers whose config.json is missing.
 HEAD_DIM = 128
 
-# Variants by the channels of latents in and out, and whether they take an image.
+# Other variants by the channels of latents in and out, and whether they take image features.
 OTHER_CHANNELS = {
-  (48, 48, False): "Wan2.2's TI2V-5B",
-  (36, 16, False): "an expert of Wan2.2's I2V-A14B, which takes no image embedding",
   (32, 16, False): "a Fun-Control model",
   (48, 16, False): "a Fun-Control model",
   (48, 16, True): "a Fun-Control model",
@@ -46,7 +45,7 @@ def infer_config(component: str, infos: Infos, values: Mapping[str, Any]) -> Any
 
   Raises:
     KeyError: a tensor is missing.
-    UserError: config.json contradicts the tensors, or the model is not one of Wan2.1's.
+    UserError: config.json contradicts the tensors, or the model is of another variant.
   """
   return _INFER[component](infos, values)
 
@@ -66,20 +65,20 @@ def count_blocks(names: Iterable[str], pattern: str) -> int:
 
 def _transformer_config(infos: Infos, values: Mapping[str, Any]) -> DiTConfig:
   """Takes from config.json what tensors do not show: the number of heads, epsilon and the text length."""
-  shown = _shown_by_tensors(infos)
+  shown = _shown_by_tensors(infos, values.get("model_type"))
   keys = _KEYS | _NAMES_OF_DIFFUSERS.keys()
   known = {key: value for key, value in values.items() if key in keys and value is not None}
   _check_values(known)
-  if known.get("model_type", "t2v") not in ("t2v", "i2v"):
+  if known.get("model_type", "t2v") not in tuple(ModelType):
     raise UserError(
-      f"config.json has the model_type {known['model_type']!r}, which is not supported; supported are t2v and i2v"
+      f"config.json has the model_type {known['model_type']!r}, which is not supported, only {', '.join(ModelType)}"
     )
   if values.get("_class_name") == "WanTransformer3DModel":
     known = {_NAMES_OF_DIFFUSERS.get(key, key): value for key, value in known.items()} | {"_class_name": "WanModel"}
   if "num_heads" not in known:
     if shown["dim"] % HEAD_DIM:
       raise UserError(
-        f"cannot infer the number of heads: dim {shown['dim']} is not a multiple of Wan2.1's {HEAD_DIM} channels per "
+        f"cannot infer the number of heads: dim {shown['dim']} is not a multiple of Wan's {HEAD_DIM} channels per "
         "head; put the model's config.json next to its weights"
       )
     known["num_heads"] = shown["dim"] // HEAD_DIM
@@ -89,16 +88,25 @@ def _transformer_config(infos: Infos, values: Mapping[str, Any]) -> DiTConfig:
   return DiTConfig.from_json({**known, **shown})
 
 
-def _shown_by_tensors(infos: Infos) -> dict[str, Any]:
-  """Returns the values of config.json that tensors show; raises UserError for other variants than Wan2.1's."""
+def _shown_by_tensors(infos: Infos, model_type: Any) -> dict[str, Any]:
+  """Returns the values of config.json that tensors show; raises UserError for other variants.
+
+  Args:
+    infos: the tensors.
+    model_type: of config.json, if it has one: without an image condition the tensors show only the latents.
+  """
   shape = infos["patch_embedding.weight"].shape
   if len(shape) != 5:
     raise UserError(f"patch_embedding.weight is {shape}, expected 5 dims")
   dim, in_dim, *patch_size = shape
-  is_i2v = "img_emb.proj.1.weight" in infos
+  takes_features = "img_emb.proj.1.weight" in infos
   out_dim = _dim(infos, "head.head.weight", 0) // max(1, patch_size[0] * patch_size[1] * patch_size[2])
-  if variant := OTHER_CHANNELS.get((in_dim, out_dim, is_i2v)):
-    raise UserError(f"it is {variant}, which is not supported, only Wan2.1's T2V and I2V models are")
+  if variant := OTHER_CHANNELS.get((in_dim, out_dim, takes_features)):
+    raise UserError(f"it is {variant}, which is not supported, only the models in docs/formats.md are")
+  if in_dim != out_dim or takes_features:
+    model_type = ModelType.I2V
+  elif model_type not in (ModelType.T2V, ModelType.TI2V):
+    model_type = ModelType.TI2V if out_dim == AUTOENCODERS["wan2.2"].latent_channels else ModelType.T2V
   shown = {
     "dim": dim,
     "ffn_dim": _dim(infos, "blocks.0.ffn.0.weight", 0),
@@ -108,9 +116,11 @@ def _shown_by_tensors(infos: Infos) -> dict[str, Any]:
     "freq_dim": _dim(infos, "time_embedding.0.weight", 1),
     "text_dim": _dim(infos, "text_embedding.0.weight", 1),
     "patch_size": tuple(patch_size),
-    "model_type": "i2v" if is_i2v else "t2v",
+    "model_type": model_type,
   }
-  return {**shown, "image_dim": _dim(infos, "img_emb.proj.1.weight", 0)} if is_i2v else shown
+  if model_type == ModelType.I2V:
+    shown["image_dim"] = _dim(infos, "img_emb.proj.1.weight", 0) if takes_features else 0
+  return shown
 
 
 def _dim(infos: Infos, name: str, axis: int) -> int:

@@ -15,7 +15,7 @@ from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo, numpy_dtype, save_safetensors, save_torch
 from univid_jax.convert.destination import atomic_folder
 from univid_jax.convert.layout import Layout, make_fills
-from univid_jax.convert.release_configs import SCHEDULER, diffusers_config, model_index, official_config
+from univid_jax.convert.release_configs import diffusers_config, model_index, official_config, scheduler_config
 from univid_jax.core.errors import UserError
 from univid_jax.models.names import name_to_diffusers
 
@@ -38,6 +38,7 @@ class ReleaseFiles:
     rename: converts the official name of a component's tensor.
     configs: returns the contents of the config.json next to a component's weights, if it has one.
     others: JSON files of the whole release, by name.
+    experts: what replaces entries of `weights` if the checkpoint has two experts.
   """
 
   weights: Mapping[str, str]
@@ -45,6 +46,7 @@ class ReleaseFiles:
   rename: Callable[[str, str], str]
   configs: Mapping[str, Callable[[Any], dict[str, Any]]]
   others: Mapping[str, Callable[[PretrainedCheckpoint], dict[str, Any]]]
+  experts: Mapping[str, str]
 
 
 def _keep_name(component: str, name: str) -> str:
@@ -53,7 +55,7 @@ def _keep_name(component: str, name: str) -> str:
 
 
 # The official autoencoder and text encoder are PyTorch files, and writing them needs PyTorch. The image encoder cannot
-# be exported: a checkpoint lacks its text tower and last block, which Wan2.1 does not use.
+# be exported: a checkpoint lacks its text tower and last block, which Wan does not use.
 LAYOUTS: Mapping[str, ReleaseFiles] = {
   Layout.ORIGINAL: ReleaseFiles(
     weights={
@@ -63,8 +65,12 @@ LAYOUTS: Mapping[str, ReleaseFiles] = {
     },
     tokenizer="google/umt5-xxl",
     rename=_keep_name,
-    configs={"transformer": official_config},
+    configs=dict.fromkeys(("transformer", "transformer_2"), official_config),
     others={},
+    experts={
+      "transformer": "high_noise_model/diffusion_pytorch_model.safetensors",
+      "transformer_2": "low_noise_model/diffusion_pytorch_model.safetensors",
+    },
   ),
   Layout.DIFFUSERS: ReleaseFiles(
     weights={
@@ -74,11 +80,9 @@ LAYOUTS: Mapping[str, ReleaseFiles] = {
     },
     tokenizer="tokenizer",
     rename=name_to_diffusers,
-    configs=dict.fromkeys(("transformer", "vae", "text_encoder"), diffusers_config),
-    others={
-      "scheduler/scheduler_config.json": lambda checkpoint: SCHEDULER,
-      "model_index.json": lambda checkpoint: model_index(checkpoint.info),
-    },
+    configs=dict.fromkeys(("transformer", "transformer_2", "vae", "text_encoder"), diffusers_config),
+    others={"scheduler/scheduler_config.json": scheduler_config, "model_index.json": model_index},
+    experts={"transformer_2": "transformer_2/diffusion_pytorch_model.safetensors"},
   ),
 }
 
@@ -101,20 +105,21 @@ def export_checkpoint(
     OSError: the destination exists, or the disk is too small.
   """
   checkpoint, files = PretrainedCheckpoint.open(source), LAYOUTS[layout]
+  weights = {**files.weights, **(files.experts if checkpoint.has("transformer_2") else {})}
   tensors: dict[str, LazyTensors] = {}
   for component in checkpoint.info.components:
-    if component in files.weights:
+    if component in weights:
       original = original_tensors(checkpoint, component)
       names = {name: files.rename(component, name) for name in original.infos}
       tensors[component] = LazyTensors(original.rename(names), dtype)
     else:
-      logger.warning("%s is left out: the checkpoint has only the parts of it that Wan2.1 uses", component)
+      logger.warning("%s is left out: the checkpoint has only the parts of it that Wan uses", component)
   tokenizer = sorted(checkpoint.tokenizer_path().parent.iterdir()) if checkpoint.info.tokenizer else []
   needed = sum(part.nbytes for part in tensors.values()) + sum(path.stat().length for path in tokenizer) + SPARE_BYTES
   with atomic_folder(destination, needed=needed, force=force) as folder, verified(source):
     folder = Path(folder)
     for component, part in tensors.items():
-      path = folder / files.weights[component].format(config=checkpoint.config(component))
+      path = folder / weights[component].format(config=checkpoint.config(component))
       path.parent.mkdir(exist_ok=True)
       write_tensors(path, part)
       if component in files.configs:

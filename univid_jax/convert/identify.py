@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from univid_jax.checkpoints.experts import Expert, find_expert
 from univid_jax.checkpoints.tensor_files import TensorFile
 from univid_jax.convert.component_configs import count_blocks, infer_config
-from univid_jax.convert.experts import Expert, find_expert
 from univid_jax.convert.layout import Layout
 from univid_jax.convert.quantized import FLOATS, dequantize
 from univid_jax.core.errors import UserError
@@ -38,7 +38,7 @@ NAMES: Mapping[Layout, Callable[[str, str], str]] = {
   Layout.LLAMA_CPP: lambda component, name: name_from_llama_cpp(name),
 }
 
-# Variants that share most names with Wan2.1's T2V and I2V, by a part of a name that only they have.
+# Variants that share most names with the supported ones, by a part of a name that only they have.
 OTHER_VARIANTS = {
   "vace_": "VACE",
   "img_emb.emb_pos": "FLF2V (first and last frame)",
@@ -55,7 +55,7 @@ OTHER_VARIANTS = {
   "cam_injector": "camera",
 }
 
-# Tensors that Wan2.1 does not use, by the beginnings of their names in the file (after "!", of all others).
+# Tensors that Wan does not use, by the beginnings of their names in the file (after "!", of all others).
 LEFT_OUT: Mapping[tuple[str, Layout], Mapping[str, tuple[str, ...]]] = {
   ("text_encoder", Layout.DIFFUSERS): {"the decoder": ("decoder.", "lm_head.")},
   ("text_encoder", Layout.LLAMA_CPP): {"the decoder": ("dec.", "output.")},
@@ -72,7 +72,7 @@ class Source:
   """The files of one component.
 
   Attributes:
-    component: transformer, vae, text_encoder or image_encoder.
+    component: a name in `checkpoints.pretrained.COMPONENTS`.
     layout: of the files.
     path: the file or index.
     config: the component's config, inferred from the tensors and config.json.
@@ -113,17 +113,17 @@ def identify(path: Path, tensors: TensorFile) -> Source:
     tensors: names without prefix.
 
   Raises:
-    UserError: it is none of Wan2.1's T2V and I2V models, or is damaged.
+    UserError: it is none of the supported models, or is damaged.
   """
   found = next((kind for kind, signature in SIGNATURES.items() if signature in tensors.infos), None)
   if found is None:
     first = ", ".join(sorted(tensors.infos)[:3])
-    raise UserError(f"{path} is not a known component of Wan2.1 (its first tensors are {first})")
+    raise UserError(f"{path} is not a known component of Wan (its first tensors are {first})")
   component, layout = found
   if component == "transformer":
     for part, variant in OTHER_VARIANTS.items():
       if any(part in name for name in tensors.infos):
-        raise UserError(f"{path} is a {variant} model; only Wan2.1's T2V and I2V models are supported")
+        raise UserError(f"{path} is a {variant} model, which is not supported")
   weights, activation_scales = dequantize(tensors)
   values = read_config(path)
   try:
@@ -160,7 +160,7 @@ def _check_weights(tensors: TensorFile) -> None:
 def _select_tensors(
   component: str, layout: Layout, tensors: TensorFile
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-  """Returns the official names of the tensors that Wan2.1 uses by their names in the file, and the others by reason."""
+  """Returns the official names of the tensors that Wan uses by their names in the file, and the others by reason."""
   left_out = {
     reason: tuple(name for name in tensors.infos if any(_begins(name, start) for start in starts))
     for reason, starts in LEFT_OUT.get((component, layout), {}).items()
@@ -188,7 +188,7 @@ def _begins(name: str, start: str) -> bool:
 
 
 def _unused_vision(names: Mapping[str, str]) -> set[str]:
-  """Returns the tensors of CLIP's image tower that Wan2.1 does not use: those of the last block, and after it."""
+  """Returns the tensors of CLIP's image tower that Wan does not use: those of the last block, and after it."""
   last = "transformer.{}.".format(count_blocks(names.values(), r"transformer\.(\d{1,9})\.") - 1)
   return {name for name, new in names.items() if new.startswith((last, "post_norm.")) or new == "head"}
 

@@ -16,6 +16,7 @@ from flax import nnx
 from univid_jax.checkpoints.pretrained import abstract_component
 from univid_jax.core.errors import UserError
 from univid_jax.models.names import original_name
+from univid_jax.models.variants import DiTConfig
 
 Shape = tuple[int, ...]
 
@@ -99,7 +100,7 @@ def _original_shape(component: str, config: Any, path: tuple[str, ...], name: st
   if leaf == "kernel":
     *kernel, in_dim, out_dim = shape
     if path[0] == "patch_embedding":
-      patch = config.patch_size if component == "transformer" else (config.patch_size,) * 2
+      patch = config.patch_size if isinstance(config, DiTConfig) else (config.patch_size,) * 2
       return (out_dim, in_dim // int(np.prod(patch)), *patch)
     if component == "vae" and name.endswith((".resample.1.weight", ".to_qkv.weight", ".proj.weight")):
       kernel = kernel[1:]  # over y and x only

@@ -37,9 +37,11 @@ def _transformer(model: DiT, config: DiTConfig) -> np.ndarray:
     text_len=config.text_len,
   )
   row = pack([features], RowShape(num_tokens=len(features.tokens), num_text_tokens=len(features.text), num_slots=1))
-  if config.model_type == "i2v":
+  if config.takes_condition:
     condition = np.zeros((1, row.tokens.shape[1], config.patch_volume * (config.in_dim - config.out_dim)), np.float32)
-    row = dataclasses.replace(row, condition=condition, image_features=_random(1, 257, config.image_dim))
+    row = dataclasses.replace(row, condition=condition)
+  if config.takes_image_features:
+    row = dataclasses.replace(row, image_features=_random(1, 257, config.image_dim))
   timesteps = jnp.full((1, row.num_slots * 2), TIMESTEP, jnp.float32)
   tokens = nnx.jit(DiT.__call__)(model, row.tokens, timesteps, row)
   return unpatchify(np.asarray(tokens)[0], latents.shape[:3], config.patch_size)
@@ -55,8 +57,9 @@ def _diffusers_transformer(source: Source) -> np.ndarray:
   text = np.pad(text, [(0, config.text_len - len(text)), (0, 0)])
   latents = np.moveaxis(latents, -1, 0)
   image = {}
-  if config.model_type == "i2v":
+  if config.takes_condition:
     latents = np.concatenate([latents, np.zeros((config.in_dim - config.out_dim, *latents.shape[1:]), np.float32)])
+  if config.takes_image_features:
     image = {"encoder_hidden_states_image": torch.from_numpy(_random(1, 257, config.image_dim))}
   with torch.no_grad():
     inputs = torch.from_numpy(latents[None]), torch.tensor([TIMESTEP]), torch.from_numpy(text[None])
@@ -113,7 +116,7 @@ def _load_torch(source: Source, module_class: Callable[..., Any], **options: Any
   import torch
 
   # The transformer computes its rotary tables when it is built, so it needs real memory.
-  with contextlib.nullcontext() if source.component == "transformer" else torch.device("meta"):
+  with contextlib.nullcontext() if isinstance(source.config, DiTConfig) else torch.device("meta"):
     module = module_class(**options)
   arrays = {name: np.ascontiguousarray(source.tensors.read(name), np.float32) for name in source.tensors.infos}
   state = {name_to_diffusers(source.component, name): torch.from_numpy(array) for name, array in arrays.items()}
@@ -133,6 +136,7 @@ class Outputs:
 
 OUTPUTS: Mapping[str, Outputs] = {
   "transformer": Outputs(_transformer, _diffusers_transformer),
+  "transformer_2": Outputs(_transformer, _diffusers_transformer),
   "vae": Outputs(_vae, _diffusers_vae),
   "text_encoder": Outputs(_text_encoder, _transformers_text_encoder),
 }

@@ -2,19 +2,11 @@
 
 from typing import Any
 
-from univid_jax.checkpoints.pretrained import CheckpointInfo
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.codecs.vae_config import VAEConfig
+from univid_jax.core.options import ModelType
 from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import DiTConfig
-
-# scheduler_config.json of diffusers.
-SCHEDULER = {
-  "_class_name": "UniPCMultistepScheduler",
-  "prediction_type": "flow_prediction",
-  "use_flow_sigmas": True,
-  "flow_shift": 3.0,
-  "num_train_timesteps": 1000,
-}
 
 _OFFICIAL_KEYS = (
   "dim",
@@ -47,7 +39,7 @@ def diffusers_config(config: DiTConfig | VAEConfig | UMT5Config) -> dict[str, An
 
 
 def _diffusers_transformer(config: DiTConfig) -> dict[str, Any]:
-  image = {"image_dim": config.image_dim, "added_kv_proj_dim": config.dim} if config.model_type == "i2v" else {}
+  image = {"image_dim": config.image_dim, "added_kv_proj_dim": config.dim} if config.takes_image_features else {}
   return {
     "_class_name": "WanTransformer3DModel",
     "patch_size": list(config.patch_size),
@@ -112,17 +104,35 @@ def _transformers_text_encoder(config: UMT5Config) -> dict[str, Any]:
   }
 
 
-def model_index(info: CheckpointInfo) -> dict[str, Any]:
+def scheduler_config(checkpoint: PretrainedCheckpoint) -> dict[str, Any]:
+  """Returns the scheduler_config.json of diffusers' pipeline."""
+  is_ti2v = checkpoint.has("transformer") and checkpoint.config("transformer").model_type == ModelType.TI2V
+  return {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 5.0 if is_ti2v else 3.0,
+    "num_train_timesteps": 1000,
+  }
+
+
+def model_index(checkpoint: PretrainedCheckpoint) -> dict[str, Any]:
   """Returns the model_index.json of diffusers' pipeline."""
+  transformer = checkpoint.config("transformer") if checkpoint.has("transformer") else None
+  takes_condition = transformer is not None and transformer.takes_condition
   classes = {
     "transformer": ("diffusers", "WanTransformer3DModel"),
+    "transformer_2": ("diffusers", "WanTransformer3DModel"),
     "vae": ("diffusers", "AutoencoderKLWan"),
     "text_encoder": ("transformers", "UMT5EncoderModel"),
   }
-  present = {name: list(value) if name in info.components else [None, None] for name, value in classes.items()}
+  image = {name: [None, None] for name in ("image_encoder", "image_processor")} if takes_condition else {}
   return {
-    "_class_name": "WanPipeline",
+    "_class_name": "WanImageToVideoPipeline" if takes_condition else "WanPipeline",
+    "boundary_ratio": transformer.expert_boundary if transformer and checkpoint.has("transformer_2") else None,
+    "expand_timesteps": transformer is not None and transformer.model_type == ModelType.TI2V,
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-    "tokenizer": ["transformers", "T5TokenizerFast"] if info.tokenizer else [None, None],
-    **present,
+    "tokenizer": ["transformers", "T5TokenizerFast"] if checkpoint.info.tokenizer else [None, None],
+    **{name: list(value) if checkpoint.has(name) else [None, None] for name, value in classes.items()},
+    **image,
   }

@@ -1,15 +1,16 @@
-"""Weights of other projects at a path: the components of Wan2.1 in a folder or file, and their tokenizer."""
+"""Weights of other projects at a path: the components of Wan in a folder or file, and their tokenizer."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from univid_jax.checkpoints.experts import SAME_TENSORS, Expert
 from univid_jax.checkpoints.gguf_files import read_gguf_values
 from univid_jax.checkpoints.lora.names import is_lora
+from univid_jax.checkpoints.pretrained import COMPONENTS
 from univid_jax.checkpoints.tensor_files import SUFFIXES, TensorFile, find_tensor_files, open_tensors
 from univid_jax.codecs.sentencepiece import UnigramModel
-from univid_jax.convert.experts import SAME_TENSORS, Expert
-from univid_jax.convert.identify import SIGNATURES, Source, identify
+from univid_jax.convert.identify import Source, identify
 from univid_jax.convert.prefixes import find_tokenizer, split_parts
 from univid_jax.core.errors import UserError
 from univid_jax.models.variants import VARIANTS, DiTConfig
@@ -37,14 +38,19 @@ class Release:
     return next((source for source in self.sources if source.component == "transformer"), None)
 
   @property
+  def has_both_experts(self) -> bool:
+    return any(source.component == "transformer_2" for source in self.sources)
+
+  @property
   def expert(self) -> Expert | None:
-    return self.transformer.expert if self.transformer else None
+    """Which expert the only transformer is, if it is one."""
+    return self.transformer.expert if self.transformer and not self.has_both_experts else None
 
   @property
   def variant(self) -> str:
     """The name of the published model with the transformer's shape, else "custom"."""
     name = variant_name(self.transformer.config if self.transformer else None)
-    return SAME_TENSORS.get(name, name) if self.expert else name
+    return SAME_TENSORS.get(name, name) if self.expert or self.has_both_experts else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,25 +79,43 @@ def find_release(path: Path) -> Release:
   """
   if not path.exists():
     raise FileNotFoundError(f"no such file or folder: {path}")
-  sources: dict[str, Source] = {}
+  found: list[Source] = []
   files, notes = [], []
   for file in _list_files(path):
     tensors = open_tensors(file)
     if is_lora(tensors.infos):
       notes.append(f"{file} is a LoRA: convert it separately")
       continue
-    for part in split_parts(tensors):
-      source = identify(file, part)
-      if source.component in sources:
-        raise UserError(_explain_duplicate(path, sources[source.component], source))
-      sources[source.component] = source
+    found += [identify(file, part) for part in split_parts(tensors)]
     files.append(tensors)
-  if not sources:
-    raise UserError(f"{path} contains no component of a Wan2.1 model: {'; '.join(notes) or 'it has no tensors'}")
+  if not found:
+    raise UserError(f"{path} contains no component of Wan: {'; '.join(notes) or 'it has no tensors'}")
+  sources = _by_component(path, found)
   _check_latent_channels(path, sources)
-  order = [component for component, _ in SIGNATURES]
-  found = tuple(sorted(sources.values(), key=lambda source: order.index(source.component)))
-  return Release(found, _find_tokenizer(path, files, sources.get("text_encoder")), tuple(notes))
+  ordered = tuple(sources[component] for component in COMPONENTS if component in sources)
+  return Release(ordered, _find_tokenizer(path, files, sources.get("text_encoder")), tuple(notes))
+
+
+def _by_component(path: Path, found: Sequence[Source]) -> dict[str, Source]:
+  """Returns sources by component; a low-noise expert beside a high-noise one is the second transformer.
+
+  Raises:
+    UserError: there are two of one component, or the experts are of different models.
+  """
+  high = next((source for source in found if source.expert == Expert.HIGH), None)
+  sources: dict[str, Source] = {}
+  for source in found:
+    if source.expert == Expert.LOW and high is not None:
+      if source.config != high.config:
+        raise UserError(
+          f"{path} has experts of different models, {high.path} ({high.config.model_type}) and {source.path} "
+          f"({source.config.model_type}): convert two of one model"
+        )
+      source = dataclasses.replace(source, component="transformer_2")
+    if source.component in sources:
+      raise UserError(_explain_duplicate(path, sources[source.component], source))
+    sources[source.component] = source
+  return sources
 
 
 def _check_latent_channels(path: Path, sources: Mapping[str, Source]) -> None:
@@ -108,8 +132,8 @@ def _check_latent_channels(path: Path, sources: Mapping[str, Source]) -> None:
 def _explain_duplicate(path: Path, first: Source, second: Source) -> str:
   if first.expert and second.expert:
     return (
-      f"{path} has two experts of Wan2.2 A14B, {first.path} ({first.expert}) and {second.path} ({second.expert}); a "
-      "checkpoint has one transformer: convert them one by one"
+      f"{path} has two experts of Wan2.2 A14B, {first.path} ({first.expert}) and {second.path} ({second.expert}), not "
+      "one for high and one for low noise: name their folders high_noise_model and low_noise_model"
     )
   return f"{path} has two files for {first.component}: {first.path} and {second.path}; remove one of them"
 

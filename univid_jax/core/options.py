@@ -1,6 +1,9 @@
 """Options that select behaviour, as enums: a misspelt name is an error where it is written."""
 
 import enum
+from typing import TypeVar
+
+from univid_jax.core.errors import UserError
 
 # Of what jax.random.key takes.
 MAX_SEED = 2**63 - 1
@@ -13,6 +16,14 @@ class Attention(enum.StrEnum):
 
   FULL = "full"  # its whole sentence, as in UniVid
   CONTEXT_CAUSAL = "context_causal"  # context attends to context only, so that sampling computes it once
+
+
+class ContextTimestep(enum.StrEnum):
+  """The timestep of context tokens."""
+
+  AUTO = "auto"  # what the base was trained with
+  TARGET = "target"  # that of their sentence's target, as in UniVid
+  ZERO = "zero"  # 0, as clean latents have in Wan2.2's TI2V
 
 
 class AttentionBackend(enum.StrEnum):
@@ -28,7 +39,8 @@ class ModelType(enum.StrEnum):
   """What a transformer is conditioned on, besides the prompt and the context; named as in Wan's config.json."""
 
   T2V = "t2v"  # nothing
-  I2V = "i2v"  # the first frame: its latents and its CLIP features
+  I2V = "i2v"  # the first frame: its latents and, in Wan2.1, its CLIP features
+  TI2V = "ti2v"  # nothing; clean latents have timestep 0 beside noised ones
 
 
 class RematPolicy(enum.StrEnum):
@@ -109,3 +121,14 @@ class OnDamaged(enum.StrEnum):
 
   FALLBACK = "fallback"  # use the newest that is intact, with a warning
   STOP = "stop"
+
+
+OptionT = TypeVar("OptionT", bound=enum.StrEnum)
+
+
+def parse_option(options: type[OptionT], name: str, value: str) -> OptionT:
+  """Returns the option with a value; raises UserError with all of them if there is none."""
+  try:
+    return options(value)
+  except ValueError as error:
+    raise UserError(f"{name} must be one of {', '.join(options)}, got {value!r}") from error

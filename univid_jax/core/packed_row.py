@@ -7,7 +7,56 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Attention, ContextTimestep
+
 PER_TOKEN = {"per_token": True}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextMode:
+  """How the context of a sentence is computed.
+
+  Attributes:
+    causal: whether context tokens attend to context only. They then stay constant while the target is sampled.
+      Otherwise every token attends to its whole sentence, as in UniVid.
+    zero_timestep: whether context tokens have timestep 0. Otherwise they have that of their target, as in UniVid.
+      Causal context needs 0: its tokens must not depend on the target.
+  """
+
+  causal: bool = False
+  zero_timestep: bool = False
+
+  def __post_init__(self):
+    if self.causal and not self.zero_timestep:
+      raise UserError(
+        "attention = context_causal needs context_timestep = zero: the context must not depend on the target"
+      )
+
+  @classmethod
+  def of(cls, attention: Attention, timestep: ContextTimestep, *, default: ContextTimestep) -> "ContextMode":
+    """Returns that of two options.
+
+    Args:
+      attention: what tokens attend to.
+      timestep: of context tokens; AUTO is zero with context-causal attention, else the default.
+      default: what the base was trained with.
+
+    Raises:
+      UserError: context-causal attention with the target's timestep.
+    """
+    causal = attention == Attention.CONTEXT_CAUSAL
+    if timestep == ContextTimestep.AUTO:
+      timestep = ContextTimestep.ZERO if causal else default
+    return cls(causal=causal, zero_timestep=timestep == ContextTimestep.ZERO)
+
+  @property
+  def timestep(self) -> ContextTimestep:
+    return ContextTimestep.ZERO if self.zero_timestep else ContextTimestep.TARGET
+
+
+# UniVid's: every token attends to its whole sentence and has the timestep of its target.
+UNIVID_CONTEXT = ContextMode()
 
 
 def _per_token(*, default: Any = dataclasses.MISSING) -> Any:
@@ -41,8 +90,7 @@ class PackedRow:
     image_intervals: [start, end) of the image features that a token attends to; None if the row is one sentence.
     task_ids: the task of each sentence slot, from 1 in the loader's list of tasks; 0 for empty slots.
     context_ids: the context of each sentence slot, likewise.
-    context_causal: True if context tokens attend to context only and have timestep 0, so that they stay constant while
-      the target is sampled. Otherwise every token attends to its whole sentence, as in UniVid.
+    context_mode: what context tokens attend to, and their timestep.
   """
 
   tokens: Float[Array, "b l p"] = _per_token()
@@ -60,7 +108,7 @@ class PackedRow:
   image_intervals: Int[Array, "b l 2"] | None = _per_token(default=None)
   task_ids: Int[Array, "b s"] | None = None
   context_ids: Int[Array, "b s"] | None = None
-  context_causal: bool = dataclasses.field(default=False, metadata={"static": True})
+  context_mode: ContextMode = dataclasses.field(default=UNIVID_CONTEXT, metadata={"static": True})
 
   @property
   def num_slots(self) -> int:

@@ -61,16 +61,9 @@ class FeatureMaker:
   ):
     self.encoders, self.shape, self.task_names, self.caches = encoders, shape, tuple(task_names), caches
 
-  @property
-  def takes_image(self) -> bool:
-    """Whether the features contain I2V's condition and image features."""
-    return self.shape.takes_image
-
   def __call__(self, sentence: Sentence) -> Features:
     latents = tuple(self.encode_clip(clip) for clip in sentence.clips)
-    condition = image_features = None
-    if self.takes_image:
-      condition, image_features = self.condition(sentence.clips[0], sum(map(len, latents)))
+    condition, image_features = self.image_inputs(sentence.clips[0], sum(map(len, latents)))
     return self.assemble(
       sentence.replace(clips=latents),
       prompt_embedding=self.embed_prompt(sentence.prompt),
@@ -110,19 +103,20 @@ class FeatureMaker:
     """Returns the embedding of a prompt, without padding."""
     return _look_up(self.caches and self.caches.prompts, prompt, lambda: self.encoders.embed_prompt(prompt))
 
-  def condition(
+  def image_inputs(
     self, first_clip: Clip, num_latent_frames: int
-  ) -> tuple[Float[np.ndarray, "t y x v"], Float[np.ndarray, "i e"]]:
-    """Returns I2V's condition and image features of a sentence.
+  ) -> tuple[Float[np.ndarray, "t y x v"] | None, Float[np.ndarray, "i e"] | None]:
+    """Returns I2V's condition and image features of a sentence; None for what the transformer does not take.
 
     Args:
       first_clip: of the sentence; its first frame is the image.
       num_latent_frames: of the whole sentence.
     """
-    return self.encode_condition(first_clip, num_latent_frames), self.embed_image(first_clip)
+    condition = self.encode_condition(first_clip, num_latent_frames) if self.shape.takes_condition else None
+    return condition, self.embed_image(first_clip) if self.shape.takes_image_features else None
 
   def encode_condition(self, first_clip: Clip, num_latent_frames: int) -> Float[np.ndarray, "t y x v"]:
-    """Returns I2V's mask and first-frame latents, see `condition`."""
+    """Returns I2V's mask and first-frame latents, see `image_inputs`."""
 
     def encode() -> np.ndarray:
       return i2v_condition(self.encoders.codec, to_float(read_frames(first_clip)[0]), num_latent_frames)

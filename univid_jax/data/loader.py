@@ -12,8 +12,8 @@ import numpy as np
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Packing
-from univid_jax.core.packed_row import PackedRow
-from univid_jax.core.protocols import SentenceSource
+from univid_jax.core.packed_row import ContextMode, PackedRow
+from univid_jax.core.protocols import SentenceSource, TransformerShape
 from univid_jax.core.sentence import Sentence
 from univid_jax.data.grain_adapter import pack_dataset, prefetch
 from univid_jax.data.packing import RowShape, finish_rows, join_rows
@@ -42,8 +42,8 @@ class MakeFeatures(Protocol):
   """Encodes sentences; `FeatureMaker` in a run."""
 
   @property
-  def takes_image(self) -> bool:
-    """Whether the features contain I2V's condition and image features."""
+  def shape(self) -> TransformerShape:
+    """Of the transformer that takes them."""
     ...
 
   def __call__(self, sentence: Sentence, /) -> Features: ...
@@ -86,14 +86,14 @@ def make_loader(
     UserError: the streams do not divide; or, from the iterator, a sentence cannot be used: one of its clips cannot be
       read, or it is too long for a row. The message names the record and the file.
   """
-  capacities = row_shape.capacities(feature_names(takes_image=make_features.takes_image))
+  capacities = row_shape.capacities(feature_names(make_features.shape))
   encoded = [EncodedSource(source, make_features, capacities, allow_dropped=allow_dropped) for source in sources]
   sentences = _mix(encoded, weights, seed=seed)
   read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=SENTENCE_BUFFER)
   pack = functools.partial(
     pack_dataset, capacities=capacities, segmented=SEGMENTED.values(), packing=packing, seed=seed
   )
-  finish = functools.partial(_finish, capacities, row_shape.context_causal)
+  finish = functools.partial(_finish, capacities, row_shape.context_mode)
 
   def open_stream(index: int, count: int, num_rows: int) -> grain.DatasetIterator[PackedRow]:
     encoded_sentences = sentences[index::count].to_iter_dataset(read_options)
@@ -241,11 +241,11 @@ def _mix(
   return shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights)
 
 
-def _finish(capacities: Mapping[str, int], context_causal: bool, batch: Mapping[str, np.ndarray]) -> PackedRow:
+def _finish(capacities: Mapping[str, int], context_mode: ContextMode, batch: Mapping[str, np.ndarray]) -> PackedRow:
   """Turns a batch of packed features into rows."""
   packed = {name: batch[name] for name in capacities}
   segment_ids = {unit: batch[f"{name}_segment_ids"] for unit, name in SEGMENTED.items() if name in capacities}
-  return finish_rows(packed, segment_ids, context_causal=context_causal)
+  return finish_rows(packed, segment_ids, context_mode=context_mode)
 
 
 def check_lengths(sentence: Sentence, lengths: Mapping[str, int], capacities: Mapping[str, int]) -> None:

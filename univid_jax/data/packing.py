@@ -8,10 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from univid_jax.config.schema import RunConfig
+from univid_jax.config.schema import RowsConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention
-from univid_jax.core.packed_row import PackedRow
+from univid_jax.core.packed_row import UNIVID_CONTEXT, ContextMode, PackedRow
 from univid_jax.data.tokens import IMAGE_FEATURES, SEGMENTED, UNITS, Features, Unit
 
 
@@ -24,24 +23,24 @@ class RowShape:
     num_text_tokens: text tokens; the padding of a prompt counts as one.
     num_slots: sentences.
     num_targets: target tokens; None is any number, in rows without indices of target tokens.
-    context_causal: see `PackedRow`.
+    context_mode: see `PackedRow`.
   """
 
   num_tokens: int
   num_text_tokens: int
   num_slots: int
   num_targets: int | None = None
-  context_causal: bool = False
+  context_mode: ContextMode = UNIVID_CONTEXT
 
   @classmethod
-  def of(cls, config: RunConfig) -> "RowShape":
-    rows = config.rows
+  def of(cls, rows: RowsConfig, context_mode: ContextMode) -> "RowShape":
+    """Returns that of a run's rows."""
     return cls(
       num_tokens=rows.num_tokens,
       num_text_tokens=rows.num_text_tokens,
       num_slots=rows.num_sentences,
       num_targets=rows.target_tokens,
-      context_causal=config.model.attention == Attention.CONTEXT_CAUSAL,
+      context_mode=context_mode,
     )
 
   def capacity(self, unit: Unit) -> int | None:
@@ -77,14 +76,14 @@ def pack(sentences: Sequence[Features], shape: RowShape) -> PackedRow:
     if SEGMENTED.get(UNITS[name]) == name:
       ids = np.repeat(np.arange(1, len(values) + 1), [len(value) for value in values])
       segment_ids[UNITS[name]] = _pad(ids, capacity)[None]
-  return finish_rows(packed, segment_ids, context_causal=shape.context_causal)
+  return finish_rows(packed, segment_ids, context_mode=shape.context_mode)
 
 
 def finish_rows(
   packed: Mapping[str, np.ndarray],
   segment_ids: Mapping[Unit, Integer[np.ndarray, "b _"]],
   *,
-  context_causal: bool = False,
+  context_mode: ContextMode = UNIVID_CONTEXT,
 ) -> PackedRow:
   """Derives everything that depends on the places of sentences in their rows.
 
@@ -92,11 +91,11 @@ def finish_rows(
     packed: the features of `Features` by name, each with a leading row dim.
     segment_ids: of the tokens, the text tokens and, for I2V, the image features: the sentence of each entry, from 1; 0
       is padding.
-    context_causal: see `PackedRow`.
+    context_mode: see `PackedRow`.
   """
   tokens, is_target = segment_ids[Unit.TOKEN], packed["target_mask"].astype(bool)
   key_intervals = segment_intervals(tokens, tokens)
-  if context_causal:
+  if context_mode.causal:
     context = segment_intervals(tokens, np.where(is_target, 0, tokens))
     key_intervals = np.where(is_target[..., None], key_intervals, context)
   fields: dict[str, Any] = {
@@ -110,7 +109,7 @@ def finish_rows(
     fields["targets"] = target_indices(is_target, packed["targets"].shape[1])
   if Unit.IMAGE_FEATURE in segment_ids:
     fields["image_intervals"] = segment_intervals(tokens, segment_ids[Unit.IMAGE_FEATURE])
-  return PackedRow(**fields, context_causal=context_causal)
+  return PackedRow(**fields, context_mode=context_mode)
 
 
 def segment_intervals(

@@ -84,8 +84,9 @@ def prepare(
     fill(caches.prompts, _prompts(features, sentences), description="prompts")
     encoders.release()
     num_clips, num_encoded = fill(caches.latents, _clips(features, sentences), description="clips")
-    if features.takes_image:
+    if features.shape.takes_condition:
       fill(caches.latents, _conditions(features, sentences), description="conditions")
+    if features.shape.takes_image_features:
       encoders.release()
       fill(caches.images, _images(features, sentences), description="image features")
   _check_rows(features, row_shape, sentences)
@@ -209,7 +210,7 @@ def _check_folders(data: DataSources, sentences: _Sentences) -> None:
 
 def _check_rows(features: FeatureMaker, row_shape: RowShape, sentences: _Sentences) -> None:
   """Checks that every sentence fits into a row, encoding one clip of each shape."""
-  capacities = row_shape.capacities(feature_names(takes_image=features.takes_image))
+  capacities = row_shape.capacities(feature_names(features.shape))
   tokens: dict[tuple[int, tuple[int, int]], int] = {}
   texts: dict[str, int] = {}
 

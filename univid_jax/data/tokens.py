@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.protocols import TransformerShape
 from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
 
 # Works on NumPy and JAX arrays.
@@ -39,7 +40,7 @@ class Features:
 
   Attributes:
     targets: indices of the target tokens in the sentence.
-    condition, image_features: None for T2V.
+    condition, image_features: None for models that do not take them.
   """
 
   tokens: Float[np.ndarray, "l p"] = _per(Unit.TOKEN)
@@ -65,9 +66,10 @@ UNITS: Mapping[str, Unit] = {field.name: field.metadata["unit"] for field in dat
 SEGMENTED: Mapping[Unit, str] = {Unit.TOKEN: "tokens", Unit.TEXT_TOKEN: "text", Unit.IMAGE_FEATURE: "image_features"}
 
 
-def feature_names(*, takes_image: bool) -> list[str]:
-  """Returns the names of a sentence's features, for I2V or for T2V."""
-  return [field.name for field in dataclasses.fields(Features) if takes_image or field.default is dataclasses.MISSING]
+def feature_names(shape: TransformerShape) -> list[str]:
+  """Returns the names of the features that sentences have for a transformer."""
+  left_out = {"condition": not shape.takes_condition, "image_features": not shape.takes_image_features}
+  return [field.name for field in dataclasses.fields(Features) if not left_out.get(field.name)]
 
 
 def patchify(latents: Shaped[ArrayT, "t y x c"], patch_size: tuple[int, int, int]) -> Shaped[ArrayT, "l p"]:

@@ -32,7 +32,7 @@ class Branch:
   @classmethod
   def create(cls, model: DiT, row: PackedRow) -> "Branch":
     """Computes the context of a context-causal row once."""
-    cached = row.context_causal and row.targets is not None
+    cached = row.context_mode.causal and row.targets is not None
     return cls(row, model.encode_context(row) if cached else None)
 
   def velocity(

@@ -20,12 +20,12 @@ def per_token(values: Float[Array, "b s"], row: PackedRow) -> Float[Array, "b l 
 def timestep_table(sigmas: Float[Array, "b s"], row: PackedRow) -> Float[Array, "b m"]:
   """Returns timesteps (0 to 1000) by modulation slot.
 
-  The context of a sentence has the timestep of its target, as in the reference; in context-causal rows it has 0.
+  The context of a sentence has the timestep of its target or 0, see `ContextMode`.
   """
   timesteps = sigmas * NUM_TRAIN_TIMESTEPS
   if row.modulation_ids is None:
     return timesteps
-  context = jnp.zeros_like(timesteps) if row.context_causal else timesteps
+  context = jnp.zeros_like(timesteps) if row.context_mode.zero_timestep else timesteps
   return jnp.stack([context, timesteps], axis=-1).reshape(len(timesteps), -1)
 
 

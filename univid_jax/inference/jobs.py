@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from univid_jax.core.packed_row import PackedRow
+from univid_jax.core.errors import UserError
+from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.sentence import Sentence
 from univid_jax.data.packing import RowShape, assign_rows, join_rows, pack, places_of
-from univid_jax.data.tokens import Features
+from univid_jax.data.tokens import Features, unpatchify
 from univid_jax.inference.sampler import Request
 
 
@@ -20,19 +21,40 @@ class Job:
   Attributes:
     sentence: its clips are latents; those of the target are zeros.
     noise: where the target starts, in patches (tokens, p).
-    condition, image_features: I2V's; None for T2V.
+    condition, image_features: I2V's; None for other models.
+    first_frame: latents of the target's first frame, if they are the last clip of the context.
   """
 
   sentence: Sentence
   noise: Float[np.ndarray, "q p"]
   condition: np.ndarray | None
   image_features: np.ndarray | None
+  first_frame: Float[np.ndarray, "1 y x c"] | None = None
 
   @property
   def target_shape(self) -> tuple[int, int, int]:
     target = self.sentence.clips[-1]
     assert isinstance(target, np.ndarray)
     return target.shape[0], target.shape[1], target.shape[2]
+
+  def finish(self, tokens: Float[np.ndarray, "q p"], patch_size: tuple[int, int, int]) -> Float[np.ndarray, "t y x c"]:
+    """Returns the target's latents from its sampled tokens."""
+    latents = unpatchify(tokens, self.target_shape, patch_size)
+    return latents if self.first_frame is None else np.concatenate([self.first_frame, latents])
+
+
+def join_context(clips: Sequence[np.ndarray], first_frame: np.ndarray | None) -> tuple[np.ndarray, ...]:
+  """Returns what precedes a target: the clips of the context, then its own first frame as a clip, if it is given.
+
+  Raises:
+    UserError: the number of clips is even, or sizes differ.
+  """
+  if len(clips) % 2 == 0 and (clips or first_frame is None):
+    raise UserError(f"the context must be an odd number of clips (A, A', B), got {len(clips)}")
+  given = (*clips, *(() if first_frame is None else (first_frame[None],)))
+  if len({clip.shape[1:3] for clip in given}) > 1:
+    raise UserError(f"all clips must have the same size, got {[clip.shape[1:3] for clip in given]}")
+  return given
 
 
 def infer_length(lengths: Sequence[int]) -> int:
@@ -46,13 +68,45 @@ def infer_length(lengths: Sequence[int]) -> int:
   return lengths[-2]
 
 
-def pack_single(features: Features, *, context_causal: bool) -> PackedRow:
-  """Packs one sentence without padding: the row needs no intervals and, with full attention, a single timestep."""
+def pack_single(features: Features, *, context_mode: ContextMode, with_targets: bool = False) -> PackedRow:
+  """Packs one sentence without padding: the row needs only those intervals and timesteps that its mode demands.
+
+  Args:
+    features: of the sentence.
+    context_mode: see `PackedRow`.
+    with_targets: whether the row lists its target tokens.
+  """
   shape = RowShape(
-    num_tokens=len(features.tokens), num_text_tokens=len(features.text), num_slots=1, context_causal=context_causal
+    num_tokens=len(features.tokens),
+    num_text_tokens=len(features.text),
+    num_slots=1,
+    num_targets=len(features.targets) if with_targets else None,
+    context_mode=context_mode,
   )
   row = dataclasses.replace(pack([features], shape), text_intervals=None, image_intervals=None)
-  return row if context_causal else dataclasses.replace(row, key_intervals=None, modulation_ids=None)
+  if not context_mode.causal:
+    row = dataclasses.replace(row, key_intervals=None)
+  return row if context_mode.zero_timestep else dataclasses.replace(row, modulation_ids=None)
+
+
+def with_timesteps(row: PackedRow, timesteps: Float[np.ndarray, "*t"]) -> tuple[PackedRow, Float[np.ndarray, "1 m"]]:
+  """Returns a row of one sentence without padding, and its table of timesteps.
+
+  Args:
+    row: from `pack_single`.
+    timesteps: one for all tokens, or one per latent frame.
+
+  Raises:
+    UserError: there is another number of latent frames.
+  """
+  if timesteps.ndim == 0:
+    return row, np.full((1, 1 if row.modulation_ids is None else 2), timesteps, np.float32)
+  frames = row.positions[..., 0]
+  if len(timesteps) != frames.max() + 1:
+    raise UserError(
+      f"timestep must be one number, or one for each of the {frames.max() + 1} latent frames, got {len(timesteps)}"
+    )
+  return dataclasses.replace(row, modulation_ids=frames), timesteps[None]
 
 
 def pack_request(
@@ -60,7 +114,7 @@ def pack_request(
   negative: Sequence[Features] | None,
   noises: Sequence[Float[np.ndarray, "_q p"]],
   *,
-  context_causal: bool,
+  context_mode: ContextMode,
 ) -> Request:
   """Packs sentences into rows as long as the longest of them.
 
@@ -68,7 +122,7 @@ def pack_request(
     positive: of each sentence with its prompt.
     negative: of the same sentences with the negative prompt; None samples without guidance.
     noises: where each sentence's target starts.
-    context_causal: see `PackedRow`.
+    context_mode: see `PackedRow`.
   """
   lengths = [len(features.tokens) for features in positive]
   slots = max(1, max(lengths) // min(lengths))
@@ -76,7 +130,7 @@ def pack_request(
     num_tokens=max(lengths),
     num_text_tokens=slots * max(len(features.text) for features in (*positive, *(negative or ()))),
     num_slots=slots,
-    context_causal=context_causal,
+    context_mode=context_mode,
   )
   groups = assign_rows(positive, shape)
 

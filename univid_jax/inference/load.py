@@ -1,9 +1,7 @@
 """Loads pipelines from converted checkpoints and from training runs, with LoRAs."""
 
 import dataclasses
-import logging
-import math
-import os
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,19 +11,18 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from univid_jax.checkpoints.checksums import has_checksums, verified
-from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.stacking import stack_loras
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.model import open_encoders, transformer_config
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_checkpoint
 from univid_jax.checkpoints.run import RunRecord, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
-from univid_jax.checkpoints.trained import is_lora_run, read_run_lora, restore_run, run_usage
-from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
+from univid_jax.checkpoints.trained import restore_run, run_usage
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
-from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged
+from univid_jax.inference.experts import OffloadedParams, Transformer
+from univid_jax.inference.lora_specs import LoRA, LoRASpecs, lora_usage, read_loras, select_loras
 from univid_jax.inference.partial import PartialPipeline
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.changes import attach_changes, merge_changes
@@ -34,20 +31,18 @@ from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import parameter_shardings
 
-LoRASpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
-
-logger = logging.getLogger(__name__)
-
 
 def load_pipeline(
   checkpoint: str,
-  lora: LoRASpec | Sequence[LoRASpec] | None = None,
+  lora: LoRASpecs | Mapping[str, LoRASpecs] | None = None,
   dtype: str | None = None,
   *,
   merge_lora: bool = False,
   lora_skip_unmatched: bool = False,
+  offload_inactive: bool = False,
   mesh: Mesh | None = None,
   attention: str | None = None,
+  context_timestep: str | None = None,
   step: int | str | None = None,
   verify_weights: bool = True,
   on_damaged_checkpoint: str = OnDamaged.FALLBACK,
@@ -60,11 +55,15 @@ def load_pipeline(
     checkpoint: a folder written by the converter, or a workdir. The workdir of a LoRA run includes its base.
     lora: a LoRA file of any trainer, a folder of PEFT, or a LoRA folder or the workdir of a LoRA run of this project:
       one or several, each with an optional weight w. Where a LoRA alone makes W' of a tensor W, it adds w (W' - W).
+      For a base with two experts {"high": ..., "low": ...} (or "both"); else metadata or names must say it.
     dtype: of the transformer and of the encoders of text and images; by default bfloat16, or that of the run.
     merge_lora: adds LoRAs to the weights instead of computing them separately.
     lora_skip_unmatched: leaves out, with a warning, tensors of LoRAs that have no counterpart in the base.
+    offload_inactive: keeps the expert that is not in use in host memory.
     mesh: the devices; by default all, with parameters sharded over them.
     attention: "full" or "context_causal"; by default what the run or the LoRAs were trained with.
+    context_timestep: "target" or "zero", of the context; by default what the run or the LoRAs were trained with, else
+      the base.
     step: checkpoint of a workdir: a number, "best" (the lowest validation loss) or None for the latest.
     verify_weights: compares every file with its checksum while the weights are loaded.
     on_damaged_checkpoint: "fallback" takes the newest that is intact if the latest of a workdir is not, "stop" raises.
@@ -75,30 +74,61 @@ def load_pipeline(
     UserError: it cannot be read, or a LoRA is for another base.
   """
   mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
-  loras = [(_read_lora(path, verify=verify_weights), weight) for path, weight in _parse_loras(lora)]
+  loras = read_loras(lora, verify=verify_weights)
+  with_loras = functools.partial(_with_loras, mesh=mesh, merged=merge_lora, skip_unmatched=lora_skip_unmatched)
   if is_checkpoint(checkpoint) or has_checksums(checkpoint):
     compute_dtype = jnp.dtype(dtype or "bfloat16")
     with verified(checkpoint, enabled=verify_weights):
       base = PretrainedCheckpoint.open(checkpoint)
       encoders = PretrainedEncoders(base, mesh, dtype=compute_dtype)
-      if not base.has("transformer") and not loras:
+      if not base.transformers and not loras:
         return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
       config = base.config("transformer")
-      graph, params = base.load("transformer", mesh=mesh, dtype=compute_dtype)
-    usage = _lora_usage([each for each, _ in loras], base.checksum("transformer"), attention=attention)
+      selected = select_loras(loras, base.experts)
+      usage = lora_usage(
+        [(each, base.checksum(name)) for name, part in zip(base.transformers, selected) for each in part],
+        attention=attention,
+        context_timestep=context_timestep,
+      )
+      transformers = []
+      for name, part in zip(base.transformers, selected, strict=True):
+        transformer = Transformer(*base.load(name, mesh=mesh, dtype=compute_dtype))
+        transformer = with_loras(config, transformer, part)
+        transformers.append(transformer.offload() if offload_inactive and len(selected) > 1 else transformer)
   else:
     record, on_damaged = _override_dtype(require_run(checkpoint), dtype), OnDamaged(on_damaged_checkpoint)
     saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
     with verified(record.config.init_from, enabled=verify_weights):
       config, encoders = transformer_config(record.config), open_encoders(record.config, mesh)
       graph, params, trained = restore_run(saved, record, mesh, step=step)
-    loras = [(each, 1.0) for each in trained] + loras
+    (loras,) = select_loras([*map(LoRA, trained), *loras], [None])
+    transformers = [with_loras(config, Transformer(graph, params), loras)]
     usage = run_usage(record)
-  if loras:
-    graph, params = add_loras(
-      config, graph, params, loras, mesh=mesh, merged=merge_lora, skip_unmatched=lora_skip_unmatched
+  return Pipeline(
+    config,
+    transformers[0].graph,
+    transformers[0].params,
+    low_noise=transformers[1] if len(transformers) > 1 else None,
+    encoders=encoders,
+    mesh=mesh,
+    usage=usage,
+    attention=attention,
+    context_timestep=context_timestep,
+  )
+
+
+def _with_loras(
+  config: DiTConfig, transformer: Transformer, loras: Sequence[LoRA], *, mesh: Mesh, merged: bool, skip_unmatched: bool
+) -> Transformer:
+  if not loras:
+    return transformer
+  assert not isinstance(transformer.params, OffloadedParams)
+  pairs = [(lora.weights, lora.weight) for lora in loras]
+  return Transformer(
+    *add_loras(
+      config, transformer.graph, transformer.params, pairs, mesh=mesh, merged=merged, skip_unmatched=skip_unmatched
     )
-  return Pipeline(config, graph, params, encoders=encoders, mesh=mesh, usage=usage, attention=attention)
+  )
 
 
 def _override_dtype(record: RunRecord, dtype: str | None) -> RunRecord:
@@ -159,49 +189,3 @@ def add_loras(
     merge = jax.jit(merge_changes, donate_argnums=0, out_shardings=kernel.sharding)
     leaves[*path, "kernel"] = merge(kernel, parts)
   return graph if merged else nnx.graphdef(module), traverse_util.unflatten_dict(leaves)
-
-
-def _read_lora(path: str, *, verify: bool) -> LoRAWeights:
-  is_run = os.path.isdir(path) and is_lora_run(path)
-  lora = read_run_lora(path, verify=verify) if is_run else read_lora(path, verify=verify)
-  for note in lora.notes:
-    logger.warning("%s: %s", path, note)
-  return lora
-
-
-def _parse_loras(lora: object) -> list[tuple[str, float]]:
-  """Returns the paths in a `LoRASpec` or a sequence of them, with their weights.
-
-  Raises:
-    UserError: it is neither, or a weight is not finite.
-  """
-  match lora:
-    case None:
-      return []
-    case str() | os.PathLike() as path:
-      return [(os.fspath(path), 1.0)]
-    case (str() | os.PathLike() as path, int() | float() as weight):
-      if not math.isfinite(weight):
-        raise UserError(f"the weight of the LoRA {path} must be a finite number, got {weight}")
-      return [(os.fspath(path), float(weight))]
-    case list() | tuple() as specs:
-      return [pair for spec in specs for pair in _parse_loras(spec)]
-  raise UserError(f"a LoRA is a path or (path, weight), got {lora!r}")
-
-
-def _lora_usage(loras: Sequence[LoRAWeights], checksum: str, *, attention: str | None) -> Usage | None:
-  """Returns how LoRAs on a base are run, and logs where they disagree with each other or with the base.
-
-  Args:
-    loras: some of which may not say how they were trained.
-    checksum: of the base's transformer.
-    attention: what was asked for instead of that of the LoRAs.
-  """
-  usages = [(lora.source, lora.usage) for lora in loras if lora.usage is not None]
-  notes = [describe_mismatch(usage, checksum, source=source) for source, usage in usages]
-  if attention is not None:  # so that it cannot conflict
-    usages = [(source, dataclasses.replace(usage, attention=usages[0][1].attention)) for source, usage in usages]
-  usage, differences = merge_usages(usages)
-  for note in (*filter(None, notes), *differences):
-    logger.warning("%s", note)
-  return usage

@@ -2,17 +2,17 @@
 
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
 
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention
+from univid_jax.core.packed_row import UNIVID_CONTEXT
+from univid_jax.inference.encoding import EncodingPipeline
 from univid_jax.inference.pipeline import Pipeline
 
-_OF_TRANSFORMER = ("config", "graph", "params", "_features", "_sampler", "_predict")
+_OF_TRANSFORMER = ("config", "graph", "params", "low_noise", "_features", "_sampler")
 
 
 class PartialPipeline(Pipeline):
@@ -25,15 +25,11 @@ class PartialPipeline(Pipeline):
   """
 
   def __init__(self, encoders: PretrainedEncoders, *, mesh: Mesh, reason: str):
-    self.encoders, self.mesh, self.usage, self.attention = encoders, mesh, Usage(), Attention.FULL
-    self._reason, self._text_len = reason, encoders.text_len
+    EncodingPipeline.__init__(self, encoders, text_len=encoders.text_len)
+    self.mesh, self.usage, self._reason = mesh, Usage(), reason
+    self.attention, self.context_mode = Attention.FULL, UNIVID_CONTEXT
 
   def __getattr__(self, name: str) -> Any:
     if name in _OF_TRANSFORMER:
       raise UserError(self._reason)
     raise AttributeError(name)
-
-  def encode_prompt(self, text: str) -> Float[np.ndarray, "n d"]:
-    """See `Pipeline.encode_prompt`; padded to the length that all of Wan2.1 has."""
-    embedding = self.encoders.embed_prompt(text)
-    return np.pad(embedding, ((0, self._text_len - len(embedding)), (0, 0)))

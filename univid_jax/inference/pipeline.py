@@ -5,21 +5,21 @@ out = pipe.sample([a, a_prime, b], seed=0)   # uint8 clips (T, H, W, 3); out.fra
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention
-from univid_jax.core.pixels import to_float, to_uint8
+from univid_jax.core.options import Attention, ContextTimestep, parse_option
+from univid_jax.core.packed_row import ContextMode
+from univid_jax.core.pixels import to_uint8
 from univid_jax.core.protocols import Encoders, Solver
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.clips import ClipFormat
@@ -27,7 +27,9 @@ from univid_jax.data.features import FeatureMaker
 from univid_jax.data.tokens import Features, patchify, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import find_solver
-from univid_jax.inference.jobs import Job, infer_length, pack_request, pack_single
+from univid_jax.inference.encoding import EncodingPipeline
+from univid_jax.inference.experts import Experts, OffloadedParams, Params, Transformer
+from univid_jax.inference.jobs import Job, infer_length, join_context, pack_request, pack_single, with_timesteps
 from univid_jax.inference.sampler import Progress, Request, Sampler
 from univid_jax.models.variants import DiTConfig
 
@@ -40,39 +42,50 @@ class Sample:
   frames: np.ndarray
 
 
-class Pipeline:
-  """A transformer with its codec and encoders.
+class Pipeline(EncodingPipeline):
+  """A transformer, or two experts, with the codec and the encoders.
 
   Args:
     config: the transformer's shape.
-    graph: the transformer without its parameters.
+    graph: the transformer without its parameters; of two, the high-noise expert.
     params: its parameters, sharded over `mesh`.
+    low_noise: the low-noise expert, if there are two.
     encoders: the codec, and the encoders of prompts and images.
     mesh: the devices.
     usage: how the model was trained, if that is known.
     attention: "full" or "context_causal"; by default what the model was trained with. With context_causal the context
       is computed once per sentence.
+    context_timestep: "target" or "zero"; by default what the model was trained with.
   """
 
   def __init__(
     self,
     config: DiTConfig,
     graph: nnx.GraphDef,
-    params: Mapping[str, Any],
+    params: Params | OffloadedParams,
     *,
+    low_noise: Transformer | None = None,
     encoders: Encoders,
     mesh: Mesh,
     usage: Usage | None = None,
     attention: Attention | str | None = None,
+    context_timestep: ContextTimestep | str | None = None,
   ):
-    self.config, self.encoders, self.mesh, self.usage = config, encoders, mesh, usage or Usage()
-    self.graph, self.params = graph, params
-    self.attention = _parse_attention(attention or self.usage.attention)
+    super().__init__(encoders, text_len=config.text_len)
+    self.config, self.mesh, self.usage = config, mesh, usage or Usage()
+    self.graph, self.params, self.low_noise = graph, params, low_noise
+    self.attention = parse_option(Attention, "attention", attention or self.usage.attention)
+    trained = self.usage.context_timestep if self.attention == self.usage.attention else ContextTimestep.AUTO
+    timestep = parse_option(ContextTimestep, "context_timestep", context_timestep or trained)
+    self.context_mode = ContextMode.of(self.attention, timestep, default=config.context_timestep)
     self._features = FeatureMaker(encoders, shape=config, task_names=())
-    self._sampler = Sampler(graph, mesh)
-    self._predict = jax.jit(
-      lambda params, row, timesteps: nnx.merge(graph, params)(row.tokens, timesteps, row).astype(jnp.float32)
-    )
+    self._sampler = Sampler(mesh)
+
+  @property
+  def experts(self) -> Experts:
+    """The transformers by noise level."""
+    first = Transformer(self.graph, self.params)
+    return Experts((first,) if self.low_noise is None else (first, self.low_noise), self.config.expert_boundary)
 
   @property
   def clip_format(self) -> ClipFormat:
@@ -93,43 +106,7 @@ class Pipeline:
   @property
   def dtype(self) -> np.dtype:
     """Of the transformer's kernels; LoRAs make other parameters float32."""
-    return self.params["patch_embedding"]["kernel"].dtype
-
-  @property
-  def _context_causal(self) -> bool:
-    return self.attention == Attention.CONTEXT_CAUSAL
-
-  def tokenize(self, text: str) -> Int[np.ndarray, "n"]:
-    """Returns token ids, int32, with the end-of-text token, without padding.
-
-    Raises:
-      UserError: the model has no tokenizer.
-    """
-    return self.encoders.tokenize(text)
-
-  def encode_prompt(self, text: str) -> Float[np.ndarray, "n d"]:
-    """Returns the prompt's embedding, float32 (512, text_dim), zeros past the prompt.
-
-    Raises:
-      UserError: the model has no text encoder.
-    """
-    embedding = self.encoders.embed_prompt(text)
-    return np.pad(embedding, ((0, self.config.text_len - len(embedding)), (0, 0)))
-
-  def encode(self, frames: np.ndarray) -> Float[np.ndarray, "t y x c"]:
-    """Encodes a clip to latents, float32.
-
-    Args:
-      frames: (T, H, W, 3), uint8, or float in [-1, 1]; T must be 4n + 1.
-
-    Raises:
-      ValueError: the shape has no latents; the message names the nearest that do.
-    """
-    return np.asarray(self.encoders.codec.encode(to_float(frames)))
-
-  def decode(self, latents: Float[Array | np.ndarray, "t y x c"]) -> Float[np.ndarray, "T H W 3"]:
-    """Decodes latents to a clip, float32 in [-1, 1]."""
-    return np.clip(np.asarray(self.encoders.codec.decode(np.asarray(latents, np.float32))), -1, 1)
+    return self.experts.dtype
 
   def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Returns (t, y, x) of the latents of a clip of shape (T, H, W, ...).
@@ -145,7 +122,7 @@ class Pipeline:
   def predict_velocity(
     self,
     latents: Float[Array | np.ndarray, "t y x c"],
-    timestep: float,
+    timestep: float | Float[Array | np.ndarray, "_t"],
     prompt_embeds: Float[Array | np.ndarray, "n d"],
     condition: Float[Array | np.ndarray, "t y x v"] | None = None,
     clip_features: Float[Array | np.ndarray, "i e"] | None = None,
@@ -154,13 +131,13 @@ class Pipeline:
 
     Args:
       latents: of a whole sentence, its clips concatenated in time.
-      timestep: 0 to 1000.
+      timestep: 0 to 1000, of all latents or of each latent frame; of two experts the largest chooses one.
       prompt_embeds: the prompt's embedding, with or without its padding.
       condition: I2V's mask (4 channels) and first-frame latents (16), see `core.conditions.i2v_condition`.
       clip_features: I2V's CLIP features of the first frame, (257, 1280).
 
     Raises:
-      ValueError: an I2V model without condition and features, or a T2V model with them.
+      ValueError: what an I2V model takes is missing, or is given to another one; or the timesteps do not fit.
     """
     job = Job(
       Sentence(clips=(np.asarray(latents, np.float32),), roles=reference_roles(1)),
@@ -168,12 +145,10 @@ class Pipeline:
       None if condition is None else np.asarray(condition),
       None if clip_features is None else np.asarray(clip_features),
     )
-    row = pack_single(self._make_features(job, np.asarray(prompt_embeds)), context_causal=self._context_causal)
-    slots = 1 if row.modulation_ids is None else 2
-    with jax.set_mesh(self.mesh):
-      tokens = self._predict(self.params, row, jnp.full((1, slots), timestep, jnp.float32))
+    row = pack_single(self._make_features(job, np.asarray(prompt_embeds)), context_mode=self.context_mode)
+    row, timesteps = with_timesteps(row, np.asarray(timestep, np.float32))
     t, y, x = latents.shape[:3]
-    return unpatchify(np.asarray(tokens)[0], (t, y, x), self.config.patch_size)
+    return unpatchify(self._sampler.predict(self.experts, row, timesteps)[0], (t, y, x), self.config.patch_size)
 
   def sample(
     self,
@@ -181,13 +156,14 @@ class Pipeline:
     prompt: str = "",
     num_frames: int | None = None,
     num_inference_steps: int = 50,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Sequence[float] = 1.0,
     negative_prompt: str = "",
     shift: float | None = None,
     seed: int = 0,
     latents: Float[Array | np.ndarray, "t y x c"] | None = None,
+    first_frame: np.ndarray | None = None,
     prompt_embeds: Float[Array | np.ndarray, "n d"] | None = None,
-    negative_prompt_embeds: Float[Array | np.ndarray, "n d"] | None = None,
+    negative_prompt_embeds: Float[Array | np.ndarray, "_n d"] | None = None,
     solver: str | Solver[Any] = "euler",
     progress: Progress | None = None,
   ) -> Sample:
@@ -198,11 +174,13 @@ class Pipeline:
       prompt: its text; "" is the null prompt.
       num_frames: of the generated clip, 4n + 1; None infers it as contexts I to IV do.
       num_inference_steps: steps of the solver.
-      guidance_scale: 1 is no guidance.
+      guidance_scale: 1 is no guidance; two numbers are those of the experts, low and high noise.
       negative_prompt: what guidance moves away from.
       shift: of the noise levels toward noise; None takes that of training, which is 5 in the paper.
       seed: of the initial noise.
       latents: the initial noise itself.
+      first_frame: of the generated clip, uint8 (H, W, 3); its latents stay clean. With it the context may be empty, as
+        in TI2V's image-to-video mode.
       prompt_embeds, negative_prompt_embeds: replace the text encoder.
       solver: "euler", the reference's, or "unipc", for fewer steps.
       progress: called with the number of steps taken, after each.
@@ -210,11 +188,11 @@ class Pipeline:
     Raises:
       ValueError: an even number of clips, clips of different sizes, or shapes that have no latents.
     """
-    job = self._make_job(clips, num_frames, seed, latents)
+    job = self._make_job(clips, num_frames, seed, latents, first_frame)
     embeds = [self._embed(prompt, prompt_embeds)]
-    if guidance_scale != 1.0:
+    if set(self.experts.guidance_scales(guidance_scale)) != {1.0}:
       embeds.append(self._embed(negative_prompt, negative_prompt_embeds))
-    rows = [pack_single(self._make_features(job, each), context_causal=self._context_causal) for each in embeds]
+    rows = [pack_single(self._make_features(job, each), context_mode=self.context_mode) for each in embeds]
     request = Request(rows[0], rows[1] if len(rows) > 1 else None, [(0, 1)], [job.noise])
     return self._run(
       request, [job], num_inference_steps, guidance_scale=guidance_scale, shift=shift, solver=solver, progress=progress
@@ -226,7 +204,7 @@ class Pipeline:
     prompts: Sequence[str] | None = None,
     num_frames: int | None = None,
     num_inference_steps: int = 50,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Sequence[float] = 1.0,
     negative_prompt: str = "",
     shift: float | None = None,
     seeds: Sequence[int] | None = None,
@@ -256,14 +234,14 @@ class Pipeline:
     seeds = range(len(batch)) if seeds is None else seeds
     if not len(batch) == len(prompts) == len(seeds):
       raise ValueError(f"there are {len(batch)} sentences, {len(prompts)} prompts and {len(seeds)} seeds")
-    jobs = [self._make_job(clips, num_frames, seed, None) for clips, seed in zip(batch, seeds, strict=True)]
+    jobs = [self._make_job(clips, num_frames, seed) for clips, seed in zip(batch, seeds, strict=True)]
     embeddings = {prompt: self._embed(prompt, None) for prompt in dict.fromkeys(prompts)}
     positive = [self._make_features(job, embeddings[prompt]) for job, prompt in zip(jobs, prompts, strict=True)]
     negative = None
-    if guidance_scale != 1.0:
+    if set(self.experts.guidance_scales(guidance_scale)) != {1.0}:
       embedding = self._embed(negative_prompt, None)
       negative = [self._make_features(job, embedding) for job in jobs]
-    request = pack_request(positive, negative, [job.noise for job in jobs], context_causal=self._context_causal)
+    request = pack_request(positive, negative, [job.noise for job in jobs], context_mode=self.context_mode)
     return self._run(
       request, jobs, num_inference_steps, guidance_scale=guidance_scale, shift=shift, solver=solver, progress=progress
     )
@@ -273,26 +251,28 @@ class Pipeline:
     clips: Sequence[np.ndarray],
     num_frames: int | None,
     seed: int,
-    latents: Float[Array | np.ndarray, "t y x c"] | None,
+    latents: Float[Array | np.ndarray, "t y x c"] | None = None,
+    first_frame: np.ndarray | None = None,
   ) -> Job:
     """Encodes the clips of a sentence and draws the noise of its target."""
-    if len(clips) % 2 == 0:
-      raise UserError(f"the context must be an odd number of clips (A, A', B), got {len(clips)}")
-    if len({clip.shape[1:3] for clip in clips}) > 1:
-      raise UserError(f"all clips must have the same size, got {[clip.shape[1:3] for clip in clips]}")
-    num_frames = infer_length([len(clip) for clip in clips]) if num_frames is None else num_frames
-    shape = self.latent_shape((num_frames, *clips[0].shape[1:3]))
+    given = join_context(clips, first_frame)
+    num_frames = infer_length([len(clip) for clip in clips or given]) if num_frames is None else num_frames
+    shape = self.latent_shape((num_frames, *given[0].shape[1:3]))
+    known = 0 if first_frame is None else 1
+    if known == shape[0]:
+      raise UserError(f"with a first frame, num_frames must be more than {num_frames}: nothing is left to generate")
     channels = self.encoders.codec.latent_channels
     if latents is None:
       latents = jax.random.normal(jax.random.key(seed), (*shape, channels))
     elif latents.shape[:3] != shape:
       raise UserError(f"latents must have the target's shape {shape}, got {latents.shape[:3]}")
-    encoded = (*(self.encode(clip) for clip in clips), np.zeros((*shape, channels), np.float32))
-    condition = features = None
-    if self.config.takes_image:
-      condition, features = self._features.condition(clips[0], sum(len(clip) for clip in encoded))
+    # The latents of a first frame precede those of the target like another clip: time runs on from one to the other.
+    target = np.zeros((shape[0] - known, *shape[1:], channels), np.float32)
+    encoded = (*(self.encode(clip) for clip in given), target)
+    condition, features = self._features.image_inputs(given[0], sum(len(clip) for clip in encoded))
     sentence = Sentence(clips=encoded, roles=reference_roles(len(encoded)))
-    return Job(sentence, patchify(np.asarray(latents, np.float32), self.config.patch_size), condition, features)
+    noise = patchify(np.asarray(latents, np.float32)[known:], self.config.patch_size)
+    return Job(sentence, noise, condition, features, first_frame=encoded[-2] if known else None)
 
   def _embed(self, prompt: str, embeds: Float[Array | np.ndarray, "n d"] | None) -> np.ndarray:
     return self._features.embed_prompt(prompt) if embeds is None else np.asarray(embeds)
@@ -308,7 +288,7 @@ class Pipeline:
     jobs: Sequence[Job],
     num_inference_steps: int,
     *,
-    guidance_scale: float,
+    guidance_scale: float | Sequence[float],
     shift: float | None,
     solver: str | Solver[Any],
     progress: Progress | None,
@@ -318,15 +298,15 @@ class Pipeline:
     if not shift > 0:
       raise UserError(f"the shift of the noise levels must be positive, got {shift}")
     sampled = self._sampler.sample(
-      self.params,
+      self.experts,
       request,
       solver=solver,
       sigmas=solver.sigmas(FlowMatching(shift=shift), num_inference_steps),
       guidance_scale=guidance_scale,
       progress=progress,
     )
-    shapes, patch_size = [job.target_shape for job in jobs], self.config.patch_size
-    return [self._finish(unpatchify(tokens, shape, patch_size)) for tokens, shape in zip(sampled, shapes, strict=True)]
+    patch_size = self.config.patch_size
+    return [self._finish(job.finish(tokens, patch_size)) for tokens, job in zip(sampled, jobs, strict=True)]
 
   def _finish(self, latents: Float[np.ndarray, "t y x c"]) -> Sample:
     """Decodes sampled latents.
@@ -341,10 +321,3 @@ class Pipeline:
         "try dtype float32"
       )
     return Sample(latents, to_uint8(frames))
-
-
-def _parse_attention(attention: Attention | str) -> Attention:
-  try:
-    return Attention(attention)
-  except ValueError as error:
-    raise UserError(f"attention must be one of {', '.join(Attention)}, got {attention!r}") from error

@@ -1,8 +1,9 @@
 """Samples the targets of packed rows: one compiled step, driven by a loop on the host."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +17,13 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import Solver
 from univid_jax.data.packing import select_target_tokens, target_indices
+from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from univid_jax.diffusion.guidance import Branch, guide
+from univid_jax.inference.experts import Experts
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.processes import gather_arrays, local_rows
 from univid_jax.parallel.sharding import shard_batch
 
-Params = Mapping[str, Any]
 Progress = Callable[[int], None]
 
 
@@ -46,34 +48,45 @@ class Sampler:
   """Compiled sampling of one model. Programs are compiled once per shape of rows and solver, for any number of steps.
 
   Args:
-    graph: the transformer without its parameters.
-    mesh: its devices.
+    mesh: the devices of the model.
   """
 
-  def __init__(self, graph: nnx.GraphDef, mesh: Mesh):
-    self._graph, self._mesh = graph, mesh
-    self._prepare = jax.jit(lambda params, row: Branch.create(nnx.merge(graph, params), row))
+  def __init__(self, mesh: Mesh):
+    self._mesh = mesh
+    self._prepare = jax.jit(lambda graph, params, row: Branch.create(nnx.merge(graph, params), row), static_argnums=0)
+    self._predict = jax.jit(
+      lambda graph, params, row, timesteps: nnx.merge(graph, params)(row.tokens, timesteps, row).astype(jnp.float32),
+      static_argnums=0,
+    )
     self._steps: dict[Solver[Any], Callable[..., Any]] = {}
+
+  def predict(
+    self, experts: Experts, row: PackedRow, timesteps: Float[np.ndarray, "b m"]
+  ) -> Float[np.ndarray, "b l p"]:
+    """Returns the velocity of a row, float32, by the expert for the largest timestep."""
+    index = experts.find(float(timesteps.max()) / NUM_TRAIN_TIMESTEPS)
+    with jax.set_mesh(self._mesh):
+      return np.asarray(self._predict(experts.transformers[index].graph, experts.load(index), row, timesteps))
 
   def sample(
     self,
-    params: Params,
+    experts: Experts,
     request: Request,
     *,
     solver: Solver[Any],
     sigmas: Float[np.ndarray, "i"],
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Sequence[float] = 1.0,
     rows_per_batch: int | None = None,
     progress: Progress | None = None,
   ) -> list[Float[np.ndarray, "_q p"]]:
     """Samples the targets of all sentences.
 
     Args:
-      params: of the transformer.
+      experts: the transformers.
       request: the sentences.
       solver: integrates the flow.
       sigmas: of `solver.sigmas`.
-      guidance_scale: 1 is the prompt alone.
+      guidance_scale: 1 is the prompt alone; see `Experts.guidance_scales`.
       rows_per_batch: rows computed together; by default one per data shard, or a single row.
       progress: called with the number of steps taken, from 1 again for every batch of rows.
 
@@ -97,13 +110,13 @@ class Sampler:
           part = shard_batch(jax.tree.map(lambda x: local_rows(x, self._mesh), part), self._mesh)
         part_row, part_negative, part_noise = part
         tokens = self._solve(
-          params,
+          experts,
           part_row,
           part_negative,
           part_noise,
           solver=solver,
           sigmas=sigmas,
-          guidance_scale=guidance_scale,
+          guidance_scales=experts.guidance_scales(guidance_scale),
           progress=progress,
         )
         solved.append(gather_arrays(tokens))
@@ -112,37 +125,42 @@ class Sampler:
 
   def _solve(
     self,
-    params: Params,
+    experts: Experts,
     row: PackedRow,
     negative: PackedRow | None,
     noise: Float[Array | np.ndarray, "b l p"],
     *,
     solver: Solver[Any],
     sigmas: Float[np.ndarray, "i"],
-    guidance_scale: float,
+    guidance_scales: Sequence[float],
     progress: Progress | None,
   ) -> Float[Array, "b l p"]:
-    branches = self._prepare(params, row), None if negative is None else self._prepare(params, negative)
     step, coefficients = self.step(solver), solver.coefficients(sigmas)
-    state = solver.init(jnp.array(noise, jnp.float32))
-    for index, (sigma, weights) in enumerate(zip(sigmas, coefficients, strict=True), 1):
-      with jax.profiler.StepTraceAnnotation("sample", step_num=index):
-        state = step(params, branches, state, sigma, weights, np.float32(guidance_scale))
-      if progress is not None:
-        jax.block_until_ready(state)
-        progress(index)
+    state, indices = solver.init(jnp.array(noise, jnp.float32)), range(len(sigmas))
+    for index, steps in itertools.groupby(indices, lambda i: experts.find(float(sigmas[i]))):
+      graph, params = experts.transformers[index].graph, experts.load(index)
+      branches = tuple(None if each is None else self._prepare(graph, params, each) for each in (row, negative))
+      scale = np.float32(guidance_scales[index])
+      for i in steps:
+        with jax.profiler.StepTraceAnnotation("sample", step_num=i + 1):
+          state = step(graph, params, branches, state, sigmas[i], coefficients[i], scale)
+        if progress is not None:
+          jax.block_until_ready(state)
+          progress(i + 1)
+      jax.block_until_ready(state)
+      del params, branches  # an offloaded expert must leave its devices before the other one comes
     return solver.tokens(state)
 
   def step(self, solver: Solver[Any]) -> Callable[..., Any]:
-    """Returns the jitted step (params, (branch, negative branch), state, sigma, coefficients, scale) -> state."""
+    """Returns the jitted step (graph, params, (branch, negative branch), state, sigma, weights, scale) -> state."""
 
-    def step(params, branches, state, sigma, coefficients, guidance_scale):
+    def step(graph, params, branches, state, sigma, coefficients, guidance_scale):
       positive, negative = branches
-      model = nnx.merge(self._graph, params)
+      model = nnx.merge(graph, params)
       predict = guide(model, positive, negative=negative, guidance_scale=guidance_scale)
       return solver.step(predict, state, sigma, coefficients)
 
-    return self._steps.setdefault(solver, jax.jit(step, donate_argnums=2))
+    return self._steps.setdefault(solver, jax.jit(step, static_argnums=0, donate_argnums=3))
 
 
 def _with_targets(row: PackedRow) -> PackedRow:

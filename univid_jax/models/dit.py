@@ -1,6 +1,6 @@
-"""Wan2.1's diffusion transformer over packed rows: patches of clean and noised latents to velocities.
+"""Wan's diffusion transformer over packed rows: patches of clean and noised latents to velocities.
 
-Ported from Wan2.1 (Apache-2.0).
+Ported from Wan2.1 and Wan2.2 (Apache-2.0).
 """
 
 import functools
@@ -39,7 +39,7 @@ def timestep_embedding(timesteps: Float[Array, "..."], dim: int) -> Float[Array,
 
 
 class DiT(nnx.Module):
-  """Wan2.1's transformer.
+  """Wan's transformer.
 
   Args:
     config: the shape.
@@ -67,7 +67,7 @@ class DiT(nnx.Module):
     self.text_embedding = mlp(config.text_dim, config.dim, gelu_tanh, dtype=dtype)
     self.time_embedding = mlp(config.freq_dim, config.dim, jax.nn.silu, dtype=jnp.float32)
     self.time_projection = linear(config.dim, 6 * config.dim, dims=("embed", None), dtype=jnp.float32)
-    if config.takes_image:
+    if config.takes_image_features:
       self.img_emb = ImageEmbedding(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     block = functools.partial(Block, config, backend=attention_backend, dtype=dtype, param_dtype=param_dtype)
     self.blocks = nnx.vmap(lambda rngs: block(rngs=rngs))(rngs.split(config.num_layers))
@@ -93,7 +93,7 @@ class DiT(nnx.Module):
       other tokens are 0.
 
     Raises:
-      UserError: an I2V model without condition or image features, or a T2V model with them.
+      UserError: the row lacks a condition or image features that the model takes, or has what it does not take.
     """
     time, x, _ = self._run(tokens, timesteps, row, cache, keep=False)
     if row.targets is None:
@@ -110,10 +110,8 @@ class DiT(nnx.Module):
     Raises:
       ValueError: the row's context attends to its targets.
     """
-    if not row.context_causal or row.targets is None:
-      raise ValueError(
-        "only the context of a row with context_causal = True and a list of its targets can be computed once"
-      )
+    if not row.context_mode.causal or row.targets is None:
+      raise ValueError("only the context of a row that is context-causal and lists its targets can be computed once")
     timesteps = jnp.zeros((len(row.tokens), 2 * row.num_slots))
     _, _, keys_and_values = self._run(row.tokens, timesteps, row, None, keep=True)
     assert keys_and_values is not None
@@ -173,13 +171,10 @@ class DiT(nnx.Module):
 
   def _add_condition(self, tokens: Float[Array, "b l p"], row: PackedRow) -> Float[Array, "b l _p"]:
     """Appends I2V's condition to the channels of the tokens, after checking that the row has what the model needs."""
-    inputs = {"condition": row.condition, "image_features": row.image_features}
-    given = [name for name, value in inputs.items() if value is not None]
-    if len(given) != (2 if self.config.takes_image else 0):
-      raise UserError(
-        f"{self.config.model_type} models take {'both' if self.config.takes_image else 'neither'} of condition and "
-        f"image_features, got {' and '.join(given) or 'neither'}"
-      )
+    taken = {"condition": self.config.takes_condition, "image_features": self.config.takes_image_features}
+    for name, is_taken in taken.items():
+      if (getattr(row, name) is not None) != is_taken:
+        raise UserError(f"{name} must {'' if is_taken else 'not '}be given to this {self.config.model_type} model")
     if row.condition is None:
       return tokens
     parts = [x.reshape(*x.shape[:2], self.config.patch_volume, -1) for x in (tokens, row.condition)]

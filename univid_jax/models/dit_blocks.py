@@ -99,7 +99,7 @@ class SelfAttention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-  """Attention from tokens to the prompt of their sentence and, in I2V, to the features of its first frame."""
+  """Attention from tokens to the prompt of their sentence and, in Wan2.1's I2V, to the features of its first frame."""
 
   def __init__(self, config: DiTConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
     self.num_heads = config.num_heads
@@ -108,7 +108,7 @@ class CrossAttention(nnx.Module):
     self.q, self.k, self.v = (linear(dims=("embed", "heads")) for _ in range(3))
     self.o = linear(dims=("heads", "embed"))
     self.norm_q, self.norm_k = norm(), norm()
-    if config.takes_image:
+    if config.takes_image_features:
       self.k_img, self.v_img = (linear(dims=("embed", "heads")) for _ in range(2))
       self.norm_k_img = norm()
 

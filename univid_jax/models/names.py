@@ -55,6 +55,7 @@ _IMAGE_ENCODER = (
 
 TABLES: Mapping[str, Rules] = {
   "transformer": _TRANSFORMER,
+  "transformer_2": _TRANSFORMER,
   "vae": _VAE,
   "text_encoder": _TEXT_ENCODER,
   "image_encoder": _IMAGE_ENCODER,
@@ -173,6 +174,7 @@ _IMAGE_ENCODER_TO_TRANSFORMERS = (
 
 DIFFUSERS_TABLES: Mapping[str, Rules] = {
   "transformer": _TRANSFORMER_TO_DIFFUSERS,
+  "transformer_2": _TRANSFORMER_TO_DIFFUSERS,
   "vae": (*_LEVELS_WITH_SHORTCUTS_TO_DIFFUSERS, *_LEVELS_TO_DIFFUSERS, *_VAE_TO_DIFFUSERS),
   "vae_with_shortcuts": (*_LEVELS_WITH_SHORTCUTS_TO_DIFFUSERS, *_VAE_TO_DIFFUSERS),
   "text_encoder": _TEXT_ENCODER_TO_TRANSFORMERS,

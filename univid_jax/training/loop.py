@@ -14,6 +14,7 @@ from etils import epath
 from tqdm import tqdm
 
 from univid_jax.checkpoints.lora.formats import write_lora
+from univid_jax.checkpoints.model import context_mode
 from univid_jax.checkpoints.run import Checkpointer, require_run, write_run
 from univid_jax.checkpoints.trained import load_base, run_usage, to_lora_weights
 from univid_jax.config.schema import RunConfig
@@ -171,7 +172,7 @@ def open_loader(run: Run) -> Loader:
   return make_loader(
     list(data.sources.values()),
     run.features,
-    row_shape=RowShape.of(config),
+    row_shape=RowShape.of(config.rows, context_mode(config)),
     rows_per_batch=config.rows.batch_size(row_shards(run.mesh)) // jax.process_count(),
     seed=config.seed,
     process_index=jax.process_index(),

@@ -10,12 +10,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from univid_jax.checkpoints.model import codec_shape, create_model, transformer_config
+from univid_jax.checkpoints.model import codec_shape, context_mode, create_model, transformer_config
 from univid_jax.checkpoints.pretrained import abstract_parameters
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention
 from univid_jax.core.packed_row import TOKEN_FIELDS, PackedRow
 from univid_jax.core.protocols import TrainStep
 from univid_jax.core.sentence import Sentence, reference_roles
@@ -23,6 +22,7 @@ from univid_jax.data.packing import RowShape, pack
 from univid_jax.data.tokens import IMAGE_FEATURES, Features, sentence_features
 from univid_jax.diffusion.guidance import Branch
 from univid_jax.diffusion.solvers import Euler
+from univid_jax.inference.jobs import pack_single
 from univid_jax.inference.sampler import Sampler
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import row_shards
@@ -125,7 +125,9 @@ def compile_step(step: Any, spec: StateSpec, batch: PackedRow, mesh: Mesh) -> tu
 
 def abstract_batch(config: RunConfig, shape: DiTConfig, mesh: Mesh) -> PackedRow:
   """Returns the shapes, dtypes and shardings of a batch."""
-  row = pack([_placeholder_features(shape, shape.patch_size, num_clips=1)], RowShape.of(config))
+  row = pack(
+    [_placeholder_features(shape, shape.patch_size, num_clips=1)], RowShape.of(config.rows, context_mode(config))
+  )
   rows = config.rows.batch_size(row_shards(mesh))
 
   def describe(path: Any, x: np.ndarray) -> jax.ShapeDtypeStruct:
@@ -144,8 +146,8 @@ def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
     temporal_stride=codec.temporal_stride,
     spatial_stride=codec.spatial_stride,
   )
-  causal = config.model.attention == Attention.CONTEXT_CAUSAL
-  row = _sampling_row(_placeholder_features(shape, latents, num_clips=4), causal=causal)
+  features = _placeholder_features(shape, latents, num_clips=4)
+  row = pack_single(features, context_mode=context_mode(config), with_targets=True)
   module = nnx.eval_shape(lambda: create_model(config, adapters=False))
   graph, params = nnx.graphdef(module), abstract_parameters(module, mesh)
   replicated = NamedSharding(mesh, PartitionSpec())
@@ -159,8 +161,8 @@ def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
     branch = dataclasses.replace(branch, row=row, cache=jax.tree.map(place, branch.cache))
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     coefficients = jax.ShapeDtypeStruct((1,), jnp.float32)
-    step: Any = Sampler(graph, mesh).step(Euler())
-    compiled = step.lower(params, (branch, None), row.tokens, scalar, coefficients, scalar).compile()
+    step: Any = Sampler(mesh).step(Euler())
+    compiled = step.lower(graph, params, (branch, None), row.tokens, scalar, coefficients, scalar).compile()
   device = mesh.devices.flat[0]
   return Forecast(
     weights=bytes_per_device(params),
@@ -173,28 +175,14 @@ def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
   )
 
 
-def _sampling_row(features: Features, *, causal: bool) -> PackedRow:
-  """Packs one sentence as for sampling, with the indices of its targets."""
-  shape = RowShape(
-    num_tokens=len(features.tokens),
-    num_targets=len(features.targets),
-    num_text_tokens=1,
-    num_slots=1,
-    context_causal=causal,
-  )
-  row = pack([features], shape)
-  if causal:
-    return row
-  return dataclasses.replace(row, key_intervals=None, text_intervals=None, image_intervals=None, modulation_ids=None)
-
-
 def _placeholder_features(shape: DiTConfig, latents: tuple[int, int, int], *, num_clips: int) -> Features:
   """Returns the features of a sentence of zeros with the null prompt; each clip has (t, y, x) latents."""
   t, y, x = latents
   clips = (np.zeros((t, y, x, shape.out_dim), np.float32),) * num_clips
   condition = image_features = None
-  if shape.takes_image:
+  if shape.takes_condition:
     condition = np.zeros((num_clips * t, y, x, shape.in_dim - shape.out_dim), np.float32)
+  if shape.takes_image_features:
     image_features = np.zeros((IMAGE_FEATURES, shape.image_dim), np.float32)
   return sentence_features(
     Sentence(clips=clips, roles=reference_roles(num_clips)),

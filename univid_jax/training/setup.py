@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 import univid_jax
 from univid_jax.checkpoints.checksums import verified
-from univid_jax.checkpoints.model import base_checksum, check_rows, open_encoders, transformer_config
+from univid_jax.checkpoints.model import base_checksum, check_rows, context_mode, open_encoders, transformer_config
 from univid_jax.checkpoints.run import RunRecord, has_checkpoint, read_run
 from univid_jax.checkpoints.trained import load_base, run_usage
 from univid_jax.config.boundary import differences
@@ -116,7 +116,13 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
   features = FeatureMaker(encoders, shape=shape, task_names=data.task_names, caches=caches)
   if caches is not None:
     held_out = select_sentences(data, config.validation.sentences)[0] if config.validation.every_steps else []
-    prepare(features, data, row_shape=RowShape.of(config), held_out=held_out, allow_dropped=config.data.allow_dropped)
+    prepare(
+      features,
+      data,
+      row_shape=RowShape.of(config.rows, context_mode(config)),
+      held_out=held_out,
+      allow_dropped=config.data.allow_dropped,
+    )
   base_graph, frozen = load_base(config, mesh) if config.lora.enabled else (None, {})
   record = RunRecord(config, base_checksum(config), univid_jax.__version__, data.prompts)
   return Run(record, workdir, mesh, shape, optimizer, spec, base_graph, frozen, encoders, data, features)

@@ -10,6 +10,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from univid_jax.checkpoints.model import context_mode
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.paths import atomic_write
@@ -50,7 +51,9 @@ class Validation:
   ):
     self._mesh, self._tasks = mesh, tuple(make_features.task_names)
     self._sigmas = config.validation.sigmas
-    rows, _ = pack_rows([make_features(sentence) for sentence in sentences], RowShape.of(config))
+    rows, _ = pack_rows(
+      [make_features(sentence) for sentence in sentences], RowShape.of(config.rows, context_mode(config))
+    )
     noise = np.asarray(jax.random.normal(jax.random.key(config.seed), rows.tokens.shape))
     size = config.rows.batch_size(row_shards(mesh))
     self._batches = [

@@ -13,7 +13,7 @@ Parts = Mapping[str, np.ndarray]
 # Returns alpha for a rank. For None (no part is low-rank) it is the scale itself, or None for 1.
 AlphaOf = Callable[[int | None], float | None]
 
-# Wan2.1's only convolution, the patch embedding, has less than a million weights.
+# The transformer's only convolution, the patch embedding, has less than a million weights.
 _MAX_CONVOLUTION = 1 << 24
 
 # Parts that go with every kind.
@@ -175,7 +175,7 @@ def _tucker(core: np.ndarray, a: np.ndarray | None, b: np.ndarray) -> np.ndarray
     raise PartsError("needs a core (i, j, ...) between matrices (i, m) and (j, n)")
   size = (len(core) if a is None else a.shape[1]) * b.shape[1] * math.prod(core.shape[2:])
   if size > _MAX_CONVOLUTION:
-    raise PartsError(f"is a convolution of {size} weights, more than any of Wan2.1")
+    raise PartsError(f"is a convolution of {size} weights, more than any of Wan")
   out = np.einsum("ij...,jr->ir...", core.astype(np.float32), b.astype(np.float32))
   return out if a is None else np.einsum("ir...,ip->pr...", out, a.astype(np.float32))
 

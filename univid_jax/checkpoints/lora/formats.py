@@ -142,10 +142,10 @@ def lora_tensors(lora: LoRAWeights, to: str) -> dict[str, np.ndarray]:
 
 
 def check_complete(lora: LoRAWeights) -> None:
-  """Raises UserError if a file has tensors that no transformer of Wan2.1 has a counterpart of."""
+  """Raises UserError if a file has tensors that no transformer of Wan has a counterpart of."""
   if lora.unmatched:
     raise UserError(
-      f"{lora.source} has {len(lora.unmatched)} tensors that Wan2.1's transformer has no counterpart of: "
+      f"{lora.source} has {len(lora.unmatched)} tensors that Wan's transformers have no counterpart of: "
       f"{list_names(lora.unmatched)}; --lora_skip_unmatched leaves them out"
     )
 

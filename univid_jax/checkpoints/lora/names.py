@@ -98,7 +98,7 @@ def is_lora(names: Iterable[str]) -> bool:
 
 
 def parse_name(name: str) -> Part | None:
-  """Identifies a tensor of a LoRA file; None if no transformer of Wan2.1 has a tensor that it could change."""
+  """Identifies a tensor of a LoRA file; None if no transformer of Wan has a tensor that it could change."""
   module, part = _split(name)
   if part is None or (found := _find_tensor(module + TARGETS.get(part, ""))) is None:
     return None
@@ -163,7 +163,7 @@ def _key(name: str) -> str:
 
 @functools.cache
 def _tensors() -> dict[str, tuple[str, bool]]:
-  """Returns by key, in official and in diffusers' spelling, the tensors of Wan2.1's transformers.
+  """Returns by key, in official and in diffusers' spelling, the tensors of Wan's transformers.
 
   Blocks have the number #. The second value is whether the spelling is only diffusers'.
   """

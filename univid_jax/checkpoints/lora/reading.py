@@ -39,7 +39,7 @@ def read_lora(path: os.PathLike | str, *, verify: bool = True) -> LoRAWeights:
   Raises:
     DamagedError: a file differs from its checksum.
     FileNotFoundError: the path or its weights do not exist.
-    UserError: the contents are not a LoRA for Wan2.1's transformer, damaged, or of an unsupported kind.
+    UserError: the contents are not a LoRA for Wan's transformers, damaged, or of an unsupported kind.
   """
   if is_lora_folder(path) or has_checksums(path):
     with verified(path, enabled=verify):
@@ -78,8 +78,8 @@ def parse_lora(file: TensorFile) -> LoRAWeights:
       raise UserError(f"{file.path} has two tensors for {part} of {owner}: {parts[part]} and {name}")
     parts[part] = name
   if not modules:
-    reason = f": Wan2.1's transformer has no counterpart of {list_names(unmatched)}" if unmatched else ""
-    raise UserError(f"{file.path} contains no LoRA for Wan2.1{reason}")
+    reason = f": Wan's transformers have no counterpart of {list_names(unmatched)}" if unmatched else ""
+    raise UserError(f"{file.path} contains no LoRA for Wan{reason}")
   reader = _Reader(file)
   changes: dict[str, Change] = {}
   for owner, module in modules.items():

@@ -189,7 +189,7 @@ def match_base(
     )
   if unmatched and (not skip_unmatched or len(absent) == len(lora.changes)):
     reasons = {
-      "k_img, v_img and img_emb exist in I2V models only": re.search("_img|img_", " ".join(absent)),
+      "k_img, v_img and img_emb exist in Wan2.1's I2V models only": re.search("_img|img_", " ".join(absent)),
       "the channels of a latent differ": "patch_embedding.weight" in absent,
       f"it needs at least {lora.num_layers} layers, the base has {config.num_layers}": (
         lora.num_layers > config.num_layers

@@ -28,7 +28,7 @@ class LoRAWeights:
     metadata: the text entries of the file's header.
     source: the file, for messages.
     names: names of the file's tensors, by the tensor that they change.
-    unmatched: names of the file's tensors that no transformer of Wan2.1 has a counterpart of.
+    unmatched: names of the file's tensors that no transformer of Wan has a counterpart of.
     notes: what had to be assumed to read the file, one line each.
   """
 

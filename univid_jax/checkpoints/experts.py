@@ -1,4 +1,4 @@
-"""Experts of Wan2.2 A14B on their own: transformers that only names tell from each other and from Wan2.1's 14B."""
+"""Experts of Wan2.2 A14B: transformers that only names tell from each other and, for T2V, from Wan2.1's 14B."""
 
 import enum
 import re
@@ -15,6 +15,9 @@ class Expert(enum.StrEnum):
   LOW = "low"
   UNKNOWN = "unknown"
 
+
+# What names both experts, where a LoRA is meant for both.
+BOTH = "both"
 
 # The A14B variant of each Wan2.1 model that has the same tensors.
 SAME_TENSORS = {"wan2.1-t2v-14b": "wan2.2-t2v-a14b"}
@@ -48,7 +51,22 @@ def find_expert(path: Path, metadata: Mapping[str, str], config: DiTConfig) -> E
       return Expert(match[1].lower())
   if (path.parent.parent / "transformer_2").is_dir() and path.parent.name in _DIFFUSERS_FOLDERS:
     return _DIFFUSERS_FOLDERS[path.parent.name]
-  return Expert.UNKNOWN if is_wan22 and VARIANTS.get("wan2.1-t2v-14b") == config else None
+  is_expert = config == VARIANTS.get("wan2.2-i2v-a14b") or (is_wan22 and config == VARIANTS.get("wan2.1-t2v-14b"))
+  return Expert.UNKNOWN if is_expert else None
+
+
+def split_expert(text: str) -> tuple[str, str]:
+  """Splits the name of an expert, or both, from the path of a LoRA: high=PATH; ("", PATH) if there is none."""
+  expert, equals, path = text.partition("=")
+  return (expert, path) if equals and expert in (Expert.HIGH, Expert.LOW, BOTH) else ("", text)
+
+
+def named_expert(path: str) -> Expert | None:
+  """Returns the expert that the name of a file of one, or else of its folder, mentions."""
+  for text in list(reversed(Path(path).absolute().parts))[:2]:
+    if match := _NOISE.search(text) or _BARE.search(text):
+      return Expert(match[1].lower())
+  return None
 
 
 def may_be_expert(path: Path, metadata: Mapping[str, str], variant: str) -> bool:

@@ -1,0 +1,357 @@
+"""Wan2.2 against its original code: transformers, timesteps of the context, conversion and whole sampling runs."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import univid_jax
+from tests.helpers import GOLDENS, GOLDENS22, channels_last, golden, load_dit, relative_error
+from univid_jax.checkpoints.model import context_mode
+from univid_jax.checkpoints.pretrained import read_info
+from univid_jax.checkpoints.tensor_files import open_tensors
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import tiny
+from univid_jax.convert.commands import convert_any, inspect, verify
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Attention, ContextTimestep, ModelType
+from univid_jax.core.packed_row import UNIVID_CONTEXT, ContextMode
+from univid_jax.core.sentence import Sentence, reference_roles
+from univid_jax.data.packing import RowShape, pack, select_target_tokens
+from univid_jax.data.tokens import patchify, sentence_features, unpatchify
+from univid_jax.diffusion.loss import timestep_table
+from univid_jax.inference.jobs import pack_single
+from univid_jax.models.variants import VARIANTS, DiTConfig
+from univid_jax.parallel.mesh import make_mesh
+
+PATCH = (1, 2, 2)
+ZERO = ContextMode(zero_timestep=True)
+
+
+def read_tensors(folder):
+  tensors = open_tensors(folder / "diffusion_pytorch_model.safetensors.index.json")
+  return {name: tensors.read(name) for name in tensors.infos}
+
+
+def one_device():
+  return make_mesh({}, devices=jax.devices()[:1])
+
+
+def features_of(latents, lengths, prompt):
+  """Returns the features of a sentence whose clips have these lengths in latent frames."""
+  clips = tuple(np.split(latents, np.cumsum(lengths)[:-1]))
+  return sentence_features(
+    Sentence(clips=clips, roles=reference_roles(len(clips))), patch_size=PATCH, prompt_embedding=prompt, text_len=512
+  )
+
+
+@pytest.fixture(scope="module")
+def ti2v():
+  """The golden of TI2V's transformer: its model, the features of its sentence, the timestep, and both outputs."""
+  info, io, _ = golden("dit_ti2v", GOLDENS22)
+  model = load_dit(DiTConfig.from_json(info["config"]), read_tensors(GOLDENS22 / "tiny_wan22_ti2v"))
+  features = features_of(channels_last(io["x"]), info["clip_latent_frames"], io["context"])
+  return (
+    model,
+    features,
+    float(io["t"][0]),
+    {name: channels_last(io[f"out_{name}"]) for name in ("uniform", "context_zero")},
+  )
+
+
+class TestTransformer:
+  @pytest.mark.parametrize("name, mode", [("uniform", UNIVID_CONTEXT), ("context_zero", ZERO)])
+  def test_ti2v_equals_the_original(self, ti2v, name, mode):
+    model, features, t, expected = ti2v
+    row = pack_single(features, context_mode=mode)
+    assert (row.modulation_ids is None) == (name == "uniform")
+    out = jax.jit(model)(row.tokens, timestep_table(jnp.full((1, 1), t / 1000), row), row)[0]
+    assert relative_error(unpatchify(np.asarray(out), expected[name].shape[:3], PATCH), expected[name]) <= 2e-5
+
+  @pytest.mark.parametrize("name, mode", [("uniform", UNIVID_CONTEXT), ("context_zero", ZERO)])
+  def test_packed_with_others_the_targets_are_the_same(self, ti2v, name, mode):
+    """Three sentences with noise levels of their own, in a row with padding."""
+    model, features, t, expected = ti2v
+    rng = np.random.default_rng(0)
+    other = features_of(rng.normal(size=(3, 4, 6, 48)).astype(np.float32), [1, 1, 1], np.ones((2, 48), np.float32))
+    shape = RowShape(num_tokens=80, num_text_tokens=40, num_slots=4, num_targets=40, context_mode=mode)
+    row = pack([other, features, other], shape)
+    timesteps = timestep_table(jnp.array([[0.2, t / 1000, 0.7, 0.0]]), row)
+    out = jax.jit(model)(row.tokens, timesteps, row)
+    target = patchify(expected[name], PATCH)[features.target_mask]
+    assert relative_error(select_target_tokens(out, row, (0, 2)), target) <= 2e-5
+
+  def test_i2v_has_no_image_features(self):
+    info, io, weights = golden("dit_i2v22", GOLDENS22)
+    config = dataclasses.replace(DiTConfig.from_json(info["config"]), image_dim=0)
+    assert config.takes_condition and not config.takes_image_features
+    features = features_of(channels_last(io["x"]), [3], io["context"])
+    row = pack_single(features, context_mode=UNIVID_CONTEXT)
+    row = dataclasses.replace(row, condition=patchify(channels_last(io["y"]), PATCH)[None])
+    model = load_dit(config, weights)
+    out = unpatchify(np.asarray(jax.jit(model)(row.tokens, io["t"][None], row))[0], (3, 4, 6), PATCH)
+    assert relative_error(out, channels_last(io["out"])) <= 2e-5
+    with pytest.raises(UserError, match="image_features must not be given to this i2v model"):
+      row = dataclasses.replace(row, image_features=np.zeros((1, 257, 4), np.float32))
+      jax.jit(model)(row.tokens, io["t"][None], row)
+
+
+class TestContextMode:
+  def test_defaults(self):
+    of = ContextMode.of
+    assert of(Attention.FULL, ContextTimestep.AUTO, default=ContextTimestep.TARGET) == UNIVID_CONTEXT
+    assert of(Attention.FULL, ContextTimestep.AUTO, default=ContextTimestep.ZERO) == ZERO
+    assert of(Attention.FULL, ContextTimestep.TARGET, default=ContextTimestep.ZERO) == UNIVID_CONTEXT
+    causal = of(Attention.CONTEXT_CAUSAL, ContextTimestep.AUTO, default=ContextTimestep.TARGET)
+    assert causal.causal and causal.zero_timestep
+    assert {name: config.context_timestep for name, config in VARIANTS.items() if "2.2" in name} == {
+      "wan2.2-ti2v-5b": "zero",
+      "wan2.2-t2v-a14b": "target",
+      "wan2.2-i2v-a14b": "target",
+    }
+
+  def test_causal_context_needs_timestep_zero(self):
+    config = override(tiny(), {"model.attention": "context_causal", "model.context_timestep": "target"})
+    with pytest.raises(UserError, match="attention = context_causal needs context_timestep = zero"):
+      context_mode(config)
+    with pytest.raises(UserError, match="context_timestep must be one of auto, target, zero, got 'null'"):
+      override(tiny(), {"model.context_timestep": "null"})
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+  """The miniature TI2V, with the text encoder and tokenizer that it shares with Wan2.1's."""
+  pytest.importorskip("torch", reason="the autoencoder is a PyTorch file; needs the extra `convert`")
+  folder = tmp_path_factory.mktemp("release") / "ti2v"
+  shutil.copytree(GOLDENS22 / "tiny_wan22_ti2v", folder)
+  shutil.copy(GOLDENS / "tiny_wan" / "models_t5_umt5-xxl-enc-bf16.pth", folder)
+  shutil.copytree(GOLDENS / "tiny_wan" / "google", folder / "google")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(release, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("converted") / "ti2v"
+  convert_any(str(release), str(folder))
+  return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+  return univid_jax.load_pipeline(checkpoint, dtype="float32", mesh=one_device())
+
+
+class TestTI2V:
+  """The miniature TI2V as a release."""
+
+  def test_converts_and_converts_back(self, release, checkpoint, tmp_path):
+    assert "Wan" in inspect(str(release)) and "ti2v" in json.dumps(
+      read_info(checkpoint).components["transformer"].config
+    )
+    convert_any(checkpoint, str(tmp_path / "back"), to="original")
+    assert (tmp_path / "back" / "Wan2.2_VAE.pth").exists()
+    before, after = read_tensors(release), open_tensors(tmp_path / "back" / "diffusion_pytorch_model.safetensors")
+    assert before.keys() == after.infos.keys()
+    assert all(after.read(name).tobytes() == value.tobytes() for name, value in before.items())
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    original = json.loads((release / "config.json").read_text())
+    assert {key: original[key] for key in written if key in original}.items() <= written.items()
+    convert_any(str(tmp_path / "back"), str(tmp_path / "again"))
+    assert read_info(tmp_path / "again").components["transformer"].checksum == (
+      read_info(checkpoint).components["transformer"].checksum
+    )
+
+  def test_without_config_json_the_latents_tell(self, release, tmp_path):
+    folder = shutil.copytree(release, tmp_path / "release")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"num_heads": config["num_heads"]}))
+    convert_any(str(folder), str(tmp_path / "converted"))
+    assert read_info(tmp_path / "converted").components["transformer"].config["model_type"] == ModelType.TI2V
+
+  def test_diffusers_agrees(self, checkpoint, tmp_path):
+    pytest.importorskip("diffusers", reason="needs the extra `parity`")
+    convert_any(checkpoint, str(tmp_path / "theirs"), to="diffusers")
+    index = json.loads((tmp_path / "theirs" / "model_index.json").read_text())
+    assert index["_class_name"] == "WanPipeline" and index["expand_timesteps"] is True
+    report, equal = verify(str(tmp_path / "theirs"), checkpoint)
+    assert equal and report.count("error against PyTorch") == 3, report
+
+  def test_the_autoencoder_of_another_release_is_refused(self, release, tmp_path):
+    folder = shutil.copytree(release, tmp_path / "release")
+    (folder / "Wan2.2_VAE.pth").unlink()
+    shutil.copy(GOLDENS / "tiny_wan" / "Wan2.1_VAE.pth", folder)
+    with pytest.raises(UserError, match="they do not belong together"):
+      convert_any(str(folder), str(tmp_path / "converted"))
+
+  def test_a_lora_of_another_base_is_refused(self, checkpoint):
+    with pytest.raises(UserError, match="univid_lora"):
+      univid_jax.load_pipeline(checkpoint, lora=str(GOLDENS / "tiny_wan" / "univid_lora.ckpt"), mesh=one_device())
+
+  @pytest.mark.parametrize(
+    "name, context_timestep", [("context_zero", None), ("context_zero", "zero"), ("uniform", "target")]
+  )
+  def test_whole_sampling_runs(self, checkpoint, pipe, name, context_timestep):
+    info, io, _ = golden(f"sampling_ti2v_{name}", GOLDENS22)
+    if context_timestep is not None:
+      pipe = univid_jax.load_pipeline(checkpoint, dtype="float32", context_timestep=context_timestep, mesh=one_device())
+    clips = [io[f"clip{i}"] for i in range(3)]
+    for i, clip in enumerate(clips):
+      assert relative_error(pipe.encode(clip), channels_last(io[f"latent{i}"])) <= 1e-4
+    options = {"num_inference_steps": info["steps"], "shift": info["sigma_shift"], "prompt_embeds": io["context"]}
+    out = pipe.sample(clips, latents=channels_last(io["noise"]), **options)
+    assert relative_error(out.latents, channels_last(io["latent3"])) <= 1e-4
+    assert relative_error(pipe.decode(out.latents), np.clip(np.moveaxis(io["target_video"], 0, -1), -1, 1)) <= 1e-3
+
+  def test_velocity_with_a_timestep_for_each_latent_frame(self, pipe):
+    info, io, _ = golden("dit_ti2v", GOLDENS22)
+    latents, t = channels_last(io["x"]), float(io["t"][0])
+    *context, target = info["clip_latent_frames"]
+    timesteps = np.repeat([0.0, t], [sum(context), target])
+    expected = {name: channels_last(io[f"out_{name}"]) for name in ("context_zero", "uniform")}
+    out = pipe.predict_velocity(latents, timesteps, io["context"])
+    assert relative_error(out, expected["context_zero"]) <= 2e-5
+    assert relative_error(pipe.predict_velocity(latents, t, io["context"]), expected["uniform"]) <= 2e-5
+    with pytest.raises(UserError, match="one for each of the 6 latent frames, got 2"):
+      pipe.predict_velocity(latents, np.array([0.0, t]), io["context"])
+
+  def test_batches_are_single_samples(self, pipe):
+    _, io, _ = golden("sampling_ti2v_context_zero", GOLDENS22)
+    clips = [io[f"clip{i}"] for i in range(3)]
+    batch = pipe.sample_batch([clips, clips[:1], clips], num_inference_steps=2, seeds=[0, 1, 2])
+    for clip, seed, sampled in zip((clips, clips[:1], clips), range(3), batch):
+      assert relative_error(sampled.latents, pipe.sample(clip, num_inference_steps=2, seed=seed).latents) <= 1e-5
+
+  def test_a_first_frame_stays(self, pipe):
+    """TI2V's image-to-video mode, alone and in a sentence: one step is one velocity."""
+    _, io, _ = golden("sampling_ti2v_context_zero", GOLDENS22)
+    clips, image = [io[f"clip{i}"] for i in range(3)], io["clip2"][3]
+    start, rng = pipe.encode(image[None]), np.random.default_rng(0)
+    noise = rng.normal(size=(3, *start.shape[1:])).astype(np.float32)
+    for context in ([], clips):
+      out = pipe.sample(context, first_frame=image, num_frames=9, num_inference_steps=1, latents=noise)
+      assert np.array_equal(out.latents[:1], start) and out.frames.shape == (9, *image.shape)
+      latents = np.concatenate([*(pipe.encode(clip) for clip in context), start, noise[1:]])
+      timesteps = np.where(np.arange(len(latents)) < len(latents) - 2, 0.0, 1000.0)
+      velocity = pipe.predict_velocity(latents, timesteps, pipe.encode_prompt(""))
+      assert relative_error(out.latents[1:], noise[1:] - velocity[-2:]) <= 1e-5
+    with pytest.raises(UserError, match="num_frames must be more than 1"):
+      pipe.sample(clips[:1], first_frame=image, num_inference_steps=1)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+  """The miniature A14B, converted, with the text encoder and tokenizer that it shares with Wan2.1's."""
+  pytest.importorskip("torch", reason="the autoencoder is a PyTorch file; needs the extra `convert`")
+  folder = tmp_path_factory.mktemp("release") / "a14b"
+  shutil.copytree(GOLDENS22 / "tiny_wan22_a14b", folder)
+  shutil.copy(GOLDENS / "tiny_wan" / "models_t5_umt5-xxl-enc-bf16.pth", folder)
+  shutil.copytree(GOLDENS / "tiny_wan" / "google", folder / "google")
+  convert_any(str(folder), str(folder.with_name("converted")))
+  return folder, str(folder.with_name("converted"))
+
+
+class TestExperts:
+  """The miniature A14B: a high-noise and a low-noise expert."""
+
+  def test_both_convert_and_convert_back(self, experts, tmp_path):
+    release, checkpoint = experts
+    assert "Wan2.2 A14B, both experts" in inspect(checkpoint)
+    convert_any(checkpoint, str(tmp_path / "back"), to="original")
+    for name in ("high_noise_model", "low_noise_model"):
+      before = open_tensors(release / name / "diffusion_pytorch_model.safetensors.index.json")
+      after = open_tensors(tmp_path / "back" / name / "diffusion_pytorch_model.safetensors")
+      assert before.infos.keys() == after.infos.keys()
+      assert all(before.read(key).tobytes() == after.read(key).tobytes() for key in before.infos)
+      assert (tmp_path / "back" / name / "config.json").exists()
+    checksums = [read_info(checkpoint).components[name].checksum for name in ("transformer", "transformer_2")]
+    assert len(set(checksums)) == 2
+
+  def test_diffusers_agrees(self, experts, tmp_path):
+    pytest.importorskip("diffusers", reason="needs the extra `parity`")
+    _, checkpoint = experts
+    convert_any(checkpoint, str(tmp_path / "theirs"), to="diffusers")
+    index = json.loads((tmp_path / "theirs" / "model_index.json").read_text())
+    assert index["boundary_ratio"] == 0.875 and index["transformer_2"] == ["diffusers", "WanTransformer3DModel"]
+    report, equal = verify(str(tmp_path / "theirs"), checkpoint)
+    assert equal and report.count("error against PyTorch") == 4, report
+
+  def test_experts_of_different_models_are_refused(self, experts, tmp_path):
+    folder = shutil.copytree(experts[0], tmp_path / "release")
+    config = json.loads((folder / "low_noise_model" / "config.json").read_text())
+    (folder / "low_noise_model" / "config.json").write_text(json.dumps(config | {"eps": 1e-5}))
+    with pytest.raises(UserError, match="has experts of different models"):
+      convert_any(str(folder), str(tmp_path / "converted"))
+    (folder / "low_noise_model").rename(folder / "high_noise_model_2")
+    with pytest.raises(UserError, match="not one for high and one for low noise"):
+      convert_any(str(folder), str(tmp_path / "converted"))
+
+  def test_whole_sampling_runs(self, experts):
+    """The switch at 0.875, guidance 4 above and 3 below it, with both experts on the devices and one at a time."""
+    info, io, _ = golden("sampling_a14b", GOLDENS22)
+    clips = [io[f"clip{i}"] for i in range(3)]
+    options = {"num_inference_steps": info["steps"], "shift": info["sigma_shift"], "prompt_embeds": io["context"]}
+    options |= {"negative_prompt_embeds": io["negative_context"], "latents": channels_last(io["noise"])}
+    for offload in (False, True):
+      pipe = univid_jax.load_pipeline(experts[1], dtype="float32", offload_inactive=offload, mesh=one_device())
+      out = pipe.sample(clips, guidance_scale=(3.0, 4.0), **options)
+      assert relative_error(out.latents, channels_last(io["latent3"])) <= 1e-4
+    assert relative_error(pipe.decode(out.latents), np.clip(np.moveaxis(io["target_video"], 0, -1), -1, 1)) <= 1e-3
+    swapped = pipe.sample(clips, guidance_scale=(4.0, 3.0), **options)
+    assert relative_error(swapped.latents, out.latents) > 1e-3
+    with pytest.raises(UserError, match="guidance_scale must be one number, or two for low and high noise, got 3"):
+      pipe.sample(clips, guidance_scale=(3.0, 4.0, 5.0), **options)
+
+  def test_the_largest_timestep_selects_the_expert(self, experts, tmp_path):
+    release = experts[0]
+    singles = {}
+    for name in ("high", "low"):
+      folder = tmp_path / f"{name}_noise_model"
+      shutil.copytree(release / f"{name}_noise_model", folder)
+      convert_any(str(folder), str(tmp_path / name))
+      singles[name] = univid_jax.load_pipeline(str(tmp_path / name), dtype="float32", mesh=one_device())
+    pipe = univid_jax.load_pipeline(experts[1], dtype="float32", mesh=one_device())
+    rng = np.random.default_rng(0)
+    latents, prompt = rng.normal(size=(2, 4, 6, 16)).astype(np.float32), np.ones((3, 48), np.float32)
+    for timestep, name in ((900.0, "high"), (875.0, "high"), (874.0, "low"), (np.array([0.0, 880.0]), "high")):
+      expected = singles[name].predict_velocity(latents, timestep, prompt)
+      assert relative_error(pipe.predict_velocity(latents, timestep, prompt), expected) <= 1e-6
+
+  def test_loras_belong_to_experts(self, experts, tmp_path):
+    """By their metadata, by their name, or as asked; those of one expert leave the other as it was."""
+    lora = GOLDENS / "tiny_wan" / "univid_lora.ckpt"
+    for name in ("style_high_noise.ckpt", "style_low_noise.ckpt", "style.ckpt"):
+      shutil.copy(lora, tmp_path / name)
+    high, low, unnamed = (
+      str(tmp_path / name) for name in ("style_high_noise.ckpt", "style_low_noise.ckpt", "style.ckpt")
+    )
+
+    def load(lora):
+      return univid_jax.load_pipeline(
+        experts[1], lora=lora, lora_skip_unmatched=True, dtype="float32", mesh=one_device()
+      )
+
+    rng = np.random.default_rng(0)
+    latents, prompt = rng.normal(size=(2, 4, 6, 16)).astype(np.float32), np.ones((3, 48), np.float32)
+
+    def velocities(pipe):
+      return [pipe.predict_velocity(latents, timestep, prompt) for timestep in (900.0, 500.0)]
+
+    plain = velocities(load(None))
+    for specs, changed in (
+      ([high], (True, False)),
+      ([low], (False, True)),
+      ([high, (low, 0.5)], (True, True)),
+      ({"high": unnamed}, (True, False)),
+      ({"low": high}, (False, True)),
+      ({"both": unnamed}, (True, True)),
+    ):
+      for ours, base, differs in zip(velocities(load(specs)), plain, changed):
+        assert (relative_error(ours, base) > 1e-4) == differs, specs
+    with pytest.raises(UserError, match=r"nothing says whether .* is for the high-noise or the low-noise expert"):
+      load(unnamed)
+    with pytest.raises(UserError, match="LoRAs by expert have the keys high, low, both, got middle"):
+      load({"middle": unnamed})

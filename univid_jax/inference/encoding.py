@@ -1,0 +1,51 @@
+"""What a pipeline does with its codec and encoders alone."""
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from univid_jax.core.pixels import to_float
+from univid_jax.core.protocols import Encoders
+
+
+class EncodingPipeline:
+  """Encodes and decodes clips and prompts.
+
+  Args:
+    encoders: the codec, and the encoders of prompts and images.
+    text_len: length to which prompts are padded.
+  """
+
+  def __init__(self, encoders: Encoders, *, text_len: int):
+    self.encoders, self.text_len = encoders, text_len
+
+  def tokenize(self, text: str) -> Int[np.ndarray, "n"]:
+    """Returns token ids, int32, with the end-of-text token, without padding.
+
+    Raises:
+      UserError: the model has no tokenizer.
+    """
+    return self.encoders.tokenize(text)
+
+  def encode_prompt(self, text: str) -> Float[np.ndarray, "n d"]:
+    """Returns the prompt's embedding, float32 (512, text_dim), zeros past the prompt.
+
+    Raises:
+      UserError: the model has no text encoder.
+    """
+    embedding = self.encoders.embed_prompt(text)
+    return np.pad(embedding, ((0, self.text_len - len(embedding)), (0, 0)))
+
+  def encode(self, frames: np.ndarray) -> Float[np.ndarray, "t y x c"]:
+    """Encodes a clip to latents, float32.
+
+    Args:
+      frames: (T, H, W, 3), uint8, or float in [-1, 1]; T must be 4n + 1.
+
+    Raises:
+      ValueError: the shape has no latents; the message names the nearest that do.
+    """
+    return np.asarray(self.encoders.codec.encode(to_float(frames)))
+
+  def decode(self, latents: Float[Array | np.ndarray, "t y x c"]) -> Float[np.ndarray, "T H W 3"]:
+    """Decodes latents to a clip, float32 in [-1, 1]."""
+    return np.clip(np.asarray(self.encoders.codec.decode(np.asarray(latents, np.float32))), -1, 1)

@@ -1,0 +1,94 @@
+"""The transformers of a model: one for all noise levels, or Wan2.2 A14B's experts for high and for low noise."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from univid_jax.core.errors import UserError
+
+Params = Mapping[str, Any]
+
+
+class OffloadedParams:
+  """Parameters that wait in host memory until they are used.
+
+  Args:
+    params: on devices; they can be deleted afterwards.
+
+  Attributes:
+    values: in host memory.
+  """
+
+  def __init__(self, params: Params):
+    self._shardings = jax.tree.map(lambda x: x.sharding, params)
+    self.values = jax.device_get(params)
+
+  def load(self) -> Params:
+    """Copies them to their devices."""
+    return jax.device_put(self.values, self._shardings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+  """A transformer.
+
+  Attributes:
+    graph: it, without its parameters.
+    params: its parameters.
+  """
+
+  graph: nnx.GraphDef
+  params: Params | OffloadedParams
+
+  def offload(self) -> "Transformer":
+    """Returns it with its parameters in host memory."""
+    assert not isinstance(self.params, OffloadedParams)
+    return Transformer(self.graph, OffloadedParams(self.params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+  """Transformers by noise level.
+
+  Attributes:
+    transformers: the only one, or the high-noise and the low-noise expert.
+    boundary: the noise level from which the high-noise expert is used.
+  """
+
+  transformers: Sequence[Transformer]
+  boundary: float
+
+  def find(self, sigma: float) -> int:
+    """Returns the index of the transformer for a noise level."""
+    return 0 if len(self.transformers) == 1 or sigma >= self.boundary else 1
+
+  def load(self, index: int) -> Params:
+    """Returns the parameters of a transformer, on their devices."""
+    params = self.transformers[index].params
+    return params.load() if isinstance(params, OffloadedParams) else params
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Of the kernels; LoRAs make other parameters float32."""
+    params = self.transformers[0].params
+    return (params.values if isinstance(params, OffloadedParams) else params)["patch_embedding"]["kernel"].dtype
+
+  def guidance_scales(self, scale: float | Sequence[float]) -> tuple[float, ...]:
+    """Returns the guidance scale of each transformer.
+
+    Args:
+      scale: one, or those of the low-noise and the high-noise expert, in this order.
+
+    Raises:
+      UserError: there are two, but only one transformer; or another number.
+    """
+    scales = (scale,) if isinstance(scale, int | float) else tuple(scale)
+    count = len(self.transformers)
+    if len(scales) not in (1, count):
+      expected = "one number" if count == 1 else "one number, or two for low and high noise"
+      raise UserError(f"guidance_scale must be {expected}, got {len(scales)}")
+    return scales * count if len(scales) == 1 else scales[::-1]

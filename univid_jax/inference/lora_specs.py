@@ -1,0 +1,152 @@
+"""The LoRAs that a pipeline is asked to load: files with weights, for one transformer or for one of two experts."""
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from univid_jax.checkpoints.experts import BOTH, Expert, named_expert
+from univid_jax.checkpoints.lora.reading import read_lora
+from univid_jax.checkpoints.lora.weights import LoRAWeights
+from univid_jax.checkpoints.trained import is_lora_run, read_run_lora
+from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
+from univid_jax.core.errors import UserError
+
+LoRASpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+LoRASpecs = LoRASpec | Sequence[LoRASpec]
+
+# Keys of a mapping of LoRAs to the experts that get them.
+EXPERT_KEYS = (Expert.HIGH, Expert.LOW, BOTH)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+  """A LoRA to load.
+
+  Attributes:
+    weights: its contents.
+    weight: w; where it alone makes W' of a tensor W, it adds w (W' - W).
+    expert: "high", "low" or "both" if that was asked for, else "".
+  """
+
+  weights: LoRAWeights
+  weight: float = 1.0
+  expert: str = ""
+
+
+def read_loras(lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool) -> list[LoRA]:
+  """Reads LoRAs.
+
+  Args:
+    lora: see `load_pipeline`.
+    verify: whether to compare files with their checksums.
+
+  Raises:
+    OSError, UserError: a file cannot be read, or `lora` has another form.
+  """
+  if not isinstance(lora, Mapping):
+    return [LoRA(_read(path, verify=verify), weight) for path, weight in _parse(lora)]
+  if unknown := set(lora) - set(EXPERT_KEYS):
+    raise UserError(f"LoRAs by expert have the keys {', '.join(EXPERT_KEYS)}, got {', '.join(map(str, unknown))}")
+  return [
+    LoRA(_read(path, verify=verify), weight, str(expert))
+    for expert, specs in lora.items()
+    for path, weight in _parse(specs)
+  ]
+
+
+def _read(path: str, *, verify: bool) -> LoRAWeights:
+  is_run = os.path.isdir(path) and is_lora_run(path)
+  lora = read_run_lora(path, verify=verify) if is_run else read_lora(path, verify=verify)
+  for note in lora.notes:
+    logger.warning("%s: %s", path, note)
+  return lora
+
+
+def _parse(lora: object) -> list[tuple[str, float]]:
+  """Returns the paths in a `LoRASpec` or a sequence of them, with their weights.
+
+  Raises:
+    UserError: it is neither, or a weight is not finite.
+  """
+  match lora:
+    case None:
+      return []
+    case str() | os.PathLike() as path:
+      return [(os.fspath(path), 1.0)]
+    case (str() | os.PathLike() as path, int() | float() as weight):
+      if not math.isfinite(weight):
+        raise UserError(f"the weight of the LoRA {path} must be a finite number, got {weight}")
+      return [(os.fspath(path), float(weight))]
+    case list() | tuple() as specs:
+      return [pair for spec in specs for pair in _parse(spec)]
+  raise UserError(f"a LoRA is a path or (path, weight), got {lora!r}")
+
+
+def select_loras(loras: Sequence[LoRA], experts: Sequence[Expert | None]) -> list[list[LoRA]]:
+  """Returns the LoRAs of each transformer.
+
+  Args:
+    loras: those to load.
+    experts: which experts the transformers are; None for one that serves all noise levels.
+
+  Raises:
+    UserError: nothing says which of two experts a LoRA is for, or it is for one that the model lacks.
+  """
+  selected: list[list[LoRA]] = [[] for _ in experts]
+  for lora in loras:
+    wanted = lora.expert or find_lora_expert(lora.weights)
+    if len(experts) > 1 and not wanted:
+      raise UserError(
+        f"nothing says whether {lora.weights.source} is for the high-noise or the low-noise expert: put high or low in "
+        "its name, or give LoRAs by expert (high=PATH, low=PATH, both=PATH)"
+      )
+    if len(experts) == 1 and lora.expert and experts[0] is None:
+      raise UserError(
+        f"{lora.weights.source} is meant for an expert ({lora.expert}), but the model has only one transformer"
+      )
+    places = [
+      index
+      for index, expert in enumerate(experts)
+      if not wanted or wanted in (BOTH, expert) or expert in (None, Expert.UNKNOWN)
+    ]
+    if not places:
+      raise UserError(
+        f"{lora.weights.source} is for the {wanted}-noise expert, but the model is the {experts[0]}-noise one"
+      )
+    for index in places:
+      selected[index].append(lora)
+  return selected
+
+
+def find_lora_expert(lora: LoRAWeights) -> str:
+  """Returns which expert a LoRA was trained for, by its metadata or its name; "" if neither says it."""
+  if lora.usage is not None and lora.usage.expert:
+    return lora.usage.expert
+  return named_expert(lora.source) or ""
+
+
+def lora_usage(
+  loras: Sequence[tuple[LoRA, str]], *, attention: str | None, context_timestep: str | None
+) -> Usage | None:
+  """Returns how LoRAs on a base are run, and logs where they disagree with each other or with the base.
+
+  Args:
+    loras: some of which may not say how they were trained; each with the checksum of its transformer.
+    attention, context_timestep: what was asked for instead of those of the LoRAs.
+  """
+  known = [(lora.weights.source, usage, checksum) for lora, checksum in loras if (usage := lora.weights.usage)]
+  notes = [describe_mismatch(usage, checksum, source=source) for source, usage, checksum in known]
+  usages = [(source, usage) for source, usage, _ in known]
+  given: dict[str, Any] = {"attention": attention, "context_timestep": context_timestep}
+  for field in (name for name, value in given.items() if value is not None and usages):  # so that it cannot conflict
+    chosen = getattr(usages[0][1], field)
+    usages = [(source, dataclasses.replace(usage, **{field: chosen})) for source, usage in usages]
+  usage, differences = merge_usages(usages)
+  for note in (*filter(None, notes), *differences):
+    logger.warning("%s", note)
+  return usage
