@@ -1,7 +1,9 @@
 """Wan2.2 against its original code: transformers, timesteps of the context, conversion and whole sampling runs."""
 
 import dataclasses
+import functools
 import json
+import math
 import shutil
 
 import jax
@@ -11,22 +13,25 @@ import pytest
 
 import univid_jax
 from tests.helpers import GOLDENS, GOLDENS22, channels_last, golden, load_dit, relative_error
-from univid_jax.checkpoints.model import context_mode
+from univid_jax.checkpoints.lora.reading import read_lora
+from univid_jax.checkpoints.model import context_mode, transformer_config
 from univid_jax.checkpoints.pretrained import read_info
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.config.boundary import override
-from univid_jax.config.presets import tiny
+from univid_jax.config.presets import tiny, wan22_a14b, wan22_ti2v_5b
 from univid_jax.convert.commands import convert_any, inspect, verify
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ContextTimestep, ModelType
+from univid_jax.core.options import Attention, ContextTimestep, ModelType, Objective
 from univid_jax.core.packed_row import UNIVID_CONTEXT, ContextMode
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.packing import RowShape, pack, select_target_tokens
 from univid_jax.data.tokens import patchify, sentence_features, unpatchify
+from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import timestep_table
 from univid_jax.inference.jobs import pack_single
 from univid_jax.models.variants import VARIANTS, DiTConfig
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training.loop import train
 
 PATCH = (1, 2, 2)
 ZERO = ContextMode(zero_timestep=True)
@@ -355,3 +360,147 @@ class TestExperts:
       load(unnamed)
     with pytest.raises(UserError, match="LoRAs by expert have the keys high, low, both, got middle"):
       load({"middle": unnamed})
+
+
+# A LoRA run of a few steps on a miniature base.
+SMALL = {
+  "log_every": 1,
+  "model.variant": "",
+  "model.dtype": "float32",
+  "model.param_dtype": "float32",
+  "data.bundled": True,
+  "data.height": 32,
+  "data.width": 32,
+  "data.num_frames": 5,
+  "data.num_sentences": 4,
+  "data.num_threads": 1,
+  "data.buckets": (),
+  "data.num_clips.clips_6": 0.5,
+  "rows.num_tokens": 48,
+  "rows.num_sentences": 3,
+  "rows.num_text_tokens": 1536,
+  "validation.every_steps": 2,
+  "validation.sentences": 2,
+  "validation.previews": 0,
+  "validation.num_inference_steps": 1,
+  "checkpoint.every_steps": 2,
+  "optimizer.learning_rate": 1e-2,
+  "lora.rank": 2,
+}
+
+
+class TestTraining:
+  @pytest.mark.long
+  def test_ti2v(self, checkpoint, tmp_path):
+    """Two steps, resumed for two more, equal four at once; the LoRA says how it was trained, and is used so."""
+    config = override(wan22_ti2v_5b(), SMALL | {"init_from": checkpoint, "validation.previews": 1})
+    assert context_mode(config) == ZERO
+    for steps in (2, 4):
+      resumed = train(override(config, {"num_steps": steps}), str(tmp_path / "resumed")).pipeline
+    whole = train(override(config, {"num_steps": 4}), str(tmp_path / "whole")).pipeline
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+    usage = read_lora(str(tmp_path / "whole" / "lora.safetensors")).usage
+    assert usage.context_timestep == "zero" and usage.expert == ""
+    _, io, _ = golden("sampling_ti2v_context_zero", GOLDENS22)
+    clips, options = [io[f"clip{i}"] for i in range(3)], {"num_inference_steps": 2, "prompt_embeds": io["context"]}
+    expected = whole.sample(clips, **options).latents
+    load = functools.partial(univid_jax.load_pipeline, dtype="float32")
+    for loaded in (
+      load(str(tmp_path / "whole")),
+      load(checkpoint, lora=str(tmp_path / "whole" / "lora.safetensors")),
+      load(checkpoint, lora=str(tmp_path / "whole" / "lora.safetensors"), merge_lora=True),
+    ):
+      assert loaded.context_mode == ZERO
+      assert relative_error(loaded.sample(clips, **options).latents, expected) <= 1e-5
+    assert relative_error(load(checkpoint).sample(clips, **options).latents, expected) > 1e-4
+
+  @pytest.mark.long
+  def test_experts(self, experts, tmp_path):
+    """Each expert in a run of its own, at its own noise levels; together they are the model with two LoRAs."""
+    config = override(wan22_a14b(), SMALL | {"init_from": experts[1], "num_steps": 2, "eval.sentences_per_case": 0})
+    with pytest.raises(UserError, match=r"has two experts: set config.model.expert to high or low"):
+      transformer_config(override(config, {"model.expert": "only"}))
+    files, losses = {}, {}
+    for expert in ("high", "low"):
+      workdir = tmp_path / expert
+      train(override(config, {"model.expert": expert}), str(workdir))
+      files[expert] = str(workdir / f"lora_{expert}.safetensors")
+      assert read_lora(files[expert]).usage.expert == expert
+      line = (workdir / "metrics.jsonl").read_text().splitlines()[-1]
+      losses[expert] = {name for name in json.loads(line) if name.startswith("val_loss/sigma")}
+    assert losses == {
+      "high": {"val_loss/sigma_0.9", "val_loss/sigma_0.95"},
+      "low": {"val_loss/sigma_0.3", "val_loss/sigma_0.6"},
+    }
+    load = functools.partial(univid_jax.load_pipeline, dtype="float32")
+    both, plain = load(experts[1], lora=list(files.values())), load(experts[1])
+    rng = np.random.default_rng(0)
+    latents, prompt = rng.normal(size=(2, 4, 6, 16)).astype(np.float32), np.ones((3, 48), np.float32)
+    for timestep, expert, other in ((900.0, "high", "low"), (500.0, "low", "high")):
+      expected = both.predict_velocity(latents, timestep, prompt)
+      base = plain.predict_velocity(latents, timestep, prompt)
+      assert relative_error(expected, base) > 1e-5
+      trained, untrained = load(str(tmp_path / expert)), load(str(tmp_path / other))
+      assert relative_error(trained.predict_velocity(latents, timestep, prompt), expected) <= 1e-6
+      assert relative_error(untrained.predict_velocity(latents, timestep, prompt), base) <= 1e-6
+    with pytest.raises(UserError, match=r"must have a noise level of the high-noise expert, from 0.875 to 1"):
+      train(override(config, {"validation.sigmas": (0.5,)}), str(tmp_path / "none"))
+
+  @pytest.mark.parametrize("objective", Objective)
+  @pytest.mark.parametrize("stratified", [False, True])
+  def test_noise_levels_of_an_expert(self, objective, stratified):
+    """They are those of the whole range, restricted: in the range, and with the same quantiles."""
+    flow = FlowMatching(shift=3.0, stratified=stratified, objective=objective)
+    counts = jnp.full((20_000,), 100.0)
+    whole = np.asarray(flow.sample(jax.random.key(0), counts)[0])
+    for low, high in ((0.0, 0.6), (0.6, math.inf)):
+      part = np.asarray(dataclasses.replace(flow, noise_range=(low, high)).sample(jax.random.key(1), counts)[0])
+      assert part.min() >= low - 2e-3 and part.max() < high + 1e-6
+      inside = whole[(whole >= low) & (whole < high)]
+      quantiles = np.linspace(0.05, 0.95, 10)
+      assert np.allclose(np.quantile(part, quantiles), np.quantile(inside, quantiles), atol=0.02)
+
+  @pytest.mark.long
+  @pytest.mark.parametrize("kind", ["ti2v", "high", "low"])
+  def test_diffusers_loads_the_lora(self, checkpoint, experts, tmp_path, kind):
+    """File by file the same velocity, also in the transformer of the low-noise expert."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra `parity`")
+    pytest.importorskip("peft", reason="needs the extra `parity`")
+    source = checkpoint if kind == "ti2v" else experts[1]
+    preset = wan22_ti2v_5b() if kind == "ti2v" else wan22_a14b()
+    expert = "only" if kind == "ti2v" else kind
+    changes = {"init_from": source, "num_steps": 1, "model.expert": expert, "validation.every_steps": 0}
+    train(override(preset, SMALL | changes), str(tmp_path / "run"))
+    name = "lora.safetensors" if kind == "ti2v" else f"lora_{kind}.safetensors"
+    convert_any(source, str(tmp_path / "theirs"), to="diffusers")
+    component = "transformer_2" if kind == "low" else "transformer"
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "theirs" / component).eval()
+    theirs.load_lora_adapter(_with_prefix(tmp_path / "run" / name), prefix="transformer")
+    assert any("lora_" in name for name, _ in theirs.named_parameters())
+    ours = univid_jax.load_pipeline(source, lora=str(tmp_path / "run" / name), dtype="float32", mesh=one_device())
+    rng = np.random.default_rng(0)
+    channels = theirs.config.in_channels
+    latents, prompt = (
+      rng.normal(size=(2, 4, 6, channels)).astype(np.float32),
+      rng.normal(size=(3, 48)).astype(np.float32),
+    )
+    timestep = 900.0 if kind == "high" else 500.0
+    padded = np.pad(prompt, [(0, 509), (0, 0)])
+    with torch.no_grad():
+      out = theirs(
+        torch.from_numpy(np.moveaxis(latents, -1, 0)[None]),
+        torch.tensor([timestep]),
+        torch.from_numpy(padded[None]),
+        return_dict=False,
+      )[0]
+    found = ours.predict_velocity(latents, timestep, prompt)
+    assert relative_error(found, np.moveaxis(out[0].numpy(), 0, -1)) <= 2e-5
+
+
+def _with_prefix(path):
+  """Returns the tensors of a LoRA file of ours by diffusers' names."""
+  safetensors_torch = pytest.importorskip("safetensors.torch")
+  folder = path.with_suffix("")
+  convert_any(str(path), str(folder.with_name("theirs.safetensors")), to="diffusers")
+  return safetensors_torch.load_file(folder.with_name("theirs.safetensors"))

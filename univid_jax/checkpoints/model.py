@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from univid_jax.checkpoints.experts import Expert
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders, PretrainedEncoders
@@ -16,6 +17,7 @@ from univid_jax.codecs.vae_config import find_autoencoder
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import TrainedExpert
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import CodecShape, Encoders
 from univid_jax.models.dit import DiT
@@ -34,13 +36,7 @@ def transformer_config(config: RunConfig) -> DiTConfig:
   if options.variant and options.variant not in VARIANTS:
     raise UserError(f"config.model.variant must be one of {', '.join(VARIANTS)} or empty, got {options.variant!r}")
   if config.init_from:
-    checkpoint = PretrainedCheckpoint.open(config.init_from)
-    if len(checkpoint.transformers) > 1:
-      raise UserError(
-        f"{config.init_from} has two experts, and a run trains one transformer: convert high_noise_model or "
-        "low_noise_model on its own, and train each in a run of its own"
-      )
-    base = checkpoint.config("transformer")
+    base = PretrainedCheckpoint.open(config.init_from).config(trained_component(config))
     if options.variant and base != VARIANTS[options.variant]:
       raise UserError(
         f"config.model.variant is {options.variant}, but the base {config.init_from} has another shape; leave "
@@ -62,6 +58,40 @@ def transformer_config(config: RunConfig) -> DiTConfig:
     rope_theta=options.rope_theta,
     rope_scale=options.rope_scale,
   )
+
+
+def trained_component(config: RunConfig) -> str:
+  """Returns the name of the component of the base that is trained.
+
+  Raises:
+    UserError: the base has no such expert, or has two and the config does not say which.
+  """
+  expert, base = config.model.expert, PretrainedCheckpoint.open(config.init_from)
+  experts = dict(zip(base.experts, base.transformers, strict=True)) if base.transformers else {}
+  if expert == TrainedExpert.ONLY:
+    if len(experts) > 1:
+      raise UserError(
+        f"{config.init_from} has two experts: set config.model.expert to high or low, and train the other one in a run "
+        "of its own"
+      )
+    return "transformer"
+  if Expert(expert) not in experts:
+    found = next(iter(experts), None)
+    raise UserError(
+      f"config.model.expert is {expert}, but {config.init_from} "
+      + (f"is the {found}-noise expert" if found else "has a transformer for all noise levels: leave it out")
+    )
+  return experts[Expert(expert)]
+
+
+def noise_range(config: RunConfig) -> tuple[float, float]:
+  """Returns the noise levels [low, high) that training draws from: those of the trained expert; 1 is never left out."""
+  boundary = transformer_config(config).expert_boundary
+  return {
+    TrainedExpert.ONLY: (0.0, math.inf),
+    TrainedExpert.HIGH: (boundary, math.inf),
+    TrainedExpert.LOW: (0.0, boundary),
+  }[config.model.expert]
 
 
 def context_mode(config: RunConfig) -> ContextMode:
@@ -151,4 +181,4 @@ def open_encoders(config: RunConfig, mesh: Mesh) -> Encoders:
 
 def base_checksum(config: RunConfig) -> str:
   """Returns the checksum of the transformer that training starts from; "" without a base."""
-  return PretrainedCheckpoint.open(config.init_from).checksum("transformer") if config.init_from else ""
+  return PretrainedCheckpoint.open(config.init_from).checksum(trained_component(config)) if config.init_from else ""

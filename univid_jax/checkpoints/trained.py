@@ -12,15 +12,16 @@ from jax.sharding import Mesh
 import univid_jax
 from univid_jax.checkpoints.lora.stacking import unstack_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.checkpoints.model import context_mode, create_model
+from univid_jax.checkpoints.model import context_mode, create_model, trained_component
 from univid_jax.checkpoints.orbax_files import restore_items
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, abstract_parameters
 from univid_jax.checkpoints.run import RunRecord, read_run, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.usage import SOFTWARE, SOFTWARE_NAME, Usage
+from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import OnDamaged
+from univid_jax.core.options import OnDamaged, TrainedExpert
 from univid_jax.models.lora import LoRAParam
 from univid_jax.parallel.mesh import make_mesh
 
@@ -36,10 +37,20 @@ def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
   module = nnx.eval_shape(create)
   abstract = abstract_parameters(module, mesh)
   if config.init_from:
-    return nnx.graphdef(module), PretrainedCheckpoint.open(config.init_from).load_arrays("transformer", abstract)
+    base = PretrainedCheckpoint.open(config.init_from)
+    return nnx.graphdef(module), base.load_arrays(trained_component(config), abstract)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(create(), nnx.Param)), out_shardings=shardings)
   return nnx.graphdef(module), init()
+
+
+def load_other_expert(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params] | None:
+  """Loads the expert of the base that a run does not train; None if it trains the only transformer."""
+  trained = config.model.expert
+  if trained == TrainedExpert.ONLY or len(PretrainedCheckpoint.open(config.init_from).transformers) == 1:
+    return None
+  other = TrainedExpert.LOW if trained == TrainedExpert.HIGH else TrainedExpert.HIGH
+  return load_base(override(config, {"model.expert": str(other)}), mesh)
 
 
 def restore_run(
@@ -106,8 +117,15 @@ def run_usage(record: RunRecord) -> Usage:
     base = PretrainedCheckpoint.open(config.init_from).info.variant
   else:
     base = config.model.variant or config.name
-  timestep = context_mode(config).timestep
-  return Usage.of(config, context_timestep=timestep, base_model=base, base_checksum=record.base, prompts=record.prompts)
+  expert = config.model.expert
+  return Usage.of(
+    config,
+    context_timestep=context_mode(config).timestep,
+    expert="" if expert == TrainedExpert.ONLY else str(expert),
+    base_model=base,
+    base_checksum=record.base,
+    prompts=record.prompts,
+  )
 
 
 def find_step(

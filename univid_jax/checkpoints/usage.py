@@ -48,6 +48,7 @@ class Usage:
     config: RunConfig,
     *,
     context_timestep: ContextTimestep = ContextTimestep.AUTO,
+    expert: str = "",
     base_model: str = "",
     base_checksum: str = "",
     prompts: Mapping[str, str] | None = None,
@@ -57,6 +58,7 @@ class Usage:
     return cls(
       attention=config.model.attention,
       context_timestep=context_timestep,
+      expert=expert,
       shift=config.flow.shift,
       sizes=data.sizes,
       num_frames=data.num_frames,

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from univid_jax.config.section import Section
-from univid_jax.core.options import Attention, AttentionBackend, ContextTimestep, RematPolicy
+from univid_jax.core.options import Attention, AttentionBackend, ContextTimestep, RematPolicy, TrainedExpert
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -14,6 +14,7 @@ class ModelConfig(Section):
   """The transformer.
 
   Attributes:
+    expert: which expert of Wan2.2 A14B is trained, on its own noise levels; "only" for other bases.
     variant: name of a published model; "" takes the base's own config.json, or the numbers below without a base.
     dim, ffn_dim, num_heads, num_layers, freq_dim, text_dim: shape of a model that is trained from scratch.
     rope_theta, rope_scale: base and scale of the rotary frequencies.
@@ -28,6 +29,7 @@ class ModelConfig(Section):
 
   KEY: ClassVar[str] = "model."
 
+  expert: TrainedExpert = TrainedExpert.ONLY
   variant: str = ""
   dim: int = 128
   ffn_dim: int = 256

@@ -11,6 +11,9 @@ their sentences from your videos and images (computed tasks) or from pairs of yo
   python -m univid_jax.train --config=wan_1_3b --config.init_from=wan_1_3b --config.data.folder=DIR \\
     --workdir=runs/mine
 
+wan22_ti2v_5b, wan22_a14b, wan22_i2v_a14b: the same on Wan2.2. Of A14B a run trains one expert: --config.model.expert is
+high or low.
+
 The paper's recipes are one override away: one task (--config.data.tasks.NAME=1.0 and 0.0 for the others), one context
 for a task (--config.data.contexts.I=1.0 ...), more shots (--config.data.num_clips.clips_6=1.0).
 """
@@ -36,7 +39,7 @@ from univid_jax.config.schema import (
   ValidationConfig,
 )
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import OptimizerName, Packing, PromptStyle, Schedule
+from univid_jax.core.options import OptimizerName, Packing, PromptStyle, Schedule, TrainedExpert
 
 
 def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
@@ -116,9 +119,57 @@ def wan_i2v_14b() -> RunConfig:
   )
 
 
+def wan22_ti2v_5b() -> RunConfig:
+  """The same for Wan2.2-TI2V-5B, at 704x1280 and 480x832 and 24 fps: its autoencoder makes a quarter of the tokens.
+
+  Context tokens have timestep 0, as clean latents had in the model's own training. A row holds a sentence of context I
+  at 704x1280, or two at 480x832.
+  """
+  base = wan_1_3b()
+  return dataclasses.replace(
+    base,
+    name="wan22_ti2v_5b",
+    model=dataclasses.replace(base.model, variant="wan2.2-ti2v-5b"),
+    codec=CodecConfig(latent_channels=48, spatial_stride=16),
+    data=dataclasses.replace(base.data, height=704, width=1280, buckets=("480x832",), fps=24.0),
+    rows=dataclasses.replace(base.rows, num_tokens=17600),
+    mesh=MeshConfig(data=1, fsdp=-1),
+  )
+
+
+def wan22_a14b() -> RunConfig:
+  """The same for one expert of Wan2.2-T2V-A14B; train the other one in a run of its own.
+
+  The high-noise expert is trained at noise levels from 0.875, of which shift 12 draws more than half.
+  """
+  base = wan_14b()
+  return dataclasses.replace(
+    base,
+    name="wan22_a14b",
+    model=dataclasses.replace(base.model, variant="wan2.2-t2v-a14b", expert=TrainedExpert.HIGH),
+    flow=dataclasses.replace(base.flow, shift=12.0),
+    # Samples need both experts in memory.
+    validation=dataclasses.replace(base.validation, sigmas=(0.3, 0.6, 0.9, 0.95), previews=0),
+  )
+
+
+def wan22_i2v_a14b() -> RunConfig:
+  """The same for one expert of Wan2.2-I2V-A14B, also conditioned on the latents of the first frame of A."""
+  base = wan22_a14b()
+  return dataclasses.replace(
+    base,
+    name="wan22_i2v_a14b",
+    model=dataclasses.replace(base.model, variant="wan2.2-i2v-a14b"),
+    flow=dataclasses.replace(base.flow, shift=5.0),
+  )
+
+
 PRESETS: Mapping[str, Callable[[], RunConfig]] = {
   "tiny": tiny,
   "wan_1_3b": wan_1_3b,
   "wan_14b": wan_14b,
   "wan_i2v_14b": wan_i2v_14b,
+  "wan22_ti2v_5b": wan22_ti2v_5b,
+  "wan22_a14b": wan22_a14b,
+  "wan22_i2v_a14b": wan22_i2v_a14b,
 }

@@ -43,6 +43,14 @@ class ModelType(enum.StrEnum):
   TI2V = "ti2v"  # nothing; clean latents have timestep 0 beside noised ones
 
 
+class TrainedExpert(enum.StrEnum):
+  """Which transformer of the base is trained."""
+
+  ONLY = "only"  # that of a base with one
+  HIGH = "high"  # the high-noise expert of Wan2.2 A14B
+  LOW = "low"  # the low-noise expert
+
+
 class RematPolicy(enum.StrEnum):
   """What the backward pass recomputes of a block."""
 

@@ -1,6 +1,7 @@
 """Flow matching as in UniVid: straight paths from data to noise, a shifted grid of times, velocity as the target."""
 
 import dataclasses
+import math
 from typing import TypeVar
 
 import jax
@@ -27,15 +28,17 @@ class FlowMatching:
     shift: moves uniform times toward noise; 5 in UniVid, 3 in Wan2.1 at 480p.
     stratified: spreads the times of a batch evenly (each is still uniform), which makes the loss less noisy.
     objective: how training draws noise levels and weights their losses.
+    noise_range: noise levels [low, high) that training draws from, in the same proportions as without a range.
   """
 
   shift: float = 5.0
   stratified: bool = False
   objective: Objective = Objective.UNIVID
+  noise_range: tuple[float, float] = (0.0, math.inf)
 
   @classmethod
-  def of(cls, config: FlowConfig) -> "FlowMatching":
-    return cls(shift=config.shift, stratified=config.stratified, objective=config.objective)
+  def of(cls, config: FlowConfig, *, noise_range: tuple[float, float] = (0.0, math.inf)) -> "FlowMatching":
+    return cls(shift=config.shift, stratified=config.stratified, objective=config.objective, noise_range=noise_range)
 
   def sigma(self, u: ArrayT) -> ArrayT:
     """Returns the noise level of a uniform time in [0, 1]; 1 is pure noise."""
@@ -58,12 +61,15 @@ class FlowMatching:
     shape = num_tokens.shape
     one = jnp.ones(shape, jnp.float32)
     if self.objective == Objective.LOGIT_NORMAL:
-      return self.sigma(jax.nn.sigmoid(jax.random.normal(key, shape, jnp.float32))), one
-    ids = self.sample_timestep_ids(key, shape)
+      low, high = map(self._logit, self.noise_range)
+      return self.sigma(jax.nn.sigmoid(_truncated_normal(key, low, high, shape))), one
     if self.objective == Objective.RESOLUTION_SHIFT:
       shift = self.shift * jnp.sqrt(jnp.maximum(num_tokens, 1) / REFERENCE_TOKENS)
-      u = 1 - ids / NUM_TRAIN_TIMESTEPS
+      low, high = self.noise_range
+      low, high = low / (shift - (shift - 1) * low), 1.0 if high > 1 else high / (shift - (shift - 1) * high)
+      u = low + (high - low) * (1 - self._draw(key, shape, NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS)
       return (shift * u / (1 + (shift - 1) * u)).astype(jnp.float32), one
+    ids = self.sample_timestep_ids(key, shape)
     weights = jnp.asarray(self.bell_weights())[ids] if self.objective == Objective.DIFFSYNTH else one
     return jnp.asarray(self.training_sigmas())[ids], weights
 
@@ -75,14 +81,34 @@ class FlowMatching:
     return (bell * (steps / bell.sum())).astype(np.float32)
 
   def sample_timestep_ids(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Int[Array, "..."]:
-    """Draws indices into `training_sigmas`, uniform."""
+    """Draws indices into `training_sigmas`, uniform over those in the range."""
+    low, high = self.noise_range
+    sigmas = self.training_sigmas()
+    (inside,) = np.nonzero((sigmas >= low) & (sigmas < high))
+    return inside[0] + self._draw(key, shape, len(inside))
+
+  def _logit(self, sigma: float) -> float:
+    """Returns the logit of the uniform time of a noise level."""
+    if not 0 < sigma < 1:
+      return math.copysign(math.inf, sigma - 0.5)
+    u = sigma / (self.shift - (self.shift - 1) * sigma)
+    return math.log(u / (1 - u))
+
+  def _draw(self, key: PRNGKeyArray, shape: tuple[int, ...], num: int) -> Int[Array, "..."]:
+    """Draws from range(num), uniform; stratified if that is asked for."""
     if not self.stratified:
-      return jax.random.randint(key, shape, 0, NUM_TRAIN_TIMESTEPS)
+      return jax.random.randint(key, shape, 0, num)
     offset_key, order_key = jax.random.split(key)
     count = int(np.prod(shape))
     u = (jnp.arange(count) / count + jax.random.uniform(offset_key)) % 1.0
     u = jax.random.permutation(order_key, u).reshape(shape)
-    return jnp.minimum((u * NUM_TRAIN_TIMESTEPS).astype(jnp.int32), NUM_TRAIN_TIMESTEPS - 1)
+    return jnp.minimum((u * num).astype(jnp.int32), num - 1)
+
+
+def _truncated_normal(key: PRNGKeyArray, low: float, high: float, shape: tuple[int, ...]) -> Float[Array, "..."]:
+  if math.isinf(low) and math.isinf(high):
+    return jax.random.normal(key, shape, jnp.float32)
+  return jax.random.truncated_normal(key, low, high, shape, jnp.float32)
 
 
 def interpolate(

@@ -1,8 +1,7 @@
 """Loads pipelines from converted checkpoints and from training runs, with LoRAs."""
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,17 +10,19 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from univid_jax.checkpoints.checksums import has_checksums, verified
+from univid_jax.checkpoints.experts import Expert
 from univid_jax.checkpoints.lora.stacking import stack_loras
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.model import open_encoders, transformer_config
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_checkpoint
 from univid_jax.checkpoints.run import RunRecord, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
-from univid_jax.checkpoints.trained import restore_run, run_usage
+from univid_jax.checkpoints.trained import load_other_expert, restore_run, run_usage
+from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
 from univid_jax.core.options import OnDamaged
-from univid_jax.inference.experts import OffloadedParams, Transformer
+from univid_jax.inference.experts import OffloadedParams, Transformer, order_experts
 from univid_jax.inference.lora_specs import LoRA, LoRASpecs, lora_usage, read_loras, select_loras
 from univid_jax.inference.partial import PartialPipeline
 from univid_jax.inference.pipeline import Pipeline
@@ -30,6 +31,9 @@ from univid_jax.models.lora import LORA, LoRAParam
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import parameter_shardings
+
+# Adds LoRAs to a transformer and, if it is one of two and that is asked for, moves it to host memory.
+_Finish = Callable[[DiTConfig, Transformer, Sequence[LoRA], bool], Transformer]
 
 
 def load_pipeline(
@@ -75,34 +79,29 @@ def load_pipeline(
   """
   mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
   loras = read_loras(lora, verify=verify_weights)
-  with_loras = functools.partial(_with_loras, mesh=mesh, merged=merge_lora, skip_unmatched=lora_skip_unmatched)
+  given = {"attention": attention, "context_timestep": context_timestep}
+
+  def finish(config: DiTConfig, transformer: Transformer, loras: Sequence[LoRA], is_one_of_two: bool) -> Transformer:
+    skip = lora_skip_unmatched
+    transformer = _with_loras(config, transformer, loras, mesh=mesh, merged=merge_lora, skip_unmatched=skip)
+    return transformer.offload() if is_one_of_two and offload_inactive else transformer
+
   if is_checkpoint(checkpoint) or has_checksums(checkpoint):
-    compute_dtype = jnp.dtype(dtype or "bfloat16")
     with verified(checkpoint, enabled=verify_weights):
-      base = PretrainedCheckpoint.open(checkpoint)
+      base, compute_dtype = PretrainedCheckpoint.open(checkpoint), jnp.dtype(dtype or "bfloat16")
       encoders = PretrainedEncoders(base, mesh, dtype=compute_dtype)
       if not base.transformers and not loras:
         return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
       config = base.config("transformer")
-      selected = select_loras(loras, base.experts)
-      usage = lora_usage(
-        [(each, base.checksum(name)) for name, part in zip(base.transformers, selected) for each in part],
-        attention=attention,
-        context_timestep=context_timestep,
-      )
-      transformers = []
-      for name, part in zip(base.transformers, selected, strict=True):
-        transformer = Transformer(*base.load(name, mesh=mesh, dtype=compute_dtype))
-        transformer = with_loras(config, transformer, part)
-        transformers.append(transformer.offload() if offload_inactive and len(selected) > 1 else transformer)
+      usage, transformers = _load_base(base, loras, finish, mesh=mesh, dtype=compute_dtype, given=given)
   else:
-    record, on_damaged = _override_dtype(require_run(checkpoint), dtype), OnDamaged(on_damaged_checkpoint)
-    saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
+    record = _override_dtype(require_run(checkpoint), dtype)
+    saved = SavedCheckpoints(
+      checkpoint, model_only=True, verify=verify_weights, on_damaged=OnDamaged(on_damaged_checkpoint)
+    )
     with verified(record.config.init_from, enabled=verify_weights):
       config, encoders = transformer_config(record.config), open_encoders(record.config, mesh)
-      graph, params, trained = restore_run(saved, record, mesh, step=step)
-    (loras,) = select_loras([*map(LoRA, trained), *loras], [None])
-    transformers = [with_loras(config, Transformer(graph, params), loras)]
+      transformers = _load_run(saved, record, loras, finish, mesh=mesh, step=step)
     usage = run_usage(record)
   return Pipeline(
     config,
@@ -112,9 +111,48 @@ def load_pipeline(
     encoders=encoders,
     mesh=mesh,
     usage=usage,
-    attention=attention,
-    context_timestep=context_timestep,
+    **given,
   )
+
+
+def _load_base(
+  base: PretrainedCheckpoint,
+  loras: Sequence[LoRA],
+  finish: _Finish,
+  *,
+  mesh: Mesh,
+  dtype: jnp.dtype,
+  given: Mapping[str, str | None],
+) -> tuple[Usage | None, list[Transformer]]:
+  """Loads the transformers of a converted checkpoint one after another, and returns how their LoRAs are run."""
+  selected = select_loras(loras, base.experts)
+  pairs = list(zip(base.transformers, selected, strict=True))
+  usage = lora_usage([(each, base.checksum(name)) for name, part in pairs for each in part], given)
+  config = base.config("transformer")
+
+  def load(name: str, part: Sequence[LoRA]) -> Transformer:
+    return finish(config, Transformer(*base.load(name, mesh=mesh, dtype=dtype)), part, len(pairs) > 1)
+
+  return usage, [load(name, part) for name, part in pairs]
+
+
+def _load_run(
+  saved: SavedCheckpoints,
+  record: RunRecord,
+  loras: Sequence[LoRA],
+  finish: _Finish,
+  *,
+  mesh: Mesh,
+  step: int | str | None,
+) -> list[Transformer]:
+  """Loads what a run has trained; of two experts, also the one of its base that it has not."""
+  graph, params, trained = restore_run(saved, record, mesh, step=step)
+  other, expert = load_other_expert(record.config, mesh), record.config.model.expert
+  own = [LoRA(lora, expert="" if other is None else expert) for lora in trained]
+  transformers = order_experts(Transformer(graph, params), None if other is None else Transformer(*other), expert)
+  selected = select_loras([*own, *loras], [None] if other is None else [Expert.HIGH, Expert.LOW])
+  config = transformer_config(record.config)
+  return [finish(config, each, part, other is not None) for each, part in zip(transformers, selected, strict=True)]
 
 
 def _with_loras(

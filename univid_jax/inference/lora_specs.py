@@ -5,7 +5,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from univid_jax.checkpoints.experts import BOTH, Expert, named_expert
 from univid_jax.checkpoints.lora.reading import read_lora
@@ -130,19 +129,16 @@ def find_lora_expert(lora: LoRAWeights) -> str:
   return named_expert(lora.source) or ""
 
 
-def lora_usage(
-  loras: Sequence[tuple[LoRA, str]], *, attention: str | None, context_timestep: str | None
-) -> Usage | None:
+def lora_usage(loras: Sequence[tuple[LoRA, str]], given: Mapping[str, str | None]) -> Usage | None:
   """Returns how LoRAs on a base are run, and logs where they disagree with each other or with the base.
 
   Args:
     loras: some of which may not say how they were trained; each with the checksum of its transformer.
-    attention, context_timestep: what was asked for instead of those of the LoRAs.
+    given: what was asked for instead of what the LoRAs say, by field of `Usage`; None if it was not.
   """
   known = [(lora.weights.source, usage, checksum) for lora, checksum in loras if (usage := lora.weights.usage)]
   notes = [describe_mismatch(usage, checksum, source=source) for source, usage, checksum in known]
   usages = [(source, usage) for source, usage, _ in known]
-  given: dict[str, Any] = {"attention": attention, "context_timestep": context_timestep}
   for field in (name for name, value in given.items() if value is not None and usages):  # so that it cannot conflict
     chosen = getattr(usages[0][1], field)
     usages = [(source, dataclasses.replace(usage, **{field: chosen})) for source, usage in usages]

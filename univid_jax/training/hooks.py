@@ -194,7 +194,8 @@ class Validate:
   def _write_previews(self, step: int, params: Params) -> None:
     fresh = self._run.create_pipeline(params)
     self._pipeline = self._pipeline or fresh
-    self._pipeline.params = fresh.params  # the same pipeline each time, so that its programs compile once
+    # The same pipeline each time, so that its programs compile once.
+    self._pipeline.params, self._pipeline.low_noise = fresh.params, fresh.low_noise
     write_previews(
       epath.Path(self._run.workdir) / PREVIEWS_FOLDER,
       step,

@@ -16,15 +16,16 @@ from tqdm import tqdm
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.model import context_mode
 from univid_jax.checkpoints.run import Checkpointer, require_run, write_run
-from univid_jax.checkpoints.trained import load_base, run_usage, to_lora_weights
+from univid_jax.checkpoints.trained import load_base, to_lora_weights
 from univid_jax.config.schema import RunConfig
 from univid_jax.core import lock
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import AttentionBackend, OnDamaged
+from univid_jax.core.options import AttentionBackend, OnDamaged, TrainedExpert
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import TrainStep
 from univid_jax.data.loader import Loader, make_loader
 from univid_jax.data.packing import RowShape
+from univid_jax.inference.experts import Transformer
 from univid_jax.inference.load import add_loras
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.attention.api import best_backend
@@ -52,7 +53,6 @@ from univid_jax.training.step import make_train_step
 log = logging.getLogger(__name__)
 
 # The trained LoRA, as ComfyUI and diffusers read it.
-LORA_EXPORT = "lora.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,10 +229,16 @@ def finish_run(run: Run, state: TrainState) -> Pipeline:
     return run.create_pipeline(state.model_params)
   lora = to_lora_weights(run.record, gather_arrays(state.model_params), step=run.config.num_steps)
   if jax.process_index() == 0:
-    with atomic_write(epath.Path(run.workdir) / LORA_EXPORT) as path:
+    with atomic_write(epath.Path(run.workdir) / lora_export(run.config)) as path:
       write_lora(path, lora, "comfyui")
-  graph, params = add_loras(run.shape, run.base_graph, run.frozen, [(lora, 1.0)], mesh=run.mesh, merged=False)
-  return Pipeline(run.shape, graph, params, encoders=run.encoders, mesh=run.mesh, usage=run_usage(run.record))
+  trained = add_loras(run.shape, run.base_graph, run.frozen, [(lora, 1.0)], mesh=run.mesh, merged=False)
+  return run.complete(Transformer(*trained))
+
+
+def lora_export(config: RunConfig) -> str:
+  """Returns the name of the file that a LoRA run exports: that of an expert says which."""
+  expert = config.model.expert
+  return "lora.safetensors" if expert == TrainedExpert.ONLY else f"lora_{expert}.safetensors"
 
 
 def progress_bar(start: int, total: int) -> tqdm:

@@ -1,6 +1,7 @@
 """Everything a run needs before its first step: devices, data, base and the description of its state."""
 
 import dataclasses
+import functools
 import logging
 from typing import Any
 
@@ -14,7 +15,7 @@ import univid_jax
 from univid_jax.checkpoints.checksums import verified
 from univid_jax.checkpoints.model import base_checksum, check_rows, context_mode, open_encoders, transformer_config
 from univid_jax.checkpoints.run import RunRecord, has_checkpoint, read_run
-from univid_jax.checkpoints.trained import load_base, run_usage
+from univid_jax.checkpoints.trained import load_base, load_other_expert, run_usage
 from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
@@ -24,6 +25,7 @@ from univid_jax.data.fingerprint import describe_changes, fingerprint, read_fing
 from univid_jax.data.packing import RowShape
 from univid_jax.data.prepare import prepare
 from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.inference.experts import Transformer, order_experts
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.lora import join
 from univid_jax.models.variants import DiTConfig
@@ -81,10 +83,28 @@ class Run:
   def config(self) -> RunConfig:
     return self.record.config
 
+  @functools.cached_property
+  def other_expert(self) -> Transformer | None:
+    """The expert of the base that is not trained, in host memory until it is used."""
+    other = load_other_expert(self.config, self.mesh)
+    return None if other is None else Transformer(*other).offload()
+
   def create_pipeline(self, params: Params) -> Pipeline:
     """Returns the model trained so far, to sample with."""
-    params, usage = join(self.frozen, params), run_usage(self.record)
-    return Pipeline(self.shape, self.spec.graph, params, encoders=self.encoders, mesh=self.mesh, usage=usage)
+    return self.complete(Transformer(self.spec.graph, join(self.frozen, params)))
+
+  def complete(self, trained: Transformer) -> Pipeline:
+    """Returns a pipeline of the trained transformer and, if it is one of two experts, the other one."""
+    transformers = order_experts(trained, self.other_expert, self.config.model.expert)
+    return Pipeline(
+      self.shape,
+      transformers[0].graph,
+      transformers[0].params,
+      low_noise=transformers[1] if len(transformers) > 1 else None,
+      encoders=self.encoders,
+      mesh=self.mesh,
+      usage=run_usage(self.record),
+    )
 
 
 def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) -> Run:

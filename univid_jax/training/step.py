@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from univid_jax.checkpoints.model import noise_range
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import TrainStep
@@ -30,7 +31,7 @@ def make_train_step(
 
   Noise depends on the seed and the step alone.
   """
-  flow = FlowMatching.of(config.flow)
+  flow = FlowMatching.of(config.flow, noise_range=noise_range(config))
   update = make_update(
     spec, optimizer, ema_decay=config.ema_decay, microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0
   )

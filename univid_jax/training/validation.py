@@ -10,8 +10,9 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from univid_jax.checkpoints.model import context_mode
+from univid_jax.checkpoints.model import context_mode, noise_range
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.sentence import Sentence, read_frames
@@ -39,18 +40,28 @@ class Validation:
   """The loss of the same sentences at fixed noise levels with fixed noise.
 
   Args:
-    config: of the run; its `validation` says how many sentences and which noise levels.
+    config: of the run; its `validation` says how many sentences and which noise levels, of which those count that
+      are trained.
     spec: of the training state.
     sentences: to measure on.
     make_features: encodes them.
     mesh: the devices.
+
+  Raises:
+    UserError: none of the noise levels is trained.
   """
 
   def __init__(
     self, config: RunConfig, spec: StateSpec, sentences: Sequence[Sentence], make_features: FeatureMaker, mesh: Mesh
   ):
     self._mesh, self._tasks = mesh, tuple(make_features.task_names)
-    self._sigmas = config.validation.sigmas
+    low, high = noise_range(config)
+    self._sigmas = [sigma for sigma in config.validation.sigmas if low <= sigma < high]
+    if not self._sigmas:
+      raise UserError(
+        f"config.validation.sigmas must have a noise level of the {config.model.expert}-noise expert, from {low:g} to "
+        f"{min(high, 1):g}, got {config.validation.sigmas}"
+      )
     rows, _ = pack_rows(
       [make_features(sentence) for sentence in sentences], RowShape.of(config.rows, context_mode(config))
     )
