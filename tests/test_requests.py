@@ -12,6 +12,7 @@ from univid_jax.cli.sampling import Request, RequestRunner, check_outputs, choos
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
+from univid_jax.core.packed_row import UNIVID_CONTEXT
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.reader import read_clip
 from univid_jax.inference.pipeline import Pipeline
@@ -23,7 +24,7 @@ AS_TRAINED = dict(size=None, num_frames=None, fit=None, fps=None)
 class EchoPipeline(Pipeline):
   """Returns the query, cut or repeated to the length asked for."""
 
-  dtype, attention = "float32", "full"
+  dtype, attention, context_mode = "float32", "full", UNIVID_CONTEXT
 
   def __init__(self):
     self.contexts: list[list[np.ndarray]] = []

@@ -183,7 +183,7 @@ class Upsample(nnx.Module):
 
 def repeat_positions(
   x: Float[Array, "t y x c"], *, frames: int = 1, rows: int, columns: int
-) -> Float[Array, "u v w c"]:
+) -> Float[Array, "_t _y _x c"]:
   """Repeats each position in t, y and x."""
   times = (frames, rows, columns)
   if current_platform() == Platform.TPU:
@@ -218,7 +218,7 @@ class AverageShortcut:
   frames: int
   side: int
 
-  def __call__(self, x: Float[Array, "t y x c"], *, is_first: bool) -> Float[Array, "u v w d"]:
+  def __call__(self, x: Float[Array, "t y x c"], *, is_first: bool) -> Float[Array, "_t _y _x d"]:
     del is_first  # only its chunk has a number of frames that blocks do not divide
     parts = self.out_dim // x.shape[-1]
     block = (self.frames // parts, self.side, self.side, 1)
@@ -243,7 +243,7 @@ class RepeatShortcut:
   frames: int
   side: int
 
-  def __call__(self, x: Float[Array, "t y x c"], *, is_first: bool) -> Float[Array, "u v w d"]:
+  def __call__(self, x: Float[Array, "t y x c"], *, is_first: bool) -> Float[Array, "_t _y _x d"]:
     rows = x.shape[-1] // self.out_dim
     y = repeat_positions(
       rearrange(x, "t y x (c n) -> t (y n) x c", n=rows), frames=self.frames, rows=self.side // rows, columns=self.side
@@ -257,7 +257,7 @@ class Level(nnx.Module):
   def __init__(self, layers: Sequence[Layer], shortcut: AverageShortcut | RepeatShortcut | None):
     self.layers, self.shortcut = nnx.List(layers), shortcut
 
-  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "u v w d"]:
+  def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "_t _y _x d"]:
     y = x
     for layer in self.layers:
       y = layer(y, caches)

@@ -1,6 +1,7 @@
 """The transformers of a model: one for all noise levels, or Wan2.2 A14B's experts for high and for low noise."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -92,11 +93,13 @@ class Experts:
       scale: one, or those of the low-noise and the high-noise expert, in this order.
 
     Raises:
-      UserError: there are two, but only one transformer; or another number.
+      UserError: there are two, but only one transformer, or another number; or one is not finite.
     """
     scales = (scale,) if isinstance(scale, int | float) else tuple(scale)
     count = len(self.transformers)
     if len(scales) not in (1, count):
       expected = "one number" if count == 1 else "one number, or two for low and high noise"
       raise UserError(f"guidance_scale must be {expected}, got {len(scales)}")
+    if not all(map(math.isfinite, scales)):
+      raise UserError(f"the guidance scale must be finite, got {', '.join(map(str, scales))}")
     return scales * count if len(scales) == 1 else scales[::-1]

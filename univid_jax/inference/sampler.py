@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import Solver
 from univid_jax.data.packing import select_target_tokens, target_indices
@@ -94,10 +92,8 @@ class Sampler:
       The target tokens of each sentence, float32 (tokens, p), in the order of `request.places`.
 
     Raises:
-      UserError: the guidance scale is not finite.
+      UserError: see `Experts.guidance_scales`.
     """
-    if not math.isfinite(guidance_scale):
-      raise UserError(f"the guidance scale must be finite, got {guidance_scale}")
     row, noise = _with_targets(request.row), _scatter_noise(request)
     negative = None if request.negative is None else _with_targets(request.negative)
     shards = row_shards(self._mesh)
