@@ -16,9 +16,10 @@ from univid_jax.codecs.wan_vae import VAE
 from univid_jax.convert.release_configs import diffusers_config
 from univid_jax.core.options import ModelType
 from univid_jax.data.tokens import patchify, unpatchify
+from univid_jax.models.dit import DiT
 from univid_jax.models.names import diffusers_table, name_from_diffusers
 from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
-from univid_jax.models.variants import DiTConfig
+from univid_jax.models.variants import VARIANTS, DiTConfig
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 diffusers = pytest.importorskip("diffusers", reason="needs the extra `parity`")
@@ -53,20 +54,21 @@ def autoencoder_options(config):
   return {key: value for key, value in diffusers_config(config).items() if key != "_class_name"}
 
 
-@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+@pytest.mark.parametrize("kind", ["t2v", "i2v", "ti2v", "i2v of Wan2.2"])
 def test_transformer(rng, kind):
   heads, head_dim = int(rng.integers(1, 5)), 2 * int(rng.integers(6, 17))
   layers, text_dim = int(rng.integers(1, 4)), int(rng.integers(8, 40))
   ffn, freq = int(rng.integers(20, 90)), 2 * int(rng.integers(8, 33))
   image = dict(image_dim=40, added_kv_proj_dim=heads * head_dim) if kind == "i2v" else {}
-  in_dim = 36 if kind == "i2v" else 16
+  out_dim = 48 if kind == "ti2v" else 16
+  in_dim = 36 if "i2v" in kind and kind != "ti2v" else out_dim
   theirs = randomize(
     diffusers.WanTransformer3DModel(
       patch_size=PATCH,
       num_attention_heads=heads,
       attention_head_dim=head_dim,
       in_channels=in_dim,
-      out_channels=16,
+      out_channels=out_dim,
       text_dim=text_dim,
       freq_dim=freq,
       ffn_dim=ffn,
@@ -84,30 +86,56 @@ def test_transformer(rng, kind):
     num_layers=layers,
     freq_dim=freq,
     text_dim=text_dim,
-    model_type=ModelType(kind),
+    model_type=ModelType(kind.split()[0]),
     in_dim=in_dim,
-    image_dim=40,
+    out_dim=out_dim,
+    image_dim=40 if image else 0,
   )
   ours = load_dit(config, official_weights("transformer", theirs))
 
   shape = (int(rng.integers(1, 5)), 2 * int(rng.integers(1, 5)), 2 * int(rng.integers(1, 5)))
-  x = rng.normal(size=(16, *shape)).astype(np.float32)
+  x = rng.normal(size=(out_dim, *shape)).astype(np.float32)
   context = rng.normal(size=(int(rng.integers(0, 30)), text_dim)).astype(np.float32)
-  t = rng.uniform(0, 1000, 1).astype(np.float32)
+  # TI2V's may differ between latent frames.
+  t = rng.uniform(0, 1000, shape[0] if kind == "ti2v" else 1).astype(np.float32)
+  frames = np.repeat(np.arange(shape[0]), shape[1] * shape[2] // 4)
   padded = np.pad(context, [(0, 512 - len(context)), (0, 0)])
   hidden, given, conditions = x, {}, {}
-  if kind == "i2v":
-    y, features = rng.normal(size=(20, *shape)).astype(np.float32), rng.normal(size=(1, 257, 40)).astype(np.float32)
-    hidden, given = np.concatenate([x, y]), {"encoder_hidden_states_image": torch.from_numpy(features)}
-    conditions = {"condition": patchify(np.moveaxis(y, 0, -1), PATCH)[None], "image_features": features}
+  if config.takes_condition:
+    y = rng.normal(size=(20, *shape)).astype(np.float32)
+    hidden, conditions = np.concatenate([x, y]), {"condition": patchify(np.moveaxis(y, 0, -1), PATCH)[None]}
+  if config.takes_image_features:
+    features = rng.normal(size=(1, 257, 40)).astype(np.float32)
+    given, conditions["image_features"] = {"encoder_hidden_states_image": torch.from_numpy(features)}, features
+  if kind == "ti2v":
+    conditions["modulation_ids"] = frames[None]
   with torch.no_grad():
-    inputs = [torch.from_numpy(array) for array in (hidden[None], t, padded[None])]
+    their_t = t[frames][None] if kind == "ti2v" else t
+    inputs = [torch.from_numpy(array) for array in (hidden[None], their_t, padded[None])]
     expected = theirs(*inputs, return_dict=False, **given)[0]
   row = row_of(x, context)
   out = unpatchify(
     np.asarray(jax.jit(ours)(row.tokens, t[None], dataclasses.replace(row, **conditions)))[0], shape, PATCH
   )
   assert relative_error(out, np.moveaxis(expected[0].numpy(), 0, -1)) <= 2e-5
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_number_of_parameters(name):
+  """At full size, on PyTorch's meta device."""
+  options = {key: value for key, value in diffusers_config(VARIANTS[name]).items() if key != "_class_name"}
+  with torch.device("meta"):
+    theirs = diffusers.WanTransformer3DModel(**options)
+  ours = nnx.state(nnx.eval_shape(lambda: DiT(VARIANTS[name], rngs=nnx.Rngs(0))), nnx.Param)
+  assert sum(x.size for x in jax.tree.leaves(ours)) == sum(x.numel() for x in theirs.parameters())
+
+
+@pytest.mark.parametrize("version", AUTOENCODERS)
+def test_number_of_parameters_of_an_autoencoder(version):
+  with torch.device("meta"):
+    theirs = diffusers.AutoencoderKLWan(**autoencoder_options(AUTOENCODERS[version]))
+  ours = nnx.state(nnx.eval_shape(lambda: VAE(AUTOENCODERS[version], rngs=nnx.Rngs(0))), nnx.Param)
+  assert sum(x.size for x in jax.tree.leaves(ours)) == sum(x.numel() for x in theirs.parameters())
 
 
 @pytest.mark.parametrize("version", AUTOENCODERS)
