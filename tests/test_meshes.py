@@ -95,7 +95,9 @@ class TestMeshes:
     return row
 
   def configure(self, config, lora):
-    return override(config, {"lora.rank": 2 if lora else 0, "model.look_back": ()})
+    """Context tokens have the target's timestep in one of the two kinds of training, 0 in the other."""
+    timestep = "zero" if lora else "target"
+    return override(config, {"lora.rank": 2 if lora else 0, "model.look_back": (), "model.context_timestep": timestep})
 
   @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.long)], ids=["full", "lora"])
   @pytest.mark.parametrize("sizes", MESHES, ids=str)
