@@ -16,6 +16,7 @@ from benchmarks.steps import diffusers_options, find_variant, make_sentence_row
 from benchmarks.timing import Program, RaceFlags, print_ratios, race, write_json
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
+from univid_jax.codecs.vae_config import find_autoencoder
 from univid_jax.models.variants import DiTConfig
 
 FLAGS = CommandFlags(__doc__)
@@ -90,12 +91,15 @@ def build_torch(
   kind = diffusers.WanTransformer3DModel  # pyright: ignore[reportPrivateImportUsage]  # exported lazily
   with torch.device(device):
     model = kind(**options).to(getattr(torch, dtype)).eval()
-    context = torch.ones(1, 16, 3 * frames, height // 8, width // 8, dtype=getattr(torch, dtype))
+    channels = options["in_channels"]
+    stride = find_autoencoder(channels).spatial_stride
+    size = height // stride, width // stride
+    context = torch.ones(1, channels, 3 * frames, *size, dtype=getattr(torch, dtype))
     text = torch.ones(1, PROMPT_TOKENS, options["text_dim"], dtype=getattr(torch, dtype))
   run_model = torch.compile(model) if compiled else model
 
   def run() -> float:
-    x = torch.randn(1, 16, frames, height // 8, width // 8, device=device, dtype=getattr(torch, dtype))
+    x = torch.randn(1, channels, frames, *size, device=device, dtype=getattr(torch, dtype))
     with torch.no_grad():
       for sigma, following in zip(sigmas, [*sigmas[1:], 0.0]):
         time = torch.full((1,), 1000 * sigma, device=device)
@@ -116,7 +120,8 @@ def main() -> None:
   shared = dict(frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value, dtype=RACE.dtype.value)
   ours = {**shared, "shape": shape, "num_steps": STEPS.value}
   theirs = {**shared, "options": diffusers_options(shape), "sigmas": euler_sigmas(STEPS.value)}
-  tokens = 4 * FRAMES.value * (HEIGHT.value // 16) * (WIDTH.value // 16)
+  side = 2 * find_autoencoder(shape.out_dim).spatial_stride
+  tokens = 4 * FRAMES.value * (HEIGHT.value // side) * (WIDTH.value // side)
   print(f"{STEPS.value} steps, {tokens:,} tokens, a quarter of them the target's")
   programs = {
     "cached": Program(build_jax, {**ours, "cached": True}),

@@ -18,6 +18,7 @@ from benchmarks.steps import LORA_RANK, diffusers_options, find_variant, make_ro
 from benchmarks.timing import Program, RaceFlags, print_ratios, race, write_json
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
+from univid_jax.codecs.vae_config import find_autoencoder
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import AttentionBackend, RematPolicy
 from univid_jax.models.variants import DiTConfig
@@ -70,7 +71,9 @@ def build_torch(
     for parameter in model.parameters():
       if parameter.requires_grad:
         parameter.data = parameter.data.float()
-    clean = torch.ones(rows, 16, 4 * frames, height // 8, width // 8, dtype=getattr(torch, dtype))
+    channels = options["in_channels"]
+    stride = find_autoencoder(channels).spatial_stride
+    clean = torch.ones(rows, channels, 4 * frames, height // stride, width // stride, dtype=getattr(torch, dtype))
     text = torch.ones(rows, PROMPT_TOKENS, options["text_dim"], dtype=getattr(torch, dtype))
   if mode == "train":
     model.enable_gradient_checkpointing()
@@ -144,7 +147,8 @@ def main() -> None:
     dtype=RACE.dtype.value,
     mode=MODE.value,
   )
-  tokens = 4 * FRAMES.value * (HEIGHT.value // 16) * (WIDTH.value // 16)
+  side = 2 * find_autoencoder(shape.out_dim).spatial_stride
+  tokens = 4 * FRAMES.value * (HEIGHT.value // side) * (WIDTH.value // side)
   training = MODE.value == "train"
   work = Work.of(shape, tokens, rows=ROWS.value, training=training, recomputes_all=training and REMAT.value == ["full"])
   ours = {**shared, "shape": shape, "backend": BACKEND.value}

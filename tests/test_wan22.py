@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import univid_jax
 from tests.helpers import GOLDENS, GOLDENS22, channels_last, golden, load_dit, relative_error
+from univid_jax.checkpoints.experts import find_expert, named_expert
 from univid_jax.checkpoints.lora.reading import read_lora
-from univid_jax.checkpoints.model import context_mode, transformer_config
+from univid_jax.checkpoints.model import check_expert, context_mode, transformer_config
 from univid_jax.checkpoints.pretrained import read_info
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.config.boundary import override
@@ -28,6 +30,7 @@ from univid_jax.data.packing import RowShape, pack, select_target_tokens
 from univid_jax.data.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import timestep_table
+from univid_jax.inference.experts import Experts, Transformer
 from univid_jax.inference.jobs import pack_single
 from univid_jax.models.variants import VARIANTS, DiTConfig
 from univid_jax.parallel.mesh import make_mesh
@@ -220,6 +223,8 @@ class TestTI2V:
     out = pipe.predict_velocity(latents, timesteps, io["context"])
     assert relative_error(out, expected["context_zero"]) <= 2e-5
     assert relative_error(pipe.predict_velocity(latents, t, io["context"]), expected["uniform"]) <= 2e-5
+    with pytest.raises(UserError, match="latents of this model have 48 channels, got 16"):
+      pipe.predict_velocity(latents[..., :16], t, io["context"])
     with pytest.raises(UserError, match="one for each of the 6 latent frames, got 2"):
       pipe.predict_velocity(latents, np.array([0.0, t]), io["context"])
 
@@ -324,6 +329,54 @@ class TestExperts:
     for timestep, name in ((900.0, "high"), (875.0, "high"), (874.0, "low"), (np.array([0.0, 880.0]), "high")):
       expected = singles[name].predict_velocity(latents, timestep, prompt)
       assert relative_error(pipe.predict_velocity(latents, timestep, prompt), expected) <= 1e-6
+
+  @pytest.mark.parametrize(
+    "name, expert",
+    [
+      ("wan22_high.safetensors", "high"),
+      ("style_LOW_noise_rank_64.safetensors", "low"),
+      ("HighNoise-style.safetensors", "high"),
+      ("low_noise_model/adapter.safetensors", "low"),
+      ("runs/high/lora.safetensors", "high"),
+      ("style_low_rank_64_high.safetensors", "high"),
+      ("my_low-rank_lora.safetensors", None),
+      ("high_quality.safetensors", None),
+      ("high_and_low.safetensors", None),
+      ("slow_highway.safetensors", None),
+    ],
+  )
+  def test_names_of_loras(self, name, expert):
+    assert named_expert(f"/models/{name}") == expert
+
+  def test_ti2v_is_no_expert(self, tmp_path):
+    path = tmp_path / "low" / "Wan2.2-TI2V-5B-high" / "model.safetensors"
+    assert find_expert(path, {}, VARIANTS["wan2.2-ti2v-5b"]) is None
+    assert find_expert(path, {}, VARIANTS["wan2.1-i2v-14b-480p"]) is None
+    assert find_expert(tmp_path / "model.safetensors", {}, VARIANTS["wan2.2-i2v-a14b"]) == "unknown"
+
+  def test_one_expert_stays_what_it_is(self, experts, tmp_path):
+    folder = shutil.copytree(experts[0] / "low_noise_model", tmp_path / "low_noise_model")
+    convert_any(str(folder), str(tmp_path / "low"))
+    for layout in ("original", "diffusers"):
+      convert_any(str(tmp_path / "low"), str(tmp_path / layout), to=layout)
+      convert_any(str(tmp_path / layout), str(tmp_path / f"{layout}_again"))
+      assert read_info(tmp_path / f"{layout}_again").expert == "low"
+    config = override(wan22_a14b(), {"init_from": str(tmp_path / "low"), "model.variant": ""})
+    with pytest.raises(UserError, match=r"config.model.expert is high, but .* is the low-noise expert"):
+      check_expert(config)
+    check_expert(override(config, {"model.expert": "low"}))
+    with pytest.raises(UserError, match=r"needs a base: give config.init_from"):
+      check_expert(override(tiny(), {"model.expert": "low"}))
+
+  @pytest.mark.parametrize("boundary, above", [(0.9, 0.9), (0.875, 0.875)])
+  def test_the_boundary_belongs_to_high_noise(self, boundary, above):
+    """Also if the noise level was rounded to float32, as solvers do."""
+    transformer = Transformer(nnx.graphdef(nnx.Module()), {})
+    model = Experts((transformer, transformer), boundary)
+    assert model.find(above) == model.find(float(np.float32(above))) == 0
+    assert model.find(float(np.nextafter(np.float32(above), np.float32(0)))) == 1
+    assert model.guidance_scales(np.float64(3)) == model.guidance_scales(3) == (3.0, 3.0)
+    assert model.guidance_scales((3, 4)) == (4.0, 3.0)
 
   def test_loras_belong_to_experts(self, experts, tmp_path):
     """By their metadata, by their name, or as asked; those of one expert leave the other as it was."""

@@ -1,4 +1,4 @@
-"""UniVid in JAX: a video diffusion transformer (Wan2.1) that learns image and video tasks from visual sentences."""
+"""UniVid in JAX: a video diffusion transformer (Wan) that learns image and video tasks from visual sentences."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

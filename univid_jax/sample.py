@@ -14,7 +14,7 @@ from typing import Any
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
-from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit, ContextTimestep
+from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit
 
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT, LORA, DTYPE, STEP = FLAGS.checkpoint(), FLAGS.lora(), FLAGS.dtype(), FLAGS.step()
@@ -25,7 +25,7 @@ OFFLOAD_INACTIVE = FLAGS.switch(
   "offload_inactive", False, "Keep only the expert that is in use in device memory, of a base with two."
 )
 CONTEXT_TIMESTEP = FLAGS.choice(
-  "context_timestep", None, list(ContextTimestep), "Timestep of the context; default: what the model was trained with."
+  "context_timestep", None, ["target", "zero"], "Timestep of the context; default: what the model was trained with."
 )
 CLIPS = FLAGS.strings("clips", None, "The context in order: A, A', B, or any odd number of clips.", required=True)
 QUERIES = FLAGS.strings("queries", [], "Several B for the same example pairs: clips, or a folder of clips.")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from univid_jax.core.options import ModelType
 from univid_jax.models.variants import VARIANTS, DiTConfig
 
 
@@ -26,6 +27,11 @@ _VERSION = re.compile(r"wan[ _.-]*2[ _.-]?([12])(?!\d)", re.IGNORECASE)
 _NOISE = re.compile(r"(high|low)[ _.-]*noise", re.IGNORECASE)
 _BARE = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
 
+# What high and low also describe.
+_OTHER_NOUN = re.compile(
+  r"[ _.-]*(rank|quality|res|detail|contrast|key|light|speed|vram|step|lr|poly|angle)", re.IGNORECASE
+)
+
 # Folders of diffusers' pipelines with two transformers.
 _DIFFUSERS_FOLDERS = {"transformer": Expert.HIGH, "transformer_2": Expert.LOW}
 
@@ -41,6 +47,8 @@ def find_expert(path: Path, metadata: Mapping[str, str], config: DiTConfig) -> E
     metadata: the texts in the file's header.
     config: the transformer's shape.
   """
+  if config.model_type == ModelType.TI2V or config.takes_image_features:
+    return None
   texts = list(_texts(path, metadata))
   version = next((match[1] for text in texts if (match := _VERSION.search(text))), None)
   is_wan22 = version == "2" or any("a14b" in text.lower() for text in texts)
@@ -62,11 +70,16 @@ def split_expert(text: str) -> tuple[str, str]:
 
 
 def named_expert(path: str) -> Expert | None:
-  """Returns the expert that the name of a file of one, or else of its folder, mentions."""
-  for text in list(reversed(Path(path).absolute().parts))[:2]:
-    if match := _NOISE.search(text) or _BARE.search(text):
-      return Expert(match[1].lower())
-  return None
+  """Returns the expert that the name of a LoRA mentions, or else that of its folder; None if it could mean another.
+
+  "low" of low_rank is not one, and a name with both words is of neither.
+  """
+  name, folder = list(reversed(Path(path).absolute().parts))[:2]
+  found = {match[1].lower() for match in _NOISE.finditer(name)}
+  found = found or {match[1].lower() for match in _BARE.finditer(name) if not _OTHER_NOUN.match(name[match.end() :])}
+  if not found and (match := re.fullmatch(r"(high|low)([ _.-]*noise([ _.-]*model)?)?", folder, re.IGNORECASE)):
+    found = {match[1].lower()}
+  return Expert(found.pop()) if len(found) == 1 else None
 
 
 def may_be_expert(path: Path, metadata: Mapping[str, str], variant: str) -> bool:

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -75,13 +76,41 @@ def trained_component(config: RunConfig) -> str:
         "of its own"
       )
     return "transformer"
+  if Expert.UNKNOWN in experts:
+    return experts[Expert.UNKNOWN]
   if Expert(expert) not in experts:
     found = next(iter(experts), None)
     raise UserError(
       f"config.model.expert is {expert}, but {config.init_from} "
-      + (f"is the {found}-noise expert" if found else "has a transformer for all noise levels: leave it out")
+      + (f"is the {found}-noise expert" if found else "has a transformer for all noise levels: set it to only")
     )
   return experts[Expert(expert)]
+
+
+def check_expert(config: RunConfig) -> None:
+  """Checks that an expert that is to be trained exists, and can be validated.
+
+  Raises:
+    UserError: see `trained_component` and `validated_sigmas`.
+  """
+  if config.model.expert != TrainedExpert.ONLY and not config.init_from:
+    raise UserError(f"config.model.expert is {config.model.expert}, which needs a base: give config.init_from")
+  if config.init_from:
+    trained_component(config)
+  if config.validation.every_steps:
+    validated_sigmas(config)
+
+
+def validated_sigmas(config: RunConfig) -> list[float]:
+  """Returns the noise levels of validation that are trained; raises UserError if there are none."""
+  low, high = noise_range(config)
+  sigmas = [sigma for sigma in config.validation.sigmas if np.float32(low) <= np.float32(sigma) < np.float32(high)]
+  if not sigmas:
+    raise UserError(
+      f"config.validation.sigmas must have a noise level of the {config.model.expert}-noise expert, from {low:g} to "
+      f"{min(high, 1):g}, got {config.validation.sigmas}"
+    )
+  return sigmas
 
 
 def noise_range(config: RunConfig) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from univid_jax.checkpoints.checksums import has_checksums
-from univid_jax.checkpoints.experts import split_expert
+from univid_jax.checkpoints.experts import named_expert, split_expert
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.scaling import find_config
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_checkpoint
@@ -77,6 +77,8 @@ class Origin:
       expert, file = split_expert(path)
       config = find_config(Path(file))
       digests = [_digest(part) for part in (_lora_path(file), *([epath.Path(config)] if config else []))]
+      if "transformer_2" in checksums:  # the name may decide, so that moving the file changes the model
+        expert = expert or named_expert(file) or ""
       checksums[f"lora {number}"] = f"{expert} {' + '.join(digests)} x {weight:g}".strip()
     return checksums
 

@@ -285,7 +285,7 @@ class PretrainedCheckpoint:
       )
     if component == "transformer" and self.info.expert:
       logger.warning(
-        "%s is one expert of Wan2.2 A14B (%s): it was trained on a part of the noise levels, but is used for all",
+        "%s is one expert of Wan2.2 A14B (%s): it was trained on a part of the noise levels",
         self.folder,
         self.info.expert,
       )

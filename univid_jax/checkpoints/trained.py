@@ -1,5 +1,6 @@
 """What a run has trained, read from its workdir: to sample with, to export, or to train on."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,7 +108,8 @@ def to_lora_weights(record: RunRecord, params: Params, *, step: int) -> LoRAWeig
     "step": str(step),
     **run_usage(record).to_metadata(),
   }
-  return unstack_lora(params, alpha=lora.alpha, rslora=lora.rslora, metadata=metadata)
+  weights = unstack_lora(params, alpha=lora.alpha, rslora=lora.rslora, metadata=metadata)
+  return dataclasses.replace(weights, source=f"the LoRA of {record.config.name}")
 
 
 def run_usage(record: RunRecord) -> Usage:

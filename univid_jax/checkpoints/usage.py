@@ -19,7 +19,7 @@ class Usage:
 
   Attributes:
     attention: see `Attention`.
-    context_timestep: see `ContextTimestep`; AUTO for LoRAs of earlier versions.
+    context_timestep: see `ContextTimestep`; AUTO if it is not known.
     shift: of the noise levels toward noise.
     sizes: (height, width) in pixels: the size of clips, then the other buckets.
     num_frames: of a video.
@@ -108,6 +108,9 @@ class Usage:
           values[field] = parse(metadata[field])
         except (ValueError, TypeError, AttributeError) as error:
           raise UserError(f"the header of {source} has {field} = {metadata[field]!r}: {error}") from error
+    if "context_timestep" not in values:  # files of earlier versions, which knew Wan2.1 only
+      causal = values.get("attention") == Attention.CONTEXT_CAUSAL
+      values["context_timestep"] = ContextTimestep.ZERO if causal else ContextTimestep.TARGET
     return cls(**values)
 
 

@@ -76,7 +76,7 @@ class CommandFlags:
     return self.string("checkpoint", None, help_text, required=True)
 
   def lora(self) -> flags.FlagHolder[list[str]]:
-    help_text = "LoRA files or folders, separated by commas; PATH:WEIGHT sets a weight other than 1."
+    help_text = "LoRA files or folders, separated by commas; PATH:WEIGHT sets a weight, high=PATH an expert."
     return self.strings("lora", [], help_text)
 
   def lora_skip_unmatched(self) -> flags.FlagHolder[bool]:

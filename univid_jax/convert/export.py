@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from univid_jax.checkpoints.checksums import verified
+from univid_jax.checkpoints.experts import Expert
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo, numpy_dtype, save_safetensors, save_torch
 from univid_jax.convert.destination import atomic_folder
@@ -106,6 +107,10 @@ def export_checkpoint(
   """
   checkpoint, files = PretrainedCheckpoint.open(source), LAYOUTS[layout]
   weights = {**files.weights, **(files.experts if checkpoint.has("transformer_2") else {})}
+  if checkpoint.info.expert in (Expert.HIGH, Expert.LOW):  # its folder says which
+    weights["transformer"] = files.experts.get(
+      "transformer" if checkpoint.info.expert == Expert.HIGH else "transformer_2", weights["transformer"]
+    )
   tensors: dict[str, LazyTensors] = {}
   for component in checkpoint.info.components:
     if component in weights:

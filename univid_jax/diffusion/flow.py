@@ -14,7 +14,8 @@ from univid_jax.core.options import Objective
 
 NUM_TRAIN_TIMESTEPS = 1000
 
-# Target tokens of the paper's videos (5 latent frames at 832x480): RESOLUTION_SHIFT leaves their shift unchanged.
+# Target tokens of the paper's videos (5 latent frames at 832x480, Wan2.1's autoencoder): RESOLUTION_SHIFT leaves their
+# shift unchanged.
 REFERENCE_TOKENS = 7800
 
 ArrayT = TypeVar("ArrayT", np.ndarray, Array)
@@ -82,7 +83,7 @@ class FlowMatching:
 
   def sample_timestep_ids(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Int[Array, "..."]:
     """Draws indices into `training_sigmas`, uniform over those in the range."""
-    low, high = self.noise_range
+    low, high = map(np.float32, self.noise_range)
     sigmas = self.training_sigmas()
     (inside,) = np.nonzero((sigmas >= low) & (sigmas < high))
     return inside[0] + self._draw(key, shape, len(inside))

@@ -23,9 +23,14 @@ class OffloadedParams:
 
   Attributes:
     values: in host memory.
+
+  Raises:
+    UserError: a part of them is on devices of another process.
   """
 
   def __init__(self, params: Params):
+    if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
+      raise UserError("an expert that several processes share cannot wait in host memory: leave out offload_inactive")
     self._shardings = jax.tree.map(lambda x: x.sharding, params)
     self.values = jax.device_get(params)
 
@@ -73,7 +78,8 @@ class Experts:
 
   def find(self, sigma: float) -> int:
     """Returns the index of the transformer for a noise level."""
-    return 0 if len(self.transformers) == 1 or sigma >= self.boundary else 1
+    # In float32, like the noise levels of solvers: 0.9 belongs to the high-noise expert.
+    return 0 if len(self.transformers) == 1 or np.float32(sigma) >= np.float32(self.boundary) else 1
 
   def load(self, index: int) -> Params:
     """Returns the parameters of a transformer, on their devices."""
@@ -95,7 +101,7 @@ class Experts:
     Raises:
       UserError: there are two, but only one transformer, or another number; or one is not finite.
     """
-    scales = (scale,) if isinstance(scale, int | float) else tuple(scale)
+    scales = tuple(np.atleast_1d(np.asarray(scale, np.float64)).tolist())
     count = len(self.transformers)
     if len(scales) not in (1, count):
       expected = "one number" if count == 1 else "one number, or two for low and high noise"

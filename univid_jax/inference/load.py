@@ -21,7 +21,7 @@ from univid_jax.checkpoints.trained import load_other_expert, restore_run, run_u
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
-from univid_jax.core.options import OnDamaged
+from univid_jax.core.options import OnDamaged, TrainedExpert
 from univid_jax.inference.experts import OffloadedParams, Transformer, order_experts
 from univid_jax.inference.lora_specs import LoRA, LoRASpecs, lora_usage, read_loras, select_loras
 from univid_jax.inference.partial import PartialPipeline
@@ -31,6 +31,9 @@ from univid_jax.models.lora import LORA, LoRAParam
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import parameter_shardings
+
+# Wan2.2's own for T2V-A14B, where the paper's shift would leave little to the high-noise expert.
+A14B_SHIFT = 12.0
 
 # Adds LoRAs to a transformer and, if it is one of two and that is asked for, moves it to host memory.
 _Finish = Callable[[DiTConfig, Transformer, Sequence[LoRA], bool], Transformer]
@@ -129,6 +132,8 @@ def _load_base(
   pairs = list(zip(base.transformers, selected, strict=True))
   usage = lora_usage([(each, base.checksum(name)) for name, part in pairs for each in part], given)
   config = base.config("transformer")
+  if usage is None and len(pairs) > 1 and not config.takes_condition:
+    usage = Usage(shift=A14B_SHIFT)
 
   def load(name: str, part: Sequence[LoRA]) -> Transformer:
     return finish(config, Transformer(*base.load(name, mesh=mesh, dtype=dtype)), part, len(pairs) > 1)
@@ -146,13 +151,22 @@ def _load_run(
   step: int | str | None,
 ) -> list[Transformer]:
   """Loads what a run has trained; of two experts, also the one of its base that it has not."""
+  config, expert = transformer_config(record.config), record.config.model.expert
+  init_from = record.config.init_from
+  experts = PretrainedCheckpoint.open(init_from).experts if init_from else (None,)
   graph, params, trained = restore_run(saved, record, mesh, step=step)
-  other, expert = load_other_expert(record.config, mesh), record.config.model.expert
-  own = [LoRA(lora, expert="" if other is None else expert) for lora in trained]
-  transformers = order_experts(Transformer(graph, params), None if other is None else Transformer(*other), expert)
-  selected = select_loras([*own, *loras], [None] if other is None else [Expert.HIGH, Expert.LOW])
-  config = transformer_config(record.config)
-  return [finish(config, each, part, other is not None) for each, part in zip(transformers, selected, strict=True)]
+  own = "" if expert == TrainedExpert.ONLY or len(experts) == 1 else str(expert)
+  selected = dict(zip(experts, select_loras([*(LoRA(lora, expert=own) for lora in trained), *loras], experts)))
+  if not own:
+    (part,) = selected.values()
+    return [finish(config, Transformer(graph, params), part, False)]
+  # One after the other, so that an offloaded one makes room.
+  first = finish(config, Transformer(graph, params), selected[Expert(own)], True)
+  del graph, params
+  loaded = load_other_expert(record.config, mesh)
+  assert loaded is not None
+  (other,) = set(experts) - {Expert(own)}
+  return order_experts(first, finish(config, Transformer(*loaded), selected[other], True), expert)
 
 
 def _with_loras(

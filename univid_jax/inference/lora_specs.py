@@ -104,7 +104,7 @@ def select_loras(loras: Sequence[LoRA], experts: Sequence[Expert | None]) -> lis
         f"nothing says whether {lora.weights.source} is for the high-noise or the low-noise expert: put high or low in "
         "its name, or give LoRAs by expert (high=PATH, low=PATH, both=PATH)"
       )
-    if len(experts) == 1 and lora.expert and experts[0] is None:
+    if lora.expert and list(experts) == [None]:
       raise UserError(
         f"{lora.weights.source} is meant for an expert ({lora.expert}), but the model has only one transformer"
       )
@@ -119,6 +119,8 @@ def select_loras(loras: Sequence[LoRA], experts: Sequence[Expert | None]) -> lis
       )
     for index in places:
       selected[index].append(lora)
+      if len(experts) > 1:
+        logger.info("%s: for the %s-noise expert", lora.weights.source, experts[index])
   return selected
 
 
@@ -139,6 +141,8 @@ def lora_usage(loras: Sequence[tuple[LoRA, str]], given: Mapping[str, str | None
   known = [(lora.weights.source, usage, checksum) for lora, checksum in loras if (usage := lora.weights.usage)]
   notes = [describe_mismatch(usage, checksum, source=source) for source, usage, checksum in known]
   usages = [(source, usage) for source, usage, _ in known]
+  if given["attention"] is not None:  # it decides about the timestep, too
+    given = {"context_timestep": "", **{name: value or "" for name, value in given.items()}}
   for field in (name for name, value in given.items() if value is not None and usages):  # so that it cannot conflict
     chosen = getattr(usages[0][1], field)
     usages = [(source, dataclasses.replace(usage, **{field: chosen})) for source, usage in usages]

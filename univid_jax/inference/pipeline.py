@@ -139,6 +139,8 @@ class Pipeline(EncodingPipeline):
     Raises:
       ValueError: what an I2V model takes is missing, or is given to another one; or the timesteps do not fit.
     """
+    if latents.shape[-1] != self.config.out_dim:
+      raise UserError(f"latents of this model have {self.config.out_dim} channels, got {latents.shape[-1]}")
     job = Job(
       Sentence(clips=(np.asarray(latents, np.float32),), roles=reference_roles(1)),
       np.zeros((0, 0), np.float32),
@@ -264,8 +266,8 @@ class Pipeline(EncodingPipeline):
     channels = self.encoders.codec.latent_channels
     if latents is None:
       latents = jax.random.normal(jax.random.key(seed), (*shape, channels))
-    elif latents.shape[:3] != shape:
-      raise UserError(f"latents must have the target's shape {shape}, got {latents.shape[:3]}")
+    elif latents.shape != (*shape, channels):
+      raise UserError(f"latents must have the target's shape {(*shape, channels)}, got {latents.shape}")
     # The latents of a first frame precede those of the target like another clip: time runs on from one to the other.
     target = np.zeros((shape[0] - known, *shape[1:], channels), np.float32)
     encoded = (*(self.encode(clip) for clip in given), target)

@@ -1,7 +1,7 @@
-"""The parts of Wan2.1's diffusion transformer: attention, feed-forward, blocks, embeddings and the output head.
+"""The parts of Wan's diffusion transformer: attention, feed-forward, blocks, embeddings and the output head.
 
-Ported from Wan2.1 (Apache-2.0). Attributes are named like the original's modules, so that weights and LoRA files map
-one to one.
+Ported from Wan2.1 and Wan2.2 (Apache-2.0). Attributes are named like the original's modules, so that weights and LoRA
+files map one to one.
 """
 
 import dataclasses

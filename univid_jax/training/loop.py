@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -52,22 +53,25 @@ from univid_jax.training.step import make_train_step
 
 log = logging.getLogger(__name__)
 
-# The trained LoRA, as ComfyUI and diffusers read it.
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
   """What a finished run returns.
 
   Attributes:
-    pipeline: the trained model.
+    make_pipeline: returns the trained model.
     steps_taken: by this call; 0 if the run was complete already.
     seconds: that they took, validation and saving included, compilation of the step excluded.
   """
 
-  pipeline: Pipeline
+  make_pipeline: Callable[[], Pipeline]
   steps_taken: int
   seconds: float
+
+  @functools.cached_property
+  def pipeline(self) -> Pipeline:
+    """The trained model; of one of two experts with the other one, which is loaded for it."""
+    return self.make_pipeline()
 
 
 def train(
@@ -223,16 +227,16 @@ def compile_train_step(run: Run) -> TrainStep:
   return compiled
 
 
-def finish_run(run: Run, state: TrainState) -> Pipeline:
-  """Returns the trained model; of a LoRA run exports the LoRA, which the pipeline applies unmerged."""
+def finish_run(run: Run, state: TrainState) -> Callable[[], Pipeline]:
+  """Exports the LoRA of a LoRA run; returns what makes the trained model, in which a LoRA is not merged."""
   if run.base_graph is None:
-    return run.create_pipeline(state.model_params)
+    return functools.partial(run.create_pipeline, state.model_params)
   lora = to_lora_weights(run.record, gather_arrays(state.model_params), step=run.config.num_steps)
   if jax.process_index() == 0:
     with atomic_write(epath.Path(run.workdir) / lora_export(run.config)) as path:
       write_lora(path, lora, "comfyui")
   trained = add_loras(run.shape, run.base_graph, run.frozen, [(lora, 1.0)], mesh=run.mesh, merged=False)
-  return run.complete(Transformer(*trained))
+  return functools.partial(run.complete, Transformer(*trained))
 
 
 def lora_export(config: RunConfig) -> str:

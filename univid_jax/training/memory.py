@@ -10,11 +10,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from univid_jax.checkpoints.model import codec_shape, context_mode, create_model, transformer_config
+from univid_jax.checkpoints.model import check_rows, codec_shape, context_mode, create_model, transformer_config
 from univid_jax.checkpoints.pretrained import abstract_parameters
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import TrainedExpert
 from univid_jax.core.packed_row import TOKEN_FIELDS, PackedRow
 from univid_jax.core.protocols import TrainStep
 from univid_jax.core.sentence import Sentence, reference_roles
@@ -138,7 +139,11 @@ def abstract_batch(config: RunConfig, shape: DiTConfig, mesh: Mesh) -> PackedRow
 
 
 def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
-  """Forecasts sampling one sentence of context I on each device, without codec and encoders."""
+  """Forecasts sampling one sentence of context I on each device, without codec and encoders.
+
+  Of a model with two experts, both are on the devices.
+  """
+  check_rows(config)
   shape, data = transformer_config(config), config.data
   codec = codec_shape(config)
   latents = latent_shape(
@@ -148,6 +153,7 @@ def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
   )
   features = _placeholder_features(shape, latents, num_clips=4)
   row = pack_single(features, context_mode=context_mode(config), with_targets=True)
+  num_experts = 1 if config.model.expert == TrainedExpert.ONLY else 2
   module = nnx.eval_shape(lambda: create_model(config, adapters=False))
   graph, params = nnx.graphdef(module), abstract_parameters(module, mesh)
   replicated = NamedSharding(mesh, PartitionSpec())
@@ -165,7 +171,7 @@ def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
     compiled = step.lower(graph, params, (branch, None), row.tokens, scalar, coefficients, scalar).compile()
   device = mesh.devices.flat[0]
   return Forecast(
-    weights=bytes_per_device(params),
+    weights=num_experts * bytes_per_device(params),
     optimizer=0,
     batch=bytes_per_device(row),
     activations=compiled.memory_analysis().temp_size_in_bytes,

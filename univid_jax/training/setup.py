@@ -13,7 +13,14 @@ from jax.sharding import Mesh
 
 import univid_jax
 from univid_jax.checkpoints.checksums import verified
-from univid_jax.checkpoints.model import base_checksum, check_rows, context_mode, open_encoders, transformer_config
+from univid_jax.checkpoints.model import (
+  base_checksum,
+  check_expert,
+  check_rows,
+  context_mode,
+  open_encoders,
+  transformer_config,
+)
 from univid_jax.checkpoints.run import RunRecord, has_checkpoint, read_run
 from univid_jax.checkpoints.trained import load_base, load_other_expert, run_usage
 from univid_jax.config.boundary import differences
@@ -85,9 +92,11 @@ class Run:
 
   @functools.cached_property
   def other_expert(self) -> Transformer | None:
-    """The expert of the base that is not trained, in host memory until it is used."""
+    """The expert of the base that is not trained; one process keeps it in host memory until it is used."""
     other = load_other_expert(self.config, self.mesh)
-    return None if other is None else Transformer(*other).offload()
+    if other is None:
+      return None
+    return Transformer(*other) if jax.process_count() > 1 else Transformer(*other).offload()
 
   def create_pipeline(self, params: Params) -> Pipeline:
     """Returns the model trained so far, to sample with."""
@@ -121,6 +130,7 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
     OSError: a file cannot be read.
   """
   check_rows(config)
+  check_expert(config)
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
   check_rows_stay_on_one_process(mesh)

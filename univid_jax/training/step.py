@@ -11,8 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from univid_jax.checkpoints.model import noise_range
+from univid_jax.checkpoints.model import codec_shape, noise_range
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Objective
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import TrainStep
 from univid_jax.diffusion.flow import FlowMatching
@@ -31,6 +33,12 @@ def make_train_step(
 
   Noise depends on the seed and the step alone.
   """
+  if (
+    config.flow.objective == Objective.RESOLUTION_SHIFT and config.init_from and codec_shape(config).spatial_stride > 8
+  ):
+    raise UserError(
+      "config.flow.objective = resolution_shift counts tokens of Wan2.1's autoencoder, which the base does not have"
+    )
   flow = FlowMatching.of(config.flow, noise_range=noise_range(config))
   update = make_update(
     spec, optimizer, ema_decay=config.ema_decay, microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0

@@ -10,9 +10,8 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from univid_jax.checkpoints.model import context_mode, noise_range
+from univid_jax.checkpoints.model import context_mode, validated_sigmas
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.sentence import Sentence, read_frames
@@ -55,13 +54,7 @@ class Validation:
     self, config: RunConfig, spec: StateSpec, sentences: Sequence[Sentence], make_features: FeatureMaker, mesh: Mesh
   ):
     self._mesh, self._tasks = mesh, tuple(make_features.task_names)
-    low, high = noise_range(config)
-    self._sigmas = [sigma for sigma in config.validation.sigmas if low <= sigma < high]
-    if not self._sigmas:
-      raise UserError(
-        f"config.validation.sigmas must have a noise level of the {config.model.expert}-noise expert, from {low:g} to "
-        f"{min(high, 1):g}, got {config.validation.sigmas}"
-      )
+    self._sigmas = validated_sigmas(config)
     rows, _ = pack_rows(
       [make_features(sentence) for sentence in sentences], RowShape.of(config.rows, context_mode(config))
     )
