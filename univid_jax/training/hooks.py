@@ -23,6 +23,7 @@ from univid_jax.models.flops import step_flops
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.supervisor import StopSignal, Supervisor
 from univid_jax.platform.chips import find_chip
+from univid_jax.training.goodput import Activity, Goodput
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.setup import Run
 from univid_jax.training.state import Params, TrainState
@@ -83,7 +84,11 @@ class StepEvent:
 
   @property
   def saves(self) -> bool:
-    return self.is_checkpoint or self.stop_signal is not None
+    return self.is_checkpoint or self.ends
+
+  @property
+  def ends(self) -> bool:
+    return self.is_last or self.stop_signal is not None
 
 
 @runtime_checkable
@@ -159,10 +164,11 @@ class Validate:
     run: what is trained.
     summarize: its clock leaves the validation out.
     supervisor: is asked whether to go on.
+    goodput: of the run.
   """
 
-  def __init__(self, run: Run, summarize: Summarize, supervisor: Supervisor):
-    self._run, self._summarize, self._supervisor = run, summarize, supervisor
+  def __init__(self, run: Run, summarize: Summarize, supervisor: Supervisor, goodput: Goodput):
+    self._run, self._summarize, self._supervisor, self._goodput = run, summarize, supervisor, goodput
     self._options = run.config.validation
     self._pipeline: Pipeline | None = None
     self._sentences, held_out = select_sentences(run.data, self._options.sentences)
@@ -176,7 +182,7 @@ class Validate:
       return
     params = event.state.model_params
     try:
-      with jax.profiler.TraceAnnotation("validate"):
+      with jax.profiler.TraceAnnotation("validate"), self._goodput.measure(Activity.VALIDATING):
         if self._options.previews:
           self._write_previews(event.step, params)
         event.summary |= self._validation(params, self._run.frozen, progress=self._go_on)
@@ -211,6 +217,18 @@ class _Stopped(Exception):
   """Validation was interrupted by a signal."""
 
 
+class MeasureGoodput:
+  """Adds the share of the run's time, restarts included, in which steps ran to the summary."""
+
+  def __init__(self, goodput: Goodput):
+    self._goodput = goodput
+
+  def __call__(self, event: StepEvent) -> None:
+    if event.summary:
+      event.summary["goodput"] = round(self._goodput.share, 4)
+      self._goodput.keep()
+
+
 class WriteMetrics:
   """Writes every summary."""
 
@@ -225,21 +243,34 @@ class WriteMetrics:
 class SaveCheckpoint:
   """Saves asynchronously; waits only on the last step or when the run is stopped."""
 
-  def __init__(self, checkpointer: Checkpointer, loader: Resumable):
-    self._checkpointer, self._loader = checkpointer, loader
+  def __init__(self, checkpointer: Checkpointer, loader: Resumable, goodput: Goodput):
+    self._checkpointer, self._loader, self._goodput = checkpointer, loader, goodput
 
   def __call__(self, event: StepEvent) -> None:
-    if event.saves:
-      with jax.profiler.TraceAnnotation("save"):
-        self._checkpointer.save(
-          event.step,
-          model=event.state.model_params,
-          training=event.state.training_items,
-          data=self._loader,
-          val_loss=event.summary.get("val_loss"),
-        )
-    if event.is_last or event.stop_signal:
-      self._checkpointer.wait()
+    if not event.saves:
+      return
+    with jax.profiler.TraceAnnotation("save"), self._goodput.measure(Activity.SAVING):
+      self._checkpointer.save(
+        event.step,
+        model=event.state.model_params,
+        training=event.state.training_items,
+        data=self._loader,
+        val_loss=event.summary.get("val_loss"),
+      )
+      if event.ends:
+        self._checkpointer.wait()
+    self._goodput.keep_checkpoint(event.step)
+
+
+class ReportGoodput:
+  """Logs what the run's time went into, when it ends or is stopped."""
+
+  def __init__(self, goodput: Goodput):
+    self._goodput = goodput
+
+  def __call__(self, event: StepEvent) -> None:
+    if event.ends and jax.process_index() == 0:
+      log.info("%s", self._goodput)
 
 
 class StopOnSignal:

@@ -35,9 +35,12 @@ from univid_jax.parallel.processes import gather_arrays
 from univid_jax.parallel.sharding import shard_batch
 from univid_jax.parallel.supervisor import Supervisor, supervise
 from univid_jax.platform.current import current_platform
+from univid_jax.training.goodput import Activity, Goodput
 from univid_jax.training.hooks import (
   Hook,
+  MeasureGoodput,
   Profile,
+  ReportGoodput,
   SaveCheckpoint,
   StepEvent,
   StopOnSignal,
@@ -97,7 +100,10 @@ def train(
     Interrupted: SIGTERM or Ctrl-C arrived, and the state is saved; or another process of the run has ended.
     OSError: a file could not be read or a checkpoint not written.
   """
-  with lock.hold(workdir, process=jax.process_index()):
+  with (
+    contextlib.closing(Goodput(workdir, writes=jax.process_index() == 0)) as goodput,
+    lock.hold(workdir, process=jax.process_index()),
+  ):
     run = set_up_run(config, workdir, verify_weights=verify_weights)
     loader = open_loader(run)
     checkpointer = Checkpointer(
@@ -108,16 +114,26 @@ def train(
       if jax.process_index() == 0:
         write_run(workdir, run.record)
       loader.start_prefetch()  # makes the first batches while the step compiles
-      step_fn = compile_train_step(run)
+      with goodput.measure(Activity.COMPILING):
+        step_fn = compile_train_step(run)
       start, started = int(state.step), time.monotonic()
-      state = take_steps(run, state, step_fn, loader, checkpointer, profile_steps=profile_steps)
+      if start < config.num_steps:
+        goodput.resume(start)
+      state = take_steps(run, state, step_fn, loader, checkpointer, goodput, profile_steps=profile_steps)
     if run.data.dropped:
       log.info("%d records of the data could not be used, first %s", len(run.data.dropped), run.data.dropped[0])
     return TrainResult(finish_run(run, state), config.num_steps - start, time.monotonic() - started)
 
 
 def take_steps(
-  run: Run, state: TrainState, step_fn: TrainStep, loader: Loader, checkpointer: Checkpointer, *, profile_steps: int
+  run: Run,
+  state: TrainState,
+  step_fn: TrainStep,
+  loader: Loader,
+  checkpointer: Checkpointer,
+  goodput: Goodput,
+  *,
+  profile_steps: int,
 ) -> TrainState:
   """Takes the steps from the state's to the config's last, and calls the hooks after each."""
   config, start = run.config, int(state.step)
@@ -128,15 +144,18 @@ def take_steps(
     supervise() as supervisor,
     progress_bar(start, config.num_steps) as bar,
   ):
-    hooks = make_hooks(run, loader, checkpointer, writer, bar, supervisor, start=start, profile_steps=profile_steps)
+    hooks = make_hooks(
+      run, loader, checkpointer, writer, bar, supervisor, goodput, start=start, profile_steps=profile_steps
+    )
     with supervisor.stepping():
       metrics = None
       for step in range(start + 1, config.num_steps + 1):
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-          with jax.profiler.TraceAnnotation("data"):
+          with jax.profiler.TraceAnnotation("data"), goodput.measure(Activity.WAITING):
             batch = shard_batch(next(loader), run.mesh)
-          with jax.profiler.TraceAnnotation("step"):
+          with jax.profiler.TraceAnnotation("step"), goodput.measure(Activity.STEPPING):
             previous, (state, metrics) = metrics, step_fn(state, run.frozen, batch)
+            goodput.watch(metrics)
             # Devices are at most two steps behind, so that a stop does not wait for more.
             jax.block_until_ready(previous)
         signal = supervisor.stop_signal if supervisor.should_stop() else None
@@ -153,6 +172,7 @@ def make_hooks(
   writer: MetricsWriter | None,
   bar: tqdm,
   supervisor: Supervisor,
+  goodput: Goodput,
   *,
   start: int,
   profile_steps: int,
@@ -161,10 +181,11 @@ def make_hooks(
   summarize = Summarize(run, bar)
   hooks: list[Hook] = [summarize]
   if run.config.validation.every_steps:
-    hooks.append(Validate(run, summarize, supervisor))
+    hooks.append(Validate(run, summarize, supervisor, goodput))
+  hooks.append(MeasureGoodput(goodput))
   if writer is not None:
     hooks.append(WriteMetrics(writer))
-  hooks += [SaveCheckpoint(checkpointer, loader), StopOnSignal(run.config.num_steps)]
+  hooks += [SaveCheckpoint(checkpointer, loader, goodput), ReportGoodput(goodput), StopOnSignal(run.config.num_steps)]
   if profile_steps:
     hooks.insert(0, Profile(run.workdir, first_step=start, num_steps=profile_steps))
   return hooks
