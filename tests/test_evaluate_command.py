@@ -124,9 +124,10 @@ def test_two_processes_give_the_same_report(workdir, tmp_path):
     )
     for i in range(2)
   ]
-  for process in processes:
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
+  outputs = [process.communicate(timeout=300) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  lines = [line for output in outputs[1] for line in output.splitlines() if "[Gloo]" not in line]
+  assert lines == [], "process 0 alone prints"
   assert read_numbers(tmp_path / "out") == read_numbers(workdir / "evaluation")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.clip_files import write_metadata, write_pairs, write_table
-from tests.commands import run_command, start_command
+from tests.commands import finish, free_port, run_command, start_command
 from tests.helpers import image_width
 from tests.stand_ins import CountingEncoders, Shape
 from univid_jax.config.boundary import override
@@ -133,7 +133,8 @@ class TestPrepare:
   def test_processes_share_the_work(self, tmp_path, monkeypatch):
     config = self.configure("pairs", tmp_path)
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    monkeypatch.setattr("univid_jax.data.prepare.sum_over_processes", lambda value: value)
+    for name in ("sum_over_processes", "wait_for_processes"):
+      monkeypatch.setattr(f"univid_jax.data.prepare.{name}", lambda value: value)
     counts = []
     for process in (0, 1):
       monkeypatch.setattr("jax.process_index", lambda process=process: process)
@@ -243,6 +244,22 @@ def test_a_command_without_data(checkpoint, tmp_path):
   done = run("univid_jax.train", f"--config.init_from={checkpoint}", f"--workdir={tmp_path / 'run'}")
   assert done.returncode == 1 and "there is no data: give config.data.folder" in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.long
+def test_two_processes(checkpoint, metadata, tmp_path):
+  """Each encodes its share, on devices of its own, also with weights sharded over all; process 0 alone says so."""
+  common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
+  sizes = ["--config.num_steps=2", "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.validation.sentences=2"]
+  sampling = ["--config.validation.num_inference_steps=1", "--config.eval.sentences_per_case=0"]
+  for command, expected in (("prepare", "16 clips are ready (16 encoded now)"), ("train", "2 steps in")):
+    group = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    arguments = [f"univid_jax.{command}", *SMALL_WAN, *common, *sizes, *sampling, *group]
+    both = [finish(each) for each in [start_command(*arguments, f"--process_id={index}") for index in (0, 1)]]
+    assert [done.returncode for done in both] == [0, 0], both
+    lines = [[line for line in (done.stdout + done.stderr).splitlines() if "[Gloo]" not in line] for done in both]
+    assert any(expected in line for line in lines[0]) and lines[1] == [], lines
+  assert (tmp_path / "run" / "previews").exists() and (tmp_path / "run" / "lora.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def save_arrays(folder: epath.PathLike, tree: Any) -> None:
 
 
 def restore_arrays(folder: epath.PathLike, abstract: Any = None) -> Any:
-  """Reads nested arrays.
+  """Reads nested arrays; a process may do so alone.
 
   Args:
     folder: written by `save_arrays` or through `create_arrays`.
@@ -84,8 +84,11 @@ def restore_arrays(folder: epath.PathLike, abstract: Any = None) -> Any:
     UserError: they cannot be read.
   """
   silence_orbax()
+  index = jax.process_index()
+  # Else Orbax would wait for the other processes, in collectives that they may take for others.
+  alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
       return checkpointer.restore(make_absolute(folder), abstract)
   except Exception as error:  # Orbax and TensorStore raise errors of many types for damaged files
     raise UserError(f"cannot read the weights in {folder}: {_first_line(error)}") from error

@@ -14,7 +14,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from univid_jax.codecs.tiling import Tiling
 from univid_jax.codecs.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import Codec
 from univid_jax.models.clip import preprocess
 from univid_jax.models.variants import DiTConfig
-from univid_jax.parallel.mesh import make_mesh
+from univid_jax.parallel.mesh import local_mesh, make_mesh
 
 
 class PlainEncoders:
@@ -105,7 +105,8 @@ class PretrainedEncoders:
 
   Args:
     checkpoint: holds the components.
-    mesh: the devices; text and image encoder are sharded over them, the autoencoder runs on one of this process.
+    mesh: the devices; text and image encoder are sharded over those of this process, which may use them alone, and the
+      autoencoder runs on one of them.
     dtype: of the text and image encoders; the autoencoder computes in float32.
     tiling: how the autoencoder cuts large frames, or None.
   """
@@ -113,7 +114,8 @@ class PretrainedEncoders:
   def __init__(
     self, checkpoint: ComponentSource, mesh: Mesh, *, dtype: DTypeLike = jnp.bfloat16, tiling: Tiling | None = None
   ):
-    self._checkpoint, self._mesh, self._dtype, self._tiling = checkpoint, mesh, jnp.dtype(dtype), tiling
+    self._checkpoint, self._mesh, self._tiling = checkpoint, local_mesh(mesh), tiling
+    self._dtype = jnp.dtype(dtype)
     self._codec = Lazy(self._load_codec)
     self._tokenizer = Lazy(self._load_tokenizer)
     self._text_encoder = Lazy(lambda: self._load_encoder("text_encoder"))
@@ -187,13 +189,13 @@ class PretrainedEncoders:
   def _load_tokenizer(self) -> Tokenizer:
     return Tokenizer(self._checkpoint.tokenizer_path(), max_length=self.text_len)
 
-  def _load_encoder(self, component: str) -> Callable[..., Array]:
-    """Loads an encoder as a function of NumPy arrays."""
+  def _load_encoder(self, component: str) -> Callable[..., np.ndarray]:
+    """Loads an encoder as a function from and to NumPy arrays: the caller may compute on other devices."""
     graph, params = self._checkpoint.load(component, mesh=self._mesh, dtype=self._dtype)
     run = jax.jit(lambda params, *inputs: nnx.merge(graph, params)(*inputs))
 
-    def encode(*inputs: np.ndarray) -> Array:
+    def encode(*inputs: np.ndarray) -> np.ndarray:
       with jax.set_mesh(self._mesh):
-        return run(params, *inputs)
+        return np.asarray(run(params, *inputs))
 
     return encode

@@ -22,7 +22,7 @@ from univid_jax.data.sources.base import Dropped, require_none_dropped
 from univid_jax.data.sources.computed import ComputedSentences
 from univid_jax.data.sources.open import DataSources
 from univid_jax.data.tokens import feature_names
-from univid_jax.parallel.processes import sum_over_processes
+from univid_jax.parallel.processes import sum_over_processes, wait_for_processes
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ def prepare(
     if features.shape.takes_image_features:
       encoders.release()
       fill(caches.images, _images(features, sentences), description="image features")
+    wait_for_processes("caches are filled")  # or this process would encode for its checks what others are about to
   _check_rows(features, row_shape, sentences)
   encoders.release()
   dropped = tuple(sentences.dropped.values())

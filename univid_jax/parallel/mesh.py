@@ -66,6 +66,13 @@ def mesh_shape(sizes: MeshSizes | Mapping[str, int], num_devices: int) -> tuple[
   return tuple(shape)
 
 
+def local_mesh(mesh: Mesh) -> Mesh:
+  """Returns a mesh of this process's devices alone, for what it computes without the others; that given if it is one."""
+  if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
+    return mesh
+  return make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
+
+
 def row_shards(mesh: Mesh) -> int:
   """Returns over how many groups of devices the rows of a batch are sharded."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
