@@ -4,8 +4,11 @@ import importlib
 import logging
 import shutil
 
+import fsspec
 import numpy as np
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -263,6 +266,28 @@ class TestCommand:
     named = [line for line in out.splitlines() if line.startswith("DAMAGED ")]
     assert len(named) == 4 and all(any(str(path) in line for line in named) for path in chosen)
     assert "4 of " in error and error.endswith("files are damaged\n")
+
+  def test_loras_in_a_bucket(self, tmp_path, capsys):
+    class Bucket(MemoryFileSystem):
+      protocol, store, pseudo_dirs = "s3", {}, [""]
+
+      @classmethod
+      def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("s3://", "memory://"))
+
+    fsspec.register_implementation("s3", Bucket, clobber=True)
+    bucket = epath.Path("s3://bucket/loras")
+    for to in ("comfyui", "univid"):
+      path = tmp_path / f"{to}.safetensors"
+      write_lora(path, small_lora(), to)
+      (bucket / path.name).write_bytes(path.read_bytes())
+    assert run_verify(bucket) == 0 and "2 of 2 files are intact" in capsys.readouterr().out
+    assert run_verify(bucket / "univid.safetensors") == 0
+    flip_bit(path)
+    (bucket / path.name).write_bytes(path.read_bytes())
+    for place in (bucket, bucket / path.name):
+      capsys.readouterr()
+      assert run_verify(place) == 1 and f"DAMAGED {bucket}/univid.safetensors (checksum" in capsys.readouterr().out
 
   def test_nothing_to_verify(self, tmp_path, capsys):
     assert run_verify(tmp_path) == 1 and "nothing in" in capsys.readouterr().err

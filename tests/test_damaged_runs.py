@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from tests.test_checksums import flip_bit, list_files, run_verify
-from univid_jax.checkpoints.checksums import CHECKSUMS_FILE, DamagedError, find_damage
-from univid_jax.checkpoints.run import Checkpointer
+from univid_jax.checkpoints import checksums
+from univid_jax.checkpoints.checksums import CHECKSUMS_FILE, DamagedError, find_damage, hash_file
+from univid_jax.checkpoints.origin import Origin
+from univid_jax.checkpoints.run import Checkpointer, RunRecord, write_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_step
 from univid_jax.config.boundary import override
@@ -211,6 +213,32 @@ def test_adding_checksums(workdir, caplog, capsys):
   assert run_verify(workdir) == 1 and run_verify(workdir, "--write") == 0 and run_verify(workdir) == 0
   name = damage(workdir)
   assert run_verify(workdir, "--write") == 1 and f"checkpoints/4/{name} (checksum differs)" in capsys.readouterr().out
+
+
+def test_the_origin_of_samples(workdir, tiny_config, monkeypatch):
+  """It follows from the content alone. What `load_pipeline` compares with checksums is not read a second time."""
+  write_run(workdir, RunRecord(tiny_config, "", "test"))
+  hashed = []
+  monkeypatch.setattr(checksums, "hash_file", lambda path: (hashed.append(path), hash_file(path))[1])
+
+  def identify(step=4, **options):
+    hashed.clear()
+    return Origin.of(str(workdir), step=step, **options).checksums
+
+  listed = identify()
+  assert listed.keys() == {"trained"} and not hashed
+  assert identify(verify_weights=False) == listed and hashed, "the list is not trusted unless it is verified"
+  (workdir / "checkpoints" / "4" / CHECKSUMS_FILE).rename(workdir / "list")
+  assert identify() == listed and hashed
+  assert identify(step=2) != listed
+  (workdir / "list").rename(workdir / "checkpoints" / "4" / CHECKSUMS_FILE)
+  damage(workdir)
+  changed = identify(verify_weights=False)
+  assert changed != listed
+  with pytest.raises(DamagedError, match="checksum differs"):
+    load_pipeline(str(workdir), step=4)  # before anything is stored under the origin
+  checksums.write_checksums(workdir / "checkpoints" / "4")
+  assert identify() == changed and not hashed
 
 
 @pytest.mark.long

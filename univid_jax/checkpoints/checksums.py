@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import xxhash
@@ -182,6 +182,24 @@ def _check_file(folder: epath.Path, name: str, checksum: str) -> str | None:
   return None if found == checksum else f"{name} (checksum differs)"
 
 
+def digest_contents(path: epath.PathLike, *, listed_in: epath.PathLike | None) -> str:
+  """Returns one checksum of a file, or of the names and contents of all files in a folder.
+
+  Args:
+    path: a file or a folder.
+    listed_in: `path`, or a folder that contains it, if its files were compared with its list of checksums: these are
+      taken, and the files are not read again. The result is the same.
+  """
+  path, listed = epath.Path(path), {}
+  if listed_in is not None and has_checksums(listed_in):
+    listed = {str(epath.Path(listed_in) / name): value for name, value in (_read_checksums(listed_in) or {}).items()}
+  names = sorted(_list_files(path)) if path.is_dir() else [""]
+  files = [path / name if name else path for name in names]
+  with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+    values = pool.map(lambda file: listed.get(str(file)) or hash_file(file), files)
+    return combine_digests(dict(zip(names, values)))
+
+
 def hash_file(path: epath.PathLike) -> str:
   """Returns the XXH3 of a file's contents: 128 bits in hexadecimal."""
   checksum = xxhash.xxh3_128()
@@ -199,9 +217,9 @@ def _list_files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
       yield prefix + path.name
 
 
-def _read_checksums(folder: epath.Path) -> dict[str, str] | None:
+def _read_checksums(folder: epath.PathLike) -> dict[str, str] | None:
   """Reads checksums by file name; returns None if the list is damaged."""
-  contents = (folder / CHECKSUMS_FILE).read_bytes()
+  contents = (epath.Path(folder) / CHECKSUMS_FILE).read_bytes()
   end = contents.rfind(b"\n", 0, -1) + 1
   if contents[end:] != _last_line(contents[:end]):
     return None
@@ -226,22 +244,23 @@ def seal(holder: Path, *files: Path) -> None:
     holder: a new .safetensors file whose metadata have the entry SEAL: OPEN_SEAL, or a JSON file with this entry.
     *files: described by the JSON file.
   """
-  start = _find_seal(holder)
+  start = _find_seal(epath.Path(holder))
   assert start is not None, f"{holder} has no place for a checksum"
-  checksum = _hash_sealed(holder, start, files)
+  checksum = _hash_sealed(epath.Path(holder), start, [epath.Path(file) for file in files])
   with holder.open("r+b") as file:
     file.seek(start)
     file.write(checksum.encode())
 
 
-def check_seal(holder: Path, *files: Path) -> bool | None:
-  """Returns whether files equal the checksum that `seal` wrote; None if there is none."""
+def check_seal(holder: epath.PathLike, *files: epath.PathLike) -> bool | None:
+  """Returns whether files, local or in a bucket, equal the checksum that `seal` wrote; None if there is none."""
+  holder = epath.Path(holder)
   start = _find_seal(holder)
   if start is None:
     return None
   with holder.open("rb") as file:
     file.seek(start)
-    return file.read(32) == _hash_sealed(holder, start, files).encode()
+    return file.read(32) == _hash_sealed(holder, start, [epath.Path(file) for file in files]).encode()
 
 
 def require_seal(path: Path, sidecar: Path) -> None:
@@ -252,7 +271,7 @@ def require_seal(path: Path, sidecar: Path) -> None:
     raise DamagedError(path.parent, [f"{path.name} or {sidecar.name} (checksum differs)"])
 
 
-def _hash_sealed(holder: Path, start: int, files: Sequence[Path]) -> str:
+def _hash_sealed(holder: epath.Path, start: int, files: Sequence[epath.Path]) -> str:
   checksum = xxhash.xxh3_128()
   with holder.open("rb") as file:
     checksum.update(file.read(start))
@@ -264,17 +283,24 @@ def _hash_sealed(holder: Path, start: int, files: Sequence[Path]) -> str:
   return checksum.hexdigest()
 
 
-def _hash_rest(file: IO[bytes], checksum: xxhash.xxh3_128) -> None:
+@runtime_checkable
+class _Readable(Protocol):
+  """A file, local or in a bucket."""
+
+  def read(self, size: int, /) -> bytes: ...
+
+
+def _hash_rest(file: _Readable, checksum: xxhash.xxh3_128) -> None:
   while block := file.read(_BLOCK_BYTES):
     checksum.update(block)
 
 
-def _find_seal(holder: Path) -> int | None:
+def _find_seal(holder: epath.Path) -> int | None:
   """Returns where in a file its checksum begins."""
   with holder.open("rb") as file:
     if holder.suffix == ".safetensors":
       size = int.from_bytes(file.read(8), "little")
-      header = file.read(size) if size <= holder.stat().st_size else b""  # else it is damaged and cannot be opened
+      header = file.read(size) if size <= holder.stat().length else b""  # else it is damaged and cannot be opened
       offset = 8
     else:
       header, offset = file.read(), 0

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from univid_jax.checkpoints.checksums import has_checksums
+from univid_jax.checkpoints.checksums import digest_contents, has_checksums
 from univid_jax.checkpoints.experts import named_expert, split_expert
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.scaling import find_config
@@ -18,8 +17,6 @@ from univid_jax.checkpoints.run import read_run, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_step
 from univid_jax.core.options import OnDamaged
-
-_BLOCK_BYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +27,13 @@ class Origin:
     checkpoint: a converted checkpoint or the workdir of a run, as the user named it.
     step: of the workdir's checkpoint; None for a converted one.
     loras: LoRAs on top with their weights, as the user named them.
+    is_verified: whether `load_pipeline` compares the weights with their checksums, so that these identify them.
   """
 
   checkpoint: str
   step: int | None = None
   loras: Sequence[tuple[str, float]] = ()
+  is_verified: bool = False
 
   @classmethod
   def of(
@@ -57,58 +56,49 @@ class Origin:
     found = None
     if not (is_checkpoint(checkpoint) or has_checksums(checkpoint)):
       require_run(checkpoint)
-      found = find_step(checkpoint, step, verify=verify_weights, on_damaged=OnDamaged(on_damaged_checkpoint))
-    return cls(checkpoint=checkpoint, step=found, loras=tuple(loras))
+      # Only the choice of the newest intact one needs it now: what is loaded is verified then.
+      verify = verify_weights and step in (None, "best")
+      found = find_step(checkpoint, step, verify=verify, on_damaged=OnDamaged(on_damaged_checkpoint))
+    return cls(checkpoint=checkpoint, step=found, loras=tuple(loras), is_verified=verify_weights)
 
   @functools.cached_property
   def checksums(self) -> Mapping[str, str]:
-    """Checksums of everything that determines samples, by component; they do not depend on names."""
+    """Checksums of everything that determines samples, by component; they do not depend on names.
+
+    Ask for them after `load_pipeline`: it has verified the files then, so that they are not read again.
+    """
     checksums: dict[str, str] = {}
     base: str | None = self.checkpoint
     if self.step is not None:
       record = read_run(self.checkpoint)
       assert record is not None
       base = record.config.init_from or None
-      checksums["trained"] = _digest(_step_folder(self.checkpoint, self.step))
+      checksums["trained"] = self._digest_step(self.checkpoint, self.step)
     if base is not None:
       checkpoint = PretrainedCheckpoint.open(base)
       checksums |= {name: checkpoint.checksum(name) for name in checkpoint.info.components}
     for number, (path, weight) in enumerate(self.loras):
       expert, file = split_expert(path)
       config = find_config(Path(file))
-      digests = [_digest(part) for part in (_lora_path(file), *([epath.Path(config)] if config else []))]
+      digests = [self._digest_lora(file), *([self._digest(epath.Path(config))] if config else [])]
       if "transformer_2" in checksums:  # the name may decide, so that moving the file changes the model
         expert = expert or named_expert(file) or ""
       checksums[f"lora {number}"] = f"{expert} {' + '.join(digests)} x {weight:g}".strip()
     return checksums
 
+  def _digest_step(self, workdir: str, step: int) -> str:
+    folder = SavedCheckpoints(workdir).folder(step)
+    return self._digest(folder / "model", folder)
+
+  def _digest_lora(self, path: str) -> str:
+    if epath.Path(path).is_dir() and not is_lora_folder(path) and read_run(path) is not None:
+      return self._digest_step(path, find_step(path, None, verify=self.is_verified))
+    return self._digest(epath.Path(path), epath.Path(path))
+
+  def _digest(self, path: epath.Path, verified: epath.Path | None = None) -> str:
+    """Returns the checksum of a file or folder; `load_pipeline` verifies the folder `verified`, which contains it."""
+    return digest_contents(path, listed_in=verified if self.is_verified else None)
+
   def to_json(self) -> dict[str, Any]:
     loras = [path if weight == 1 else f"{path}:{weight:g}" for path, weight in self.loras]
     return {"checkpoint": self.checkpoint, "step": self.step, "lora": loras, "checksums": dict(self.checksums)}
-
-
-def _step_folder(workdir: str, step: int) -> epath.Path:
-  return SavedCheckpoints(workdir).folder(step) / "model"
-
-
-def _lora_path(path: str) -> epath.Path:
-  if epath.Path(path).is_dir() and not is_lora_folder(path) and read_run(path) is not None:
-    return _step_folder(path, find_step(path, None))
-  return epath.Path(path)
-
-
-def _digest(path: epath.Path) -> str:
-  """Returns a SHA-256 of a file, or of the names and contents of all files in a folder."""
-  sha = hashlib.sha256()
-  for file in _walk(path):
-    sha.update(str(file.relative_to(path) if file != path else "").encode() + b"\n")
-    with file.open("rb") as stream:
-      while block := stream.read(_BLOCK_BYTES):
-        sha.update(block)
-  return sha.hexdigest()
-
-
-def _walk(path: epath.Path) -> list[epath.Path]:
-  if not path.is_dir():
-    return [path]
-  return [file for part in sorted(path.iterdir()) for file in _walk(part)]

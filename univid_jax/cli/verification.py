@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 from etils import epath
 
@@ -10,7 +9,6 @@ from univid_jax.checkpoints.checksums import check_seal, find_damage, has_checks
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.pretrained import is_checkpoint
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX
-from univid_jax.core.paths import is_remote
 from univid_jax.data import cache
 
 
@@ -84,12 +82,10 @@ def _verify_files(paths: list[epath.Path]) -> Iterator[Findings]:
   for path in paths:
     if cache.is_entry(path):
       intact = cache.is_intact(path)
-    elif is_remote(path):
-      continue  # LoRA files are read from local disks only
     elif path.suffix == ".safetensors":
-      intact = check_seal(Path(path))
-    elif path.name.endswith(".ckpt.json") and Path(path).with_suffix("").exists():
-      intact = check_seal(Path(path), Path(path).with_suffix(""))
+      intact = check_seal(path)
+    elif path.name.endswith(".ckpt.json") and path.with_suffix("").exists():
+      intact = check_seal(path, path.with_suffix(""))
     else:
       continue
     if intact is not None and found is not None:

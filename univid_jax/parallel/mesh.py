@@ -67,7 +67,7 @@ def mesh_shape(sizes: MeshSizes | Mapping[str, int], num_devices: int) -> tuple[
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-  """Returns a mesh of this process's devices alone, for what it computes without the others; that given if it is one."""
+  """Returns a mesh of this process's devices alone, for work without the others; the given one if it is that."""
   if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
     return mesh
   return make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
