@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -126,6 +128,15 @@ class TestStoredConfigs:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):
       read_run(tmp_path)
+
+  def test_a_kill_while_it_is_written_loses_nothing(self, tmp_path, monkeypatch):
+    """A new file replaces the old one."""
+    record = RunRecord(tiny(), base="", version="1")
+    write_run(tmp_path, record)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+      patch.setattr(Path, "replace", mock.Mock(side_effect=InterruptedError))
+      write_run(tmp_path, dataclasses.replace(record, version="2"))
+    assert read_run(tmp_path) == record
 
   def test_no_config(self, tmp_path):
     assert read_run(tmp_path) is None

@@ -330,10 +330,10 @@ class TestAtomicWriting:
 
   def test_leftover_of_a_file(self, tmp_path):
     """LoRA files are written under a name with the process's number."""
-    (tmp_path / ".999999999.lora.safetensors").write_bytes(b"half")
-    (tmp_path / f".{os.getpid()}.lora.safetensors").write_bytes(b"of a running process")
+    (tmp_path / ".999999999-0f.lora.safetensors").write_bytes(b"half")
+    (tmp_path / f".{os.getpid()}-0f.lora.safetensors").write_bytes(b"of a running process")
     check_destination(tmp_path / "lora.safetensors", needed=0, force=False)
-    assert [path.name for path in tmp_path.iterdir()] == [f".{os.getpid()}.lora.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == [f".{os.getpid()}-0f.lora.safetensors"]
 
   def test_full_disk_is_named(self, release, monkeypatch):
     """Libraries say it in errors of many types; TensorStore's looks like one of memory."""

@@ -30,6 +30,17 @@ def test_atomic_write(tmp_path):
   assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.txt"]
 
 
+def test_atomic_writes_at_once(tmp_path):
+  """Of threads, or of processes that have the same number on different machines."""
+  path = tmp_path / "a.txt"
+  with atomic_write(path) as first:
+    first.write_text("first")
+    with atomic_write(path) as second:
+      second.write_text("second")
+    assert path.read_text() == "second"
+  assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
 def test_safetensors_permissions(tmp_path):
   """The safetensors library creates private files."""
   (tmp_path / "ordinary").touch()

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.commands import finish, free_port, start_python
 from univid_jax.config.schema import MeshConfig
-from univid_jax.parallel.mesh import make_mesh, row_shards
+from univid_jax.parallel.mesh import local_mesh, make_mesh, row_shards
 from univid_jax.parallel.processes import count_distinct, gather_arrays, local_rows, wait_for_processes
 
 
@@ -55,6 +55,14 @@ def test_arrays_are_gathered_and_processes_wait():
   wait_for_processes("test")
   assert count_distinct(["a", "b", "a"]) == 2
   np.testing.assert_array_equal(local_rows(x, mesh), x)
+
+
+def test_part_of_a_mesh_that_needs_no_other_process(monkeypatch):
+  """The mesh itself if there is no other process, so that numbers stay as they are."""
+  mesh = make_mesh({"data": 2, "tensor": 4})
+  assert local_mesh(mesh) is mesh
+  monkeypatch.setattr("jax.local_devices", lambda: jax.devices()[2:6])
+  assert list(local_mesh(mesh).devices.flat) == jax.devices()[2:6] and local_mesh(mesh).shape["fsdp"] == 4
 
 
 STORE = """

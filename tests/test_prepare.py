@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.clip_files import write_metadata, write_pairs, write_table
-from tests.commands import finish, free_port, run_command, start_command
+from tests.commands import finish, free_port, run_command, start_command, start_python
 from tests.helpers import image_width
 from tests.stand_ins import CountingEncoders, Shape
 from univid_jax.config.boundary import override
@@ -226,6 +226,36 @@ def test_from_data_to_a_lora_for_other_programs(checkpoint, metadata, tmp_path):
   assert done.returncode == 0, done.stderr
   lora = read_lora(tmp_path / "out.safetensors")
   assert lora.metadata["step"] == "4" and len(lora.changes) == 30
+
+
+ENCODE = """
+import sys
+import jax
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
+from univid_jax.codecs.encoders import PretrainedEncoders
+from univid_jax.parallel.mesh import make_mesh
+from univid_jax.parallel.processes import connect, disconnect, sum_over_processes
+
+base, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
+connect(f"127.0.0.1:{port}", 2, index, heartbeat_seconds=60)
+mesh = make_mesh({"data": 2})
+encoders = PretrainedEncoders(PretrainedCheckpoint.open(base), mesh)
+if index:
+  for prompt in ("one", "two"):
+    assert encoders.embed_prompt(prompt).any()
+    encoders.release()
+assert sum_over_processes(index + 1) == 3
+disconnect()
+"""
+
+
+@pytest.mark.long
+def test_a_process_encodes_without_the_others(checkpoint):
+  """Each encodes its share, and what turns out to be damaged in its cache."""
+  port = free_port()
+  both = [start_python("-c", ENCODE, checkpoint, port, index) for index in (0, 1)]
+  for done in map(finish, both):
+    assert done.returncode == 0, done.stderr
 
 
 def test_unusable_records_end_the_command_unless_allowed(checkpoint, metadata, tmp_path):

@@ -1,5 +1,6 @@
 """Records that cannot be used: found by `prepare`, and left out or named when they become unusable later."""
 
+import errno
 import json
 import os
 import shutil
@@ -122,6 +123,26 @@ def test_files_that_vanish_while_training(tmp_path, caplog, kind):
     assert all((row.segment_ids > 0).any() for row in rows)
     dropped = [message for message in caplog.messages if message.startswith("dropped: ")]
     assert dropped and len(dropped) == len(set(dropped)) and all(path.name in message for message in dropped)
+
+
+def test_a_cache_that_cannot_be_written_drops_nothing(tmp_path, monkeypatch):
+  """The records are not to blame for a full disk, also where they may be dropped."""
+  config, _ = write_data(tmp_path / "data", "folder", PLAIN)
+  data = open_data(override(config, {"init_from": "base"}))
+  features = make_features(config, data, tmp_path)
+
+  def write_bytes(path, contents):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+  monkeypatch.setattr(Path, "write_bytes", write_bytes)
+  loader = make_loader(
+    list(data.sources.values()), features, row_shape=ROWS, rows_per_batch=2, seed=0, allow_dropped=True
+  )
+  message = rf"cannot write to the cache: No space left on device: '{tmp_path}/cache/prompts"
+  with pytest.raises(OSError, match=message):
+    prepare(features, data, row_shape=ROWS, allow_dropped=True)
+  with closing(loader), pytest.raises(OSError, match="cannot write to the cache: No space left on device"):
+    next(loader)
 
 
 def test_tfds_examples_that_are_damaged_while_training(tmp_path, caplog):

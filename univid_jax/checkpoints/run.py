@@ -23,6 +23,7 @@ from univid_jax.config.boundary import from_json, to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged
+from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import Resumable
 
 CONFIG_FILE = "config.json"
@@ -49,7 +50,8 @@ def write_run(workdir: epath.PathLike, record: RunRecord) -> None:
   """Writes WORKDIR/config.json."""
   values = {**to_json(record.config), "base": record.base, "version": record.version}
   values["prompts"] = dict(record.prompts)
-  (epath.Path(workdir) / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
+  with atomic_write(epath.Path(workdir) / CONFIG_FILE) as path:
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read_run(workdir: epath.PathLike) -> RunRecord | None:

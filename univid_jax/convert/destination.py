@@ -101,7 +101,7 @@ def _remove_leftovers(destination: epath.Path) -> None:
   if old.exists():
     _remove(old) if destination.exists() else old.rename(destination)
   for path in destination.parent.iterdir():  # of core.paths.atomic_write
-    process = re.fullmatch(rf"\.(\d+)\.{re.escape(destination.name)}", path.name)
+    process = re.fullmatch(rf"\.(\d+)-[0-9a-f]+\.{re.escape(destination.name)}", path.name)
     if process and not _is_running(int(process[1])):
       _remove(path)
 

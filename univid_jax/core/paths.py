@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ CACHE_FOLDER = "~/.cache/univid_jax"
 def atomic_write(path: epath.PathLike) -> Iterator[Path]:
   """Yields a local path whose contents are published atomically to `path` on exit.
 
-  Creates the parent folder. Nothing appears at `path` if the block raises.
+  Creates the parent folder. Nothing appears at `path` if the block raises. Several threads, processes and machines may
+  write the same path: the last one wins.
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +33,8 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
       yield local
       path.write_bytes(local.read_bytes())
     return
-  local = Path(path).with_name(f".{os.getpid()}.{path.name}")
+  # The number of the process tells what a killed one has left; others on other machines may have the same.
+  local = Path(path).with_name(f".{os.getpid()}-{secrets.token_hex(8)}.{path.name}")
   try:
     yield local
     local.replace(path)

@@ -22,6 +22,10 @@ _CHECKSUM_BYTES = 32
 _NAME = "value"  # of the one array in a file
 
 
+class CacheWriteError(OSError):
+  """A value cannot be stored, for example because the disk is full; what it was computed from is not to blame."""
+
+
 class Cache:
   """Arrays by key.
 
@@ -56,12 +60,17 @@ class Cache:
     return load(body)[_NAME]
 
   def put(self, key: str, value: np.ndarray) -> None:
+    """Stores a value; raises CacheWriteError if that is not possible."""
     body = save({_NAME: np.ascontiguousarray(value)})
-    with atomic_write(self.path(key)) as path:
-      path.write_bytes(body + hashlib.sha256(body).digest())
+    try:
+      with atomic_write(self.path(key)) as path:
+        path.write_bytes(body + hashlib.sha256(body).digest())
+    except OSError as error:
+      reason = error.strerror or str(error)
+      raise CacheWriteError(error.errno, f"cannot write to the cache: {reason}", str(self.path(key))) from error
 
   def get_or_compute(self, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Returns the value; computes and stores it if necessary."""
+    """Returns the value; computes and stores it if necessary, and raises CacheWriteError if it cannot be stored."""
     value = self.get(key)
     if value is None:
       value = compute()

@@ -15,6 +15,7 @@ from univid_jax.core.options import Packing
 from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.protocols import SentenceSource, TransformerShape
 from univid_jax.core.sentence import Sentence
+from univid_jax.data.cache import CacheWriteError
 from univid_jax.data.grain_adapter import pack_dataset, prefetch
 from univid_jax.data.packing import RowShape, finish_rows, join_rows
 from univid_jax.data.tokens import SEGMENTED, UNITS, Features, Unit, feature_names
@@ -220,6 +221,8 @@ class EncodedSource:
       sentence = self._source[index]
       arrays = self._make_features(sentence).arrays()
       check_lengths(sentence, {name: len(values) for name, values in arrays.items()}, self._capacities)
+    except CacheWriteError:
+      raise
     except (UserError, OSError) as error:
       record = sentence.record if sentence else f"sentence {index}"
       self._dropped_in_a_row += 1

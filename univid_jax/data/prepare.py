@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
-from univid_jax.data.cache import Cache
+from univid_jax.data.cache import Cache, CacheWriteError
 from univid_jax.data.features import FeatureMaker, condition_key
 from univid_jax.data.loader import check_lengths
 from univid_jax.data.packing import RowShape
@@ -73,6 +73,7 @@ def prepare(
 
   Raises:
     UserError: a record cannot be used; all others are encoded first.
+    CacheWriteError: a cache cannot be written.
   """
   num_encoded = 0
   sentences, caches, encoders = _Sentences(data, held_out), features.caches, features.encoders
@@ -153,6 +154,8 @@ def _fill(
         try:
           compute()
           computed += 1
+        except CacheWriteError:
+          raise
         except (OSError, UserError) as error:
           sentences.drop(error)
       bar.update()

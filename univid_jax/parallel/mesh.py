@@ -50,6 +50,15 @@ def make_mesh(sizes: MeshSizes | Mapping[str, int], devices: Sequence[Device] | 
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def local_mesh(mesh: Mesh) -> Mesh:
+  """Returns the mesh, or if other processes have devices of it, one over this process's, with weights sharded over all.
+
+  What runs on it needs no other process, so each may compute something else.
+  """
+  devices = [device for device in jax.local_devices() if device in mesh.devices.flat]
+  return mesh if len(devices) == mesh.size else make_mesh({"fsdp": -1}, devices)
+
+
 def mesh_shape(sizes: MeshSizes | Mapping[str, int], num_devices: int) -> tuple[int, ...]:
   """Returns the size of each axis, -1 resolved.
 
@@ -64,13 +73,6 @@ def mesh_shape(sizes: MeshSizes | Mapping[str, int], num_devices: int) -> tuple[
   if np.prod(shape) != num_devices:
     raise UserError(f"a mesh of {dict(zip(AXES, shape))} needs {np.prod(shape)} devices, there are {num_devices}")
   return tuple(shape)
-
-
-def local_mesh(mesh: Mesh) -> Mesh:
-  """Returns a mesh of this process's devices alone, for work without the others; the given one if it is that."""
-  if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
-    return mesh
-  return make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
 
 
 def row_shards(mesh: Mesh) -> int:
