@@ -1,12 +1,19 @@
 """The benchmarks' own arithmetic: costs read off compiled programs, the scaling table, the peers' noise levels."""
 
 import dataclasses
+import json
+import random
+import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from benchmarks import scaling
+from benchmarks import scaling, soak
+from benchmarks.attempts import Attempt
+from benchmarks.faults import Site, flip_bit
 from benchmarks.programs import collective_bytes, estimated_cycles, memory_bytes
 from benchmarks.sample import euler_sigmas
 from univid_jax.diffusion.flow import FlowMatching
@@ -144,6 +151,51 @@ class TestScalingTable:
     self.compiled = []
     monkeypatch.setattr(scaling, "compile_apart", self.compile_apart)
     assert [line.fsdp for line in self.lines(scaling.Table(None), weights=17e9 * 9, contexts=[1])] == [16]
+
+
+class TestSoak:
+  """Its checks see what they are for."""
+
+  def site(self, folder):
+    site = Site(folder / "base", folder / "pairs", folder / "programs", folder / "run")
+    site.workdir.mkdir(parents=True)
+    self.write(site, [1.5, 1.25])
+    (site.workdir / "lora.safetensors").write_bytes(b"weights")
+    return site
+
+  def write(self, site, losses, first=1):
+    rows = [{"step": step, "loss": loss, "step_time": random.random()} for step, loss in enumerate(losses, first)]
+    (site.workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3')
+
+  def test_a_bit_of_a_loss_or_weight(self, tmp_path):
+    sites = [self.site(tmp_path / name) for name in ("undisturbed", "run_1")]
+    assert not soak.differences(*sites)
+    self.write(sites[1], [1.5, 1.25 + 2**-52])
+    flip_bit(sites[1].workdir / "lora.safetensors", random.Random())
+    assert soak.differences(*sites) == ["metrics differ from step 2", "the LoRA differs"]
+
+  @pytest.mark.parametrize(
+    "code, printed, problem",
+    [
+      (1, "error: disk full", None),
+      (1, "train:  10%|# | 1/9\rerror: disk full\n", None),
+      (75, "stopped by SIGTERM", "has exit code 75"),
+      (1, "", "ends with 1 and 0 lines"),
+      (1, "error: one\nerror: two", "ends with 1 and 2 lines"),
+      (1, "Traceback (most recent call last):\nerror: x", "prints after .*Traceback"),
+      (1, "error: internal error (KeyError)", "internal error"),
+    ],
+  )
+  def test_ends(self, tmp_path, code, printed, problem):
+    attempt = object.__new__(Attempt)  # that has ended
+    attempt.processes = [mock.Mock(returncode=code)]
+    attempt._logs = [tmp_path / "process_0"]
+    (tmp_path / "process_0.err").write_text(printed)
+    site = self.site(tmp_path)
+    problems = soak.check_end(attempt, site, ["full disk"], {1})
+    assert re.search(problem, problems[0]) if problem else not problems
+    self.write(site, [1.0, 2.0], first=2)
+    assert "metrics.jsonl has the steps [2, 3]" in soak.check_end(attempt, site, [], {1})
 
 
 def test_peers_sample_at_the_same_noise_levels():

@@ -176,13 +176,14 @@ def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
   before, now = read_fingerprint(workdir), fingerprint(data.sources)
   previous = read_run(workdir) if has_checkpoint(workdir) else None
   if before is not None and before != now and previous is not None and not _changes(previous.config, config):
-    for change in (changes := describe_changes(before, now)):
-      log.warning("the data of %s has changed: %s", workdir, change)
+    changes = describe_changes(before, now)
     if not config.data.allow_changed:
       raise UserError(
-        f"the data of {workdir} has changed since the run started: {changes[0]}; restore it, use another --workdir, or "
-        "go on with the changed data with --config.data.allow_changed=True"
+        f"the data of {workdir} has changed since the run started: {'; '.join(changes)}; restore it, use another "
+        "--workdir, or go on with the changed data with --config.data.allow_changed=True"
       )
+    for change in changes:
+      log.warning("the data of %s has changed: %s", workdir, change)
   if jax.process_index() == 0 and before != now:
     write_fingerprint(workdir, now)
 
