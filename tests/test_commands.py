@@ -42,6 +42,7 @@ def test_help(module):
   "arguments, code, message",
   [
     ([CONFIG, "--config.num_step=3"], 2, 'Did you mean "num_steps"'),
+    ([CONFIG, "--config.data.weights.photos=0"], 2, "wrong override of the config: it has no key 'photos'"),
     ([CONFIG, "--config.data.foldr=x"], 2, 'Did you mean "folder"'),
     ([CONFIG, "--config.num_steps=abc"], 2, "invalid literal for int"),
     ([CONFIG + ":huge"], 2, "unknown preset 'huge'; there are tiny"),
@@ -214,6 +215,7 @@ def test_many_queries_with_grids_and_records(trained, tmp_path):
     (["--clips={a},{a},{a}", "--checkpoint={root}"], 1, "neither a converted checkpoint (no checkpoint.json) nor"),
     (["--clips={a},{a},{a}", "--prompt=make it black"], 1, "a prompt needs a text encoder"),
     (["--clips={a},{a},{a}", "--step=77"], 1, "no checkpoint of step 77"),
+    (["--clips={a},{a},{a}", "--step=abc"], 1, "must be a number or \"best\", got 'abc'"),
   ],
 )
 def test_wrong_arguments_of_sample(trained, tmp_path, capfd, arguments, code, message):

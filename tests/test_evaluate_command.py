@@ -135,6 +135,7 @@ def test_two_processes_give_the_same_report(workdir, tmp_path):
   "arguments, message",
   [
     (["--workdir=nowhere"], "neither a converted checkpoint"),
+    (["--step=abc"], "must be a number or \"best\", got 'abc'"),
     (["--config.data.kinds={'x': 'magic'}"], "got 'magic'"),
     (["--config.eval.palette=nowhere.txt"], "nowhere.txt"),
     (["--config.data.test_pairs=nowhere"], "config.data.test_pairs is a test set, and there is no training data"),

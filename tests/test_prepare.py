@@ -5,15 +5,18 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 
 from tests.clip_files import write_metadata, write_pairs, write_table
 from tests.commands import finish, free_port, run_command, start_command, start_python
 from tests.helpers import image_width
 from tests.stand_ins import CountingEncoders, Shape
+from tests.test_checksums import flip_bit
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import read_frames
+from univid_jax.data.cache import is_intact
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.packing import RowShape
 from univid_jax.data.prepare import Prepared, prepare
@@ -130,6 +133,18 @@ class TestPrepare:
     assert prepare(features, data, row_shape=ROWS) == Prepared(first.num_clips, 0)
     assert not encoders.calls and encoders.most_loaded == 0, "not even a codec is loaded"
 
+  def test_a_damaged_entry_is_encoded_again(self, tmp_path):
+    config = self.configure("metadata", tmp_path)
+    _, data, features = self.open(config, tmp_path, I2V)
+    first = prepare(features, data, row_shape=ROWS)
+    for cache in ("latents", "prompts", "images"):
+      flip_bit(next((tmp_path / "cache" / cache).rglob("*.safetensors")))
+    with pytest.warns(UserWarning, match="is corrupt and is computed again"):
+      again = prepare(features, data, row_shape=ROWS, verify=True)
+    assert again.num_clips == first.num_clips
+    assert prepare(features, data, row_shape=ROWS, verify=True).num_encoded == 0
+    assert all(is_intact(epath.Path(path)) for path in (tmp_path / "cache").rglob("*.safetensors"))
+
   def test_processes_share_the_work(self, tmp_path, monkeypatch):
     config = self.configure("pairs", tmp_path)
     monkeypatch.setattr("jax.process_count", lambda: 2)
@@ -206,8 +221,9 @@ def test_from_data_to_a_lora_for_other_programs(checkpoint, metadata, tmp_path):
   done = run("univid_jax.prepare", *common)
   assert done.returncode == 0, done.stderr
   assert "16 clips are ready (16 encoded now)" in done.stdout
+  flip_bit(next((tmp_path / "run" / "cache" / "latents").rglob("*.safetensors")))
   done = run("univid_jax.prepare", *common)
-  assert "16 clips are ready (0 encoded now)" in done.stdout
+  assert "16 clips are ready (1 encoded now)" in done.stdout
   done = run("univid_jax.train", *common, "--config.num_steps=2")
   assert done.returncode == 0, done.stderr
   done = run("univid_jax.train", *common, "--config.num_steps=4")

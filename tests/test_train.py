@@ -22,7 +22,7 @@ from tests import commands
 from tests.commands import finish, free_port, run_command, start_command, start_python
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
-from univid_jax.checkpoints.run import Checkpointer, read_run
+from univid_jax.checkpoints.run import Checkpointer, RunRecord, read_run
 from univid_jax.checkpoints.trained import find_step
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import OptimizerConfig
@@ -43,7 +43,7 @@ from univid_jax.training.loop import open_loader, restore_or_create_state, train
 from univid_jax.training.memory import bytes_per_device, forecast, forecast_sampling
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.optimizer import make_optimizer, make_schedule
-from univid_jax.training.setup import set_up_run
+from univid_jax.training.setup import check_same_run, set_up_run
 from univid_jax.training.state import StateSpec
 from univid_jax.training.validation import Validation, select_sentences
 
@@ -213,6 +213,22 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_config, tmp_path):
   train(tiny_config, str(tmp_path))
   with pytest.raises(UserError, match="is a run with seed = 0, not 1"):
     train(override(tiny_config, {"seed": 1}), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("model.remat", "dots"),
+    ("model.attention_backend", "xla"),
+    ("mesh.fsdp", -1),
+    ("data.allow_dropped", True),
+    ("data.allow_changed", True),
+    ("num_steps", 99),
+  ],
+)
+def test_what_messages_advise_is_not_refused_in_a_run_that_has_begun(tiny_config, key, value):
+  changed = override(tiny_config, {"mesh.data": 1, key: value})
+  check_same_run("run", RunRecord(tiny_config, "", ""), RunRecord(changed, "", ""))
 
 
 class TestChangedData:

@@ -116,7 +116,7 @@ class TestSampling:
     first = write(tmp_path / "first", make_lora(), "comfyui")
     second = write(tmp_path / "second", make_lora(dataclasses.replace(USAGE, attention=Attention.FULL)), "comfyui")
     foreign = write(tmp_path / "foreign", make_lora(None), "comfyui")
-    with pytest.raises(UserError, match="choose one with attention="):
+    with pytest.raises(UserError, match="choose one with --attention= of sample, or attention= of load_pipeline"):
       self.load(base, first, second)
     assert self.load(base, first, second, attention="full").attention == "full"
     assert self.load(base, foreign, first).attention == "context_causal"

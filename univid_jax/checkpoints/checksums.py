@@ -51,7 +51,8 @@ class DamagedError(UserError):
     self,
     folder: epath.PathLike,
     damage: Sequence[str],
-    advice: str = "restore from a copy or write again; --verify_weights=off does not check",
+    advice: str = "restore from a copy or write again; train, prepare, sample, evaluate and demo do not check with "
+    "--verify_weights=off",
   ):
     self.folder, self.damage = folder, tuple(damage)
     more = f" and {len(damage) - 8} more" if len(damage) > 8 else ""

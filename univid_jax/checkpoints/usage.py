@@ -139,7 +139,8 @@ def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, lis
       values = [getattr(each, field) for each in (chosen, usage)]
       if values[0] != values[1]:
         raise UserError(
-          f"{first} was trained with {field} {values[0]} and {name} with {values[1]}: choose one with {field}="
+          f"{first} was trained with {field} {values[0]} and {name} with {values[1]}: choose one with --{field}= of "
+          f"sample, or {field}= of load_pipeline"
         )
     prompts = {**usage.prompts, **prompts}
     for field in ("shift", "sizes", "num_frames", "fit", "fps"):

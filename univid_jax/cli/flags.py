@@ -123,7 +123,9 @@ class CommandFlags:
     except flags.Error as error:
       raise UserError(error) from error
     except (AttributeError, KeyError, TypeError) as error:
-      raise UserError(f"wrong override of the config: {error.args[0]}") from error
+      text = str(error.args[0]).strip('"')
+      reason = text if " " in text else f"it has no key {text}"
+      raise UserError(f"wrong override of the config: {reason}") from error
     if self._config:
       self._config.read(self._values)
     if len(self.arguments) > self._max_arguments:

@@ -34,7 +34,7 @@ from univid_jax.training.step import make_train_step
 
 ADVICE = (
   "config.model.remat=full recomputes instead of storing; config.mesh.fsdp or tensor shard weights over more devices, "
-  "config.mesh.context the tokens of a row; a smaller config.lora.rank or config.rows.num_tokens takes less"
+  "config.mesh.context the tokens of a row; in a new run, smaller config.lora.rank or config.rows.num_tokens take less"
 )
 
 

@@ -48,6 +48,8 @@ MAY_CHANGE = (
   "log_every",
   "checkpoint.",
   "mesh.",
+  "model.remat",
+  "model.attention_backend",
   "eval.",
   "validation.",
   "data.allow_",
