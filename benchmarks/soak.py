@@ -23,6 +23,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
 from benchmarks.attempts import NUM_STEPS, ROOT, Attempt
 from benchmarks.faults import FAULTS, Fault, KillBoth, Site, write_pairs
 from benchmarks.timing import write_json
@@ -198,10 +201,22 @@ def differences(expected: Site, found: Site) -> list[str]:
   if rows[0] != rows[1]:
     first = next((a["step"] for a, b in zip(*rows) if a != b), min(map(len, rows)) + 1)
     problems.append(f"metrics differ from step {first}")
-  files = [site.workdir / "lora.safetensors" for site in (expected, found)]
-  if not all(path.exists() for path in files) or files[0].read_bytes() != files[1].read_bytes():
+  if read_lora(expected) != read_lora(found):
     problems.append("the LoRA differs")
   return problems
+
+
+def read_lora(site: Site) -> dict[str, object] | None:
+  """Reads metadata and the bits of all weights; None if there is no LoRA.
+
+  Without the checksum: it covers the header, in which safetensors orders the metadata at random.
+  """
+  path = site.workdir / "lora.safetensors"
+  if not path.exists():
+    return None
+  with safe_open(path, "np") as file:
+    metadata = {key: value for key, value in file.metadata().items() if key != "univid_checksum"}
+  return {"metadata": metadata, **{name: (x.dtype, x.shape, x.tobytes()) for name, x in load_file(path).items()}}
 
 
 def read_metrics(site: Site) -> list[dict[str, float]]:

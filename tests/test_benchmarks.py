@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from benchmarks import scaling, soak
 from benchmarks.attempts import Attempt
-from benchmarks.faults import Site, flip_bit
+from benchmarks.faults import Site
 from benchmarks.programs import collective_bytes, estimated_cycles, memory_bytes
 from benchmarks.sample import euler_sigmas
 from univid_jax.diffusion.flow import FlowMatching
@@ -160,7 +161,8 @@ class TestSoak:
     site = Site(folder / "base", folder / "pairs", folder / "programs", folder / "run")
     site.workdir.mkdir(parents=True)
     self.write(site, [1.5, 1.25])
-    (site.workdir / "lora.safetensors").write_bytes(b"weights")
+    metadata = {"univid_checksum": str(folder), "rank": "2"}
+    save_file({"up": np.ones(3)}, site.workdir / "lora.safetensors", metadata)
     return site
 
   def write(self, site, losses, first=1):
@@ -171,7 +173,7 @@ class TestSoak:
     sites = [self.site(tmp_path / name) for name in ("undisturbed", "run_1")]
     assert not soak.differences(*sites)
     self.write(sites[1], [1.5, 1.25 + 2**-52])
-    flip_bit(sites[1].workdir / "lora.safetensors", random.Random())
+    save_file({"up": np.array([1, 1, 1 + 2**-52])}, sites[1].workdir / "lora.safetensors", {"rank": "2"})
     assert soak.differences(*sites) == ["metrics differ from step 2", "the LoRA differs"]
 
   @pytest.mark.parametrize(

@@ -218,6 +218,27 @@ class TestRelay:
     with pytest.raises(TimeoutError):
       client.recv(64)
 
+  def test_keeps_the_connection_when_sending_fails(self, monkeypatch):
+    """The client may send before the end of the coordinator is noticed: both wake up together after a suspension."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+      (client, end), (coordinator, other) = [
+        (socket.create_connection(server.getsockname()), server.accept()[0]) for _ in range(2)
+      ]
+    other.close()
+    coordinator.shutdown(socket.SHUT_WR)  # sending fails
+    relay = object.__new__(Relay)
+    monkeypatch.setattr(relay, "_reach_coordinator", lambda: coordinator)
+    monkeypatch.setattr(relay, "_start", lambda *_: None)  # the other thread comes later
+    thread = threading.Thread(target=relay._connect, args=(end,))
+    thread.start()
+    client.sendall(b"heartbeat")
+    client.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+      client.recv(64)
+    client.close()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+
   def test_a_connection_that_the_client_closes_is_not_lost(self, ends):
     relay, coordinator, client = ends
     coordinator.sendall(b"hello")

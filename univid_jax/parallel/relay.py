@@ -59,8 +59,11 @@ class Relay:
     closed = threading.Event()
     self._start(self._forward_answers, coordinator, client, closed)
     with client, coordinator:
-      _forward(client, coordinator)
-      closed.set()
+      try:
+        _forward(client, coordinator)
+        closed.set()
+      except _TargetLost:  # the client must not notice; the other thread does
+        _wait_for_end(client)
       with contextlib.suppress(OSError):
         coordinator.shutdown(socket.SHUT_RDWR)  # wakes the other thread
 
@@ -75,7 +78,10 @@ class Relay:
     return None
 
   def _forward_answers(self, coordinator: socket.socket, client: socket.socket, closed: threading.Event) -> None:
-    answered = _forward(coordinator, client)
+    try:
+      answered = _forward(coordinator, client)
+    except _TargetLost:
+      return
     if answered and not closed.is_set():
       self.lost.set()
     else:
@@ -86,11 +92,34 @@ class Relay:
     threading.Thread(target=function, args=arguments, name="relay", daemon=True).start()
 
 
+class _TargetLost(Exception):
+  """What was read cannot be sent on."""
+
+
 def _forward(source: socket.socket, target: socket.socket) -> bool:
-  """Copies until one of the ends is closed; returns whether there was anything to copy."""
+  """Copies until the source is closed; returns whether there was anything to copy.
+
+  Raises:
+    _TargetLost: the target is closed.
+  """
   copied = False
-  with contextlib.suppress(OSError):
-    while data := source.recv(BUFFER):
-      copied = True
+  while data := _receive(source):
+    copied = True
+    try:
       target.sendall(data)
+    except OSError as error:
+      raise _TargetLost from error
   return copied
+
+
+def _wait_for_end(source: socket.socket) -> None:
+  while _receive(source):
+    pass
+
+
+def _receive(source: socket.socket) -> bytes:
+  """Returns what has arrived; nothing once the source is closed."""
+  try:
+    return source.recv(BUFFER)
+  except OSError:
+    return b""
