@@ -40,7 +40,7 @@ NUM_FAULTS = FLAGS.integer("faults", 6, "Faults of a run.", lower_bound=0)
 FOLDER = FLAGS.string("folder", None, "Folder for the runs, kept; default: a temporary one, kept after a mismatch.")
 OUT = FLAGS.string("out", "", "File for the counts as JSON.")
 
-MEASURED = {"step_time", "tokens_per_second"}  # that differ from run to run
+MEASURED = {"step_time", "tokens_per_second", "goodput"}  # that differ from run to run
 
 
 # The step before which a fault happens or, during the start, seconds after the processes have joined; and the fault.
