@@ -22,6 +22,7 @@ from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
 from univid_jax.core.options import OnDamaged, TrainedExpert
+from univid_jax.core.protocols import Encoders
 from univid_jax.inference.experts import OffloadedParams, Transformer, order_experts
 from univid_jax.inference.lora_specs import LoRA, LoRASpecs, lora_usage, read_loras, select_loras
 from univid_jax.inference.partial import PartialPipeline
@@ -91,26 +92,44 @@ def load_pipeline(
 
   if is_checkpoint(checkpoint) or has_checksums(checkpoint):
     with verified(checkpoint, enabled=verify_weights):
-      base, compute_dtype = PretrainedCheckpoint.open(checkpoint), jnp.dtype(dtype or "bfloat16")
-      encoders = PretrainedEncoders(base, mesh, dtype=compute_dtype)
-      if not base.transformers and not loras:
-        return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
-      config = base.config("transformer")
-      usage, transformers = _load_base(base, loras, finish, mesh=mesh, dtype=compute_dtype, given=given)
-  else:
-    record = _override_dtype(require_run(checkpoint), dtype)
-    saved = SavedCheckpoints(
-      checkpoint, model_only=True, verify=verify_weights, on_damaged=OnDamaged(on_damaged_checkpoint)
-    )
-    with verified(record.config.init_from, enabled=verify_weights):
-      config, encoders = transformer_config(record.config), open_encoders(record.config, mesh)
-      transformers = _load_run(saved, record, loras, finish, mesh=mesh, step=step)
-    usage = run_usage(record)
+      return _open_base(checkpoint, loras, finish, mesh=mesh, dtype=jnp.dtype(dtype or "bfloat16"), given=given)
+  record, on_damaged = _override_dtype(require_run(checkpoint), dtype), OnDamaged(on_damaged_checkpoint)
+  saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
+  with verified(record.config.init_from, enabled=verify_weights):
+    encoders = open_encoders(record.config, mesh)
+    transformers = _load_run(saved, record, loras, finish, mesh=mesh, step=step)
+  config, usage = transformer_config(record.config), run_usage(record)
+  return _create_pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, given=given)
+
+
+def _open_base(
+  folder: str, loras: Sequence[LoRA], finish: _Finish, *, mesh: Mesh, dtype: jnp.dtype, given: Mapping[str, str | None]
+) -> Pipeline:
+  """Loads a converted checkpoint, which may lack components."""
+  base = PretrainedCheckpoint.open(folder)
+  encoders = PretrainedEncoders(base, mesh, dtype=dtype)
+  if not base.transformers and not loras:
+    return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
+  config = base.config("transformer")
+  usage, transformers = _load_base(base, loras, finish, mesh=mesh, dtype=dtype, given=given)
+  return _create_pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, given=given)
+
+
+def _create_pipeline(
+  config: DiTConfig,
+  transformers: Sequence[Transformer],
+  *,
+  encoders: Encoders,
+  mesh: Mesh,
+  usage: Usage | None,
+  given: Mapping[str, str | None],
+) -> Pipeline:
+  first, *others = transformers
   return Pipeline(
     config,
-    transformers[0].graph,
-    transformers[0].params,
-    low_noise=transformers[1] if len(transformers) > 1 else None,
+    first.graph,
+    first.params,
+    low_noise=others[0] if others else None,
     encoders=encoders,
     mesh=mesh,
     usage=usage,
