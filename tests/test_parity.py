@@ -34,6 +34,10 @@ def rng():
   return np.random.default_rng(seed)
 
 
+# What all of Wan's transformers share in diffusers.
+WAN_OPTIONS = {"patch_size": PATCH, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6}
+
+
 def randomize(module):
   """Randomises all parameters: the zeros and ones of a fresh module would hide mistakes."""
   with torch.no_grad():
@@ -64,7 +68,6 @@ def test_transformer(rng, kind):
   in_dim = 36 if "i2v" in kind and kind != "ti2v" else out_dim
   theirs = randomize(
     diffusers.WanTransformer3DModel(
-      patch_size=PATCH,
       num_attention_heads=heads,
       attention_head_dim=head_dim,
       in_channels=in_dim,
@@ -73,9 +76,7 @@ def test_transformer(rng, kind):
       freq_dim=freq,
       ffn_dim=ffn,
       num_layers=layers,
-      cross_attn_norm=True,
-      qk_norm="rms_norm_across_heads",
-      eps=1e-6,
+      **WAN_OPTIONS,
       **image,
     )
   )

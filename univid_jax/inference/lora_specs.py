@@ -141,9 +141,10 @@ def lora_usage(loras: Sequence[tuple[LoRA, str]], given: Mapping[str, str | None
   known = [(lora.weights.source, usage, checksum) for lora, checksum in loras if (usage := lora.weights.usage)]
   notes = [describe_mismatch(usage, checksum, source=source) for source, usage, checksum in known]
   usages = [(source, usage) for source, usage, _ in known]
-  if given["attention"] is not None:  # it decides about the timestep, too
-    given = {"context_timestep": "", **{name: value or "" for name, value in given.items()}}
-  for field in (name for name, value in given.items() if value is not None and usages):  # so that it cannot conflict
+  asked = {name for name, value in given.items() if value is not None}
+  if "attention" in asked:  # which decides about the timestep, too
+    asked.add("context_timestep")
+  for field in asked if usages else ():  # so that it cannot conflict
     chosen = getattr(usages[0][1], field)
     usages = [(source, dataclasses.replace(usage, **{field: chosen})) for source, usage in usages]
   usage, differences = merge_usages(usages)
