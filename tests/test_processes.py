@@ -262,6 +262,22 @@ class TestTwoProcesses:
     assert reported(first) == [f"stopped by SIGTERM to process 1 at step {steps[0]}"]
     assert reported(second) == [f"stopped by SIGTERM at step {steps[0]}"]
 
+  def test_when_the_first_dies_before_all_have_joined_the_others_end(self, tmp_path):
+    """JAX would wait for five minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+      address = f"127.0.0.1:{server.getsockname()[1]}"
+      options = [f"--workdir={tmp_path}", f"--coordinator={address}", "--num_processes=3", "--process_id=1"]
+      process = start_command("tests.loop_command", *options)
+      server.settimeout(60)
+      connection, _ = server.accept()
+      connection.recv(64)
+      connection.sendall(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))  # HTTP/2 settings
+      connection.close()
+      done = finish(process)
+    assert done.returncode == 1
+    reason = f"process 0 at {address} ended before all processes had joined; rerun the same command to resume"
+    assert reported(done) == [f"error: {reason}"]
+
   @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
   def test_when_one_is_killed_the_other_names_it(self, tmp_path, victim):
     """JAX would abort with a stack trace, at once when process 0 dies and after its own timeout otherwise."""

@@ -42,6 +42,7 @@ def start_processes(flags: ProcessFlags, *, writes: str | None = None) -> None:
     flags.num_processes.value,
     flags.process_id.value,
     heartbeat_seconds=flags.heartbeat_seconds.value,
+    on_loss=supervisor.current().end,
   )
   _hide_status(peers.index)
   supervisor.current().join(peers, processes.disconnect)

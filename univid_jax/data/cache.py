@@ -5,8 +5,8 @@ published atomically: several processes may fill one cache, and a killed one lea
 """
 
 import hashlib
+import logging
 import re
-import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +14,8 @@ from etils import epath
 from safetensors.numpy import load, save
 
 from univid_jax.core.paths import atomic_write
+
+log = logging.getLogger(__name__)
 
 # Part of every key: raise it when the code computes something else from the same input and weights.
 ENCODING_VERSION = 1
@@ -36,6 +38,7 @@ class Cache:
 
   def __init__(self, folder: epath.PathLike, fingerprint: str):
     self.folder, self.fingerprint = epath.Path(folder), fingerprint
+    self._reported: set[str] = set()
 
   def path(self, key: str) -> epath.Path:
     """Returns the file of a key, whether it exists or not."""
@@ -46,7 +49,7 @@ class Cache:
     return self.path(key).exists()
 
   def get(self, key: str) -> np.ndarray | None:
-    """Returns the value, or None if it is missing or corrupt (warns)."""
+    """Returns the value, or None if it is missing or, as the log says once, corrupt."""
     path = self.path(key)
     try:
       data = path.read_bytes()
@@ -54,7 +57,9 @@ class Cache:
       return None
     body = _intact_body(data)
     if body is None:
-      warnings.warn(f"{path} is corrupt and is computed again", stacklevel=2)
+      if key not in self._reported:
+        self._reported.add(key)
+        log.warning("%s is corrupt and is computed again", path)
       return None
     # Not a .npy, whose header several threads cannot parse at once, see `reader._HEADER_LOCK`.
     return load(body)[_NAME]

@@ -5,7 +5,8 @@ the detection of clusters.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from univid_jax.core.errors import UserError
-from univid_jax.parallel.peers import Peers
+from univid_jax.parallel.peers import ADVICE, Peers
 from univid_jax.parallel.relay import Relay
 
 # Seconds that processes may start apart.
@@ -39,7 +40,12 @@ _SIGNS = (
 
 
 def connect(
-  coordinator: str | None, num_processes: int | None, process_id: int | None, *, heartbeat_seconds: int
+  coordinator: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  *,
+  heartbeat_seconds: int,
+  on_loss: Callable[[str], None] = lambda message: None,
 ) -> Peers:
   """Joins the other processes of the run.
 
@@ -48,6 +54,8 @@ def connect(
     num_processes: of the run.
     process_id: of this process.
     heartbeat_seconds: silence after which a process counts as dead.
+    on_loss: called with a message, from another thread, if process 0 ends while this process waits for the others.
+      JAX would go on waiting.
 
   Raises:
     UserError: they cannot be reached.
@@ -57,7 +65,13 @@ def connect(
     coordinator, num_processes, process_id, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
       None, None, None, None, None, START_TIMEOUT
     )
-  relay = Relay(coordinator) if coordinator and process_id else None
+  joined = threading.Event()
+
+  def report_loss() -> None:
+    if not joined.is_set():  # later the peers do
+      on_loss(f"process 0 at {coordinator} ended before all processes had joined; {ADVICE}")
+
+  relay = Relay(coordinator, report_loss) if coordinator and process_id else None
   try:
     jax.distributed.initialize(
       relay.address if relay else coordinator,
@@ -72,6 +86,7 @@ def connect(
     raise UserError(
       f"process {process_id} of {num_processes} could not join the others at {coordinator}: {reason}"
     ) from error
+  joined.set()
   assert num_processes is not None and process_id is not None, "known by now"
   return Peers(
     CoordinationStore(),

@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 # In seconds. Process 0 may start later than the others.
 CONNECT_TIMEOUT = 10.0
@@ -27,18 +28,19 @@ class Relay:
 
   Args:
     coordinator: HOST:PORT of process 0.
+    on_loss: called when the coordinator has closed a connection that this process still uses, from another thread.
 
   Attributes:
     address: HOST:PORT to connect to instead.
-    lost: set when the coordinator has closed a connection that this process still uses.
+    lost: set before `on_loss` is called.
   """
 
-  def __init__(self, coordinator: str):
+  def __init__(self, coordinator: str, on_loss: Callable[[], object] = lambda: None):
     host, _, port = coordinator.rpartition(":")
     self._target = host.strip("[]"), int(port)
     self._server = socket.create_server(("127.0.0.1", 0))
     self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
-    self.lost = threading.Event()
+    self.lost, self._on_loss = threading.Event(), on_loss
     # gRPC would send even this connection to a proxy.
     excluded = os.environ.get(NO_PROXY) or os.environ.get("no_proxy") or ""
     os.environ[NO_PROXY] = f"{excluded},127.0.0.1".lstrip(",")
@@ -84,6 +86,7 @@ class Relay:
       return
     if answered and not closed.is_set():
       self.lost.set()
+      self._on_loss()
     else:
       with contextlib.suppress(OSError):
         client.shutdown(socket.SHUT_RDWR)
