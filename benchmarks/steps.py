@@ -125,7 +125,7 @@ def _make_step(
   from univid_jax.training.step import make_train_step
 
   state = spec.create()
-  step = make_train_step(config, spec, optimizer, mesh)
+  step = make_train_step(config, spec, [optimizer], mesh)
   compiled = {}
 
   def run_step(row: "PackedRow") -> None:

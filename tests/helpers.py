@@ -17,6 +17,7 @@ from univid_jax.checkpoints.usage import Usage
 from univid_jax.config.schema import RunConfig
 from univid_jax.convert.layout import make_fills, match_fills
 from univid_jax.core.packed_row import ContextMode
+from univid_jax.inference.experts import OffloadedParams, Params, Transformer
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.dit import DiT
 from univid_jax.models.variants import DiTConfig
@@ -84,12 +85,18 @@ def random_pipeline(config: RunConfig, mesh: Mesh) -> Pipeline:
   graph, params = nnx.split(create_model(config), nnx.Param)
   return Pipeline(
     transformer_config(config),
-    graph,
-    nnx.to_pure_dict(params),
+    [Transformer(graph, nnx.to_pure_dict(params))],
     encoders=open_encoders(config, mesh),
     mesh=mesh,
     usage=Usage.of(config),
   )
+
+
+def parameters(pipe: Pipeline) -> Params:
+  """Returns the parameters of a pipeline's only transformer."""
+  (transformer,) = pipe.experts.transformers
+  assert not isinstance(transformer.params, OffloadedParams)
+  return transformer.params
 
 
 def image_width(path: Path) -> int:

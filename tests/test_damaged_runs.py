@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import parameters
 from tests.test_checksums import flip_bit, list_files, run_verify
 from univid_jax.checkpoints import checksums
 from univid_jax.checkpoints.checksums import CHECKSUMS_FILE, DamagedError, find_damage, hash_file
@@ -253,7 +254,7 @@ def test_a_run(tiny_config, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
       assert train(config, str(tmp_path / "damaged")).steps_taken == 2
     assert f"4 is damaged: {name} (checksum differs); the checkpoint of step 2 is used instead" in caplog.text
-    both = [load_pipeline(str(tmp_path / name)).params for name in ("run", "damaged")]
+    both = [parameters(load_pipeline(str(tmp_path / name))) for name in ("run", "damaged")]
   finally:
     logging.getLogger("absl").removeHandler(caplog.handler)
   # Orbax's warnings are for those who write code with it.

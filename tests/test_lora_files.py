@@ -12,7 +12,7 @@ from flax import nnx, traverse_util
 from safetensors.numpy import load_file, save_file
 
 import univid_jax
-from tests.helpers import GOLDENS, relative_error
+from tests.helpers import GOLDENS, parameters, relative_error
 from univid_jax.convert.commands import convert_any, inspect
 from univid_jax.convert.layout import make_fills
 from univid_jax.core.errors import UserError
@@ -90,13 +90,14 @@ _predict = jax.jit(
 
 
 def velocity(pipe):
+  (transformer,) = pipe.experts.transformers
   with jax.set_mesh(pipe.mesh):
-    return np.asarray(_predict(pipe.graph, pipe.params, row()))
+    return np.asarray(_predict(transformer.graph, transformer.params, row()))
 
 
 def tensors(pipe):
   """Returns the transformer's weights by official name, in the official layout."""
-  params = traverse_util.flatten_dict(pipe.params)
+  params = traverse_util.flatten_dict(parameters(pipe))
   out = {}
   for fill in make_fills("transformer", pipe.config):
     value = np.asarray(params[fill.path], np.float32)
@@ -164,15 +165,15 @@ class TestCases:
   @pytest.mark.parametrize("merge", [True, False])
   def test_on_a_mesh(self, merge, load, several):
     spread = load(*SEVERAL, merge_lora=merge, mesh=make_mesh({"fsdp": 4, "tensor": 2}))
-    assert any(not value.sharding.is_fully_replicated for value in jax.tree.leaves(spread.params))
+    assert any(not value.sharding.is_fully_replicated for value in jax.tree.leaves(parameters(spread)))
     assert relative_error(velocity(spread), velocity(several[merge])) <= 2e-5
 
   def test_bfloat16(self, load, base):
     """Merged parameters keep their dtype. Unmerged, kernels do; biases, norms and modulation are exact in float32."""
     merged, unmerged = (load(("distill_diff", 1.0), dtype="bfloat16", merge_lora=merge) for merge in (True, False))
-    assert {str(value.dtype) for value in jax.tree.leaves(merged.params)} == {"bfloat16"}
+    assert {str(value.dtype) for value in jax.tree.leaves(parameters(merged))} == {"bfloat16"}
     assert str(merged.dtype) == str(unmerged.dtype) == "bfloat16"
-    assert str(unmerged.params["blocks"]["self_attn"]["q"]["kernel"].dtype) == "bfloat16"
+    assert str(parameters(unmerged)["blocks"]["self_attn"]["q"]["kernel"].dtype) == "bfloat16"
     name = "blocks.1.norm3.bias"
     rounded = tensors(base)[name].astype(jnp.bfloat16).astype(np.float32)
     change = expected_tensors("distill_diff")[name] - project(tensors(base)[name])

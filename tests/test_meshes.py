@@ -48,6 +48,25 @@ def one_gradient(config, mesh, row, microbatches=1):
   return float(metrics["loss"]), np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)]), spec
 
 
+def packed_batch(config):
+  """Returns a batch of eight rows of computed sentences."""
+  source = open_computed(config, "train", seed=0)
+  encoders = open_encoders(config, make_mesh({}, devices=jax.devices()[:1]))
+  features = FeatureMaker(encoders, shape=transformer_config(config), task_names=source.task_names)
+  loader = make_loader(
+    [source],
+    features,
+    row_shape=RowShape.of(config.rows, context_mode(config)),
+    rows_per_batch=8,
+    seed=0,
+    num_packing_bins=8,
+  )
+  row = next(loader)
+  loader.close()
+  assert row.segment_ids.max() > 1
+  return row
+
+
 @dataclasses.dataclass(frozen=True)
 class TorusChip:
   """What JAX needs to know of a TPU to place it in a mesh."""
@@ -77,23 +96,6 @@ class TestMeshes:
     *(pytest.param({axis: 8}, marks=pytest.mark.slow) for axis in ("data", "fsdp", "context")),
   )
 
-  def row(self, config):
-    source = open_computed(config, "train", seed=0)
-    encoders = open_encoders(config, make_mesh({}, devices=jax.devices()[:1]))
-    features = FeatureMaker(encoders, shape=transformer_config(config), task_names=source.task_names)
-    loader = make_loader(
-      [source],
-      features,
-      row_shape=RowShape.of(config.rows, context_mode(config)),
-      rows_per_batch=8,
-      seed=0,
-      num_packing_bins=8,
-    )
-    row = next(loader)
-    loader.close()
-    assert row.segment_ids.max() > 1
-    return row
-
   def configure(self, config, lora):
     """Context tokens have the target's timestep in one of the two kinds of training, 0 in the other."""
     timestep = "zero" if lora else "target"
@@ -103,7 +105,7 @@ class TestMeshes:
   @pytest.mark.parametrize("sizes", MESHES, ids=str)
   def test_equals_one_device(self, tiny_config, single, sizes, lora):
     config = self.configure(tiny_config, lora)
-    row = self.row(config)
+    row = packed_batch(config)
     if lora not in single:
       single[lora] = one_gradient(config, make_mesh({}, devices=jax.devices()[:1]), row)
     loss, grads, _ = single[lora]
@@ -116,7 +118,7 @@ class TestMeshes:
 
   def test_microbatches_give_the_same_gradients(self, tiny_config):
     config = self.configure(tiny_config, False)
-    row, mesh = self.row(config), make_mesh({"data": 2}, devices=jax.devices()[:2])
+    row, mesh = packed_batch(config), make_mesh({"data": 2}, devices=jax.devices()[:2])
     (loss, grads, _), (other_loss, other, _) = (one_gradient(config, mesh, row, microbatches=n) for n in (1, 4))
     assert other_loss == pytest.approx(loss, rel=1e-5) and np.linalg.norm(other - grads) / np.linalg.norm(grads) <= 1e-5
 
@@ -136,7 +138,7 @@ class TestMeshes:
       make_mesh({"data": 32}, [*torus, *(dataclasses.replace(chip, slice_index=1) for chip in torus)])
 
   def test_indivisible_rows_are_refused(self, tiny_config):
-    row = self.row(tiny_config)
+    row = packed_batch(tiny_config)
     odd = jax.tree.map(lambda x: x[:, :47] if x.shape[1] == 48 else x, row)
     with pytest.raises(ValueError, match="rows of 47 tokens do not divide over context = 8"):
       shard_batch(odd, make_mesh({"context": 8}))

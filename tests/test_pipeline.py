@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import univid_jax
-from tests.helpers import GOLDENS, channels_last, golden, relative_error
+from tests.helpers import GOLDENS, channels_last, golden, parameters, relative_error
 from univid_jax.checkpoints.model import open_encoders, transformer_config
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import wan_1_3b
@@ -232,7 +232,7 @@ def test_i2v_trains(i2v_checkpoint, tmp_path):
     for path in (tmp_path, tmp_path / "lora.safetensors")
   )
   for pipe in (by_workdir, by_file):
-    jax.tree.map(np.testing.assert_array_equal, pipe.params, result.pipeline.params)
+    jax.tree.map(np.testing.assert_array_equal, parameters(pipe), parameters(result.pipeline))
 
 
 def test_i2v(i2v_checkpoint):

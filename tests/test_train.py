@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import commands
 from tests.commands import finish, free_port, run_command, start_command, start_python
+from tests.helpers import parameters
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.run import Checkpointer, RunRecord, read_run
@@ -328,8 +329,8 @@ class TestValidation:
     assert find_step(tmp_path, "best") == best and find_step(tmp_path, None) == 5
     assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {best, 5}
     assert len(list((tmp_path / "previews").glob("*.png"))) == 5
-    latest, chosen = (load_pipeline(str(tmp_path), step=step).params for step in (None, "best"))
-    same = jax.tree.map(lambda a, b: np.array_equal(a, b), latest, result.pipeline.params)
+    latest, chosen = (parameters(load_pipeline(str(tmp_path), step=step)) for step in (None, "best"))
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), latest, parameters(result.pipeline))
     assert all(jax.tree.leaves(same))
     kernels = [params["head"]["head"]["kernel"] for params in (latest, chosen)]
     assert np.array_equal(*kernels) == (best == 5)

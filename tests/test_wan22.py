@@ -13,17 +13,19 @@ import pytest
 from flax import nnx
 
 import univid_jax
-from tests.helpers import GOLDENS, GOLDENS22, channels_last, golden, load_dit, relative_error
+from tests.helpers import GOLDENS, GOLDENS22, channels_last, golden, load_dit, parameters, relative_error
+from tests.test_meshes import one_gradient, packed_batch
 from univid_jax.checkpoints.experts import find_expert, named_expert
 from univid_jax.checkpoints.lora.reading import read_lora
-from univid_jax.checkpoints.model import check_expert, context_mode, transformer_config
+from univid_jax.checkpoints.model import check_base, context_mode, make_flow, split_config, transformer_config
 from univid_jax.checkpoints.pretrained import read_info
 from univid_jax.checkpoints.tensor_files import open_tensors
+from univid_jax.checkpoints.trained import read_run_loras
 from univid_jax.config.boundary import override
-from univid_jax.config.presets import tiny, wan22_a14b, wan22_ti2v_5b
+from univid_jax.config.presets import tiny, wan22_a14b, wan22_ti2v_5b, wan_1_3b
 from univid_jax.convert.commands import convert_any, inspect, verify
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ContextTimestep, ModelType, Objective
+from univid_jax.core.options import Attention, ContextTimestep, ModelType, Objective, TrainedExpert
 from univid_jax.core.packed_row import UNIVID_CONTEXT, ContextMode
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.packing import RowShape, pack, select_target_tokens
@@ -34,6 +36,7 @@ from univid_jax.inference.experts import Experts, Transformer
 from univid_jax.inference.jobs import pack_single
 from univid_jax.models.variants import VARIANTS, DiTConfig
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training.expert_schedule import PERIOD, ExpertSchedule
 from univid_jax.training.loop import train
 
 PATCH = (1, 2, 2)
@@ -93,6 +96,50 @@ class TestTransformer:
     target = patchify(expected[name], PATCH)[features.target_mask]
     assert relative_error(select_target_tokens(out, row, (0, 2)), target) <= 2e-5
 
+  @pytest.mark.parametrize(
+    "kind, mode",
+    [
+      ("ti2v", ZERO),
+      ("a14b", UNIVID_CONTEXT),
+      ("i2v", UNIVID_CONTEXT),
+      *(
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in (("ti2v", UNIVID_CONTEXT), ("a14b", ZERO), ("i2v", ZERO))
+      ),
+    ],
+  )
+  def test_packed_rows(self, ti2v, kind, mode):
+    """Contexts I to IV, images and videos, 4 to 8 clips, all in one row: each sentence is as it is alone."""
+    if kind == "ti2v":
+      model = ti2v[0]
+    elif kind == "a14b":
+      folder = GOLDENS22 / "tiny_wan22_a14b" / "high_noise_model"
+      shape = DiTConfig.from_json(json.loads((folder / "config.json").read_text()) | {"text_dim": 48})
+      model = load_dit(shape, read_tensors(folder))
+    else:
+      info, _, weights = golden("dit_i2v22", GOLDENS22)
+      model = load_dit(dataclasses.replace(DiTConfig.from_json(info["config"]), image_dim=0), weights)
+    config, rng = model.config, np.random.default_rng(0)
+
+    def draw(lengths):
+      latents = rng.normal(size=(sum(lengths), 4, 6, config.in_dim)).astype(np.float32)
+      features = features_of(latents[..., : config.out_dim], lengths, rng.normal(size=(3, config.text_dim)))
+      condition = patchify(latents[..., config.out_dim :], PATCH) if config.takes_condition else None
+      return dataclasses.replace(features, condition=condition)
+
+    sentences = [
+      draw(lengths) for lengths in ([1, 1, 1, 1], [1, 2, 1, 2], [2, 1, 2, 1], [2, 2, 2, 2], [1] * 6, [2, 1] * 4)
+    ]
+    shape = RowShape(num_tokens=300, num_text_tokens=100, num_slots=8, num_targets=60, context_mode=mode)
+    sigmas = jnp.linspace(0.1, 0.9, 8)[None]
+    row = pack(sentences, shape)
+    packed = jax.jit(model)(row.tokens, timestep_table(sigmas, row), row)
+    for place, features in enumerate(sentences):
+      single = pack_single(features, context_mode=mode)
+      alone = jax.jit(model)(single.tokens, timestep_table(sigmas[:, place : place + 1], single), single)
+      targets = np.asarray(alone)[0][features.target_mask]
+      assert relative_error(select_target_tokens(packed, row, (0, place + 1)), targets) <= 2e-5
+
   def test_i2v_has_no_image_features(self):
     info, io, weights = golden("dit_i2v22", GOLDENS22)
     config = dataclasses.replace(DiTConfig.from_json(info["config"]), image_dim=0)
@@ -123,9 +170,13 @@ class TestContextMode:
     }
 
   def test_causal_context_needs_timestep_zero(self):
-    config = override(tiny(), {"model.attention": "context_causal", "model.context_timestep": "target"})
+    changes = {"model.attention": "context_causal", "model.context_timestep": "target"}
+    with pytest.raises(
+      UserError, match=r"context_timestep must be auto or zero with .* = context_causal, got 'target'"
+    ):
+      override(tiny(), changes)
     with pytest.raises(UserError, match="attention = context_causal needs context_timestep = zero"):
-      context_mode(config)
+      univid_jax.load_pipeline("missing", attention="context_causal", context_timestep="target")
     with pytest.raises(UserError, match="context_timestep must be one of auto, target, zero, got 'null'"):
       override(tiny(), {"model.context_timestep": "null"})
 
@@ -363,10 +414,11 @@ class TestExperts:
       assert read_info(tmp_path / f"{layout}_again").expert == "low"
     config = override(wan22_a14b(), {"init_from": str(tmp_path / "low"), "model.variant": ""})
     with pytest.raises(UserError, match=r"config.model.expert is high, but .* is the low-noise expert"):
-      check_expert(config)
-    check_expert(override(config, {"model.expert": "low"}))
-    with pytest.raises(UserError, match=r"needs a base: give config.init_from"):
-      check_expert(override(tiny(), {"model.expert": "low"}))
+      check_base(config)
+    check_base(override(config, {"model.expert": "low"}))
+    for config in (override(tiny(), {"model.expert": "low"}), wan_1_3b()):
+      with pytest.raises(UserError, match=r"there is no base, .* needs: give config.init_from"):
+        check_base(config)
 
   @pytest.mark.parametrize("boundary, above", [(0.9, 0.9), (0.875, 0.875)])
   def test_the_boundary_belongs_to_high_noise(self, boundary, above):
@@ -442,6 +494,18 @@ SMALL = {
 }
 
 
+def is_zero(lora):
+  """Whether a LoRA changes nothing: B starts as zero."""
+  return all(not np.any(change.up) for change in lora.changes.values())
+
+
+def predict(pipe, timestep):
+  rng = np.random.default_rng(0)
+  return pipe.predict_velocity(
+    rng.normal(size=(2, 4, 6, 16)).astype(np.float32), timestep, np.ones((3, 48), np.float32)
+  )
+
+
 class TestTraining:
   @pytest.mark.long
   def test_ti2v(self, checkpoint, tmp_path):
@@ -451,7 +515,7 @@ class TestTraining:
     for steps in (2, 4):
       resumed = train(override(config, {"num_steps": steps}), str(tmp_path / "resumed")).pipeline
     whole = train(override(config, {"num_steps": 4}), str(tmp_path / "whole")).pipeline
-    jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+    jax.tree.map(np.testing.assert_array_equal, parameters(resumed), parameters(whole))
     usage = read_lora(str(tmp_path / "whole" / "lora.safetensors")).usage
     assert usage.context_timestep == "zero" and usage.expert == ""
     _, io, _ = golden("sampling_ti2v_context_zero", GOLDENS22)
@@ -471,7 +535,7 @@ class TestTraining:
   def test_experts(self, experts, tmp_path):
     """Each expert in a run of its own, at its own noise levels; together they are the model with two LoRAs."""
     config = override(wan22_a14b(), SMALL | {"init_from": experts[1], "num_steps": 2, "eval.sentences_per_case": 0})
-    with pytest.raises(UserError, match=r"has two experts: set config.model.expert to high or low"):
+    with pytest.raises(UserError, match=r"has two experts: set config.model.expert to both, or to high or low"):
       transformer_config(override(config, {"model.expert": "only"}))
     files, losses = {}, {}
     for expert in ("high", "low"):
@@ -498,6 +562,83 @@ class TestTraining:
       assert relative_error(untrained.predict_velocity(latents, timestep, prompt), base) <= 1e-6
     with pytest.raises(UserError, match=r"must have a noise level of the high-noise expert, from 0.875 to 1"):
       train(override(config, {"validation.sigmas": (0.5,)}), str(tmp_path / "none"))
+
+  @pytest.mark.long
+  @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "context": 2}, {"tensor": 2, "context": 4}], ids=str)
+  @pytest.mark.parametrize("kind", ["ti2v", "a14b"])
+  def test_meshes(self, checkpoint, experts, kind, sizes):
+    """Loss and gradients of a LoRA on packed rows are those of one device."""
+    preset, base = (wan22_ti2v_5b, checkpoint) if kind == "ti2v" else (wan22_a14b, experts[1])
+    config = override(preset(), SMALL | {"init_from": base, "rows.num_tokens": 64, "data.num_sentences": 24})
+    config = split_config(config)[0]
+    row = packed_batch(config)
+    (loss, grads, _), (other_loss, other, _) = (
+      one_gradient(config, mesh, row) for mesh in (make_mesh({}, devices=jax.devices()[:1]), make_mesh(sizes))
+    )
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert np.linalg.norm(other - grads) <= 1e-5 * np.linalg.norm(grads)
+
+  def test_experts_alternate(self):
+    """Evenly, in proportion to the probability of their noise levels, and counted without taking the steps."""
+    config = override(wan22_a14b(), {"flow.shift": 7.0})  # one half each
+    assert config.model.expert == TrainedExpert.BOTH
+    schedule = ExpertSchedule.of(config)
+    high_steps = [bool(schedule.trains_high(jnp.int32(step))) for step in range(PERIOD + 4)]
+    assert sum(high_steps[:PERIOD]) == schedule.num_high and abs(schedule.num_high - 500) <= 1
+    assert schedule.count_steps(PERIOD + 3) == (
+      sum(high_steps[: PERIOD + 3]),
+      PERIOD + 3 - sum(high_steps[: PERIOD + 3]),
+    )
+    assert high_steps[:4] == [False, True, False, True]
+
+  @pytest.mark.long
+  def test_both_experts_in_one_run(self, experts, tmp_path):
+    """A step trains one of them and leaves the other; the run resumes and exports two files."""
+    changes = {"init_from": experts[1], "eval.sentences_per_case": 0, "flow.shift": 7.0}
+    config = override(wan22_a14b(), SMALL | changes)
+    for steps in (1, 4):
+      train(override(config, {"num_steps": steps, "checkpoint.every_steps": 1}), str(tmp_path / "run"))
+      loras = {lora.usage.expert: lora for lora in read_run_loras(tmp_path / "run")}
+      if steps == 1:  # of the low-noise expert alone
+        assert is_zero(loras["high"]) and not is_zero(loras["low"])
+    whole = train(override(config, {"num_steps": 4}), str(tmp_path / "whole")).pipeline
+    for resumed, other in zip(*(read_run_loras(tmp_path / name) for name in ("run", "whole")), strict=True):
+      assert all(np.array_equal(change.up, other.changes[name].up) for name, change in resumed.changes.items())
+    metrics = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {
+      "val_loss/expert_high",
+      "val_loss/expert_low",
+      "val_loss/sigma_0.95",
+      "val_loss/sigma_0.3",
+    } <= metrics.keys()
+    load = functools.partial(univid_jax.load_pipeline, dtype="float32")
+    files = [str(tmp_path / "run" / f"lora_{expert}.safetensors") for expert in ("high", "low")]
+    convert_any(str(tmp_path / "run"), str(tmp_path / "out.safetensors"), to="musubi")
+    converted = [str(tmp_path / f"out_{expert}.safetensors") for expert in ("high", "low")]
+    for pipe in (
+      load(str(tmp_path / "run")),
+      load(experts[1], lora=files),
+      load(experts[1], lora=str(tmp_path / "run")),
+      load(experts[1], lora=converted),
+    ):
+      for timestep in (900.0, 500.0):
+        expected = predict(whole, timestep)
+        assert relative_error(predict(pipe, timestep), expected) <= 1e-6
+        assert relative_error(predict(load(experts[1]), timestep), expected) > 1e-5
+    with pytest.raises(UserError, match=r"config\.model\.expert is both, which trains LoRAs"):
+      check_base(override(config, {"lora.rank": 0}))
+
+  def test_resolution_shift_counts_pixels(self):
+    """TI2V's autoencoder makes a quarter of the tokens: clips of one size have one shift with either."""
+    one, other = (make_flow(override(config, {"flow.shift": 5.0})) for config in (wan_1_3b(), wan22_ti2v_5b()))
+    one, other = (dataclasses.replace(flow, objective=Objective.RESOLUTION_SHIFT) for flow in (one, other))
+    sigmas = [
+      flow.sample(jax.random.key(0), jnp.full((9,), float(tokens)))[0] for flow, tokens in ((one, 7800), (other, 1950))
+    ]
+    assert np.array_equal(*sigmas)
+    assert np.allclose(
+      sigmas[0], dataclasses.replace(one, objective=Objective.UNIVID).sample(jax.random.key(0), jnp.ones(9))[0]
+    )
 
   @pytest.mark.parametrize("objective", Objective)
   @pytest.mark.parametrize("stratified", [False, True])

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from univid_jax.core.options import ModelType
+from univid_jax.core.options import ModelType, TrainedExpert
 from univid_jax.models.variants import VARIANTS, DiTConfig
 
 
@@ -16,9 +16,6 @@ class Expert(enum.StrEnum):
   LOW = "low"
   UNKNOWN = "unknown"
 
-
-# What names both experts, where a LoRA is meant for both.
-BOTH = "both"
 
 # The A14B variant of each Wan2.1 model that has the same tensors.
 SAME_TENSORS = {"wan2.1-t2v-14b": "wan2.2-t2v-a14b"}
@@ -66,7 +63,7 @@ def find_expert(path: Path, metadata: Mapping[str, str], config: DiTConfig) -> E
 def split_expert(text: str) -> tuple[str, str]:
   """Splits the name of an expert, or both, from the path of a LoRA: high=PATH; ("", PATH) if there is none."""
   expert, equals, path = text.partition("=")
-  return (expert, path) if equals and expert in (Expert.HIGH, Expert.LOW, BOTH) else ("", text)
+  return (expert, path) if equals and expert in (Expert.HIGH, Expert.LOW, TrainedExpert.BOTH) else ("", text)
 
 
 def named_expert(path: str) -> Expert | None:

@@ -15,16 +15,21 @@ from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders, PretrainedEncoders
 from univid_jax.codecs.tiling import Tiling
 from univid_jax.codecs.vae_config import find_autoencoder
+from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TrainedExpert
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import CodecShape, Encoders
+from univid_jax.diffusion.flow import REFERENCE_TOKENS, FlowMatching
 from univid_jax.models.dit import DiT
 from univid_jax.models.in_context import look_back
 from univid_jax.models.lora import attach
 from univid_jax.models.variants import VARIANTS, DiTConfig
+
+# Along each side: the autoencoder's stride times the patch.
+WAN21_PIXELS_PER_TOKEN = 16
 
 
 def transformer_config(config: RunConfig) -> DiTConfig:
@@ -37,7 +42,7 @@ def transformer_config(config: RunConfig) -> DiTConfig:
   if options.variant and options.variant not in VARIANTS:
     raise UserError(f"config.model.variant must be one of {', '.join(VARIANTS)} or empty, got {options.variant!r}")
   if config.init_from:
-    base = PretrainedCheckpoint.open(config.init_from).config(trained_component(config))
+    base = PretrainedCheckpoint.open(config.init_from).config(trained_component(split_config(config)[0]))
     if options.variant and base != VARIANTS[options.variant]:
       raise UserError(
         f"config.model.variant is {options.variant}, but the base {config.init_from} has another shape; leave "
@@ -61,8 +66,14 @@ def transformer_config(config: RunConfig) -> DiTConfig:
   )
 
 
+def split_config(config: RunConfig) -> list[RunConfig]:
+  """Returns the configs of the runs that would each train one of the experts that a run trains."""
+  expert = config.model.expert
+  return [config if part == expert else override(config, {"model.expert": str(part)}) for part in expert.parts]
+
+
 def trained_component(config: RunConfig) -> str:
-  """Returns the name of the component of the base that is trained.
+  """Returns the name of the component of the base that a run of one transformer trains.
 
   Raises:
     UserError: the base has no such expert, or has two and the config does not say which.
@@ -72,8 +83,7 @@ def trained_component(config: RunConfig) -> str:
   if expert == TrainedExpert.ONLY:
     if len(experts) > 1:
       raise UserError(
-        f"{config.init_from} has two experts: set config.model.expert to high or low, and train the other one in a run "
-        "of its own"
+        f"{config.init_from} has two experts: set config.model.expert to both, or to high or low to train one of them"
       )
     return "transformer"
   if Expert.UNKNOWN in experts:
@@ -87,22 +97,30 @@ def trained_component(config: RunConfig) -> str:
   return experts[Expert(expert)]
 
 
-def check_expert(config: RunConfig) -> None:
-  """Checks that an expert that is to be trained exists, and can be validated.
+def check_base(config: RunConfig) -> None:
+  """Checks that a run has the base that it needs, with the expert that is to be trained, which can be validated.
 
   Raises:
-    UserError: see `trained_component` and `validated_sigmas`.
+    UserError: it has not; or see `trained_component` and `validated_sigmas`.
   """
-  if config.model.expert != TrainedExpert.ONLY and not config.init_from:
-    raise UserError(f"config.model.expert is {config.model.expert}, which needs a base: give config.init_from")
-  if config.init_from:
-    trained_component(config)
-  if config.validation.every_steps:
-    validated_sigmas(config)
+  needs_base = {
+    "config.model.expert": config.model.expert != TrainedExpert.ONLY,
+    "config.model.variant": config.model.variant,
+  }
+  for key, value in needs_base.items():
+    if value and not config.init_from:
+      raise UserError(f"there is no base, which {key} needs: give config.init_from, a folder that univid-convert wrote")
+  if config.model.expert == TrainedExpert.BOTH and not config.lora.enabled:
+    raise UserError("config.model.expert is both, which trains LoRAs: set config.lora.rank, or train one at a time")
+  for part in split_config(config):
+    if config.init_from:
+      trained_component(part)
+    if config.validation.every_steps:
+      validated_sigmas(part)
 
 
 def validated_sigmas(config: RunConfig) -> list[float]:
-  """Returns the noise levels of validation that are trained; raises UserError if there are none."""
+  """Returns the noise levels of validation that a run of one transformer trains; raises UserError if it is none."""
   low, high = noise_range(config)
   sigmas = [sigma for sigma in config.validation.sigmas if np.float32(low) <= np.float32(sigma) < np.float32(high)]
   if not sigmas:
@@ -114,13 +132,24 @@ def validated_sigmas(config: RunConfig) -> list[float]:
 
 
 def noise_range(config: RunConfig) -> tuple[float, float]:
-  """Returns the noise levels [low, high) that training draws from: those of the trained expert; 1 is never left out."""
+  """Returns the noise levels [low, high) of the transformer that a run trains; 1 is never left out."""
   boundary = transformer_config(config).expert_boundary
-  return {
-    TrainedExpert.ONLY: (0.0, math.inf),
-    TrainedExpert.HIGH: (boundary, math.inf),
-    TrainedExpert.LOW: (0.0, boundary),
-  }[config.model.expert]
+  return {TrainedExpert.HIGH: (boundary, math.inf), TrainedExpert.LOW: (0.0, boundary)}.get(
+    config.model.expert, (0.0, math.inf)
+  )
+
+
+def make_flow(config: RunConfig) -> FlowMatching:
+  """Returns how a run of one transformer draws noise levels.
+
+  RESOLUTION_SHIFT counts tokens, of which the autoencoder of TI2V makes a quarter; with a codec of this project it
+  counts them as with Wan2.1's.
+  """
+  reference = REFERENCE_TOKENS
+  if config.init_from or config.model.variant:
+    pixels_per_token = codec_shape(config).spatial_stride * transformer_config(config).patch_size[1]
+    reference = reference * WAN21_PIXELS_PER_TOKEN**2 // pixels_per_token**2
+  return FlowMatching.of(config.flow, noise_range=noise_range(config), reference_tokens=reference)
 
 
 def context_mode(config: RunConfig) -> ContextMode:
@@ -208,6 +237,9 @@ def open_encoders(config: RunConfig, mesh: Mesh) -> Encoders:
   return PretrainedEncoders(base, mesh, dtype=jnp.dtype(config.model.dtype), tiling=tiling)
 
 
-def base_checksum(config: RunConfig) -> str:
-  """Returns the checksum of the transformer that training starts from; "" without a base."""
-  return PretrainedCheckpoint.open(config.init_from).checksum(trained_component(config)) if config.init_from else ""
+def base_checksums(config: RunConfig) -> list[str]:
+  """Returns the checksum of each transformer that training starts from; "" without a base."""
+  if not config.init_from:
+    return [""]
+  base = PretrainedCheckpoint.open(config.init_from)
+  return [base.checksum(trained_component(part)) for part in split_config(config)]

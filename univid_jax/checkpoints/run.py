@@ -35,7 +35,7 @@ class RunRecord:
 
   Attributes:
     config: of the run.
-    base: checksum of the transformer that training starts from; "" without a base.
+    base: checksum of the transformer that training starts from, or of both experts, with a comma; "" without a base.
     version: of univid_jax that started or last resumed the run.
     prompts: of the tasks, as the run trains them; tasks whose records have prompts of their own are missing.
   """

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import univid_jax
 from univid_jax.checkpoints.lora.stacking import unstack_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.checkpoints.model import context_mode, create_model, trained_component
+from univid_jax.checkpoints.model import context_mode, create_model, split_config, trained_component
 from univid_jax.checkpoints.orbax_files import restore_items
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, abstract_parameters
 from univid_jax.checkpoints.run import RunRecord, read_run, require_run
@@ -45,33 +45,28 @@ def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
   return nnx.graphdef(module), init()
 
 
-def load_other_expert(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params] | None:
-  """Loads the expert of the base that a run does not train; None if it trains the only transformer."""
-  trained = config.model.expert
-  if trained == TrainedExpert.ONLY or len(PretrainedCheckpoint.open(config.init_from).transformers) == 1:
-    return None
-  other = TrainedExpert.LOW if trained == TrainedExpert.HIGH else TrainedExpert.HIGH
-  return load_base(override(config, {"model.expert": str(other)}), mesh)
+def expert_configs(config: RunConfig) -> list[RunConfig]:
+  """Returns a config for each transformer of a run's model, trained or not, by which `load_base` loads it."""
+  has_other = bool(config.init_from) and len(PretrainedCheckpoint.open(config.init_from).transformers) > 1
+  return split_config(override(config, {"model.expert": str(TrainedExpert.BOTH)}) if has_other else config)
 
 
-def restore_run(
-  saved: SavedCheckpoints, record: RunRecord, mesh: Mesh, *, step: int | str | None = None
-) -> tuple[nnx.GraphDef, Params, list[LoRAWeights]]:
-  """Restores what a run trained: a transformer with its parameters and, for a LoRA run, the adapters.
+def restore_transformer(
+  saved: SavedCheckpoints, config: RunConfig, mesh: Mesh, *, step: int | str | None = None
+) -> tuple[nnx.GraphDef, Params]:
+  """Restores the transformer that a run trained whole.
 
   Args:
     saved: the checkpoints of the run.
-    record: of the run.
+    config: of the run.
     mesh: where the parameters go.
     step: of the checkpoint, see `SavedCheckpoints.read`.
 
-  Raises: like `SavedCheckpoints.read`; and UserError if the base cannot be read.
+  Raises: like `SavedCheckpoints.read`.
   """
-  if record.config.lora.enabled:
-    return *load_base(record.config, mesh), [_read_lora(saved, record, step)]
-  module = nnx.eval_shape(lambda: create_model(record.config))
+  module = nnx.eval_shape(lambda: create_model(config))
   _, params = _restore_model(saved, step, abstract_parameters(module, mesh))
-  return nnx.graphdef(module), params, []
+  return nnx.graphdef(module), params
 
 
 def is_lora_run(path: epath.PathLike) -> bool:
@@ -80,8 +75,8 @@ def is_lora_run(path: epath.PathLike) -> bool:
   return record is not None and record.config.lora.enabled
 
 
-def read_run_lora(workdir: epath.PathLike, *, step: int | str | None = None, verify: bool = True) -> LoRAWeights:
-  """Reads the LoRA that a run trained from its checkpoint, see `SavedCheckpoints.read`.
+def read_run_loras(workdir: epath.PathLike, *, step: int | str | None = None, verify: bool = True) -> list[LoRAWeights]:
+  """Reads the LoRA of each transformer that a run trained from its checkpoint, see `SavedCheckpoints.read`.
 
   Raises:
     FileNotFoundError: there is no run, or it has no finished checkpoint.
@@ -90,26 +85,38 @@ def read_run_lora(workdir: epath.PathLike, *, step: int | str | None = None, ver
   record = require_run(workdir)
   if not record.config.lora.enabled:
     raise UserError(f"{workdir} is a run that trained the whole model, not a LoRA")
-  return _read_lora(SavedCheckpoints(workdir, model_only=True, verify=verify), record, step)
+  return restore_loras(SavedCheckpoints(workdir, model_only=True, verify=verify), record, step=step)
 
 
-def _read_lora(saved: SavedCheckpoints, record: RunRecord, step: int | str | None) -> LoRAWeights:
+def restore_loras(saved: SavedCheckpoints, record: RunRecord, *, step: int | str | None = None) -> list[LoRAWeights]:
+  """Reads the LoRA of each transformer that a run trained; raises like `SavedCheckpoints.read`."""
   module = nnx.eval_shape(lambda: create_model(record.config))
   local = make_mesh({"data": -1}, jax.local_devices()[:1])
-  found, params = _restore_model(saved, step, abstract_parameters(module, local, kind=LoRAParam))
+  expert, abstract = record.config.model.expert, abstract_parameters(module, local, kind=LoRAParam)
+  found, params = _restore_model(saved, step, expert.join_trees([abstract] * len(expert.parts)))
   return to_lora_weights(record, jax.tree.map(np.asarray, params), step=found)
 
 
-def to_lora_weights(record: RunRecord, params: Params, *, step: int) -> LoRAWeights:
-  """Returns trained adapters as a LoRA that records its step and how it has to be run."""
-  lora = record.config.lora
-  metadata = {
-    SOFTWARE: f"{SOFTWARE_NAME} {univid_jax.__version__}",
-    "step": str(step),
-    **run_usage(record).to_metadata(),
-  }
-  weights = unstack_lora(params, alpha=lora.alpha, rslora=lora.rslora, metadata=metadata)
-  return dataclasses.replace(weights, source=f"the LoRA of {record.config.name}")
+def to_lora_weights(record: RunRecord, params: Params, *, step: int) -> list[LoRAWeights]:
+  """Returns the trained adapters of each transformer as a LoRA that records its step and how it has to be run."""
+  lora, loras = record.config.lora, []
+  for part, adapters in zip(_split_record(record), record.config.model.expert.split_tree(params), strict=True):
+    metadata = {
+      SOFTWARE: f"{SOFTWARE_NAME} {univid_jax.__version__}",
+      "step": str(step),
+      **run_usage(part).to_metadata(),
+    }
+    weights = unstack_lora(adapters, alpha=lora.alpha, rslora=lora.rslora, metadata=metadata)
+    loras.append(dataclasses.replace(weights, source=f"the LoRA of {part.config.name}"))
+  return loras
+
+
+def _split_record(record: RunRecord) -> list[RunRecord]:
+  """Returns the records of the runs that would each train one of the experts that a run trains."""
+  configs, checksums = split_config(record.config), record.base.split(",")
+  return [
+    dataclasses.replace(record, config=config, base=base) for config, base in zip(configs, checksums, strict=True)
+  ]
 
 
 def run_usage(record: RunRecord) -> Usage:
@@ -123,7 +130,7 @@ def run_usage(record: RunRecord) -> Usage:
   return Usage.of(
     config,
     context_timestep=context_mode(config).timestep,
-    expert="" if expert == TrainedExpert.ONLY else str(expert),
+    expert=str(expert) if expert in (TrainedExpert.HIGH, TrainedExpert.LOW) else "",
     base_model=base,
     base_checksum=record.base,
     prompts=record.prompts,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from univid_jax.config.schema import RunConfig
-from univid_jax.training.loop import TrainResult, lora_export
+from univid_jax.training.loop import TrainResult, lora_exports
 
 
 def complete(config: RunConfig, workdir: str) -> str:
@@ -16,8 +16,9 @@ def trained(result: TrainResult, config: RunConfig, workdir: str) -> str:
   """Says where the model is, after a run without evaluation."""
   lines = [f"{_steps(result)}; checkpoints and metrics: {workdir}"]
   if config.lora.enabled:
+    files = ", ".join(f"{workdir}/{name}" for name in lora_exports(config))
     lines += [
-      f"LoRA for ComfyUI and diffusers: {workdir}/{lora_export(config)}; in other formats:",
+      f"LoRA for ComfyUI and diffusers: {files}; in other formats:",
       f"  python -m univid_jax.convert {workdir} OUT.safetensors --to=diffusers|comfyui|musubi|univid",
     ]
   clips = "--clips=A.mp4,A2.mp4,B.mp4 --out=B2.mp4"

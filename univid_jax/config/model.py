@@ -15,7 +15,7 @@ class ModelConfig(Section):
 
   Attributes:
     expert: which expert of Wan2.2 A14B is trained, on its own noise levels; "only" for other bases.
-    variant: name of a published model; "" takes the base's own config.json, or the numbers below without a base.
+    variant: name of a published model, which a base has to be; "" takes any base, or the numbers below without one.
     dim, ffn_dim, num_heads, num_layers, freq_dim, text_dim: shape of a model that is trained from scratch.
     rope_theta, rope_scale: base and scale of the rotary frequencies.
     remat: what the backward pass recomputes.
@@ -52,6 +52,9 @@ class ModelConfig(Section):
     self.require("rope_theta", self.rope_theta > 0, "positive")
     for name in ("dtype", "param_dtype"):
       self.require(name, getattr(self, name) in DTYPES, f"one of {', '.join(DTYPES)}")
+    if self.attention == Attention.CONTEXT_CAUSAL:
+      is_possible = self.context_timestep != ContextTimestep.TARGET
+      self.require("context_timestep", is_possible, "auto or zero with attention = context_causal")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -138,7 +138,7 @@ def wan22_ti2v_5b() -> RunConfig:
 
 
 def wan22_a14b() -> RunConfig:
-  """The same for one expert of Wan2.2-T2V-A14B; train the other one in a run of its own.
+  """The same for both experts of Wan2.2-T2V-A14B, whose base weights take twice the memory.
 
   The high-noise expert is trained at noise levels from 0.875, of which shift 12 draws more than half.
   """
@@ -146,7 +146,7 @@ def wan22_a14b() -> RunConfig:
   return dataclasses.replace(
     base,
     name="wan22_a14b",
-    model=dataclasses.replace(base.model, variant="wan2.2-t2v-a14b", expert=TrainedExpert.HIGH),
+    model=dataclasses.replace(base.model, variant="wan2.2-t2v-a14b", expert=TrainedExpert.BOTH),
     flow=dataclasses.replace(base.flow, shift=12.0),
     # Samples need both experts in memory.
     validation=dataclasses.replace(base.validation, sigmas=(0.3, 0.6, 0.9, 0.95), previews=0),
@@ -154,7 +154,7 @@ def wan22_a14b() -> RunConfig:
 
 
 def wan22_i2v_a14b() -> RunConfig:
-  """The same for one expert of Wan2.2-I2V-A14B, also conditioned on the latents of the first frame of A."""
+  """The same for both experts of Wan2.2-I2V-A14B, also conditioned on the latents of the first frame of A."""
   base = wan22_a14b()
   return dataclasses.replace(
     base,

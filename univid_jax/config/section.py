@@ -1,5 +1,6 @@
 """The base of all parts of the config."""
 
+import enum
 from typing import ClassVar
 
 from univid_jax.core.errors import UserError
@@ -17,7 +18,9 @@ class Section:
   def require(self, name: str, valid: bool, expected: str) -> None:
     """Raises UserError that names the key, its value and what is expected, unless `valid`."""
     if not valid:
-      raise UserError(f"config.{self.KEY}{name} must be {expected}, got {getattr(self, name)!r}")
+      value = getattr(self, name)
+      value = str(value) if isinstance(value, enum.StrEnum) else value
+      raise UserError(f"config.{self.KEY}{name} must be {expected}, got {value!r}")
 
   def require_at_least(self, minimum: float, *names: str) -> None:
     for name in names:

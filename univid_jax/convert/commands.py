@@ -15,7 +15,7 @@ from univid_jax.checkpoints.lora.reading import is_peft_folder, read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.pretrained import CheckpointInfo, is_checkpoint, read_info
 from univid_jax.checkpoints.tensor_files import open_tensors
-from univid_jax.checkpoints.trained import is_lora_run, read_run_lora
+from univid_jax.checkpoints.trained import is_lora_run, read_run_loras
 from univid_jax.convert.checkpoint_writer import describe_nonfinite, write_checkpoint
 from univid_jax.convert.destination import atomic_folder, check_destination, format_bytes
 from univid_jax.convert.export import LAYOUTS, export_checkpoint
@@ -26,10 +26,12 @@ from univid_jax.convert.verify import verify_release
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write
 
-Found = CheckpointInfo | LoRAWeights | Release
+# LoRAs are several if a run has trained both experts.
+Found = CheckpointInfo | list[LoRAWeights] | Release
 
 # The target that is this project's own layout; others are names in LAYOUTS (base weights) and FORMATS (LoRAs).
 JAX = "jax"
+OWN_FORMAT = "this project's format"
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +47,9 @@ def find_weights(source: str) -> Found:
   if is_checkpoint(path):
     return read_info(path)
   if is_lora_run(path):
-    return read_run_lora(path)
+    return read_run_loras(path)
   if is_lora_folder(path) or is_peft_folder(path) or (path.is_file() and is_lora(open_tensors(source).infos)):
-    return read_lora(source)
+    return [read_lora(source)]
   return find_release(Path(source))
 
 
@@ -70,7 +72,7 @@ def convert_any(
 
   Args:
     source: see `find_weights`.
-    destination: the new folder or LoRA file.
+    destination: the new folder or LoRA file; of the LoRAs of two experts each gets _high or _low added to its name.
     to: "jax", a layout in `export.LAYOUTS` for base weights, or a format in `lora.formats.FORMATS` for LoRAs.
     dtype: of the written weights; that of the source by default.
     force: whether to replace an existing destination.
@@ -86,9 +88,12 @@ def convert_any(
   """
   found = find_weights(source)
   logger.info(_describe(source, found))
-  if isinstance(found, LoRAWeights):
-    found = found.select(found.changes) if lora_skip_unmatched else found
-    return _convert_lora(found, source, destination, to=to, dtype=dtype, force=force)
+  if isinstance(found, list):
+    loras = [lora.select(lora.changes) if lora_skip_unmatched else lora for lora in found]
+    targets = [destination] if len(loras) == 1 else [_name_expert(destination, lora) for lora in loras]
+    for lora, target in zip(loras, targets, strict=True):
+      _convert_lora(lora, source, target, to=to, dtype=dtype, force=force)
+    return f"wrote {' and '.join(targets)} ({OWN_FORMAT if to == JAX else to})"
   if to != JAX and to not in LAYOUTS:
     raise UserError(f"{source} contains base weights, and {to} is a format of LoRAs; use {JAX}, {', '.join(LAYOUTS)}")
   if isinstance(found, CheckpointInfo):
@@ -106,7 +111,14 @@ def convert_any(
   return "; ".join([f"wrote {destination}: {_describe_model(info)} ({parts} parameters)", *warnings])
 
 
-def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, dtype: str | None, force: bool) -> str:
+def _name_expert(destination: str, lora: LoRAWeights) -> str:
+  """Returns the destination of the LoRA of one of two experts."""
+  assert lora.usage, "it is a run's"
+  path = epath.Path(destination)
+  return str(path.with_name(f"{path.stem}_{lora.usage.expert}{path.suffix}"))
+
+
+def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, dtype: str | None, force: bool) -> None:
   if to != JAX and to not in FORMATS:
     raise UserError(f"{source} contains a LoRA, which cannot be converted to {to}; use {JAX}, {', '.join(FORMATS)}")
   if dtype:
@@ -115,11 +127,10 @@ def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, 
   if to == JAX:
     with atomic_folder(destination, needed=needed, force=force) as folder:
       write_lora_folder(folder, lora)
-    return f"wrote {destination} (this project's format)"
+    return
   check_destination(destination, needed=needed, force=force)
   with atomic_write(destination) as path:
     write_lora(path, lora, to)
-  return f"wrote {destination} ({to})"
 
 
 def verify(source: str, destination: str, *, allow_missing: Sequence[str] = ()) -> tuple[str, bool]:
@@ -138,8 +149,10 @@ def verify(source: str, destination: str, *, allow_missing: Sequence[str] = ()) 
 
 def _describe(source: str, found: Found) -> str:
   match found:
-    case LoRAWeights():
-      header, lines = found.describe(), _lora_lines(found)
+    case list():
+      return "\n".join(
+        f"{source}: {lora.describe()}" + "".join(f"\n  {line}" for line in _lora_lines(lora)) for lora in found
+      )
     case CheckpointInfo():
       header, lines = f"checkpoint of univid_jax {found.version}, {_describe_model(found)}", _checkpoint_lines(found)
     case Release():

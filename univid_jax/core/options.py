@@ -1,7 +1,8 @@
 """Options that select behaviour, as enums: a misspelt name is an error where it is written."""
 
 import enum
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from univid_jax.core.errors import UserError
 
@@ -49,6 +50,20 @@ class TrainedExpert(enum.StrEnum):
   ONLY = "only"  # that of a base with one
   HIGH = "high"  # the high-noise expert of Wan2.2 A14B
   LOW = "low"  # the low-noise expert
+  BOTH = "both"  # one or the other in each step
+
+  @property
+  def parts(self) -> tuple["TrainedExpert", ...]:
+    """The transformers that are trained."""
+    return (TrainedExpert.HIGH, TrainedExpert.LOW) if self == TrainedExpert.BOTH else (self,)
+
+  def split_tree(self, tree: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns what a tree holds for each of `parts`, as `join_trees` has put it together."""
+    return tuple(tree[part] for part in self.parts) if len(self.parts) > 1 else (tree,)
+
+  def join_trees(self, trees: Sequence[Any]) -> Any:
+    """Returns one tree for what belongs to each of `parts`: by name if there are several, else the only one."""
+    return dict(zip(map(str, self.parts), trees, strict=True)) if len(self.parts) > 1 else trees[0]
 
 
 class RematPolicy(enum.StrEnum):

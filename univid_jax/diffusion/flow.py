@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,7 @@ from univid_jax.core.options import Objective
 
 NUM_TRAIN_TIMESTEPS = 1000
 
-# Target tokens of the paper's videos (5 latent frames at 832x480, Wan2.1's autoencoder): RESOLUTION_SHIFT leaves their
-# shift unchanged.
+# Target tokens of the paper's videos: 5 latent frames at 832x480, with Wan2.1's autoencoder.
 REFERENCE_TOKENS = 7800
 
 ArrayT = TypeVar("ArrayT", np.ndarray, Array)
@@ -30,16 +29,30 @@ class FlowMatching:
     stratified: spreads the times of a batch evenly (each is still uniform), which makes the loss less noisy.
     objective: how training draws noise levels and weights their losses.
     noise_range: noise levels [low, high) that training draws from, in the same proportions as without a range.
+    reference_tokens: target tokens of the paper's videos, whose shift RESOLUTION_SHIFT leaves unchanged.
   """
 
   shift: float = 5.0
   stratified: bool = False
   objective: Objective = Objective.UNIVID
   noise_range: tuple[float, float] = (0.0, math.inf)
+  reference_tokens: int = REFERENCE_TOKENS
 
   @classmethod
-  def of(cls, config: FlowConfig, *, noise_range: tuple[float, float] = (0.0, math.inf)) -> "FlowMatching":
-    return cls(shift=config.shift, stratified=config.stratified, objective=config.objective, noise_range=noise_range)
+  def of(cls, config: FlowConfig, **options: Any) -> "FlowMatching":
+    """Returns that of a config; `options` are the attributes that it does not have."""
+    return cls(shift=config.shift, stratified=config.stratified, objective=config.objective, **options)
+
+  @property
+  def range_probability(self) -> float:
+    """The probability that training without a range draws a noise level in it.
+
+    With RESOLUTION_SHIFT it depends on the sentence; this is that of the paper's videos.
+    """
+    if self.objective == Objective.LOGIT_NORMAL:
+      low, high = map(self._logit, self.noise_range)
+      return (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2
+    return len(self._ids_in_range()) / NUM_TRAIN_TIMESTEPS
 
   def sigma(self, u: ArrayT) -> ArrayT:
     """Returns the noise level of a uniform time in [0, 1]; 1 is pure noise."""
@@ -65,7 +78,7 @@ class FlowMatching:
       low, high = map(self._logit, self.noise_range)
       return self.sigma(jax.nn.sigmoid(_truncated_normal(key, low, high, shape))), one
     if self.objective == Objective.RESOLUTION_SHIFT:
-      shift = self.shift * jnp.sqrt(jnp.maximum(num_tokens, 1) / REFERENCE_TOKENS)
+      shift = self.shift * jnp.sqrt(jnp.maximum(num_tokens, 1) / self.reference_tokens)
       low, high = self.noise_range
       low, high = low / (shift - (shift - 1) * low), 1.0 if high > 1 else high / (shift - (shift - 1) * high)
       u = low + (high - low) * (1 - self._draw(key, shape, NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS)
@@ -83,10 +96,13 @@ class FlowMatching:
 
   def sample_timestep_ids(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Int[Array, "..."]:
     """Draws indices into `training_sigmas`, uniform over those in the range."""
+    inside = self._ids_in_range()
+    return inside[0] + self._draw(key, shape, len(inside))
+
+  def _ids_in_range(self) -> np.ndarray:
     low, high = map(np.float32, self.noise_range)
     sigmas = self.training_sigmas()
-    (inside,) = np.nonzero((sigmas >= low) & (sigmas < high))
-    return inside[0] + self._draw(key, shape, len(inside))
+    return np.flatnonzero((sigmas >= low) & (sigmas < high))
 
   def _logit(self, sigma: float) -> float:
     """Returns the logit of the uniform time of a noise level."""

@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import TrainedExpert
 
 Params = Mapping[str, Any]
 
@@ -55,13 +54,6 @@ class Transformer:
     """Returns it with its parameters in host memory."""
     assert not isinstance(self.params, OffloadedParams)
     return Transformer(self.graph, OffloadedParams(self.params))
-
-
-def order_experts(trained: Transformer, other: Transformer | None, expert: TrainedExpert) -> list[Transformer]:
-  """Returns the only transformer, or the high-noise and the low-noise expert, given which of them was trained."""
-  if other is None:
-    return [trained]
-  return [trained, other] if expert == TrainedExpert.HIGH else [other, trained]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,20 +10,20 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from univid_jax.checkpoints.checksums import has_checksums, verified
-from univid_jax.checkpoints.experts import Expert
 from univid_jax.checkpoints.lora.stacking import stack_loras
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.model import open_encoders, transformer_config
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_checkpoint
 from univid_jax.checkpoints.run import RunRecord, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
-from univid_jax.checkpoints.trained import load_other_expert, restore_run, run_usage
+from univid_jax.checkpoints.trained import expert_configs, load_base, restore_loras, restore_transformer, run_usage
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
-from univid_jax.core.options import OnDamaged, TrainedExpert
-from univid_jax.core.protocols import Encoders
-from univid_jax.inference.experts import OffloadedParams, Transformer, order_experts
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, parse_option
+from univid_jax.core.packed_row import ContextMode
+from univid_jax.inference.experts import OffloadedParams, Transformer
 from univid_jax.inference.lora_specs import LoRA, LoRASpecs, lora_usage, read_loras, select_loras
 from univid_jax.inference.partial import PartialPipeline
 from univid_jax.inference.pipeline import Pipeline
@@ -82,6 +82,7 @@ def load_pipeline(
     UserError: it cannot be read, or a LoRA is for another base.
   """
   mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
+  _check_options(attention, context_timestep)
   loras = read_loras(lora, verify=verify_weights)
   given = {"attention": attention, "context_timestep": context_timestep}
 
@@ -99,7 +100,16 @@ def load_pipeline(
     encoders = open_encoders(record.config, mesh)
     transformers = _load_run(saved, record, loras, finish, mesh=mesh, step=step)
   config, usage = transformer_config(record.config), run_usage(record)
-  return _create_pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, given=given)
+  return Pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, **given)
+
+
+def _check_options(attention: str | None, context_timestep: str | None) -> None:
+  """Raises UserError if one is not an option, or they exclude each other, before anything is read."""
+  if attention is not None:
+    parse_option(Attention, "attention", attention)
+  if context_timestep is not None:
+    timestep = parse_option(ContextTimestep, "context_timestep", context_timestep)
+    ContextMode.of(Attention(attention or Attention.FULL), timestep, default=ContextTimestep.TARGET)
 
 
 def _open_base(
@@ -112,29 +122,7 @@ def _open_base(
     return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
   config = base.config("transformer")
   usage, transformers = _load_base(base, loras, finish, mesh=mesh, dtype=dtype, given=given)
-  return _create_pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, given=given)
-
-
-def _create_pipeline(
-  config: DiTConfig,
-  transformers: Sequence[Transformer],
-  *,
-  encoders: Encoders,
-  mesh: Mesh,
-  usage: Usage | None,
-  given: Mapping[str, str | None],
-) -> Pipeline:
-  first, *others = transformers
-  return Pipeline(
-    config,
-    first.graph,
-    first.params,
-    low_noise=others[0] if others else None,
-    encoders=encoders,
-    mesh=mesh,
-    usage=usage,
-    **given,
-  )
+  return Pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, **given)
 
 
 def _load_base(
@@ -169,23 +157,21 @@ def _load_run(
   mesh: Mesh,
   step: int | str | None,
 ) -> list[Transformer]:
-  """Loads what a run has trained; of two experts, also the one of its base that it has not."""
-  config, expert = transformer_config(record.config), record.config.model.expert
-  init_from = record.config.init_from
-  experts = PretrainedCheckpoint.open(init_from).experts if init_from else (None,)
-  graph, params, trained = restore_run(saved, record, mesh, step=step)
-  own = "" if expert == TrainedExpert.ONLY or len(experts) == 1 else str(expert)
-  selected = dict(zip(experts, select_loras([*(LoRA(lora, expert=own) for lora in trained), *loras], experts)))
-  if not own:
-    (part,) = selected.values()
-    return [finish(config, Transformer(graph, params), part, False)]
-  # One after the other, so that an offloaded one makes room.
-  first = finish(config, Transformer(graph, params), selected[Expert(own)], True)
-  del graph, params
-  loaded = load_other_expert(record.config, mesh)
-  assert loaded is not None
-  (other,) = set(experts) - {Expert(own)}
-  return order_experts(first, finish(config, Transformer(*loaded), selected[other], True), expert)
+  """Loads what a run has trained; of two experts, also the one of its base that it has not.
+
+  One after the other, so that an offloaded one makes room.
+  """
+  config, shape = record.config, transformer_config(record.config)
+  experts = PretrainedCheckpoint.open(config.init_from).experts if config.init_from else (None,)
+  own = [LoRA(each) for each in restore_loras(saved, record, step=step)] if config.lora.enabled else []
+  parts = expert_configs(config)
+
+  def load(part: RunConfig, loras: Sequence[LoRA]) -> Transformer:
+    is_trained = part == config and not config.lora.enabled
+    loaded = restore_transformer(saved, part, mesh, step=step) if is_trained else load_base(part, mesh)
+    return finish(shape, Transformer(*loaded), loras, len(parts) > 1)
+
+  return [load(part, loras) for part, loras in zip(parts, select_loras([*own, *loras], experts), strict=True)]
 
 
 def _with_loras(

@@ -6,18 +6,19 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
-from univid_jax.checkpoints.experts import BOTH, Expert, named_expert
+from univid_jax.checkpoints.experts import Expert, named_expert
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.checkpoints.trained import is_lora_run, read_run_lora
+from univid_jax.checkpoints.trained import is_lora_run, read_run_loras
 from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import TrainedExpert
 
 LoRASpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 LoRASpecs = LoRASpec | Sequence[LoRASpec]
 
 # Keys of a mapping of LoRAs to the experts that get them.
-EXPERT_KEYS = (Expert.HIGH, Expert.LOW, BOTH)
+EXPERT_KEYS = (Expert.HIGH, Expert.LOW, TrainedExpert.BOTH)
 
 logger = logging.getLogger(__name__)
 
@@ -48,22 +49,25 @@ def read_loras(lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool
     OSError, UserError: a file cannot be read, or `lora` has another form.
   """
   if not isinstance(lora, Mapping):
-    return [LoRA(_read(path, verify=verify), weight) for path, weight in _parse(lora)]
+    return [LoRA(each, weight) for path, weight in _parse(lora) for each in _read(path, verify=verify)]
   if unknown := set(lora) - set(EXPERT_KEYS):
     raise UserError(f"LoRAs by expert have the keys {', '.join(EXPERT_KEYS)}, got {', '.join(map(str, unknown))}")
   return [
-    LoRA(_read(path, verify=verify), weight, str(expert))
+    LoRA(each, weight, str(expert))
     for expert, specs in lora.items()
     for path, weight in _parse(specs)
+    for each in _read(path, verify=verify)
   ]
 
 
-def _read(path: str, *, verify: bool) -> LoRAWeights:
+def _read(path: str, *, verify: bool) -> list[LoRAWeights]:
+  """Reads a LoRA, or those of both experts that a run has trained."""
   is_run = os.path.isdir(path) and is_lora_run(path)
-  lora = read_run_lora(path, verify=verify) if is_run else read_lora(path, verify=verify)
-  for note in lora.notes:
-    logger.warning("%s: %s", path, note)
-  return lora
+  loras = read_run_loras(path, verify=verify) if is_run else [read_lora(path, verify=verify)]
+  for lora in loras:
+    for note in lora.notes:
+      logger.warning("%s: %s", path, note)
+  return loras
 
 
 def _parse(lora: object) -> list[tuple[str, float]]:
@@ -111,7 +115,7 @@ def select_loras(loras: Sequence[LoRA], experts: Sequence[Expert | None]) -> lis
     places = [
       index
       for index, expert in enumerate(experts)
-      if not wanted or wanted in (BOTH, expert) or expert in (None, Expert.UNKNOWN)
+      if not wanted or wanted in (TrainedExpert.BOTH, expert) or expert in (None, Expert.UNKNOWN)
     ]
     if not places:
       raise UserError(

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -28,7 +27,7 @@ from univid_jax.data.tokens import Features, patchify, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import find_solver
 from univid_jax.inference.encoding import EncodingPipeline
-from univid_jax.inference.experts import Experts, OffloadedParams, Params, Transformer
+from univid_jax.inference.experts import Experts, Transformer
 from univid_jax.inference.jobs import Job, infer_length, join_context, pack_request, pack_single, with_timesteps
 from univid_jax.inference.sampler import Progress, Request, Sampler
 from univid_jax.models.variants import DiTConfig
@@ -47,9 +46,7 @@ class Pipeline(EncodingPipeline):
 
   Args:
     config: the transformer's shape.
-    graph: the transformer without its parameters; of two, the high-noise expert.
-    params: its parameters, sharded over `mesh`.
-    low_noise: the low-noise expert, if there are two.
+    transformers: the only one, or the high-noise and the low-noise expert; their parameters are sharded over `mesh`.
     encoders: the codec, and the encoders of prompts and images.
     mesh: the devices.
     usage: how the model was trained, if that is known.
@@ -61,10 +58,8 @@ class Pipeline(EncodingPipeline):
   def __init__(
     self,
     config: DiTConfig,
-    graph: nnx.GraphDef,
-    params: Params | OffloadedParams,
+    transformers: Sequence[Transformer],
     *,
-    low_noise: Transformer | None = None,
     encoders: Encoders,
     mesh: Mesh,
     usage: Usage | None = None,
@@ -73,19 +68,13 @@ class Pipeline(EncodingPipeline):
   ):
     super().__init__(encoders, text_len=config.text_len)
     self.config, self.mesh, self.usage = config, mesh, usage or Usage()
-    self.graph, self.params, self.low_noise = graph, params, low_noise
+    self.experts = Experts(transformers, config.expert_boundary)
     self.attention = parse_option(Attention, "attention", attention or self.usage.attention)
     trained = self.usage.context_timestep if self.attention == self.usage.attention else ContextTimestep.AUTO
     timestep = parse_option(ContextTimestep, "context_timestep", context_timestep or trained)
     self.context_mode = ContextMode.of(self.attention, timestep, default=config.context_timestep)
     self._features = FeatureMaker(encoders, shape=config, task_names=())
     self._sampler = Sampler(mesh)
-
-  @property
-  def experts(self) -> Experts:
-    """The transformers by noise level."""
-    first = Transformer(self.graph, self.params)
-    return Experts((first,) if self.low_noise is None else (first, self.low_noise), self.config.expert_boundary)
 
   @property
   def clip_format(self) -> ClipFormat:

@@ -200,8 +200,7 @@ class Validate:
   def _write_previews(self, step: int, params: Params) -> None:
     fresh = self._run.create_pipeline(params)
     self._pipeline = self._pipeline or fresh
-    # The same pipeline each time, so that its programs compile once.
-    self._pipeline.params, self._pipeline.low_noise = fresh.params, fresh.low_noise
+    self._pipeline.experts = fresh.experts  # of the same pipeline each time, so that its programs compile once
     write_previews(
       epath.Path(self._run.workdir) / PREVIEWS_FOLDER,
       step,

@@ -237,7 +237,7 @@ def restore_or_create_state(run: Run, checkpointer: Checkpointer, loader: Loader
 def compile_train_step(run: Run) -> TrainStep:
   """Compiles the step for the run's batches, and logs the memory it needs and its attention."""
   config, mesh = run.config, run.mesh
-  step_fn = make_train_step(config, run.spec, run.optimizer, mesh)
+  step_fn = make_train_step(config, run.spec, run.optimizers, mesh)
   compiled, memory = compile_step(step_fn, run.spec, abstract_batch(config, run.shape, mesh), mesh)
   log.info(memory if memory.fits else f"{memory}: that is more than there is; {ADVICE}")
   backend = config.model.attention_backend
@@ -252,18 +252,24 @@ def finish_run(run: Run, state: TrainState) -> Callable[[], Pipeline]:
   """Exports the LoRA of a LoRA run; returns what makes the trained model, in which a LoRA is not merged."""
   if run.base_graph is None:
     return functools.partial(run.create_pipeline, state.model_params)
-  lora = to_lora_weights(run.record, gather_arrays(state.model_params), step=run.config.num_steps)
+  loras = to_lora_weights(run.record, gather_arrays(state.model_params), step=run.config.num_steps)
   if jax.process_index() == 0:
-    with atomic_write(epath.Path(run.workdir) / lora_export(run.config)) as path:
-      write_lora(path, lora, "comfyui")
-  trained = add_loras(run.shape, run.base_graph, run.frozen, [(lora, 1.0)], mesh=run.mesh, merged=False)
-  return functools.partial(run.complete, Transformer(*trained))
+    for name, lora in zip(lora_exports(run.config), loras, strict=True):
+      with atomic_write(epath.Path(run.workdir) / name) as path:
+        write_lora(path, lora, "comfyui")
+  trained = [
+    Transformer(*add_loras(run.shape, run.base_graph, frozen, [(lora, 1.0)], mesh=run.mesh, merged=False))
+    for frozen, lora in zip(run.config.model.expert.split_tree(run.frozen), loras, strict=True)
+  ]
+  return functools.partial(run.complete, trained)
 
 
-def lora_export(config: RunConfig) -> str:
-  """Returns the name of the file that a LoRA run exports: that of an expert says which."""
-  expert = config.model.expert
-  return "lora.safetensors" if expert == TrainedExpert.ONLY else f"lora_{expert}.safetensors"
+def lora_exports(config: RunConfig) -> list[str]:
+  """Returns the names of the files that a LoRA run exports: that of an expert says which."""
+  return [
+    "lora.safetensors" if part == TrainedExpert.ONLY else f"lora_{part}.safetensors"
+    for part in config.model.expert.parts
+  ]
 
 
 def progress_bar(start: int, total: int) -> tqdm:

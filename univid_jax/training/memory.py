@@ -86,8 +86,8 @@ def forecast(config: RunConfig, mesh: Mesh) -> Forecast:
 
 def forecast_with_program(config: RunConfig, mesh: Mesh) -> tuple[Forecast, Any]:
   """Forecasts training, and returns the compiled step as well."""
-  optimizer, spec = describe_training(config, mesh)
-  step = make_train_step(config, spec, optimizer, mesh)
+  optimizers, spec = describe_training(config, mesh)
+  step = make_train_step(config, spec, optimizers, mesh)
   program, memory = compile_step(step, spec, abstract_batch(config, transformer_config(config), mesh), mesh)
   return memory, program
 

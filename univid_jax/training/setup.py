@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,15 +15,16 @@ from jax.sharding import Mesh
 import univid_jax
 from univid_jax.checkpoints.checksums import verified
 from univid_jax.checkpoints.model import (
-  base_checksum,
-  check_expert,
+  base_checksums,
+  check_base,
   check_rows,
   context_mode,
   open_encoders,
+  split_config,
   transformer_config,
 )
 from univid_jax.checkpoints.run import RunRecord, has_checkpoint, read_run
-from univid_jax.checkpoints.trained import load_base, load_other_expert, run_usage
+from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
 from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
@@ -32,7 +34,7 @@ from univid_jax.data.fingerprint import describe_changes, fingerprint, read_fing
 from univid_jax.data.packing import RowShape
 from univid_jax.data.prepare import prepare
 from univid_jax.data.sources.open import DataSources, open_data
-from univid_jax.inference.experts import Transformer, order_experts
+from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.lora import join
 from univid_jax.models.variants import DiTConfig
@@ -67,10 +69,10 @@ class Run:
     workdir: a folder or a bucket.
     mesh: the devices.
     shape: of the transformer.
-    optimizer: of the trained parameters.
+    optimizers: of each transformer that is trained.
     spec: of the training state.
     base_graph: the transformer without adapters if they are trained, else None.
-    frozen: parameters that are not trained.
+    frozen: parameters that are not trained; those of both experts by name, see `TrainedExpert.join_trees`.
     encoders: of clips and prompts.
     data: where sentences come from.
     features: encodes sentences, with its caches filled.
@@ -80,7 +82,7 @@ class Run:
   workdir: str
   mesh: Mesh
   shape: DiTConfig
-  optimizer: optax.GradientTransformation
+  optimizers: Sequence[optax.GradientTransformation]
   spec: StateSpec
   base_graph: nnx.GraphDef | None
   frozen: Params
@@ -93,25 +95,26 @@ class Run:
     return self.record.config
 
   @functools.cached_property
-  def other_expert(self) -> Transformer | None:
-    """The expert of the base that is not trained; one process keeps it in host memory until it is used."""
-    other = load_other_expert(self.config, self.mesh)
-    if other is None:
-      return None
-    return Transformer(*other) if jax.process_count() > 1 else Transformer(*other).offload()
+  def _untrained(self) -> dict[str, Transformer]:
+    """The expert of the base that is not trained, by name; one process keeps it in host memory until it is used."""
+    others = {part.model.expert: part for part in expert_configs(self.config)}
+    for part in self.config.model.expert.parts:
+      del others[part]
+    loaded = {str(expert): Transformer(*load_base(part, self.mesh)) for expert, part in others.items()}
+    return loaded if jax.process_count() > 1 else {expert: each.offload() for expert, each in loaded.items()}
 
   def create_pipeline(self, params: Params) -> Pipeline:
     """Returns the model trained so far, to sample with."""
-    return self.complete(Transformer(self.spec.graph, join(self.frozen, params)))
+    expert = self.config.model.expert
+    parts = zip(expert.split_tree(self.frozen), expert.split_tree(params), strict=True)
+    return self.complete([Transformer(self.spec.graph, join(frozen, trained)) for frozen, trained in parts])
 
-  def complete(self, trained: Transformer) -> Pipeline:
-    """Returns a pipeline of the trained transformer and, if it is one of two experts, the other one."""
-    transformers = order_experts(trained, self.other_expert, self.config.model.expert)
+  def complete(self, trained: Sequence[Transformer]) -> Pipeline:
+    """Returns a pipeline of the trained transformers and, of one of two experts, the other one."""
+    transformers = dict(zip(map(str, self.config.model.expert.parts), trained, strict=True)) | self._untrained
     return Pipeline(
       self.shape,
-      transformers[0].graph,
-      transformers[0].params,
-      low_noise=transformers[1] if len(transformers) > 1 else None,
+      [transformers[expert] for expert in sorted(transformers)],  # high before low
       encoders=self.encoders,
       mesh=self.mesh,
       usage=run_usage(self.record),
@@ -132,13 +135,13 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
     OSError: a file cannot be read.
   """
   check_rows(config)
-  check_expert(config)
+  check_base(config)
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
   check_rows_stay_on_one_process(mesh)
   with verified(config.init_from, enabled=verify_weights):
     shape = transformer_config(config)
-    optimizer, spec = describe_training(config, mesh)
+    optimizers, spec = describe_training(config, mesh)
     encoders = open_encoders(config, mesh)
     data = open_data(config)
     data.report()
@@ -155,9 +158,12 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
       held_out=held_out,
       allow_dropped=config.data.allow_dropped,
     )
-  base_graph, frozen = load_base(config, mesh) if config.lora.enabled else (None, {})
-  record = RunRecord(config, base_checksum(config), univid_jax.__version__, data.prompts)
-  return Run(record, workdir, mesh, shape, optimizer, spec, base_graph, frozen, encoders, data, features)
+  base_graph, frozen = None, {}
+  if config.lora.enabled:
+    bases = [load_base(part, mesh) for part in split_config(config)]
+    base_graph, frozen = bases[0][0], config.model.expert.join_trees([params for _, params in bases])
+  record = RunRecord(config, ",".join(base_checksums(config)), univid_jax.__version__, data.prompts)
+  return Run(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features)
 
 
 def check_rows_stay_on_one_process(mesh: Mesh) -> None:

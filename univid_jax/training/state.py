@@ -1,7 +1,7 @@
 """The training state: what changes from step to step, and how it is created and sharded."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, no_type_check
 
 import jax
@@ -13,8 +13,10 @@ from jaxtyping import Array, Int
 
 from univid_jax.checkpoints.model import create_model
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.options import TrainedExpert
 from univid_jax.models.lora import LoRAParam
 from univid_jax.parallel.sharding import parameter_shardings
+from univid_jax.training.expert_schedule import ExpertSchedule
 from univid_jax.training.optimizer import make_optimizer
 
 Params = Mapping[str, Any]  # nested dicts of arrays, under the names of a model's modules
@@ -24,7 +26,7 @@ Params = Mapping[str, Any]  # nested dicts of arrays, under the names of a model
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-  """Everything that a step updates.
+  """Everything that a step updates; for two experts all but the step by their names, see `TrainedExpert.join_trees`.
 
   Attributes:
     step: number of steps taken.
@@ -54,6 +56,23 @@ class TrainState:
     """The inverse of `model_params` and `training_items`."""
     params = training["params"] if ema else model
     return cls(step=training["step"], params=params, ema=model if ema else None, opt_state=training["opt_state"])
+
+  def split(self, expert: TrainedExpert) -> "tuple[TrainState, ...]":
+    """Returns the state of each expert."""
+    emas = [None] * len(expert.parts) if self.ema is None else expert.split_tree(self.ema)
+    parts = zip(expert.split_tree(self.params), emas, expert.split_tree(self.opt_state), strict=True)
+    return tuple(TrainState(step=self.step, params=params, ema=ema, opt_state=state) for params, ema, state in parts)
+
+  @classmethod
+  def join(cls, expert: TrainedExpert, states: "Sequence[TrainState]") -> "TrainState":
+    """The inverse of `split`."""
+    first = states[0]
+    return cls(
+      step=first.step,
+      params=expert.join_trees([each.params for each in states]),
+      ema=None if first.ema is None else expert.join_trees([each.ema for each in states]),
+      opt_state=expert.join_trees([each.opt_state for each in states]),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,12 +136,30 @@ class StateSpec:
   def shardings(self) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, self.abstract)
 
+  @classmethod
+  def join(cls, expert: TrainedExpert, specs: "Sequence[StateSpec]") -> "StateSpec":
+    """Describes the state of both experts, which have the same shape."""
+    abstract = TrainState.join(expert, [spec.abstract for spec in specs])
 
-def describe_training(config: RunConfig, mesh: Mesh) -> tuple[optax.GradientTransformation, StateSpec]:
-  """Returns a run's optimizer and the description of its state."""
-  optimizer = make_optimizer(config.optimizer, config.num_steps)
-  spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=config.ema_decay > 0, lora=config.lora.enabled)
-  return optimizer, spec
+    def create() -> TrainState:
+      return TrainState.join(expert, [spec.create() for spec in specs])
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    frozen = expert.join_trees([spec.abstract_frozen for spec in specs])
+    return cls(
+      graph=specs[0].graph, create=jax.jit(create, out_shardings=shardings), abstract=abstract, abstract_frozen=frozen
+    )
+
+
+def describe_training(config: RunConfig, mesh: Mesh) -> tuple[list[optax.GradientTransformation], StateSpec]:
+  """Returns the optimizer of each transformer that a run trains, and the description of its state."""
+  expert, counts = config.model.expert, (config.num_steps,)
+  if expert == TrainedExpert.BOTH:
+    counts = ExpertSchedule.of(config).count_steps(config.num_steps)
+  optimizers = [make_optimizer(config.optimizer, count) for count in counts]
+  options: dict[str, Any] = {"ema": config.ema_decay > 0, "lora": config.lora.enabled}
+  specs = [StateSpec.of(lambda: create_model(config), optimizer, mesh, **options) for optimizer in optimizers]
+  return optimizers, specs[0] if len(specs) == 1 else StateSpec.join(expert, specs)
 
 
 def _state_shardings(

@@ -1,7 +1,8 @@
 """The training step: a pure function over sharded state."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -11,15 +12,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from univid_jax.checkpoints.model import codec_shape, noise_range
+from univid_jax.checkpoints.model import make_flow, split_config
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.errors import UserError
-from univid_jax.core.options import Objective
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import TrainStep
-from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import NoiseLevels, draw_noise, has_sentence, sentence_losses
 from univid_jax.models.lora import join, with_dropout_keys
+from univid_jax.training.expert_schedule import ExpertSchedule
 from univid_jax.training.state import Params, StateSpec, TrainState
 
 Metrics = dict[str, Array]
@@ -27,29 +26,58 @@ Update = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_train_step(
-  config: RunConfig, spec: StateSpec, optimizer: optax.GradientTransformation, mesh: Mesh
+  config: RunConfig, spec: StateSpec, optimizers: Sequence[optax.GradientTransformation], mesh: Mesh
 ) -> TrainStep:
   """Returns the jitted step (state, frozen, batch) -> (state, metrics); the state passed in is donated.
 
-  Noise depends on the seed and the step alone.
+  Noise depends on the seed and the step alone. Of two experts a step trains one, as `ExpertSchedule` says; the state
+  of the other one stays as it is.
+
+  Args:
+    config: of the run.
+    spec: of its state.
+    optimizers: of each transformer that is trained.
+    mesh: the devices.
   """
-  if (
-    config.flow.objective == Objective.RESOLUTION_SHIFT and config.init_from and codec_shape(config).spatial_stride > 8
-  ):
-    raise UserError(
-      "config.flow.objective = resolution_shift counts tokens of Wan2.1's autoencoder, which the base does not have"
-    )
-  flow = FlowMatching.of(config.flow, noise_range=noise_range(config))
+  steps = [_make_step(part, spec, optimizer) for part, optimizer in zip(split_config(config), optimizers, strict=True)]
+  replicated = NamedSharding(mesh, PartitionSpec())
+  return jax.jit(
+    steps[0] if len(steps) == 1 else _alternate(config, steps),
+    donate_argnums=0,
+    out_shardings=(spec.shardings, replicated),
+  )
+
+
+def _make_step(config: RunConfig, spec: StateSpec, optimizer: optax.GradientTransformation) -> TrainStep:
+  """Returns the step of a run of one transformer."""
+  flow = make_flow(config)
   update = make_update(
     spec, optimizer, ema_decay=config.ema_decay, microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0
   )
-  replicated = NamedSharding(mesh, PartitionSpec())
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(spec.shardings, replicated))
   def train_step(state: TrainState, frozen: Params, row: PackedRow) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     noise, levels = draw_noise(key, row, flow)
     return update(state, frozen, row, noise, levels, jax.random.fold_in(key, 1))
+
+  return train_step
+
+
+def _alternate(config: RunConfig, steps: Sequence[TrainStep]) -> TrainStep:
+  """Returns the step of a run of both experts, given that of each."""
+  expert, schedule = config.model.expert, ExpertSchedule.of(config)
+
+  def train_one(index: int) -> TrainStep:
+    def train(state: TrainState, frozen: Params, row: PackedRow) -> tuple[TrainState, Metrics]:
+      states = list(state.split(expert))
+      states[index], metrics = steps[index](states[index], expert.split_tree(frozen)[index], row)
+      joined = TrainState.join(expert, states)
+      return dataclasses.replace(joined, step=state.step + 1), metrics
+
+    return train
+
+  def train_step(state: TrainState, frozen: Params, row: PackedRow) -> tuple[TrainState, Metrics]:
+    return jax.lax.cond(schedule.trains_high(state.step), train_one(0), train_one(1), state, frozen, row)
 
   return train_step
 

@@ -10,7 +10,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from univid_jax.checkpoints.model import context_mode, validated_sigmas
+from univid_jax.checkpoints.model import context_mode, split_config, validated_sigmas
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.paths import atomic_write
@@ -54,7 +54,8 @@ class Validation:
     self, config: RunConfig, spec: StateSpec, sentences: Sequence[Sentence], make_features: FeatureMaker, mesh: Mesh
   ):
     self._mesh, self._tasks = mesh, tuple(make_features.task_names)
-    self._sigmas = validated_sigmas(config)
+    self._expert = config.model.expert
+    self._sigmas = [validated_sigmas(part) for part in split_config(config)]
     rows, _ = pack_rows(
       [make_features(sentence) for sentence in sentences], RowShape.of(config.rows, context_mode(config))
     )
@@ -80,22 +81,26 @@ class Validation:
     self._sum_losses = jax.jit(sum_losses, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
   def __call__(self, params: Params, frozen: Params, *, progress: Progress | None = None) -> dict[str, float]:
-    """Returns val_loss, and the same by noise level, task and context: means over sentences and levels.
+    """Returns val_loss, and the same by noise level, task, context and expert: means over sentences and levels.
 
     Args:
       params, frozen: of the model.
       progress: called after each batch with its number, from 1 again for every noise level.
     """
     metrics, sums = {}, []
+    models = zip(self._expert.split_tree(params), self._expert.split_tree(frozen), strict=True)
     with jax.set_mesh(self._mesh):
-      for sigma in self._sigmas:
-        parts = []
-        for number, batch in enumerate(self._batches, 1):
-          parts.append(jax.device_get(self._sum_losses(params, frozen, *batch, jnp.float32(sigma))))
-          if progress is not None:
-            progress(number)
-        sums.append([sum(values) for values in zip(*parts, strict=True)])
-        metrics[f"val_loss/sigma_{sigma:g}"] = float(sums[-1][0].sum() / sums[-1][2].sum())
+      for name, sigmas, model in zip(self._expert.parts, self._sigmas, models, strict=True):
+        for sigma in sigmas:
+          parts = []
+          for number, batch in enumerate(self._batches, 1):
+            parts.append(jax.device_get(self._sum_losses(*model, *batch, jnp.float32(sigma))))
+            if progress is not None:
+              progress(number)
+          sums.append([sum(values) for values in zip(*parts, strict=True)])
+          metrics[f"val_loss/sigma_{sigma:g}"] = _mean(sums[-1:])
+        if len(self._expert.parts) > 1:
+          metrics[f"val_loss/expert_{name}"] = _mean(sums[-len(sigmas) :])
     tasks, contexts, task_counts, context_counts = (np.sum(values, axis=0) for values in zip(*sums, strict=True))
     for names, group, totals, counts in (
       (self._tasks, "task", tasks, task_counts),
@@ -104,7 +109,13 @@ class Validation:
       for name, total, count in zip(names, totals[1:], counts[1:], strict=True):
         if count:
           metrics[f"val_loss/{group}_{name}"] = float(total / count)
-    return {"val_loss": float(tasks.sum() / task_counts.sum())} | metrics
+    return {"val_loss": _mean(sums)} | metrics
+
+
+def _mean(sums: Sequence[Sequence[np.ndarray]]) -> float:
+  """Returns the loss of a sentence, from sums of losses and counts by task and by context at each noise level."""
+  losses, _, counts, _ = (np.sum(values, axis=0).sum() for values in zip(*sums, strict=True))
+  return float(losses / counts)
 
 
 def select_sentences(data: DataSources, count: int) -> tuple[list[Sentence], bool]:
