@@ -30,6 +30,7 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import PRESETS
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import TrainedExpert
 from univid_jax.platform.chips import CHIPS, Chip
 from univid_jax.platform.topologies import describe_devices, use_tpu_compiler
 
@@ -55,8 +56,9 @@ COLUMNS = (
   "rows/s at most",
   "collectives (GB per chip)",
 )
-# Tokens of the sentences in a row of `wan_1_3b`: one of context I and one of II.
-SENTENCE_TOKENS = (31200, 6240)
+# Tokens of the sentences in a row: one of context I and one of II; of TI2V-5B at 704x1280 one of context I.
+SENTENCE_TOKENS = {"wan22_ti2v_5b": (17600,)}
+DEFAULT_SENTENCE_TOKENS = (31200, 6240)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +72,11 @@ class Setup:
 
   @property
   def config(self) -> RunConfig:
-    mesh = {"mesh.data": -1, "mesh.fsdp": self.fsdp, "mesh.context": self.context}
-    return override(PRESETS[self.preset](), mesh)
+    config = PRESETS[self.preset]()
+    changes = {"mesh.data": -1, "mesh.fsdp": self.fsdp, "mesh.context": self.context}
+    if config.model.expert == TrainedExpert.BOTH:  # one at a time; the other adds its weights alone
+      changes["model.expert"] = "high"
+    return override(config, changes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,7 +194,8 @@ def bound_seconds(
   from univid_jax.checkpoints.model import transformer_config
   from univid_jax.models.flops import step_flops
 
-  tokens, text_tokens = sum(SENTENCE_TOKENS), config.rows.num_text_tokens
+  sentences = SENTENCE_TOKENS.get(config.name, DEFAULT_SENTENCE_TOKENS)
+  tokens, text_tokens = sum(sentences), config.rows.num_text_tokens
   flops = rows * step_flops(
     transformer_config(config),
     lora_rank=config.lora.rank,
@@ -197,8 +203,8 @@ def bound_seconds(
     tokens=tokens,
     text_tokens=text_tokens,
     targets=tokens / 4,
-    attended=sum(length**2 for length in SENTENCE_TOKENS),
-    attended_text=tokens * text_tokens / 2,
+    attended=sum(length**2 for length in sentences),
+    attended_text=tokens * text_tokens / len(sentences),
   )
   collectives = collective_bytes(text, num_layers(config))
   seconds = {
