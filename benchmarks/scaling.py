@@ -73,7 +73,7 @@ class Setup:
   @property
   def config(self) -> RunConfig:
     config = PRESETS[self.preset]()
-    changes = {"mesh.data": -1, "mesh.fsdp": self.fsdp, "mesh.context": self.context}
+    changes: dict[str, int | str] = {"mesh.data": -1, "mesh.fsdp": self.fsdp, "mesh.context": self.context}
     if config.model.expert == TrainedExpert.BOTH:  # one at a time; the other adds its weights alone
       changes["model.expert"] = "high"
     return override(config, changes)
