@@ -251,6 +251,12 @@ class TestChangedData:
       train(more, workdir)
     self.write(data, names=("d",))
     message = "pairs had 3 records and has 4; added: edges/d; changed: edges/b"
+    intact = (tmp_path / "run" / "data.json").read_bytes()
+    for damaged in (b"{", b"[]", b'{"pairs": {}}', b"[" * 10_000):
+      (tmp_path / "run" / "data.json").write_bytes(damaged)
+      with pytest.raises(UserError, match=r"data.json is damaged, .* restore it, or delete it"):
+        train(more, str(tmp_path / "run"))
+    (tmp_path / "run" / "data.json").write_bytes(intact)
     allowed = override(more, {"data.allow_changed": True})
     assert train(allowed, workdir).steps_taken == 1 and message in caplog.text
     assert train(override(more, {"num_steps": 4}), workdir).steps_taken == 1, "it is the run's data now"

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
+from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import SentenceSource
 
@@ -66,13 +67,25 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def read_fingerprint(workdir: epath.PathLike) -> dict[str, Any] | None:
-  """Reads WORKDIR/data.json; None if there is none, or it is damaged."""
+  """Reads WORKDIR/data.json; None if there is none.
+
+  Raises:
+    UserError: it is damaged.
+  """
   path = epath.Path(workdir) / FILE
   try:
     values = json.loads(path.read_text())
-  except (FileNotFoundError, ValueError):
+    for source in values.values():
+      if not (isinstance(source["num_records"], int) and isinstance(source["records"], dict) and source["checksum"]):
+        raise ValueError("num_records must be a number, and records an object")
+  except FileNotFoundError:
     return None
-  return values if isinstance(values, dict) else None
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    raise UserError(
+      f"{path} is damaged, so nothing says whether the data of the run have changed: restore it, or delete it to go on "
+      f"with the data as they are now ({type(error).__name__}: {error})"
+    ) from error
+  return values
 
 
 def write_fingerprint(workdir: epath.PathLike, values: Mapping[str, Any]) -> None:
