@@ -8,7 +8,12 @@ import pytest
 from PIL import Image
 
 from tests.commands import SMALL, run_command
-from tests.helpers import image_width
+from tests.helpers import GOLDENS, image_width
+from univid_jax.checkpoints.lora.formats import write_lora
+from univid_jax.checkpoints.lora.kinds import Difference
+from univid_jax.checkpoints.lora.weights import LoRAWeights
+from univid_jax.checkpoints.model import transformer_config
+from univid_jax.checkpoints.run import read_run
 from univid_jax.data.reader import read_clip
 from univid_jax.data.writer import write_clip
 
@@ -193,6 +198,26 @@ def test_many_queries_with_grids_and_records(trained, tmp_path):
   assert done.returncode == 2 and "two queries are named 'x'" in done.stderr
 
 
+def test_sampling_with_an_accelerator(trained, tmp_path):
+  """The record says how the sample was made; other noise levels can be given without an accelerator."""
+  root, _ = trained
+  Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+  record = read_run(root / "run")
+  assert record is not None
+  bias = Difference(np.ones(transformer_config(record.config).dim, np.float32))
+  write_lora(tmp_path / "few_steps.safetensors", LoRAWeights({"blocks.0.ffn.2.bias": bias}, "jax"), "comfyui")
+  common = [f"--checkpoint={root / 'run'}", "--clips={0},{0},{0}".format(tmp_path / "a.png")]
+  accelerate = f"--accelerate={tmp_path / 'few_steps.safetensors'}:0.5:lightning"
+  records = []
+  for name, flags in {"one": [accelerate], "two": ["--sigmas=1,0.5"]}.items():
+    assert run_here("univid_jax.sample", *common, f"--out={tmp_path / name}.png", *flags) == 0
+    records.append(json.loads((tmp_path / f"{name}.json").read_text()))
+  one, two = records
+  assert one["solver"] == "distilled" and one["num_inference_steps"] == 4 and one["shift"] == 5
+  assert one["accelerate"] == [f"{tmp_path / 'few_steps.safetensors'}:0.5"] and "accelerator 0" in one["checksums"]
+  assert two["solver"] == "euler" and two["sigmas"] == [1, 0.5] and "accelerate" not in two
+
+
 @pytest.mark.parametrize(
   "arguments, code, message",
   [
@@ -204,6 +229,12 @@ def test_many_queries_with_grids_and_records(trained, tmp_path):
     (["--clips={a},{a},{a}", "--size=0x16"], 2, "--size is HEIGHTxWIDTH"),
     (["--clips={a},{a},{a}", "--steps=1000000000"], 2, "--steps"),
     (["--clips={a},{a},{a}", f"--seed={2**63}"], 2, "--seed"),
+    (["--clips={a},{a},{a}", "--sigmas=1,x"], 2, "--sigmas are numbers, separated by commas, got '1,x'"),
+    (["--clips={a},{a},{a}", "--sigmas=0.5,1"], 1, "sigmas are noise levels that descend strictly"),
+    (["--clips={a},{a},{a}", "--sigmas=1,0.5", "--steps=2"], 1, "sigmas replace num_inference_steps"),
+    (["--clips={a},{a},{a}", "--solver=distilled", "--steps=9"], 1, "the solver distilled takes 4 steps, got 9"),
+    (["--clips={a},{a},{a}", "--accelerate={a}:magic"], 1, "unknown kind of accelerator 'magic'; there are lightx2v"),
+    (["--clips={a},{a},{a}", "--accelerate={lora}", "--steps=9"], 1, "contradicts the accelerator lightx2v"),
     (["--clips={a},{a},{a}", "--guidance_scale=nan"], 1, "the guidance scale must be finite, got nan"),
     (["--clips={a},{a},{a}", "--out="], 2, "--out must end in the name of the result"),
     (["--clips={a},{a},{a}", "--out=.."], 2, "--out must end in the name of the result"),
@@ -222,7 +253,8 @@ def test_wrong_arguments_of_sample(trained, tmp_path, capfd, arguments, code, me
   root, _ = trained
   Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
   (tmp_path / "notes.txt").write_text("hello")
-  names = {"a": tmp_path / "a.png", "text": tmp_path / "notes.txt", "root": tmp_path}
+  lora = GOLDENS / "tiny_wan" / "univid_lora.ckpt"
+  names = {"a": tmp_path / "a.png", "text": tmp_path / "notes.txt", "root": tmp_path, "lora": lora}
   common = [f"--checkpoint={root / 'run'}", f"--out={tmp_path / 'out.png'}"]
   assert run_here("univid_jax.sample", *common, *(argument.format(**names) for argument in arguments)) == code
   stderr = capfd.readouterr().err

@@ -28,7 +28,7 @@ from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.packing import RowShape, pack
 from univid_jax.data.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.loss import NoiseLevels
-from univid_jax.inference.load import add_loras
+from univid_jax.inference.added_loras import add_loras
 from univid_jax.models.dit import DiT
 from univid_jax.models.lora import LoRA, LoRAParam, attach, split_lora, with_dropout_keys
 from univid_jax.models.names import name_to_diffusers

@@ -466,6 +466,20 @@ class TestExperts:
     with pytest.raises(UserError, match="LoRAs by expert have the keys high, low, both, got middle"):
       load({"middle": unnamed})
 
+  def test_an_accelerator_has_a_file_for_each_expert(self, experts):
+    """They are sampled at the published noise levels, not with the shift of 12 that the base has."""
+    lora = str(GOLDENS / "tiny_wan" / "univid_lora.ckpt")
+    options = {"lora_skip_unmatched": True, "dtype": "float32", "mesh": one_device()}
+    rng = np.random.default_rng(0)
+    latents, prompt = rng.normal(size=(2, 4, 6, 16)).astype(np.float32), np.ones((3, 48), np.float32)
+    pipe = univid_jax.load_pipeline(experts[1], accelerate=[f"high={lora}:0.5", f"low={lora}"], **options)
+    same = univid_jax.load_pipeline(experts[1], {"high": (lora, 0.5), "low": lora}, **options)
+    for timestep in (937.5, 625.0):
+      ours, theirs = (each.predict_velocity(latents, timestep, prompt) for each in (pipe, same))
+      assert np.array_equal(ours, theirs)
+    assert pipe.plan().sigmas.tolist() == np.array([1, 0.9375, 5 / 6, 0.625], np.float32).tolist()
+    assert len(same.plan().sigmas) == 50 and same.plan().sigmas[1] > 0.99
+
 
 # A LoRA run of a few steps on a miniature base.
 SMALL = {

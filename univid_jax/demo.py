@@ -14,6 +14,7 @@ from univid_jax.core.errors import UserError
 
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT, LORA, DTYPE = FLAGS.checkpoint(), FLAGS.lora(), FLAGS.dtype()
+ACCELERATE = FLAGS.accelerate()
 LORA_SKIP_UNMATCHED, VERIFICATION = FLAGS.lora_skip_unmatched(), FLAGS.verification()
 HOST = FLAGS.string("host", "127.0.0.1", "Address to listen on.")
 MAX_UPLOAD = FLAGS.integer("max_upload_mb", 200, "Largest file that is accepted, in MB.", lower_bound=1)
@@ -35,6 +36,7 @@ def main() -> None:
   enable_compilation_cache()
   loras = [parse_lora(item) for item in LORA.value]
   options = {"dtype": DTYPE.value, "lora_skip_unmatched": LORA_SKIP_UNMATCHED.value, **VERIFICATION.value}
+  options["accelerate"] = ACCELERATE.value or None
   pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=group_loras(loras), **options)
   page = build_page(pipeline)
   page.queue(max_size=MAX_QUEUE.value, default_concurrency_limit=1)

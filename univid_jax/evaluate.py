@@ -19,6 +19,7 @@ CONFIG = FLAGS.config()
 WORKDIR = FLAGS.workdir("The training run to evaluate")
 CHECKPOINT = FLAGS.string("checkpoint", None, "A converted checkpoint to evaluate instead of the workdir's model.")
 LORA, LORA_SKIP_UNMATCHED = FLAGS.lora(), FLAGS.lora_skip_unmatched()
+ACCELERATE = FLAGS.accelerate("The row `accelerated` of the report is sampled with it: a")
 STEP, VERIFICATION = FLAGS.step(), FLAGS.verification()
 OUT = FLAGS.string("out", None, "Folder of the results; default: WORKDIR/evaluation.")
 PROCESSES = FLAGS.processes()
@@ -38,12 +39,16 @@ def main() -> None:
   from univid_jax.cli.sampling import group_loras, parse_lora
   from univid_jax.data.sources.open import open_data
   from univid_jax.evaluation.run import evaluate
+  from univid_jax.inference.accelerate import accelerate, read_accelerator
   from univid_jax.parallel.mesh import make_mesh
 
   config, workdir = CONFIG.value, WORKDIR.value
   folder = OUT.value or f"{workdir}/evaluation"
   loras = [parse_lora(item) for item in LORA.value]
-  origin = Origin.of(CHECKPOINT.value or workdir, step=STEP.value, loras=loras, **VERIFICATION.value)
+  verify = VERIFICATION.verify_weights
+  accelerator = read_accelerator(ACCELERATE.value, verify=verify) if ACCELERATE.value else None
+  files = accelerator and accelerator.files
+  origin = Origin.of(CHECKPOINT.value or workdir, step=STEP.value, loras=loras, accelerator=files, **VERIFICATION.value)
   # Each process has the whole model on its own devices, and its share of the sentences.
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
   options = {"lora_skip_unmatched": LORA_SKIP_UNMATCHED.value, **VERIFICATION.value}
@@ -52,7 +57,8 @@ def main() -> None:
   )
   data = open_data(config)
   command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
-  report = evaluate(pipeline, config, data=data, folder=folder, origin=origin, command=command)
+  accelerated = accelerator and accelerate(pipeline, accelerator)
+  report = evaluate(pipeline, config, data=data, folder=folder, origin=origin, command=command, accelerated=accelerated)
   if report is None:  # not process 0
     return
   for name, scores in report["overall"].items():

@@ -43,11 +43,22 @@ NUM_FRAMES = FLAGS.integer(
 FIT = FLAGS.choice("fit", None, list(ClipFit), "How clips are brought to the size; default: as in training.")
 FPS = FLAGS.number("fps", None, "Frame rate that videos are resampled to; 0 keeps theirs; default: as in training.")
 COPY_AUDIO = FLAGS.switch("copy_audio", False, "Give B' the sound of B.")
-SOLVER = FLAGS.choice("solver", "euler", ["euler", "unipc"], "euler is the reference's; unipc needs fewer steps.")
-STEPS = FLAGS.integer("steps", 50, "Sampling steps.", lower_bound=1, upper_bound=MAX_STEPS)
-GUIDANCE_SCALE = FLAGS.string(
-  "guidance_scale", "1", "Classifier-free guidance; 1 is none. LOW,HIGH are those of two experts, by noise."
+SOLVER = FLAGS.choice(
+  "solver",
+  None,
+  ["euler", "unipc", "distilled"],
+  "euler (default) is the reference's; unipc needs fewer steps; distilled is the four steps of step-distilled models.",
 )
+STEPS = FLAGS.integer(
+  "steps", None, "Sampling steps; default: 50, or those of the solver.", lower_bound=1, upper_bound=MAX_STEPS
+)
+SIGMAS = FLAGS.strings(
+  "sigmas", [], "The noise level before each Euler step, descending within (0, 1], instead of --steps and --shift."
+)
+GUIDANCE_SCALE = FLAGS.string(
+  "guidance_scale", None, "Classifier-free guidance; 1 (default) is none. LOW,HIGH are those of two experts, by noise."
+)
+ACCELERATE = FLAGS.accelerate()
 SHIFT = FLAGS.number("shift", None, "Shift of the noise levels toward noise; default: as in training.")
 SEED = FLAGS.integer("seed", 0, "Seed of the noise.", lower_bound=-MAX_SEED - 1, upper_bound=MAX_SEED)
 PROFILE = FLAGS.profile("OUT's folder")
@@ -59,11 +70,14 @@ def main() -> None:
   from univid_jax.checkpoints.origin import Origin
   from univid_jax.cli import sampling
   from univid_jax.cli.compilation import enable_compilation_cache
+  from univid_jax.inference.accelerate import read_accelerator
+  from univid_jax.inference.plan import SamplingPlan
 
   enable_compilation_cache()
-  arguments: dict[str, Any] = {flag.name: flag.value for flag in (NUM_FRAMES, NEGATIVE_PROMPT, SHIFT, SEED, SOLVER)}
-  arguments["guidance_scale"] = sampling.parse_guidance_scale(GUIDANCE_SCALE.value)
-  arguments["num_inference_steps"] = STEPS.value
+  arguments: dict[str, Any] = {flag.name: flag.value for flag in (NUM_FRAMES, NEGATIVE_PROMPT, SEED)}
+  steps: dict[str, Any] = {"num_inference_steps": STEPS.value, "shift": SHIFT.value, "solver": SOLVER.value}
+  steps["guidance_scale"] = sampling.parse_guidance_scale(GUIDANCE_SCALE.value) if GUIDANCE_SCALE.value else None
+  steps["sigmas"] = sampling.parse_sigmas(SIGMAS.value)
   if PROMPT.value is not None and TASK.value is not None:
     raise UsageError("--prompt and --task exclude each other")
   requests = sampling.plan_requests(CLIPS.value, QUERIES.value, OUT.value)
@@ -72,8 +86,16 @@ def main() -> None:
   options = (DTYPE, MERGE_LORA, LORA_SKIP_UNMATCHED, ATTENTION, CONTEXT_TIMESTEP, OFFLOAD_INACTIVE)
   loading: dict[str, Any] = {flag.name: flag.value for flag in options} | VERIFICATION.value
   loras = [sampling.parse_lora(item) for item in LORA.value]
-  origin = Origin.of(CHECKPOINT.value, step=STEP.value, loras=loras, **VERIFICATION.value)
-  pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=sampling.group_loras(loras), step=origin.step, **loading)
+  verify = VERIFICATION.verify_weights
+  accelerator = read_accelerator(ACCELERATE.value, verify=verify) if ACCELERATE.value else None
+  SamplingPlan.of(accelerator and accelerator.kind, **steps)  # what is wrong is reported before a model is loaded
+  origin = Origin.of(
+    CHECKPOINT.value, step=STEP.value, loras=loras, accelerator=accelerator and accelerator.files, **VERIFICATION.value
+  )
+  pipeline = univid_jax.load_pipeline(
+    CHECKPOINT.value, lora=sampling.group_loras(loras), accelerate=accelerator, step=origin.step, **loading
+  )
+  arguments |= sampling.resolve_steps(pipeline, steps)
   if TASK.value is not None:
     arguments["prompt"] = sampling.task_prompt(TASK.value, pipeline.usage.prompts)
   else:

@@ -27,12 +27,14 @@ class Origin:
     checkpoint: a converted checkpoint or the workdir of a run, as the user named it.
     step: of the workdir's checkpoint; None for a converted one.
     loras: LoRAs on top with their weights, as the user named them.
+    accelerator: distillation LoRAs on top of these, likewise; part of the model, or of one condition of an evaluation.
     is_verified: whether `load_pipeline` compares the weights with their checksums, so that these identify them.
   """
 
   checkpoint: str
   step: int | None = None
   loras: Sequence[tuple[str, float]] = ()
+  accelerator: Sequence[tuple[str, float]] = ()
   is_verified: bool = False
 
   @classmethod
@@ -42,6 +44,7 @@ class Origin:
     *,
     step: int | str | None = None,
     loras: Sequence[tuple[str, float]] = (),
+    accelerator: Sequence[tuple[str, float]] | None = None,
     verify_weights: bool = True,
     on_damaged_checkpoint: str = OnDamaged.FALLBACK,
   ) -> "Origin":
@@ -59,7 +62,13 @@ class Origin:
       # Only the choice of the newest intact one needs it now: what is loaded is verified then.
       verify = verify_weights and step in (None, "best")
       found = find_step(checkpoint, step, verify=verify, on_damaged=OnDamaged(on_damaged_checkpoint))
-    return cls(checkpoint=checkpoint, step=found, loras=tuple(loras), is_verified=verify_weights)
+    return cls(
+      checkpoint=checkpoint,
+      step=found,
+      loras=tuple(loras),
+      accelerator=tuple(accelerator or ()),
+      is_verified=verify_weights,
+    )
 
   @functools.cached_property
   def checksums(self) -> Mapping[str, str]:
@@ -77,13 +86,15 @@ class Origin:
     if base is not None:
       checkpoint = PretrainedCheckpoint.open(base)
       checksums |= {name: checkpoint.checksum(name) for name in checkpoint.info.components}
-    for number, (path, weight) in enumerate(self.loras):
+    named = [(f"lora {number}", lora) for number, lora in enumerate(self.loras)]
+    named += [(f"accelerator {number}", lora) for number, lora in enumerate(self.accelerator)]
+    for name, (path, weight) in named:
       expert, file = split_expert(path)
       config = find_config(Path(file))
       digests = [self._digest_lora(file), *([self._digest(epath.Path(config))] if config else [])]
       if "transformer_2" in checksums:  # the name may decide, so that moving the file changes the model
         expert = expert or named_expert(file) or ""
-      checksums[f"lora {number}"] = f"{expert} {' + '.join(digests)} x {weight:g}".strip()
+      checksums[name] = f"{expert} {' + '.join(digests)} x {weight:g}".strip()
     return checksums
 
   def _digest_step(self, workdir: str, step: int) -> str:
@@ -100,5 +111,9 @@ class Origin:
     return digest_contents(path, listed_in=verified if self.is_verified else None)
 
   def to_json(self) -> dict[str, Any]:
-    loras = [path if weight == 1 else f"{path}:{weight:g}" for path, weight in self.loras]
-    return {"checkpoint": self.checkpoint, "step": self.step, "lora": loras, "checksums": dict(self.checksums)}
+    named = {
+      name: [path if weight == 1 else f"{path}:{weight:g}" for path, weight in loras]
+      for name, loras in {"lora": self.loras, "accelerate": self.accelerator}.items()
+      if loras or name == "lora"
+    }
+    return {"checkpoint": self.checkpoint, "step": self.step, **named, "checksums": dict(self.checksums)}

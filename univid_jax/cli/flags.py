@@ -17,6 +17,7 @@ from univid_jax.config.boundary import from_config_dict, to_config_dict
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged
+from univid_jax.diffusion.accelerators import KINDS
 
 # The file of presets in a clone; where it does not exist, its name means the packaged presets.
 PRESETS_FILE = os.path.join("configs", "video_tasks.py")
@@ -78,6 +79,14 @@ class CommandFlags:
   def lora(self) -> flags.FlagHolder[list[str]]:
     help_text = "LoRA files or folders, separated by commas; PATH:WEIGHT sets a weight, high=PATH an expert."
     return self.strings("lora", [], help_text)
+
+  def accelerate(self, beginning: str = "A") -> flags.FlagHolder[list[str]]:
+    kinds = " or ".join(KINDS)
+    help_text = (
+      f"{beginning} distillation LoRA next to the others, as PATH[:WEIGHT][:KIND], of the kind {kinds}. It decides "
+      "about solver, steps, shift and guidance. high=PATH,low=PATH are those of two experts."
+    )
+    return self.strings("accelerate", [], help_text)
 
   def lora_skip_unmatched(self) -> flags.FlagHolder[bool]:
     return self.switch("lora_skip_unmatched", False, "Leave out tensors of a LoRA without a counterpart in the model.")

@@ -16,13 +16,16 @@ AS_GIVEN = "as the files are"
 def build_page(pipeline: Pipeline) -> gr.Blocks:
   """Builds the page for a pipeline."""
   folder = Path(tempfile.mkdtemp(prefix="univid_"))
+  fixed = pipeline.accelerator.num_inference_steps if pipeline.accelerator else None
 
   def sample(a, a2, b, context, prompt, steps, seed, progress=gr.Progress()):  # noqa: B008 (Gradio's way to pass it)
     if not all((a, a2, b)):
       raise gr.Error("choose files for A, A' and B")
 
+    total = None if fixed else int(steps)
+
     def show(taken: int) -> None:
-      progress((taken, int(steps)), unit="steps")
+      progress((taken, total or fixed), unit="steps")
 
     try:
       pattern = None if context == AS_GIVEN else video_pattern(context, 4)
@@ -32,7 +35,7 @@ def build_page(pipeline: Pipeline) -> gr.Blocks:
         [clip.frames for clip in clips],
         prompt,
         num_frames=num_frames,
-        num_inference_steps=int(steps),
+        num_inference_steps=total,
         seed=int(seed),
         progress=show,
       )
@@ -54,7 +57,7 @@ def build_page(pipeline: Pipeline) -> gr.Blocks:
         [AS_GIVEN, *CONTEXTS], value=AS_GIVEN, label="Context (I: videos, II: images, III and IV: mixed)"
       )
       prompt = gr.Textbox(label="Prompt", value="")
-      steps = gr.Slider(1, 100, value=50, step=1, label="Steps")
+      steps = gr.Slider(1, 100, value=fixed or 50, step=1, label="Steps", interactive=not fixed)
       seed = gr.Number(value=0, precision=0, label="Seed")
     button = gr.Button("Sample B'", variant="primary")
     image, video = gr.Image(label="B'", visible=True), gr.Video(label="B'", visible=False)

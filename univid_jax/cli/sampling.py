@@ -86,6 +86,29 @@ def parse_guidance_scale(text: str) -> float | tuple[float, ...]:
   return scales[0] if len(scales) == 1 else scales
 
 
+def parse_sigmas(texts: Sequence[str]) -> tuple[float, ...] | None:
+  """Converts noise levels; None if there are none.
+
+  Raises:
+    UsageError: one is not a number.
+  """
+  try:
+    return tuple(map(float, texts)) or None
+  except ValueError as error:
+    raise UsageError(f"--sigmas are numbers, separated by commas, got {','.join(texts)!r}") from error
+
+
+def resolve_steps(pipeline: Pipeline, options: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns options of `Pipeline.plan` with those that the model decides about filled in, to be recorded."""
+  plan = pipeline.plan(**options)
+  steps = None if options["sigmas"] else len(plan.sigmas)
+  decided = pipeline.accelerator
+  shift = options["shift"] if decided is None else decided.shift
+  solver = decided.solver if decided else options["solver"] or "euler"
+  scale = plan.guidance_scale
+  return {**options, "num_inference_steps": steps, "guidance_scale": scale, "shift": shift, "solver": solver}
+
+
 def parse_size(text: str) -> tuple[int, int]:
   """Splits HEIGHTxWIDTH.
 
@@ -212,7 +235,8 @@ class RequestRunner:
     clips = self._read(request)
     fps, frames = frame_rate(clips), [clip.frames for clip in clips]
     path = self._choose_path(request, frames)
-    with tqdm(total=self.arguments["num_inference_steps"], desc="sample", unit="step") as bar:
+    total = len(self.arguments.get("sigmas") or ()) or self.arguments["num_inference_steps"]
+    with tqdm(total=total, desc="sample", unit="step") as bar:
 
       def show(taken: int) -> None:
         bar.update(taken - bar.n)
@@ -242,8 +266,14 @@ class RequestRunner:
     return f"wrote {num_frames} frame{'s' * (num_frames > 1)} of {width}x{height}: {path}"
 
   def profile(self, request: Request, steps: int) -> str:
-    """Writes a JAX profiler trace of sampling in this many steps to OUT's folder; returns a line that says where."""
-    arguments = {**self.arguments, "num_inference_steps": steps}
+    """Writes a JAX profiler trace of sampling to OUT's folder; returns a line that says where.
+
+    Args:
+      request: what to sample.
+      steps: of the solver, if their number is free.
+    """
+    is_fixed = self.arguments.get("sigmas") or self.arguments.get("solver") == "distilled"
+    arguments = dict(self.arguments) if is_fixed else {**self.arguments, "num_inference_steps": steps}
     self.pipeline.sample([clip.frames for clip in self._read(request)], **arguments)  # compiles
     folder = request.out.parent / "profile"
     options = jax.profiler.ProfileOptions()
@@ -255,6 +285,7 @@ class RequestRunner:
         frames = self.pipeline.sample([clip.frames for clip in clips], **arguments).frames
       with jax.profiler.TraceAnnotation("save"), tempfile.TemporaryDirectory() as scratch:
         write_clip(Path(scratch) / "sample.mp4", frames, fps=frame_rate(clips))
+    steps = len(arguments.get("sigmas") or ()) or arguments["num_inference_steps"]
     return f"wrote a profile of {steps} steps: {folder}"
 
   def _read(self, request: Request) -> list[ContextClip]:

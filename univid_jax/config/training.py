@@ -150,6 +150,8 @@ class ValidationConfig(Section):
     sigmas: noise levels at which it is measured.
     previews: sentences of which samples are written.
     num_inference_steps: of these samples.
+    accelerate: distillation LoRA that these samples are made with, as of the flag --accelerate; it replaces
+      num_inference_steps. "" for none.
   """
 
   KEY: ClassVar[str] = "validation."
@@ -159,6 +161,7 @@ class ValidationConfig(Section):
   sigmas: tuple[float, ...] = (0.3, 0.6, 0.9)
   previews: int = 6
   num_inference_steps: int = 2
+  accelerate: str = ""
 
   def __post_init__(self):
     self.require_at_least(0, "every_steps", "previews")

@@ -1,6 +1,6 @@
 """Solvers of the flow's ordinary differential equation. Each advances noised tokens one step at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import MAX_STEPS
 from univid_jax.core.protocols import NoiseSchedule, Solver, VelocityFn
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 
@@ -33,6 +34,21 @@ class Euler:
 
   def tokens(self, state: Float[Array, "b l p"]) -> Float[Array, "b l p"]:
     return state
+
+
+class Distilled(Euler):
+  """Euler steps over the few noise levels that step-distilled models are trained for: 1000, 750, 500 and 250.
+
+  These are places in the grid of 1,000 noise levels, counted from its clean end, as LightX2V publishes them
+  (`WanStepDistillScheduler`, `denoising_step_list`, Apache-2.0). The published shift is 5.
+  """
+
+  places = (1000, 750, 500, 250)
+
+  def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Float[np.ndarray, "i"]:
+    if num_steps != len(self.places):
+      raise UserError(f"the solver distilled takes {len(self.places)} steps, got {num_steps}: leave the number out")
+    return schedule.sigma(np.array(self.places) / NUM_TRAIN_TIMESTEPS).astype(np.float32)
 
 
 class UniPCState(NamedTuple):
@@ -76,7 +92,33 @@ class UniPC:
     return state.tokens
 
 
-SOLVERS: Mapping[str, Solver[Any]] = {"euler": Euler(), "unipc": UniPC()}
+SOLVERS: Mapping[str, Solver[Any]] = {"euler": Euler(), "unipc": UniPC(), "distilled": Distilled()}
+DEFAULT_STEPS = 50
+
+
+def default_steps(solver: Solver[Any]) -> int:
+  """Returns the number of steps of a solver unless another is asked for."""
+  return len(solver.places) if isinstance(solver, Distilled) else DEFAULT_STEPS
+
+
+def check_sigmas(sigmas: Sequence[float], solver: Solver[Any]) -> Float[np.ndarray, "i"]:
+  """Returns noise levels that were given instead of those of a schedule, float32.
+
+  Raises:
+    UserError: they do not descend strictly within (0, 1], or the solver cannot use them.
+  """
+  if not isinstance(solver, Euler):
+    raise UserError("sigmas are given to Euler's steps only: use the solver euler")
+  levels = np.asarray(sigmas, np.float32)
+  is_valid = levels.ndim == 1 and levels.size > 0 and levels[-1] > 0 and levels[0] <= 1 and (np.diff(levels) < 0).all()
+  if not is_valid:
+    raise UserError(
+      "sigmas are noise levels that descend strictly, above 0 and at most 1 (the final 0 is implied), got "
+      + ", ".join(map(str, sigmas))
+    )
+  if len(levels) > MAX_STEPS:
+    raise UserError(f"there are at most {MAX_STEPS} sigmas, got {len(levels)}")
+  return levels
 
 
 def find_solver(solver: str | Solver[Any]) -> Solver[Any]:

@@ -21,6 +21,7 @@ from univid_jax.inference.sampler import Progress
 
 # The variants that are compared most; evaluation after training samples these alone.
 PREDICTION, SWAPPED = "prediction", "swapped"
+ACCELERATED = "accelerated"
 REPEATED = "seed_"  # prefix of the names of repetitions with other noise
 
 
@@ -30,16 +31,19 @@ class Variant:
 
   Attributes:
     name: "prediction" (the sentence as it is), the controls "swapped" (example pairs of another task) and "inverse"
-      (A', A instead of A, A'), "steps_N" (other number of inference steps) or "seed_N" (other noise).
-    num_steps: inference steps.
+      (A', A instead of A, A'), "steps_N" (other number of inference steps), "seed_N" (other noise) or "accelerated"
+      (with a distillation LoRA).
+    num_steps: inference steps; None if the model decides about them.
     first_seed: seed of the first sentence's noise; the next sentence has the next seed.
     alter: given the number of a sentence and the sentence, returns the sentence that the model sees.
+    pipeline: another model than that of the other variants.
   """
 
   name: str
-  num_steps: int
+  num_steps: int | None
   first_seed: int
   alter: Callable[[int, Sentence], Sentence] = lambda number, sentence: sentence
+  pipeline: Pipeline | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +90,15 @@ class Generated:
   samples: Mapping[str, np.ndarray]
 
 
-def make_variants(options: EvalConfig, other_pairs: Sequence[Callable[[], Sentence]]) -> list[Variant]:
+def make_variants(
+  options: EvalConfig, other_pairs: Sequence[Callable[[], Sentence]], *, accelerated: Pipeline | None = None
+) -> list[Variant]:
   """Returns all variants.
 
   Args:
     options: section `eval` of the config.
     other_pairs: reads a sentence of another task for each sentence, see `plan_other_pairs`.
+    accelerated: the model with a distillation LoRA, if there is one to compare with.
   """
   steps, seed = options.num_inference_steps, _noise_seed(options.seed)
   return [
@@ -100,6 +107,7 @@ def make_variants(options: EvalConfig, other_pairs: Sequence[Callable[[], Senten
     Variant("inverse", steps, seed, lambda _, sentence: show_inverse_task(sentence)),
     *(Variant(f"steps_{more}", more, seed) for more in options.more_steps),
     *(Variant(f"{REPEATED}{n}", steps, _noise_seed(options.seed, n)) for n in range(1, options.num_seeds)),
+    *([] if accelerated is None else [Variant(ACCELERATED, None, seed, pipeline=accelerated)]),
   ]
 
 
@@ -115,7 +123,7 @@ def generate(
   chosen = {number: sentences[number].read() for number in numbers}
   samples = {
     variant.name: sample_targets(
-      pipeline,
+      variant.pipeline or pipeline,
       {number: variant.alter(number, sentence) for number, sentence in chosen.items()},
       num_inference_steps=variant.num_steps,
       first_seed=variant.first_seed,
@@ -190,7 +198,7 @@ def sample_targets(
   pipeline: Pipeline,
   sentences: Mapping[int, Sentence],
   *,
-  num_inference_steps: int,
+  num_inference_steps: int | None,
   first_seed: int = 0,
   progress: Progress | None = None,
 ) -> dict[int, np.ndarray]:
@@ -199,7 +207,7 @@ def sample_targets(
   Args:
     pipeline: the model.
     sentences: by number; the targets give the lengths alone.
-    num_inference_steps: steps of the solver.
+    num_inference_steps: steps of the solver; None if the model decides about them.
     first_seed: seed of sentence 0's noise; the next sentence has the next seed.
     progress: see `Pipeline.sample_batch`.
 

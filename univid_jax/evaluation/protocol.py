@@ -13,6 +13,7 @@ from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import DataConfig, EvalConfig, RunConfig
 from univid_jax.core.paths import atomic_write
+from univid_jax.diffusion.accelerators import Accelerator
 from univid_jax.evaluation.sentences import PlannedSentence
 
 SAMPLES = "samples"
@@ -27,7 +28,13 @@ _READING = ("cache", "num_threads", "allow_dropped")
 
 
 def open_samples_folder(
-  folder: epath.Path, config: RunConfig, sentences: Sequence[PlannedSentence], origin: Origin, *, write: bool
+  folder: epath.Path,
+  config: RunConfig,
+  sentences: Sequence[PlannedSentence],
+  origin: Origin,
+  *,
+  accelerator: Accelerator | None = None,
+  write: bool,
 ) -> epath.Path:
   """Returns the folder for the samples of a model, which may hold some already.
 
@@ -36,9 +43,12 @@ def open_samples_folder(
     config: of the evaluation.
     sentences: of the evaluation.
     origin: of the model.
+    accelerator: how samples with a distillation LoRA are made, if there are any.
     write: whether this process describes the samples in the folder.
   """
   values = _describe(config, sentences, origin)
+  if accelerator is not None:
+    values["accelerator"] = dataclasses.asdict(accelerator)
   name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
   samples = folder / SAMPLES / name
   if write:

@@ -14,7 +14,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.paths import atomic_write
 from univid_jax.data.pictures import COLUMNS, sentence_grid
 from univid_jax.evaluation import published
-from univid_jax.evaluation.generate import PREDICTION, SWAPPED, Generated, SentenceInfo
+from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Generated, SentenceInfo
 from univid_jax.evaluation.kinds import Metrics
 from univid_jax.evaluation.metrics.image import psnr
 from univid_jax.evaluation.score import Score, Scorer, mean_metrics
@@ -24,6 +24,7 @@ DESCRIPTIONS = {
   PREDICTION: "the model's prediction",
   SWAPPED: "the model, shown example pairs of another task: does it read them?",
   "inverse": "the model, shown the inverse task: A', A instead of A, A'",
+  ACCELERATED: "the model with a distillation LoRA, sampled in few steps",
   "copy_b": "a copy of B",
   "copy_a2": "a copy of A'",
   "mean_a2": "the mean colour of A'",

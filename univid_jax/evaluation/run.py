@@ -72,7 +72,14 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
 
 
 def evaluate(
-  pipeline: Pipeline, config: RunConfig, *, data: DataSources, folder: epath.PathLike, origin: Origin, command: str = ""
+  pipeline: Pipeline,
+  config: RunConfig,
+  *,
+  data: DataSources,
+  folder: epath.PathLike,
+  origin: Origin,
+  command: str = "",
+  accelerated: Pipeline | None = None,
 ) -> dict[str, Any] | None:
   """Evaluates a model under all controls and metrics; continues if some of its samples are already stored.
 
@@ -86,6 +93,7 @@ def evaluate(
     folder: of the results.
     origin: of the model.
     command: how to repeat the evaluation, for the report.
+    accelerated: the same model with a distillation LoRA, which becomes the row "accelerated".
 
   Returns:
     The contents of report.json; None on all processes but the first.
@@ -98,8 +106,9 @@ def evaluate(
   if not sentences:
     raise UserError(NOTHING_HELD_OUT)
   scorer = Scorer(config)  # a wrong palette is reported before hours of sampling
-  samples = open_samples_folder(folder, config, sentences, origin, write=jax.process_index() == 0)
-  variants = make_variants(config.eval, plan_other_pairs(config, sentences))
+  kind = accelerated and accelerated.accelerator
+  samples = open_samples_folder(folder, config, sentences, origin, accelerator=kind, write=jax.process_index() == 0)
+  variants = make_variants(config.eval, plan_other_pairs(config, sentences), accelerated=accelerated)
   generate_files(pipeline, sentences, variants, folder=samples, batch_size=config.eval.batch_size)
   wait_for_processes("samples are stored")
   if jax.process_index() > 0:

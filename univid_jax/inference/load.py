@@ -1,17 +1,13 @@
 """Loads pipelines from converted checkpoints and from training runs, with LoRAs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from univid_jax.checkpoints.checksums import has_checksums, verified
-from univid_jax.checkpoints.lora.stacking import stack_loras
-from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.model import open_encoders, transformer_config
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_checkpoint
 from univid_jax.checkpoints.run import RunRecord, require_run
@@ -23,20 +19,19 @@ from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, parse_option
 from univid_jax.core.packed_row import ContextMode
+from univid_jax.inference.accelerate import AcceleratorLoRAs, read_accelerator
+from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.experts import OffloadedParams, Transformer
 from univid_jax.inference.lora_specs import LoRA, LoRASpecs, lora_usage, read_loras, select_loras
 from univid_jax.inference.partial import PartialPipeline
 from univid_jax.inference.pipeline import Pipeline
-from univid_jax.models.changes import attach_changes, merge_changes
-from univid_jax.models.lora import LORA, LoRAParam
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.parallel.sharding import parameter_shardings
 
 # Wan2.2's own for T2V-A14B, where the paper's shift would leave little to the high-noise expert.
 A14B_SHIFT = 12.0
 
-# Adds LoRAs to a transformer and, if it is one of two and that is asked for, moves it to host memory.
+# `_finish` with its options.
 _Finish = Callable[[DiTConfig, Transformer, Sequence[LoRA], bool], Transformer]
 
 
@@ -45,6 +40,7 @@ def load_pipeline(
   lora: LoRASpecs | Mapping[str, LoRASpecs] | None = None,
   dtype: str | None = None,
   *,
+  accelerate: str | Sequence[str] | AcceleratorLoRAs | None = None,
   merge_lora: bool = False,
   lora_skip_unmatched: bool = False,
   offload_inactive: bool = False,
@@ -65,13 +61,13 @@ def load_pipeline(
       one or several, each with an optional weight w. Where a LoRA alone makes W' of a tensor W, it adds w (W' - W).
       For a base with two experts {"high": ..., "low": ...} (or "both"); else metadata or names must say it.
     dtype: of the transformer and of the encoders of text and images; by default bfloat16, or that of the run.
+    accelerate: a distillation LoRA, [EXPERT=]PATH[:WEIGHT][:KIND], or one per expert; see `diffusion.accelerators`.
     merge_lora: adds LoRAs to the weights instead of computing them separately.
     lora_skip_unmatched: leaves out, with a warning, tensors of LoRAs that have no counterpart in the base.
     offload_inactive: keeps the expert that is not in use in host memory.
     mesh: the devices; by default all, with parameters sharded over them.
     attention: "full" or "context_causal"; by default what the run or the LoRAs were trained with.
-    context_timestep: "target" or "zero", of the context; by default what the run or the LoRAs were trained with, else
-      the base.
+    context_timestep: "target" or "zero", of the context; by default likewise, else that of the base.
     step: checkpoint of a workdir: a number, "best" (the lowest validation loss) or None for the latest.
     verify_weights: compares every file with its checksum while the weights are loaded.
     on_damaged_checkpoint: "fallback" takes the newest that is intact if the latest of a workdir is not, "stop" raises.
@@ -84,23 +80,25 @@ def load_pipeline(
   mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
   _check_options(attention, context_timestep)
   loras = read_loras(lora, verify=verify_weights)
+  accelerator = read_accelerator(accelerate, verify=verify_weights) if accelerate else None
+  loras += accelerator.loras if accelerator else ()
   given = {"attention": attention, "context_timestep": context_timestep}
-
-  def finish(config: DiTConfig, transformer: Transformer, loras: Sequence[LoRA], is_one_of_two: bool) -> Transformer:
-    skip = lora_skip_unmatched
-    transformer = _with_loras(config, transformer, loras, mesh=mesh, merged=merge_lora, skip_unmatched=skip)
-    return transformer.offload() if is_one_of_two and offload_inactive else transformer
-
+  how = {"mesh": mesh, "merged": merge_lora, "skip_unmatched": lora_skip_unmatched, "offload": offload_inactive}
+  finish = functools.partial(_finish, **how)
   if is_checkpoint(checkpoint) or has_checksums(checkpoint):
     with verified(checkpoint, enabled=verify_weights):
-      return _open_base(checkpoint, loras, finish, mesh=mesh, dtype=jnp.dtype(dtype or "bfloat16"), given=given)
-  record, on_damaged = _override_dtype(require_run(checkpoint), dtype), OnDamaged(on_damaged_checkpoint)
-  saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
-  with verified(record.config.init_from, enabled=verify_weights):
-    encoders = open_encoders(record.config, mesh)
-    transformers = _load_run(saved, record, loras, finish, mesh=mesh, step=step)
-  config, usage = transformer_config(record.config), run_usage(record)
-  return Pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, **given)
+      pipeline = _open_base(checkpoint, loras, finish, mesh=mesh, dtype=jnp.dtype(dtype or "bfloat16"), given=given)
+  else:
+    on_damaged = OnDamaged(on_damaged_checkpoint)
+    saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
+    record = _override_dtype(require_run(checkpoint), dtype)
+    with verified(record.config.init_from, enabled=verify_weights):
+      encoders = open_encoders(record.config, mesh)
+      transformers = _load_run(saved, record, loras, finish, mesh=mesh, step=step)
+    config, usage = transformer_config(record.config), run_usage(record)
+    pipeline = Pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, **given)
+  pipeline.accelerator = accelerator and accelerator.kind
+  return pipeline
 
 
 def _check_options(attention: str | None, context_timestep: str | None) -> None:
@@ -174,18 +172,25 @@ def _load_run(
   return [load(part, loras) for part, loras in zip(parts, select_loras([*own, *loras], experts), strict=True)]
 
 
-def _with_loras(
-  config: DiTConfig, transformer: Transformer, loras: Sequence[LoRA], *, mesh: Mesh, merged: bool, skip_unmatched: bool
+def _finish(
+  config: DiTConfig,
+  transformer: Transformer,
+  loras: Sequence[LoRA],
+  is_one_of_two: bool,
+  *,
+  mesh: Mesh,
+  merged: bool,
+  skip_unmatched: bool,
+  offload: bool,
 ) -> Transformer:
-  if not loras:
-    return transformer
-  assert not isinstance(transformer.params, OffloadedParams)
-  pairs = [(lora.weights, lora.weight) for lora in loras]
-  return Transformer(
-    *add_loras(
-      config, transformer.graph, transformer.params, pairs, mesh=mesh, merged=merged, skip_unmatched=skip_unmatched
-    )
-  )
+  """Adds LoRAs to a transformer and, if it is one of two and that is asked for, moves it to host memory."""
+  if loras:
+    assert not isinstance(transformer.params, OffloadedParams)
+    pairs = [(lora.weights, lora.weight) for lora in loras]
+    graph, params = transformer.graph, transformer.params
+    changed = add_loras(config, graph, params, pairs, mesh=mesh, merged=merged, skip_unmatched=skip_unmatched)
+    transformer = Transformer(*changed)
+  return transformer.offload() if is_one_of_two and offload else transformer
 
 
 def _override_dtype(record: RunRecord, dtype: str | None) -> RunRecord:
@@ -193,56 +198,3 @@ def _override_dtype(record: RunRecord, dtype: str | None) -> RunRecord:
     return record
   config = override(record.config, {"model.dtype": dtype, "model.param_dtype": dtype})
   return dataclasses.replace(record, config=config)
-
-
-def add_loras(
-  config: DiTConfig,
-  graph: nnx.GraphDef,
-  params: Mapping[str, Any],
-  loras: Sequence[tuple[LoRAWeights, float]],
-  *,
-  mesh: Mesh,
-  merged: bool,
-  skip_unmatched: bool = False,
-) -> tuple[nnx.GraphDef, Mapping[str, Any]]:
-  """Returns a transformer with LoRAs, each with its weight, added to the weights or computed separately.
-
-  Biases, scales of norms and modulation are always added. Unmerged they become float32, so that nothing is lost to
-  rounding.
-
-  Args:
-    config: of the transformer.
-    graph: the transformer without its parameters.
-    params: its parameters; merging donates those that change.
-    loras: each with its weight.
-    mesh: the devices.
-    merged: whether to add the changes of kernels as well.
-    skip_unmatched: whether to leave out tensors without a counterpart in the base.
-
-  Raises:
-    UserError: a LoRA does not fit the base.
-  """
-  leaves: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(params))
-  shapes = {path: value.shape for path, value in leaves.items()}
-  changes = stack_loras(loras, config, shapes, skip_unmatched=skip_unmatched)
-  for path, diff in changes.others.items():
-    base = leaves[path]
-    add = jax.jit(
-      lambda x, diff, dtype=base.dtype if merged else jnp.float32: (x.astype(jnp.float32) + diff).astype(dtype)
-    )
-    leaves[path] = add(base, diff)
-  module = nnx.eval_shape(lambda: nnx.merge(graph, params))
-  attach_changes(module, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), changes.kernels))
-  shardings = traverse_util.flatten_dict(parameter_shardings(module, mesh, kind=LoRAParam))
-  for path, groups in changes.kernels.items():
-    parts = {
-      group: {name: jax.device_put(value, shardings[*path, LORA, group, name]) for name, value in values.items()}
-      for group, values in groups.items()
-    }
-    if not merged:
-      leaves |= {(*path, LORA, *key): value for key, value in traverse_util.flatten_dict(parts).items()}
-      continue
-    kernel = leaves[*path, "kernel"]
-    merge = jax.jit(merge_changes, donate_argnums=0, out_shardings=kernel.sharding)
-    leaves[*path, "kernel"] = merge(kernel, parts)
-  return graph if merged else nnx.graphdef(module), traverse_util.unflatten_dict(leaves)

@@ -24,11 +24,11 @@ from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.tokens import Features, patchify, unpatchify
-from univid_jax.diffusion.flow import FlowMatching
-from univid_jax.diffusion.solvers import find_solver
+from univid_jax.diffusion.accelerators import Accelerator
 from univid_jax.inference.encoding import EncodingPipeline
 from univid_jax.inference.experts import Experts, Transformer
 from univid_jax.inference.jobs import Job, infer_length, join_context, pack_request, pack_single, with_timesteps
+from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.sampler import Progress, Request, Sampler
 from univid_jax.models.variants import DiTConfig
 
@@ -53,7 +53,12 @@ class Pipeline(EncodingPipeline):
     attention: "full" or "context_causal"; by default what the model was trained with. With context_causal the context
       is computed once per sentence.
     context_timestep: "target" or "zero"; by default what the model was trained with.
+
+  Attributes:
+    accelerator: decides how the model is sampled if a distillation LoRA is part of it, see `inference.accelerate`.
   """
+
+  accelerator: Accelerator | None = None
 
   def __init__(
     self,
@@ -146,8 +151,8 @@ class Pipeline(EncodingPipeline):
     clips: Sequence[np.ndarray],
     prompt: str = "",
     num_frames: int | None = None,
-    num_inference_steps: int = 50,
-    guidance_scale: float | Sequence[float] = 1.0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
     negative_prompt: str = "",
     shift: float | None = None,
     seed: int = 0,
@@ -155,7 +160,8 @@ class Pipeline(EncodingPipeline):
     first_frame: np.ndarray | None = None,
     prompt_embeds: Float[Array | np.ndarray, "n d"] | None = None,
     negative_prompt_embeds: Float[Array | np.ndarray, "_n d"] | None = None,
-    solver: str | Solver[Any] = "euler",
+    solver: str | Solver[Any] | None = None,
+    sigmas: Sequence[float] | None = None,
     progress: Progress | None = None,
   ) -> Sample:
     """Generates the clip that completes a sentence.
@@ -164,8 +170,8 @@ class Pipeline(EncodingPipeline):
       clips: the context in order (A, A', B and so on, an odd number), uint8 (T, H, W, 3), all of one size.
       prompt: its text; "" is the null prompt.
       num_frames: of the generated clip, 4n + 1; None infers it as contexts I to IV do.
-      num_inference_steps: steps of the solver.
-      guidance_scale: 1 is no guidance; two numbers are those of the experts, low and high noise.
+      num_inference_steps: steps of the solver; None takes 50, or the 4 of "distilled".
+      guidance_scale: None and 1 are no guidance; two numbers are those of the experts, low and high noise.
       negative_prompt: what guidance moves away from.
       shift: of the noise levels toward noise; None takes that of training, which is 5 in the paper.
       seed: of the initial noise.
@@ -173,33 +179,36 @@ class Pipeline(EncodingPipeline):
       first_frame: of the generated clip, uint8 (H, W, 3); its latents stay clean. With it the context may be empty, as
         in TI2V's image-to-video mode.
       prompt_embeds, negative_prompt_embeds: replace the text encoder.
-      solver: "euler", the reference's, or "unipc", for fewer steps.
+      solver: "euler" (None), the reference's; "unipc", for fewer steps; or "distilled", for step-distilled models.
+      sigmas: the noise level before each Euler step, descending within (0, 1], instead of steps and shift.
       progress: called with the number of steps taken, after each.
+
+    A model with an `accelerator` decides about solver, steps, shift and guidance itself; other values are refused.
 
     Raises:
       ValueError: an even number of clips, clips of different sizes, or shapes that have no latents.
     """
+    plan = self.plan(num_inference_steps, guidance_scale=guidance_scale, shift=shift, solver=solver, sigmas=sigmas)
     job = self._make_job(clips, num_frames, seed, latents, first_frame)
     embeds = [self._embed(prompt, prompt_embeds)]
-    if set(self.experts.guidance_scales(guidance_scale)) != {1.0}:
+    if set(self.experts.guidance_scales(plan.guidance_scale)) != {1.0}:
       embeds.append(self._embed(negative_prompt, negative_prompt_embeds))
     rows = [pack_single(self._make_features(job, each), context_mode=self.context_mode) for each in embeds]
     request = Request(rows[0], rows[1] if len(rows) > 1 else None, [(0, 1)], [job.noise])
-    return self._run(
-      request, [job], num_inference_steps, guidance_scale=guidance_scale, shift=shift, solver=solver, progress=progress
-    )[0]
+    return self._run(request, [job], plan, progress=progress)[0]
 
   def sample_batch(
     self,
     batch: Sequence[Sequence[np.ndarray]],
     prompts: Sequence[str] | None = None,
     num_frames: int | None = None,
-    num_inference_steps: int = 50,
-    guidance_scale: float | Sequence[float] = 1.0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
     negative_prompt: str = "",
     shift: float | None = None,
     seeds: Sequence[int] | None = None,
-    solver: str | Solver[Any] = "euler",
+    solver: str | Solver[Any] | None = None,
+    sigmas: Sequence[float] | None = None,
     progress: Progress | None = None,
   ) -> list[Sample]:
     """Generates the clips that complete many sentences of any lengths, packed into rows that spread over the mesh.
@@ -209,18 +218,15 @@ class Pipeline(EncodingPipeline):
     Args:
       batch: the context of each sentence.
       prompts: one per sentence; null prompts by default.
-      num_frames: see `sample`.
-      num_inference_steps: see `sample`.
-      guidance_scale: see `sample`.
+      num_frames, num_inference_steps, guidance_scale, shift, solver, sigmas: see `sample`.
       negative_prompt: of all sentences.
-      shift: see `sample`.
       seeds: one per sentence; 0, 1, 2 and so on by default.
-      solver: see `sample`.
       progress: called with the number of steps taken, from 1 again for every batch of rows.
 
     Raises:
       ValueError: see `sample`; or the numbers of sentences, prompts and seeds differ.
     """
+    plan = self.plan(num_inference_steps, guidance_scale=guidance_scale, shift=shift, solver=solver, sigmas=sigmas)
     prompts = [""] * len(batch) if prompts is None else prompts
     seeds = range(len(batch)) if seeds is None else seeds
     if not len(batch) == len(prompts) == len(seeds):
@@ -229,13 +235,16 @@ class Pipeline(EncodingPipeline):
     embeddings = {prompt: self._embed(prompt, None) for prompt in dict.fromkeys(prompts)}
     positive = [self._make_features(job, embeddings[prompt]) for job, prompt in zip(jobs, prompts, strict=True)]
     negative = None
-    if set(self.experts.guidance_scales(guidance_scale)) != {1.0}:
+    if set(self.experts.guidance_scales(plan.guidance_scale)) != {1.0}:
       embedding = self._embed(negative_prompt, None)
       negative = [self._make_features(job, embedding) for job in jobs]
     request = pack_request(positive, negative, [job.noise for job in jobs], context_mode=self.context_mode)
-    return self._run(
-      request, jobs, num_inference_steps, guidance_scale=guidance_scale, shift=shift, solver=solver, progress=progress
-    )
+    return self._run(request, jobs, plan, progress=progress)
+
+  def plan(self, num_inference_steps: int | None = None, **options: Any) -> SamplingPlan:
+    """Returns the plan for options of `sample`, see `SamplingPlan.of`."""
+    options["num_inference_steps"] = num_inference_steps
+    return SamplingPlan.of(self.accelerator, default_shift=self.usage.shift, **options)
 
   def _make_job(
     self,
@@ -274,28 +283,9 @@ class Pipeline(EncodingPipeline):
     )
 
   def _run(
-    self,
-    request: Request,
-    jobs: Sequence[Job],
-    num_inference_steps: int,
-    *,
-    guidance_scale: float | Sequence[float],
-    shift: float | None,
-    solver: str | Solver[Any],
-    progress: Progress | None,
+    self, request: Request, jobs: Sequence[Job], plan: SamplingPlan, *, progress: Progress | None
   ) -> list[Sample]:
-    solver = find_solver(solver)
-    shift = self.usage.shift if shift is None else shift
-    if not shift > 0:
-      raise UserError(f"the shift of the noise levels must be positive, got {shift}")
-    sampled = self._sampler.sample(
-      self.experts,
-      request,
-      solver=solver,
-      sigmas=solver.sigmas(FlowMatching(shift=shift), num_inference_steps),
-      guidance_scale=guidance_scale,
-      progress=progress,
-    )
+    sampled = self._sampler.sample(self.experts, request, plan, progress=progress)
     patch_size = self.config.patch_size
     return [self._finish(job.finish(tokens, patch_size)) for tokens, job in zip(sampled, jobs, strict=True)]
 

@@ -18,6 +18,7 @@ from univid_jax.data.packing import select_target_tokens, target_indices
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from univid_jax.diffusion.guidance import Branch, guide
 from univid_jax.inference.experts import Experts
+from univid_jax.inference.plan import SamplingPlan
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.processes import gather_arrays, local_rows
 from univid_jax.parallel.sharding import shard_batch
@@ -70,10 +71,8 @@ class Sampler:
     self,
     experts: Experts,
     request: Request,
+    plan: SamplingPlan,
     *,
-    solver: Solver[Any],
-    sigmas: Float[np.ndarray, "i"],
-    guidance_scale: float | Sequence[float] = 1.0,
     rows_per_batch: int | None = None,
     progress: Progress | None = None,
   ) -> list[Float[np.ndarray, "_q p"]]:
@@ -82,9 +81,7 @@ class Sampler:
     Args:
       experts: the transformers.
       request: the sentences.
-      solver: integrates the flow.
-      sigmas: of `solver.sigmas`.
-      guidance_scale: 1 is the prompt alone; see `Experts.guidance_scales`.
+      plan: what each step does.
       rows_per_batch: rows computed together; by default one per data shard, or a single row.
       progress: called with the number of steps taken, from 1 again for every batch of rows.
 
@@ -110,9 +107,8 @@ class Sampler:
           part_row,
           part_negative,
           part_noise,
-          solver=solver,
-          sigmas=sigmas,
-          guidance_scales=experts.guidance_scales(guidance_scale),
+          plan=plan,
+          guidance_scales=experts.guidance_scales(plan.guidance_scale),
           progress=progress,
         )
         solved.append(gather_arrays(tokens))
@@ -126,11 +122,11 @@ class Sampler:
     negative: PackedRow | None,
     noise: Float[Array | np.ndarray, "b l p"],
     *,
-    solver: Solver[Any],
-    sigmas: Float[np.ndarray, "i"],
+    plan: SamplingPlan,
     guidance_scales: Sequence[float],
     progress: Progress | None,
   ) -> Float[Array, "b l p"]:
+    solver, sigmas = plan.solver, plan.sigmas
     step, coefficients = self.step(solver), solver.coefficients(sigmas)
     state, indices = solver.init(jnp.array(noise, jnp.float32)), range(len(sigmas))
     for index, steps in itertools.groupby(indices, lambda i: experts.find(float(sigmas[i]))):

@@ -80,8 +80,12 @@ def kernel_change(group: str, parts: Parts, kernel: Float[Array, "i o"]) -> Floa
   return change
 
 
+# Where changes hold the adapter that their Linear had before, if it had one.
+INNER = "inner"
+
+
 class Changes(nnx.Module):
-  """Maps the input of a Linear to the output of the changes of its kernel.
+  """Maps the input of a Linear to the output of the changes of its kernel, plus that of the adapter it had before.
 
   Args:
     groups: shapes of the parts by group, see `kernel_change`; stacked like the kernel.
@@ -89,7 +93,7 @@ class Changes(nnx.Module):
   """
 
   def __init__(self, groups: Shapes, linear: Linear):
-    self.dtype, self.groups = linear.dtype, tuple(groups)
+    self.dtype, self.groups, self.inner = linear.dtype, tuple(groups), nnx.data(linear.lora)
     names = dict(zip((IN, OUT), linear.kernel.get_metadata()["dims"], strict=True))
     for group, parts in groups.items():
       dims = {**KINDS[kind_of(group)].dims, **_DORA_DIMS}
@@ -108,6 +112,8 @@ class Changes(nnx.Module):
         outputs.append(multiply_low_rank(x, parts["down"].astype(self.dtype), parts["up"].astype(self.dtype)))
       else:
         outputs.append(x @ kernel_change(group, parts, kernel).astype(self.dtype))
+    if self.inner is not None:
+      outputs.append(self.inner(x, kernel))
     return sum(outputs[1:], start=outputs[0])
 
 

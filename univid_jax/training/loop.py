@@ -26,8 +26,8 @@ from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import TrainStep
 from univid_jax.data.loader import Loader, make_loader
 from univid_jax.data.packing import RowShape
+from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.experts import Transformer
-from univid_jax.inference.load import add_loras
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.attention.api import best_backend
 from univid_jax.parallel.mesh import row_shards

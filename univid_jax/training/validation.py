@@ -137,7 +137,7 @@ def write_previews(
   pipeline: Pipeline,
   sentences: Sequence[Sentence],
   *,
-  num_inference_steps: int,
+  num_inference_steps: int | None,
   progress: Progress | None = None,
 ) -> None:
   """Samples the sentences' targets and writes step_NNNNNN.png with all of them, and a video of each that is one.

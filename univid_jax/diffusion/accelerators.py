@@ -1,0 +1,78 @@
+"""How models are sampled that a distillation LoRA has taught to need few steps."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+from univid_jax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accelerator:
+  """A kind of distillation, with the only way of sampling that it was trained for.
+
+  Attributes:
+    name: of the kind.
+    solver: by name, see `diffusion.solvers`.
+    num_inference_steps: of the solver.
+    shift: of the noise levels toward noise.
+    guidance_scale: 1 is no guidance, which step-distilled models have learnt to do without.
+    pattern: regular expression of names and metadata of its files.
+  """
+
+  name: str
+  solver: str = "distilled"
+  num_inference_steps: int = 4
+  shift: float = 5.0
+  guidance_scale: float = 1.0
+  pattern: str
+
+
+# Both as LightX2V publishes them, also for both experts of Wan2.2 A14B: configs/distill/ and configs/wan22/
+# wan_moe_{t2v,i2v}_distill.json, https://github.com/ModelTC/LightX2V (Apache-2.0).
+KINDS: Mapping[str, Accelerator] = {
+  kind.name: kind
+  for kind in (
+    Accelerator(name="lightx2v", pattern=r"light[ _.-]?x2v|step[ _.-]?distill"),
+    Accelerator(name="lightning", pattern=r"lightning"),
+  )
+}
+DEFAULT_KIND = KINDS["lightx2v"]
+
+# Distillations of other methods, whose noise levels differ or are drawn again in every step.
+_OTHERS = r"caus[ _.-]?vid|acc[ _.-]?vid|fast[ _.-]?wan|(?<![a-z])(rcm|lcm|pcm|dmd2?|hyper|turbo)(?![a-z])|fusionx"
+
+
+def find_kind(name: str) -> Accelerator:
+  """Returns a kind by name.
+
+  Raises:
+    UserError: it is not known.
+  """
+  if name not in KINDS:
+    raise UserError(f"unknown kind of accelerator {name!r}; there are {', '.join(KINDS)}")
+  return KINDS[name]
+
+
+def infer_kind(source: str, texts: Sequence[str]) -> Accelerator:
+  """Returns the kind of a distillation LoRA by its name and metadata; `DEFAULT_KIND` if they say nothing.
+
+  Args:
+    source: of the LoRA, for messages.
+    texts: its name and metadata.
+
+  Raises:
+    UserError: they mention another method, or several.
+  """
+  text = "\n".join(texts).lower()
+  found = [kind for kind in KINDS.values() if re.search(kind.pattern, text)]
+  other = re.search(_OTHERS, text)
+  if other:
+    raise UserError(
+      f"{source} mentions {other[0]!r}, which is sampled in another way: if it is one of {', '.join(KINDS)} all the "
+      "same, say so with PATH:KIND"
+    )
+  if len({dataclasses.replace(kind, name="", pattern="") for kind in found}) > 1:
+    names = ", ".join(kind.name for kind in found)
+    raise UserError(f"{source} may be of several kinds ({names}): choose one with PATH:KIND")
+  return found[0] if found else DEFAULT_KIND

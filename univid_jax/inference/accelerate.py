@@ -1,0 +1,130 @@
+"""Distillation LoRAs next to others: read with their kind, and added to a pipeline that shares its weights."""
+
+import copy
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from univid_jax.checkpoints.experts import Expert, split_expert
+from univid_jax.core.errors import UserError
+from univid_jax.diffusion.accelerators import Accelerator, find_kind, infer_kind
+from univid_jax.inference.added_loras import add_loras
+from univid_jax.inference.experts import OffloadedParams, Transformer
+from univid_jax.inference.lora_specs import LoRA, read_loras, select_loras
+from univid_jax.inference.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+
+# How much of the path of a file is searched for its kind: the release's folder often says more than the file.
+_DEPTH = 3
+_SHORT = 200  # characters; longer metadata are configs and prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class AcceleratorLoRAs:
+  """The LoRAs of one distillation.
+
+  Attributes:
+    kind: how the model is sampled with them.
+    loras: their contents: one, or one per expert.
+    files: [EXPERT=]PATH and weight of each, as the user named them.
+  """
+
+  kind: Accelerator
+  loras: Sequence[LoRA]
+  files: Sequence[tuple[str, float]]
+
+
+def read_accelerator(items: str | Sequence[str] | AcceleratorLoRAs, *, verify: bool = True) -> AcceleratorLoRAs:
+  """Reads the LoRA files of a distillation.
+
+  Args:
+    items: each [EXPERT=]PATH[:WEIGHT][:KIND]; kinds that are not given are inferred from names and metadata. What was
+      read already is returned.
+    verify: whether to compare files with their checksums.
+
+  Raises:
+    OSError, UserError: a file cannot be read, or its kind is unknown or differs from that of another one.
+  """
+  if isinstance(items, AcceleratorLoRAs):
+    return items
+  items = [items] if isinstance(items, str) else list(items)
+  files, kinds, loras = [], [], []
+  for item in items:
+    expert, text = split_expert(item)
+    path, weight, name = split_accelerator(text)
+    kind = find_kind(name) if name else None
+    (lora,) = read_loras({expert: (path, weight)} if expert else (path, weight), verify=verify)
+    files.append((f"{expert}={path}" if expert else path, weight))
+    texts = [
+      *Path(path).absolute().parts[-_DEPTH:],
+      *(text for text in lora.weights.metadata.values() if len(text) < _SHORT),
+    ]
+    kinds.append(kind or infer_kind(path, texts))
+    loras.append(lora)
+  names = sorted({kind.name for kind in kinds})
+  if len(names) != 1:
+    raise UserError(f"the files of an accelerator must be of one kind, got {', '.join(names) or 'no file'}")
+  kind = kinds[0]
+  logger.info(
+    "accelerator %s: solver %s, %d steps, shift %g, guidance scale %g",
+    kind.name,
+    kind.solver,
+    kind.num_inference_steps,
+    kind.shift,
+    kind.guidance_scale,
+  )
+  return AcceleratorLoRAs(kind, loras, files)
+
+
+def split_accelerator(text: str) -> tuple[str, float, str]:
+  """Splits PATH[:WEIGHT][:KIND]; the weight is 1 and the kind "" by default."""
+  path, weight, kind = text, 1.0, ""
+  while not os.path.exists(path):
+    rest, colon, last = path.rpartition(":")
+    if not colon or "/" in last:
+      break
+    try:
+      weight = float(last)
+    except ValueError:
+      if kind:
+        break
+      kind = last
+    path = rest
+  return path, weight, kind
+
+
+def accelerate(pipeline: Pipeline, accelerator: AcceleratorLoRAs) -> Pipeline:
+  """Returns a pipeline with the LoRAs of a distillation on top, which shares the weights of the given one.
+
+  Args:
+    pipeline: stays as it is. Its LoRAs, of training or of files, stay in effect.
+    accelerator: of `read_accelerator`.
+
+  Raises:
+    UserError: a LoRA does not fit.
+  """
+  transformers = pipeline.experts.transformers
+  experts = (None,) if len(transformers) == 1 else (Expert.HIGH, Expert.LOW)
+  accelerated = copy.copy(pipeline)
+  accelerated.experts = dataclasses.replace(
+    pipeline.experts,
+    transformers=[
+      _with_loras(pipeline, transformer, loras)
+      for transformer, loras in zip(transformers, select_loras(accelerator.loras, experts), strict=True)
+    ],
+  )
+  accelerated.accelerator = accelerator.kind
+  return accelerated
+
+
+def _with_loras(pipeline: Pipeline, transformer: Transformer, loras: Sequence[LoRA]) -> Transformer:
+  if not loras:
+    return transformer
+  offloaded = isinstance(transformer.params, OffloadedParams)
+  params = transformer.params.load() if isinstance(transformer.params, OffloadedParams) else transformer.params
+  pairs = [(lora.weights, lora.weight) for lora in loras]
+  changed = add_loras(pipeline.config, transformer.graph, params, pairs, mesh=pipeline.mesh, merged=False)
+  return Transformer(*changed).offload() if offloaded else Transformer(*changed)
