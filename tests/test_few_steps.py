@@ -80,7 +80,7 @@ def test_contradictions_are_refused(options, message):
 )
 def test_what_contradicts_an_accelerator_is_refused(name, value):
   kind = KINDS["lightx2v"]
-  with pytest.raises(UserError, match=f"{name} = .* contradicts the accelerator lightx2v"):
+  with pytest.raises(UserError, match=f"{name} contradicts the accelerator lightx2v, which has"):
     SamplingPlan.of(kind, **{name: value})
   plan = SamplingPlan.of(kind, default_shift=12.0, num_inference_steps=4, solver="distilled")
   assert plan.sigmas.tolist() == SamplingPlan.of(solver="distilled").sigmas.tolist() and plan.guidance_scale == 1

@@ -1,6 +1,7 @@
 """Equality with diffusers and transformers on random configurations, new in every run. Needs the extra `parity`."""
 
 import dataclasses
+import json
 import os
 
 import jax
@@ -16,10 +17,17 @@ from univid_jax.codecs.wan_vae import VAE
 from univid_jax.convert.release_configs import diffusers_config
 from univid_jax.core.options import ModelType
 from univid_jax.data.tokens import patchify, unpatchify
+from univid_jax.diffusion.flow import FlowMatching
+from univid_jax.diffusion.solvers import SOLVERS
+from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
+from univid_jax.inference.experts import Experts, Transformer
+from univid_jax.inference.plan import SamplingPlan
+from univid_jax.inference.sampler import Request, Sampler
 from univid_jax.models.dit import DiT
 from univid_jax.models.names import diffusers_table, name_from_diffusers
 from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
 from univid_jax.models.variants import VARIANTS, DiTConfig
+from univid_jax.parallel.mesh import make_mesh
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 diffusers = pytest.importorskip("diffusers", reason="needs the extra `parity`")
@@ -119,6 +127,90 @@ def test_transformer(rng, kind):
     np.asarray(jax.jit(ours)(row.tokens, t[None], dataclasses.replace(row, **conditions)))[0], shape, PATCH
   )
   assert relative_error(out, np.moveaxis(expected[0].numpy(), 0, -1)) <= 2e-5
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_step_cache(rng, guidance_scale, capsys):
+  """MagCache: the ratios that both measure, the steps that both skip, and what they sample.
+
+  The model has at least two blocks: with one, diffusers 0.42 does not count the steps that it skips.
+  """
+  heads, head_dim, layers, text_dim = 2, 2 * int(rng.integers(6, 12)), int(rng.integers(2, 4)), int(rng.integers(8, 40))
+  shape = {"ffn_dim": int(rng.integers(20, 90)), "freq_dim": 2 * int(rng.integers(8, 33)), "text_dim": text_dim}
+  theirs = randomize(
+    diffusers.WanTransformer3DModel(
+      num_attention_heads=heads, attention_head_dim=head_dim, num_layers=layers, **shape, **WAN_OPTIONS
+    )
+  )
+  with torch.no_grad():
+    theirs.patch_embedding.weight.mul_(8)  # or else the residual hardly depends on the noise
+  config = DiTConfig(dim=heads * head_dim, num_heads=heads, num_layers=layers, **shape)
+  graph, params = nnx.split(load_dit(config, official_weights("transformer", theirs)), nnx.Param)
+  experts = Experts([Transformer(graph, nnx.to_pure_dict(params))], boundary=0.0)
+  noise = rng.normal(size=(16, 3, 4, 6)).astype(np.float32)
+  contexts = [rng.normal(size=(int(rng.integers(1, 30)), text_dim)).astype(np.float32) for _ in range(2)]
+  rows = [
+    jax.tree.map(np.asarray, dataclasses.replace(row, target_mask=np.ones(row.target_mask.shape, bool)))
+    for row in (row_of(noise, context) for context in contexts)
+  ]
+  guided = guidance_scale != 1
+  sampler = Sampler(make_mesh({}, devices=jax.devices()[:1]))
+
+  def sample(step_cache):
+    plan = SamplingPlan.of(num_inference_steps=12, guidance_scale=guidance_scale, step_cache=step_cache)
+    request = Request(rows[0], rows[1] if guided else None, [(0, 1)], [rows[0].tokens[0]])
+    return plan, unpatchify(sampler.sample(experts, request, plan)[0], noise.shape[1:], PATCH)
+
+  def sample_with_diffusers(plan, settings):
+    """Returns the latents, and the number of blocks that were run in each call of the model."""
+    theirs.enable_cache(diffusers.MagCacheConfig(num_inference_steps=len(plan.sigmas), **settings))
+    calls = []
+    counter = theirs.blocks[0].attn1.register_forward_hook(lambda *_: calls.append(1))
+    padded = [torch.from_numpy(np.pad(context, [(0, 512 - len(context)), (0, 0)])[None]) for context in contexts]
+    x, computed = torch.from_numpy(noise)[None], []
+    with torch.no_grad():
+      for sigma, following in zip(plan.sigmas.tolist(), [*plan.sigmas[1:].tolist(), 0.0]):
+        velocities = []
+        for name, text in zip(("cond", "uncond") if guided else ("cond",), padded):
+          calls.clear()
+          with theirs.cache_context(name):
+            velocities.append(theirs(x, torch.tensor([1000 * sigma]), text, return_dict=False)[0])
+          computed.append(len(calls))
+        v = velocities[0]
+        if guided:
+          v = velocities[1] + guidance_scale * (v - velocities[1])
+        x = x + (following - sigma) * v
+    counter.remove()
+    theirs.disable_cache()
+    return np.moveaxis(x[0].numpy(), 0, -1), np.reshape(computed, (len(plan.sigmas), -1)).T
+
+  measurement = RatioMeasurement()
+  plan, dense = sample(measurement)
+  expected, computed = sample_with_diffusers(plan, {"calibrate": True})
+  assert computed.all() and relative_error(dense, expected) <= 1e-4
+  printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("[1.0")]
+  np.testing.assert_allclose(measurement.table, printed, atol=1e-4)
+
+  ratios = list(measurement.table[0])  # diffusers has one list for both branches
+  for threshold, max_skip in ((0.03, 2), (0.1, 2), (0.3, 4)):
+    step_cache = StepCache(ratios=[ratios] * 2, threshold=threshold, max_skip=max_skip)
+    plan, ours = sample(step_cache)
+    settings = {"mag_ratios": ratios, "threshold": threshold, "max_skip_steps": max_skip, "retention_ratio": 0.2}
+    expected, computed = sample_with_diffusers(plan, settings)
+    schedule = plan.computed_steps([0] * len(plan.sigmas), plan.guided_steps() & guided)
+    for branch in computed:
+      assert (np.ones(len(branch), bool) if schedule is None else schedule[0]).tolist() == branch.astype(bool).tolist()
+    assert relative_error(ours, expected) <= 1e-4
+  assert schedule is not None and relative_error(ours, dense) > 1e-3
+
+
+@pytest.mark.parametrize("shift", [5.0, 12.0])
+def test_distilled_sigmas(shift):
+  """Computed in float32 by PyTorch, as LightX2V does."""
+  grid = torch.linspace(1.0, 0.0, 1001)[:-1]
+  grid = shift * grid / (1 + (shift - 1) * grid)
+  expected = grid[[1000 - place for place in (1000, 750, 500, 250)]].numpy()
+  assert np.abs(SOLVERS["distilled"].sigmas(FlowMatching(shift=shift), 4) - expected).max() <= 1e-7
 
 
 @pytest.mark.parametrize("name", VARIANTS)

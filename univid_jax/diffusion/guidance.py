@@ -54,6 +54,7 @@ def guide(
   positive: Branch,
   *,
   negative: Branch | None = None,
+  negative_model: VelocityModel | None = None,
   guidance_scale: Float[Array, ""] | float = 1.0,
 ) -> VelocityFn:
   """Returns the velocity of a row, with classifier-free guidance if there is a negative branch.
@@ -62,13 +63,14 @@ def guide(
     model: the transformer.
     positive: the sentences with their prompts.
     negative: the same sentences with the negative prompts.
+    negative_model: the transformer of this branch, if it differs.
     guidance_scale: 1 follows the prompt alone; more moves away from the negative prompt.
   """
   if negative is None:
     return lambda tokens, sigma: positive.velocity(model, tokens, sigma)
 
   def predict(tokens: Float[Array, "b l p"], sigma: Float[Array, ""]) -> Float[Array, "b l p"]:
-    away = negative.velocity(model, tokens, sigma)
+    away = negative.velocity(negative_model or model, tokens, sigma)
     return away + guidance_scale * (positive.velocity(model, tokens, sigma) - away)
 
   return predict

@@ -25,6 +25,7 @@ from univid_jax.data.clips import ClipFormat
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.tokens import Features, patchify, unpatchify
 from univid_jax.diffusion.accelerators import Accelerator
+from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 from univid_jax.inference.encoding import EncodingPipeline
 from univid_jax.inference.experts import Experts, Transformer
 from univid_jax.inference.jobs import Job, infer_length, join_context, pack_request, pack_single, with_timesteps
@@ -162,6 +163,8 @@ class Pipeline(EncodingPipeline):
     negative_prompt_embeds: Float[Array | np.ndarray, "_n d"] | None = None,
     solver: str | Solver[Any] | None = None,
     sigmas: Sequence[float] | None = None,
+    guidance_range: Sequence[float] | None = None,
+    step_cache: StepCache | RatioMeasurement | None = None,
     progress: Progress | None = None,
   ) -> Sample:
     """Generates the clip that completes a sentence.
@@ -176,19 +179,27 @@ class Pipeline(EncodingPipeline):
       shift: of the noise levels toward noise; None takes that of training, which is 5 in the paper.
       seed: of the initial noise.
       latents: the initial noise itself.
-      first_frame: of the generated clip, uint8 (H, W, 3); its latents stay clean. With it the context may be empty, as
-        in TI2V's image-to-video mode.
+      first_frame: of the generated clip, uint8 (H, W, 3); its latents stay clean, and the context may be empty (TI2V).
       prompt_embeds, negative_prompt_embeds: replace the text encoder.
       solver: "euler" (None), the reference's; "unipc", for fewer steps; or "distilled", for step-distilled models.
       sigmas: the noise level before each Euler step, descending within (0, 1], instead of steps and shift.
+      guidance_range: noise levels with guidance, (from, to); None is all. Steps outside take half the time.
+      step_cache: steps that reuse a part of earlier ones; or the measurement of the ratios that decide which.
       progress: called with the number of steps taken, after each.
 
-    A model with an `accelerator` decides about solver, steps, shift and guidance itself; other values are refused.
-
     Raises:
-      ValueError: an even number of clips, clips of different sizes, or shapes that have no latents.
+      ValueError: an even number of clips, clips of different sizes, shapes that have no latents, or options that
+        contradict each other or the model's accelerator.
     """
-    plan = self.plan(num_inference_steps, guidance_scale=guidance_scale, shift=shift, solver=solver, sigmas=sigmas)
+    plan = self.plan(
+      num_inference_steps,
+      guidance_scale=guidance_scale,
+      shift=shift,
+      solver=solver,
+      sigmas=sigmas,
+      guidance_range=guidance_range,
+      step_cache=step_cache,
+    )
     job = self._make_job(clips, num_frames, seed, latents, first_frame)
     embeds = [self._embed(prompt, prompt_embeds)]
     if set(self.experts.guidance_scales(plan.guidance_scale)) != {1.0}:
@@ -209,6 +220,8 @@ class Pipeline(EncodingPipeline):
     seeds: Sequence[int] | None = None,
     solver: str | Solver[Any] | None = None,
     sigmas: Sequence[float] | None = None,
+    guidance_range: Sequence[float] | None = None,
+    step_cache: StepCache | RatioMeasurement | None = None,
     progress: Progress | None = None,
   ) -> list[Sample]:
     """Generates the clips that complete many sentences of any lengths, packed into rows that spread over the mesh.
@@ -218,7 +231,7 @@ class Pipeline(EncodingPipeline):
     Args:
       batch: the context of each sentence.
       prompts: one per sentence; null prompts by default.
-      num_frames, num_inference_steps, guidance_scale, shift, solver, sigmas: see `sample`.
+      num_frames, num_inference_steps, guidance_scale, shift, solver, sigmas, guidance_range, step_cache: see `sample`.
       negative_prompt: of all sentences.
       seeds: one per sentence; 0, 1, 2 and so on by default.
       progress: called with the number of steps taken, from 1 again for every batch of rows.
@@ -226,7 +239,15 @@ class Pipeline(EncodingPipeline):
     Raises:
       ValueError: see `sample`; or the numbers of sentences, prompts and seeds differ.
     """
-    plan = self.plan(num_inference_steps, guidance_scale=guidance_scale, shift=shift, solver=solver, sigmas=sigmas)
+    plan = self.plan(
+      num_inference_steps,
+      guidance_scale=guidance_scale,
+      shift=shift,
+      solver=solver,
+      sigmas=sigmas,
+      guidance_range=guidance_range,
+      step_cache=step_cache,
+    )
     prompts = [""] * len(batch) if prompts is None else prompts
     seeds = range(len(batch)) if seeds is None else seeds
     if not len(batch) == len(prompts) == len(seeds):

@@ -1,17 +1,19 @@
 """How a sample is integrated: solver, noise levels and guidance, from what was asked for and how the model works."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import Solver
 from univid_jax.diffusion.accelerators import Accelerator
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import check_sigmas, default_steps, find_solver
+from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,11 +24,15 @@ class SamplingPlan:
     solver: integrates the flow.
     sigmas: the noise level before each step, float32, descending.
     guidance_scale: see `Experts.guidance_scales`.
+    guidance_range: noise levels with guidance, from and to; in other steps the negative prompt is not computed.
+    step_cache: which steps reuse the residual of an earlier one; None and a measurement compute all.
   """
 
   solver: Solver[Any]
   sigmas: Float[np.ndarray, "i"]
   guidance_scale: float | Sequence[float] = 1.0
+  guidance_range: tuple[float, float] = (0.0, 1.0)
+  step_cache: StepCache | RatioMeasurement | None = None
 
   @classmethod
   def of(
@@ -39,13 +45,15 @@ class SamplingPlan:
     shift: float | None = None,
     solver: str | Solver[Any] | None = None,
     sigmas: Sequence[float] | None = None,
+    guidance_range: Sequence[float] | None = None,
+    step_cache: StepCache | RatioMeasurement | None = None,
   ) -> "SamplingPlan":
     """Returns the plan for options of `Pipeline.sample`, of which None leaves the choice to the model.
 
     Args:
       accelerator: of the model, if it has one. It decides everything: other values are refused.
       default_shift: that of training.
-      num_inference_steps, guidance_scale, shift, solver, sigmas: see `Pipeline.sample`.
+      num_inference_steps, guidance_scale, shift, solver, sigmas, guidance_range, step_cache: see `Pipeline.sample`.
 
     Raises:
       UserError: a value is invalid, or contradicts another one or the accelerator.
@@ -56,31 +64,78 @@ class SamplingPlan:
       "shift": shift,
       "guidance_scale": guidance_scale,
       "sigmas": sigmas,
+      "guidance_range": guidance_range,
+      "step_cache": step_cache,
     }
     if accelerator is not None:
       _check_accelerator(accelerator, given)
       solver, num_inference_steps = accelerator.solver, accelerator.num_inference_steps
       shift, guidance_scale = accelerator.shift, accelerator.guidance_scale
     solver = find_solver("euler" if solver is None else solver)
-    guidance_scale = 1.0 if guidance_scale is None else guidance_scale
     if sigmas is not None:
       for name in ("num_inference_steps", "shift"):
         if given[name] is not None:
           raise UserError(f"sigmas replace {name}: leave one of them out")
-      return cls(solver=solver, sigmas=check_sigmas(sigmas, solver), guidance_scale=guidance_scale)
-    shift = default_shift if shift is None else shift
-    if not shift > 0:
-      raise UserError(f"the shift of the noise levels must be positive, got {shift}")
-    steps = default_steps(solver) if num_inference_steps is None else num_inference_steps
-    levels = solver.sigmas(FlowMatching(shift=shift), steps)
-    return cls(solver=solver, sigmas=levels, guidance_scale=guidance_scale)
+      levels = check_sigmas(sigmas, solver)
+    else:
+      levels = _make_sigmas(solver, num_inference_steps, default_shift if shift is None else shift)
+    return cls(
+      solver=solver,
+      sigmas=levels,
+      guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+      guidance_range=_check_range(guidance_range, guidance_scale),
+      step_cache=step_cache,
+    )
+
+  def guided_steps(self) -> Bool[np.ndarray, "i"]:
+    """Returns whether each step is guided, if there is guidance."""
+    low, high = map(np.float32, self.guidance_range)
+    return (low <= self.sigmas) & (self.sigmas <= high)
+
+  def computed_steps(self, experts: Sequence[int], guided: Bool[np.ndarray, "i"]) -> Bool[np.ndarray, "w i"] | None:
+    """Returns whether each branch computes the blocks in each step; None if all do and no residual is needed.
+
+    Args:
+      experts: the expert of each step.
+      guided: whether the negative prompt is used in each step.
+
+    Raises:
+      UserError: the step cache is of another plan.
+    """
+    if self.step_cache is None:
+      return None
+    if isinstance(self.step_cache, RatioMeasurement):
+      return np.ones((2, len(experts)), bool)
+    segments, start = [], 0
+    for _, group in itertools.groupby(experts):
+      segments.append(range(start, start + len(list(group))))
+      start = segments[-1].stop
+    always = np.ones(len(experts), bool)
+    computed = [self.step_cache.computed_steps(0, segments, always), always]
+    if guided.any():
+      computed[1] = self.step_cache.computed_steps(1, segments, guided)
+    return None if np.all(computed) else np.stack(computed)
+
+
+def _make_sigmas(solver: Solver[Any], num_steps: int | None, shift: float) -> Float[np.ndarray, "i"]:
+  if not shift > 0:
+    raise UserError(f"the shift of the noise levels must be positive, got {shift}")
+  return solver.sigmas(FlowMatching(shift=shift), default_steps(solver) if num_steps is None else num_steps)
+
+
+def _check_range(levels: Sequence[float] | None, scale: float | Sequence[float] | None) -> tuple[float, float]:
+  if levels is None:
+    return 0.0, 1.0
+  if len(levels) != 2 or not 0 <= levels[0] < levels[1] <= 1:
+    raise UserError(f"guidance_range is two noise levels from 0 to 1, ascending, got {', '.join(map(str, levels))}")
+  if scale is None or np.all(np.asarray(scale) == 1):
+    raise UserError("guidance_range needs guidance: give a guidance_scale other than 1")
+  return float(levels[0]), float(levels[1])
 
 
 def _check_accelerator(accelerator: Accelerator, given: dict[str, Any]) -> None:
   for name, value in given.items():
     fixed = getattr(accelerator, name, None)
     if value is not None and value != fixed:
-      uses = "its own noise levels" if fixed is None else f"{name} = {fixed}"
-      raise UserError(
-        f"{name} = {value} contradicts the accelerator {accelerator.name}, which has {uses}: leave it out"
-      )
+      has = f"{name} = {fixed}" if fixed is not None else "a few steps of its own"
+      raise UserError(f"{name} contradicts the accelerator {accelerator.name}, which has {has}: leave it out")

@@ -1,6 +1,7 @@
 """Samples the targets of packed rows: one compiled step, driven by a loop on the host."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from univid_jax.diffusion.guidance import Branch, guide
 from univid_jax.inference.experts import Experts
 from univid_jax.inference.plan import SamplingPlan
+from univid_jax.inference.residuals import Residuals, step_with_residuals
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.processes import gather_arrays, local_rows
 from univid_jax.parallel.sharding import shard_batch
@@ -58,6 +60,7 @@ class Sampler:
       static_argnums=0,
     )
     self._steps: dict[Solver[Any], Callable[..., Any]] = {}
+    self._cached_steps: dict[Solver[Any], Callable[..., Any]] = {}
 
   def predict(
     self, experts: Experts, row: PackedRow, timesteps: Float[np.ndarray, "b m"]
@@ -128,19 +131,30 @@ class Sampler:
   ) -> Float[Array, "b l p"]:
     solver, sigmas = plan.solver, plan.sigmas
     step, coefficients = self.step(solver), solver.coefficients(sigmas)
-    state, indices = solver.init(jnp.array(noise, jnp.float32)), range(len(sigmas))
-    for index, steps in itertools.groupby(indices, lambda i: experts.find(float(sigmas[i]))):
+    state, chosen = solver.init(jnp.array(noise, jnp.float32)), [experts.find(float(sigma)) for sigma in sigmas]
+    guided = plan.guided_steps() & (negative is not None)
+    computed = plan.computed_steps(chosen, guided)
+    residuals = None if computed is None else Residuals(self._cached_step(solver), computed, plan.step_cache)
+    for index, steps in itertools.groupby(range(len(sigmas)), chosen.__getitem__):
       graph, params = experts.transformers[index].graph, experts.load(index)
-      branches = tuple(None if each is None else self._prepare(graph, params, each) for each in (row, negative))
+      branch = self._prepare(graph, params, row)
+      away = None if negative is None else self._prepare(graph, params, negative)
       scale = np.float32(guidance_scales[index])
       for i in steps:
+        branches = branch, away if guided[i] else None
         with jax.profiler.StepTraceAnnotation("sample", step_num=i + 1):
-          state = step(graph, params, branches, state, sigmas[i], coefficients[i], scale)
+          if residuals is None:
+            state = step(graph, params, branches, state, sigmas[i], coefficients[i], scale)
+          else:
+            state = residuals.step(i, graph, params, branches, state, sigmas[i], coefficients[i], scale)
         if progress is not None:
           jax.block_until_ready(state)
           progress(i + 1)
       jax.block_until_ready(state)
-      del params, branches  # an offloaded expert must leave its devices before the other one comes
+      branches = ()
+      del params, branch, away  # an offloaded expert must leave its devices before the other one comes
+      if residuals is not None:
+        residuals.clear()
     return solver.tokens(state)
 
   def step(self, solver: Solver[Any]) -> Callable[..., Any]:
@@ -153,6 +167,11 @@ class Sampler:
       return solver.step(predict, state, sigma, coefficients)
 
     return self._steps.setdefault(solver, jax.jit(step, static_argnums=0, donate_argnums=3))
+
+  def _cached_step(self, solver: Solver[Any]) -> Callable[..., Any]:
+    """Returns the jitted step that takes and returns the residuals of the branches, see `step_with_residuals`."""
+    step = functools.partial(step_with_residuals, solver)
+    return self._cached_steps.setdefault(solver, jax.jit(step, static_argnums=0, donate_argnums=(3, 4)))
 
 
 def _with_targets(row: PackedRow) -> PackedRow:

@@ -95,11 +95,45 @@ class DiT(nnx.Module):
     Raises:
       UserError: the row lacks a condition or image features that the model takes, or has what it does not take.
     """
-    time, x, _ = self._run(tokens, timesteps, row, cache, keep=False)
+    time, _, x, _ = self._run(tokens, timesteps, row, cache, keep=False)
+    return self._predict(_take_targets(x, row), time, row)
+
+  def with_residual(
+    self,
+    tokens: Float[Array, "b l p"],
+    timesteps: Float[Array, "b m"],
+    row: PackedRow,
+    cache: KeyValueCache | None = None,
+    *,
+    residual: Float[Array, "b q d"] | None = None,
+  ) -> tuple[Float[Array, "b l p"], Float[Array, "b q d"]]:
+    """Predicts velocities with the residual of the blocks: what they add to the hidden states that the head reads.
+
+    Args:
+      tokens, timesteps, row, cache: see `__call__`.
+      residual: of another call, which replaces the blocks; None computes them.
+
+    Returns:
+      The velocities of a call, and the residual of the targets if the row lists them, else of all tokens, in the
+      compute dtype.
+    """
+    if residual is None:
+      time, start, x, _ = self._run(tokens, timesteps, row, cache, keep=False)
+      x = _take_targets(x, row)
+      return self._predict(x, time, row), x - _take_targets(start, row)
+    start = self.patch_embedding(_take_targets(self._add_condition(tokens, row), row))
+    return self._predict(start + residual, self._embed_time(timesteps), row), residual
+
+  def _predict(self, x: Float[Array, "b q d"], time: Float[Array, "b m d"], row: PackedRow) -> Float[Array, "b l p"]:
+    """Returns velocities from the last hidden states, of the targets if the row lists them."""
     if row.targets is None:
       return self.head(x, row, time)
-    velocity = self.head(take_tokens(x, row.targets), row.target_queries(), time)
-    return put_tokens(velocity, row.targets, into=jnp.zeros((*x.shape[:2], velocity.shape[-1]), velocity.dtype))
+    velocity = self.head(x, row.target_queries(), time)
+    shape = (*row.target_mask.shape, velocity.shape[-1])
+    return put_tokens(velocity, row.targets, into=jnp.zeros(shape, velocity.dtype))
+
+  def _embed_time(self, timesteps: Float[Array, "b m"]) -> Float[Array, "b m d"]:
+    return self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim))
 
   def encode_context(self, row: PackedRow) -> KeyValueCache:
     """Computes the keys and values of the context, which do not depend on noise, in the compute dtype.
@@ -113,7 +147,7 @@ class DiT(nnx.Module):
     if not row.context_mode.causal or row.targets is None:
       raise ValueError("only the context of a row that is context-causal and lists its targets can be computed once")
     timesteps = jnp.zeros((len(row.tokens), 2 * row.num_slots))
-    _, _, keys_and_values = self._run(row.tokens, timesteps, row, None, keep=True)
+    *_, keys_and_values = self._run(row.tokens, timesteps, row, None, keep=True)
     assert keys_and_values is not None
     return KeyValueCache(keys_and_values, row.targets)
 
@@ -121,7 +155,7 @@ class DiT(nnx.Module):
     self, timesteps: Float[Array, "b m"], row: PackedRow
   ) -> tuple[Float[Array, "b m d"], Float[Array, "b m 6 d"], Float[Array, "b n d"], Float[Array, "b i d"] | None]:
     """Returns what all blocks share: time and its modulation in float32, embedded prompts and embedded images."""
-    time = self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim))
+    time = self._embed_time(timesteps)
     modulation = self.time_projection(jax.nn.silu(time))
     modulation = modulation.reshape(*time.shape[:-1], 6, self.config.dim)
     image = None if row.image_features is None else self.img_emb(row.image_features)
@@ -135,8 +169,8 @@ class DiT(nnx.Module):
     cache: KeyValueCache | None,
     *,
     keep: bool,
-  ) -> tuple[Float[Array, "b m d"], Float[Array, "b l d"], KeysAndValues | None]:
-    """Returns the time embedding, the last hidden states and, with `keep`, the keys and values of every layer."""
+  ) -> tuple[Float[Array, "b m d"], Float[Array, "b l d"], Float[Array, "b l d"], KeysAndValues | None]:
+    """Returns the time embedding, the first and last hidden states and, with `keep`, keys and values by layer."""
     tokens = self._add_condition(tokens, row)
     time, modulation, text, image = self._embed_conditions(timesteps, row)
     rope = rotary_tables(
@@ -166,8 +200,9 @@ class DiT(nnx.Module):
     if self.remat != RematPolicy.NONE:
       body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     inputs = jnp.arange(self.config.num_layers), layers, None if cache is None else cache.keys_and_values
-    x, keys_and_values = jax.lax.scan(body, self.patch_embedding(tokens), inputs)
-    return time, x, keys_and_values
+    start = self.patch_embedding(tokens)
+    x, keys_and_values = jax.lax.scan(body, start, inputs)
+    return time, start, x, keys_and_values
 
   def _add_condition(self, tokens: Float[Array, "b l p"], row: PackedRow) -> Float[Array, "b l _p"]:
     """Appends I2V's condition to the channels of the tokens, after checking that the row has what the model needs."""
@@ -179,6 +214,10 @@ class DiT(nnx.Module):
       return tokens
     parts = [x.reshape(*x.shape[:2], self.config.patch_volume, -1) for x in (tokens, row.condition)]
     return jnp.concatenate(parts, axis=-1).reshape(*tokens.shape[:2], -1)
+
+
+def _take_targets(x: Float[Array, "b l _d"], row: PackedRow) -> Float[Array, "b q _d"]:
+  return x if row.targets is None else take_tokens(x, row.targets)
 
 
 def _apply_to_targets(block: Callable[..., Any], row: PackedRow, x: Float[Array, "b l d"], layer: nnx.State) -> Array:

@@ -1,0 +1,207 @@
+"""Step caching: the schedule, sampling with it, and its table of ratios."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers import random_pipeline, relative_error
+from tests.test_sampling import held_out_sentences
+from univid_jax.config.boundary import override
+from univid_jax.core.errors import UserError
+from univid_jax.diffusion.guidance import Branch
+from univid_jax.diffusion.solvers import Euler
+from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
+from univid_jax.inference.jobs import pack_single
+from univid_jax.inference.plan import SamplingPlan
+from univid_jax.parallel.mesh import make_mesh
+
+STEPS = 6
+
+
+def one_device():
+  return make_mesh({}, devices=jax.devices()[:1])
+
+
+def always(num_steps):
+  return np.ones(num_steps, bool)
+
+
+@given(
+  ratios=st.lists(st.floats(0.8, 1.2), min_size=1, max_size=40),
+  threshold=st.floats(0, 0.5),
+  max_skip=st.integers(1, 6),
+  retention=st.floats(0, 1),
+)
+@settings(deadline=None)
+def test_the_schedule(ratios, threshold, max_skip, retention):
+  """Written out from the paper: what is skipped is within the threshold, and what is computed was out of it."""
+  cache = StepCache(ratios=[ratios], threshold=threshold, max_skip=max_skip, retention=retention)
+  computed = cache.computed_steps(0, [range(len(ratios))], always(len(ratios)))
+  first = int(retention * len(ratios) + 0.5)
+  assert computed[: max(first, 1)].all()
+  last = max(first, 1) - 1
+  for i in range(last + 1, len(ratios)):
+    products = np.cumprod(ratios[last + 1 : i + 1])
+    error = np.abs(1 - products).sum()
+    if abs(error - threshold) > 1e-9:
+      assert computed[i] == (not (error < threshold and len(products) <= max_skip)), i
+    if computed[i]:
+      last = i
+
+
+def test_segments_and_gaps_start_anew():
+  """An expert, and a branch after a gap, has no residual to reuse; each expert has its own first fifth."""
+  cache = StepCache(ratios=[[1.0] * 20], threshold=0.1, max_skip=100)
+  computed = cache.computed_steps(0, [range(10), range(10, 20)], always(20))
+  assert np.flatnonzero(computed).tolist() == [0, 1, 10, 11]
+  active = always(20)
+  active[[0, 1, 2, 3, 15]] = False
+  computed = cache.computed_steps(0, [range(10), range(10, 20)], active)
+  assert np.flatnonzero(computed & active).tolist() == [4, 10, 11, 16]
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"threshold": -0.1}, "threshold of the step cache must be at least 0, got -0.1"),
+    ({"threshold": float("nan")}, "threshold of the step cache"),
+    ({"max_skip": 0}, "at least 1 step in a row, got 0"),
+    ({"retention": 1.5}, "retention of the step cache must be from 0 to 1, got 1.5"),
+  ],
+)
+def test_invalid_settings_are_refused(options, message):
+  with pytest.raises(UserError, match=message):
+    StepCache(ratios=[[1.0]], **options)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"guidance_range": (0.2, 0.8)}, "guidance_range needs guidance"),
+    ({"guidance_range": (0.8, 0.2), "guidance_scale": 2.0}, "two noise levels from 0 to 1, ascending, got 0.8, 0.2"),
+    ({"guidance_range": (0.2,), "guidance_scale": 2.0}, "two noise levels"),
+  ],
+)
+def test_invalid_ranges_are_refused(options, message):
+  with pytest.raises(UserError, match=message):
+    SamplingPlan.of(**options)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_config):
+  """With a cached context; tests/test_parity.py compares full attention with diffusers."""
+  return random_pipeline(override(tiny_config, {"model.attention": "context_causal"}), one_device())
+
+
+@pytest.fixture(scope="module")
+def contexts(tiny_config):
+  """Sentences of different lengths."""
+  chosen = {len(s.clips[-1]) + 10 * len(s.clips[0]): list(s.clips[:-1]) for s in held_out_sentences(tiny_config)}
+  return list(chosen.values())[:3]
+
+
+def sample(pipe, clips, **options):
+  return pipe.sample(clips, **{"num_inference_steps": STEPS, "guidance_scale": 2.0, "seed": 3, **options}).latents
+
+
+def measure(pipe, clips, **options):
+  measurement = RatioMeasurement()
+  latents = sample(pipe, clips, step_cache=measurement, **options)
+  return measurement.table, latents
+
+
+@pytest.mark.parametrize("attention", ["full", "context_causal"])
+def test_threshold_0_and_measuring_change_nothing(tiny_config, pipe, contexts, attention):
+  if attention == "full":
+    pipe = random_pipeline(tiny_config, one_device())
+  expected = sample(pipe, contexts[0])
+  table, latents = measure(pipe, contexts[0])
+  assert relative_error(latents, expected) <= 1e-6
+  assert np.shape(table) == (2, STEPS) and [ratios[0] for ratios in table] == [1, 1] and np.std(table) > 1e-4
+  nothing = sample(pipe, contexts[0], step_cache=StepCache(ratios=table, threshold=0))
+  assert np.array_equal(nothing, expected), "to the bit"
+
+
+def test_skipped_steps_reuse_the_residual(pipe, contexts):
+  """As a loop over the model itself, with a step that only one branch skips."""
+  table = [[1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 2.0, 1.0, 1.0, 1.0]]
+  cache = StepCache(ratios=table, threshold=0.1, max_skip=2, retention=0.2)
+  computed = [cache.computed_steps(n, [range(STEPS)], always(STEPS)).tolist() for n in range(2)]
+  assert computed == [[True, False, False, True, False, False], [True, False, True, False, False, True]]
+  noise = np.random.default_rng(0).normal(size=pipe.encode(contexts[0][-1]).shape).astype(np.float32)
+  prompts = np.random.default_rng(1).normal(size=(2, 3, pipe.config.text_dim)).astype(np.float32)
+  given = {"prompt_embeds": prompts[0], "negative_prompt_embeds": prompts[1], "latents": noise}
+  ours = sample(pipe, contexts[0], step_cache=cache, **given)
+
+  model = nnx.merge(pipe.graph, pipe.params)
+  job = pipe._make_job(contexts[0], len(contexts[0][-1]), 0, noise)
+  rows = [
+    pack_single(pipe._make_features(job, prompt), context_mode=pipe.context_mode, with_targets=True)
+    for prompt in prompts
+  ]
+
+  @jax.jit
+  def run(tokens, sigma, row, residual):
+    kept = []
+
+    def predict(*args):
+      velocity, added = model.with_residual(*args, residual=residual)
+      kept.append(added)
+      return velocity
+
+    return Branch(row).velocity(predict, tokens, sigma), kept[0]
+
+  tokens, levels, kept = rows[0].tokens.copy(), [*pipe.plan(STEPS).sigmas, 0.0], [None, None]
+  mask = rows[0].target_mask
+  tokens[mask] = job.noise
+  for i in range(STEPS):
+    velocities = []
+    for n, row in enumerate(rows):
+      velocity, kept[n] = run(tokens, np.float32(levels[i]), row, None if computed[n][i] else kept[n])
+      velocities.append(np.asarray(velocity))
+    velocity = velocities[1] + 2.0 * (velocities[0] - velocities[1])
+    tokens = tokens + velocity * (levels[i + 1] - levels[i])
+  assert relative_error(ours, job.finish(np.asarray(tokens)[mask], pipe.config.patch_size)) <= 1e-5
+  assert relative_error(ours, sample(pipe, contexts[0], **given)) > 1e-4
+
+
+def test_a_batch_of_packed_rows_equals_single_samples(pipe, contexts):
+  cache = StepCache(ratios=measure(pipe, contexts[0])[0], threshold=10, max_skip=1)
+  options = dict(num_inference_steps=STEPS, guidance_scale=2.0, step_cache=cache)
+  together = pipe.sample_batch(contexts * 2, seeds=range(2 * len(contexts)), **options)
+  for seed, (clips, out) in enumerate(zip(contexts, together)):
+    assert relative_error(out.latents, pipe.sample(clips, seed=seed, **options).latents) <= 1e-5
+
+
+def test_guidance_range(pipe, contexts):
+  """Steps outside have no negative branch; the whole range is the default, to the bit."""
+  prompts = np.random.default_rng(1).normal(size=(2, 3, pipe.config.text_dim)).astype(np.float32)
+  clips, given = contexts[0], {"prompt_embeds": prompts[0], "negative_prompt_embeds": prompts[1]}
+  everything = sample(pipe, clips, **given)
+  assert np.array_equal(sample(pipe, clips, guidance_range=(0, 1), **given), everything)
+  levels = pipe.plan(STEPS).sigmas.tolist()
+  nothing = sample(pipe, clips, guidance_range=(0, 0.01), **given)
+  assert relative_error(nothing, sample(pipe, clips, guidance_scale=1.0, **given)) <= 1e-6
+  some = sample(pipe, clips, guidance_range=(levels[3], levels[2]), **given)
+  assert relative_error(some, everything) > 1e-6 and relative_error(some, nothing) > 1e-6
+  table, _ = measure(pipe, clips, guidance_range=(levels[3], levels[2]), **given)
+  assert np.flatnonzero(np.array(table[1]) != 1).tolist() == [3]
+
+
+def test_a_solver_that_calls_the_model_twice_is_refused(pipe, contexts):
+  class Twice(Euler):
+    def step(self, predict, state, sigma, coefficients):
+      return super().step(predict, super().step(predict, state, sigma, coefficients / 2), sigma, coefficients / 2)
+
+  cache = StepCache(ratios=[[1.0] * STEPS] * 2, threshold=1)
+  with pytest.raises(UserError, match="a step cache needs a solver that calls the model once a step"):
+    sample(pipe, contexts[0], step_cache=cache, solver=Twice())
+  with pytest.raises(UserError, match="ratios of 2 branches of 6 steps, the sample 1 of 5"):
+    sample(pipe, contexts[0], step_cache=cache, num_inference_steps=5)
+  with pytest.raises(UserError, match="the step cache has ratios of 1 branches of 6 steps, the sample 2 of 6"):
+    sample(pipe, contexts[0], step_cache=dataclasses.replace(cache, ratios=[[1.0] * STEPS]))

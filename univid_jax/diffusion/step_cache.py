@@ -1,0 +1,94 @@
+"""Step caching: steps that reuse what the transformer's blocks added to the hidden states in an earlier step.
+
+MagCache (Ma et al. 2025, arXiv 2506.09045), equal to diffusers' `MagCacheConfig`. The magnitude of that residual
+changes from step to step by ratios that hardly depend on the sample. They are measured once, so which steps are
+computed is known before sampling starts, and no program contains a decision.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool
+
+from univid_jax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepCache:
+  """Which steps may be skipped.
+
+  Attributes:
+    ratios: by branch (the prompt, then the negative prompt if there is guidance) and step: the mean over target tokens
+      of the residual's magnitude, relative to that of the step before; of a `RatioMeasurement`.
+    threshold: the sum of estimated errors since the last computed step stays below it; 0 skips nothing.
+    max_skip: steps that are skipped in a row at most, K in the paper.
+    retention: share of the steps, of each expert, that are always computed, at the beginning.
+  """
+
+  ratios: Sequence[Sequence[float]]
+  threshold: float = 0.12
+  max_skip: int = 2
+  retention: float = 0.2
+
+  def __post_init__(self):
+    check_step_cache(self.threshold, self.max_skip, self.retention)
+
+  def computed_steps(
+    self, branch: int, segments: Sequence[range], active: Bool[np.ndarray, "i"]
+  ) -> Bool[np.ndarray, "i"]:
+    """Returns whether each step computes the blocks; those of steps in which the branch is not used count as computed.
+
+    Args:
+      branch: 0 of the prompt, 1 of the negative prompt.
+      segments: the steps of each expert; residuals of one are not reused by the other.
+      active: steps in which the branch is used. Residuals from before a gap are not reused.
+
+    Raises:
+      UserError: there are no ratios of the branch, or of another number of steps.
+    """
+    if branch >= len(self.ratios) or len(self.ratios[branch]) != len(active):
+      found = f"{len(self.ratios)} branches of {len(self.ratios[0]) if self.ratios else 0} steps"
+      raise UserError(f"the step cache has ratios of {found}, the sample {branch + 1} of {len(active)}")
+    computed = np.ones(len(active), bool)
+    for steps in segments:
+      first = steps.start + int(self.retention * len(steps) + 0.5)
+      product, error, skipped, has_residual = 1.0, 0.0, 0, False
+      for i in steps:
+        if i >= first and active[i]:
+          product *= self.ratios[branch][i]
+          error += abs(1 - product)
+          skipped += 1
+          computed[i] = not (has_residual and error < self.threshold and skipped <= self.max_skip)
+          if computed[i]:
+            product, error, skipped = 1.0, 0.0, 0
+        has_residual = bool(active[i])
+    return computed
+
+
+class RatioMeasurement:
+  """Takes the place of a `StepCache` in a sample that computes every step, and measures its ratios.
+
+  Attributes:
+    ratios: those of the prompt and of the negative prompt, complete when the sample is.
+  """
+
+  def __init__(self):
+    self.ratios: tuple[list[float], list[float]] = ([], [])
+
+  @property
+  def table(self) -> tuple[tuple[float, ...], ...]:
+    """The ratios of the branches that were used, for a `StepCache`."""
+    prompt, negative = map(tuple, self.ratios)
+    return (prompt, negative) if any(ratio != 1 for ratio in negative) else (prompt,)
+
+
+def check_step_cache(threshold: float, max_skip: int, retention: float) -> None:
+  """Raises UserError if a setting of `StepCache` is invalid."""
+  if not 0 <= threshold < math.inf:
+    raise UserError(f"the threshold of the step cache must be at least 0, got {threshold}")
+  if max_skip < 1:
+    raise UserError(f"the step cache must be allowed to skip at least 1 step in a row, got {max_skip}")
+  if not 0 <= retention <= 1:
+    raise UserError(f"the retention of the step cache must be from 0 to 1, got {retention}")
