@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ COMMANDS = {
   "univid_jax.prepare": "--preview",
   "univid_jax.sample": "--clips",
   "univid_jax.evaluate": "--out",
+  "univid_jax.calibrate": "--guidance_range",
   "univid_jax.forecast": "--topology",
   "univid_jax.demo": "--port",
   "univid_jax.convert": "--inspect",
@@ -218,6 +221,42 @@ def test_sampling_with_an_accelerator(trained, tmp_path):
   assert two["solver"] == "euler" and two["sigmas"] == [1, 0.5] and "accelerate" not in two
 
 
+@pytest.mark.long
+def test_step_caching(trained, tmp_path, capfd):
+  """Ratios are found for what they were measured with, and for nothing else."""
+  root, _ = trained
+  workdir = tmp_path / "run"
+  shutil.copytree(root / "run", workdir)
+  for name, color in (("a", "red"), ("b", "blue")):
+    Image.new("RGB", (20, 20), color).save(tmp_path / f"{name}.png")
+  a, b = tmp_path / "a.png", tmp_path / "b.png"
+  common = [f"--checkpoint={workdir}", f"--clips={a},{b},{a}"]
+  steps = ["--steps=6", "--guidance_scale=2", "--guidance_range=0.6,1"]
+
+  def sample(name, *flags):
+    return run_here("univid_jax.sample", *common, f"--out={tmp_path / name}.npy", *flags)
+
+  assert sample("none", *steps, "--step_cache=magcache") == 1
+  assert f"there is no {workdir}/step_cache.json: run univid-calibrate" in capfd.readouterr().err
+  assert run_here("univid_jax.calibrate", *common, *steps, "--seed=5") == 0
+  out = capfd.readouterr().out
+  assert re.search(r"magcache:0.06  computes the blocks \d+ times instead of 11\n", out), out
+  assert out.splitlines()[-1] == f"ratios: {workdir}/step_cache.json"
+
+  assert sample("dense", *steps) == sample("zero", *steps, "--step_cache=magcache:0") == 0
+  assert sample("cached", *steps, "--step_cache=magcache:9:1:0.3") == 0
+  dense, zero, cached = (np.load(tmp_path / f"{name}.npy") for name in ("dense", "zero", "cached"))
+  assert np.array_equal(dense, zero) and cached.shape == dense.shape
+  record = json.loads((tmp_path / "cached.json").read_text())
+  assert record["step_cache"] == {"threshold": 9, "max_skip": 1, "retention": 0.3}
+  assert record["guidance_range"] == [0.6, 1]
+
+  capfd.readouterr()
+  assert sample("other", *steps, "--solver=unipc", "--step_cache=magcache") == 1
+  error = capfd.readouterr().err.strip().splitlines()[-1]
+  assert "needs ratios of 6 steps of unipc" in error and "has 6 steps of euler from noise level 1 to 0.5" in error
+
+
 @pytest.mark.parametrize(
   "arguments, code, message",
   [
@@ -235,6 +274,12 @@ def test_sampling_with_an_accelerator(trained, tmp_path):
     (["--clips={a},{a},{a}", "--solver=distilled", "--steps=9"], 1, "the solver distilled takes 4 steps, got 9"),
     (["--clips={a},{a},{a}", "--accelerate={a}:magic"], 1, "unknown kind of accelerator 'magic'; there are lightx2v"),
     (["--clips={a},{a},{a}", "--accelerate={lora}", "--steps=9"], 1, "contradicts the accelerator lightx2v"),
+    (["--clips={a},{a},{a}", "--step_cache=teacache"], 2, "--step_cache is magcache[:THRESHOLD[:MAX_SKIP[:RETENT"),
+    (["--clips={a},{a},{a}", "--step_cache=magcache:x"], 2, "--step_cache is magcache[:THRESHOLD[:MAX_SKIP[:RETENT"),
+    (["--clips={a},{a},{a}", "--step_cache=magcache:-1"], 1, "the threshold of the step cache must be at least 0"),
+    (["--clips={a},{a},{a}", "--guidance_range=1"], 2, "--guidance_range is two noise levels FROM,TO, got '1'"),
+    (["--clips={a},{a},{a}", "--guidance_range=0,1"], 1, "guidance_range needs guidance"),
+    (["--clips={a},{a},{a}", "--accelerate={lora}", "--step_cache=magcache"], 1, "step_cache contradicts the accel"),
     (["--clips={a},{a},{a}", "--guidance_scale=nan"], 1, "the guidance scale must be finite, got nan"),
     (["--clips={a},{a},{a}", "--out="], 2, "--out must end in the name of the result"),
     (["--clips={a},{a},{a}", "--out=.."], 2, "--out must end in the name of the result"),

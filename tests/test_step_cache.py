@@ -18,6 +18,7 @@ from univid_jax.diffusion.solvers import Euler
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 from univid_jax.inference.jobs import pack_single
 from univid_jax.inference.plan import SamplingPlan
+from univid_jax.inference.ratio_tables import TableKey, read_table, require_tables, write_table
 from univid_jax.parallel.mesh import make_mesh
 
 STEPS = 6
@@ -205,3 +206,50 @@ def test_a_solver_that_calls_the_model_twice_is_refused(pipe, contexts):
     sample(pipe, contexts[0], step_cache=cache, num_inference_steps=5)
   with pytest.raises(UserError, match="the step cache has ratios of 1 branches of 6 steps, the sample 2 of 6"):
     sample(pipe, contexts[0], step_cache=dataclasses.replace(cache, ratios=[[1.0] * STEPS]))
+
+
+KEY = TableKey(
+  weights={"transformer": "abc"},
+  solver="euler",
+  sigmas=[1.0, 0.5],
+  guidance_scales=[2.0],
+  guidance_range=[0.0, 1.0],
+  attention="full",
+  context_timestep="target",
+)
+
+
+def test_tables_are_found_by_everything_that_they_depend_on(tmp_path):
+  with pytest.raises(UserError, match=r"there is no .*step_cache.json: run univid-calibrate"):
+    require_tables(tmp_path)
+  write_table(tmp_path, KEY, [[1.0, 1.5]])
+  others = {
+    "weights": {"transformer": "abd"},
+    "solver": "unipc",
+    "sigmas": [1.0, 0.6],
+    "guidance_scales": [3.0],
+    "guidance_range": [0.0, 0.5],
+    "attention": "context_causal",
+    "context_timestep": "zero",
+  }
+  assert set(others) == {field.name for field in dataclasses.fields(KEY)}
+  for number, (name, value) in enumerate(others.items()):
+    other = dataclasses.replace(KEY, **{name: value})
+    with pytest.raises(UserError, match=r"the step cache needs ratios of 2 steps of .* by running univid-calibrate"):
+      read_table(tmp_path, other)
+    write_table(tmp_path, other, [[1.0, float(number)]])
+    assert read_table(tmp_path, other) == [[1.0, number]]
+  assert read_table(tmp_path, KEY) == [[1.0, 1.5]]
+  write_table(tmp_path, KEY, [[1.0, 1.25], [1.0, 1.0]])
+  assert read_table(tmp_path, KEY) == [[1.0, 1.25], [1.0, 1.0]], "replaced"
+  require_tables(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "text",
+  ["{", "[]", '{"version": 2, "tables": []}', '{"tables": [{"key": {}, "ratios": []}]}', '{"version": 1, "tables": 3}'],
+)
+def test_damaged_tables_are_named(tmp_path, text):
+  (tmp_path / "step_cache.json").write_text(text)
+  with pytest.raises(UserError, match=r"step_cache.json is damaged: .*; remove it and calibrate again"):
+    require_tables(tmp_path)

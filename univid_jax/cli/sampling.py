@@ -27,6 +27,7 @@ from univid_jax.data.prompts import PAPER_TARGETS, prompt_for
 from univid_jax.data.reader import CLIP_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Frames, is_foreign
 from univid_jax.data.tasks import TASKS
 from univid_jax.data.writer import check_target, write_clip
+from univid_jax.diffusion.step_cache import StepCache
 from univid_jax.inference.jobs import infer_length
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,19 @@ def parse_guidance_scale(text: str) -> float | tuple[float, ...]:
   except ValueError as error:
     raise UsageError(f"--guidance_scale is a number, or two numbers LOW,HIGH, got {text!r}") from error
   return scales[0] if len(scales) == 1 else scales
+
+
+def parse_guidance_range(text: str) -> tuple[float, float]:
+  """Splits FROM,TO.
+
+  Raises:
+    UsageError: it has another form.
+  """
+  try:
+    low, high = map(float, text.split(","))
+  except ValueError as error:
+    raise UsageError(f"--guidance_range is two noise levels FROM,TO, got {text!r}") from error
+  return low, high
 
 
 def parse_sigmas(texts: Sequence[str]) -> tuple[float, ...] | None:
@@ -262,7 +276,8 @@ class RequestRunner:
       "num_frames": num_frames,
       "fps": fps,
     }
-    path.with_name(f"{path.stem}.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=_describe_step_cache)
+    path.with_name(f"{path.stem}.json").write_text(text + "\n")
     return f"wrote {num_frames} frame{'s' * (num_frames > 1)} of {width}x{height}: {path}"
 
   def profile(self, request: Request, steps: int) -> str:
@@ -307,6 +322,11 @@ class RequestRunner:
     _check_target(path, request, count)
     require_writable(path.parent, num_bytes=count * frames[-1][0].size)
     return path
+
+
+def _describe_step_cache(cache: StepCache) -> dict[str, Any]:
+  """Returns its settings; the ratios are those of the weights, steps and guidance of the record."""
+  return {name: value for name, value in dataclasses.asdict(cache).items() if name != "ratios"}
 
 
 def _check_target(path: Path, request: Request, num_frames: int | None) -> None:

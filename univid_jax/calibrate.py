@@ -1,0 +1,50 @@
+"""Measures what step caching needs to know of a model, in one sample, and stores it with the checkpoint.
+
+  python -m univid_jax.calibrate --checkpoint=DIR [--lora=PATH] --clips=A.mp4,A2.mp4,B.mp4 [--steps=50]
+
+Give the flags of the samples to come: ratios are those of one model, solver, noise levels and guidance. They hardly
+depend on clips and seed. `sample --step_cache=magcache` finds them in CHECKPOINT/step_cache.json.
+"""
+
+import sys
+
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags
+from univid_jax.cli.sampling_flags import SamplingFlags
+
+FLAGS = CommandFlags(__doc__)
+SAMPLING = SamplingFlags(FLAGS)
+
+
+@app.command(FLAGS)
+def main() -> None:
+  from univid_jax.cli.compilation import enable_compilation_cache
+  from univid_jax.cli.step_caches import describe_schedules, measure_ratios
+  from univid_jax.core.paths import require_writable
+  from univid_jax.data.clips import read_context
+  from univid_jax.inference.plan import SamplingPlan
+  from univid_jax.inference.ratio_tables import TableKey, write_table
+
+  enable_compilation_cache()
+  SAMPLING.check()
+  SamplingPlan.of(None, **SAMPLING.steps)
+  require_writable(SAMPLING.checkpoint.value)
+  pipeline, origin = SAMPLING.load()
+  clips = [clip.frames for clip in read_context(SAMPLING.clips.value, SAMPLING.choose_format(pipeline))]
+  ratios = measure_ratios(
+    pipeline,
+    clips,
+    num_frames=SAMPLING.num_frames.value,
+    prompt=SAMPLING.choose_prompt(pipeline),
+    negative_prompt=SAMPLING.negative_prompt.value,
+    seed=SAMPLING.seed.value,
+    **SAMPLING.steps,
+  )
+  plan = pipeline.plan(**SAMPLING.steps)
+  for line in describe_schedules(pipeline, plan, ratios):
+    print(line)
+  print(f"ratios: {write_table(SAMPLING.checkpoint.value, TableKey.of(pipeline, origin, plan), ratios)}")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,143 @@
+"""The flags that say what is sampled and how, for the commands that do it."""
+
+from typing import TYPE_CHECKING, Any
+
+from univid_jax.cli.flags import CommandFlags, UsageError
+from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit
+
+if TYPE_CHECKING:
+  from univid_jax import Pipeline
+  from univid_jax.checkpoints.origin import Origin
+  from univid_jax.data.clips import ClipFormat
+  from univid_jax.inference.accelerate import AcceleratorLoRAs
+
+
+class SamplingFlags:
+  """The flags of a model, of the clips that it is shown, and of solver, noise levels and guidance."""
+
+  def __init__(self, command: CommandFlags):
+    self._define_model(command)
+    self._define_sentence(command)
+    self._define_steps(command)
+
+  def _define_model(self, command: CommandFlags) -> None:
+    self.checkpoint, self._lora, self._step = command.checkpoint(), command.lora(), command.step()
+    self.verification = command.verification()
+    help_text = "Add LoRAs to the weights: faster, equal up to rounding."
+    self.merge_lora = command.switch("merge_lora", False, help_text)
+    options = [
+      command.dtype(),
+      self.merge_lora,
+      command.lora_skip_unmatched(),
+      command.choice("attention", None, list(Attention), "Default: what the model was trained with."),
+      command.choice(
+        "context_timestep",
+        None,
+        ["target", "zero"],
+        "Timestep of the context; default: what the model was trained with.",
+      ),
+      command.switch(
+        "offload_inactive", False, "Keep only the expert that is in use in device memory, of a base with two."
+      ),
+    ]
+    self._loading = options
+
+  def _define_sentence(self, command: CommandFlags) -> None:
+    help_text = "The context in order: A, A', B, or any odd number of clips."
+    self.clips = command.strings("clips", None, help_text, required=True)
+    self.prompt = command.string("prompt", None, "Text of the sentence; default: none.")
+    help_text = "Use the prompt of this task: a task of training, or one of the paper, such as depth map."
+    self.task = command.string("task", None, help_text)
+    self.negative_prompt = command.string("negative_prompt", "", "What guidance moves away from.")
+    self._size = command.string("size", None, "HEIGHTxWIDTH in pixels; default: as in training.")
+    help_text = "Frames of B', 4n + 1, and of videos in the context; default: as in training."
+    self.num_frames = command.integer("num_frames", None, help_text, lower_bound=1)
+    help_text = "How clips are brought to the size; default: as in training."
+    self._fit = command.choice("fit", None, list(ClipFit), help_text)
+    help_text = "Frame rate that videos are resampled to; 0 keeps theirs; default: as in training."
+    self._fps = command.number("fps", None, help_text)
+    self.seed = command.integer("seed", 0, "Seed of the noise.", lower_bound=-MAX_SEED - 1, upper_bound=MAX_SEED)
+
+  def _define_steps(self, command: CommandFlags) -> None:
+    help_text = "euler (default) is the reference's; unipc needs fewer steps; distilled has the four of distillations."
+    self._solver = command.choice("solver", None, ["euler", "unipc", "distilled"], help_text)
+    help_text = "Sampling steps; default: 50, or those of the solver."
+    self._steps = command.integer("steps", None, help_text, lower_bound=1, upper_bound=MAX_STEPS)
+    help_text = "The noise level before each Euler step, descending within (0, 1], instead of --steps and --shift."
+    self._sigmas = command.strings("sigmas", [], help_text)
+    help_text = "Shift of the noise levels toward noise; default: as in training."
+    self._shift = command.number("shift", None, help_text)
+    help_text = "Classifier-free guidance; 1 (default) is none. LOW,HIGH are those of two experts, by noise."
+    self._guidance_scale = command.string("guidance_scale", None, help_text)
+    help_text = "FROM,TO: noise levels with guidance, from 0 to 1; steps at other levels take half the time."
+    self._guidance_range = command.string("guidance_range", None, help_text)
+
+  @property
+  def steps(self) -> dict[str, Any]:
+    """Options of `SamplingPlan.of`; None where nothing was said.
+
+    Raises:
+      UsageError: one cannot be read.
+    """
+    from univid_jax.cli import sampling
+
+    scale, limits = self._guidance_scale.value, self._guidance_range.value
+    return {
+      "num_inference_steps": self._steps.value,
+      "shift": self._shift.value,
+      "solver": self._solver.value,
+      "sigmas": sampling.parse_sigmas(self._sigmas.value),
+      "guidance_scale": sampling.parse_guidance_scale(scale) if scale else None,
+      "guidance_range": sampling.parse_guidance_range(limits) if limits else None,
+    }
+
+  def check(self) -> None:
+    """Raises UsageError if flags exclude each other, or one cannot be read."""
+    if self.prompt.value is not None and self.task.value is not None:
+      raise UsageError("--prompt and --task exclude each other")
+    self._parse_size()
+
+  def load(self, accelerator: "AcceleratorLoRAs | None" = None) -> "tuple[Pipeline, Origin]":
+    """Loads the model."""
+    import univid_jax
+    from univid_jax.checkpoints.origin import Origin
+    from univid_jax.cli import sampling
+
+    loras = [sampling.parse_lora(item) for item in self._lora.value]
+    files = accelerator and accelerator.files
+    verification = self.verification.value
+    origin = Origin.of(self.checkpoint.value, step=self._step.value, loras=loras, accelerator=files, **verification)
+    loading: dict[str, Any] = {flag.name: flag.value for flag in self._loading}
+    pipeline = univid_jax.load_pipeline(
+      self.checkpoint.value,
+      lora=sampling.group_loras(loras),
+      accelerate=accelerator,
+      step=origin.step,
+      **loading,
+      **verification,
+    )
+    return pipeline, origin
+
+  def choose_prompt(self, pipeline: "Pipeline") -> str:
+    from univid_jax.cli import sampling
+
+    if self.task.value is not None:
+      return sampling.task_prompt(self.task.value, pipeline.usage.prompts)
+    return self.prompt.value or ""
+
+  def choose_format(self, pipeline: "Pipeline") -> "ClipFormat":
+    """Returns the form in which clips are read."""
+    from univid_jax.cli import sampling
+
+    return sampling.choose_format(
+      pipeline.clip_format,
+      size=self._parse_size(),
+      num_frames=self.num_frames.value,
+      fit=self._fit.value,
+      fps=self._fps.value,
+    )
+
+  def _parse_size(self) -> tuple[int, int] | None:
+    from univid_jax.cli import sampling
+
+    return sampling.parse_size(self._size.value) if self._size.value else None
