@@ -93,7 +93,7 @@ def make_clips(pipeline: Any) -> list[np.ndarray]:
   (height, width), length = pipeline.size, pipeline.num_frames
   t, y, x = np.meshgrid(np.arange(length) / 8, np.arange(height) / height, np.arange(width) / width, indexing="ij")
   waves = [np.stack([np.sin(6 * (y + k * x) + t + n) for n in range(3)], axis=-1) for k in (1, -2)]
-  a, b = (np.uint8(127.5 * (wave + 1)) for wave in waves)
+  a, b = ((127.5 * (wave + 1)).astype(np.uint8) for wave in waves)
   return [a, 255 - a, b]
 
 
