@@ -57,6 +57,7 @@ def open_pipeline(attention: str) -> Any:
   from univid_jax.checkpoints.usage import Usage
   from univid_jax.config.boundary import override
   from univid_jax.config.presets import tiny
+  from univid_jax.inference.experts import Transformer
   from univid_jax.parallel.mesh import make_mesh
 
   mesh = make_mesh({}, devices=jax.devices()[:1])
@@ -78,8 +79,7 @@ def open_pipeline(attention: str) -> Any:
     graph, params = nnx.split(create_model(config), nnx.Param)
     pipeline = Pipeline(
       transformer_config(config),
-      graph,
-      nnx.to_pure_dict(params),
+      [Transformer(graph, nnx.to_pure_dict(params))],
       encoders=open_encoders(config, mesh),
       mesh=mesh,
       usage=Usage.of(config),

@@ -139,7 +139,7 @@ def test_skipped_steps_reuse_the_residual(pipe, contexts):
   given = {"prompt_embeds": prompts[0], "negative_prompt_embeds": prompts[1], "latents": noise}
   ours = sample(pipe, contexts[0], step_cache=cache, **given)
 
-  model = nnx.merge(pipe.graph, pipe.params)
+  model = nnx.merge(pipe.experts.transformers[0].graph, pipe.experts.load(0))
   job = pipe._make_job(contexts[0], len(contexts[0][-1]), 0, noise)
   rows = [
     pack_single(pipe._make_features(job, prompt), context_mode=pipe.context_mode, with_targets=True)

@@ -32,6 +32,7 @@ from univid_jax.data.packing import RowShape, pack, select_target_tokens
 from univid_jax.data.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import timestep_table
+from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 from univid_jax.inference.experts import Experts, Transformer
 from univid_jax.inference.jobs import pack_single
 from univid_jax.models.variants import VARIANTS, DiTConfig
@@ -465,6 +466,25 @@ class TestExperts:
       load(unnamed)
     with pytest.raises(UserError, match="LoRAs by expert have the keys high, low, both, got middle"):
       load({"middle": unnamed})
+
+  def test_step_caching_starts_anew_at_the_boundary(self, experts):
+    """Residuals of one expert are not reused by the other, whose first steps are computed again."""
+    io = golden("sampling_a14b", GOLDENS22)[1]
+    clips = [io[f"clip{i}"] for i in range(3)]
+    options = {"num_inference_steps": 8, "shift": 5.0, "prompt_embeds": io["context"]}
+    pipe = univid_jax.load_pipeline(experts[1], dtype="float32", offload_inactive=True, mesh=one_device())
+    measurement = RatioMeasurement()
+    dense = pipe.sample(clips, step_cache=measurement, **options)
+    chosen = [pipe.experts.find(sigma) for sigma in pipe.plan(8, shift=5.0).sigmas.tolist()]
+    assert chosen == [0] * 4 + [1] * 4
+    (ratios,) = measurement.table
+    assert [i for i, ratio in enumerate(ratios) if ratio == 1] == [0, 4]
+    cache = StepCache(ratios=[ratios], threshold=10, max_skip=10)
+    plan = pipe.plan(8, shift=5.0, step_cache=cache)
+    computed = plan.computed_steps(chosen, plan.guided_steps() & False)
+    assert computed[0].tolist() == [True, False, False, False] * 2
+    out = pipe.sample(clips, step_cache=cache, **options)
+    assert 1e-4 < relative_error(out.latents, dense.latents) < 0.5
 
   def test_an_accelerator_has_a_file_for_each_expert(self, experts):
     """They are sampled at the published noise levels, not with the shift of 12 that the base has."""
