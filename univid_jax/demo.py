@@ -7,6 +7,7 @@ only what was uploaded to it and what it sampled.
 """
 
 import sys
+from typing import Any
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
@@ -16,6 +17,7 @@ FLAGS = CommandFlags(__doc__)
 CHECKPOINT, LORA, DTYPE = FLAGS.checkpoint(), FLAGS.lora(), FLAGS.dtype()
 ACCELERATE = FLAGS.accelerate()
 LORA_SKIP_UNMATCHED, VERIFICATION = FLAGS.lora_skip_unmatched(), FLAGS.verification()
+OFFLOAD_INACTIVE = FLAGS.offload_inactive()
 HOST = FLAGS.string("host", "127.0.0.1", "Address to listen on.")
 MAX_UPLOAD = FLAGS.integer("max_upload_mb", 200, "Largest file that is accepted, in MB.", lower_bound=1)
 MAX_QUEUE = FLAGS.integer("max_queue", 16, "Requests that may wait; more are refused.", lower_bound=1)
@@ -35,7 +37,8 @@ def main() -> None:
 
   enable_compilation_cache()
   loras = [parse_lora(item) for item in LORA.value]
-  options = {"dtype": DTYPE.value, "lora_skip_unmatched": LORA_SKIP_UNMATCHED.value, **VERIFICATION.value}
+  options: dict[str, Any] = {flag.name: flag.value for flag in (DTYPE, LORA_SKIP_UNMATCHED, OFFLOAD_INACTIVE)}
+  options |= VERIFICATION.value
   options["accelerate"] = ACCELERATE.value or None
   pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=group_loras(loras), **options)
   page = build_page(pipeline)

@@ -10,6 +10,7 @@ configs or data are kept and not used.
 
 import shlex
 import sys
+from typing import Any
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
@@ -20,7 +21,7 @@ WORKDIR = FLAGS.workdir("The training run to evaluate")
 CHECKPOINT = FLAGS.string("checkpoint", None, "A converted checkpoint to evaluate instead of the workdir's model.")
 LORA, LORA_SKIP_UNMATCHED = FLAGS.lora(), FLAGS.lora_skip_unmatched()
 ACCELERATE = FLAGS.accelerate("The row `accelerated` of the report is sampled with it: a")
-STEP, VERIFICATION = FLAGS.step(), FLAGS.verification()
+STEP, VERIFICATION, OFFLOAD_INACTIVE = FLAGS.step(), FLAGS.verification(), FLAGS.offload_inactive()
 OUT = FLAGS.string("out", None, "Folder of the results; default: WORKDIR/evaluation.")
 PROCESSES = FLAGS.processes()
 
@@ -45,16 +46,16 @@ def main() -> None:
   config, workdir = CONFIG.value, WORKDIR.value
   folder = OUT.value or f"{workdir}/evaluation"
   loras = [parse_lora(item) for item in LORA.value]
+  grouped = group_loras(loras)
   verify = VERIFICATION.verify_weights
   accelerator = read_accelerator(ACCELERATE.value, verify=verify) if ACCELERATE.value else None
   files = accelerator and accelerator.files
   origin = Origin.of(CHECKPOINT.value or workdir, step=STEP.value, loras=loras, accelerator=files, **VERIFICATION.value)
   # Each process has the whole model on its own devices, and its share of the sentences.
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-  options = {"lora_skip_unmatched": LORA_SKIP_UNMATCHED.value, **VERIFICATION.value}
-  pipeline = univid_jax.load_pipeline(
-    origin.checkpoint, lora=group_loras(loras), mesh=mesh, step=origin.step, **options
-  )
+  options: dict[str, Any] = {flag.name: flag.value for flag in (LORA_SKIP_UNMATCHED, OFFLOAD_INACTIVE)}
+  options |= VERIFICATION.value
+  pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=grouped, mesh=mesh, step=origin.step, **options)
   data = open_data(config)
   command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
   accelerated = accelerator and accelerate(pipeline, accelerator)

@@ -88,6 +88,10 @@ class CommandFlags:
     )
     return self.strings("accelerate", [], help_text)
 
+  def offload_inactive(self):
+    help_text = "Keep only the expert that is in use in device memory, of a base with two."
+    return self.switch("offload_inactive", False, help_text)
+
   def lora_skip_unmatched(self) -> flags.FlagHolder[bool]:
     return self.switch("lora_skip_unmatched", False, "Leave out tensors of a LoRA without a counterpart in the model.")
 

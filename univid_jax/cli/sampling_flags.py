@@ -36,9 +36,7 @@ class SamplingFlags:
         ["target", "zero"],
         "Timestep of the context; default: what the model was trained with.",
       ),
-      command.switch(
-        "offload_inactive", False, "Keep only the expert that is in use in device memory, of a base with two."
-      ),
+      command.offload_inactive(),
     ]
     self._loading = options
 
@@ -96,25 +94,20 @@ class SamplingFlags:
     if self.prompt.value is not None and self.task.value is not None:
       raise UsageError("--prompt and --task exclude each other")
     self._parse_size()
+    self._group_loras()
 
   def load(self, accelerator: "AcceleratorLoRAs | None" = None) -> "tuple[Pipeline, Origin]":
     """Loads the model."""
     import univid_jax
     from univid_jax.checkpoints.origin import Origin
-    from univid_jax.cli import sampling
 
-    loras = [sampling.parse_lora(item) for item in self._lora.value]
+    loras, grouped = self._group_loras()
     files = accelerator and accelerator.files
     verification = self.verification.value
     origin = Origin.of(self.checkpoint.value, step=self._step.value, loras=loras, accelerator=files, **verification)
     loading: dict[str, Any] = {flag.name: flag.value for flag in self._loading}
     pipeline = univid_jax.load_pipeline(
-      self.checkpoint.value,
-      lora=sampling.group_loras(loras),
-      accelerate=accelerator,
-      step=origin.step,
-      **loading,
-      **verification,
+      self.checkpoint.value, lora=grouped, accelerate=accelerator, step=origin.step, **loading, **verification
     )
     return pipeline, origin
 
@@ -136,6 +129,13 @@ class SamplingFlags:
       fit=self._fit.value,
       fps=self._fps.value,
     )
+
+  def _group_loras(self) -> tuple[list[tuple[str, float]], Any]:
+    """Returns the LoRAs as they were named, with their weights, and as `load_pipeline` takes them."""
+    from univid_jax.cli import sampling
+
+    loras = [sampling.parse_lora(item) for item in self._lora.value]
+    return loras, sampling.group_loras(loras)
 
   def _parse_size(self) -> tuple[int, int] | None:
     from univid_jax.cli import sampling
