@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
+from univid_jax.config.grids import ARCConfig, GridsConfig
 from univid_jax.config.section import Section
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle, TargetKind
@@ -46,6 +47,8 @@ class SourceWeights(Section):
   pairs: float = 1.0
   manifest: float = 1.0
   tfds: float = 1.0
+  arc: float = 1.0
+  grids: float = 1.0
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -85,6 +88,8 @@ class DataConfig(Section):
     pairs: a folder TASK/NAME/source.* and target.*.
     manifest: a JSONL file with one sentence per line.
     tfds: a TFDS data set of pairs. Where any of these four is given, computed tasks are only used with `folder`.
+    arc: tasks of the ARC benchmark.
+    grids: computed tasks on grids of coloured cells, and how grids are drawn.
     kinds: what the targets of your tasks represent, by task; selects their metrics and how they are resized.
     depth_range: metres that white and black represent in images of depth; black itself is unknown.
     weights: how often each kind of data is drawn; 0 switches it off.
@@ -119,6 +124,8 @@ class DataConfig(Section):
   pairs: str = ""
   manifest: str = ""
   tfds: TFDSConfig = TFDSConfig()
+  arc: ARCConfig = ARCConfig()
+  grids: GridsConfig = dataclasses.field(default_factory=GridsConfig)
   kinds: Mapping[str, TargetKind] = dataclasses.field(default_factory=dict)
   depth_range: tuple[float, float] = (0.5, 10.0)
   weights: SourceWeights = SourceWeights()
@@ -174,7 +181,16 @@ class DataConfig(Section):
         raise UserError(
           f"config.data.{name} is a test set, and there is no training data for its examples: give config.data.{option}"
         )
+    self._check_grids()
     _ = self.sizes, self.shots  # parsed once here, so that mistakes are found
+
+  def _check_grids(self) -> None:
+    room, needed = min(self.height, self.width) // self.grids.cell, self.grids.max_side
+    if self.grids.enabled and room < needed:
+      raise UserError(
+        f"config.data.grids.max_side = {needed} cells of {self.grids.cell} pixels do not fit into config.data.height "
+        f"and width = {self.height}x{self.width}: at most {room} do"
+      )
 
   @property
   def sizes(self) -> tuple[tuple[int, int], ...]:

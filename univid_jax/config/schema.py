@@ -7,6 +7,7 @@ Every error is a `UserError` that names the key, the value and the valid range. 
 import dataclasses
 
 from univid_jax.config.data import DataConfig, SourceWeights, TFDSConfig
+from univid_jax.config.grids import ARCConfig, GridsConfig
 from univid_jax.config.model import CodecConfig, LoRAConfig, ModelConfig, TilingConfig
 from univid_jax.config.section import Section
 from univid_jax.config.training import (
@@ -21,11 +22,13 @@ from univid_jax.config.training import (
 from univid_jax.core.options import MAX_SEED
 
 __all__ = [
+  "ARCConfig",
   "CheckpointConfig",
   "CodecConfig",
   "DataConfig",
   "EvalConfig",
   "FlowConfig",
+  "GridsConfig",
   "LoRAConfig",
   "MeshConfig",
   "ModelConfig",

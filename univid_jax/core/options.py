@@ -100,6 +100,7 @@ class TargetKind(enum.StrEnum):
   EDGES = "edges"
   SALIENCY = "saliency"
   CAMERA = "camera"  # a video of computed camera movement
+  GRID = "grid"  # cells of ten colours
 
 
 class Packing(enum.StrEnum):

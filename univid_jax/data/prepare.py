@@ -13,6 +13,7 @@ import jax
 from tqdm import tqdm
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
 from univid_jax.data.cache import Cache, CacheWriteError
 from univid_jax.data.features import FeatureMaker, condition_key
@@ -20,6 +21,7 @@ from univid_jax.data.loader import check_lengths
 from univid_jax.data.packing import RowShape
 from univid_jax.data.sources.base import Dropped, require_none_dropped
 from univid_jax.data.sources.computed import ComputedSentences
+from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.sources.open import DataSources
 from univid_jax.data.tokens import feature_names
 from univid_jax.parallel.processes import sum_over_processes, wait_for_processes
@@ -112,7 +114,7 @@ class _Sentences:
 
   def __init__(self, data: DataSources, held_out: Sequence[Sentence]):
     # Sentences that are computed at once have no clips to read or cache.
-    self._sources = [source for source in data.sources.values() if not isinstance(source, ComputedSentences)]
+    self._sources = [source for source in data.sources.values() if not _is_computed_at_once(source)]
     self._held_out = held_out
     self.dropped: dict[str, Dropped] = {}
     self.current = ""
@@ -132,6 +134,10 @@ class _Sentences:
   def drop(self, error: Exception) -> None:
     """Notes that the current sentence cannot be used."""
     self.dropped.setdefault(str(error), Dropped(self.current, str(error)))
+
+
+def _is_computed_at_once(source: SentenceSource) -> bool:
+  return isinstance(source, ComputedSentences) or (isinstance(source, GridSentences) and not source.by_reference)
 
 
 def _fill(

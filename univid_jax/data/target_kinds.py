@@ -1,4 +1,4 @@
-"""What the pixels of targets represent: labels, depth and normals to colours, and back."""
+"""What the pixels of targets represent: labels, depth and normals to colours, and back. Grids: `tasks.grids`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,8 @@ from PIL import Image
 from univid_jax.config.schema import DataConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
+from univid_jax.data.tasks.grids import GRID_FAMILIES
+from univid_jax.data.tasks.grids.base import GridSplit, task_name
 
 # Kinds of targets of the computed tasks; all others are images.
 COMPUTED_KINDS: Mapping[str, TargetKind] = {
@@ -19,7 +21,7 @@ COMPUTED_KINDS: Mapping[str, TargetKind] = {
   "camera_movement": TargetKind.CAMERA,
 }
 # Kinds whose values must not be mixed by resizing.
-_UNMIXED = (TargetKind.DEPTH, TargetKind.NORMALS, TargetKind.SEGMENTATION)
+_UNMIXED = (TargetKind.DEPTH, TargetKind.NORMALS, TargetKind.SEGMENTATION, TargetKind.GRID)
 _VOC_LABELS = 256
 
 
@@ -27,7 +29,8 @@ def task_kinds(config: DataConfig) -> Mapping[str, TargetKind]:
   """Returns the kind of the targets of each task; the targets of tasks that are not in it are images."""
   tfds = config.tfds
   of_tfds = {tfds.task: tfds.kind} if tfds.name and tfds.kind != TargetKind.IMAGE else {}
-  return {**COMPUTED_KINDS, **of_tfds, **config.kinds}
+  of_grids = {task_name(family, split): TargetKind.GRID for family in GRID_FAMILIES for split in GridSplit}
+  return {**COMPUTED_KINDS, **of_grids, **of_tfds, **config.kinds}
 
 
 def resampling(kind: TargetKind) -> Image.Resampling:

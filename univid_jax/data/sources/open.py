@@ -13,6 +13,7 @@ from univid_jax.core.protocols import SentenceSource
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped
 from univid_jax.data.sources.computed import LazySentences, computed_identity, open_computed
+from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.sources.listed import ListedSentences
 from univid_jax.data.sources.pairs import PairSentences
 from univid_jax.data.sources.readers.jsonl import open_manifest
@@ -40,7 +41,7 @@ class DataSources:
   """Where the sentences of a run come from.
 
   Attributes:
-    sources: training sentences by kind of data: metadata, pairs, manifest, tfds, computed.
+    sources: training sentences by kind of data: metadata, pairs, manifest, tfds, computed, grids.
     weights: how often each source is drawn.
     dropped: records that cannot be used.
     held_out: sentences that training does not see, by kind of data; kinds without any are missing.
@@ -93,6 +94,8 @@ def open_data(config: RunConfig) -> DataSources:
     # Caching computed clips pays only with the encoders of a base.
     source = LazySentences(computed, computed_identity(config, computed)) if config.init_from else computed
     opened["computed"] = _Opened(*source.split(data.held_out), dropped)
+  if "grids" in kinds:
+    opened["grids"] = _Opened(*GridSentences.open(config).split(data.held_out), [])
   return DataSources(
     sources={name: each.training for name, each in opened.items()},
     weights={name: getattr(data.weights, name) for name in opened},
@@ -111,10 +114,12 @@ def _used_kinds(data: DataConfig) -> list[str]:
   named = [name for name, value in given.items() if value]
   if data.folder or (data.bundled and not named):
     named.append("computed")
+  if data.grids.enabled:
+    named.append("grids")
   if not named:
     raise UserError(
       "there is no data: give config.data.folder (videos and photos, for computed tasks), or config.data.metadata, "
-      "pairs, manifest or tfds.name"
+      "pairs, manifest or tfds.name, or weights to config.data.grids.families"
     )
   used = [name for name in named if getattr(data.weights, name)]
   if not used:

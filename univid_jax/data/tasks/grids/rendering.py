@@ -1,0 +1,91 @@
+"""Grids as pictures, and back."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+from univid_jax.config.schema import DataConfig
+from univid_jax.data.tasks.grids.base import Grid, Size
+
+# Frames of a video that show one state, after the first frame: one latent frame of every codec.
+STATE_FRAMES = 4
+
+Color = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rendering:
+  """How a grid is drawn: cells of one colour each in the top left of a canvas, padding around it.
+
+  Attributes:
+    size: height and width of the canvas in pixels.
+    cell: side of a cell in pixels.
+    palette: the colours of the cells.
+    padding: the colour of what is outside the grid.
+  """
+
+  size: Size
+  cell: int
+  palette: tuple[Color, ...]
+  padding: Color
+
+  @classmethod
+  def of(cls, config: DataConfig) -> "Rendering":
+    grids = config.grids
+    return cls(
+      size=(config.height, config.width),
+      cell=grids.cell,
+      palette=tuple(map(_parse_color, grids.palette)),
+      padding=_parse_color(grids.padding),
+    )
+
+  @property
+  def canvas(self) -> Size:
+    """The largest grid that fits, in cells."""
+    return self.size[0] // self.cell, self.size[1] // self.cell
+
+  def fits(self, grid_size: Size) -> bool:
+    return all(side <= room for side, room in zip(grid_size, self.canvas))
+
+  def render(self, grids: Sequence[Grid]) -> UInt8[np.ndarray, "T H W 3"]:
+    """Draws states: one as an image, several as a video that shows the first for a frame and each other one for four.
+
+    Raises:
+      ValueError: a grid does not fit.
+    """
+    frames = np.broadcast_to(np.array(self.padding, np.uint8), (len(grids), *self.size, 3)).copy()
+    for frame, grid in zip(frames, grids):
+      if not self.fits(grid.shape):
+        raise ValueError(f"a grid of {grid.shape[0]}x{grid.shape[1]} cells does not fit into {self.canvas} cells")
+      height, width = grid.shape[0] * self.cell, grid.shape[1] * self.cell
+      cells = np.array(self.palette, np.uint8)[grid]
+      frame[:height, :width] = cells.repeat(self.cell, axis=0).repeat(self.cell, axis=1)
+    return np.concatenate([frames[:1], frames[1:].repeat(STATE_FRAMES, axis=0)])
+
+  def decode(self, frames: UInt8[np.ndarray, "T H W 3"]) -> list[Grid]:
+    """Reads the states of an image or video: inverts `render`, and finds the most similar grid of any other picture."""
+    return [self._decode_frame(frame) for frame in frames[::STATE_FRAMES]]
+
+  def _decode_frame(self, frame: UInt8[np.ndarray, "H W 3"]) -> Grid:
+    """Reads each cell by the mean of its inner half, and takes the size that disagrees with the fewest cells."""
+    rows, columns = self.canvas
+    cell, margin = self.cell, self.cell // 4
+    cells = frame[: rows * cell, : columns * cell].reshape(rows, cell, columns, cell, 3)
+    colors = cells[:, margin : cell - margin, :, margin : cell - margin].mean(axis=(1, 3))
+    labels = _nearest(colors, (*self.palette, self.padding))
+    inside = np.where(labels == len(self.palette), -1, 1).cumsum(axis=0).cumsum(axis=1)
+    height, width = np.array(np.unravel_index(np.argmax(inside), inside.shape)) + 1
+    return _nearest(colors[:height, :width], self.palette)
+
+
+def _nearest(colors: np.ndarray, palette: Sequence[Color]) -> Integer[np.ndarray, "h w"]:
+  distances = np.sum((colors[..., None, :] - np.array(palette, np.float64)) ** 2, axis=-1)
+  return np.argmin(distances, axis=-1).astype(np.int8)
+
+
+def _parse_color(text: str) -> Color:
+  """Parses a colour that the config has checked: #RRGGBB."""
+  red, green, blue = bytes.fromhex(text.removeprefix("#"))
+  return red, green, blue
