@@ -28,6 +28,7 @@ from univid_jax.config.presets import tiny
 from univid_jax.convert.sources import find_release
 from univid_jax.core.errors import UserError
 from univid_jax.data.fingerprint import read_fingerprint
+from univid_jax.data.sources.readers.arc import open_arc
 from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
 
@@ -63,6 +64,11 @@ def write_manifest(folder: Path) -> None:
   write_image(folder / "a.png")
   clips = [{"path": "a.png", "role": role, "num_frames": 1, "start": 0} for role in ("context", "target")]
   (folder / "m.jsonl").write_bytes(dump({"clips": clips, "prompt": "x", "task": "y", "context": "II"}))
+
+
+def write_arc_task(folder: Path) -> None:
+  pairs = [{"input": [[0, 1], [2, 3]], "output": [[i]]} for i in range(3)]
+  (folder / "a.json").write_bytes(dump({"train": pairs[:2], "test": pairs[2:]}))
 
 
 def write_checkpoint_info(folder: Path) -> None:
@@ -140,6 +146,7 @@ TARGETS = (
     "metadata.csv", write_metadata_csv, damaged_bytes, lambda path: open_metadata(str(path), FORM, draw_options())
   ),
   Target("m.jsonl", write_manifest, damaged_json_file, lambda path: open_manifest(str(path), FORM, draw_options())),
+  Target("a.json", write_arc_task, damaged_json_file, lambda path: open_arc(str(path.parent), tiny())),
   Target("config.json", write_config, damaged_json_file, lambda path: read_run(path.parent)),
   Target("data.json", write_fingerprint, damaged_json_file, lambda path: read_fingerprint(path.parent)),
   Target("wan.safetensors", write_weights, damaged_safetensors, read_weights),

@@ -11,7 +11,7 @@ from univid_jax.config.schema import DataConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.data.tasks.grids import GRID_FAMILIES
-from univid_jax.data.tasks.grids.base import GridSplit, task_name
+from univid_jax.data.tasks.grids.base import ARC_TASK, GridSplit, task_name
 
 # Kinds of targets of the computed tasks; all others are images.
 COMPUTED_KINDS: Mapping[str, TargetKind] = {
@@ -19,6 +19,7 @@ COMPUTED_KINDS: Mapping[str, TargetKind] = {
   "salient_object": TargetKind.SALIENCY,
   "moving_object": TargetKind.SALIENCY,
   "camera_movement": TargetKind.CAMERA,
+  ARC_TASK: TargetKind.GRID,
 }
 # Kinds whose values must not be mixed by resizing.
 _UNMIXED = (TargetKind.DEPTH, TargetKind.NORMALS, TargetKind.SEGMENTATION, TargetKind.GRID)

@@ -1,8 +1,6 @@
 """Sentences of grid tasks."""
 
 import dataclasses
-import functools
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -10,7 +8,7 @@ import numpy as np
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
-from univid_jax.core.sentence import Clip, ClipRef, Sentence
+from univid_jax.core.sentence import Sentence
 from univid_jax.data.contexts import make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import draw, sort_weights
@@ -142,7 +140,8 @@ class GridSentences:
     num_clips = int(draw(rng, self.num_clips))
     dropped = rng.random() < self.prompt_dropout
     params, clips = self._draw_clips(rng, GRID_FAMILIES[name], video_pattern(context, num_clips))
-    rendered = [self._clip(states) for states in clips]
+    draw_clip = self.rendering.clip if self.by_reference else self.rendering.render
+    rendered = [draw_clip(states) for states in clips]
     sentence = make_sentence(
       list(zip(rendered[::2], rendered[1::2])),
       prompt="" if dropped else self._prompt(name),
@@ -198,16 +197,6 @@ class GridSentences:
         return source
     return None
 
-  def _clip(self, states: States) -> Clip:
-    if not self.by_reference:
-      return self.rendering.render(states)
-    return ClipRef(
-      functools.partial(_identify, self.rendering, states),
-      functools.partial(self.rendering.render, states),
-      1 + STATE_FRAMES * (len(states) - 1),
-      self.rendering.size,
-    )
-
 
 def describe_split(family: str, split: GridSplit) -> str:
   """Returns the split of a family in words, for reports."""
@@ -229,9 +218,3 @@ def _is_determined(
     all(agrees(other, *example) for example in examples) and not agrees(other, *query)
     for other in (family.alternatives(size, **params) if family.alternatives else ())
   )
-
-
-def _identify(rendering: Rendering, states: States) -> str:
-  """Identifies the pixels of a clip."""
-  content = [(state.shape, state.astype(np.int8).tobytes()) for state in states]
-  return "grids|" + hashlib.sha256(repr((rendering, content)).encode()).hexdigest()

@@ -16,6 +16,7 @@ from univid_jax.data.sources.computed import LazySentences, computed_identity, o
 from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.sources.listed import ListedSentences
 from univid_jax.data.sources.pairs import PairSentences
+from univid_jax.data.sources.readers.arc import open_arc
 from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
@@ -41,7 +42,7 @@ class DataSources:
   """Where the sentences of a run come from.
 
   Attributes:
-    sources: training sentences by kind of data: metadata, pairs, manifest, tfds, computed, grids.
+    sources: training sentences by kind of data: metadata, pairs, manifest, tfds, arc, computed, grids.
     weights: how often each source is drawn.
     dropped: records that cannot be used.
     held_out: sentences that training does not see, by kind of data; kinds without any are missing.
@@ -72,7 +73,9 @@ class DataSources:
       log.info("dropped: %s", dropped)
 
   def require_usable(self, config: DataConfig) -> None:
-    """Raises UserError if records were dropped and the config does not allow that."""
+    """Raises UserError if there is nothing to train on, or records were dropped and the config does not allow that."""
+    if not self.sources:
+      raise UserError("there is nothing to train on, only a test set: give config.data.arc.path or other data")
     require_none_dropped(self.dropped, allowed=config.allow_dropped)
 
 
@@ -88,6 +91,8 @@ def open_data(config: RunConfig) -> DataSources:
   data = config.data
   kinds = _used_kinds(data)
   opened = _open_listed(config, kinds)
+  if "arc" in kinds:
+    opened["arc"] = _open_arc(config)
   if "computed" in kinds:
     computed = open_computed(config, "train", seed=config.seed)
     dropped = [each for folder in computed.folders for each in folder.dropped]
@@ -97,8 +102,8 @@ def open_data(config: RunConfig) -> DataSources:
   if "grids" in kinds:
     opened["grids"] = _Opened(*GridSentences.open(config).split(data.held_out), [])
   return DataSources(
-    sources={name: each.training for name, each in opened.items()},
-    weights={name: getattr(data.weights, name) for name in opened},
+    sources={name: each.training for name, each in opened.items() if len(each.training)},
+    weights={name: getattr(data.weights, name) for name, each in opened.items() if len(each.training)},
     dropped=[dropped for each in opened.values() for dropped in each.dropped],
     held_out={name: each.held_out for name, each in opened.items() if len(each.held_out)},
   )
@@ -114,12 +119,14 @@ def _used_kinds(data: DataConfig) -> list[str]:
   named = [name for name, value in given.items() if value]
   if data.folder or (data.bundled and not named):
     named.append("computed")
+  if data.arc.enabled:
+    named.append("arc")
   if data.grids.enabled:
     named.append("grids")
   if not named:
     raise UserError(
       "there is no data: give config.data.folder (videos and photos, for computed tasks), or config.data.metadata, "
-      "pairs, manifest or tfds.name, or weights to config.data.grids.families"
+      "pairs, manifest, tfds.name or arc.path, or weights to config.data.grids.families"
     )
   used = [name for name in named if getattr(data.weights, name)]
   if not used:
@@ -177,6 +184,18 @@ def _open_listed(config: RunConfig, kinds: Collection[str]) -> dict[str, _Opened
     else:
       opened["tfds"] = _hold_out("tfds", source, dropped, data.held_out)
   return opened
+
+
+def _open_arc(config: RunConfig) -> _Opened:
+  """Opens tasks of ARC; those of a test set need no training data, since they bring their own examples."""
+  data = config.data
+  training, dropped = open_arc(copy_to_local(data.arc.path), config) if data.arc.path else (None, [])
+  if not data.arc.test_path:
+    assert training is not None
+    return _hold_out("arc.path", training, dropped, data.held_out)
+  test, test_dropped = open_arc(copy_to_local(data.arc.test_path), config)
+  _require_any("arc.test_path", test, test_dropped)
+  return _Opened(training or dataclasses.replace(test, tasks=[]), test.as_test_set(), [*dropped, *test_dropped])
 
 
 def _hold_out(name: str, source: SentenceSource, dropped: Sequence[Dropped], share: float) -> _Opened:

@@ -21,6 +21,9 @@ NUM_COLORS = 10
 BACKGROUND = 0
 MIN_SIDE, MAX_SIDE = 3, 30
 
+# The task of all sentences of the ARC benchmark, whose rules have no names.
+ARC_TASK = "arc"
+
 # One in so many rules, and one in so many grids, is held out.
 HELD_OUT_ONE_IN = 4
 

@@ -1,12 +1,15 @@
 """Grids as pictures, and back."""
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Integer, UInt8
 
 from univid_jax.config.schema import DataConfig
+from univid_jax.core.sentence import ClipRef
 from univid_jax.data.tasks.grids.base import Grid, Size
 
 # Frames of a video that show one state, after the first frame: one latent frame of every codec.
@@ -63,6 +66,17 @@ class Rendering:
       cells = np.array(self.palette, np.uint8)[grid]
       frame[:height, :width] = cells.repeat(self.cell, axis=0).repeat(self.cell, axis=1)
     return np.concatenate([frames[:1], frames[1:].repeat(STATE_FRAMES, axis=0)])
+
+  def clip(self, grids: Sequence[Grid]) -> ClipRef:
+    """Returns the clip that `render` draws, to be drawn when it is read; its key identifies its pixels."""
+    num_frames = 1 + STATE_FRAMES * (len(grids) - 1)
+    return ClipRef(
+      functools.partial(self._identify, grids), functools.partial(self.render, grids), num_frames, self.size
+    )
+
+  def _identify(self, grids: Sequence[Grid]) -> str:
+    content = [(grid.shape, grid.astype(np.int8).tobytes()) for grid in grids]
+    return "grids|" + hashlib.sha256(repr((self, content)).encode()).hexdigest()
 
   def decode(self, frames: UInt8[np.ndarray, "T H W 3"]) -> list[Grid]:
     """Reads the states of an image or video: inverts `render`, and finds the most similar grid of any other picture."""
