@@ -39,6 +39,7 @@ def main() -> None:
   from univid_jax.checkpoints.origin import Origin
   from univid_jax.cli.sampling import group_loras, parse_lora
   from univid_jax.data.sources.open import open_data
+  from univid_jax.evaluation import exact
   from univid_jax.evaluation.run import evaluate
   from univid_jax.inference.accelerate import accelerate, read_accelerator
   from univid_jax.parallel.mesh import make_mesh
@@ -64,6 +65,8 @@ def main() -> None:
     return
   for name, scores in report["overall"].items():
     print(f"  {name:<10} PSNR {scores['psnr']:5.1f} dB   RMSE {scores['rmse']:6.2f}")
+  for line in exact.summary(report["exact"]) if report["exact"] else []:
+    print(f"  {line}")
   print(f"{len(report['sentences'])} sentences: {folder}/report.md, report.json, grid.png, curves.png")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from univid_jax.config.schema import RunConfig
+from univid_jax.evaluation import exact
 from univid_jax.training.loop import TrainResult, lora_exports
 
 
@@ -37,10 +38,11 @@ def evaluated(result: TrainResult, report: Mapping[str, Any], workdir: str) -> s
     if scores["psnr"] <= max(scores["psnr_copy_b"], scores["psnr_mean_a2"])
   ]
   lines = [
-    f"{_steps(result)}. PSNR of B' on held-out photographs:",
+    f"{_steps(result)}. PSNR of B' on held-out sentences:",
     *([_scores("images", report["image"])] if report["image"] else []),
     _scores("all", report["overall"]),
     f"  no better than a baseline: {', '.join(failed) or 'none of the tasks'}",
+    *(f"  {line}" for line in (exact.summary(report["exact"]) if "exact" in report else [])),
     f"pictures    {workdir}/grid.png (A | A' | B | B' predicted | B' true), {workdir}/loss.png",
     f"numbers     {workdir}/eval.json, {workdir}/metrics.jsonl, tensorboard --logdir={workdir}/tensorboard",
     f"checkpoints {workdir}/checkpoints",

@@ -5,6 +5,10 @@ scikit-image. No download, about five minutes on two CPU cores.
 
   python -m univid_jax.train
 
+grids: the same model trained on grid tasks, whose answers are right or wrong.
+
+  python -m univid_jax.train --config=grids
+
 wan_1_3b, wan_14b, wan_i2v_14b: the paper's training, a LoRA on Wan2.1. They start from a converted checkpoint and take
 their sentences from your videos and images (computed tasks) or from pairs of your own.
 
@@ -24,6 +28,7 @@ from collections.abc import Callable, Mapping
 import ml_collections
 
 from univid_jax.config.boundary import to_config_dict
+from univid_jax.config.grids import GRID_FAMILY_NAMES, GridsConfig
 from univid_jax.config.schema import (
   CheckpointConfig,
   CodecConfig,
@@ -60,6 +65,23 @@ def tiny() -> RunConfig:
   two sentences of context III, one each of I and II, or three of II.
   """
   return RunConfig()
+
+
+def grids() -> RunConfig:
+  """Trains the same model on all families of grid tasks, at 32x32 pixels with cells of 4.
+
+  Evaluation counts exact matches: each family with held-out rules, or grids, and with trained rules.
+  """
+  return RunConfig(
+    name="grids",
+    num_steps=8000,
+    data=DataConfig(
+      bundled=False,
+      contexts={"I": 0.1, "II": 0.7, "III": 0.1, "IV": 0.1},
+      grids=GridsConfig(families=dict.fromkeys(GRID_FAMILY_NAMES, 1.0)),
+    ),
+    eval=EvalConfig(sentences_per_case=16, num_inference_steps=4),
+  )
 
 
 def wan_1_3b() -> RunConfig:
@@ -166,6 +188,7 @@ def wan22_i2v_a14b() -> RunConfig:
 
 PRESETS: Mapping[str, Callable[[], RunConfig]] = {
   "tiny": tiny,
+  "grids": grids,
   "wan_1_3b": wan_1_3b,
   "wan_14b": wan_14b,
   "wan_i2v_14b": wan_i2v_14b,

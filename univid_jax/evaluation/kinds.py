@@ -18,6 +18,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import DepthAlignment, TargetKind
 from univid_jax.data.target_kinds import image_to_depth, image_to_normals, known_pixels, read_palette
 from univid_jax.data.tasks.camera import camera_poses
+from univid_jax.data.tasks.grids.rendering import STATE_FRAMES, Rendering
 from univid_jax.evaluation.generate import Generated
 from univid_jax.evaluation.metrics.camera import camera_metrics
 from univid_jax.evaluation.metrics.dense import (
@@ -32,12 +33,14 @@ from univid_jax.evaluation.metrics.dense import (
   saliency_metrics,
   segmentation_metrics,
 )
+from univid_jax.evaluation.metrics.grids import grid_metrics
 
-# Required of true label maps: this share of the pixels is this close, in every channel, to a colour of the palette.
+# Required of true label maps and grids: this share of the pixels is this close, in every channel, to its colour in the
+# palette.
 PALETTE_SHARE, PALETTE_DISTANCE = 0.9, 8
 
 Metrics = dict[str, float]
-# What adds up over a data set: counts by edge threshold, or sparse confusion matrices.
+# What adds up over a data set: counts by edge threshold, or sparse confusion matrices; of grids the truth.
 Counts = Mapping[str, Any]
 
 
@@ -50,12 +53,14 @@ class KindOptions:
     depth_alignment: how predicted depth is brought to the scale of the ground truth.
     palette: colours of the labels, uint8 (labels, 3).
     void_label: label of the ground truth that does not count; -1 for none.
+    rendering: how grids are drawn.
   """
 
   depth_range: tuple[float, float]
   depth_alignment: DepthAlignment
   palette: np.ndarray
   void_label: int
+  rendering: Rendering
 
   @classmethod
   def of(cls, config: RunConfig) -> "KindOptions":
@@ -71,6 +76,7 @@ class KindOptions:
       depth_alignment=options.depth_alignment,
       palette=read_palette(options.palette)[: options.num_labels or None],
       void_label=options.void_label,
+      rendering=Rendering.of(config.data),
     )
 
 
@@ -168,6 +174,25 @@ def _score_camera(clip: np.ndarray, generated: Generated, options: KindOptions) 
   return camera_metrics(clip, generated.clips[-2], poses), {}
 
 
+def _score_grid(clip: np.ndarray, generated: Generated, options: KindOptions) -> tuple[Metrics, Counts]:
+  return score_grid(clip, generated, options.rendering)
+
+
+def score_grid(clip: np.ndarray, generated: Generated, rendering: Rendering) -> tuple[Metrics, Counts]:
+  """Raises UserError if the ground truth is not drawn as grids are."""
+  predicted, truth = (rendering.decode(frames) for frames in (clip, generated.clips[-1]))
+  shown = generated.clips[-1][::STATE_FRAMES].astype(int)
+  drawn = np.concatenate([rendering.render([state]) for state in truth])
+  inside = (drawn != rendering.padding).any(-1) | (shown != rendering.padding).any(-1)
+  far = np.mean(np.abs(drawn - shown).max(-1)[inside] > PALETTE_DISTANCE)
+  if far > 1 - PALETTE_SHARE:
+    raise UserError(
+      f"{far:.0%} of the pixels in a target of task {generated.info.task!r} are not those of a grid with cells of "
+      f"config.data.grids.cell = {rendering.cell} pixels in the colours of config.data.grids.palette"
+    )
+  return grid_metrics(predicted, truth), {"truth": truth}
+
+
 KIND_METRICS: Mapping[TargetKind, KindMetrics] = {
   TargetKind.DEPTH: KindMetrics(_score_depth),
   TargetKind.NORMALS: KindMetrics(_score_normals),
@@ -175,4 +200,5 @@ KIND_METRICS: Mapping[TargetKind, KindMetrics] = {
   TargetKind.SEGMENTATION: KindMetrics(_score_segmentation, _pool_segmentation),
   TargetKind.SALIENCY: KindMetrics(_score_saliency),
   TargetKind.CAMERA: KindMetrics(_score_camera),
+  TargetKind.GRID: KindMetrics(_score_grid),
 }

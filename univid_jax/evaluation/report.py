@@ -13,7 +13,7 @@ from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.paths import atomic_write
 from univid_jax.data.pictures import COLUMNS, sentence_grid
-from univid_jax.evaluation import published
+from univid_jax.evaluation import exact, published
 from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Generated, SentenceInfo
 from univid_jax.evaluation.kinds import Metrics
 from univid_jax.evaluation.metrics.image import psnr
@@ -176,6 +176,8 @@ def markdown(report: Mapping[str, Any]) -> str:
   ):
     if title != "By number of clips" or len(part) > 1:
       lines += [f"## {title}", "", "PSNR in dB (higher is better).", "", *_psnr_table(part), ""]
+  if report.get("exact"):
+    lines += _exact_section(report["exact"])
   lines += ["## All metrics by task", ""]
   for task, rows in report["by_task"].items():
     names = [name for name in rows[PREDICTION] if name != "count" and not name.endswith("_std")]
@@ -198,6 +200,16 @@ def _descriptions(report: Mapping[str, Any]) -> list[str]:
     texts[PREDICTION] += f"; mean ± standard deviation over {options['num_seeds']} seeds"
   texts |= {f"steps_{n}": f"the prediction with {n} inference step{'s' * (n > 1)}" for n in options["more_steps"]}
   return [f"- **{name}**: {text}" for name, text in texts.items()]
+
+
+def _exact_section(report: Mapping[str, Any]) -> list[str]:
+  """Formats the exact matches of grids."""
+  lines = ["## Exact matches", "", report["intervals"], ""]
+  if "arc" in report:
+    lines += [exact.describe_arc(report["arc"]), ""]
+  for key, title in (("grid", "Grids that are right in every cell:"), ("cell", "Cells that are right:")):
+    lines += [title, "", *_table(*exact.table_rows(report, key)), ""]
+  return [*lines, "The first wrong predictions of each family are in failures.png.", ""]
 
 
 def _group(

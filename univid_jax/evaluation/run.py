@@ -16,6 +16,10 @@ from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.data.sources.readers.arc import ARCSentences
+from univid_jax.data.target_kinds import task_kinds
+from univid_jax.data.tasks.grids.rendering import Rendering
+from univid_jax.evaluation.exact import Failures, exact_report, score_grids
 from univid_jax.evaluation.generate import (
   PREDICTION,
   SWAPPED,
@@ -52,21 +56,29 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
     The contents of eval.json; None, with a warning, if nothing is held out.
   """
   folder = epath.Path(folder)
-  sentences = plan_sentences(config, open_data(config).held_out)
+  data = open_data(config)
+  sentences = plan_sentences(config, data.held_out)
   if not sentences:
     logger.warning(NOTHING_HELD_OUT)
     return None
   variants = make_variants(config.eval, plan_other_pairs(config, sentences))
   variants = [variant for variant in variants if variant.name in (PREDICTION, SWAPPED)]
-  scored, gallery = [], Gallery()
+  scored, exact, gallery = [], [], Gallery()
+  kinds, rendering = task_kinds(config.data), Rendering.of(config.data)
+  failures = Failures(rendering)
   with progress_bar(len(sentences)) as bar:
     for numbers in split_batches(len(sentences), config.eval.batch_size):
       for generated in generate(pipeline, sentences, variants, numbers).values():
         scored.append((generated.info, score_psnr(generated)))
+        exact.append((generated.info, score_grids(generated, kinds, rendering)))
         gallery.add(generated)
+        failures.add(generated, exact[-1][1])
       bar.update(len(numbers))
   report = quick_report(config, scored)
+  if found := exact_report(exact, num_left_out=_count_left_out(data)):
+    report["exact"] = found
   gallery.draw(folder / "grid.png", with_swapped=False)
+  failures.draw(folder / "failures.png")
   write_text(folder / "eval.json", json.dumps(report, indent=2) + "\n")
   return report
 
@@ -113,16 +125,24 @@ def evaluate(
   wait_for_processes("samples are stored")
   if jax.process_index() > 0:
     return None
-  scored, gallery = [], Gallery()
+  scored, gallery, failures = [], Gallery(), Failures(Rendering.of(config.data))
   for generated in read_generated(samples, len(sentences)):
     scored.append((generated.info, scorer(generated)))
     gallery.add(generated)
+    failures.add(generated, scored[-1][1])
   reproduce = {
     "command": command,
     **origin.to_json(),
     "samples": str(samples.relative_to(folder)),
     "version": univid_jax.__version__,
   }
-  report = full_report(config, scorer, scored, **reproduce)
+  failures.draw(folder / "failures.png")
+  exact = exact_report(scored, num_left_out=_count_left_out(data))
+  report = full_report(config, scorer, scored, exact=exact, **reproduce)
   write_report(folder, report, gallery)
   return report
+
+
+def _count_left_out(data: DataSources) -> int:
+  """Returns how many held-out tasks of ARC cannot be used."""
+  return sum(source.num_dropped for source in data.held_out.values() if isinstance(source, ARCSentences))

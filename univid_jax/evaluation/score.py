@@ -10,7 +10,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.options import TargetKind
 from univid_jax.data.target_kinds import task_kinds
 from univid_jax.evaluation.controls import baselines
-from univid_jax.evaluation.generate import PREDICTION, REPEATED, Generated
+from univid_jax.evaluation.generate import PREDICTION, REPEATED, Generated, SentenceInfo
 from univid_jax.evaluation.kinds import KIND_METRICS, Counts, KindOptions, Metrics
 from univid_jax.evaluation.metrics.clip_scores import CLIPScores
 from univid_jax.evaluation.metrics.image import SSIM_SIDE, psnr, rmse, ssim
@@ -24,7 +24,7 @@ class Score:
     name: the variant or baseline that the clip is of.
     metrics: of the whole clip.
     kind: what the target represents, if it has metrics of its own.
-    counts: what `KIND_METRICS[kind].pool` needs.
+    counts: what `KIND_METRICS[kind].pool` needs, and of a grid the truth.
   """
 
   name: str
@@ -41,6 +41,11 @@ def scored_clips(generated: Generated) -> dict[str, np.ndarray]:
 def score_psnr(generated: Generated) -> dict[str, float]:
   """Returns the PSNR of every clip, the part of the scores that costs nothing."""
   return {name: psnr(clip, generated.clips[-1]) for name, clip in scored_clips(generated).items()}
+
+
+def target_kind(info: SentenceInfo, kinds: Mapping[str, TargetKind]) -> TargetKind:
+  """Returns what a target represents; those of reversed sentences are natural images and videos, whatever the task."""
+  return TargetKind.IMAGE if info.reverse else kinds.get(info.task, TargetKind.IMAGE)
 
 
 class Scorer:
@@ -64,13 +69,8 @@ class Scorer:
     return [self.score(name, clip, generated) for name, clip in scored_clips(generated).items()]
 
   def score(self, name: str, clip: np.ndarray, generated: Generated) -> Score:
-    """Scores one clip: as an image or video, then as what it represents.
-
-    Targets of reversed sentences are natural images and videos, whatever the task's kind.
-    """
-    info = generated.info
-    metrics = self._image_metrics(clip, generated)
-    kind = TargetKind.IMAGE if info.reverse else self._kinds.get(info.task, TargetKind.IMAGE)
+    """Scores one clip: as an image or video, then as what it represents."""
+    metrics, kind = self._image_metrics(clip, generated), target_kind(generated.info, self._kinds)
     if kind not in KIND_METRICS:
       return Score(name, metrics)
     extra, counts = KIND_METRICS[kind].score(clip, generated, self._options)

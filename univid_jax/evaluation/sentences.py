@@ -11,6 +11,7 @@ from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import ClipRef, Sentence
 from univid_jax.data.contexts import CONTEXTS
 from univid_jax.data.sources.computed import ComputedSentences, open_computed
+from univid_jax.data.sources.grids import GridSentences
 from univid_jax.evaluation.controls import Case, choose_other_tasks
 
 # Computed tasks whose example pairs serve as control if the data has a single task.
@@ -35,8 +36,8 @@ class PlannedSentence:
 def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) -> list[PlannedSentence]:
   """Plans `eval.sentences_per_case` held-out sentences per case; the result is empty if nothing is held out.
 
-  A case of computed data is a combination of task, context and number of clips; a case of other data is a task. Every
-  held-out row or pair is used once before any is repeated.
+  A case of computed data is a combination of task, context and number of clips, and of grids of the split as well; a
+  case of other data is a task. Every held-out row or pair is used once before any is repeated.
   """
   per_case = config.eval.sentences_per_case
   sentences: list[PlannedSentence] = []
@@ -44,6 +45,12 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
     if isinstance(source, ComputedSentences):
       for number, (case, only) in enumerate(_split_cases(config, source)):
         only = dataclasses.replace(only, seed=_case_seed(config.eval.seed, number))
+        sentences += [PlannedSentence(case, functools.partial(only.__getitem__, i)) for i in range(per_case)]
+    elif isinstance(source, GridSentences):
+      for number, only in enumerate(source.cases()):
+        only = dataclasses.replace(only, seed=_case_seed(config.eval.seed, number), by_reference=False)
+        (family,), (context,), (count,) = only.families, only.contexts, only.num_clips
+        case = Case(family, context, count)
         sentences += [PlannedSentence(case, functools.partial(only.__getitem__, i)) for i in range(per_case)]
     else:
       count = min(len(source), per_case * max(len(source.task_names), 1))
@@ -77,7 +84,9 @@ def _plan(sentence: Sentence) -> PlannedSentence:
   def identify() -> object:
     return sentence.prompt, [clip.key for clip in sentence.clips if isinstance(clip, ClipRef)]
 
-  case = Case(sentence.task, sentence.context, len(sentence.clips))
+  # Tasks of ARC differ from each other as others do.
+  task = (sentence.params or {}).get("arc_task", sentence.task)
+  case = Case(task, sentence.context, len(sentence.clips))
   return PlannedSentence(case, sentence.with_frames, identify)
 
 

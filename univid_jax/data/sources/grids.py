@@ -199,10 +199,10 @@ class GridSentences:
 
 
 def describe_split(family: str, split: GridSplit) -> str:
-  """Returns the split of a family in words, for reports."""
+  """Returns the split of a family in words, for reports; grids of all but training are held out."""
   if split is GridSplit.HELD_OUT:
     return "held-out rules" if GRID_FAMILIES[family].is_held_out else "held-out grids"
-  return "trained rules, held-out grids" if split is GridSplit.TRAINED_RULES else "training"
+  return "trained rules" if split is GridSplit.TRAINED_RULES else "training"
 
 
 def _is_determined(

@@ -67,6 +67,7 @@ class ARCSentences:
     options: how sentences are drawn.
     max_examples: example pairs of a sentence at most; 0 is all.
     is_test_set: whether the sentences are the tests.
+    num_dropped: tasks that cannot be used.
   """
 
   tasks: Sequence[ARCTask]
@@ -74,6 +75,7 @@ class ARCSentences:
   options: DrawOptions
   max_examples: int = 0
   is_test_set: bool = False
+  num_dropped: int = 0
 
   @property
   def task_names(self) -> tuple[str, ...]:
@@ -101,9 +103,9 @@ class ARCSentences:
     return dataclasses.replace(self, is_test_set=True)
 
   def split(self, share: float) -> tuple["ARCSentences", "ARCSentences"]:
-    """Holds out a share of the tasks of each group, rounded down."""
+    """Holds out a share of the tasks of each group, rounded down, of those that can be used."""
     kept, held_out = hold_out(self.tasks, share, group=lambda task: task.group)
-    return dataclasses.replace(self, tasks=kept), dataclasses.replace(self, tasks=held_out).as_test_set()
+    return dataclasses.replace(self, tasks=kept), dataclasses.replace(self, tasks=held_out, num_dropped=0).as_test_set()
 
   def __getitem__(self, index: int) -> Sentence:
     rng = np.random.default_rng((self.options.seed, int(index)))
@@ -154,7 +156,8 @@ def open_arc(path: str, config: RunConfig) -> tuple[ARCSentences, list[Dropped]]
     except (OSError, UserError) as error:
       dropped.append(Dropped(record, str(error)))
   options = DrawOptions.of(config.data, seed=config.seed)
-  return ARCSentences(tasks, rendering, options, config.data.arc.max_examples), dropped
+  limit, count = config.data.arc.max_examples, len(dropped)
+  return ARCSentences(tasks, rendering, options, max_examples=limit, num_dropped=count), dropped
 
 
 def _list_tasks(path: str) -> Iterator[tuple[str, str, str, Callable[[], Mapping[str, Any]]]]:

@@ -1,0 +1,235 @@
+"""Exact matches: how many grids are right in every cell, by family and split, and the score of the ARC benchmark."""
+
+import collections
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from etils import epath
+
+from univid_jax.core.options import TargetKind
+from univid_jax.core.paths import atomic_write
+from univid_jax.data.pictures import sentence_grid
+from univid_jax.data.tasks.grids.base import Grid
+from univid_jax.data.tasks.grids.rendering import Rendering
+from univid_jax.evaluation.generate import PREDICTION, REPEATED, SWAPPED, Generated, SentenceInfo
+from univid_jax.evaluation.kinds import score_grid
+from univid_jax.evaluation.metrics.grids import bootstrap_interval, grid_metrics, wilson_interval
+from univid_jax.evaluation.score import Score, scored_clips, target_kind
+
+# What grids are compared with, and what the columns of the table are called.
+COLUMNS = {
+  PREDICTION: "prediction",
+  SWAPPED: "wrong examples",
+  "copy_b": "copy of B",
+  "copy_a2": "copy of A'",
+  "most_frequent": "most frequent answer",
+  "codec": "codec",
+}
+INTERVALS = (
+  "95 % intervals: Wilson's for grids, of as many trials as sentences whatever the seeds; bootstrap over sentences for "
+  "cells."
+)
+# The benchmark's number of answers per test, of which one must be right.
+ARC_ATTEMPTS = 2
+FAILURES_PER_GROUP = 2
+
+Scored = Sequence[tuple[SentenceInfo, Sequence[Score]]]
+Item = TypeVar("Item")
+
+
+def score_grids(generated: Generated, kinds: Mapping[str, TargetKind], rendering: Rendering) -> list[Score]:
+  """Scores all clips of a sentence as grids alone, at little cost; returns nothing if its target is no grid.
+
+  Args:
+    generated: the sentence with its samples.
+    kinds: of targets, by task.
+    rendering: how grids are drawn.
+  """
+  if target_kind(generated.info, kinds) is not TargetKind.GRID:
+    return []
+  scores = []
+  for name, clip in scored_clips(generated).items():
+    metrics, counts = score_grid(clip, generated, rendering)
+    scores.append(Score(name, metrics, TargetKind.GRID, counts))
+  return scores
+
+
+def exact_report(scored: Scored, *, num_left_out: int = 0) -> dict[str, Any] | None:
+  """Returns the shares of exact grids and of right cells by family and split; None if no target is a grid.
+
+  Args:
+    scored: the scores of each sentence.
+    num_left_out: tasks of ARC that do not fit the canvas; they count as unsolved.
+  """
+  grids = [(info, [score for score in scores if score.kind is TargetKind.GRID]) for info, scores in scored]
+  grids = [(info, scores) for info, scores in grids if scores]
+  if not grids:
+    return None
+  groups = _group(grids, [_group_name(info) for info, _ in grids])
+  rows = [
+    {"family": family, "split": split, "count": len(group), "scores": dict(_compare(group))}
+    for (family, split), group in groups.items()
+  ]
+  report: dict[str, Any] = {"intervals": INTERVALS, "rows": rows}
+  if arc := [(info, scores) for info, scores in grids if _params(info).get("arc_task")]:
+    report["arc"] = _score_arc(arc, num_left_out)
+  return report
+
+
+def _params(info: SentenceInfo) -> Mapping[str, Any]:
+  return info.params or {}
+
+
+def _group_name(info: SentenceInfo) -> tuple[str, str]:
+  """Returns the family and the split; grids that others made have their task instead."""
+  return _params(info).get("family", info.label), _params(info).get("split", "held out")
+
+
+def _group(items: Iterable[Item], names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[Item]]:
+  groups = collections.defaultdict(list)
+  for item, name in zip(items, names):
+    groups[name].append(item)
+  return dict(groups)
+
+
+def _compare(group: Scored) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields the names of predictions, controls and baselines, and their shares with intervals."""
+  yield PREDICTION, _summarize([_mean_of_seeds(scores) for _, scores in group])
+  for name in dict.fromkeys(score.name for _, scores in group for score in scores):
+    if name != PREDICTION and not name.startswith(REPEATED):
+      yield name, _summarize([score.metrics for _, scores in group for score in scores if score.name == name])
+  truths = [scores[0].counts["truth"] for _, scores in group]
+  yield "most_frequent", _summarize(_answer_always(truths))
+
+
+def _attempts(scores: Sequence[Score]) -> list[Score]:
+  """Returns the prediction, then its repetitions with other noise."""
+  return [score for score in scores if score.name == PREDICTION or score.name.startswith(REPEATED)]
+
+
+def _mean_of_seeds(scores: Sequence[Score]) -> dict[str, float]:
+  runs = [score.metrics for score in _attempts(scores)]
+  return {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
+
+
+def _summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+  grids, cells = ([each[f"{name}_accuracy"] for each in metrics] for name in ("grid", "cell"))
+  return {
+    "grid_accuracy": float(np.mean(grids)),
+    "grid_interval": wilson_interval(float(np.mean(grids)), len(grids)),
+    "cell_accuracy": float(np.mean(cells)),
+    "cell_interval": bootstrap_interval(cells),
+  }
+
+
+def _answer_always(truths: Sequence[Sequence[Grid]]) -> list[dict[str, float]]:
+  """Scores the one answer that is right most often, images and videos apart: no constant answer does better."""
+  keys = [tuple((grid.shape, grid.tobytes()) for grid in truth) for truth in truths]
+  best = {}
+  for length in set(map(len, keys)):
+    most_frequent, _ = collections.Counter(key for key in keys if len(key) == length).most_common(1)[0]
+    best[length] = truths[keys.index(most_frequent)]
+  return [grid_metrics(best[len(truth)], truth) for truth in truths]
+
+
+def _score_arc(scored: Scored, num_left_out: int) -> dict[str, Any]:
+  """Returns the score of the benchmark: a task is solved if one of two attempts is right, at each of its tests.
+
+  Tasks of which not all tests are among the sentences do not count.
+  """
+  tests: dict[str, list[bool]] = collections.defaultdict(list)
+  sizes: dict[str, int] = {}
+  num_attempts = 0
+  for info, scores in scored:
+    attempts = _attempts(scores)[:ARC_ATTEMPTS]
+    num_attempts = len(attempts)
+    task = _params(info)["arc_task"]
+    tests[task].append(any(score.metrics["grid_accuracy"] == 1 for score in attempts))
+    sizes[task] = _params(info)["num_tests"]
+  complete = [results for task, results in tests.items() if len(results) == sizes[task]]
+  solved, count = sum(map(all, complete)), len(complete) + num_left_out
+  return {
+    "solved": solved,
+    "tasks": count,
+    "left_out": num_left_out,
+    "attempts": num_attempts,
+    "score": solved / count if count else 0.0,
+    "interval": wilson_interval(solved / count, count) if count else (0.0, 1.0),
+  }
+
+
+def table_rows(report: Mapping[str, Any], key: str) -> tuple[list[str], list[list[str]]]:
+  """Returns the head and the rows of a table.
+
+  Args:
+    report: of `exact_report`.
+    key: "grid" or "cell".
+  """
+  names = [name for name in COLUMNS if any(name in row["scores"] for row in report["rows"])]
+  head = ["family", "split", "sentences", *(COLUMNS[name] for name in names)]
+  rows = [
+    [row["family"], row["split"], str(row["count"]), *(_percent(row["scores"].get(name), key) for name in names)]
+    for row in report["rows"]
+  ]
+  return head, rows
+
+
+def summary(report: Mapping[str, Any]) -> list[str]:
+  """Returns a line with the share of exact grids of each family, for every split, and one for ARC."""
+  lines = []
+  for split in dict.fromkeys(row["split"] for row in report["rows"]):
+    rows = [row for row in report["rows"] if row["split"] == split]
+    shares = [f"{row['family']} {row['scores'][PREDICTION]['grid_accuracy']:.0%}" for row in rows]
+    lines.append(f"exact grids, {split}: {', '.join(shares)}")
+  return lines + ([describe_arc(report["arc"])] if "arc" in report else [])
+
+
+def describe_arc(arc: Mapping[str, Any]) -> str:
+  """Describes the score of the ARC benchmark in a sentence."""
+  low, high = arc["interval"]
+  left_out = f"; {arc['left_out']} of them do not fit the canvas and count as unsolved" if arc["left_out"] else ""
+  return (
+    f"ARC: {arc['solved']} of {arc['tasks']} tasks solved, {arc['score']:.1%} ({low:.1%} to {high:.1%}): every test is "
+    f"right in one of {arc['attempts']} attempt{'s' * (arc['attempts'] > 1)}{left_out}."
+  )
+
+
+def _percent(values: Mapping[str, Any] | None, key: str) -> str:
+  if values is None:
+    return "-"
+  low, high = values[f"{key}_interval"]
+  return f"{values[f'{key}_accuracy']:.1%} ({low:.0%} to {high:.0%})"
+
+
+class Failures:
+  """Keeps the first wrong predictions of each family and split, for a picture.
+
+  Args:
+    rendering: how grids are drawn.
+  """
+
+  def __init__(self, rendering: Rendering):
+    self._rendering = rendering
+    self._examples: dict[tuple[str, str], list[tuple[Generated, float]]] = collections.defaultdict(list)
+
+  def add(self, generated: Generated, scores: Sequence[Score]) -> None:
+    for score in scores:
+      if score.name == PREDICTION and score.kind is TargetKind.GRID and score.metrics["grid_accuracy"] < 1:
+        examples = self._examples[_group_name(generated.info)]
+        if len(examples) < FAILURES_PER_GROUP:
+          examples.append((generated, score.metrics["cell_accuracy"]))
+
+  def draw(self, path: epath.Path) -> None:
+    """Draws A, A', B, the prediction, the grid it is read as, and the ground truth; without any removes the file."""
+    rows = []
+    for (family, split), examples in self._examples.items():
+      for generated, cells in examples:
+        predicted = generated.samples[PREDICTION]
+        clips = [*generated.clips[-4:-1], predicted, self._rendering.render(self._rendering.decode(predicted))]
+        rows.append((f"{family}\n{split}\n{cells:.0%} of the cells", [*clips, generated.clips[-1]]))
+    if not rows:
+      path.unlink(missing_ok=True)
+    else:
+      with atomic_write(path) as unfinished:
+        sentence_grid(unfinished, rows, columns=("A", "A'", "B", "B' predicted", "B' as read", "B' true"))
