@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.dims import MAX_POSITION
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ClipFit, ContextTimestep
 
@@ -20,6 +21,7 @@ class Usage:
   Attributes:
     attention: see `Attention`.
     context_timestep: see `ContextTimestep`; AUTO if it is not known.
+    clip_gap: see `ModelConfig`.
     shift: of the noise levels toward noise.
     sizes: (height, width) in pixels: the size of clips, then the other buckets.
     num_frames: of a video.
@@ -32,6 +34,7 @@ class Usage:
 
   attention: Attention = Attention.FULL
   context_timestep: ContextTimestep = ContextTimestep.AUTO
+  clip_gap: int = 0
   shift: float = 5.0
   sizes: tuple[tuple[int, int], ...] = ((480, 832),)
   num_frames: int = 17
@@ -59,6 +62,7 @@ class Usage:
       attention=config.model.attention,
       context_timestep=context_timestep,
       expert=expert,
+      clip_gap=config.model.clip_gap,
       shift=config.flow.shift,
       sizes=data.sizes,
       num_frames=data.num_frames,
@@ -74,6 +78,7 @@ class Usage:
     return {
       "attention": str(self.attention),
       "context_timestep": str(self.context_timestep),
+      "clip_gap": str(self.clip_gap),
       "shift": f"{self.shift:g}",
       "sizes": " ".join(f"{height}x{width}" for height, width in self.sizes),
       "num_frames": str(self.num_frames),
@@ -143,7 +148,7 @@ def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, lis
           f"sample, or {field}= of load_pipeline"
         )
     prompts = {**usage.prompts, **prompts}
-    for field in ("shift", "sizes", "num_frames", "fit", "fps"):
+    for field in ("clip_gap", "shift", "sizes", "num_frames", "fit", "fps"):
       values = [getattr(each, field) for each in (chosen, usage)]
       if values[0] != values[1]:
         notes.append(f"{first} was trained with {field} {values[0]}, which is used, and {name} with {values[1]}")
@@ -165,6 +170,13 @@ def _parse_prompts(text: str) -> dict[str, str]:
   if not isinstance(prompts, dict) or not all(isinstance(value, str) for value in prompts.values()):
     raise ValueError("it must be an object of texts")
   return prompts
+
+
+def _parse_clip_gap(text: str) -> int:
+  gap = int(text)
+  if not 0 <= gap < MAX_POSITION:
+    raise ValueError(f"it must be from 0 to {MAX_POSITION - 1}")
+  return gap
 
 
 def _parse_shift(text: str) -> float:
@@ -197,6 +209,7 @@ def _parse_expert(text: str) -> str:
 _PARSERS = {
   "attention": Attention,
   "context_timestep": ContextTimestep,
+  "clip_gap": _parse_clip_gap,
   "shift": _parse_shift,
   "sizes": _parse_sizes,
   "num_frames": _parse_num_frames,

@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from univid_jax.config.section import Section
+from univid_jax.core.dims import MAX_POSITION
 from univid_jax.core.options import Attention, AttentionBackend, ContextTimestep, RematPolicy, TrainedExpert
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -24,7 +25,10 @@ class ModelConfig(Section):
     attention: what tokens attend to.
     context_timestep: of context tokens: that of their target, as in UniVid, or zero, as TI2V was trained.
     attention_backend: implementation of self-attention.
-    look_back: from-scratch initialisation: head i attends this many latent frames back; () is the plain random start.
+    clip_gap: added to positions in time where a clip begins, so that it does not look like the continuation of the one
+      before (Video-As-Prompt); 0 lets time run on.
+    look_back: from-scratch initialisation: head i attends this many latent frames back, gaps included; () is the plain
+      random start.
   """
 
   KEY: ClassVar[str] = "model."
@@ -45,10 +49,12 @@ class ModelConfig(Section):
   attention: Attention = Attention.FULL
   context_timestep: ContextTimestep = ContextTimestep.AUTO
   attention_backend: AttentionBackend = AttentionBackend.AUTO
+  clip_gap: int = 0
   look_back: tuple[int, ...] = (1, 2, 4)
 
   def __post_init__(self):
     self.require_at_least(1, "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim")
+    self.require("clip_gap", 0 <= self.clip_gap < MAX_POSITION, f"from 0 to {MAX_POSITION - 1}")
     self.require("rope_theta", self.rope_theta > 0, "positive")
     for name in ("dtype", "param_dtype"):
       self.require(name, getattr(self, name) in DTYPES, f"one of {', '.join(DTYPES)}")

@@ -14,6 +14,9 @@ output where `t` are those of the input.
 
 from univid_jax.core.errors import UserError
 
+# Rotary positions along each dim, as in Wan's code.
+MAX_POSITION = 1024
+
 
 def latent_shape(shape: tuple[int, ...], *, temporal_stride: int, spatial_stride: int) -> tuple[int, int, int]:
   """Returns (t, y, x) of the latents of a clip.

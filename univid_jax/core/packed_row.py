@@ -72,7 +72,8 @@ class PackedRow:
 
   Attributes:
     tokens: clean latents, one patch per token, values ordered (patch t, patch y, patch x, channel).
-    positions: (t, y, x) of each token in patches; time runs on across the clips of a sentence.
+    positions: (t, y, x) of each token in patches; time runs on across the clips of a sentence, with
+      a gap between clips if the model has one.
     segment_ids: the sentence of each token, from 1; 0 is padding.
     target_mask: True for tokens of target clips.
     targets: indices of the target tokens, padded with l; lets the last block and the head skip context tokens. None

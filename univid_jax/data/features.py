@@ -54,12 +54,20 @@ class FeatureMaker:
     shape: of the transformer.
     task_names: tasks by number, from 1.
     caches: where encoded clips and prompts are looked up and stored; None always encodes.
+    clip_gap: positions in time that are left out between clips.
   """
 
   def __init__(
-    self, encoders: Encoders, *, shape: TransformerShape, task_names: Sequence[str], caches: FeatureCaches | None = None
+    self,
+    encoders: Encoders,
+    *,
+    shape: TransformerShape,
+    task_names: Sequence[str],
+    caches: FeatureCaches | None = None,
+    clip_gap: int = 0,
   ):
     self.encoders, self.shape, self.task_names, self.caches = encoders, shape, tuple(task_names), caches
+    self.clip_gap = clip_gap
 
   def __call__(self, sentence: Sentence) -> Features:
     latents = tuple(self.encode_clip(clip) for clip in sentence.clips)
@@ -85,6 +93,7 @@ class FeatureMaker:
       patch_size=self.shape.patch_size,
       prompt_embedding=prompt_embedding,
       text_len=self.shape.text_len,
+      clip_gap=self.clip_gap,
       task_id=_number(sentence.task, self.task_names),
       context_id=_number(sentence.context, CONTEXT_NAMES),
       condition=condition,

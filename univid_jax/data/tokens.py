@@ -9,6 +9,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from univid_jax.core.dims import MAX_POSITION
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import TransformerShape
 from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
@@ -98,6 +99,7 @@ def sentence_features(
   patch_size: tuple[int, int, int],
   prompt_embedding: Float[np.ndarray, "n d"],
   text_len: int,
+  clip_gap: int = 0,
   task_id: int = 0,
   context_id: int = 0,
   condition: Float[np.ndarray, "t y x v"] | None = None,
@@ -110,12 +112,13 @@ def sentence_features(
     patch_size: of the transformer.
     prompt_embedding: without padding.
     text_len: length to which the original pads a prompt.
+    clip_gap: positions in time that are left out between clips.
     task_id, context_id: numbers from 1; 0 for neither.
     condition: I2V's mask and first-frame latents over the whole sentence.
     image_features: I2V's CLIP features of the first frame.
 
   Raises:
-    UserError: the prompt is longer than `text_len`.
+    UserError: the prompt is longer than `text_len`, or gaps move clips further than positions reach.
   """
   clips = [_check_encoded(clip) for clip in sentence.clips]
   tokens = [patchify(clip, patch_size) for clip in clips]
@@ -127,7 +130,7 @@ def sentence_features(
   target_mask = np.repeat([role == Role.TARGET for role in sentence.roles], [len(part) for part in tokens])
   return Features(
     tokens=np.concatenate(tokens).astype(np.float32),
-    positions=_positions([clip.shape for clip in clips], patch_size),
+    positions=_positions([clip.shape for clip in clips], patch_size, clip_gap),
     target_mask=target_mask,
     targets=np.flatnonzero(target_mask).astype(np.int32),
     text=text.astype(np.float32),
@@ -145,12 +148,23 @@ def _check_encoded(clip: Clip) -> np.ndarray:
   return clip
 
 
-def _positions(shapes: Sequence[tuple[int, ...]], patch_size: tuple[int, int, int]) -> Int[np.ndarray, "l 3"]:
-  """Returns (t, y, x) of each token of a sentence; time runs on from clip to clip."""
+def _positions(
+  shapes: Sequence[tuple[int, ...]], patch_size: tuple[int, int, int], clip_gap: int
+) -> Int[np.ndarray, "l 3"]:
+  """Returns (t, y, x) of each token of a sentence; time runs on from clip to clip, after a gap.
+
+  Raises:
+    UserError: the gaps are too large.
+  """
   positions, start = [], 0
   for shape in shapes:
     t, y, x = (n // p for n, p in zip(shape, patch_size))
     grid = np.stack(np.meshgrid(np.arange(start, start + t), np.arange(y), np.arange(x), indexing="ij"), axis=-1)
     positions.append(grid.reshape(-1, 3))
-    start += t
+    start += t + clip_gap
+  if clip_gap and start - clip_gap > MAX_POSITION:
+    raise UserError(
+      f"config.model.clip_gap = {clip_gap} is too large: a sentence of {len(shapes)} clips ends at time "
+      f"{start - clip_gap - 1}, and positions end at {MAX_POSITION - 1}"
+    )
   return np.concatenate(positions).astype(np.int32)

@@ -79,7 +79,7 @@ class Pipeline(EncodingPipeline):
     trained = self.usage.context_timestep if self.attention == self.usage.attention else ContextTimestep.AUTO
     timestep = parse_option(ContextTimestep, "context_timestep", context_timestep or trained)
     self.context_mode = ContextMode.of(self.attention, timestep, default=config.context_timestep)
-    self._features = FeatureMaker(encoders, shape=config, task_names=())
+    self._features = FeatureMaker(encoders, shape=config, task_names=(), clip_gap=self.usage.clip_gap)
     self._sampler = Sampler(mesh)
 
   @property
@@ -132,8 +132,14 @@ class Pipeline(EncodingPipeline):
       clip_features: I2V's CLIP features of the first frame, (257, 1280).
 
     Raises:
-      ValueError: what an I2V model takes is missing, or is given to another one; or the timesteps do not fit.
+      ValueError: what an I2V model takes is missing, or is given to another one; or the timesteps do not fit; or the
+        model was trained with gaps between clips.
     """
+    if self.usage.clip_gap:
+      raise UserError(
+        f"the model was trained with clip_gap = {self.usage.clip_gap}, and latents do not say where clips begin: use "
+        "sample"
+      )
     if latents.shape[-1] != self.config.out_dim:
       raise UserError(f"latents of this model have {self.config.out_dim} channels, got {latents.shape[-1]}")
     job = Job(

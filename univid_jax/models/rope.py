@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from univid_jax.core.dims import MAX_POSITION
 from univid_jax.platform import tpu
 from univid_jax.platform.current import Platform, current_platform
 
@@ -31,7 +32,7 @@ def rotary_tables(
   *,
   theta: float = 10000.0,
   scale: float = 1.0,
-  max_position: int = 1024,
+  max_position: int = MAX_POSITION,
 ) -> RotaryTables:
   """Returns the factors of `rotate`, float32: of each channel its cosine, and of its neighbour the signed sine.
 

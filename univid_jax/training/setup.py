@@ -148,7 +148,9 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
     data.require_usable(config.data)
   check_same_data(workdir, data, config)
   caches = FeatureCaches.open(config, encoders, workdir)
-  features = FeatureMaker(encoders, shape=shape, task_names=data.task_names, caches=caches)
+  features = FeatureMaker(
+    encoders, shape=shape, task_names=data.task_names, caches=caches, clip_gap=config.model.clip_gap
+  )
   if caches is not None:
     held_out = select_sentences(data, config.validation.sentences)[0] if config.validation.every_steps else []
     prepare(
