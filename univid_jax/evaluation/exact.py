@@ -12,7 +12,7 @@ from univid_jax.core.paths import atomic_write
 from univid_jax.data.pictures import sentence_grid
 from univid_jax.data.tasks.grids.base import Grid
 from univid_jax.data.tasks.grids.rendering import Rendering
-from univid_jax.evaluation.generate import PREDICTION, REPEATED, SWAPPED, Generated, SentenceInfo
+from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, REPEATED, SWAPPED, Generated, SentenceInfo
 from univid_jax.evaluation.kinds import score_grid
 from univid_jax.evaluation.metrics.grids import bootstrap_interval, grid_metrics, wilson_interval
 from univid_jax.evaluation.score import Score, scored_clips, target_kind
@@ -20,6 +20,7 @@ from univid_jax.evaluation.score import Score, scored_clips, target_kind
 # What grids are compared with, and what the columns of the table are called.
 COLUMNS = {
   PREDICTION: "prediction",
+  ACCELERATED: "accelerated",
   SWAPPED: "wrong examples",
   "copy_b": "copy of B",
   "copy_a2": "copy of A'",
