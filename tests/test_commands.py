@@ -132,6 +132,22 @@ def trained(tmp_path_factory):
   return root, done
 
 
+@pytest.mark.parametrize(
+  "arguments, code, message",
+  [
+    (["--steps=5", "--sigmas=1,0.5"], 1, "sigmas replace num_inference_steps"),
+    (["--prompt=x", "--task=depth map"], 2, "--prompt and --task exclude each other"),
+    (["--size=1"], 2, "--size is HEIGHTxWIDTH"),
+    ([], 1, "neither a converted checkpoint (no checkpoint.json) nor"),
+  ],
+)
+def test_wrong_arguments_of_calibrate(tmp_path, capfd, arguments, code, message):
+  missing = tmp_path / "missing"
+  assert run_here("univid_jax.calibrate", f"--checkpoint={missing}", "--clips=a.png,b.png,c.png", *arguments) == code
+  stderr = capfd.readouterr().err
+  assert message in stderr and "Traceback" not in stderr and not missing.exists()
+
+
 def test_a_run_names_all_results(trained):
   root, done = trained
   lines = done.stdout.strip().splitlines()

@@ -129,7 +129,7 @@ def test_transformer(rng, kind):
   assert relative_error(out, np.moveaxis(expected[0].numpy(), 0, -1)) <= 2e-5
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.long), 3.0])
 def test_step_cache(rng, guidance_scale, capsys):
   """MagCache: the ratios that both measure, the steps that both skip, and what they sample.
 

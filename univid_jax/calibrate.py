@@ -6,6 +6,7 @@ Give the flags of the samples to come: ratios are those of one model, solver, no
 depend on clips and seed. `sample --step_cache=magcache` finds them in CHECKPOINT/step_cache.json.
 """
 
+import os
 import sys
 
 from univid_jax.cli import app
@@ -28,7 +29,8 @@ def main() -> None:
   enable_compilation_cache()
   SAMPLING.check()
   SamplingPlan.of(None, **SAMPLING.steps)
-  require_writable(SAMPLING.checkpoint.value)
+  if os.path.isdir(SAMPLING.checkpoint.value):  # else it is in a bucket, or missing, which loading reports
+    require_writable(SAMPLING.checkpoint.value)
   pipeline, origin = SAMPLING.load()
   clips = [clip.frames for clip in read_context(SAMPLING.clips.value, SAMPLING.choose_format(pipeline))]
   ratios = measure_ratios(

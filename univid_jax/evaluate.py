@@ -59,7 +59,8 @@ def main() -> None:
   pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=grouped, mesh=mesh, step=origin.step, **options)
   data = open_data(config)
   command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
-  accelerated = accelerator and accelerate(pipeline, accelerator)
+  skip = LORA_SKIP_UNMATCHED.value
+  accelerated = accelerator and accelerate(pipeline, accelerator, skip_unmatched=skip)
   report = evaluate(pipeline, config, data=data, folder=folder, origin=origin, command=command, accelerated=accelerated)
   if report is None:  # not process 0
     return

@@ -48,7 +48,9 @@ def open_samples_folder(
   """
   values = _describe(config, sentences, origin)
   if accelerator is not None:
-    values["accelerator"] = dataclasses.asdict(accelerator)
+    values["accelerator"] = {
+      name: value for name, value in dataclasses.asdict(accelerator).items() if name != "pattern"
+    }
   name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
   samples = folder / SAMPLES / name
   if write:

@@ -96,12 +96,13 @@ def split_accelerator(text: str) -> tuple[str, float, str]:
   return path, weight, kind
 
 
-def accelerate(pipeline: Pipeline, accelerator: AcceleratorLoRAs) -> Pipeline:
+def accelerate(pipeline: Pipeline, accelerator: AcceleratorLoRAs, *, skip_unmatched: bool = False) -> Pipeline:
   """Returns a pipeline with the LoRAs of a distillation on top, which shares the weights of the given one.
 
   Args:
     pipeline: stays as it is. Its LoRAs, of training or of files, stay in effect.
     accelerator: of `read_accelerator`.
+    skip_unmatched: see `load_pipeline`.
 
   Raises:
     UserError: a LoRA does not fit.
@@ -112,7 +113,7 @@ def accelerate(pipeline: Pipeline, accelerator: AcceleratorLoRAs) -> Pipeline:
   accelerated.experts = dataclasses.replace(
     pipeline.experts,
     transformers=[
-      _with_loras(pipeline, transformer, loras)
+      _with_loras(pipeline, transformer, loras, skip_unmatched=skip_unmatched)
       for transformer, loras in zip(transformers, select_loras(accelerator.loras, experts), strict=True)
     ],
   )
@@ -120,11 +121,14 @@ def accelerate(pipeline: Pipeline, accelerator: AcceleratorLoRAs) -> Pipeline:
   return accelerated
 
 
-def _with_loras(pipeline: Pipeline, transformer: Transformer, loras: Sequence[LoRA]) -> Transformer:
+def _with_loras(
+  pipeline: Pipeline, transformer: Transformer, loras: Sequence[LoRA], *, skip_unmatched: bool
+) -> Transformer:
   if not loras:
     return transformer
   offloaded = isinstance(transformer.params, OffloadedParams)
   params = transformer.params.load() if isinstance(transformer.params, OffloadedParams) else transformer.params
   pairs = [(lora.weights, lora.weight) for lora in loras]
-  changed = add_loras(pipeline.config, transformer.graph, params, pairs, mesh=pipeline.mesh, merged=False)
+  options = {"mesh": pipeline.mesh, "merged": False, "skip_unmatched": skip_unmatched}
+  changed = add_loras(pipeline.config, transformer.graph, params, pairs, **options)
   return Transformer(*changed).offload() if offloaded else Transformer(*changed)

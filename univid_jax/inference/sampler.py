@@ -48,6 +48,8 @@ class Request:
 class Sampler:
   """Compiled sampling of one model. Programs are compiled once per shape of rows and solver, for any number of steps.
 
+  Steps without guidance, with a step cache, and those that reuse residuals are other programs.
+
   Args:
     mesh: the devices of the model.
   """
