@@ -10,6 +10,7 @@ LoRA files                hold their own checksums in their headers or sidecars,
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -135,11 +136,7 @@ def verified(
     return
   if not has_checksums(folder):
     yield
-    log.warning(
-      "%s has no checksums, so damage would go unnoticed; to add them: python -m univid_jax.verify %s --write",
-      folder,
-      folder,
-    )
+    _report_missing(str(folder))
     return
   with _hashing(folder, select) as wait:
     try:
@@ -150,6 +147,15 @@ def verified(
       raise
     if damage := wait():
       raise DamagedError(folder, damage)
+
+
+@functools.cache  # once, however often a folder is opened
+def _report_missing(folder: str) -> None:
+  log.warning(
+    "%s has no checksums, so damage would go unnoticed; to add them: python -m univid_jax.verify %s --write",
+    folder,
+    folder,
+  )
 
 
 @contextlib.contextmanager
