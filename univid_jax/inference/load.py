@@ -93,10 +93,7 @@ def load_pipeline(
     saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
     record = _override_dtype(require_run(checkpoint), dtype)
     with verified(record.config.init_from, enabled=verify_weights):
-      encoders = open_encoders(record.config, mesh)
-      transformers = _load_run(saved, record, loras, finish, mesh=mesh, step=step)
-    config, usage = transformer_config(record.config), run_usage(record)
-    pipeline = Pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, **given)
+      pipeline = _open_run(saved, record, loras, finish, mesh=mesh, step=step, given=given)
   pipeline.accelerator = accelerator and accelerator.kind
   return pipeline
 
@@ -120,6 +117,23 @@ def _open_base(
     return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
   config = base.config("transformer")
   usage, transformers = _load_base(base, loras, finish, mesh=mesh, dtype=dtype, given=given)
+  return Pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, **given)
+
+
+def _open_run(
+  saved: SavedCheckpoints,
+  record: RunRecord,
+  loras: Sequence[LoRA],
+  finish: _Finish,
+  *,
+  mesh: Mesh,
+  step: int | str | None,
+  given: Mapping[str, str | None],
+) -> Pipeline:
+  """Loads the model of a run."""
+  encoders = open_encoders(record.config, mesh)
+  transformers = _load_run(saved, record, loras, finish, mesh=mesh, step=step)
+  config, usage = transformer_config(record.config), run_usage(record)
   return Pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, **given)
 
 
