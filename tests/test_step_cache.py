@@ -123,6 +123,10 @@ def test_threshold_0_and_measuring_change_nothing(tiny_config, pipe, contexts, a
   expected = sample(pipe, contexts[0])
   table, latents = measure(pipe, contexts[0])
   assert relative_error(latents, expected) <= 1e-6
+  again = RatioMeasurement()
+  for _ in range(2):
+    sample(pipe, contexts[0], step_cache=again)
+  assert again.table == table, "of the last sample"
   assert np.shape(table) == (2, STEPS) and [ratios[0] for ratios in table] == [1, 1] and np.std(table) > 1e-4
   nothing = sample(pipe, contexts[0], step_cache=StepCache(ratios=table, threshold=0))
   assert np.array_equal(nothing, expected), "to the bit"

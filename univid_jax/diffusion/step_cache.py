@@ -71,11 +71,16 @@ class RatioMeasurement:
   """Takes the place of a `StepCache` in a sample that computes every step, and measures its ratios.
 
   Attributes:
-    ratios: those of the prompt and of the negative prompt, complete when the sample is.
+    ratios: those of the prompt and of the negative prompt, complete when the sample is; of several samples, or batches
+      of rows, the last.
   """
 
   def __init__(self):
     self.ratios: tuple[list[float], list[float]] = ([], [])
+
+  def clear(self) -> None:
+    for ratios in self.ratios:
+      ratios.clear()
 
   @property
   def table(self) -> tuple[tuple[float, ...], ...]:

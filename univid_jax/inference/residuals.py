@@ -74,6 +74,8 @@ class Residuals:
   ):
     self._step, self._computed = step, computed
     self._measurement = step_cache if isinstance(step_cache, RatioMeasurement) else None
+    if self._measurement is not None:
+      self._measurement.clear()
     self._kept: BranchResiduals = (None, None)
 
   def step(self, i: int, graph: nnx.GraphDef, params: Any, branches: tuple[Branch, Branch | None], *rest: Any) -> Any:
