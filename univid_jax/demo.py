@@ -14,7 +14,7 @@ from univid_jax.cli.flags import CommandFlags
 from univid_jax.core.errors import UserError
 
 FLAGS = CommandFlags(__doc__)
-CHECKPOINT, LORA, DTYPE = FLAGS.checkpoint(), FLAGS.lora(), FLAGS.dtype()
+CHECKPOINT, LORA, DTYPE, QUANTIZE = FLAGS.checkpoint(), FLAGS.lora(), FLAGS.dtype(), FLAGS.quantize()
 ACCELERATE = FLAGS.accelerate()
 LORA_SKIP_UNMATCHED, VERIFICATION = FLAGS.lora_skip_unmatched(), FLAGS.verification()
 OFFLOAD_INACTIVE = FLAGS.offload_inactive()
@@ -37,7 +37,8 @@ def main() -> None:
 
   enable_compilation_cache()
   loras = [parse_lora(item) for item in LORA.value]
-  options: dict[str, Any] = {flag.name: flag.value for flag in (DTYPE, LORA_SKIP_UNMATCHED, OFFLOAD_INACTIVE)}
+  flags = (DTYPE, QUANTIZE, LORA_SKIP_UNMATCHED, OFFLOAD_INACTIVE)
+  options: dict[str, Any] = {flag.name: flag.value for flag in flags}
   options |= VERIFICATION.value
   options["accelerate"] = ACCELERATE.value or None
   pipeline = univid_jax.load_pipeline(CHECKPOINT.value, lora=group_loras(loras), **options)

@@ -22,6 +22,7 @@ CHECKPOINT = FLAGS.string("checkpoint", None, "A converted checkpoint to evaluat
 LORA, LORA_SKIP_UNMATCHED = FLAGS.lora(), FLAGS.lora_skip_unmatched()
 ACCELERATE = FLAGS.accelerate("The row `accelerated` of the report is sampled with it: a")
 STEP, VERIFICATION, OFFLOAD_INACTIVE = FLAGS.step(), FLAGS.verification(), FLAGS.offload_inactive()
+QUANTIZE = FLAGS.quantize()
 OUT = FLAGS.string("out", None, "Folder of the results; default: WORKDIR/evaluation.")
 PROCESSES = FLAGS.processes()
 
@@ -51,10 +52,11 @@ def main() -> None:
   verify = VERIFICATION.verify_weights
   accelerator = read_accelerator(ACCELERATE.value, verify=verify) if ACCELERATE.value else None
   files = accelerator and accelerator.files
-  origin = Origin.of(CHECKPOINT.value or workdir, step=STEP.value, loras=loras, accelerator=files, **VERIFICATION.value)
+  sources = {"loras": loras, "accelerator": files, "quantize": QUANTIZE.value, **VERIFICATION.value}
+  origin = Origin.of(CHECKPOINT.value or workdir, step=STEP.value, **sources)
   # Each process has the whole model on its own devices, and its share of the sentences.
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-  options: dict[str, Any] = {flag.name: flag.value for flag in (LORA_SKIP_UNMATCHED, OFFLOAD_INACTIVE)}
+  options: dict[str, Any] = {flag.name: flag.value for flag in (QUANTIZE, LORA_SKIP_UNMATCHED, OFFLOAD_INACTIVE)}
   options |= VERIFICATION.value
   pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=grouped, mesh=mesh, step=origin.step, **options)
   data = open_data(config)

@@ -19,12 +19,13 @@ from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import TrainedExpert
+from univid_jax.core.options import Quantize, TrainedExpert
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import CodecShape, Encoders
 from univid_jax.diffusion.flow import REFERENCE_TOKENS, FlowMatching
 from univid_jax.models.dit import DiT
 from univid_jax.models.in_context import look_back
+from univid_jax.models.layers import quantize_linears
 from univid_jax.models.lora import attach
 from univid_jax.models.variants import VARIANTS, DiTConfig
 
@@ -115,8 +116,26 @@ def check_base(config: RunConfig) -> None:
   for part in split_config(config):
     if config.init_from:
       trained_component(part)
+    base_quantization(part)
     if config.validation.every_steps:
       validated_sigmas(part)
+
+
+def base_quantization(config: RunConfig) -> Quantize:
+  """Returns how the base of a run of one transformer is quantised: by the run, or already as it is stored.
+
+  Raises:
+    UserError: it is trained, or is stored in another way.
+  """
+  method = config.base.quantize
+  if config.init_from:
+    method = PretrainedCheckpoint.open(config.init_from).quantization(trained_component(config), method)
+  if method != Quantize.NONE and not config.lora.enabled:
+    raise UserError(
+      f"a base in {method} cannot be trained, only adapters on it: set config.lora.rank, or config.base.quantize to "
+      "none and config.init_from to a base in floats"
+    )
+  return method
 
 
 def validated_sigmas(config: RunConfig) -> list[float]:
@@ -204,7 +223,7 @@ def check_rows(config: RunConfig) -> None:
 
 
 def create_model(config: RunConfig, *, adapters: bool = True) -> DiT:
-  """Creates a model with random weights from the config's seed.
+  """Creates a model with random weights from the config's seed, quantised like its base.
 
   Call it under `nnx.eval_shape` or `jax.jit` if the weights must not all be on one device.
 
@@ -223,6 +242,7 @@ def create_model(config: RunConfig, *, adapters: bool = True) -> DiT:
   )
   if options.look_back:
     look_back(model, options.look_back, rng=jax.random.key(config.seed))
+  quantize_linears(model.blocks, base_quantization(split_config(config)[0]))
   if adapters and config.lora.enabled:
     attach(model, config.lora, rngs=nnx.Rngs(config.seed + 1))
   return model

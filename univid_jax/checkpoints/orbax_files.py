@@ -129,8 +129,8 @@ def stored_dtypes(folder: epath.PathLike) -> dict[Path, np.dtype]:
 
 
 def path_keys(path: jax.tree_util.KeyPath) -> Path:
-  """Returns the keys of a path in nested dicts as strings; Orbax turns integer keys into strings."""
-  return tuple(str(key.key) for key in path)
+  """Returns the keys of a path in nested dicts and dataclasses as strings, which Orbax makes of integers too."""
+  return tuple(str(key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.key) for key in path)
 
 
 def create_arrays(folder: epath.PathLike, specs: Mapping[Path, tuple[tuple[int, ...], str]]) -> dict[Path, Any]:

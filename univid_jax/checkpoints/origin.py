@@ -16,7 +16,7 @@ from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_checkpoin
 from univid_jax.checkpoints.run import read_run, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_step
-from univid_jax.core.options import OnDamaged
+from univid_jax.core.options import OnDamaged, Quantize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Origin:
     step: of the workdir's checkpoint; None for a converted one.
     loras: LoRAs on top with their weights, as the user named them.
     accelerator: distillation LoRAs on top of these, likewise; part of the model, or of one condition of an evaluation.
+    quantize: what the base is quantised to; None as it is stored.
     is_verified: whether `load_pipeline` compares the weights with their checksums, so that these identify them.
   """
 
@@ -35,6 +36,7 @@ class Origin:
   step: int | None = None
   loras: Sequence[tuple[str, float]] = ()
   accelerator: Sequence[tuple[str, float]] = ()
+  quantize: str | None = None
   is_verified: bool = False
 
   @classmethod
@@ -45,6 +47,7 @@ class Origin:
     step: int | str | None = None,
     loras: Sequence[tuple[str, float]] = (),
     accelerator: Sequence[tuple[str, float]] | None = None,
+    quantize: str | None = None,
     verify_weights: bool = True,
     on_damaged_checkpoint: str = OnDamaged.FALLBACK,
   ) -> "Origin":
@@ -67,6 +70,7 @@ class Origin:
       step=found,
       loras=tuple(loras),
       accelerator=tuple(accelerator or ()),
+      quantize=quantize,
       is_verified=verify_weights,
     )
 
@@ -78,14 +82,20 @@ class Origin:
     """
     checksums: dict[str, str] = {}
     base: str | None = self.checkpoint
+    method = self.quantize
     if self.step is not None:
       record = read_run(self.checkpoint)
       assert record is not None
       base = record.config.init_from or None
+      method = method or record.config.base.quantize
       checksums["trained"] = self._digest_step(self.checkpoint, self.step)
     if base is not None:
       checkpoint = PretrainedCheckpoint.open(base)
       checksums |= {name: checkpoint.checksum(name) for name in checkpoint.info.components}
+      if checkpoint.transformers:
+        method = checkpoint.quantization(checkpoint.transformers[0], Quantize(method or Quantize.NONE))
+    if method and method != Quantize.NONE:
+      checksums["quantize"] = str(method)  # the checksums are those of the weights before
     named = [(f"lora {number}", lora) for number, lora in enumerate(self.loras)]
     named += [(f"accelerator {number}", lora) for number, lora in enumerate(self.accelerator)]
     for name, (path, weight) in named:

@@ -9,7 +9,7 @@ DIR/tokenizer/        the tokenizer's own files
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +20,15 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from univid_jax.checkpoints.experts import Expert
+from univid_jax.checkpoints.layerwise import read_layerwise
 from univid_jax.checkpoints.orbax_files import open_arrays, path_keys, restore_arrays, stored_dtypes
 from univid_jax.codecs.wan_vae import VAE, VAEConfig
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import Quantize
 from univid_jax.models.clip import CLIPConfig, CLIPVision
 from univid_jax.models.dit import DiT
+from univid_jax.models.layers import quantize_linears
+from univid_jax.models.quantized import quantization_of
 from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.sharding import parameter_shardings
@@ -58,6 +62,8 @@ class ComponentInfo:
     num_files: in the component's folder.
     checksum: of the tensors of the official layout, see `checksums`.
     nonfinite: how many numbers are NaN or infinite, by official name of the tensor.
+    quantize: how the linear weights of a transformer's blocks are stored, see `Quantize`.
+    quantize_errors: relative L2 error of each block's weights, if they are quantised.
   """
 
   config: Mapping[str, Any]
@@ -69,6 +75,8 @@ class ComponentInfo:
   num_files: int
   checksum: str
   nonfinite: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  quantize: str = str(Quantize.NONE)
+  quantize_errors: Sequence[float] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,16 +138,24 @@ def component_config(component: str, values: Mapping[str, Any]) -> Any:
   return config_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
-def abstract_component(component: str, config: Any, **options) -> nnx.Module:
+def abstract_component(component: str, config: Any, *, quantize: Quantize = Quantize.NONE, **options) -> nnx.Module:
   """Builds a component without allocating memory: shapes, dtypes and names of dims.
 
   Args:
     component: a name in `COMPONENTS`.
     config: of the component.
+    quantize: how the linear weights of a transformer's blocks are stored.
     **options: of the module (dtype, param_dtype, ...).
   """
   _, module_class = COMPONENTS[component]
-  return nnx.eval_shape(lambda: module_class(config, rngs=nnx.Rngs(0), **options))
+
+  def create() -> nnx.Module:
+    module = module_class(config, rngs=nnx.Rngs(0), **options)
+    if quantize != Quantize.NONE:
+      quantize_linears(module.blocks, quantize)
+    return module
+
+  return nnx.eval_shape(create)
 
 
 def abstract_parameters(module: nnx.Module, mesh: Mesh, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Any]:
@@ -200,7 +216,26 @@ class PretrainedCheckpoint:
     return component_config(component, self.component(component).config)
 
   def checksum(self, component: str) -> str:
+    """Of the tensors before they were quantised."""
     return self.component(component).checksum
+
+  def quantization(self, component: str, wanted: Quantize = Quantize.NONE) -> Quantize:
+    """Returns how a transformer's blocks are quantised when they are loaded.
+
+    Args:
+      component: its name.
+      wanted: what to quantise them to; NONE takes them as they are stored.
+
+    Raises:
+      UserError: they are stored quantised in another way.
+    """
+    stored = Quantize(self.component(component).quantize)
+    if Quantize.NONE not in (stored, wanted) and stored != wanted:
+      raise UserError(
+        f"the {component} of {self.folder} is stored in {stored}, not {wanted}: convert the release with "
+        f"--quantize={wanted}"
+      )
+    return wanted if stored == Quantize.NONE else stored
 
   def tokenizer_path(self) -> epath.Path:
     if self.info.tokenizer is None:
@@ -214,6 +249,7 @@ class PretrainedCheckpoint:
     mesh: Mesh,
     dtype: DTypeLike = jnp.bfloat16,
     param_dtype: DTypeLike | None = None,
+    quantize: Quantize = Quantize.NONE,
     **options,
   ) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Loads a component, each parameter directly into its shards.
@@ -223,21 +259,25 @@ class PretrainedCheckpoint:
       mesh: the devices to load to.
       dtype: of activations and matrix products.
       param_dtype: of the parameters; `dtype` by default.
+      quantize: what to quantise a transformer's blocks to, see `quantization`.
       **options: of the module.
 
     Returns:
       The module's graph, and its parameters in nested dicts.
 
     Raises:
-      UserError: the weights are damaged.
+      UserError: the weights are damaged, or stored quantised in another way.
     """
-    param_dtype = dtype if param_dtype is None else param_dtype
-    module = abstract_component(component, self.config(component), dtype=dtype, param_dtype=param_dtype, **options)
+    options |= {"dtype": dtype, "param_dtype": dtype if param_dtype is None else param_dtype}
+    module = abstract_component(
+      component, self.config(component), quantize=self.quantization(component, quantize), **options
+    )
     return nnx.graphdef(module), self.load_arrays(component, abstract_parameters(module, mesh))
 
   def load_as_stored(self, component: str, *, mesh: Mesh) -> dict[str, Any]:
     """Returns a component's parameters in the dtypes in which they are stored."""
-    abstract = abstract_parameters(abstract_component(component, self.config(component)), mesh)
+    module = abstract_component(component, self.config(component), quantize=self.quantization(component))
+    abstract = abstract_parameters(module, mesh)
     dtypes = stored_dtypes(self.folder / component)
     return self.load_arrays(
       component,
@@ -248,18 +288,25 @@ class PretrainedCheckpoint:
     )
 
   def load_arrays(self, component: str, abstract: Any) -> dict[str, Any]:
-    """Loads the parameters of a component.
+    """Loads the parameters of a component; kernels are quantised one layer after another.
 
     Args:
       component: its name.
-      abstract: shapes, dtypes and shardings, see `abstract_parameters`.
+      abstract: shapes, dtypes and shardings, see `abstract_parameters`; those of its quantised kernels as
+        `quantization` says.
 
     Raises:
       UserError: the weights are damaged.
     """
     self._check_files(component)
     self._warn(component)
-    return restore_arrays(self.folder / component, abstract)
+    method = quantization_of(abstract)
+    if method == Quantize.NONE:
+      return restore_arrays(self.folder / component, abstract)
+    info = self.component(component)
+    params, errors = read_layerwise(self.folder / component, abstract, stored=Quantize(info.quantize))
+    logger.info("%s: %s", component, describe_errors(method, errors or info.quantize_errors))
+    return params
 
   def open_arrays(self, component: str, paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:
     """Opens parameters of a component as TensorStore arrays, to read them layer by layer; raises like `load_arrays`."""
@@ -289,6 +336,12 @@ class PretrainedCheckpoint:
         self.folder,
         self.info.expert,
       )
+
+
+def describe_errors(method: Quantize, errors: Sequence[float]) -> str:
+  """Describes the relative L2 error of each block's weights."""
+  numbers = " ".join(f"{100 * error:.2f}" for error in errors)
+  return f"{method} weights of {len(errors)} blocks, relative error of each in %: {numbers}"
 
 
 def count_files(folder: epath.Path) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import MAX_POSITION
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ClipFit, ContextTimestep
+from univid_jax.core.options import Attention, ClipFit, ContextTimestep, Quantize
 
 # The entry that identifies files of this project; those of others may use the same names for other things.
 SOFTWARE = "software"
@@ -28,6 +28,7 @@ class Usage:
     fit, fps: see `DataConfig`.
     base_model: name or shape of the base; "" if it is not known.
     base_checksum: of the base's transformer; "" without a base.
+    base_quantize: how the base was quantised in training.
     prompts: of the tasks.
     expert: "high" or "low" if it was trained for one expert, else "".
   """
@@ -44,6 +45,7 @@ class Usage:
   base_checksum: str = ""
   prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
   expert: str = ""
+  base_quantize: Quantize = Quantize.NONE
 
   @classmethod
   def of(
@@ -70,6 +72,7 @@ class Usage:
       fps=data.fps,
       base_model=base_model,
       base_checksum=base_checksum,
+      base_quantize=config.base.quantize,
       prompts=dict(prompts or {}),
     )
 
@@ -88,6 +91,7 @@ class Usage:
       "base_checksum": self.base_checksum,
       "prompts": json.dumps(self.prompts, ensure_ascii=False),
       "expert": self.expert,
+      **({} if self.base_quantize == Quantize.NONE else {"base_quantize": str(self.base_quantize)}),
     }
 
   @classmethod
@@ -219,6 +223,7 @@ _PARSERS = {
   "base_checksum": str,
   "prompts": _parse_prompts,
   "expert": _parse_expert,
+  "base_quantize": Quantize,
 }
 
 

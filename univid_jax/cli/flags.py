@@ -16,7 +16,7 @@ from univid_jax.config import presets
 from univid_jax.config.boundary import from_config_dict, to_config_dict
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import OnDamaged
+from univid_jax.core.options import OnDamaged, Quantize
 from univid_jax.diffusion.accelerators import KINDS
 
 # The file of presets in a clone; where it does not exist, its name means the packaged presets.
@@ -98,6 +98,10 @@ class CommandFlags:
   def dtype(self) -> flags.FlagHolder[str | None]:
     help_text = "Dtype of the model; default: that of the training run, or bfloat16."
     return self.choice("dtype", None, ["bfloat16", "float32"], help_text)
+
+  def quantize(self) -> flags.FlagHolder[str | None]:
+    help_text = "Storage of the blocks' linear weights; default: as the checkpoint or the run's base is stored."
+    return self.choice("quantize", None, list(Quantize), help_text)
 
   def step(self) -> flags.FlagHolder[str | None]:
     return self.string("step", None, "Checkpoint of a workdir: a step, or best; default: the latest.")

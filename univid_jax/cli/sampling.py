@@ -264,6 +264,7 @@ class RequestRunner:
       "version": univid_jax.__version__,
       **self.origin,
       "dtype": str(self.pipeline.dtype),
+      "quantize": str(self.pipeline.experts.quantize),
       "attention": str(self.pipeline.attention),
       "context_timestep": str(self.pipeline.context_mode.timestep),
       "clips": [

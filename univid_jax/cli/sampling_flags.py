@@ -25,8 +25,10 @@ class SamplingFlags:
     self.verification = command.verification()
     help_text = "Add LoRAs to the weights: faster, equal up to rounding."
     self.merge_lora = command.switch("merge_lora", False, help_text)
+    self._quantize = command.quantize()
     options = [
       command.dtype(),
+      self._quantize,
       self.merge_lora,
       command.lora_skip_unmatched(),
       command.choice("attention", None, list(Attention), "Default: what the model was trained with."),
@@ -104,7 +106,8 @@ class SamplingFlags:
     loras, grouped = self._group_loras()
     files = accelerator and accelerator.files
     verification = self.verification.value
-    origin = Origin.of(self.checkpoint.value, step=self._step.value, loras=loras, accelerator=files, **verification)
+    sources = {"loras": loras, "accelerator": files, "quantize": self._quantize.value, **verification}
+    origin = Origin.of(self.checkpoint.value, step=self._step.value, **sources)
     loading: dict[str, Any] = {flag.name: flag.value for flag in self._loading}
     pipeline = univid_jax.load_pipeline(
       self.checkpoint.value, lora=grouped, accelerate=accelerator, step=origin.step, **loading, **verification

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from univid_jax.config.section import Section
 from univid_jax.core.dims import MAX_POSITION
-from univid_jax.core.options import Attention, AttentionBackend, ContextTimestep, RematPolicy, TrainedExpert
+from univid_jax.core.options import Attention, AttentionBackend, ContextTimestep, Quantize, RematPolicy, TrainedExpert
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,6 +61,19 @@ class ModelConfig(Section):
     if self.attention == Attention.CONTEXT_CAUSAL:
       is_possible = self.context_timestep != ContextTimestep.TARGET
       self.require("context_timestep", is_possible, "auto or zero with attention = context_causal")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseConfig(Section):
+  """How the frozen base of a LoRA run is stored.
+
+  Attributes:
+    quantize: how its blocks' linear weights are quantised when they are loaded; "none" takes them as they are stored.
+  """
+
+  KEY: ClassVar[str] = "base."
+
+  quantize: Quantize = Quantize.NONE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import dataclasses
 
 from univid_jax.config.data import DataConfig, SourceWeights, TFDSConfig
 from univid_jax.config.grids import ARCConfig, GridsConfig
-from univid_jax.config.model import CodecConfig, LoRAConfig, ModelConfig, TilingConfig
+from univid_jax.config.model import BaseConfig, CodecConfig, LoRAConfig, ModelConfig, TilingConfig
 from univid_jax.config.section import Section
 from univid_jax.config.training import (
   CheckpointConfig,
@@ -23,6 +23,7 @@ from univid_jax.core.options import MAX_SEED
 
 __all__ = [
   "ARCConfig",
+  "BaseConfig",
   "CheckpointConfig",
   "CodecConfig",
   "DataConfig",
@@ -61,6 +62,7 @@ class RunConfig(Section):
   log_every: int = 20
   model: ModelConfig = ModelConfig()
   init_from: str = ""
+  base: BaseConfig = BaseConfig()
   codec: CodecConfig = CodecConfig()
   vae_tiling: TilingConfig = TilingConfig()
   lora: LoRAConfig = LoRAConfig()

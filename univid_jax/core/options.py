@@ -75,6 +75,15 @@ class RematPolicy(enum.StrEnum):
   FULL = "full"  # everything
 
 
+class Quantize(enum.StrEnum):
+  """How the linear weights of the blocks of a frozen base are stored."""
+
+  NONE = "none"  # as floats; of a base that was converted quantised, as it is
+  INT8 = "int8"  # 8 bits, a scale for every 64 inputs of an output
+  FP8 = "fp8"  # float8_e4m3fn, a scale for every output
+  NF4 = "nf4"  # 4 bits, QLoRA's NormalFloat, a scale for every 64 inputs of an output
+
+
 class ClipFit(enum.StrEnum):
   """How a clip is brought to the model's size."""
 

@@ -10,8 +10,11 @@ from jax.sharding import Mesh
 
 from univid_jax.checkpoints.lora.stacking import stack_loras
 from univid_jax.checkpoints.lora.weights import LoRAWeights
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Quantize
 from univid_jax.models.changes import INNER, attach_changes, merge_changes
 from univid_jax.models.lora import LORA, LoRAParam
+from univid_jax.models.quantized import quantization_of
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.sharding import parameter_shardings
 
@@ -41,8 +44,12 @@ def add_loras(
     skip_unmatched: whether to leave out tensors without a counterpart in the base.
 
   Raises:
-    UserError: a LoRA does not fit the base.
+    UserError: a LoRA does not fit the base, or is to be merged into quantised kernels.
   """
+  if merged and (method := quantization_of(params)) != Quantize.NONE:
+    raise UserError(
+      f"LoRAs cannot be merged into a base in {method}, which would round them away: leave out merge_lora"
+    )
   leaves: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(params))
   shapes = {path: value.shape for path, value in leaves.items() if LORA not in path}
   changes = stack_loras(loras, config, shapes, skip_unmatched=skip_unmatched)

@@ -10,6 +10,8 @@ import numpy as np
 from flax import nnx
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import Quantize
+from univid_jax.models.quantized import quantization_of
 
 Params = Mapping[str, Any]
 
@@ -83,6 +85,12 @@ class Experts:
     """Of the kernels; LoRAs make other parameters float32."""
     params = self.transformers[0].params
     return (params.values if isinstance(params, OffloadedParams) else params)["patch_embedding"]["kernel"].dtype
+
+  @property
+  def quantize(self) -> Quantize:
+    """How the linear weights of the blocks are stored."""
+    params = self.transformers[0].params
+    return quantization_of(params.values if isinstance(params, OffloadedParams) else params)
 
   def guidance_scales(self, scale: float | Sequence[float]) -> tuple[float, ...]:
     """Returns the guidance scale of each transformer.

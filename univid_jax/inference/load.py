@@ -4,7 +4,9 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from univid_jax.checkpoints.checksums import has_checksums, verified
@@ -17,7 +19,7 @@ from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, parse_option
+from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, Quantize, parse_option
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.inference.accelerate import AcceleratorLoRAs, read_accelerator
 from univid_jax.inference.added_loras import add_loras
@@ -25,8 +27,10 @@ from univid_jax.inference.experts import OffloadedParams, Transformer
 from univid_jax.inference.lora_specs import LoRA, LoRASpecs, lora_usage, read_loras, select_loras
 from univid_jax.inference.partial import PartialPipeline
 from univid_jax.inference.pipeline import Pipeline
+from univid_jax.models.layers import quantize_linears
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.parallel.sharding import parameter_shardings
 
 # Wan2.2's own for T2V-A14B, where the paper's shift would leave little to the high-noise expert.
 A14B_SHIFT = 12.0
@@ -47,6 +51,7 @@ def load_pipeline(
   mesh: Mesh | None = None,
   attention: str | None = None,
   context_timestep: str | None = None,
+  quantize: str | None = None,
   step: int | str | None = None,
   verify_weights: bool = True,
   on_damaged_checkpoint: str = OnDamaged.FALLBACK,
@@ -68,6 +73,8 @@ def load_pipeline(
     mesh: the devices; by default all, with parameters sharded over them.
     attention: "full" or "context_causal"; by default what the run or the LoRAs were trained with.
     context_timestep: "target" or "zero", of the context; by default likewise, else that of the base.
+    quantize: "int8", "fp8" or "nf4" stores the linear weights of the blocks so, and dequantises one block at a time;
+      by default as the checkpoint or the base of the run is stored. LoRAs cannot be merged into them.
     step: checkpoint of a workdir: a number, "best" (the lowest validation loss) or None for the latest.
     verify_weights: compares every file with its checksum while the weights are loaded.
     on_damaged_checkpoint: "fallback" takes the newest that is intact if the latest of a workdir is not, "stop" raises.
@@ -79,6 +86,7 @@ def load_pipeline(
   """
   mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
   _check_options(attention, context_timestep)
+  method = parse_option(Quantize, "quantize", quantize) if quantize else None
   loras = read_loras(lora, verify=verify_weights)
   accelerator = read_accelerator(accelerate, verify=verify_weights) if accelerate else None
   loras += accelerator.loras if accelerator else ()
@@ -87,13 +95,14 @@ def load_pipeline(
   finish = functools.partial(_finish, **how)
   if is_checkpoint(checkpoint) or has_checksums(checkpoint):
     with verified(checkpoint, enabled=verify_weights):
-      pipeline = _open_base(checkpoint, loras, finish, mesh=mesh, dtype=jnp.dtype(dtype or "bfloat16"), given=given)
+      options: dict[str, Any] = {"dtype": jnp.dtype(dtype or "bfloat16"), "quantize": method or Quantize.NONE}
+      pipeline = _open_base(checkpoint, loras, finish, mesh=mesh, options=options, given=given)
   else:
     on_damaged = OnDamaged(on_damaged_checkpoint)
     saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
-    record = _override_dtype(require_run(checkpoint), dtype)
+    record = _override(require_run(checkpoint), dtype, method)
     with verified(record.config.init_from, enabled=verify_weights):
-      pipeline = _open_run(saved, record, loras, finish, mesh=mesh, step=step, given=given)
+      pipeline = _open_run(saved, record, loras, finish, mesh=mesh, step=step, quantize=method, given=given)
   pipeline.accelerator = accelerator and accelerator.kind
   return pipeline
 
@@ -108,15 +117,21 @@ def _check_options(attention: str | None, context_timestep: str | None) -> None:
 
 
 def _open_base(
-  folder: str, loras: Sequence[LoRA], finish: _Finish, *, mesh: Mesh, dtype: jnp.dtype, given: Mapping[str, str | None]
+  folder: str,
+  loras: Sequence[LoRA],
+  finish: _Finish,
+  *,
+  mesh: Mesh,
+  options: Mapping[str, Any],
+  given: Mapping[str, str | None],
 ) -> Pipeline:
   """Loads a converted checkpoint, which may lack components."""
   base = PretrainedCheckpoint.open(folder)
-  encoders = PretrainedEncoders(base, mesh, dtype=dtype)
+  encoders = PretrainedEncoders(base, mesh, dtype=options["dtype"])
   if not base.transformers and not loras:
     return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
   config = base.config("transformer")
-  usage, transformers = _load_base(base, loras, finish, mesh=mesh, dtype=dtype, given=given)
+  usage, transformers = _load_base(base, loras, finish, mesh=mesh, options=options, given=given)
   return Pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, **given)
 
 
@@ -128,11 +143,12 @@ def _open_run(
   *,
   mesh: Mesh,
   step: int | str | None,
+  quantize: Quantize | None,
   given: Mapping[str, str | None],
 ) -> Pipeline:
   """Loads the model of a run."""
   encoders = open_encoders(record.config, mesh)
-  transformers = _load_run(saved, record, loras, finish, mesh=mesh, step=step)
+  transformers = _load_run(saved, record, loras, finish, mesh=mesh, step=step, quantize=quantize)
   config, usage = transformer_config(record.config), run_usage(record)
   return Pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, **given)
 
@@ -143,7 +159,7 @@ def _load_base(
   finish: _Finish,
   *,
   mesh: Mesh,
-  dtype: jnp.dtype,
+  options: Mapping[str, Any],
   given: Mapping[str, str | None],
 ) -> tuple[Usage | None, list[Transformer]]:
   """Loads the transformers of a converted checkpoint one after another, and returns how their LoRAs are run."""
@@ -155,7 +171,7 @@ def _load_base(
     usage = Usage(shift=A14B_SHIFT)
 
   def load(name: str, part: Sequence[LoRA]) -> Transformer:
-    return finish(config, Transformer(*base.load(name, mesh=mesh, dtype=dtype)), part, len(pairs) > 1)
+    return finish(config, Transformer(*base.load(name, mesh=mesh, **options)), part, len(pairs) > 1)
 
   return usage, [load(name, part) for name, part in pairs]
 
@@ -168,6 +184,7 @@ def _load_run(
   *,
   mesh: Mesh,
   step: int | str | None,
+  quantize: Quantize | None,
 ) -> list[Transformer]:
   """Loads what a run has trained; of two experts, also the one of its base that it has not.
 
@@ -181,6 +198,8 @@ def _load_run(
   def load(part: RunConfig, loras: Sequence[LoRA]) -> Transformer:
     is_trained = part == config and not config.lora.enabled
     loaded = restore_transformer(saved, part, mesh, step=step) if is_trained else load_base(part, mesh)
+    if not config.lora.enabled and quantize not in (None, Quantize.NONE):
+      loaded = _quantize(*loaded, quantize)
     return finish(shape, Transformer(*loaded), loras, len(parts) > 1)
 
   return [load(part, loras) for part, loras in zip(parts, select_loras([*own, *loras], experts), strict=True)]
@@ -207,8 +226,23 @@ def _finish(
   return transformer.offload() if is_one_of_two and offload else transformer
 
 
-def _override_dtype(record: RunRecord, dtype: str | None) -> RunRecord:
-  if not dtype:
-    return record
-  config = override(record.config, {"model.dtype": dtype, "model.param_dtype": dtype})
-  return dataclasses.replace(record, config=config)
+def _override(record: RunRecord, dtype: str | None, quantize: Quantize | None) -> RunRecord:
+  values = {"model.dtype": dtype, "model.param_dtype": dtype} if dtype else {}
+  if quantize and record.config.lora.enabled:
+    values["base.quantize"] = str(quantize)
+  return dataclasses.replace(record, config=override(record.config, values)) if values else record
+
+
+def _quantize(
+  graph: nnx.GraphDef, params: Mapping[str, Any], method: Quantize
+) -> tuple[nnx.GraphDef, Mapping[str, Any]]:
+  """Quantises a transformer that was trained whole, after it was loaded."""
+
+  def quantize(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    model = nnx.merge(graph, params)
+    quantize_linears(model.blocks, method)
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+  mesh = jax.tree.leaves(params)[0].sharding.mesh
+  shardings = parameter_shardings(nnx.eval_shape(lambda: nnx.merge(graph, quantize(params))), mesh)
+  return graph, jax.jit(quantize, out_shardings=shardings)(params)

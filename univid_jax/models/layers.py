@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from univid_jax.core.options import Quantize
+from univid_jax.models.quantized import QuantizedKernel, dequantize, multiply_quantized, quantize
+
 Initializer = jax.nn.initializers.Initializer
 
 xavier = jax.nn.initializers.xavier_uniform()
@@ -30,6 +33,7 @@ class Linear(nnx.Module):
   """x W + b, with W (in_dim, out_dim), plus the output of an adapter if one is attached.
 
   Attributes:
+    kernel: W; quantised (see `quantize_linears`) it is dequantised in every call.
     lora: None, or what maps x and W to an output: `models.lora.LoRA` in training, `models.changes.Changes` of files.
   """
 
@@ -55,10 +59,18 @@ class Linear(nnx.Module):
 
   def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
     x = x.astype(self.dtype)
-    y = x @ self.kernel[...].astype(self.dtype)
+    kernel = self.kernel[...]
+    y = multiply_quantized(x, kernel) if isinstance(kernel, QuantizedKernel) else x @ kernel.astype(self.dtype)
     if self.bias is not None:
       y = y + self.bias[...].astype(self.dtype)
-    return y if self.lora is None else y + self.lora(x, self.kernel[...])
+    return y if self.lora is None else y + self.lora(x, dequantize(kernel))
+
+
+def quantize_linears(module: nnx.Module, method: Quantize) -> None:
+  """Quantises the kernels of all Linears in a module, abstract or not; `Quantize.NONE` leaves them as they are."""
+  for _, linear in nnx.iter_modules(module):
+    if isinstance(linear, Linear) and method != Quantize.NONE:
+      linear.kernel = nnx.Param(quantize(linear.kernel[...], method), **linear.kernel.get_metadata())
 
 
 class RMSNorm(nnx.Module):

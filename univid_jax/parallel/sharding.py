@@ -42,8 +42,10 @@ def parameter_spec(shape: Sequence[int], dims: Sequence[str | None], mesh: Mesh)
 def parameter_shardings(model: nnx.Module, mesh: Mesh, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Any]:
   """Returns the sharding of each parameter (or other kind of variable) of a model, abstract or not, in nested dicts."""
 
-  def sharding(variable: nnx.Variable) -> NamedSharding:
-    return NamedSharding(mesh, parameter_spec(variable.shape, variable.get_metadata()["dims"], mesh))
+  def sharding(variable: nnx.Variable) -> Any:
+    dims = variable.get_metadata()["dims"]
+    # A quantised kernel is two arrays: its numbers, and scales with the same dims.
+    return jax.tree.map(lambda x: NamedSharding(mesh, parameter_spec(x.shape, dims, mesh)), variable.get_value())
 
   flat = nnx.to_flat_state(nnx.state(model, kind))
   return traverse_util.unflatten_dict({path: sharding(variable) for path, variable in flat})

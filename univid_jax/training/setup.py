@@ -16,6 +16,7 @@ import univid_jax
 from univid_jax.checkpoints.checksums import verified
 from univid_jax.checkpoints.model import (
   base_checksums,
+  base_quantization,
   check_base,
   check_rows,
   context_mode,
@@ -25,7 +26,7 @@ from univid_jax.checkpoints.model import (
 )
 from univid_jax.checkpoints.run import RunRecord, has_checkpoint, read_run
 from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
-from univid_jax.config.boundary import differences
+from univid_jax.config.boundary import differences, override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import Encoders
@@ -136,6 +137,7 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
   """
   check_rows(config)
   check_base(config)
+  config = override(config, {"base.quantize": str(base_quantization(split_config(config)[0]))})  # as it may be stored
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
   check_rows_stay_on_one_process(mesh)

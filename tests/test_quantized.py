@@ -1,0 +1,135 @@
+"""Quantised frozen bases: numbers, memory, training, files."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import qwix
+from flax import nnx
+
+from tests.helpers import relative_error
+from tests.test_meshes import one_gradient, packed_batch
+from univid_jax.checkpoints.model import create_model, transformer_config
+from univid_jax.config.boundary import override
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Quantize
+from univid_jax.diffusion.flow import FlowMatching
+from univid_jax.diffusion.loss import draw_noise
+from univid_jax.models.layers import Linear, quantize_linears
+from univid_jax.models.lora import split_lora
+from univid_jax.models.quantized import QTYPES, QuantizedKernel, dequantize, quantize, tile_size
+from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training.memory import abstract_batch, compile_step
+from univid_jax.training.state import StateSpec, describe_training
+from univid_jax.training.step import make_train_step, make_update
+
+METHODS = [Quantize.INT8, Quantize.FP8, Quantize.NF4]
+
+
+@pytest.fixture
+def lora_config(tiny_config):
+  return override(tiny_config, {"lora.rank": 2, "model.look_back": ()})
+
+
+@pytest.mark.parametrize("method", METHODS)
+class TestKernels:
+  @pytest.mark.parametrize("shape", [(2, 256, 3), (70, 4), (2, 1)], ids=str)
+  def test_equal_qwix(self, method, shape):
+    in_dim = shape[-2]
+    kernel = jax.random.normal(jax.random.key(in_dim), shape).at[..., 0, 0].set(-3)
+    quantized = quantize(kernel, method)
+    tile = in_dim if method == Quantize.FP8 else tile_size(in_dim)
+    axis = kernel.ndim - 2
+    channels = [other for other in range(kernel.ndim) if other != axis]
+    theirs = qwix.quantize(kernel, QTYPES[method], channelwise_axes=channels, tiled_axes={axis: tile})
+    assert quantized.shape == shape and quantized.scale.shape == theirs.scale.shape
+    np.testing.assert_array_equal(dequantize(quantized), qwix.dequantize(theirs))
+
+  def test_products_and_their_gradients_are_those_of_the_dequantised_kernel(self, method):
+    linear = Linear(128, 48, dims=("embed", "heads"), rngs=nnx.Rngs(0))
+    exact = Linear(128, 48, dims=("embed", "heads"), rngs=nnx.Rngs(0))
+    quantize_linears(linear, method)
+    assert isinstance(linear.kernel[...], QuantizedKernel)
+    exact.kernel[...] = dequantize(linear.kernel[...])
+    x = jax.random.normal(jax.random.key(1), (3, 5, 128))
+    for ours, theirs in zip(*(jax.value_and_grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x) for f in (linear, exact))):
+      assert relative_error(ours, theirs) <= 1e-6
+
+  def test_adapters_get_the_gradients_over_the_dequantised_base(self, method, lora_config):
+    row = packed_batch(lora_config)
+    quantized = create_model(override(lora_config, {"base.quantize": str(method)}))
+    base, lora = split_lora(nnx.to_pure_dict(nnx.state(quantized)))
+    lora = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 8, lora)
+    exact = jax.tree.map(dequantize, base, is_leaf=lambda x: isinstance(x, QuantizedKernel))
+    spec = StateSpec.of(
+      lambda: create_model(lora_config), optax.sgd(1.0), make_mesh({}, jax.devices()[:1]), ema=False, lora=True
+    )
+    update = jax.jit(make_update(spec, optax.sgd(1.0)))
+    noise, levels = draw_noise(jax.random.key(3), row, FlowMatching.of(lora_config.flow))
+    steps = [update(spec.create(lora), frozen, row, noise, levels, jax.random.key(0)) for frozen in (base, exact)]
+    changes = [jax.tree.leaves(jax.tree.map(lambda new, old: new - old, state.params, lora)) for state, _ in steps]
+    flat = [np.concatenate([np.ravel(change) for change in each]) for each in changes]
+    assert relative_error(flat[0], flat[1]) <= 1e-5 and np.linalg.norm(flat[1]) > 0
+    assert float(steps[0][1]["loss"]) == pytest.approx(float(steps[1][1]["loss"]), rel=1e-6)
+
+
+def test_only_linear_weights_of_blocks_are_quantised(lora_config):
+  model = nnx.eval_shape(lambda: create_model(override(lora_config, {"base.quantize": "int8"})))
+  flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+  quantized = {path for path, leaf in flat if isinstance(leaf.get_value(), QuantizedKernel)}
+  assert (
+    quantized == {path for path, _ in flat if path[0] == "blocks" and path[-1] == "kernel"} and len(quantized) == 10
+  )
+
+
+def test_odd_numbers_of_inputs_have_no_nf4():
+  assert quantize(jnp.ones((7, 2)), Quantize.INT8).shape == (7, 2)
+  with pytest.raises(UserError, match="7 inputs, an odd number"):
+    quantize(jnp.ones((7, 2)), Quantize.NF4)
+
+
+def test_a_trained_base_is_not_quantised(tiny_config):
+  with pytest.raises(UserError, match="a base in int8 cannot be trained"):
+    create_model(override(tiny_config, {"base.quantize": "int8"}))
+
+
+class TestMemory:
+  """The compiled step holds the base quantised, and one block of it in floats."""
+
+  def compile(self, config, method):
+    config = override(config, {"base.quantize": method})
+    mesh = make_mesh({}, jax.devices()[:1])
+    optimizers, spec = describe_training(config, mesh)
+    step = make_train_step(config, spec, optimizers, mesh)
+    return compile_step(step, spec, abstract_batch(config, transformer_config(config), mesh), mesh)[1], spec
+
+  @pytest.mark.parametrize("method", METHODS)
+  def test_dequantisation_stays_in_the_loop(self, lora_config, method):
+    shape = {"model.dim": 256, "model.ffn_dim": 1024, "model.num_layers": 12, "rows.per_batch": 1, "ema_decay": 0.0}
+    found, spec = self.compile(override(lora_config, shape), str(method))
+    kernels = [x for x in jax.tree.leaves(spec.abstract_frozen, is_leaf=is_quantized) if is_quantized(x)]
+    in_floats = 4 * sum(int(np.prod(kernel.shape)) for kernel in kernels)
+    assert found.weights < {Quantize.NF4: 0.2}.get(method, 0.32) * in_floats + 0.05 * in_floats
+    assert found.activations < in_floats / 4  # hoisted, the kernels alone would take all of it
+
+
+def is_quantized(x):
+  return isinstance(x, QuantizedKernel)
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [{"fsdp": 2, "tensor": 2, "context": 2}, pytest.param({"data": 2, "fsdp": 4}, marks=pytest.mark.long)],
+  ids=str,
+)
+@pytest.mark.parametrize("method", [Quantize.INT8, *(pytest.param(m, marks=pytest.mark.long) for m in METHODS[1:])])
+def test_meshes_equal_one_device(lora_config, sizes, method):
+  config = override(lora_config, {"base.quantize": str(method)})
+  row = packed_batch(config)
+  loss, grads, _ = one_gradient(config, make_mesh({}, devices=jax.devices()[:1]), row)
+  other_loss, other, spec = one_gradient(config, make_mesh(sizes), row)
+  assert other_loss == pytest.approx(loss, rel=1e-5) and relative_error(other, grads) <= 1e-5
+  kernel = spec.abstract_frozen["blocks"]["ffn"]["up"]["kernel"].numbers
+  shards = np.prod([sizes.get(axis, 1) for axis in ("fsdp", "context", "tensor")])
+  assert np.prod(kernel.sharding.shard_shape(kernel.shape)) * shards == kernel.size

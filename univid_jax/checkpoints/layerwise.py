@@ -1,0 +1,104 @@
+"""Reads parameters whose kernels are quantised, one layer after another: the whole kernels in floats never exist."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from univid_jax.checkpoints.orbax_files import open_arrays
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Quantize
+from univid_jax.models.quantized import QuantizationError, QuantizedKernel, quantize, squared_norms
+
+Path = tuple[str, ...]
+
+# The arrays of a quantised kernel are stored under its path and these names.
+PARTS = ("numbers", "scale")
+
+
+def read_layerwise(
+  folder: epath.PathLike, abstract: Mapping[str, Any], *, stored: Quantize
+) -> tuple[dict[str, Any], list[float]]:
+  """Reads parameters, the kernels that are to be quantised layer by layer.
+
+  Args:
+    folder: of a component.
+    abstract: shapes, dtypes and shardings in nested dicts.
+    stored: how these kernels are stored.
+
+  Returns:
+    The parameters, and the relative L2 error of each layer if they are quantised now.
+
+  Raises:
+    UserError: the weights are damaged.
+  """
+  flat: dict[Path, Any] = traverse_util.flatten_dict(dict(abstract))
+  kernels = [path for path, value in flat.items() if isinstance(value, QuantizedKernel)]
+  paths = [path for path in flat if path not in kernels]
+  if stored == Quantize.NONE:
+    paths += kernels
+  else:
+    paths += [(*path, part) for path in kernels for part in PARTS]
+  arrays, errors = open_arrays(folder, paths), QuantizationError()
+  values: dict[Path, Any] = {}
+  for path, value in flat.items():
+    if not isinstance(value, QuantizedKernel):
+      values[path] = _read(arrays[path], value)
+    elif stored == Quantize.NONE:
+      values[path] = _quantize_layers(arrays[path], value, errors)
+    else:
+      values[path] = QuantizedKernel(
+        *(_read(arrays[*path, part], getattr(value, part)) for part in PARTS), value.method
+      )
+  return traverse_util.unflatten_dict(values), errors.by_layer
+
+
+def _read(source: Any, abstract: jax.ShapeDtypeStruct) -> Array:
+  """Reads an array into its shards; what several devices share once."""
+  shape = tuple(source.shape)
+  if shape != abstract.shape:
+    raise UserError(f"{source.kvstore.path} is damaged: it has the shape {shape} instead of {abstract.shape}")
+
+  @functools.cache
+  def read_part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    part = source[tuple(slice(*each) for each in bounds)] if bounds else source
+    try:
+      return part.read().result().astype(abstract.dtype)
+    except ValueError as error:
+      raise UserError(f"cannot read the weights in {source.kvstore.path}: {str(error).splitlines()[0]}") from error
+
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    return read_part(tuple(each.indices(size)[:2] for each, size in zip(index, shape, strict=True)))
+
+  return jax.make_array_from_callback(shape, abstract.sharding, read)
+
+
+def _quantize_layers(source: Any, abstract: QuantizedKernel, errors: QuantizationError) -> QuantizedKernel:
+  """Reads and quantises a stack of kernels, with one of them in floats at a time."""
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  num_layers, *shape = abstract.shape
+  mesh = shardings.numbers.mesh
+  layer_sharding = NamedSharding(mesh, PartitionSpec(*shardings.numbers.spec[1:]))
+  layer = jax.ShapeDtypeStruct(tuple(shape), source.dtype.numpy_dtype, sharding=layer_sharding)
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
+  def quantize_layer(stack: QuantizedKernel, kernel: Array, index: Int[Array, ""]) -> tuple[QuantizedKernel, Array]:
+    quantized = quantize(kernel, abstract.method)
+    update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+    return jax.tree.map(lambda x, new: update(x, new), stack, quantized), squared_norms(kernel, quantized)
+
+  stack = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), out_shardings=shardings)()
+  squares = []
+  for index in range(num_layers):
+    stack, error = quantize_layer(stack, _read(source[index], layer), jnp.int32(index))
+    squares.append(error)
+  for index, error in enumerate(squares):
+    errors.add(index, np.asarray(error))
+  return stack
