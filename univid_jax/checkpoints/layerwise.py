@@ -1,4 +1,4 @@
-"""Reads parameters whose kernels are quantised, one layer after another: the whole kernels in floats never exist."""
+"""Quantised kernels in files, one layer after another: whole stacks of them in floats never exist."""
 
 import functools
 from collections.abc import Mapping
@@ -102,3 +102,36 @@ def _quantize_layers(source: Any, abstract: QuantizedKernel, errors: Quantizatio
   for index, error in enumerate(squares):
     errors.add(index, np.asarray(error))
   return stack
+
+
+def describe_parts(path: Path, shape: tuple[int, ...], method: Quantize) -> dict[Path, tuple[tuple[int, ...], str]]:
+  """Returns shape and dtype of each array that a quantised kernel is stored in, by its path."""
+  kernel = jax.eval_shape(functools.partial(quantize, method=method), jax.ShapeDtypeStruct(shape, jnp.float32))
+  return {(*path, part): (getattr(kernel, part).shape, str(getattr(kernel, part).dtype)) for part in PARTS}
+
+
+_quantize_kernel = jax.jit(quantize, static_argnames="method")
+_squared_norms = jax.jit(squared_norms)
+
+
+def quantize_on_host(
+  kernel: np.ndarray, method: Quantize, float8: tuple[np.ndarray, np.ndarray] | None = None
+) -> tuple[dict[Path, np.ndarray], np.ndarray]:
+  """Quantises a kernel on the CPU.
+
+  Args:
+    kernel: (in_dim, out_dim).
+    method: what to.
+    float8: what the kernel is stored as, see `TensorFile.read_float8`; FP8 takes it as it is.
+
+  Returns:
+    Arrays by name of the part, and the squared norms of the error and of the kernel.
+  """
+  with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    if method == Quantize.FP8 and float8 is not None:
+      numbers, scale = (np.ascontiguousarray(part.T) for part in float8)
+      quantized = QuantizedKernel(jnp.asarray(numbers.view(np.uint8)), jnp.asarray(scale), method)
+    else:
+      quantized = _quantize_kernel(jnp.asarray(kernel), method=method)
+    squares = np.asarray(_squared_norms(jnp.asarray(kernel), quantized))
+  return {(part,): np.asarray(getattr(quantized, part)) for part in PARTS}, squares

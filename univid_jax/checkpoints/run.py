@@ -27,6 +27,8 @@ from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import Resumable
 
 CONFIG_FILE = "config.json"
+# The config's section `base`: the entry of this name is the base's checksum.
+OPTIONS_OF_BASE = "base_options"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,8 @@ class RunRecord:
 
 def write_run(workdir: epath.PathLike, record: RunRecord) -> None:
   """Writes WORKDIR/config.json."""
-  values = {**to_json(record.config), "base": record.base, "version": record.version}
+  config = to_json(record.config)
+  values = {**config, "base": record.base, OPTIONS_OF_BASE: config["base"], "version": record.version}
   values["prompts"] = dict(record.prompts)
   with atomic_write(epath.Path(workdir) / CONFIG_FILE) as path:
     path.write_text(json.dumps(values, indent=2) + "\n")
@@ -73,6 +76,8 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
     prompts = values.pop("prompts", {})
     if not all(isinstance(text, str) for text in (base, version)) or not isinstance(prompts, dict):
       raise ValueError("base and version must be text, and prompts an object")
+    if OPTIONS_OF_BASE in values:
+      values["base"] = values.pop(OPTIONS_OF_BASE)
     return RunRecord(from_json(values), base, version, prompts)
   except ValueError as error:
     raise UserError(f"{path} cannot be read by this version: {error}") from error

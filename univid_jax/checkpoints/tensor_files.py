@@ -63,6 +63,8 @@ class TensorFile:
     read: reads a tensor by name.
     metadata: the texts in the header of a safetensors or GGUF file.
     stored: by name, the types of tensors that `read` dequantises.
+    read_float8: returns the float8_e4m3fn numbers of a matrix that `read` dequantises, and the float32 scales of its
+      rows (rows, 1), or None for what is stored in another way.
   """
 
   path: Path
@@ -70,6 +72,7 @@ class TensorFile:
   read: Callable[[str], np.ndarray]
   metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
   stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  read_float8: Callable[[str], tuple[np.ndarray, np.ndarray] | None] = lambda name: None
 
   def rename(self, names: Mapping[str, str]) -> "TensorFile":
     """Returns the tensors under new names; `names` maps the old ones, and tensors that are not in it are dropped."""
@@ -78,6 +81,7 @@ class TensorFile:
       self,
       infos={new: self.infos[name] for new, name in old.items()},
       read=lambda new: self.read(old[new]),
+      read_float8=lambda new: self.read_float8(old[new]),
       stored={new: self.stored[name] for new, name in old.items() if name in self.stored},
     )
 

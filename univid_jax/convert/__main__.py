@@ -1,6 +1,7 @@
 """Converts weights between PyTorch's Wan and this project.
 
   python -m univid_jax.convert SRC DST [--to=jax|original|diffusers|comfyui|musubi|univid] [--dtype=DTYPE]
+                                      [--quantize=int8|fp8|nf4]
   python -m univid_jax.convert --inspect SRC
   python -m univid_jax.convert --verify SRC DST
 
@@ -26,6 +27,12 @@ DTYPE = FLAGS.choice(
   ["bfloat16", "float16", "float32"],
   "Of the written weights; default: unchanged; quantised ones become what holds them exactly.",
 )
+QUANTIZE = FLAGS.choice(
+  "quantize",
+  None,
+  ["int8", "fp8", "nf4"],
+  "Of the linear weights of the transformer's blocks, for a frozen base; fp8 takes 8-bit floats of SRC as they are.",
+)
 FORCE = FLAGS.switch("force", False, "Replace DST if it exists.")
 ALLOW_MISSING = FLAGS.repeated("allow_missing", [], "An official name, with * and ?, that SRC may lack.")
 INSPECT = FLAGS.switch("inspect", False, "Only describe SRC.")
@@ -49,7 +56,7 @@ def main() -> None:
     if not is_right:
       raise UserError("the conversion is NOT right; see above")
   else:
-    options = {flag.name: flag.value for flag in (TO, DTYPE, FORCE, ALLOW_MISSING, LORA_SKIP_UNMATCHED)}
+    options = {flag.name: flag.value for flag in (TO, DTYPE, QUANTIZE, FORCE, ALLOW_MISSING, LORA_SKIP_UNMATCHED)}
     print(commands.convert_any(source, *destination, **options))
 
 

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,19 +12,24 @@ from tqdm import tqdm
 
 import univid_jax
 from univid_jax.checkpoints.checksums import combine_digests, tensor_digest, write_checksums
+from univid_jax.checkpoints.layerwise import describe_parts, quantize_on_host
 from univid_jax.checkpoints.orbax_files import create_arrays, num_chunks
-from univid_jax.checkpoints.pretrained import CheckpointInfo, ComponentInfo, count_files
+from univid_jax.checkpoints.pretrained import CheckpointInfo, ComponentInfo, count_files, describe_errors
 from univid_jax.checkpoints.tensor_files import numpy_dtype
 from univid_jax.convert.destination import atomic_folder
 from univid_jax.convert.identify import Source
 from univid_jax.convert.layout import Fill, make_fills, match_fills
 from univid_jax.convert.sources import Release, SentencePiece
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import Quantize
+from univid_jax.models.quantized import QuantizationError
 
 NUM_THREADS = 4
 
 # Of a file system's blocks, each of which belongs to one file.
 BLOCK_BYTES = 4096
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,32 +39,54 @@ class ComponentPlan:
   Attributes:
     source: its files.
     fills: its parameters.
-    dtypes: the dtype of each parameter by its path.
+    dtypes: the dtype of each parameter by its path, before it is quantised.
+    quantize: what the kernels of blocks are quantised to.
   """
 
   source: Source
   fills: Sequence[Fill]
   dtypes: dict[tuple[str, ...], str]
+  quantize: Quantize
+
+  def is_quantized(self, fill: Fill) -> bool:
+    return self.quantize != Quantize.NONE and fill.path[0] == "blocks" and fill.path[-1] == "kernel"
+
+  @property
+  def arrays(self) -> dict[tuple[str, ...], tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each stored array by its path."""
+    arrays: dict[tuple[str, ...], tuple[tuple[int, ...], str]] = {}
+    for fill in self.fills:
+      if self.is_quantized(fill):
+        arrays |= describe_parts(fill.path, fill.shape, self.quantize)
+      else:
+        arrays[fill.path] = fill.shape, self.dtypes[fill.path]
+    return arrays
 
   @property
   def nbytes(self) -> int:
     """An upper bound of the space on disk: all weights, a partly filled block per file, and descriptions."""
     total = 0
-    for fill in self.fills:
-      dtype = self.dtypes[fill.path]
-      files = num_chunks(fill.path, fill.shape, dtype) + 3
-      total += int(np.prod(fill.shape)) * numpy_dtype(dtype).itemsize + files * BLOCK_BYTES
+    for path, (shape, dtype) in self.arrays.items():
+      files = num_chunks(path, shape, dtype) + 3
+      total += int(np.prod(shape)) * numpy_dtype(dtype).itemsize + files * BLOCK_BYTES
     return total
 
 
-def plan_component(source: Source, *, dtype: str | None, allow_missing: Sequence[str]) -> ComponentPlan:
-  """Plans what to write; raises UserError if tensors are missing, unused or have the wrong shape."""
+def plan_component(
+  source: Source, *, dtype: str | None, allow_missing: Sequence[str], quantize: Quantize = Quantize.NONE
+) -> ComponentPlan:
+  """Plans what to write; `quantize` concerns transformers only.
+
+  Raises:
+    UserError: tensors are missing, unused or have the wrong shape.
+  """
   shapes = {name: info.shape for name, info in source.tensors.infos.items()}
   try:
     fills = match_fills(make_fills(source.component, source.config), shapes, allow_missing=allow_missing)
   except UserError as error:
     raise UserError(f"{source.path}: {error}") from error
-  return ComponentPlan(source, fills, {fill.path: dtype or _source_dtype(source, fill) for fill in fills})
+  method = quantize if source.component.startswith("transformer") else Quantize.NONE
+  return ComponentPlan(source, fills, {fill.path: dtype or _source_dtype(source, fill) for fill in fills}, method)
 
 
 def _source_dtype(source: Source, fill: Fill) -> str:
@@ -72,6 +100,7 @@ def write_checkpoint(
   destination: epath.PathLike,
   *,
   dtype: str | None = None,
+  quantize: Quantize = Quantize.NONE,
   allow_missing: Sequence[str] = (),
   force: bool = False,
 ) -> CheckpointInfo:
@@ -81,6 +110,8 @@ def write_checkpoint(
     release: the release.
     destination: the new folder, local or in a bucket.
     dtype: of the stored parameters; that of the source by default.
+    quantize: storage of the linear weights of a transformer's blocks; float8_e4m3fn of the source becomes fp8 as it is,
+      if its scales are of rows or of the whole matrix.
     allow_missing: patterns of official names that the release may lack; scales become 1, everything else 0.
     force: whether to replace an existing destination.
 
@@ -88,7 +119,9 @@ def write_checkpoint(
     UserError: tensors are missing, unused or have the wrong shape, or overflow `dtype`; nothing is written.
     OSError: the destination exists, or the disk is too small.
   """
-  plans = [plan_component(source, dtype=dtype, allow_missing=allow_missing) for source in release.sources]
+  plans = [
+    plan_component(source, dtype=dtype, allow_missing=allow_missing, quantize=quantize) for source in release.sources
+  ]
   tokenizer = _tokenizer_files(release)
   needed = sum(plan.nbytes for plan in plans) + sum(len(file) + BLOCK_BYTES for file in tokenizer.values())
   total = sum(source.nbytes for source in release.sources)
@@ -133,28 +166,40 @@ def _tokenizer_files(release: Release) -> dict[str, bytes]:
 def _write_component(folder: epath.Path, plan: ComponentPlan, bar: tqdm) -> ComponentInfo:
   """Writes the parameters of a component, a few layers at a time."""
   source, dtypes = plan.source, plan.dtypes
-  arrays = create_arrays(folder / source.component, {fill.path: (fill.shape, dtypes[fill.path]) for fill in plan.fills})
+  arrays = create_arrays(folder / source.component, plan.arrays)
   digests: dict[str, str] = {}
   nonfinite: dict[str, int] = {}
+  errors = QuantizationError()
 
   def write_layer(fill: Fill, layer: int) -> None:
     name, dtype = fill.names[layer], numpy_dtype(dtypes[fill.path])
-    target = arrays[fill.path][layer] if fill.stacked else arrays[fill.path]
     if name in fill.absent:
-      target.write(fill.default().astype(dtype)).result()
-      return
-    tensor, count = read_as(source, name, dtype)
-    digests[name] = tensor_digest(name, tensor)
-    if count:
-      nonfinite[name] = count
-    target.write(_make_contiguous(fill.from_original(tensor))).result()
-    bar.update(source.tensors.infos[name].nbytes)
+      values = fill.default().astype(dtype)
+    else:
+      tensor, count = read_as(source, name, dtype)
+      digests[name] = tensor_digest(name, tensor)
+      if count:
+        nonfinite[name] = count
+      values = _make_contiguous(fill.from_original(tensor))
+    if plan.is_quantized(fill):
+      float8 = source.tensors.read_float8(name) if name not in fill.absent else None
+      parts, squares = quantize_on_host(values, plan.quantize, float8)
+      errors.add(layer, squares)
+    else:
+      parts = {(): values}
+    for part, value in parts.items():
+      target = arrays[*fill.path, *part]
+      (target[layer] if fill.stacked else target).write(value).result()
+    if name not in fill.absent:
+      bar.update(source.tensors.infos[name].nbytes)
 
   # Threads help: reading, hashing, transposing and writing release Python's lock.
   with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
     layers = [(fill, layer) for fill in plan.fills for layer in range(len(fill.names))]
     for _ in pool.map(write_layer, *zip(*layers)):  # raises the first error
       pass
+  if plan.quantize != Quantize.NONE:
+    logger.info("%s: %s", source.component, describe_errors(plan.quantize, errors.by_layer))
   counts = collections.Counter(dtypes[fill.path] for fill in plan.fills for name in fill.names if name in digests)
   return ComponentInfo(
     config=dataclasses.asdict(source.config),
@@ -166,6 +211,8 @@ def _write_component(folder: epath.Path, plan: ComponentPlan, bar: tqdm) -> Comp
     num_files=count_files(folder / source.component),
     num_parameters=sum(int(np.prod(fill.shape)) for fill in plan.fills),
     nonfinite=dict(sorted(nonfinite.items())),
+    quantize=str(plan.quantize),
+    quantize_errors=errors.by_layer,
   )
 
 

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -13,7 +14,7 @@ from univid_jax.checkpoints.lora.formats import FORMATS, write_lora
 from univid_jax.checkpoints.lora.names import is_lora, list_names
 from univid_jax.checkpoints.lora.reading import is_peft_folder, read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.checkpoints.pretrained import CheckpointInfo, is_checkpoint, read_info
+from univid_jax.checkpoints.pretrained import CheckpointInfo, describe_errors, is_checkpoint, read_info
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.checkpoints.trained import is_lora_run, read_run_loras
 from univid_jax.convert.checkpoint_writer import describe_nonfinite, write_checkpoint
@@ -24,6 +25,7 @@ from univid_jax.convert.layout import Layout
 from univid_jax.convert.sources import Release, find_release
 from univid_jax.convert.verify import verify_release
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import Quantize, parse_option
 from univid_jax.core.paths import atomic_write
 
 # LoRAs are several if a run has trained both experts.
@@ -64,6 +66,7 @@ def convert_any(
   *,
   to: str = JAX,
   dtype: str | None = None,
+  quantize: str | None = None,
   force: bool = False,
   allow_missing: Sequence[str] = (),
   lora_skip_unmatched: bool = False,
@@ -75,6 +78,7 @@ def convert_any(
     destination: the new folder or LoRA file; of the LoRAs of two experts each gets _high or _low added to its name.
     to: "jax", a layout in `export.LAYOUTS` for base weights, or a format in `lora.formats.FORMATS` for LoRAs.
     dtype: of the written weights; that of the source by default.
+    quantize: "int8", "fp8" or "nf4": storage of the linear weights of a transformer's blocks in a checkpoint.
     force: whether to replace an existing destination.
     allow_missing: patterns of official names that a release may lack.
     lora_skip_unmatched: leaves out tensors of a LoRA that Wan's transformers have no counterpart of.
@@ -88,6 +92,9 @@ def convert_any(
   """
   found = find_weights(source)
   logger.info(_describe(source, found))
+  method = parse_option(Quantize, "quantize", quantize) if quantize else Quantize.NONE
+  if method != Quantize.NONE and (to != JAX or not isinstance(found, Release)):
+    raise UserError(f"--quantize={method} is for the conversion of PyTorch weights to a checkpoint of this project")
   if isinstance(found, list):
     loras = [lora.select(lora.changes) if lora_skip_unmatched else lora for lora in found]
     targets = [destination] if len(loras) == 1 else [_name_expert(destination, lora) for lora in loras]
@@ -103,7 +110,8 @@ def convert_any(
     return f"wrote {destination} in the layout of {'the official release' if to == Layout.ORIGINAL else to}"
   if to != JAX:
     raise UserError(f"{source} contains PyTorch weights; convert them to {JAX} first, and the result to {to}")
-  info = write_checkpoint(found, destination, dtype=dtype, allow_missing=allow_missing, force=force)
+  options: dict[str, Any] = {"dtype": dtype, "quantize": method, "allow_missing": allow_missing, "force": force}
+  info = write_checkpoint(found, destination, **options)
   parts = ", ".join(f"{name} {part.num_parameters:,}" for name, part in info.components.items())
   warnings = [
     f"{name}: {describe_nonfinite(part.nonfinite)}" for name, part in info.components.items() if part.nonfinite
@@ -191,6 +199,8 @@ def _checkpoint_lines(info: CheckpointInfo) -> list[str]:
   for name, part in info.components.items():
     dtypes = _describe_dtypes(part.dtypes)
     lines.append(f"{name}: {part.num_parameters:,} parameters, {dtypes}, from {part.source} ({part.layout})")
+    if part.quantize != Quantize.NONE:
+      lines.append(f"  {describe_errors(Quantize(part.quantize), part.quantize_errors)}")
     if part.nonfinite:
       lines.append(f"  {describe_nonfinite(part.nonfinite)}")
   return [*lines, f"tokenizer: {info.tokenizer or 'none'}"]

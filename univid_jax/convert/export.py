@@ -18,6 +18,7 @@ from univid_jax.convert.destination import atomic_folder
 from univid_jax.convert.layout import Layout, make_fills
 from univid_jax.convert.release_configs import diffusers_config, model_index, official_config, scheduler_config
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import Quantize
 from univid_jax.models.names import name_to_diffusers
 
 # Of a shard, and so of the memory that writing it takes.
@@ -141,8 +142,13 @@ def original_tensors(checkpoint: PretrainedCheckpoint, component: str) -> Tensor
   """Returns a component's tensors by official name, in the official layout and in their stored dtypes.
 
   Raises:
-    UserError: the weights are damaged; reading a tensor raises it too.
+    UserError: the weights are quantised, or damaged; reading a tensor raises it too.
   """
+  if (method := checkpoint.quantization(component)) != Quantize.NONE:
+    raise UserError(
+      f"{checkpoint.folder} stores its {component} in {method}, which has lost the original weights: use the "
+      "release or the checkpoint that it was made from"
+    )
   fills = make_fills(component, checkpoint.config(component))
   arrays = checkpoint.open_arrays(component, [fill.path for fill in fills])
   layers = {name: (fill, index) for fill in fills for index, name in enumerate(fill.names)}

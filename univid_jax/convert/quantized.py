@@ -84,7 +84,19 @@ def dequantize(tensors: TensorFile) -> tuple[TensorFile, tuple[str, ...]]:
       values = _decode(values, dtypes[name], infos[name].dtype)
     return _multiply(values, tensors.read(scales[name])) if name in scales else values
 
-  return dataclasses.replace(tensors, infos=infos, read=read, stored=stored), found.activation_scales
+  def read_float8(name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    scale = tensors.read(scales[name]) if name in scales else np.ones(1)
+    shape = infos[name].shape
+    if dtypes.get(name) != "float8_e4m3fn" or len(shape) != 2:
+      return None
+    factors = _scale_shapes(shape, scale.shape)
+    if factors is None or factors[1] not in ((1, 1), (shape[0], 1)):
+      return None
+    rows = np.broadcast_to(scale.reshape(factors[1]).astype(np.float32), (shape[0], 1))
+    return tensors.read(name).reshape(shape).view(np.uint8).view(numpy_dtype("float8_e4m3fn")), rows
+
+  new = dataclasses.replace(tensors, infos=infos, read=read, stored=stored, read_float8=read_float8)
+  return new, found.activation_scales
 
 
 def _find_quantization(tensors: TensorFile) -> Quantization:

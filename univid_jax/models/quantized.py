@@ -5,6 +5,7 @@ converts whole stacks of layers from 8-bit floats or 4-bit integers where the ha
 """
 
 import dataclasses
+import threading
 from collections.abc import Mapping
 from typing import Any, no_type_check
 
@@ -142,14 +143,16 @@ def quantization_of(params: Any) -> Quantize:
 
 
 class QuantizationError:
-  """Sums the relative L2 error of quantised kernels by layer."""
+  """Sums the relative L2 error of quantised kernels by layer; several threads may add to it."""
 
   def __init__(self) -> None:
     self._squares: dict[int, np.ndarray] = {}
+    self._lock = threading.Lock()
 
   def add(self, layer: int, squares: Float[np.ndarray, "2"]) -> None:
     """Adds a kernel, see `squared_norms`."""
-    self._squares[layer] = self._squares.get(layer, np.zeros(2)) + np.asarray(squares, np.float64)
+    with self._lock:
+      self._squares[layer] = self._squares.get(layer, np.zeros(2)) + np.asarray(squares, np.float64)
 
   @property
   def by_layer(self) -> list[float]:
