@@ -5,7 +5,16 @@ from typing import ClassVar
 
 from univid_jax.config.section import Section
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import MAX_SEED, MAX_STEPS, DepthAlignment, Objective, OptimizerName, Packing, Schedule
+from univid_jax.core.options import (
+  MAX_SEED,
+  MAX_STEPS,
+  DepthAlignment,
+  Objective,
+  OnBadStep,
+  OptimizerName,
+  Packing,
+  Schedule,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +94,9 @@ class OptimizerConfig(Section):
     adam_learning_rate: peak for all other parameters with `muon`.
     clip_norm: global norm that gradients are clipped to; 0 does not clip.
     decay_fraction: share of the steps over which `linear` decays.
+    on_bad_step: what happens if the loss or the gradient is not finite.
+    skip_norm: with on_bad_step = skip also skips steps whose gradient norm is above this many times the median of the
+      last ones; 0 does not.
   """
 
   KEY: ClassVar[str] = "optimizer."
@@ -100,8 +112,13 @@ class OptimizerConfig(Section):
   schedule: Schedule = Schedule.LINEAR
   warmup_steps: int = 50
   decay_fraction: float = 0.5
+  on_bad_step: OnBadStep = OnBadStep.STOP
+  skip_norm: float = 0.0
 
   def __post_init__(self):
+    self.require("skip_norm", self.skip_norm == 0 or self.skip_norm > 1, "0, or above 1")
+    if self.on_bad_step != OnBadStep.SKIP:
+      self.require("skip_norm", self.skip_norm == 0, "0 unless config.optimizer.on_bad_step is skip")
     self.require_at_least(0, "learning_rate", "adam_learning_rate", "weight_decay", "clip_norm", "warmup_steps", "eps")
     self.require_share("b1", "b2")
     self.require_share("decay_fraction", closed=True)

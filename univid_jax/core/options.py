@@ -133,6 +133,13 @@ class OptimizerName(enum.StrEnum):
   MUON = "muon"  # on the matrices of self-attention and feed-forward; Adam on everything else
 
 
+class OnBadStep(enum.StrEnum):
+  """What happens in a training step whose loss or gradient is not finite."""
+
+  STOP = "stop"  # the run ends; its last checkpoint is from before
+  SKIP = "skip"  # nothing is updated
+
+
 class Schedule(enum.StrEnum):
   """The learning rate after the warm-up."""
 

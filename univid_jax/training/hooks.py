@@ -25,6 +25,7 @@ from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.supervisor import StopSignal, Supervisor
 from univid_jax.platform.chips import find_chip
 from univid_jax.training.goodput import Activity, Goodput
+from univid_jax.training.guard import MAX_SKIPPED_IN_A_ROW
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.setup import Run
 from univid_jax.training.state import Params, TrainState
@@ -126,8 +127,8 @@ class Summarize:
     if not (event.logs or event.validates or event.saves):
       return
     values = jax.device_get(self._pending)
-    summary = {name: float(np.mean([metrics[name] for metrics in values])) for name in values[0]}
-    if not np.isfinite(summary["loss"]):
+    summary = self._average(event.step, values)
+    if not np.isfinite(summary.get("loss", 0)):
       raise DivergedError(
         f"the loss is not finite by step {event.step}: lower config.optimizer.learning_rate and train in another "
         "--workdir"
@@ -137,6 +138,27 @@ class Summarize:
     self.restart_clock()
     event.summary |= self._measure(summary, seconds)
     self._bar.set_postfix_str(_describe(event.summary), refresh=False)
+
+  def _average(self, step: int, values: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Returns the means of metrics, of which a skipped step has no loss and no gradient; counts skipped steps."""
+    used = [metrics for metrics in values if not metrics.get("skipped")]
+    summary = {}
+    for name in values[0]:
+      if found := used if name in ("loss", "grad_norm") else values:
+        summary[name] = float(np.mean([metrics[name] for metrics in found]))
+    if "skipped" in summary:
+      summary["skipped"] = float(len(values) - len(used))
+      del summary["skipped_in_a_row"]
+    if len(used) < len(values):
+      log.warning(
+        "by step %d: skipped %d of %d steps, see optimizer.on_bad_step", step, len(values) - len(used), len(values)
+      )
+      if max(int(metrics["skipped_in_a_row"]) for metrics in values) >= MAX_SKIPPED_IN_A_ROW:
+        raise DivergedError(
+          f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped by step {step}: lower config.optimizer.learning_rate "
+          "or raise config.optimizer.skip_norm, in another --workdir"
+        )
+    return summary
 
   def _measure(self, summary: dict[str, float], seconds: float) -> dict[str, float]:
     attended, attended_text, targets = (summary.pop(name) for name in ("attended", "attended_text", "targets"))
@@ -314,5 +336,6 @@ class Profile:
 
 
 def _describe(summary: dict[str, float]) -> str:
-  text = f"loss={summary['loss']:.3f}, fill={summary['fill_rate']:.0%}, {summary['tokens_per_second']:,.0f} tokens/s"
+  loss = f"loss={summary['loss']:.3f}" if "loss" in summary else "skipped"
+  text = f"{loss}, fill={summary['fill_rate']:.0%}, {summary['tokens_per_second']:,.0f} tokens/s"
   return text + (f", MFU {summary['mfu']:.0%}" if "mfu" in summary else "")

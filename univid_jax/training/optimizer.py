@@ -7,7 +7,8 @@ import optax
 from optax import contrib
 
 from univid_jax.config.schema import OptimizerConfig
-from univid_jax.core.options import OptimizerName, Schedule
+from univid_jax.core.options import OnBadStep, OptimizerName, Schedule
+from univid_jax.training.guard import skip_bad_steps
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -24,7 +25,10 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-  """Returns the optimizer of a config: AdamW, or Muon on some matrices and Adam on everything else."""
+  """Returns the optimizer of a config: AdamW, or Muon on some matrices and Adam on everything else.
+
+  With `OnBadStep.SKIP` its `update` takes the loss, see `guard`.
+  """
   schedule = make_schedule(config, num_steps)
 
   def scale(peak: float) -> optax.Schedule:
@@ -43,7 +47,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
       adam_learning_rate=scale(config.adam_learning_rate),
       muon_weight_dimension_numbers=select_muon_matrices,
     )
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+  update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+  return skip_bad_steps(update, skip_norm=config.skip_norm) if config.on_bad_step == OnBadStep.SKIP else update
 
 
 def select_muon_matrices(params: optax.Params) -> Any:

@@ -19,6 +19,7 @@ from univid_jax.core.protocols import TrainStep
 from univid_jax.diffusion.loss import NoiseLevels, draw_noise, has_sentence, sentence_losses
 from univid_jax.models.lora import join, with_dropout_keys
 from univid_jax.training.expert_schedule import ExpertSchedule
+from univid_jax.training.guard import GuardState
 from univid_jax.training.state import Params, StateSpec, TrainState
 
 Metrics = dict[str, Array]
@@ -96,6 +97,8 @@ def make_update(
   accumulation changes what a learning rate means.
   """
 
+  optimizer = optax.with_extra_args_support(optimizer)
+
   def loss_fn(
     params: Params,
     frozen: Params,
@@ -119,7 +122,7 @@ def make_update(
     num_sentences = jnp.maximum(jnp.sum(has_sentence(row)), 1)
     grad_fn = functools.partial(_accumulate_gradients, loss_fn, microbatches=microbatches)
     loss, grads = grad_fn(state.params, frozen, (row, noise, levels), num_sentences, key)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=loss)
     # optax types the results as any tree; they have the structure of the parameters.
     params = cast(Params, optax.apply_updates(state.params, updates))
     ema = state.ema
@@ -127,6 +130,9 @@ def make_update(
       decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
       ema = cast(Params, optax.incremental_update(params, ema, 1 - decay))
     metrics = {"loss": loss, "grad_norm": optax.tree_utils.tree_norm(grads), **_count(row)}
+    if isinstance(opt_state, GuardState):
+      ema = jax.tree.map(lambda old, new: jnp.where(opt_state.has_skipped, old, new), state.ema, ema)
+      metrics |= {"skipped": opt_state.has_skipped, "skipped_in_a_row": opt_state.skipped_in_a_row}
     return TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), metrics
 
   return update

@@ -1,0 +1,66 @@
+"""Skips training steps whose loss or gradient is not finite, or whose gradient is far larger than usual."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+# Norms whose median is the usual one, and how many of them there have to be before a norm is too large.
+WINDOW, MIN_NORMS = 64, 8
+# A run that skips as many steps one after another has diverged.
+MAX_SKIPPED_IN_A_ROW = 50
+
+
+class GuardState(NamedTuple):
+  """The state of a guarded optimizer: what the next decision depends on, so that a resumed run decides the same.
+
+  Attributes:
+    inner: of the optimizer.
+    norms: of the last gradients that were used, a ring; NaN where there is none yet.
+    num_used: how many gradients were used.
+    skipped_in_a_row: how many steps before the next one were skipped.
+  """
+
+  inner: Any
+  norms: Float[Array, "window"]
+  num_used: Int[Array, ""]
+  skipped_in_a_row: Int[Array, ""]
+
+  @property
+  def has_skipped(self) -> Bool[Array, ""]:
+    """Whether the last step was skipped."""
+    return self.skipped_in_a_row > 0
+
+
+def skip_bad_steps(optimizer: optax.GradientTransformation, *, skip_norm: float) -> optax.GradientTransformation:
+  """Returns an optimizer that leaves parameters and its own state as they are in a bad step.
+
+  Its `update` takes the loss as an extra argument.
+
+  Args:
+    optimizer: what to guard.
+    skip_norm: a gradient with more than so many times the median norm is bad; 0 takes all that are finite.
+  """
+
+  def init(params: optax.Params) -> GuardState:
+    zero = jnp.zeros((), jnp.int32)
+    return GuardState(optimizer.init(params), jnp.full(WINDOW, jnp.nan), zero, zero)
+
+  def update(
+    updates: optax.Updates, state: GuardState, params: optax.Params | None = None, *, loss: Array, **_: Any
+  ) -> tuple[optax.Updates, GuardState]:
+    norm = optax.tree_utils.tree_norm(updates)
+    is_bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    if skip_norm:
+      is_bad |= (state.num_used >= MIN_NORMS) & (norm > skip_norm * jnp.nanmedian(state.norms))
+    new_updates, inner = optimizer.update(updates, state.inner, params)
+    used = GuardState(
+      inner, state.norms.at[state.num_used % WINDOW].set(norm), state.num_used + 1, jnp.zeros((), jnp.int32)
+    )
+    skipped = state._replace(skipped_in_a_row=state.skipped_in_a_row + 1)
+    no_updates = jax.tree.map(jnp.zeros_like, new_updates)
+    return jax.tree.map(lambda bad, good: jnp.where(is_bad, bad, good), (no_updates, skipped), (new_updates, used))
+
+  return optax.GradientTransformationExtraArgs(init, update)
