@@ -1,6 +1,7 @@
 """Bad steps: skipped, counted, and decided the same after a resume."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,10 @@ from univid_jax.training.loop import train
 def run(gradients, losses=None, *, skip_norm=0.0, split=None):
   """Returns the parameter after each step, and the last state; `split` stores and restores the state there."""
   optimizer = skip_bad_steps(optax.sgd(1.0, momentum=0.5), skip_norm=skip_norm)
-  update, params = jax.jit(optimizer.update), {"w": jnp.zeros(2)}
-  state, path = optimizer.init(params), []
+  update = jax.jit(optimizer.update)
+  params: Any = {"w": jnp.zeros(2)}
+  state: Any = optimizer.init(params)
+  path = []
   for number, gradient in enumerate(gradients):
     if number == split:
       state = jax.tree.map(jnp.asarray, jax.device_get(state))

@@ -1,5 +1,7 @@
 """Quantised frozen bases: numbers, memory, training, files."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +13,20 @@ from flax import nnx
 from tests.helpers import relative_error
 from tests.test_meshes import one_gradient, packed_batch
 from univid_jax.checkpoints.model import create_model, transformer_config
+from univid_jax.codecs.dct import DCTCodec
+from univid_jax.codecs.encoders import PlainEncoders
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import draw_noise
+from univid_jax.inference.experts import Transformer
+from univid_jax.inference.pipeline import Pipeline
+from univid_jax.models.dit import DiT
 from univid_jax.models.layers import Linear, quantize_linears
 from univid_jax.models.lora import split_lora
 from univid_jax.models.quantized import QTYPES, QuantizedKernel, dequantize, quantize, tile_size
+from univid_jax.models.variants import VARIANTS
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.memory import abstract_batch, compile_step
 from univid_jax.training.state import StateSpec, describe_training
@@ -72,6 +80,29 @@ class TestKernels:
     flat = [np.concatenate([np.ravel(change) for change in each]) for each in changes]
     assert relative_error(flat[0], flat[1]) <= 1e-5 and np.linalg.norm(flat[1]) > 0
     assert float(steps[0][1]["loss"]) == pytest.approx(float(steps[1][1]["loss"]), rel=1e-6)
+
+
+@pytest.mark.long
+def test_velocities_of_blocks_of_the_size_of_wan_1_3b():
+  """Relative L2 error of the velocity against the base in bfloat16, with random weights."""
+  shape = dataclasses.replace(VARIANTS["wan2.1-t2v-1.3b"], num_layers=4)
+  graph, params = nnx.split(jax.jit(lambda: DiT(shape, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))(), nnx.Param)
+  rng = np.random.default_rng(0)
+  latents, prompt = rng.standard_normal((2, 8, 8, 16), np.float32), rng.standard_normal((7, 4096), np.float32)
+
+  def velocity(method):
+    model = nnx.merge(graph, params)
+    quantize_linears(model.blocks, method)
+    quantized = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    encoders = PlainEncoders(DCTCodec(latent_channels=16, spatial_stride=8), shape.text_dim)
+    pipe = Pipeline(shape, [Transformer(graph, quantized)], encoders=encoders, mesh=make_mesh({}, jax.devices()[:1]))
+    return pipe.predict_velocity(latents, 600.0, prompt)
+
+  exact = velocity(Quantize.NONE)
+  errors = {method: relative_error(velocity(method), exact) for method in METHODS}
+  print({str(method): f"{error:.2%}" for method, error in errors.items()})
+  limits = {Quantize.INT8: 0.02, Quantize.FP8: 0.04, Quantize.NF4: 0.15}
+  assert all(1e-4 < errors[method] <= limit for method, limit in limits.items())
 
 
 def test_only_linear_weights_of_blocks_are_quantised(lora_config):

@@ -149,7 +149,8 @@ def test_training(tiny_config, tmp_path):
     resumed = train(override(config, {"num_steps": steps}), str(tmp_path / "resumed")).pipeline
   whole = train(config, str(tmp_path / "whole")).pipeline
   jax.tree.map(np.testing.assert_array_equal, parameters(resumed), parameters(whole))
-  assert read_lora(str(tmp_path / "whole" / "lora.safetensors")).usage.base_quantize == Quantize.NF4
+  usage = read_lora(str(tmp_path / "whole" / "lora.safetensors")).usage
+  assert usage and usage.base_quantize == Quantize.NF4
   with pytest.raises(UserError, match=r"base\.quantize = 'nf4', not 'int8'"):
     train(override(config, {"base.quantize": "int8", "num_steps": 3}), str(tmp_path / "whole"))
   clips = [np.full((1, 16, 16, 3), 90 * number, np.uint8) for number in range(3)]

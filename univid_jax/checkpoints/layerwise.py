@@ -54,9 +54,8 @@ def read_layerwise(
     elif stored == Quantize.NONE:
       values[path] = _quantize_layers(arrays[path], value, errors)
     else:
-      values[path] = QuantizedKernel(
-        *(_read(arrays[*path, part], getattr(value, part)) for part in PARTS), value.method
-      )
+      numbers, scale = (_read(arrays[*path, part], getattr(value, part)) for part in PARTS)
+      values[path] = QuantizedKernel(numbers, scale, value.method)
   return traverse_util.unflatten_dict(values), errors.by_layer
 
 
@@ -74,7 +73,8 @@ def _read(source: Any, abstract: jax.ShapeDtypeStruct) -> Array:
     except ValueError as error:
       raise UserError(f"cannot read the weights in {source.kvstore.path}: {str(error).splitlines()[0]}") from error
 
-  def read(index: tuple[slice, ...]) -> np.ndarray:
+  def read(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None
     return read_part(tuple(each.indices(size)[:2] for each, size in zip(index, shape, strict=True)))
 
   return jax.make_array_from_callback(shape, abstract.sharding, read)

@@ -99,13 +99,14 @@ def dequantize(kernel: Float[Array, "..."] | QuantizedKernel) -> Float[Array, ".
   if not isinstance(kernel, QuantizedKernel):
     return kernel
   shape, num_tiles = kernel.shape, kernel.scale.shape[-2]
-  kernel = jax.lax.optimization_barrier(kernel)  # or XLA moves conversions of all layers out of their loop
-  tiles = kernel.numbers.reshape(*shape[:-2], num_tiles, -1, shape[-1])
+  # Or XLA moves conversions of all layers out of their loop.
+  numbers, scale = jax.lax.optimization_barrier((kernel.numbers, kernel.scale))
+  tiles = numbers.reshape(*shape[:-2], num_tiles, -1, shape[-1])
   if kernel.method == Quantize.FP8:
     tiles = jax.lax.bitcast_convert_type(tiles, jnp.float8_e4m3fn)
   elif kernel.method == Quantize.NF4:
     tiles = _decode_nf4(jnp.concatenate([tiles & 15, tiles >> 4], axis=-2))
-  return (tiles.astype(jnp.float32) * kernel.scale[..., None, :]).reshape(shape)
+  return (tiles.astype(jnp.float32) * scale[..., None, :]).reshape(shape)
 
 
 def _decode_nf4(codes: Array) -> Array:

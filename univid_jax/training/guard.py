@@ -1,6 +1,6 @@
 """Skips training steps whose loss or gradient is not finite, or whose gradient is far larger than usual."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +48,7 @@ def skip_bad_steps(optimizer: optax.GradientTransformation, *, skip_norm: float)
     zero = jnp.zeros((), jnp.int32)
     return GuardState(optimizer.init(params), jnp.full(WINDOW, jnp.nan), zero, zero)
 
-  def update(
-    updates: optax.Updates, state: GuardState, params: optax.Params | None = None, *, loss: Array, **_: Any
-  ) -> tuple[optax.Updates, GuardState]:
+  def update(updates: Any, state: Any, params: Any = None, *, loss: Array, **_: Any) -> tuple[Any, GuardState]:
     norm = optax.tree_utils.tree_norm(updates)
     is_bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
     if skip_norm:
@@ -63,4 +61,5 @@ def skip_bad_steps(optimizer: optax.GradientTransformation, *, skip_norm: float)
     no_updates = jax.tree.map(jnp.zeros_like, new_updates)
     return jax.tree.map(lambda bad, good: jnp.where(is_bad, bad, good), (no_updates, skipped), (new_updates, used))
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  # Its protocol wants all extra arguments to be optional.
+  return optax.GradientTransformationExtraArgs(init, cast(Any, update))
