@@ -54,7 +54,7 @@ def diffusers_options(shape: DiTConfig) -> dict[str, Any]:
 
 
 def make_row_program(
-  shape: DiTConfig, *, dtype: str, mode: str, backend: str, remat: str = "full"
+  shape: DiTConfig, *, dtype: str, mode: str, backend: str, remat: str = "full", quantize: str = "none"
 ) -> Callable[["PackedRow"], None]:
   """Returns a program that runs rows through the model and waits for the result; it compiles once per shape of rows.
 
@@ -64,6 +64,7 @@ def make_row_program(
     mode: "train" is a step of AdamW on adapters, "forward" a forward pass.
     backend: of attention.
     remat: what the step recomputes.
+    quantize: what the base is quantised to.
   """
   import jax
   import jax.numpy as jnp
@@ -77,14 +78,19 @@ def make_row_program(
 
   options = {"variant": "", "dtype": dtype, "param_dtype": dtype, "attention_backend": backend, "remat": remat}
   options |= {name: getattr(shape, name) for name in SHAPE_KEYS}
-  changes = {"lora.rank": LORA_RANK, "codec.latent_channels": shape.out_dim}
+  changes = {"lora.rank": LORA_RANK, "base.quantize": quantize, "codec.latent_channels": shape.out_dim}
   config = override(wan_1_3b(), changes | {f"model.{key}": value for key, value in options.items()})
   mesh = make_mesh({"data": 1, "fsdp": -1})
   optimizer = make_optimizer(config.optimizer, 1000)
   spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=False, lora=True)
 
   # One parameter at a time, so that drawing them does not determine the peak of memory.
-  draw = jax.jit(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype))
+  @jax.jit
+  def draw(x: jax.Array) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jnp.integer):
+      return jax.random.randint(jax.random.key(x.size), x.shape, 0, 100, x.dtype)
+    return 0.02 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype)
+
   frozen = jax.tree.map(lambda x: jax.device_put(draw(jnp.zeros(x.shape, x.dtype)), x.sharding), spec.abstract_frozen)
   if mode == "forward":
     return _make_forward(spec, frozen, mesh)
