@@ -732,3 +732,22 @@ def _with_prefix(path):
   folder = path.with_suffix("")
   convert_any(str(path), str(folder.with_name("theirs.safetensors")), to="diffusers")
   return safetensors_torch.load_file(folder.with_name("theirs.safetensors"))
+
+
+@pytest.mark.long
+def test_both_experts_train_on_a_quantised_base(experts, tmp_path):
+  """Converted quantised: the same run as quantised while it is loaded, and each expert has its own LoRA."""
+  stored = str(tmp_path / "stored")
+  convert_any(str(experts[0]), stored, quantize="int8")
+  options = SMALL | {"model.expert": "both", "num_steps": 2, "eval.sentences_per_case": 0, "validation.every_steps": 0}
+  losses = {}
+  for name, changes in (
+    ("stored", {"init_from": stored}),
+    ("loaded", {"init_from": experts[1], "base.quantize": "int8"}),
+  ):
+    pipe = train(override(wan22_a14b(), options | changes), str(tmp_path / name)).pipeline
+    assert pipe.experts.quantize == "int8" and len(pipe.experts.transformers) == 2
+    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    losses[name] = [json.loads(line)["loss"] for line in lines]
+    assert json.loads((tmp_path / name / "config.json").read_text())["base_options"] == {"quantize": "int8"}
+  assert losses["stored"] == losses["loaded"]
