@@ -144,6 +144,17 @@ class TestMemory:
     assert found.weights < {Quantize.NF4: 0.2}.get(method, 0.32) * in_floats + 0.05 * in_floats
     assert found.activations < in_floats / 4  # hoisted, the kernels alone would take all of it
 
+  @pytest.mark.long
+  @pytest.mark.parametrize("method", METHODS)
+  def test_layers_add_none_of_their_kernels_in_floats(self, lora_config, method):
+    """With the policy that keeps matrix products; a block's own temporary memory may be large."""
+    shape = {"model.dim": 256, "model.ffn_dim": 1024, "model.remat": "dots", "rows.per_batch": 1, "ema_decay": 0.0}
+    few, many = (
+      self.compile(override(lora_config, shape | {"model.num_layers": count}), str(method))[0].activations
+      for count in (4, 12)
+    )
+    assert many - few < 8 * 4 * (8 * 256**2 + 2 * 256 * 1024) / 4
+
 
 def is_quantized(x):
   return isinstance(x, QuantizedKernel)
