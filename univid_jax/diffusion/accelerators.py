@@ -29,8 +29,8 @@ class Accelerator:
 
 
 # Both as LightX2V publishes them, also for both experts of Wan2.2 A14B: configs/distill/ and configs/wan22/
-# wan_moe_{t2v,i2v}_distill.json, https://github.com/ModelTC/LightX2V (Apache-2.0). Steps are Euler's, as in its scheduler
-# for Wan2.2; that for Wan2.1 draws new noise before every step, at the same levels.
+# wan_moe_{t2v,i2v}_distill.json, https://github.com/ModelTC/LightX2V (Apache-2.0). Steps are Euler's, as in its
+# scheduler for Wan2.2; that for Wan2.1 draws new noise before every step, at the same levels.
 KINDS: Mapping[str, Accelerator] = {
   kind.name: kind
   for kind in (
