@@ -39,6 +39,7 @@ from univid_jax.data.writer import write_clip
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.inference.load import load_pipeline
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.parallel.supervisor import StopSignal, Supervisor
 from univid_jax.training import metrics_writer
 from univid_jax.training.loop import open_loader, restore_or_create_state, train
 from univid_jax.training.memory import bytes_per_device, forecast, forecast_sampling
@@ -311,6 +312,29 @@ class TestValidation:
       alone, own = jax.tree.map(jnp.asarray, (alone, own))
       losses.append(sentence_losses(model, alone, own, jnp.full((1, alone.num_slots), 0.7))[0].sum())
     assert found["val_loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
+
+  def test_what_a_stop_has_left_out_is_made_up_for(self, tiny_config, tmp_path):
+    """A run that is stopped after a step that validates saves its state at once, and validates when it is resumed."""
+    config = override(tiny_config, {"num_steps": 4, "validation.every_steps": 2, "validation.sentences": 4})
+    straight = train(config, str(tmp_path / "straight"))
+    signals = iter([None, StopSignal("SIGTERM")])
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(
+        Supervisor, "should_stop", lambda self: setattr(self, "stop_signal", next(signals)) or bool(self.stop_signal)
+      )
+      with pytest.raises(Interrupted, match="at step 2 of 4, state saved"):
+        train(config, str(tmp_path / "stopped"))
+    assert "val_loss" not in read_metrics(tmp_path / "stopped")[-1]
+    train(config, str(tmp_path / "stopped"))
+    rows = [
+      {name: row[name] for name in ("step", "loss", "val_loss") if name in row}
+      for row in read_metrics(tmp_path / "straight")
+    ]
+    again = [
+      {name: row.get(name) for name in expected}
+      for row, expected in zip(read_metrics(tmp_path / "stopped"), rows, strict=True)
+    ]
+    assert again == rows and "val_loss" in rows[1] and straight.steps_taken == 4
 
   @pytest.mark.long
   def test_the_best_checkpoint_is_kept(self, tiny_config, tmp_path):

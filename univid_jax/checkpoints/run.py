@@ -154,6 +154,10 @@ class Checkpointer:
   def steps(self) -> list[int]:
     return self._saved.steps
 
+  def val_loss(self, step: int) -> float | None:
+    """Returns the validation loss of a saved step; None if it was not measured."""
+    return self._saved.val_loss(step)
+
   def save(self, step: int, *, model: Any, training: Any, data: Resumable, val_loss: float | None = None) -> None:
     """Starts to save a step, unless it is saved already.
 

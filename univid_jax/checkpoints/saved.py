@@ -65,10 +65,10 @@ class SavedCheckpoints:
     Raises:
       DamagedError: a loss cannot be read.
     """
-    losses = {step: loss for step in self.steps if (loss := self._read_loss(step)) is not None}
+    losses = {step: loss for step in self.steps if (loss := self.val_loss(step)) is not None}
     return min(losses, key=lambda step: (losses[step], -step), default=None)
 
-  def _read_loss(self, step: int) -> float | None:
+  def val_loss(self, step: int) -> float | None:
     """Reads the validation loss of a checkpoint; returns None if it was not measured or is not finite."""
     folder, name = self.folder(step), "metrics/metrics"
     with verified(folder, enabled=self._verify and has_checksums(folder), select=_is_about_checkpoint):
@@ -182,7 +182,7 @@ class SavedCheckpoints:
 
   def _can_be_listed(self, step: int) -> bool:
     try:
-      self._read_loss(step)
+      self.val_loss(step)
     except DamagedError as error:
       log.warning("%s", error.summary)
       return False

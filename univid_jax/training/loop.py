@@ -148,6 +148,8 @@ def take_steps(
       run, loader, checkpointer, writer, bar, supervisor, goodput, start=start, profile_steps=profile_steps
     )
     with supervisor.stepping():
+      if start and checkpointer.val_loss(start) is None:
+        validate_again(hooks, StepEvent.create(config, start, state, {}), writer)
       metrics = None
       for step in range(start + 1, config.num_steps + 1):
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -163,6 +165,15 @@ def take_steps(
         for hook in hooks:
           hook(event)
   return state
+
+
+def validate_again(hooks: Sequence[Hook], event: StepEvent, writer: MetricsWriter | None) -> None:
+  """Makes up for a validation that a signal has prevented, before the run was resumed."""
+  for hook in hooks:
+    if isinstance(hook, (Validate, StopOnSignal)):
+      hook(event)
+  if writer is not None and event.summary:
+    writer.add(event.step, event.summary)
 
 
 def make_hooks(

@@ -47,6 +47,15 @@ class MetricsWriter:
     except OSError as error:
       raise type(error)(error.errno, error.strerror, str(self._folder)) from error
 
+  def add(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Adds metrics to the last step that was written, if it is this one; raises OSError."""
+    last = json.loads(self._lines[-1]) if self._lines else {}
+    if last.get("step") == step:
+      self._lines[-1] = json.dumps(last | dict(metrics)) + "\n"
+      with atomic_write(self._path) as path:
+        path.write_text("".join(self._lines))
+      self._board.write(step, metrics)
+
   @functools.cached_property
   def _board(self) -> "_Board":
     return _Board(self._folder / "tensorboard", first_step=self._start_step + 1)
