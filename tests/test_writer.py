@@ -10,7 +10,7 @@ from tests.numbered_videos import FFMPEG, encode_video, numbered_frames, read_nu
 from tests.typecheck import unchecked
 from univid_jax.core.errors import UserError
 from univid_jax.data.reader import read_clip
-from univid_jax.data.writer import check_target, write_clip
+from univid_jax.data.writer import check_target, write_clip, write_frames
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".gif"])
@@ -120,3 +120,20 @@ def test_nothing_is_written_to_a_wrong_target(tmp_path: Path):
   assert not (tmp_path / "x.png").exists() and not (tmp_path / "x.docx").exists()
   with pytest.raises(ValueError, match="uint8"), unchecked():
     write_clip(tmp_path / "x.mp4", frames.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.webm", "clip.gif", "clip.npy", "frames"])
+def test_frames_are_written_as_they_come(tmp_path: Path, name: str):
+  """Nothing is at the path until all are, and the bytes are those of a clip that is written at once."""
+  frames, (whole, parts) = numbered_frames(9), (tmp_path / "whole" / name, tmp_path / "parts" / name)
+  write_clip(whole, frames, fps=10)
+  with pytest.raises(ZeroDivisionError):
+    write_frames(parts, (frames[start : start + 4] if start < 8 else 1 / 0 for start in (0, 4, 8)), num_frames=9)  # pyright: ignore
+  assert not parts.exists()
+  write_frames(parts, (frames[start : start + 4] for start in (0, 4, 8)), num_frames=9, fps=10)
+  for path in sorted(whole.iterdir()) if whole.is_dir() else [whole]:
+    copy = parts / path.name if whole.is_dir() else parts
+    assert copy.read_bytes() == path.read_bytes()
+  assert [path.name for path in parts.parent.iterdir()] == [name]
+  with pytest.raises(ValueError, match="expected 10 frames, got 9"):
+    write_frames(tmp_path / "short.npy", [frames], num_frames=10)

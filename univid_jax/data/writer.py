@@ -1,7 +1,10 @@
 """Writes clips: images, videos that players accept, folders of frames and arrays."""
 
+import itertools
 import os
+import shutil
 from collections import deque
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -82,39 +85,109 @@ def write_clip(
     UserError: see `check_target`; nothing is written then.
   """
   path = Path(path)
-  if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-    raise ValueError(f"frames are uint8 (T, H, W, 3), got {frames.dtype} {frames.shape}")
   check_target(path, len(frames))
   path.parent.mkdir(parents=True, exist_ok=True)
-  suffix, rate = path.suffix.lower(), fps or DEFAULT_FPS
+  _write(path, [frames], suffix=path.suffix.lower(), num_frames=len(frames), fps=fps, audio_from=audio_from)
+
+
+def write_frames(
+  path: str | os.PathLike,
+  blocks: Iterable[Frames],
+  *,
+  num_frames: int,
+  fps: float | None = None,
+  audio_from: str | os.PathLike | None = None,
+) -> None:
+  """Writes frames as they come, in the format of the suffix; see `write_clip`.
+
+  Until all are written they are in `.partial.NAME` next to `path`; what an earlier process left there is replaced.
+
+  Args:
+    path: see `write_clip`.
+    blocks: clips of one size that follow each other.
+    num_frames: of all of them.
+    fps, audio_from: see `write_clip`.
+
+  Raises:
+    UserError: see `check_target`; nothing is written then.
+  """
+  path = Path(path)
+  check_target(path, num_frames)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".partial.{path.name}")
+  if partial.is_dir():
+    shutil.rmtree(partial)
+  _write(partial, blocks, suffix=path.suffix.lower(), num_frames=num_frames, fps=fps, audio_from=audio_from)
+  partial.replace(path)
+
+
+def _write(
+  path: Path,
+  blocks: Iterable[Frames],
+  *,
+  suffix: str,
+  num_frames: int,
+  fps: float | None,
+  audio_from: str | os.PathLike | None,
+) -> None:
+  parts = iter(blocks)
+  first = next(parts)
+  frames = _each_frame(itertools.chain([first], parts), num_frames)
+  rate = fps or DEFAULT_FPS
   if suffix == ".npy":
-    np.save(path, frames)
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, (num_frames, *first.shape[1:]))
+    for index, frame in enumerate(frames):
+      array[index] = frame
+    array.flush()
   elif suffix in IMAGE_SUFFIXES:
-    Image.fromarray(frames[0]).save(path)
+    (frame,) = frames
+    Image.fromarray(frame).save(path)
   elif suffix == ".gif":
-    _write_gif(path, frames, rate)
+    _write_gif(path, frames, num_frames=num_frames, fps=rate)
   elif suffix:
-    _write_video(path, frames, rate, Path(audio_from) if audio_from else None)
+    audio = Path(audio_from) if audio_from else None
+    _write_video(path, frames, num_frames=num_frames, size=first.shape[1:3], fps=rate, audio_from=audio)
   else:
     path.mkdir(exist_ok=True)
     for index, frame in enumerate(frames):
       Image.fromarray(frame).save(path / f"{index:05d}.png")
 
 
-def _write_gif(path: Path, frames: Frames, fps: float) -> None:
+def _each_frame(blocks: Iterable[Frames], num_frames: int) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+  count = 0
+  for block in blocks:
+    if block.dtype != np.uint8 or block.ndim != 4 or block.shape[-1] != 3 or not block.size:
+      raise ValueError(f"frames are uint8 (T, H, W, 3), got {block.dtype} {block.shape}")
+    count += len(block)
+    yield from block
+  if count != num_frames:
+    raise ValueError(f"expected {num_frames} frames, got {count}")
+
+
+def _write_gif(path: Path, frames: Iterator[np.ndarray], *, num_frames: int, fps: float) -> None:
   """Writes a GIF; its delays are multiples of 10 ms, so they vary to keep the rate on average."""
-  times = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int)
+  times = np.round(np.arange(num_frames + 1) * 100 / fps).astype(int)
   delays = [max(int(delay), 2) * 10 for delay in np.diff(times)]
-  images = [Image.fromarray(frame) for frame in frames]
-  images[0].save(path, save_all=True, append_images=images[1:], duration=delays, loop=0)
+  images = map(Image.fromarray, frames)
+  next(images).save(path, save_all=True, append_images=images, duration=delays, loop=0)
 
 
-def _write_video(path: Path, frames: Frames, fps: float, audio_from: Path | None) -> None:
-  height, width = frames.shape[1:3]
+def _write_video(
+  path: Path,
+  frames: Iterable[np.ndarray],
+  *,
+  num_frames: int,
+  size: tuple[int, int],
+  fps: float,
+  audio_from: Path | None,
+) -> None:
+  height, width = size
   rate = Fraction(fps).limit_denominator(1001)
   codec, audio_codec = CODECS[path.suffix.lower()]
   # The index goes first, so that browsers play before they have loaded everything.
-  options = {"movflags": "+faststart"} if path.suffix.lower() in (".mp4", ".m4v", ".mov") else {}
+  is_mp4 = path.suffix.lower() in (".mp4", ".m4v", ".mov")
+  # Matroska's identifiers are random otherwise.
+  options = {"movflags": "+faststart"} if is_mp4 else {"fflags": "+bitexact"}
   with av.open(f"file:{path}", "w", options=options) as container:
     stream = container.add_stream(codec, rate=rate, options=CODEC_OPTIONS[codec])
     assert isinstance(stream, VideoStream)
@@ -122,7 +195,7 @@ def _write_video(path: Path, frames: Frames, fps: float, audio_from: Path | None
     context = stream.codec_context
     context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
     context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-    sound = deque(_copy_sound(audio_from, container, audio_codec, end=len(frames) / rate) if audio_from else ())
+    sound = deque(_copy_sound(audio_from, container, audio_codec, end=num_frames / rate) if audio_from else ())
     converter = VideoReformatter()
     for index, frame in enumerate(frames):
       while sound and (sound[0].pts or 0) * sound[0].time_base <= index / rate:
