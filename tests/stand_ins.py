@@ -74,3 +74,5 @@ class _CountingCodec:
 
   def decode(self, latents):
     raise AssertionError("no test decodes")
+
+  decode_parts = decode

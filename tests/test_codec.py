@@ -48,6 +48,14 @@ def test_latents_depend_on_their_own_group_of_frames_only():
   np.testing.assert_array_equal(codec.encode(changed)[:2], codec.encode(video)[:2])
 
 
+def test_parts_are_the_clip():
+  codec = DCTCodec()
+  latents = np.random.default_rng(0).normal(size=(4, 2, 3, 16)).astype(np.float32)
+  parts = list(codec.decode_parts(latents))
+  assert [len(part) for part in parts] == [1, 4, 4, 4]
+  np.testing.assert_allclose(np.concatenate(parts), codec.decode(latents), atol=1e-5)
+
+
 def test_numpy_and_jax_agree():
   codec = DCTCodec()
   video = clip((5, 8, 8, 3))

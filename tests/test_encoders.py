@@ -14,11 +14,12 @@ from tests.helpers import GOLDENS22, golden, load, relative_error
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.codecs.tiling import Tiling, decode_tiled, encode_tiled
 from univid_jax.codecs.vae_config import AUTOENCODERS, VAEConfig
-from univid_jax.codecs.wan_vae import VAE
+from univid_jax.codecs.wan_vae import VAE, WanVAECodec
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.models.clip import MEAN, STD, CLIPConfig, CLIPVision, preprocess
 from univid_jax.models.umt5 import UMT5Config, UMT5Encoder, relative_buckets
+from univid_jax.parallel.mesh import make_mesh
 
 
 def frames_last(video):
@@ -65,6 +66,16 @@ class TestVAE:
     expected = frames_last(io[f"latent{frames}"])
     assert latents.dtype == jnp.float32 and relative_error(latents, expected) <= 1e-4
     assert relative_error(jax.jit(model.decode)(expected), frames_last(io[f"recon{frames}"])) <= 1e-4
+
+  @pytest.mark.parametrize("tiling", [None, Tiling(size=4, overlap=1)], ids=["whole", "tiled"])
+  def test_parts_are_the_clip(self, tiling):
+    model = autoencoder("wan2.1")
+    graph, params = nnx.split(model)
+    codec = WanVAECodec(model.config, graph, params, mesh=make_mesh({}, jax.devices()[:1]), tiling=tiling)
+    latents = np.random.default_rng(0).normal(size=(3, 4, 6, codec.latent_channels)).astype(np.float32)
+    parts = list(codec.decode_parts(latents))
+    assert [len(part) for part in parts] == [1, 4, 4]
+    assert relative_error(np.concatenate(parts), codec.decode(latents)) <= 1e-5
 
   @pytest.mark.parametrize("version", cases("wan2.1", rest=[("wan2.2",)]))
   def test_encoding_and_decoding_are_causal(self, version):

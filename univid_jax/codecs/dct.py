@@ -7,6 +7,7 @@ Methods accept NumPy or JAX arrays and return the same kind.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import TypeVar
 
 import jax
@@ -68,6 +69,12 @@ class DCTCodec:
     if len(latents) == 1:
       return first
     return _concatenate(first, self._from_blocks(latents[1:] @ video, self.temporal_stride))
+
+  def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+    """Decodes latents like `decode`, one latent frame after the other."""
+    image, video = self._synthesis
+    for index, part in enumerate(latents[:, None]):
+      yield self._from_blocks(part @ video, self.temporal_stride) if index else self._from_blocks(part @ image, 1)
 
   def _to_blocks(self, frames: ArrayT, time: int) -> ArrayT:
     side = self.spatial_stride

@@ -9,7 +9,7 @@ of it is one program: the first chunk, then a scan over the others.
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -144,6 +144,14 @@ class VAE(nnx.Module):
     x = latents.astype(jnp.float32) * jnp.asarray(self.config.latent_std) + jnp.asarray(self.config.latent_mean)
     return _run_in_chunks(self.decoder, self.conv2(x.astype(self.dtype)), 1).astype(jnp.float32)
 
+  def decode_part(
+    self, latents: Float[Array, "1 y x c"], kept: Sequence[Array] | None
+  ) -> tuple[Float[Array, "T H W 3"], list[Array]]:
+    """Decodes the next latent frame of a clip, with what the one before has kept; None starts a clip."""
+    x = latents.astype(jnp.float32) * jnp.asarray(self.config.latent_std) + jnp.asarray(self.config.latent_mean)
+    caches = Caches(kept)
+    return self.decoder(self.conv2(x.astype(self.dtype)), caches).astype(jnp.float32), caches.written
+
 
 def _run_in_chunks(
   module: Callable[[Array, Caches], Array], x: Float[Array, "t ..."], size: int
@@ -179,16 +187,17 @@ class WanVAECodec:
     self.temporal_stride, self.spatial_stride = config.temporal_stride, config.spatial_stride
     self._tiling = tiling
 
-    def compile_method(method: Callable[[VAE, Array], Array]) -> Callable[[np.ndarray], Array]:
-      run = jax.jit(lambda params, x: method(nnx.merge(graph, params), x))
+    def compile_method(method: Callable[..., Any]) -> Callable[..., Any]:
+      run = jax.jit(lambda params, *inputs: method(nnx.merge(graph, params), *inputs))
 
-      def call(x):
+      def call(*inputs):
         with jax.set_mesh(mesh):  # the caller may have set another
-          return run(params, x)
+          return run(params, *inputs)
 
       return call
 
     self._encode, self._decode = compile_method(VAE.encode), compile_method(VAE.decode)
+    self._decode_part = compile_method(VAE.decode_part)
 
   def encode(self, frames: Float[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "t y x c"]:
     """Encodes pixels in [-1, 1] to normalised latents, float32.
@@ -209,3 +218,23 @@ class WanVAECodec:
     if self._tiling is None:
       return np.asarray(self._decode(latents))
     return decode_tiled(self._decode, latents, self._tiling, spatial_stride=self.spatial_stride)
+
+  def decode_parts(self, latents: Float[np.ndarray, "t y x c"]) -> Iterator[Float[np.ndarray, "T H W 3"]]:
+    """Decodes latents like `decode`, one latent frame after the other, in memory that does not grow with the clip."""
+    kept: dict[int, list[Array]] = {}
+
+    def decode(number: int, part: np.ndarray) -> Array:
+      frames, kept[number] = self._decode_part(part, kept.get(number))
+      return frames
+
+    for part in np.asarray(latents, np.float32)[:, None]:
+      if self._tiling is None:
+        yield np.asarray(decode(0, part))
+      else:
+        numbers = itertools.count()
+        yield decode_tiled(
+          lambda tile, numbers=numbers: decode(next(numbers), tile),
+          part,
+          self._tiling,
+          spatial_stride=self.spatial_stride,
+        )

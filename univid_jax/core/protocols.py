@@ -1,6 +1,6 @@
 """Interfaces between packages, so that for example `data` receives codecs and encoders without importing them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +31,9 @@ class Codec(CodecShape, Protocol):
 
   def encode(self, frames: Float[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "t y x c"]: ...
   def decode(self, latents: Float[np.ndarray, "t y x c"]) -> Float[np.ndarray, "T H W 3"]: ...
+  def decode_parts(self, latents: Float[np.ndarray, "t y x c"]) -> Iterator[Float[np.ndarray, "T H W 3"]]:
+    """Decodes one latent frame after the other; together the parts are what `decode` returns."""
+    ...
 
 
 @runtime_checkable

@@ -1,5 +1,7 @@
 """What a pipeline does with its codec and encoders alone."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -49,3 +51,8 @@ class EncodingPipeline:
   def decode(self, latents: Float[Array | np.ndarray, "t y x c"]) -> Float[np.ndarray, "T H W 3"]:
     """Decodes latents to a clip, float32 in [-1, 1]."""
     return np.clip(np.asarray(self.encoders.codec.decode(np.asarray(latents, np.float32))), -1, 1)
+
+  def decode_parts(self, latents: Float[Array | np.ndarray, "t y x c"]) -> Iterator[Float[np.ndarray, "T H W 3"]]:
+    """Decodes latents like `decode`, one latent frame after the other."""
+    for frames in self.encoders.codec.decode_parts(np.asarray(latents, np.float32)):
+      yield np.clip(np.asarray(frames), -1, 1)
