@@ -1,7 +1,7 @@
 """Interfaces between packages, so that for example `data` receives codecs and encoders without importing them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -110,8 +110,13 @@ class SentenceSource(Protocol):
     ...
 
 
-# Noised tokens (b, l, p) and their noise level to velocities (b, l, p).
-VelocityFn = Callable[[Float[Array, "b l p"], Float[Array, ""]], Float[Array, "b l p"]]
+# Arrays of JAX; of NumPy where a state is too large for the devices.
+Tokens: TypeAlias = Float[Array | np.ndarray, "b l p"]
+Number: TypeAlias = Float[Array | np.ndarray, ""]
+Weights: TypeAlias = Float[Array | np.ndarray, "w"]
+
+# Noised tokens and their noise level to velocities.
+VelocityFn = Callable[..., Tokens]
 
 
 @runtime_checkable
@@ -136,13 +141,11 @@ class Solver(Protocol[State]):
     """Returns what each step needs, as numbers, so that one compiled step serves every schedule."""
     ...
 
-  def init(self, noise: Float[Array, "b l p"]) -> State: ...
+  def init(self, noise: Tokens) -> State: ...
 
-  def step(
-    self, predict: VelocityFn, state: State, sigma: Float[Array, ""], coefficients: Float[Array, "w"]
-  ) -> State: ...
+  def step(self, predict: VelocityFn, state: State, sigma: Number, coefficients: Weights) -> State: ...
 
-  def tokens(self, state: State) -> Float[Array, "b l p"]:
+  def tokens(self, state: State) -> Tokens:
     """Returns the current tokens of a state."""
     ...
 

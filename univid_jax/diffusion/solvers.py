@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_STEPS
-from univid_jax.core.protocols import NoiseSchedule, Solver, VelocityFn
+from univid_jax.core.protocols import NoiseSchedule, Number, Solver, Tokens, VelocityFn, Weights
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 
 
@@ -24,15 +23,13 @@ class Euler:
     following = np.append(sigmas[1:], np.float32(0))
     return (following - sigmas)[:, None]
 
-  def init(self, noise: Float[Array, "b l p"]) -> Float[Array, "b l p"]:
+  def init(self, noise: Tokens) -> Tokens:
     return noise
 
-  def step(
-    self, predict: VelocityFn, state: Float[Array, "b l p"], sigma: Float[Array, ""], coefficients: Float[Array, "w"]
-  ) -> Float[Array, "b l p"]:
+  def step(self, predict: VelocityFn, state: Tokens, sigma: Number, coefficients: Weights) -> Tokens:
     return state + predict(state, sigma) * coefficients[0]
 
-  def tokens(self, state: Float[Array, "b l p"]) -> Float[Array, "b l p"]:
+  def tokens(self, state: Tokens) -> Tokens:
     return state
 
 
@@ -54,10 +51,10 @@ class Distilled(Euler):
 class UniPCState(NamedTuple):
   """What UniPC of order 2 remembers: the tokens, the last corrected tokens, and the last two clean estimates."""
 
-  tokens: Float[Array, "b l p"]
-  corrected: Float[Array, "b l p"]
-  clean: Float[Array, "b l p"]
-  earlier_clean: Float[Array, "b l p"]
+  tokens: Tokens
+  corrected: Tokens
+  clean: Tokens
+  earlier_clean: Tokens
 
 
 class UniPC:
@@ -75,20 +72,18 @@ class UniPC:
   def coefficients(self, sigmas: Float[np.ndarray, "i"]) -> Float[np.ndarray, "i w"]:
     return np.concatenate(unipc_weights(sigmas.astype(np.float64)), axis=1).astype(np.float32)
 
-  def init(self, noise: Float[Array, "b l p"]) -> UniPCState:
+  def init(self, noise: Tokens) -> UniPCState:
     # One buffer each, because the state of a step is donated.
-    return UniPCState(noise, *(jnp.array(noise, copy=True) for _ in range(3)))
+    return UniPCState(noise, noise.copy(), noise.copy(), noise.copy())
 
-  def step(
-    self, predict: VelocityFn, state: UniPCState, sigma: Float[Array, ""], coefficients: Float[Array, "w"]
-  ) -> UniPCState:
+  def step(self, predict: VelocityFn, state: UniPCState, sigma: Number, coefficients: Weights) -> UniPCState:
     x, last, before, earlier = state
     c, a = coefficients[:5], coefficients[5:]
     clean = x - sigma * predict(x, sigma)
     corrected = c[0] * x + c[1] * last + c[2] * before + c[3] * earlier + c[4] * clean
     return UniPCState(a[0] * corrected + a[1] * clean + a[2] * before, corrected, clean, before)
 
-  def tokens(self, state: UniPCState) -> Float[Array, "b l p"]:
+  def tokens(self, state: UniPCState) -> Tokens:
     return state.tokens
 
 

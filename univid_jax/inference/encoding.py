@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from univid_jax.core.errors import UserError
 from univid_jax.core.pixels import to_float
 from univid_jax.core.protocols import Encoders
 
@@ -56,3 +57,17 @@ class EncodingPipeline:
     """Decodes latents like `decode`, one latent frame after the other."""
     for frames in self.encoders.codec.decode_parts(np.asarray(latents, np.float32)):
       yield np.clip(np.asarray(frames), -1, 1)
+
+
+def require_finite(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+  """Returns sampled latents or frames.
+
+  Raises:
+    UserError: they are not finite.
+  """
+  if not np.isfinite(x).all():
+    raise UserError(
+      "the sample is not finite: the weights or a LoRA contain NaN, or dtype, shift and guidance scale overflow; "
+      "try dtype float32"
+    )
+  return x

@@ -109,3 +109,7 @@ class Experts:
     if not all(map(math.isfinite, scales)):
       raise UserError(f"the guidance scale must be finite, got {', '.join(map(str, scales))}")
     return scales * count if len(scales) == 1 else scales[::-1]
+
+  def are_guided(self, scale: float | Sequence[float]) -> bool:
+    """Whether a guidance scale, see `guidance_scales`, needs the negative prompt."""
+    return set(self.guidance_scales(scale)) != {1.0}

@@ -8,9 +8,10 @@ from jaxtyping import Float
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import ContextMode, PackedRow
-from univid_jax.core.sentence import Sentence
+from univid_jax.core.sentence import Sentence, reference_roles
+from univid_jax.data.features import FeatureMaker
 from univid_jax.data.packing import RowShape, assign_rows, join_rows, pack, places_of
-from univid_jax.data.tokens import Features, unpatchify
+from univid_jax.data.tokens import Features, patchify, unpatchify
 from univid_jax.inference.sampler import Request
 
 
@@ -41,6 +42,33 @@ class Job:
     """Returns the target's latents from its sampled tokens."""
     latents = unpatchify(tokens, self.target_shape, patch_size)
     return latents if self.first_frame is None else np.concatenate([self.first_frame, latents])
+
+
+def make_job(
+  clips: Sequence[np.ndarray],
+  noise: Float[np.ndarray, "t y x c"],
+  *,
+  features: FeatureMaker,
+  first_clip: np.ndarray,
+  has_first_frame: bool = False,
+) -> Job:
+  """Returns the job of a sentence of latents.
+
+  Args:
+    clips: of the whole sentence; those of the target are zeros.
+    noise: where the target starts.
+    features: computes I2V's inputs.
+    first_clip: of the sentence, as frames.
+    has_first_frame: whether the last clip of the context is the first frame of the target.
+  """
+  condition, image_features = features.image_inputs(first_clip, sum(map(len, clips)))
+  return Job(
+    Sentence(clips=tuple(clips), roles=reference_roles(len(clips))),
+    patchify(noise, features.shape.patch_size),
+    condition,
+    image_features,
+    first_frame=clips[-2] if has_first_frame else None,
+  )
 
 
 def join_context(clips: Sequence[np.ndarray], first_frame: np.ndarray | None) -> tuple[np.ndarray, ...]:

@@ -1,41 +1,33 @@
 """Samples whole videos in windows of the model's length, in device memory that does not grow with the video.
 
-A window is a clip as in training: its first latent frame is a single frame, and each of the others a group of four. The
-video is such a clip too, so that all windows share their groups with it, but the first frame of a window that does not
-start the video is in the middle of one of the video's groups. It belongs to this window alone: an anchor, which is
-generated like the rest and then dropped.
-
 Jointly, all windows take a step together. Where they overlap, their velocities are averaged, with weights that fall
-linearly towards the end of a window. One after the other (`carry_context`), the last window and its result are an example
-pair of the next, and the last frame of the result is its first frame.
+linearly towards the end of a window. One after the other (`carry_context`), a window and its result are an example pair
+of the next, and the last frame of the result is its first frame.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.pixels import to_uint8
-from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.packing import join_rows
 from univid_jax.data.reader import Frames
 from univid_jax.data.tokens import patchify, unpatchify
-from univid_jax.inference.jobs import Job
+from univid_jax.inference.encoding import require_finite
+from univid_jax.inference.jobs import Job, make_job
+from univid_jax.inference.joint import JointWindows, WindowProgress
 from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.progress_file import ProgressFile
+from univid_jax.inference.sampler import with_targets
+from univid_jax.inference.windows import Windows
 
 if TYPE_CHECKING:
   from univid_jax.inference.pipeline import Pipeline
-
-# Called with the number of steps of windows that were taken.
-WindowProgress = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,66 +51,6 @@ class VideoReader:
     begin = min(start, self.num_frames - 1)
     frames = self.read(begin, min(start + count, self.num_frames) - begin if start < self.num_frames else 1)
     return np.concatenate([frames, frames[-1:].repeat(count - len(frames), axis=0)])
-
-
-@dataclasses.dataclass(frozen=True)
-class Windows:
-  """Places of windows in a video, in latent frames.
-
-  Attributes:
-    total: latent frames of the video.
-    length: of each window.
-    starts: the first latent frame of each window, ascending from 0.
-  """
-
-  total: int
-  length: int
-  starts: tuple[int, ...]
-
-  @classmethod
-  def of(cls, num_frames: int, *, length: int, temporal_stride: int, overlap: int) -> "Windows":
-    """Spreads windows over a video.
-
-    Args:
-      num_frames: of the video.
-      length: of a window, in latent frames; a shorter video is extended to it.
-      temporal_stride: frames per group.
-      overlap: groups that neighbouring windows share, at least, if windows are long enough.
-    """
-    total = max(1 + math.ceil((num_frames - 1) / temporal_stride), length)
-    advance = max(length - 1 - overlap, 1)
-    count = 1 + math.ceil((total - length) / advance)
-    starts = np.linspace(0, total - length, count).round().astype(int)
-    return cls(total, length, tuple(starts.tolist()))
-
-  @property
-  def num_entries(self) -> int:
-    """Latent frames of the video and anchors of all windows but the first."""
-    return self.total + len(self.starts) - 1
-
-  def entries(self, window: int) -> Int[np.ndarray, "t"]:
-    """Returns where the latent frames of a window are among the entries: anchors follow the video."""
-    entries = self.starts[window] + np.arange(self.length)
-    if window:
-      entries[0] = self.total + window - 1
-    return entries
-
-  def weights(self, window: int) -> Float[np.ndarray, "t"]:
-    """Returns the share of a window in the velocity of its latent frames; the shares of all windows sum to 1."""
-    total = np.zeros(self.num_entries)
-    for other in range(len(self.starts)):
-      total[self.entries(other)] += self._ramps(other)
-    return (self._ramps(window) / total[self.entries(window)]).astype(np.float32)
-
-  def _ramps(self, window: int) -> Float[np.ndarray, "t"]:
-    weights = np.ones(self.length)
-    for other, forward in ((window - 1, True), (window + 1, False)):
-      if 0 <= other < len(self.starts):
-        shared = self.length - 1 - abs(self.starts[other] - self.starts[window])
-        ramp = np.arange(1, shared + 1) / (shared + 1)
-        part = slice(1, 1 + shared) if forward else slice(self.length - shared, None)
-        weights[part] *= ramp if forward else ramp[::-1]
-    return weights
 
 
 class VideoSample:
@@ -183,6 +115,48 @@ class VideoSample:
     self.num_windows = len(self._windows.starts)
     self.num_steps = self.num_windows * len(plan.sigmas)
 
+  @classmethod
+  def prepare(
+    cls,
+    pipeline: "Pipeline",
+    examples: Sequence[Frames],
+    query: Frames | VideoReader,
+    prompt: str = "",
+    *,
+    num_frames: int | None = None,
+    negative_prompt: str = "",
+    seed: int = 0,
+    carry_context: bool = False,
+    saved: ProgressFile | None = None,
+    progress: WindowProgress | None = None,
+    **steps: Any,
+  ) -> "VideoSample":
+    """Prepares to sample a video.
+
+    Args:
+      pipeline: the model.
+      examples: the example pairs A, A', uint8 (T, H, W, 3), of one size.
+      query: B, or what reads parts of it.
+      prompt, negative_prompt: see `Pipeline.sample`.
+      num_frames: of a window, 4n + 1; by default that of training.
+      seed, carry_context, saved, progress: see the class.
+      steps: solver, noise levels and guidance as in `Pipeline.sample`.
+    """
+    plan = pipeline.plan(**steps)
+    prompts = [prompt, negative_prompt] if pipeline.experts.are_guided(plan.guidance_scale) else [prompt]
+    return cls(
+      pipeline,
+      examples,
+      query if isinstance(query, VideoReader) else VideoReader.of(query),
+      embeds=[pipeline.embed(each) for each in prompts],
+      plan=plan,
+      window_frames=num_frames or pipeline.num_frames,
+      seed=seed,
+      carry_context=carry_context,
+      saved=saved,
+      progress=progress,
+    )
+
   def __iter__(self) -> Iterator[Frames]:
     blocks = self._sample_in_turn() if self._carry_context else self._decode(self._sample_jointly())
     left = self._query.num_frames
@@ -204,35 +178,30 @@ class VideoSample:
     start = self._windows.starts[window]
     return np.stack([self._noise(start + index) for index in range(self._windows.length)])
 
-  def _pack(self, clips: Sequence[np.ndarray], num_target_frames: int) -> tuple[Job, list[PackedRow]]:
-    """Packs a sentence of latents, once for each prompt."""
-    channels = self._pipeline.encoders.codec.latent_channels
-    target = np.zeros((num_target_frames, *self._shape[1:], channels), np.float32)
-    encoded = (*clips, target)
-    condition, features = self._pipeline.image_inputs(self._first_clip, sum(map(len, encoded)))
-    job = Job(Sentence(clips=encoded, roles=reference_roles(len(encoded))), np.zeros((0, 0)), condition, features)
-    return job, self._pipeline.pack_job(job, self._embeds)
+  def _make_job(self, context: Sequence[np.ndarray], noise: np.ndarray, *, has_first_frame: bool = False) -> Job:
+    clips = (*context, np.zeros_like(noise))
+    features = self._pipeline.features
+    return make_job(clips, noise, features=features, first_clip=self._first_clip, has_first_frame=has_first_frame)
 
   def _sample_jointly(self) -> Float[np.ndarray, "t y x c"]:
     """Advances all windows together, and returns the latents of the video."""
     windows, patch_size = self._windows, self._pipeline.config.patch_size
     examples = [self._pipeline.encode(clip) for clip in self._examples]
     queries = [self._pipeline.encode(self._read_window(window)) for window in range(self.num_windows)]
-    _, template = self._pack([*examples, queries[0]], windows.length)
+    job = self._make_job([*examples, queries[0]], self._window_noise(0))
+    template = [with_targets(row) for row in self._pipeline.pack_job(job, self._embeds)]
     joint = JointWindows(windows, template, [patchify(query, patch_size) for query in queries])
     positions = [*range(windows.total), *windows.starts[1:]]
     noise = np.stack([patchify(self._noise(position)[None], patch_size) for position in positions])
-    tokens = self._pipeline.sampler.sample_jointly(
+    tokens = self._pipeline.joint_sampler.sample(
       self._pipeline.experts, joint, noise, self._plan, saved=self._saved, progress=self._progress
     )
-    latents = unpatchify(
-      np.concatenate(list(tokens[: windows.total])), (windows.total, *self._shape[1:]), patch_size
-    )
-    return self._pipeline.require_finite(latents)
+    latents = unpatchify(np.concatenate(list(tokens[: windows.total])), (windows.total, *self._shape[1:]), patch_size)
+    return require_finite(latents)
 
   def _decode(self, latents: Float[np.ndarray, "t y x c"]) -> Iterator[Frames]:
     for part in self._pipeline.decode_parts(latents):
-      yield to_uint8(self._pipeline.require_finite(part))
+      yield to_uint8(require_finite(part))
 
   def _sample_in_turn(self) -> Iterator[Frames]:
     """Yields what each window adds to the video; decodes again what an earlier process has sampled."""
@@ -250,7 +219,7 @@ class VideoSample:
           self._saved.save(done)
       if self._progress:
         self._progress((window + 1) * len(self._plan.sigmas))
-      frames = to_uint8(self._pipeline.require_finite(self._pipeline.decode(latents)))
+      frames = to_uint8(require_finite(self._pipeline.decode(latents)))
       yield frames[1:] if window else frames
       before, first = (query, latents), self._pipeline.encode(frames[-1:])
 
@@ -259,61 +228,12 @@ class VideoSample:
   ) -> Float[np.ndarray, "t y x c"]:
     """Samples one window, of which the first latent frame is given unless it starts the video."""
     given = () if first is None else (first,)
-    job, rows = self._pack([*clips, *given], self._windows.length - len(given))
-    patch_size = self._pipeline.config.patch_size
-    noise = patchify(self._window_noise(window)[len(given) :], patch_size)
+    noise = self._window_noise(window)[len(given) :]
+    job = self._make_job([*clips, *given], noise, has_first_frame=bool(given))
     taken = window * len(self._plan.sigmas)
-    (tokens,) = self._pipeline.sample_rows(
-      rows, [noise], self._plan, lambda steps: self._progress and self._progress(taken + steps)
-    )
-    return self._pipeline.require_finite(np.concatenate([*given, job.finish(tokens, patch_size)]))
 
+    def show(steps: int) -> None:
+      if self._progress is not None:
+        self._progress(taken + steps)
 
-@dataclasses.dataclass(frozen=True)
-class JointWindows:
-  """Rows of windows that differ in the tokens of their query.
-
-  Attributes:
-    windows: their places.
-    template: the row of the first window, for the prompt and, with guidance, for the negative prompt.
-    queries: the tokens of each window's query, the last clip of the context.
-  """
-
-  windows: Windows
-  template: Sequence[PackedRow]
-  queries: Sequence[Float[np.ndarray, "l p"]]
-
-  def rows(self, batch: Sequence[int]) -> list[PackedRow]:
-    """Returns the rows of some windows."""
-    return [join_rows([self._with_query(row, self.queries[window]) for window in batch]) for row in self.template]
-
-  def place(self, tokens: Float[np.ndarray, "f s p"], batch: Sequence[int]) -> Float[np.ndarray, "b l p"]:
-    """Returns the noised target tokens of some windows in their rows, given the tokens of all entries."""
-    row = self.template[0]
-    placed = np.zeros((len(batch), *row.tokens.shape[1:]), np.float32)
-    for index, window in enumerate(batch):
-      placed[index, np.asarray(row.target_mask[0])] = np.concatenate(list(tokens[self.windows.entries(window)]))
-    return placed
-
-  def blend(self, velocities: Iterator[tuple[int, Float[np.ndarray, "l p"]]], into: Float[np.ndarray, "f s p"]) -> None:
-    """Adds the velocities of the target tokens of windows, weighted, to those of all entries."""
-    is_target = np.asarray(self.template[0].target_mask[0])
-    for window, velocity in velocities:
-      entries = self.windows.entries(window)
-      parts = velocity[is_target].reshape(len(entries), *into.shape[1:])
-      into[entries] += parts * self.windows.weights(window)[:, None, None]
-
-  def _with_query(self, row: PackedRow, query: Float[np.ndarray, "l p"]) -> PackedRow:
-    tokens = np.array(row.tokens)
-    end = int(np.argmax(row.target_mask[0]))
-    tokens[0, end - len(query) : end] = query
-    return dataclasses.replace(row, tokens=tokens)
-
-
-def batches(count: int, size: int) -> Iterator[list[int]]:
-  """Yields the numbers of windows in batches of one size; the last window fills up the last batch."""
-  for start in range(0, count, size):
-    yield [min(index, count - 1) for index in range(start, start + size)]
-
-
-_ = itertools, Any
+    return require_finite(self._pipeline.sample_job(job, self._embeds, self._plan, progress=show))

@@ -17,18 +17,28 @@ from univid_jax.checkpoints.usage import Usage
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, parse_option
-from univid_jax.core.packed_row import ContextMode
+from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.pixels import to_uint8
 from univid_jax.core.protocols import Encoders, Solver
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.features import FeatureMaker
-from univid_jax.data.tokens import Features, patchify, unpatchify
+from univid_jax.data.tokens import Features, unpatchify
 from univid_jax.diffusion.accelerators import Accelerator
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
-from univid_jax.inference.encoding import EncodingPipeline
+from univid_jax.inference.encoding import EncodingPipeline, require_finite
 from univid_jax.inference.experts import Experts, Transformer
-from univid_jax.inference.jobs import Job, infer_length, join_context, pack_request, pack_single, with_timesteps
+from univid_jax.inference.jobs import (
+  Job,
+  infer_length,
+  join_context,
+  make_job,
+  pack_request,
+  pack_single,
+  with_timesteps,
+)
+from univid_jax.inference.joint import JointSampler
+from univid_jax.inference.long_video import VideoReader, VideoSample
 from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.sampler import Progress, Request, Sampler
 from univid_jax.models.variants import DiTConfig
@@ -79,8 +89,8 @@ class Pipeline(EncodingPipeline):
     trained = self.usage.context_timestep if self.attention == self.usage.attention else ContextTimestep.AUTO
     timestep = parse_option(ContextTimestep, "context_timestep", context_timestep or trained)
     self.context_mode = ContextMode.of(self.attention, timestep, default=config.context_timestep)
-    self._features = FeatureMaker(encoders, shape=config, task_names=(), clip_gap=self.usage.clip_gap)
-    self._sampler = Sampler(mesh)
+    self.features = FeatureMaker(encoders, shape=config, task_names=(), clip_gap=self.usage.clip_gap)
+    self._sampler, self.joint_sampler = Sampler(mesh), JointSampler(mesh)
 
   @property
   def clip_format(self) -> ClipFormat:
@@ -207,12 +217,16 @@ class Pipeline(EncodingPipeline):
       step_cache=step_cache,
     )
     job = self._make_job(clips, num_frames, seed, latents, first_frame)
-    embeds = [self._embed(prompt, prompt_embeds)]
-    if set(self.experts.guidance_scales(plan.guidance_scale)) != {1.0}:
-      embeds.append(self._embed(negative_prompt, negative_prompt_embeds))
-    rows = [pack_single(self._make_features(job, each), context_mode=self.context_mode) for each in embeds]
-    request = Request(rows[0], rows[1] if len(rows) > 1 else None, [(0, 1)], [job.noise])
-    return self._run(request, [job], plan, progress=progress)[0]
+    embeds = [self.embed(prompt, prompt_embeds)]
+    if self.experts.are_guided(plan.guidance_scale):
+      embeds.append(self.embed(negative_prompt, negative_prompt_embeds))
+    return self._finish(self.sample_job(job, embeds, plan, progress=progress))
+
+  def sample_video(
+    self, examples: Sequence[np.ndarray], query: np.ndarray | VideoReader, prompt: str = "", **options: Any
+  ) -> VideoSample:
+    """Prepares to sample a whole video of any length; see `VideoSample.prepare`."""
+    return VideoSample.prepare(self, examples, query, prompt, **options)
 
   def sample_batch(
     self,
@@ -259,11 +273,11 @@ class Pipeline(EncodingPipeline):
     if not len(batch) == len(prompts) == len(seeds):
       raise ValueError(f"there are {len(batch)} sentences, {len(prompts)} prompts and {len(seeds)} seeds")
     jobs = [self._make_job(clips, num_frames, seed) for clips, seed in zip(batch, seeds, strict=True)]
-    embeddings = {prompt: self._embed(prompt, None) for prompt in dict.fromkeys(prompts)}
+    embeddings = {prompt: self.embed(prompt, None) for prompt in dict.fromkeys(prompts)}
     positive = [self._make_features(job, embeddings[prompt]) for job, prompt in zip(jobs, prompts, strict=True)]
     negative = None
-    if set(self.experts.guidance_scales(plan.guidance_scale)) != {1.0}:
-      embedding = self._embed(negative_prompt, None)
+    if self.experts.are_guided(plan.guidance_scale):
+      embedding = self.embed(negative_prompt, None)
       negative = [self._make_features(job, embedding) for job in jobs]
     request = pack_request(positive, negative, [job.noise for job in jobs], context_mode=self.context_mode)
     return self._run(request, jobs, plan, progress=progress)
@@ -296,16 +310,27 @@ class Pipeline(EncodingPipeline):
     # The latents of a first frame precede those of the target like another clip: time runs on from one to the other.
     target = np.zeros((shape[0] - known, *shape[1:], channels), np.float32)
     encoded = (*(self.encode(clip) for clip in given), target)
-    condition, features = self._features.image_inputs(given[0], sum(len(clip) for clip in encoded))
-    sentence = Sentence(clips=encoded, roles=reference_roles(len(encoded)))
-    noise = patchify(np.asarray(latents, np.float32)[known:], self.config.patch_size)
-    return Job(sentence, noise, condition, features, first_frame=encoded[-2] if known else None)
+    noise = np.asarray(latents, np.float32)[known:]
+    return make_job(encoded, noise, features=self.features, first_clip=given[0], has_first_frame=known > 0)
 
-  def _embed(self, prompt: str, embeds: Float[Array | np.ndarray, "n d"] | None) -> np.ndarray:
-    return self._features.embed_prompt(prompt) if embeds is None else np.asarray(embeds)
+  def pack_job(self, job: Job, embeds: Sequence[np.ndarray]) -> list[PackedRow]:
+    """Returns a row of the job's sentence for each prompt: the prompt and, with guidance, the negative prompt."""
+    return [pack_single(self._make_features(job, each), context_mode=self.context_mode) for each in embeds]
+
+  def sample_job(
+    self, job: Job, embeds: Sequence[np.ndarray], plan: SamplingPlan, *, progress: Progress | None
+  ) -> Float[np.ndarray, "t y x c"]:
+    """Samples the latents of a job's target."""
+    rows = self.pack_job(job, embeds)
+    request = Request(rows[0], rows[1] if len(rows) > 1 else None, [(0, 1)], [job.noise])
+    (tokens,) = self._sampler.sample(self.experts, request, plan, progress=progress)
+    return job.finish(tokens, self.config.patch_size)
+
+  def embed(self, prompt: str, embeds: Float[Array | np.ndarray, "n d"] | None = None) -> np.ndarray:
+    return self.features.embed_prompt(prompt) if embeds is None else np.asarray(embeds)
 
   def _make_features(self, job: Job, prompt_embedding: np.ndarray) -> Features:
-    return self._features.assemble(
+    return self.features.assemble(
       job.sentence, prompt_embedding=prompt_embedding, condition=job.condition, image_features=job.image_features
     )
 
@@ -322,10 +347,4 @@ class Pipeline(EncodingPipeline):
     Raises:
       UserError: latents or frames are not finite.
     """
-    frames = self.decode(latents) if np.isfinite(latents).all() else latents
-    if not np.isfinite(frames).all():
-      raise UserError(
-        "the sample is not finite: the weights or a LoRA contain NaN, or dtype, shift and guidance scale overflow; "
-        "try dtype float32"
-      )
-    return Sample(latents, to_uint8(frames))
+    return Sample(latents, to_uint8(require_finite(self.decode(require_finite(latents)))))

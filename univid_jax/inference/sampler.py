@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from univid_jax.core.packed_row import PackedRow
-from univid_jax.core.protocols import Solver
+from univid_jax.core.protocols import Solver, Tokens
 from univid_jax.data.packing import select_target_tokens, target_indices
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from univid_jax.diffusion.guidance import Branch, guide
@@ -96,8 +96,8 @@ class Sampler:
     Raises:
       UserError: see `Experts.guidance_scales`.
     """
-    row, noise = _with_targets(request.row), _scatter_noise(request)
-    negative = None if request.negative is None else _with_targets(request.negative)
+    row, noise = with_targets(request.row), _scatter_noise(request)
+    negative = None if request.negative is None else with_targets(request.negative)
     shards = row_shards(self._mesh)
     batch = rows_per_batch or (shards if len(noise) > 1 else 1)
     solved = []
@@ -130,7 +130,7 @@ class Sampler:
     plan: SamplingPlan,
     guidance_scales: Sequence[float],
     progress: Progress | None,
-  ) -> Float[Array, "b l p"]:
+  ) -> Tokens:
     solver, sigmas = plan.solver, plan.sigmas
     step, coefficients = self.step(solver), solver.coefficients(sigmas)
     state, chosen = solver.init(jnp.array(noise, jnp.float32)), [experts.find(float(sigma)) for sigma in sigmas]
@@ -176,7 +176,7 @@ class Sampler:
     return self._cached_steps.setdefault(solver, jax.jit(step, static_argnums=0, donate_argnums=(3, 4)))
 
 
-def _with_targets(row: PackedRow) -> PackedRow:
+def with_targets(row: PackedRow) -> PackedRow:
   """Returns the row with exactly as many target indices as it has target tokens."""
   return dataclasses.replace(row, targets=target_indices(np.asarray(row.target_mask)))
 

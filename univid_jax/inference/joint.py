@@ -1,0 +1,172 @@
+"""Windows of a video that take each step of the solver together, their velocities averaged where they overlap.
+
+The noised tokens of the video are in host memory, and windows are computed a few at a time, so that device memory does
+not grow with the video.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from univid_jax.core.packed_row import PackedRow
+from univid_jax.data.packing import join_rows
+from univid_jax.diffusion.guidance import Branch, guide
+from univid_jax.inference.experts import Experts
+from univid_jax.inference.plan import SamplingPlan
+from univid_jax.inference.progress_file import ProgressFile
+from univid_jax.inference.windows import Windows
+from univid_jax.parallel.mesh import row_shards
+from univid_jax.parallel.processes import gather_arrays, local_rows
+from univid_jax.parallel.sharding import shard_batch
+
+# Called with the number of steps of windows that were taken.
+WindowProgress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class JointWindows:
+  """Rows of windows that differ in the tokens of their query.
+
+  Attributes:
+    windows: their places.
+    template: the row of the first window, for the prompt and, with guidance, for the negative prompt.
+    queries: the tokens of each window's query, the last clip of the context.
+  """
+
+  windows: Windows
+  template: Sequence[PackedRow]
+  queries: Sequence[Float[np.ndarray, "l p"]]
+
+  def rows(self, batch: Sequence[int], *, negative: bool) -> list[PackedRow]:
+    """Returns the rows of some windows, with the negative prompt too if that is asked for."""
+    template = self.template if negative else self.template[:1]
+    return [join_rows([self._with_query(row, self.queries[window]) for window in batch]) for row in template]
+
+  def place(self, tokens: Float[np.ndarray, "f s p"], batch: Sequence[int]) -> Float[np.ndarray, "b l p"]:
+    """Returns the noised target tokens of some windows in their rows, given the tokens of all entries."""
+    row = self.template[0]
+    placed = np.zeros((len(batch), *row.tokens.shape[1:]), np.float32)
+    for index, window in enumerate(batch):
+      placed[index, np.asarray(row.target_mask[0])] = np.concatenate(list(tokens[self.windows.entries(window)]))
+    return placed
+
+  def add(self, window: int, velocity: Float[np.ndarray, "l p"], *, into: Float[np.ndarray, "f s p"]) -> None:
+    """Adds the velocity of a window's target tokens, weighted, to those of all entries."""
+    entries = self.windows.entries(window)
+    parts = velocity[np.asarray(self.template[0].target_mask[0])].reshape(len(entries), *into.shape[1:])
+    into[entries] += parts * self.windows.weights[window][:, None, None]
+
+  def _with_query(self, row: PackedRow, query: Float[np.ndarray, "l p"]) -> PackedRow:
+    tokens = np.array(row.tokens)
+    end = int(np.argmax(row.target_mask[0]))
+    tokens[0, end - len(query) : end] = query
+    return dataclasses.replace(row, tokens=tokens)
+
+
+class JointSampler:
+  """Compiled sampling of windows that advance together.
+
+  Args:
+    mesh: the devices of the model.
+  """
+
+  def __init__(self, mesh: Mesh):
+    self._mesh = mesh
+
+    def velocity(graph, params, rows, tokens, sigma, guidance_scale):
+      model = nnx.merge(graph, params)
+      branches = [Branch.create(model, row) for row in rows]
+      negative = branches[1] if len(branches) > 1 else None
+      return guide(model, branches[0], negative=negative, guidance_scale=guidance_scale)(tokens, sigma)
+
+    self._velocity = jax.jit(velocity, static_argnums=0)
+
+  def sample(
+    self,
+    experts: Experts,
+    joint: JointWindows,
+    noise: Float[np.ndarray, "f s p"],
+    plan: SamplingPlan,
+    *,
+    saved: ProgressFile | None = None,
+    progress: WindowProgress | None = None,
+  ) -> Float[np.ndarray, "f s p"]:
+    """Samples the tokens of all entries, see `Windows.entries`.
+
+    Args:
+      experts: the transformers.
+      joint: the windows.
+      noise: of all entries.
+      plan: what each step does.
+      saved: where the state is saved now and then, and found again.
+      progress: see `WindowProgress`.
+    """
+    solver, sigmas = plan.solver, plan.sigmas
+    scales, coefficients = experts.guidance_scales(plan.guidance_scale), solver.coefficients(sigmas)
+    guided = plan.guided_steps() & (len(joint.template) > 1)
+    state = solver.init(noise.reshape(1, -1, noise.shape[-1]))
+    first, state = _restore(saved, state)
+    loaded: tuple[int, Any] | None = None
+    for i in range(first, len(sigmas)):
+      index = experts.find(float(sigmas[i]))
+      if loaded is None or loaded[0] != index:
+        loaded = None  # an offloaded expert must leave its devices before the other one comes
+        loaded = index, experts.load(index)
+      call = self._caller(experts, loaded, sigma=sigmas[i], scale=np.float32(scales[index]))
+
+      def predict(tokens, sigma, i=i, call=call):
+        del sigma
+        out = np.zeros_like(noise)
+        parts = self._predict(joint, tokens.reshape(noise.shape), call, guided=bool(guided[i]))
+        for count, (window, velocity) in enumerate(parts, start=1):
+          joint.add(window, velocity, into=out)
+          if progress is not None:
+            progress(i * len(joint.queries) + count)
+        return out.reshape(tokens.shape)
+
+      state = solver.step(predict, state, np.asarray(sigmas[i]), coefficients[i])
+      if saved is not None and (i + 1 == len(sigmas) or saved.is_due()):
+        saved.save({"step": np.array(i + 1), **_name_leaves(state)})
+    return np.asarray(solver.tokens(state)).reshape(noise.shape)
+
+  def _caller(self, experts: Experts, loaded: tuple[int, Any], **values: Any) -> Callable[..., np.ndarray]:
+    """Returns the velocity as a function of rows and noised tokens."""
+    index, params = loaded
+    graph = experts.transformers[index].graph
+    return lambda rows, tokens: gather_arrays(
+      self._velocity(graph, params, rows, tokens, values["sigma"], values["scale"])
+    )
+
+  def _predict(
+    self, joint: JointWindows, tokens: Float[np.ndarray, "f s p"], call: Callable[..., np.ndarray], *, guided: bool
+  ) -> Iterator[tuple[int, Float[np.ndarray, "l p"]]]:
+    """Yields the velocity of each window; the last window fills up the last batch."""
+    count = len(joint.queries)
+    size = row_shards(self._mesh) if count > 1 else 1
+    for start in range(0, count, size):
+      batch = [min(window, count - 1) for window in range(start, start + size)]
+      part = joint.rows(batch, negative=guided), joint.place(tokens, batch)
+      with jax.set_mesh(self._mesh):
+        if size > 1 or row_shards(self._mesh) == 1:
+          part = shard_batch(jax.tree.map(lambda x: local_rows(x, self._mesh), part), self._mesh)
+        velocities = call(*part)
+      yield from zip(range(start, min(start + size, count)), velocities)
+
+
+def _name_leaves(state: Any) -> dict[str, np.ndarray]:
+  return {f"state{index}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def _restore(saved: ProgressFile | None, state: Any) -> tuple[int, Any]:
+  """Returns the number of steps taken, and the state after them."""
+  arrays = saved.load() if saved is not None else {}
+  if "step" not in arrays:
+    return 0, state
+  leaves, structure = jax.tree.flatten(state)
+  return int(arrays["step"]), jax.tree.unflatten(structure, [arrays[f"state{index}"] for index in range(len(leaves))])
