@@ -306,7 +306,8 @@ def test_a_profile_of_sampling_has_named_annotations(tmp_path):
   import jax
   import numpy as np
 
-  from univid_jax.cli.sampling import Request, RequestRunner
+  from univid_jax.cli.requests import RequestRunner
+  from univid_jax.cli.sampling import Request
   from univid_jax.data.clips import ClipFormat
   from univid_jax.data.writer import write_clip
   from univid_jax.inference.pipeline import Pipeline

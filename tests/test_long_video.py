@@ -20,7 +20,7 @@ def moving_video(count: int, size: tuple[int, int] = (16, 16), seed: int = 0) ->
   """A smooth pattern that moves a pixel a frame."""
   height, width = size
   rng = np.random.default_rng(seed)
-  texture = np.kron(rng.uniform(0, 255, (height // 4, (width + count) // 4 + 2, 3)), np.ones((4, 4, 1)))
+  texture = np.kron(rng.uniform(0, 255, (height // 4 + 1, (width + count) // 4 + 2, 3)), np.ones((4, 4, 1)))
   return np.stack([texture[:height, t : t + width] for t in range(count)]).astype(np.uint8)
 
 

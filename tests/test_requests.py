@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.clip_files import write_image, write_video
-from univid_jax.cli.sampling import Request, RequestRunner, check_outputs, choose_format, plan_requests
+from univid_jax.cli.requests import RequestRunner
+from univid_jax.cli.sampling import Request, check_outputs, choose_format, plan_requests
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
@@ -32,6 +34,12 @@ class EchoPipeline(Pipeline):
   def latent_shape(self, shape):
     return latent_shape(shape, temporal_stride=4, spatial_stride=8)
 
+  def sample_video(self, examples, query, *, num_frames, num_inference_steps, carry_context, saved, progress):
+    steps = types.SimpleNamespace(num_steps=3, num_windows=3)
+    frames = query.read(0, query.num_frames)
+    self.contexts.append([*examples, frames])
+    return type("Video", (list,), vars(steps))([frames])
+
   def sample(self, clips, *, num_frames, num_inference_steps, progress):
     self.contexts.append(clips)
     progress(num_inference_steps)
@@ -53,7 +61,7 @@ def test_clips_are_read_as_in_training_unless_something_else_is_asked_for():
 def test_changes_are_reported_once_and_recorded(tmp_path: Path, caplog):
   image = str(write_image(tmp_path / "a.png", size=(16, 24)))
   video = str(write_video(tmp_path / "v.mp4", 300, size=(36, 24)))  # 8 frames per second
-  sampling = runner(dataclasses.replace(TRAINED, fps=4.0))
+  sampling = runner(dataclasses.replace(TRAINED, fps=4.0), num_frames=17)
   with caplog.at_level("INFO", "univid_jax"):
     for name in ("one", "two"):
       line = sampling.run(Request((image, image, video), tmp_path / name, needs_suffix=True))
@@ -75,8 +83,9 @@ def test_as_many_frames_are_read_as_are_asked_for(tmp_path: Path, num_frames, ex
   form = choose_format(TRAINED, **AS_TRAINED | {"num_frames": num_frames})
   sampling = runner(form, num_frames=num_frames)
   sampling.run(Request((video,) * 3, tmp_path / "out.npy"))
-  assert [len(clip) for clip in sampling.pipeline.contexts[0]] == [expected] * 3
-  assert len(np.load(tmp_path / "out.npy")) == (num_frames or 17)
+  lengths = [expected, expected, 50 if num_frames is None else expected]
+  assert [len(clip) for clip in sampling.pipeline.contexts[0]] == lengths
+  assert len(np.load(tmp_path / "out.npy")) == (num_frames or 50)
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.npy", "frames/"])

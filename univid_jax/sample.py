@@ -4,7 +4,9 @@
 
 A clip is an image, a video, a folder of frames, or a .npy of uint8 (T, H, W, 3), of any size and frame rate. It is read
 as in training: resized to the size and resampled to the frame rate of training, if it had one; of a video the first
-frames are used. What that changes is logged, and a .json next to the result says how it was made.
+frames are used. What that changes is logged, and a .json next to the result says how it was made. Of a B that is longer
+than the clips of training, all frames are sampled at its own frame rate, unless --num_frames says how many; if that is
+interrupted, the same command resumes it.
 
 With --queries=B1.mp4,B2.mp4 (or a folder), --clips are the example pairs alone, and --out is a folder.
 """
@@ -29,6 +31,11 @@ QUERIES = FLAGS.strings("queries", [], "Several B for the same example pairs: cl
 OUT = FLAGS.string("out", None, "The result: .png, .mp4 (or another video), .npy, or FOLDER/ for PNGs.", required=True)
 GRID = FLAGS.switch("grid", False, "Also write A | A' | B | B' side by side, with _grid in its name.")
 COPY_AUDIO = FLAGS.switch("copy_audio", False, "Give B' the sound of B.")
+CARRY_CONTEXT = FLAGS.switch(
+  "carry_context",
+  False,
+  "Sample the windows of a whole video one after the other, each with the last one as an example.",
+)
 PROFILE = FLAGS.profile("OUT's folder")
 
 
@@ -36,6 +43,7 @@ PROFILE = FLAGS.profile("OUT's folder")
 def main() -> None:
   from univid_jax.cli import sampling
   from univid_jax.cli.compilation import enable_compilation_cache
+  from univid_jax.cli.requests import RequestRunner
   from univid_jax.cli.step_caches import parse_step_cache
   from univid_jax.inference.accelerate import read_accelerator
   from univid_jax.inference.plan import SamplingPlan
@@ -64,13 +72,16 @@ def main() -> None:
   if cache is not None:
     key = TableKey.of(pipeline, origin, pipeline.plan(**SAMPLING.steps))
     arguments["step_cache"] = dataclasses.replace(cache, ratios=read_table(SAMPLING.checkpoint.value, key))
-  runner = sampling.RequestRunner(
+  runner = RequestRunner(
     pipeline,
     SAMPLING.choose_format(pipeline),
     arguments,
     {**origin.to_json(), "merge_lora": SAMPLING.merge_lora.value},
     grid=GRID.value,
     copy_audio=COPY_AUDIO.value,
+    keep_size=SAMPLING.keep_size,
+    video_fps=SAMPLING.fps,
+    carry_context=CARRY_CONTEXT.value,
   )
   for request in requests:
     print(runner.run(request))

@@ -2,33 +2,23 @@
 
 import dataclasses
 import difflib
-import json
 import logging
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from tqdm import tqdm
-
-import univid_jax
 from univid_jax import Pipeline
 from univid_jax.checkpoints.experts import split_expert
 from univid_jax.cli.flags import UsageError
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle
 from univid_jax.core.paths import require_writable
-from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate, read_context
-from univid_jax.data.pictures import concatenate_clips
+from univid_jax.data.clips import ClipFormat
 from univid_jax.data.prompts import PAPER_TARGETS, prompt_for
-from univid_jax.data.reader import CLIP_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Frames, is_foreign
+from univid_jax.data.reader import CLIP_SUFFIXES, is_foreign
 from univid_jax.data.tasks import TASKS
-from univid_jax.data.writer import check_target, write_clip
-from univid_jax.diffusion.step_cache import StepCache
-from univid_jax.inference.jobs import infer_length
+from univid_jax.data.writer import check_target
 
 log = logging.getLogger(__name__)
 
@@ -214,132 +204,17 @@ def check_outputs(requests: Sequence[Request]) -> None:
   """
   for request in requests:
     if not request.needs_suffix:
-      _check_target(request.out, request, None)
+      check_request(request.out, request, None)
   for folder in dict.fromkeys(request.out.parent for request in requests):
     require_writable(folder)
 
 
-@dataclasses.dataclass(frozen=True)
-class RequestRunner:
-  """Samples, and writes for each request the clip and a .json that says how it was made.
+def check_request(path: Path, request: Request, num_frames: int | None) -> None:
+  """Checks that the result of a request can be written to a path; see `check_target`.
 
-  Attributes:
-    pipeline: the model.
-    form: in which clips are read.
-    arguments: of `Pipeline.sample`.
-    origin: of the model, for the .json.
-    grid: whether to write the whole sentence too.
-    copy_audio: whether results get the sound of their query.
+  Raises:
+    UserError: it cannot, or it would replace a clip.
   """
-
-  pipeline: Pipeline
-  form: ClipFormat
-  arguments: Mapping[str, Any]
-  origin: Mapping[str, Any]
-  grid: bool = False
-  copy_audio: bool = False
-  _reported: set[str] = dataclasses.field(default_factory=set)
-
-  def run(self, request: Request) -> str:
-    """Samples one request and returns a line that describes the result.
-
-    Raises:
-      UserError, OSError: a clip cannot be read, or the result cannot be written; the latter is checked first.
-    """
-    clips = self._read(request)
-    fps, frames = frame_rate(clips), [clip.frames for clip in clips]
-    path = self._choose_path(request, frames)
-    total = len(self.arguments.get("sigmas") or ()) or self.arguments["num_inference_steps"]
-    with tqdm(total=total, desc="sample", unit="step") as bar:
-
-      def show(taken: int) -> None:
-        bar.update(taken - bar.n)
-
-      out = self.pipeline.sample(frames, **self.arguments, progress=show)
-    write_clip(path, out.frames, fps=fps, audio_from=request.clips[-1] if self.copy_audio else None)
-    if self.grid:
-      _write_grid(path, [*frames, out.frames], fps)
-    num_frames, height, width = out.frames.shape[:3]
-    record = {
-      "version": univid_jax.__version__,
-      **self.origin,
-      "dtype": str(self.pipeline.dtype),
-      "quantize": str(self.pipeline.experts.quantize),
-      "attention": str(self.pipeline.attention),
-      "context_timestep": str(self.pipeline.context_mode.timestep),
-      "clips": [
-        {"path": clip.path, "sha256": clip.sha256, "num_frames": len(clip.frames), "changes": clip.changes}
-        for clip in clips
-      ],
-      "height": height,
-      "width": width,
-      **self.arguments,
-      "num_frames": num_frames,
-      "fps": fps,
-    }
-    text = json.dumps(record, indent=2, ensure_ascii=False, default=_describe_step_cache)
-    path.with_name(f"{path.stem}.json").write_text(text + "\n")
-    return f"wrote {num_frames} frame{'s' * (num_frames > 1)} of {width}x{height}: {path}"
-
-  def profile(self, request: Request, steps: int) -> str:
-    """Writes a JAX profiler trace of sampling to OUT's folder; returns a line that says where.
-
-    Args:
-      request: what to sample.
-      steps: of the solver, if their number is free.
-    """
-    is_fixed = self.arguments.get("sigmas") or self.arguments.get("solver") == "distilled"
-    arguments = dict(self.arguments) if is_fixed else {**self.arguments, "num_inference_steps": steps}
-    self.pipeline.sample([clip.frames for clip in self._read(request)], **arguments)  # compiles
-    folder = request.out.parent / "profile"
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # Python's calls would crowd out everything else
-    with jax.profiler.trace(str(folder), profiler_options=options):
-      with jax.profiler.TraceAnnotation("data"):
-        clips = self._read(request)
-      with jax.profiler.TraceAnnotation("step"):
-        frames = self.pipeline.sample([clip.frames for clip in clips], **arguments).frames
-      with jax.profiler.TraceAnnotation("save"), tempfile.TemporaryDirectory() as scratch:
-        write_clip(Path(scratch) / "sample.mp4", frames, fps=frame_rate(clips))
-    steps = len(arguments.get("sigmas") or ()) or arguments["num_inference_steps"]
-    return f"wrote a profile of {steps} steps: {folder}"
-
-  def _read(self, request: Request) -> list[ContextClip]:
-    """Reads the context of a request, and reports once what makes a clip differ from its file."""
-    clips = read_context(request.clips, self.form)
-    for clip in clips:
-      if clip.changes and clip.path not in self._reported:
-        self._reported.add(clip.path)
-        log.info("%s: %s", clip.path, "; ".join(clip.changes))
-    return clips
-
-  def _choose_path(self, request: Request, frames: Sequence[Frames]) -> Path:
-    """Returns the path of the result, after checking that it can be written there."""
-    count = self.arguments["num_frames"] or infer_length([len(clip) for clip in frames])
-    path = request.out
-    if request.needs_suffix:
-      path = path.with_name(path.name + (".png" if count == 1 else ".mp4"))
-    self.pipeline.latent_shape((count, *frames[-1].shape[1:]))
-    _check_target(path, request, count)
-    require_writable(path.parent, num_bytes=count * frames[-1][0].size)
-    return path
-
-
-def _describe_step_cache(cache: StepCache) -> dict[str, Any]:
-  """Returns its settings; the ratios are those of the weights, steps and guidance of the record."""
-  return {name: value for name, value in dataclasses.asdict(cache).items() if name != "ratios"}
-
-
-def _check_target(path: Path, request: Request, num_frames: int | None) -> None:
   check_target(path, num_frames)
   if any(path.exists() and Path(clip).exists() and path.samefile(clip) for clip in request.clips):
     raise UserError(f"cannot write {path}: it is one of the clips")
-
-
-def _write_grid(path: Path, clips: Sequence[np.ndarray], fps: float | None) -> None:
-  """Writes clips side by side, next to `path`, as an image if all are, else as a video."""
-  grid = concatenate_clips(clips)
-  suffix = path.suffix if path.suffix in VIDEO_SUFFIXES else ".mp4"
-  if len(grid) == 1:
-    suffix = path.suffix if path.suffix in IMAGE_SUFFIXES else ".png"
-  write_clip(path.with_name(f"{path.stem}_grid{suffix}"), grid, fps=fps)

@@ -49,8 +49,10 @@ class SamplingFlags:
     help_text = "Use the prompt of this task: a task of training, or one of the paper, such as depth map."
     self.task = command.string("task", None, help_text)
     self.negative_prompt = command.string("negative_prompt", "", "What guidance moves away from.")
-    self._size = command.string("size", None, "HEIGHTxWIDTH in pixels; default: as in training.")
-    help_text = "Frames of B', 4n + 1, and of videos in the context; default: as in training."
+    self._size = command.string(
+      "size", None, "HEIGHTxWIDTH in pixels, or input for that of B; default: as in training."
+    )
+    help_text = "Frames of B', 4n + 1, and of videos in the context; default: as in training, or all of a longer B."
     self.num_frames = command.integer("num_frames", None, help_text, lower_bound=1)
     help_text = "How clips are brought to the size; default: as in training."
     self._fit = command.choice("fit", None, list(ClipFit), help_text)
@@ -90,6 +92,16 @@ class SamplingFlags:
       "guidance_scale": sampling.parse_guidance_scale(scale) if scale else None,
       "guidance_range": sampling.parse_guidance_range(limits) if limits else None,
     }
+
+  @property
+  def keep_size(self) -> bool:
+    """Whether results have the size of their query."""
+    return self._size.value == "input"
+
+  @property
+  def fps(self) -> float | None:
+    """Frame rate that videos are resampled to, if it is given."""
+    return self._fps.value
 
   def check(self) -> None:
     """Raises UsageError if flags exclude each other, or one cannot be read."""
@@ -143,4 +155,4 @@ class SamplingFlags:
   def _parse_size(self) -> tuple[int, int] | None:
     from univid_jax.cli import sampling
 
-    return sampling.parse_size(self._size.value) if self._size.value else None
+    return sampling.parse_size(self._size.value) if self._size.value and not self.keep_size else None

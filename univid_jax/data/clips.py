@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -35,6 +36,7 @@ class ClipFormat:
     fps: frame rate that videos are resampled to; 0 keeps theirs.
     buckets: further sizes; a clip goes to the size nearest to its aspect ratio.
     resample: filter; NEAREST for labels, depth and normals, whose values must not be mixed.
+    extend: whether clips are not resized but extended to the size, at the bottom and right, by repeating their edges.
   """
 
   size: tuple[int, int]
@@ -43,6 +45,7 @@ class ClipFormat:
   fps: float = 0.0
   buckets: tuple[tuple[int, int], ...] = ()
   resample: Image.Resampling = Image.Resampling.BICUBIC
+  extend: bool = False
 
   @classmethod
   def of(cls, config: DataConfig) -> "ClipFormat":
@@ -59,6 +62,9 @@ class ClipFormat:
 
   def resize(self, frames: Frames) -> Frames:
     """Brings frames of any size to the format's."""
+    if self.extend:
+      missing = [(0, length - given) for length, given in zip(self.size, frames.shape[1:3])]
+      return np.pad(frames, [(0, 0), *missing, (0, 0)], mode="edge")
     resize = resize_and_crop if self.fit == ClipFit.CROP else resize_and_pad
     return resize(frames, self.size, resample=self.resample)
 
@@ -126,7 +132,8 @@ class Footage:
 
   def _identify(self, num_frames: int) -> str:
     form, span = self.form, (self.start, num_frames, self.form.fps if self.fps else 0.0)
-    words = (READING_VERSION, self.identify(), span, form.size, form.fit.value, form.resample.name.lower())
+    fit = "extend" if form.extend else form.fit.value
+    words = (READING_VERSION, self.identify(), span, form.size, fit, form.resample.name.lower())
     return hashlib.sha256(repr(words).encode()).hexdigest()
 
   def _read(self, num_frames: int) -> Frames:
@@ -148,6 +155,8 @@ class Footage:
 
   def _describe_resizing(self) -> str:
     (height, width), (to_height, to_width) = self.size, self.form.size
+    if self.form.extend:
+      return f"{height}x{width} extended to {to_height}x{to_width}"
     stretch = (height / width) / (to_height / to_width)
     lost = round(100 * (1 - min(stretch, 1 / stretch)))
     how = "cropped" if self.form.fit == ClipFit.CROP else "padded with black"
@@ -232,9 +241,17 @@ class ContextClip:
   sha256: str
   changes: tuple[str, ...]
 
+  def describe(self) -> dict[str, Any]:
+    """Returns what the record of a result says of the clip."""
+    return {"path": self.path, "sha256": self.sha256, "num_frames": len(self.frames), "changes": self.changes}
+
 
 def read_context(
-  paths: Sequence[str | os.PathLike], form: ClipFormat, *, videos: Sequence[bool] | None = None
+  paths: Sequence[str | os.PathLike],
+  form: ClipFormat,
+  *,
+  videos: Sequence[bool] | None = None,
+  extend_query: bool = False,
 ) -> list[ContextClip]:
   """Reads files as the context of a sentence, as training reads them: the first 4n + 1 frames of each, at one size.
 
@@ -242,6 +259,7 @@ def read_context(
     paths: of the clips, in order; the last is the query, whose shape decides between the format's sizes.
     form: of the clips; `num_frames` is of a video, at most.
     videos: which clips are to be videos, the others being first frames; None takes the files as they are.
+    extend_query: whether the last clip is not resized, see `ClipFormat`.
 
   Raises:
     OSError, UserError: a file is not a clip, or is too short where a video is wanted.
@@ -250,7 +268,8 @@ def read_context(
   form = form.for_shape(found[-1].size)
   clips = []
   for index, (path, info) in enumerate(zip(map(Path, paths), found)):
-    footage = file_footage(path, info, form, start=0, num_frames=info.count_at(form.fps))
+    own = dataclasses.replace(form, extend=extend_query and index == len(paths) - 1)
+    footage = file_footage(path, info, own, start=0, num_frames=info.count_at(form.fps))
     is_video = videos[index] if videos else None
     if is_video and footage.num_frames < form.num_frames:
       raise UserError(f"{path} has {footage.num_frames} frames, and {form.num_frames} are needed here")

@@ -217,6 +217,8 @@ def _to_yuv(frame: UInt8[np.ndarray, "H W 3"], converter: VideoReformatter) -> a
     threads=1,
   )
   converted.color_primaries, converted.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+  for plane in converted.planes:  # encoders look beyond the end of lines, where memory was not written to
+    np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, plane.width :] = 0
   return converted
 
 

@@ -213,7 +213,8 @@ class VideoSample:
       query = self._pipeline.encode(self._read_window(window))
       latents = done.get(f"window{window}")
       if latents is None:
-        latents = self._sample_window(window, [*examples, *before, query], first)
+        # In the layout of a file, so that codecs round alike.
+        latents = np.ascontiguousarray(self._sample_window(window, [*examples, *before, query], first))
         done[f"window{window}"] = latents
         if self._saved:
           self._saved.save(done)

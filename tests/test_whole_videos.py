@@ -1,0 +1,131 @@
+"""Whole videos from files: length, rate, size and sound are those of the query; a killed command is resumed."""
+
+import json
+import pkgutil
+from pathlib import Path
+
+import av
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import random_pipeline
+from tests.test_long_video import moving_video
+from tests.test_writer import write_video_with_sound
+from univid_jax.cli.requests import RequestRunner
+from univid_jax.cli.sampling import Request
+from univid_jax.config.boundary import override
+from univid_jax.data.reader import read_clip
+from univid_jax.data.writer import write_clip
+from univid_jax.inference.windows import Windows
+from univid_jax.parallel.mesh import make_mesh
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_config):
+  return random_pipeline(
+    override(tiny_config, {"data.num_frames": 9, "data.fps": 8.0}), make_mesh({}, jax.devices()[:1])
+  )
+
+
+def runner(pipeline, **options) -> RequestRunner:
+  arguments = dict(num_frames=None, num_inference_steps=2, prompt="", negative_prompt="", seed=0)
+  return RequestRunner(pipeline, pipeline.clip_format, arguments, {"checkpoint": "x"}, **options)
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> tuple[str, str, str]:
+  """An example pair of another size and rate, and a query of 50 frames with sound."""
+  for name in ("a", "a2"):
+    write_clip(tmp_path / f"{name}.mp4", moving_video(20, (32, 24)), fps=16)
+  write_video_with_sound(tmp_path / "b.mov", "aac", seconds=2.0)  # 64x48 pixels, 25 frames per second
+  return str(tmp_path / "a.mp4"), str(tmp_path / "a2.mp4"), str(tmp_path / "b.mov")
+
+
+@pytest.mark.parametrize("carry_context", [False, True])
+def test_the_result_is_like_the_query(pipeline, clips, tmp_path, caplog, carry_context):
+  write_clip(tmp_path / "odd.mp4", moving_video(50, (18, 22)), fps=25)
+  sampling = runner(pipeline, keep_size=True, copy_audio=True, carry_context=carry_context, grid=True)
+  with caplog.at_level("INFO", "univid_jax"):
+    line = sampling.run(Request((*clips[:2], str(tmp_path / "odd.mp4")), tmp_path / "out", needs_suffix=True))
+  assert line == f"wrote 50 frames of 22x18: {tmp_path / 'out.mp4'}"
+  out = read_clip(tmp_path / "out.mp4")
+  assert out.frames.shape == (50, 18, 22, 3) and out.fps == pytest.approx(25)
+  assert read_clip(tmp_path / "out_grid.mp4").frames.shape[0] == 50
+  assert f"{tmp_path / 'odd.mp4'}: 18x22 extended to 20x24" in caplog.messages or "extended" in caplog.text
+  assert any("50 frames in" in message for message in caplog.messages)
+  record = json.loads((tmp_path / "out.json").read_text())
+  assert (record["num_frames"], record["height"], record["width"], record["fps"]) == (50, 18, 22, 25)
+  assert record["carry_context"] == carry_context and record["clips"][2]["num_frames"] == 50
+  assert not list(tmp_path.glob("*.npz")) and not list(tmp_path.glob(".*"))
+
+
+def test_sound_and_rate(pipeline, clips, tmp_path):
+  runner(pipeline, copy_audio=True).run(Request(clips, tmp_path / "out.mp4"))
+  assert read_clip(tmp_path / "out.mp4").frames.shape == (50, 16, 16, 3)
+  with av.open(str(tmp_path / "out.mp4")) as container:
+    samples = sum(frame.samples for frame in container.decode(container.streams.audio[0]))
+    assert samples / container.streams.audio[0].rate == pytest.approx(2.0, abs=0.15)
+  runner(pipeline, video_fps=5.0).run(Request(clips, tmp_path / "slow.mp4"))
+  slow = read_clip(tmp_path / "slow.mp4")
+  assert slow.fps == pytest.approx(5) and len(slow.frames) == 10
+
+
+@pytest.mark.parametrize("carry_context", [False, True])
+@pytest.mark.parametrize("name", ["out.mp4", "frames"])
+def test_killed_and_resumed(pipeline, clips, tmp_path, monkeypatch, carry_context, name):
+  """The result has the same bytes, whether it was killed while sampling or while writing."""
+  monkeypatch.setattr("univid_jax.inference.progress_file.SAVE_SECONDS", 0.0)
+  sampling = runner(pipeline, carry_context=carry_context, keep_size=True)  # x264's 16x16 pixels vary by themselves
+  sampling.run(Request(clips, tmp_path / "whole" / name))
+  request = Request(clips, tmp_path / "parts" / name)
+  for place, calls in (("_RemainingTime.__call__", 9), ("_RemainingTime.__call__", 3)):
+    with monkeypatch.context() as patch:
+      _fail_after(patch, f"univid_jax.cli.whole_videos.{place}", calls)
+      with pytest.raises(KeyboardInterrupt):
+        sampling.run(request)
+    assert not (tmp_path / "parts" / name).exists()
+  sampling.run(request)
+  whole, parts = tmp_path / "whole" / name, tmp_path / "parts" / name
+  for path in sorted(whole.iterdir()) if whole.is_dir() else [whole]:
+    assert (parts / path.name if whole.is_dir() else parts).read_bytes() == path.read_bytes()
+  assert {path.name for path in parts.parent.iterdir()} == {name, f"{Path(name).stem}.json"}
+
+
+def _fail_after(patch: pytest.MonkeyPatch, place: str, calls: int) -> None:
+  """Interrupts a function of the module, or a method, after so many calls."""
+  left, function = iter(range(calls)), pkgutil.resolve_name(place.replace("whole_videos.", "whole_videos:"))
+
+  def fail(*args, **options):
+    if next(left, None) is None:
+      raise KeyboardInterrupt
+    return function(*args, **options)
+
+  patch.setattr(place, fail)
+
+
+def test_memory_of_a_step_is_that_of_a_window(pipeline, clips, tmp_path):
+  """The programs of a long video are those of a short one: nothing on the devices has the video's length."""
+  video = moving_video(40, seed=1)
+  examples = [moving_video(9)] * 2
+  list(pipeline.sample_video(examples, video, num_inference_steps=2))
+  count = pipeline.joint_sampler._velocity._cache_size()
+  list(pipeline.sample_video(examples, moving_video(90, seed=1), num_inference_steps=2))
+  assert pipeline.joint_sampler._velocity._cache_size() == count
+
+
+def test_seams(tiny_config):
+  """Frames differ across the borders of windows as across borders of groups within windows, in the mean to 10 %."""
+  config = override(tiny_config, {"data.num_frames": 17})
+  pipeline = random_pipeline(config, make_mesh({}, jax.devices()[:1]))
+  examples, num_frames = [moving_video(17, seed=9)] * 2, 97
+  borders, inside = [], []
+  for seed in range(3):
+    video = pipeline.sample_video(examples, moving_video(num_frames, seed=seed), num_inference_steps=4)
+    frames = np.concatenate(list(video)).astype(float)
+    changes = np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3))
+    starts = set(Windows.of(num_frames, length=5, temporal_stride=4, overlap=2).starts)
+    for group in range(1, num_frames // 4):
+      (borders if group in starts else inside).append(changes[4 * group])
+  assert len(borders) > 20 and len(inside) > 20
+  assert np.mean(borders) == pytest.approx(np.mean(inside), rel=0.1)

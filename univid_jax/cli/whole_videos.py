@@ -1,0 +1,164 @@
+"""Sampling of whole videos from files: what is read of the query, and where progress is saved."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from univid_jax import Pipeline
+from univid_jax.core.paths import require_writable
+from univid_jax.data.clips import ClipFormat, ContextClip, Footage, file_footage
+from univid_jax.data.pictures import concatenate_clips
+from univid_jax.data.reader import Frames, probe, read_clip
+from univid_jax.data.writer import write_frames
+from univid_jax.inference.jobs import infer_length
+from univid_jax.inference.long_video import VideoReader, VideoSample
+from univid_jax.inference.progress_file import ProgressFile
+
+log = logging.getLogger(__name__)
+
+# Frames of a grid that are in memory at once.
+GRID_BLOCK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeQuery:
+  """A query that is sampled from its first frame to its last.
+
+  Attributes:
+    footage: all of it, at the model's size.
+    fps: frame rate; None for folders and arrays.
+    size: height and width of the result, at most the model's.
+  """
+
+  footage: Footage
+  fps: float | None
+  size: tuple[int, int]
+
+  @classmethod
+  def open(cls, path: str, form: ClipFormat, *, fps: float | None, keep_size: bool) -> "WholeQuery":
+    """Opens a query.
+
+    Args:
+      path: of the file.
+      form: in which the context is read.
+      fps: to resample it to; None keeps its own, unlike that of the context.
+      keep_size: whether the result has the query's own size.
+    """
+    found = probe(path)
+    form = dataclasses.replace(form.for_shape(found.size), fps=fps or 0.0, extend=keep_size)
+    footage = file_footage(Path(path), found, form, start=0, num_frames=found.count_at(form.fps))
+    return cls(footage, found.fps and (form.fps or found.fps), found.size if keep_size else form.size)
+
+  def is_longer(self, context: Sequence[ContextClip], form: ClipFormat) -> bool:
+    """Whether the result is a video as long as the query, and the query longer than the model's clips."""
+    num_frames = form.num_frames
+    lengths = [len(clip.frames) for clip in context]
+    return 1 < num_frames < self.footage.num_frames and infer_length([*lengths, num_frames]) == num_frames
+
+  def read(self, start: int, count: int) -> Frames:
+    footage = self.footage
+    assert footage.path is not None
+    frames = read_clip(footage.path, start, count, footage.form.fps or None).frames
+    footage.require_unchanged()
+    return footage.form.resize(frames)
+
+  def describe(self) -> dict[str, Any]:
+    """Returns what the record of a result says of the query."""
+    footage = self.footage
+    changes = footage.describe_changes(footage.num_frames)
+    return {
+      "path": str(footage.path), "sha256": footage.identify(), "num_frames": footage.num_frames, "changes": changes
+    }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeVideo:
+  """A whole video to sample into a file.
+
+  Attributes:
+    pipeline: the model.
+    examples: the example pairs.
+    query: B.
+    arguments: of `Pipeline.sample_video`.
+    record: everything that determines the result.
+  """
+
+  pipeline: Pipeline
+  examples: Sequence[ContextClip]
+  query: WholeQuery
+  arguments: Mapping[str, Any]
+  record: Mapping[str, Any]
+
+  def write(self, path: Path, *, audio_from: str | None) -> None:
+    """Samples it into a file, or goes on where an earlier process was killed."""
+    height, width = self.query.size
+    num_frames = self.query.footage.num_frames
+    require_writable(path.parent, num_bytes=num_frames * height * width * 3)
+    saved = ProgressFile(path.with_name(f"{path.name}.state.npz"), self.record)
+    bar = tqdm(desc="sample", unit="step")
+    video = self.pipeline.sample_video(
+      [clip.frames for clip in self.examples],
+      VideoReader(num_frames, self.query.read),
+      **self.arguments,
+      saved=saved,
+      progress=_RemainingTime(bar),
+    )
+    bar.reset(total=video.num_steps)
+    log.info("%s: %d frames in %d windows", self.query.footage.path, num_frames, video.num_windows)
+    with bar:
+      write_frames(path, _crop(video, height, width), num_frames=num_frames, fps=self.query.fps, audio_from=audio_from)
+    saved.remove()
+
+  def write_grid(self, path: Path, result: Path) -> None:
+    """Writes the whole sentence side by side, from the result that was written."""
+    num_frames = self.query.footage.num_frames
+
+    def blocks() -> Iterator[Frames]:
+      for start in range(0, num_frames, GRID_BLOCK):
+        count = min(GRID_BLOCK, num_frames - start)
+        shown = [clip.frames[min(start, len(clip.frames) - 1) :][:count] for clip in self.examples]
+        out = read_clip(result, start, count).frames
+        height, width = self.query.size
+        yield concatenate_clips([*_crop(shown, height, width), *_crop([self.query.read(start, count)], height, width),
+                                 *_crop([out], height, width)])  # fmt: skip
+
+    write_frames(path, blocks(), num_frames=num_frames, fps=self.query.fps)
+
+
+def _crop(blocks: VideoSample | Sequence[Frames], height: int, width: int) -> Iterator[Frames]:
+  for block in blocks:
+    yield block[:, :height, :width]
+
+
+class _RemainingTime:
+  """Shows progress, and says once, after the first steps, how long the others will take."""
+
+  def __init__(self, bar: tqdm):
+    self._bar = bar
+    self._first: tuple[int, float] | None = None
+    self._said = False
+
+  def __call__(self, taken: int) -> None:
+    self._bar.update(taken - self._bar.n)
+    if self._first is None:  # until here, programs were compiled
+      self._first = taken, time.monotonic()
+      return
+    steps, seconds = taken - self._first[0], time.monotonic() - self._first[1]
+    if not self._said and (seconds >= 5 or taken >= 0.1 * self._bar.total):
+      self._said = True
+      left = seconds / steps * (self._bar.total - taken)
+      log.info(
+        "about %.0f minutes remain" if left >= 120 else "about %.0f seconds remain", left / 60 if left >= 120 else left
+      )
+
+
+def padded_size(size: tuple[int, int], pipeline: Pipeline) -> tuple[int, int]:
+  """Returns the least size, no smaller, that the model takes."""
+  side = pipeline.encoders.codec.spatial_stride * pipeline.config.patch_size[1]
+  height, width = (-(-length // side) * side for length in size)
+  return height, width
