@@ -3,12 +3,16 @@
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.helpers import random_pipeline, relative_error
 from univid_jax.config.boundary import override
+from univid_jax.data.packing import bucket_size
 from univid_jax.data.sources.open import open_data
 from univid_jax.evaluation.sentences import plan_sentences
-from univid_jax.inference.jobs import infer_length
+from univid_jax.inference.jobs import infer_length, pack_single
+from univid_jax.inference.sampler import Request
 from univid_jax.parallel.mesh import make_mesh
 
 
@@ -70,6 +74,37 @@ def test_batch_over_eight_devices_equals_one_at_a_time(tiny_config, attention, s
     assert relative_error(sample.latents, alone.latents) <= 1e-5
   with pytest.raises(ValueError, match="4 sentences, 4 prompts and 2 seeds"):
     pipeline.sample_batch(contexts, seeds=[1, 2])
+
+
+@given(count=st.integers(1, 10**6))
+@settings(deadline=None)
+def test_buckets(count):
+  size = bucket_size(count)
+  assert count <= size <= max(count * 17 / 16, count + 15) and bucket_size(size) == size and size % 16 == 0
+  assert len({bucket_size(n) for n in range(1024, 2048)}) == 17
+
+
+@pytest.mark.parametrize("attention", ["full", "context_causal"])
+def test_a_second_call_in_a_bucket_compiles_nothing(tiny_config, attention):
+  """Padding changes nothing but rounding, and sentences of similar length share the programs."""
+  pipeline = random_pipeline(
+    override(tiny_config, {"model.attention": attention}), make_mesh({}, devices=jax.devices()[:1])
+  )
+  rng = np.random.default_rng(0)
+  image, longer, long = (rng.integers(0, 256, (t, 16, 16, 3)).astype(np.uint8) for t in (1, 5, 9))
+  options = dict(num_inference_steps=2, guidance_scale=2.0)
+  pipeline.sample([image, longer, longer], **options)  # 5 latent frames for 8 or fewer tokens each
+  programs = [pipeline._sampler._prepare, *pipeline._sampler._steps.values()]
+  count = [program._cache_size() for program in programs]
+  pipeline.sample([longer, longer, image], num_frames=5, seed=1, **options)
+  assert [program._cache_size() for program in programs] == count
+  out = pipeline.sample([image, image, long], **options)
+  job = pipeline._make_job([image, image, long], None, 0)
+  rows = [pack_single(pipeline._make_features(job, pipeline.embed("")), context_mode=pipeline.context_mode)] * 2
+  request = Request(*rows, [(0, 1)], [job.noise])
+  (tokens,) = pipeline._sampler.sample(pipeline.experts, request, pipeline.plan(**options))
+  expected = job.finish(tokens, pipeline.config.patch_size)
+  assert relative_error(out.latents, expected) <= 1e-5
 
 
 def test_one_step_is_one_velocity(tiny_config):

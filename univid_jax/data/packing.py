@@ -59,6 +59,12 @@ class RowShape:
     return {name: capacity for name, capacity in capacities.items() if capacity is not None}
 
 
+def bucket_size(count: int) -> int:
+  """Rounds a count up to a multiple of 16, and from 512 on to one of 16 sizes per power of two: at most a 16th more."""
+  step = max(16, 2 ** (count.bit_length() - 5))
+  return -(-count // step) * step
+
+
 def pack(sentences: Sequence[Features], shape: RowShape) -> PackedRow:
   """Packs sentences, in order, into one row (b = 1).
 

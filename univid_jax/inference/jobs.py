@@ -10,7 +10,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.features import FeatureMaker
-from univid_jax.data.packing import RowShape, assign_rows, join_rows, pack, places_of
+from univid_jax.data.packing import RowShape, assign_rows, bucket_size, join_rows, pack, places_of
 from univid_jax.data.tokens import Features, patchify, unpatchify
 from univid_jax.inference.sampler import Request
 
@@ -96,6 +96,24 @@ def infer_length(lengths: Sequence[int]) -> int:
   return lengths[-2]
 
 
+def pack_in_bucket(features: Features, *, context_mode: ContextMode) -> PackedRow:
+  """Packs one sentence into a row of a few possible lengths, so that sentences of similar length share a program.
+
+  Args:
+    features: of the sentence.
+    context_mode: see `PackedRow`.
+  """
+  shape = RowShape(
+    num_tokens=bucket_size(len(features.tokens)),
+    num_text_tokens=bucket_size(len(features.text)),
+    num_slots=1,
+    num_targets=bucket_size(len(features.targets)),
+    context_mode=context_mode,
+  )
+  row = dataclasses.replace(pack([features], shape), image_intervals=None)
+  return row if context_mode.zero_timestep else dataclasses.replace(row, modulation_ids=None)
+
+
 def pack_single(features: Features, *, context_mode: ContextMode, with_targets: bool = False) -> PackedRow:
   """Packs one sentence without padding: the row needs only those intervals and timesteps that its mode demands.
 
@@ -144,7 +162,7 @@ def pack_request(
   *,
   context_mode: ContextMode,
 ) -> Request:
-  """Packs sentences into rows as long as the longest of them.
+  """Packs sentences into rows as long as the longest of them, rounded up to a bucket.
 
   Args:
     positive: of each sentence with its prompt.
@@ -155,8 +173,8 @@ def pack_request(
   lengths = [len(features.tokens) for features in positive]
   slots = max(1, max(lengths) // min(lengths))
   shape = RowShape(
-    num_tokens=max(lengths),
-    num_text_tokens=slots * max(len(features.text) for features in (*positive, *(negative or ()))),
+    num_tokens=bucket_size(max(lengths)),
+    num_text_tokens=bucket_size(slots * max(len(features.text) for features in (*positive, *(negative or ())))),
     num_slots=slots,
     context_mode=context_mode,
   )

@@ -33,6 +33,7 @@ from univid_jax.inference.jobs import (
   infer_length,
   join_context,
   make_job,
+  pack_in_bucket,
   pack_request,
   pack_single,
   with_timesteps,
@@ -315,7 +316,7 @@ class Pipeline(EncodingPipeline):
 
   def pack_job(self, job: Job, embeds: Sequence[np.ndarray]) -> list[PackedRow]:
     """Returns a row of the job's sentence for each prompt: the prompt and, with guidance, the negative prompt."""
-    return [pack_single(self._make_features(job, each), context_mode=self.context_mode) for each in embeds]
+    return [pack_in_bucket(self._make_features(job, each), context_mode=self.context_mode) for each in embeds]
 
   def sample_job(
     self, job: Job, embeds: Sequence[np.ndarray], plan: SamplingPlan, *, progress: Progress | None
@@ -338,8 +339,7 @@ class Pipeline(EncodingPipeline):
     self, request: Request, jobs: Sequence[Job], plan: SamplingPlan, *, progress: Progress | None
   ) -> list[Sample]:
     sampled = self._sampler.sample(self.experts, request, plan, progress=progress)
-    patch_size = self.config.patch_size
-    return [self._finish(job.finish(tokens, patch_size)) for tokens, job in zip(sampled, jobs, strict=True)]
+    return [self._finish(job.finish(tokens, self.config.patch_size)) for tokens, job in zip(sampled, jobs, strict=True)]
 
   def _finish(self, latents: Float[np.ndarray, "t y x c"]) -> Sample:
     """Decodes sampled latents.

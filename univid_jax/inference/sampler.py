@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import Solver, Tokens
-from univid_jax.data.packing import select_target_tokens, target_indices
+from univid_jax.data.packing import bucket_size, select_target_tokens, target_indices
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from univid_jax.diffusion.guidance import Branch, guide
 from univid_jax.inference.experts import Experts
@@ -46,7 +46,8 @@ class Request:
 
 
 class Sampler:
-  """Compiled sampling of one model. Programs are compiled once per shape of rows and solver, for any number of steps.
+  """Compiled sampling of one model. Programs are compiled once per shape of rows and solver, for any number of steps;
+  rows come in buckets of a few lengths.
 
   Steps without guidance, with a step cache, and those that reuse residuals are other programs.
 
@@ -177,8 +178,10 @@ class Sampler:
 
 
 def with_targets(row: PackedRow) -> PackedRow:
-  """Returns the row with exactly as many target indices as it has target tokens."""
-  return dataclasses.replace(row, targets=target_indices(np.asarray(row.target_mask)))
+  """Returns the row with the indices of its target tokens, padded to a bucket."""
+  count = int(np.asarray(row.target_mask).sum(axis=1).max())
+  count = min(bucket_size(count), row.target_mask.shape[1])
+  return dataclasses.replace(row, targets=target_indices(np.asarray(row.target_mask), count))
 
 
 def _scatter_noise(request: Request) -> Float[np.ndarray, "b l p"]:
