@@ -1,5 +1,6 @@
 """Whole videos from files: length, rate, size and sound are those of the query; a killed command is resumed."""
 
+import dataclasses
 import json
 import pkgutil
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 from tests.helpers import random_pipeline
 from tests.test_long_video import moving_video
 from tests.test_writer import write_video_with_sound
+from univid_jax.cli.flags import UsageError
 from univid_jax.cli.requests import RequestRunner
-from univid_jax.cli.sampling import Request
+from univid_jax.cli.sampling import Request, plan_requests
 from univid_jax.config.boundary import override
 from univid_jax.data.reader import read_clip
 from univid_jax.data.writer import write_clip
@@ -102,6 +104,45 @@ def _fail_after(patch: pytest.MonkeyPatch, place: str, calls: int) -> None:
     return function(*args, **options)
 
   patch.setattr(place, fail)
+
+
+def test_first_frames(pipeline, tmp_path):
+  """The result begins with the image; without a context it has the length of training."""
+  write_clip(tmp_path / "first.png", moving_video(1, (16, 16)))
+  write_clip(tmp_path / "b.npy", moving_video(5))
+  sampling = runner(pipeline, first_frame=str(tmp_path / "first.png"))
+  assert len(plan_requests([], [], str(tmp_path / "alone.npy"), first_frame="x")) == 1
+  for name, clips, count in (("alone", (), 9), ("context", (str(tmp_path / "b.npy"),) * 3, 5)):
+    sampling.run(Request(clips, tmp_path / f"{name}.npy"))
+    out = np.load(tmp_path / f"{name}.npy")
+    shown = pipeline.decode(pipeline.encode(moving_video(1, (16, 16))))
+    assert len(out) == count and np.abs(out[0] - (shown[0] + 1) * 127.5).max() <= 1
+    assert json.loads((tmp_path / f"{name}.json").read_text())["first_frame"]["path"].endswith("first.png")
+  for arguments, message in ((([], [], "x.png"), "--clips is missing"), (([], ["b"], "x"), "excludes --queries")):
+    with pytest.raises(UsageError, match=message):
+      plan_requests(*arguments, first_frame="x" if "b" in arguments[1] else None)
+
+
+@pytest.mark.parametrize("guidance_range", [None, (0.0, 0.8)])
+def test_warm_up_compiles_everything(tiny_config, clips, tmp_path, guidance_range):
+  """Sampling afterwards compiles nothing, and nothing was written."""
+  config = override(tiny_config, {"data.num_frames": 9})
+  pipeline = random_pipeline(config, make_mesh({}, jax.devices()[:1]))
+  write_clip(tmp_path / "short.npy", moving_video(9))
+  sampling = runner(pipeline)
+  steps = {"num_inference_steps": 4, "guidance_scale": 2.0}
+  steps |= {"guidance_range": guidance_range} if guidance_range else {}
+  sampling = dataclasses.replace(sampling, arguments=sampling.arguments | steps)
+  requests = [Request(clips, tmp_path / "long.npy"), Request((str(tmp_path / "short.npy"),) * 3, tmp_path / "x.npy")]
+  before = set(tmp_path.iterdir())
+  assert "programs of 2 results" in sampling.warm_up(requests) and set(tmp_path.iterdir()) == before
+  (step,) = pipeline._sampler._steps.values()
+  programs = [pipeline._sampler._prepare, step, pipeline.joint_sampler._velocity]
+  counts = [program._cache_size() for program in programs]
+  for request in requests:
+    sampling.run(request)
+  assert [program._cache_size() for program in programs] == counts
+  assert len(np.load(tmp_path / "long.npy")) == 50
 
 
 def test_memory_of_a_step_is_that_of_a_window(pipeline, clips, tmp_path):

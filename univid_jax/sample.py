@@ -20,7 +20,7 @@ from univid_jax.cli.flags import CommandFlags
 from univid_jax.cli.sampling_flags import SamplingFlags
 
 FLAGS = CommandFlags(__doc__)
-SAMPLING = SamplingFlags(FLAGS)
+SAMPLING = SamplingFlags(FLAGS, clips_required=False)
 ACCELERATE = FLAGS.accelerate()
 STEP_CACHE = FLAGS.string(
   "step_cache",
@@ -28,6 +28,9 @@ STEP_CACHE = FLAGS.string(
   "magcache[:THRESHOLD[:MAX_SKIP[:RETENTION]]], by default 0.12, 2 and 0.2: skip steps, after univid-calibrate.",
 )
 QUERIES = FLAGS.strings("queries", [], "Several B for the same example pairs: clips, or a folder of clips.")
+FIRST_FRAME = FLAGS.string(
+  "first_frame", None, "An image: the first frame of B', for models that keep it (TI2V); --clips may then be empty."
+)
 OUT = FLAGS.string("out", None, "The result: .png, .mp4 (or another video), .npy, or FOLDER/ for PNGs.", required=True)
 GRID = FLAGS.switch("grid", False, "Also write A | A' | B | B' side by side, with _grid in its name.")
 COPY_AUDIO = FLAGS.switch("copy_audio", False, "Give B' the sound of B.")
@@ -36,6 +39,7 @@ CARRY_CONTEXT = FLAGS.switch(
   False,
   "Sample the windows of a whole video one after the other, each with the last one as an example.",
 )
+WARM_UP = FLAGS.switch("warm_up", False, "Compile the programs, for the compilation cache, and write no result.")
 PROFILE = FLAGS.profile("OUT's folder")
 
 
@@ -52,7 +56,7 @@ def main() -> None:
   enable_compilation_cache()
   # What is wrong is reported before a model is loaded.
   SAMPLING.check()
-  requests = sampling.plan_requests(SAMPLING.clips.value, QUERIES.value, OUT.value)
+  requests = sampling.plan_requests(SAMPLING.clips.value or [], QUERIES.value, OUT.value, first_frame=FIRST_FRAME.value)
   sampling.check_outputs(requests)
   cache = parse_step_cache(STEP_CACHE.value) if STEP_CACHE.value else None
   verify = SAMPLING.verification.verify_weights
@@ -82,7 +86,11 @@ def main() -> None:
     keep_size=SAMPLING.keep_size,
     video_fps=SAMPLING.fps,
     carry_context=CARRY_CONTEXT.value,
+    first_frame=FIRST_FRAME.value,
   )
+  if WARM_UP.value:
+    print(runner.warm_up(requests))
+    return
   for request in requests:
     print(runner.run(request))
   if PROFILE.value:

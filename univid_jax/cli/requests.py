@@ -41,6 +41,8 @@ class RequestRunner:
     keep_size: whether results have the size of their query; the model's is the least that holds it.
     video_fps: frame rate that whole videos are resampled to; None keeps theirs.
     carry_context: whether windows of whole videos are sampled one after the other.
+    first_frame: an image that results begin with, which the model must be able to keep; the context may then be empty.
+    is_warm_up: whether of whole videos only as many windows are sampled as use all programs.
   """
 
   pipeline: Pipeline
@@ -52,6 +54,8 @@ class RequestRunner:
   keep_size: bool = False
   video_fps: float | None = None
   carry_context: bool = False
+  first_frame: str | None = None
+  is_warm_up: bool = False
   _reported: set[str] = dataclasses.field(default_factory=set)
 
   def run(self, request: Request) -> str:
@@ -61,28 +65,36 @@ class RequestRunner:
       UserError, OSError: a clip cannot be read, or the result cannot be written; the latter is checked first.
     """
     form = self._form(request)
-    *pairs, path = request.clips
-    if self.arguments["num_frames"] is None and pairs:
+    if self.arguments["num_frames"] is None and self.first_frame is None:
+      *pairs, path = request.clips
       query = WholeQuery.open(path, form, fps=self.video_fps, keep_size=self.keep_size)
-      examples = read_context(pairs, form.for_shape(query.footage.size))
+      examples = read_context(pairs, form.for_shape(query.footage.size)) if pairs else []
       if query.is_longer(examples, form):
+        query = query.cut(form.num_frames + 4) if self.is_warm_up else query
         return self._run_whole(request, examples, query)
-    clips = self._read(request)
-    fps, frames = frame_rate(clips), [clip.frames for clip in clips]
-    path = self._choose_path(request, frames)
+    clips, first = self._read(request), self._read_first_frame(request)
+    fps, frames = frame_rate(clips) if clips else None, [clip.frames for clip in clips]
+    arguments = dict(self.arguments)
+    if first is not None:
+      arguments["first_frame"] = first.frames[0]
+      if not clips and arguments["num_frames"] is None:
+        arguments["num_frames"] = form.num_frames
+    path = self._choose_path(request, frames or [arguments["first_frame"][None]], arguments["num_frames"])
     total = len(self.arguments.get("sigmas") or ()) or self.arguments["num_inference_steps"]
     with tqdm(total=total, desc="sample", unit="step") as bar:
 
       def show(taken: int) -> None:
         bar.update(taken - bar.n)
 
-      out = self.pipeline.sample(frames, **self.arguments, progress=show)
-    height, width = probe(request.clips[-1]).size if self.keep_size else out.frames.shape[1:3]
+      out = self.pipeline.sample(frames, **arguments, progress=show)
+    height, width = probe(self._shown_last(request)).size if self.keep_size else out.frames.shape[1:3]
     sampled = out.frames[:, :height, :width]
-    write_clip(path, sampled, fps=fps, audio_from=request.clips[-1] if self.copy_audio else None)
+    write_clip(path, sampled, fps=fps, audio_from=request.clips[-1] if self.copy_audio and clips else None)
     if self.grid:
       _write_grid(path, [*frames, out.frames], fps)
     record = self._record([clip.describe() for clip in clips], num_frames=len(sampled), size=(height, width), fps=fps)
+    if first is not None:
+      record["first_frame"] = first.describe()
     return _write_record(path, record)
 
   def _run_whole(self, request: Request, examples: Sequence[ContextClip], query: WholeQuery) -> str:
@@ -123,6 +135,34 @@ class RequestRunner:
       "fps": fps,
     }
 
+  def warm_up(self, requests: Sequence[Request]) -> str:
+    """Compiles the programs that requests need, into the compilation cache, and writes no results.
+
+    Samples in as few steps as use all of them: of a whole video the first windows.
+    """
+    arguments = {**self.arguments, "num_inference_steps": self._fewest_steps()}
+    with tempfile.TemporaryDirectory() as scratch:
+      for index, request in enumerate(requests):
+        out = Path(scratch) / f"{index}{'' if request.needs_suffix else request.out.suffix}"
+        short = dataclasses.replace(self, arguments=arguments, grid=False, copy_audio=False, is_warm_up=True)
+        short.run(dataclasses.replace(request, out=out))
+    return f"compiled the programs of {len(requests)} result{'s' * (len(requests) > 1)}; nothing was sampled"
+
+  def _fewest_steps(self) -> int | None:
+    """Returns the least number of steps that uses every expert; the given number if it is fixed or steps differ."""
+    names = ("num_inference_steps", "guidance_scale", "shift", "solver", "sigmas", "guidance_range", "step_cache")
+    options = {name: self.arguments[name] for name in names if name in self.arguments}
+    given = options.get("num_inference_steps")
+    if given is None or options.get("solver") == "distilled" or options.get("step_cache") is not None:
+      return given
+    experts = self.pipeline.experts
+    for count in range(2, given):  # the first step takes arrays from elsewhere, which is a program of its own
+      plan = self.pipeline.plan(**{**options, "num_inference_steps": count})
+      used = {experts.find(float(sigma)) for sigma in plan.sigmas}
+      if len(used) == len(experts.transformers) and len(set(plan.guided_steps())) == 1 + ("guidance_range" in options):
+        return count
+    return given
+
   def profile(self, request: Request, steps: int) -> str:
     """Writes a JAX profiler trace of sampling to OUT's folder; returns a line that says where.
 
@@ -150,23 +190,41 @@ class RequestRunner:
     """Returns the form in which the clips of a request are read."""
     if not self.keep_size:
       return self.form
-    return dataclasses.replace(self.form, size=padded_size(probe(request.clips[-1]).size, self.pipeline), buckets=())
+    return dataclasses.replace(
+      self.form, size=padded_size(probe(self._shown_last(request)).size, self.pipeline), buckets=()
+    )
+
+  def _shown_last(self, request: Request) -> str:
+    """Returns the clip whose size decides about the result's: the query, or without one the first frame."""
+    path = request.clips[-1] if request.clips else self.first_frame
+    assert path is not None
+    return path
 
   def _read(self, request: Request) -> list[ContextClip]:
     """Reads the context of a request, and reports once what makes a clip differ from its file."""
+    if not request.clips:
+      return []
     clips = read_context(request.clips, self._form(request), extend_query=self.keep_size)
     for clip in clips:
       self._report(clip.path, clip.changes)
     return clips
+
+  def _read_first_frame(self, request: Request) -> ContextClip | None:
+    if self.first_frame is None:
+      return None
+    form = self._form(request).for_shape(probe(self._shown_last(request)).size)
+    (clip,) = read_context([self.first_frame], form, videos=[False], extend_query=self.keep_size and not request.clips)
+    self._report(clip.path, clip.changes)
+    return clip
 
   def _report(self, path: str, changes: Sequence[str]) -> None:
     if changes and path not in self._reported:
       self._reported.add(path)
       log.info("%s: %s", path, "; ".join(changes))
 
-  def _choose_path(self, request: Request, frames: Sequence[Frames]) -> Path:
+  def _choose_path(self, request: Request, frames: Sequence[Frames], num_frames: int | None) -> Path:
     """Returns the path of the result, after checking that it can be written there."""
-    count = self.arguments["num_frames"] or infer_length([len(clip) for clip in frames])
+    count = num_frames or infer_length([len(clip) for clip in frames])
     path = request.out
     if request.needs_suffix:
       path = path.with_name(path.name + (".png" if count == 1 else ".mp4"))

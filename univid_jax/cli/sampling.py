@@ -149,7 +149,9 @@ def task_prompt(task: str, trained: Mapping[str, str]) -> str:
   raise UserError(f"--task={task} is not known{hint} Use --prompt for a text of your own. Tasks: {tasks}")
 
 
-def plan_requests(clips: Sequence[str], queries: Sequence[str], out: str) -> list[Request]:
+def plan_requests(
+  clips: Sequence[str], queries: Sequence[str], out: str, *, first_frame: str | None = None
+) -> list[Request]:
   """Returns one request for clips that include their query, else one per query.
 
   Args:
@@ -157,10 +159,16 @@ def plan_requests(clips: Sequence[str], queries: Sequence[str], out: str) -> lis
     queries: clips, or one folder of clips.
     out: path of the result, which gets a suffix if it has none, or for a folder of PNGs ends in /; with queries a
       folder of results.
+    first_frame: of the result, if it is given; the context may then be empty.
 
   Raises:
-    UsageError: the result has no name, an example pair is incomplete, or two queries have the same name.
+    UsageError: there is no context, the result has no name, an example pair is incomplete, or two queries have the same
+      name.
   """
+  if not clips and not first_frame:
+    raise UsageError("--clips is missing: the context in order, A, A', B")
+  if queries and first_frame:
+    raise UsageError("--first_frame is that of one result: it excludes --queries")
   if not queries:
     if Path(out).name in ("", ".."):
       raise UsageError(f"--out must end in the name of the result, got {out!r}")

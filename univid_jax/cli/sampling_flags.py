@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class SamplingFlags:
   """The flags of a model, of the clips that it is shown, and of solver, noise levels and guidance."""
 
-  def __init__(self, command: CommandFlags):
+  def __init__(self, command: CommandFlags, *, clips_required: bool = True):
     self._define_model(command)
-    self._define_sentence(command)
+    self._define_sentence(command, clips_required=clips_required)
     self._define_steps(command)
 
   def _define_model(self, command: CommandFlags) -> None:
@@ -42,9 +42,9 @@ class SamplingFlags:
     ]
     self._loading = options
 
-  def _define_sentence(self, command: CommandFlags) -> None:
+  def _define_sentence(self, command: CommandFlags, *, clips_required: bool) -> None:
     help_text = "The context in order: A, A', B, or any odd number of clips."
-    self.clips = command.strings("clips", None, help_text, required=True)
+    self.clips = command.strings("clips", None if clips_required else [], help_text, required=clips_required)
     self.prompt = command.string("prompt", None, "Text of the sentence; default: none.")
     help_text = "Use the prompt of this task: a task of training, or one of the paper, such as depth map."
     self.task = command.string("task", None, help_text)

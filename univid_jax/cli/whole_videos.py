@@ -60,6 +60,11 @@ class WholeQuery:
     lengths = [len(clip.frames) for clip in context]
     return 1 < num_frames < self.footage.num_frames and infer_length([*lengths, num_frames]) == num_frames
 
+  def cut(self, num_frames: int) -> "WholeQuery":
+    """Returns at most its first frames."""
+    count = min(num_frames, self.footage.num_frames)
+    return dataclasses.replace(self, footage=dataclasses.replace(self.footage, num_frames=count))
+
   def read(self, start: int, count: int) -> Frames:
     footage = self.footage
     assert footage.path is not None

@@ -91,7 +91,7 @@ class VideoSample:
     progress: WindowProgress | None = None,
   ):
     if len(examples) % 2:
-      raise UserError(f"examples are pairs A, A', an even number of clips, got {len(examples)}")
+      raise UserError(f"the context must be an odd number of clips (A, A', B), got {len(examples) + 1}")
     if plan.step_cache is not None and not carry_context:
       raise UserError("windows that advance together have no step cache: use carry_context, or give num_frames")
     first = query.read(0, 1)
