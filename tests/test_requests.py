@@ -27,6 +27,7 @@ class EchoPipeline(Pipeline):
   """Returns the query, cut or repeated to the length asked for."""
 
   dtype, attention, context_mode = "float32", "full", UNIVID_CONTEXT
+  experts = types.SimpleNamespace(quantize="none")
 
   def __init__(self):
     self.contexts: list[list[np.ndarray]] = []

@@ -32,7 +32,7 @@ def main() -> None:
   if os.path.isdir(SAMPLING.checkpoint.value):  # else it is in a bucket, or missing, which loading reports
     require_writable(SAMPLING.checkpoint.value)
   pipeline, origin = SAMPLING.load()
-  clips = [clip.frames for clip in read_context(SAMPLING.clips.value, SAMPLING.choose_format(pipeline))]
+  clips = [clip.frames for clip in read_context(SAMPLING.clips.value or [], SAMPLING.choose_format(pipeline))]
   ratios = measure_ratios(
     pipeline,
     clips,
