@@ -212,7 +212,7 @@ def test_many_queries_with_grids_and_records(trained, tmp_path):
   assert read_clip(tmp_path / "out" / "x_grid.png").frames.shape == (1, 16, 4 * 16 + 3 * 4, 3)
   assert read_clip(tmp_path / "out" / "z_grid.mp4").frames.shape[0] == 7
   record = json.loads((tmp_path / "out" / "z.json").read_text())
-  assert record["num_frames"] == 5 and record["fps"] == 12 and record["solver"] == "unipc" and len(record["clips"]) == 3
+  assert record["num_frames"] == 7 and record["fps"] == 12 and record["solver"] == "unipc" and len(record["clips"]) == 3
   done = run_command(*common, f"--queries={queries / 'x.png'},{queries / 'x.png'}")
   assert done.returncode == 2 and "two queries are named 'x'" in done.stderr
 
