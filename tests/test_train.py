@@ -45,7 +45,7 @@ from univid_jax.training.loop import open_loader, restore_or_create_state, train
 from univid_jax.training.memory import bytes_per_device, forecast, forecast_sampling
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.optimizer import make_optimizer, make_schedule
-from univid_jax.training.setup import check_same_run, set_up_run
+from univid_jax.training.setup import check_same_data, check_same_run, set_up_run
 from univid_jax.training.state import StateSpec
 from univid_jax.training.validation import Validation, select_sentences
 
@@ -252,12 +252,11 @@ class TestChangedData:
       train(more, workdir)
     self.write(data, names=("d",))
     message = "pairs had 3 records and has 4; added: edges/d; changed: edges/b"
-    intact = (tmp_path / "run" / "data.json").read_bytes()
+    (tmp_path / "other").mkdir()
     for damaged in (b"{", b"[]", b'{"pairs": {}}', b"[" * 10_000):
-      (tmp_path / "run" / "data.json").write_bytes(damaged)
+      (tmp_path / "other" / "data.json").write_bytes(damaged)
       with pytest.raises(UserError, match=r"data.json is damaged, .* restore it, or delete it"):
-        train(more, str(tmp_path / "run"))
-    (tmp_path / "run" / "data.json").write_bytes(intact)
+        check_same_data(str(tmp_path / "other"), open_data(more), more)
     allowed = override(more, {"data.allow_changed": True})
     assert train(allowed, workdir).steps_taken == 1 and message in caplog.text
     assert train(override(more, {"num_steps": 4}), workdir).steps_taken == 1, "it is the run's data now"
@@ -313,6 +312,7 @@ class TestValidation:
       losses.append(sentence_losses(model, alone, own, jnp.full((1, alone.num_slots), 0.7))[0].sum())
     assert found["val_loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
+  @pytest.mark.long
   def test_what_a_stop_has_left_out_is_made_up_for(self, tiny_config, tmp_path):
     """A run that is stopped after a step that validates saves its state at once, and validates when it is resumed."""
     config = override(tiny_config, {"num_steps": 4, "validation.every_steps": 2, "validation.sentences": 4})

@@ -205,7 +205,7 @@ def test_prepare_finds_sentences_that_fit_no_row(tmp_path, has_base):
   assert not prepare(features, data, row_shape=ROWS).dropped
 
 
-def test_prepare_replaces_damaged_cache_entries(tmp_path):
+def test_prepare_replaces_damaged_cache_entries(tmp_path, caplog):
   config, _ = write_data(tmp_path / "data", "metadata", PLAIN)
   config = override(config, {"init_from": "base"})
   data = open_data(config)
@@ -215,8 +215,8 @@ def test_prepare_replaces_damaged_cache_entries(tmp_path):
   content = bytearray(path.read_bytes())
   content[-50] ^= 1
   path.write_bytes(content)
-  with pytest.warns(UserWarning, match="is corrupt"):
-    assert prepare(features, data, row_shape=ROWS, verify=True).num_encoded == 1
+  assert prepare(features, data, row_shape=ROWS, verify=True).num_encoded == 1
+  assert f"{path} is corrupt and is computed again" in caplog.messages
   assert prepare(features, data, row_shape=ROWS, verify=True).num_encoded == 0 < first.num_encoded
 
 

@@ -232,6 +232,7 @@ class TestTI2V:
     convert_any(str(folder), str(tmp_path / "converted"))
     assert read_info(tmp_path / "converted").components["transformer"].config["model_type"] == ModelType.TI2V
 
+  @pytest.mark.long
   def test_diffusers_agrees(self, checkpoint, tmp_path):
     pytest.importorskip("diffusers", reason="needs the extra `parity`")
     convert_any(checkpoint, str(tmp_path / "theirs"), to="diffusers")
@@ -332,6 +333,7 @@ class TestExperts:
     checksums = [read_info(checkpoint).components[name].checksum for name in ("transformer", "transformer_2")]
     assert len(set(checksums)) == 2
 
+  @pytest.mark.long
   def test_diffusers_agrees(self, experts, tmp_path):
     pytest.importorskip("diffusers", reason="needs the extra `parity`")
     _, checkpoint = experts

@@ -48,7 +48,7 @@ class JointWindows:
     template = self.template if negative else self.template[:1]
     return [join_rows([self._with_query(row, self.queries[window]) for window in batch]) for row in template]
 
-  def place(self, tokens: Float[np.ndarray, "f s p"], batch: Sequence[int]) -> Float[np.ndarray, "b l p"]:
+  def place(self, tokens: Float[np.ndarray, "frame token p"], batch: Sequence[int]) -> Float[np.ndarray, "b l p"]:
     """Returns the noised target tokens of some windows in their rows, given the tokens of all entries."""
     row = self.template[0]
     placed = np.zeros((len(batch), *row.tokens.shape[1:]), np.float32)
@@ -56,7 +56,7 @@ class JointWindows:
       placed[index, np.asarray(row.target_mask[0])] = np.concatenate(list(tokens[self.windows.entries(window)]))
     return placed
 
-  def add(self, window: int, velocity: Float[np.ndarray, "l p"], *, into: Float[np.ndarray, "f s p"]) -> None:
+  def add(self, window: int, velocity: Float[np.ndarray, "l p"], *, into: Float[np.ndarray, "frame token p"]) -> None:
     """Adds the velocity of a window's target tokens, weighted, to those of all entries."""
     entries = self.windows.entries(window)
     parts = velocity[np.asarray(self.template[0].target_mask[0])].reshape(len(entries), *into.shape[1:])
@@ -91,12 +91,12 @@ class JointSampler:
     self,
     experts: Experts,
     joint: JointWindows,
-    noise: Float[np.ndarray, "f s p"],
+    noise: Float[np.ndarray, "frame token p"],
     plan: SamplingPlan,
     *,
     saved: ProgressFile | None = None,
     progress: WindowProgress | None = None,
-  ) -> Float[np.ndarray, "f s p"]:
+  ) -> Float[np.ndarray, "frame token p"]:
     """Samples the tokens of all entries, see `Windows.entries`.
 
     Args:
@@ -144,7 +144,12 @@ class JointSampler:
     )
 
   def _predict(
-    self, joint: JointWindows, tokens: Float[np.ndarray, "f s p"], call: Callable[..., np.ndarray], *, guided: bool
+    self,
+    joint: JointWindows,
+    tokens: Float[np.ndarray, "frame token p"],
+    call: Callable[..., np.ndarray],
+    *,
+    guided: bool,
   ) -> Iterator[tuple[int, Float[np.ndarray, "l p"]]]:
     """Yields the velocity of each window; the last window fills up the last batch."""
     count = len(joint.queries)

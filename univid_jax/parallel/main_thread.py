@@ -134,7 +134,7 @@ class MainThread:
     """Notes that an interrupt came in a destructor or callback, where Python ignores exceptions."""
     if isinstance(ignored.exc_value, Interrupted):
       self.was_interrupted = False
-    else:
+    elif str(ignored.exc_value) != "Event loop is closed":  # TensorStore's, after Orbax has failed to read an array
       self._previous_hook(ignored)
 
   def _watch(self) -> None:
