@@ -134,7 +134,7 @@ def test_what_orbax_abandons_is_not_reported(monkeypatch, caplog):
   """Nor what it logs; everything else is."""
   unraisable: list[SimpleNamespace] = []
   monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
-  orbax_files.silence_orbax.__wrapped__()
+  orbax_files.silence_orbax()
   scope: dict = {}
   for name, file in (("theirs", f"{Path(ocp.__file__).parent}/serialization.py"), ("ours", __file__)):
     exec(compile(f"async def {name}(): pass", file, "exec"), scope)

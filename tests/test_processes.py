@@ -3,15 +3,19 @@
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.commands import finish, free_port, start_command, start_python
+from univid_jax.checkpoints.orbax_files import silence_orbax
 from univid_jax.core.process_identity import ProcessIdentity
+from univid_jax.parallel.main_thread import MainThread
 from univid_jax.parallel.peers import Peers
 from univid_jax.parallel.relay import Relay
 from univid_jax.parallel.safe_points import SafePoints
@@ -64,6 +68,19 @@ class TestSignals:
       process.send_signal(signal.SIGINT)
       time.sleep(0.1)
     assert finish(process).returncode == 130
+
+
+def test_a_hook_that_a_library_has_installed_meanwhile_stays(monkeypatch):
+  """Orbax is silenced by one, and what it abandons may be collected long after the command."""
+  seen = []
+  monkeypatch.setattr(sys, "unraisablehook", seen.append)
+  thread = MainThread(lambda name: None)
+  with thread.listen():
+    silence_orbax()
+  thread.close()
+  for error in (RuntimeError("Event loop is closed"), RuntimeError("other")):
+    sys.unraisablehook(SimpleNamespace(object=None, exc_value=error))
+  assert [str(each.exc_value) for each in seen] == ["other"]
 
 
 class TestSafePoints:

@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -40,29 +40,40 @@ CHUNK_BYTES = 64 << 20
 _ORBAX = os.path.dirname(ocp.__file__)
 
 
-@functools.cache
 def silence_orbax() -> None:
   """Drops what Orbax logs, and what it leaves behind after a failure, from now on.
 
   It raises every error as well, its warnings are for those who write code with it, and what it abandons prints a
   traceback for every array: writes that find their event loop closed, results and coroutines that nobody awaits.
   """
-  print_unraisable = sys.unraisablehook
+  _silence_logs()
+  # Not once and for all: whoever has replaced the hook may have given it back.
+  if not isinstance(sys.unraisablehook, _IgnoreAbandoned):
+    sys.unraisablehook = _IgnoreAbandoned(sys.unraisablehook)
 
+
+class _IgnoreAbandoned:
+  """Replaces `sys.unraisablehook`, and passes on to it what is not Orbax's."""
+
+  def __init__(self, following: Callable[[Any], Any]):
+    self._following = following
+
+  def __call__(self, args: Any) -> None:
+    is_closed = isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"
+    is_coroutine = inspect.iscoroutine(args.object) and _ORBAX in args.object.cr_code.co_filename
+    if not (is_closed or is_coroutine):
+      self._following(args)
+
+
+@functools.cache
+def _silence_logs() -> None:
   def keep_record(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     abandoned = _ORBAX in record.getMessage() or re.match("[A-Z_]+: Error (reading|writing) ", str(error))
     return not (_ORBAX in record.pathname or abandoned)
 
-  def print_others(args: Any) -> None:
-    is_closed = isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"
-    is_coroutine = inspect.iscoroutine(args.object) and _ORBAX in args.object.cr_code.co_filename
-    if not (is_closed or is_coroutine):
-      print_unraisable(args)
-
   for name in ("absl", "asyncio"):
     logging.getLogger(name).addFilter(keep_record)
-  sys.unraisablehook = print_others
   warnings.filterwarnings("ignore", "coroutine '(async_serialize|_read_array|_serialize)", RuntimeWarning)
 
 

@@ -95,7 +95,8 @@ class MainThread:
     for number, handler in self._handlers.items():
       signal.signal(number, signal.SIG_IGN if ignore_signals else handler)
     if self._handlers and self._has_watch:
-      sys.unraisablehook = self._previous_hook
+      if sys.unraisablehook == self._raise_again:  # else a library has put its own on top
+        sys.unraisablehook = self._previous_hook
       signal.set_wakeup_fd(self._previous_sender)
       self._sender.close()  # wakes the watch
       self._watch_thread.join()
@@ -134,7 +135,7 @@ class MainThread:
     """Notes that an interrupt came in a destructor or callback, where Python ignores exceptions."""
     if isinstance(ignored.exc_value, Interrupted):
       self.was_interrupted = False
-    elif str(ignored.exc_value) != "Event loop is closed":  # TensorStore's, after Orbax has failed to read an array
+    else:
       self._previous_hook(ignored)
 
   def _watch(self) -> None:
