@@ -164,6 +164,7 @@ def test_training(tiny_config, tmp_path):
     univid_jax.load_pipeline(str(tmp_path / "whole"), merge_lora=True)
 
 
+@pytest.mark.long
 def test_a_model_that_was_trained_whole_is_sampled_quantised(tiny_config, tmp_path):
   config = override(tiny_config, {"num_steps": 1, "validation.every_steps": 0})
   train(config, str(tmp_path))
