@@ -100,7 +100,7 @@ class WholeVideo:
   record: Mapping[str, Any]
 
   def write(self, path: Path, *, audio_from: str | None) -> None:
-    """Samples it into a file, or goes on where an earlier process was killed."""
+    """Samples it into a file, or resumes what an earlier process has left."""
     height, width = self.query.size
     num_frames = self.query.footage.num_frames
     require_writable(path.parent, num_bytes=num_frames * height * width * 3)

@@ -57,33 +57,28 @@ def load_pipeline(
   verify_weights: bool = True,
   on_damaged_checkpoint: str = OnDamaged.FALLBACK,
 ) -> Pipeline:
-  """Loads a converted checkpoint, or the model of a training run.
-
-  A checkpoint may lack components: what needs one of them raises UserError.
+  """Loads a converted checkpoint, which may lack components, or the model of a training run, with its base.
 
   Args:
-    checkpoint: a folder written by the converter, or a workdir. The workdir of a LoRA run includes its base.
-    lora: a LoRA file of any trainer, a folder of PEFT, or a LoRA folder or the workdir of a LoRA run of this project:
-      one or several, each with an optional weight w. Where a LoRA alone makes W' of a tensor W, it adds w (W' - W).
-      For a base with two experts {"high": ..., "low": ...} (or "both"); else metadata or names must say it.
-    dtype: of the transformer and of the encoders of text and images; by default bfloat16, or that of the run.
+    checkpoint: a folder written by the converter, or a workdir.
+    lora: a LoRA file of any trainer, a folder of PEFT or of this project, or a workdir: one or several, each with an
+      optional weight w. Where a LoRA alone makes W' of a tensor W, it adds w (W' - W). For a base with two experts
+      {"high": ..., "low": ...} (or "both"); else metadata or names must say it.
+    dtype: of transformer and encoders; by default bfloat16, or that of the run.
     accelerate: a distillation LoRA, [EXPERT=]PATH[:WEIGHT][:KIND], or one per expert; see `diffusion.accelerators`.
     merge_lora: adds LoRAs to the weights instead of computing them separately.
     lora_skip_unmatched: leaves out, with a warning, tensors of LoRAs that have no counterpart in the base.
     offload_inactive: keeps the expert that is not in use in host memory.
     mesh: the devices; by default all, with parameters sharded over them.
-    attention: "full" or "context_causal"; by default what the run or the LoRAs were trained with.
-    context_timestep: "target" or "zero", of the context; by default likewise, else that of the base.
-    quantize: "int8", "fp8" or "nf4" stores the linear weights of the blocks so, and dequantises one block at a time;
-      by default as the checkpoint or the base of the run is stored. LoRAs cannot be merged into them.
+    attention, context_timestep: "full" or "context_causal", "target" or "zero"; by default those of training.
+    quantize: "int8", "fp8" or "nf4", of the blocks' linear weights; by default as they are stored or were trained.
     step: checkpoint of a workdir: a number, "best" (the lowest validation loss) or None for the latest.
     verify_weights: compares every file with its checksum while the weights are loaded.
     on_damaged_checkpoint: "fallback" takes the newest that is intact if the latest of a workdir is not, "stop" raises.
 
   Raises:
     FileNotFoundError: there is no such checkpoint, run or LoRA.
-    DamagedError: a file differs from its checksum.
-    UserError: it cannot be read, or a LoRA is for another base.
+    UserError: one cannot be read or differs from its checksum (DamagedError), or a LoRA is for another base.
   """
   mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
   _check_options(attention, context_timestep)
@@ -92,16 +87,15 @@ def load_pipeline(
   accelerator = read_accelerator(accelerate, verify=verify_weights) if accelerate else None
   loras += accelerator.loras if accelerator else ()
   given = {"attention": attention, "context_timestep": context_timestep}
-  how = {"mesh": mesh, "merged": merge_lora, "skip_unmatched": lora_skip_unmatched, "offload": offload_inactive}
-  finish = functools.partial(_finish, **how)
+  how = {"merged": merge_lora, "skip_unmatched": lora_skip_unmatched, "offload": offload_inactive}
+  finish = functools.partial(_finish, mesh=mesh, **how)
   if is_checkpoint(checkpoint) or has_checksums(checkpoint):
     with verified(checkpoint, enabled=verify_weights):
       options: dict[str, Any] = {"dtype": jnp.dtype(dtype or "bfloat16"), "quantize": method or Quantize.NONE}
       pipeline = _open_base(checkpoint, loras, finish, mesh=mesh, options=options, given=given)
   else:
-    on_damaged = OnDamaged(on_damaged_checkpoint)
+    record, on_damaged = _override(require_run(checkpoint), dtype, method), OnDamaged(on_damaged_checkpoint)
     saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
-    record = _override(require_run(checkpoint), dtype, method)
     with verified(record.config.init_from, enabled=verify_weights):
       pipeline = _open_run(saved, record, loras, finish, mesh=mesh, step=step, quantize=method, given=given)
   pipeline.accelerator = accelerator and accelerator.kind

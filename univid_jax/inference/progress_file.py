@@ -1,4 +1,4 @@
-"""Progress of a long computation in a file next to its result, so that a killed command goes on where it was."""
+"""Progress of a long computation in a file next to its result, so that a killed command resumes."""
 
 import json
 import logging
