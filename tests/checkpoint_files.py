@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from univid_jax.checkpoints.checksums import combine_digests, tensor_digest
-from univid_jax.checkpoints.pretrained import read_info
+from univid_jax.checkpoints.info import read_info
 
 Tensors = Mapping[str, np.ndarray]
 GGUFTensors = Mapping[str, tuple[np.ndarray, str]]  # data and type

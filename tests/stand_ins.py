@@ -28,6 +28,7 @@ class CountingEncoders:
   """Cheap `Encoders` that count what they encode, by kind."""
 
   text_dim = 8
+  has_weights = True
   codec_fingerprint = prompt_fingerprint = image_fingerprint = "counting"
 
   def __init__(self):

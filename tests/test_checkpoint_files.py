@@ -20,7 +20,7 @@ from tests.checkpoint_files import (
   write_safetensors,
 )
 from tests.helpers import GOLDENS, golden
-from univid_jax.checkpoints.pretrained import read_info
+from univid_jax.checkpoints.info import read_info
 from univid_jax.codecs.sentencepiece import UnigramModel
 from univid_jax.codecs.tokenizer import Tokenizer
 from univid_jax.convert.commands import convert_any, inspect

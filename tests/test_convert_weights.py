@@ -22,7 +22,7 @@ from tests.checkpoint_files import write_safetensors
 from tests.commands import environment
 from tests.helpers import GOLDENS
 from univid_jax.checkpoints.experts import Expert, find_expert
-from univid_jax.checkpoints.pretrained import is_checkpoint, read_info
+from univid_jax.checkpoints.info import is_checkpoint, read_info
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.codecs.wan_vae import VAEConfig
 from univid_jax.convert.commands import convert_any, inspect, verify

@@ -6,13 +6,18 @@ so in CHANGELOG.md and update the expected order.
 """
 
 import inspect
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import grain
 import numpy as np
 import pytest
 
 from univid_jax.core.options import Packing
-from univid_jax.data.grain_adapter import pack_dataset, prefetch
+from univid_jax.data.grain_adapter import pack_dataset, prefetch, prefetch_in_process
 
 LENGTHS = (4, 4, 6, 5, 4, 4, 4, 6, 2, 5, 5, 1)
 
@@ -62,14 +67,47 @@ def test_the_order_of_rows_is_that_of_earlier_versions(packing, expected):
   assert [next(iterator)["y"].tolist() for _ in range(6)] == expected
 
 
-def test_a_prefetching_iterator_resumes_where_it_was():
-  iterator = iter(prefetch(rows(), buffer_size=2))
-  for _ in range(4):
-    next(iterator)
+@pytest.mark.parametrize("in_advance", [prefetch, prefetch_in_process])
+def test_a_prefetching_iterator_resumes_where_it_was(in_advance):
+  iterator, plain = iter(in_advance(rows(), buffer_size=2)), iter(rows())
+  assert [next(iterator)["x"].tolist() for _ in range(4)] == [next(plain)["x"].tolist() for _ in range(4)]
   state = iterator.get_state()
   expected = [next(iterator)["x"].tolist() for _ in range(5)]
   iterator.close()
-  again = iter(prefetch(rows(), buffer_size=2))
+  again = iter(in_advance(rows(), buffer_size=2))
   again.set_state(state)
   assert [next(again)["x"].tolist() for _ in range(5)] == expected
   again.close()
+
+
+def test_worker_processes_leave_accelerators_alone_and_end_with_their_parent():
+  """Also if the parent is killed; signals, which a terminal sends to all of them, are the parent's to handle."""
+  with subprocess.Popen([sys.executable, "-c", WORKERS], stdout=subprocess.PIPE, text=True) as parent:
+    assert parent.stdout is not None
+    platforms, handler, worker = parent.stdout.readline().split()
+    assert (platforms, handler) == ("cpu", str(signal.SIG_IGN.value))
+    os.kill(int(worker), 0)
+    parent.kill()
+  for _ in range(100):
+    try:
+      os.kill(int(worker), 0)
+    except ProcessLookupError:
+      return
+    time.sleep(0.1)
+  pytest.fail("the worker outlived its parent")
+
+
+WORKERS = """
+import os, signal, time
+import grain, jax
+from univid_jax.data.grain_adapter import prefetch_in_process
+
+def describe(index):
+  return f"{jax.config.jax_platforms} {signal.getsignal(signal.SIGTERM).value} {os.getpid()}"
+
+if __name__ == "__main__":
+  dataset = grain.MapDataset.range(10).map(describe).to_iter_dataset()
+  iterator = iter(prefetch_in_process(dataset, buffer_size=1))
+  print(next(iterator), flush=True)
+  time.sleep(60)
+"""

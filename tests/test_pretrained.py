@@ -8,7 +8,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from tests.helpers import GOLDENS
-from univid_jax.checkpoints.pretrained import CHECKPOINT_FILE, PretrainedCheckpoint, is_checkpoint
+from univid_jax.checkpoints.info import CHECKPOINT_FILE, is_checkpoint
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.convert.commands import convert_any
 from univid_jax.core.errors import UserError
 from univid_jax.models.dit import DiT

@@ -33,6 +33,7 @@ def main() -> None:
   enable_compilation_cache()
   import jax
 
+  from univid_jax.checkpoints.built_in import locate
   from univid_jax.checkpoints.checksums import verified
   from univid_jax.checkpoints.model import context_mode, open_encoders, transformer_config
   from univid_jax.cli.preview import draw_preview
@@ -59,7 +60,7 @@ def main() -> None:
         f"headers checked, {len(data.dropped)} records dropped; not checked: frames, and the fit of sentences into rows"
       )
     return
-  with verified(config.init_from, enabled=VERIFICATION.verify_weights):
+  with verified(config.init_from and locate(config.init_from), enabled=VERIFICATION.verify_weights):
     encoders = open_encoders(config, make_mesh(config.mesh))
   caches = FeatureCaches.open(config, encoders, workdir)
   done = prepare(

@@ -1,18 +1,16 @@
 """Quantised kernels in files, one layer after another: whole stacks of them in floats never exist."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from univid_jax.checkpoints.orbax_files import open_arrays
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
 from univid_jax.models.quantized import QuantizationError, QuantizedKernel, quantize, squared_norms
@@ -24,12 +22,12 @@ PARTS = ("numbers", "scale")
 
 
 def read_layerwise(
-  folder: epath.PathLike, abstract: Mapping[str, Any], *, stored: Quantize
+  open_arrays: Callable[[Sequence[Path]], Mapping[Path, Any]], abstract: Mapping[str, Any], *, stored: Quantize
 ) -> tuple[dict[str, Any], list[float]]:
   """Reads parameters, the kernels that are to be quantised layer by layer.
 
   Args:
-    folder: of a component.
+    open_arrays: returns arrays of TensorStore by path.
     abstract: shapes, dtypes and shardings in nested dicts.
     stored: how these kernels are stored.
 
@@ -46,7 +44,7 @@ def read_layerwise(
     paths += kernels
   else:
     paths += [(*path, part) for path in kernels for part in PARTS]
-  arrays, errors = open_arrays(folder, paths), QuantizationError()
+  arrays, errors = open_arrays(paths), QuantizationError()
   values: dict[Path, Any] = {}
   for path, value in flat.items():
     if not isinstance(value, QuantizedKernel):

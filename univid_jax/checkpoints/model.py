@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from univid_jax.checkpoints.experts import Expert
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
@@ -193,6 +194,8 @@ def codec_shape(config: RunConfig) -> CodecShape:
     base = PretrainedCheckpoint.open(config.init_from)
     if base.has("vae"):
       return base.config("vae")
+    if base.info.codec is not None:
+      return DCTCodec(**base.info.codec)
   elif not config.model.variant:
     return DCTCodec(**dataclasses.asdict(config.codec))
   return find_autoencoder(transformer_config(config).out_dim)
@@ -254,7 +257,16 @@ def open_encoders(config: RunConfig, mesh: Mesh) -> Encoders:
     return PlainEncoders(DCTCodec(**dataclasses.asdict(config.codec)), transformer_config(config).text_dim)
   tiling = Tiling(**dataclasses.asdict(config.vae_tiling)) if config.vae_tiling.size else None
   base = PretrainedCheckpoint.open(config.init_from)
-  return PretrainedEncoders(base, mesh, dtype=jnp.dtype(config.model.dtype), tiling=tiling)
+  return base_encoders(base, mesh, dtype=jnp.dtype(config.model.dtype), tiling=tiling)
+
+
+def base_encoders(
+  base: PretrainedCheckpoint, mesh: Mesh, *, dtype: DTypeLike, tiling: Tiling | None = None
+) -> PlainEncoders | PretrainedEncoders:
+  """Returns a base's codec and encoders; for the arguments see `PretrainedEncoders`."""
+  if base.info.codec is not None:
+    return PlainEncoders(DCTCodec(**base.info.codec), base.config("transformer").text_dim)
+  return PretrainedEncoders(base, mesh, dtype=dtype, tiling=tiling)
 
 
 def base_checksums(config: RunConfig) -> list[str]:

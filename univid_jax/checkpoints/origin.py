@@ -10,9 +10,10 @@ from etils import epath
 
 from univid_jax.checkpoints.checksums import digest_contents, has_checksums
 from univid_jax.checkpoints.experts import named_expert, split_expert
+from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.scaling import find_config
-from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_checkpoint
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.run import read_run, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_step

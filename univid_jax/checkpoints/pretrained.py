@@ -1,13 +1,14 @@
 """Checkpoint folders: pre-trained weights in this project's layout.
 
 DIR/checkpoint.json   describes the contents and their origin; written last, so a folder that has it is complete
-DIR/transformer/      parameters with stacked layers (Orbax); likewise vae/, text_encoder/ and image_encoder/ if present
+DIR/transformer/      parameters with stacked layers (Orbax); likewise vae/, text_encoder/ and image_encoder/, if any;
+                      of a model that was trained from scratch in one file, transformer.safetensors
 DIR/transformer_2/    the low-noise expert of Wan2.2 A14B; transformer/ is then the high-noise one
 DIR/tokenizer/        the tokenizer's own files
 """
 
 import dataclasses
-import json
+import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,9 +20,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from univid_jax.checkpoints import weights_file
+from univid_jax.checkpoints.built_in import locate
 from univid_jax.checkpoints.experts import Expert
+from univid_jax.checkpoints.info import CheckpointInfo, ComponentInfo, read_info
 from univid_jax.checkpoints.layerwise import read_layerwise
 from univid_jax.checkpoints.orbax_files import open_arrays, path_keys, restore_arrays, stored_dtypes
+from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.wan_vae import VAE, VAEConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
@@ -33,9 +38,6 @@ from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.sharding import parameter_shardings
 
-CHECKPOINT_FILE = "checkpoint.json"
-FORMAT = 1
-
 logger = logging.getLogger(__name__)
 
 # The config and the module of each component.
@@ -46,88 +48,6 @@ COMPONENTS: Mapping[str, tuple[type, type]] = {
   "text_encoder": (UMT5Config, UMT5Encoder),
   "image_encoder": (CLIPConfig, CLIPVision),
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ComponentInfo:
-  """A component in checkpoint.json.
-
-  Attributes:
-    config: the values of the component's config.
-    source: the file it was converted from.
-    layout: of that file, see `convert.layout.Layout`.
-    dtypes: number of tensors by dtype.
-    num_tensors: of the official layout.
-    num_parameters: numbers in them.
-    num_files: in the component's folder.
-    checksum: of the tensors of the official layout, see `checksums`.
-    nonfinite: how many numbers are NaN or infinite, by official name of the tensor.
-    quantize: how the linear weights of a transformer's blocks are stored, see `Quantize`.
-    quantize_errors: relative L2 error of each block's weights, if they are quantised.
-  """
-
-  config: Mapping[str, Any]
-  source: str
-  layout: str
-  dtypes: Mapping[str, int]
-  num_tensors: int
-  num_parameters: int
-  num_files: int
-  checksum: str
-  nonfinite: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  quantize: str = str(Quantize.NONE)
-  quantize_errors: Sequence[float] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointInfo:
-  """The contents of checkpoint.json.
-
-  Attributes:
-    variant: name of the published model with this shape, else "custom".
-    version: of the univid_jax that wrote it.
-    components: by name.
-    tokenizer: the tokenizer's file, relative to the folder, or None.
-    expert: "high", "low" or "unknown" if the only transformer is one expert of Wan2.2 A14B, else None.
-  """
-
-  variant: str
-  version: str
-  components: Mapping[str, ComponentInfo]
-  tokenizer: str | None
-  expert: str | None = None
-
-  def write(self, folder: epath.PathLike) -> None:
-    values = {"format": FORMAT, **dataclasses.asdict(self)}
-    (epath.Path(folder) / CHECKPOINT_FILE).write_text(json.dumps(values, indent=2) + "\n")
-
-
-def is_checkpoint(folder: epath.PathLike) -> bool:
-  """Returns whether a path is a complete checkpoint folder."""
-  return (epath.Path(folder) / CHECKPOINT_FILE).exists()
-
-
-def read_info(folder: epath.PathLike) -> CheckpointInfo:
-  """Reads checkpoint.json.
-
-  Raises:
-    FileNotFoundError: the folder is not a checkpoint.
-    UserError: the file is damaged or has a newer format.
-  """
-  path = epath.Path(folder) / CHECKPOINT_FILE
-  if not path.exists():
-    raise FileNotFoundError(
-      f"no {CHECKPOINT_FILE} in {folder}: it is not a converted checkpoint; "
-      "create one with python -m univid_jax.convert SRC DST"
-    )
-  try:
-    values = json.loads(path.read_text())
-    if values.pop("format") != FORMAT:
-      raise ValueError("it was written by another version of univid_jax")
-    components = {name: ComponentInfo(**component) for name, component in values.pop("components").items()}
-    return CheckpointInfo(components=components, **values)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"cannot read {path}: {error}") from error
 
 
 def component_config(component: str, values: Mapping[str, Any]) -> Any:
@@ -184,7 +104,7 @@ class PretrainedCheckpoint:
   @classmethod
   def open(cls, folder: epath.PathLike) -> "PretrainedCheckpoint":
     """Reads checkpoint.json only; raises like `read_info`."""
-    return cls(epath.Path(folder), read_info(folder))
+    return cls(locate(folder), read_info(folder))
 
   def has(self, component: str) -> bool:
     return component in self.info.components
@@ -200,6 +120,11 @@ class PretrainedCheckpoint:
     if len(self.transformers) > 1:
       return Expert.HIGH, Expert.LOW
     return (Expert(self.info.expert) if self.info.expert else None,)
+
+  @property
+  def usage(self) -> Usage | None:
+    """How the transformer has to be run, if this project trained it."""
+    return None if self.info.usage is None else Usage.from_metadata(self.info.usage, source=str(self.folder))
 
   def component(self, component: str) -> ComponentInfo:
     if not self.has(component):
@@ -278,7 +203,8 @@ class PretrainedCheckpoint:
     """Returns a component's parameters in the dtypes in which they are stored."""
     module = abstract_component(component, self.config(component), quantize=self.quantization(component))
     abstract = abstract_parameters(module, mesh)
-    dtypes = stored_dtypes(self.folder / component)
+    read_dtypes = weights_file.stored_dtypes if self._is_file(component) else stored_dtypes
+    dtypes = read_dtypes(self._weights(component))
     return self.load_arrays(
       component,
       jax.tree_util.tree_map_with_path(
@@ -302,18 +228,28 @@ class PretrainedCheckpoint:
     self._warn(component)
     method = quantization_of(abstract)
     if method == Quantize.NONE:
-      return restore_arrays(self.folder / component, abstract)
+      restore = weights_file.restore_arrays if self._is_file(component) else restore_arrays
+      return restore(self._weights(component), abstract)
     info = self.component(component)
-    params, errors = read_layerwise(self.folder / component, abstract, stored=Quantize(info.quantize))
+    open_stored = functools.partial(self.open_arrays, component)
+    params, errors = read_layerwise(open_stored, abstract, stored=Quantize(info.quantize))
     logger.info("%s: %s", component, describe_errors(method, errors or info.quantize_errors))
     return params
 
   def open_arrays(self, component: str, paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:
     """Opens parameters of a component as TensorStore arrays, to read them layer by layer; raises like `load_arrays`."""
     self._check_files(component)
-    return open_arrays(self.folder / component, paths)
+    return (weights_file.open_arrays if self._is_file(component) else open_arrays)(self._weights(component), paths)
+
+  def _is_file(self, component: str) -> bool:
+    return self.component(component).num_files == 0
+
+  def _weights(self, component: str) -> epath.Path:
+    return self.folder / (component + weights_file.SUFFIX if self._is_file(component) else component)
 
   def _check_files(self, component: str) -> None:
+    if self._is_file(component):
+      return
     folder = self.folder / component
     found, expected = count_files(folder) if folder.exists() else 0, self.component(component).num_files
     if found != expected:

@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from univid_jax.checkpoints.checksums import write_checksums
+from univid_jax.checkpoints.info import CHECKPOINT_FILE
 from univid_jax.checkpoints.orbax_files import restore_items, silence_orbax
-from univid_jax.checkpoints.pretrained import CHECKPOINT_FILE
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.config.boundary import from_json, to_json
 from univid_jax.config.schema import RunConfig

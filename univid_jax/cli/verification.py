@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from etils import epath
 
 from univid_jax.checkpoints.checksums import check_seal, find_damage, has_checksums, read_names, write_checksums
+from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.folder import is_lora_folder
-from univid_jax.checkpoints.pretrained import is_checkpoint
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX
 from univid_jax.data import cache
 

@@ -33,6 +33,8 @@ class PlainEncoders:
   The null prompt is the only one, and its embedding has no tokens.
   """
 
+  has_weights = False
+
   def __init__(self, codec: Codec, text_dim: int):
     self.codec, self.text_dim = codec, text_dim
     self.codec_fingerprint, self.prompt_fingerprint, self.image_fingerprint = repr(codec), "null prompt", "no images"
@@ -110,6 +112,8 @@ class PretrainedEncoders:
     dtype: of the text and image encoders; the autoencoder computes in float32.
     tiling: how the autoencoder cuts large frames, or None.
   """
+
+  has_weights = True
 
   def __init__(
     self, checkpoint: ComponentSource, mesh: Mesh, *, dtype: DTypeLike = jnp.bfloat16, tiling: Tiling | None = None

@@ -98,7 +98,9 @@ class DataConfig(Section):
     allow_dropped: leave out records that cannot be used instead of stopping.
     allow_changed: resume a run although its data has changed since it started.
     variants: sentences per row or pair that differ in context, direction and examples.
-    num_threads: threads that read and encode.
+    num_threads: threads that read and encode, in each stream of rows.
+    stream_processes: whether each stream of rows (`rows.streams`) is made in a process of its own, which uses one more
+      core; for runs without a pre-trained autoencoder.
     buckets: further sizes, HEIGHTxWIDTH; a clip goes to the size nearest to its aspect ratio.
     fit: how clips are brought to the model's size.
     fps: frame rate that videos are resampled to; 0 keeps theirs.
@@ -135,6 +137,7 @@ class DataConfig(Section):
   allow_changed: bool = False
   variants: int = 16
   num_threads: int = 1
+  stream_processes: bool = False
   buckets: tuple[str, ...] = ()
   fit: ClipFit = ClipFit.CROP
   fps: float = 0.0

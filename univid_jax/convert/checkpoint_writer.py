@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 import univid_jax
 from univid_jax.checkpoints.checksums import combine_digests, tensor_digest, write_checksums
+from univid_jax.checkpoints.info import CheckpointInfo, ComponentInfo
 from univid_jax.checkpoints.layerwise import describe_parts, quantize_on_host
 from univid_jax.checkpoints.orbax_files import create_arrays, num_chunks
-from univid_jax.checkpoints.pretrained import CheckpointInfo, ComponentInfo, count_files, describe_errors
+from univid_jax.checkpoints.pretrained import count_files, describe_errors
 from univid_jax.checkpoints.tensor_files import numpy_dtype
 from univid_jax.convert.destination import atomic_folder
 from univid_jax.convert.identify import Source

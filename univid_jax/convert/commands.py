@@ -9,27 +9,30 @@ from typing import Any
 from etils import epath
 
 from univid_jax.checkpoints.experts import Expert, may_be_expert
+from univid_jax.checkpoints.info import CheckpointInfo, is_checkpoint, read_info
 from univid_jax.checkpoints.lora.folder import is_lora_folder, write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, write_lora
 from univid_jax.checkpoints.lora.names import is_lora, list_names
 from univid_jax.checkpoints.lora.reading import is_peft_folder, read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.checkpoints.pretrained import CheckpointInfo, describe_errors, is_checkpoint, read_info
+from univid_jax.checkpoints.pretrained import describe_errors
+from univid_jax.checkpoints.run import RunRecord, read_run
 from univid_jax.checkpoints.tensor_files import open_tensors
-from univid_jax.checkpoints.trained import is_lora_run, read_run_loras
+from univid_jax.checkpoints.trained import read_run_loras
 from univid_jax.convert.checkpoint_writer import describe_nonfinite, write_checkpoint
 from univid_jax.convert.destination import atomic_folder, check_destination, format_bytes
 from univid_jax.convert.export import LAYOUTS, export_checkpoint
 from univid_jax.convert.identify import Source
 from univid_jax.convert.layout import Layout
 from univid_jax.convert.sources import Release, find_release
+from univid_jax.convert.trained_base import write_trained_base
 from univid_jax.convert.verify import verify_release
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize, parse_option
 from univid_jax.core.paths import atomic_write
 
-# LoRAs are several if a run has trained both experts.
-Found = CheckpointInfo | list[LoRAWeights] | Release
+# LoRAs are several if a run has trained both experts. A record is that of a run that trained the whole model.
+Found = CheckpointInfo | list[LoRAWeights] | RunRecord | Release
 
 # The target that is this project's own layout; others are names in LAYOUTS (base weights) and FORMATS (LoRAs).
 JAX = "jax"
@@ -48,8 +51,8 @@ def find_weights(source: str) -> Found:
   path = epath.Path(source)
   if is_checkpoint(path):
     return read_info(path)
-  if is_lora_run(path):
-    return read_run_loras(path)
+  if (record := read_run(path)) is not None:
+    return read_run_loras(path) if record.config.lora.enabled else record
   if is_lora_folder(path) or is_peft_folder(path) or (path.is_file() and is_lora(open_tensors(source).infos)):
     return [read_lora(source)]
   return find_release(Path(source))
@@ -108,15 +111,24 @@ def convert_any(
       raise UserError(f"{source} is a checkpoint of this project already; convert it to {' or '.join(LAYOUTS)}")
     export_checkpoint(source, destination, Layout(to), dtype=dtype, force=force)
     return f"wrote {destination} in the layout of {'the official release' if to == Layout.ORIGINAL else to}"
+  if isinstance(found, RunRecord):
+    if to != JAX:
+      raise UserError(f"{source} is a run that trained a model from scratch; convert it to {JAX} first")
+    info = write_trained_base(source, found, destination, dtype=dtype, force=force)
+    return f"wrote {destination}: {_describe_model(info)} ({_describe_sizes(info)})"
   if to != JAX:
     raise UserError(f"{source} contains PyTorch weights; convert them to {JAX} first, and the result to {to}")
   options: dict[str, Any] = {"dtype": dtype, "quantize": method, "allow_missing": allow_missing, "force": force}
   info = write_checkpoint(found, destination, **options)
-  parts = ", ".join(f"{name} {part.num_parameters:,}" for name, part in info.components.items())
   warnings = [
     f"{name}: {describe_nonfinite(part.nonfinite)}" for name, part in info.components.items() if part.nonfinite
   ]
-  return "; ".join([f"wrote {destination}: {_describe_model(info)} ({parts} parameters)", *warnings])
+  return "; ".join([f"wrote {destination}: {_describe_model(info)} ({_describe_sizes(info)})", *warnings])
+
+
+def _describe_sizes(info: CheckpointInfo) -> str:
+  parts = ", ".join(f"{name} {part.num_parameters:,}" for name, part in info.components.items())
+  return f"{parts} parameters"
 
 
 def _name_expert(destination: str, lora: LoRAWeights) -> str:
@@ -163,6 +175,8 @@ def _describe(source: str, found: Found) -> str:
       )
     case CheckpointInfo():
       header, lines = f"checkpoint of univid_jax {found.version}, {_describe_model(found)}", _checkpoint_lines(found)
+    case RunRecord():
+      header, lines = f"run of univid_jax {found.version}, trained from scratch, {found.config.name}", []
     case Release():
       header, lines = _describe_model(found), _release_lines(found)
   return "\n".join([f"{source}: {header}", *(f"  {line}" for line in lines)])
@@ -179,6 +193,8 @@ def _lora_lines(lora: LoRAWeights) -> list[str]:
 
 
 def _describe_model(found: CheckpointInfo | Release) -> str:
+  if isinstance(found, CheckpointInfo) and found.codec is not None:
+    return f"trained from scratch, {found.variant}"
   if found.expert:
     which = (
       f"the {found.expert}-noise expert" if found.expert != Expert.UNKNOWN else "one expert, high or low is not said"

@@ -76,6 +76,11 @@ class Encoders(Protocol):
   """A codec, and the embeddings of prompts and images; fingerprints identify everything that determines the results."""
 
   @property
+  def has_weights(self) -> bool:
+    """Whether what they compute is worth caching; else codec and null prompt cost nothing."""
+    ...
+
+  @property
   def text_dim(self) -> int: ...
   @property
   def codec(self) -> Codec: ...

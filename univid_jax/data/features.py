@@ -35,8 +35,8 @@ class FeatureCaches:
 
   @classmethod
   def open(cls, config: RunConfig, encoders: Encoders, workdir: epath.PathLike) -> "FeatureCaches | None":
-    """Opens the caches of a run; None without a base, since the codec without weights costs nothing."""
-    if not config.init_from:
+    """Opens the caches of a run; None if encoders have no weights."""
+    if not encoders.has_weights:
       return None
     folder = epath.Path(config.data.cache or epath.Path(workdir) / "cache")
     return cls(

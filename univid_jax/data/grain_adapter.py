@@ -1,9 +1,15 @@
 """The only module with experimental APIs of Grain; tests/test_grain_adapter.py fails if an upgrade changes them."""
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import grain
+import jax
+from absl import flags
 
 from univid_jax.core.options import Packing
 
@@ -47,3 +53,33 @@ def pack_dataset(
 def prefetch(dataset: grain.IterDataset[Any], *, buffer_size: int) -> grain.IterDataset[Any]:
   """Makes up to `buffer_size` elements in advance, in a thread of its own."""
   return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=buffer_size)
+
+
+def prefetch_in_process(dataset: grain.IterDataset[Any], *, buffer_size: int) -> grain.IterDataset[Any]:
+  """Makes up to `buffer_size` elements in advance, in a process of its own; the dataset must be picklable.
+
+  The process has no accelerator and uses one core. It starts with the thread that waits for it, so that several start
+  at the same time.
+  """
+  for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")  # this process has read them already
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own
+  options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=buffer_size)
+  return prefetch(dataset.mp_prefetch(options, worker_init_fn=_start_worker), buffer_size=buffer_size)
+
+
+def _start_worker(index: int, count: int) -> None:
+  """Prepares a worker: it ends with its parent, which alone handles signals, and leaves accelerators to it."""
+  del index, count
+  jax.config.update("jax_platforms", "cpu")
+  for stop in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(stop, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  parent.join()
+  os._exit(1)

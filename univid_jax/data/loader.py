@@ -16,7 +16,7 @@ from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.protocols import SentenceSource, TransformerShape
 from univid_jax.core.sentence import Sentence
 from univid_jax.data.cache import CacheWriteError
-from univid_jax.data.grain_adapter import pack_dataset, prefetch
+from univid_jax.data.grain_adapter import pack_dataset, prefetch, prefetch_in_process
 from univid_jax.data.packing import RowShape, finish_rows, join_rows
 from univid_jax.data.tokens import SEGMENTED, UNITS, Features, Unit, feature_names
 
@@ -63,6 +63,7 @@ def make_loader(
   num_packing_bins: int | None = None,
   packing: Packing = Packing.FIRST_FIT,
   num_streams: int | None = None,
+  stream_processes: bool = False,
   weights: Sequence[float] | None = None,
   allow_dropped: bool = False,
 ) -> "Loader":
@@ -80,6 +81,7 @@ def make_loader(
     packing: which of them a sentence goes to.
     num_streams: independent streams of rows, each with its share of the sentences; by default (or 0) one per process.
       With a fixed number, batches do not depend on the number of processes.
+    stream_processes: whether each stream is made in a process of its own; sources and encoder must be picklable.
     weights: how often each source is drawn; equal by default.
     allow_dropped: leave out sentences that cannot be used, and log each once, instead of stopping.
 
@@ -99,7 +101,8 @@ def make_loader(
   def open_stream(index: int, count: int, num_rows: int) -> grain.DatasetIterator[PackedRow]:
     encoded_sentences = sentences[index::count].to_iter_dataset(read_options)
     rows = pack(encoded_sentences, num_bins=num_packing_bins or 2 * num_rows).batch(num_rows, drop_remainder=True)
-    return iter(prefetch(rows.map(finish), buffer_size=BATCH_BUFFER))
+    make_in_advance = prefetch_in_process if stream_processes else prefetch
+    return iter(make_in_advance(rows.map(finish), buffer_size=BATCH_BUFFER))
 
   return Loader(
     open_stream,

@@ -24,7 +24,7 @@ SAMPLING_VERSION = 4
 
 # Options that samples do not depend on.
 _SCORING = ("depth_alignment", "palette", "num_labels", "void_label", "clip_model")
-_READING = ("cache", "num_threads", "allow_dropped")
+_READING = ("cache", "num_threads", "stream_processes", "allow_dropped")
 
 
 def open_samples_folder(

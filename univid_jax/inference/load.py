@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from univid_jax.checkpoints.built_in import locate
 from univid_jax.checkpoints.checksums import has_checksums, verified
-from univid_jax.checkpoints.model import open_encoders, transformer_config
-from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_checkpoint
+from univid_jax.checkpoints.info import is_checkpoint
+from univid_jax.checkpoints.model import base_encoders, open_encoders, transformer_config
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.run import RunRecord, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import expert_configs, load_base, restore_loras, restore_transformer, run_usage
@@ -60,11 +62,12 @@ def load_pipeline(
   """Loads a converted checkpoint, which may lack components, or the model of a training run, with its base.
 
   Args:
-    checkpoint: a folder written by the converter, or a workdir.
+    checkpoint: a folder written by the converter, a workdir, or "small", the base in the package.
     lora: a LoRA file of any trainer, a folder of PEFT or of this project, or a workdir: one or several, each with an
       optional weight w. Where a LoRA alone makes W' of a tensor W, it adds w (W' - W). For a base with two experts
       {"high": ..., "low": ...} (or "both"); else metadata or names must say it.
-    dtype: of transformer and encoders; by default bfloat16, or that of the run.
+    dtype: of transformer and encoders; by default bfloat16, or that of the run; of a base that was trained from scratch
+      float32.
     accelerate: a distillation LoRA, [EXPERT=]PATH[:WEIGHT][:KIND], or one per expert; see `diffusion.accelerators`.
     merge_lora: adds LoRAs to the weights instead of computing them separately.
     lora_skip_unmatched: leaves out, with a warning, tensors of LoRAs that have no counterpart in the base.
@@ -90,13 +93,15 @@ def load_pipeline(
   how = {"merged": merge_lora, "skip_unmatched": lora_skip_unmatched, "offload": offload_inactive}
   finish = functools.partial(_finish, mesh=mesh, **how)
   if is_checkpoint(checkpoint) or has_checksums(checkpoint):
-    with verified(checkpoint, enabled=verify_weights):
-      options: dict[str, Any] = {"dtype": jnp.dtype(dtype or "bfloat16"), "quantize": method or Quantize.NONE}
-      pipeline = _open_base(checkpoint, loras, finish, mesh=mesh, options=options, given=given)
+    with verified(locate(checkpoint), enabled=verify_weights):
+      base = PretrainedCheckpoint.open(checkpoint)
+      default = "bfloat16" if base.info.codec is None else "float32"  # what this project trains from scratch is small
+      options: dict[str, Any] = {"dtype": jnp.dtype(dtype or default), "quantize": method or Quantize.NONE}
+      pipeline = _open_base(base, loras, finish, mesh=mesh, options=options, given=given)
   else:
     record, on_damaged = _override(require_run(checkpoint), dtype, method), OnDamaged(on_damaged_checkpoint)
     saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
-    with verified(record.config.init_from, enabled=verify_weights):
+    with verified(record.config.init_from and locate(record.config.init_from), enabled=verify_weights):
       pipeline = _open_run(saved, record, loras, finish, mesh=mesh, step=step, quantize=method, given=given)
   pipeline.accelerator = accelerator and accelerator.kind
   return pipeline
@@ -112,7 +117,7 @@ def _check_options(attention: str | None, context_timestep: str | None) -> None:
 
 
 def _open_base(
-  folder: str,
+  base: PretrainedCheckpoint,
   loras: Sequence[LoRA],
   finish: _Finish,
   *,
@@ -121,9 +126,8 @@ def _open_base(
   given: Mapping[str, str | None],
 ) -> Pipeline:
   """Loads a converted checkpoint, which may lack components."""
-  base = PretrainedCheckpoint.open(folder)
-  encoders = PretrainedEncoders(base, mesh, dtype=options["dtype"])
-  if not base.transformers and not loras:
+  encoders = base_encoders(base, mesh, dtype=options["dtype"])
+  if isinstance(encoders, PretrainedEncoders) and not base.transformers and not loras:
     return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
   config = base.config("transformer")
   usage, transformers = _load_base(base, loras, finish, mesh=mesh, options=options, given=given)
@@ -160,7 +164,7 @@ def _load_base(
   """Loads the transformers of a converted checkpoint one after another, and returns how their LoRAs are run."""
   selected = select_loras(loras, base.experts)
   pairs = list(zip(base.transformers, selected, strict=True))
-  usage = lora_usage([(each, base.checksum(name)) for name, part in pairs for each in part], given)
+  usage = lora_usage([(each, base.checksum(name)) for name, part in pairs for each in part], given) or base.usage
   config = base.config("transformer")
   if usage is None and len(pairs) > 1 and not config.takes_condition:
     usage = Usage(shift=A14B_SHIFT)

@@ -217,6 +217,7 @@ def open_loader(run: Run) -> Loader:
     num_packing_bins=config.rows.packing_bins,
     packing=config.rows.packing,
     num_streams=config.rows.streams,
+    stream_processes=config.data.stream_processes,
     weights=list(data.weights.values()),
     allow_dropped=config.data.allow_dropped,
   )

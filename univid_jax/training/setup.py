@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import univid_jax
+from univid_jax.checkpoints.built_in import locate
 from univid_jax.checkpoints.checksums import verified
 from univid_jax.checkpoints.model import (
   base_checksums,
@@ -141,10 +142,15 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   mesh = make_mesh(config.mesh)
   check_rows_stay_on_one_process(mesh)
-  with verified(config.init_from, enabled=verify_weights):
+  with verified(config.init_from and locate(config.init_from), enabled=verify_weights):
     shape = transformer_config(config)
     optimizers, spec = describe_training(config, mesh)
     encoders = open_encoders(config, mesh)
+    if config.data.stream_processes and encoders.has_weights:
+      raise UserError(
+        "config.data.stream_processes is for bases without an autoencoder: latents are encoded on the devices, which "
+        "other processes cannot use; leave it off and run univid-prepare first"
+      )
     data = open_data(config)
     data.report()
     data.require_usable(config.data)

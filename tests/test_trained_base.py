@@ -1,0 +1,84 @@
+"""Bases that this project trains from scratch: written, sampled with, trained on, and the one in the package."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import parameters
+from univid_jax.checkpoints.built_in import BUILT_IN, locate
+from univid_jax.checkpoints.info import is_checkpoint, read_info
+from univid_jax.checkpoints.run import RunRecord, write_run
+from univid_jax.config.boundary import override
+from univid_jax.convert.commands import convert_any, inspect
+from univid_jax.core.errors import UserError
+from univid_jax.inference.load import load_pipeline
+from univid_jax.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_config):
+  """The workdir of a model trained from scratch, and the base written of it."""
+  root = tmp_path_factory.mktemp("trained")
+  config = override(tiny_config, {"validation.every_steps": 0, "model.clip_gap": 2, "flow.shift": 3.0})
+  train(config, str(root / "run"))
+  convert_any(str(root / "run"), str(root / "base"))
+  return root, config
+
+
+def flat(pipe):
+  return jax.tree.map(np.asarray, parameters(pipe))
+
+
+def test_a_base_is_the_run_it_was_written_of(trained):
+  root, _ = trained
+  run, base = load_pipeline(str(root / "run")), load_pipeline(str(root / "base"))
+  jax.tree.map(np.testing.assert_array_equal, flat(run), flat(base))
+  assert run.encoders.codec == base.encoders.codec and run.config == base.config
+  assert (base.usage.clip_gap, base.usage.shift, base.usage.sizes) == (2, 3.0, ((16, 16),))
+  assert run.usage == base.usage
+
+
+def test_loras_are_trained_on_it_and_applied_to_it(trained, tmp_path):
+  root, config = trained
+  tuned = override(config, {"init_from": str(root / "base"), "lora.rank": 2, "num_steps": 2})
+  result = train(tuned, str(tmp_path / "run"))
+  for name in ("cache", "lora_high.safetensors"):
+    assert not (tmp_path / "run" / name).exists()  # the codec costs nothing, so nothing is cached
+  frozen = flat(load_pipeline(str(root / "base")))
+  applied = load_pipeline(str(root / "base"), lora=str(tmp_path / "run" / "lora.safetensors"))
+  jax.tree.map(np.testing.assert_array_equal, parameters(result.pipeline), parameters(applied))
+  assert len(jax.tree.leaves(parameters(applied))) > len(jax.tree.leaves(frozen))
+
+
+def test_it_is_quantised_like_others(trained):
+  root, _ = trained
+  pipe = load_pipeline(str(root / "base"), quantize="int8")
+  assert "int8" in {leaf.dtype.name for leaf in jax.tree.leaves(parameters(pipe))}
+
+
+def test_dtype_and_damage(trained, tmp_path):
+  root, _ = trained
+  convert_any(str(root / "run"), str(tmp_path / "half"), dtype="bfloat16")
+  exact, half = flat(load_pipeline(str(root / "base"))), flat(load_pipeline(str(tmp_path / "half")))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), exact, half)
+  assert "bfloat16" in inspect(str(tmp_path / "half"))
+  weights = tmp_path / "half" / "transformer.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-10])
+  with pytest.raises(UserError, match="transformer.safetensors"):
+    load_pipeline(str(tmp_path / "half"), verify_weights=False)
+
+
+def test_runs_on_a_base_are_not_written(trained, tmp_path):
+  root, config = trained
+  tmp_path.joinpath("run").mkdir()
+  write_run(tmp_path / "run", RunRecord(override(config, {"init_from": str(root / "base")}), "", "0.2.0"))
+  with pytest.raises(UserError, match="trained the whole of .*base"):
+    convert_any(str(tmp_path / "run"), str(tmp_path / "again"))
+
+
+def test_a_built_in_name_wins_over_a_folder(trained, tmp_path, monkeypatch):
+  root, _ = trained
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "small").symlink_to(root / "base")
+  assert read_info("small").variant == "small" and read_info("./small").variant == "tiny"
+  assert locate("small").parent.name == "bases" and all(map(is_checkpoint, BUILT_IN))

@@ -1,0 +1,101 @@
+"""What checkpoint.json says: the contents of a checkpoint folder and their origin."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from univid_jax.checkpoints.built_in import locate
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Quantize
+
+CHECKPOINT_FILE = "checkpoint.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComponentInfo:
+  """A component in checkpoint.json.
+
+  Attributes:
+    config: the values of the component's config.
+    source: the file it was converted from.
+    layout: of that file, see `convert.layout.Layout`.
+    dtypes: number of tensors by dtype.
+    num_tensors: of the official layout.
+    num_parameters: numbers in them.
+    num_files: in the component's folder; 0 if it is in a file of its own, see `weights_file`.
+    checksum: of the tensors of the official layout, see `checksums`.
+    nonfinite: how many numbers are NaN or infinite, by official name of the tensor.
+    quantize: how the linear weights of a transformer's blocks are stored, see `Quantize`.
+    quantize_errors: relative L2 error of each block's weights, if they are quantised.
+  """
+
+  config: Mapping[str, Any]
+  source: str
+  layout: str
+  dtypes: Mapping[str, int]
+  num_tensors: int
+  num_parameters: int
+  num_files: int
+  checksum: str
+  nonfinite: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  quantize: str = str(Quantize.NONE)
+  quantize_errors: Sequence[float] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+  """The contents of checkpoint.json.
+
+  Attributes:
+    variant: name of the published model with this shape, else "custom".
+    version: of the univid_jax that wrote it.
+    components: by name.
+    tokenizer: the tokenizer's file, relative to the folder, or None.
+    expert: "high", "low" or "unknown" if the only transformer is one expert of Wan2.2 A14B, else None.
+    codec: the values of `CodecConfig` for a transformer that was trained with the codec without weights, else None.
+    usage: how a transformer that this project trained has to be run, as `Usage.to_metadata` says, else None.
+  """
+
+  variant: str
+  version: str
+  components: Mapping[str, ComponentInfo]
+  tokenizer: str | None
+  expert: str | None = None
+  codec: Mapping[str, Any] | None = None
+  usage: Mapping[str, str] | None = None
+
+  def write(self, folder: epath.PathLike) -> None:
+    values = {"format": FORMAT, **dataclasses.asdict(self)}
+    (epath.Path(folder) / CHECKPOINT_FILE).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def is_checkpoint(folder: epath.PathLike) -> bool:
+  """Returns whether a path, or the name of a built-in checkpoint, is a complete checkpoint folder."""
+  return (locate(folder) / CHECKPOINT_FILE).exists()
+
+
+def read_info(folder: epath.PathLike) -> CheckpointInfo:
+  """Reads checkpoint.json.
+
+  Raises:
+    FileNotFoundError: the folder is not a checkpoint.
+    UserError: the file is damaged or has a newer format.
+  """
+  path = locate(folder) / CHECKPOINT_FILE
+  if not path.exists():
+    raise FileNotFoundError(
+      f"no {CHECKPOINT_FILE} in {folder}: it is not a converted checkpoint; "
+      "create one with python -m univid_jax.convert SRC DST"
+    )
+  try:
+    values = json.loads(path.read_text())
+    if values.pop("format") != FORMAT:
+      raise ValueError("it was written by another version of univid_jax")
+    components = {name: ComponentInfo(**component) for name, component in values.pop("components").items()}
+    return CheckpointInfo(components=components, **values)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,69 @@
+"""The parameters of a small model in one safetensors file, under their paths with dots."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+import tensorstore as ts
+from etils import epath
+from flax import traverse_util
+
+from univid_jax.checkpoints.tensor_files import open_tensors
+from univid_jax.core.errors import UserError
+from univid_jax.core.paths import copy_to_local
+
+Path = tuple[str, ...]
+
+SUFFIX = ".safetensors"
+
+
+def save_arrays(path: epath.PathLike, tree: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None) -> None:
+  """Saves nested arrays of NumPy."""
+  flat: dict[Path, Any] = traverse_util.flatten_dict(dict(tree))
+  arrays = {".".join(keys): np.ascontiguousarray(value) for keys, value in flat.items()}
+  epath.Path(path).write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
+
+
+def restore_arrays(path: epath.PathLike, abstract: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads nested arrays.
+
+  Args:
+    path: written by `save_arrays`.
+    abstract: shapes, dtypes and shardings of the result.
+
+  Raises:
+    UserError: they cannot be read, or have other names or shapes.
+  """
+  arrays, values = _read(path), {}
+  flat: dict[Path, Any] = traverse_util.flatten_dict(dict(abstract))
+  for keys, wanted in flat.items():
+    array = _find(arrays, keys, path)
+    if array.shape != wanted.shape:
+      raise UserError(f"{path} is damaged: {'.'.join(keys)} has the shape {array.shape} instead of {wanted.shape}")
+    values[keys] = jax.device_put(array.astype(wanted.dtype), wanted.sharding)
+  return traverse_util.unflatten_dict(values)
+
+
+def open_arrays(path: epath.PathLike, paths: Iterable[Path]) -> dict[Path, Any]:
+  """Returns arrays as TensorStore's, as `orbax_files.open_arrays` does; raises like `restore_arrays`."""
+  arrays = _read(path)
+  return {keys: ts.array(_find(arrays, keys, path)) for keys in paths}
+
+
+def stored_dtypes(path: epath.PathLike) -> dict[Path, np.dtype]:
+  """Returns the dtype of each stored array by its path; raises like `restore_arrays`."""
+  return {tuple(name.split(".")): array.dtype for name, array in _read(path).items()}
+
+
+def _read(path: epath.PathLike) -> dict[str, np.ndarray]:
+  file = open_tensors(copy_to_local(str(path)))
+  return {name: file.read(name) for name in file.infos}
+
+
+def _find(arrays: Mapping[str, np.ndarray], keys: Path, path: epath.PathLike) -> np.ndarray:
+  name = ".".join(keys)
+  if name not in arrays:
+    raise UserError(f"{path} is damaged: it has no {name}")
+  return arrays[name]
