@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.steps import LORA_RANK, diffusers_options, find_variant, make_row_program, make_sentence_row
-from benchmarks.timing import Program, RaceFlags, print_ratios, race, write_json
+from benchmarks.steps import LORA_RANK, diffusers_options, find_variant, make_row_program, make_sentence_row, shrink
+from benchmarks.timing import Program, RaceFlags
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.codecs.vae_config import find_autoencoder
@@ -25,6 +25,7 @@ from univid_jax.models.variants import DiTConfig
 
 FLAGS = CommandFlags(__doc__)
 VARIANT = FLAGS.string("variant", "wan2.1-t2v-1.3b", "A published model, by its name in models.variants.")
+DIM = FLAGS.integer("dim", 0, "Another width, a multiple of 128; 0 for that of --variant.", lower_bound=0)
 LAYERS = FLAGS.integer("layers", 4, "Blocks; 0 for all.")
 FRAMES = FLAGS.integer("frames", 1, "Latent frames of a clip.", lower_bound=1)
 HEIGHT = FLAGS.integer("height", 512, "In pixels.")
@@ -138,7 +139,7 @@ def main() -> None:
   if unknown := set(REMAT.value) - set(RematPolicy):
     raise UserError(f"--remat must be one or more of {', '.join(RematPolicy)}, got {unknown.pop()!r}")
   shape = find_variant(VARIANT.value)
-  shape = dataclasses.replace(shape, num_layers=LAYERS.value or shape.num_layers)
+  shape = shrink(dataclasses.replace(shape, num_layers=LAYERS.value or shape.num_layers), DIM.value)
   shared = dict(
     frames=FRAMES.value,
     height=HEIGHT.value,
@@ -161,10 +162,9 @@ def main() -> None:
     f"{MODE.value}: {tokens:,} tokens per sentence, {shape.num_layers} layers, {work.model / 1e12:.2f} TFLOP"
     + (f", {work.hardware / 1e12:.2f} with recomputation" if work.hardware else "")
   )
-  figures = race(programs, pairs=RACE.pairs.value, flops=work.model, hardware_flops=work.hardware)
-  print_ratios(figures)
+  figures = RACE.run(programs, flops=work.model, hardware_flops=work.hardware)
   setup = {"shape": dataclasses.asdict(shape), "tokens": tokens, "flops": work.model}
-  write_json(RACE.out.value, {**shared, **setup, **figures})
+  RACE.write({**shared, **setup, **figures})
 
 
 if __name__ == "__main__":

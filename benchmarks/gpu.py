@@ -1,0 +1,325 @@
+"""Everything that docs/benchmarks.md has of a GPU, in one command on a bare machine with JAX and PyTorch.
+
+  python -m benchmarks.gpu [--minutes=8] [--out=DIR] [--only=NAME,...] [--tiny]
+
+Runs the other benchmarks one after the other, most valuable first, each with its own time limit, and skips those that
+the remaining minutes do not suffice for. Figures are added to DIR/gpu.jsonl as soon as they exist; rows for
+docs/benchmarks.md are printed at the end, and by `--rows=DIR/gpu.jsonl` alone. A peer whose packages are missing is left
+out. --tiny runs everything in miniature on a CPU.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags
+from univid_jax.core.errors import UserError
+
+FLAGS = CommandFlags(__doc__)
+MINUTES = FLAGS.number("minutes", 8.0, "Of all benchmarks together.", lower_bound=0.0)
+OUT = FLAGS.string("out", "runs/gpu", "Folder for figures.")
+ONLY = FLAGS.strings("only", [], "Names of the benchmarks to run.")
+TINY = FLAGS.switch("tiny", False, "Run in miniature, to try the command.")
+ROWS = FLAGS.string("rows", "", "Print the rows of this gpu.jsonl, and run nothing.")
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "peft", "transformers", "nvidia-cudnn-cu13", "triton")
+DIFFUSERS = ("torch", "diffusers", "peft")
+END_SECONDS = 3  # to print the rows
+PATIENCE = 0.7  # share of a benchmark's time after which a program that is not warm is left out
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+  """A benchmark to run.
+
+  Attributes:
+    name: in --only and in the figures.
+    title: in the rows.
+    seconds: estimate of the whole process on an H100.
+    module: of benchmarks.
+    arguments: of the module.
+    tiny: arguments that replace those of the same flag, or are added, with --tiny.
+    peer: arguments that add the peer.
+    peer_needs: packages of the peer.
+    races: whether it takes the flags of a race (`timing.RaceFlags`).
+  """
+
+  name: str
+  title: str
+  seconds: float
+  module: str
+  arguments: str
+  tiny: str
+  peer: str = ""
+  peer_needs: Sequence[str] = ()
+  races: bool = True
+
+  def command(self, *, tiny: bool, with_peer: bool, patience: float, out: Path) -> list[str]:
+    values: dict[str, str] = {}
+    for argument in shlex.split(f"{self.arguments} {self.peer if with_peer else ''} {self.tiny if tiny else ''}"):
+      values[argument.partition("=")[0]] = argument
+    if self.races:
+      values |= {"--at_once": "--at_once", "--patience": f"--patience={max(int(patience), 1)}"}
+    return [sys.executable, "-m", f"benchmarks.{self.module}", *values.values(), f"--out={out}"]
+
+
+SENTENCE = "--frames=5 --height=480 --width=832"  # context I: four clips of 17 frames, 31,200 tokens
+SMALL = "--frames=1 --height=32 --width=32 --pairs=2"
+BENCHMARKS = (
+  Benchmark(
+    "ceiling",
+    "matrix product, 8192 x 8192",
+    25,
+    "matmul",
+    "--dtype=bfloat16",
+    "--size=256 --repeats=2 --pairs=2",
+    "--against=torch",
+    ("torch",),
+  ),
+  Benchmark(
+    "train",
+    "LoRA step, 8 blocks",
+    110,
+    "train_step",
+    f"{SENTENCE} --layers=8 --dtype=bfloat16 --remat=full,attention --pairs=5",
+    f"{SMALL} --dim=128 --layers=2",
+    "--against=torch,torch_compile",
+    DIFFUSERS,
+  ),
+  Benchmark(
+    "train_all",
+    "LoRA step, 30 blocks",
+    70,
+    "train_step",
+    f"{SENTENCE} --layers=0 --dtype=bfloat16 --remat=full,attention --pairs=3",
+    f"{SMALL} --dim=128 --layers=3",
+  ),
+  Benchmark(
+    "attention",
+    "attention and gradient",
+    40,
+    "attention",
+    "--tokens=31200 --dtype=bfloat16 --mode=gradient --backend=auto,xla --kernels=default,flash_attention,"
+    "cudnn_attention --pairs=5",
+    "--tokens=256 --kernels=default,math --pairs=2",
+    "--against=torch",
+    ("torch",),
+  ),
+  Benchmark(
+    "precision",
+    "forward pass, 4 blocks, error",
+    50,
+    "precision",
+    "--layers=4 --height=480 --width=832",
+    "--layers=2 --dim=128 --height=32 --width=32",
+    "--against=torch",
+    DIFFUSERS,
+    races=False,
+  ),
+  Benchmark(
+    "sample",
+    "4 denoising steps, 8 blocks",
+    60,
+    "sample",
+    f"--variant=wan2.1-t2v-1.3b {SENTENCE} --layers=8 --steps=4 --dtype=bfloat16 --full --pairs=3",
+    f"{SMALL} --variant= --dim=64 --layers=2 --steps=2",
+    "--against=torch",
+    DIFFUSERS,
+  ),
+  Benchmark(
+    "attention_forward",
+    "attention, forward",
+    30,
+    "attention",
+    "--tokens=31200 --dtype=bfloat16 --mode=forward --backend=auto,xla --kernels=default,flash_attention,"
+    "cudnn_attention --pairs=5",
+    "--tokens=256 --kernels=default,math --pairs=2",
+    "--against=torch",
+    ("torch",),
+  ),
+  *(
+    Benchmark(
+      f"{mode}_{dtype}",
+      f"autoencoder, {mode} 17 frames of 480 x 832, {dtype}",
+      70,
+      "vae",
+      f"--mode={mode} --dtype={dtype} --pairs=3",
+      "--frames=1 --height=16 --width=16 --pairs=1",
+      "--against=torch",
+      DIFFUSERS[:2],
+    )
+    for dtype in ("bfloat16", "float32")
+    for mode in ("encode", "decode")
+  ),
+  Benchmark("default_run", "default run", 60, "default_run", "--steps=400", "--steps=20", races=False),
+)
+
+
+def describe_machine() -> dict[str, Any]:
+  """Returns GPU, driver, versions and date, and what starting a process with JAX or PyTorch takes."""
+  versions = {}
+  for name in PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+  try:
+    gpu = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()[:1]
+  except (OSError, subprocess.SubprocessError):
+    gpu = []
+  machine: dict[str, Any] = {
+    "gpu": gpu[0] if gpu else "none",
+    "python": sys.version.split()[0],
+    "versions": versions,
+    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+  }
+  probes = {
+    "jax": "import jax, jax.numpy as j; (j.ones((8, 8)) @ j.ones((8, 8))).block_until_ready(); "
+    "print(jax.devices()[0].device_kind)",
+    "torch": "import torch; d = 'cuda' if torch.cuda.is_available() else 'cpu'; (torch.ones(8, 8, device=d) @ "
+    "torch.ones(8, 8, device=d)).sum().item(); print(torch.cuda.get_device_name() if d == 'cuda' else d)",
+  }
+  for name, program in probes.items():
+    if importlib.util.find_spec(name):
+      start = time.monotonic()
+      try:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90)
+        lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["it was killed"]
+        machine[f"{name}_device"] = lines[-1] if done.returncode == 0 else f"failed: {lines[-1]}"
+      except subprocess.TimeoutExpired:
+        machine[f"{name}_device"] = "failed: no answer in 90 s"
+      machine[f"{name}_start_s"] = round(time.monotonic() - start, 1)
+  return machine
+
+
+def run(benchmark: Benchmark, *, tiny: bool, limit: float, out: Path) -> dict[str, Any]:
+  """Runs a benchmark in a process group of its own, which ends after `limit` seconds.
+
+  Returns:
+    command, seconds, exit code (None if it was ended) and result, what the benchmark wrote.
+  """
+  missing = [name for name in benchmark.peer_needs if not importlib.util.find_spec(name)]
+  if missing and benchmark.peer:
+    print(f"{benchmark.name}: without its peer, which needs {', '.join(missing)}", flush=True)
+  figures = out / f"{benchmark.name}.json"
+  figures.unlink(missing_ok=True)
+  command = benchmark.command(tiny=tiny, with_peer=not missing, patience=PATIENCE * limit, out=figures)
+  print("$ " + shlex.join(["python", *command[1:]]), flush=True)
+  environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
+  start = time.monotonic()
+  process = subprocess.Popen(command, env=environment, start_new_session=True)
+  try:
+    code = process.wait(limit)
+  except subprocess.TimeoutExpired:
+    print(f"{benchmark.name}: ended after {limit:.0f} s", flush=True)
+    code = None
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+  result = json.loads(figures.read_text()) if figures.exists() else {}
+  return {"command": shlex.join(command[1:]), "seconds": round(time.monotonic() - start, 1), "code": code, **result}
+
+
+def find_programs(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+  """Yields the programs of a result and their figures; attention has them by number of tokens."""
+  for name, figures in values.items():
+    if isinstance(figures, Mapping) and "median_s" in figures:
+      yield name, figures
+    elif isinstance(figures, Mapping) and name.isdigit():
+      yield from find_programs(figures)
+
+
+def make_rows(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+  """Yields lines of Markdown: one table of programs, one of errors."""
+  titles = {benchmark.name: benchmark.title for benchmark in BENCHMARKS}
+  ceiling = max(
+    (
+      figures.get("tflops", 0.0)
+      for record in records
+      if record["name"] == "ceiling"
+      for _, figures in find_programs(record)
+    ),
+    default=0.0,
+  )
+  yield "| | | first call | median | TFLOP/s | MFU | of the measured ceiling | HFU | memory | forecast | time, relative |"
+  yield "|---|---|---|---|---|---|---|---|---|---|---|"
+  for record in records:
+    first = None
+    for name, figures in find_programs(record):
+      first = first or figures["median_s"]
+      tflops, memory = figures.get("tflops"), figures.get("device_gib", figures.get("peak_gib"))
+      cells = (
+        titles.get(record["name"], record["name"]),
+        name,
+        f"{figures['first_s']:.1f} s",
+        f"{1000 * figures['median_s']:.4g} ms",
+        f"{tflops:.4g}" if tflops else "",
+        f"{figures['mfu']:.3f}" if "mfu" in figures else "",
+        f"{tflops / ceiling:.3f}" if tflops and ceiling else "",
+        f"{figures['hfu']:.3f}" if "hfu" in figures else "",
+        f"{memory:.2f} GiB" if memory is not None else "",
+        f"{figures['forecast_gib']:.2f} GiB" if "forecast_gib" in figures else "",
+        "" if first == figures["median_s"] else f"{first / figures['median_s']:.2f}",
+      )
+      yield f"| {' | '.join(cells)} |"
+  yield ""
+  yield "| | error or figure |"
+  yield "|---|---|"
+  for record in records:
+    for name, value in {**record.get("errors", {}), **record.get("figures", {})}.items():
+      yield f"| {titles.get(record['name'], record['name'])}, {name} | {value:.3g} |"
+    for name, reason in record.get("failed", {}).items():
+      yield f"| {titles.get(record['name'], record['name'])}, {name} | failed: {reason} |"
+
+
+@app.command(FLAGS)
+def main() -> None:
+  deadline = time.monotonic() + 60 * MINUTES.value
+  if ROWS.value:
+    print("\n".join(make_rows([json.loads(line) for line in Path(ROWS.value).read_text().splitlines()])))
+    return
+  names = [benchmark.name for benchmark in BENCHMARKS]
+  if unknown := set(ONLY.value) - set(names):
+    raise UserError(f"--only must be one or more of {', '.join(names)}, got {unknown.pop()!r}")
+  out = Path(OUT.value)
+  out.mkdir(parents=True, exist_ok=True)
+  machine = describe_machine()
+  print(json.dumps(machine, indent=2), flush=True)
+  if machine["gpu"] == "none" and not TINY.value:
+    raise UserError("nvidia-smi finds no GPU; --tiny runs on a CPU")
+  records: list[dict[str, Any]] = []
+  left_out: list[str] = []
+  with (out / "gpu.jsonl").open("a") as file:
+    for benchmark in BENCHMARKS:
+      if ONLY.value and benchmark.name not in ONLY.value:
+        continue
+      remaining = deadline - time.monotonic() - END_SECONDS
+      if remaining < benchmark.seconds and not TINY.value:
+        left_out.append(f"{benchmark.name} (about {benchmark.seconds:.0f} s)")
+        continue
+      limit = max(min(remaining, 2 * benchmark.seconds), 1)
+      record = {"name": benchmark.name, **run(benchmark, tiny=TINY.value, limit=limit, out=out), "machine": machine}
+      print(json.dumps(record), file=file, flush=True)
+      records.append(record)
+  print("\n" + "\n".join(make_rows(records)), flush=True)
+  if left_out:
+    print(f"\nleft out, {max(deadline - time.monotonic(), 0):.0f} s remain: {', '.join(left_out)}")
+  if bad := [record["name"] for record in records if record["code"] != 0]:
+    raise UserError(f"failed, or ended too late: {', '.join(bad)}; see above")
+
+
+if __name__ == "__main__":
+  sys.exit(main())
