@@ -20,6 +20,7 @@ from univid_jax.core.options import AttentionBackend
 
 FLAGS = CommandFlags(__doc__)
 TOKENS = FLAGS.strings("tokens", ["4096", "8192", "16384"], "Lengths of a row.")
+KEYS = FLAGS.integer("keys", 0, "Of cross-attention to a prompt, with a bias in univid_jax; 0: as many as tokens.")
 SENTENCES = FLAGS.integer("sentences", 1, "Sentences of equal length in a row.", lower_bound=1)
 BACKEND = FLAGS.strings("backend", ["auto"], f"Of univid_jax: {', '.join(AttentionBackend)}; several race.")
 KERNELS = FLAGS.strings("kernels", ["default"], "Of PyTorch: default, flash_attention, cudnn_attention; several race.")
@@ -30,34 +31,37 @@ NUM_HEADS, HEAD_DIM = 12, 128
 TORCH_KERNELS = ("default", "flash_attention", "cudnn_attention", "efficient_attention", "math")
 
 
-def build_jax(*, tokens: int, dtype: str, sentences: int, backend: str, mode: str) -> Callable[[], object]:
+def build_jax(*, tokens: int, keys: int, dtype: str, sentences: int, backend: str, mode: str) -> Callable[[], object]:
   import jax
   import jax.numpy as jnp
 
   from univid_jax.models.attention.api import attention
 
-  keys = jax.random.split(jax.random.key(0), 4)
-  q, k, v, g = (jax.random.normal(key, (1, tokens, NUM_HEADS, HEAD_DIM), jnp.dtype(dtype)) for key in keys)
+  q, k, v, g = (
+    jax.random.normal(jax.random.key(seed), (1, length, NUM_HEADS, HEAD_DIM), jnp.dtype(dtype))
+    for seed, length in enumerate((tokens, keys or tokens, keys or tokens, tokens))
+  )
+  bias = jnp.zeros((1, keys)) if keys else None
   starts = jnp.arange(tokens) * sentences // tokens * tokens // sentences
   intervals = None if sentences == 1 else jnp.stack([starts, starts + tokens // sentences], -1)[None]
 
   def attend(q, k, v):
-    return attention(q, k, v, key_intervals=intervals, backend=AttentionBackend(backend))
+    return attention(q, k, v, key_intervals=intervals, key_bias=bias, backend=AttentionBackend(backend))
 
   run = jax.jit(attend if mode == "forward" else lambda q, k, v: jax.vjp(attend, q, k, v)[1](g))
   return lambda: jax.block_until_ready(run(q, k, v))
 
 
-def build_torch(*, tokens: int, dtype: str, mode: str, compiled: bool, kernel: str) -> Callable[[], object]:
+def build_torch(*, tokens: int, keys: int, dtype: str, mode: str, compiled: bool, kernel: str) -> Callable[[], object]:
   import torch
   from torch.nn.attention import SDPBackend, sdpa_kernel
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
   q, k, v, g = (
     torch.randn(
-      1, NUM_HEADS, tokens, HEAD_DIM, device=device, dtype=getattr(torch, dtype), requires_grad=mode == "gradient"
+      1, NUM_HEADS, length, HEAD_DIM, device=device, dtype=getattr(torch, dtype), requires_grad=mode == "gradient"
     )
-    for _ in range(4)
+    for length in (tokens, keys or tokens, keys or tokens, tokens)
   )
   attend = torch.nn.functional.scaled_dot_product_attention
   attend = torch.compile(attend) if compiled else attend
@@ -81,9 +85,17 @@ def main() -> None:
   for tokens in map(int, TOKENS.value):
     if tokens % SENTENCES.value:
       raise UserError(f"--tokens={tokens} must be divisible by --sentences={SENTENCES.value}")
-    shared = dict(tokens=tokens, dtype=RACE.dtype.value, mode=MODE.value)
+    shared = dict(tokens=tokens, keys=KEYS.value, dtype=RACE.dtype.value, mode=MODE.value)
     # A pair of a query and a key takes two products of the head's size; the backward pass takes four more.
-    flops = 4 * tokens**2 / SENTENCES.value * NUM_HEADS * HEAD_DIM * (3 if MODE.value == "gradient" else 1)
+    flops = (
+      4
+      * tokens
+      * (KEYS.value or tokens)
+      / SENTENCES.value
+      * NUM_HEADS
+      * HEAD_DIM
+      * (3 if MODE.value == "gradient" else 1)
+    )
     print(f"{tokens:,} tokens")
     programs = {
       f"univid_jax, {backend}" if i else "univid_jax": Program(
@@ -95,7 +107,7 @@ def main() -> None:
       peers = RACE.peers(build_torch, {**shared, "kernel": kernel})
       programs |= {f"{name}, {kernel}" if i else name: peer for name, peer in peers.items()}
     figures[str(tokens)] = RACE.run(programs, flops=flops)
-  setup = {"sentences": SENTENCES.value, "dtype": RACE.dtype.value, "mode": MODE.value}
+  setup = {"keys": KEYS.value, "sentences": SENTENCES.value, "dtype": RACE.dtype.value, "mode": MODE.value}
   RACE.write({**setup, **figures})
 
 

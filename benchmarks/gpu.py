@@ -4,10 +4,11 @@
 
 Runs the other benchmarks one after the other, most valuable first, each with its own time limit, and skips those that
 the remaining minutes do not suffice for. Figures are added to DIR/gpu.jsonl as soon as they exist; rows for
-docs/benchmarks.md are printed at the end, and by `--rows=DIR/gpu.jsonl` alone. A peer whose packages are missing is left
-out. --tiny runs everything in miniature on a CPU.
+docs/benchmarks.md are printed at the end, and by `--rows=DIR/gpu.jsonl` alone. A peer whose packages are missing is
+left out. --tiny runs everything in miniature on a CPU.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -119,6 +120,16 @@ BENCHMARKS = (
     ("torch",),
   ),
   Benchmark(
+    "cross_attention",
+    "cross-attention and gradient",
+    30,
+    "attention",
+    "--tokens=31200 --keys=512 --dtype=bfloat16 --mode=gradient --pairs=5",
+    "--tokens=256 --pairs=2",
+    "--against=torch",
+    ("torch",),
+  ),
+  Benchmark(
     "precision",
     "forward pass, 4 blocks, error",
     50,
@@ -183,7 +194,7 @@ def describe_machine() -> dict[str, Any]:
     "gpu": gpu[0] if gpu else "none",
     "python": sys.version.split()[0],
     "versions": versions,
-    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
   probes = {
     "jax": "import jax, jax.numpy as j; (j.ones((8, 8)) @ j.ones((8, 8))).block_until_ready(); "
@@ -191,17 +202,23 @@ def describe_machine() -> dict[str, Any]:
     "torch": "import torch; d = 'cuda' if torch.cuda.is_available() else 'cpu'; (torch.ones(8, 8, device=d) @ "
     "torch.ones(8, 8, device=d)).sum().item(); print(torch.cuda.get_device_name() if d == 'cuda' else d)",
   }
-  for name, program in probes.items():
-    if importlib.util.find_spec(name):
-      start = time.monotonic()
-      try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90)
-        lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["it was killed"]
-        machine[f"{name}_device"] = lines[-1] if done.returncode == 0 else f"failed: {lines[-1]}"
-      except subprocess.TimeoutExpired:
-        machine[f"{name}_device"] = "failed: no answer in 90 s"
-      machine[f"{name}_start_s"] = round(time.monotonic() - start, 1)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    found = [pool.submit(probe, name, program) for name, program in probes.items() if importlib.util.find_spec(name)]
+    for future in found:
+      machine |= future.result()
   return machine
+
+
+def probe(name: str, program: str) -> dict[str, Any]:
+  """Runs a program that prints a package's device; returns the device, and the seconds of the process."""
+  start = time.monotonic()
+  try:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90)
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["it was killed"]
+    device = f"failed: {lines[-1]}" if done.returncode else lines[-1]
+  except subprocess.TimeoutExpired:
+    device = "failed: no answer in 90 s"
+  return {f"{name}_device": device, f"{name}_start_s": round(time.monotonic() - start, 1)}
 
 
 def run(benchmark: Benchmark, *, tiny: bool, limit: float, out: Path) -> dict[str, Any]:
@@ -254,8 +271,9 @@ def make_rows(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     ),
     default=0.0,
   )
-  yield "| | | first call | median | TFLOP/s | MFU | of the measured ceiling | HFU | memory | forecast | time, relative |"
-  yield "|---|---|---|---|---|---|---|---|---|---|---|"
+  heads = ("first call", "median", "TFLOP/s", "MFU", "of the ceiling", "HFU", "memory", "forecast", "time, relative")
+  yield f"| | | {' | '.join(heads)} |"
+  yield "|---" * (2 + len(heads)) + "|"
   for record in records:
     first = None
     for name, figures in find_programs(record):

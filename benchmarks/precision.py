@@ -103,8 +103,8 @@ def run_ours(shape: DiTConfig, size: tuple[int, int, int], folder: Path) -> None
   row = dataclasses.replace(pack([features], row_shape), key_intervals=None, text_intervals=None, modulation_ids=None)
 
   def build(dtype: str, backend: AttentionBackend) -> DiT:
-    options = dict(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), attention_backend=backend)
-    return DiT(shape, **options, rngs=nnx.Rngs(0))
+    kind = jnp.dtype(dtype)
+    return DiT(shape, dtype=kind, param_dtype=kind, attention_backend=backend, rngs=nnx.Rngs(0))
 
   flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: build("float32", AttentionBackend.XLA)), nnx.Param))
   if peer:

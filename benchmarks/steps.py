@@ -64,7 +64,8 @@ def make_row_program(
 ) -> Callable[["PackedRow"], dict[str, float]]:
   """Returns a program that runs rows through the model and waits for the result; it compiles once per shape of rows.
 
-  The program returns forecast_gib, what the forecast says that a training step needs; nothing for a forward pass.
+  Rows that are not on the devices yet are copied there each time. A training step returns forecast_gib, what the
+  forecast says that it needs; a forward pass nothing.
 
   Args:
     shape: of the transformer.
@@ -122,7 +123,8 @@ def _make_forward(spec: "StateSpec", frozen: Any, mesh: "Mesh") -> Callable[["Pa
 
   def run_forward(row: "PackedRow") -> dict[str, float]:
     with jax.set_mesh(mesh):
-      jax.block_until_ready(predict(params, frozen, shard_batch(row, mesh)))
+      row = row if isinstance(row.tokens, jax.Array) else shard_batch(row, mesh)
+      jax.block_until_ready(predict(params, frozen, row))
     return {}
 
   return run_forward
@@ -146,7 +148,8 @@ def _make_step(
 
   def run_step(row: "PackedRow") -> dict[str, float]:
     nonlocal state
-    row = shard_batch(row, mesh)
+    if not isinstance(row.tokens, jax.Array):
+      row = shard_batch(row, mesh)
     shapes = str(jax.tree.map(jnp.shape, row))
     if shapes not in compiled:
       compiled[shapes], forecasts[shapes] = compile_step(step, spec, row, mesh)

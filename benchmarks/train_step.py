@@ -45,12 +45,16 @@ def build_jax(
   import jax
   import numpy as np
 
+  from univid_jax.parallel.mesh import make_mesh
+  from univid_jax.parallel.sharding import shard_batch
+
   row = make_sentence_row(
     shape, frames=frames, height=height, width=width, prompt_tokens=PROMPT_TOKENS, with_targets=mode == "train"
   )
   row = dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
   row = jax.tree.map(lambda x: np.repeat(x, rows, axis=0), row)
   run = make_row_program(shape, dtype=dtype, mode=mode, backend=backend, remat=remat)
+  row = shard_batch(row, make_mesh({"data": 1, "fsdp": -1}))  # the peer's inputs are on the device, too
   return lambda: run(row)
 
 
