@@ -10,7 +10,6 @@ left out. --tiny runs everything in miniature on a CPU.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
@@ -20,11 +19,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_plan import BENCHMARKS, Benchmark
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.core.errors import UserError
@@ -37,146 +38,8 @@ TINY = FLAGS.switch("tiny", False, "Run in miniature, to try the command.")
 ROWS = FLAGS.string("rows", "", "Print the rows of this gpu.jsonl, and run nothing.")
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "peft", "transformers", "nvidia-cudnn-cu13", "triton")
-DIFFUSERS = ("torch", "diffusers", "peft")
 END_SECONDS = 3  # to print the rows
 PATIENCE = 0.7  # share of a benchmark's time after which a program that is not warm is left out
-
-
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-  """A benchmark to run.
-
-  Attributes:
-    name: in --only and in the figures.
-    title: in the rows.
-    seconds: estimate of the whole process on an H100.
-    module: of benchmarks.
-    arguments: of the module.
-    tiny: arguments that replace those of the same flag, or are added, with --tiny.
-    peer: arguments that add the peer.
-    peer_needs: packages of the peer.
-    races: whether it takes the flags of a race (`timing.RaceFlags`).
-  """
-
-  name: str
-  title: str
-  seconds: float
-  module: str
-  arguments: str
-  tiny: str
-  peer: str = ""
-  peer_needs: Sequence[str] = ()
-  races: bool = True
-
-  def command(self, *, tiny: bool, with_peer: bool, patience: float, out: Path) -> list[str]:
-    values: dict[str, str] = {}
-    for argument in shlex.split(f"{self.arguments} {self.peer if with_peer else ''} {self.tiny if tiny else ''}"):
-      values[argument.partition("=")[0]] = argument
-    if self.races:
-      values |= {"--at_once": "--at_once", "--patience": f"--patience={max(int(patience), 1)}"}
-    return [sys.executable, "-m", f"benchmarks.{self.module}", *values.values(), f"--out={out}"]
-
-
-SENTENCE = "--frames=5 --height=480 --width=832"  # context I: four clips of 17 frames, 31,200 tokens
-SMALL = "--frames=1 --height=32 --width=32 --pairs=2"
-BENCHMARKS = (
-  Benchmark(
-    "ceiling",
-    "matrix product, 8192 x 8192",
-    25,
-    "matmul",
-    "--dtype=bfloat16",
-    "--size=256 --repeats=2 --pairs=2",
-    "--against=torch",
-    ("torch",),
-  ),
-  Benchmark(
-    "train",
-    "LoRA step, 8 blocks",
-    110,
-    "train_step",
-    f"{SENTENCE} --layers=8 --dtype=bfloat16 --remat=full,attention --pairs=5",
-    f"{SMALL} --dim=128 --layers=2",
-    "--against=torch,torch_compile",
-    DIFFUSERS,
-  ),
-  Benchmark(
-    "train_all",
-    "LoRA step, 30 blocks",
-    70,
-    "train_step",
-    f"{SENTENCE} --layers=0 --dtype=bfloat16 --remat=full,attention --pairs=3",
-    f"{SMALL} --dim=128 --layers=3",
-  ),
-  Benchmark(
-    "attention",
-    "attention and gradient",
-    40,
-    "attention",
-    "--tokens=31200 --dtype=bfloat16 --mode=gradient --backend=auto,xla --kernels=default,flash_attention,"
-    "cudnn_attention --pairs=5",
-    "--tokens=256 --kernels=default,math --pairs=2",
-    "--against=torch",
-    ("torch",),
-  ),
-  Benchmark(
-    "cross_attention",
-    "cross-attention and gradient",
-    30,
-    "attention",
-    "--tokens=31200 --keys=512 --dtype=bfloat16 --mode=gradient --pairs=5",
-    "--tokens=256 --pairs=2",
-    "--against=torch",
-    ("torch",),
-  ),
-  Benchmark(
-    "precision",
-    "forward pass, 4 blocks, error",
-    50,
-    "precision",
-    "--layers=4 --height=480 --width=832",
-    "--layers=2 --dim=128 --height=32 --width=32",
-    "--against=torch",
-    DIFFUSERS,
-    races=False,
-  ),
-  Benchmark(
-    "sample",
-    "4 denoising steps, 8 blocks",
-    60,
-    "sample",
-    f"--variant=wan2.1-t2v-1.3b {SENTENCE} --layers=8 --steps=4 --dtype=bfloat16 --full --pairs=3",
-    f"{SMALL} --variant= --dim=64 --layers=2 --steps=2",
-    "--against=torch",
-    DIFFUSERS,
-  ),
-  Benchmark(
-    "attention_forward",
-    "attention, forward",
-    30,
-    "attention",
-    "--tokens=31200 --dtype=bfloat16 --mode=forward --backend=auto,xla --kernels=default,flash_attention,"
-    "cudnn_attention --pairs=5",
-    "--tokens=256 --kernels=default,math --pairs=2",
-    "--against=torch",
-    ("torch",),
-  ),
-  *(
-    Benchmark(
-      f"{mode}_{dtype}",
-      f"autoencoder, {mode} 17 frames of 480 x 832, {dtype}",
-      70,
-      "vae",
-      f"--mode={mode} --dtype={dtype} --pairs=3",
-      "--frames=1 --height=16 --width=16 --pairs=1",
-      "--against=torch",
-      DIFFUSERS[:2],
-    )
-    for dtype in ("bfloat16", "float32")
-    for mode in ("encode", "decode")
-  ),
-  Benchmark("default_run", "default run", 60, "default_run", "--steps=400", "--steps=20", races=False),
-)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -203,7 +66,7 @@ def describe_machine() -> dict[str, Any]:
     "torch.ones(8, 8, device=d)).sum().item(); print(torch.cuda.get_device_name() if d == 'cuda' else d)",
   }
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    found = [pool.submit(probe, name, program) for name, program in probes.items() if importlib.util.find_spec(name)]
+    found = [pool.submit(probe, name, program) for name, program in probes.items() if not find_missing([name])]
     for future in found:
       machine |= future.result()
   return machine
@@ -221,33 +84,37 @@ def probe(name: str, program: str) -> dict[str, Any]:
   return {f"{name}_device": device, f"{name}_start_s": round(time.monotonic() - start, 1)}
 
 
-def run(benchmark: Benchmark, *, tiny: bool, limit: float, out: Path) -> dict[str, Any]:
-  """Runs a benchmark in a process group of its own, which ends after `limit` seconds.
+def run(benchmark: Benchmark, *, tiny: bool, limit: float) -> dict[str, Any]:
+  """Runs a benchmark in a process group of its own, which is ended after `limit` seconds.
 
   Returns:
     command, seconds, exit code (None if it was ended) and result, what the benchmark wrote.
   """
-  missing = [name for name in benchmark.peer_needs if not importlib.util.find_spec(name)]
-  if missing and benchmark.peer:
+  if missing := find_missing(benchmark.peer_needs):
     print(f"{benchmark.name}: without its peer, which needs {', '.join(missing)}", flush=True)
-  figures = out / f"{benchmark.name}.json"
-  figures.unlink(missing_ok=True)
-  command = benchmark.command(tiny=tiny, with_peer=not missing, patience=PATIENCE * limit, out=figures)
-  print("$ " + shlex.join(["python", *command[1:]]), flush=True)
   environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
-  start = time.monotonic()
-  process = subprocess.Popen(command, env=environment, start_new_session=True)
-  try:
-    code = process.wait(limit)
-  except subprocess.TimeoutExpired:
-    print(f"{benchmark.name}: ended after {limit:.0f} s", flush=True)
-    code = None
-  finally:
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-  result = json.loads(figures.read_text()) if figures.exists() else {}
-  return {"command": shlex.join(command[1:]), "seconds": round(time.monotonic() - start, 1), "code": code, **result}
+  with tempfile.TemporaryDirectory() as folder:
+    out = Path(folder) / "figures.json"
+    command = benchmark.command(tiny=tiny, with_peer=not missing, patience=PATIENCE * limit, out=out)
+    text = shlex.join(["python", *command[1:-1]])
+    print(f"$ {text}", flush=True)
+    start = time.monotonic()
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+      code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+      print(f"{benchmark.name}: ended after {limit:.0f} s", flush=True)
+      code = None
+    finally:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+      process.wait()
+    result = json.loads(out.read_text()) if out.exists() else {}
+  return {"command": text, "seconds": round(time.monotonic() - start, 1), "code": code, **result}
+
+
+def find_missing(packages: Sequence[str]) -> list[str]:
+  return [name for name in packages if not importlib.util.find_spec(name)]
 
 
 def find_programs(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -280,7 +147,7 @@ def make_rows(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
       first = first or figures["median_s"]
       tflops, memory = figures.get("tflops"), figures.get("device_gib", figures.get("peak_gib"))
       cells = (
-        titles.get(record["name"], record["name"]),
+        titles.get(str(record["name"]), ""),
         name,
         f"{figures['first_s']:.1f} s",
         f"{1000 * figures['median_s']:.4g} ms",
@@ -298,9 +165,9 @@ def make_rows(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
   yield "|---|---|"
   for record in records:
     for name, value in {**record.get("errors", {}), **record.get("figures", {})}.items():
-      yield f"| {titles.get(record['name'], record['name'])}, {name} | {value:.3g} |"
+      yield f"| {titles.get(record['name'], '')}, {name} | {value:.3g} |"
     for name, reason in record.get("failed", {}).items():
-      yield f"| {titles.get(record['name'], record['name'])}, {name} | failed: {reason} |"
+      yield f"| {titles.get(record['name'], '')}, {name} | failed: {reason} |"
 
 
 @app.command(FLAGS)
@@ -324,12 +191,15 @@ def main() -> None:
     for benchmark in BENCHMARKS:
       if ONLY.value and benchmark.name not in ONLY.value:
         continue
+      if missing := find_missing(benchmark.needs):
+        print(f"{benchmark.name}: skipped, it needs {', '.join(missing)}", flush=True)
+        continue
       remaining = deadline - time.monotonic() - END_SECONDS
       if remaining < benchmark.seconds and not TINY.value:
         left_out.append(f"{benchmark.name} (about {benchmark.seconds:.0f} s)")
         continue
       limit = max(min(remaining, 2 * benchmark.seconds), 1)
-      record = {"name": benchmark.name, **run(benchmark, tiny=TINY.value, limit=limit, out=out), "machine": machine}
+      record = {"name": benchmark.name, **run(benchmark, tiny=TINY.value, limit=limit), "machine": machine}
       print(json.dumps(record), file=file, flush=True)
       records.append(record)
   print("\n" + "\n".join(make_rows(records)), flush=True)

@@ -9,7 +9,6 @@ the default device. "peer" are diffusers' passes; in bfloat16 it keeps in float3
 """
 
 import dataclasses
-import json
 import multiprocessing
 import sys
 import tempfile
@@ -74,8 +73,8 @@ def run_peer(options: dict[str, Any], size: tuple[int, int, int], folder: Path) 
   save_file(outputs, folder / "outputs.safetensors")
 
 
-def run_ours(shape: DiTConfig, size: tuple[int, int, int], folder: Path) -> None:
-  """Writes the errors of our passes, and of the peer's if there are any in the folder, as errors.json."""
+def run_ours(shape: DiTConfig, size: tuple[int, int, int], folder: Path, out: str) -> None:
+  """Prints the errors of our passes, and of the peer's if there are any in the folder, and writes them to a file."""
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -126,15 +125,15 @@ def run_ours(shape: DiTConfig, size: tuple[int, int, int], folder: Path) -> None
 
   reference = predict("float32", "highest").astype(np.float64)
   passes = {
-    "float32, default precision": lambda: predict("float32"),
     "bfloat16": lambda: predict("bfloat16"),
+    **{f"peer, {name}": lambda name=name: peer[name][0] for name in ("bfloat16", "float32", "tf32") if peer},
+    "float32, default precision": lambda: predict("float32"),
     "bfloat16, attention xla": lambda: predict("bfloat16", backend=AttentionBackend.XLA),
-    **{f"peer, {name}": lambda name=name: peer[name][0] for name in ("float32", "tf32", "bfloat16") if peer},
   }
   errors: dict[str, float] = {}
   for name, run in passes.items():
     errors[name] = float(np.linalg.norm(run() - reference) / np.linalg.norm(reference))
-    (folder / "errors.json").write_text(json.dumps(errors))
+    write_json(out, {"shape": dataclasses.asdict(shape), "latents": size, "errors": errors})
     print(f"{name:<28}{errors[name]:.2e}", flush=True)
 
 
@@ -153,13 +152,11 @@ def main() -> None:
       peer.join()
       if peer.exitcode:
         print("the peer failed: ours alone, with other weights", flush=True)
-    ours = context.Process(target=run_ours, args=(shape, size, folder))
+    ours = context.Process(target=run_ours, args=(shape, size, folder, OUT.value))
     ours.start()
     ours.join()
-    if not (folder / "errors.json").exists():
-      raise UserError("the forward passes failed; the traceback is above")
-    errors = json.loads((folder / "errors.json").read_text())
-  write_json(OUT.value, {"shape": dataclasses.asdict(shape), "latents": size, "errors": errors})
+    if ours.exitcode:
+      raise UserError("a forward pass failed; the traceback is above")
 
 
 if __name__ == "__main__":
