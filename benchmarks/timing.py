@@ -175,6 +175,8 @@ def race(
           runners[name].send(True)
         if (value := receive(name)) is not None:
           seconds[name].append(value)
+          if not turn:
+            print(f"{name:<23}warm after {time.monotonic() - begin:.1f} s, first_s {value:.2f}", flush=True)
     for name in list(runners):
       runners[name].send(False)
       if (value := receive(name)) is not None:

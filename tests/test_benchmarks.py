@@ -223,19 +223,22 @@ class TestRace:
       "ours": Program(build_program, {}),
       "broken": Program(build_program, {"fails": True}),
       "dead": Program(build_program, {"dies": True}),
-      "slow": Program(build_program, {"seconds": 60}, is_peer=True),
       "peer": Program(build_program, {"seconds": 0.05}, is_peer=True),
     }
     failed = {}
-    figures = race(programs, pairs=2, at_once=at_once, patience=4, failed=failed)
+    figures = race(programs, pairs=2, at_once=at_once, patience=60, failed=failed)
     assert list(figures) == ["ours", "peer"] and figures["ours"]["forecast_gib"] == 1.5
     assert figures["peer"]["median_s"] >= 0.05
-    assert failed == {
-      "broken": "RuntimeError: out of memory",
-      "dead": "its process ended with 3",
-      "slow": "not warm in time",
-    }
-    assert "slow                   failed: not warm in time" in capfd.readouterr().out
+    assert failed == {"broken": "RuntimeError: out of memory", "dead": "its process ended with 3"}
+    assert "dead                   failed: its process ended with 3" in capfd.readouterr().out
+
+  @pytest.mark.long
+  def test_patience(self):
+    slow, failed = Program(build_program, {"seconds": 90}, is_peer=True), {}
+    assert list(race({"ours": Program(build_program, {}), "slow": slow}, pairs=1, patience=20, failed=failed)) == [
+      "ours"
+    ]
+    assert failed == {"slow": "not warm in time"}
 
   def test_a_failure_is_an_error_by_default(self):
     with pytest.raises(UserError, match="broken: RuntimeError: out of memory"):
