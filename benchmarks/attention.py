@@ -48,8 +48,11 @@ def build_jax(*, tokens: int, keys: int, dtype: str, sentences: int, backend: st
   def attend(q, k, v):
     return attention(q, k, v, key_intervals=intervals, key_bias=bias, backend=AttentionBackend(backend))
 
-  run = jax.jit(attend if mode == "forward" else lambda q, k, v: jax.vjp(attend, q, k, v)[1](g))
-  return lambda: jax.block_until_ready(run(q, k, v))
+  if mode == "forward":
+    run = jax.jit(attend)
+    return lambda: jax.block_until_ready(run(q, k, v))
+  gradient = jax.jit(lambda q, k, v, g: jax.vjp(attend, q, k, v)[1](g))
+  return lambda: jax.block_until_ready(gradient(q, k, v, g))
 
 
 def build_torch(*, tokens: int, keys: int, dtype: str, mode: str, compiled: bool, kernel: str) -> Callable[[], object]:
