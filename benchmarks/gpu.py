@@ -183,8 +183,9 @@ def main() -> None:
   out.mkdir(parents=True, exist_ok=True)
   machine = describe_machine()
   print(json.dumps(machine, indent=2), flush=True)
-  if machine["gpu"] == "none" and not TINY.value:
-    raise UserError("nvidia-smi finds no GPU; --tiny runs on a CPU")
+  device = machine.get("jax_device", "none")
+  if not device.startswith("NVIDIA") and not TINY.value:
+    raise UserError(f"JAX finds no GPU (its device: {device}; nvidia-smi: {machine['gpu']}); --tiny runs on a CPU")
   records: list[dict[str, Any]] = []
   left_out: list[str] = []
   with (out / "gpu.jsonl").open("a") as file:

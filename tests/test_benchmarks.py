@@ -274,7 +274,7 @@ class TestGPU:
     assert out.count(f"| {title}") == len(programs or figures)
 
   def test_what_takes_too_long_is_left_out(self, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "NVIDIA"})
+    monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "NVIDIA", "jax_device": "NVIDIA"})
     assert gpu.main(["gpu", f"--out={tmp_path}", "--minutes=0.1"]) == 0
     assert "left out, 6 s remain: ceiling (about 25 s), train (about" in capfd.readouterr().out
     assert (tmp_path / "gpu.jsonl").read_text() == ""
@@ -282,16 +282,16 @@ class TestGPU:
   def test_a_benchmark_that_hangs_is_ended(self, tmp_path, capfd, monkeypatch):
     hangs = gpu.Benchmark("hangs", "hangs", 0.5, "matmul", "--size=20000 --repeats=1000", tiny="")
     monkeypatch.setattr(gpu, "BENCHMARKS", [hangs])
-    monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "NVIDIA"})
+    monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "NVIDIA", "jax_device": "NVIDIA"})
     assert gpu.main(["gpu", f"--out={tmp_path}"]) == 1
     out, err = capfd.readouterr()
     assert "hangs: ended after 1 s" in out and "failed, or ended too late: hangs" in err
     assert json.loads((tmp_path / "gpu.jsonl").read_text())["code"] is None
 
   def test_no_gpu(self, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "none"})
+    monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "none", "jax_device": "cpu"})
     assert gpu.main(["gpu", f"--out={tmp_path}"]) == 1
-    assert "nvidia-smi finds no GPU; --tiny runs on a CPU" in capfd.readouterr().err
+    assert "JAX finds no GPU (its device: cpu; nvidia-smi: none); --tiny runs on a CPU" in capfd.readouterr().err
 
 
 def test_peers_sample_at_the_same_noise_levels():
