@@ -1,10 +1,11 @@
 """Sampling with cached context (`attention = "context_causal"`) against sampling without, and against diffusers.
 
   python -m benchmarks.sample [--against=torch|torch_compile] [--steps=50] [--dim=512] [--layers=6] [--frames=2]
-      [--height=256 --width=256] [--dtype=float32] [--pairs=5] [--variant=wan2.1-t2v-1.3b]
+      [--height=256 --width=256] [--dtype=float32] [--pairs=5] [--variant=wan2.1-t2v-1.3b] [--full]
 
 One sentence of context I with a prompt of 512 tokens, random weights; all of sampling without the codec. On an
-accelerator give --variant, which replaces --dim and --layers, and the paper's --frames=5 --height=480 --width=832.
+accelerator give --variant, which replaces --dim, and --layers=0 for all blocks, and the paper's --frames=5 --height=480
+--width=832. With --full a model with full attention, as UniVid's and the peer's, races too.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.steps import diffusers_options, find_variant, make_sentence_row
-from benchmarks.timing import Program, RaceFlags, print_ratios, race, write_json
+from benchmarks.timing import Program, RaceFlags
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.codecs.vae_config import find_autoencoder
@@ -21,8 +22,9 @@ from univid_jax.models.variants import DiTConfig
 
 FLAGS = CommandFlags(__doc__)
 VARIANT = FLAGS.string("variant", "", "A published model, by its name in models.variants.")
+FULL = FLAGS.switch("full", False, "Also time full attention.")
 DIM = FLAGS.integer("dim", 512, "Width; the feed-forward has four times as much, a head 64.")
-LAYERS = FLAGS.integer("layers", 6, "Blocks.")
+LAYERS = FLAGS.integer("layers", 6, "Blocks; 0 for all of --variant.")
 FRAMES = FLAGS.integer("frames", 2, "Latent frames of a clip.", lower_bound=1)
 HEIGHT = FLAGS.integer("height", 256, "In pixels.")
 WIDTH = FLAGS.integer("width", 256, "In pixels.")
@@ -33,14 +35,24 @@ PROMPT_TOKENS = 512
 
 
 def build_jax(
-  *, cached: bool, shape: DiTConfig, num_steps: int, frames: int, height: int, width: int, dtype: str
+  *, attention: str, shape: DiTConfig, num_steps: int, frames: int, height: int, width: int, dtype: str
 ) -> Callable[[], object]:
-  """Builds sampling of a context-causal model; without the cache it is the same model on the same row."""
+  """Builds sampling.
+
+  Args:
+    attention: "cached" of a context-causal model, "causal" the same without the cache, or "full".
+    shape: of the transformer.
+    num_steps: Euler steps.
+    frames: latent frames of a clip.
+    height: in pixels.
+    width: likewise.
+    dtype: of weights and activations.
+  """
   import jax
   import jax.numpy as jnp
   from flax import nnx
 
-  from univid_jax.core.packed_row import ContextMode
+  from univid_jax.core.packed_row import UNIVID_CONTEXT, ContextMode
   from univid_jax.diffusion.flow import FlowMatching
   from univid_jax.diffusion.guidance import Branch, guide
   from univid_jax.diffusion.solvers import Euler
@@ -53,8 +65,10 @@ def build_jax(
     width=width,
     prompt_tokens=PROMPT_TOKENS,
     with_targets=True,
-    context_mode=ContextMode(causal=True, zero_timestep=True),
+    context_mode=UNIVID_CONTEXT if attention == "full" else ContextMode(causal=True, zero_timestep=True),
   )
+  if attention == "full":
+    row = dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
   abstract = nnx.eval_shape(lambda: DiT(shape, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
   graph = nnx.graphdef(abstract)
   draw = jax.jit(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype))
@@ -65,7 +79,7 @@ def build_jax(
 
   @jax.jit
   def start(params, row):
-    return Branch.create(nnx.merge(graph, params), row) if cached else Branch(row)
+    return Branch.create(nnx.merge(graph, params), row) if attention == "cached" else Branch(row)
 
   @jax.jit
   def step(params, branch, state, sigma, weights):
@@ -114,6 +128,7 @@ def build_torch(
 def main() -> None:
   if VARIANT.value:
     shape = find_variant(VARIANT.value)
+    shape = dataclasses.replace(shape, num_layers=LAYERS.value or shape.num_layers)
   else:
     dim = DIM.value
     shape = DiTConfig(dim=dim, ffn_dim=4 * dim, num_heads=dim // 64, num_layers=LAYERS.value, text_dim=512)
@@ -124,14 +139,14 @@ def main() -> None:
   tokens = 4 * FRAMES.value * (HEIGHT.value // side) * (WIDTH.value // side)
   print(f"{STEPS.value} steps, {tokens:,} tokens, a quarter of them the target's")
   programs = {
-    "cached": Program(build_jax, {**ours, "cached": True}),
-    "every step": Program(build_jax, {**ours, "cached": False}),
+    "cached": Program(build_jax, {**ours, "attention": "cached"}),
+    "every step": Program(build_jax, {**ours, "attention": "causal"}),
+    **({"full": Program(build_jax, {**ours, "attention": "full"})} if FULL.value else {}),
     **RACE.peers(build_torch, theirs),
   }
-  figures = race(programs, pairs=RACE.pairs.value)
-  print_ratios(figures)
+  figures = RACE.run(programs)
   setup = {"steps": STEPS.value, "shape": dataclasses.asdict(shape), "tokens": tokens}
-  write_json(RACE.out.value, {**shared, **setup, **figures})
+  RACE.write({**shared, **setup, **figures})
 
 
 def euler_sigmas(num_steps: int, shift: float = 5.0) -> list[float]:

@@ -3,6 +3,7 @@
 Importing this module does not import JAX, so that a peer's process has none of its memory.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,11 @@ def find_variant(name: str) -> DiTConfig:
   return VARIANTS[name]
 
 
+def shrink(shape: DiTConfig, dim: int) -> DiTConfig:
+  """Returns the shape at another width, a multiple of 128, to try a benchmark on a small machine; 0 leaves it."""
+  return dataclasses.replace(shape, dim=dim, ffn_dim=4 * dim, num_heads=dim // 128) if dim else shape
+
+
 def diffusers_options(shape: DiTConfig) -> dict[str, Any]:
   """Returns the arguments of diffusers.WanTransformer3DModel for the same shape."""
   return dict(
@@ -55,8 +61,11 @@ def diffusers_options(shape: DiTConfig) -> dict[str, Any]:
 
 def make_row_program(
   shape: DiTConfig, *, dtype: str, mode: str, backend: str, remat: str = "full", quantize: str = "none"
-) -> Callable[["PackedRow"], None]:
+) -> Callable[["PackedRow"], dict[str, float]]:
   """Returns a program that runs rows through the model and waits for the result; it compiles once per shape of rows.
+
+  Rows that are not on the devices yet are copied there each time. A training step returns forecast_gib, what the
+  forecast says that it needs; a forward pass nothing.
 
   Args:
     shape: of the transformer.
@@ -97,7 +106,7 @@ def make_row_program(
   return _make_step(config, spec, frozen, mesh, optimizer)
 
 
-def _make_forward(spec: "StateSpec", frozen: Any, mesh: "Mesh") -> Callable[["PackedRow"], None]:
+def _make_forward(spec: "StateSpec", frozen: Any, mesh: "Mesh") -> Callable[["PackedRow"], dict[str, float]]:
   """Returns the forward pass of `make_row_program`."""
   import jax
   import jax.numpy as jnp
@@ -112,16 +121,18 @@ def _make_forward(spec: "StateSpec", frozen: Any, mesh: "Mesh") -> Callable[["Pa
   def predict(params, frozen, row):
     return nnx.merge(spec.graph, join(frozen, params))(row.tokens, jnp.full((len(row.tokens), 1), 500.0), row)
 
-  def run_forward(row: "PackedRow") -> None:
+  def run_forward(row: "PackedRow") -> dict[str, float]:
     with jax.set_mesh(mesh):
-      jax.block_until_ready(predict(params, frozen, shard_batch(row, mesh)))
+      row = row if isinstance(row.tokens, jax.Array) else shard_batch(row, mesh)
+      jax.block_until_ready(predict(params, frozen, row))
+    return {}
 
   return run_forward
 
 
 def _make_step(
   config: "RunConfig", spec: "StateSpec", frozen: Any, mesh: "Mesh", optimizer: "GradientTransformation"
-) -> Callable[["PackedRow"], None]:
+) -> Callable[["PackedRow"], dict[str, float]]:
   """Returns the training step of `make_row_program`."""
   import jax
   import jax.numpy as jnp
@@ -133,16 +144,19 @@ def _make_step(
   state = spec.create()
   step = make_train_step(config, spec, [optimizer], mesh)
   compiled = {}
+  forecasts = {}
 
-  def run_step(row: "PackedRow") -> None:
+  def run_step(row: "PackedRow") -> dict[str, float]:
     nonlocal state
-    row = shard_batch(row, mesh)
+    if not isinstance(row.tokens, jax.Array):
+      row = shard_batch(row, mesh)
     shapes = str(jax.tree.map(jnp.shape, row))
     if shapes not in compiled:
-      compiled[shapes], _ = compile_step(step, spec, row, mesh)
+      compiled[shapes], forecasts[shapes] = compile_step(step, spec, row, mesh)
     with jax.set_mesh(mesh):
       state, metrics = compiled[shapes](state, frozen, row)
-      jax.block_until_ready(metrics)
+      jax.block_until_ready((state, metrics))
+    return {"forecast_gib": round(forecasts[shapes].total / 2**30, 3)}
 
   return run_step
 

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,12 +24,20 @@ PEERS = ("torch", "torch_compile")
 
 Figures = dict[str, float]
 
+# JAX would take three quarters of a GPU's memory, which the other programs of a race need.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 
 class Pipe(Protocol):
   """An end of a `multiprocessing.Pipe`, whose type depends on the platform."""
 
   def send(self, obj: Any, /) -> None: ...
   def recv(self) -> Any: ...
+  def poll(self, timeout: float | None = 0.0, /) -> bool: ...
+
+
+class ProgramError(Exception):
+  """A program failed, or took too long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,22 +46,31 @@ class Program:
 
   Attributes:
     build: a function at the top level of a module; called in the program's process, it returns a function that runs the
-      program once and waits for the result.
+      program once and waits for the result. If that returns a dict, these are figures of the program.
     options: keyword arguments of `build`.
+    is_peer: whether it is PyTorch's.
   """
 
   build: Callable[..., Callable[[], object]]
   options: Mapping[str, Any]
+  is_peer: bool = False
 
 
 class RaceFlags:
-  """The flags that all races have."""
+  """The flags that all races have, and a race by them."""
 
   def __init__(self, command: CommandFlags):
     self.dtype = command.choice("dtype", "float32", ["bfloat16", "float32"], "Of weights and activations.")
     self.against = command.strings("against", [], f"Peers: {', '.join(PEERS)}.")
     self.pairs = command.integer("pairs", 5, "Timed runs of each program.", lower_bound=1)
+    self.at_once = command.switch(
+      "at_once", False, "Build all programs at once and warm peers up beside ours: sooner, with longer first calls."
+    )
+    self.patience = command.integer(
+      "patience", 0, "Seconds after which a program that is not warm is left out; 0: none."
+    )
     self.out = command.string("out", "", "File for the figures as JSON.")
+    self.failed: dict[str, str] = {}
 
   def peers(self, build: Callable[..., Callable[[], object]], options: Mapping[str, Any]) -> dict[str, Program]:
     """Returns PyTorch's programs by the names that --against takes; `build` also gets `compiled`.
@@ -62,11 +81,44 @@ class RaceFlags:
     for name in self.against.value:
       if name not in PEERS:
         raise UserError(f"--against must be one or more of {', '.join(PEERS)}, got {name!r}")
-    return {name: Program(build, {**options, "compiled": name == "torch_compile"}) for name in self.against.value}
+    return {name: Program(build, {**options, "compiled": name == "torch_compile"}, True) for name in self.against.value}
+
+  def run(
+    self, programs: Mapping[str, Program], *, flops: float = 0.0, hardware_flops: float = 0.0
+  ) -> dict[str, Figures]:
+    """Returns the figures of the programs that did not fail, and prints the ratios; see `race`."""
+    figures = race(
+      programs,
+      pairs=self.pairs.value,
+      flops=flops,
+      hardware_flops=hardware_flops,
+      at_once=self.at_once.value,
+      patience=self.patience.value or None,
+      failed=self.failed,
+    )
+    print_ratios(figures)
+    return figures
+
+  def write(self, values: Mapping[str, Any]) -> None:
+    """Writes figures to --out.
+
+    Raises:
+      UserError: a program failed; the figures of the others are written.
+    """
+    write_json(self.out.value, {**values, "failed": self.failed} if self.failed else values)
+    if self.failed:
+      raise UserError("; ".join(f"{name}: {reason}" for name, reason in self.failed.items()))
 
 
 def race(
-  programs: Mapping[str, Program], *, pairs: int, flops: float = 0.0, hardware_flops: float = 0.0
+  programs: Mapping[str, Program],
+  *,
+  pairs: int,
+  flops: float = 0.0,
+  hardware_flops: float = 0.0,
+  at_once: bool = False,
+  patience: float | None = None,
+  failed: dict[str, str] | None = None,
 ) -> dict[str, Figures]:
   """Runs each program once to warm up and then `pairs` times in turn; prints a line per program.
 
@@ -75,37 +127,75 @@ def race(
     pairs: timed runs of each.
     flops: of one run, the model's own work; 0 omits TFLOP/s.
     hardware_flops: of one run, recomputation included; 0 if nothing is recomputed.
+    at_once: whether to build all programs at once, and to warm up peers while ours warm up. Ours do so in turn: on a
+      GPU XLA chooses kernels by their time when it compiles.
+    patience: seconds after which a program that is not warm fails.
+    failed: gets the reasons of programs that fail, which the result then lacks.
 
   Returns:
-    By name first_s, compile_s (first minus median), median_s, peak_gib (of the process; on a GPU also device_gib), and
-    with `flops` tflops, mfu (share of the peak) and hfu. The peak is the chip's in bfloat16; on a processor that is not
-    in `platform.chips` it is what a large matrix product reaches in float32.
-  """
-  context = multiprocessing.get_context("spawn")
-  pipes: dict[str, Pipe] = {}
-  for name, program in programs.items():
-    pipes[name], child = context.Pipe()
-    context.Process(target=_serve, args=(program, child), daemon=True).start()
-    pipes[name].recv()
+    By name first_s (of the first run, which compiles), compile_s (first minus median), median_s, peak_gib (of the
+    process; on a GPU also device_gib), what the program itself returns, and with `flops` tflops, mfu (share of the
+    peak) and hfu. The peak is the chip's in bfloat16; on a processor that is not in `platform.chips` it is what a large
+    matrix product reaches in float32.
 
+  Raises:
+    UserError: a program fails and there is no `failed`.
+  """
+  runners: dict[str, _Runner] = {}
   seconds: dict[str, list[float]] = {name: [] for name in programs}
-  for _ in range(1 + pairs):
-    for name, pipe in pipes.items():
-      pipe.send(True)
-      seconds[name].append(pipe.recv())
+  memory: dict[str, Figures] = {}
+  begin = time.monotonic()
+
+  def receive(name: str) -> Any:
+    """Returns the answer of a program that has not failed."""
+    limit = None if patience is None else max(begin + patience - time.monotonic(), 1)
+    try:
+      return runners[name].receive(None if seconds[name] else limit)
+    except ProgramError as error:
+      if failed is None:
+        raise UserError(f"{name}: {error}") from error
+      print(f"{name:<23}failed: {error}", flush=True)
+      failed[name] = str(error)
+      runners.pop(name).stop()
+
+  try:
+    for name, program in programs.items():
+      runners[name] = _Runner(program)
+      if not at_once:
+        receive(name)
+    early = {name for name, program in programs.items() if at_once and program.is_peer}
+    for name in early:
+      runners[name].send(True)
+    if at_once:
+      for name in list(runners):
+        receive(name)
+    for turn in range(1 + pairs):
+      for name in list(runners):
+        if turn or name not in early:
+          runners[name].send(True)
+        if (value := receive(name)) is not None:
+          seconds[name].append(value)
+          if not turn:
+            print(f"{name:<23}warm after {time.monotonic() - begin:.1f} s, first_s {value:.2f}", flush=True)
+    for name in list(runners):
+      runners[name].send(False)
+      if (value := receive(name)) is not None:
+        memory[name] = value
+  finally:
+    for runner in runners.values():
+      runner.stop()
+
   peak = 0.0
   figures: dict[str, Figures] = {}
-  for name, pipe in pipes.items():
-    pipe.send(False)
-    memory: Figures = pipe.recv()
-    chip = memory.pop("chip_flops", 0.0)
+  for name in memory:
+    chip = memory[name].pop("chip_flops", 0.0)
     first, *rest = seconds[name]
     median = statistics.median(rest)
     figures[name] = {
       "first_s": round(first, 3),
       "compile_s": round(max(first - median, 0), 3),
-      "median_s": round(median, 3),
-      **memory,
+      "median_s": round(median, 5),
+      **memory[name],
     }
     if flops:
       peak = chip or peak or measure_flops()
@@ -114,6 +204,46 @@ def race(
         figures[name]["hfu"] = round(hardware_flops / median / peak, 3)
     print(f"{name:<23}" + "   ".join(f"{key} {value:g}" for key, value in figures[name].items()), flush=True)
   return figures
+
+
+class _Runner:
+  """A program in a process of its own."""
+
+  def __init__(self, program: Program):
+    context = multiprocessing.get_context("spawn")
+    pipe, child = context.Pipe()
+    self.pipe: Pipe = pipe
+    self.process = context.Process(target=_serve, args=(program, child), daemon=True)
+    self.process.start()
+    child.close()  # so that the end of the process ends the pipe
+
+  def send(self, goes_on: bool) -> None:
+    try:
+      self.pipe.send(goes_on)
+    except OSError:  # the process has ended, as `receive` will find
+      return
+
+  def receive(self, timeout: float | None) -> Any:
+    """Returns the program's next answer.
+
+    Raises:
+      ProgramError: it failed, its process ended, or there is no answer in time.
+    """
+    try:
+      if not self.pipe.poll(timeout):
+        raise ProgramError("not warm in time")
+      value, reason = self.pipe.recv()
+    except (EOFError, OSError):
+      self.process.join(1)
+      raise ProgramError(f"its process ended with {self.process.exitcode}") from None
+    if reason:
+      raise ProgramError(reason)
+    return value
+
+  def stop(self) -> None:
+    """Ends the process, which gets a moment to end itself."""
+    self.process.join(1)
+    self.process.terminate()
 
 
 def measure_flops(size: int = 4096, repeats: int = 5) -> float:
@@ -129,10 +259,10 @@ def measure_flops(size: int = 4096, repeats: int = 5) -> float:
 
 def print_ratios(figures: Mapping[str, Figures]) -> None:
   """Prints time and memory of the first program relative to each other one; on a GPU the memory is the device's."""
-  first, *others = figures
-  memory = "device_gib" if "device_gib" in figures[first] else "peak_gib"
-  for other in others:
-    time_ratio, memory_ratio = (figures[first][key] / figures[other][key] for key in ("median_s", memory))
+  for other in list(figures)[1:]:
+    first = next(iter(figures))
+    memory = "device_gib" if "device_gib" in figures[first] else "peak_gib"
+    time_ratio, memory_ratio = (figures[first][key] / max(figures[other][key], 1e-9) for key in ("median_s", memory))
     print(f"{first} relative to {other}: {time_ratio:.2f} times the time, {memory_ratio:.2f} times the memory")
 
 
@@ -144,19 +274,29 @@ def write_json(path: str, values: Mapping[str, Any]) -> None:
 
 
 def _serve(program: Program, pipe: Pipe) -> None:
-  """Runs a program each time it is asked to, then reports its memory."""
-  run = program.build(**program.options)
-  pipe.send("ready")
-  while pipe.recv():
-    start = time.perf_counter()
-    run()
-    pipe.send(time.perf_counter() - start)
-  pipe.send({"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2), **_measure_device()})
+  """Runs a program each time it is asked to, then reports its memory; answers are pairs of a value and a failure."""
+  try:
+    run = program.build(**program.options)
+    pipe.send(("ready", ""))
+    own: Figures = {}
+    while pipe.recv():
+      start = time.perf_counter()
+      result = run()
+      pipe.send((time.perf_counter() - start, ""))
+      own = result if isinstance(result, dict) else own
+    peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    pipe.send(({"peak_gib": peak, **_measure_device(), **own}, ""))
+  except EOFError:  # the race is over
+    return
+  except Exception as error:
+    traceback.print_exc()
+    lines = str(error).strip().splitlines() or [""]
+    pipe.send((None, f"{type(error).__name__}: {lines[0][:300]}"))
 
 
 def _measure_device() -> Figures:
   """Returns the peak memory and the chip's peak of the accelerator that the process used; empty on a CPU."""
-  if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+  if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
     memory, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
   elif (jax := sys.modules.get("jax")) and jax.default_backend() != "cpu":
     device = jax.local_devices()[0]
@@ -164,4 +304,4 @@ def _measure_device() -> Figures:
   else:
     return {}
   chip = find_chip_by_name(name)
-  return {"device_gib": round(memory / 2**30, 2), "chip_flops": chip.flops if chip else 0.0}
+  return {"device_gib": round(memory / 2**30, 3), "chip_flops": chip.flops if chip else 0.0}

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.steps import LORA_RANK, diffusers_options, find_variant, make_row_program, make_sentence_row
-from benchmarks.timing import Program, RaceFlags, print_ratios, race, write_json
+from benchmarks.steps import LORA_RANK, diffusers_options, find_variant, make_row_program, make_sentence_row, shrink
+from benchmarks.timing import Program, RaceFlags
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.codecs.vae_config import find_autoencoder
@@ -25,6 +25,7 @@ from univid_jax.models.variants import DiTConfig
 
 FLAGS = CommandFlags(__doc__)
 VARIANT = FLAGS.string("variant", "wan2.1-t2v-1.3b", "A published model, by its name in models.variants.")
+DIM = FLAGS.integer("dim", 0, "Another width, a multiple of 128; 0 for that of --variant.", lower_bound=0)
 LAYERS = FLAGS.integer("layers", 4, "Blocks; 0 for all.")
 FRAMES = FLAGS.integer("frames", 1, "Latent frames of a clip.", lower_bound=1)
 HEIGHT = FLAGS.integer("height", 512, "In pixels.")
@@ -44,12 +45,16 @@ def build_jax(
   import jax
   import numpy as np
 
+  from univid_jax.parallel.mesh import make_mesh
+  from univid_jax.parallel.sharding import shard_batch
+
   row = make_sentence_row(
     shape, frames=frames, height=height, width=width, prompt_tokens=PROMPT_TOKENS, with_targets=mode == "train"
   )
   row = dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
   row = jax.tree.map(lambda x: np.repeat(x, rows, axis=0), row)
   run = make_row_program(shape, dtype=dtype, mode=mode, backend=backend, remat=remat)
+  row = shard_batch(row, make_mesh({"data": 1, "fsdp": -1}))  # the peer's inputs are on the device, too
   return lambda: run(row)
 
 
@@ -138,7 +143,7 @@ def main() -> None:
   if unknown := set(REMAT.value) - set(RematPolicy):
     raise UserError(f"--remat must be one or more of {', '.join(RematPolicy)}, got {unknown.pop()!r}")
   shape = find_variant(VARIANT.value)
-  shape = dataclasses.replace(shape, num_layers=LAYERS.value or shape.num_layers)
+  shape = shrink(dataclasses.replace(shape, num_layers=LAYERS.value or shape.num_layers), DIM.value)
   shared = dict(
     frames=FRAMES.value,
     height=HEIGHT.value,
@@ -161,10 +166,9 @@ def main() -> None:
     f"{MODE.value}: {tokens:,} tokens per sentence, {shape.num_layers} layers, {work.model / 1e12:.2f} TFLOP"
     + (f", {work.hardware / 1e12:.2f} with recomputation" if work.hardware else "")
   )
-  figures = race(programs, pairs=RACE.pairs.value, flops=work.model, hardware_flops=work.hardware)
-  print_ratios(figures)
+  figures = RACE.run(programs, flops=work.model, hardware_flops=work.hardware)
   setup = {"shape": dataclasses.asdict(shape), "tokens": tokens, "flops": work.model}
-  write_json(RACE.out.value, {**shared, **setup, **figures})
+  RACE.write({**shared, **setup, **figures})
 
 
 if __name__ == "__main__":

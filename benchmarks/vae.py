@@ -7,7 +7,7 @@ python -m benchmarks.vae [--variant=wan2.1|wan2.2] [--against=torch] [--mode=enc
 import sys
 from collections.abc import Callable
 
-from benchmarks.timing import Program, RaceFlags, print_ratios, race, write_json
+from benchmarks.timing import Program, RaceFlags
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.codecs.vae_config import AUTOENCODERS
@@ -74,9 +74,7 @@ def main() -> None:
   size = dict(frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value)
   shared = dict(variant=VARIANT.value, mode=MODE.value, dtype=RACE.dtype.value, **size)
   programs = {"univid_jax": Program(build_jax, shared), **RACE.peers(build_torch, shared)}
-  figures = race(programs, pairs=RACE.pairs.value)
-  print_ratios(figures)
-  write_json(RACE.out.value, {**shared, **figures})
+  RACE.write({**shared, **RACE.run(programs)})
 
 
 if __name__ == "__main__":

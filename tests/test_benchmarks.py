@@ -1,9 +1,12 @@
 """The benchmarks' own arithmetic: costs read off compiled programs, the scaling table, the peers' noise levels."""
 
 import dataclasses
+import importlib.util
 import json
+import os
 import random
 import re
+import time
 from unittest import mock
 
 import jax
@@ -12,11 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import scaling, soak
+from benchmarks import gpu, scaling, soak
 from benchmarks.attempts import Attempt
 from benchmarks.faults import Site
 from benchmarks.programs import collective_bytes, estimated_cycles, memory_bytes
 from benchmarks.sample import euler_sigmas
+from benchmarks.timing import Program, race
+from univid_jax.core.errors import UserError
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.parallel.mesh import make_mesh
@@ -198,6 +203,95 @@ class TestSoak:
     assert re.search(problem, problems[0]) if problem else not problems
     self.write(site, [1.0, 2.0], first=2)
     assert "metrics.jsonl has the steps [2, 3]" in soak.check_end(attempt, site, [], {1})
+
+
+def build_program(*, seconds: float = 0.0, fails: bool = False, dies: bool = False):
+  """Builds a program of `TestRace`, in a process of its own."""
+  if fails:
+    raise RuntimeError("out of memory\nand more")
+  if dies:
+    os._exit(3)
+  return lambda: time.sleep(seconds) or {"forecast_gib": 1.5}
+
+
+class TestRace:
+  """Programs that fail are left out, with their reason, and the others are measured."""
+
+  @pytest.mark.parametrize("at_once", [True, pytest.param(False, marks=pytest.mark.long)])
+  def test_failures(self, capfd, at_once):
+    programs = {
+      "ours": Program(build_program, {}),
+      "broken": Program(build_program, {"fails": True}),
+      "dead": Program(build_program, {"dies": True}),
+      "peer": Program(build_program, {"seconds": 0.05}, is_peer=True),
+    }
+    failed = {}
+    figures = race(programs, pairs=2, at_once=at_once, patience=60, failed=failed)
+    assert list(figures) == ["ours", "peer"] and figures["ours"]["forecast_gib"] == 1.5
+    assert figures["peer"]["median_s"] >= 0.05
+    assert failed == {"broken": "RuntimeError: out of memory", "dead": "its process ended with 3"}
+    assert "dead                   failed: its process ended with 3" in capfd.readouterr().out
+
+  @pytest.mark.long
+  def test_patience(self):
+    slow, failed = Program(build_program, {"seconds": 90}, is_peer=True), {}
+    assert list(race({"ours": Program(build_program, {}), "slow": slow}, pairs=1, patience=20, failed=failed)) == [
+      "ours"
+    ]
+    assert failed == {"slow": "not warm in time"}
+
+  def test_a_failure_is_an_error_by_default(self):
+    with pytest.raises(UserError, match="broken: RuntimeError: out of memory"):
+      race({"broken": Program(build_program, {"fails": True})}, pairs=1)
+
+
+class TestGPU:
+  """`python -m benchmarks.gpu --tiny`."""
+
+  def run(self, tmp_path, capfd, *flags):
+    code = gpu.main(["gpu", "--tiny", f"--out={tmp_path}", *flags])
+    records = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    return records, out
+
+  @pytest.mark.parametrize(
+    "name",
+    [
+      pytest.param(benchmark.name, marks=[] if benchmark.name == "attention" else [pytest.mark.long])
+      for benchmark in gpu.BENCHMARKS
+    ],
+  )
+  def test_benchmark(self, tmp_path, capfd, monkeypatch, name):
+    """Each writes its figures and a row; without the peer, as on a machine that lacks its packages."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    (record,), out = self.run(tmp_path, capfd, f"--only={name}", "--minutes=3")
+    assert record["code"] == 0 and record["machine"]["versions"]["jax"] == jax.__version__
+    programs = dict(gpu.find_programs(record))
+    figures = {**record.get("errors", {}), **record.get("figures", {})}
+    assert bool(programs) != bool(figures) and not {"torch", "torch_compile"} & set(programs)
+    title = next(benchmark.title for benchmark in gpu.BENCHMARKS if benchmark.name == name)
+    assert out.count(f"| {title}") == len(programs or figures)
+
+  def test_what_takes_too_long_is_left_out(self, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "NVIDIA", "jax_device": "NVIDIA"})
+    assert gpu.main(["gpu", f"--out={tmp_path}", "--minutes=0.1"]) == 0
+    assert "left out, 6 s remain: ceiling (about 25 s), train (about" in capfd.readouterr().out
+    assert (tmp_path / "gpu.jsonl").read_text() == ""
+
+  def test_a_benchmark_that_hangs_is_ended(self, tmp_path, capfd, monkeypatch):
+    hangs = gpu.Benchmark("hangs", "hangs", 0.5, "matmul", "--size=20000 --repeats=1000", tiny="")
+    monkeypatch.setattr(gpu, "BENCHMARKS", [hangs])
+    monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "NVIDIA", "jax_device": "NVIDIA"})
+    assert gpu.main(["gpu", f"--out={tmp_path}"]) == 1
+    out, err = capfd.readouterr()
+    assert "hangs: ended after 1 s" in out and "failed, or ended too late: hangs" in err
+    assert json.loads((tmp_path / "gpu.jsonl").read_text())["code"] is None
+
+  def test_no_gpu(self, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "none", "jax_device": "cpu"})
+    assert gpu.main(["gpu", f"--out={tmp_path}"]) == 1
+    assert "JAX finds no GPU (its device: cpu; nvidia-smi: none); --tiny runs on a CPU" in capfd.readouterr().err
 
 
 def test_peers_sample_at_the_same_noise_levels():

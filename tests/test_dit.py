@@ -1,6 +1,8 @@
 """The transformer equals the original; packed sentences are independent."""
 
 import dataclasses
+import functools
+import importlib
 import time
 
 import jax
@@ -12,7 +14,7 @@ from flax import nnx
 from tests.helpers import CAUSAL, channels_last, golden, load_dit, relative_error
 from tests.test_diffusion import solve
 from univid_jax.checkpoints.pretrained import abstract_parameters
-from univid_jax.core.options import RematPolicy
+from univid_jax.core.options import AttentionBackend, RematPolicy
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.sentence import Role, Sentence
 from univid_jax.data.packing import RowShape, join_rows, pack, segment_intervals, target_indices
@@ -23,7 +25,8 @@ from univid_jax.diffusion.loss import sentence_losses, timestep_table
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.models import rope
 from univid_jax.models.attention import xla
-from univid_jax.models.dit import DiT, timestep_embedding
+from univid_jax.models.attention.api import attention
+from univid_jax.models.dit import REMAT_POLICIES, DiT, timestep_embedding
 from univid_jax.models.layers import normalize
 from univid_jax.models.rope import rotary_tables
 from univid_jax.models.variants import VARIANTS, DiTConfig
@@ -128,6 +131,20 @@ def test_remat_policy_attention_saves_the_second_forward_pass(monkeypatch, remat
   graph, params = nnx.split(load_dit(DiTConfig.from_json(info["config"]), weights, remat=remat), nnx.Param)
   gradient = jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(row.tokens, t, row))))
   assert str(jax.make_jaxpr(gradient)(params)).count("while[") == passes
+
+
+@pytest.mark.parametrize("remat, passes", [(RematPolicy.FULL, 2), (RematPolicy.ATTENTION, 1)])
+def test_remat_policy_attention_knows_the_primitive_of_cudnn(monkeypatch, remat, passes):
+  """Traces the gradient of attention as on a GPU, which need not be here, and counts forward passes of the kernel."""
+  module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+  monkeypatch.setattr(module, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(module, "check_compute_capability", lambda capability: True)
+  x = jnp.ones((1, 8, 1, 8), jnp.bfloat16)
+  attend = functools.partial(attention, backend=AttentionBackend.CUDNN)
+  block = jax.checkpoint(lambda x: jnp.sum(attend(x, x, x)), policy=REMAT_POLICIES[remat])
+  program = str(jax.make_jaxpr(jax.grad(block))(x))
+  assert program.count("dot_product_attention_fwd_wrapper[") == passes
+  assert program.count("dot_product_attention_bwd_wrapper[") == 1
 
 
 @pytest.mark.parametrize(

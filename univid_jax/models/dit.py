@@ -16,17 +16,26 @@ from jaxtyping import Array, Float
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import AttentionBackend, RematPolicy
 from univid_jax.core.packed_row import PackedRow, put_tokens, take_tokens
+from univid_jax.models.attention.cudnn import FORWARD_PRIMITIVE
 from univid_jax.models.attention.xla import OUTPUT_NAME
 from univid_jax.models.dit_blocks import MLP, Block, Head, ImageEmbedding, KeysAndValues, KeyValueCache
 from univid_jax.models.layers import Linear, gelu_tanh
 from univid_jax.models.rope import rotary_tables
 from univid_jax.models.variants import DiTConfig
 
+
+def _save_attention(primitive: Any, *args: Any, **params: Any) -> bool:
+  """Saves the results of attention, in a policy of `jax.checkpoint`."""
+  return primitive.name == FORWARD_PRIMITIVE or _save_named(primitive, *args, **params)
+
+
+_save_named = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)
+
 # What the backward pass of a block may keep of the forward pass; None keeps everything.
 REMAT_POLICIES: Mapping[RematPolicy, Callable[..., bool] | None] = {
   RematPolicy.NONE: None,
   RematPolicy.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  RematPolicy.ATTENTION: jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),
+  RematPolicy.ATTENTION: _save_attention,
   RematPolicy.FULL: jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -12,6 +12,10 @@ from univid_jax.core.errors import UserError
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 MAX_HEAD_DIM = 128
 
+# JAX's name of the kernel's primitive, by which a policy of `jax.checkpoint` saves its outputs (the only ones that the
+# backward pass needs). tests/test_attention.py fails if an upgrade changes it.
+FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
+
 
 def supports(dtype: DTypeLike, head_dim: int) -> bool:
   return jnp.dtype(dtype) in DTYPES and head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
