@@ -94,7 +94,7 @@ def small() -> RunConfig:
   families = dict.fromkeys(GRID_FAMILY_NAMES, 1.0) | {"automaton": 2.0, "translate": 1.5, "hanoi": 0.5, "outline": 0.0}
   return RunConfig(
     name="small",
-    num_steps=6000,
+    num_steps=2336,
     model=ModelConfig(
       dim=256, ffn_dim=640, num_heads=8, num_layers=10, dtype="bfloat16", remat=RematPolicy.NONE, look_back=(1, 2, 3, 6)
     ),
