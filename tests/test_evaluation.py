@@ -19,7 +19,7 @@ from univid_jax.data.contexts import CONTEXTS
 from univid_jax.data.pictures import sentence_grid
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.target_kinds import label_colors, normals_to_image
-from univid_jax.evaluation import run
+from univid_jax.evaluation import report, run
 from univid_jax.evaluation.controls import (
   Case,
   baselines,
@@ -204,6 +204,20 @@ def test_figures(tmp_path):
   image, video = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((5, 8, 8, 3), np.uint8)
   sentence_grid(tmp_path / "grid.png", [("task\ncontext IV", (image, video, image, video, video))])
   assert (tmp_path / "loss.png").stat().st_size > 1000 and (tmp_path / "grid.png").stat().st_size > 500
+
+
+def test_the_gallery_shows_every_task_before_it_repeats_one(tmp_path, monkeypatch):
+  """And no more rows than a newcomer reads."""
+  drawn = []
+  monkeypatch.setattr(report, "sentence_grid", lambda path, rows, **options: (path.touch(), drawn.extend(rows)))
+  gallery, frames = report.Gallery(), np.zeros((1, 8, 8, 3), np.uint8)
+  for context in ("I", "II", "III"):
+    for task in ("a", "b", "c", "d"):
+      example = as_generated(frames, task=task)
+      gallery.add(dataclasses.replace(example, info=dataclasses.replace(example.info, context=context)))
+  gallery.draw(epath.Path(tmp_path / "grid.png"), with_swapped=False)
+  labels = [label.split("\n")[:2] for label, _ in drawn]
+  assert labels == [[task, f"context {context}"] for task in "abcd" for context in ("I", "II")]
 
 
 def config_with(**options):

@@ -1,7 +1,7 @@
 """Pictures of sentences: their clips side by side, and one sentence below the other."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,18 @@ from univid_jax.core.sentence import Role, Sentence, read_frames
 
 COLUMNS = ("A", "A'", "B", "B' predicted", "B' true")
 
-# Space between frames, left of them for labels, and above them for the names of the columns, in pixels.
-GAP, MARGIN, HEADER = 6, 150, 30
+# What a newcomer has to know of a column.
+CAPTIONS: Mapping[str, str] = {
+  "A": "example: before",
+  "A'": "example: after",
+  "B": "a new clip",
+  "B' predicted": "what the model makes of it",
+  "B' true": "what it should make",
+  "with swapped pairs": "shown another task's example",
+}
+
+# Space between frames, and above them for the names of the columns, in pixels.
+GAP, HEADER = 6, 50
 
 
 def sentence_grid(
@@ -27,16 +37,23 @@ def sentence_grid(
     tile: height of a frame in pixels.
   """
   strips = [[_key_frames(clip) for clip in clips] + [[]] * (len(columns) - len(clips)) for _, clips in rows]
-  widths = [max(_strip_width(line[i], tile) for line in strips) for i in range(len(columns))]
-  size = (MARGIN + sum(widths) + GAP * (len(columns) + 1), HEADER + (tile + GAP) * len(rows))
+  fonts = [ImageFont.load_default(size=size) for size in (15, 11)]
+  headers = [(name, CAPTIONS.get(name, "")) for name in columns]
+  widths = [
+    max(*(_strip_width(line[i], tile) for line in strips), *map(_text_width, headers[i], fonts))
+    for i in range(len(columns))
+  ]
+  margin = 2 * GAP + max(_text_width(label, fonts[0]) for label, _ in rows)
+  size = (margin + sum(widths) + GAP * (len(columns) + 1), HEADER + (tile + GAP) * len(rows))
   canvas = Image.new("RGB", size, "white")
-  pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
-  lefts = [MARGIN + GAP * (i + 1) + sum(widths[:i]) for i in range(len(columns))]
-  for left, width, name in zip(lefts, widths, columns):
-    pen.text((left + width / 2, HEADER / 2), name, fill="black", font=font, anchor="mm")
+  pen = ImageDraw.Draw(canvas)
+  lefts = [margin + GAP * (i + 1) + sum(widths[:i]) for i in range(len(columns))]
+  for left, width, header in zip(lefts, widths, headers):
+    for text, font, color, height in zip(header, fonts, ("black", "dimgrey"), (16, 35)):
+      pen.text((left + width / 2, height), text, fill=color, font=font, anchor="mm")
   for index, ((label, _), line) in enumerate(zip(rows, strips)):
     top = HEADER + index * (tile + GAP)
-    pen.text((MARGIN - GAP, top + tile / 2), label, fill="black", font=font, anchor="rm", align="right")
+    pen.text((margin - GAP, top + tile / 2), label, fill="black", font=fonts[0], anchor="rm", align="right")
     for left, width, frames in zip(lefts, widths, line):
       x = left + (width - _strip_width(frames, tile)) // 2
       for frame in frames:
@@ -74,6 +91,10 @@ def concatenate_clips(clips: Sequence[np.ndarray]) -> np.ndarray:
 
 def _key_frames(clip: np.ndarray) -> list[np.ndarray]:
   return [clip[i] for i in sorted({0, len(clip) // 2, len(clip) - 1})]
+
+
+def _text_width(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
+  return round(max(font.getlength(line) for line in text.splitlines() or [""]))
 
 
 def _strip_width(frames: Sequence[np.ndarray], tile: int) -> int:

@@ -46,7 +46,9 @@ Scored = TypeVar("Scored")
 
 
 class Gallery:
-  """Keeps the first sentence of each task and context, for a picture."""
+  """Keeps the first sentence of each task and context, for a picture that shows as many tasks as fit."""
+
+  MAX_ROWS = 8
 
   def __init__(self):
     self._examples: dict[tuple[str, str], Generated] = {}
@@ -56,8 +58,14 @@ class Gallery:
 
   def draw(self, path: epath.Path, *, with_swapped: bool) -> None:
     """Draws A, A', B, the prediction, the ground truth and, if wanted, the prediction with swapped pairs."""
+    by_task: dict[str, list[str]] = {}
+    for task, context in sorted(self._examples):
+      by_task.setdefault(task, []).append(context)
+    # The first context of every task before the second of any.
+    keys = sorted(self._examples, key=lambda key: (by_task[key[0]].index(key[1]), key[0]))[: self.MAX_ROWS]
     rows = []
-    for (task, context), generated in sorted(self._examples.items()):
+    for task, context in sorted(keys):
+      generated = self._examples[task, context]
       clips = [*generated.clips[-4:-1], generated.samples[PREDICTION], generated.clips[-1]]
       score = psnr(generated.samples[PREDICTION], generated.clips[-1])
       label = f"{task.replace('_', ' ')}\ncontext {context or '-'}\n{score:.1f} dB"
