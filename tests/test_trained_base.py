@@ -64,7 +64,7 @@ def test_dtype_and_damage(trained, tmp_path):
   assert "bfloat16" in inspect(str(tmp_path / "half"))
   weights = tmp_path / "half" / "transformer.safetensors"
   weights.write_bytes(weights.read_bytes()[:-10])
-  with pytest.raises(UserError, match="transformer.safetensors"):
+  with pytest.raises(UserError, match=r"transformer\.safetensors"):
     load_pipeline(str(tmp_path / "half"), verify_weights=False)
 
 
@@ -72,7 +72,7 @@ def test_runs_on_a_base_are_not_written(trained, tmp_path):
   root, config = trained
   tmp_path.joinpath("run").mkdir()
   write_run(tmp_path / "run", RunRecord(override(config, {"init_from": str(root / "base")}), "", "0.2.0"))
-  with pytest.raises(UserError, match="trained the whole of .*base"):
+  with pytest.raises(UserError, match=r"trained the whole of .*base"):
     convert_any(str(tmp_path / "run"), str(tmp_path / "again"))
 
 
