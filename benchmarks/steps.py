@@ -89,7 +89,7 @@ def make_row_program(
   options |= {name: getattr(shape, name) for name in SHAPE_KEYS}
   changes = {"lora.rank": LORA_RANK, "base.quantize": quantize, "codec.latent_channels": shape.out_dim}
   config = override(wan_1_3b(), changes | {f"model.{key}": value for key, value in options.items()})
-  mesh = make_mesh({"data": 1, "fsdp": -1})
+  mesh = make_mesh({}, devices=jax.devices()[:1])  # the peer uses one device, too
   optimizer = make_optimizer(config.optimizer, 1000)
   spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=False, lora=True)
 

@@ -54,7 +54,7 @@ def build_jax(
   row = dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
   row = jax.tree.map(lambda x: np.repeat(x, rows, axis=0), row)
   run = make_row_program(shape, dtype=dtype, mode=mode, backend=backend, remat=remat)
-  row = shard_batch(row, make_mesh({"data": 1, "fsdp": -1}))  # the peer's inputs are on the device, too
+  row = shard_batch(row, make_mesh({}, devices=jax.devices()[:1]))  # as the peer's are, on the device
   return lambda: run(row)
 
 
