@@ -4,14 +4,14 @@ Needs the extra `demo`, Playwright for Python, and a Chromium on the path.
 """
 
 import contextlib
-import os
-import re
+import json
 import shutil
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,9 @@ import pytest
 
 from tests.commands import environment
 from tests.helpers import GOLDENS
+from univid_jax.checkpoints.lora.formats import write_lora
+from univid_jax.checkpoints.lora.kinds import Difference
+from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.data.writer import write_clip
 
 pytestmark = pytest.mark.slow
@@ -94,26 +97,85 @@ def listening_sockets():
   return found
 
 
-def test_files_in_and_a_picture_out(tmp_path):
+@pytest.fixture(scope="module")
+def browser():
   playwright = pytest.importorskip("playwright.sync_api")
   chromium = shutil.which("chromium") or pytest.skip("no Chromium")
-  clips = []
-  for name, shade in (("a", 40), ("b", 120), ("c", 200)):
-    write_clip(tmp_path / f"{name}.png", np.full((1, 60, 80, 3), shade, np.uint8))
-    clips.append(str(tmp_path / f"{name}.png"))
-  with serve(tmp_path) as (address, log), playwright.sync_playwright() as p:
-    browser = p.chromium.launch(
-      executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    )
-    page = browser.new_page()
-    page.goto(address)
-    page.wait_for_selector("text=Visual sentences", timeout=60_000)
-    for path in clips:
-      page.locator("input[type=file]").nth(0).set_input_files(path)
-      page.wait_for_selector(f"text={os.path.basename(path).split('.')[0]}", timeout=20_000)
-    page.get_by_label(re.compile("^number input for Steps|^Steps")).first.fill("2")
+  arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+  with playwright.sync_playwright() as p:
+    yield p.chromium.launch(executable_path=chromium, args=arguments)
+
+
+def open_page(browser, address, width=1280):
+  """Opens the page; errors in its console are collected in `page.errors`."""
+  page = browser.new_page(viewport={"width": width, "height": 900})
+  page.errors = []
+  page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+  page.goto(address)
+  page.wait_for_selector("text=Visual sentences", timeout=60_000)
+  return page
+
+
+def set_steps(page, count):
+  page.get_by_text("Prompt, steps and seed").click()
+  steps = page.get_by_label("number input for Steps")
+  steps.fill(str(count))
+  steps.press("Tab")
+
+
+def sample(page):
+  page.get_by_role("button", name="Sample B'").click()
+  page.wait_for_selector("text=sampled in", timeout=300_000)
+
+
+def test_an_example_becomes_a_result(tmp_path, browser):
+  """Without any file of one's own: previews while it is sampled, three views, and a download with the command."""
+  with serve(tmp_path) as (address, log):
+    page = open_page(browser, address)
+    page.locator(".examples button").first.click()
+    page.wait_for_function("document.querySelectorAll('.clip img').length == 3")
+    set_steps(page, 6)
     page.get_by_role("button", name="Sample B'").click()
-    page.wait_for_selector("img[src*='sample_0']", timeout=120_000)
-    page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
-    browser.close()
-    print(log.read_text()[-3000:])
+    page.wait_for_selector("text=/Step [1-5] of 6/", timeout=300_000)
+    page.wait_for_selector(".result img")
+    estimate = page.locator(".result img").first.get_attribute("src")
+    page.wait_for_selector("text=sampled in", timeout=300_000)
+    assert page.locator(".result img").first.get_attribute("src") != estimate
+    for name in ("Side by side", "Difference"):
+      page.get_by_role("tab", name=name).click()
+      shown = page.locator(".result img:visible")
+      page.wait_for_function("image => image.naturalWidth >= 512", arg=shown.element_handle())
+    assert "--steps=6 --seed=0" in page.locator(".command").inner_text()
+    with page.expect_download() as download:
+      page.get_by_role("button", name="Download with clips").click()
+    with zipfile.ZipFile(download.value.path()) as bundle:
+      assert {"A.png", "A2.png", "B.png", "B2.png", "B2.json", "sample.sh"} <= set(bundle.namelist())
+    assert not page.errors, page.errors
+    assert "Traceback" not in log.read_text()
+
+
+def test_own_clips_and_models_on_a_phone(tmp_path, browser):
+  for name, count in (("a", 5), ("b", 5), ("c", 5)):
+    write_clip(tmp_path / f"{name}.mp4", np.full((count, 60, 80, 3), 40 * ord(name) % 256, np.uint8), fps=8)
+  bias = Difference(np.ones(json.loads((GOLDENS / "tiny_wan" / "config.json").read_text())["dim"], np.float32))
+  write_lora(tmp_path / "style.safetensors", LoRAWeights({"blocks.0.ffn.2.bias": bias}, "jax"), "comfyui")
+  with serve(tmp_path, f"--lora={tmp_path / 'style.safetensors'}") as (address, log):
+    page = open_page(browser, address, width=390)
+    for index, name in enumerate("abc"):
+      page.locator("input[type=file]").first.set_input_files(str(tmp_path / f"{name}.mp4"))
+      page.wait_for_function("n => document.querySelectorAll('.clip video').length == n", arg=index + 1)
+    weight = page.get_by_label("number input for Weight of style.safetensors")
+    weight.fill("0.5")
+    weight.press("Tab")
+    set_steps(page, 2)
+    sample(page)
+    assert "style.safetensors:0.5 --steps=2" in page.locator(".command").inner_text().replace("\n", "")
+    assert page.locator(".result video:visible").count() == 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390, "nothing is wider than the screen"
+    page.screenshot(path=str(tmp_path / "phone.png"), full_page=True)
+    assert not page.errors, page.errors
+    assert "Traceback" not in log.read_text()
+    (tmp_path / "c.mp4").write_bytes(b"no video")
+    page.get_by_label("Clear").last.click()
+    page.locator("input[type=file]").first.set_input_files(str(tmp_path / "c.mp4"))
+    page.wait_for_selector("text=/cannot read c.mp4|c.mp4.*not a/", timeout=60_000)

@@ -149,6 +149,10 @@ class CommandFlags:
       word = self.arguments[self._max_arguments]
       raise UsageError(f"unexpected argument {word!r}; flags are written --name=value")
 
+  def given(self, names: Sequence[str]) -> list[str]:
+    """Returns those of the named flags that are on the command line, as arguments."""
+    return [self._values[name].serialize() for name in names if self._values[name].present]
+
   def help(self) -> str:
     """Returns the text of --help."""
     return "\n".join([self._usage.strip(), "", "flags:", *self._describe_flags()])

@@ -1,65 +1,214 @@
-"""The page of the demo, in Gradio."""
+"""The demo page, in Gradio: its layout, and what its parts call."""
 
+import contextlib
+import dataclasses
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
-from univid_jax import Pipeline
-from univid_jax.data.clips import frame_rate, read_context
-from univid_jax.data.contexts import CONTEXTS, video_pattern
-from univid_jax.data.writer import write_clip
+from univid_jax.cli.page_examples import EXAMPLES
+from univid_jax.cli.page_session import Choice, Result, Session, Status
+from univid_jax.cli.sampling import known_prompts
+from univid_jax.core.options import MAX_SEED
 
-AS_GIVEN = "as the files are"
+TITLES = ("A", "A'", "B")
+INTRODUCTION = """# Visual sentences
+A and A' show a task; the model does the same to B. Images and videos of any size."""
+
+CSS = """
+.clip img, .result img, .clip video, .result video {image-rendering: pixelated}
+.command .cm-content {padding-right: 72px !important}
+.file .download {display: none}
+.file:has(.file-preview) {height: 64px !important; min-height: 0}
+.file .file-preview td {font-size: 12px; padding: 2px 4px}
+.examples .grid-wrap {min-height: 0; max-height: none}
+.examples .grid-container {grid-auto-rows: auto}
+.examples .gallery-item, .examples .thumbnail-item {height: auto !important; min-height: 0}
+.examples .thumbnail-item {aspect-ratio: 2.3}
+.examples .thumbnail-item img {object-position: top}
+footer {display: none !important}
+@media (max-width: 640px) {
+  .gradio-container {padding: 8px !important}
+  .clips {flex-wrap: nowrap !important; gap: 6px !important}
+  .clips > * {min-width: 0 !important}
+  .examples .thumbnail-item {aspect-ratio: 1.9}
+}
+"""
 
 
-def build_page(pipeline: Pipeline) -> gr.Blocks:
-  """Builds the page for a pipeline."""
-  folder = Path(tempfile.mkdtemp(prefix="univid_"))
-  fixed = pipeline.accelerator.num_inference_steps if pipeline.accelerator else None
+@dataclasses.dataclass(frozen=True)
+class Viewer:
+  """Shows an image or a video, whichever a file is."""
 
-  def sample(a, a2, b, context, prompt, steps, seed, progress=gr.Progress()):  # noqa: B008 (Gradio's way to pass it)
-    if not all((a, a2, b)):
-      raise gr.Error("choose files for A, A' and B")
+  image: gr.Image
+  video: gr.Video
 
-    total = None if fixed else int(steps)
+  @classmethod
+  def create(cls, label: str, *, style: str, height: int | None = None, placeholder: bool = True) -> "Viewer":
+    options: dict[str, Any] = {"label": label, "height": height, "elem_classes": style, "interactive": False}
+    image = gr.Image(visible=placeholder, buttons=["fullscreen"], **options)
+    return cls(image, gr.Video(visible=False, autoplay=True, loop=True, buttons=[], **options))
 
-    def show(taken: int) -> None:
-      progress((taken, total or fixed), unit="steps")
+  @property
+  def parts(self) -> list[Any]:
+    return [self.image, self.video]
 
-    try:
-      pattern = None if context == AS_GIVEN else video_pattern(context, 4)
-      clips = read_context((a, a2, b), pipeline.clip_format, videos=pattern)
-      num_frames = None if pattern is None else pipeline.num_frames if pattern[-1] else 1
-      out = pipeline.sample(
-        [clip.frames for clip in clips],
-        prompt,
-        num_frames=num_frames,
-        num_inference_steps=total,
-        seed=int(seed),
-        progress=show,
-      )
-    except (ValueError, OSError) as error:
-      raise gr.Error(str(error)) from error
-    is_image = len(out.frames) == 1
-    path = folder / f"sample_{len(list(folder.iterdir()))}.{'png' if is_image else 'mp4'}"
-    write_clip(path, out.frames, fps=frame_rate(clips))
-    return gr.update(value=str(path) if is_image else None, visible=is_image), gr.update(
-      value=None if is_image else str(path), visible=not is_image
-    )
+  @staticmethod
+  def show(path: Path | None) -> list[Any]:
+    """Returns the updates of its parts that show a file, or nothing."""
+    is_video = path is not None and path.suffix != ".png"
+    value = None if path is None else str(path)
+    return [
+      gr.update(value=None if is_video else value, visible=not is_video),
+      gr.update(value=value if is_video else None, visible=is_video),
+    ]
 
-  with gr.Blocks(title="univid_jax") as page:
-    gr.Markdown("## Visual sentences\nA and A' show a task; the model applies it to B. Images and videos of any size.")
-    with gr.Row():
-      clips = [gr.File(label=name, file_types=["image", "video"], type="filepath") for name in ("A", "A'", "B")]
-    with gr.Row():
-      context = gr.Dropdown(
-        [AS_GIVEN, *CONTEXTS], value=AS_GIVEN, label="Context (I: videos, II: images, III and IV: mixed)"
-      )
-      prompt = gr.Textbox(label="Prompt", value="")
-      steps = gr.Slider(1, 100, value=fixed or 50, step=1, label="Steps", interactive=not fixed)
-      seed = gr.Number(value=0, precision=0, label="Seed")
-    button = gr.Button("Sample B'", variant="primary")
-    image, video = gr.Image(label="B'", visible=True), gr.Video(label="B'", visible=False)
-    button.click(sample, [*clips, context, prompt, steps, seed], [image, video], api_name="sample")
-  return page
+
+class Page:
+  """The parts of the page.
+
+  Args:
+    session: a model is open.
+    folder: for files, each in a folder of its own that is deleted once the browser has got them.
+  """
+
+  def __init__(self, session: Session, folder: Path):
+    self._session, self._folder = session, folder
+
+  def build(self) -> gr.Blocks:
+    with gr.Blocks(title="univid_jax", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+      gr.Markdown(INTRODUCTION)
+      with gr.Row(equal_height=False):
+        with gr.Column(min_width=340):
+          files, viewers = self._build_clips()
+          gallery = self._build_examples()
+          choice = self._build_choice()
+          with gr.Row():
+            button = gr.Button("Sample B'", variant="primary", size="lg", scale=3)
+            stop = gr.Button("Stop", size="lg", scale=1, min_width=80)
+        with gr.Column(min_width=340):
+          outputs = self._build_result()
+      for file, viewer in zip(files, viewers):
+        file.change(self._show_clip, file, viewer.parts, show_progress="hidden", api_visibility="private")
+      gallery.select(self._load_example, None, files, show_progress="hidden", api_visibility="private")
+      event = button.click(self._sample, [*files, *choice], outputs, show_progress="hidden", api_name="sample")
+      stop.click(None, cancels=[event], api_visibility="private")
+    return page
+
+  def _build_clips(self) -> tuple[list[gr.File], list[Viewer]]:
+    files, viewers = [], []
+    with gr.Row(elem_classes="clips", equal_height=False):
+      for title in TITLES:
+        with gr.Column(min_width=100):
+          viewers.append(Viewer.create(title, style="clip", height=150))
+          options: dict[str, Any] = {"label": title, "show_label": False, "elem_classes": "file", "height": 110}
+          files.append(gr.File(file_types=["image", "video"], type="filepath", **options))
+    return files, viewers
+
+  def _build_examples(self) -> gr.Gallery:
+    pictures = [(example.thumbnail(), example.title) for example in EXAMPLES]
+    options: dict[str, Any] = {"allow_preview": False, "interactive": False, "buttons": [], "elem_classes": "examples"}
+    gr.Markdown("Examples of A, A' and B:")
+    return gr.Gallery(pictures, show_label=False, columns=2, height="auto", object_fit="contain", **options)
+
+  def _build_choice(self) -> list[Any]:
+    """Builds what `_choose` reads."""
+    offer, first = self._session.offer, self._session.first_choice()
+    pipeline = self._session.pipeline
+    many = len(offer.checkpoints) > 1
+    checkpoint = gr.Dropdown([*offer.checkpoints], value=first.checkpoint, label="Checkpoint", interactive=many)
+    names = [f"Weight of {Path(path).name} (0: without)" for path, _ in offer.loras]
+    weights = [gr.Slider(-1, 2, value=weight, step=0.05, label=name) for name, (_, weight) in zip(names, offer.loras)]
+    kind = pipeline.accelerator
+    steps_of = f": {kind.num_inference_steps} steps ({kind.name})" if kind else ""
+    fast = gr.Checkbox(first.accelerated, label=f"Accelerate{steps_of}", visible=bool(offer.accelerator))
+    with gr.Accordion("Prompt, steps and seed", open=False):
+      with gr.Row():
+        task = gr.Dropdown([("no prompt", ""), *known_prompts(pipeline.usage.prompts)], value="", label="Task prompt")
+        prompt = gr.Textbox("", label="or one of your own", max_lines=3)
+      steps = gr.Slider(1, 100, value=50, step=1, label="Steps", interactive=not first.accelerated)
+      with gr.Row():
+        seed = gr.Number(value=0, precision=0, minimum=-MAX_SEED - 1, maximum=MAX_SEED, label="Seed", min_width=80)
+        frames = gr.Number(value=0, precision=0, minimum=0, label="Frames (0: as A')", min_width=80)
+    fast.change(lambda on: gr.update(interactive=not on), fast, steps, api_visibility="private")
+    return [checkpoint, fast, task, prompt, steps, seed, frames, *weights]
+
+  def _build_result(self) -> list[Any]:
+    """Builds what `_sample` yields."""
+    status = gr.Markdown("Choose A, A' and B, or an example.")
+    views = {}
+    with gr.Tabs():
+      for name, title in (("large", "B'"), ("pairs", "Side by side"), ("difference", "Difference of B and B'")):
+        with gr.Tab(title):
+          views[name] = Viewer.create(title, style="result")
+    download = gr.DownloadButton("Download with clips and command", visible=False)
+    options: dict[str, Any] = {"show_label": False, "interactive": False, "visible": False, "wrap_lines": True}
+    command = gr.Code(language="shell", lines=1, elem_classes="command", **options)
+    return [status, *(part for view in views.values() for part in view.parts), download, command]
+
+  def _show_clip(self, path: str | None) -> Iterator[list[Any]]:
+    if path is None:
+      yield Viewer.show(None)
+      return
+    with tempfile.TemporaryDirectory(dir=self._folder) as scratch, _shown_errors(scratch):
+      yield Viewer.show(self._session.show(path, Path(scratch)))
+
+  def _load_example(self, selected: gr.SelectData) -> Iterator[list[str]]:
+    with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
+      yield [str(path) for path in self._session.write_example(EXAMPLES[selected.index], Path(scratch))]
+
+  def _sample(self, a: str | None, a2: str | None, b: str | None, *values: Any) -> Iterator[list[Any]]:
+    if a is None or a2 is None or b is None:
+      raise gr.Error("Choose files for A, A' and B, or an example.")
+    with tempfile.TemporaryDirectory(dir=self._folder) as scratch, _shown_errors(scratch):
+      for event in self._session.sample(_choose(*values), (a, a2, b), Path(scratch)):
+        yield _show_event(event)
+
+
+def _choose(
+  checkpoint: str,
+  accelerated: bool,
+  task: str | None,
+  prompt: str | None,
+  steps: int,
+  seed: int | None,
+  frames: int | None,
+  *weights: float,
+) -> Choice:
+  return Choice(
+    checkpoint=checkpoint,
+    lora_weights=weights,
+    accelerated=accelerated,
+    steps=int(steps),
+    task=task or "",
+    prompt=(prompt or "").strip(),
+    num_frames=int(frames or 0) or None,
+    seed=int(seed or 0),
+  )
+
+
+def _show_event(event: Status | Result) -> list[Any]:
+  """Returns the updates of what `Page._build_result` has built."""
+  if isinstance(event, Status):
+    picture = gr.skip() if event.picture is None else gr.update(value=event.picture, visible=True)
+    video = gr.skip() if event.picture is None else gr.update(value=None, visible=False)
+    return [event.text, picture, video, *[gr.skip()] * 4, gr.update(visible=False), gr.update(visible=False)]
+  shown: Sequence[Path] = (event.large, event.pairs, event.difference)
+  return [
+    event.text,
+    *(update for path in shown for update in Viewer.show(path)),
+    gr.update(value=str(event.bundle), visible=True),
+    gr.update(value=event.command, visible=True),
+  ]
+
+
+@contextlib.contextmanager
+def _shown_errors(folder: str) -> Iterator[None]:
+  """Shows users' errors on the page, without the folder of the files."""
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    raise gr.Error(str(error).replace(f"{folder}/", "")) from error

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import univid_jax
 from univid_jax import Pipeline
 from univid_jax.cli.sampling import Request, check_request
-from univid_jax.cli.whole_videos import WholeQuery, WholeVideo, padded_size
+from univid_jax.cli.whole_videos import StepProgress, WholeQuery, WholeVideo, padded_size
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate, read_context
 from univid_jax.data.pictures import concatenate_clips
@@ -23,6 +23,7 @@ from univid_jax.data.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Frames, probe
 from univid_jax.data.writer import write_clip
 from univid_jax.diffusion.step_cache import StepCache
 from univid_jax.inference.jobs import infer_length
+from univid_jax.inference.preview import Preview
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class RequestRunner:
     carry_context: whether windows of whole videos are sampled one after the other.
     first_frame: an image that results begin with, which the model must be able to keep; the context may then be empty.
     is_warm_up: whether of whole videos only as many windows are sampled as use all programs.
+    progress: called after each step, see `StepProgress`.
+    preview: see `Pipeline.sample`; of whole videos there is none.
   """
 
   pipeline: Pipeline
@@ -56,6 +59,8 @@ class RequestRunner:
   carry_context: bool = False
   first_frame: str | None = None
   is_warm_up: bool = False
+  progress: StepProgress | None = None
+  preview: Preview | None = None
   _reported: set[str] = dataclasses.field(default_factory=set)
 
   def run(self, request: Request) -> str:
@@ -74,7 +79,7 @@ class RequestRunner:
         return self._run_whole(request, examples, query)
     clips, first = self._read(request), self._read_first_frame(request)
     fps, frames = frame_rate(clips) if clips else None, [clip.frames for clip in clips]
-    arguments = dict(self.arguments)
+    arguments = dict(self.arguments) if self.preview is None else {**self.arguments, "preview": self.preview}
     if first is not None:
       arguments["first_frame"] = first.frames[0]
       if not clips and arguments["num_frames"] is None:
@@ -85,6 +90,8 @@ class RequestRunner:
 
       def show(taken: int) -> None:
         bar.update(taken - bar.n)
+        if self.progress is not None:
+          self.progress(taken, total)
 
       out = self.pipeline.sample(frames, **arguments, progress=show)
     height, width = probe(self._shown_last(request)).size if self.keep_size else out.frames.shape[1:3]
@@ -110,7 +117,7 @@ class RequestRunner:
     record |= {"carry_context": self.carry_context, "window_frames": self.form.num_frames}
     arguments = {**self.arguments, "num_frames": self.form.num_frames, "carry_context": self.carry_context}
     video = WholeVideo(self.pipeline, examples, query, arguments, record)
-    video.write(path, audio_from=request.clips[-1] if self.copy_audio else None)
+    video.write(path, audio_from=request.clips[-1] if self.copy_audio else None, progress=self.progress)
     if self.grid:
       video.write_grid(_grid_path(path, num_frames), path)
     return _write_record(path, record)

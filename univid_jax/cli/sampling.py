@@ -135,18 +135,23 @@ def task_prompt(task: str, trained: Mapping[str, str]) -> str:
   Raises:
     UserError: there is no such task; the message names the nearest.
   """
-  name = task.strip().replace(" ", "_")
-  by_name = {key.replace(" ", "_"): prompt for key, prompt in trained.items()}
-  if name in by_name:
-    return by_name[name]
-  known = {key: value.prompt_name for key, value in TASKS.items()}
-  known |= {target.replace(" ", "_"): target for target in (*known.values(), *PAPER_TARGETS)}
+  name, known = task.strip().replace("_", " "), known_prompts(trained)
   if name in known:
-    return prompt_for(known[name], PromptStyle.DETAILED)
-  nearest = difflib.get_close_matches(name, [*by_name, *known], n=1)
-  hint = f": did you mean {nearest[0].replace('_', ' ')!r}?" if nearest else "."
-  tasks = ", ".join(sorted(key.replace("_", " ") for key in {**by_name, **known}))
+    return known[name]
+  nearest = difflib.get_close_matches(name, known, n=1)
+  hint = f": did you mean {nearest[0]!r}?" if nearest else "."
+  tasks = ", ".join(sorted(known))
   raise UserError(f"--task={task} is not known{hint} Use --prompt for a text of your own. Tasks: {tasks}")
+
+
+def known_prompts(trained: Mapping[str, str]) -> dict[str, str]:
+  """Returns the prompts of all tasks by name, those of training first; names have spaces."""
+  targets = {key: value.prompt_name for key, value in TASKS.items()}
+  targets |= {target: target for target in (*targets.values(), *PAPER_TARGETS)}
+  prompts = {name.replace("_", " "): text for name, text in trained.items()}
+  for name, target in targets.items():
+    prompts.setdefault(name.replace("_", " "), prompt_for(target, PromptStyle.DETAILED))
+  return prompts
 
 
 def plan_requests(

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from univid_jax.inference.long_video import VideoReader, VideoSample
 from univid_jax.inference.progress_file import ProgressFile
 
 log = logging.getLogger(__name__)
+
+# Called after each step with the number of steps taken, and their total.
+StepProgress = Callable[[int, int], None]
 
 # Frames of a grid that are in memory at once.
 GRID_BLOCK = 16
@@ -99,7 +102,7 @@ class WholeVideo:
   arguments: Mapping[str, Any]
   record: Mapping[str, Any]
 
-  def write(self, path: Path, *, audio_from: str | None) -> None:
+  def write(self, path: Path, *, audio_from: str | None, progress: StepProgress | None = None) -> None:
     """Samples it into a file, or resumes what an earlier process has left."""
     height, width = self.query.size
     num_frames = self.query.footage.num_frames
@@ -111,7 +114,7 @@ class WholeVideo:
       VideoReader(num_frames, self.query.read),
       **self.arguments,
       saved=saved,
-      progress=_RemainingTime(bar),
+      progress=_RemainingTime(bar, progress),
     )
     bar.reset(total=video.num_steps)
     log.info("%s: %d frames in %d windows", self.query.footage.path, num_frames, video.num_windows)
@@ -143,13 +146,15 @@ def _crop(blocks: VideoSample | Sequence[Frames], height: int, width: int) -> It
 class _RemainingTime:
   """Shows progress, and says once, after the first steps, how long the others will take."""
 
-  def __init__(self, bar: tqdm):
-    self._bar = bar
+  def __init__(self, bar: tqdm, progress: StepProgress | None):
+    self._bar, self._progress = bar, progress
     self._first: tuple[int, float] | None = None
     self._said = False
 
   def __call__(self, taken: int) -> None:
     self._bar.update(taken - self._bar.n)
+    if self._progress is not None:
+      self._progress(taken, int(self._bar.total))
     if self._first is None:  # until here, programs were compiled
       self._first = taken, time.monotonic()
       return

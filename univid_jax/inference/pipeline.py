@@ -41,6 +41,7 @@ from univid_jax.inference.jobs import (
 from univid_jax.inference.joint import JointSampler
 from univid_jax.inference.long_video import VideoReader, VideoSample
 from univid_jax.inference.plan import SamplingPlan
+from univid_jax.inference.preview import DrawnPreview, Preview
 from univid_jax.inference.sampler import Progress, Request, Sampler
 from univid_jax.models.variants import DiTConfig
 
@@ -183,6 +184,7 @@ class Pipeline(EncodingPipeline):
     guidance_range: Sequence[float] | None = None,
     step_cache: StepCache | RatioMeasurement | None = None,
     progress: Progress | None = None,
+    preview: Preview | None = None,
   ) -> Sample:
     """Generates the clip that completes a sentence.
 
@@ -203,6 +205,7 @@ class Pipeline(EncodingPipeline):
       guidance_range: noise levels with guidance, (from, to); None is all. Steps outside take half the time.
       step_cache: steps that reuse a part of earlier ones; or the measurement of the ratios that decide which.
       progress: called with the number of steps taken, after each.
+      preview: called likewise with a function that draws the current estimate, see `inference.preview`.
 
     Raises:
       ValueError: an even number of clips, clips of different sizes, shapes that have no latents, or options that
@@ -221,7 +224,10 @@ class Pipeline(EncodingPipeline):
     embeds = [self.embed(prompt, prompt_embeds)]
     if self.experts.are_guided(plan.guidance_scale):
       embeds.append(self.embed(negative_prompt, negative_prompt_embeds))
-    return self._finish(self.sample_job(job, embeds, plan, progress=progress))
+    drawn = (
+      None if preview is None else DrawnPreview(preview, self.encoders.codec, join_context(clips, first_frame), job)
+    )
+    return self._finish(self.sample_job(job, embeds, plan, progress=progress, preview=drawn))
 
   def sample_video(
     self, examples: Sequence[np.ndarray], query: np.ndarray | VideoReader, prompt: str = "", **options: Any
@@ -234,16 +240,11 @@ class Pipeline(EncodingPipeline):
     batch: Sequence[Sequence[np.ndarray]],
     prompts: Sequence[str] | None = None,
     num_frames: int | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | Sequence[float] | None = None,
+    *,
     negative_prompt: str = "",
-    shift: float | None = None,
     seeds: Sequence[int] | None = None,
-    solver: str | Solver[Any] | None = None,
-    sigmas: Sequence[float] | None = None,
-    guidance_range: Sequence[float] | None = None,
-    step_cache: StepCache | RatioMeasurement | None = None,
     progress: Progress | None = None,
+    **options: Any,
   ) -> list[Sample]:
     """Generates the clips that complete many sentences of any lengths, packed into rows that spread over the mesh.
 
@@ -252,23 +253,16 @@ class Pipeline(EncodingPipeline):
     Args:
       batch: the context of each sentence.
       prompts: one per sentence; null prompts by default.
-      num_frames, num_inference_steps, guidance_scale, shift, solver, sigmas, guidance_range, step_cache: see `sample`.
+      num_frames: see `sample`.
       negative_prompt: of all sentences.
       seeds: one per sentence; 0, 1, 2 and so on by default.
       progress: called with the number of steps taken, from 1 again for every batch of rows.
+      **options: of `plan`.
 
     Raises:
       ValueError: see `sample`; or the numbers of sentences, prompts and seeds differ.
     """
-    plan = self.plan(
-      num_inference_steps,
-      guidance_scale=guidance_scale,
-      shift=shift,
-      solver=solver,
-      sigmas=sigmas,
-      guidance_range=guidance_range,
-      step_cache=step_cache,
-    )
+    plan = self.plan(**options)
     prompts = [""] * len(batch) if prompts is None else prompts
     seeds = range(len(batch)) if seeds is None else seeds
     if not len(batch) == len(prompts) == len(seeds):
@@ -319,12 +313,19 @@ class Pipeline(EncodingPipeline):
     return [pack_in_bucket(self._make_features(job, each), context_mode=self.context_mode) for each in embeds]
 
   def sample_job(
-    self, job: Job, embeds: Sequence[np.ndarray], plan: SamplingPlan, *, progress: Progress | None
+    self,
+    job: Job,
+    embeds: Sequence[np.ndarray],
+    plan: SamplingPlan,
+    *,
+    progress: Progress | None,
+    preview: DrawnPreview | None = None,
   ) -> Float[np.ndarray, "t y x c"]:
     """Samples the latents of a job's target."""
     rows = self.pack_job(job, embeds)
     request = Request(rows[0], rows[1] if len(rows) > 1 else None, [(0, 1)], [job.noise])
-    (tokens,) = self._sampler.sample(self.experts, request, plan, progress=progress)
+    estimates = None if preview is None else preview.of_row(rows[0], self.config.patch_size)
+    (tokens,) = self._sampler.sample(self.experts, request, plan, progress=progress, estimates=estimates)
     return job.finish(tokens, self.config.patch_size)
 
   def embed(self, prompt: str, embeds: Float[Array | np.ndarray, "n d"] | None = None) -> np.ndarray:

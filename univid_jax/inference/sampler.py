@@ -27,6 +27,9 @@ from univid_jax.parallel.sharding import shard_batch
 
 Progress = Callable[[int], None]
 
+# Called with the number of steps taken and the tokens that the last step heads for.
+Estimates = Callable[[int, Float[np.ndarray, "b l p"]], None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -81,6 +84,7 @@ class Sampler:
     *,
     rows_per_batch: int | None = None,
     progress: Progress | None = None,
+    estimates: Estimates | None = None,
   ) -> list[Float[np.ndarray, "_q p"]]:
     """Samples the targets of all sentences.
 
@@ -90,6 +94,7 @@ class Sampler:
       plan: what each step does.
       rows_per_batch: rows computed together; by default one per data shard, or a single row.
       progress: called with the number of steps taken, from 1 again for every batch of rows.
+      estimates: called likewise, before `progress`, with an estimate of the sampled tokens of the batch.
 
     Returns:
       The target tokens of each sentence, float32 (tokens, p), in the order of `request.places`.
@@ -116,6 +121,7 @@ class Sampler:
           plan=plan,
           guidance_scales=experts.guidance_scales(plan.guidance_scale),
           progress=progress,
+          estimates=estimates,
         )
         solved.append(gather_arrays(tokens))
     tokens = np.concatenate(solved)
@@ -131,6 +137,7 @@ class Sampler:
     plan: SamplingPlan,
     guidance_scales: Sequence[float],
     progress: Progress | None,
+    estimates: Estimates | None,
   ) -> Tokens:
     solver, sigmas = plan.solver, plan.sigmas
     step, coefficients = self.step(solver), solver.coefficients(sigmas)
@@ -145,11 +152,14 @@ class Sampler:
       scale = np.float32(guidance_scales[index])
       for i in steps:
         branches = branch, away if guided[i] else None
+        before = None if estimates is None else gather_arrays(solver.tokens(state))
         with jax.profiler.StepTraceAnnotation("sample", step_num=i + 1):
           if residuals is None:
             state = step(graph, params, branches, state, sigmas[i], coefficients[i], scale)
           else:
             state = residuals.step(i, graph, params, branches, state, sigmas[i], coefficients[i], scale)
+        if estimates is not None and before is not None:
+          estimates(i + 1, extrapolate(before, gather_arrays(solver.tokens(state)), sigmas[i : i + 2]))
         if progress is not None:
           jax.block_until_ready(state)
           progress(i + 1)
@@ -175,6 +185,21 @@ class Sampler:
     """Returns the jitted step that takes and returns the residuals of the branches, see `step_with_residuals`."""
     step = functools.partial(step_with_residuals, solver)
     return self._cached_steps.setdefault(solver, jax.jit(step, static_argnums=0, donate_argnums=(3, 4)))
+
+
+def extrapolate(
+  before: Float[np.ndarray, "b l p"], after: Float[np.ndarray, "b l p"], sigmas: Float[np.ndarray, "_i"]
+) -> Float[np.ndarray, "b l p"]:
+  """Returns where the last step leads at noise level 0: what an Euler step takes for the clean tokens.
+
+  Args:
+    before, after: the tokens before and after the step.
+    sigmas: the noise levels before and after the step; the second is 0 if it is missing.
+  """
+  if len(sigmas) < 2:
+    return after
+  level, following = sigmas
+  return after + (after - before) * (following / (level - following))
 
 
 def with_targets(row: PackedRow) -> PackedRow:

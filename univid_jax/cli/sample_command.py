@@ -1,0 +1,100 @@
+"""What `sample` is asked for, so that the demo runs the very commands that it shows."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from univid_jax.cli.flags import CommandFlags
+from univid_jax.cli.sampling_flags import SamplingFlags
+
+if TYPE_CHECKING:
+  from univid_jax import Pipeline
+  from univid_jax.checkpoints.origin import Origin
+  from univid_jax.cli.requests import RequestRunner
+  from univid_jax.cli.sampling import Request
+
+
+class SampleCommand:
+  """The flags of `sample`.
+
+  Once they are parsed: plan the requests, load the model, make the runner.
+  """
+
+  def __init__(self, command: CommandFlags):
+    self.sampling = SamplingFlags(command, clips_required=False)
+    self._accelerate = command.accelerate()
+    self._step_cache = command.string(
+      "step_cache",
+      None,
+      "magcache[:THRESHOLD[:MAX_SKIP[:RETENTION]]], by default 0.12, 2 and 0.2: skip steps, after univid-calibrate.",
+    )
+    self._queries = command.strings("queries", [], "Several B for the same example pairs: clips, or a folder of clips.")
+    self._first_frame = command.string(
+      "first_frame", None, "An image: the first frame of B', for models that keep it (TI2V); --clips may then be empty."
+    )
+    self._out = command.string(
+      "out", None, "The result: .png, .mp4 (or another video), .npy, or FOLDER/ for PNGs.", required=True
+    )
+    self._grid = command.switch("grid", False, "Also write A | A' | B | B' side by side, with _grid in its name.")
+    self._copy_audio = command.switch("copy_audio", False, "Give B' the sound of B.")
+    self._carry_context = command.switch(
+      "carry_context",
+      False,
+      "Sample the windows of a whole video one after the other, each with the last one as an example.",
+    )
+
+  def plan_requests(self) -> "list[Request]":
+    """Returns what to sample, after checking that the results can be written."""
+    from univid_jax.cli import sampling
+
+    self.sampling.check()
+    clips, queries = self.sampling.clips.value or [], self._queries.value
+    requests = sampling.plan_requests(clips, queries, self._out.value, first_frame=self._first_frame.value)
+    sampling.check_outputs(requests)
+    return requests
+
+  def load(self) -> "tuple[Pipeline, Origin]":
+    """Loads the model, after checking what is wrong without it."""
+    from univid_jax.cli.step_caches import parse_step_cache
+    from univid_jax.inference.accelerate import read_accelerator
+    from univid_jax.inference.plan import SamplingPlan
+    from univid_jax.inference.ratio_tables import require_tables
+
+    flags, items = self.sampling, self._accelerate.value
+    cache = parse_step_cache(self._step_cache.value) if self._step_cache.value else None
+    accelerator = read_accelerator(items, verify=flags.verification.verify_weights) if items else None
+    SamplingPlan.of(accelerator and accelerator.kind, **flags.steps, step_cache=cache)
+    if cache is not None:
+      require_tables(flags.checkpoint.value)
+    return flags.load(accelerator)
+
+  def runner(self, pipeline: "Pipeline", origin: "Origin") -> "RequestRunner":
+    """Returns what samples the requests with a model that is loaded."""
+    from univid_jax.cli import sampling
+    from univid_jax.cli.requests import RequestRunner
+    from univid_jax.cli.step_caches import parse_step_cache
+    from univid_jax.inference.ratio_tables import TableKey, read_table
+
+    flags = self.sampling
+    arguments: dict[str, Any] = {
+      "num_frames": flags.num_frames.value,
+      "negative_prompt": flags.negative_prompt.value,
+      "seed": flags.seed.value,
+      "prompt": flags.choose_prompt(pipeline),
+      **sampling.resolve_steps(pipeline, flags.steps),
+    }
+    if self._step_cache.value:
+      key = TableKey.of(pipeline, origin, pipeline.plan(**flags.steps))
+      ratios = read_table(flags.checkpoint.value, key)
+      arguments["step_cache"] = dataclasses.replace(parse_step_cache(self._step_cache.value), ratios=ratios)
+    return RequestRunner(
+      pipeline,
+      flags.choose_format(pipeline),
+      arguments,
+      {**origin.to_json(), "merge_lora": flags.merge_lora.value},
+      grid=self._grid.value,
+      copy_audio=self._copy_audio.value,
+      keep_size=flags.keep_size,
+      video_fps=flags.fps,
+      carry_context=self._carry_context.value,
+      first_frame=self._first_frame.value,
+    )
