@@ -6,12 +6,19 @@
 One sentence of context I with a prompt of 512 tokens, random weights; all of sampling without the codec. On an
 accelerator give --variant, which replaces --dim, and --layers=0 for all blocks, and the paper's --frames=5 --height=480
 --width=832. With --full a model with full attention, as UniVid's and the peer's, races too.
+
+  python -m benchmarks.sample --queries=32 [--checkpoint=runs/tiny] [--steps=50] [--pairs=5] [--batch_size=auto]
+
+Queries (images) of `sample --queries` in batches against the same queries one by one, files included; without
+--checkpoint the default model with random weights.
 """
 
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from benchmarks.steps import diffusers_options, find_variant, make_sentence_row
 from benchmarks.timing import Program, RaceFlags
@@ -29,6 +36,9 @@ FRAMES = FLAGS.integer("frames", 2, "Latent frames of a clip.", lower_bound=1)
 HEIGHT = FLAGS.integer("height", 256, "In pixels.")
 WIDTH = FLAGS.integer("width", 256, "In pixels.")
 STEPS = FLAGS.integer("steps", 50, "Euler steps.", lower_bound=1)
+QUERIES = FLAGS.integer("queries", 0, "Race batches of this many queries against single ones instead.", lower_bound=0)
+CHECKPOINT = FLAGS.string("checkpoint", "", "A model for --queries; default: random weights.")
+BATCH_SIZE = FLAGS.integer("batch_size", 0, "Most queries sampled together; 0: as `sample` chooses.", lower_bound=0)
 RACE = RaceFlags(FLAGS)
 
 PROMPT_TOKENS = 512
@@ -124,8 +134,53 @@ def build_torch(
   return run
 
 
+def build_queries(*, batched: bool, count: int, num_steps: int, checkpoint: str, batch_size: int | None):
+  """Builds sampling of image queries from and to files, in batches or one by one."""
+  import tempfile
+
+  from benchmarks.step_cache import random_pipeline
+  from univid_jax.cli.queries import QueryRunner
+  from univid_jax.cli.requests import RequestRunner
+  from univid_jax.cli.sampling import plan_requests
+  from univid_jax.config.presets import tiny
+  from univid_jax.data.sources.photos import PhotoSource
+  from univid_jax.data.writer import write_clip
+  from univid_jax.inference.load import load_pipeline
+
+  pipeline = load_pipeline(checkpoint, verify_weights=False) if checkpoint else random_pipeline(tiny())
+  folder = tempfile.TemporaryDirectory()
+  photos, rng = PhotoSource.bundled("train"), np.random.default_rng(0)
+  names = [f"{folder.name}/{i:02d}.png" for i in range(count + 2)]
+  for i, name in enumerate(names):
+    write_clip(name, photos.clip(i % len(photos), rng, num_frames=1, size=(64, 64)))
+  runner = RequestRunner(pipeline, pipeline.clip_format, {"num_frames": None, "num_inference_steps": num_steps}, {})
+
+  def run() -> None:
+    with tempfile.TemporaryDirectory(dir=folder.name) as out:
+      requests = plan_requests(names[:2], names[2:], out)
+      for _ in QueryRunner(runner, batch_size).run(requests) if batched else map(runner.run, requests):
+        pass
+
+  return run
+
+
+def race_queries() -> None:
+  setup = {
+    "count": QUERIES.value,
+    "num_steps": STEPS.value,
+    "checkpoint": CHECKPOINT.value,
+    "batch_size": BATCH_SIZE.value or None,
+  }
+  ways = {"batches": True, "one by one": False}
+  figures = RACE.run({name: Program(build_queries, {**setup, "batched": batched}) for name, batched in ways.items()})
+  RACE.write({**setup, **figures})
+
+
 @app.command(FLAGS)
 def main() -> None:
+  if QUERIES.value:
+    race_queries()
+    return
   if VARIANT.value:
     shape = find_variant(VARIANT.value)
     shape = dataclasses.replace(shape, num_layers=LAYERS.value or shape.num_layers)

@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks.timing import write_json
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
+from univid_jax.config.schema import RunConfig
 
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT = FLAGS.string("checkpoint", "", "A workdir or converted checkpoint instead of a random model.")
@@ -48,20 +49,16 @@ class TimedSampler:
 
 
 def open_pipeline(attention: str) -> Any:
-  """Opens the model, with the time of denoising in `pipeline._sampler.seconds`."""
+  """Opens the model, with the time of denoising in `pipeline.sampler.seconds`."""
   import jax
-  from flax import nnx
 
-  from univid_jax import Pipeline, load_pipeline
-  from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
-  from univid_jax.checkpoints.usage import Usage
+  from univid_jax import load_pipeline
   from univid_jax.config.boundary import override
   from univid_jax.config.presets import tiny
-  from univid_jax.inference.experts import Transformer
   from univid_jax.parallel.mesh import make_mesh
 
-  mesh = make_mesh({}, devices=jax.devices()[:1])
   if CHECKPOINT.value:
+    mesh = make_mesh({}, devices=jax.devices()[:1])
     pipeline = load_pipeline(
       CHECKPOINT.value, mesh=mesh, attention=attention, context_timestep="zero" if "causal" in attention else None
     )
@@ -75,17 +72,31 @@ def open_pipeline(attention: str) -> Any:
       "model.look_back": (),
     }
     changes |= {"model.num_layers": LAYERS.value, "data.height": HEIGHT.value, "data.width": WIDTH.value}
-    config = override(tiny(), {**changes, "model.attention": attention})
-    graph, params = nnx.split(create_model(config), nnx.Param)
-    pipeline = Pipeline(
-      transformer_config(config),
-      [Transformer(graph, nnx.to_pure_dict(params))],
-      encoders=open_encoders(config, mesh),
-      mesh=mesh,
-      usage=Usage.of(config),
-    )
-  pipeline._sampler = TimedSampler(pipeline._sampler)  # pyright: ignore[reportAttributeAccessIssue]
+    pipeline = random_pipeline(override(tiny(), {**changes, "model.attention": attention}))
+  pipeline.sampler = TimedSampler(pipeline.sampler)  # pyright: ignore[reportAttributeAccessIssue]
   return pipeline
+
+
+def random_pipeline(config: RunConfig) -> Any:
+  """Builds a pipeline of one device with random weights."""
+  import jax
+  from flax import nnx
+
+  from univid_jax import Pipeline
+  from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
+  from univid_jax.checkpoints.usage import Usage
+  from univid_jax.inference.experts import Transformer
+  from univid_jax.parallel.mesh import make_mesh
+
+  mesh = make_mesh({}, devices=jax.devices()[:1])
+  graph, params = nnx.split(create_model(config), nnx.Param)
+  return Pipeline(
+    transformer_config(config),
+    [Transformer(graph, nnx.to_pure_dict(params))],
+    encoders=open_encoders(config, mesh),
+    mesh=mesh,
+    usage=Usage.of(config),
+  )
 
 
 def make_clips(pipeline: Any) -> list[np.ndarray]:
@@ -108,7 +119,7 @@ def race(pipeline: Any, clips: Sequence[np.ndarray], first: dict[str, Any], seco
   for _ in range(1 + PAIRS.value):
     for name, options in (("first", first), ("second", second)):
       frames[name] = pipeline.sample(clips, **options).frames
-      seconds[name].append(pipeline._sampler.seconds)
+      seconds[name].append(pipeline.sampler.seconds)
   (_, *one), (_, *two) = seconds.values()
   return {
     "first_s": round(statistics.median(one), 3),

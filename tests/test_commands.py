@@ -302,6 +302,12 @@ def test_step_caching(trained, tmp_path, capfd):
     (["--clips={a},{a},"], 1, "a clip needs a name"),
     (["--clips={a},{a},{a}", "--prompt=x", "--task=depth map"], 2, "--prompt and --task exclude each other"),
     (["--clips={a},{a},{a}", "--queries={a},{a}"], 2, "with --queries, --clips are example pairs"),
+    (["--clips={a},{a}", "--queries={a}", "--batch_size=0"], 2, "--batch_size is auto or a number from 1 on, got '0'"),
+    (
+      ["--clips={a},{a},{a}", "--coordinator=x:1"],
+      2,
+      "several processes share the queries of --queries, and there are",
+    ),
     (["--clips={a},{a},{a}", "--num_frames=4"], 1, "4n + 1 frames, got 4; the nearest are 1 and 5"),
     (["--clips={a},{a},{a}", "--num_frames=5"], 1, "cannot write 5 frames to the image"),
     (["--clips={a},{a},{a}", "--checkpoint={root}"], 1, "neither a converted checkpoint (no checkpoint.json) nor"),

@@ -94,15 +94,15 @@ def test_a_second_call_in_a_bucket_compiles_nothing(tiny_config, attention):
   image, longer, long = (rng.integers(0, 256, (t, 16, 16, 3)).astype(np.uint8) for t in (1, 5, 9))
   options = dict(num_inference_steps=2, guidance_scale=2.0)
   pipeline.sample([image, longer, longer], **options)  # 5 latent frames for 8 or fewer tokens each
-  programs = [pipeline._sampler._prepare, *pipeline._sampler._steps.values()]
+  programs = [pipeline.sampler.prepare, *pipeline.sampler._steps.values()]
   count = [program._cache_size() for program in programs]
   pipeline.sample([longer, longer, image], num_frames=5, seed=1, **options)
   assert [program._cache_size() for program in programs] == count
   out = pipeline.sample([image, image, long], **options)
-  job = pipeline._make_job([image, image, long], None, 0)
-  rows = [pack_single(pipeline._make_features(job, pipeline.embed("")), context_mode=pipeline.context_mode)] * 2
+  job = pipeline.make_job([image, image, long], None, 0)
+  rows = [pack_single(pipeline.make_features(job, pipeline.embed("")), context_mode=pipeline.context_mode)] * 2
   request = Request(*rows, [(0, 1)], [job.noise])
-  (tokens,) = pipeline._sampler.sample(pipeline.experts, request, pipeline.plan(**options))
+  (tokens,) = pipeline.sampler.sample(pipeline.experts, request, pipeline.plan(**options))
   expected = job.finish(tokens, pipeline.config.patch_size)
   assert relative_error(out.latents, expected) <= 1e-5
 

@@ -144,9 +144,9 @@ def test_skipped_steps_reuse_the_residual(pipe, contexts):
   ours = sample(pipe, contexts[0], step_cache=cache, **given)
 
   model = nnx.merge(pipe.experts.transformers[0].graph, pipe.experts.load(0))
-  job = pipe._make_job(contexts[0], len(contexts[0][-1]), 0, noise)
+  job = pipe.make_job(contexts[0], len(contexts[0][-1]), 0, noise)
   rows = [
-    pack_single(pipe._make_features(job, prompt), context_mode=pipe.context_mode, with_targets=True)
+    pack_single(pipe.make_features(job, prompt), context_mode=pipe.context_mode, with_targets=True)
     for prompt in prompts
   ]
 

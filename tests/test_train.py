@@ -39,10 +39,11 @@ from univid_jax.data.writer import write_clip
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.inference.load import load_pipeline
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.parallel.sharding import bytes_per_device
 from univid_jax.parallel.supervisor import StopSignal, Supervisor
 from univid_jax.training import metrics_writer
 from univid_jax.training.loop import open_loader, restore_or_create_state, train
-from univid_jax.training.memory import bytes_per_device, forecast, forecast_sampling
+from univid_jax.training.memory import forecast, forecast_sampling
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.optimizer import make_optimizer, make_schedule
 from univid_jax.training.setup import check_same_data, check_same_run, set_up_run

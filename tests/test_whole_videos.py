@@ -136,8 +136,8 @@ def test_warm_up_compiles_everything(tiny_config, clips, tmp_path, guidance_rang
   requests = [Request(clips, tmp_path / "long.npy"), Request((str(tmp_path / "short.npy"),) * 3, tmp_path / "x.npy")]
   before = set(tmp_path.iterdir())
   assert "programs of 2 results" in sampling.warm_up(requests) and set(tmp_path.iterdir()) == before
-  (step,) = pipeline._sampler._steps.values()
-  programs = [pipeline._sampler._prepare, step, pipeline.joint_sampler._velocity]
+  (step,) = pipeline.sampler._steps.values()
+  programs = [pipeline.sampler.prepare, step, pipeline.joint_sampler._velocity]
   counts = [program._cache_size() for program in programs]
   for request in requests:
     sampling.run(request)

@@ -8,33 +8,42 @@ frames are used. What that changes is logged, and a .json next to the result say
 than the clips of training, all frames are sampled at its own frame rate, unless --num_frames says how many; if that is
 interrupted, the same command resumes it.
 
-With --queries=B1.mp4,B2.mp4 (or a folder), --clips are the example pairs alone, and --out is a folder.
+With --queries=B1.mp4,B2.mp4 (or a folder), --clips are the example pairs alone, and --out is a folder. Queries are
+sampled in batches, which several processes share; results that are there already are kept.
 """
 
 import sys
 
+from tqdm import tqdm
+
 from univid_jax.cli import app
-from univid_jax.cli.flags import CommandFlags
+from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.cli.sample_command import SampleCommand
 
 FLAGS = CommandFlags(__doc__)
 SAMPLE = SampleCommand(FLAGS)
 WARM_UP = FLAGS.switch("warm_up", False, "Compile the programs, for the compilation cache, and write no result.")
 PROFILE = FLAGS.profile("OUT's folder")
+PROCESSES = FLAGS.processes()
 
 
 @app.command(FLAGS)
 def main() -> None:
   from univid_jax.cli.compilation import enable_compilation_cache
+  from univid_jax.cli.distributed import start_processes
 
-  enable_compilation_cache()
   requests = SAMPLE.plan_requests()
+  if SAMPLE.has_queries:
+    start_processes(PROCESSES)
+  elif PROCESSES.coordinator.value is not None:
+    raise UsageError("several processes share the queries of --queries, and there are none")
+  enable_compilation_cache()
   runner = SAMPLE.runner(*SAMPLE.load())
   if WARM_UP.value:
-    print(runner.warm_up(requests))
+    print(SAMPLE.warm_up(runner, requests))
     return
-  for request in requests:
-    print(runner.run(request))
+  for line in SAMPLE.run(runner, requests):
+    tqdm.write(line)  # above the bar
   if PROFILE.value:
     print(runner.profile(requests[0], PROFILE.value))
 

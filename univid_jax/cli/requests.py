@@ -29,6 +29,29 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A request whose clips are read.
+
+  Attributes:
+    request: it.
+    clips: the context.
+    first: first frame of the result, if it is given.
+    path: of the result.
+    record: how the result is made.
+  """
+
+  request: Request
+  clips: Sequence[ContextClip]
+  first: ContextClip | None
+  path: Path
+  record: dict[str, Any]
+
+  @property
+  def frames(self) -> list[Frames]:
+    return [clip.frames for clip in self.clips]
+
+
+@dataclasses.dataclass(frozen=True)
 class RequestRunner:
   """Samples, and writes for each request the clip and a .json that says how it was made.
 
@@ -62,6 +85,7 @@ class RequestRunner:
   progress: StepProgress | None = None
   preview: Preview | None = None
   _reported: set[str] = dataclasses.field(default_factory=set)
+  _examples: dict[Any, list[ContextClip]] = dataclasses.field(default_factory=dict)
 
   def run(self, request: Request) -> str:
     """Samples one request and returns a line that describes the result.
@@ -69,23 +93,14 @@ class RequestRunner:
     Raises:
       UserError, OSError: a clip cannot be read, or the result cannot be written; the latter is checked first.
     """
-    form = self._form(request)
-    if self.arguments["num_frames"] is None and self.first_frame is None:
-      *pairs, path = request.clips
-      query = WholeQuery.open(path, form, fps=self.video_fps, keep_size=self.keep_size)
-      examples = read_context(pairs, form.for_shape(query.footage.size)) if pairs else []
-      if query.is_longer(examples, form):
-        query = query.cut(form.num_frames + 4) if self.is_warm_up else query
-        return self._run_whole(request, examples, query)
-    clips, first = self._read(request), self._read_first_frame(request)
-    fps, frames = frame_rate(clips) if clips else None, [clip.frames for clip in clips]
+    query = self.find_whole(request)
+    if query is not None:
+      return self.run_whole(request, query)
+    prepared = self.prepare(request)
     arguments = dict(self.arguments) if self.preview is None else {**self.arguments, "preview": self.preview}
-    if first is not None:
-      arguments["first_frame"] = first.frames[0]
-      if not clips and arguments["num_frames"] is None:
-        arguments["num_frames"] = form.num_frames
-    path = self._choose_path(request, frames or [arguments["first_frame"][None]], arguments["num_frames"])
-    total = len(self.arguments.get("sigmas") or ()) or self.arguments["num_inference_steps"]
+    if prepared.first is not None:
+      arguments |= {"first_frame": prepared.first.frames[0], "num_frames": prepared.record["num_frames"]}
+    total = self.num_steps
     with tqdm(total=total, desc="sample", unit="step") as bar:
 
       def show(taken: int) -> None:
@@ -93,19 +108,62 @@ class RequestRunner:
         if self.progress is not None:
           self.progress(taken, total)
 
-      out = self.pipeline.sample(frames, **arguments, progress=show)
-    height, width = probe(self._shown_last(request)).size if self.keep_size else out.frames.shape[1:3]
-    sampled = out.frames[:, :height, :width]
-    write_clip(path, sampled, fps=fps, audio_from=request.clips[-1] if self.copy_audio and clips else None)
-    if self.grid:
-      _write_grid(path, [*frames, out.frames], fps)
-    record = self._record([clip.describe() for clip in clips], num_frames=len(sampled), size=(height, width), fps=fps)
+      out = self.pipeline.sample(prepared.frames, **arguments, progress=show)
+    return self.finish(prepared, out.frames)
+
+  @property
+  def num_steps(self) -> int:
+    """Steps of a sample."""
+    return len(self.arguments.get("sigmas") or ()) or self.arguments["num_inference_steps"]
+
+  def find_whole(self, request: Request) -> WholeQuery | None:
+    """Returns the query of a request if it is longer than the model's clips, so that all of it is sampled."""
+    if self.arguments["num_frames"] is not None or self.first_frame is not None:
+      return None
+    form, path = self.form_of(request), request.clips[-1]
+    query = WholeQuery.open(path, form, fps=self.video_fps, keep_size=self.keep_size)
+    if not query.is_longer(self.read_examples(request, form.for_shape(query.footage.size)), form):
+      return None
+    return query.cut(form.num_frames + 4) if self.is_warm_up else query
+
+  def prepare(self, request: Request) -> "Prepared":
+    """Reads the clips of a request, and checks that the result can be written."""
+    clips, first = self._read(request), self._read_first_frame(request)
+    num_frames = self.arguments["num_frames"]
+    if num_frames is None and not clips:
+      num_frames = self.form.num_frames
+    frames = [clip.frames for clip in clips or ([] if first is None else [first])]
+    path, count = self._choose_path(request, frames, num_frames)
+    size = probe(self._shown_last(request)).size if self.keep_size else frames[-1].shape[1:3]
+    fps = frame_rate(clips) if clips else None
+    record = self._record([clip.describe() for clip in clips], num_frames=count, size=size, fps=fps)
     if first is not None:
       record["first_frame"] = first.describe()
+    return Prepared(request, clips, first, path, record)
+
+  def finish(self, prepared: "Prepared", frames: Frames) -> str:
+    """Writes the result of a request that was prepared; returns a line that describes it."""
+    path, record, request = prepared.path, prepared.record, prepared.request
+    sampled, fps = frames[:, : record["height"], : record["width"]], record["fps"]
+    write_clip(path, sampled, fps=fps, audio_from=request.clips[-1] if self.copy_audio and prepared.clips else None)
+    if self.grid:
+      _write_grid(path, [*prepared.frames, frames], fps)
     return _write_record(path, record)
 
-  def _run_whole(self, request: Request, examples: Sequence[ContextClip], query: WholeQuery) -> str:
-    """Samples all frames of a query that is longer than the model's clips."""
+  def has_finished(self, path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether an earlier command has written this very result; its record is written last."""
+    parts = [path, record_path(path), *([_grid_path(path, record["num_frames"])] if self.grid else [])]
+    return all(part.exists() for part in parts) and record_path(path).read_text() == _describe(record)
+
+  def run_whole(self, request: Request, query: WholeQuery, *, keep: bool = False) -> str:
+    """Samples all frames of a query that is longer than the model's clips, see `find_whole`.
+
+    Args:
+      request: to sample.
+      query: of it.
+      keep: whether a result of an earlier command is kept.
+    """
+    examples = self.read_examples(request, query.footage.form)
     for clip in examples:
       self._report(clip.path, clip.changes)
     self._report(str(query.footage.path), query.footage.describe_changes(query.footage.num_frames))
@@ -115,6 +173,8 @@ class RequestRunner:
     clips = [*(clip.describe() for clip in examples), query.describe()]
     record = self._record(clips, num_frames=num_frames, size=query.size, fps=query.fps)
     record |= {"carry_context": self.carry_context, "window_frames": self.form.num_frames}
+    if keep and self.has_finished(path, record):
+      return f"kept the result of an earlier command: {path}"
     arguments = {**self.arguments, "num_frames": self.form.num_frames, "carry_context": self.carry_context}
     video = WholeVideo(self.pipeline, examples, query, arguments, record)
     video.write(path, audio_from=request.clips[-1] if self.copy_audio else None, progress=self.progress)
@@ -147,13 +207,17 @@ class RequestRunner:
 
     Samples in as few steps as use all of them: of a whole video the first windows.
     """
-    arguments = {**self.arguments, "num_inference_steps": self._fewest_steps()}
+    short = self.shorten()
     with tempfile.TemporaryDirectory() as scratch:
       for index, request in enumerate(requests):
         out = Path(scratch) / f"{index}{'' if request.needs_suffix else request.out.suffix}"
-        short = dataclasses.replace(self, arguments=arguments, grid=False, copy_audio=False, is_warm_up=True)
         short.run(dataclasses.replace(request, out=out))
     return f"compiled the programs of {len(requests)} result{'s' * (len(requests) > 1)}; nothing was sampled"
+
+  def shorten(self) -> "RequestRunner":
+    """Returns what uses all programs in as few steps as possible."""
+    arguments = {**self.arguments, "num_inference_steps": self._fewest_steps()}
+    return dataclasses.replace(self, arguments=arguments, grid=False, copy_audio=False, is_warm_up=True)
 
   def _fewest_steps(self) -> int | None:
     """Returns the least number of steps that uses every expert; the given number if it is fixed or steps differ."""
@@ -193,7 +257,7 @@ class RequestRunner:
     steps = len(arguments.get("sigmas") or ()) or arguments["num_inference_steps"]
     return f"wrote a profile of {steps} steps: {folder}"
 
-  def _form(self, request: Request) -> ClipFormat:
+  def form_of(self, request: Request) -> ClipFormat:
     """Returns the form in which the clips of a request are read."""
     if not self.keep_size:
       return self.form
@@ -211,15 +275,26 @@ class RequestRunner:
     """Reads the context of a request, and reports once what makes a clip differ from its file."""
     if not request.clips:
       return []
-    clips = read_context(request.clips, self._form(request), extend_query=self.keep_size)
+    form = self.form_of(request).for_shape(probe(request.clips[-1]).size)
+    (query,) = read_context(request.clips[-1:], form, extend_query=self.keep_size)
+    clips = [*self.read_examples(request, form), query]
     for clip in clips:
       self._report(clip.path, clip.changes)
     return clips
 
+  def read_examples(self, request: Request, form: ClipFormat) -> list[ContextClip]:
+    """Reads the example pairs at the size of the query; those that were read last are kept."""
+    pairs, key = request.clips[:-1], (request.clips[:-1], form.size)
+    if key not in self._examples:
+      self._examples.clear()
+      own = dataclasses.replace(self.form, size=form.size, buckets=())
+      self._examples[key] = [clip for path in pairs for clip in read_context([path], own)]
+    return self._examples[key]
+
   def _read_first_frame(self, request: Request) -> ContextClip | None:
     if self.first_frame is None:
       return None
-    form = self._form(request).for_shape(probe(self._shown_last(request)).size)
+    form = self.form_of(request).for_shape(probe(self._shown_last(request)).size)
     (clip,) = read_context([self.first_frame], form, videos=[False], extend_query=self.keep_size and not request.clips)
     self._report(clip.path, clip.changes)
     return clip
@@ -229,8 +304,8 @@ class RequestRunner:
       self._reported.add(path)
       log.info("%s: %s", path, "; ".join(changes))
 
-  def _choose_path(self, request: Request, frames: Sequence[Frames], num_frames: int | None) -> Path:
-    """Returns the path of the result, after checking that it can be written there."""
+  def _choose_path(self, request: Request, frames: Sequence[Frames], num_frames: int | None) -> tuple[Path, int]:
+    """Returns the path of the result, after checking that it can be written there, and its number of frames."""
     count = num_frames or infer_length([len(clip) for clip in frames])
     path = request.out
     if request.needs_suffix:
@@ -238,7 +313,7 @@ class RequestRunner:
     self.pipeline.latent_shape((count, *frames[-1].shape[1:]))
     check_request(path, request, count)
     require_writable(path.parent, num_bytes=count * frames[-1][0].size)
-    return path
+    return path, count
 
 
 def _describe_step_cache(cache: StepCache) -> dict[str, Any]:
@@ -246,10 +321,18 @@ def _describe_step_cache(cache: StepCache) -> dict[str, Any]:
   return {name: value for name, value in dataclasses.asdict(cache).items() if name != "ratios"}
 
 
+def record_path(result: Path) -> Path:
+  """Returns the path of the .json that says how a result was made."""
+  return result.with_name(f"{result.stem}.json")
+
+
+def _describe(record: Mapping[str, Any]) -> str:
+  return json.dumps(record, indent=2, ensure_ascii=False, default=_describe_step_cache) + "\n"
+
+
 def _write_record(path: Path, record: Mapping[str, Any]) -> str:
   """Writes how a result was made next to it; returns a line that describes the result."""
-  text = json.dumps(record, indent=2, ensure_ascii=False, default=_describe_step_cache)
-  path.with_name(f"{path.stem}.json").write_text(text + "\n")
+  record_path(path).write_text(_describe(record))
   count = record["num_frames"]
   return f"wrote {count} frame{'s' * (count > 1)} of {record['width']}x{record['height']}: {path}"
 

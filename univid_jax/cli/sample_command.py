@@ -1,9 +1,11 @@
 """What `sample` is asked for, so that the demo runs the very commands that it shows."""
 
 import dataclasses
+import re
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from univid_jax.cli.flags import CommandFlags
+from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.cli.sampling_flags import SamplingFlags
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ class SampleCommand:
       "magcache[:THRESHOLD[:MAX_SKIP[:RETENTION]]], by default 0.12, 2 and 0.2: skip steps, after univid-calibrate.",
     )
     self._queries = command.strings("queries", [], "Several B for the same example pairs: clips, or a folder of clips.")
+    self._batch_size = command.string(
+      "batch_size", "auto", "Most queries sampled together; auto: as keep the devices busy and fit in their memory."
+    )
     self._first_frame = command.string(
       "first_frame", None, "An image: the first frame of B', for models that keep it (TI2V); --clips may then be empty."
     )
@@ -47,10 +52,39 @@ class SampleCommand:
     from univid_jax.cli import sampling
 
     self.sampling.check()
+    self._parse_batch_size()
     clips, queries = self.sampling.clips.value or [], self._queries.value
     requests = sampling.plan_requests(clips, queries, self._out.value, first_frame=self._first_frame.value)
     sampling.check_outputs(requests)
     return requests
+
+  @property
+  def has_queries(self) -> bool:
+    return bool(self._queries.value)
+
+  def run(self, runner: "RequestRunner", requests: "Sequence[Request]") -> Iterator[str]:
+    """Samples requests, and yields a line for each."""
+    from univid_jax.cli.queries import QueryRunner
+
+    if self.has_queries:
+      yield from QueryRunner(runner, self._parse_batch_size()).run(requests)
+    else:
+      yield from map(runner.run, requests)
+
+  def warm_up(self, runner: "RequestRunner", requests: "Sequence[Request]") -> str:
+    """Compiles the programs of requests; returns a line that says so."""
+    from univid_jax.cli.queries import QueryRunner
+
+    chosen = QueryRunner(runner, self._parse_batch_size()) if self.has_queries else runner
+    return chosen.warm_up(requests)
+
+  def _parse_batch_size(self) -> int | None:
+    text = self._batch_size.value
+    if text == "auto":
+      return None
+    if not re.fullmatch(r"[1-9]\d*", text):
+      raise UsageError(f"--batch_size is auto or a number from 1 on, got {text!r}")
+    return int(text)
 
   def load(self) -> "tuple[Pipeline, Origin]":
     """Loads the model, after checking what is wrong without it."""

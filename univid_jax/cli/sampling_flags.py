@@ -111,9 +111,12 @@ class SamplingFlags:
     self._group_loras()
 
   def load(self, accelerator: "AcceleratorLoRAs | None" = None) -> "tuple[Pipeline, Origin]":
-    """Loads the model."""
+    """Loads the model, on the devices of this process."""
+    import jax
+
     import univid_jax
     from univid_jax.checkpoints.origin import Origin
+    from univid_jax.parallel.mesh import make_mesh
 
     loras, grouped = self._group_loras()
     files = accelerator and accelerator.files
@@ -121,9 +124,9 @@ class SamplingFlags:
     sources = {"loras": loras, "accelerator": files, "quantize": self._quantize.value, **verification}
     origin = Origin.of(self.checkpoint.value, step=self._step.value, **sources)
     loading: dict[str, Any] = {flag.name: flag.value for flag in self._loading}
-    pipeline = univid_jax.load_pipeline(
-      self.checkpoint.value, lora=grouped, accelerate=accelerator, step=origin.step, **loading, **verification
-    )
+    mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
+    loading |= {"lora": grouped, "accelerate": accelerator, "step": origin.step, "mesh": mesh, **verification}
+    pipeline = univid_jax.load_pipeline(self.checkpoint.value, **loading)
     return pipeline, origin
 
   def choose_prompt(self, pipeline: "Pipeline") -> str:

@@ -273,12 +273,22 @@ def read_context(
     is_video = videos[index] if videos else None
     if is_video and footage.num_frames < form.num_frames:
       raise UserError(f"{path} has {footage.num_frames} frames, and {form.num_frames} are needed here")
-    count = 1 if is_video is False else (min(footage.num_frames, form.num_frames) - 1) // 4 * 4 + 1
+    count = 1 if is_video is False else _context_length(info, form)
     clip = footage.clip(count)
     fps = info.fps and (form.fps or info.fps)
     changes = tuple(footage.describe_changes(count))
     clips.append(ContextClip(str(path), clip.read(), fps, footage.identify(), changes))
   return clips
+
+
+def context_shape(path: str | os.PathLike, form: ClipFormat) -> tuple[int, int, int]:
+  """Returns frames, height and width of a file as the query of a context, before it is read; see `read_context`."""
+  info = probe(path)
+  return _context_length(info, form), *form.for_shape(info.size).size
+
+
+def _context_length(info: ClipInfo, form: ClipFormat) -> int:
+  return (min(info.count_at(form.fps), form.num_frames) - 1) // 4 * 4 + 1
 
 
 def frame_rate(clips: Sequence[ContextClip]) -> float | None:

@@ -1,13 +1,22 @@
 """What a pipeline does with its codec and encoders alone."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.pixels import to_float
+from univid_jax.core.pixels import to_float, to_uint8
 from univid_jax.core.protocols import Encoders
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A sampled clip: latents, float32 (t, y, x, c), and frames, uint8 (T, H, W, 3)."""
+
+  latents: Float[np.ndarray, "t y x c"]
+  frames: np.ndarray
 
 
 class EncodingPipeline:
@@ -57,6 +66,14 @@ class EncodingPipeline:
     """Decodes latents like `decode`, one latent frame after the other."""
     for frames in self.encoders.codec.decode_parts(np.asarray(latents, np.float32)):
       yield np.clip(np.asarray(frames), -1, 1)
+
+  def finish(self, latents: Float[np.ndarray, "t y x c"]) -> Sample:
+    """Decodes sampled latents.
+
+    Raises:
+      UserError: latents or frames are not finite.
+    """
+    return Sample(latents, to_uint8(require_finite(self.decode(require_finite(latents)))))
 
 
 def require_finite(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

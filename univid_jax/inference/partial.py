@@ -12,7 +12,7 @@ from univid_jax.core.packed_row import UNIVID_CONTEXT
 from univid_jax.inference.encoding import EncodingPipeline
 from univid_jax.inference.pipeline import Pipeline
 
-_OF_TRANSFORMER = ("config", "experts", "features", "_sampler", "joint_sampler")
+_OF_TRANSFORMER = ("config", "experts", "features", "sampler", "joint_sampler")
 
 
 class PartialPipeline(Pipeline):

@@ -4,8 +4,7 @@ pipe = univid_jax.load_pipeline("runs/tiny")
 out = pipe.sample([a, a_prime, b], seed=0)   # uint8 clips (T, H, W, 3); out.frames is B'
 """
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +17,6 @@ from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, parse_option
 from univid_jax.core.packed_row import ContextMode, PackedRow
-from univid_jax.core.pixels import to_uint8
 from univid_jax.core.protocols import Encoders, Solver
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.clips import ClipFormat
@@ -26,7 +24,7 @@ from univid_jax.data.features import FeatureMaker
 from univid_jax.data.tokens import Features, unpatchify
 from univid_jax.diffusion.accelerators import Accelerator
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
-from univid_jax.inference.encoding import EncodingPipeline, require_finite
+from univid_jax.inference.encoding import EncodingPipeline, Sample
 from univid_jax.inference.experts import Experts, Transformer
 from univid_jax.inference.jobs import (
   Job,
@@ -42,16 +40,9 @@ from univid_jax.inference.joint import JointSampler
 from univid_jax.inference.long_video import VideoReader, VideoSample
 from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.preview import DrawnPreview, Preview
+from univid_jax.inference.queries import sample_queries
 from univid_jax.inference.sampler import Progress, Request, Sampler
 from univid_jax.models.variants import DiTConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-  """A sampled clip: latents, float32 (t, y, x, c), and frames, uint8 (T, H, W, 3)."""
-
-  latents: Float[np.ndarray, "t y x c"]
-  frames: np.ndarray
 
 
 class Pipeline(EncodingPipeline):
@@ -92,7 +83,7 @@ class Pipeline(EncodingPipeline):
     timestep = parse_option(ContextTimestep, "context_timestep", context_timestep or trained)
     self.context_mode = ContextMode.of(self.attention, timestep, default=config.context_timestep)
     self.features = FeatureMaker(encoders, shape=config, task_names=(), clip_gap=self.usage.clip_gap)
-    self._sampler, self.joint_sampler = Sampler(mesh), JointSampler(mesh)
+    self.sampler, self.joint_sampler = Sampler(mesh), JointSampler(mesh)
 
   @property
   def clip_format(self) -> ClipFormat:
@@ -160,10 +151,10 @@ class Pipeline(EncodingPipeline):
       None if condition is None else np.asarray(condition),
       None if clip_features is None else np.asarray(clip_features),
     )
-    row = pack_single(self._make_features(job, np.asarray(prompt_embeds)), context_mode=self.context_mode)
+    row = pack_single(self.make_features(job, np.asarray(prompt_embeds)), context_mode=self.context_mode)
     row, timesteps = with_timesteps(row, np.asarray(timestep, np.float32))
     t, y, x = latents.shape[:3]
-    return unpatchify(self._sampler.predict(self.experts, row, timesteps)[0], (t, y, x), self.config.patch_size)
+    return unpatchify(self.sampler.predict(self.experts, row, timesteps)[0], (t, y, x), self.config.patch_size)
 
   def sample(
     self,
@@ -220,20 +211,26 @@ class Pipeline(EncodingPipeline):
       guidance_range=guidance_range,
       step_cache=step_cache,
     )
-    job = self._make_job(clips, num_frames, seed, latents, first_frame)
+    job = self.make_job(clips, num_frames, seed, latents, first_frame)
     embeds = [self.embed(prompt, prompt_embeds)]
     if self.experts.are_guided(plan.guidance_scale):
       embeds.append(self.embed(negative_prompt, negative_prompt_embeds))
     drawn = (
       None if preview is None else DrawnPreview(preview, self.encoders.codec, join_context(clips, first_frame), job)
     )
-    return self._finish(self.sample_job(job, embeds, plan, progress=progress, preview=drawn))
+    return self.finish(self.sample_job(job, embeds, plan, progress=progress, preview=drawn))
 
   def sample_video(
     self, examples: Sequence[np.ndarray], query: np.ndarray | VideoReader, prompt: str = "", **options: Any
   ) -> VideoSample:
     """Prepares to sample a whole video of any length; see `VideoSample.prepare`."""
     return VideoSample.prepare(self, examples, query, prompt, **options)
+
+  def sample_queries(
+    self, examples: Sequence[np.ndarray], queries: Iterable[np.ndarray], prompt: str = "", **options: Any
+  ) -> Iterator[Sample]:
+    """Samples many queries, of one shape, after the same example pairs; see `inference.queries.sample_queries`."""
+    return sample_queries(self, examples, queries, prompt, **options)
 
   def sample_batch(
     self,
@@ -267,22 +264,22 @@ class Pipeline(EncodingPipeline):
     seeds = range(len(batch)) if seeds is None else seeds
     if not len(batch) == len(prompts) == len(seeds):
       raise ValueError(f"there are {len(batch)} sentences, {len(prompts)} prompts and {len(seeds)} seeds")
-    jobs = [self._make_job(clips, num_frames, seed) for clips, seed in zip(batch, seeds, strict=True)]
+    jobs = [self.make_job(clips, num_frames, seed) for clips, seed in zip(batch, seeds, strict=True)]
     embeddings = {prompt: self.embed(prompt, None) for prompt in dict.fromkeys(prompts)}
-    positive = [self._make_features(job, embeddings[prompt]) for job, prompt in zip(jobs, prompts, strict=True)]
+    positive = [self.make_features(job, embeddings[prompt]) for job, prompt in zip(jobs, prompts, strict=True)]
     negative = None
     if self.experts.are_guided(plan.guidance_scale):
       embedding = self.embed(negative_prompt, None)
-      negative = [self._make_features(job, embedding) for job in jobs]
+      negative = [self.make_features(job, embedding) for job in jobs]
     request = pack_request(positive, negative, [job.noise for job in jobs], context_mode=self.context_mode)
-    return self._run(request, jobs, plan, progress=progress)
+    return self.sample_rows(request, jobs, plan, progress=progress)
 
   def plan(self, num_inference_steps: int | None = None, **options: Any) -> SamplingPlan:
     """Returns the plan for options of `sample`, see `SamplingPlan.of`."""
     options["num_inference_steps"] = num_inference_steps
     return SamplingPlan.of(self.accelerator, default_shift=self.usage.shift, **options)
 
-  def _make_job(
+  def make_job(
     self,
     clips: Sequence[np.ndarray],
     num_frames: int | None,
@@ -310,7 +307,7 @@ class Pipeline(EncodingPipeline):
 
   def pack_job(self, job: Job, embeds: Sequence[np.ndarray]) -> list[PackedRow]:
     """Returns a row of the job's sentence for each prompt: the prompt and, with guidance, the negative prompt."""
-    return [pack_in_bucket(self._make_features(job, each), context_mode=self.context_mode) for each in embeds]
+    return [pack_in_bucket(self.make_features(job, each), context_mode=self.context_mode) for each in embeds]
 
   def sample_job(
     self,
@@ -325,27 +322,26 @@ class Pipeline(EncodingPipeline):
     rows = self.pack_job(job, embeds)
     request = Request(rows[0], rows[1] if len(rows) > 1 else None, [(0, 1)], [job.noise])
     estimates = None if preview is None else preview.of_row(rows[0], self.config.patch_size)
-    (tokens,) = self._sampler.sample(self.experts, request, plan, progress=progress, estimates=estimates)
+    (tokens,) = self.sampler.sample(self.experts, request, plan, progress=progress, estimates=estimates)
     return job.finish(tokens, self.config.patch_size)
 
   def embed(self, prompt: str, embeds: Float[Array | np.ndarray, "n d"] | None = None) -> np.ndarray:
     return self.features.embed_prompt(prompt) if embeds is None else np.asarray(embeds)
 
-  def _make_features(self, job: Job, prompt_embedding: np.ndarray) -> Features:
+  def make_features(self, job: Job, prompt_embedding: np.ndarray) -> Features:
     return self.features.assemble(
       job.sentence, prompt_embedding=prompt_embedding, condition=job.condition, image_features=job.image_features
     )
 
-  def _run(
-    self, request: Request, jobs: Sequence[Job], plan: SamplingPlan, *, progress: Progress | None
+  def sample_rows(
+    self,
+    request: Request,
+    jobs: Sequence[Job],
+    plan: SamplingPlan,
+    *,
+    rows_per_batch: int | None = None,
+    progress: Progress | None = None,
   ) -> list[Sample]:
-    sampled = self._sampler.sample(self.experts, request, plan, progress=progress)
-    return [self._finish(job.finish(tokens, self.config.patch_size)) for tokens, job in zip(sampled, jobs, strict=True)]
-
-  def _finish(self, latents: Float[np.ndarray, "t y x c"]) -> Sample:
-    """Decodes sampled latents.
-
-    Raises:
-      UserError: latents or frames are not finite.
-    """
-    return Sample(latents, to_uint8(require_finite(self.decode(require_finite(latents)))))
+    """Samples the targets of jobs that are packed already; see `Sampler.sample`."""
+    sampled = self.sampler.sample(self.experts, request, plan, rows_per_batch=rows_per_batch, progress=progress)
+    return [self.finish(job.finish(tokens, self.config.patch_size)) for tokens, job in zip(sampled, jobs, strict=True)]

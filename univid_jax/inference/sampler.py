@@ -60,7 +60,7 @@ class Sampler:
 
   def __init__(self, mesh: Mesh):
     self._mesh = mesh
-    self._prepare = jax.jit(lambda graph, params, row: Branch.create(nnx.merge(graph, params), row), static_argnums=0)
+    self.prepare = jax.jit(lambda graph, params, row: Branch.create(nnx.merge(graph, params), row), static_argnums=0)
     self._predict = jax.jit(
       lambda graph, params, row, timesteps: nnx.merge(graph, params)(row.tokens, timesteps, row).astype(jnp.float32),
       static_argnums=0,
@@ -147,8 +147,8 @@ class Sampler:
     residuals = None if computed is None else Residuals(self._cached_step(solver), computed, plan.step_cache)
     for index, steps in itertools.groupby(range(len(sigmas)), chosen.__getitem__):
       graph, params = experts.transformers[index].graph, experts.load(index)
-      branch = self._prepare(graph, params, row)
-      away = None if negative is None else self._prepare(graph, params, negative)
+      branch = self.prepare(graph, params, row)
+      away = None if negative is None else self.prepare(graph, params, negative)
       scale = np.float32(guidance_scales[index])
       for i in steps:
         branches = branch, away if guided[i] else None

@@ -1,5 +1,6 @@
 """From names of dims to axes of the mesh: one table for parameters, one for activations."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -71,3 +72,8 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, TOKENS if is_per_token else BATCH), x)
 
   return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Sums the bytes of arrays, or of their descriptions, on each device."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

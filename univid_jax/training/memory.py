@@ -1,7 +1,6 @@
 """Forecasts the memory of training and sampling on each device, before a step runs, from the compiler's own figures."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from univid_jax.inference.jobs import pack_single
 from univid_jax.inference.sampler import Sampler
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import row_shards
-from univid_jax.parallel.sharding import BATCH, TOKENS
+from univid_jax.parallel.sharding import BATCH, TOKENS, bytes_per_device
 from univid_jax.platform.chips import find_chip
 from univid_jax.training.state import StateSpec, describe_training
 from univid_jax.training.step import make_train_step
@@ -209,8 +208,3 @@ def device_memory(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
   except jax.errors.JaxRuntimeError:  # the device is only described
     return None
-
-
-def bytes_per_device(tree: Any) -> int:
-  """Sums the bytes of arrays, or of their descriptions, on each device."""
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,153 @@
+"""Many queries after the same example pairs, sampled together in batches of rows."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from univid_jax.core.errors import UserError
+from univid_jax.core.sentence import read_frames
+from univid_jax.data.packing import join_rows
+from univid_jax.inference.batch_size import choose_batch_size, spread
+from univid_jax.inference.encoding import Sample
+from univid_jax.inference.jobs import Job
+from univid_jax.inference.plan import SamplingPlan
+from univid_jax.inference.sampler import Request
+from univid_jax.parallel.mesh import row_shards
+
+if TYPE_CHECKING:
+  from univid_jax.inference.pipeline import Pipeline
+
+# Called with the number of queries that are sampled, with fractions for steps.
+QueryProgress = Callable[[float], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuerySampler:
+  """Samples queries one batch after the other; every query starts from the same noise.
+
+  Attributes:
+    pipeline: the model.
+    embeds: of the prompt and, with guidance, of the negative prompt.
+    plan: what each step does.
+    num_frames: of the results; None infers it as contexts I to IV do.
+    seed: of the noise.
+  """
+
+  pipeline: "Pipeline"
+  embeds: Sequence[np.ndarray]
+  plan: SamplingPlan
+  num_frames: int | None = None
+  seed: int = 0
+
+  @classmethod
+  def of(
+    cls,
+    pipeline: "Pipeline",
+    prompt: str = "",
+    *,
+    negative_prompt: str = "",
+    num_frames: int | None = None,
+    seed: int = 0,
+    **options: Any,
+  ) -> "QuerySampler":
+    """Returns what samples with arguments of `Pipeline.sample`; `options` are those of the plan."""
+    plan = pipeline.plan(**options)
+    is_guided = pipeline.experts.are_guided(plan.guidance_scale)
+    embeds = [pipeline.embed(text) for text in (prompt, *([negative_prompt] if is_guided else []))]
+    return cls(pipeline, embeds, plan, num_frames, seed)
+
+  def make_job(self, examples: Sequence[np.ndarray], query: np.ndarray) -> Job:
+    """Encodes the example pairs and a query.
+
+    Raises:
+      UserError: there is no example pair, or see `Pipeline.sample`.
+    """
+    if not examples:
+      raise UserError("queries need the example pairs A, A'")
+    return self.pipeline.make_job([*examples, query], self.num_frames, self.seed)
+
+  def choose_size(self, job: Job, count: int, most: int | None = None) -> int:
+    """Returns how many queries like that of a job are sampled together, if there are `count`.
+
+    Args:
+      job: of any of them.
+      count: of the queries.
+      most: that are sampled together; None takes as many as keep the devices busy and fit in their memory.
+    """
+    if most is not None:
+      return spread(count, most, row_shards(self.pipeline.mesh))
+    return choose_batch_size(self.pipeline, self.pipeline.pack_job(job, self.embeds), self.plan, count=count)
+
+  def sample(
+    self, first: Job, queries: Iterable[np.ndarray], *, batch_size: int, progress: QueryProgress | None = None
+  ) -> Iterator[Sample]:
+    """Yields the results in order.
+
+    Args:
+      first: of any query of the same shape; the example pairs are taken from it, encoded.
+      queries: uint8 (T, H, W, 3); as many are read at once as are sampled together.
+      batch_size: how many are sampled together; the last batch is filled up, so that one program serves all.
+      progress: called after each step.
+    """
+    done, rest = 0, iter(queries)
+    while batch := [self._replace_query(first, query) for query in itertools.islice(rest, batch_size)]:
+
+      def show(taken: int, done: int = done, count: int = len(batch)) -> None:
+        if progress is not None:
+          progress(done + count * taken / len(self.plan.sigmas))
+
+      rows = [self.pipeline.pack_job(job, self.embeds) for job in batch]
+      positive, *negative = (join_rows(branch) for branch in zip(*rows))
+      places = [(index, 1) for index in range(len(batch))]
+      request = Request(positive, negative[0] if negative else None, places, [job.noise for job in batch])
+      yield from self.pipeline.sample_rows(request, batch, self.plan, rows_per_batch=batch_size, progress=show)
+      done += len(batch)
+
+  def _replace_query(self, job: Job, query: np.ndarray) -> Job:
+    *examples, other, target = job.sentence.clips
+    encoded, expected = self.pipeline.encode(query), read_frames(other).shape
+    if encoded.shape != expected:
+      raise UserError(
+        f"queries are sampled together at one size and length: got latents {encoded.shape}, not {expected}"
+      )
+    return dataclasses.replace(job, sentence=job.sentence.replace(clips=(*examples, encoded, target)))
+
+
+def sample_queries(
+  pipeline: "Pipeline",
+  examples: Sequence[np.ndarray],
+  queries: Iterable[np.ndarray],
+  prompt: str = "",
+  *,
+  batch_size: int | None = None,
+  progress: QueryProgress | None = None,
+  **options: Any,
+) -> Iterator[Sample]:
+  """Samples queries after the same example pairs, which are encoded once.
+
+  Results equal those of `Pipeline.sample` with the same arguments, up to rounding.
+
+  Args:
+    pipeline: the model.
+    examples: A, A' and so on, uint8 (T, H, W, 3).
+    queries: of one shape; read as they are needed.
+    prompt: of all sentences.
+    batch_size: how many are sampled together, rounded up to a multiple of the devices that share them; None takes as
+      many as keep the devices busy and fit in their memory.
+    progress: called after each step with the number of queries that are sampled, with fractions for steps.
+    **options: of `Pipeline.sample`: num_frames, negative_prompt, seed, and those of the plan.
+
+  Yields:
+    The results in order.
+  """
+  sampler = QuerySampler.of(pipeline, prompt, **options)
+  rest = iter(queries)
+  known = list(itertools.islice(rest, 1)) if batch_size else list(rest)
+  if not known:
+    return
+  job = sampler.make_job(examples, known[0])
+  size = sampler.choose_size(job, batch_size or len(known), most=batch_size)
+  yield from sampler.sample(job, itertools.chain(known, rest), batch_size=size, progress=progress)
