@@ -134,7 +134,7 @@ class TestInternalErrors:
 def test_status_messages_are_plain_lines_above_progress_bars(tmp_path):
   script = textwrap.dedent("""
     import logging, sys
-    from univid_jax.cli import app
+    from univid_jax.cli import app, distributed
     from univid_jax.cli.flags import CommandFlags
 
     @app.command(flags := CommandFlags(""))
@@ -147,12 +147,16 @@ def test_status_messages_are_plain_lines_above_progress_bars(tmp_path):
         absl.logging.warning("warning of a library")
         logging.getLogger("library").error("error of a library")
         absl.logging.error("error of another")
+        distributed._hide_status(2)
+        logging.getLogger("univid_jax.data").info("status of process 2")
+        logging.getLogger("univid_jax.data").warning("a warning")
 
     sys.exit(main())
   """)
   done = finish(start_python("-c", script))
   lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "0/2" not in line]
-  assert lines == ["status of this package", "error of a library", "error of another"] and done.returncode == 0
+  expected = ["status of this package", "error of a library", "error of another", "process 2: a warning"]
+  assert lines == expected and done.returncode == 0
 
 
 class TestFlags:

@@ -62,6 +62,9 @@ def _is_cluster() -> bool:
 
 
 def _hide_status(process: int) -> None:
-  """Leaves status messages to process 0."""
+  """Leaves status messages to process 0; warnings of the others say which process they are of."""
   if process:
-    logging.getLogger("univid_jax").setLevel(logging.WARNING)
+    log = logging.getLogger("univid_jax")
+    log.setLevel(logging.WARNING)
+    for handler in log.handlers:
+      handler.setFormatter(logging.Formatter(f"process {process}: %(message)s"))
