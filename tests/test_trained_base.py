@@ -1,5 +1,7 @@
 """Bases that this project trains from scratch: written, sampled with, trained on, and the one in the package."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,8 +11,12 @@ from univid_jax.checkpoints.built_in import BUILT_IN, locate
 from univid_jax.checkpoints.info import is_checkpoint, read_info
 from univid_jax.checkpoints.run import RunRecord, write_run
 from univid_jax.config.boundary import override
+from univid_jax.config.presets import small
 from univid_jax.convert.commands import convert_any, inspect
 from univid_jax.core.errors import UserError
+from univid_jax.data.sources.grids import GridSentences
+from univid_jax.data.tasks.grids.base import GridSplit
+from univid_jax.data.tasks.grids.rendering import Rendering
 from univid_jax.inference.load import load_pipeline
 from univid_jax.training.loop import train
 
@@ -82,3 +88,21 @@ def test_a_built_in_name_wins_over_a_folder(trained, tmp_path, monkeypatch):
   (tmp_path / "small").symlink_to(root / "base")
   assert read_info("small").variant == "small" and read_info("./small").variant == "tiny"
   assert locate("small").parent.name == "bases" and all(map(is_checkpoint, BUILT_IN))
+
+
+def test_the_base_in_the_package_follows_an_example():
+  """Permutations of colours and grids that it was never trained on; its files are intact, and say how to run it."""
+  pipe, config = load_pipeline("small"), override(small(), {"data.contexts.II": 1.0})
+  size = sum(path.stat().length for path in locate("small").iterdir())
+  assert size < 20e6 and pipe.usage.sizes == ((64, 64),) and pipe.usage.num_frames == 9
+  source = dataclasses.replace(
+    GridSentences.open(config), families={"recolor": 1.0}, num_clips={4: 1.0}, split_name=GridSplit.HELD_OUT
+  )
+  rendering = Rendering.of(config.data)
+  right = 0
+  for index in range(4):
+    *context, truth = source[index].clips
+    sample = pipe.sample(context, num_frames=1, num_inference_steps=2, seed=index)
+    (found,), (expected,) = rendering.decode(sample.frames), rendering.decode(truth)
+    right += found.shape == expected.shape and bool((found == expected).all())
+  assert right >= 3

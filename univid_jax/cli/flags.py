@@ -73,7 +73,7 @@ class CommandFlags:
     return self._workdir
 
   def checkpoint(self) -> flags.FlagHolder[str]:
-    help_text = "A converted checkpoint, or the workdir of a training run."
+    help_text = "A converted checkpoint, the workdir of a training run, or small, the base in the package."
     return self.string("checkpoint", None, help_text, required=True)
 
   def lora(self) -> flags.FlagHolder[list[str]]:

@@ -1,4 +1,4 @@
-"""Examples for the demo page, drawn from the photographs inside scikit-image."""
+"""Examples for the demo page: photographs inside scikit-image, and grids."""
 
 import dataclasses
 from pathlib import Path
@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from univid_jax.config.schema import DataConfig, GridsConfig
 from univid_jax.data.reader import DEFAULT_FPS, Frames
 from univid_jax.data.sources.photos import PhotoSource
 from univid_jax.data.tasks import TASKS
 from univid_jax.data.tasks.base import from_unit, to_unit
+from univid_jax.data.tasks.grids import GRID_FAMILIES
+from univid_jax.data.tasks.grids.rendering import Rendering
 from univid_jax.data.writer import write_clip
 
 NAMES = ("A", "A2", "B")  # of the files; A2 is A'
@@ -19,36 +22,20 @@ LAST_SIDE = 0.75  # of what the last frame of a video shows, relative to the fir
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """A task on two photographs.
-
-  Attributes:
-    title: for people.
-    task: name of a computed task.
-    photo: number of the photograph of A, among those for training.
-    query: number of the photograph of B, among those that are held out.
-    is_video: whether all clips are videos.
-    seed: of the task's parameters.
-  """
+  """A task on two clips; `title` is for people."""
 
   title: str
-  task: str
-  photo: int
-  query: int
-  is_video: bool = False
-  seed: int = 0
 
   def draw(self, size: tuple[int, int], num_frames: int) -> list[Frames]:
     """Draws A, A' and B, uint8 (T, H, W, 3), at a size; `num_frames` are those of a video."""
-    rng, count, task = np.random.default_rng(self.seed), num_frames if self.is_video else 1, TASKS[self.task]
-    a = zoom(PhotoSource.bundled("train").photos[self.photo], size, count)
-    b = zoom(PhotoSource.bundled("held_out").photos[self.query], size, count)
-    return [a, from_unit(task.apply(to_unit(a), **task.draw(rng))), b]
+    raise NotImplementedError
 
   def write(self, folder: Path, *, size: tuple[int, int], num_frames: int) -> list[Path]:
     """Writes A, A' and B into a folder, lossless if they are images."""
-    suffix = ".mp4" if self.is_video and num_frames > 1 else ".png"
+    clips = self.draw(size, num_frames)
+    suffix = ".mp4" if len(clips[0]) > 1 else ".png"
     paths = [folder / f"{name}{suffix}" for name in NAMES]
-    for path, frames in zip(paths, self.draw(size, num_frames)):
+    for path, frames in zip(paths, clips):
       write_clip(path, frames, fps=DEFAULT_FPS)
     return paths
 
@@ -57,6 +44,51 @@ class Example:
     gap = np.full((THUMBNAIL, 4, 3), 255, np.uint8)
     a, a2, b = (clip[0] for clip in self.draw((THUMBNAIL, THUMBNAIL), 5))
     return np.concatenate([a, gap, a2, gap, b], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotoExample(Example):
+  """A computed task on two photographs.
+
+  Attributes:
+    task: its name.
+    photo: number of the photograph of A, among those for training.
+    query: number of the photograph of B, among those that are held out.
+    is_video: whether all clips are videos.
+    seed: of the task's parameters.
+  """
+
+  task: str
+  photo: int
+  query: int
+  is_video: bool = False
+  seed: int = 0
+
+  def draw(self, size: tuple[int, int], num_frames: int) -> list[Frames]:
+    rng, count, task = np.random.default_rng(self.seed), num_frames if self.is_video else 1, TASKS[self.task]
+    a = zoom(PhotoSource.bundled("train").photos[self.photo], size, count)
+    b = zoom(PhotoSource.bundled("held_out").photos[self.query], size, count)
+    return [a, from_unit(task.apply(to_unit(a), **task.draw(rng))), b]
+
+
+@dataclasses.dataclass(frozen=True)
+class GridExample(Example):
+  """A family of grid tasks on two grids of 8x8 cells.
+
+  Attributes:
+    family: its name.
+    seed: of its parameters and the grids.
+  """
+
+  family: str
+  seed: int = 0
+
+  def draw(self, size: tuple[int, int], num_frames: int) -> list[Frames]:
+    rng, family = np.random.default_rng(self.seed), GRID_FAMILIES[self.family]
+    config = DataConfig(height=size[0], width=size[1], grids=GridsConfig(cell=max(min(size) // 8, 1)))
+    params, rendering = family.draw(rng, (8, 8)), Rendering.of(config)
+    a, b = (family.make(rng, (8, 8), **params) for _ in range(2))
+    return [rendering.render([grid]) for grid in (a, family.apply(a, **params), b)]
 
 
 def zoom(photo: Image.Image, size: tuple[int, int], num_frames: int) -> Frames:
@@ -73,10 +105,12 @@ def zoom(photo: Image.Image, size: tuple[int, int], num_frames: int) -> Frames:
 
 
 EXAMPLES = (
-  Example("colours swapped", "swap_channels", photo=10, query=1),
-  Example("negative", "invert", photo=0, query=0),
-  Example("duotone", "duotone", photo=9, query=0, seed=2),
-  Example("negative of a video", "invert", photo=10, query=1, is_video=True),
-  Example("greyscale", "greyscale", photo=0, query=1),
-  Example("scribble", "scribble", photo=0, query=0, seed=3),
+  GridExample("colours permuted", "recolor", seed=1),
+  GridExample("enclosed areas filled", "fill", seed=2),
+  PhotoExample("colours swapped", "swap_channels", photo=10, query=1),
+  PhotoExample("negative", "invert", photo=0, query=0),
+  PhotoExample("duotone", "duotone", photo=9, query=0, seed=2),
+  PhotoExample("negative of a video", "invert", photo=10, query=1, is_video=True),
+  PhotoExample("greyscale", "greyscale", photo=0, query=1),
+  PhotoExample("scribble", "scribble", photo=0, query=0, seed=3),
 )

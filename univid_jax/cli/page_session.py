@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from univid_jax import Pipeline
+from univid_jax.checkpoints.built_in import BUILT_IN
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.run import has_checkpoint, read_run
 from univid_jax.cli.flags import CommandFlags
@@ -286,18 +287,9 @@ def _collect(folder: Path, names: Sequence[str], command: str, seconds: float) -
 
 
 def find_checkpoints() -> list[str]:
-  """Returns what is offered if nothing is named: the workdirs in runs/ that have a checkpoint, the newest first.
-
-  Raises:
-    UserError: there is none.
-  """
+  """Returns what is offered if nothing is named: the base in the package, and workdirs in runs/, the newest first."""
   runs = [path for path in Path("runs").glob("*") if _is_run(path)]
-  if not runs:
-    raise UserError(
-      "there is no model to show: give --checkpoint=DIR, a converted checkpoint or a workdir, or train the default "
-      "model with univid-train (about five minutes on two CPU cores), which the demo then finds in runs/"
-    )
-  return [str(path) for path in sorted(runs, key=lambda path: path.stat().st_mtime, reverse=True)]
+  return [*BUILT_IN, *(str(path) for path in sorted(runs, key=lambda path: path.stat().st_mtime, reverse=True))]
 
 
 def _is_run(path: Path) -> bool:
