@@ -2,36 +2,46 @@
 
   python -m benchmarks.packing [--variant=wan2.1-t2v-1.3b] [--scale=4] [--layers=8] [--dtype=float32] [--rounds=5]
       [--out=FILE.json]
+  python -m benchmarks.packing --count [--variant=wan2.1-t2v-1.3b] [--out=FILE.json]
 
 LoRA of rank 16, blocks recomputed, the paper's contexts (0.3 I, 0.3 II, 0.4 III), videos of 17 frames of 832 x 480. A
 scale of 4 divides the tokens and the width of the model by 4, so that attention keeps its share of a step. Three
 kinds of rows are timed in turn: packed rows as `wan_1_3b` makes them; one sentence per row, padded to context I,
 where attention skips the padding; the same where it does not, as in a batch without a mask. If the backend cannot
 skip, the second is as slow as the third.
+
+With --count nothing is computed: it counts the operations of the slowest of eight devices for a sentence, with rows
+that were packed by best fit and balanced, videos of 5 to 81 frames, and attention that skips other sentences.
 """
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import math
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from benchmarks.steps import find_variant, make_row_program
+from benchmarks.steps import LORA_RANK, find_variant, make_row_program
 from benchmarks.timing import write_json
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
+from univid_jax.config.schema import RowsConfig
 from univid_jax.core.options import AttentionBackend, Packing
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.sentence import Sentence, reference_roles
+from univid_jax.data.balancing import BatchLayout, count_pairs
 from univid_jax.data.contexts import CONTEXT_NAMES, PAPER_CONTEXTS, video_pattern
 from univid_jax.data.loader import make_loader
 from univid_jax.data.packing import RowShape, pack
 from univid_jax.data.tokens import Features, sentence_features
 from univid_jax.models.variants import DiTConfig
+from univid_jax.training.balance import WorkCounter
 
 FLAGS = CommandFlags(__doc__)
 VARIANT = FLAGS.string("variant", "wan2.1-t2v-1.3b", "A published model, by its name in models.variants.")
@@ -40,12 +50,16 @@ LAYERS = FLAGS.integer("layers", 8, "Blocks; 0 for all.")
 DTYPE = FLAGS.choice("dtype", "float32", ["bfloat16", "float32"], "Of weights and activations; adapters are float32.")
 BACKEND = FLAGS.choice("attention_backend", "auto", list(AttentionBackend), "Of univid_jax.")
 ROUNDS = FLAGS.integer("rounds", 5, "Timed steps of each kind of row.", lower_bound=1)
+COUNT = FLAGS.switch("count", False, "Count the work of eight devices instead of timing rows.")
 OUT = FLAGS.string("out", "", "File for the figures as JSON.")
 
 VIDEO_FRAMES = 5  # latent frames of a video
 PROMPT_TOKENS = 64
 ROW_FRAMES = 24  # of `wan_1_3b`: a sentence of context I and one of II, or two of III
 COUNTED_ROWS = 300
+DEVICES = 8
+LONGEST = 21  # latent frames of 81 frames; the shortest videos have 5 frames, 2 of latents
+TOKENS_PER_FRAME = 60 // 2 * (104 // 2)
 RARE = 0.02  # combinations of contexts that fewer rows have are not timed
 CONTEXT_SHARES = {name: share for name, share in PAPER_CONTEXTS.items() if share}
 
@@ -76,10 +90,12 @@ class LatentSentences:
 
   Attributes:
     size: height and width of the latents.
+    lengths: latent frames of a video, drawn for each sentence.
     numbers: of the sentences.
   """
 
   size: tuple[int, int]
+  lengths: Sequence[int] = (VIDEO_FRAMES,)
   numbers: range = range(100_000)
 
   @property
@@ -91,11 +107,11 @@ class LatentSentences:
 
   def __getitem__(self, index: int) -> Sentence:
     rng = np.random.default_rng((1, self.numbers[int(index)]))
-    return self.make(rng.choice(list(CONTEXT_SHARES), p=list(CONTEXT_SHARES.values())))
+    return self.make(rng.choice(list(CONTEXT_SHARES), p=list(CONTEXT_SHARES.values())), int(rng.choice(self.lengths)))
 
-  def make(self, context: str) -> Sentence:
-    """Returns a sentence of a context."""
-    lengths = [VIDEO_FRAMES if is_video else 1 for is_video in video_pattern(context, 4)]
+  def make(self, context: str, num_frames: int = VIDEO_FRAMES) -> Sentence:
+    """Returns a sentence of a context, with videos of a number of latent frames."""
+    lengths = [num_frames if is_video else 1 for is_video in video_pattern(context, 4)]
     clips = tuple(np.ones((length, *self.size, 16), np.float32) for length in lengths)
     return Sentence(clips=clips, roles=reference_roles(4), context=context)
 
@@ -148,6 +164,87 @@ class PackedRows:
     return sum(share * len(kind.split(" + ")) for kind, share in self.shares.items())
 
 
+@dataclasses.dataclass(frozen=True)
+class CountedPacking:
+  """The work of batches on eight devices.
+
+  Attributes:
+    fill_rate: of the rows.
+    balance: mean work of a device over that of the slowest one.
+    slowest: operations of the slowest device for each sentence that the batches hold.
+    sentences: the fewest of a batch, and the most.
+  """
+
+  fill_rate: float
+  balance: float
+  slowest: float
+  sentences: tuple[int, int]
+
+
+def count_packing(
+  shape: DiTConfig, packing: Packing, *, streams: int = 1, bins: int = 64, batches: int = 64
+) -> CountedPacking:
+  """Packs the paper's contexts with videos of 5 to 81 frames of 832 x 480, eight rows per batch, and counts.
+
+  The rows that are packed have a token per frame; each counts as those of a frame.
+
+  Args:
+    shape: of the transformer.
+    packing: how rows and batches are made.
+    streams: of rows, as of so many processes.
+    bins: rows that a stream fills at the same time.
+    batches: how many are counted; those of whole windows of balanced packing.
+  """
+  slots = 4 * LONGEST // 4  # sentences of four images
+  rows = RowsConfig(
+    num_tokens=4 * LONGEST * TOKENS_PER_FRAME, num_text_tokens=slots * (PROMPT_TOKENS + 1), num_sentences=slots
+  )
+  work = WorkCounter(shape=shape, lora_rank=LORA_RANK, rows=rows, layout=BatchLayout(num_rows=DEVICES))
+  row_shape = RowShape(num_tokens=4 * LONGEST, num_text_tokens=rows.num_text_tokens, num_slots=slots)
+  loader = make_loader(
+    [LatentSentences((2, 2), lengths=range(2, 1 + LONGEST))],
+    LatentFeatures(dataclasses.replace(shape, text_dim=1)),
+    row_shape=row_shape,
+    rows_per_batch=DEVICES,
+    seed=0,
+    num_packing_bins=bins,
+    packing=packing,
+    num_streams=streams,
+  )
+  fill, sentences, devices = [], [], []
+  with contextlib.closing(loader):
+    for batch in itertools.islice(loader, batches):
+      fill.append(np.mean(batch.segment_ids > 0))
+      sentences.append(int(np.sum(batch.segment_ids.max(1))))
+      attended, attended_text = count_pairs(batch)
+      devices.append(work.count(attended * TOKENS_PER_FRAME**2, attended_text * TOKENS_PER_FRAME).sum(1))
+  slowest = np.max(devices, axis=1).sum()
+  return CountedPacking(
+    float(np.mean(fill)),
+    float(np.mean(devices, axis=1).sum() / slowest),
+    float(slowest / sum(sentences)),
+    (min(sentences), max(sentences)),
+  )
+
+
+def print_counts(shape: DiTConfig) -> dict[str, dict[str, Any]]:
+  """Prints and returns what both ways of packing count, from one stream and from one of each device."""
+  figures = {}
+  for streams, bins in ((1, 16), (1, 64), (DEVICES, 64)):
+    both = [
+      count_packing(shape, packing, streams=streams, bins=bins) for packing in (Packing.BEST_FIT, Packing.BALANCED)
+    ]
+    for packing, counted in zip(("best_fit", "balanced"), both):
+      print(
+        f"{packing:<10}streams {streams}, open rows {bins:>3}: {counted.fill_rate:6.1%} full, balance "
+        f"{counted.balance:.2f}, {counted.sentences[0]} to {counted.sentences[1]} sentences per batch, slowest device "
+        f"{counted.slowest / 1e12:6.1f} TFLOP per sentence ({counted.slowest / both[0].slowest - 1:+.0%})",
+        flush=True,
+      )
+      figures[f"{packing}, {streams} streams, {bins} rows"] = dataclasses.asdict(counted)
+  return figures
+
+
 def scaled_shape() -> DiTConfig:
   shape, scale = find_variant(VARIANT.value), int(SCALE.value)
   return dataclasses.replace(
@@ -173,6 +270,8 @@ def time_rows(shape: DiTConfig, rows: Mapping[str, PackedRow]) -> dict[str, floa
 
 @app.command(FLAGS)
 def main() -> None:
+  if COUNT.value:
+    return write_json(OUT.value, print_counts(find_variant(VARIANT.value)))
   shape = scaled_shape()
   divisor = math.isqrt(int(SCALE.value))
   source = LatentSentences((60 // divisor, 104 // divisor))

@@ -45,7 +45,7 @@ def test_unknown_preset():
     ("num_steps", True, "config.num_steps must be an integer, got True"),
     ("ema_decay", 1.0, r"config.ema_decay must be from 0 to 1 \(exclusive\), got 1.0"),
     ("rows.num_tokens", "many", "config.rows.num_tokens must be an integer, got 'many'"),
-    ("rows.packing", "tight", "config.rows.packing must be one of first_fit, best_fit, got 'tight'"),
+    ("rows.packing", "tight", "config.rows.packing must be one of first_fit, best_fit, balanced, got 'tight'"),
     ("lora.dropout", -0.1, r"config.lora.dropout must be from 0 to 1 \(exclusive\), got -0.1"),
     ("optimizer.schedule", "spiral", "config.optimizer.schedule must be one of constant, cosine, linear"),
     ("flow.shift", 0.0, "config.flow.shift must be positive, got 0.0"),

@@ -268,7 +268,8 @@ def test_what_is_written(tiny_config, tmp_path):
   assert result.steps_taken == 4
   assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
   assert all(
-    0 < row["fill_rate"] <= 1 and row["sentences"] >= 8 and np.isfinite(row["loss"]) for row in read_metrics(tmp_path)
+    0 < row["fill_rate"] <= 1 and 0 < row["balance"] <= 1 and row["sentences"] >= 8 and np.isfinite(row["loss"])
+    for row in read_metrics(tmp_path)
   )
   assert (tmp_path / "loss.png").stat().st_size > 1000 and any((tmp_path / "tensorboard").iterdir())
   assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4"]

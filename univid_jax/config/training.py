@@ -27,7 +27,8 @@ class RowsConfig(Section):
     num_text_tokens: capacity for prompts, one token of padding per sentence included.
     num_target_tokens: capacity for targets; 0 is half of num_tokens.
     packing_bins: rows that are filled at the same time.
-    packing: which of them a sentence goes to.
+    packing: which of them a sentence goes to. `balanced` also makes batches of rows of similar work, out of the
+      packing_bins rows of a stream, rounded down to whole batches but at least one; the more batches, the better.
     streams: independent streams of rows; 0 is one per process. With a fixed number, batches do not depend on the number
       of processes.
     microbatches: parts of a batch computed one after another, for less memory and the same result.

@@ -113,10 +113,11 @@ class TargetKind(enum.StrEnum):
 
 
 class Packing(enum.StrEnum):
-  """Which open row a sentence goes to."""
+  """Which open row a sentence goes to, and which batch a row."""
 
-  FIRST_FIT = "first_fit"
-  BEST_FIT = "best_fit"
+  FIRST_FIT = "first_fit"  # the first one with room; rows are shuffled
+  BEST_FIT = "best_fit"  # the fullest one with room; rows are shuffled
+  BALANCED = "balanced"  # the fullest one with room; rows of similar work make a batch
 
 
 class Objective(enum.StrEnum):

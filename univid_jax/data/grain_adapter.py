@@ -16,6 +16,7 @@ from univid_jax.core.options import Packing
 _PACKERS = {
   Packing.FIRST_FIT: grain.experimental.FirstFitPackIterDataset,
   Packing.BEST_FIT: grain.experimental.BestFitPackIterDataset,
+  Packing.BALANCED: grain.experimental.BestFitPackIterDataset,
 }
 
 

@@ -15,6 +15,7 @@ from univid_jax.core.options import Packing
 from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.protocols import SentenceSource, TransformerShape
 from univid_jax.core.sentence import Sentence
+from univid_jax.data.balancing import BalancedBatches, BatchLayout
 from univid_jax.data.cache import CacheWriteError
 from univid_jax.data.grain_adapter import pack_dataset, prefetch, prefetch_in_process
 from univid_jax.data.packing import RowShape, finish_rows, join_rows
@@ -62,6 +63,7 @@ def make_loader(
   num_threads: int = 1,
   num_packing_bins: int | None = None,
   packing: Packing = Packing.FIRST_FIT,
+  layout: BatchLayout | None = None,
   num_streams: int | None = None,
   stream_processes: bool = False,
   weights: Sequence[float] | None = None,
@@ -78,7 +80,8 @@ def make_loader(
     process_index, process_count: of this process; each has an equal share of the rows.
     num_threads: threads per stream that read and encode sentences.
     num_packing_bins: rows that are filled at the same time; by default two batches.
-    packing: which of them a sentence goes to.
+    packing: which of them a sentence goes to, and which batch a row.
+    layout: of a batch, for balanced packing; by default each row has its own device.
     num_streams: independent streams of rows, each with its share of the sentences; by default (or 0) one per process.
       With a fixed number, batches do not depend on the number of processes.
     stream_processes: whether each stream is made in a process of its own; sources and encoder must be picklable.
@@ -93,16 +96,14 @@ def make_loader(
   encoded = [EncodedSource(source, make_features, capacities, allow_dropped=allow_dropped) for source in sources]
   sentences = _mix(encoded, weights, seed=seed)
   read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=SENTENCE_BUFFER)
-  pack = functools.partial(
-    pack_dataset, capacities=capacities, segmented=SEGMENTED.values(), packing=packing, seed=seed
-  )
+  layout = layout or BatchLayout(num_rows=rows_per_batch * process_count)
   finish = functools.partial(_finish, capacities, row_shape.context_mode)
+  pack = functools.partial(_pack_batches, finish=finish, capacities=capacities, packing=packing, seed=seed)
 
   def open_stream(index: int, count: int, num_rows: int) -> grain.DatasetIterator[PackedRow]:
     encoded_sentences = sentences[index::count].to_iter_dataset(read_options)
-    rows = pack(encoded_sentences, num_bins=num_packing_bins or 2 * num_rows).batch(num_rows, drop_remainder=True)
-    make_in_advance = prefetch_in_process if stream_processes else prefetch
-    return iter(make_in_advance(rows.map(finish), buffer_size=BATCH_BUFFER))
+    batches = pack(encoded_sentences, layout=layout.part(num_rows), num_bins=num_packing_bins or 2 * num_rows)
+    return iter((prefetch_in_process if stream_processes else prefetch)(batches, buffer_size=BATCH_BUFFER))
 
   return Loader(
     open_stream,
@@ -245,6 +246,36 @@ def _mix(
   """Repeats each source endlessly, shuffled anew each time, and mixes them."""
   shuffled = [grain.MapDataset.source(source).seed(seed).shuffle().repeat() for source in sources]
   return shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights)
+
+
+def _pack_batches(
+  sentences: grain.IterDataset[dict[str, np.ndarray] | None],
+  *,
+  finish: Callable[[Mapping[str, np.ndarray]], PackedRow],
+  capacities: Mapping[str, int],
+  packing: Packing,
+  layout: BatchLayout,
+  num_bins: int,
+  seed: int,
+) -> grain.IterDataset[PackedRow]:
+  """Packs a stream's sentences into its rows of every batch."""
+  window = max(num_bins // layout.num_rows, 1)
+  balances = packing == Packing.BALANCED
+  rows = pack_dataset(
+    sentences,
+    capacities=capacities,
+    segmented=SEGMENTED.values(),
+    packing=packing,
+    num_bins=window * layout.num_rows if balances else num_bins,
+    seed=seed,
+  )
+  if not balances:
+    return rows.batch(layout.num_rows, drop_remainder=True).map(finish)
+  return BalancedBatches(rows.map(_add_row_dim).map(finish), layout=layout, window=window, seed=seed)
+
+
+def _add_row_dim(row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return {name: value[None] for name, value in row.items()}
 
 
 def _finish(capacities: Mapping[str, int], context_mode: ContextMode, batch: Mapping[str, np.ndarray]) -> PackedRow:

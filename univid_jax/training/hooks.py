@@ -18,12 +18,14 @@ from univid_jax.checkpoints.run import Checkpointer
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import DivergedError
 from univid_jax.core.protocols import Resumable
+from univid_jax.data.balancing import BatchLayout
 from univid_jax.inference.accelerate import accelerate, read_accelerator
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.flops import step_flops
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.supervisor import StopSignal, Supervisor
 from univid_jax.platform.chips import find_chip
+from univid_jax.training.balance import WorkCounter
 from univid_jax.training.goodput import Activity, Goodput
 from univid_jax.training.guard import MAX_SKIPPED_IN_A_ROW
 from univid_jax.training.metrics_writer import MetricsWriter
@@ -104,14 +106,16 @@ class Summarize:
   """Averages metrics since the last summary, measures speed, and stops a run whose loss is not finite.
 
   Runs before a checkpoint is saved, so that a bad state never replaces a good checkpoint. Adds `step_time` in seconds,
-  `tokens_per_second` without padding and, if the chip's peak is known, the model FLOPs utilisation `mfu`.
+  `tokens_per_second` without padding, `balance` and, if the chip's peak is known, the model FLOPs utilisation `mfu`.
   """
 
   def __init__(self, run: Run, bar: tqdm):
     config, mesh = run.config, run.mesh
     self._shape, self._rank, self._bar = run.shape, config.lora.rank, bar
-    rows = config.rows.batch_size(row_shards(mesh))
-    self._tokens, self._text_tokens = rows * config.rows.num_tokens, rows * config.rows.num_text_tokens
+    layout = BatchLayout.of(config.rows, row_shards(mesh))
+    self._work = WorkCounter(shape=run.shape, lora_rank=config.lora.rank, rows=config.rows, layout=layout)
+    self._tokens = layout.num_rows * config.rows.num_tokens
+    self._text_tokens = layout.num_rows * config.rows.num_text_tokens
     chip = find_chip(mesh.devices.flat[0])
     self._peak = chip.flops * mesh.size if chip else None
     self._pending: list[dict[str, jax.Array]] = []
@@ -127,7 +131,7 @@ class Summarize:
     if not (event.logs or event.validates or event.saves):
       return
     values = jax.device_get(self._pending)
-    summary = self._average(event.step, values)
+    summary = self._average(event.step, values) | {"balance": self._work.balance(values)}
     if not np.isfinite(summary.get("loss", 0)):
       raise DivergedError(
         f"the loss is not finite by step {event.step}: lower config.optimizer.learning_rate and train in another "
@@ -145,7 +149,7 @@ class Summarize:
     summary = {}
     for name in values[0]:
       if found := used if name in ("loss", "grad_norm") else values:
-        summary[name] = float(np.mean([metrics[name] for metrics in found]))
+        summary[name] = float(np.mean([np.sum(metrics[name]) for metrics in found]))
     if "skipped" in summary:
       summary["skipped"] = float(len(values) - len(used))
       del summary["skipped_in_a_row"]
@@ -337,5 +341,6 @@ class Profile:
 
 def _describe(summary: dict[str, float]) -> str:
   loss = f"loss={summary['loss']:.3f}" if "loss" in summary else "skipped"
-  text = f"{loss}, fill={summary['fill_rate']:.0%}, {summary['tokens_per_second']:,.0f} tokens/s"
+  filled = f"fill={summary['fill_rate']:.0%}, balance={summary['balance']:.0%}"
+  text = f"{loss}, {filled}, {summary['tokens_per_second']:,.0f} tokens/s"
   return text + (f", MFU {summary['mfu']:.0%}" if "mfu" in summary else "")

@@ -24,6 +24,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import AttentionBackend, OnDamaged, TrainedExpert
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import TrainStep
+from univid_jax.data.balancing import BatchLayout
 from univid_jax.data.loader import Loader, make_loader
 from univid_jax.data.packing import RowShape
 from univid_jax.inference.added_loras import add_loras
@@ -205,17 +206,19 @@ def make_hooks(
 def open_loader(run: Run) -> Loader:
   """Opens the endless stream of this process's rows of every batch."""
   config, data = run.config, run.data
+  layout = BatchLayout.of(config.rows, row_shards(run.mesh))
   return make_loader(
     list(data.sources.values()),
     run.features,
     row_shape=RowShape.of(config.rows, context_mode(config)),
-    rows_per_batch=config.rows.batch_size(row_shards(run.mesh)) // jax.process_count(),
+    rows_per_batch=layout.num_rows // jax.process_count(),
     seed=config.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     num_threads=config.data.num_threads,
     num_packing_bins=config.rows.packing_bins,
     packing=config.rows.packing,
+    layout=layout,
     num_streams=config.rows.streams,
     stream_processes=config.data.stream_processes,
     weights=list(data.weights.values()),

@@ -165,7 +165,7 @@ def _accumulate_gradients(
 
 
 def _count(row: PackedRow) -> Metrics:
-  """Counts what a batch holds: for the log, and for the operations that it takes."""
+  """Counts what a batch holds: for the log, and for the operations that it takes, those of attention by row."""
   return {
     "sentences": jnp.sum(has_sentence(row)),
     "targets": jnp.sum(row.target_mask),
@@ -175,8 +175,9 @@ def _count(row: PackedRow) -> Metrics:
   }
 
 
-def _count_pairs(intervals: Array | None, num_keys: int, row: PackedRow) -> Float[Array, ""]:
-  """Counts the pairs of a token and a key that it attends to."""
+def _count_pairs(intervals: Array | None, num_keys: int, row: PackedRow) -> Float[Array, "b"]:
+  """Counts the pairs of a token and a key that it attends to in each row."""
   if intervals is None:
-    return jnp.float32(row.segment_ids.size * num_keys)
-  return jnp.sum((intervals[..., 1] - intervals[..., 0]).astype(jnp.float32))
+    num_rows, num_tokens = row.segment_ids.shape
+    return jnp.full(num_rows, num_tokens * num_keys, jnp.float32)
+  return jnp.sum((intervals[..., 1] - intervals[..., 0]).astype(jnp.float32), axis=1)

@@ -1,0 +1,140 @@
+"""Deals packed rows to batches and devices so that devices have equal work; see `Packing.BALANCED`."""
+
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Float, Int
+
+from univid_jax.config.schema import RowsConfig
+from univid_jax.core.packed_row import PackedRow
+from univid_jax.data.packing import join_rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchLayout:
+  """Which rows of a batch are computed at the same time.
+
+  Attributes:
+    num_rows: of a batch; consecutive ones are a device's.
+    rows_per_device: of a batch.
+    microbatches: of a batch; consecutive rows of a device are of consecutive microbatches.
+  """
+
+  num_rows: int
+  rows_per_device: int = 1
+  microbatches: int = 1
+
+  @classmethod
+  def of(cls, rows: RowsConfig, num_shards: int) -> "BatchLayout":
+    """Returns that of a run.
+
+    Args:
+      rows: its config.
+      num_shards: data x fsdp devices.
+
+    Raises:
+      UserError: see `RowsConfig.batch_size`.
+    """
+    num_rows = rows.batch_size(num_shards)
+    return cls(num_rows=num_rows, rows_per_device=num_rows // num_shards, microbatches=rows.microbatches)
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """Devices, rows of a device in a microbatch, microbatches."""
+    return self.num_rows // self.rows_per_device, self.rows_per_device // self.microbatches, self.microbatches
+
+  def sum_work(self, work: Float[np.ndarray, "b"]) -> Float[np.ndarray, "devices microbatches"]:
+    """Returns the work of each device in each microbatch, given that of each row."""
+    return work.reshape(self.shape).sum(1)
+
+  def part(self, num_rows: int) -> "BatchLayout":
+    """Returns the layout of a stream's rows of the batch, which may end within a device's."""
+    rows_per_device = int(np.gcd(num_rows, self.rows_per_device))
+    microbatches = self.microbatches if rows_per_device % self.microbatches == 0 else 1
+    return BatchLayout(num_rows=num_rows, rows_per_device=rows_per_device, microbatches=microbatches)
+
+
+def deal_rows(work: Float[np.ndarray, "n"], layout: BatchLayout) -> Int[np.ndarray, "k b"]:
+  """Deals rows to batches: rows of similar work are computed at the same time.
+
+  Batches, and microbatches within them, take rows in the order of work, heaviest first. Where a device has several rows
+  of a microbatch, the one with the least work so far gets the heaviest of the next ones.
+
+  Returns:
+    The indices of the rows of each batch.
+  """
+  devices, rows_per_device, microbatches = layout.shape
+  ranked = np.argsort(-work, kind="stable").reshape(-1, microbatches, rows_per_device, devices)
+  dealt = np.empty((len(ranked), devices, rows_per_device, microbatches), np.int64)
+  for k, m in np.ndindex(len(ranked), microbatches):
+    load = np.zeros(devices)
+    for r, rows in enumerate(ranked[k, m]):
+      order = np.argsort(load, kind="stable")
+      dealt[k, order, r, m] = rows
+      load[order] += work[rows]
+  return dealt.reshape(-1, layout.num_rows)
+
+
+class BalancedBatches(grain.IterDataset[PackedRow]):
+  """Batches of rows of similar work.
+
+  Rows are taken a window at a time, dealt to its batches by the attention that they take, and the batches shuffled.
+  Only attention differs between rows: all else is computed for their padding too. The order of a window's batches, by
+  work, depends on the seed and the number of the window, so that several streams have heavy batches in the same steps.
+
+  Args:
+    rows: single ones (b = 1), endless.
+    layout: of a batch.
+    window: batches that are made from the same rows.
+    seed: of the order of batches.
+  """
+
+  def __init__(self, rows: grain.IterDataset[PackedRow], *, layout: BatchLayout, window: int, seed: int):
+    super().__init__(rows)
+    self._rows, self._layout, self._window, self._seed = rows, layout, window, seed
+
+  def __iter__(self) -> grain.DatasetIterator[PackedRow]:
+    return _BalancedIterator(iter(self._rows), layout=self._layout, window=self._window, seed=self._seed)
+
+
+class _BalancedIterator(grain.DatasetIterator[PackedRow]):
+  """Its position is that of the rows before the current window, and how many of its batches were taken."""
+
+  def __init__(self, rows: grain.DatasetIterator[PackedRow], *, layout: BatchLayout, window: int, seed: int):
+    super().__init__(rows)
+    self._source, self._layout, self._size, self._seed = rows, layout, window, seed
+    self._enter_window(0)
+
+  def _enter_window(self, number: int, taken: int = 0) -> None:
+    """Goes to a window that begins with the next row, of which batches were taken already."""
+    self._number, self._taken = number, taken
+    self._start = self._source.get_state()
+    self._rows: list[PackedRow] = []
+    self._batches: Int[np.ndarray, "k b"] | None = None
+
+  def __next__(self) -> PackedRow:
+    if self._batches is None:
+      self._rows = [next(self._source) for _ in range(self._size * self._layout.num_rows)]
+      batches = deal_rows(np.concatenate([np.add(*count_pairs(row)) for row in self._rows]), self._layout)
+      self._batches = np.random.default_rng((self._seed, self._number)).permutation(batches)
+    batch = join_rows([self._rows[index] for index in self._batches[self._taken]])
+    self._taken += 1
+    if self._taken == self._size:
+      self._enter_window(self._number + 1)
+    return batch
+
+  def get_state(self) -> dict[str, Any]:
+    return {"rows": self._start, "window": self._number, "taken": self._taken}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._source.set_state(state["rows"])
+    self._enter_window(state["window"], state["taken"])
+
+
+def count_pairs(rows: PackedRow) -> tuple[Float[np.ndarray, "b"], Float[np.ndarray, "b"]]:
+  """Counts the pairs of a token and a token, and of a token and a text token, that it attends to in each row."""
+  assert rows.key_intervals is not None and rows.text_intervals is not None
+  tokens, text = (np.diff(x)[..., 0].sum(1, dtype=np.float64) for x in (rows.key_intervals, rows.text_intervals))
+  return tokens, text
