@@ -26,7 +26,7 @@ def test_conversions_are_lossless(preset):
 
 
 def test_unknown_preset():
-  with pytest.raises(UserError, match="unknown preset 'huge'; there are tiny, grids, wan_1_3b"):
+  with pytest.raises(UserError, match="unknown preset 'huge'; there are tiny, grids, small, small_lora, wan_1_3b"):
     get_config("huge")
 
 
