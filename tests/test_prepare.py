@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import read_frames
+from univid_jax.data import progress
 from univid_jax.data.cache import is_intact
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.packing import RowShape
@@ -162,9 +164,22 @@ class TestPrepare:
       features(data.sources["pairs"][index])
     assert not encoders.calls
 
+  def test_reports_rate_and_time_left(self, tmp_path, monkeypatch, caplog):
+    config = self.configure("pairs", tmp_path)
+    _, data, features = self.open(config, tmp_path, I2V)
+    monkeypatch.setattr(progress, "LOG_EVERY", 0.0)
+    with caplog.at_level("INFO", "univid_jax"):
+      done = prepare(features, data, row_shape=ROWS)
+    total = len(data.sources["pairs"])
+    lines = [line for line in caplog.messages if line.startswith("clips: ")]
+    assert re.fullmatch(rf"clips: {total} of {total} sentences, \d+ done \([\d.e+]+ clips/s\), 00:00 left", lines[-1])
+    assert f"{done.num_encoded} done" in lines[-1] or f"{done.num_encoded - 1} done" in lines[-1]
+
   def test_without_a_base_clips_are_only_read(self, metadata, tmp_path):
     config = override(tiny(), SMALL | {"data.metadata": str(metadata)})
-    assert FeatureCaches.open(config, CountingEncoders(), tmp_path) is None
+    encoders = CountingEncoders()
+    encoders.has_weights = False
+    assert FeatureCaches.open(config, encoders, tmp_path) is None
     data = open_data(config)
     assert prepare(FeatureMaker(CountingEncoders(), shape=Shape(), task_names=()), data, row_shape=ROWS) == Prepared(16)
 
