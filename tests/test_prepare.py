@@ -259,6 +259,30 @@ def test_from_data_to_a_lora_for_other_programs(checkpoint, metadata, tmp_path):
   assert lora.metadata["step"] == "4" and len(lora.changes) == 30
 
 
+@pytest.mark.long
+def test_packed_caches(checkpoint, metadata, tmp_path):
+  """Two processes encode and pack; training reads shards, and computes a corrupt record again."""
+  common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
+  packing = [*SMALL_WAN, *common, "--pack", "--remove_files"]
+  group = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+  arguments = ["univid_jax.prepare", *packing, *group, "--config.mesh.data=2"]
+  both = [finish(each) for each in [start_command(*arguments, f"--process_id={index}") for index in (0, 1)]]
+  assert [done.returncode for done in both] == [0, 0], both
+  assert "16 clips are ready (16 encoded now)" in both[0].stdout and "ready" not in both[1].stdout, both
+  assert re.search(r"entries are in \d shards \((\d+) packed now\), \1 files removed", both[0].stdout)
+  cache = tmp_path / "run" / "cache"
+  assert not list(cache.rglob("*.safetensors"))
+  shard = next((cache / "latents" / "shards").glob("*.array_record"))
+  flip_bit(shard, place=shard.read_bytes().index(b"value"))
+  done = run("univid_jax.train", *common, "--config.num_steps=1", "--config.data.variants=8")
+  assert done.returncode == 0 and f"{shard}: record 0 is corrupt and is computed again" in done.stderr, done.stderr
+  assert len(list(cache.rglob("*.safetensors"))) == 1
+  done = run("univid_jax.prepare", *common, "--pack", "--remove_files")
+  assert "16 clips are ready (0 encoded now)" in done.stdout and "(1 packed now), 1 files removed" in done.stdout
+  done = run("univid_jax.prepare", *common)
+  assert "16 clips are ready (0 encoded now)" in done.stdout and "corrupt" not in done.stderr
+
+
 ENCODE = """
 import sys
 import jax

@@ -5,14 +5,16 @@
 Every clip that training reads is decoded, and every sentence must fit into a row; a record that cannot be used is an
 error, or is left out with --allow_dropped. With a base, whatever is not cached yet is encoded: latents, prompts, and
 the conditions of I2V models. `train` encodes too; run this first to find problems before an accelerator waits, or to
-encode with several processes. --quick only looks at the headers of files.
+encode with several processes. --quick only looks at the headers of files. --pack packs what is cached into shards: a
+few large files instead of one per clip.
 """
 
+import contextlib
 import dataclasses
 import sys
 
 from univid_jax.cli import app
-from univid_jax.cli.flags import CommandFlags
+from univid_jax.cli.flags import CommandFlags, UsageError
 
 FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config()
@@ -22,6 +24,8 @@ ALLOW_DROPPED = FLAGS.switch("allow_dropped", False, "Leave out rows that cannot
 QUICK = FLAGS.switch("quick", False, "Only look at the headers of files: decode and encode nothing.")
 VERIFICATION = FLAGS.verification(of_runs=False)
 PREVIEW = FLAGS.integer("preview", 0, "Only draw this many sentences, to WORKDIR/preview.png.", lower_bound=0)
+PACK = FLAGS.switch("pack", False, "Then pack the caches into shards, which are read before single files.")
+REMOVE_FILES = FLAGS.switch("remove_files", False, "With --pack: remove each file that can be read back from a shard.")
 
 
 @app.command(FLAGS)
@@ -29,6 +33,10 @@ def main() -> None:
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.distributed import start_processes
 
+  if REMOVE_FILES.value and not PACK.value:
+    raise UsageError("--remove_files needs --pack")
+  if PACK.value and (QUICK.value or PREVIEW.value):
+    raise UsageError("--pack packs what is encoded; --quick and --preview encode nothing")
   start_processes(PROCESSES)
   enable_compilation_cache()
   import jax
@@ -37,9 +45,12 @@ def main() -> None:
   from univid_jax.checkpoints.checksums import verified
   from univid_jax.checkpoints.model import context_mode, open_encoders, transformer_config
   from univid_jax.cli.preview import draw_preview
-  from univid_jax.data.features import FeatureCaches, FeatureMaker
+  from univid_jax.core.errors import UserError
+  from univid_jax.core.lock import hold
+  from univid_jax.data.features import FeatureCaches, FeatureMaker, caches_folder
   from univid_jax.data.packing import RowShape
   from univid_jax.data.prepare import prepare
+  from univid_jax.data.shard_writer import pack_caches, repair_indices
   from univid_jax.data.sources.open import open_data
   from univid_jax.parallel.mesh import make_mesh
   from univid_jax.parallel.processes import count_distinct, sum_over_processes
@@ -62,15 +73,22 @@ def main() -> None:
     return
   with verified(config.init_from and locate(config.init_from), enabled=VERIFICATION.verify_weights):
     encoders = open_encoders(config, make_mesh(config.mesh))
-  caches = FeatureCaches.open(config, encoders, workdir)
-  done = prepare(
-    FeatureMaker(encoders, shape=transformer_config(config), task_names=data.task_names, caches=caches),
-    data,
-    row_shape=RowShape.of(config.rows, context_mode(config)),
-    held_out=select_sentences(data, config.validation.sentences)[0],
-    allow_dropped=config.data.allow_dropped,
-    verify=True,
-  )
+  if PACK.value and not encoders.has_weights:
+    raise UserError("--pack needs a base (config.init_from): without encoders nothing is cached")
+  folder = caches_folder(config, workdir)
+  with hold(folder, process=jax.process_index()) if PACK.value else contextlib.nullcontext():
+    if PACK.value:
+      repair_indices(folder)
+    caches = FeatureCaches.open(config, encoders, workdir)
+    done = prepare(
+      FeatureMaker(encoders, shape=transformer_config(config), task_names=data.task_names, caches=caches),
+      data,
+      row_shape=RowShape.of(config.rows, context_mode(config)),
+      held_out=select_sentences(data, config.validation.sentences)[0],
+      allow_dropped=config.data.allow_dropped,
+      verify=True,
+    )
+    packed = pack_caches(folder, remove_files=REMOVE_FILES.value) if PACK.value else None
   num_dropped = len(data.dropped) + count_distinct(each.reason for each in done.dropped)
   num_encoded = sum_over_processes(done.num_encoded)
   if not is_first:
@@ -79,6 +97,8 @@ def main() -> None:
     print(f"{done.num_clips} clips can be read, {num_dropped} records dropped; they are encoded while training")
   else:
     print(f"{done.num_clips} clips are ready ({num_encoded} encoded now), {num_dropped} records dropped")
+  if packed:
+    print(packed)
 
 
 if __name__ == "__main__":
