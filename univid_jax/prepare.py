@@ -12,9 +12,14 @@ few large files instead of one per clip.
 import contextlib
 import dataclasses
 import sys
+from typing import TYPE_CHECKING
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
+
+if TYPE_CHECKING:
+  from univid_jax.config.schema import RunConfig
+  from univid_jax.data.sources.open import DataSources
 
 FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config()
@@ -41,20 +46,8 @@ def main() -> None:
   enable_compilation_cache()
   import jax
 
-  from univid_jax.checkpoints.built_in import locate
-  from univid_jax.checkpoints.checksums import verified
-  from univid_jax.checkpoints.model import context_mode, open_encoders, transformer_config
   from univid_jax.cli.preview import draw_preview
-  from univid_jax.core.errors import UserError
-  from univid_jax.core.lock import hold
-  from univid_jax.data.features import FeatureCaches, FeatureMaker, caches_folder
-  from univid_jax.data.packing import RowShape
-  from univid_jax.data.prepare import prepare
-  from univid_jax.data.shard_writer import pack_caches, repair_indices
   from univid_jax.data.sources.open import open_data
-  from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.parallel.processes import count_distinct, sum_over_processes
-  from univid_jax.training.validation import select_sentences
 
   config, workdir = CONFIG.value, WORKDIR.value
   if ALLOW_DROPPED.value:
@@ -63,14 +56,34 @@ def main() -> None:
   data.report()
   data.require_usable(config.data)
   is_first = jax.process_index() == 0
-  if PREVIEW.value or QUICK.value:
-    if is_first and PREVIEW.value:
-      print(f"the first sentences, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}")
-    elif is_first:
-      print(
-        f"headers checked, {len(data.dropped)} records dropped; not checked: frames, and the fit of sentences into rows"
-      )
-    return
+  if not PREVIEW.value and not QUICK.value:
+    lines = encode(config, data, workdir)
+  elif is_first and PREVIEW.value:
+    lines = [f"the first sentences, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}"]
+  else:
+    unchecked = "frames, and the fit of sentences into rows"
+    lines = [f"headers checked, {len(data.dropped)} records dropped; not checked: {unchecked}"]
+  if is_first:
+    print(*lines, sep="\n")
+
+
+def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
+  """Fills the caches of a run, and packs them with --pack; returns lines that say what was done."""
+  import jax
+
+  from univid_jax.checkpoints.built_in import locate
+  from univid_jax.checkpoints.checksums import verified
+  from univid_jax.checkpoints.model import context_mode, open_encoders, transformer_config
+  from univid_jax.core.errors import UserError
+  from univid_jax.core.lock import hold
+  from univid_jax.data.features import FeatureCaches, FeatureMaker, caches_folder
+  from univid_jax.data.packing import RowShape
+  from univid_jax.data.prepare import prepare
+  from univid_jax.data.shard_writer import pack_caches, repair_indices
+  from univid_jax.parallel.mesh import make_mesh
+  from univid_jax.parallel.processes import count_distinct, sum_over_processes
+  from univid_jax.training.validation import select_sentences
+
   with verified(config.init_from and locate(config.init_from), enabled=VERIFICATION.verify_weights):
     encoders = open_encoders(config, make_mesh(config.mesh))
   if PACK.value and not encoders.has_weights:
@@ -88,17 +101,13 @@ def main() -> None:
       allow_dropped=config.data.allow_dropped,
       verify=True,
     )
-    packed = pack_caches(folder, remove_files=REMOVE_FILES.value) if PACK.value else None
+    packed = [pack_caches(folder, remove_files=REMOVE_FILES.value)] if PACK.value else []
   num_dropped = len(data.dropped) + count_distinct(each.reason for each in done.dropped)
   num_encoded = sum_over_processes(done.num_encoded)
-  if not is_first:
-    return
   if caches is None:
-    print(f"{done.num_clips} clips can be read, {num_dropped} records dropped; they are encoded while training")
-  else:
-    print(f"{done.num_clips} clips are ready ({num_encoded} encoded now), {num_dropped} records dropped")
-  if packed:
-    print(packed)
+    return [f"{done.num_clips} clips can be read, {num_dropped} records dropped; they are encoded while training"]
+  line = f"{done.num_clips} clips are ready ({num_encoded} encoded now), {num_dropped} records dropped"
+  return [line, *map(str, packed)]
 
 
 if __name__ == "__main__":

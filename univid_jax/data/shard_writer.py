@@ -4,7 +4,6 @@ A shard gets its name when it is complete, and counts when the index names it. K
 was before; the next call adopts shards that are complete, and goes on behind them.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import logging
@@ -195,29 +194,21 @@ def _write_shard(path: Path, entries: Iterable[tuple[bytes, bytes]], *, max_byte
   from array_record.python.array_record_module import ArrayRecordWriter
 
   keys, num_bytes = bytearray(), 0
-  with _naming_write_errors(path):
+  try:
     # Groups of records would be read and decoded as a whole, and what encoders compute hardly compresses.
     writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-  for digest, entry in entries:
-    with _naming_write_errors(path):
+    for digest, entry in entries:
       writer.write(digest + entry)
-    keys += digest[:KEY_BYTES]
-    num_bytes += len(entry)
-    if num_bytes >= max_bytes or len(keys) >= max_records * KEY_BYTES:
-      break
-  with _naming_write_errors(path):
+      keys += digest[:KEY_BYTES]
+      num_bytes += len(entry)
+      if num_bytes >= max_bytes or len(keys) >= max_records * KEY_BYTES:
+        break
     writer.close()
-    with path.open("rb") as file:
-      os.fsync(file.fileno())  # the files may be removed next
-  return bytes(keys)
-
-
-@contextlib.contextmanager
-def _naming_write_errors(path: Path) -> Iterator[None]:
-  try:
-    yield
-  except (OSError, RuntimeError, ValueError) as error:
+  except RuntimeError as error:  # of array_record
     raise CacheWriteError(f"cannot write a shard to {path.parent}: {error}") from error
+  with path.open("rb") as file:
+    os.fsync(file.fileno())  # the files may be removed next
+  return bytes(keys)
 
 
 def _update_index(folder: epath.Path) -> None:
