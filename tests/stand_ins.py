@@ -3,7 +3,10 @@
 import collections
 import dataclasses
 
+import fsspec
 import numpy as np
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +80,17 @@ class _CountingCodec:
     raise AssertionError("no test decodes")
 
   decode_parts = decode
+
+
+def open_bucket(name):
+  """Returns an empty bucket that is in memory."""
+
+  class Bucket(MemoryFileSystem):
+    protocol, store, pseudo_dirs = "s3", {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+      return super()._strip_protocol(path.replace("s3://", "memory://"))
+
+  fsspec.register_implementation("s3", Bucket, clobber=True)
+  return epath.Path(f"s3://bucket/{name}")

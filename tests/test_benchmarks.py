@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import gpu, scaling, soak
+from benchmarks import gpu, million, scaling, soak
 from benchmarks.attempts import Attempt
 from benchmarks.faults import Site
 from benchmarks.programs import collective_bytes, estimated_cycles, memory_bytes
@@ -292,6 +292,18 @@ class TestGPU:
     monkeypatch.setattr(gpu, "describe_machine", lambda: {"gpu": "none", "jax_device": "cpu"})
     assert gpu.main(["gpu", f"--out={tmp_path}"]) == 1
     assert "JAX finds no GPU (its device: cpu; nvidia-smi: none); --tiny runs on a CPU" in capfd.readouterr().err
+
+
+def test_ten_thousand_records(tmp_path, capsys):
+  """The simulation of a million clips, small: it checks order, disjointness, resuming and damage itself."""
+
+  def run_here(function, *calls):
+    return [function(*arguments) for arguments in calls]
+
+  figures = million.measure(tmp_path, records=10_000, hosts=[256], run=run_here)
+  assert figures["index_bytes_per_record"] < 25 and figures["shards"] == 20
+  assert {"open_s", "reads_per_s_16_threads", "resume_s", "first_batch_s_of_256_hosts"} < figures.keys()
+  assert "loader_records_per_s" in capsys.readouterr().out
 
 
 def test_peers_sample_at_the_same_noise_levels():

@@ -4,15 +4,13 @@ import importlib
 import logging
 import shutil
 
-import fsspec
 import numpy as np
 import pytest
-from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import GOLDENS
+from tests.stand_ins import open_bucket
 from univid_jax.checkpoints.checksums import (
   CHECKSUMS_FILE,
   DamagedError,
@@ -268,15 +266,7 @@ class TestCommand:
     assert "4 of " in error and error.endswith("files are damaged\n")
 
   def test_loras_in_a_bucket(self, tmp_path, capsys):
-    class Bucket(MemoryFileSystem):
-      protocol, store, pseudo_dirs = "s3", {}, [""]
-
-      @classmethod
-      def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.replace("s3://", "memory://"))
-
-    fsspec.register_implementation("s3", Bucket, clobber=True)
-    bucket = epath.Path("s3://bucket/loras")
+    bucket = open_bucket("loras")
     for to in ("comfyui", "univid"):
       path = tmp_path / f"{to}.safetensors"
       write_lora(path, small_lora(), to)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import read_frames
+from univid_jax.data import progress
 from univid_jax.data.cache import is_intact
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.packing import RowShape
@@ -162,9 +164,22 @@ class TestPrepare:
       features(data.sources["pairs"][index])
     assert not encoders.calls
 
+  def test_reports_rate_and_time_left(self, tmp_path, monkeypatch, caplog):
+    config = self.configure("pairs", tmp_path)
+    _, data, features = self.open(config, tmp_path, I2V)
+    monkeypatch.setattr(progress, "LOG_EVERY", 0.0)
+    with caplog.at_level("INFO", "univid_jax"):
+      done = prepare(features, data, row_shape=ROWS)
+    total = len(data.sources["pairs"])
+    lines = [line for line in caplog.messages if line.startswith("clips: ")]
+    assert re.fullmatch(rf"clips: {total} of {total} sentences, \d+ done \([\d.e+]+ clips/s\), 00:00 left", lines[-1])
+    assert f"{done.num_encoded} done" in lines[-1] or f"{done.num_encoded - 1} done" in lines[-1]
+
   def test_without_a_base_clips_are_only_read(self, metadata, tmp_path):
     config = override(tiny(), SMALL | {"data.metadata": str(metadata)})
-    assert FeatureCaches.open(config, CountingEncoders(), tmp_path) is None
+    encoders = CountingEncoders()
+    encoders.has_weights = False
+    assert FeatureCaches.open(config, encoders, tmp_path) is None
     data = open_data(config)
     assert prepare(FeatureMaker(CountingEncoders(), shape=Shape(), task_names=()), data, row_shape=ROWS) == Prepared(16)
 
@@ -242,6 +257,30 @@ def test_from_data_to_a_lora_for_other_programs(checkpoint, metadata, tmp_path):
   assert done.returncode == 0, done.stderr
   lora = read_lora(tmp_path / "out.safetensors")
   assert lora.metadata["step"] == "4" and len(lora.changes) == 30
+
+
+@pytest.mark.long
+def test_packed_caches(checkpoint, metadata, tmp_path):
+  """Two processes encode and pack; training reads shards, and computes a corrupt record again."""
+  common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
+  packing = [*SMALL_WAN, *common, "--pack", "--remove_files"]
+  group = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+  arguments = ["univid_jax.prepare", *packing, *group, "--config.mesh.data=2"]
+  both = [finish(each) for each in [start_command(*arguments, f"--process_id={index}") for index in (0, 1)]]
+  assert [done.returncode for done in both] == [0, 0], both
+  assert "16 clips are ready (16 encoded now)" in both[0].stdout and "ready" not in both[1].stdout, both
+  assert re.search(r"entries are in \d shards \((\d+) packed now\), \1 files removed", both[0].stdout)
+  cache = tmp_path / "run" / "cache"
+  assert not list(cache.rglob("*.safetensors"))
+  shard = next((cache / "latents" / "shards").glob("*.array_record"))
+  flip_bit(shard, place=shard.read_bytes().index(b"value"))
+  done = run("univid_jax.train", *common, "--config.num_steps=1", "--config.data.variants=8")
+  assert done.returncode == 0 and f"{shard}: record 0 is corrupt and is computed again" in done.stderr, done.stderr
+  assert len(list(cache.rglob("*.safetensors"))) == 1
+  done = run("univid_jax.prepare", *common, "--pack", "--remove_files")
+  assert "16 clips are ready (0 encoded now)" in done.stdout and "(1 packed now), 1 files removed" in done.stdout
+  done = run("univid_jax.prepare", *common)
+  assert "16 clips are ready (0 encoded now)" in done.stdout and "corrupt" not in done.stderr
 
 
 ENCODE = """

@@ -5,14 +5,21 @@
 Every clip that training reads is decoded, and every sentence must fit into a row; a record that cannot be used is an
 error, or is left out with --allow_dropped. With a base, whatever is not cached yet is encoded: latents, prompts, and
 the conditions of I2V models. `train` encodes too; run this first to find problems before an accelerator waits, or to
-encode with several processes. --quick only looks at the headers of files.
+encode with several processes. --quick only looks at the headers of files. --pack packs what is cached into shards: a
+few large files instead of one per clip.
 """
 
+import contextlib
 import dataclasses
 import sys
+from typing import TYPE_CHECKING
 
 from univid_jax.cli import app
-from univid_jax.cli.flags import CommandFlags
+from univid_jax.cli.flags import CommandFlags, UsageError
+
+if TYPE_CHECKING:
+  from univid_jax.config.schema import RunConfig
+  from univid_jax.data.sources.open import DataSources
 
 FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config()
@@ -22,6 +29,8 @@ ALLOW_DROPPED = FLAGS.switch("allow_dropped", False, "Leave out rows that cannot
 QUICK = FLAGS.switch("quick", False, "Only look at the headers of files: decode and encode nothing.")
 VERIFICATION = FLAGS.verification(of_runs=False)
 PREVIEW = FLAGS.integer("preview", 0, "Only draw this many sentences, to WORKDIR/preview.png.", lower_bound=0)
+PACK = FLAGS.switch("pack", False, "Then pack the caches into shards, which are read before single files.")
+REMOVE_FILES = FLAGS.switch("remove_files", False, "With --pack: remove each file that can be read back from a shard.")
 
 
 @app.command(FLAGS)
@@ -29,21 +38,16 @@ def main() -> None:
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.distributed import start_processes
 
+  if REMOVE_FILES.value and not PACK.value:
+    raise UsageError("--remove_files needs --pack")
+  if PACK.value and (QUICK.value or PREVIEW.value):
+    raise UsageError("--pack packs what is encoded; --quick and --preview encode nothing")
   start_processes(PROCESSES)
   enable_compilation_cache()
   import jax
 
-  from univid_jax.checkpoints.built_in import locate
-  from univid_jax.checkpoints.checksums import verified
-  from univid_jax.checkpoints.model import context_mode, open_encoders, transformer_config
   from univid_jax.cli.preview import draw_preview
-  from univid_jax.data.features import FeatureCaches, FeatureMaker
-  from univid_jax.data.packing import RowShape
-  from univid_jax.data.prepare import prepare
   from univid_jax.data.sources.open import open_data
-  from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.parallel.processes import count_distinct, sum_over_processes
-  from univid_jax.training.validation import select_sentences
 
   config, workdir = CONFIG.value, WORKDIR.value
   if ALLOW_DROPPED.value:
@@ -52,33 +56,58 @@ def main() -> None:
   data.report()
   data.require_usable(config.data)
   is_first = jax.process_index() == 0
-  if PREVIEW.value or QUICK.value:
-    if is_first and PREVIEW.value:
-      print(f"the first sentences, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}")
-    elif is_first:
-      print(
-        f"headers checked, {len(data.dropped)} records dropped; not checked: frames, and the fit of sentences into rows"
-      )
-    return
+  if not PREVIEW.value and not QUICK.value:
+    lines = encode(config, data, workdir)
+  elif is_first and PREVIEW.value:
+    lines = [f"the first sentences, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}"]
+  else:
+    unchecked = "frames, and the fit of sentences into rows"
+    lines = [f"headers checked, {len(data.dropped)} records dropped; not checked: {unchecked}"]
+  if is_first:
+    print(*lines, sep="\n")
+
+
+def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
+  """Fills the caches of a run, and packs them with --pack; returns lines that say what was done."""
+  import jax
+
+  from univid_jax.checkpoints.built_in import locate
+  from univid_jax.checkpoints.checksums import verified
+  from univid_jax.checkpoints.model import context_mode, open_encoders, transformer_config
+  from univid_jax.core.errors import UserError
+  from univid_jax.core.lock import hold
+  from univid_jax.data.features import FeatureCaches, FeatureMaker, caches_folder
+  from univid_jax.data.packing import RowShape
+  from univid_jax.data.prepare import prepare
+  from univid_jax.data.shard_writer import pack_caches, repair_indices
+  from univid_jax.parallel.mesh import make_mesh
+  from univid_jax.parallel.processes import count_distinct, sum_over_processes
+  from univid_jax.training.validation import select_sentences
+
   with verified(config.init_from and locate(config.init_from), enabled=VERIFICATION.verify_weights):
     encoders = open_encoders(config, make_mesh(config.mesh))
-  caches = FeatureCaches.open(config, encoders, workdir)
-  done = prepare(
-    FeatureMaker(encoders, shape=transformer_config(config), task_names=data.task_names, caches=caches),
-    data,
-    row_shape=RowShape.of(config.rows, context_mode(config)),
-    held_out=select_sentences(data, config.validation.sentences)[0],
-    allow_dropped=config.data.allow_dropped,
-    verify=True,
-  )
+  if PACK.value and not encoders.has_weights:
+    raise UserError("--pack needs a base (config.init_from): without encoders nothing is cached")
+  folder = caches_folder(config, workdir)
+  with hold(folder, process=jax.process_index()) if PACK.value else contextlib.nullcontext():
+    if PACK.value:
+      repair_indices(folder)
+    caches = FeatureCaches.open(config, encoders, workdir)
+    done = prepare(
+      FeatureMaker(encoders, shape=transformer_config(config), task_names=data.task_names, caches=caches),
+      data,
+      row_shape=RowShape.of(config.rows, context_mode(config)),
+      held_out=select_sentences(data, config.validation.sentences)[0],
+      allow_dropped=config.data.allow_dropped,
+      verify=True,
+    )
+    packed = [pack_caches(folder, remove_files=REMOVE_FILES.value)] if PACK.value else []
   num_dropped = len(data.dropped) + count_distinct(each.reason for each in done.dropped)
   num_encoded = sum_over_processes(done.num_encoded)
-  if not is_first:
-    return
   if caches is None:
-    print(f"{done.num_clips} clips can be read, {num_dropped} records dropped; they are encoded while training")
-  else:
-    print(f"{done.num_clips} clips are ready ({num_encoded} encoded now), {num_dropped} records dropped")
+    return [f"{done.num_clips} clips can be read, {num_dropped} records dropped; they are encoded while training"]
+  line = f"{done.num_clips} clips are ready ({num_encoded} encoded now), {num_dropped} records dropped"
+  return [line, *map(str, packed)]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from univid_jax.checkpoints.checksums import check_seal, find_damage, has_checks
 from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX
-from univid_jax.data import cache
+from univid_jax.data import cache, shards
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -80,16 +80,22 @@ def _verify_files(paths: list[epath.Path]) -> Iterator[Findings]:
   """Verifies the files of one folder that carry their own checksums."""
   found = Findings(path=paths[0].parent) if paths else None
   for path in paths:
-    if cache.is_entry(path):
-      intact = cache.is_intact(path)
-    elif path.suffix == ".safetensors":
-      intact = check_seal(path)
-    elif path.name.endswith(".ckpt.json") and path.with_suffix("").exists():
-      intact = check_seal(path, path.with_suffix(""))
-    else:
-      continue
-    if intact is not None and found is not None:
+    damage = _find_damage(path)
+    if damage is not None and found is not None:
       found.num_files += 1
-      found.damaged += [] if intact else [f"{path} (checksum differs)"]
+      found.damaged += [f"{path} ({damage})"] if damage else []
   if found is not None and found.num_files:
     yield found
+
+
+def _find_damage(path: epath.Path) -> str | None:
+  """Returns what is wrong with a file, "" if nothing; None if it carries no checksum."""
+  if cache.is_entry(path):
+    intact = cache.is_intact(path)
+  elif path.suffix == ".safetensors":
+    intact = check_seal(path)
+  elif path.name.endswith(".ckpt.json") and path.with_suffix("").exists():
+    intact = check_seal(path, path.with_suffix(""))
+  else:
+    return shards.find_damage(path)
+  return None if intact is None else "" if intact else "checksum differs"

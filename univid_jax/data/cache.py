@@ -1,7 +1,8 @@
 """A cache of arrays on disk, keyed by what they were computed from.
 
 A key is a hash of everything that determines its value, so that a stale value is never found. Each value is a file,
-published atomically: several processes may fill one cache, and a killed one leaves no partial file.
+published atomically: several processes may fill one cache, and a killed one leaves no partial file. Files may have been
+packed into shards, see `shards`.
 """
 
 import hashlib
@@ -14,13 +15,13 @@ from etils import epath
 from safetensors.numpy import load, save
 
 from univid_jax.core.paths import atomic_write
+from univid_jax.data.shards import FOLDER, Shards, seal, unseal
 
 log = logging.getLogger(__name__)
 
 # Part of every key: raise it when the code computes something else from the same input and weights.
 ENCODING_VERSION = 1
 
-_CHECKSUM_BYTES = 32
 _NAME = "value"  # of the one array in a file
 
 
@@ -29,47 +30,46 @@ class CacheWriteError(OSError):
 
 
 class Cache:
-  """Arrays by key.
+  """Arrays by key. Values are looked up in shards first, and stored as files.
 
   Args:
     folder: local or in a bucket; created when the first value is stored.
     fingerprint: identifies what computes the values (weights, options); caches of other fingerprints are separate.
+
+  Raises:
+    UserError: the index of the shards is damaged.
   """
 
   def __init__(self, folder: epath.PathLike, fingerprint: str):
     self.folder, self.fingerprint = epath.Path(folder), fingerprint
+    self._shards = Shards(self.folder / FOLDER)
     self._reported: set[str] = set()
 
   def path(self, key: str) -> epath.Path:
     """Returns the file of a key, whether it exists or not."""
-    name = hashlib.sha256(f"{ENCODING_VERSION}|{self.fingerprint}|{key}".encode()).hexdigest()
-    return self.folder / name[:2] / f"{name}.safetensors"
+    return entry_path(self.folder, self._digest(key))
 
   def __contains__(self, key: str) -> bool:
-    return self.path(key).exists()
+    digest = self._digest(key)
+    return digest in self._shards or entry_path(self.folder, digest).exists() or digest in self._newer_shards()
 
   def get(self, key: str) -> np.ndarray | None:
     """Returns the value, or None if it is missing or, as the log says once, corrupt."""
-    path = self.path(key)
-    try:
-      data = path.read_bytes()
-    except FileNotFoundError:
-      return None
-    body = _intact_body(data)
+    digest = self._digest(key)
+    body = self._shards.read(digest)
     if body is None:
-      if key not in self._reported:
-        self._reported.add(key)
-        log.warning("%s is corrupt and is computed again", path)
-      return None
+      body = self._read_file(key)
+    if body is None:
+      body = self._newer_shards().read(digest)
     # Not a .npy, whose header several threads cannot parse at once, see `reader._HEADER_LOCK`.
-    return load(body)[_NAME]
+    return None if body is None else load(bytes(body))[_NAME]
 
   def put(self, key: str, value: np.ndarray) -> None:
     """Stores a value; raises CacheWriteError if that is not possible."""
     body = save({_NAME: np.ascontiguousarray(value)})
     try:
       with atomic_write(self.path(key)) as path:
-        path.write_bytes(body + hashlib.sha256(body).digest())
+        path.write_bytes(seal(body))
     except OSError as error:
       reason = error.strerror or str(error)
       raise CacheWriteError(error.errno, f"cannot write to the cache: {reason}", str(self.path(key))) from error
@@ -82,6 +82,32 @@ class Cache:
       self.put(key, value)
     return value
 
+  def _digest(self, key: str) -> bytes:
+    return hashlib.sha256(f"{ENCODING_VERSION}|{self.fingerprint}|{key}".encode()).digest()
+
+  def _read_file(self, key: str) -> bytes | None:
+    path = self.path(key)
+    try:
+      body = unseal(path.read_bytes())
+    except FileNotFoundError:
+      return None
+    if body is None and key not in self._reported:
+      self._reported.add(key)
+      log.warning("%s is corrupt and is computed again", path)
+    return body
+
+  def _newer_shards(self) -> Shards:
+    """Returns the shards as they are now: another process may have packed, and removed, the files."""
+    if not self._shards.is_current():
+      self._shards = Shards(self.folder / FOLDER)
+    return self._shards
+
+
+def entry_path(folder: epath.Path, digest: bytes) -> epath.Path:
+  """Returns the file of an entry in the folder of a cache, by the digest of its key."""
+  name = digest.hex()
+  return folder / name[:2] / f"{name}.safetensors"
+
 
 def is_entry(path: epath.Path) -> bool:
   """Returns whether a file is an entry of a cache, by its name."""
@@ -90,10 +116,4 @@ def is_entry(path: epath.Path) -> bool:
 
 def is_intact(path: epath.Path) -> bool:
   """Returns whether an entry equals its checksum."""
-  return _intact_body(path.read_bytes()) is not None
-
-
-def _intact_body(data: bytes) -> bytes | None:
-  """Returns the contents of an entry without its checksum; None if they differ from it."""
-  body, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
-  return body if hashlib.sha256(body).digest() == checksum else None
+  return unseal(path.read_bytes()) is not None

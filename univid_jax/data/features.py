@@ -16,6 +16,9 @@ from univid_jax.data.cache import Cache
 from univid_jax.data.contexts import CONTEXT_NAMES
 from univid_jax.data.tokens import Features, sentence_features
 
+# Subfolders, in the order of `FeatureCaches`.
+CACHE_NAMES = ("latents", "prompts", "images")
+
 Latents = Float[np.ndarray, "t y x c"]
 
 
@@ -38,12 +41,14 @@ class FeatureCaches:
     """Opens the caches of a run; None if encoders have no weights."""
     if not encoders.has_weights:
       return None
-    folder = epath.Path(config.data.cache or epath.Path(workdir) / "cache")
-    return cls(
-      Cache(folder / "latents", encoders.codec_fingerprint),
-      Cache(folder / "prompts", encoders.prompt_fingerprint),
-      Cache(folder / "images", encoders.image_fingerprint),
-    )
+    folder = caches_folder(config, workdir)
+    fingerprints = encoders.codec_fingerprint, encoders.prompt_fingerprint, encoders.image_fingerprint
+    return cls(*(Cache(folder / name, fingerprint) for name, fingerprint in zip(CACHE_NAMES, fingerprints)))
+
+
+def caches_folder(config: RunConfig, workdir: epath.PathLike) -> epath.Path:
+  """Returns the folder with the caches of a run."""
+  return epath.Path(config.data.cache or epath.Path(workdir) / "cache")
 
 
 class FeatureMaker:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
-from tqdm import tqdm
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import SentenceSource
@@ -19,6 +18,7 @@ from univid_jax.data.cache import Cache, CacheWriteError
 from univid_jax.data.features import FeatureMaker, condition_key
 from univid_jax.data.loader import check_lengths
 from univid_jax.data.packing import RowShape
+from univid_jax.data.progress import Progress
 from univid_jax.data.sources.base import Dropped, require_none_dropped
 from univid_jax.data.sources.computed import ComputedSentences
 from univid_jax.data.sources.grids import GridSentences
@@ -110,6 +110,7 @@ class _Sentences:
   Attributes:
     dropped: by reason, which names the file: many sentences may show one damaged clip.
     current: the record of the sentence that was yielded last.
+    position: number of the sentence that was yielded last, over all sources.
   """
 
   def __init__(self, data: DataSources, held_out: Sequence[Sentence]):
@@ -117,11 +118,16 @@ class _Sentences:
     self._sources = [source for source in data.sources.values() if not _is_computed_at_once(source)]
     self._held_out = held_out
     self.dropped: dict[str, Dropped] = {}
-    self.current = ""
+    self.current, self.position = "", 0
+
+  def __len__(self) -> int:
+    return sum(map(len, (*self._sources, self._held_out)))
 
   def __iter__(self) -> Iterator[Sentence]:
+    self.position = 0
     for source in (*self._sources, self._held_out):
       for index in range(len(source)):
+        self.position += 1
         self.current = f"sentence {index}"
         try:
           sentence = source[index]
@@ -150,8 +156,9 @@ def _fill(
   """
   seen: set[str] = set()
   computed = 0
-  with tqdm(desc=description, disable=True if jax.process_index() else None) as bar:
+  with Progress(description, len(sentences), unit=description, step="sentences") as progress:
     for key, compute in items:
+      progress.update(sentences.position, computed)
       if key in seen:
         continue
       is_own = len(seen) % jax.process_count() == jax.process_index()
@@ -164,7 +171,6 @@ def _fill(
           raise
         except (OSError, UserError) as error:
           sentences.drop(error)
-      bar.update()
   return len(seen), computed
 
 
