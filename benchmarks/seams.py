@@ -2,9 +2,9 @@
 
   python -m benchmarks.seams --videos=FOLDER [--checkpoint=small] [--frames=150] [--steps=4]
 
-Of each video in the folder, its middle cut out, the first frames (played to and fro if it is shorter) are B; A' is the
-negative of A. A change is the mean absolute difference of neighbouring frames, divided by that of B. Latent frames follow
-each other everywhere, in a window and between two, so a seam is what a border of windows adds to that.
+B is the centre of the first frames of each video, played to and fro if there are too few; A' is the negative of A. A
+change is the mean absolute difference of neighbouring frames, divided by that of B. One latent frame follows the other
+within windows, too, so a seam is what a border of windows adds to that.
 """
 
 import sys
