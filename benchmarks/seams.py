@@ -9,6 +9,7 @@ within windows, too, so a seam is what a border of windows adds to that.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def main() -> None:
   assert pipe.usage is not None
   (size, *_), length, stride = pipe.usage.sizes, pipe.usage.num_frames, pipe.encoders.codec.temporal_stride
   a = PhotoSource.bundled("train").clip(0, np.random.default_rng(0), num_frames=length, size=size)
-  options = {"num_inference_steps": STEPS.value, "seed": 0}
+  options: dict[str, Any] = {"num_inference_steps": STEPS.value, "seed": 0}
   print("| video | windows | between windows | within a window | ratio |\n|---|---|---|---|---|")
   for path in paths:
     clip = resize_and_crop(read_clip(path).frames, size)
