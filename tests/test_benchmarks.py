@@ -294,6 +294,7 @@ class TestGPU:
     assert "JAX finds no GPU (its device: cpu; nvidia-smi: none); --tiny runs on a CPU" in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_ten_thousand_records(tmp_path, capsys):
   """The simulation of a million clips, small: it checks order, disjointness, resuming and damage itself."""
 

@@ -91,6 +91,7 @@ def test_sampling_with_a_lora(checkpoint, lora, merged):
   assert relative_error(pipe.decode(out.latents), np.moveaxis(TENSORS["lora.video"], 0, -1)) <= 1e-3
 
 
+@pytest.mark.long
 def test_eight_devices_are_one(checkpoint, pipe):
   """Parameters, adapters and the text encoder spread over a mesh: the same picture."""
   spread = univid_jax.load_pipeline(checkpoint, lora=LORA, dtype="float32", mesh=make_mesh({"fsdp": 4, "tensor": 2}))

@@ -313,6 +313,7 @@ def test_a_process_encodes_without_the_others(checkpoint):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_unusable_records_end_the_command_unless_allowed(checkpoint, metadata, tmp_path):
   write_table(metadata, [("one é.mp4", "x"), ("gone.mp4", "x")])
   common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]

@@ -240,6 +240,7 @@ class TestChangedData:
       write_clip(folder / "edges" / name / "source.png", np.full((1, 16, 16, 3), 50, np.uint8))
       write_clip(folder / "edges" / name / "target.png", np.full((1, 16, 16, 3), shade, np.uint8))
 
+  @pytest.mark.long
   def test_a_run_is_not_resumed_on_other_data(self, tiny_config, tmp_path, caplog):
     data, workdir = tmp_path / "data", str(tmp_path / "run")
     self.write(data)

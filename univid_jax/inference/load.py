@@ -94,10 +94,7 @@ def load_pipeline(
   finish = functools.partial(_finish, mesh=mesh, **how)
   if is_checkpoint(checkpoint) or has_checksums(checkpoint):
     with verified(locate(checkpoint), enabled=verify_weights):
-      base = PretrainedCheckpoint.open(checkpoint)
-      default = "bfloat16" if base.info.codec is None else "float32"  # what this project trains from scratch is small
-      options: dict[str, Any] = {"dtype": jnp.dtype(dtype or default), "quantize": method or Quantize.NONE}
-      pipeline = _open_base(base, loras, finish, mesh=mesh, options=options, given=given)
+      pipeline = _open_base(checkpoint, loras, finish, mesh=mesh, dtype=dtype, quantize=method, given=given)
   else:
     record, on_damaged = _override(require_run(checkpoint), dtype, method), OnDamaged(on_damaged_checkpoint)
     saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
@@ -117,15 +114,19 @@ def _check_options(attention: str | None, context_timestep: str | None) -> None:
 
 
 def _open_base(
-  base: PretrainedCheckpoint,
+  checkpoint: str,
   loras: Sequence[LoRA],
   finish: _Finish,
   *,
   mesh: Mesh,
-  options: Mapping[str, Any],
+  dtype: str | None,
+  quantize: Quantize | None,
   given: Mapping[str, str | None],
 ) -> Pipeline:
   """Loads a converted checkpoint, which may lack components."""
+  base = PretrainedCheckpoint.open(checkpoint)
+  default = "bfloat16" if base.info.codec is None else "float32"  # what this project trains from scratch is small
+  options = {"dtype": jnp.dtype(dtype or default), "quantize": quantize or Quantize.NONE}
   encoders = base_encoders(base, mesh, dtype=options["dtype"])
   if isinstance(encoders, PretrainedEncoders) and not base.transformers and not loras:
     return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))

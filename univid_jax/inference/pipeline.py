@@ -199,8 +199,7 @@ class Pipeline(EncodingPipeline):
       preview: called likewise with a function that draws the current estimate, see `inference.preview`.
 
     Raises:
-      ValueError: an even number of clips, clips of different sizes, shapes that have no latents, or options that
-        contradict each other or the model's accelerator.
+      ValueError: an even number of clips, different sizes, no latents of these, or options that contradict each other.
     """
     plan = self.plan(
       num_inference_steps,
@@ -215,9 +214,7 @@ class Pipeline(EncodingPipeline):
     embeds = [self.embed(prompt, prompt_embeds)]
     if self.experts.are_guided(plan.guidance_scale):
       embeds.append(self.embed(negative_prompt, negative_prompt_embeds))
-    drawn = (
-      None if preview is None else DrawnPreview(preview, self.encoders.codec, join_context(clips, first_frame), job)
-    )
+    drawn = preview and DrawnPreview(preview, self.encoders.codec, join_context(clips, first_frame), job)
     return self.finish(self.sample_job(job, embeds, plan, progress=progress, preview=drawn))
 
   def sample_video(
