@@ -13,7 +13,7 @@ small_lora: a LoRA on the base that the package ships, which knows other tasks; 
 
   python -m univid_jax.train --config=small_lora
 
-small: this base itself, in four minutes on an H100.
+small: this base itself, in five minutes on an H100.
 
 wan_1_3b, wan_14b, wan_i2v_14b: the paper's training, a LoRA on Wan2.1. They start from a converted checkpoint and take
 their sentences from your videos and images (computed tasks) or from pairs of your own.
@@ -94,7 +94,7 @@ def grids() -> RunConfig:
 def small() -> RunConfig:
   """Trains the base that the package ships: 64x64 pixels, videos of 9 frames, 9 million parameters.
 
-  Four minutes on an H100 with 16 cores, days on two cores. Six in ten sentences are grid tasks, the others computed
+  Five minutes on an H100 with 16 cores, days on two cores. Six in ten sentences are grid tasks, the others computed
   tasks over photographs; those with weight 0 are left to fine-tune it on. Clips of three latent frames precede that of
   a video, hence `look_back`.
   """
