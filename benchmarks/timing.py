@@ -141,61 +141,25 @@ def race(
   Raises:
     UserError: a program fails and there is no `failed`.
   """
-  runners: dict[str, _Runner] = {}
-  seconds: dict[str, list[float]] = {name: [] for name in programs}
-  memory: dict[str, Figures] = {}
-  begin = time.monotonic()
-
-  def receive(name: str) -> Any:
-    """Returns the answer of a program that has not failed."""
-    limit = None if patience is None else max(begin + patience - time.monotonic(), 1)
-    try:
-      return runners[name].receive(None if seconds[name] else limit)
-    except ProgramError as error:
-      if failed is None:
-        raise UserError(f"{name}: {error}") from error
-      print(f"{name:<23}failed: {error}", flush=True)
-      failed[name] = str(error)
-      runners.pop(name).stop()
-
+  runners = _Runners(patience, failed)
   try:
-    for name, program in programs.items():
-      runners[name] = _Runner(program)
-      if not at_once:
-        receive(name)
-    early = {name for name, program in programs.items() if at_once and program.is_peer}
-    for name in early:
-      runners[name].send(True)
-    if at_once:
-      for name in list(runners):
-        receive(name)
-    for turn in range(1 + pairs):
-      for name in list(runners):
-        if turn or name not in early:
-          runners[name].send(True)
-        if (value := receive(name)) is not None:
-          seconds[name].append(value)
-          if not turn:
-            print(f"{name:<23}warm after {time.monotonic() - begin:.1f} s, first_s {value:.2f}", flush=True)
-    for name in list(runners):
-      runners[name].send(False)
-      if (value := receive(name)) is not None:
-        memory[name] = value
+    runners.start(programs, at_once=at_once)
+    for _ in range(1 + pairs):
+      runners.run_all()
+    results = runners.finish()
   finally:
-    for runner in runners.values():
-      runner.stop()
-
+    runners.stop()
   peak = 0.0
   figures: dict[str, Figures] = {}
-  for name in memory:
-    chip = memory[name].pop("chip_flops", 0.0)
-    first, *rest = seconds[name]
+  for name, (seconds, own) in results.items():
+    chip = own.pop("chip_flops", 0.0)
+    first, *rest = seconds
     median = statistics.median(rest)
     figures[name] = {
       "first_s": round(first, 3),
       "compile_s": round(max(first - median, 0), 3),
       "median_s": round(median, 5),
-      **memory[name],
+      **own,
     }
     if flops:
       peak = chip or peak or measure_flops()
@@ -204,6 +168,67 @@ def race(
         figures[name]["hfu"] = round(hardware_flops / median / peak, 3)
     print(f"{name:<23}" + "   ".join(f"{key} {value:g}" for key, value in figures[name].items()), flush=True)
   return figures
+
+
+class _Runners:
+  """The programs of a race that have not failed; see `race` for the arguments."""
+
+  def __init__(self, patience: float | None, failed: dict[str, str] | None):
+    self._patience, self._failed = patience, failed
+    self._runners: dict[str, _Runner] = {}
+    self._seconds: dict[str, list[float]] = {}
+    self._running: set[str] = set()
+    self._begin = time.monotonic()
+
+  def start(self, programs: Mapping[str, Program], *, at_once: bool) -> None:
+    """Starts the processes and waits until each has built its program; `at_once` peers then begin to warm up."""
+    for name, program in programs.items():
+      self._runners[name], self._seconds[name] = _Runner(program), []
+      if not at_once:
+        self._receive(name)
+    if at_once:
+      self._running = {name for name, program in programs.items() if program.is_peer}
+      for name in self._running:
+        self._runners[name].send(True)
+      for name in list(self._runners):
+        self._receive(name)
+
+  def run_all(self) -> None:
+    """Runs each program once, one after the other."""
+    for name in list(self._runners):
+      if name not in self._running:
+        self._runners[name].send(True)
+      self._running.discard(name)
+      if (value := self._receive(name)) is not None:
+        self._seconds[name].append(value)
+        if len(self._seconds[name]) == 1:
+          print(f"{name:<23}warm after {time.monotonic() - self._begin:.1f} s, first_s {value:.2f}", flush=True)
+
+  def finish(self) -> dict[str, tuple[list[float], Figures]]:
+    """Returns by name the seconds of each run, and what the process reports at its end."""
+    results = {}
+    for name in list(self._runners):
+      self._runners[name].send(False)
+      if (value := self._receive(name)) is not None:
+        results[name] = self._seconds[name], value
+    return results
+
+  def stop(self) -> None:
+    for runner in self._runners.values():
+      runner.stop()
+
+  def _receive(self, name: str) -> Any:
+    """Returns the answer of a program; None if it fails, which takes it out of the race."""
+    limit = None if self._patience is None else max(self._begin + self._patience - time.monotonic(), 1)
+    try:
+      return self._runners[name].receive(None if self._seconds[name] else limit)
+    except ProgramError as error:
+      if self._failed is None:
+        raise UserError(f"{name}: {error}") from error
+      print(f"{name:<23}failed: {error}", flush=True)
+      self._failed[name] = str(error)
+      self._runners.pop(name).stop()
+      return None
 
 
 class _Runner:
