@@ -1,4 +1,4 @@
-"""Training runs: resumed bit-exactly, stopped cleanly, validated, forecast."""
+"""Training runs: resumed bit-exactly, stopped cleanly, validated."""
 
 import json
 import os
@@ -16,7 +16,6 @@ import pytest
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import commands
 from tests.commands import finish, free_port, run_command, start_command, start_python
@@ -39,11 +38,9 @@ from univid_jax.data.writer import write_clip
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.inference.load import load_pipeline
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.parallel.sharding import bytes_per_device
 from univid_jax.parallel.supervisor import StopSignal, Supervisor
 from univid_jax.training import metrics_writer
 from univid_jax.training.loop import open_loader, restore_or_create_state, train
-from univid_jax.training.memory import forecast, forecast_sampling
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.optimizer import make_optimizer, make_schedule
 from univid_jax.training.setup import check_same_data, check_same_run, set_up_run
@@ -496,47 +493,3 @@ def test_two_processes_equal_one(tmp_path):
   two_lora, one_lora = (read_lora(tmp_path / name / "lora.safetensors") for name in ("two", "one"))
   for name, layer in one_lora.changes.items():
     np.testing.assert_allclose(two_lora.changes[name].up, layer.up, atol=1e-6)
-
-
-class TestForecast:
-  def test_arrays_with_more_elements_than_int32(self):
-    """The stacked feed-forward kernel of the 14B."""
-    mesh = make_mesh({}, devices=jax.devices()[:1])
-    kernel = jax.ShapeDtypeStruct((40, 5120, 13824), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
-    assert bytes_per_device({"kernel": kernel}) == 5_662_310_400
-
-  def test_sampling_counts_the_cache(self, tiny_config):
-    """Keys and values of a sentence of context I, in every layer."""
-    mesh = make_mesh({}, devices=jax.devices()[:1])
-    assert forecast_sampling(tiny_config, mesh).cache == 0
-    found = forecast_sampling(override(tiny_config, {"model.attention": "context_causal"}), mesh)
-    tokens = 4 * 2 * (16 // 8) ** 2
-    assert found.cache == 2 * 2 * tokens * 32 * 4 and "cache 0.00" in str(found)
-    assert found.activations > 0 and found.optimizer == 0 and found.weights > 0
-
-  @pytest.mark.long
-  def test_parts(self, tiny_config):
-    """Weights and moments follow from their shapes; sharding divides them."""
-    tiny_config = override(tiny_config, {"optimizer.name": "adamw"})
-    one, eight = (
-      forecast(tiny_config, make_mesh(sizes, devices=jax.devices()[:count]))
-      for sizes, count in (({}, 1), ({"fsdp": 8}, 8))
-    )
-    model = nnx.eval_shape(lambda: create_model(tiny_config))
-    size = sum(4 * leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    assert one.weights == 2 * size  # with their moving average
-    assert 2 * size <= one.optimizer <= 2 * size + 64 and one.activations > 0
-    assert eight.weights < 0.4 * one.weights and eight.optimizer < 0.4 * one.optimizer
-    assert "memory per device (cpu)" in str(one) and one.fits
-
-  @pytest.mark.slow
-  @pytest.mark.parametrize("preset, topology, sizes", [("wan_1_3b", "v5e:2x4", {"data": 1, "fsdp": 8})])
-  def test_tpu_topologies(self, preset, topology, sizes):
-    pytest.importorskip("libtpu")
-    done = run_command(
-      "univid_jax.forecast",
-      f"--config=configs/video_tasks.py:{preset}",
-      f"--topology={topology}",
-      *(f"--config.mesh.{axis}={size}" for axis, size in sizes.items()),
-    )
-    assert done.returncode == 0 and "memory per device (TPU v5 lite)" in done.stdout, done.stderr

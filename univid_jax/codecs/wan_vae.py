@@ -171,6 +171,11 @@ def _run_in_chunks(
   return jnp.concatenate([first, rest.reshape(-1, *rest.shape[2:])])
 
 
+def jit_method(method: Callable[..., Any], graph: nnx.GraphDef) -> Any:
+  """Returns the program of a method of `VAE`, a function of the parameters and of the method's arguments."""
+  return jax.jit(lambda params, *inputs: method(nnx.merge(graph, params), *inputs))
+
+
 class WanVAECodec:
   """An autoencoder of Wan as a codec of NumPy arrays; compiles one program per shape.
 
@@ -188,7 +193,7 @@ class WanVAECodec:
     self._tiling = tiling
 
     def compile_method(method: Callable[..., Any]) -> Callable[..., Any]:
-      run = jax.jit(lambda params, *inputs: method(nnx.merge(graph, params), *inputs))
+      run = jit_method(method, graph)
 
       def call(*inputs):
         with jax.set_mesh(mesh):  # the caller may have set another

@@ -1,4 +1,4 @@
-"""Forecasts the memory of training and sampling on each device, before a step runs, from the compiler's own figures."""
+"""Forecasts the memory of training, sampling, encoding and decoding on a device, from the compiler's own figures."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univid_jax.checkpoints.model import check_rows, codec_shape, context_mode, create_model, transformer_config
-from univid_jax.checkpoints.pretrained import abstract_parameters
+from univid_jax.checkpoints.pretrained import abstract_component, abstract_parameters
+from univid_jax.codecs.vae_config import VAEConfig
+from univid_jax.codecs.wan_vae import VAE, jit_method
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
@@ -25,12 +27,13 @@ from univid_jax.diffusion.solvers import Euler
 from univid_jax.inference.jobs import pack_single
 from univid_jax.inference.sampler import Sampler
 from univid_jax.models.variants import DiTConfig
-from univid_jax.parallel.mesh import row_shards
+from univid_jax.parallel.mesh import AXES, SEQUENCE, row_shards
 from univid_jax.parallel.sharding import BATCH, TOKENS, bytes_per_device
 from univid_jax.platform.chips import find_chip
 from univid_jax.training.state import StateSpec, describe_training
 from univid_jax.training.step import make_train_step
 
+TILING_ADVICE = "config.vae_tiling.size=32 computes large frames in tiles, config.data.num_frames takes fewer frames"
 ADVICE = (
   "config.model.remat=full recomputes instead of storing; config.mesh.fsdp or tensor shard weights over more devices, "
   "config.mesh.context the tokens of a row; in a new run, smaller config.lora.rank or config.rows.num_tokens take less"
@@ -44,20 +47,22 @@ class Forecast:
   Attributes:
     weights: parameters, trained and frozen, and their moving average.
     optimizer: its state.
-    batch: the rows.
+    batch: the rows; of the autoencoder the frames and latents.
     activations: what else the program needs at its peak.
     cache: keys and values of the context, when sampling with a context-causal model.
     device: kind of the device.
     memory: capacity of the device; None if unknown.
+    note: what is whole on every device and what is not; "" where the mesh says it.
   """
 
   weights: int
-  optimizer: int
+  optimizer: int = 0
   batch: int
   activations: int
   device: str
   memory: int | None
   cache: int = 0
+  note: str = ""
 
   @property
   def total(self) -> int:
@@ -68,10 +73,11 @@ class Forecast:
     return self.memory is None or self.total <= self.memory
 
   def __str__(self) -> str:
-    names = ("weights", "optimizer", "batch", "activations", *(["cache"] if self.cache else []))
+    names = ("weights", *(name for name in ("optimizer", "batch", "activations", "cache") if getattr(self, name)))
     parts = ", ".join(f"{name} {getattr(self, name) / 1e9:.2f}" for name in names)
     capacity = "" if self.memory is None else f" of {self.memory / 1e9:.1f}"
-    return f"memory per device ({self.device}): {self.total / 1e9:.2f}{capacity} GB ({parts})"
+    note = f"; {self.note}" if self.note else ""
+    return f"memory per device ({self.device}): {self.total / 1e9:.2f}{capacity} GB ({parts}){note}"
 
 
 def forecast(config: RunConfig, mesh: Mesh) -> Forecast:
@@ -103,24 +109,35 @@ def compile_step(step: Any, spec: StateSpec, batch: PackedRow, mesh: Mesh) -> tu
   Raises:
     UserError: the compiler itself sees that it cannot fit.
   """
-  device = mesh.devices.flat[0]
-  try:
-    with jax.set_mesh(mesh):
-      compiled = step.lower(spec.abstract, spec.abstract_frozen, batch).compile()
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    reason = str(error).splitlines()[0].rstrip(".")
-    raise UserError(f"the training step does not fit ({reason}); {ADVICE}") from error
+  with jax.set_mesh(mesh):
+    compiled = _compile(step.lower(spec.abstract, spec.abstract_frozen, batch), ADVICE)
   abstract = spec.abstract
   return compiled, Forecast(
     weights=bytes_per_device((abstract.params, abstract.ema, spec.abstract_frozen)),
     optimizer=bytes_per_device(abstract.opt_state),
     batch=bytes_per_device(batch),
-    activations=compiled.memory_analysis().temp_size_in_bytes,
-    device=device.device_kind,
-    memory=device_memory(device),
+    **_describe_program(compiled, mesh),
   )
+
+
+def _compile(lowered: Any, advice: str) -> Any:
+  """Compiles a program; raises UserError if the compiler itself sees that it cannot fit."""
+  try:
+    return lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    reason = str(error).splitlines()[0].rstrip(".")
+    raise UserError(f"this does not fit ({reason}); {advice}") from error
+
+
+def _describe_program(compiled: Any, mesh: Mesh) -> dict[str, Any]:
+  device = mesh.devices.flat[0]
+  return {
+    "activations": compiled.memory_analysis().temp_size_in_bytes,
+    "device": device.device_kind,
+    "memory": device_memory(device),
+  }
 
 
 def abstract_batch(config: RunConfig, shape: DiTConfig, mesh: Mesh) -> PackedRow:
@@ -129,6 +146,7 @@ def abstract_batch(config: RunConfig, shape: DiTConfig, mesh: Mesh) -> PackedRow
     [_placeholder_features(shape, shape.patch_size, num_clips=1)], RowShape.of(config.rows, context_mode(config))
   )
   rows = config.rows.batch_size(row_shards(mesh))
+  _check_tokens(row.tokens.shape[1], mesh)
 
   def describe(path: Any, x: np.ndarray) -> jax.ShapeDtypeStruct:
     spec = TOKENS if path[-1].name in TOKEN_FIELDS else BATCH
@@ -141,43 +159,99 @@ def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
   """Forecasts sampling one sentence of context I on each device, without codec and encoders.
 
   Of a model with two experts, both are on the devices.
+
+  Raises:
+    UserError: it cannot fit, or the tokens of the sentence do not divide over the sequence axis.
   """
   check_rows(config)
-  shape, data = transformer_config(config), config.data
-  codec = codec_shape(config)
-  latents = latent_shape(
-    (data.num_frames, data.height, data.width),
-    temporal_stride=codec.temporal_stride,
-    spatial_stride=codec.spatial_stride,
-  )
-  features = _placeholder_features(shape, latents, num_clips=4)
+  features = _placeholder_features(transformer_config(config), clip_latents(config), num_clips=4)
   row = pack_single(features, context_mode=context_mode(config), with_targets=True)
   num_experts = 1 if config.model.expert == TrainedExpert.ONLY else 2
   module = nnx.eval_shape(lambda: create_model(config, adapters=False))
   graph, params = nnx.graphdef(module), abstract_parameters(module, mesh)
-  replicated = NamedSharding(mesh, PartitionSpec())
+  is_sharded = row_shards(mesh) == 1 and mesh.shape[SEQUENCE] > 1  # as the sampler does with one row
+  if is_sharded:
+    _check_tokens(row.tokens.shape[1], mesh)
+  whole = NamedSharding(mesh, PartitionSpec())
 
-  def place(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
+  def place(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+    is_per_token = is_sharded and bool(path) and getattr(path[-1], "name", None) in TOKEN_FIELDS
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, TOKENS) if is_per_token else whole)
 
-  row = jax.tree.map(place, row)
+  row = jax.tree_util.tree_map_with_path(place, row)
   with jax.set_mesh(mesh):
     branch = jax.eval_shape(lambda params, row: Branch.create(nnx.merge(graph, params), row), params, row)
-    branch = dataclasses.replace(branch, row=row, cache=jax.tree.map(place, branch.cache))
+    branch = dataclasses.replace(branch, row=row, cache=jax.tree_util.tree_map_with_path(place, branch.cache))
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     coefficients = jax.ShapeDtypeStruct((1,), jnp.float32)
     step: Any = Sampler(mesh).step(Euler())
-    compiled = step.lower(graph, params, (branch, None), row.tokens, scalar, coefficients, scalar).compile()
-  device = mesh.devices.flat[0]
+    lowered = step.lower(graph, params, (branch, None), row.tokens, scalar, coefficients, scalar)
+    compiled = _compile(lowered, ADVICE)
   return Forecast(
     weights=num_experts * bytes_per_device(params),
-    optimizer=0,
     batch=bytes_per_device(row),
-    activations=compiled.memory_analysis().temp_size_in_bytes,
     cache=bytes_per_device(branch.cache.keys_and_values if branch.cache else None),
-    device=device.device_kind,
-    memory=device_memory(device),
+    note=_describe_sharding(mesh, shards_tokens=is_sharded),
+    **_describe_program(compiled, mesh),
   )
+
+
+def forecast_autoencoder(config: RunConfig, mesh: Mesh, *, decoding: bool) -> Forecast:
+  """Forecasts encoding or decoding one clip of a config on one device, alone; its weights need not be present.
+
+  Args:
+    config: of a run; with `vae_tiling` a tile at a time is on the device.
+    mesh: its first device runs the autoencoder.
+    decoding: latents to frames, or frames to latents.
+
+  Raises:
+    UserError: it cannot fit, or the codec has no weights and needs no device.
+  """
+  shape = codec_shape(config)
+  if not isinstance(shape, VAEConfig):
+    raise UserError("the codec of this config has no weights and runs on no device: only an autoencoder is forecast")
+  _, y, x = latents = clip_latents(config)
+  if config.vae_tiling.size:
+    latents = latents[0], min(y, config.vae_tiling.size), min(x, config.vae_tiling.size)
+  stride = shape.spatial_stride
+  sizes = [(*latents, shape.latent_channels), (config.data.num_frames, latents[1] * stride, latents[2] * stride, 3)]
+  mesh = Mesh(mesh.devices.ravel()[:1].reshape((1,) * len(AXES)), AXES)
+  whole = NamedSharding(mesh, PartitionSpec())
+  clip, frames = (jax.ShapeDtypeStruct(size, jnp.float32, sharding=whole) for size in sizes)
+  module = abstract_component("vae", shape, dtype=jnp.float32, param_dtype=jnp.float32)
+  graph, params = nnx.graphdef(module), abstract_parameters(module, mesh)
+  method = VAE.decode if decoding else VAE.encode
+  with jax.set_mesh(mesh):
+    lowered = jit_method(method, graph).lower(params, clip if decoding else frames)
+    compiled = _compile(lowered, TILING_ADVICE)
+  return Forecast(
+    weights=bytes_per_device(params),
+    batch=bytes_per_device((clip, frames)),
+    note=f"the autoencoder alone, on one device, with {'tiles' if config.vae_tiling.size else 'frames'} of "
+    f"{frames.shape[2]}x{frames.shape[1]}",
+    **_describe_program(compiled, mesh),
+  )
+
+
+def clip_latents(config: RunConfig) -> tuple[int, int, int]:
+  """Returns the latents (t, y, x) of a clip of a config; raises UserError like `latent_shape`."""
+  codec, data = codec_shape(config), config.data
+  size = data.num_frames, data.height, data.width
+  return latent_shape(size, temporal_stride=codec.temporal_stride, spatial_stride=codec.spatial_stride)
+
+
+def _check_tokens(count: int, mesh: Mesh) -> None:
+  if count % mesh.shape[SEQUENCE]:
+    raise UserError(f"rows of {count} tokens do not divide over config.mesh.context = {mesh.shape[SEQUENCE]} devices")
+
+
+def _describe_sharding(mesh: Mesh, *, shards_tokens: bool) -> str:
+  """Says what of sampling is sharded over which axes; "" on one device."""
+  if mesh.size == 1:
+    return ""
+  axes = [f"{axis} {size}" for axis, size in mesh.shape.items() if axis != "data" and size > 1]
+  weights = f"weights are sharded over {' x '.join(axes)}" if axes else "each device has all weights"
+  return f"{weights}; {'the tokens are sharded over ' + SEQUENCE if shards_tokens else 'the sentence is whole on each'}"
 
 
 def _placeholder_features(shape: DiTConfig, latents: tuple[int, int, int], *, num_clips: int) -> Features:

@@ -1,0 +1,113 @@
+"""Forecasts of memory: training, sampling, the autoencoder."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tests.commands import run_command
+from univid_jax import forecast as command
+from univid_jax.checkpoints.model import create_model
+from univid_jax.checkpoints.pretrained import abstract_component
+from univid_jax.codecs.vae_config import VAEConfig
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import wan22_a14b, wan_1_3b
+from univid_jax.core.errors import UserError
+from univid_jax.parallel.mesh import make_mesh
+from univid_jax.parallel.sharding import bytes_per_device
+from univid_jax.training.memory import forecast, forecast_autoencoder, forecast_sampling
+from univid_jax.training.state import describe_training
+
+
+class TestForecast:
+  def test_arrays_with_more_elements_than_int32(self):
+    """The stacked feed-forward kernel of the 14B."""
+    mesh = make_mesh({}, devices=jax.devices()[:1])
+    kernel = jax.ShapeDtypeStruct((40, 5120, 13824), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
+    assert bytes_per_device({"kernel": kernel}) == 5_662_310_400
+
+  def test_sampling_counts_the_cache(self, tiny_config):
+    """Keys and values of a sentence of context I, in every layer."""
+    mesh = make_mesh({}, devices=jax.devices()[:1])
+    assert forecast_sampling(tiny_config, mesh).cache == 0
+    found = forecast_sampling(override(tiny_config, {"model.attention": "context_causal"}), mesh)
+    tokens = 4 * 2 * (16 // 8) ** 2
+    assert found.cache == 2 * 2 * tokens * 32 * 4 and "cache 0.00" in str(found)
+    assert found.activations > 0 and found.optimizer == 0 and found.weights > 0
+
+  def test_sampling_says_what_is_sharded(self, tiny_config):
+    """One row is sharded over its tokens only if no other axis takes rows, as by the sampler."""
+    devices = jax.devices()[:2]
+    assert "sharded over fsdp 2; the sentence is whole" in str(
+      forecast_sampling(tiny_config, make_mesh({"fsdp": 2}, devices))
+    )
+    tokens = forecast_sampling(tiny_config, make_mesh({"context": 2}, devices))
+    assert "sharded over context 2; the tokens are sharded over context" in str(tokens)
+    alone = forecast_sampling(tiny_config, make_mesh({}, devices[:1]))
+    assert tokens.batch < 0.8 * alone.batch and "sharded" not in str(alone)
+
+  def test_tokens_must_divide_over_the_devices_that_share_a_row(self, tiny_config):
+    with pytest.raises(UserError, match=r"rows of 47 tokens do not divide over config\.mesh\.context = 2"):
+      forecast(override(tiny_config, {"rows.num_tokens": 47}), make_mesh({"context": 2}, jax.devices()[:2]))
+
+  @pytest.mark.parametrize("decoding", [False, True])
+  def test_autoencoder(self, decoding, monkeypatch):
+    """Of a small shape: no weights are needed, and a tile at a time is on the device."""
+    shape = VAEConfig(dim=4, dim_mult=(1, 2), temporal_downsample=(True,), num_res_blocks=1)
+    monkeypatch.setattr("univid_jax.training.memory.codec_shape", lambda _: shape)
+    config = override(wan_1_3b(), {"data.height": 64, "data.width": 96, "data.num_frames": 5})
+    mesh = make_mesh({"data": 2}, jax.devices()[:2])
+    whole = forecast_autoencoder(config, mesh, decoding=decoding)
+    module = abstract_component("vae", shape)
+    assert whole.weights == 4 * sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+    assert whole.batch == 4 * (5 * 64 * 96 * 3 + 3 * 32 * 48 * 16) and "frames of 96x64" in str(whole)
+    tiled = override(config, {"vae_tiling.size": 16, "vae_tiling.overlap": 1})
+    tile = forecast_autoencoder(tiled, mesh, decoding=decoding)
+    assert tile.activations < 0.5 * whole.activations and "tiles of 32x32" in str(tile)
+
+  def test_a_codec_without_weights_needs_no_device(self, tiny_config):
+    with pytest.raises(UserError, match="no weights and runs on no device"):
+      forecast_autoencoder(tiny_config, make_mesh({}, jax.devices()[:1]), decoding=True)
+
+  def test_both_experts_are_on_the_devices(self):
+    """Of a run of both experts the base weights of both are; a step computes one."""
+    config = override(wan22_a14b(), {"model.param_dtype": "bfloat16"})
+    mesh = make_mesh({}, devices=jax.devices()[:1])
+    both, high = (
+      bytes_per_device(describe_training(part, mesh)[1].abstract_frozen)
+      for part in (config, override(config, {"model.expert": "high"}))
+    )
+    assert both == 2 * high > 56e9
+
+  def test_sampling_flag_is_deprecated(self, capfd):
+    assert command.main(["forecast", "--config=tiny", "--sampling", "--config.model.num_layers=1"]) == 0
+    out, err = capfd.readouterr()
+    assert "memory per device (cpu)" in out and "use --of=sampling" in err
+
+  @pytest.mark.long
+  def test_parts(self, tiny_config):
+    """Weights and moments follow from their shapes; sharding divides them."""
+    tiny_config = override(tiny_config, {"optimizer.name": "adamw"})
+    one, eight = (
+      forecast(tiny_config, make_mesh(sizes, devices=jax.devices()[:count]))
+      for sizes, count in (({}, 1), ({"fsdp": 8}, 8))
+    )
+    model = nnx.eval_shape(lambda: create_model(tiny_config))
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert one.weights == 2 * size  # with their moving average
+    assert 2 * size <= one.optimizer <= 2 * size + 64 and one.activations > 0
+    assert eight.weights < 0.4 * one.weights and eight.optimizer < 0.4 * one.optimizer
+    assert "memory per device (cpu)" in str(one) and one.fits
+
+  @pytest.mark.slow
+  @pytest.mark.parametrize("preset, topology, sizes", [("wan_1_3b", "v5e:2x4", {"data": 1, "fsdp": 8})])
+  def test_tpu_topologies(self, preset, topology, sizes):
+    pytest.importorskip("libtpu")
+    done = run_command(
+      "univid_jax.forecast",
+      f"--config=configs/video_tasks.py:{preset}",
+      f"--topology={topology}",
+      *(f"--config.mesh.{axis}={size}" for axis, size in sizes.items()),
+    )
+    assert done.returncode == 0 and "memory per device (TPU v5 lite)" in done.stdout, done.stderr
