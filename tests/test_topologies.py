@@ -14,26 +14,30 @@ import pytest
 from jax.experimental import topologies
 
 from univid_jax.core.errors import UserError
-from univid_jax.platform.topologies import describe_devices, use_tpu_compiler
+from univid_jax.platform.topologies import describe_devices, find_topology, use_tpu_compiler
 
 # In a process of its own, because JAX has to be prepared before its first import.
 COMPILE = """
+import math
 from univid_jax.core.errors import UserError
-from univid_jax.platform.topologies import describe_devices, use_tpu_compiler
+from univid_jax.platform.topologies import SLICES, describe_devices, use_tpu_compiler
 use_tpu_compiler()
-for wrong in ("v9:2x2", "v5e:3x5", "v5e"):
+for wrong in ("v9:2x2", "v5e:3x5", "v5e:1x3", "v5e:0x1", "v5e", "v5e:", "v5e:axb", "v5e:-1x2", "v5e:2x2x2", "v5p:2x2"):
   try:
     describe_devices(wrong)
     raise AssertionError(wrong)
   except UserError as error:
-    assert "v5e:2x4" in str(error), error
+    assert "v5e:2x4" in str(error) and "\\n" not in str(error), error
+for chip, sizes in {"v5e": ["1x2", "2x1", "4x2"], "v6e": ["1x2"], "v5p": ["1x2x1", "2x1x1"]}.items():
+  for size in [*SLICES[chip], *sizes]:
+    devices = describe_devices(f"{chip}:{size}")
+    assert len(devices) == math.prod(map(int, size.split("x"))), (chip, size)
 
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.platform.chips import find_chip
 from univid_jax.platform.current import Platform, current_platform
-assert len(describe_devices("v5e:1x1")) == 1
 devices = describe_devices("v5e:2x2")
 assert len(devices) == 4 and all(device.platform == "tpu" and find_chip(device) for device in devices)
 mesh = make_mesh({"fsdp": 4}, devices)
@@ -65,6 +69,19 @@ def test_unknown_topologies_are_user_errors(monkeypatch):
   monkeypatch.setattr(topologies, "get_topology_desc", reject)
   with pytest.raises(UserError, match=r"'v9:2x2' is not a topology .* such as v5e:2x4.*: Invalid TPU external name"):
     describe_devices("v9:2x2")
+
+
+def test_v4_is_refused():
+  with pytest.raises(UserError, match="'v4:2x2x2': libtpu describes the two cores of a v4"):
+    describe_devices("v4:2x2x2")
+
+
+def test_number_of_chips():
+  assert find_topology("v5e", 16) == "v5e:4x4" and find_topology("v5p", 1) == "v5p:1x1x1"
+  with pytest.raises(UserError, match=r"no slice of 3 v6e; the nearest have 1 \(v6e:1x1\) and 4 \(v6e:2x2\)"):
+    find_topology("v6e", 3)
+  with pytest.raises(UserError, match=r"the nearest have 256 \(v5e:16x16\)$"):
+    find_topology("v5e", 300)
 
 
 @pytest.mark.long
