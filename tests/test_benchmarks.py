@@ -20,6 +20,7 @@ from benchmarks.attempts import Attempt
 from benchmarks.faults import Site
 from benchmarks.programs import collective_bytes, estimated_cycles, memory_bytes
 from benchmarks.sample import euler_sigmas
+from benchmarks.steps import find_variant
 from benchmarks.timing import Program, race
 from univid_jax.core.errors import UserError
 from univid_jax.diffusion.flow import FlowMatching
@@ -309,3 +310,9 @@ def test_ten_thousand_records(tmp_path, capsys):
 
 def test_peers_sample_at_the_same_noise_levels():
   np.testing.assert_allclose(euler_sigmas(50), Euler().sigmas(FlowMatching(), 50), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["wan2.2-i2v-a14b", "wan2.1-i2v-14b-480p", "wan3"])
+def test_models_with_conditions_are_refused(name):
+  with pytest.raises(UserError, match=rf"--variant must be one of .*wan2.2-ti2v-5b.*, got '{name}'"):
+    find_variant(name)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 import univid_jax
 from tests.helpers import GOLDENS, GOLDENS22, channels_last, golden, load_dit, parameters, relative_error
@@ -22,7 +23,7 @@ from univid_jax.checkpoints.model import check_base, context_mode, make_flow, sp
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.checkpoints.trained import read_run_loras
 from univid_jax.config.boundary import override
-from univid_jax.config.presets import tiny, wan22_a14b, wan22_ti2v_5b, wan_1_3b
+from univid_jax.config.presets import tiny, wan22_a14b, wan22_i2v_a14b, wan22_ti2v_5b, wan_1_3b
 from univid_jax.convert.commands import convert_any, inspect, verify
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, ModelType, Objective, TrainedExpert
@@ -317,6 +318,26 @@ def experts(tmp_path_factory):
   return folder, str(folder.with_name("converted"))
 
 
+@pytest.fixture(scope="module")
+def i2v_experts(tmp_path_factory):
+  """A miniature I2V-A14B, converted: the original's transformer, and a low-noise expert with other weights."""
+  pytest.importorskip("torch", reason="the autoencoder is a PyTorch file; needs the extra `convert`")
+  info, _, weights = golden("dit_i2v22", GOLDENS22)
+  folder = tmp_path_factory.mktemp("release") / "i2v"
+  shutil.copytree(GOLDENS / "tiny_wan" / "google", folder / "google")
+  for name in (
+    GOLDENS22 / "tiny_wan22_a14b" / "Wan2.1_VAE.pth",
+    GOLDENS / "tiny_wan" / "models_t5_umt5-xxl-enc-bf16.pth",
+  ):
+    shutil.copy(name, folder)
+  for name, scale in (("high_noise_model", 1.0), ("low_noise_model", 1.1)):
+    (folder / name).mkdir()
+    (folder / name / "config.json").write_text(json.dumps({"_class_name": "WanModel", **info["config"]}))
+    save_file({key: scale * x for key, x in weights.items()}, folder / name / "diffusion_pytorch_model.safetensors")
+  convert_any(str(folder), str(folder.with_name("converted")))
+  return str(folder.with_name("converted"))
+
+
 class TestExperts:
   """The miniature A14B: a high-noise and a low-noise expert."""
 
@@ -601,10 +622,12 @@ class TestTraining:
 
   @pytest.mark.long
   @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "context": 2}, {"tensor": 2, "context": 4}], ids=str)
-  @pytest.mark.parametrize("kind", ["ti2v", "a14b"])
-  def test_meshes(self, checkpoint, experts, kind, sizes):
+  @pytest.mark.parametrize("kind", ["ti2v", "a14b", "i2v"])
+  def test_meshes(self, checkpoint, experts, i2v_experts, kind, sizes):
     """Loss and gradients of a LoRA on packed rows are those of one device."""
-    preset, base = (wan22_ti2v_5b, checkpoint) if kind == "ti2v" else (wan22_a14b, experts[1])
+    preset, base = {
+      "ti2v": (wan22_ti2v_5b, checkpoint), "a14b": (wan22_a14b, experts[1]), "i2v": (wan22_i2v_a14b, i2v_experts)
+    }[kind]  # fmt: skip
     config = override(preset(), SMALL | {"init_from": base, "rows.num_tokens": 64, "data.num_sentences": 24})
     config = split_config(config)[0]
     row = packed_batch(config)
@@ -663,6 +686,28 @@ class TestTraining:
         assert relative_error(predict(load(experts[1]), timestep), expected) > 1e-5
     with pytest.raises(UserError, match=r"config\.model\.expert is both, which trains LoRAs"):
       check_base(override(config, {"lora.rank": 0}))
+
+  @pytest.mark.long
+  def test_i2v(self, i2v_experts, tmp_path):
+    """Both experts on rows with conditions: resumed runs are whole ones, and the condition of the target is used."""
+    config = override(wan22_i2v_a14b(), SMALL | {"init_from": i2v_experts, "eval.sentences_per_case": 0})
+    for steps in (2, 4):
+      train(override(config, {"num_steps": steps}), str(tmp_path / "run"))
+    train(override(config, {"num_steps": 4}), str(tmp_path / "whole"))
+    for resumed, whole in zip(*(read_run_loras(tmp_path / name) for name in ("run", "whole")), strict=True):
+      assert not is_zero(resumed)
+      assert all(np.array_equal(change.up, whole.changes[name].up) for name, change in resumed.changes.items())
+    resumed, whole = (
+      [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+      for name in ("run", "whole")
+    )
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
+    pipe = univid_jax.load_pipeline(str(tmp_path / "run"), dtype="float32", mesh=one_device())
+    image = np.full((32, 32, 3), 200, np.uint8)
+    clip = np.zeros((5, 32, 32, 3), np.uint8)
+    options = {"num_inference_steps": 2, "prompt_embeds": np.ones((3, 48), np.float32)}
+    plain, begun = (pipe.sample([clip] * 3, **options, **more).latents for more in ({}, {"first_frame": image}))
+    assert plain.shape == begun.shape == (2, 4, 4, 16) and relative_error(begun, plain) > 1e-3
 
   def test_resolution_shift_counts_pixels(self):
     """TI2V's autoencoder makes a quarter of the tokens: clips of one size have one shift with either."""
