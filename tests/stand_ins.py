@@ -31,7 +31,7 @@ class CountingEncoders:
   """Cheap `Encoders` that count what they encode, by kind."""
 
   text_dim = 8
-  has_weights = True
+  has_weights = has_text_encoder = True
   codec_fingerprint = prompt_fingerprint = image_fingerprint = "counting"
 
   def __init__(self):

@@ -28,17 +28,18 @@ pytestmark = pytest.mark.slow
 
 
 @contextlib.contextmanager
-def serve(folder, *arguments):
-  """Starts the demo with the miniature; yields its address and its log."""
+def serve(folder, *arguments, checkpoint=None):
+  """Starts the demo with a checkpoint, or the miniature; yields its address and its log."""
   pytest.importorskip("gradio")
   from univid_jax.convert.commands import convert_any
 
-  convert_any(str(GOLDENS / "tiny_wan"), str(folder / "wan"))
+  if checkpoint is None:
+    convert_any(str(GOLDENS / "tiny_wan"), str(folder / "wan"))
   command = [
     sys.executable,
     "-m",
     "univid_jax.demo",
-    f"--checkpoint={folder / 'wan'}",
+    f"--checkpoint={checkpoint or folder / 'wan'}",
     "--dtype=float32",
     "--port=7871",
   ]
@@ -179,3 +180,12 @@ def test_own_clips_and_models_on_a_phone(tmp_path, browser):
     page.get_by_label("Clear").last.click()
     page.locator("input[type=file]").first.set_input_files(str(tmp_path / "c.mp4"))
     page.wait_for_selector("text=/cannot read c.mp4|c.mp4.*not a/", timeout=60_000)
+
+
+def test_a_model_without_text_encoder_asks_for_no_prompt(tmp_path, browser):
+  with serve(tmp_path, checkpoint="small") as (address, _):
+    page = open_page(browser, address)
+    page.get_by_text("Steps and seed", exact=True).click()
+    assert page.get_by_label("number input for Steps").is_visible()
+    for label in ("Task prompt", "or one of your own"):
+      assert page.get_by_label(label).count() == 0

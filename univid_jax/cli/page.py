@@ -125,8 +125,9 @@ class Page:
     kind = pipeline.accelerator
     steps_of = f": {kind.num_inference_steps} steps ({kind.name})" if kind else ""
     fast = gr.Checkbox(first.accelerated, label=f"Accelerate{steps_of}", visible=bool(offer.accelerator))
-    with gr.Accordion("Prompt, steps and seed", open=False):
-      with gr.Row():
+    takes_prompts = many or pipeline.encoders.has_text_encoder
+    with gr.Accordion("Prompt, steps and seed" if takes_prompts else "Steps and seed", open=False):
+      with gr.Row(visible=takes_prompts):
         task = gr.Dropdown([("no prompt", ""), *known_prompts(pipeline.usage.prompts)], value="", label="Task prompt")
         prompt = gr.Textbox("", label="or one of your own", max_lines=3)
       steps = gr.Slider(1, 100, value=50, step=1, label="Steps", interactive=not first.accelerated)

@@ -33,7 +33,7 @@ class PlainEncoders:
   The null prompt is the only one, and its embedding has no tokens.
   """
 
-  has_weights = False
+  has_weights = has_text_encoder = False
 
   def __init__(self, codec: Codec, text_dim: int):
     self.codec, self.text_dim = codec, text_dim
@@ -124,6 +124,10 @@ class PretrainedEncoders:
     self._tokenizer = Lazy(self._load_tokenizer)
     self._text_encoder = Lazy(lambda: self._load_encoder("text_encoder"))
     self._image_encoder = Lazy(lambda: self._load_encoder("image_encoder"))
+
+  @property
+  def has_text_encoder(self) -> bool:
+    return self._checkpoint.has("text_encoder")
 
   @property
   def text_dim(self) -> int:
