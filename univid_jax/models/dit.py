@@ -17,7 +17,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import AttentionBackend, RematPolicy
 from univid_jax.core.packed_row import PackedRow, put_tokens, take_tokens
 from univid_jax.models.attention.cudnn import FORWARD_PRIMITIVE
-from univid_jax.models.attention.xla import OUTPUT_NAME
+from univid_jax.models.attention.pieces import OUTPUT_NAME
 from univid_jax.models.dit_blocks import MLP, Block, Head, ImageEmbedding, KeysAndValues, KeyValueCache
 from univid_jax.models.layers import Linear, gelu_tanh
 from univid_jax.models.rope import rotary_tables

@@ -1,24 +1,21 @@
 """Attention: one function and one kind of mask, several backends, on one device or on a mesh."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from univid_jax.core.options import AttentionBackend
 from univid_jax.models.attention import cudnn
 from univid_jax.models.attention.cudnn import cudnn_attention
+from univid_jax.models.attention.sharded import AttentionFn, shard_attention
 from univid_jax.models.attention.splash import splash_attention
 from univid_jax.models.attention.xla import xla_attention
-from univid_jax.parallel.mesh import SEQUENCE
-from univid_jax.parallel.sharding import ROWS
 from univid_jax.platform.current import Platform, current_platform
 
-AttentionFn = Callable[..., Array]
 BACKENDS: Mapping[AttentionBackend, AttentionFn] = {
   AttentionBackend.XLA: xla_attention,
   AttentionBackend.CUDNN: cudnn_attention,
@@ -37,9 +34,10 @@ def attention(
 ) -> Float[Array, "b l h k"]:
   """Softmax attention, scaled by head_dim^-1/2; softmax in float32, output in v's dtype.
 
-  Under a mesh (`jax.set_mesh`) rows are sharded over data and fsdp, heads over tensor and queries over the sequence
-  axis, each if it divides. If there are as many keys as queries (self-attention), keys are sharded likewise, and on the
-  sequence axis either heads and tokens swap places (Ulysses, if the heads divide) or the keys are gathered.
+  Under a mesh (`jax.set_mesh`) rows are sharded over data and fsdp and heads over tensor, each if it divides, and
+  queries over the sequence axis, padded to divide. If there are at least as many keys as queries (self-attention), keys
+  are sharded likewise: on the sequence axis heads and tokens change places (Ulysses) among as many devices as the heads
+  divide over, and between these groups keys and values travel (ring attention), or are gathered for cuDNN.
 
   Args:
     q: queries.
@@ -63,7 +61,7 @@ def attention(
     run = functools.partial(run, platform=platform)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size > 1:
-    run = _shard(run, mesh, q.shape, num_keys=k.shape[1])
+    run = shard_attention(run, mesh, takes_ring=backend != AttentionBackend.CUDNN)
   return run(q, k, v, key_intervals=key_intervals, key_bias=key_bias)
 
 
@@ -79,34 +77,3 @@ def best_backend(platform: Platform, dtype, head_dim: int, *, has_bias: bool = F
 def count_bias(counts: Float[Array | np.ndarray, "b n"]) -> Float[Array, "b n"]:
   """Returns the key bias that makes a key count `counts` times; keys that count 0 times are hidden."""
   return jnp.where(counts > 0, jnp.log(jnp.maximum(counts, 1e-30)), -1e30)
-
-
-def _shard(run: AttentionFn, mesh: AbstractMesh, q_shape: tuple[int, ...], *, num_keys: int) -> AttentionFn:
-  """Wraps a backend to run on each device's shard of rows, heads and queries."""
-  size = mesh.shape
-  num_rows, num_queries, num_heads, _ = q_shape
-  rows = ROWS if num_rows % int(np.prod([size[axis] for axis in ROWS])) == 0 else None
-  heads = "tensor" if num_heads % size["tensor"] == 0 else None
-  sequence = SEQUENCE if size[SEQUENCE] > 1 and num_queries % size[SEQUENCE] == 0 else None
-  shards_keys = sequence is not None and num_keys == num_queries
-  local_heads = num_heads // (size["tensor"] if heads else 1)
-  swaps_heads = shards_keys and local_heads % size[SEQUENCE] == 0
-
-  def run_local(q, k, v, key_intervals, key_bias):
-    if swaps_heads:
-      q, k, v = (jax.lax.all_to_all(x, SEQUENCE, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
-    elif shards_keys:
-      k, v = (jax.lax.all_gather(x, SEQUENCE, axis=1, tiled=True) for x in (k, v))
-    out = run(q, k, v, key_intervals=key_intervals, key_bias=key_bias)
-    return jax.lax.all_to_all(out, SEQUENCE, split_axis=1, concat_axis=2, tiled=True) if swaps_heads else out
-
-  q_spec = PartitionSpec(rows, sequence, heads)
-  kv_spec = PartitionSpec(rows, sequence if shards_keys else None, heads)
-  interval_spec = PartitionSpec(rows, None if swaps_heads else sequence)
-  sharded = jax.shard_map(
-    run_local,
-    in_specs=(q_spec, kv_spec, kv_spec, interval_spec, PartitionSpec(rows)),
-    out_specs=q_spec,
-    check_vma=False,
-  )
-  return lambda q, k, v, *, key_intervals, key_bias: sharded(q, k, v, key_intervals, key_bias)

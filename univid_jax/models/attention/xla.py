@@ -11,9 +11,9 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from univid_jax.models.attention.pieces import Piece, Ring, attend
 from univid_jax.platform.current import Platform
 
 
@@ -40,10 +40,6 @@ class Blocks:
 BLOCKS: Mapping[Platform, Blocks] = {Platform.CPU: Blocks(heads=1, queries=512, keys=1024, smallest=1 << 17)}
 OTHER_BLOCKS = Blocks(heads=0, queries=1024, keys=0, smallest=1 << 21)
 
-# Name of what the backward pass needs of the forward pass; a policy of `jax.checkpoint` that saves it avoids computing
-# attention twice.
-OUTPUT_NAME = "attention"
-
 Sums = TypeVar("Sums")
 
 LOWEST = jnp.finfo(jnp.float32).min / 2  # the maximum over no logits; finite after a subtraction
@@ -56,17 +52,25 @@ def xla_attention(
   *,
   key_intervals: Int[Array | np.ndarray, "b l 2"] | None = None,
   key_bias: Float[Array, "b n"] | None = None,
+  ring: Ring | None = None,
   platform: Platform = Platform.CPU,
 ) -> Float[Array, "b l h k"]:
-  """See `api.attention`; no gradient flows to the bias."""
+  """See `api.attention`; no gradient flows to the bias.
+
+  Args:
+    q, k, v, key_intervals, key_bias: see `api.attention`.
+    ring: of devices that hold the other keys.
+    platform: whose blocks to use.
+  """
   blocks = BLOCKS.get(platform, OTHER_BLOCKS)
   (rows, num_queries, num_heads, head_dim), num_keys = q.shape, k.shape[1]
   if key_bias is not None:
     key_bias = jax.lax.stop_gradient(key_bias)
-  if num_queries * num_keys <= blocks.smallest:
+  if num_queries * num_keys <= blocks.smallest and ring is None:
     return _attend(q, k, v, key_intervals, key_bias)
   if key_intervals is None:
-    key_intervals = jnp.broadcast_to(jnp.array([0, num_keys], jnp.int32), (rows, num_queries, 2))
+    all_keys = num_keys * (ring.size if ring else 1)
+    key_intervals = jnp.broadcast_to(jnp.array([0, all_keys], jnp.int32), (rows, num_queries, 2))
 
   query_block, key_block = min(blocks.queries, num_queries), min(blocks.keys or num_keys, num_keys)
   num_groups = num_heads // blocks.heads if blocks.heads else 1
@@ -78,19 +82,14 @@ def xla_attention(
     x = pad(x, block)
     return x.reshape(*x.shape[:2], num_groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
 
-  def attend_row(row):
-    q, k, v, intervals, bias = row
-    return jax.lax.map(lambda group: _blockwise(*group, intervals, bias, query_block, key_block), (q, k, v))
-
-  out = jax.lax.map(
-    attend_row,
-    (
-      group_heads(q, query_block),
-      group_heads(k, key_block),
-      group_heads(v, key_block),
-      pad(key_intervals, query_block),
-      None if key_bias is None else pad(key_bias, key_block),
-    ),
+  out = attend(
+    XlaPieces(query_block, key_block),
+    ring,
+    group_heads(q, query_block),
+    group_heads(k, key_block),
+    group_heads(v, key_block),
+    pad(key_intervals, query_block),
+    None if key_bias is None else pad(key_bias, key_block),
   )
   return out.transpose(0, 3, 1, 2, 4).reshape(rows, -1, num_heads, head_dim)[:, :num_queries]
 
@@ -116,29 +115,61 @@ def _attend(
   return jnp.einsum("bhln,bhnk->bhlk", weights, v).transpose(0, 2, 1, 3)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _blockwise(
+@dataclasses.dataclass(frozen=True)
+class XlaPieces:
+  """Blockwise attention as `pieces.attend` needs it, by rows and groups of heads; attributes are tokens per block."""
+
+  queries: int
+  keys: int
+
+  def forward(
+    self,
+    q: Float[Array, "b g h l k"],
+    k: Float[Array, "b g h n k"],
+    v: Float[Array, "b g h n k"],
+    intervals: Int[Array, "b l 2"],
+    bias: Float[Array, "b n"] | None,
+  ) -> Piece:
+    return self._map(_forward, (q, k, v), intervals, bias)
+
+  def backward(
+    self,
+    q: Float[Array, "b g h l k"],
+    k: Float[Array, "b g h n k"],
+    v: Float[Array, "b g h n k"],
+    intervals: Int[Array, "b l 2"],
+    bias: Float[Array, "b n"] | None,
+    merged: Piece,
+    d_out: Float[Array, "b g h l k"],
+  ) -> tuple[Float[Array, "b g h l k"], Float[Array, "b g h n k"], Float[Array, "b g h n k"]]:
+    return self._map(_backward, (q, k, v, *merged, d_out), intervals, bias)
+
+  def _map(self, function, heads, intervals: Int[Array, "b l 2"], bias: Float[Array, "b n"] | None):
+    """Applies a function to each group of heads of each row."""
+
+    def apply_to_row(row):
+      groups, intervals, bias = row
+      return jax.lax.map(lambda group: function(*group, intervals, bias, self), groups)
+
+    return jax.lax.map(apply_to_row, (heads, intervals, bias))
+
+
+def _forward(
   q: Float[Array, "h l k"],
   k: Float[Array, "h n k"],
   v: Float[Array, "h n k"],
   intervals: Int[Array, "l 2"],
   bias: Float[Array, "n"] | None,
-  query_block: int,
-  key_block: int,
-) -> Float[Array, "h l k"]:
+  blocks: XlaPieces,
+) -> Piece:
   """Attends for some heads of one row; l and n are multiples of their blocks. A query without keys gets 0."""
-  return _blockwise_forward(q, k, v, intervals, bias, query_block, key_block)[0]
-
-
-def _blockwise_forward(q, k, v, intervals, bias, query_block: int, key_block: int):
-  """Returns the output, and what `_blockwise_backward` needs."""
 
   def attend_queries(parts):
     q, intervals = parts
 
     def add_keys(index, sums):
       out, total, highest = sums
-      k_block, v_block = _block(k, index, key_block), _block(v, index, key_block)
+      k_block, v_block = _block(k, index, blocks.keys), _block(v, index, blocks.keys)
       logits = _logits("hlk,hnk->hln", q, k_block, index, intervals[:, :1], intervals[:, 1:], bias)
       new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1, keepdims=True))
       weights, rescale = jnp.exp(logits - new_highest), jnp.exp(highest - new_highest)
@@ -148,18 +179,27 @@ def _blockwise_forward(q, k, v, intervals, bias, query_block: int, key_block: in
       return out, total * rescale + jnp.sum(weights, axis=-1, keepdims=True), new_highest
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.zeros((*q.shape[:2], 1)), jnp.full((*q.shape[:2], 1), LOWEST)
-    out, total, highest = _over_blocks(add_keys, start, intervals, k.shape[1], key_block)
+    out, total, highest = _over_blocks(add_keys, start, intervals, k.shape[1], blocks.keys)
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     return (out / total).astype(v.dtype), highest + jnp.log(total)
 
-  out, normalizers = jax.lax.map(attend_queries, (_split(q, query_block), intervals.reshape(-1, query_block, 2)))
-  out, normalizers = (checkpoint_name(_join(x), OUTPUT_NAME) for x in (out, normalizers))
-  return out, (q, k, v, intervals, bias, out, normalizers)
+  parts = _split(q, blocks.queries), intervals.reshape(-1, blocks.queries, 2)
+  out, normalizers = jax.lax.map(attend_queries, parts)
+  return _join(out), _join(normalizers)
 
 
-def _blockwise_backward(query_block: int, key_block: int, saved, d_out):
-  """Returns the gradients of all arguments but the sizes of blocks; none for intervals, zero for the bias."""
-  q, k, v, intervals, bias, out, normalizers = saved
+def _backward(
+  q: Float[Array, "h l k"],
+  k: Float[Array, "h n k"],
+  v: Float[Array, "h n k"],
+  out: Float[Array, "h l k"],
+  normalizers: Float[Array, "h l 1"],
+  d_out: Float[Array, "h l k"],
+  intervals: Int[Array, "l 2"],
+  bias: Float[Array, "n"] | None,
+  blocks: XlaPieces,
+) -> tuple[Float[Array, "h l k"], Float[Array, "h n k"], Float[Array, "h n k"]]:
+  """Returns the gradients of q, k and v, given the output and normalizers over these and any other keys."""
   inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
 
   def add_queries(sums, parts):
@@ -169,7 +209,7 @@ def _blockwise_backward(query_block: int, key_block: int, saved, d_out):
 
     def add_keys(index, sums):
       dk, dv, dq = sums
-      k_block, v_block = _block(k, index, key_block), _block(v, index, key_block)
+      k_block, v_block = _block(k, index, blocks.keys), _block(v, index, blocks.keys)
       # Keys before queries, so that two of the three products that follow need no transposition.
       logits = _logits("hlk,hnk->hnl", q, k_block, index, start, end, bias)
       weights = jnp.exp(logits - normalizers.transpose(0, 2, 1))
@@ -179,16 +219,13 @@ def _blockwise_backward(query_block: int, key_block: int, saved, d_out):
       dk = _add_block(dk, product("hnl,hlk->hnk", d_logits, q), index)
       return dk, dv, dq + product("hnl,hnk->hlk", d_logits, k_block)
 
-    dk, dv, dq = _over_blocks(add_keys, (*sums, jnp.zeros(q.shape, jnp.float32)), intervals, k.shape[1], key_block)
+    dk, dv, dq = _over_blocks(add_keys, (*sums, jnp.zeros(q.shape, jnp.float32)), intervals, k.shape[1], blocks.keys)
     return (dk, dv), dq.astype(q.dtype)
 
-  parts = *(_split(x, query_block) for x in (q, d_out, normalizers, inner)), intervals.reshape(-1, query_block, 2)
+  parts = *(_split(x, blocks.queries) for x in (q, d_out, normalizers, inner)), intervals.reshape(-1, blocks.queries, 2)
   zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
   (dk, dv), dq = jax.lax.scan(add_queries, zeros, parts)
-  return _join(dq), dk.astype(k.dtype), dv.astype(v.dtype), None, None if bias is None else jnp.zeros_like(bias)
-
-
-_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+  return _join(dq), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _logits(product: str, q, k_block, index, start, end, bias):

@@ -1,0 +1,143 @@
+"""Attention to keys in pieces: too many for one kernel, or on several devices (ring attention, Liu et al. 2023).
+
+A piece gives an output and its normalizers, the logarithms of the sums of exponentials of its logits. Outputs are
+merged by them, and with the merged ones each piece computes its part of the gradient on its own.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+# Name of what the backward pass needs of the forward pass; a policy of `jax.checkpoint` that saves it avoids computing
+# attention twice.
+OUTPUT_NAME = "attention"
+
+# The output of some queries (..., l, k) and its normalizers (..., l, 1), both float32 unless there is one piece.
+Piece = tuple[Float[Array, "... l c"], Float[Array, "... l 1"]]
+
+
+@runtime_checkable
+class Kernel(Protocol):
+  """An implementation of attention; hashable.
+
+  Queries are (b, ..., l, k), keys (b, ..., n, k) and values (b, ..., n, c), with the same dims between; intervals are
+  those of `api.attention`, within the keys. The normalizers of a query without keys are so low that its output has
+  weight 0 beside others.
+  """
+
+  def forward(self, q: Array, k: Array, v: Array, intervals: Array, bias: Array | None) -> Piece: ...
+
+  def backward(
+    self, q: Array, k: Array, v: Array, intervals: Array, bias: Array | None, merged: Piece, d_out: Array
+  ) -> tuple[Array, Array, Array]:
+    """Returns the gradients of q, k and v, given the output over all pieces and its gradient."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+  """Devices that each hold a part of the keys of a row, in order.
+
+  Attributes:
+    axis: of the mesh.
+    size: number of devices in a ring.
+    stride: distance of neighbours along the axis, which has `stride` rings side by side.
+    num_keys: on each device, padding not counted.
+  """
+
+  axis: str
+  size: int
+  stride: int
+  num_keys: int
+
+  @property
+  def position(self) -> Int[Array, ""]:
+    """Of this device in its ring."""
+    return jax.lax.axis_index(self.axis) // self.stride
+
+  def pass_on(self, tree: Any) -> Any:
+    """Sends arrays to the next device and returns those of the previous one."""
+    devices = self.size * self.stride
+    return jax.lax.ppermute(tree, self.axis, [(i, (i + self.stride) % devices) for i in range(devices)])
+
+  def clip(self, intervals: Int[Array, "... 2"], step: int) -> Int[Array, "... 2"]:
+    """Returns the parts of the intervals within the keys that this device holds after a number of steps."""
+    return clip_intervals(intervals, (self.position - step) % self.size * self.num_keys, self.num_keys)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend(
+  kernel: Kernel,
+  ring: Ring | None,
+  q: Float[Array, "b *heads l k"],
+  k: Float[Array, "b *heads n k"],
+  v: Float[Array, "b *heads n c"],
+  intervals: Int[Array, "b l 2"],
+  bias: Float[Array, "b n"] | None,
+) -> Float[Array, "b *heads l c"]:
+  """Attends to the keys of this device, or of all devices of a ring; no gradient flows to the bias.
+
+  Args:
+    kernel: attends to the keys that a device holds.
+    ring: of devices, within `jax.shard_map`; None attends to the given keys alone.
+    q: queries of this device.
+    k: keys of this device.
+    v: values of this device.
+    intervals: of the queries, among all keys.
+    bias: of the keys of this device.
+  """
+  return _forward(kernel, ring, q, k, v, intervals, bias)[0]
+
+
+def _forward(kernel: Kernel, ring: Ring | None, q, k, v, intervals, bias):
+  """Returns the output, and what `_backward` needs."""
+  if ring is None:
+    out, normalizers = kernel.forward(q, k, v, intervals, bias)
+  else:
+    out, normalizers = kernel.forward(q, k, v, ring.clip(intervals, 0), bias)
+    travelling = k, v, bias
+    for step in range(1, ring.size):
+      travelling = ring.pass_on(travelling)
+      piece = kernel.forward(q, *travelling[:2], ring.clip(intervals, step), travelling[2])
+      out, normalizers = merge((out, normalizers), piece)
+  out, normalizers = (checkpoint_name(x, OUTPUT_NAME) for x in (out.astype(v.dtype), normalizers))
+  return out, (q, k, v, intervals, bias, out, normalizers)
+
+
+def _backward(kernel: Kernel, ring: Ring | None, saved, d_out):
+  """Returns the gradients; the sums for keys and values travel with them and are home after a whole round."""
+  q, k, v, intervals, bias, out, normalizers = saved
+  none = None, None if bias is None else jnp.zeros_like(bias)
+  merged = out, normalizers
+  if ring is None:
+    return *kernel.backward(q, k, v, intervals, bias, merged, d_out), *none
+  travelling, sums = (k, v, bias), (0.0, 0.0, 0.0)
+  for step in range(ring.size):
+    if step > 0:
+      travelling, sums = ring.pass_on(travelling), (sums[0], *ring.pass_on(sums[1:]))
+    parts = kernel.backward(q, *travelling[:2], ring.clip(intervals, step), travelling[2], merged, d_out)
+    sums = tuple(total + part.astype(jnp.float32) for total, part in zip(sums, parts))
+  dq, *travelled = sums
+  dk, dv = ring.pass_on(travelled)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *none
+
+
+attend.defvjp(_forward, _backward)
+
+
+def merge(a: Piece, b: Piece) -> Piece:
+  """Returns the output over the keys of two pieces."""
+  (out, normalizers), (other_out, other_normalizers) = a, b
+  merged = jnp.logaddexp(normalizers, other_normalizers)
+  weight, other_weight = jnp.exp(normalizers - merged), jnp.exp(other_normalizers - merged)
+  return out.astype(jnp.float32) * weight + other_out.astype(jnp.float32) * other_weight, merged
+
+
+def clip_intervals(intervals: Int[Array, "... 2"], first: int | Array, num_keys: int) -> Int[Array, "... 2"]:
+  """Returns the parts of intervals within the `num_keys` keys from `first` on, counted from there."""
+  return jnp.clip(intervals - first, 0, num_keys)
