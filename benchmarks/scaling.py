@@ -1,12 +1,13 @@
 """Training on TPUs that are not here: memory, traffic and a roofline, from the TPU compiler (`pip install '.[tpu]'`).
 
   python -m benchmarks.scaling [--presets=wan_1_3b,wan_14b] [--topologies=v5e:2x4,v5p:2x2x2,v6e:2x4] [--contexts=1,4]
-      [--all] [--out=FILE.jsonl]
+      [--override=KEY=VALUE,...] [--all] [--out=FILE.jsonl]
 
 For each preset, topology and number of devices that share a row, the step is compiled on the meshes that could hold
 the weights, in the order of least traffic (weights on every chip, then sharded over eight, then over all), until one
 fits; with --all on all of them. Each takes two to five minutes; with --out, lines that the file already has are not
-compiled again. Rows are those of the preset, one per data x fsdp device.
+compiled again. Rows are those of the preset, one per data x fsdp device; with another `rows.num_tokens` in --override,
+a row is one sentence.
 
 Memory is the compiler's. Times are lower bounds from stated peaks (`platform.chips`): operations by formula,
 recomputation included; bytes that the program reads and writes; bytes that its collectives carry. The largest of the
@@ -38,9 +39,10 @@ FLAGS = CommandFlags(__doc__)
 PRESET_NAMES = FLAGS.strings("presets", ["wan_1_3b", "wan_14b"], "Presets, see config.presets.")
 TOPOLOGIES = FLAGS.strings("topologies", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"], "Names that libtpu knows.")
 CONTEXTS = FLAGS.strings("contexts", ["1", "4"], "Sizes of the mesh's sequence axis (config.mesh.context) to try.")
+OVERRIDE = FLAGS.strings("override", [], "Changes of the presets, KEY=VALUE, for example rows.num_tokens=131040.")
 ALL = FLAGS.switch("all", False, "Compile all meshes, not only up to the first that fits.")
 OUT = FLAGS.string("out", "", "File for the table, one line of JSON per program; an existing file is continued.")
-ONE = FLAGS.string("one", "", "PRESET TOPOLOGY FSDP CONTEXT: compiles one line; used internally.")
+ONE = FLAGS.string("one", "", "PRESET TOPOLOGY FSDP CONTEXT [OVERRIDE]: compiles one line; used internally.")
 
 # JAX's names of the chips of a topology.
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
@@ -63,12 +65,13 @@ DEFAULT_SENTENCE_TOKENS = (31200, 6240)
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """A program to compile: a preset on a mesh; `context` is the size of the sequence axis."""
+  """A program to compile: a preset on a mesh; `context` is the size of the sequence axis, `override` KEY=VALUE,..."""
 
   preset: str
   topology: str
   fsdp: int
   context: int
+  override: str = ""
 
   @property
   def config(self) -> RunConfig:
@@ -76,7 +79,7 @@ class Setup:
     changes: dict[str, int | str] = {"mesh.data": -1, "mesh.fsdp": self.fsdp, "mesh.context": self.context}
     if config.model.expert == TrainedExpert.BOTH:  # one at a time; the other adds its weights alone
       changes["model.expert"] = "high"
-    return override(config, changes)
+    return override(config, {**parse_overrides(self.override), **changes})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,7 @@ class Line:
   context: int
   fits: bool
   memory_gb: float | None
+  override: str = ""
   of_gb: float = 0.0
   seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
   bottleneck: str = ""
@@ -109,7 +113,7 @@ class Line:
 
   @property
   def setup(self) -> Setup:
-    return Setup(self.preset, self.topology, self.fsdp, self.context)
+    return Setup(self.preset, self.topology, self.fsdp, self.context, self.override)
 
   def to_markdown(self) -> str:
     size = "?" if self.memory_gb is None else f"{self.memory_gb:.1f}"
@@ -194,7 +198,7 @@ def bound_seconds(
   from univid_jax.checkpoints.model import transformer_config
   from univid_jax.models.flops import step_flops
 
-  sentences = SENTENCE_TOKENS.get(config.name, DEFAULT_SENTENCE_TOKENS)
+  sentences = sentence_tokens(config)
   tokens, text_tokens = sum(sentences), config.rows.num_text_tokens
   flops = rows * step_flops(
     transformer_config(config),
@@ -213,6 +217,31 @@ def bound_seconds(
     "network": sum(collectives.values()) / chip.network,
   }
   return seconds, collectives
+
+
+def sentence_tokens(config: RunConfig) -> tuple[int, ...]:
+  """Returns the tokens of each sentence in a row."""
+  if config.rows.num_tokens != PRESETS[config.name]().rows.num_tokens:
+    return (config.rows.num_tokens,)
+  return SENTENCE_TOKENS.get(config.name, DEFAULT_SENTENCE_TOKENS)
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+  """Reads KEY=VALUE,...; values are numbers, true, false, or text.
+
+  Raises:
+    UserError: a part has no =.
+  """
+  changes = {}
+  for part in filter(None, text.split(",")):
+    key, separator, value = part.partition("=")
+    if not separator:
+      raise UserError(f"--override takes KEY=VALUE,..., got {part!r}")
+    try:
+      changes[key] = json.loads(value)
+    except ValueError:
+      changes[key] = value
+  return changes
 
 
 def num_layers(config: RunConfig) -> int:
@@ -257,7 +286,14 @@ def fsdp_sizes(num_chips: int, context: int) -> list[int]:
 
 
 def table_lines(
-  table: Table, preset: str, topology: str, *, weights: float, contexts: Sequence[int], all_meshes: bool = False
+  table: Table,
+  preset: str,
+  topology: str,
+  *,
+  weights: float,
+  contexts: Sequence[int],
+  all_meshes: bool = False,
+  overrides: str = "",
 ) -> Iterator[Line]:
   """Yields the lines of one preset and topology.
 
@@ -268,6 +304,7 @@ def table_lines(
     weights: bytes of the base, which must fit on the devices that share them.
     contexts: sizes of the sequence axis.
     all_meshes: whether to go on after the first mesh that fits, for each size of the sequence axis.
+    overrides: of the preset, KEY=VALUE,...
   """
   num_chips = math.prod(map(int, topology.partition(":")[2].split("x")))
   for context in contexts:
@@ -276,7 +313,7 @@ def table_lines(
     for fsdp in fsdp_sizes(num_chips, context):
       if weights / (fsdp * context) > chip_of(topology).memory:
         continue
-      line = table.line(Setup(preset, topology, fsdp, context))
+      line = table.line(Setup(preset, topology, fsdp, context, overrides))
       yield line
       if line.fits and not all_meshes:
         break
@@ -285,8 +322,8 @@ def table_lines(
 @app.command(FLAGS)
 def main() -> None:
   if ONE.value:
-    preset, topology, fsdp, context = ONE.value.split()
-    line = compile_setup(Setup(preset, topology, int(fsdp), int(context)))
+    preset, topology, fsdp, context, *overrides = ONE.value.split()
+    line = compile_setup(Setup(preset, topology, int(fsdp), int(context), *overrides))
     print("RESULT " + json.dumps(dataclasses.asdict(line)))
     return
   for preset in PRESET_NAMES.value:
@@ -301,8 +338,16 @@ def main() -> None:
   for preset in PRESET_NAMES.value:
     weights = weight_bytes(preset)
     for topology in TOPOLOGIES.value:
-      contexts = [int(context) for context in CONTEXTS.value]
-      for line in table_lines(table, preset, topology, weights=weights, contexts=contexts, all_meshes=ALL.value):
+      lines = table_lines(
+        table,
+        preset,
+        topology,
+        weights=weights,
+        contexts=[int(context) for context in CONTEXTS.value],
+        all_meshes=ALL.value,
+        overrides=",".join(OVERRIDE.value),
+      )
+      for line in lines:
         print(line.to_markdown(), flush=True)
         previous = best.get((preset, topology))
         if line.fits and (previous is None or line.rows_per_s > previous.rows_per_s):

@@ -1,6 +1,5 @@
 """Attention to keys in pieces, of one device or of a ring, equals attention to all of them at once."""
 
-import functools
 import inspect
 
 import jax
@@ -10,34 +9,42 @@ import pytest
 
 from tests.helpers import relative_error
 from univid_jax.core.options import AttentionBackend
-from univid_jax.models.attention import splash, xla
+from univid_jax.models.attention import api, splash, xla
 from univid_jax.models.attention.api import attention, count_bias
 from univid_jax.models.attention.sharded import Exchange
 from univid_jax.parallel.mesh import make_mesh
 
 
-def packed_row(num_queries, num_keys, num_heads, seed=0):
-  """Returns queries, keys, values and intervals of two rows: two sentences and padding; a context-causal sentence."""
-  rng = np.random.default_rng(seed)
-  q, k, v = (jnp.asarray(rng.normal(size=(2, n, num_heads, 8)), jnp.float32) for n in (num_queries, *(num_keys,) * 2))
-  intervals = np.zeros((2, num_queries, 2), np.int32)
+def packed_row(num_queries, num_keys, num_heads, *, rows=2):
+  """Returns queries, keys, values and intervals: a sentence, one that is context-causal, and padding."""
+  rng = np.random.default_rng(0)
+  q, k, v = (
+    jnp.asarray(rng.normal(size=(rows, n, num_heads, 8)), jnp.float32) for n in (num_queries, *(num_keys,) * 2)
+  )
+  intervals = np.zeros((rows, num_queries, 2), np.int32)
   first, last, end = num_queries // 3, num_queries - 31, num_keys - 31
   intervals[0, :first], intervals[0, first:last] = [0, num_keys // 3], [num_keys // 3, end]
-  intervals[1, :first], intervals[1, first:last] = [0, num_keys // 2], [0, end]
+  intervals[0, first : last // 2, 1] = num_keys // 2
+  intervals[1:, :last] = [0, end]
   return q, k, v, intervals
 
 
 def out_and_gradients(backend, q, k, v, intervals=None, bias=None):
   """Computes both for tokens; outputs of padding are finite but undefined."""
-  run = functools.partial(
-    attention, key_intervals=None if intervals is None else jnp.asarray(intervals), key_bias=bias, backend=backend
-  )
+  intervals = None if intervals is None else jnp.asarray(intervals)
   real = 1.0 if intervals is None else (intervals[..., 1] > 0)[..., None, None]
-  weight = np.random.default_rng(7).normal(size=q.shape)
-  gradients = jax.grad(lambda *qkv: jnp.sum(run(*qkv) * weight * real), (0, 1, 2))
-  out, whole = jax.jit(lambda *qkv: ((run(*qkv), *gradients(*qkv)), jnp.all(jnp.isfinite(run(*qkv)))))(q, k, v)
-  assert whole
-  return out[0] * real, *out[1:]
+  weight = np.random.default_rng(7).normal(size=q.shape).astype(np.float32)
+
+  @jax.jit
+  def run(q, k, v):
+    out, gradients = jax.vjp(
+      lambda *qkv: attention(*qkv, key_intervals=intervals, key_bias=bias, backend=backend), q, k, v
+    )
+    return out, gradients(weight * real)
+
+  out, gradients = run(q, k, v)
+  assert np.all(np.isfinite(out))
+  return out * real, *gradients
 
 
 def assert_equal(found, expected, tolerance=1e-5):
@@ -52,15 +59,15 @@ def small_blocks(monkeypatch):
   monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(heads=1, queries=64, keys=48, smallest=1 << 17))
 
 
-@pytest.mark.parametrize("max_keys", [128, 256])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("max_keys", [128, pytest.param(256, marks=pytest.mark.long)])
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_splash_in_pieces_equals_one_piece(monkeypatch, small_blocks, max_keys, masked):
   """Outputs and gradients: intervals across pieces, pieces without any visible key, padding, and biased keys."""
-  q, k, v, intervals = packed_row(200, 600, 2)
+  q, k, v, intervals = packed_row(200, 370, 1, rows=1)
   args = (q, k, v)
   if masked:
-    counts = np.ones((2, 600), np.float32)
-    counts[:, 190:210], counts[1, 500:] = 500, 0
+    counts = np.ones((1, 370), np.float32)
+    counts[:, 120:140], counts[:, 300:310] = 500, 0
     args = *args, intervals, count_bias(jnp.asarray(counts))
   whole = out_and_gradients(AttentionBackend.SPLASH, *args)
   monkeypatch.setattr(splash, "MAX_KEYS", max_keys)
@@ -98,26 +105,29 @@ def test_heads_divide_over_groups_and_keys_travel_between_them(num_heads, group,
   assert Exchange.of(8, num_heads) == Exchange(group, ring)
 
 
-MESHES = [{"context": 8}, {"data": 2, "context": 4}, {"tensor": 2, "context": 4}]
-
-
 @pytest.mark.parametrize(
   "num_heads, sizes",
-  [(3, MESHES[0]), (4, MESHES[0]), (8, MESHES[0]), (2, MESHES[1]), (4, MESHES[2])],
-  ids=["ring", "both", "ulysses", "with-data", "with-tensor"],
+  [
+    (3, {"context": 8}),
+    (2, {"data": 2, "context": 4}),
+    pytest.param(8, {"context": 8}, marks=pytest.mark.long),
+    pytest.param(4, {"context": 8}, marks=pytest.mark.long),
+    pytest.param(4, {"tensor": 2, "context": 4}, marks=pytest.mark.long),
+  ],
+  ids=str,
 )
-@pytest.mark.parametrize("num_queries", [301, 104], ids=["tokens", "targets"])
+@pytest.mark.parametrize("num_queries", [301, pytest.param(104, marks=pytest.mark.long)], ids=["tokens", "targets"])
 def test_the_sequence_axis_equals_one_device(small_blocks, num_heads, sizes, num_queries):
-  """For a number of tokens that divides by neither devices nor blocks, and for the targets of a row alone."""
-  args = *packed_row(num_queries, 301, num_heads), jnp.asarray(np.random.default_rng(5).normal(size=(2, 301)))
+  """A ring, Ulysses, and both, for tokens that divide by neither devices nor blocks, and the targets of a row alone."""
+  bias = jnp.asarray(np.random.default_rng(5).normal(size=(2, 301)), jnp.float32)
+  args = *packed_row(num_queries, 301, num_heads), bias
   with jax.set_mesh(make_mesh(sizes)):
     sharded = out_and_gradients(AttentionBackend.XLA, *args)
   assert_equal(sharded, out_and_gradients(AttentionBackend.XLA, *args))
 
 
-@pytest.mark.parametrize(
-  "backend", [AttentionBackend.XLA, pytest.param(AttentionBackend.SPLASH, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("backend", [AttentionBackend.XLA, AttentionBackend.SPLASH])
 def test_the_sequence_axis_without_intervals(small_blocks, backend):
   args = packed_row(150, 150, 2)[:3]
   with jax.set_mesh(make_mesh({"data": 2, "context": 4})):
@@ -125,21 +135,21 @@ def test_the_sequence_axis_without_intervals(small_blocks, backend):
   assert_equal(sharded, out_and_gradients(backend, *args))
 
 
-@pytest.mark.parametrize("max_keys", [128, pytest.param(splash.MAX_KEYS, marks=pytest.mark.long)])
+@pytest.mark.parametrize("max_keys", [1 << 16, pytest.param(128, marks=pytest.mark.long)])
 def test_a_ring_of_splash_equals_one_device(monkeypatch, small_blocks, max_keys):
   """Also if the keys of each device are several pieces."""
-  args = *packed_row(301, 301, 3), jnp.asarray(np.random.default_rng(5).normal(size=(2, 301)))
-  whole = out_and_gradients(AttentionBackend.SPLASH, *args)
+  num_tokens = 251 if max_keys > 128 else 301
+  args = packed_row(num_tokens, num_tokens, 1, rows=1)
+  whole = out_and_gradients(AttentionBackend.XLA, *args)
   monkeypatch.setattr(splash, "MAX_KEYS", max_keys)
   with jax.set_mesh(make_mesh({"context": 2}, devices=jax.devices()[:2])):
     sharded = out_and_gradients(AttentionBackend.SPLASH, *args)
   assert_equal(sharded, whole)
 
 
+@pytest.mark.long
 def test_backends_without_a_ring_gather_keys(monkeypatch):
   """As cuDNN does, which cannot run here."""
-  from univid_jax.models.attention import api
-
   monkeypatch.setitem(api.BACKENDS, AttentionBackend.CUDNN, xla.xla_attention)
   args = packed_row(150, 150, 2)
   with jax.set_mesh(make_mesh({"data": 2, "context": 4})):

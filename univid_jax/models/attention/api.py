@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from univid_jax.core.options import AttentionBackend
 from univid_jax.models.attention import cudnn
 from univid_jax.models.attention.cudnn import cudnn_attention
-from univid_jax.models.attention.sharded import AttentionFn, shard_attention
+from univid_jax.models.attention.sharded import AttentionFn, rows_per_device, shard_attention
 from univid_jax.models.attention.splash import splash_attention
 from univid_jax.models.attention.xla import xla_attention
 from univid_jax.platform.current import Platform, current_platform
@@ -53,7 +53,13 @@ def attention(
   """
   platform = current_platform()
   if backend == AttentionBackend.AUTO:
-    backend = best_backend(platform, q.dtype, q.shape[-1], has_bias=key_bias is not None)
+    backend = best_backend(
+      platform,
+      q.dtype,
+      q.shape[-1],
+      has_bias=key_bias is not None,
+      mask_size=0 if key_intervals is None else rows_per_device(len(q)) * q.shape[1] * k.shape[1],
+    )
   run = BACKENDS[AttentionBackend(backend)]
   if backend == AttentionBackend.SPLASH:
     run = functools.partial(run, interpret=platform != Platform.TPU)
@@ -65,11 +71,22 @@ def attention(
   return run(q, k, v, key_intervals=key_intervals, key_bias=key_bias)
 
 
-def best_backend(platform: Platform, dtype, head_dim: int, *, has_bias: bool = False) -> AttentionBackend:
-  """Returns the backend that AUTO chooses."""
+def best_backend(
+  platform: Platform, dtype, head_dim: int, *, has_bias: bool = False, mask_size: int = 0
+) -> AttentionBackend:
+  """Returns the backend that AUTO chooses.
+
+  Args:
+    platform: to run on.
+    dtype: of queries and keys.
+    head_dim: channels per head.
+    has_bias: whether keys are biased.
+    mask_size: rows x queries x keys on a device if the queries have intervals, else 0.
+  """
   if platform == Platform.TPU:
     return AttentionBackend.SPLASH
-  if platform == Platform.GPU and not has_bias and cudnn.supports(dtype, head_dim):
+  fits = cudnn.supports(dtype, head_dim) and mask_size <= cudnn.MAX_MASK
+  if platform == Platform.GPU and not has_bias and fits:
     return AttentionBackend.CUDNN
   return AttentionBackend.XLA
 

@@ -11,6 +11,9 @@ from univid_jax.core.errors import UserError
 # Limits of the kernel.
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 MAX_HEAD_DIM = 128
+# Entries of the mask of a device's rows above which AUTO leaves it to plain XLA. In 16 bits this is 4 GiB: a row of
+# 46,340 tokens. The 131,040 tokens of four clips of 81 frames at 480p would take 34 GB.
+MAX_MASK = 1 << 31
 
 # JAX's name of the kernel's primitive, by which a policy of `jax.checkpoint` saves its outputs (the only ones that the
 # backward pass needs). tests/test_attention.py fails if an upgrade changes it.
@@ -30,6 +33,10 @@ def cudnn_attention(
   key_bias: Float[Array, "b n"] | None = None,
 ) -> Float[Array, "b l h k"]:
   """See `api.attention`. The kernel has no intervals: they become a mask of b x l x n, and no blocks are skipped.
+
+  Without intervals (sampling one sentence) memory is linear in tokens. JAX's public interface gives the kernel nothing
+  else that could express packed sentences: lengths are one per row, counted from its start. Nor does it give the
+  gradient of a part of the keys, so on a mesh the keys of a ring are gathered.
 
   Raises:
     UserError: the kernel does not support the dtype or head size.

@@ -84,7 +84,7 @@ def shard_attention(run: AttentionFn, mesh: AbstractMesh, *, takes_ring: bool) -
     key_bias: Float[Array, "b n"] | None,
   ) -> Float[Array, "b l h k"]:
     num_rows, num_queries, num_heads, _ = q.shape
-    rows = ROWS if num_rows % int(np.prod([mesh.shape[axis] for axis in ROWS])) == 0 else None
+    rows = ROWS if num_rows % _row_shards(mesh) == 0 else None
     heads = "tensor" if num_heads % mesh.shape["tensor"] == 0 else None
     sequence = SEQUENCE if devices > 1 else None
     shards_keys = sequence is not None and k.shape[1] >= num_queries
@@ -123,6 +123,16 @@ def shard_attention(run: AttentionFn, mesh: AbstractMesh, *, takes_ring: bool) -
     return sharded(q, k, v, key_intervals, key_bias)[:, :num_queries]
 
   return run_sharded
+
+
+def rows_per_device(num_rows: int) -> int:
+  """Returns how many of the rows of a batch each device of the current mesh computes: all if they do not divide."""
+  shards = _row_shards(jax.sharding.get_abstract_mesh())
+  return num_rows // shards if num_rows % shards == 0 else num_rows
+
+
+def _row_shards(mesh: AbstractMesh) -> int:
+  return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
 
 
 def _pad_tokens(x, multiple: int):
