@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tests.clip_files import write_metadata, write_pairs, write_table
+from tests.clip_files import write_metadata, write_pairs, write_table, write_video
 from tests.commands import finish, free_port, run_command, start_command, start_python
 from tests.helpers import image_width
 from tests.stand_ins import CountingEncoders, Shape
@@ -22,6 +22,7 @@ from univid_jax.data.cache import is_intact
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.packing import RowShape
 from univid_jax.data.prepare import Prepared, prepare
+from univid_jax.data.reader import read_clip
 from univid_jax.data.sources.computed import ComputedSentences, LazySentences
 from univid_jax.data.sources.open import open_data
 
@@ -257,6 +258,32 @@ def test_from_data_to_a_lora_for_other_programs(checkpoint, metadata, tmp_path):
   assert done.returncode == 0, done.stderr
   lora = read_lora(tmp_path / "out.safetensors")
   assert lora.metadata["step"] == "4" and len(lora.changes) == 30
+
+
+@pytest.mark.long
+def test_long_clips(checkpoint, tmp_path):
+  """Four clips of 81 frames: read, encoded, cached, packed, trained on, validated, and sampled for previews."""
+  for number in range(2):
+    write_video(tmp_path / f"{number}.mp4", 4 * 81, shade=40 * number)
+  write_table(tmp_path, [("0.mp4", "first"), ("1.mp4", "second")])
+  common = [
+    f"--config.init_from={checkpoint}",
+    f"--config.data.metadata={tmp_path}",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.data.height=32",
+    "--config.data.num_frames=81",
+    "--config.data.variants=1",
+    f"--config.rows.num_tokens={4 * 21 * 2 * 2}",
+  ]
+  done = run("univid_jax.prepare", *common)
+  assert done.returncode == 0 and "clips are ready" in done.stdout, done.stderr
+  previews = ["--config.validation.every_steps=1", "--config.validation.sentences=1", "--config.validation.previews=1"]
+  fast = ["--config.validation.num_inference_steps=1", "--config.eval.sentences_per_case=0", "--config.num_steps=1"]
+  done = run("univid_jax.train", *common, *previews, *fast)
+  assert done.returncode == 0, done.stderr
+  assert not re.search("warning", done.stderr, re.IGNORECASE), done.stderr
+  (preview,) = (tmp_path / "run" / "previews").rglob("*.mp4")
+  assert read_clip(preview).frames.shape[0] == 81
 
 
 @pytest.mark.long
