@@ -24,7 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.programs import collective_bytes, estimated_cycles, memory_bytes
+from benchmarks.bounds import bound_seconds, num_layers
+from benchmarks.programs import estimated_cycles
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.config.boundary import override
@@ -58,9 +59,6 @@ COLUMNS = (
   "rows/s at most",
   "collectives (GB per chip)",
 )
-# Tokens of the sentences in a row: one of context I and one of II; of TI2V-5B at 704x1280 one of context I.
-SENTENCE_TOKENS = {"wan22_ti2v_5b": (17600,)}
-DEFAULT_SENTENCE_TOKENS = (31200, 6240)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,49 +181,6 @@ def compile_setup(setup: Setup) -> Line:
   )
 
 
-def bound_seconds(
-  config: RunConfig, text: str, *, rows: int, num_chips: int, chip: Chip
-) -> tuple[dict[str, float], dict[str, float]]:
-  """Returns lower bounds of a step in seconds, and the bytes of its collectives by kind.
-
-  Args:
-    config: of the run.
-    text: of the compiled step.
-    rows: of a batch.
-    num_chips: of the mesh.
-    chip: its peaks.
-  """
-  from univid_jax.checkpoints.model import transformer_config
-  from univid_jax.models.flops import step_flops
-
-  sentences = sentence_tokens(config)
-  tokens, text_tokens = sum(sentences), config.rows.num_text_tokens
-  flops = rows * step_flops(
-    transformer_config(config),
-    lora_rank=config.lora.rank,
-    recompute=True,
-    tokens=tokens,
-    text_tokens=text_tokens,
-    targets=tokens / 4,
-    attended=sum(length**2 for length in sentences),
-    attended_text=tokens * text_tokens / len(sentences),
-  )
-  collectives = collective_bytes(text, num_layers(config))
-  seconds = {
-    "compute": flops / num_chips / chip.flops,
-    "memory": memory_bytes(text, num_layers(config)) / chip.bandwidth,
-    "network": sum(collectives.values()) / chip.network,
-  }
-  return seconds, collectives
-
-
-def sentence_tokens(config: RunConfig) -> tuple[int, ...]:
-  """Returns the tokens of each sentence in a row."""
-  if config.rows.num_tokens != PRESETS[config.name]().rows.num_tokens:
-    return (config.rows.num_tokens,)
-  return SENTENCE_TOKENS.get(config.name, DEFAULT_SENTENCE_TOKENS)
-
-
 def parse_overrides(text: str) -> dict[str, Any]:
   """Reads KEY=VALUE,...; values are numbers, true, false, or text.
 
@@ -244,12 +199,6 @@ def parse_overrides(text: str) -> dict[str, Any]:
   return changes
 
 
-def num_layers(config: RunConfig) -> int:
-  from univid_jax.checkpoints.model import transformer_config
-
-  return transformer_config(config).num_layers
-
-
 def compile_apart(setup: Setup) -> Line:
   """Compiles a line of the table in a process of its own, so that its memory is freed afterwards.
 
@@ -264,14 +213,15 @@ def compile_apart(setup: Setup) -> Line:
   raise UserError(f"{setup.preset} on {setup.topology}: {(done.stderr.strip() or 'it was killed').splitlines()[-1]}")
 
 
-def weight_bytes(preset: str) -> int:
-  """Returns the bytes of the frozen base."""
+def weight_bytes(preset: str, overrides: str) -> int:
+  """Returns the bytes of the frozen base of a preset with overrides, KEY=VALUE,..."""
   import jax
   from flax import nnx
 
   from univid_jax.checkpoints.model import create_model
 
-  model = nnx.eval_shape(lambda: create_model(PRESETS[preset](), adapters=False))
+  config = override(PRESETS[preset](), parse_overrides(overrides))
+  model = nnx.eval_shape(lambda: create_model(config, adapters=False))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
@@ -332,11 +282,12 @@ def main() -> None:
   for topology in TOPOLOGIES.value:
     if topology.partition(":")[0] not in KINDS:
       raise UserError(f"--topologies must start with one of {', '.join(KINDS)}, for example v5e:2x4, got {topology!r}")
+  overrides = ",".join(OVERRIDE.value)
   table = Table(Path(OUT.value) if OUT.value else None)
   print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
   best: dict[tuple[str, str], Line] = {}
   for preset in PRESET_NAMES.value:
-    weights = weight_bytes(preset)
+    weights = weight_bytes(preset, overrides)
     for topology in TOPOLOGIES.value:
       lines = table_lines(
         table,
@@ -345,7 +296,7 @@ def main() -> None:
         weights=weights,
         contexts=[int(context) for context in CONTEXTS.value],
         all_meshes=ALL.value,
-        overrides=",".join(OVERRIDE.value),
+        overrides=overrides,
       )
       for line in lines:
         print(line.to_markdown(), flush=True)

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from benchmarks import gpu, million, scaling, soak
 from benchmarks.attempts import Attempt
+from benchmarks.bounds import sentence_tokens
 from benchmarks.faults import Site
 from benchmarks.programs import collective_bytes, estimated_cycles, memory_bytes
 from benchmarks.sample import euler_sigmas
@@ -158,6 +159,18 @@ class TestScalingTable:
     self.compiled = []
     monkeypatch.setattr(scaling, "compile_apart", self.compile_apart)
     assert [line.fsdp for line in self.lines(scaling.Table(None), weights=17e9 * 9, contexts=[1])] == [16]
+
+  def test_overrides(self):
+    """A row of another size is one sentence."""
+    plain, long = (
+      scaling.Setup("wan_1_3b", "v5e:4x4", 1, 4, changes).config
+      for changes in ("", "rows.num_tokens=131040,data.num_frames=81,data.fit=crop")
+    )
+    assert sentence_tokens(plain) == (31200, 6240) and sentence_tokens(long) == (131040,)
+    assert (long.data.num_frames, long.data.fit, long.mesh.context) == (81, "crop", 4)
+    for wrong, message in (("rows.num_tokens", "takes KEY=VALUE"), ("rows.tokens=1", "tokens")):
+      with pytest.raises(UserError, match=message):
+        scaling.Setup("wan_1_3b", "v5e:4x4", 1, 4, wrong).config  # noqa: B018
 
 
 class TestSoak:
