@@ -1,6 +1,8 @@
 """Sharding: every mesh computes the loss and the gradients of one device."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import numpy as np
@@ -20,6 +22,7 @@ from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import draw_noise
 from univid_jax.parallel.mesh import make_mesh, mesh_shape, row_shards
 from univid_jax.parallel.sharding import parameter_shardings, shard_batch
+from univid_jax.training.memory import forecast_with_program
 from univid_jax.training.optimizer import make_optimizer
 from univid_jax.training.state import StateSpec
 from univid_jax.training.step import make_update
@@ -145,6 +148,17 @@ class TestMeshes:
     rows = override(tiny_config, {"rows.per_batch": 6}).rows
     with pytest.raises(UserError, match="per_batch = 6 does not divide over data x fsdp = 8"):
       rows.batch_size(row_shards(make_mesh({"data": 8})))
+
+
+@pytest.mark.long
+def test_no_device_holds_the_hidden_states_of_a_whole_row(tiny_config):
+  """In the compiled step: neither between blocks, stored for the backward pass, nor when targets leave the context."""
+  changes = {"model.num_layers": 3, "model.dim": 48, "model.num_heads": 4, "model.ffn_dim": 112, "model.remat": "full"}
+  rows = {"rows.num_tokens": 480, "rows.per_batch": 2, "lora.rank": 2}
+  mesh = make_mesh({"data": 2, "context": 4})
+  _, program = forecast_with_program(override(tiny_config, changes | rows), mesh)
+  shapes = {tuple(map(int, text.split(","))) for text in re.findall(r"\[([\d,]+),48\]", program.as_text())}
+  assert (3, 1, 120) in shapes and max(map(math.prod, shapes)) < 480, shapes
 
 
 def test_parameters_are_sharded_by_dim_name(tiny_config):

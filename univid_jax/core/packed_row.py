@@ -140,4 +140,5 @@ def put_tokens(
   x: Shaped[Array, "b q ..."], indices: Int[Array, "b q"], into: Shaped[Array, "b l ..."]
 ) -> Shaped[Array, "b l ..."]:
   """Returns `into` with the tokens at `indices` replaced by `x`; the inverse of `take_tokens`."""
-  return into.at[jnp.arange(len(x))[:, None], indices].set(x.astype(into.dtype), mode="drop")
+  # By rows: with indices of rows beside those of tokens, devices would exchange the tokens of all rows.
+  return jax.vmap(lambda row, x, indices: row.at[indices].set(x, mode="drop"))(into, x.astype(into.dtype), indices)
