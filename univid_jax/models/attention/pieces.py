@@ -6,7 +6,7 @@ merged by them, and with the merged ones each piece computes its part of the gra
 
 import dataclasses
 import functools
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,6 @@ class Ring:
     return clip_intervals(intervals, (self.position - step) % self.size * self.num_keys, self.num_keys)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend(
   kernel: Kernel,
   ring: Ring | None,
@@ -91,6 +90,11 @@ def attend(
     intervals: of the queries, among all keys.
     bias: of the keys of this device.
   """
+  return cast(Array, _attend(kernel, ring, q, k, v, intervals, bias))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(kernel: Kernel, ring: Ring | None, q, k, v, intervals, bias):
   return _forward(kernel, ring, q, k, v, intervals, bias)[0]
 
 
@@ -100,10 +104,10 @@ def _forward(kernel: Kernel, ring: Ring | None, q, k, v, intervals, bias):
     out, normalizers = kernel.forward(q, k, v, intervals, bias)
   else:
     out, normalizers = kernel.forward(q, k, v, ring.clip(intervals, 0), bias)
-    travelling = k, v, bias
+    keys, values, biases = k, v, bias
     for step in range(1, ring.size):
-      travelling = ring.pass_on(travelling)
-      piece = kernel.forward(q, *travelling[:2], ring.clip(intervals, step), travelling[2])
+      keys, values, biases = ring.pass_on((keys, values, biases))
+      piece = kernel.forward(q, keys, values, ring.clip(intervals, step), biases)
       out, normalizers = merge((out, normalizers), piece)
   out, normalizers = (checkpoint_name(x, OUTPUT_NAME) for x in (out.astype(v.dtype), normalizers))
   return out, (q, k, v, intervals, bias, out, normalizers)
@@ -116,18 +120,18 @@ def _backward(kernel: Kernel, ring: Ring | None, saved, d_out):
   merged = out, normalizers
   if ring is None:
     return *kernel.backward(q, k, v, intervals, bias, merged, d_out), *none
-  travelling, sums = (k, v, bias), (0.0, 0.0, 0.0)
+  keys, values, biases = k, v, bias
+  dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
   for step in range(ring.size):
-    if step > 0:
-      travelling, sums = ring.pass_on(travelling), (sums[0], *ring.pass_on(sums[1:]))
-    parts = kernel.backward(q, *travelling[:2], ring.clip(intervals, step), travelling[2], merged, d_out)
-    sums = tuple(total + part.astype(jnp.float32) for total, part in zip(sums, parts))
-  dq, *travelled = sums
-  dk, dv = ring.pass_on(travelled)
+    parts = kernel.backward(q, keys, values, ring.clip(intervals, step), biases, merged, d_out)
+    dq, dk, dv = (total + part.astype(jnp.float32) for total, part in zip((dq, dk, dv), parts))
+    dk, dv = ring.pass_on((dk, dv))
+    if step < ring.size - 1:
+      keys, values, biases = ring.pass_on((keys, values, biases))
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *none
 
 
-attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
 def merge(a: Piece, b: Piece) -> Piece:

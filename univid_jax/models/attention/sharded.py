@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +136,7 @@ def _row_shards(mesh: AbstractMesh) -> int:
   return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
 
 
-def _pad_tokens(x, multiple: int):
+def _pad_tokens(x: Any, multiple: int) -> Any:
   """Appends zeros to the tokens of an array (b, l, ...); intervals of padding are empty."""
   if x is None or x.shape[1] % multiple == 0:
     return x

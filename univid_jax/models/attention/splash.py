@@ -114,7 +114,7 @@ class SplashPieces:
     k: Float[Array, "b h n k"],
     v: Float[Array, "b h n c"],
     intervals: Int[Array, "b l 2"],
-    bias: None,
+    bias: Float[Array, "b n"] | None,  # None: it is in the channels of queries and keys
   ) -> Piece:
     def attend_row(row) -> Piece:
       q, k, v, intervals = row
@@ -126,7 +126,8 @@ class SplashPieces:
       ]
       return functools.reduce(merge, [(out, normalizers[..., None]) for out, (normalizers,) in pieces])
 
-    return _stack(attend_row(row) for row in zip(q, k, v, intervals))
+    out, normalizers = _stack(attend_row(row) for row in zip(q, k, v, intervals))
+    return out, normalizers
 
   def backward(
     self,
@@ -134,7 +135,7 @@ class SplashPieces:
     k: Float[Array, "b h n k"],
     v: Float[Array, "b h n c"],
     intervals: Int[Array, "b l 2"],
-    bias: None,
+    bias: Float[Array, "b n"] | None,  # None: it is in the channels of queries and keys
     merged: Piece,
     d_out: Float[Array, "b h l c"],
   ) -> tuple[Float[Array, "b h l k"], Float[Array, "b h n k"], Float[Array, "b h n c"]]:
