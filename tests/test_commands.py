@@ -38,6 +38,13 @@ def run_here(module: str, *arguments: str) -> int:
   return importlib.import_module(module).main([module, *map(str, arguments)])
 
 
+def test_a_clone_that_hides_the_package_is_named(monkeypatch, capfd):
+  """In the folder around a clone, Python takes the clone for the package."""
+  monkeypatch.delattr("univid_jax.__version__")
+  assert run_here("univid_jax.train", "--config=tiny") == 1
+  assert capfd.readouterr().err.startswith("error: this folder holds a clone in univid_jax/")
+
+
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help(module):
   done = run_command(module, "--help")
@@ -50,6 +57,7 @@ def test_help(module):
   "arguments, code, message",
   [
     ([CONFIG, "--config.num_step=3"], 2, 'Did you mean "num_steps"'),
+    (["--config.data.pair=x"], 2, 'it has no key \'pair\'; Did you mean "pairs" instead of "pair"?'),
     ([CONFIG, "--config.data.weights.photos=0"], 2, "wrong override of the config: it has no key 'photos'"),
     ([CONFIG, "--config.data.foldr=x"], 2, 'Did you mean "folder"'),
     ([CONFIG, "--config.num_steps=abc"], 2, "invalid literal for int"),
@@ -138,7 +146,7 @@ def trained(tmp_path_factory):
     (["--steps=5", "--sigmas=1,0.5"], 1, "sigmas replace num_inference_steps"),
     (["--prompt=x", "--task=depth map"], 2, "--prompt and --task exclude each other"),
     (["--size=1"], 2, "--size is HEIGHTxWIDTH"),
-    ([], 1, "neither a converted checkpoint (no checkpoint.json) nor"),
+    ([], 1, "missing does not exist: expected a converted checkpoint, the workdir of a training run, or one of"),
   ],
 )
 def test_wrong_arguments_of_calibrate(tmp_path, capfd, arguments, code, message):
@@ -276,7 +284,9 @@ def test_step_caching(trained, tmp_path, capfd):
 @pytest.mark.parametrize(
   "arguments, code, message",
   [
-    (["--clips={a},{a}"], 1, "an odd number of clips"),
+    (["--clips={a},{a}"], 2, "an odd number of clips"),
+    (["--clips={a},{a},{a}", "--grid=x.png"], 2, "flag --grid=x.png: Non-boolean argument to boolean flag"),
+    (["--clips={a},{a},{a}", "--checkpoint=small", "--step=2"], 1, "small is a converted checkpoint, which has no s"),
     (["--clips={a},{a},{text}"], 1, "not a clip"),
     (["--clips={a},{a},{a}", "--steps=0"], 2, "steps"),
     (["--clips={a},{a},{a}", "--solver=magic"], 2, "euler|unipc"),

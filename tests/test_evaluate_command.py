@@ -13,6 +13,7 @@ from PIL import Image
 from tests import commands
 from tests.commands import run_command, start_command
 from tests.helpers import image_width
+from univid_jax import evaluate
 from univid_jax.evaluation.metrics.image import psnr
 
 SMALL = (*commands.SMALL, "--config.data.tasks.scribble=1.0", "--config.data.tasks.salient_object=1.0")
@@ -134,7 +135,7 @@ def test_two_processes_give_the_same_report(workdir, tmp_path):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    (["--workdir=nowhere"], "neither a converted checkpoint"),
+    (["--workdir=nowhere"], "nowhere does not exist: expected a converted checkpoint"),
     (["--step=abc"], "must be a number or \"best\", got 'abc'"),
     (["--config.data.kinds={'x': 'magic'}"], "got 'magic'"),
     (["--config.eval.palette=nowhere.txt"], "nowhere.txt"),
@@ -145,6 +146,11 @@ def test_two_processes_give_the_same_report(workdir, tmp_path):
 def test_errors_are_one_clear_line(workdir, arguments, message):
   code, _, error = run("univid_jax.evaluate", *SMALL, f"--workdir={workdir}", f"--out={workdir / 'other'}", *arguments)
   assert code != 0 and message in error.strip().splitlines()[-1], error
+
+
+def test_a_checkpoint_is_evaluated_on_a_config_that_was_named(capfd):
+  assert evaluate.main(["evaluate", "--checkpoint=small"]) == 2
+  assert "--checkpoint needs --config, which says what to evaluate on" in capfd.readouterr().err
 
 
 def write_pairs(folder, names, size=(32, 48)):

@@ -61,7 +61,7 @@ class TestForecast:
     whole = forecast_autoencoder(config, mesh, decoding=decoding)
     module = abstract_component("vae", shape)
     assert whole.weights == 4 * sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
-    assert whole.batch == 4 * (5 * 64 * 96 * 3 + 3 * 32 * 48 * 16) and "frames of 96x64" in str(whole)
+    assert whole.batch == 4 * (5 * 64 * 96 * 3 + 3 * 32 * 48 * 16) and "frames of 64x96" in str(whole)
     tiled = override(config, {"vae_tiling.size": 16, "vae_tiling.overlap": 1})
     tile = forecast_autoencoder(tiled, mesh, decoding=decoding)
     assert tile.activations < 0.5 * whole.activations and "tiles of 32x32" in str(tile)

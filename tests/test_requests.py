@@ -66,7 +66,7 @@ def test_changes_are_reported_once_and_recorded(tmp_path: Path, caplog):
   with caplog.at_level("INFO", "univid_jax"):
     for name in ("one", "two"):
       line = sampling.run(Request((image, image, video), tmp_path / name, needs_suffix=True))
-      assert line == f"wrote 17 frames of 16x24: {tmp_path / name}.mp4"
+      assert line == f"wrote 17 frames of 24x16: {tmp_path / name}.mp4"
   image_line, video_line = caplog.messages
   changes = ["frames 0 to 16 of 150", "8 resampled to 4 frames per second"]
   assert video_line == f"{video}: {'; '.join([*changes, '36x24 resized to 24x16'])}"

@@ -237,6 +237,17 @@ class TestChangedData:
       write_clip(folder / "edges" / name / "source.png", np.full((1, 16, 16, 3), 50, np.uint8))
       write_clip(folder / "edges" / name / "target.png", np.full((1, 16, 16, 3), shade, np.uint8))
 
+  def test_a_command_that_is_refused_changes_nothing(self, tiny_config, tmp_path):
+    """Also not what the run remembers of its data, or the right command would be refused afterwards."""
+    config, workdir = override(tiny_config, {"num_steps": 1, "eval.sentences_per_case": 0}), tmp_path / "run"
+    train(config, str(workdir))
+    before = {path: path.read_bytes() for path in workdir.glob("*.json")}
+    self.write(tmp_path / "data")
+    with pytest.raises(UserError, match=r"is a run with data\.pairs = "):
+      train(override(config, {"data.pairs": str(tmp_path / "data"), "num_steps": 2}), str(workdir))
+    assert {path: path.read_bytes() for path in workdir.glob("*.json")} == before and len(before) >= 2
+    assert train(override(config, {"num_steps": 2}), str(workdir)).steps_taken == 1
+
   @pytest.mark.long
   def test_a_run_is_not_resumed_on_other_data(self, tiny_config, tmp_path, caplog):
     data, workdir = tmp_path / "data", str(tmp_path / "run")

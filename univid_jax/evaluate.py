@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from univid_jax.cli import app
-from univid_jax.cli.flags import CommandFlags
+from univid_jax.cli.flags import CommandFlags, UsageError
 
 FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config()
@@ -29,6 +29,8 @@ PROCESSES = FLAGS.processes()
 
 @app.command(FLAGS)
 def main() -> None:
+  if CHECKPOINT.value and not CONFIG.is_given:
+    raise UsageError("--checkpoint needs --config, which says what to evaluate on; the bases' own are their presets")
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.distributed import start_processes
 

@@ -44,7 +44,9 @@ def main() -> None:
     print(summaries.trained(result, config, workdir))
   else:
     report = evaluate_quick(result.pipeline, config, workdir)
-    print(summaries.evaluated(result, report, workdir) if report else summaries.trained(result, config, workdir))
+    print(
+      summaries.evaluated(result, report, config, workdir) if report else summaries.trained(result, config, workdir)
+    )
 
 
 if __name__ == "__main__":

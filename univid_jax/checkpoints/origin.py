@@ -17,6 +17,7 @@ from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.run import read_run, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_step
+from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged, Quantize
 
 
@@ -66,6 +67,11 @@ class Origin:
       # Only the choice of the newest intact one needs it now: what is loaded is verified then.
       verify = verify_weights and step in (None, "best")
       found = find_step(checkpoint, step, verify=verify, on_damaged=OnDamaged(on_damaged_checkpoint))
+    elif step is not None:
+      raise UserError(
+        f"{checkpoint} is a converted checkpoint, which has no step {step}: runs have steps; those of sampling are "
+        "--steps, in Python num_inference_steps"
+      )
     return cls(
       checkpoint=checkpoint,
       step=found,

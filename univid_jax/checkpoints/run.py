@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from univid_jax.checkpoints.built_in import BUILT_IN
 from univid_jax.checkpoints.checksums import write_checksums
 from univid_jax.checkpoints.info import CHECKPOINT_FILE
 from univid_jax.checkpoints.orbax_files import restore_items, silence_orbax
@@ -97,6 +98,11 @@ def require_run(workdir: epath.PathLike) -> RunRecord:
     raise FileNotFoundError(
       f"{workdir} has checkpoints, but no {CONFIG_FILE}, which says what they are of: restore it from a copy, or from "
       "another workdir of the same config"
+    )
+  if not epath.Path(workdir).exists():
+    raise FileNotFoundError(
+      f"{workdir} does not exist: expected a converted checkpoint, the workdir of a training run, or one of the "
+      f"built-in bases: {', '.join(BUILT_IN)}"
     )
   raise FileNotFoundError(
     f"{workdir} is neither a converted checkpoint (no {CHECKPOINT_FILE}) nor the workdir of a training run (no "

@@ -73,6 +73,9 @@ def _run(body: Callable[[], None], flags: CommandFlags, given: Sequence[str] | N
   except UserError as error:
     print(f"error: {_message(error)}", file=sys.stderr)
     return 2
+  if not hasattr(univid_jax, "__version__"):  # a namespace package: the folder of a clone, not the package in it
+    print("error: this folder holds a clone in univid_jax/, which hides the package: run it elsewhere", file=sys.stderr)
+    return 1
   supervisor = Supervisor()
   try:
     with supervisor.listen(), _status_messages():

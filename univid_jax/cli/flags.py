@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import runpy
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -138,11 +139,9 @@ class CommandFlags:
         rest = self._config.define(rest, self._values)
       self.arguments = self._values(rest)[1:]
     except flags.Error as error:
-      raise UserError(error) from error
+      raise UserError(re.sub(r"\('(.*)', '.*'\)$", r"\1", str(error))) from error  # absl shows a pair as it is
     except (AttributeError, KeyError, TypeError) as error:
-      text = str(error.args[0]).strip('"')
-      reason = text if " " in text else f"it has no key {text}"
-      raise UserError(f"wrong override of the config: {reason}") from error
+      raise UserError(f"wrong override of the config: {_explain_override(error)}") from error
     if self._config:
       self._config.read(self._values)
     if len(self.arguments) > self._max_arguments:
@@ -171,11 +170,23 @@ def _describe(name: str, text: str) -> list[str]:
   return [f"  {name}", *textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)]
 
 
+def _explain_override(error: Exception) -> str:
+  """Returns what ml_collections says, which quotes its messages up to twice, as plain text."""
+  text = str(error.args[0]).replace("\\n", "\n").replace("\\", "").strip("\"'")
+  key, _, hint = text.partition("\n")
+  return text if " " in key else f"it has no key {key.strip(chr(39))!r}" + f"; {hint}" * bool(hint)
+
+
 class ConfigFlag:
-  """--config=NAME, and --config.KEY=VALUE for every key."""
+  """--config=NAME, and --config.KEY=VALUE for every key.
+
+  Attributes:
+    is_given: whether the command line has --config.
+  """
 
   def __init__(self):
     self._value: RunConfig | None = None
+    self.is_given = False
 
   @property
   def value(self) -> RunConfig:
@@ -185,10 +196,11 @@ class ConfigFlag:
   def define(self, argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     """Defines flags for the overrides in a command line; returns the command line without --config."""
     name, rest, words = "tiny", [], iter(argv)
+    self.is_given = False
     for word in words:
       flag, equals, value = word.partition("=")
       if flag in ("--config", "-config"):
-        name = value if equals else next(words, "")
+        name, self.is_given = value if equals else next(words, ""), True
       else:
         rest.append(word)
     config_flags.DEFINE_config_dict("config", load_config(name), flag_values=values, sys_argv=rest)

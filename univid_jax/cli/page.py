@@ -165,8 +165,12 @@ class Page:
     if a is None or a2 is None or b is None:
       raise gr.Error("Choose files for A, A' and B, or an example.")
     with tempfile.TemporaryDirectory(dir=self._folder) as scratch, _shown_errors(scratch):
-      for event in self._session.sample(_choose(*values), (a, a2, b), Path(scratch)):
-        yield _show_event(event)
+      try:
+        for event in self._session.sample(_choose(*values), (a, a2, b), Path(scratch)):
+          yield _show_event(event)
+      except (ValueError, OSError):
+        yield _show_event(Status("Nothing was sampled."))
+        raise
 
 
 def _choose(
@@ -212,4 +216,4 @@ def _shown_errors(folder: str) -> Iterator[None]:
   try:
     yield
   except (ValueError, OSError) as error:
-    raise gr.Error(str(error).replace(f"{folder}/", "")) from error
+    raise gr.Error(str(error).replace(f"{folder}/", ""), print_exception=False) from error

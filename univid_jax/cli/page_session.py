@@ -282,7 +282,7 @@ def _collect(folder: Path, names: Sequence[str], command: str, seconds: float) -
     bundle.writestr("sample.sh", f"#!/bin/sh\n{command}\n")
   what = "image" if count == 1 else f"video of {count} frames"
   cut = f"; comparisons show its first {MAX_FRAMES}" if count > MAX_FRAMES else ""
-  text = f"B': {what} of {width}x{height}, sampled in {seconds:.1f} s{cut}"
+  text = f"B': {what} of {height}x{width}, sampled in {seconds:.1f} s{cut}"
   return Result(text=text, large=large, **views, bundle=folder / "sample.zip", command=command)
 
 

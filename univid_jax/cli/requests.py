@@ -334,7 +334,7 @@ def _write_record(path: Path, record: Mapping[str, Any]) -> str:
   """Writes how a result was made next to it; returns a line that describes the result."""
   record_path(path).write_text(_describe(record))
   count = record["num_frames"]
-  return f"wrote {count} frame{'s' * (count > 1)} of {record['width']}x{record['height']}: {path}"
+  return f"wrote {count} frame{'s' * (count > 1)} of {record['height']}x{record['width']}: {path}"
 
 
 def _write_grid(path: Path, clips: Sequence[np.ndarray], fps: float | None) -> None:

@@ -162,13 +162,13 @@ def plan_requests(
   Args:
     clips: the context; example pairs alone if there are queries.
     queries: clips, or one folder of clips.
-    out: path of the result, which gets a suffix if it has none, or for a folder of PNGs ends in /; with queries a
+    out: path of the result, which gets a suffix if it has none; a folder of PNGs ends in / or exists; with queries a
       folder of results.
     first_frame: of the result, if it is given; the context may then be empty.
 
   Raises:
-    UsageError: there is no context, the result has no name, an example pair is incomplete, or two queries have the same
-      name.
+    UsageError: there is no context or no query, the result has no name, an example pair is incomplete, or two queries
+      have the same name.
   """
   if not clips and not first_frame:
     raise UsageError("--clips is missing: the context in order, A, A', B")
@@ -177,7 +177,10 @@ def plan_requests(
   if not queries:
     if Path(out).name in ("", ".."):
       raise UsageError(f"--out must end in the name of the result, got {out!r}")
-    return [Request(tuple(clips), Path(out), needs_suffix=not Path(out).suffix and not out.endswith("/"))]
+    if clips and len(clips) % 2 == 0:
+      raise UsageError(f"--clips must be an odd number of clips (A, A', B), got {len(clips)}")
+    is_folder = out.endswith("/") or Path(out).is_dir()
+    return [Request(tuple(clips), Path(out), needs_suffix=not Path(out).suffix and not is_folder)]
   if len(clips) % 2:
     raise UsageError(f"with --queries, --clips are example pairs A, A', an even number; got {len(clips)}")
   if len(queries) == 1 and Path(queries[0]).is_dir():

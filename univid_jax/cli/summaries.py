@@ -26,12 +26,16 @@ def trained(result: TrainResult, config: RunConfig, workdir: str) -> str:
   return "\n".join([*lines, "next:", f"  python -m univid_jax.sample --checkpoint={workdir} {clips}"])
 
 
-def evaluated(result: TrainResult, report: Mapping[str, Any], workdir: str) -> str:
+def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig, workdir: str) -> str:
   """Summarizes the quick evaluation in ten lines.
 
   Args:
+    result: of the run.
     report: the contents of eval.json.
+    config: of the run.
+    workdir: of the run.
   """
+  other = "runs/mine" if workdir.rstrip("/") != "runs/mine" else "runs/other"
   failed = [
     name
     for name, scores in report["by_task"].items()
@@ -41,14 +45,14 @@ def evaluated(result: TrainResult, report: Mapping[str, Any], workdir: str) -> s
     f"{_steps(result)}. PSNR of B' on held-out sentences:",
     *([_scores("images", report["image"])] if report["image"] else []),
     _scores("all", report["overall"]),
-    f"  no better than a baseline: {', '.join(failed) or 'none of the tasks'}",
+    f"  no better than a baseline: {', '.join(failed)}" if failed else "  every task is better than its baselines",
     *(f"  {line}" for line in (exact.summary(report["exact"]) if "exact" in report else [])),
     f"pictures    {workdir}/grid.png (A | A' | B | B' predicted | B' true), {workdir}/loss.png",
     f"numbers     {workdir}/eval.json, {workdir}/metrics.jsonl, tensorboard --logdir={workdir}/tensorboard",
     f"checkpoints {workdir}/checkpoints",
     "next: sample from your own files, or train on your own videos:",
     f"  python -m univid_jax.sample --checkpoint={workdir} --clips=A.png,A2.png,B.png --out=B2.png",
-    "  python -m univid_jax.train --config.data.folder=DIR --workdir=runs/mine",
+    f"  python -m univid_jax.train --config={config.name} --config.data.folder=DIR --workdir={other}",
   ]
   return "\n".join(lines)
 

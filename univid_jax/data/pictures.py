@@ -40,7 +40,7 @@ def sentence_grid(
   fonts = [ImageFont.load_default(size=size) for size in (15, 11)]
   headers = [(name, CAPTIONS.get(name, "")) for name in columns]
   widths = [
-    max(*(_strip_width(line[i], tile) for line in strips), *map(_text_width, headers[i], fonts))
+    max(*(_strip_width(line[i], tile) for line in strips), GAP + max(map(_text_width, headers[i], fonts)))
     for i in range(len(columns))
   ]
   margin = 2 * GAP + max(_text_width(label, fonts[0]) for label, _ in rows)

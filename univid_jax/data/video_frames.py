@@ -97,7 +97,7 @@ class _Frames:
       needed = len(self._indices) * frame.size
       if needed > MAX_BYTES:
         height, width = frame.shape[:2]
-        raise UserError(f"{len(self._indices)} frames of {width}x{height} are {needed / 1e9:.0f} GB; read fewer")
+        raise UserError(f"{len(self._indices)} frames of {height}x{width} are {needed / 1e9:.0f} GB; read fewer")
       self.pixels = np.empty((len(self._indices), *frame.shape), np.uint8)
     if frame.shape != self.pixels.shape[1:]:
       raise UserError(f"its frames have different sizes: {self.pixels.shape[1:3]} and {frame.shape[:2]}")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.model import context_mode
-from univid_jax.checkpoints.run import Checkpointer, require_run, write_run
+from univid_jax.checkpoints.run import Checkpointer, write_run
 from univid_jax.checkpoints.trained import load_base, to_lora_weights
 from univid_jax.config.schema import RunConfig
 from univid_jax.core import lock
@@ -51,7 +51,7 @@ from univid_jax.training.hooks import (
 )
 from univid_jax.training.memory import ADVICE, abstract_batch, compile_step
 from univid_jax.training.metrics_writer import MetricsWriter
-from univid_jax.training.setup import Run, check_same_run, set_up_run
+from univid_jax.training.setup import Run, set_up_run
 from univid_jax.training.state import TrainState
 from univid_jax.training.step import make_train_step
 
@@ -234,7 +234,6 @@ def restore_or_create_state(run: Run, checkpointer: Checkpointer, loader: Loader
   """
   config, spec = run.config, run.spec
   if checkpointer.latest_step is not None:
-    check_same_run(run.workdir, require_run(run.workdir), run.record)
     abstract = spec.abstract
     model, training = checkpointer.restore(model=abstract.model_params, training=abstract.training_items, data=loader)
     state = TrainState.from_items(model, training, ema=abstract.ema is not None)

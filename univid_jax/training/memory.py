@@ -228,7 +228,7 @@ def forecast_autoencoder(config: RunConfig, mesh: Mesh, *, decoding: bool) -> Fo
     weights=bytes_per_device(params),
     batch=bytes_per_device((clip, frames)),
     note=f"the autoencoder alone, on one device, with {'tiles' if config.vae_tiling.size else 'frames'} of "
-    f"{frames.shape[2]}x{frames.shape[1]}",
+    f"{frames.shape[1]}x{frames.shape[2]}",
     **_describe_program(compiled, mesh),
   )
 

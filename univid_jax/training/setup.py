@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import optax
@@ -25,7 +24,7 @@ from univid_jax.checkpoints.model import (
   split_config,
   transformer_config,
 )
-from univid_jax.checkpoints.run import RunRecord, has_checkpoint, read_run
+from univid_jax.checkpoints.run import RunRecord, has_checkpoint, require_run
 from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
 from univid_jax.config.boundary import differences, override
 from univid_jax.config.schema import RunConfig
@@ -140,6 +139,9 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
   check_base(config)
   config = override(config, {"base.quantize": str(base_quantization(split_config(config)[0]))})  # as it may be stored
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+  record = RunRecord(config, ",".join(base_checksums(config)), univid_jax.__version__, {})
+  if has_checkpoint(workdir):
+    check_same_run(workdir, require_run(workdir), record)  # before anything in the workdir changes
   mesh = make_mesh(config.mesh)
   check_rows_stay_on_one_process(mesh)
   with verified(config.init_from and locate(config.init_from), enabled=verify_weights):
@@ -172,7 +174,7 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
   if config.lora.enabled:
     bases = [load_base(part, mesh) for part in split_config(config)]
     base_graph, frozen = bases[0][0], config.model.expert.join_trees([params for _, params in bases])
-  record = RunRecord(config, ",".join(base_checksums(config)), univid_jax.__version__, data.prompts)
+  record = dataclasses.replace(record, prompts=data.prompts)
   return Run(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features)
 
 
@@ -192,8 +194,7 @@ def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
     UserError: the data has changed, and the config does not allow that.
   """
   before, now = read_fingerprint(workdir), fingerprint(data.sources)
-  previous = read_run(workdir) if has_checkpoint(workdir) else None
-  if before is not None and before != now and previous is not None and not _changes(previous.config, config):
+  if before is not None and before != now and has_checkpoint(workdir):
     changes = describe_changes(before, now)
     if not config.data.allow_changed:
       raise UserError(
@@ -206,14 +207,9 @@ def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
     write_fingerprint(workdir, now)
 
 
-def _changes(before: RunConfig, after: RunConfig) -> list[tuple[str, Any, Any]]:
-  """Returns the keys in which a config differs from that of a run, and must not."""
-  return [change for change in differences(before, after) if not change[0].startswith(MAY_CHANGE)]
-
-
 def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> None:
   """Raises UserError, naming the first key that differs, if a workdir belongs to another config."""
-  changes = _changes(previous.config, current.config)
+  changes = [change for change in differences(previous.config, current.config) if not change[0].startswith(MAY_CHANGE)]
   if previous.base != current.base:
     changes.append(("the checksum of init_from", previous.base, current.base))
   for key, before, after in changes:
