@@ -1,18 +1,25 @@
-"""Forecasts the memory that training, sampling or the autoencoder needs on each device.
+"""Forecasts the memory that training, sampling or the autoencoder needs on each device, or advises how to train.
 
   python -m univid_jax.forecast --config=PRESET [--config.KEY=VALUE ...] [--topology=v5e:2x4] [--of=sampling]
+  python -m univid_jax.forecast --config=PRESET [--config.KEY=VALUE ...] --chip=v6e [--chips=4]
 
 Compiles the program for the devices of this machine, or for a TPU topology that need not be here (`pip install
 libtpu`). Weights need not be here. Exits with 1 if it does not fit.
+
+With --chip it lists combinations of the base's storage, recomputation and mesh that fit, fastest first, each as a
+command. Only if none fits at the config's size it goes on to smaller rows and clips. For TPUs it compiles until three
+fit, minutes each; for GPUs too if they are here, and otherwise it estimates.
 """
 
 import logging
+import os
 import sys
 
 from univid_jax.cli import app
-from univid_jax.cli.flags import CommandFlags
+from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.core.errors import UserError
-from univid_jax.platform.topologies import describe_devices, use_tpu_compiler
+from univid_jax.platform.chips import NAMES
+from univid_jax.platform.topologies import describe_devices, find_topology, use_tpu_compiler
 
 log = logging.getLogger("univid_jax.forecast")  # also when run as __main__
 
@@ -25,18 +32,50 @@ OF_HELP = (
 )
 OF = FLAGS.choice("of", "training", ["training", "sampling", "encoding", "decoding"], OF_HELP)
 SAMPLING = FLAGS.switch("sampling", False, "Deprecated: --of=sampling.")
+CHIP = FLAGS.choice("chip", None, list(NAMES), f"Advise how to train on this kind of chip: {', '.join(NAMES)}.")
+CHIPS = FLAGS.integer("chips", 1, "Number of these chips.", lower_bound=1)
 
 
 @app.command(FLAGS)
 def main() -> None:
+  if SAMPLING.value:
+    log.warning("--sampling is deprecated and will be removed: use --of=sampling")
+  what = "sampling" if SAMPLING.value else OF.value
+  if CHIP.value:
+    if TOPOLOGY.value or what != "training":
+      raise UsageError("--chip advises how to train: leave out --topology, --of and --sampling")
+    advise(CHIP.value)
+  elif FLAGS.given(["chips"]):
+    raise UsageError("--chips is a number of --chip: say which")
+  else:
+    forecast(what)
+
+
+def advise(chip: str) -> None:
+  """Prints how the config can be trained on --chips of a kind of chip."""
+  if NAMES[chip].startswith("TPU"):
+    find_topology(chip, CHIPS.value)  # before JAX is imported
+    use_tpu_compiler()
+  else:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # as in the commands
+  from univid_jax.training import advice
+
+  config, machine = CONFIG.value, advice.Machine(name=chip, count=CHIPS.value)
+  compile_config = advice.find_compiler(machine)
+  options = advice.advise(config, machine, compile_config, progress=log.info)
+  print(advice.describe(options, machine, FLAGS.config_arguments, is_compiled=compile_config is not None))
+  if config.model.variant and not config.init_from:
+    print("add your base and data: --config.init_from=CONVERTED --config.data.folder=DIR")
+
+
+def forecast(what: str) -> None:
+  """Prints the memory of a program; raises UserError if it does not fit."""
   if TOPOLOGY.value:
     use_tpu_compiler()
   from univid_jax.parallel.mesh import make_mesh
   from univid_jax.training import memory
 
-  if SAMPLING.value:
-    log.warning("--sampling is deprecated and will be removed: use --of=sampling")
-  config, what = CONFIG.value, "sampling" if SAMPLING.value else OF.value
+  config = CONFIG.value
   mesh = make_mesh(config.mesh, describe_devices(TOPOLOGY.value) if TOPOLOGY.value else None)
   advice = memory.ADVICE
   if what == "training":

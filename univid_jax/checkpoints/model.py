@@ -201,11 +201,11 @@ def codec_shape(config: RunConfig) -> CodecShape:
   return find_autoencoder(transformer_config(config).out_dim)
 
 
-def check_rows(config: RunConfig) -> None:
-  """Checks that clips divide into patches, and that a sentence of context I fits into a row.
+def clip_tokens(config: RunConfig) -> int:
+  """Returns the tokens of a clip of a config, of the largest of its sizes.
 
   Raises:
-    UserError: they do not; the message names the nearest valid sizes, or the tokens needed.
+    UserError: clips do not divide into patches; the message names the nearest valid sizes.
   """
   codec, (_, patch_side, _) = codec_shape(config), transformer_config(config).patch_size
   longest = 0
@@ -218,7 +218,17 @@ def check_rows(config: RunConfig) -> None:
       )
     except UserError as error:
       raise UserError(f"config.data has clips of {height}x{width} pixels: {error}") from error
-    longest = max(longest, 4 * math.prod(tokens))
+    longest = max(longest, math.prod(tokens))
+  return longest
+
+
+def check_rows(config: RunConfig) -> None:
+  """Checks that clips divide into patches, and that a sentence of context I fits into a row.
+
+  Raises:
+    UserError: they do not; the message names the nearest valid sizes, or the tokens needed.
+  """
+  longest = 4 * clip_tokens(config)
   if longest > config.rows.num_tokens:
     raise UserError(
       f"a sentence of context I has {longest} tokens, config.rows.num_tokens is only {config.rows.num_tokens}"

@@ -148,6 +148,16 @@ class CommandFlags:
       word = self.arguments[self._max_arguments]
       raise UsageError(f"unexpected argument {word!r}; flags are written --name=value")
 
+  @property
+  def config_arguments(self) -> list[str]:
+    """The arguments of the command line that describe the config, each as --NAME=VALUE."""
+    given, words = [], iter(self.argv[1:])
+    for word in words:
+      name, equals, _ = word.partition("=")
+      if name.lstrip("-").partition(".")[0] == "config":
+        given.append(f"--{name.lstrip('-')}={word.partition('=')[2] if equals else next(words, '')}")
+    return given
+
   def given(self, names: Sequence[str]) -> list[str]:
     """Returns those of the named flags that are on the command line, as arguments."""
     return [self._values[name].serialize() for name in names if self._values[name].present]

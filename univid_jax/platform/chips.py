@@ -1,6 +1,7 @@
 """Makers' figures of the chips that JAX runs on."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
@@ -20,16 +21,18 @@ class Chip:
   """A chip by its maker's figures.
 
   Attributes:
-    flops: dense bfloat16 operations per second.
+    flops: dense operations per second in `dtype`.
     memory: bytes.
     bandwidth: bytes per second from memory.
     network: bytes per second to and from the other chips of a slice or machine, all links together.
+    dtype: in which it trains: bfloat16 if it has that.
   """
 
   flops: float
   memory: float
   bandwidth: float
   network: float
+  dtype: str = "bfloat16"
 
 
 # By JAX's name of the device. Sources: Google Cloud's TPU pages, NVIDIA's data sheets.
@@ -38,9 +41,29 @@ CHIPS: Mapping[str, Chip] = {
   "TPU v5 lite": Chip(197e12, 16.9e9, 819e9, 200e9),
   "TPU v5": Chip(459e12, 102.0e9, 2765e9, 600e9),
   "TPU v6 lite": Chip(918e12, 34.4e9, 1640e9, 448e9),
+  "Tesla T4": Chip(8.1e12, 16.1e9, 320e9, 32e9, "float32"),
+  "NVIDIA L4": Chip(121e12, 24.2e9, 300e9, 64e9),
+  "NVIDIA GeForce RTX 4090": Chip(165e12, 25.8e9, 1008e9, 64e9),
+  "NVIDIA A100-SXM4-40GB": Chip(312e12, 42.9e9, 1555e9, 600e9),
+  "NVIDIA A100-PCIE-40GB": Chip(312e12, 42.9e9, 1555e9, 600e9),
   "NVIDIA A100": Chip(312e12, 85.0e9, 2039e9, 600e9),
   "NVIDIA H100": Chip(989e12, 85.0e9, 3350e9, 900e9),
   "NVIDIA H200": Chip(989e12, 150.0e9, 4800e9, 900e9),
+}
+
+
+# Chips that `univid-forecast --chip` takes, by its names.
+NAMES: Mapping[str, str] = {
+  "v5e": "TPU v5 lite",
+  "v6e": "TPU v6 lite",
+  "v5p": "TPU v5",
+  "t4": "Tesla T4",
+  "l4": "NVIDIA L4",
+  "rtx4090": "NVIDIA GeForce RTX 4090",
+  "a100-40": "NVIDIA A100-SXM4-40GB",
+  "a100-80": "NVIDIA A100",
+  "h100": "NVIDIA H100",
+  "h200": "NVIDIA H200",
 }
 
 
@@ -53,5 +76,5 @@ def find_chip_by_name(kind: str) -> Chip | None:
   """Returns a chip by JAX's or PyTorch's name of the device, which for NVIDIA ends in memory size and form factor."""
   if kind in CHIPS:
     return CHIPS[kind]
-  matches = (chip for name, chip in CHIPS.items() if name.startswith("NVIDIA") and kind.startswith(name))
+  matches = (chip for name, chip in CHIPS.items() if name.startswith("NVIDIA") and re.match(rf"{name}\b", kind))
   return next(matches, None)

@@ -1,0 +1,224 @@
+"""The adviser of `univid-forecast --chip`: what it compiles, in which order, and that its commands are what it says."""
+
+import dataclasses
+import shlex
+
+import jax
+import pytest
+
+from univid_jax import forecast as command
+from univid_jax.cli.flags import CommandFlags
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import tiny, wan22_a14b, wan22_ti2v_5b, wan_1_3b, wan_14b
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Quantize, RematPolicy
+from univid_jax.parallel.mesh import make_mesh
+from univid_jax.platform.chips import NAMES
+from univid_jax.training.advice import Machine, advise, describe, make_options, smaller_rows
+from univid_jax.training.estimates import GPU_MARGIN, estimate
+from univid_jax.training.memory import Forecast, forecast
+
+ONE = {"data": 1, "fsdp": 1, "context": 1}
+
+
+def fake_compiler(gigabytes, seen=None):
+  """Returns a compiler by whose figures a config needs what a function of it says, or refuses it where that is None."""
+
+  def compile_config(config):
+    if seen is not None:
+      seen.append(config)
+    size = gigabytes(config)
+    if size is None:
+      raise UserError("this does not fit (RESOURCE_EXHAUSTED: HLO temporaries (39.83G) exceeds available HBM (31.25G))")
+    return Forecast(weights=int(size * 1e9), batch=0, activations=0, device="TPU v6 lite", memory=int(34.4e9))
+
+  return compile_config
+
+
+class TestOrder:
+  def test_fastest_first_and_compiled_until_enough_fit(self):
+    machine, seen = Machine(name="v6e"), []
+    options = advise(wan_1_3b(), machine, fake_compiler(lambda config: 20, seen), count=2)
+    assert [option.config for option in options if not option.problem] == seen
+    assert [(config.base.quantize, config.model.remat) for config in seen] == [
+      (Quantize.NONE, RematPolicy.ATTENTION),
+      (Quantize.NONE, RematPolicy.FULL),
+    ]
+    pruned = [option for option in options if option.problem]
+    assert {option.config.model.remat for option in pruned} == {RematPolicy.NONE, RematPolicy.DOTS}
+    assert all(option.problem.startswith("needs at least") and option.memory > machine.memory for option in pruned)
+
+  def test_a_quantised_base_only_where_memory_is_tight(self):
+    seen = []
+    advise(wan_1_3b(), Machine(name="v6e"), fake_compiler(lambda config: 33, seen), count=2)
+    assert [config.base.quantize for config in seen] == [Quantize.NONE, Quantize.INT8]
+
+  def test_refusals_are_reasons(self):
+    def size(config):
+      return None if config.model.remat == RematPolicy.ATTENTION else 20
+
+    options = advise(wan_1_3b(), Machine(name="v6e"), fake_compiler(size), count=1)
+    refused = [option for option in options if option.config.model.remat == RematPolicy.ATTENTION]
+    assert [option.problem for option in refused] == ["needs 42.8 GB besides its inputs"] * 3
+    text = describe(options, Machine(name="v6e"), ["--config=wan_1_3b"], is_compiled=True)
+    assert "20.0 of 34.4 GB" in text and "42.8 GB besides" in text and "the compiler's for v6e" in text
+
+  def test_smaller_rows_only_if_nothing_else_fits(self):
+    def size(config):
+      return 20 if config.rows.num_tokens < 20000 else 40
+
+    options = advise(wan_14b(), Machine(name="v6e"), fake_compiler(size))
+    fitting = [option for option in options if not option.problem]
+    assert {(option.config.data.num_frames, option.config.rows.num_tokens) for option in fitting} == {(9, 19456)}
+    tokens = [option.config.rows.num_tokens for option in options]
+    assert tokens == sorted(tokens, reverse=True) and tokens[0] == 37504
+
+  def test_nothing_fits(self):
+    with pytest.raises(UserError, match=r"nothing fits 1 t4: the smallest, base nf4.*clips of 1 frames, needs .* GB"):
+      advise(wan_14b(), Machine(name="t4"), None)
+
+
+class TestOptions:
+  def test_smaller_clips_are_those_of_the_codec(self):
+    levels = list(smaller_rows(wan22_ti2v_5b(), Machine(name="h100")))
+    assert levels[:2] == [{}, {"data.num_frames": 13, "rows.num_tokens": 14080}]
+    small = next(level for level in levels if "data.height" in level)
+    assert small["rows.num_tokens"] == 7808 and "data.num_frames" not in small
+    assert override(wan22_ti2v_5b(), small).data.sizes == ((480, 832),)
+
+  def test_meshes_divide_rows_and_devices(self):
+    config = override(wan_14b(), {"rows.per_batch": 4})
+    options = list(make_options(config, Machine(name="v5e", count=16), {}))
+    meshes = {tuple(option.mesh.values()) for option in options}
+    assert (1, 4, 4) in meshes and (16, 1, 1) not in meshes
+    assert all(a * b * c == 16 for a, b, c in meshes)
+    assert all(option.estimate.rows == 4 for option in options)
+
+  def test_a_trained_base_is_not_quantised(self):
+    options = list(make_options(tiny(), Machine(name="t4"), {}))
+    assert {option.config.base.quantize for option in options} == {Quantize.NONE}
+
+  def test_a_chosen_storage_stays(self):
+    config = override(wan_14b(), {"base.quantize": "fp8"})
+    assert {option.config.base.quantize for option in make_options(config, Machine(name="h100"), {})} == {Quantize.FP8}
+
+  def test_t4_has_no_bfloat16(self):
+    options = list(make_options(wan_1_3b(), Machine(name="t4"), {}))
+    assert {option.config.model.dtype for option in options} == {"float32"}
+
+  def test_what_was_not_measured_on_a_gpu_counts_twice(self):
+    config = override(wan_1_3b(), {"model.remat": "none"})
+    gpu, tpu = (estimate(config, Machine(name="h200").chip, ONE, is_tpu=is_tpu) for is_tpu in (False, True))
+    assert gpu.stored == 2 * tpu.stored
+
+  def test_both_experts_count(self):
+    one, both = (
+      estimate(override(wan22_a14b(), {"model.expert": expert}), Machine(name="h200").chip, ONE, is_tpu=False)
+      for expert in ("high", "both")
+    )
+    assert 28e9 < both.weights - one.weights < 31e9
+
+  @pytest.mark.parametrize("name", NAMES)
+  def test_every_chip_has_figures(self, name):
+    assert Machine(name=name).memory > 1e10 and Machine(name=name).is_tpu == name.startswith("v")
+
+
+@pytest.mark.parametrize("remat, gib", [("full", 6.23), ("attention", 7.75)])
+def test_estimate_of_a_gpu_agrees_with_what_was_measured(remat, gib):
+  """On an H100: 8 blocks of the 1.3B's width, 31,200 tokens; see docs/benchmarks.md, "GPUs"."""
+  shape = {"variant": "", "dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 8, "freq_dim": 256}
+  changes = {f"model.{key}": value for key, value in shape.items()} | {"model.text_dim": 4096, "model.remat": remat}
+  config = override(wan_1_3b(), {**changes, "rows.num_tokens": 31200})
+  found = estimate(config, Machine(name="h100").chip, ONE, is_tpu=False)
+  without_margin = found.total - found.block * GPU_MARGIN / (1 + GPU_MARGIN)
+  assert without_margin == pytest.approx(gib * 2**30, rel=0.04)
+  assert gib * 2**30 < found.total
+
+
+def parse(line):
+  """Returns the config of a command that the adviser prints."""
+  words = shlex.split(line)
+  flags = CommandFlags("")
+  config = flags.config()
+  flags.parse(words[words.index("univid-train") :])
+  return config.value
+
+
+class TestCommands:
+  @pytest.mark.parametrize(
+    "make, machine",
+    [
+      (wan_1_3b, Machine(name="h100")),
+      (wan_14b, Machine(name="rtx4090")),
+      (wan_14b, Machine(name="a100-40", count=8)),
+      (wan22_ti2v_5b, Machine(name="t4")),
+      (wan22_a14b, Machine(name="h200", count=2)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or value.name,
+  )
+  def test_are_what_was_estimated(self, make, machine):
+    options = advise(make(), machine, None)
+    text = describe(options, machine, [f"--config={make.__name__}"], is_compiled=False)
+    commands = [line for line in text.splitlines() if "univid-train" in line]
+    fitting = [option for option in options if not option.problem]
+    assert len(commands) == len(fitting) > 0 and f"{GPU_MARGIN:.0%} on top" in text
+    for line, option in zip(commands, fitting, strict=True):
+      assert parse(line) == option.config and "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" in line
+      again = estimate(option.config, machine.chip, option.mesh, is_tpu=False)
+      assert again.total == option.memory <= machine.memory
+
+  @pytest.mark.parametrize("make", [wan_1_3b, wan22_ti2v_5b], ids=lambda make: make.__name__)
+  def test_of_smaller_rows_are_accepted(self, make):
+    machine = Machine(name="t4")
+    for level in smaller_rows(make(), machine):
+      option = next(make_options(make(), machine, level))
+      assert parse(option.command([f"--config={make.__name__}"])) == option.config
+
+  def test_agree_with_the_forecast(self):
+    """Compiled here, for the CPU."""
+    devices = jax.devices()[:1]
+    machine = Machine(name="t4")
+    given = ["--config=tiny", "--config.model.num_layers=1", "--config.model.dim=32"]
+    options = advise(
+      parse(shlex.join(["univid-train", *given])),
+      machine,
+      lambda config: forecast(config, make_mesh(config.mesh, devices)),
+      count=1,
+    )
+    assert len(options) == 1 and not options[0].problem
+    option = options[0]
+    assert option.memory == forecast(parse(option.command(given)), make_mesh(ONE, devices)).total
+
+  def test_replace_what_was_given(self):
+    option = next(iter(make_options(wan_1_3b(), Machine(name="h100"), {})))
+    option = dataclasses.replace(option, changes={"model.remat": "dots"})
+    given = ["--config=wan_1_3b", "--config.model.remat=full", "--config.data.folder=my videos"]
+    assert (
+      option.command(given)
+      == "univid-train --config=wan_1_3b '--config.data.folder=my videos' --config.model.remat=dots"
+    )
+
+  def test_run(self, capfd):
+    arguments = ["--config", "wan_1_3b", "--config.lora.rank", "8", "--chip=h100"]
+    assert command.main(["forecast", *arguments]) == 0
+    out, _ = capfd.readouterr()
+    assert "--config=wan_1_3b --config.lora.rank=8 --config.model.remat=attention" in out
+    assert "--config.init_from=CONVERTED" in out
+
+  @pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+      (["--chip=v9"], 2, "v5e|v6e|v5p|t4|l4|rtx4090|a100-40|a100-80|h100|h200"),
+      (["--chip=v6e", "--chips=3"], 1, "no slice of 3 v6e; the nearest have 1 (v6e:1x1) and 4 (v6e:2x2)"),
+      (["--chip=h100", "--chips=0"], 2, "chips"),
+      (["--chip=h100", "--topology=v5e:2x2"], 2, "leave out --topology"),
+      (["--chips=4"], 2, "--chips is a number of --chip"),
+      (["--chip=h100", "--of=decoding"], 2, "leave out --topology, --of"),
+      (["--chip=h100", "--config.rows.num_tokens=30000"], 1, "a sentence of context I has 31200 tokens"),
+      (["--chip=h100", "--config.data.height=470"], 1, "470"),
+    ],
+  )
+  def test_mistakes_are_one_line(self, arguments, code, message, capfd):
+    assert command.main(["forecast", "--config=wan_1_3b", *arguments]) == code
+    out, err = capfd.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1

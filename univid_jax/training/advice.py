@@ -1,0 +1,296 @@
+"""Finds how a config can be trained on a kind of chip: the base's storage, what is recomputed, the mesh, the rows.
+
+`advise` orders combinations by estimated speed (`training.estimates`), drops those that certainly do not fit, and has
+the compiler decide about the others until a few fit. Only if nothing fits at all it looks at smaller rows and clips.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from univid_jax.checkpoints.model import check_rows, clip_tokens, codec_shape
+from univid_jax.config.boundary import override
+from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import Quantize, RematPolicy
+from univid_jax.parallel.mesh import make_mesh
+from univid_jax.platform.chips import CHIPS, NAMES, Chip, find_chip
+from univid_jax.platform.topologies import describe_devices, find_topology, use_tpu_compiler
+from univid_jax.training.estimates import GPU_MARGIN, Estimate, estimate
+from univid_jax.training.memory import Forecast, forecast
+
+Changes = Mapping[str, Any]
+
+# Share of a GPU's memory that JAX may use: by default it takes 0.75. The rest is for CUDA itself.
+GPU_SHARE = 0.92
+GPU_ENVIRONMENT = f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}"
+# Of the memory: an option that leaves less is tight, because compilers' figures change with their version.
+SPARE = 0.1
+TPU_BLOCK = 1024  # tokens of a block of splash attention
+GPU_BLOCK = 128
+# How many times the estimated seconds a step took where it was measured (docs/benchmarks.md, "GPUs").
+MEASURED = {"h100": 1.7}
+LEFT_OUT = 6  # lines about options that do not fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+  """Chips to train on.
+
+  Attributes:
+    name: of the chip, in `chips.NAMES`.
+    count: of chips.
+  """
+
+  name: str
+  count: int = 1
+
+  @property
+  def chip(self) -> Chip:
+    return CHIPS[NAMES[self.name]]
+
+  @property
+  def is_tpu(self) -> bool:
+    return NAMES[self.name].startswith("TPU")
+
+  @property
+  def memory(self) -> float:
+    """Bytes that JAX may use of each chip."""
+    return self.chip.memory * (1 if self.is_tpu else GPU_SHARE)
+
+  @property
+  def block(self) -> int:
+    return TPU_BLOCK if self.is_tpu else GPU_BLOCK
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+  """A combination.
+
+  Attributes:
+    changes: of the config.
+    config: with them.
+    mesh: sizes of data, fsdp and context.
+    estimate: of a step.
+    memory: bytes of each device, from the compiler or the estimate.
+    problem: why it does not fit; "" if it does.
+  """
+
+  changes: Changes
+  config: RunConfig
+  mesh: Mapping[str, int]
+  estimate: Estimate
+  memory: float = 0.0
+  problem: str = ""
+
+  @property
+  def sentences_per_s(self) -> float:
+    """Upper bound, of sentences of context I."""
+    return self.estimate.rows * self.config.rows.num_tokens / (4 * clip_tokens(self.config)) / self.estimate.seconds
+
+  def __str__(self) -> str:
+    mesh = " x ".join(map(str, self.mesh.values()))
+    tokens, frames = self.config.rows.num_tokens, self.config.data.num_frames
+    parts = self.config.base.quantize, self.config.model.remat, mesh, tokens, frames
+    return "base {}, remat {}, mesh {}, rows of {} tokens, clips of {} frames".format(*parts)
+
+  def command(self, arguments: Sequence[str] = (), *, environment: str = "") -> str:
+    """Returns the command that trains so, given the arguments of the command line that describe the config."""
+    kept = [word for word in arguments if word.partition("=")[0].removeprefix("--config.") not in self.changes]
+    changes = [f"--config.{key}={value}" for key, value in self.changes.items()]
+    return " ".join(filter(None, [environment, "univid-train", shlex.join([*kept, *changes])]))
+
+
+def advise(
+  config: RunConfig,
+  machine: Machine,
+  compile_config: Callable[[RunConfig], Forecast] | None,
+  *,
+  count: int = 3,
+  progress: Callable[[str], None] = lambda _: None,
+) -> list[Option]:
+  """Returns options in the order of estimated speed: those that were looked at, until `count` fit.
+
+  A base that is stored more precisely is faster, so others are looked at only where it leaves less than a tenth of the
+  memory.
+
+  Args:
+    config: of the run.
+    machine: the chips.
+    compile_config: forecasts a config by the chip's compiler; None trusts the estimate, with its margin.
+    count: of options that fit.
+    progress: is told what is compiled.
+
+  Raises:
+    UserError: the config is not valid for any option, or nothing fits.
+  """
+  check_rows(config)
+  tried: list[Option] = []
+  for level in smaller_rows(config, machine):
+    fitting: list[Option] = []
+    for option in sorted(make_options(config, machine, level), key=lambda option: -option.sentences_per_s):
+      if any(_is_as_fast(other, option) and other.memory < (1 - SPARE) * machine.memory for other in fitting):
+        continue
+      option = _check(option, machine, compile_config, progress)
+      tried.append(option)
+      fitting += [] if option.problem else [option]
+      if len(fitting) == count:
+        break
+    if fitting:
+      return tried
+  if not tried:
+    raise UserError(f"no mesh of {machine.count} {machine.name} divides the rows of this config: see config.rows")
+  best = min(tried, key=lambda option: option.estimate.total)
+  raise UserError(f"nothing fits {machine.count} {machine.name}: the smallest, {best}, {best.problem}; take more chips")
+
+
+def _is_as_fast(option: Option, other: Option) -> bool:
+  return option.mesh == other.mesh and option.config.model.remat == other.config.model.remat
+
+
+def _check(
+  option: Option,
+  machine: Machine,
+  compile_config: Callable[[RunConfig], Forecast] | None,
+  progress: Callable[[str], None],
+) -> Option:
+  """Returns an option with its memory, and the problem if it does not fit."""
+  capacity, total = machine.memory, option.estimate.total
+  if total > capacity:
+    at_least = "at least " if machine.is_tpu else ""
+    return dataclasses.replace(option, memory=total, problem=f"needs {at_least}{_gigabytes(total, capacity)}")
+  if compile_config is None:
+    return dataclasses.replace(option, memory=total)
+  progress(f"compiling: {option}")
+  try:
+    found = compile_config(option.config)
+  except UserError as error:
+    needed = re.search(r"\((\d+\.\d+)G\)", str(error))
+    text = (
+      f"needs {float(needed[1]) * 1.0737:.1f} GB besides its inputs" if needed else str(error).splitlines()[0][:120]
+    )
+    return dataclasses.replace(option, problem=text)
+  capacity = found.memory or capacity
+  problem = "" if found.total <= capacity else f"needs {_gigabytes(found.total, capacity)}"
+  return dataclasses.replace(option, memory=found.total, problem=problem)
+
+
+def _gigabytes(total: float, capacity: float) -> str:
+  return f"{total / 1e9:.1f} of {capacity / 1e9:.1f} GB"
+
+
+def make_options(config: RunConfig, machine: Machine, level: Changes) -> Iterator[Option]:
+  """Yields the combinations for rows of one size that the program accepts."""
+  dtype: Changes = {}
+  if config.model.dtype == "bfloat16" and machine.chip.dtype != "bfloat16":
+    dtype = {"model.dtype": machine.chip.dtype, "model.param_dtype": machine.chip.dtype}
+  for method, remat, (data, fsdp, context) in itertools.product(_storages(config), RematPolicy, _meshes(machine.count)):
+    mesh = {"data": data, "fsdp": fsdp, "context": context}
+    changes: dict[str, Any] = {**dtype, **level, "base.quantize": str(method), "model.remat": str(remat)}
+    changes |= {f"mesh.{axis}": size for axis, size in mesh.items()} | {"mesh.tensor": 1}
+    try:
+      changed = override(config, changes)
+      check_rows(changed)
+      if changed.rows.num_tokens % context:
+        continue
+      expected = estimate(changed, machine.chip, mesh, is_tpu=machine.is_tpu)
+    except UserError:  # rows that do not divide, a base that cannot be quantised
+      continue
+    changes = {key: value for key, value in changes.items() if _value(changed, key) != _value(config, key)}
+    yield Option(changes=changes, config=changed, mesh=mesh, estimate=expected)
+
+
+def _value(config: RunConfig, key: str) -> object:
+  return functools.reduce(getattr, key.split("."), config)
+
+
+def _storages(config: RunConfig) -> Sequence[Quantize]:
+  """Returns how the base may be stored; fp8 takes as much as int8 and is less precise."""
+  if config.base.quantize != Quantize.NONE or not config.lora.enabled:
+    return (config.base.quantize,)
+  return (Quantize.NONE, Quantize.INT8, Quantize.NF4)
+
+
+def _meshes(count: int) -> Iterator[tuple[int, int, int]]:
+  """Yields sizes of data, fsdp and context: weights on every device, over eight, or over all that do not share rows."""
+  for context in (size for size in range(1, count + 1) if count % size == 0):
+    rest = count // context
+    for fsdp in sorted({1, 8, rest}):
+      if rest % fsdp == 0:
+        yield rest // fsdp, fsdp, context
+
+
+def smaller_rows(config: RunConfig, machine: Machine) -> Iterator[Changes]:
+  """Yields changes that make rows smaller, from none at all to a sentence of images."""
+  yield {}
+  stride = codec_shape(config).temporal_stride
+  levels: dict[int, Changes] = {}
+  sizes = sorted(set(config.data.sizes), key=math.prod, reverse=True)
+  for (height, width), frames in itertools.product(sizes, range(config.data.num_frames, 0, -stride)):
+    changes = {}
+    if frames != config.data.num_frames:
+      changes["data.num_frames"] = frames
+    if (height, width) != sizes[0]:
+      changes |= {"data.height": height, "data.width": width, "data.buckets": ()}
+    tokens = 4 * clip_tokens(override(config, changes))
+    levels.setdefault(-(-tokens // machine.block) * machine.block, changes)
+  for tokens, changes in sorted(levels.items(), reverse=True):
+    if tokens < config.rows.num_tokens:
+      yield {**changes, "rows.num_tokens": tokens}
+
+
+def describe(options: Sequence[Option], machine: Machine, arguments: Sequence[str], *, is_compiled: bool) -> str:
+  """Returns the options that fit, each with its command, and why others are left out, those that nearly fit first."""
+  lines = []
+  for number, option in enumerate([option for option in options if not option.problem], 1):
+    expected = option.estimate
+    lines += [
+      f"{number}. {option}: {_gigabytes(option.memory, machine.memory)}; {expected.rows} rows in at least "
+      f"{expected.seconds:.1f} s (compute {expected.compute:.1f}, memory {expected.memory:.1f}, network "
+      f"{expected.network:.1f})",
+      f"   {option.command(arguments, environment='' if machine.is_tpu else GPU_ENVIRONMENT)}",
+    ]
+  left_out = sorted((option for option in options if option.problem), key=lambda option: option.estimate.total)
+  if left_out:
+    lines.append("left out, faster or with larger rows:")
+  lines += [f"   {option}: {option.problem}" for option in left_out[:LEFT_OUT]]
+  if len(left_out) > LEFT_OUT:
+    lines.append(f"   and {len(left_out) - LEFT_OUT} that need more")
+  origin = f"the compiler's for {machine.name}"
+  if not is_compiled:
+    origin = (
+      f"estimated, activations with {GPU_MARGIN:.0%} on top; where a {machine.name} is present its compiler decides"
+    )
+  measured = f", and one took {MEASURED[machine.name]} times as long" if machine.name in MEASURED else ""
+  return "\n".join([*lines, f"memory is {origin}; seconds are a lower bound from the chip's peaks{measured}"])
+
+
+def find_compiler(machine: Machine) -> Callable[[RunConfig], Forecast] | None:
+  """Returns what forecasts a config by a machine's compiler; None for GPUs that are not here.
+
+  Raises:
+    UserError: it is a TPU, and libtpu is not installed, or there is no slice of so many chips.
+  """
+  if machine.is_tpu:
+    topology = find_topology(machine.name, machine.count)
+    use_tpu_compiler()
+    devices = describe_devices(topology)
+  else:
+    devices = [device for device in jax.devices() if device.platform == "gpu" and find_chip(device) == machine.chip]
+    if len(devices) < machine.count:
+      return None
+
+  def compile_config(config: RunConfig) -> Forecast:
+    try:
+      return forecast(config, make_mesh(config.mesh, devices[: machine.count]))
+    finally:
+      jax.clear_caches()  # programs are large
+
+  return compile_config

@@ -1,0 +1,209 @@
+"""Estimates memory and time of a training step by formula, without compiling it.
+
+They order and prune what `training.advice` looks at. Of a TPU the compiler decides what fits. Of an NVIDIA GPU that is
+not here the estimate does, so it is calibrated on what was measured on one: an H100, 31,200 tokens through 8 blocks of
+the 1.3B's width (docs/benchmarks.md, "GPUs").
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from univid_jax.checkpoints.model import clip_tokens, create_model, transformer_config
+from univid_jax.config.schema import BaseConfig, LoRAConfig, ModelConfig, RunConfig
+from univid_jax.core.options import OptimizerName, Quantize, RematPolicy
+from univid_jax.models.attention.xla import OTHER_BLOCKS
+from univid_jax.models.flops import step_flops
+from univid_jax.models.lora import LoRAParam
+from univid_jax.models.quantized import QuantizedKernel
+from univid_jax.models.variants import DiTConfig
+from univid_jax.platform.chips import Chip
+
+# What the backward pass of a block has in memory at its peak, in hidden states of all tokens. The H100's compiler says
+# 51; TPUs' say 56 (libtpu 0.0.52) to 78 of the 1.3B, 86 to 93 of the 14B, and more where tokens are sharded.
+GPU_PEAK = 51
+LEAST_PEAK = 50
+# Relative margin of a GPU's activations: they are extrapolated from one shape.
+GPU_MARGIN = 0.15
+# Of what other policies than full and attention store, which has not been measured on a GPU.
+GPU_UNMEASURED = 2
+# What a GPU's own estimate of the same step was too low by: 0.15 of 6.23 GiB.
+GPU_RUNTIME = 0.16e9
+# Buffers of logits that plain XLA attention and its gradient need on a GPU: 16.7 GiB at 31,200 tokens and 12 heads. A
+# buffer has at most 2 GiB.
+LOGITS, LARGEST_LOGITS = 12, 2**31
+# Hidden states that a block reads from and writes to memory in a step with full remat: 498 (1.3B), 410 (14B).
+TRAFFIC = 450
+# Operations per weight of dequantisation, and the share of a chip's peak that is left for what is no matrix product.
+DEQUANTIZATION = {Quantize.NONE: 0, Quantize.INT8: 4, Quantize.FP8: 4, Quantize.NF4: 40}
+VECTOR_SHARE = 1 / 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+  """What a step needs on each device.
+
+  Attributes:
+    weights: bytes of parameters and of the optimizer.
+    stored: bytes that the forward pass keeps for the backward pass.
+    block: bytes of the backward pass of a block at its peak; of TPUs at least so many.
+    compute, memory, network: seconds at the chip's peaks, at least.
+    rows: of a step, on all devices.
+  """
+
+  weights: float
+  stored: float
+  block: float
+  compute: float
+  memory: float
+  network: float
+  rows: int
+
+  @property
+  def total(self) -> float:
+    return self.weights + self.stored + self.block
+
+  @property
+  def seconds(self) -> float:
+    return self.compute + self.memory + self.network
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelBytes:
+  """Bytes of a model on one device: of its base, of its adapters, and of a block's kernels in the compute dtype."""
+
+  base: int
+  adapters: int
+  block: float
+
+
+def model_bytes(config: RunConfig) -> ModelBytes:
+  """Counts the bytes of a config's model."""
+  model = dataclasses.replace(config.model, remat=RematPolicy.FULL)  # which changes no weights
+  return _model_bytes(model, config.base, config.lora, codec=config.codec, init_from=config.init_from)
+
+
+@functools.cache
+def _model_bytes(model: ModelConfig, base: BaseConfig, lora: LoRAConfig, **others: Any) -> ModelBytes:
+  config = RunConfig(model=model, base=base, lora=lora, **others)
+  module = nnx.eval_shape(lambda: create_model(config))
+
+  def count(kind: type[nnx.Variable]) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(module, kind)))
+
+  def is_kernel(x: object) -> bool:
+    return isinstance(x, QuantizedKernel)
+
+  kernels = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module.blocks, nnx.Param)), is_leaf=is_kernel)
+  block = sum(math.prod(x.shape[1:]) for x in kernels) * jnp.dtype(model.dtype).itemsize
+  return ModelBytes(base=count(nnx.Param), adapters=count(LoRAParam), block=block)
+
+
+def estimate(config: RunConfig, chip: Chip, mesh: Mapping[str, int], *, is_tpu: bool) -> Estimate:
+  """Estimates a training step.
+
+  Args:
+    config: of the run.
+    chip: of each device.
+    mesh: sizes of data, fsdp and context, which multiply to the number of devices.
+    is_tpu: whether `Estimate.block` is a lower bound, and attention runs without a matrix of logits.
+
+  Raises:
+    UserError: the rows do not divide over the devices, or the config is not valid.
+  """
+  shape = transformer_config(config)
+  sharers = mesh["fsdp"] * mesh["context"]
+  rows = config.rows.batch_size(mesh["data"] * mesh["fsdp"])
+  item = jnp.dtype(config.model.dtype).itemsize
+  tokens = rows * config.rows.num_tokens / (mesh["data"] * mesh["fsdp"] * mesh["context"])
+  hidden = tokens / config.rows.microbatches * shape.dim * item
+  sizes = model_bytes(config)
+  block = hidden * (LEAST_PEAK if is_tpu else GPU_PEAK * (1 + GPU_MARGIN))
+  # Kernels of a block, dequantised or gathered.
+  block += sizes.block * ((sharers > 1) + (config.base.quantize != Quantize.NONE))
+  stored = _stored(config, shape) * hidden * shape.num_layers
+  if not is_tpu:
+    block += GPU_RUNTIME
+    if config.model.remat in (RematPolicy.NONE, RematPolicy.DOTS):
+      stored *= GPU_UNMEASURED
+    if config.model.dtype == "float32":
+      logits = 4 * shape.num_heads * min(OTHER_BLOCKS.queries, tokens) * config.rows.num_tokens
+      block += LOGITS * min(logits, LARGEST_LOGITS)
+  compute, memory, network = _seconds(config, shape, sizes, chip, mesh, rows=rows)
+  return Estimate(
+    weights=_state_bytes(config, sizes) / sharers,
+    stored=stored,
+    block=block,
+    compute=compute,
+    memory=memory,
+    network=network,
+    rows=rows,
+  )
+
+
+def _state_bytes(config: RunConfig, sizes: ModelBytes) -> float:
+  """Returns the bytes of parameters, moving average, moments and gradients on one device."""
+  moments = 1 if config.optimizer.name == OptimizerName.MUON else 2
+  trained = sizes.adapters if config.lora.enabled else sizes.base
+  frozen = sizes.base if config.lora.enabled else 0
+  experts = len(config.model.expert.parts)
+  return experts * (frozen + trained * (1 + moments + (config.ema_decay > 0))) + trained
+
+
+def _stored(config: RunConfig, shape: DiTConfig) -> float:
+  """Returns the hidden states per block that the forward pass keeps for the backward pass."""
+  width = shape.ffn_dim / shape.dim
+  return {
+    RematPolicy.FULL: 1,
+    RematPolicy.ATTENTION: 3,  # with the results of self- and cross-attention
+    RematPolicy.DOTS: 8 + width,
+    RematPolicy.NONE: 20 + 3 * width,
+  }[config.model.remat]
+
+
+def _seconds(
+  config: RunConfig, shape: DiTConfig, sizes: ModelBytes, chip: Chip, mesh: Mapping[str, int], *, rows: int
+) -> tuple[float, float, float]:
+  """Returns lower bounds of compute, memory and network."""
+  num_devices, sharers = mesh["data"] * mesh["fsdp"] * mesh["context"], mesh["fsdp"] * mesh["context"]
+  tokens, text, sentence = config.rows.num_tokens, config.rows.num_text_tokens, 4 * clip_tokens(config)
+  sentences = max(tokens / sentence, 1)
+  counts = {
+    "tokens": tokens,
+    "text_tokens": text,
+    "targets": tokens / 4,
+    "attended": tokens * min(sentence, tokens),
+    "attended_text": tokens * text / sentences,
+  }
+  steps = [step_flops(shape, lora_rank=config.lora.rank, recompute=again, **counts) for again in (False, True)]
+  attention = shape.num_layers * 4 * counts["attended"] * shape.dim
+  again = {
+    RematPolicy.FULL: steps[1] - steps[0],
+    RematPolicy.ATTENTION: steps[1] - steps[0] - attention,
+    RematPolicy.DOTS: attention,
+    RematPolicy.NONE: 0.0,
+  }[config.model.remat]
+  passes = 2 + (config.model.remat != RematPolicy.NONE)
+  compute = rows * (steps[0] + again) / num_devices / chip.flops
+  item = jnp.dtype(config.model.dtype).itemsize
+  local = rows * tokens / num_devices * shape.dim * item  # a hidden state
+  in_dtype = sizes.block * shape.num_layers
+  compute += passes * in_dtype / item * DEQUANTIZATION[config.base.quantize] / (VECTOR_SHARE * chip.flops)
+  moved = TRAFFIC * local * shape.num_layers * (steps[0] + again) / steps[1] + passes * sizes.base
+  if config.base.quantize != Quantize.NONE:  # kernels are written dequantised, and read again
+    moved += passes * 2 * in_dtype
+  carried = 0.0
+  if sharers > 1:
+    carried += passes * sizes.base * (sharers - 1) / sharers
+  if mesh["context"] > 1:  # queries, keys, values and outputs swap heads for tokens
+    carried += 4 * (passes + 1) * local * shape.num_layers * (mesh["context"] - 1) / mesh["context"]
+  trained = sizes.adapters if config.lora.enabled else sizes.base
+  if num_devices > 1:
+    carried += 2 * trained
+  return compute, moved / chip.bandwidth, carried / chip.network
