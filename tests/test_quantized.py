@@ -1,6 +1,8 @@
 """Quantised frozen bases: numbers, memory, training, files."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,24 @@ from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.memory import abstract_batch, compile_step
 from univid_jax.training.state import StateSpec, describe_training
 from univid_jax.training.step import make_train_step, make_update
+
+# In a process of its own, because JAX has to be prepared before its first import. No stack of kernels is in floats.
+COMPILE_FOR_TPU = """
+from univid_jax.platform.topologies import describe_devices, use_tpu_compiler
+use_tpu_compiler()
+import re
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import tiny
+from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training.memory import forecast_with_program
+mesh = make_mesh({}, describe_devices("v5e:1x1"))
+shape = {"dim": 256, "ffn_dim": 1024, "num_layers": 12, "num_heads": 2, "dtype": "bfloat16", "look_back": ()}
+changes = {f"model.{key}": value for key, value in shape.items()} | {"lora.rank": 2, "ema_decay": 0.0}
+stack = r"(bf16|f32)\\[12,(256|1024|4,64|16,64),(256|1024)\\]"
+for method in ("none", "int8", "fp8", "nf4"):
+  found, program = forecast_with_program(override(tiny(), {**changes, "base.quantize": method}), mesh)
+  assert bool(re.search(stack, program.as_text())) == (method == "none"), method
+"""
 
 METHODS = [Quantize.INT8, Quantize.FP8, Quantize.NF4]
 
@@ -143,6 +163,12 @@ class TestMemory:
     in_floats = 4 * sum(int(np.prod(kernel.shape)) for kernel in kernels)
     assert found.weights < {Quantize.NF4: 0.2}.get(method, 0.32) * in_floats + 0.05 * in_floats
     assert found.activations < in_floats / 4  # hoisted, the kernels alone would take all of it
+
+  @pytest.mark.long
+  def test_dequantisation_stays_in_the_loop_of_a_tpu(self):
+    pytest.importorskip("libtpu")
+    done = subprocess.run([sys.executable, "-c", COMPILE_FOR_TPU], capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
 
   @pytest.mark.long
   @pytest.mark.parametrize("method", METHODS)
