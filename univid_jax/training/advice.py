@@ -251,8 +251,9 @@ def describe(options: Sequence[Option], machine: Machine, arguments: Sequence[st
   lines = []
   for number, option in enumerate([option for option in options if not option.problem], 1):
     expected = option.estimate
+    rows = f"{expected.rows} row{'s' if expected.rows > 1 else ''}"
     lines += [
-      f"{number}. {option}: {_gigabytes(option.memory, machine.memory)}; {expected.rows} rows in at least "
+      f"{number}. {option}: {_gigabytes(option.memory, machine.memory)}; step of {rows} in at least "
       f"{expected.seconds:.1f} s (compute {expected.compute:.1f}, memory {expected.memory:.1f}, network "
       f"{expected.network:.1f})",
       f"   {option.command(arguments, environment='' if machine.is_tpu else GPU_ENVIRONMENT)}",
