@@ -22,7 +22,7 @@ class Chip:
 
   Attributes:
     flops: dense operations per second in `dtype`.
-    memory: bytes.
+    memory: bytes; of v5e and v6e what their compiler calls available.
     bandwidth: bytes per second from memory.
     network: bytes per second to and from the other chips of a slice or machine, all links together.
     dtype: in which it trains: bfloat16 if it has that.
@@ -40,7 +40,7 @@ CHIPS: Mapping[str, Chip] = {
   "TPU v4": Chip(275e12, 34.4e9, 1228e9, 300e9),
   "TPU v5 lite": Chip(197e12, 16.9e9, 819e9, 200e9),
   "TPU v5": Chip(459e12, 102.0e9, 2765e9, 600e9),
-  "TPU v6 lite": Chip(918e12, 34.4e9, 1640e9, 448e9),
+  "TPU v6 lite": Chip(918e12, 33.5e9, 1640e9, 448e9),
   "Tesla T4": Chip(8.1e12, 16.1e9, 320e9, 32e9, "float32"),
   "NVIDIA L4": Chip(121e12, 24.2e9, 300e9, 64e9),
   "NVIDIA GeForce RTX 4090": Chip(165e12, 25.8e9, 1008e9, 64e9),
