@@ -72,7 +72,7 @@ def test_help(module):
     (
       [CONFIG, "--config.model.remat=half"],
       2,
-      "config.model.remat must be one of none, dots, attention, full, got 'half'",
+      "config.model.remat must be one of none, dots, attention, full, offload, got 'half'",
     ),
     ([CONFIG, "--config.optimizer.name=magic"], 2, "config.optimizer.name must be one of adamw, muon, got 'magic'"),
     (

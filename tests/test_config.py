@@ -36,7 +36,7 @@ def test_unknown_preset():
     ("model.dim", 0, "config.model.dim must be at least 1, got 0"),
     ("model.dimm", 1, "unknown key config.model.dimm"),
     ("modle.dim", 1, "unknown key config.modle.dim"),
-    ("model.remat", "half", "config.model.remat must be one of none, dots, attention, full, got 'half'"),
+    ("model.remat", "half", "config.model.remat must be one of none, dots, attention, full, offload, got 'half'"),
     ("model.attention", "causal", "config.model.attention must be one of full, context_causal, got 'causal'"),
     ("model.attention_backend", "magic", "config.model.attention_backend must be one of auto, xla, cudnn, splash"),
     ("model.dtype", "float33", "config.model.dtype must be one of float32, bfloat16, float16, got 'float33'"),

@@ -80,7 +80,8 @@ def _read(source: Any, abstract: jax.ShapeDtypeStruct) -> Array:
 
 def _quantize_layers(source: Any, abstract: QuantizedKernel, errors: QuantizationError) -> QuantizedKernel:
   """Reads and quantises a stack of kernels, with one of them in floats at a time."""
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  final_shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  shardings = jax.tree.map(lambda x: x.with_memory_kind(None), final_shardings)  # of a base in the host's memory, too
   num_layers, *shape = abstract.shape
   mesh = shardings.numbers.mesh
   layer_sharding = NamedSharding(mesh, PartitionSpec(*shardings.numbers.spec[1:]))
@@ -99,7 +100,7 @@ def _quantize_layers(source: Any, abstract: QuantizedKernel, errors: Quantizatio
     squares.append(error)
   for index, error in enumerate(squares):
     errors.add(index, np.asarray(error))
-  return stack
+  return jax.device_put(stack, final_shardings)
 
 
 def describe_parts(path: Path, shape: tuple[int, ...], method: Quantize) -> dict[Path, tuple[tuple[int, ...], str]]:

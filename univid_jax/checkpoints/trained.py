@@ -24,6 +24,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged, TrainedExpert
 from univid_jax.models.lora import LoRAParam
+from univid_jax.parallel.host_memory import offload_blocks
 from univid_jax.parallel.mesh import make_mesh
 
 Params = Mapping[str, Any]
@@ -37,6 +38,8 @@ def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
 
   module = nnx.eval_shape(create)
   abstract = abstract_parameters(module, mesh)
+  if config.base.offload:
+    abstract = offload_blocks(abstract)
   if config.init_from:
     base = PretrainedCheckpoint.open(config.init_from)
     return nnx.graphdef(module), base.load_arrays(trained_component(config), abstract)

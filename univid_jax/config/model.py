@@ -69,11 +69,13 @@ class BaseConfig(Section):
 
   Attributes:
     quantize: how its blocks' linear weights are quantised when they are loaded; "none" takes them as they are stored.
+    offload: whether its blocks wait in the memory of the host, which each is copied from when it runs.
   """
 
   KEY: ClassVar[str] = "base."
 
   quantize: Quantize = Quantize.NONE
+  offload: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,7 @@ class RematPolicy(enum.StrEnum):
   DOTS = "dots"  # everything but matrix products with weights
   ATTENTION = "attention"  # everything but attention
   FULL = "full"  # everything
+  OFFLOAD = "offload"  # everything; what a block starts from waits in the memory of the host
 
 
 class Quantize(enum.StrEnum):

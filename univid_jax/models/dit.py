@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from univid_jax.core.errors import UserError
@@ -22,6 +23,10 @@ from univid_jax.models.dit_blocks import MLP, Block, Head, ImageEmbedding, KeysA
 from univid_jax.models.layers import Linear, gelu_tanh
 from univid_jax.models.rope import rotary_tables
 from univid_jax.models.variants import DiTConfig
+from univid_jax.parallel import host_memory
+
+# Name of the hidden states that a block starts from, for policies of `jax.checkpoint`.
+BLOCK_INPUT = "block_input"
 
 
 def _save_attention(primitive: Any, *args: Any, **params: Any) -> bool:
@@ -37,7 +42,15 @@ REMAT_POLICIES: Mapping[RematPolicy, Callable[..., bool] | None] = {
   RematPolicy.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   RematPolicy.ATTENTION: _save_attention,
   RematPolicy.FULL: jax.checkpoint_policies.nothing_saveable,
+  RematPolicy.OFFLOAD: jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[BLOCK_INPUT],
+    offload_src="device",
+    offload_dst=host_memory.KIND,
+  ),
 }
+# Policies that keep little.
+LEAN_POLICIES = (RematPolicy.ATTENTION, RematPolicy.FULL, RematPolicy.OFFLOAD)
 
 
 def timestep_embedding(timesteps: Float[Array, "..."], dim: int) -> Float[Array, "... d"]:
@@ -189,22 +202,24 @@ class DiT(nnx.Module):
     policy = REMAT_POLICIES[self.remat]
 
     def block(x, layer, **options):
-      return nnx.merge(graph, layer)(x, row, rope, modulation, text, image, **options)
+      return nnx.merge(graph, host_memory.fetch(layer))(x, row, rope, modulation, text, image, **options)
 
     def apply_block(x, inputs):
       _, layer, cached = inputs
+      x = checkpoint_name(x, BLOCK_INPUT)
       x, keys_and_values = block(x, layer, cache=None if cache is None else KeyValueCache(cached, cache.targets))
       return x, keys_and_values if keep else None
 
     def apply_block_or_last(x, inputs):
       index, layer, _ = inputs
+      x = checkpoint_name(x, BLOCK_INPUT)
       forms = (lambda x, layer: block(x, layer)[0]), functools.partial(_apply_to_targets, block, row)
       forms = (jax.checkpoint(form, policy=policy) for form in forms)
       return jax.lax.cond(index < self.config.num_layers - 1, *forms, x, layer), None
 
     # The last block may compute the targets alone. The loop then contains both forms of a block, and what the backward
-    # pass keeps of either is stored for every layer, which is little with these policies only.
-    skips_context = row.targets is not None and not keep and self.remat in (RematPolicy.FULL, RematPolicy.ATTENTION)
+    # pass keeps of either is stored for every layer, which is little with lean policies only.
+    skips_context = row.targets is not None and not keep and self.remat in LEAN_POLICIES
     body = apply_block_or_last if skips_context else apply_block
     if self.remat != RematPolicy.NONE:
       body = jax.checkpoint(body, policy=policy, prevent_cse=False)

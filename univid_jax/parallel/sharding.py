@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import TOKEN_FIELDS
+from univid_jax.parallel.host_memory import is_on_host
 from univid_jax.parallel.mesh import SEQUENCE
 
 # The axes that may shard a dim of a parameter. Those used are larger than 1, unused by its other dims, and divide it
@@ -74,6 +75,7 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
   return jax.tree_util.tree_map_with_path(place, batch)
 
 
-def bytes_per_device(tree: Any) -> int:
-  """Sums the bytes of arrays, or of their descriptions, on each device."""
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def bytes_per_device(tree: Any, *, on_host: bool = False) -> int:
+  """Sums the bytes of arrays, or of their descriptions, on each device, or in the host's memory for each."""
+  leaves = [x for x in jax.tree.leaves(tree) if is_on_host(x) == on_host]
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

@@ -160,6 +160,7 @@ def _stored(config: RunConfig, shape: DiTConfig) -> float:
   """Returns the hidden states per block that the forward pass keeps for the backward pass."""
   width = shape.ffn_dim / shape.dim
   return {
+    RematPolicy.OFFLOAD: 0,
     RematPolicy.FULL: 1,
     RematPolicy.ATTENTION: 3,  # with the results of self- and cross-attention
     RematPolicy.DOTS: 8 + width,
@@ -184,6 +185,7 @@ def _seconds(
   steps = [step_flops(shape, lora_rank=config.lora.rank, recompute=again, **counts) for again in (False, True)]
   attention = shape.num_layers * 4 * counts["attended"] * shape.dim
   again = {
+    RematPolicy.OFFLOAD: steps[1] - steps[0],
     RematPolicy.FULL: steps[1] - steps[0],
     RematPolicy.ATTENTION: steps[1] - steps[0] - attention,
     RematPolicy.DOTS: attention,

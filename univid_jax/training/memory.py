@@ -42,7 +42,7 @@ ADVICE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forecast:
-  """Bytes on each device.
+  """Bytes on each device, and in the host's memory for each.
 
   Attributes:
     weights: parameters, trained and frozen, and their moving average.
@@ -50,6 +50,7 @@ class Forecast:
     batch: the rows; of the autoencoder the frames and latents.
     activations: what else the program needs at its peak.
     cache: keys and values of the context, when sampling with a context-causal model.
+    host: what waits in the host's memory (`base.offload`, `model.remat=offload`); not part of the total.
     device: kind of the device.
     memory: capacity of the device; None if unknown.
     note: what is whole on every device and what is not; "" where the mesh says it.
@@ -62,6 +63,7 @@ class Forecast:
   device: str
   memory: int | None
   cache: int = 0
+  host: int = 0
   note: str = ""
 
   @property
@@ -76,8 +78,9 @@ class Forecast:
     names = ("weights", *(name for name in ("optimizer", "batch", "activations", "cache") if getattr(self, name)))
     parts = ", ".join(f"{name} {getattr(self, name) / 1e9:.2f}" for name in names)
     capacity = "" if self.memory is None else f" of {self.memory / 1e9:.1f}"
+    host = f"; in the host's memory for each device: {self.host / 1e9:.2f} GB" if self.host else ""
     note = f"; {self.note}" if self.note else ""
-    return f"memory per device ({self.device}): {self.total / 1e9:.2f}{capacity} GB ({parts}){note}"
+    return f"memory per device ({self.device}): {self.total / 1e9:.2f}{capacity} GB ({parts}){host}{note}"
 
 
 def forecast(config: RunConfig, mesh: Mesh) -> Forecast:
@@ -112,10 +115,12 @@ def compile_step(step: Any, spec: StateSpec, batch: PackedRow, mesh: Mesh) -> tu
   with jax.set_mesh(mesh):
     compiled = _compile(step.lower(spec.abstract, spec.abstract_frozen, batch), ADVICE)
   abstract = spec.abstract
+  weights = abstract.params, abstract.ema, spec.abstract_frozen
   return compiled, Forecast(
-    weights=bytes_per_device((abstract.params, abstract.ema, spec.abstract_frozen)),
+    weights=bytes_per_device(weights),
     optimizer=bytes_per_device(abstract.opt_state),
     batch=bytes_per_device(batch),
+    host=bytes_per_device(weights, on_host=True) + compiled.memory_analysis().host_temp_size_in_bytes,
     **_describe_program(compiled, mesh),
   )
 

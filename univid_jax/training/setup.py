@@ -52,6 +52,7 @@ MAY_CHANGE = (
   "checkpoint.",
   "mesh.",
   "model.remat",
+  "base.offload",
   "model.attention_backend",
   "eval.",
   "validation.",

@@ -13,8 +13,9 @@ from jaxtyping import Array, Int
 
 from univid_jax.checkpoints.model import create_model
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.options import TrainedExpert
+from univid_jax.core.options import RematPolicy, TrainedExpert
 from univid_jax.models.lora import LoRAParam
+from univid_jax.parallel.host_memory import offload_blocks, require_host_memory
 from univid_jax.parallel.sharding import parameter_shardings
 from univid_jax.training.expert_schedule import ExpertSchedule
 from univid_jax.training.optimizer import make_optimizer
@@ -100,6 +101,7 @@ class StateSpec:
     *,
     ema: bool,
     lora: bool = False,
+    offload: bool = False,
   ) -> "StateSpec":
     """Describes the state of a model that is trained whole, or whose adapters are.
 
@@ -109,6 +111,7 @@ class StateSpec:
       mesh: the devices.
       ema: whether to keep a moving average.
       lora: whether only adapters are trained.
+      offload: whether the blocks that are not trained are in the memory of the host.
     """
     kind = LoRAParam if lora else nnx.Param
 
@@ -125,11 +128,12 @@ class StateSpec:
     def place(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
+    abstract_frozen = jax.tree.map(place, frozen, parameter_shardings(model, mesh) if lora else {})
     return cls(
       graph=nnx.graphdef(model),
       create=jax.jit(create, out_shardings=shardings),
       abstract=jax.tree.map(place, shapes, shardings),
-      abstract_frozen=jax.tree.map(place, frozen, parameter_shardings(model, mesh) if lora else {}),
+      abstract_frozen=offload_blocks(abstract_frozen) if offload else abstract_frozen,
     )
 
   @property
@@ -158,6 +162,11 @@ def describe_training(config: RunConfig, mesh: Mesh) -> tuple[list[optax.Gradien
     counts = ExpertSchedule.of(config).count_steps(config.num_steps)
   optimizers = [make_optimizer(config.optimizer, count) for count in counts]
   options: dict[str, Any] = {"ema": config.ema_decay > 0, "lora": config.lora.enabled}
+  if config.base.offload:
+    require_host_memory(mesh, "config.base.offload")
+    options["offload"] = True
+  if config.model.remat == RematPolicy.OFFLOAD:
+    require_host_memory(mesh, "config.model.remat = offload")
   specs = [StateSpec.of(lambda: create_model(config), optimizer, mesh, **options) for optimizer in optimizers]
   return optimizers, specs[0] if len(specs) == 1 else StateSpec.join(expert, specs)
 

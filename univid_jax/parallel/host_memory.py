@@ -1,0 +1,49 @@
+"""Arrays that wait in the memory of the host, and that programs fetch to their devices when they need them."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from univid_jax.core.errors import UserError
+
+# JAX's name of memory of the host that devices can copy from while they compute.
+KIND = "pinned_host"
+
+Tree = TypeVar("Tree")
+
+
+def require_host_memory(mesh: Mesh, key: str) -> None:
+  """Raises UserError, which names the key of a config that needs it, if a mesh's devices have no memory of the host."""
+  device = mesh.devices.flat[0]
+  if KIND not in {memory.kind for memory in device.addressable_memories()}:
+    raise UserError(f"{key} needs devices that copy from the host's memory while they compute: {device} cannot")
+
+
+def offload_blocks(abstract: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns descriptions of a transformer's parameters with the matrices of its blocks in the memory of the host.
+
+  Stacks of vectors stay on the devices: they are small, and TPUs cannot copy one of two bfloat16 numbers in a word.
+  """
+
+  def move(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    is_matrix = len(x.shape) > 2
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(KIND)) if is_matrix else x
+
+  return {**abstract, "blocks": jax.tree.map(move, abstract["blocks"])}
+
+
+def fetch(tree: Tree) -> Tree:
+  """Copies what is in the memory of the host to the devices, within a program."""
+
+  def move(x: Any) -> Any:
+    is_on_host = jax.typeof(x).memory_space == jax.memory.Space.Host
+    return jax.device_put(x, jax.memory.Space.Device) if is_on_host else x
+
+  return jax.tree.map(move, tree)
+
+
+def is_on_host(x: Any) -> bool:
+  """Whether an array, or the description of one, is in the memory of the host."""
+  return x.sharding.memory_kind == KIND
