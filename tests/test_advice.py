@@ -63,6 +63,19 @@ class TestOrder:
     text = describe(options, Machine(name="v6e"), ["--config=wan_1_3b"], is_compiled=True)
     assert "20.0 of 33.5 GB" in text and "42.8 GB besides" in text and "the compiler's for v6e" in text
 
+  def test_what_fits_with_the_memory_of_the_host(self):
+    def size(config):
+      return 25 if config.base.offload else 40
+
+    options = advise(wan_14b(), Machine(name="v6e"), fake_compiler(size), count=2)
+    fitting = [option for option in options if not option.problem]
+    assert [(option.config.base.quantize, option.config.model.remat) for option in fitting] == [
+      (Quantize.NONE, RematPolicy.OFFLOAD)
+    ]
+    assert fitting[0].config.rows.num_tokens == 37504
+    assert "--config.base.offload=True" in fitting[0].command(["--config=wan_14b"])
+    assert "base none offloaded, remat offload" in str(fitting[0])
+
   def test_smaller_rows_only_if_nothing_else_fits(self):
     def size(config):
       return 20 if config.rows.num_tokens < 20000 else 40

@@ -98,7 +98,8 @@ class Option:
   def __str__(self) -> str:
     mesh = " x ".join(map(str, self.mesh.values()))
     tokens, frames = self.config.rows.num_tokens, self.config.data.num_frames
-    parts = self.config.base.quantize, self.config.model.remat, mesh, tokens, frames
+    base = f"{self.config.base.quantize}{' offloaded' if self.config.base.offload else ''}"
+    parts = base, self.config.model.remat, mesh, tokens, frames
     return "base {}, remat {}, mesh {}, rows of {} tokens, clips of {} frames".format(*parts)
 
   def command(self, arguments: Sequence[str] = (), *, environment: str = "") -> str:
@@ -191,9 +192,12 @@ def make_options(config: RunConfig, machine: Machine, level: Changes) -> Iterato
   dtype: Changes = {}
   if config.model.dtype == "bfloat16" and machine.chip.dtype != "bfloat16":
     dtype = {"model.dtype": machine.chip.dtype, "model.param_dtype": machine.chip.dtype}
-  for method, remat, (data, fsdp, context) in itertools.product(_storages(config), RematPolicy, _meshes(machine.count)):
+  policies = [policy for policy in RematPolicy if policy != RematPolicy.OFFLOAD or machine.is_tpu]  # not tried on GPUs
+  for method, remat, (data, fsdp, context) in itertools.product(_storages(config), policies, _meshes(machine.count)):
     mesh = {"data": data, "fsdp": fsdp, "context": context}
     changes: dict[str, Any] = {**dtype, **level, "base.quantize": str(method), "model.remat": str(remat)}
+    if remat == RematPolicy.OFFLOAD and config.lora.enabled:
+      changes["base.offload"] = True
     changes |= {f"mesh.{axis}": size for axis, size in mesh.items()} | {"mesh.tensor": 1}
     try:
       changed = override(config, changes)

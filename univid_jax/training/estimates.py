@@ -40,6 +40,8 @@ GPU_RUNTIME = 0.16e9
 LOGITS, LARGEST_LOGITS = 12, 2**31
 # Hidden states that a block reads from and writes to memory in a step with full remat: 498 (1.3B), 410 (14B).
 TRAFFIC = 450
+# Bytes per second between a chip and the host's memory: an assumption, of the order of PCIe's.
+HOST_BANDWIDTH = 16e9
 # Operations per weight of dequantisation, and the share of a chip's peak that is left for what is no matrix product.
 DEQUANTIZATION = {Quantize.NONE: 0, Quantize.INT8: 4, Quantize.FP8: 4, Quantize.NF4: 40}
 VECTOR_SHARE = 1 / 32
@@ -76,9 +78,17 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelBytes:
-  """Bytes of a model on one device: of its base, of its adapters, and of a block's kernels in the compute dtype."""
+  """Bytes of a model on one device.
+
+  Attributes:
+    base: of its base.
+    blocks: of these the matrices of all blocks.
+    adapters: of its adapters.
+    block: of a block's kernels in the compute dtype.
+  """
 
   base: int
+  blocks: int
   adapters: int
   block: float
 
@@ -94,15 +104,21 @@ def _model_bytes(model: ModelConfig, base: BaseConfig, lora: LoRAConfig, **other
   config = RunConfig(model=model, base=base, lora=lora, **others)
   module = nnx.eval_shape(lambda: create_model(config))
 
-  def count(kind: type[nnx.Variable]) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(module, kind)))
+  def count(part: Any, kind: type[nnx.Variable], *, min_dims: int = 0) -> int:
+    leaves = [x for x in jax.tree.leaves(nnx.state(part, kind)) if len(x.shape) >= min_dims]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
   def is_kernel(x: object) -> bool:
     return isinstance(x, QuantizedKernel)
 
   kernels = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module.blocks, nnx.Param)), is_leaf=is_kernel)
   block = sum(math.prod(x.shape[1:]) for x in kernels) * jnp.dtype(model.dtype).itemsize
-  return ModelBytes(base=count(nnx.Param), adapters=count(LoRAParam), block=block)
+  return ModelBytes(
+    base=count(module, nnx.Param),
+    blocks=count(module.blocks, nnx.Param, min_dims=3),
+    adapters=count(module, LoRAParam),
+    block=block,
+  )
 
 
 def estimate(config: RunConfig, chip: Chip, mesh: Mapping[str, int], *, is_tpu: bool) -> Estimate:
@@ -151,7 +167,7 @@ def _state_bytes(config: RunConfig, sizes: ModelBytes) -> float:
   """Returns the bytes of parameters, moving average, moments and gradients on one device."""
   moments = 1 if config.optimizer.name == OptimizerName.MUON else 2
   trained = sizes.adapters if config.lora.enabled else sizes.base
-  frozen = sizes.base if config.lora.enabled else 0
+  frozen = sizes.base - sizes.blocks * config.base.offload if config.lora.enabled else 0
   experts = len(config.model.expert.parts)
   return experts * (frozen + trained * (1 + moments + (config.ema_decay > 0))) + trained
 
@@ -171,7 +187,7 @@ def _stored(config: RunConfig, shape: DiTConfig) -> float:
 def _seconds(
   config: RunConfig, shape: DiTConfig, sizes: ModelBytes, chip: Chip, mesh: Mapping[str, int], *, rows: int
 ) -> tuple[float, float, float]:
-  """Returns lower bounds of compute, memory and network."""
+  """Returns lower bounds of compute, memory (the host's included) and network."""
   num_devices, sharers = mesh["data"] * mesh["fsdp"] * mesh["context"], mesh["fsdp"] * mesh["context"]
   tokens, text, sentence = config.rows.num_tokens, config.rows.num_text_tokens, 4 * clip_tokens(config)
   sentences = max(tokens / sentence, 1)
@@ -200,6 +216,9 @@ def _seconds(
   moved = TRAFFIC * local * shape.num_layers * (steps[0] + again) / steps[1] + passes * sizes.base
   if config.base.quantize != Quantize.NONE:  # kernels are written dequantised, and read again
     moved += passes * 2 * in_dtype
+  on_host = (passes - 1) * sizes.blocks / sharers if config.base.offload else 0.0
+  if config.model.remat == RematPolicy.OFFLOAD:
+    on_host += 2 * local * shape.num_layers
   carried = 0.0
   if sharers > 1:
     carried += passes * sizes.base * (sharers - 1) / sharers
@@ -208,4 +227,5 @@ def _seconds(
   trained = sizes.adapters if config.lora.enabled else sizes.base
   if num_devices > 1:
     carried += 2 * trained
-  return compute, moved / chip.bandwidth, carried / chip.network
+  exposed = max(on_host / HOST_BANDWIDTH - compute, 0.0)  # the device computes meanwhile
+  return compute, moved / chip.bandwidth + exposed, carried / chip.network
