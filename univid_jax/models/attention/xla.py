@@ -128,9 +128,9 @@ class XlaPieces:
 
   def forward(
     self,
-    q: Float[Array, "b g h l k"],
-    k: Float[Array, "b g h n k"],
-    v: Float[Array, "b g h n k"],
+    q: Float[Array, "b groups h l k"],
+    k: Float[Array, "b groups h n k"],
+    v: Float[Array, "b groups h n k"],
     intervals: Int[Array, "b l 2"],
     bias: Float[Array, "b n"] | None,
   ) -> Piece:
@@ -138,14 +138,14 @@ class XlaPieces:
 
   def backward(
     self,
-    q: Float[Array, "b g h l k"],
-    k: Float[Array, "b g h n k"],
-    v: Float[Array, "b g h n k"],
+    q: Float[Array, "b groups h l k"],
+    k: Float[Array, "b groups h n k"],
+    v: Float[Array, "b groups h n k"],
     intervals: Int[Array, "b l 2"],
     bias: Float[Array, "b n"] | None,
     merged: Piece,
-    d_out: Float[Array, "b g h l k"],
-  ) -> tuple[Float[Array, "b g h l k"], Float[Array, "b g h n k"], Float[Array, "b g h n k"]]:
+    d_out: Float[Array, "b groups h l k"],
+  ) -> tuple[Float[Array, "b groups h l k"], Float[Array, "b groups h n k"], Float[Array, "b groups h n k"]]:
     return self._map(_backward, (q, k, v, *merged, d_out), intervals, bias)
 
   def _map(self, function, heads, intervals: Int[Array, "b l 2"], bias: Float[Array, "b n"] | None):
