@@ -269,13 +269,8 @@ class TestGPU:
     assert code == 0, err
     return records, out
 
-  @pytest.mark.parametrize(
-    "name",
-    [
-      pytest.param(benchmark.name, marks=[] if benchmark.name == "attention" else [pytest.mark.long])
-      for benchmark in gpu.BENCHMARKS
-    ],
-  )
+  @pytest.mark.long
+  @pytest.mark.parametrize("name", [benchmark.name for benchmark in gpu.BENCHMARKS])
   def test_benchmark(self, tmp_path, capfd, monkeypatch, name):
     """Each writes its figures and a row; without the peer, as on a machine that lacks its packages."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)

@@ -44,11 +44,12 @@ def losses(workdir, changes):
 @pytest.mark.parametrize(
   "changes, others",
   [
-    ({}, [OFFLOAD, REMAT]),
+    ({}, [OFFLOAD | REMAT]),
+    pytest.param({}, [OFFLOAD, REMAT], marks=pytest.mark.long),
     pytest.param({"base.quantize": "int8"}, [OFFLOAD], marks=pytest.mark.long),
     pytest.param({"base.quantize": "nf4", "mesh.fsdp": 4}, [OFFLOAD | REMAT], marks=pytest.mark.long),
   ],
-  ids=["floats", "int8", "nf4"],
+  ids=["both", "floats", "int8", "nf4"],
 )
 def test_losses_are_the_same(tmp_path, changes, others):
   expected = losses(tmp_path / "plain", changes)
@@ -71,6 +72,7 @@ def test_matrices_of_blocks_are_in_the_memory_of_the_host(method):
     assert is_on_host(leaf) == (path[0].key == "blocks" and leaf.ndim > 2), path
 
 
+@pytest.mark.long
 def test_the_forecast_counts_them_apart():
   mesh = make_mesh({}, jax.devices()[:1])
   whole, parted = (forecast(config_of(changes), mesh) for changes in ({}, OFFLOAD))

@@ -84,6 +84,7 @@ class TestKernels:
     for ours, theirs in zip(*(jax.value_and_grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x) for f in (linear, exact))):
       assert relative_error(ours, theirs) <= 1e-6
 
+  @pytest.mark.long
   def test_adapters_get_the_gradients_over_the_dequantised_base(self, method, lora_config):
     row = packed_batch(lora_config)
     quantized = create_model(override(lora_config, {"base.quantize": str(method)}))

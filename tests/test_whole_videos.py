@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import pkgutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import av
@@ -10,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.commands import finish, start_python
 from tests.helpers import random_pipeline
 from tests.test_long_video import moving_video
 from tests.test_writer import write_video_with_sound
@@ -92,6 +96,47 @@ def test_killed_and_resumed(pipeline, clips, tmp_path, monkeypatch, carry_contex
   for path in sorted(whole.iterdir()) if whole.is_dir() else [whole]:
     assert (parts / path.name if whole.is_dir() else parts).read_bytes() == path.read_bytes()
   assert {path.name for path in parts.parent.iterdir()} == {name, f"{Path(name).stem}.json"}
+
+
+# Saves after every step instead of every half minute.
+SAMPLE = (
+  "import sys; from univid_jax import sample; from univid_jax.inference import progress_file; "
+  "progress_file.SAVE_SECONDS = 0.0; sys.exit(sample.main())"
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode, name", [("", "out.mp4"), ("--carry_context", "frames")], ids=["joint", "sequential"])
+def test_the_process_is_killed_and_the_command_repeated(clips, tmp_path, mode, name):
+  """By SIGKILL from outside, while sampling and while writing: the bytes are those of a command that runs through."""
+  a, a2, b = clips
+  flags = ("--checkpoint=small", f"--clips={a},{a2},{b}", "--steps=12", "--size=input", *filter(None, [mode]))
+
+  def start(folder: str) -> subprocess.Popen:
+    return start_python("-c", SAMPLE, *flags, f"--out={tmp_path / folder / name}")
+
+  whole = finish(start("whole"))
+  assert whole.returncode == 0, whole.stderr
+  rng, kills, result = np.random.default_rng(0), 0, tmp_path / "parts" / name
+  state, saved = result.with_name(f"{name}.state.npz"), 0
+  while kills < 3:
+    process = start("parts")
+    while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == saved):
+      time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.3))
+    if process.poll() is not None:
+      break
+    process.kill()
+    assert finish(process).returncode == -signal.SIGKILL and not result.exists()
+    kills, saved = kills + 1, state.stat().st_mtime_ns
+  assert kills >= 2
+  done = finish(start("parts")) if process.returncode else finish(process)
+  assert done.returncode == 0, done.stderr
+  paths = sorted((tmp_path / "whole").rglob("*.png" if name == "frames" else name))
+  assert len(paths) == (50 if name == "frames" else 1)
+  for path in paths:
+    assert (tmp_path / "parts" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
+  assert {path.name for path in result.parent.iterdir()} == {name, f"{Path(name).stem}.json"}
 
 
 def _fail_after(patch: pytest.MonkeyPatch, place: str, calls: int) -> None:
