@@ -44,8 +44,9 @@ def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
     base = PretrainedCheckpoint.open(config.init_from)
     return nnx.graphdef(module), base.load_arrays(trained_component(config), abstract)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(create(), nnx.Param)), out_shardings=shardings)
-  return nnx.graphdef(module), init()
+  on_devices = jax.tree.map(lambda x: x.with_memory_kind(None), shardings)
+  init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(create(), nnx.Param)), out_shardings=on_devices)
+  return nnx.graphdef(module), jax.device_put(init(), shardings)
 
 
 def expert_configs(config: RunConfig) -> list[RunConfig]:

@@ -10,12 +10,21 @@ from univid_jax.core.errors import UserError
 
 # JAX's name of memory of the host that devices can copy from while they compute.
 KIND = "pinned_host"
+# Of JAX, that can use it on several devices.
+FIRST_VERSION = (0, 10, 2)
 
 Tree = TypeVar("Tree")
 
 
 def require_host_memory(mesh: Mesh, key: str) -> None:
-  """Raises UserError, which names the key of a config that needs it, if a mesh's devices have no memory of the host."""
+  """Checks that the devices of a mesh can use the memory of the host.
+
+  Raises:
+    UserError: they cannot; the message names the key of a config that needs it.
+  """
+  if mesh.size > 1 and jax.__version_info__ < FIRST_VERSION:  # its partitioner fails
+    needed = ".".join(map(str, FIRST_VERSION))
+    raise UserError(f"{key} on several devices needs JAX {needed}, this is {jax.__version__}")
   device = mesh.devices.flat[0]
   if KIND not in {memory.kind for memory in device.addressable_memories()}:
     raise UserError(f"{key} needs devices that copy from the host's memory while they compute: {device} cannot")
