@@ -159,11 +159,22 @@ class TestPeers:
       time.sleep(0.01)
     return result
 
+  def read_store(self, peers):
+    """Waits until `peers` knows everything that is in the store now."""
+    finished = peers._exchanges + 1  # the current exchange may have read before now
+
+    def has_read():
+      peers._wake.set()
+      return peers._exchanges > finished
+
+    self.wait_for(has_read)
+
   def test_a_silent_process_is_named_after_the_heartbeat(self, pair):
     first, second = pair
     self.wait_for(lambda: "1" in first._beats)
     assert first.find_dead(3600) is None and second.find_dead(3600) is None
     second.stop()
+    self.read_store(first)
     first.find_dead(0)
     assert first.find_dead(9) is None
     message = first.find_dead(1.5)
@@ -176,6 +187,7 @@ class TestPeers:
     first.post("suspicion")
     self.wait_for(lambda: "suspicion" in second.events)
     second.stop()
+    self.read_store(first)
     first.find_dead(0)
     assert first.find_dead(4) is None and "process 1" in first.find_dead(2)
 
