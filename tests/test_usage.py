@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -16,7 +17,9 @@ from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.tensor_files import save_safetensors
 from univid_jax.checkpoints.usage import Usage, merge_usages
+from univid_jax.cli.flags import CommandFlags
 from univid_jax.cli.sampling import task_prompt
+from univid_jax.cli.sampling_flags import SamplingFlags
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.convert.commands import convert_any, inspect
@@ -28,6 +31,7 @@ from univid_jax.parallel.mesh import make_mesh
 USAGE = Usage(
   attention=Attention.CONTEXT_CAUSAL,
   shift=3.5,
+  num_inference_steps=3,
   sizes=((32, 48), (48, 32)),
   num_frames=9,
   fit=ClipFit.PAD,
@@ -66,7 +70,7 @@ def test_every_format_carries_it_and_hands_it_on(tmp_path, name):
   again = read_lora(write(tmp_path / "again", read, "comfyui"))
   assert again.usage == USAGE
   shown = inspect(str(path))
-  for line in ("attention: context_causal", "shift: 3.5", "sizes: 32x48 48x32", "num_frames: 9", "fit: pad", "fps: 8"):
+  for line in ("attention: context_causal", "shift: 3.5", "num_inference_steps: 3", "sizes: 32x48 48x32", "num_frames: 9", "fit: pad", "fps: 8"):
     assert f"  {line}\n" in f"{shown}\n"
 
 
@@ -77,6 +81,7 @@ def test_it_is_that_of_the_run():
   assert usage == dataclasses.replace(
     USAGE,
     shift=2.0,
+    num_inference_steps=2,
     sizes=((32, 32), (64, 16)),
     num_frames=5,
     fps=0.0,
@@ -106,6 +111,7 @@ class TestSampling:
     assert pipeline.clip_format == ClipFormat(
       size=(32, 48), num_frames=9, fit=ClipFit.PAD, fps=8.0, buckets=((48, 32),)
     )
+    assert [len(pipeline.plan(**options).sigmas) for options in ({}, {"num_inference_steps": 5}, {"solver": "distilled"})] == [3, 5, 4]
     assert "was trained on other base weights (tiny)" in caplog.text
     clips = [np.full((1, 16, 16, 3), shade, np.uint8) for shade in (10, 100, 200)]
     sample = {shift: pipeline.sample(clips, num_inference_steps=2, shift=shift).latents for shift in (None, 3.5, 5.0)}
@@ -133,6 +139,8 @@ class TestSampling:
     ("attention", "magic"),
     ("shift", "0"),
     ("shift", "nan"),
+    ("num_inference_steps", "0"),
+    ("num_inference_steps", "many"),
     ("sizes", "4x"),
     ("sizes", ""),
     ("num_frames", "8"),
@@ -175,3 +183,12 @@ def test_prompts_of_tasks():
   assert "camera motion" in task_prompt("camera_movement", {})
   with pytest.raises(UserError, match=r"--task=camera_movment is not known: did you mean 'camera movement'\?"):
     task_prompt("camera_movment", trained)
+
+
+def test_a_task_that_was_trained_without_a_prompt_changes_nothing_and_says_so(caplog):
+  caplog.set_level("INFO")
+  command = CommandFlags(None)
+  flags = SamplingFlags(command, clips_required=False)
+  command.parse(["univid-sample", "--checkpoint=x", "--task=edges"])
+  pipeline = types.SimpleNamespace(usage=dataclasses.replace(USAGE, prompts={"edges": ""}))
+  assert flags.choose_prompt(pipeline) == "" and "--task=edges changes nothing" in caplog.text

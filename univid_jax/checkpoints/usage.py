@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import MAX_POSITION
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ClipFit, ContextTimestep, Quantize
+from univid_jax.core.options import MAX_STEPS, Attention, ClipFit, ContextTimestep, Quantize
 
 # The entry that identifies files of this project; those of others may use the same names for other things.
 SOFTWARE = "software"
@@ -23,6 +23,7 @@ class Usage:
     context_timestep: see `ContextTimestep`; AUTO if it is not known.
     clip_gap: see `ModelConfig`.
     shift: of the noise levels toward noise.
+    num_inference_steps: of evaluation.
     sizes: (height, width) in pixels: the size of clips, then the other buckets.
     num_frames: of a video.
     fit, fps: see `DataConfig`.
@@ -37,6 +38,7 @@ class Usage:
   context_timestep: ContextTimestep = ContextTimestep.AUTO
   clip_gap: int = 0
   shift: float = 5.0
+  num_inference_steps: int = 50
   sizes: tuple[tuple[int, int], ...] = ((480, 832),)
   num_frames: int = 17
   fit: ClipFit = ClipFit.CROP
@@ -66,6 +68,7 @@ class Usage:
       expert=expert,
       clip_gap=config.model.clip_gap,
       shift=config.flow.shift,
+      num_inference_steps=config.eval.num_inference_steps,
       sizes=data.sizes,
       num_frames=data.num_frames,
       fit=data.fit,
@@ -83,6 +86,7 @@ class Usage:
       "context_timestep": str(self.context_timestep),
       "clip_gap": str(self.clip_gap),
       "shift": f"{self.shift:g}",
+      "num_inference_steps": str(self.num_inference_steps),
       "sizes": " ".join(f"{height}x{width}" for height, width in self.sizes),
       "num_frames": str(self.num_frames),
       "fit": str(self.fit),
@@ -152,7 +156,7 @@ def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, lis
           f"sample, or {field}= of load_pipeline"
         )
     prompts = {**usage.prompts, **prompts}
-    for field in ("clip_gap", "shift", "sizes", "num_frames", "fit", "fps"):
+    for field in ("clip_gap", "shift", "num_inference_steps", "sizes", "num_frames", "fit", "fps"):
       values = [getattr(each, field) for each in (chosen, usage)]
       if values[0] != values[1]:
         notes.append(f"{first} was trained with {field} {values[0]}, which is used, and {name} with {values[1]}")
@@ -190,6 +194,13 @@ def _parse_shift(text: str) -> float:
   return shift
 
 
+def _parse_steps(text: str) -> int:
+  count = int(text)
+  if not 1 <= count <= MAX_STEPS:
+    raise ValueError(f"it must be from 1 to {MAX_STEPS}")
+  return count
+
+
 def _parse_fps(text: str) -> float:
   fps = float(text)
   if not 0 <= fps < 10_000:
@@ -215,6 +226,7 @@ _PARSERS = {
   "context_timestep": ContextTimestep,
   "clip_gap": _parse_clip_gap,
   "shift": _parse_shift,
+  "num_inference_steps": _parse_steps,
   "sizes": _parse_sizes,
   "num_frames": _parse_num_frames,
   "fit": ClipFit,

@@ -84,11 +84,11 @@ class Page:
       with gr.Row(equal_height=False):
         with gr.Column(min_width=340):
           files, viewers = self._build_clips()
-          gallery = self._build_examples()
           choice = self._build_choice()
           with gr.Row():
             button = gr.Button("Sample B'", variant="primary", size="lg", scale=3)
             stop = gr.Button("Stop", size="lg", scale=1, min_width=80)
+          gallery = self._build_examples()
         with gr.Column(min_width=340):
           outputs = self._build_result()
       for file, viewer in zip(files, viewers):
@@ -130,7 +130,7 @@ class Page:
       with gr.Row(visible=takes_prompts):
         task = gr.Dropdown([("no prompt", ""), *known_prompts(pipeline.usage.prompts)], value="", label="Task prompt")
         prompt = gr.Textbox("", label="or one of your own", max_lines=3)
-      steps = gr.Slider(1, 100, value=50, step=1, label="Steps", interactive=not first.accelerated)
+      steps = gr.Slider(0, 100, value=0, step=1, label="Steps (0: the model's own)", interactive=not first.accelerated)
       with gr.Row():
         seed = gr.Number(value=0, precision=0, minimum=-MAX_SEED - 1, maximum=MAX_SEED, label="Seed", min_width=80)
         frames = gr.Number(value=0, precision=0, minimum=0, label="Frames (0: as A')", min_width=80)
@@ -187,7 +187,7 @@ def _choose(
     checkpoint=checkpoint,
     lora_weights=weights,
     accelerated=accelerated,
-    steps=int(steps),
+    steps=int(steps) or None,
     task=task or "",
     prompt=(prompt or "").strip(),
     num_frames=int(frames or 0) or None,

@@ -1,5 +1,6 @@
 """The flags that say what is sampled and how, for the commands that do it."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from univid_jax.cli.flags import CommandFlags, UsageError
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
   from univid_jax.checkpoints.origin import Origin
   from univid_jax.data.clips import ClipFormat
   from univid_jax.inference.accelerate import AcceleratorLoRAs
+
+log = logging.getLogger(__name__)
 
 
 class SamplingFlags:
@@ -63,7 +66,7 @@ class SamplingFlags:
   def _define_steps(self, command: CommandFlags) -> None:
     help_text = "euler (default) is the reference's; unipc needs fewer steps; distilled has the four of distillations."
     self._solver = command.choice("solver", None, ["euler", "unipc", "distilled"], help_text)
-    help_text = "Sampling steps; default: 50, or those of the solver."
+    help_text = "Sampling steps; default: those of the model's evaluation (50 for Wan), or of the solver."
     self._steps = command.integer("steps", None, help_text, lower_bound=1, upper_bound=MAX_STEPS)
     help_text = "The noise level before each Euler step, descending within (0, 1], instead of --steps and --shift."
     self._sigmas = command.strings("sigmas", [], help_text)
@@ -132,9 +135,12 @@ class SamplingFlags:
   def choose_prompt(self, pipeline: "Pipeline") -> str:
     from univid_jax.cli import sampling
 
-    if self.task.value is not None:
-      return sampling.task_prompt(self.task.value, pipeline.usage.prompts)
-    return self.prompt.value or ""
+    if self.task.value is None:
+      return self.prompt.value or ""
+    prompt = sampling.task_prompt(self.task.value, pipeline.usage.prompts)
+    if not prompt:
+      log.info("--task=%s changes nothing: the model was trained on this task without a prompt", self.task.value)
+    return prompt
 
   def choose_format(self, pipeline: "Pipeline") -> "ClipFormat":
     """Returns the form in which clips are read."""

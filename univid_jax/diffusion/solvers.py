@@ -88,12 +88,11 @@ class UniPC:
 
 
 SOLVERS: Mapping[str, Solver[Any]] = {"euler": Euler(), "unipc": UniPC(), "distilled": Distilled()}
-DEFAULT_STEPS = 50
 
 
-def default_steps(solver: Solver[Any]) -> int:
-  """Returns the number of steps of a solver unless another is asked for."""
-  return len(solver.places) if isinstance(solver, Distilled) else DEFAULT_STEPS
+def fixed_steps(solver: Solver[Any]) -> int | None:
+  """Returns the number of steps of a solver that has one of its own."""
+  return len(solver.places) if isinstance(solver, Distilled) else None
 
 
 def check_sigmas(sigmas: Sequence[float], solver: Solver[Any]) -> Float[np.ndarray, "i"]:

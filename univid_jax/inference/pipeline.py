@@ -183,7 +183,8 @@ class Pipeline(EncodingPipeline):
       clips: the context in order (A, A', B and so on, an odd number), uint8 (T, H, W, 3), all of one size.
       prompt: its text; "" is the null prompt.
       num_frames: of the generated clip, 4n + 1; None infers it as contexts I to IV do.
-      num_inference_steps: steps of the solver; None takes 50, or the 4 of "distilled".
+      num_inference_steps: steps of the solver; None takes those of the model's evaluation, 50 for Wan's bases,
+        or the 4 of "distilled".
       guidance_scale: None and 1 are no guidance; two numbers are those of the experts, low and high noise.
       negative_prompt: what guidance moves away from.
       shift: of the noise levels toward noise; None takes that of training, which is 5 in the paper.
@@ -274,7 +275,8 @@ class Pipeline(EncodingPipeline):
   def plan(self, num_inference_steps: int | None = None, **options: Any) -> SamplingPlan:
     """Returns the plan for options of `sample`, see `SamplingPlan.of`."""
     options["num_inference_steps"] = num_inference_steps
-    return SamplingPlan.of(self.accelerator, default_shift=self.usage.shift, **options)
+    defaults = {"default_shift": self.usage.shift, "default_steps": self.usage.num_inference_steps}
+    return SamplingPlan.of(self.accelerator, **defaults, **options)
 
   def make_job(
     self,

@@ -12,7 +12,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import Solver
 from univid_jax.diffusion.accelerators import Accelerator
 from univid_jax.diffusion.flow import FlowMatching
-from univid_jax.diffusion.solvers import check_sigmas, default_steps, find_solver
+from univid_jax.diffusion.solvers import check_sigmas, find_solver, fixed_steps
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 
 
@@ -40,6 +40,7 @@ class SamplingPlan:
     accelerator: Accelerator | None = None,
     *,
     default_shift: float = 5.0,
+    default_steps: int = 50,
     num_inference_steps: int | None = None,
     guidance_scale: float | Sequence[float] | None = None,
     shift: float | None = None,
@@ -52,7 +53,7 @@ class SamplingPlan:
 
     Args:
       accelerator: of the model, if it has one. It decides everything: other values are refused.
-      default_shift: that of training.
+      default_shift, default_steps: those of training and its evaluation; some solvers have steps of their own.
       num_inference_steps, guidance_scale, shift, solver, sigmas, guidance_range, step_cache: see `Pipeline.sample`.
 
     Raises:
@@ -78,7 +79,8 @@ class SamplingPlan:
           raise UserError(f"sigmas replace {name}: leave one of them out")
       levels = check_sigmas(sigmas, solver)
     else:
-      levels = _make_sigmas(solver, num_inference_steps, default_shift if shift is None else shift)
+      steps = fixed_steps(solver) or default_steps if num_inference_steps is None else num_inference_steps
+      levels = _make_sigmas(solver, steps, default_shift if shift is None else shift)
     return cls(
       solver=solver,
       sigmas=levels,
@@ -117,10 +119,10 @@ class SamplingPlan:
     return None if np.all(computed) else np.stack(computed)
 
 
-def _make_sigmas(solver: Solver[Any], num_steps: int | None, shift: float) -> Float[np.ndarray, "i"]:
+def _make_sigmas(solver: Solver[Any], num_steps: int, shift: float) -> Float[np.ndarray, "i"]:
   if not shift > 0:
     raise UserError(f"the shift of the noise levels must be positive, got {shift}")
-  return solver.sigmas(FlowMatching(shift=shift), default_steps(solver) if num_steps is None else num_steps)
+  return solver.sigmas(FlowMatching(shift=shift), num_steps)
 
 
 def _check_range(levels: Sequence[float] | None, scale: float | Sequence[float] | None) -> tuple[float, float]:
