@@ -93,6 +93,13 @@ def test_differences_name_keys():
   assert list(differences(tiny(), changed)) == [("model.dim", 128, 64), ("seed", 0, 3)]
 
 
+def test_a_task_that_an_earlier_version_lacked_differs_unless_its_weight_is_0():
+  config = tiny()
+  earlier = {name: weight for name, weight in config.data.tasks.items() if name not in ("scribble", "invert")}
+  before = dataclasses.replace(config, data=dataclasses.replace(config.data, tasks=earlier))
+  assert list(differences(before, config)) == [("data.tasks.invert", None, 1.0)]
+
+
 def test_sections_are_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     tiny().model.dim = 3  # pyright: ignore[reportAttributeAccessIssue]

@@ -59,11 +59,14 @@ def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def differences(before: RunConfig, after: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-  """Yields (key, value before, value after) for every value that differs, in the order of keys."""
+  """Yields (key, value before, value after) for every value that differs, in the order of keys.
+
+  A weight of 0 equals none, as of a task that an earlier version did not have.
+  """
   values = [dict(_leaves(to_json(config))) for config in (before, after)]
   for key in sorted(values[0].keys() | values[1].keys()):
     old, new = (each.get(key) for each in values)
-    if old != new:
+    if old != new and not (None in (old, new) and 0 in (old, new)):
       yield key, old, new
 
 

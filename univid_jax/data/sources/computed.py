@@ -32,7 +32,7 @@ class ComputedSentences:
     clips: natural clips; those of one sentence differ if there are enough.
     tasks: weights by name.
     contexts: weights by name.
-    animating_contexts: the same for tasks that make a video of an image, such as camera movement.
+    animating_contexts: the same for tasks that make a video of an image: camera movement, fade.
     num_frames: of a video clip, 4n + 1.
     size: height and width of every clip in pixels.
     num_clips: weights by number of clips in a sentence.
@@ -263,7 +263,10 @@ def open_computed(config: RunConfig, split: Split, *, seed: int) -> ComputedSent
 def computed_identity(config: RunConfig, sentences: ComputedSentences) -> str:
   """Identifies everything that determines the computed clips of a config."""
   data = config.data
-  weights = [sort_weights(each) for each in (data.tasks, data.contexts, data.animating_contexts)]
+  weights = [
+    {name: weight for name, weight in sort_weights(each).items() if weight}
+    for each in (data.tasks, data.contexts, data.animating_contexts)
+  ]
   options = (data.height, data.width, data.num_frames, data.fps, data.reverse_probability, data.bundled, data.jitter)
   hashes = [clip.file.identify() for folder in sentences.folders for clip in folder.clips]
   return repr((COMPUTING_VERSION, config.seed, weights, sort_weights(data.shots), options, hashes))
