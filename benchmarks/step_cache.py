@@ -145,7 +145,8 @@ def main() -> None:
     for threshold in map(float, THRESHOLDS.value):
       cache = StepCache(ratios=measurement.table, threshold=threshold, max_skip=MAX_SKIP.value)
       plan = dataclasses.replace(pipeline.plan(**dense), step_cache=cache)
-      computed = plan.computed_steps([0] * STEPS.value, plan.guided_steps() & (GUIDANCE_SCALE.value != 1))
+      experts = [pipeline.experts.find(sigma) for sigma in plan.sigmas.tolist()]
+      computed = plan.computed_steps(experts, plan.guided_steps() & (GUIDANCE_SCALE.value != 1))
       share = 1.0 if computed is None else float(computed[: len(measurement.table)].mean())
       name = f"{attention}, threshold {threshold:g}"
       figures[name] = {"computed": round(share, 2), **race(pipeline, clips, dense, {**dense, "step_cache": cache})}

@@ -76,13 +76,20 @@ def test_contradictions_are_refused(options, message):
 
 
 @pytest.mark.parametrize(
-  "name, value", [("num_inference_steps", 50), ("guidance_scale", 5.0), ("solver", "unipc"), ("sigmas", [1.0, 0.5])]
+  "name, value",
+  [
+    ("num_inference_steps", 50),
+    ("guidance_scale", 5.0),
+    ("solver", "unipc"),
+    ("sigmas", [1.0, 0.5]),
+    ("guidance_scale", (1.0, 2.0)),
+  ],
 )
 def test_what_contradicts_an_accelerator_is_refused(name, value):
   kind = KINDS["lightx2v"]
   with pytest.raises(UserError, match=f"{name} contradicts the accelerator lightx2v, which has"):
     SamplingPlan.of(kind, **{name: value})
-  plan = SamplingPlan.of(kind, default_shift=12.0, num_inference_steps=4, solver="distilled")
+  plan = SamplingPlan.of(kind, default_shift=12.0, num_inference_steps=4, solver="distilled", guidance_scale=[1.0])
   assert plan.sigmas.tolist() == SamplingPlan.of(solver="distilled").sigmas.tolist() and plan.guidance_scale == 1
 
 

@@ -24,7 +24,7 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.convert.commands import convert_any, inspect
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ClipFit
+from univid_jax.core.options import Attention, ClipFit, Quantize
 from univid_jax.data.clips import ClipFormat
 from univid_jax.parallel.mesh import make_mesh
 
@@ -35,7 +35,7 @@ USAGE = Usage(
   sizes=((32, 48), (48, 32)),
   num_frames=9,
   fit=ClipFit.PAD,
-  fps=8.0,
+  fps=24000 / 1001,
   base_model="tiny",
   base_checksum="abc",
   prompts={"depth map": 'a "prompt", ü', "edges": ""},
@@ -70,7 +70,15 @@ def test_every_format_carries_it_and_hands_it_on(tmp_path, name):
   again = read_lora(write(tmp_path / "again", read, "comfyui"))
   assert again.usage == USAGE
   shown = inspect(str(path))
-  for line in ("attention: context_causal", "shift: 3.5", "num_inference_steps: 3", "sizes: 32x48 48x32", "num_frames: 9", "fit: pad", "fps: 8"):
+  for line in (
+    "attention: context_causal",
+    "shift: 3.5",
+    "num_inference_steps: 3",
+    "sizes: 32x48 48x32",
+    "num_frames: 9",
+    "fit: pad",
+    "fps: 23.976023976023978",
+  ):
     assert f"  {line}\n" in f"{shown}\n"
 
 
@@ -109,9 +117,11 @@ class TestSampling:
     pipeline = self.load(base, write(tmp_path / "lora", make_lora(), "diffusers"))
     assert pipeline.attention == "context_causal" and pipeline.size == (32, 48) and pipeline.num_frames == 9
     assert pipeline.clip_format == ClipFormat(
-      size=(32, 48), num_frames=9, fit=ClipFit.PAD, fps=8.0, buckets=((48, 32),)
+      size=(32, 48), num_frames=9, fit=ClipFit.PAD, fps=24000 / 1001, buckets=((48, 32),)
     )
-    assert [len(pipeline.plan(**options).sigmas) for options in ({}, {"num_inference_steps": 5}, {"solver": "distilled"})] == [3, 5, 4]
+    assert [
+      len(pipeline.plan(**options).sigmas) for options in ({}, {"num_inference_steps": 5}, {"solver": "distilled"})
+    ] == [3, 5, 4]
     assert "was trained on other base weights (tiny)" in caplog.text
     clips = [np.full((1, 16, 16, 3), shade, np.uint8) for shade in (10, 100, 200)]
     sample = {shift: pipeline.sample(clips, num_inference_steps=2, shift=shift).latents for shift in (None, 3.5, 5.0)}
@@ -127,6 +137,12 @@ class TestSampling:
     assert self.load(base, first, second, attention="full").attention == "full"
     assert self.load(base, foreign, first).attention == "context_causal"
     assert self.load(base, foreign).usage == self.load(base).usage == Usage()
+    nf4 = write(tmp_path / "nf4", make_lora(dataclasses.replace(USAGE, base_quantize=Quantize.NF4)), "diffusers")
+    self.load(base, nf4)
+    assert "was trained on a base in nf4, this one is in none" in caplog.text
+    caplog.clear()
+    self.load(base, nf4, quantize="nf4")
+    assert "in nf4" not in caplog.text
     usages = [("a", USAGE), ("b", dataclasses.replace(USAGE, shift=5.0, prompts={"edges": "z", "new": "w"}))]
     merged, notes = merge_usages(usages)
     assert notes == ["a was trained with shift 3.5, which is used, and b with 5.0"]

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import shutil
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ from univid_jax.data.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import timestep_table
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
-from univid_jax.inference.experts import Experts, Transformer
+from univid_jax.inference.experts import Experts, OffloadedParams, Transformer
 from univid_jax.inference.jobs import pack_single
 from univid_jax.models.variants import VARIANTS, DiTConfig
 from univid_jax.parallel.mesh import make_mesh
@@ -389,6 +390,28 @@ class TestExperts:
     assert relative_error(swapped.latents, out.latents) > 1e-3
     with pytest.raises(UserError, match="guidance_scale must be one number, or two for low and high noise, got 3"):
       pipe.sample(clips, guidance_scale=(3.0, 4.0, 5.0), **options)
+
+  @pytest.mark.parametrize("kind", ["one sentence", "a whole video"])
+  def test_an_inactive_expert_leaves_the_devices_before_the_other_comes(self, experts, monkeypatch, kind):
+    pipe = univid_jax.load_pipeline(experts[1], dtype="float32", offload_inactive=True, mesh=one_device())
+    loaded, load = [], OffloadedParams.load
+
+    def load_alone(params):
+      assert all(reference() is None for reference in loaded)
+      arrays = load(params)
+      loaded.extend(map(weakref.ref, jax.tree.leaves(arrays)))
+      return arrays
+
+    monkeypatch.setattr(OffloadedParams, "load", load_alone)
+    options = {"num_inference_steps": 2, "solver": "unipc", "shift": 5.0}
+    assert [pipe.experts.find(sigma) for sigma in pipe.plan(**options).sigmas.tolist()] == [0, 1]
+    clips = [np.full((5, 32, 48, 3), shade, np.uint8) for shade in (10, 100, 200)]
+    if kind == "one sentence":
+      pipe.sample(clips, **options)
+    else:
+      clips[2] = np.full((9, 32, 48, 3), 200, np.uint8)
+      list(pipe.sample_video(clips[:2], clips[2], num_frames=5, **options))
+    assert len(loaded) == 2 * len(jax.tree.leaves(pipe.experts.transformers[0].params.values))
 
   def test_the_largest_timestep_selects_the_expert(self, experts, tmp_path):
     release = experts[0]

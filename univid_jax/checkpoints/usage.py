@@ -18,6 +18,8 @@ SOFTWARE_NAME = "univid_jax"
 class Usage:
   """What sampling takes from training unless something else is asked for; the defaults are the paper's.
 
+  Of the base it only reports what differs.
+
   Attributes:
     attention: see `Attention`.
     context_timestep: see `ContextTimestep`; AUTO if it is not known.
@@ -85,12 +87,12 @@ class Usage:
       "attention": str(self.attention),
       "context_timestep": str(self.context_timestep),
       "clip_gap": str(self.clip_gap),
-      "shift": f"{self.shift:g}",
+      "shift": _format(self.shift),
       "num_inference_steps": str(self.num_inference_steps),
       "sizes": " ".join(f"{height}x{width}" for height, width in self.sizes),
       "num_frames": str(self.num_frames),
       "fit": str(self.fit),
-      "fps": f"{self.fps:g}",
+      "fps": _format(self.fps),
       "base_model": self.base_model,
       "base_checksum": self.base_checksum,
       "prompts": json.dumps(self.prompts, ensure_ascii=False),
@@ -161,6 +163,11 @@ def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, lis
       if values[0] != values[1]:
         notes.append(f"{first} was trained with {field} {values[0]}, which is used, and {name} with {values[1]}")
   return dataclasses.replace(chosen, prompts=prompts), notes
+
+
+def _format(number: float) -> str:
+  """Returns the shortest text that is read as the same number: 8, 0.1, 23.976023976023978."""
+  return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:

@@ -5,7 +5,9 @@ not grow with the video.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -110,38 +112,37 @@ class JointSampler:
     solver, sigmas = plan.solver, plan.sigmas
     scales, coefficients = experts.guidance_scales(plan.guidance_scale), solver.coefficients(sigmas)
     guided = plan.guided_steps() & (len(joint.template) > 1)
-    state = solver.init(noise.reshape(1, -1, noise.shape[-1]))
-    first, state = _restore(saved, state)
-    loaded: tuple[int, Any] | None = None
-    for i in range(first, len(sigmas)):
-      index = experts.find(float(sigmas[i]))
-      if loaded is None or loaded[0] != index:
-        loaded = None  # an offloaded expert must leave its devices before the other one comes
-        loaded = index, experts.load(index)
-      call = self._caller(experts, loaded, sigma=sigmas[i], scale=np.float32(scales[index]))
+    shape = noise.shape
 
-      def predict(tokens, sigma, i=i, call=call):
-        del sigma
-        out = np.zeros_like(noise)
-        parts = self._predict(joint, tokens.reshape(noise.shape), call, guided=bool(guided[i]))
-        for count, (window, velocity) in enumerate(parts, start=1):
-          joint.add(window, velocity, into=out)
-          if progress is not None:
-            progress(i * len(joint.queries) + count)
-        return out.reshape(tokens.shape)
+    def advance(state: Any, steps: Iterable[int], index: int) -> Any:
+      # The parameters must have no other reference: an offloaded expert leaves its devices when this returns.
+      call = functools.partial(self._velocity, experts.transformers[index].graph, experts.load(index))
+      for i in steps:
+        scale = np.float32(scales[index])
 
-      state = solver.step(predict, state, np.asarray(sigmas[i]), coefficients[i])
-      if saved is not None and (i + 1 == len(sigmas) or saved.is_due()):
-        saved.save({"step": np.array(i + 1), **_name_leaves(state)})
-    return np.asarray(solver.tokens(state)).reshape(noise.shape)
+        def predict(tokens, sigma, i=i, scale=scale):
+          out = np.zeros(shape, np.float32)
+          velocities = self._predict(
+            joint,
+            tokens.reshape(shape),
+            lambda rows, noised: gather_arrays(call(rows, noised, sigma, scale)),
+            guided=bool(guided[i]),
+          )
+          for count, (window, velocity) in enumerate(velocities, start=1):
+            joint.add(window, velocity, into=out)
+            if progress is not None:
+              progress(i * len(joint.queries) + count)
+          return out.reshape(tokens.shape)
 
-  def _caller(self, experts: Experts, loaded: tuple[int, Any], **values: Any) -> Callable[..., np.ndarray]:
-    """Returns the velocity as a function of rows and noised tokens."""
-    index, params = loaded
-    graph = experts.transformers[index].graph
-    return lambda rows, tokens: gather_arrays(
-      self._velocity(graph, params, rows, tokens, values["sigma"], values["scale"])
-    )
+        state = solver.step(predict, state, np.asarray(sigmas[i]), coefficients[i])
+        if saved is not None and (i + 1 == len(sigmas) or saved.is_due()):
+          saved.save({"step": np.array(i + 1), **_name_leaves(state)})
+      return state
+
+    first, state = _restore(saved, solver.init(noise.reshape(1, -1, shape[-1])))
+    for index, steps in itertools.groupby(range(first, len(sigmas)), lambda i: experts.find(float(sigmas[i]))):
+      state = advance(state, steps, index)
+    return np.asarray(solver.tokens(state)).reshape(shape)
 
   def _predict(
     self,

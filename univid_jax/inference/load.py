@@ -165,7 +165,9 @@ def _load_base(
   """Loads the transformers of a converted checkpoint one after another, and returns how their LoRAs are run."""
   selected = select_loras(loras, base.experts)
   pairs = list(zip(base.transformers, selected, strict=True))
-  usage = lora_usage([(each, base.checksum(name)) for name, part in pairs for each in part], given) or base.usage
+  quantize = {base.quantization(name, options["quantize"]) for name in base.transformers}
+  checksums = [(each, base.checksum(name)) for name, part in pairs for each in part]
+  usage = lora_usage(checksums, given, quantize=quantize.pop()) or base.usage
   config = base.config("transformer")
   if usage is None and len(pairs) > 1 and not config.takes_condition:
     usage = Usage(shift=A14B_SHIFT)

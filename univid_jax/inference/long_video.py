@@ -94,12 +94,14 @@ class VideoSample:
       raise UserError(f"the context must be an odd number of clips (A, A', B), got {len(examples) + 1}")
     if plan.step_cache is not None and not carry_context:
       raise UserError("windows that advance together have no step cache: use carry_context, or give num_frames")
+    if pipeline.config.takes_condition and not examples:
+      raise UserError("windows of an I2V base share the first frame of A: add an example pair, or give num_frames")
     first = query.read(0, 1)
     sizes = {clip.shape[1:3] for clip in (*examples, first)}
     if len(sizes) > 1:
       raise UserError(f"all clips must have the same size, got {sorted(sizes)}")
     self._pipeline, self._examples, self._query, self._embeds = pipeline, examples, query, embeds
-    self._first_clip = examples[0] if examples else first
+    self._first_clip = examples[0] if examples else first  # only an I2V base looks at it
     self._plan, self._seed, self._saved, self._progress = plan, seed, saved, progress
     self._carry_context = carry_context
     self._shape = pipeline.latent_shape((window_frames, *first.shape[1:3]))

@@ -12,7 +12,7 @@ from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.trained import is_lora_run, read_run_loras
 from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import TrainedExpert
+from univid_jax.core.options import Quantize, TrainedExpert
 
 LoRASpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 LoRASpecs = LoRASpec | Sequence[LoRASpec]
@@ -135,15 +135,23 @@ def find_lora_expert(lora: LoRAWeights) -> str:
   return named_expert(lora.source) or ""
 
 
-def lora_usage(loras: Sequence[tuple[LoRA, str]], given: Mapping[str, str | None]) -> Usage | None:
+def lora_usage(
+  loras: Sequence[tuple[LoRA, str]], given: Mapping[str, str | None], *, quantize: Quantize = Quantize.NONE
+) -> Usage | None:
   """Returns how LoRAs on a base are run, and logs where they disagree with each other or with the base.
 
   Args:
     loras: some of which may not say how they were trained; each with the checksum of its transformer.
     given: what was asked for instead of what the LoRAs say, by field of `Usage`; None if it was not.
+    quantize: how the base is quantised.
   """
   known = [(lora.weights.source, usage, checksum) for lora, checksum in loras if (usage := lora.weights.usage)]
   notes = [describe_mismatch(usage, checksum, source=source) for source, usage, checksum in known]
+  notes += [
+    f"{source} was trained on a base in {usage.base_quantize}, this one is in {quantize}: --quantize= chooses"
+    for source, usage, _ in known
+    if usage.base_quantize not in (Quantize.NONE, quantize)
+  ]
   usages = [(source, usage) for source, usage, _ in known]
   asked = {name for name, value in given.items() if value is not None}
   if "attention" in asked:  # which decides about the timestep, too

@@ -138,6 +138,6 @@ def _check_range(levels: Sequence[float] | None, scale: float | Sequence[float] 
 def _check_accelerator(accelerator: Accelerator, given: dict[str, Any]) -> None:
   for name, value in given.items():
     fixed = getattr(accelerator, name, None)
-    if value is not None and value != fixed:
+    if value is not None and (fixed is None or not np.all(np.asarray(value) == fixed)):
       has = f"{name} = {fixed}" if fixed is not None else "a few steps of its own"
       raise UserError(f"{name} contradicts the accelerator {accelerator.name}, which has {has}: leave it out")

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 # attention twice.
 OUTPUT_NAME = "attention"
 
-# The output of some queries (..., l, k) and its normalizers (..., l, 1), both float32 unless there is one piece.
+# The output of some queries (..., l, k), in float32 or the dtype of v, and its normalizers (..., l, 1), in float32.
 Piece = tuple[Float[Array, "... l c"], Float[Array, "... l 1"]]
 
 
