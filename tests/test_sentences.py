@@ -98,15 +98,6 @@ class TestTasks:
     steps = [np.abs(video[i] - image[0]).mean() for i in range(5)]
     assert steps[1] > 0.01 and steps[4] > steps[1]
 
-  def test_fade_starts_with_the_picture_and_ends_in_the_colour(self):
-    image, color = np.full((1, 2, 4, 3), 0.5, np.float32), np.array([1, 0, 0.5], np.float32)
-    video = TASKS["fade"].apply(image, color=color.tolist(), num_frames=5)
-    assert video.shape == (5, 2, 4, 3) and np.array_equal(video[0], image[0])
-    assert np.allclose(video[2], [0.75, 0.25, 0.5]) and np.allclose(video[4], color)
-    moving = np.linspace(0, 1, 5, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 4, 3), np.float32)
-    faded = TASKS["fade"].apply(moving, color=color.tolist(), num_frames=5)
-    assert np.allclose(faded[2], (moving[2] + color) / 2)
-
   def test_camera_movement_stays_inside_the_frame(self):
     white = np.ones((1, 32, 18, 3), np.float32)
     for seed in range(50):
@@ -200,7 +191,6 @@ class TestComputedSentences:
       "salient_object": 63.9,
       "moving_object": 66.8,
       "camera_movement": 92.5,
-      "fade": 105.7,
     }
     source = computed()
     for task, value in expected.items():

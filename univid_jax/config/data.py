@@ -55,7 +55,7 @@ class SourceWeights(Section):
       self.require(field.name, 0 <= getattr(self, field.name) < math.inf, "at least 0, and finite")
 
 
-_TASKS = {"invert": 1.0, "swap_channels": 1.0, "duotone": 1.0, "fade": 0.5}
+_TASKS = {"invert": 1.0, "swap_channels": 1.0, "duotone": 1.0}
 
 
 _OTHER_TASKS = (
@@ -111,7 +111,7 @@ class DataConfig(Section):
     num_frames: of a video clip, 4n + 1.
     tasks: weights of the computed tasks.
     contexts: weights of the contexts I to IV.
-    animating_contexts: the same for tasks that make a video of an image (camera movement, fade).
+    animating_contexts: the same for tasks that make a video of an image (camera movement).
     num_clips: weights of sentences with 4, 6 or 8 clips, under `clips_4` and so on.
     reverse_probability: share of sentences with swapped pairs, so that the task is inverted.
     prompt: style of the prompts.

@@ -114,7 +114,7 @@ def small() -> RunConfig:
       weights=SourceWeights(computed=0.4, grids=0.6),
       tasks=dict.fromkeys(DataConfig().tasks, 0.5)
       | dict.fromkeys(("invert", "swap_channels", "duotone", "camera_movement"), 1.0)
-      | {"fade": 0.0, "time_reversal": 0.2, "moving_object": 0.2, "scribble": 0.0},
+      | {"time_reversal": 0.2, "moving_object": 0.2, "scribble": 0.0},
       contexts={"I": 0.1, "II": 0.6, "III": 0.15, "IV": 0.15},
       num_clips={"clips_4": 0.7, "clips_6": 0.2, "clips_8": 0.1},
       reverse_probability=0.15,

@@ -32,7 +32,7 @@ class ComputedSentences:
     clips: natural clips; those of one sentence differ if there are enough.
     tasks: weights by name.
     contexts: weights by name.
-    animating_contexts: the same for tasks that make a video of an image: camera movement, fade.
+    animating_contexts: the same for tasks that make a video of an image, such as camera movement.
     num_frames: of a video clip, 4n + 1.
     size: height and width of every clip in pixels.
     num_clips: weights by number of clips in a sentence.

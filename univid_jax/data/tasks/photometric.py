@@ -1,8 +1,7 @@
-"""Tasks that change colours and brightness, at once or over time, and scribbles."""
+"""Tasks that change colours and brightness, and scribbles."""
 
 import numpy as np
 import scipy
-from jaxtyping import Float
 
 from univid_jax.data.tasks.base import Params, UnitClip, compute_luma
 
@@ -37,18 +36,6 @@ def duotone(clip: UnitClip, *, dark, light) -> UnitClip:
   """Maps brightness to a gradient from one colour to another."""
   dark, light = np.asarray(dark, np.float32), np.asarray(light, np.float32)
   return dark + (light - dark) * compute_luma(clip)
-
-
-def draw_fade(rng: np.random.Generator) -> Params:
-  return {"color": rng.uniform(0, 1, 3).tolist()}
-
-
-def fade(clip: UnitClip, *, color, num_frames: int | None = None) -> Float[np.ndarray, "_T H W 3"]:
-  """Fades evenly from the first frame, unchanged, to a colour; an image becomes a video of `num_frames`."""
-  if num_frames is not None and len(clip) == 1:
-    clip = np.repeat(clip, num_frames, axis=0)
-  progress = np.linspace(0, 1, len(clip), dtype=np.float32)[:, None, None, None]
-  return clip + progress * (np.asarray(color, np.float32) - clip)
 
 
 def draw_low_light(rng: np.random.Generator) -> Params:
