@@ -1,5 +1,6 @@
 """Settings made before JAX starts: eight CPU devices, full precision, and quick compilation, shared programs."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -31,6 +32,9 @@ from univid_jax.config.presets import tiny  # noqa: E402
 from univid_jax.config.schema import RunConfig  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+gc.set_threshold(5000, 20, 50)  # looking for garbage among all that JAX keeps is a tenth of the time by default
 
 
 def pytest_unconfigure():
