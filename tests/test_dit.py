@@ -73,20 +73,26 @@ def test_intermediate_results_equal_the_original():
   config = DiTConfig.from_json(info["config"])
   model = load_dit(config, weights)
   row = row_of(io["x"], io["context"], fold=False)
-  time = model.time_embedding(timestep_embedding(jnp.asarray(io["t"])[None], config.freq_dim))
-  modulation = model.time_projection(jax.nn.silu(time)).reshape(1, 1, 6, config.dim)
-  text = model.text_embedding(row.text)
+
+  @jax.jit
+  def intermediate_results():
+    time = model.time_embedding(timestep_embedding(jnp.asarray(io["t"])[None], config.freq_dim))
+    modulation = model.time_projection(jax.nn.silu(time)).reshape(1, 1, 6, config.dim)
+    text = model.text_embedding(row.text)
+
+    graph, layers = nnx.split(model.blocks)
+    block = nnx.merge(graph, jax.tree.map(lambda x: x[0], layers))
+    tables = rotary_tables(row.positions, config.head_dim)
+    x = model.patch_embedding(row.tokens)
+    shift, scale = (block.modulation[i] + modulation[:, :, i] for i in (0, 1))
+    y, _ = block.self_attn(normalize(x, config.eps) * (1 + scale) + shift, row, tables)
+    return modulation, text, y, block(x, row, tables, modulation, text, None)[0]
+
+  modulation, text, y, z = intermediate_results()
   assert relative_error(modulation.reshape(1, -1), io["time_projection"]) <= 2e-5
   assert relative_error(text, io["text_embedding"]) <= 2e-5
-
-  graph, layers = nnx.split(model.blocks)
-  block = nnx.merge(graph, jax.tree.map(lambda x: x[0], layers))
-  tables = rotary_tables(row.positions, config.head_dim)
-  x = model.patch_embedding(row.tokens)
-  shift, scale = (block.modulation[i] + modulation[:, :, i] for i in (0, 1))
-  y, _ = block.self_attn(normalize(x, config.eps) * (1 + scale) + shift, row, tables)
   assert relative_error(y, io["block0.self_attn"]) <= 2e-5
-  assert relative_error(block(x, row, tables, modulation, text, None)[0], io["block0"]) <= 2e-5
+  assert relative_error(z, io["block0"]) <= 2e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -107,18 +113,19 @@ def test_bfloat16_is_close_to_float32():
   assert 1e-6 < relative_error(low, expected) <= 2e-2
 
 
+@functools.cache
+def gradient(remat):
+  info, io, weights = golden("dit_t2v")
+  row, t = row_of(io["x"], io["context"]), jnp.asarray(io["t"])[None]
+  graph, params = nnx.split(load_dit(DiTConfig.from_json(info["config"]), weights, remat=remat), nnx.Param)
+  gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(row.tokens, t, row)))))
+  return jax.tree.leaves(jax.device_get(gradient(params)))
+
+
 @pytest.mark.parametrize("remat", [RematPolicy.ATTENTION, RematPolicy.DOTS, RematPolicy.FULL])
 def test_remat_does_not_change_gradients(remat):
-  info, io, weights = golden("dit_t2v")
-  config = DiTConfig.from_json(info["config"])
-  row, t = row_of(io["x"], io["context"]), jnp.asarray(io["t"])[None]
-
-  def gradient(policy):
-    graph, params = nnx.split(load_dit(config, weights, remat=policy), nnx.Param)
-    return jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(row.tokens, t, row)))))(params)
-
-  for a, b in zip(jax.tree.leaves(gradient(remat)), jax.tree.leaves(gradient(RematPolicy.NONE))):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(b))) + 1e-12)
+  for a, b in zip(gradient(remat), gradient(RematPolicy.NONE), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(np.max(np.abs(b))) + 1e-12)
 
 
 @pytest.mark.parametrize("remat, passes", [(RematPolicy.FULL, 3), (RematPolicy.ATTENTION, 2)])
@@ -193,10 +200,11 @@ class TestPacking:
 
   config = DiTConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, in_dim=4, out_dim=4)
 
-  def setup_method(self):
+  @classmethod
+  def setup_class(cls):
     rng = np.random.default_rng(0)
-    self.model = nnx.jit(lambda: DiT(self.config, rngs=nnx.Rngs(1)))()
-    self.velocity = jax.jit(self.model)
+    cls.model = nnx.jit(lambda: DiT(cls.config, rngs=nnx.Rngs(1)))()
+    cls.velocity = staticmethod(jax.jit(cls.model))
 
     def sentence(lengths, prompt_length):
       clips = tuple(rng.normal(size=(n, 4, 6, 4)).astype(np.float32) for n in lengths)
@@ -208,10 +216,10 @@ class TestPacking:
         prompt_embedding=rng.normal(size=(prompt_length, 8)).astype(np.float32),
       )
 
-    self.sentences = [sentence((2, 2, 2, 2), 5), sentence((1, 1, 1, 1), 0), sentence((1, 1, 2, 2), 3)]
-    row = pack(self.sentences, RowShape(num_tokens=120, num_text_tokens=16, num_slots=4))
-    self.row = jax.tree.map(jnp.asarray, row)
-    self.timesteps = jnp.asarray([[900.0, 900.0, 500.0, 500.0, 20.0, 20.0, 0.0, 0.0]])
+    cls.sentences = [sentence((2, 2, 2, 2), 5), sentence((1, 1, 1, 1), 0), sentence((1, 1, 2, 2), 3)]
+    row = pack(cls.sentences, RowShape(num_tokens=120, num_text_tokens=16, num_slots=4))
+    cls.row = jax.tree.map(jnp.asarray, row)
+    cls.timesteps = jnp.asarray([[900.0, 900.0, 500.0, 500.0, 20.0, 20.0, 0.0, 0.0]])
 
   def test_packed_sentences_equal_single_ones(self):
     packed = self.velocity(self.row.tokens, self.timesteps, self.row)[0]
@@ -243,13 +251,11 @@ class TestPacking:
     with pytest.raises(ValueError, match="only the context of a row that is context-causal"):
       self.model.encode_context(dataclasses.replace(full, targets=places))
 
-  @pytest.mark.parametrize("remat", [RematPolicy.FULL, RematPolicy.ATTENTION, RematPolicy.NONE])
-  @pytest.mark.parametrize("spare", [0, 10])
-  def test_skipping_unused_context_outputs_changes_nothing(self, remat, spare):
-    """Losses and gradients equal those of a model that computes every token's velocity."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: DiT(self.config, remat=remat, rngs=nnx.Rngs(0))))
-    params = nnx.state(self.model)
-    noise = np.random.default_rng(3).normal(size=self.row.tokens.shape).astype(np.float32)
+  @classmethod
+  def loss_and_gradients(cls, remat):
+    graph = nnx.graphdef(nnx.eval_shape(lambda: DiT(cls.config, remat=remat, rngs=nnx.Rngs(0))))
+    params = nnx.state(cls.model)
+    noise = np.random.default_rng(3).normal(size=cls.row.tokens.shape).astype(np.float32)
 
     @jax.jit
     def loss_and_gradients(row):
@@ -261,12 +267,22 @@ class TestPacking:
 
       return jax.value_and_grad(loss)(params)
 
-    whole = loss_and_gradients(self.row)
+    return loss_and_gradients
+
+  @classmethod
+  @functools.cache
+  def of_every_token(cls):
+    return jax.tree.leaves(cls.loss_and_gradients(RematPolicy.NONE)(cls.row))
+
+  @pytest.mark.parametrize("remat", [RematPolicy.FULL, RematPolicy.ATTENTION, RematPolicy.NONE])
+  @pytest.mark.parametrize("spare", [0, 10])
+  def test_skipping_unused_context_outputs_changes_nothing(self, remat, spare):
+    """Losses and gradients equal those of a model that computes every token's velocity."""
     row = pack(self.sentences, RowShape(num_tokens=120, num_targets=30 + spare, num_text_tokens=16, num_slots=4))
     assert row.targets.shape == (1, 30 + spare)
-    for a, b in zip(jax.tree.leaves(loss_and_gradients(row)), jax.tree.leaves(whole)):
+    for a, b in zip(jax.tree.leaves(self.loss_and_gradients(remat)(row)), self.of_every_token(), strict=True):
       assert relative_error(a, b) <= 1e-5
-    velocity = self.velocity(row.tokens, self.timesteps, row)
+    velocity = np.asarray(self.velocity(row.tokens, self.timesteps, row))
     assert not np.any(velocity[~row.target_mask]) and np.all(np.any(velocity[row.target_mask], axis=-1))
 
   def test_causal_context_does_not_depend_on_targets_and_noise(self):
