@@ -1,5 +1,6 @@
 """Settings made before JAX starts: eight CPU devices, full precision, and quick compilation, shared programs."""
 
+import functools
 import gc
 import os
 import shutil
@@ -27,6 +28,8 @@ import tests.typecheck  # noqa: E402, F401  (the hook refers to it)
 # Before anything of the package is imported.
 jaxtyping.install_import_hook(["univid_jax"], "tests.typecheck.check_types")
 
+import univid_jax.codecs.wan_vae  # noqa: E402
+import univid_jax.inference.pipeline  # noqa: E402
 from univid_jax.config.boundary import override  # noqa: E402
 from univid_jax.config.presets import tiny  # noqa: E402
 from univid_jax.config.schema import RunConfig  # noqa: E402
@@ -40,6 +43,16 @@ gc.set_threshold(5000, 20, 50)  # looking for garbage among all that JAX keeps i
 def pytest_unconfigure():
   if PROGRAMS:
     shutil.rmtree(PROGRAMS, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs():
+  """Has all pipelines and autoencoders of a module trace the programs of equal models once."""
+  pipeline, wan_vae = univid_jax.inference.pipeline, univid_jax.codecs.wan_vae
+  with pytest.MonkeyPatch.context() as patch:
+    for place, name in ((pipeline, "Sampler"), (pipeline, "JointSampler"), (wan_vae, "jit_method")):
+      patch.setattr(place, name, functools.cache(getattr(place, name)))
+    yield
 
 
 @pytest.fixture(scope="session")
