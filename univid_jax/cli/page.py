@@ -89,12 +89,17 @@ class Page:
             button = gr.Button("Sample B'", variant="primary", size="lg", scale=3)
             stop = gr.Button("Stop", size="lg", scale=1, min_width=80)
           gallery = self._build_examples()
-        with gr.Column(min_width=340):
+        with gr.Column(min_width=340, elem_classes="outcome"):
           outputs = self._build_result()
       for file, viewer in zip(files, viewers):
         file.change(self._show_clip, file, viewer.parts, show_progress="hidden", api_visibility="private")
       gallery.select(self._load_example, None, files, show_progress="hidden", api_visibility="private")
-      event = button.click(self._sample, [*files, *choice], outputs, show_progress="hidden", api_name="sample")
+      # On a phone the result is below the examples.
+      scroll = (
+        "(...values) => { document.querySelector('.outcome').scrollIntoView({block: 'nearest'}); return values; }"
+      )
+      options: dict[str, Any] = {"show_progress": "hidden", "api_name": "sample", "js": scroll}
+      event = button.click(self._sample, [*files, *choice], outputs, **options)
       stop.click(None, cancels=[event], api_visibility="private")
     return page
 
