@@ -80,6 +80,21 @@ class TestForecast:
     )
     assert both == 2 * high > 56e9
 
+  @pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+      ("--config=wan_1_3b --config.rows.num_tokens=20000", 1, "has 31200 tokens, config.rows.num_tokens is only 20000"),
+      ("--config=wan_1_3b --config.data.height=470", 1, "clips of 470x832 pixels"),
+      ("--config=tiny --config.base.offload=True", 2, "config.base.offload is for a frozen base"),
+      ("--config=tiny --config.base.quantize=int8", 1, "a base in int8 cannot be trained"),
+      ("--config=wan22_a14b --config.model.expert=both --config.lora.rank=0", 2, "is both, which trains LoRAs"),
+    ],
+  )
+  def test_what_training_refuses_is_not_forecast(self, arguments, code, message, capfd):
+    assert command.main(["forecast", *arguments.split()]) == code
+    out, err = capfd.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+
   def test_sampling_flag_is_deprecated(self, capfd):
     assert command.main(["forecast", "--config=tiny", "--sampling", "--config.model.num_layers=1"]) == 0
     out, err = capfd.readouterr()

@@ -5,7 +5,6 @@ import json
 import jax
 import pytest
 
-from univid_jax.checkpoints.model import check_base
 from univid_jax.checkpoints.trained import load_base
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
@@ -92,6 +91,14 @@ def test_devices_without_access_are_refused(monkeypatch, changes, key):
     forecast(config_of(changes), make_mesh({}, jax.devices()[:1]))
 
 
-def test_what_is_trained_stays_on_the_devices():
-  with pytest.raises(UserError, match=r"config\.base\.offload is for a frozen base: set config\.lora\.rank"):
-    check_base(config_of(OFFLOAD | {"lora.rank": 0}))
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"lora.rank": 0}, r"config\.base\.offload is for a frozen base: set config\.lora\.rank"),
+    ({"model.remat": "none"}, r"config\.base\.offload needs a backward pass that copies blocks again"),
+  ],
+)
+def test_blocks_that_stay_on_the_devices_are_refused(changes, message):
+  """Those that are trained, and those that no block's backward pass fetches again."""
+  with pytest.raises(UserError, match=message):
+    config_of(OFFLOAD | changes)

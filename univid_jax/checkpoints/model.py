@@ -112,10 +112,6 @@ def check_base(config: RunConfig) -> None:
   for key, value in needs_base.items():
     if value and not config.init_from:
       raise UserError(f"there is no base, which {key} needs: give config.init_from, a folder that univid-convert wrote")
-  if config.base.offload and not config.lora.enabled:
-    raise UserError("config.base.offload is for a frozen base: set config.lora.rank, or leave it off")
-  if config.model.expert == TrainedExpert.BOTH and not config.lora.enabled:
-    raise UserError("config.model.expert is both, which trains LoRAs: set config.lora.rank, or train one at a time")
   for part in split_config(config):
     if config.init_from:
       trained_component(part)

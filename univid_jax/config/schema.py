@@ -19,7 +19,8 @@ from univid_jax.config.training import (
   RowsConfig,
   ValidationConfig,
 )
-from univid_jax.core.options import MAX_SEED
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import MAX_SEED, RematPolicy, TrainedExpert
 
 __all__ = [
   "ARCConfig",
@@ -80,3 +81,12 @@ class RunConfig(Section):
     self.require_at_least(1, "num_steps", "log_every")
     self.require("seed", 0 <= self.seed <= MAX_SEED, "from 0 to 2**63 - 1")
     self.require_share("ema_decay")
+    if self.base.offload and not self.lora.enabled:
+      raise UserError("config.base.offload is for a frozen base: set config.lora.rank, or leave it off")
+    if self.base.offload and self.model.remat == RematPolicy.NONE:  # it would store every block on the device
+      raise UserError(
+        "config.base.offload needs a backward pass that copies blocks again: set config.model.remat to full, or to "
+        "another policy than none"
+      )
+    if self.model.expert == TrainedExpert.BOTH and not self.lora.enabled:
+      raise UserError("config.model.expert is both, which trains LoRAs: set config.lora.rank, or train one at a time")

@@ -87,13 +87,14 @@ def forecast(config: RunConfig, mesh: Mesh) -> Forecast:
   """Forecasts the training of a config on each device of a mesh.
 
   Raises:
-    UserError: the compiler itself sees that it cannot fit.
+    UserError: rows do not hold what `check_rows` demands, or the compiler itself sees that it cannot fit.
   """
   return forecast_with_program(config, mesh)[0]
 
 
 def forecast_with_program(config: RunConfig, mesh: Mesh) -> tuple[Forecast, Any]:
   """Forecasts training, and returns the compiled step as well."""
+  check_rows(config)
   optimizers, spec = describe_training(config, mesh)
   step = make_train_step(config, spec, optimizers, mesh)
   program, memory = compile_step(step, spec, abstract_batch(config, transformer_config(config), mesh), mesh)
