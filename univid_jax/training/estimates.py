@@ -1,8 +1,9 @@
 """Estimates memory and time of a training step by formula, without compiling it.
 
-They order and prune what `training.advice` looks at. Of a TPU the compiler decides what fits. Of an NVIDIA GPU that is
-not here the estimate does, so it is calibrated on what was measured on one: an H100, 31,200 tokens through 8 blocks of
-the 1.3B's width (docs/benchmarks.md, "GPUs").
+They order and prune what `training.advice` looks at. What fits is decided by the compiler, and on an NVIDIA GPU that is
+not here by the estimate, which is calibrated on what was measured on one: an H100, 31,200 tokens through 8 blocks of
+the 1.3B's width (docs/benchmarks.md, "GPUs"). That step was of one sentence, whose attention has no mask; what masks
+take is counted on top.
 """
 
 import dataclasses
@@ -17,27 +18,33 @@ from flax import nnx
 
 from univid_jax.checkpoints.model import clip_tokens, create_model, transformer_config
 from univid_jax.config.schema import BaseConfig, LoRAConfig, ModelConfig, RunConfig
-from univid_jax.core.options import OptimizerName, Quantize, RematPolicy
-from univid_jax.models.attention.xla import OTHER_BLOCKS
+from univid_jax.core.options import AttentionBackend, OptimizerName, Quantize, RematPolicy
+from univid_jax.models.attention import xla
+from univid_jax.models.attention.api import best_backend
+from univid_jax.models.attention.sharded import Exchange
 from univid_jax.models.flops import step_flops
 from univid_jax.models.lora import LoRAParam
 from univid_jax.models.quantized import QuantizedKernel
 from univid_jax.models.variants import DiTConfig
 from univid_jax.platform.chips import Chip
+from univid_jax.platform.current import Platform
 
-# What the backward pass of a block has in memory at its peak, in hidden states of all tokens. The H100's compiler says
-# 51; TPUs' say 56 (libtpu 0.0.52) to 78 of the 1.3B, 86 to 93 of the 14B, and more where tokens are sharded.
+# What the backward pass of a block has in memory at its peak, in hidden states of all tokens, besides the block's own
+# weights. TPUs' compilers say 43 (the 1.3B, offloaded, jax 0.10.2) to 78 of the 1.3B, 44 to 93 of the 14B, and more
+# where tokens are sharded; the H100's says 51.
+LEAST_PEAK = 43
 GPU_PEAK = 51
-LEAST_PEAK = 50
 # Relative margin of a GPU's activations: they are extrapolated from one shape.
 GPU_MARGIN = 0.15
 # Of what other policies than full and attention store, which has not been measured on a GPU.
 GPU_UNMEASURED = 2
 # What a GPU's own estimate of the same step was too low by: 0.15 of 6.23 GiB.
 GPU_RUNTIME = 0.16e9
-# Buffers of logits that plain XLA attention and its gradient need on a GPU: 16.7 GiB at 31,200 tokens and 12 heads. A
-# buffer has at most 2 GiB.
-LOGITS, LARGEST_LOGITS = 12, 2**31
+# Bytes of a pair of tokens in cuDNN's attention: the mask, the same in 16 bits to add to logits, and the gradient of
+# that, which JAX computes whether it is needed or not. Not measured.
+MASK_BYTES = 1 + 2 + 2
+# Buffers of logits that plain XLA attention and its gradient need on a GPU: 16.7 GiB at 31,200 tokens and 12 heads.
+LOGITS = 12
 # Hidden states that a block reads from and writes to memory in a step with full remat: 498 (1.3B), 410 (14B).
 TRAFFIC = 450
 # Bytes per second between a chip and the host's memory: an assumption, of the order of PCIe's.
@@ -54,7 +61,9 @@ class Estimate:
   Attributes:
     weights: bytes of parameters and of the optimizer.
     stored: bytes that the forward pass keeps for the backward pass.
-    block: bytes of the backward pass of a block at its peak; of TPUs at least so many.
+    block: bytes of the backward pass of a block at its peak, at least.
+    attention: of a GPU, bytes of the masks or logits of a block.
+    margin: of a GPU, bytes that are likely or possible on top.
     compute, memory, network: seconds at the chip's peaks, at least.
     rows: of a step, on all devices.
   """
@@ -62,14 +71,22 @@ class Estimate:
   weights: float
   stored: float
   block: float
+  attention: float = 0.0
+  margin: float = 0.0
   compute: float
   memory: float
   network: float
   rows: int
 
   @property
-  def total(self) -> float:
+  def least(self) -> float:
+    """Bytes that a step certainly needs."""
     return self.weights + self.stored + self.block
+
+  @property
+  def total(self) -> float:
+    """Bytes that suffice by all that is known; of TPUs `least`."""
+    return self.least + self.attention + self.margin
 
   @property
   def seconds(self) -> float:
@@ -85,12 +102,14 @@ class ModelBytes:
     blocks: of these the matrices of all blocks.
     adapters: of its adapters.
     block: of a block's kernels in the compute dtype.
+    stored_block: of the same as they are stored.
   """
 
   base: int
   blocks: int
   adapters: int
   block: float
+  stored_block: float
 
 
 def model_bytes(config: RunConfig) -> ModelBytes:
@@ -113,11 +132,13 @@ def _model_bytes(model: ModelConfig, base: BaseConfig, lora: LoRAConfig, **other
 
   kernels = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module.blocks, nnx.Param)), is_leaf=is_kernel)
   block = sum(math.prod(x.shape[1:]) for x in kernels) * jnp.dtype(model.dtype).itemsize
+  blocks = count(module.blocks, nnx.Param, min_dims=3)
   return ModelBytes(
     base=count(module, nnx.Param),
-    blocks=count(module.blocks, nnx.Param, min_dims=3),
+    blocks=blocks,
     adapters=count(module, LoRAParam),
     block=block,
+    stored_block=blocks / transformer_config(config).num_layers,
   )
 
 
@@ -128,39 +149,61 @@ def estimate(config: RunConfig, chip: Chip, mesh: Mapping[str, int], *, is_tpu: 
     config: of the run.
     chip: of each device.
     mesh: sizes of data, fsdp and context, which multiply to the number of devices.
-    is_tpu: whether `Estimate.block` is a lower bound, and attention runs without a matrix of logits.
+    is_tpu: or an NVIDIA GPU.
 
   Raises:
     UserError: the rows do not divide over the devices, or the config is not valid.
   """
   shape = transformer_config(config)
-  sharers = mesh["fsdp"] * mesh["context"]
-  rows = config.rows.batch_size(mesh["data"] * mesh["fsdp"])
+  shards, sharers = mesh["data"] * mesh["fsdp"], mesh["fsdp"] * mesh["context"]
+  rows = config.rows.batch_size(shards)
   item = jnp.dtype(config.model.dtype).itemsize
-  tokens = rows * config.rows.num_tokens / (mesh["data"] * mesh["fsdp"] * mesh["context"])
-  hidden = tokens / config.rows.microbatches * shape.dim * item
+  at_once = rows // shards // config.rows.microbatches  # rows of a device
+  hidden = at_once * config.rows.num_tokens / mesh["context"] * shape.dim * item
   sizes = model_bytes(config)
-  block = hidden * (LEAST_PEAK if is_tpu else GPU_PEAK * (1 + GPU_MARGIN))
-  # Kernels of a block, dequantised or gathered.
-  block += sizes.block * ((sharers > 1) + (config.base.quantize != Quantize.NONE))
   stored = _stored(config, shape) * hidden * shape.num_layers
+  # Kernels of a block, copied from the host, dequantised or gathered.
+  block = hidden * LEAST_PEAK + config.base.offload * sizes.stored_block / sharers
+  block += sizes.block * ((sharers > 1) + (config.base.quantize != Quantize.NONE))
+  attention = margin = 0.0
   if not is_tpu:
-    block += GPU_RUNTIME
+    attention = _attention_bytes(config, shape, at_once, mesh["context"])
+    margin = hidden * (GPU_PEAK * (1 + GPU_MARGIN) - LEAST_PEAK) + GPU_RUNTIME
     if config.model.remat in (RematPolicy.NONE, RematPolicy.DOTS):
-      stored *= GPU_UNMEASURED
-    if config.model.dtype == "float32":
-      logits = 4 * shape.num_heads * min(OTHER_BLOCKS.queries, tokens) * config.rows.num_tokens
-      block += LOGITS * min(logits, LARGEST_LOGITS)
+      margin += (GPU_UNMEASURED - 1) * stored
   compute, memory, network = _seconds(config, shape, sizes, chip, mesh, rows=rows)
   return Estimate(
     weights=_state_bytes(config, sizes) / sharers,
     stored=stored,
     block=block,
+    attention=attention,
+    margin=margin,
     compute=compute,
     memory=memory,
     network=network,
     rows=rows,
   )
+
+
+def _attention_bytes(config: RunConfig, shape: DiTConfig, rows: int, context: int) -> float:
+  """Returns the bytes of the masks or logits of self-attention on a GPU, where rows always have intervals.
+
+  Args:
+    config: of the run.
+    shape: of the transformer.
+    rows: that a device computes at once.
+    context: devices that share a row.
+  """
+  tokens, exchange = config.rows.num_tokens, Exchange.of(context, shape.num_heads)
+  backend = config.model.attention_backend
+  if backend == AttentionBackend.AUTO:
+    mask_size = rows * tokens**2
+    backend = best_backend(Platform.GPU, jnp.dtype(config.model.dtype), shape.head_dim, mask_size=mask_size)
+  queries = tokens / exchange.ring
+  if backend == AttentionBackend.CUDNN:  # keys of a ring are gathered
+    return MASK_BYTES * rows * queries * tokens
+  logits = shape.num_heads / exchange.group * min(xla.OTHER_BLOCKS.queries, queries) * queries
+  return 4 * LOGITS * min(logits, xla.LARGEST)
 
 
 def _state_bytes(config: RunConfig, sizes: ModelBytes) -> float:
