@@ -14,7 +14,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize, RematPolicy
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.platform.chips import NAMES
-from univid_jax.training.advice import Machine, advise, describe, make_options, smaller_rows
+from univid_jax.training.advice import Machine, advise, describe, make_options, order, smaller_rows
 from univid_jax.training.estimates import GPU_MARGIN, GPU_PEAK, estimate
 from univid_jax.training.memory import Forecast, forecast
 
@@ -54,6 +54,35 @@ class TestOrder:
     seen = []
     advise(wan_1_3b(), Machine(name="v6e"), fake_compiler(lambda config: 32, seen), count=2)
     assert [config.base.quantize for config in seen] == [Quantize.NONE, Quantize.INT8]
+
+  def test_the_base_stays_exact_where_that_is_about_as_fast(self):
+    """On slow links a smaller base is a little faster, which is no reason to quantise it."""
+    fitting = [option for option in advise(wan_14b(), Machine(name="rtx4090", count=8), None) if not option.problem]
+    first, mesh = fitting[0], {"data": 1, "fsdp": 1, "context": 8}
+    assert (first.config.base.quantize, first.config.model.remat) == (Quantize.NONE, RematPolicy.ATTENTION)
+    assert first.mesh == mesh and not any(option.mesh == mesh for option in fitting[1:])
+
+  @pytest.mark.parametrize("gain, expected", [(1.05, ["none", "nf4"]), (1.3, ["nf4", "none"])])
+  def test_a_quantised_base_comes_first_where_it_is_much_faster(self, gain, expected):
+    options = {
+      str(option.config.base.quantize): option
+      for option in make_options(override(wan_14b(), {"model.remat": "full"}), Machine(name="h100"), {})
+      if option.config.model.remat == RematPolicy.FULL
+    }
+    slow = options["none"].estimate
+    fast = dataclasses.replace(slow, compute=slow.compute / gain, memory=slow.memory / gain)
+    options = dataclasses.replace(options["nf4"], estimate=fast), options["none"]
+    assert [str(option.config.base.quantize) for option in order(options)] == expected
+
+  def test_a_gpu_that_is_here_decides(self):
+    """Its compiler is asked about what the estimate leaves out only with its margins."""
+    config, machine, seen = wan_1_3b(), Machine(name="l4"), []
+    advise(config, machine, fake_compiler(lambda config: 20, seen), count=1)
+    assert seen[0].model.remat == RematPolicy.ATTENTION
+    expected = estimate(seen[0], machine.chip, ONE, is_tpu=False)
+    assert expected.least < machine.memory < expected.total
+    options = advise(config, machine, fake_compiler(lambda config: 20), count=1)
+    assert all(option.problem.startswith("needs at least") for option in options if option.problem)
 
   def test_refusals_are_reasons(self):
     def size(config):

@@ -23,6 +23,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
 from univid_jax.models.quantized import QuantizedKernel, dequantize, quantize
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training.advice import Machine, advise
 from univid_jax.training.loop import train
 
 RELEASE = GOLDENS / "tiny_wan"
@@ -91,6 +92,14 @@ class TestFiles:
     assert read_info(stored).components["transformer"].checksum == read_info(plain).components["transformer"].checksum
     sums = [Origin.of(plain), Origin.of(plain, quantize=method), Origin.of(stored)]
     assert sums[1].checksums == sums[2].checksums == {**sums[0].checksums, "quantize": method}
+
+  def test_the_adviser_knows_how_a_base_is_stored(self, release, plain, method, tmp_path):
+    stored = str(tmp_path / "stored")
+    convert_any(release, stored, quantize=method)
+    config = override(wan_1_3b(), {"init_from": stored, "model.variant": ""})
+    options = advise(config, Machine(name="h200"), None, count=1)
+    assert {str(option.config.base.quantize) for option in options} == {method}
+    assert not any("base.quantize" in option.changes for option in options)
 
   def test_what_was_lost_is_not_asked_for(self, release, plain, method, tmp_path):
     stored = str(tmp_path / "stored")

@@ -137,6 +137,15 @@ def base_quantization(config: RunConfig) -> Quantize:
   return method
 
 
+def with_stored_base(config: RunConfig) -> RunConfig:
+  """Returns a config that names the quantisation of its base, which may be that of the files.
+
+  Raises:
+    UserError: see `base_quantization`.
+  """
+  return override(config, {"base.quantize": str(base_quantization(split_config(config)[0]))})
+
+
 def validated_sigmas(config: RunConfig) -> list[float]:
   """Returns the noise levels of validation that a run of one transformer trains; raises UserError if it is none."""
   low, high = noise_range(config)

@@ -1,7 +1,8 @@
 """Finds how a config can be trained on a kind of chip: the base's storage, what is recomputed, the mesh, the rows.
 
 `advise` orders combinations by estimated speed (`training.estimates`), drops those that certainly do not fit, and has
-the compiler decide about the others until a few fit. Only if nothing fits at all it looks at smaller rows and clips.
+the compiler decide about the others until a few fit. Of a GPU that is not here the estimate decides, with margins. Only
+if nothing fits at all it looks at smaller rows and clips.
 """
 
 import dataclasses
@@ -10,12 +11,12 @@ import itertools
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from univid_jax.checkpoints.model import check_rows, clip_tokens, codec_shape
+from univid_jax.checkpoints.model import check_rows, clip_tokens, codec_shape, with_stored_base
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
@@ -38,6 +39,8 @@ GPU_BLOCK = 128
 # How many times the estimated seconds a step took where it was measured (docs/benchmarks.md, "GPUs").
 MEASURED = {"h100": 1.7}
 LEFT_OUT = 6  # lines about options that do not fit
+# Of the speed: by so much a base that is stored less precisely must be faster to come first.
+SPEEDUP = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,8 +122,8 @@ def advise(
 ) -> list[Option]:
   """Returns options in the order of estimated speed: those that were looked at, until `count` fit.
 
-  A base that is stored more precisely is faster, so others are looked at only where it leaves less than a tenth of the
-  memory.
+  Of bases that are about equally fast the one that is stored most precisely comes first, and others are looked at only
+  where it leaves less than a tenth of the memory.
 
   Args:
     config: of the run.
@@ -133,11 +136,12 @@ def advise(
     UserError: the config is not valid for any option, or nothing fits.
   """
   check_rows(config)
+  config = with_stored_base(config)
   tried: list[Option] = []
   for level in smaller_rows(config, machine):
     fitting: list[Option] = []
-    for option in sorted(make_options(config, machine, level), key=lambda option: -option.sentences_per_s):
-      if any(_is_as_fast(other, option) and other.memory < (1 - SPARE) * machine.memory for other in fitting):
+    for option in order(make_options(config, machine, level)):
+      if any(_replaces(other, option) and other.memory < (1 - SPARE) * machine.memory for other in fitting):
         continue
       option = _check(option, machine, compile_config, progress)
       tried.append(option)
@@ -152,8 +156,27 @@ def advise(
   raise UserError(f"nothing fits {machine.count} {machine.name}: the smallest, {best}, {best.problem}; take more chips")
 
 
-def _is_as_fast(option: Option, other: Option) -> bool:
-  return option.mesh == other.mesh and option.config.model.remat == other.config.model.remat
+def order(options: Iterable[Option]) -> list[Option]:
+  """Sorts options, fastest first; one takes the place of any that differs in a less precise base and gains little."""
+  options = list(options)
+
+  def place(option: Option) -> tuple[float, int]:
+    limit = (1 + SPEEDUP) * option.sentences_per_s
+    replaced = [other.sentences_per_s for other in options if _replaces(option, other)]
+    return -max([option.sentences_per_s, *(speed for speed in replaced if speed <= limit)]), _imprecision(option)
+
+  return sorted(options, key=place)
+
+
+def _replaces(option: Option, other: Option) -> bool:
+  """Whether two options differ only in how the base is stored, the first one more precisely."""
+  return (option.mesh, option.config.model.remat) == (other.mesh, other.config.model.remat) and _imprecision(
+    option
+  ) < _imprecision(other)
+
+
+def _imprecision(option: Option) -> int:
+  return list(Quantize).index(option.config.base.quantize)
 
 
 def _check(
@@ -163,9 +186,10 @@ def _check(
   progress: Callable[[str], None],
 ) -> Option:
   """Returns an option with its memory, and the problem if it does not fit."""
-  capacity, total = machine.memory, option.estimate.total
+  capacity = machine.memory
+  total = option.estimate.total if compile_config is None else option.estimate.least
   if total > capacity:
-    at_least = "at least " if machine.is_tpu else ""
+    at_least = "" if compile_config is None else "at least "
     return dataclasses.replace(option, memory=total, problem=f"needs {at_least}{_gigabytes(total, capacity)}")
   if compile_config is None:
     return dataclasses.replace(option, memory=total)

@@ -16,17 +16,17 @@ from univid_jax.checkpoints.built_in import locate
 from univid_jax.checkpoints.checksums import verified
 from univid_jax.checkpoints.model import (
   base_checksums,
-  base_quantization,
   check_base,
   check_rows,
   context_mode,
   open_encoders,
   split_config,
   transformer_config,
+  with_stored_base,
 )
 from univid_jax.checkpoints.run import RunRecord, has_checkpoint, require_run
 from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
-from univid_jax.config.boundary import differences, override
+from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import Encoders
@@ -138,7 +138,7 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
   """
   check_rows(config)
   check_base(config)
-  config = override(config, {"base.quantize": str(base_quantization(split_config(config)[0]))})  # as it may be stored
+  config = with_stored_base(config)
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   record = RunRecord(config, ",".join(base_checksums(config)), univid_jax.__version__, {})
   if has_checkpoint(workdir):
