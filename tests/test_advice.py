@@ -93,6 +93,7 @@ class TestOrder:
     assert [option.problem for option in refused] == ["needs 42.8 GB besides its inputs"] * 3
     text = describe(options, Machine(name="v6e"), ["--config=wan_1_3b"], is_compiled=True)
     assert "20.0 of 33.5 GB" in text and "42.8 GB besides" in text and "the compiler's for v6e" in text
+    assert "step of 1 row in about " in text and "as if nothing overlapped" in text and "lower bound" not in text
 
   def test_what_fits_with_the_memory_of_the_host(self):
     def size(config):
@@ -106,6 +107,7 @@ class TestOrder:
     assert fitting[0].config.rows.num_tokens == 37504
     assert "--config.base.offload=True" in fitting[0].command(["--config=wan_14b"])
     assert "base none offloaded, remat offload" in str(fitting[0])
+    assert "host's copies, assumed to take 16 GB/s" in describe(options, Machine(name="v6e"), [], is_compiled=True)
 
   def test_smaller_rows_only_if_nothing_else_fits(self):
     def size(config):
@@ -201,6 +203,12 @@ class TestOptions:
       return estimate(override(wan_14b(), changes), Machine(name="v6e").chip, ONE, is_tpu=True).block
 
     assert 0.68e9 < block({"base.offload": True}) - block({}) < 0.72e9
+
+  def test_a_gpu_attends_to_all_of_a_row(self):
+    """cuDNN and plain XLA skip no other sentences; the TPU's kernel does."""
+    gpu, tpu = (estimate(wan_14b(), Machine(name="h200").chip, ONE, is_tpu=is_tpu) for is_tpu in (False, True))
+    pairs = 37504**2 - 31200**2 - 6240**2
+    assert gpu.compute - tpu.compute == pytest.approx(4 * 39.25 * 4 * pairs * 5120 / 989e12, rel=1e-9)
 
   def test_both_experts_count(self):
     one, both = (

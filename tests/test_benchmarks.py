@@ -17,16 +17,20 @@ from safetensors.numpy import save_file
 
 from benchmarks import gpu, million, scaling, soak
 from benchmarks.attempts import Attempt
-from benchmarks.bounds import sentence_tokens
+from benchmarks.bounds import bound_seconds
 from benchmarks.faults import Site
 from benchmarks.programs import collective_bytes, estimated_cycles, memory_bytes
 from benchmarks.sample import euler_sigmas
 from benchmarks.steps import find_variant
 from benchmarks.timing import Program, race
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import wan_1_3b
 from univid_jax.core.errors import UserError
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.platform.chips import CHIPS
+from univid_jax.training.estimates import estimate, row_sentences
 
 
 def test_collectives_count_inside_and_outside_of_loops():
@@ -160,13 +164,24 @@ class TestScalingTable:
     monkeypatch.setattr(scaling, "compile_apart", self.compile_apart)
     assert [line.fsdp for line in self.lines(scaling.Table(None), weights=17e9 * 9, contexts=[1])] == [16]
 
+  @pytest.mark.parametrize("remat, seconds", [("full", 5.17), ("offload", 5.17), ("none", 3.76), ("attention", 4.25)])
+  def test_compute_follows_from_what_is_recomputed(self, remat, seconds):
+    """Of the row of docs/benchmarks.md with full; attention, forward, takes 0.92 s of it."""
+    config, chip = override(wan_1_3b(), {"model.remat": remat}), CHIPS["TPU v5 lite"]
+    with mock.patch.multiple("benchmarks.bounds", collective_bytes=lambda *_: {}, memory_bytes=lambda *_: 0.0):
+      found, _ = bound_seconds(config, "", rows=1, num_chips=1, chip=chip)
+    assert found["compute"] == pytest.approx(seconds, abs=0.01)
+    one = {"data": 1, "fsdp": 1, "context": 1}
+    assert estimate(config, chip, one, is_tpu=True).compute == found["compute"]
+
   def test_overrides(self):
     """A row of another size is one sentence."""
     plain, long = (
       scaling.Setup("wan_1_3b", "v5e:4x4", 1, 4, changes).config
       for changes in ("", "rows.num_tokens=131040,data.num_frames=81,data.fit=crop")
     )
-    assert sentence_tokens(plain) == (31200, 6240) and sentence_tokens(long) == (131040,)
+    assert row_sentences(plain) == (31200, 6240) and row_sentences(long) == (131040,)
+    assert row_sentences(override(plain, {"data.num_frames": 9, "rows.num_tokens": 40000})) == (18720, 18720)
     assert (long.data.num_frames, long.data.fit, long.mesh.context) == (81, "crop", 4)
     for wrong, message in (("rows.num_tokens", "takes KEY=VALUE"), ("rows.tokens=1", "tokens")):
       with pytest.raises(UserError, match=message):

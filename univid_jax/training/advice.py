@@ -24,7 +24,7 @@ from univid_jax.core.options import Quantize, RematPolicy
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.platform.chips import CHIPS, NAMES, Chip, find_chip
 from univid_jax.platform.topologies import describe_devices, find_topology, use_tpu_compiler
-from univid_jax.training.estimates import GPU_MARGIN, Estimate, estimate
+from univid_jax.training.estimates import GPU_MARGIN, HOST_BANDWIDTH, Estimate, estimate
 from univid_jax.training.memory import Forecast, forecast
 
 Changes = Mapping[str, Any]
@@ -95,7 +95,7 @@ class Option:
 
   @property
   def sentences_per_s(self) -> float:
-    """Upper bound, of sentences of context I."""
+    """Estimate, of sentences of context I."""
     return self.estimate.rows * self.config.rows.num_tokens / (4 * clip_tokens(self.config)) / self.estimate.seconds
 
   def __str__(self) -> str:
@@ -281,7 +281,7 @@ def describe(options: Sequence[Option], machine: Machine, arguments: Sequence[st
     expected = option.estimate
     rows = f"{expected.rows} row{'s' if expected.rows > 1 else ''}"
     lines += [
-      f"{number}. {option}: {_gigabytes(option.memory, machine.memory)}; step of {rows} in at least "
+      f"{number}. {option}: {_gigabytes(option.memory, machine.memory)}; step of {rows} in about "
       f"{expected.seconds:.1f} s (compute {expected.compute:.1f}, memory {expected.memory:.1f}, network "
       f"{expected.network:.1f})",
       f"   {option.command(arguments, environment='' if machine.is_tpu else GPU_ENVIRONMENT)}",
@@ -297,8 +297,12 @@ def describe(options: Sequence[Option], machine: Machine, arguments: Sequence[st
     origin = (
       f"estimated, activations with {GPU_MARGIN:.0%} on top; where a {machine.name} is present its compiler decides"
     )
-  measured = f", and one took {MEASURED[machine.name]} times as long" if machine.name in MEASURED else ""
-  return "\n".join([*lines, f"memory is {origin}; seconds are a lower bound from the chip's peaks{measured}"])
+  seconds = "seconds are estimated from the chip's peaks, as if nothing overlapped"
+  if any(option.config.base.offload for option in options if not option.problem):
+    seconds += f" but the host's copies, assumed to take {HOST_BANDWIDTH / 1e9:.0f} GB/s"
+  if machine.name in MEASURED:
+    seconds += f"; a step that was measured took {MEASURED[machine.name]} times as long"
+  return "\n".join([*lines, f"memory is {origin}; {seconds}"])
 
 
 def find_compiler(machine: Machine) -> Callable[[RunConfig], Forecast] | None:

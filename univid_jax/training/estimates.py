@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from univid_jax.checkpoints.model import clip_tokens, create_model, transformer_config
+from univid_jax.config.boundary import override
 from univid_jax.config.schema import BaseConfig, LoRAConfig, ModelConfig, RunConfig
 from univid_jax.core.options import AttentionBackend, OptimizerName, Quantize, RematPolicy
 from univid_jax.models.attention import xla
@@ -47,7 +48,7 @@ MASK_BYTES = 1 + 2 + 2
 LOGITS = 12
 # Hidden states that a block reads from and writes to memory in a step with full remat: 498 (1.3B), 410 (14B).
 TRAFFIC = 450
-# Bytes per second between a chip and the host's memory: an assumption, of the order of PCIe's.
+# Bytes per second between a chip and the host's memory: an assumption, about half of PCIe's.
 HOST_BANDWIDTH = 16e9
 # Operations per weight of dequantisation, and the share of a chip's peak that is left for what is no matrix product.
 DEQUANTIZATION = {Quantize.NONE: 0, Quantize.INT8: 4, Quantize.FP8: 4, Quantize.NF4: 40}
@@ -64,7 +65,7 @@ class Estimate:
     block: bytes of the backward pass of a block at its peak, at least.
     attention: of a GPU, bytes of the masks or logits of a block.
     margin: of a GPU, bytes that are likely or possible on top.
-    compute, memory, network: seconds at the chip's peaks, at least.
+    compute, memory, network: seconds at the chip's peaks.
     rows: of a step, on all devices.
   """
 
@@ -90,6 +91,7 @@ class Estimate:
 
   @property
   def seconds(self) -> float:
+    """Of a step, as if nothing overlapped."""
     return self.compute + self.memory + self.network
 
 
@@ -171,7 +173,7 @@ def estimate(config: RunConfig, chip: Chip, mesh: Mapping[str, int], *, is_tpu: 
     margin = hidden * (GPU_PEAK * (1 + GPU_MARGIN) - LEAST_PEAK) + GPU_RUNTIME
     if config.model.remat in (RematPolicy.NONE, RematPolicy.DOTS):
       margin += (GPU_UNMEASURED - 1) * stored
-  compute, memory, network = _seconds(config, shape, sizes, chip, mesh, rows=rows)
+  compute, memory, network = _seconds(config, shape, sizes, chip, mesh, rows=rows, is_tpu=is_tpu)
   return Estimate(
     weights=_state_bytes(config, sizes) / sharers,
     stored=stored,
@@ -227,36 +229,67 @@ def _stored(config: RunConfig, shape: DiTConfig) -> float:
   }[config.model.remat]
 
 
-def _seconds(
-  config: RunConfig, shape: DiTConfig, sizes: ModelBytes, chip: Chip, mesh: Mapping[str, int], *, rows: int
-) -> tuple[float, float, float]:
-  """Returns lower bounds of compute, memory (the host's included) and network."""
-  num_devices, sharers = mesh["data"] * mesh["fsdp"] * mesh["context"], mesh["fsdp"] * mesh["context"]
-  tokens, text, sentence = config.rows.num_tokens, config.rows.num_text_tokens, 4 * clip_tokens(config)
-  sentences = max(tokens / sentence, 1)
+def row_sentences(config: RunConfig) -> tuple[int, ...]:
+  """Returns the tokens of sentences that fill a row: of context I, and in what they leave those of images alone."""
+  left, found = config.rows.num_tokens, []
+  for frames in (config.data.num_frames, 1):
+    length = 4 * clip_tokens(override(config, {"data.num_frames": frames}))
+    count = min(left // length, config.rows.num_sentences - len(found))
+    found += [length] * count
+    left -= length * count
+  return tuple(found) or (config.rows.num_tokens,)
+
+
+def step_operations(config: RunConfig, remat: RematPolicy | None = None, *, skips: bool = True) -> float:
+  """Returns the operations of a training step on a row of `row_sentences`, with what it recomputes.
+
+  Args:
+    config: of the run.
+    remat: another policy than the config's.
+    skips: whether attention skips the other sentences of a row, as on TPUs.
+  """
+  shape, sentences = transformer_config(config), row_sentences(config)
+  tokens, text = sum(sentences), config.rows.num_text_tokens
   counts = {
     "tokens": tokens,
     "text_tokens": text,
     "targets": tokens / 4,
-    "attended": tokens * min(sentence, tokens),
-    "attended_text": tokens * text / sentences,
+    "attended": sum(length**2 for length in sentences) if skips else config.rows.num_tokens**2,
+    "attended_text": tokens * text / len(sentences),
   }
-  steps = [step_flops(shape, lora_rank=config.lora.rank, recompute=again, **counts) for again in (False, True)]
-  attention = shape.num_layers * 4 * counts["attended"] * shape.dim
+  once, twice = (step_flops(shape, lora_rank=config.lora.rank, recompute=again, **counts) for again in (False, True))
+  attention = (shape.num_layers - 0.75) * 4 * counts["attended"] * shape.dim  # the last block is of the targets alone
   again = {
-    RematPolicy.OFFLOAD: steps[1] - steps[0],
-    RematPolicy.FULL: steps[1] - steps[0],
-    RematPolicy.ATTENTION: steps[1] - steps[0] - attention,
+    RematPolicy.OFFLOAD: twice - once,
+    RematPolicy.FULL: twice - once,
+    RematPolicy.ATTENTION: twice - once - attention,
     RematPolicy.DOTS: attention,
     RematPolicy.NONE: 0.0,
-  }[config.model.remat]
+  }
+  return once + again[remat or config.model.remat]
+
+
+def _seconds(
+  config: RunConfig,
+  shape: DiTConfig,
+  sizes: ModelBytes,
+  chip: Chip,
+  mesh: Mapping[str, int],
+  *,
+  rows: int,
+  is_tpu: bool,
+) -> tuple[float, float, float]:
+  """Returns the seconds of compute, memory (the host's included) and network at the chip's peaks."""
+  num_devices, sharers = mesh["data"] * mesh["fsdp"] * mesh["context"], mesh["fsdp"] * mesh["context"]
+  operations = step_operations(config, skips=is_tpu)
   passes = 2 + (config.model.remat != RematPolicy.NONE)
-  compute = rows * (steps[0] + again) / num_devices / chip.flops
+  compute = rows * operations / num_devices / chip.flops
   item = jnp.dtype(config.model.dtype).itemsize
-  local = rows * tokens / num_devices * shape.dim * item  # a hidden state
+  local = rows * config.rows.num_tokens / num_devices * shape.dim * item  # a hidden state
   in_dtype = sizes.block * shape.num_layers
   compute += passes * in_dtype / item * DEQUANTIZATION[config.base.quantize] / (VECTOR_SHARE * chip.flops)
-  moved = TRAFFIC * local * shape.num_layers * (steps[0] + again) / steps[1] + passes * sizes.base
+  share = operations / step_operations(config, RematPolicy.FULL, skips=is_tpu)
+  moved = TRAFFIC * local * shape.num_layers * share + passes * sizes.base
   if config.base.quantize != Quantize.NONE:  # kernels are written dequantised, and read again
     moved += passes * 2 * in_dtype
   on_host = (passes - 1) * sizes.blocks / sharers if config.base.offload else 0.0
