@@ -2,18 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.commands import run_command
 from univid_jax import forecast as command
-from univid_jax.checkpoints.model import create_model
+from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.pretrained import abstract_component
 from univid_jax.codecs.vae_config import VAEConfig
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import wan22_a14b, wan_1_3b
 from univid_jax.core.errors import UserError
+from univid_jax.inference.experts import Transformer
+from univid_jax.inference.pipeline import Pipeline
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import bytes_per_device
 from univid_jax.training.memory import forecast, forecast_autoencoder, forecast_sampling
@@ -35,6 +38,22 @@ class TestForecast:
     tokens = 4 * 2 * (16 // 8) ** 2
     assert found.cache == 2 * 2 * tokens * 32 * 4 and "cache 0.00" in str(found)
     assert found.activations > 0 and found.optimizer == 0 and found.weights > 0
+
+  def test_sampling_packs_as_sampling_does(self, tiny_config):
+    """A row is rounded up, here from 72 to 80 tokens, and its intervals hide the padding."""
+    config = override(tiny_config, {"data.height": 24, "data.width": 24, "rows.num_tokens": 72})
+    mesh = make_mesh({}, jax.devices()[:1])
+    graph, params = nnx.split(create_model(config), nnx.Param)
+    pipe = Pipeline(
+      transformer_config(config),
+      [Transformer(graph, nnx.to_pure_dict(params))],
+      encoders=open_encoders(config, mesh),
+      mesh=mesh,
+    )
+    frames = np.zeros((config.data.num_frames, 24, 24, 3), np.float32)
+    rows = pipe.pack_job(pipe.make_job([frames] * 3, None, 0), [pipe.embed("")])
+    assert rows[0].tokens.shape[1] == 80
+    assert forecast_sampling(config, mesh).batch == sum(x.nbytes for x in jax.tree.leaves(rows))
 
   def test_sampling_says_what_is_sharded(self, tiny_config):
     """One row is sharded over its tokens only if no other axis takes rows, as by the sampler."""

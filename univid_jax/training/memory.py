@@ -24,7 +24,7 @@ from univid_jax.data.packing import RowShape, pack
 from univid_jax.data.tokens import IMAGE_FEATURES, Features, sentence_features
 from univid_jax.diffusion.guidance import Branch
 from univid_jax.diffusion.solvers import Euler
-from univid_jax.inference.jobs import pack_single
+from univid_jax.inference.jobs import pack_in_bucket
 from univid_jax.inference.sampler import Sampler
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import AXES, SEQUENCE, row_shards
@@ -171,7 +171,7 @@ def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
   """
   check_rows(config)
   features = _placeholder_features(transformer_config(config), clip_latents(config), num_clips=4)
-  row = pack_single(features, context_mode=context_mode(config), with_targets=True)
+  row = pack_in_bucket(features, context_mode=context_mode(config))
   num_experts = 1 if config.model.expert == TrainedExpert.ONLY else 2
   module = nnx.eval_shape(lambda: create_model(config, adapters=False))
   graph, params = nnx.graphdef(module), abstract_parameters(module, mesh)

@@ -34,9 +34,10 @@ def cudnn_attention(
 ) -> Float[Array, "b l h k"]:
   """See `api.attention`. The kernel has no intervals: they become a mask of b x l x n, and no blocks are skipped.
 
-  Without intervals (sampling one sentence) memory is linear in tokens. JAX's public interface gives the kernel nothing
-  else that could express packed sentences: lengths are one per row, counted from its start. Nor does it give the
-  gradient of a part of the keys, so on a mesh the keys of a ring are gathered.
+  Rows of training and of sampling always have intervals, if only because their lengths are rounded up; without them
+  memory is linear in tokens. With them the gradient has a bias and the bias's gradient, as large as the mask. JAX's
+  public interface gives the kernel nothing else that could express packed sentences: lengths are one per row, counted
+  from its start. Nor does it give the gradient of a part of the keys, so on a mesh the keys of a ring are gathered.
 
   Raises:
     UserError: the kernel does not support the dtype or head size.
