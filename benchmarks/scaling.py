@@ -7,16 +7,17 @@ For each preset, topology and number of devices that share a row, the step is co
 the weights, in the order of least traffic (weights on every chip, then sharded over eight, then over all), until one
 fits; with --all on all of them. Each takes two to five minutes; with --out, lines that the file already has are not
 compiled again. Rows are those of the preset, one per data x fsdp device; with another `rows.num_tokens` in --override,
-a row is one sentence.
+a row is filled with sentences of context I, then of images. Of presets with two experts the high-noise one is trained,
+unless --override says otherwise.
 
-Memory is the compiler's. Times are lower bounds from stated peaks (`platform.chips`): operations by formula,
-recomputation included; bytes that the program reads and writes; bytes that its collectives carry. The largest of the
-three bounds the step. The file also has the cycles that the compiler expects for everything but attention.
+Memory is the compiler's; of a program that it refuses, that of the temporaries alone. Times are lower bounds from
+stated peaks (`platform.chips`): operations by formula, recomputation included; bytes that the program reads and writes;
+bytes that its collectives carry. The largest of the three bounds the step. The file also has the cycles that the
+compiler expects for everything but attention.
 """
 
 import dataclasses
 import json
-import math
 import re
 import subprocess
 import sys
@@ -33,8 +34,8 @@ from univid_jax.config.presets import PRESETS
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TrainedExpert
-from univid_jax.platform.chips import CHIPS, Chip
-from univid_jax.platform.topologies import describe_devices, use_tpu_compiler
+from univid_jax.platform.chips import CHIPS, NAMES, Chip
+from univid_jax.platform.topologies import count_chips, describe_devices, use_tpu_compiler
 
 FLAGS = CommandFlags(__doc__)
 PRESET_NAMES = FLAGS.strings("presets", ["wan_1_3b", "wan_14b"], "Presets, see config.presets.")
@@ -45,8 +46,6 @@ ALL = FLAGS.switch("all", False, "Compile all meshes, not only up to the first t
 OUT = FLAGS.string("out", "", "File for the table, one line of JSON per program; an existing file is continued.")
 ONE = FLAGS.string("one", "", "PRESET TOPOLOGY FSDP CONTEXT [OVERRIDE]: compiles one line; used internally.")
 
-# JAX's names of the chips of a topology.
-KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 COLUMNS = (
   "preset",
   "topology",
@@ -73,11 +72,8 @@ class Setup:
 
   @property
   def config(self) -> RunConfig:
-    config = PRESETS[self.preset]()
-    changes: dict[str, int | str] = {"mesh.data": -1, "mesh.fsdp": self.fsdp, "mesh.context": self.context}
-    if config.model.expert == TrainedExpert.BOTH:  # one at a time; the other adds its weights alone
-      changes["model.expert"] = "high"
-    return override(config, {**parse_overrides(self.override), **changes})
+    changes = {"mesh.data": -1, "mesh.fsdp": self.fsdp, "mesh.context": self.context}
+    return override(make_config(self.preset, self.override), changes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,8 +82,8 @@ class Line:
 
   Attributes:
     data: size of the data axis.
-    memory_gb: of a chip; None if unknown.
-    of_gb: what a chip has.
+    memory_gb: of a chip, where the compiler refused the program that of its temporaries; None if unknown.
+    of_gb: what a chip has; 0 if the compiler refused the program.
     seconds: lower bounds of a step: compute, memory, network.
     rows_per_s: upper bound.
     collective_gb: per chip, by kind of collective.
@@ -115,7 +111,9 @@ class Line:
 
   def to_markdown(self) -> str:
     size = "?" if self.memory_gb is None else f"{self.memory_gb:.1f}"
-    cells = [self.preset, self.topology, f"{self.data} x {self.fsdp} x {self.context}"]
+    expert = make_config(self.preset, self.override).model.expert
+    name = self.preset if expert == TrainedExpert.ONLY else f"{self.preset}, expert {expert}"
+    cells = [name, self.topology, f"{self.data} x {self.fsdp} x {self.context}"]
     if self.fits:
       collectives = ", ".join(f"{kind} {gb:.1f}" for kind, gb in self.collective_gb.items() if gb >= 0.05)
       cells += [
@@ -126,7 +124,7 @@ class Line:
         collectives or "under 0.05",
       ]
     else:
-      cells += [f"{size}: does not fit", *[""] * 6]
+      cells += [f"{size}{'' if self.of_gb else ' besides inputs'}: does not fit", *[""] * 6]
     return f"| {' | '.join(cells)} |"
 
 
@@ -155,16 +153,15 @@ def compile_setup(setup: Setup) -> Line:
   """Compiles a line of the table in this process, for TPUs that need not exist."""
   use_tpu_compiler()
   from univid_jax.parallel.mesh import make_mesh, row_shards
-  from univid_jax.training.memory import forecast_with_program
+  from univid_jax.training.memory import DoesNotFitError, forecast_with_program
 
   config = setup.config
   mesh = make_mesh(config.mesh, describe_devices(setup.topology))
   head: dict[str, Any] = {**dataclasses.asdict(setup), "data": mesh.shape["data"]}
   try:
     memory, program = forecast_with_program(config, mesh)
-  except UserError as error:
-    needed = re.search(r"\((\d+\.\d+)G\)", str(error))
-    return Line(**head, fits=False, memory_gb=float(needed[1]) * 1.0737 if needed else None)
+  except DoesNotFitError as error:
+    return Line(**head, fits=False, memory_gb=error.temporaries and error.temporaries / 1e9)
   rows = config.rows.batch_size(row_shards(mesh))
   text = program.as_text()
   seconds, collectives = bound_seconds(config, text, rows=rows, num_chips=mesh.size, chip=chip_of(setup.topology))
@@ -213,26 +210,25 @@ def compile_apart(setup: Setup) -> Line:
   raise UserError(f"{setup.preset} on {setup.topology}: {(done.stderr.strip() or 'it was killed').splitlines()[-1]}")
 
 
-def weight_bytes(preset: str, overrides: str) -> int:
-  """Returns the bytes of the frozen base of a preset with overrides, KEY=VALUE,..."""
-  import jax
-  from flax import nnx
+def make_config(preset: str, overrides: str) -> RunConfig:
+  """Returns a preset with overrides, KEY=VALUE,...; of two experts one is trained unless they say otherwise."""
+  config, changes = PRESETS[preset](), parse_overrides(overrides)
+  if config.model.expert == TrainedExpert.BOTH:  # one at a time; the other adds its weights alone
+    changes = {"model.expert": "high", **changes}
+  return override(config, changes)
 
-  from univid_jax.checkpoints.model import create_model
 
-  config = override(PRESETS[preset](), parse_overrides(overrides))
-  model = nnx.eval_shape(lambda: create_model(config, adapters=False))
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+def weight_bytes(preset: str, overrides: str) -> float:
+  """Returns the bytes of the frozen base of a preset with overrides that are on the devices."""
+  from univid_jax.training.estimates import model_bytes
+
+  config = make_config(preset, overrides)
+  sizes = model_bytes(config)
+  return len(config.model.expert.parts) * (sizes.base - config.base.offload * sizes.blocks)
 
 
 def chip_of(topology: str) -> Chip:
-  return CHIPS[KINDS[topology.partition(":")[0]]]
-
-
-def fsdp_sizes(num_chips: int, context: int) -> list[int]:
-  """Returns sizes of fsdp in the order of least traffic: weights on every device, over eight, or over all."""
-  rest = num_chips // context
-  return [fsdp for fsdp in sorted({1, 8, rest}) if rest % fsdp == 0]
+  return CHIPS[NAMES[topology.partition(":")[0]]]
 
 
 def table_lines(
@@ -256,11 +252,13 @@ def table_lines(
     all_meshes: whether to go on after the first mesh that fits, for each size of the sequence axis.
     overrides: of the preset, KEY=VALUE,...
   """
-  num_chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+  from univid_jax.training.advice import fsdp_sizes
+
+  num_chips = count_chips(topology)
   for context in contexts:
     if num_chips % context:
       continue
-    for fsdp in fsdp_sizes(num_chips, context):
+    for fsdp in fsdp_sizes(num_chips // context):
       if weights / (fsdp * context) > chip_of(topology).memory:
         continue
       line = table.line(Setup(preset, topology, fsdp, context, overrides))
@@ -280,8 +278,10 @@ def main() -> None:
     if preset not in PRESETS:
       raise UserError(f"--presets must be among {', '.join(PRESETS)}, got {preset!r}")
   for topology in TOPOLOGIES.value:
-    if topology.partition(":")[0] not in KINDS:
-      raise UserError(f"--topologies must start with one of {', '.join(KINDS)}, for example v5e:2x4, got {topology!r}")
+    count_chips(topology)
+  for context in CONTEXTS.value:
+    if not context.isdecimal() or int(context) == 0:
+      raise UserError(f"--contexts must be numbers of devices, at least 1, got {context!r}")
   overrides = ",".join(OVERRIDE.value)
   table = Table(Path(OUT.value) if OUT.value else None)
   print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")

@@ -11,7 +11,7 @@ recomputation as well.
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.steps import LORA_RANK, diffusers_options, find_variant, make_row_program, make_sentence_row, shrink
@@ -114,13 +114,14 @@ def build_torch(
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Operations of a batch: the model's own, and with recomputation (0 if nothing, or not everything, is recomputed)."""
+  """Operations of a batch: the model's own, and with recomputation of everything (0 if a program does not do that)."""
 
   model: float
   hardware: float
 
   @classmethod
-  def of(cls, shape: DiTConfig, tokens: int, *, rows: int, training: bool, recomputes_all: bool) -> "Work":
+  def of(cls, shape: DiTConfig, tokens: int, *, rows: int, remat: Sequence[str] | None) -> "Work":
+    """Counts them for policies that race, or for a forward pass."""
     from univid_jax.models.flops import forward_flops, step_flops
 
     counts = dict(
@@ -129,12 +130,13 @@ class Work:
       attended=float(rows * tokens**2),
       attended_text=float(rows * tokens * PROMPT_TOKENS),
     )
-    if not training:
+    if remat is None:
       return cls(forward_flops(shape, **counts), 0.0)
 
     def count_step(*, recompute: bool) -> float:
       return step_flops(shape, lora_rank=LORA_RANK, recompute=recompute, targets=rows * tokens / 4, **counts)
 
+    recomputes_all = set(remat) <= {RematPolicy.FULL, RematPolicy.OFFLOAD}
     return cls(count_step(recompute=False), count_step(recompute=True) if recomputes_all else 0.0)
 
 
@@ -154,8 +156,7 @@ def main() -> None:
   )
   side = 2 * find_autoencoder(shape.out_dim).spatial_stride
   tokens = 4 * FRAMES.value * (HEIGHT.value // side) * (WIDTH.value // side)
-  training = MODE.value == "train"
-  work = Work.of(shape, tokens, rows=ROWS.value, training=training, recomputes_all=training and REMAT.value == ["full"])
+  work = Work.of(shape, tokens, rows=ROWS.value, remat=REMAT.value if MODE.value == "train" else None)
   ours = {**shared, "shape": shape, "backend": BACKEND.value}
   programs = {
     f"univid_jax, {remat}" if i else "univid_jax": Program(build_jax, {**ours, "remat": remat})

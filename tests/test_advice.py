@@ -16,7 +16,7 @@ from univid_jax.parallel.mesh import make_mesh
 from univid_jax.platform.chips import NAMES
 from univid_jax.training.advice import Machine, advise, describe, make_options, order, smaller_rows
 from univid_jax.training.estimates import GPU_MARGIN, GPU_PEAK, estimate
-from univid_jax.training.memory import Forecast, forecast
+from univid_jax.training.memory import DoesNotFitError, Forecast, forecast
 
 ONE = {"data": 1, "fsdp": 1, "context": 1}
 FIVE_B = {"data.height": 480, "data.width": 832, "rows.num_tokens": 8192}
@@ -31,7 +31,7 @@ def fake_compiler(gigabytes, seen=None):
       seen.append(config)
     size = gigabytes(config)
     if size is None:
-      raise UserError("this does not fit (RESOURCE_EXHAUSTED: HLO temporaries (39.83G) exceeds available HBM (31.25G))")
+      raise DoesNotFitError("RESOURCE_EXHAUSTED: HLO temporaries (39.83G) exceeds available HBM (31.25G)", "take more")
     return Forecast(weights=int(size * 1e9), batch=0, activations=0, device="TPU v6 lite", memory=int(33.5e9))
 
   return compile_config

@@ -23,6 +23,7 @@ from benchmarks.programs import collective_bytes, estimated_cycles, memory_bytes
 from benchmarks.sample import euler_sigmas
 from benchmarks.steps import find_variant
 from benchmarks.timing import Program, race
+from benchmarks.train_step import Work
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import wan_1_3b
 from univid_jax.core.errors import UserError
@@ -141,6 +142,17 @@ def test_memory_traffic_of_a_compiled_program():
   assert memory_bytes(text, 1) == 2 * x.nbytes
 
 
+def test_policies_that_recompute_everything_have_hardware_operations():
+  shape = find_variant("wan2.1-t2v-1.3b")
+
+  def count(remat):
+    return Work.of(shape, 1000, rows=1, remat=remat)
+
+  assert count(["full"]) == count(["offload"]) == count(["full", "offload"])
+  assert count(["full"]).hardware > count(["full"]).model == count(["full", "attention"]).model
+  assert count(["full", "attention"]).hardware == count(None).hardware == 0 < count(None).model
+
+
 class TestScalingTable:
   def compile_apart(self, setup: scaling.Setup) -> scaling.Line:
     self.compiled.append((setup.fsdp, setup.context))
@@ -163,6 +175,42 @@ class TestScalingTable:
     self.compiled = []
     monkeypatch.setattr(scaling, "compile_apart", self.compile_apart)
     assert [line.fsdp for line in self.lines(scaling.Table(None), weights=17e9 * 9, contexts=[1])] == [16]
+
+  def test_weights_in_the_memory_of_the_host_take_none_of_the_devices(self):
+    whole, rest, quantised = (
+      scaling.weight_bytes("wan_14b", changes)
+      for changes in ("", "base.offload=true,model.remat=offload", "base.quantize=int8")
+    )
+    assert 28e9 < whole < 29e9 and rest < 0.02 * whole and 0.5 * whole < quantised < 0.6 * whole
+    assert scaling.weight_bytes("wan22_a14b", "model.expert=both") == 2 * scaling.weight_bytes("wan22_a14b", "")
+
+  @pytest.mark.parametrize(
+    "changes, expert", [("", "high"), ("model.expert=low", "low"), ("model.expert=both", "both")]
+  )
+  def test_lines_say_which_expert_is_trained(self, changes, expert):
+    setup = scaling.Setup("wan22_a14b", "v6e:2x2", 1, 4, changes)
+    line = scaling.Line(**dataclasses.asdict(setup), data=1, fits=False, memory_gb=39.8)
+    assert setup.config.model.expert == expert
+    assert line.to_markdown().startswith(f"| wan22_a14b, expert {expert} |")
+    assert "| 39.8 besides inputs: does not fit |" in line.to_markdown()
+    assert "| 39.8: does not fit |" in dataclasses.replace(line, of_gb=33.5).to_markdown()
+
+  @pytest.mark.parametrize(
+    "argument, message",
+    [
+      ("--topologies=v5e", "'v5e' is not a topology: slices of v5e are 1x1, 2x2"),
+      ("--topologies=v5e:2x4x1", "slices of v5e are 1x1"),
+      ("--topologies=v5e:0x4", "slices of v5e are 1x1"),
+      ("--topologies=v4:2x2x2", "it starts with v5e, v6e, v5p"),
+      ("--contexts=x", "--contexts must be numbers of devices, at least 1, got 'x'"),
+      ("--contexts=1,0", "got '0'"),
+      ("--presets=huge", "--presets must be among"),
+    ],
+  )
+  def test_mistakes_are_one_line(self, argument, message, capfd):
+    assert scaling.main(["scaling", argument]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
 
   @pytest.mark.parametrize("remat, seconds", [("full", 5.17), ("offload", 5.17), ("none", 3.76), ("attention", 4.25)])
   def test_compute_follows_from_what_is_recomputed(self, remat, seconds):

@@ -18,7 +18,7 @@ import sys
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.core.errors import UserError
-from univid_jax.platform.chips import NAMES
+from univid_jax.platform.chips import GPU_SHARE, NAMES, is_tpu
 from univid_jax.platform.topologies import describe_devices, find_topology, use_tpu_compiler
 
 log = logging.getLogger("univid_jax.forecast")  # also when run as __main__
@@ -53,11 +53,11 @@ def main() -> None:
 
 def advise(chip: str) -> None:
   """Prints how the config can be trained on --chips of a kind of chip."""
-  if NAMES[chip].startswith("TPU"):
+  if is_tpu(chip):
     find_topology(chip, CHIPS.value)  # before JAX is imported
     use_tpu_compiler()
   else:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # as in the commands
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))  # as in the commands
   from univid_jax.training import advice
 
   config, machine = CONFIG.value, advice.Machine(name=chip, count=CHIPS.value)

@@ -21,8 +21,8 @@ their sentences from your videos and images (computed tasks) or from pairs of yo
   python -m univid_jax.train --config=wan_1_3b --config.init_from=wan_1_3b --config.data.folder=DIR \\
     --workdir=runs/mine
 
-wan22_ti2v_5b, wan22_a14b, wan22_i2v_a14b: the same on Wan2.2. Of A14B a run trains one expert: --config.model.expert is
-high or low.
+wan22_ti2v_5b, wan22_a14b, wan22_i2v_a14b: the same on Wan2.2. Of A14B a run trains both experts, or with
+--config.model.expert=high or low one.
 
 The paper's recipes are one override away: one task (--config.data.tasks.NAME=1.0 and 0.0 for the others), one context
 for a task (--config.data.contexts.I=1.0 ...), more shots (--config.data.num_clips.clips_6=1.0).

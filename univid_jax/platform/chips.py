@@ -67,6 +67,15 @@ NAMES: Mapping[str, str] = {
 }
 
 
+# Share of a GPU's memory that JAX may use: by default it takes 0.75. The rest is for CUDA itself.
+GPU_SHARE = 0.92
+
+
+def is_tpu(name: str) -> bool:
+  """Whether a chip of `NAMES` is a TPU, or else an NVIDIA GPU."""
+  return NAMES[name].startswith("TPU")
+
+
 def find_chip(device: Device) -> Chip | None:
   """Returns the chip of a device, or None if it is not in the table."""
   return find_chip_by_name(device.device_kind)

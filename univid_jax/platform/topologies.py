@@ -52,6 +52,21 @@ def find_topology(chip: str, num_chips: int) -> str:
   raise UserError(f"there is no slice of {num_chips} {chip}; the nearest have {names}")
 
 
+def count_chips(topology: str) -> int:
+  """Returns the chips of a topology, such as v5e:2x4.
+
+  Raises:
+    UserError: it is none; the message names those that exist.
+  """
+  kind, _, size = topology.partition(":")
+  if kind not in SLICES:
+    raise UserError(f"{topology!r} is not a topology: it starts with {', '.join(SLICES)}, for example v5e:2x4")
+  dims = _parse_dims(size)
+  if len(dims) != len(_parse_dims(SLICES[kind][0])) or 0 in dims:
+    raise UserError(f"{topology!r} is not a topology: slices of {kind} are {', '.join(SLICES[kind])}")
+  return math.prod(dims)
+
+
 def describe_devices(topology: str) -> Sequence[Device]:
   """Returns descriptions of the chips of a topology that libtpu knows, such as v5e:2x4.
 

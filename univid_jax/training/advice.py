@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,21 +20,19 @@ from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize, RematPolicy
+from univid_jax.models.attention import splash
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.platform.chips import CHIPS, NAMES, Chip, find_chip
+from univid_jax.platform.chips import CHIPS, GPU_SHARE, NAMES, Chip, find_chip, is_tpu
 from univid_jax.platform.topologies import describe_devices, find_topology, use_tpu_compiler
 from univid_jax.training.estimates import GPU_MARGIN, HOST_BANDWIDTH, Estimate, estimate
-from univid_jax.training.memory import Forecast, forecast
+from univid_jax.training.memory import DoesNotFitError, Forecast, forecast
 
 Changes = Mapping[str, Any]
 
-# Share of a GPU's memory that JAX may use: by default it takes 0.75. The rest is for CUDA itself.
-GPU_SHARE = 0.92
 GPU_ENVIRONMENT = f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}"
 # Of the memory: an option that leaves less is tight, because compilers' figures change with their version.
 SPARE = 0.1
-TPU_BLOCK = 1024  # tokens of a block of splash attention
-GPU_BLOCK = 128
+GPU_BLOCK = 128  # tokens of a tile of cuDNN's attention
 # How many times the estimated seconds a step took where it was measured (docs/benchmarks.md, "GPUs").
 MEASURED = {"h100": 1.7}
 LEFT_OUT = 6  # lines about options that do not fit
@@ -61,7 +58,7 @@ class Machine:
 
   @property
   def is_tpu(self) -> bool:
-    return NAMES[self.name].startswith("TPU")
+    return is_tpu(self.name)
 
   @property
   def memory(self) -> float:
@@ -70,7 +67,8 @@ class Machine:
 
   @property
   def block(self) -> int:
-    return TPU_BLOCK if self.is_tpu else GPU_BLOCK
+    """Tokens that attention computes together, which rows are whole multiples of."""
+    return splash.BLOCK_KV if self.is_tpu else GPU_BLOCK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,10 +195,9 @@ def _check(
   try:
     found = compile_config(option.config)
   except UserError as error:
-    needed = re.search(r"\((\d+\.\d+)G\)", str(error))
-    text = (
-      f"needs {float(needed[1]) * 1.0737:.1f} GB besides its inputs" if needed else str(error).splitlines()[0][:120]
-    )
+    text = str(error).splitlines()[0][:120]
+    if isinstance(error, DoesNotFitError) and error.temporaries:
+      text = f"needs {error.temporaries / 1e9:.1f} GB besides its inputs"
     return dataclasses.replace(option, problem=text)
   capacity = found.memory or capacity
   problem = "" if found.total <= capacity else f"needs {_gigabytes(found.total, capacity)}"
@@ -246,13 +243,21 @@ def _storages(config: RunConfig) -> Sequence[Quantize]:
   return (Quantize.NONE, Quantize.INT8, Quantize.NF4)
 
 
+def fsdp_sizes(count: int) -> list[int]:
+  """Returns sizes of fsdp, least traffic first: weights on every device, over eight, or over all.
+
+  Args:
+    count: of devices that do not share rows.
+  """
+  return [size for size in sorted({1, 8, count}) if count % size == 0]
+
+
 def _meshes(count: int) -> Iterator[tuple[int, int, int]]:
-  """Yields sizes of data, fsdp and context: weights on every device, over eight, or over all that do not share rows."""
+  """Yields sizes of data, fsdp and context."""
   for context in (size for size in range(1, count + 1) if count % size == 0):
     rest = count // context
-    for fsdp in sorted({1, 8, rest}):
-      if rest % fsdp == 0:
-        yield rest // fsdp, fsdp, context
+    for fsdp in fsdp_sizes(rest):
+      yield rest // fsdp, fsdp, context
 
 
 def smaller_rows(config: RunConfig, machine: Machine) -> Iterator[Changes]:

@@ -1,6 +1,7 @@
 """Forecasts the memory of training, sampling, encoding and decoding on a device, from the compiler's own figures."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -83,11 +84,25 @@ class Forecast:
     return f"memory per device ({self.device}): {self.total / 1e9:.2f}{capacity} GB ({parts}){host}{note}"
 
 
+class DoesNotFitError(UserError):
+  """The compiler refuses a program, because the devices have too little memory.
+
+  Attributes:
+    temporaries: bytes that the program needs besides its inputs; None if the compiler does not say.
+  """
+
+  def __init__(self, reason: str, advice: str):
+    super().__init__(f"this does not fit ({reason}); {advice}")
+    needed = re.search(r"\((\d+\.\d+)G\)", reason)
+    self.temporaries = float(needed[1]) * 2**30 if needed else None
+
+
 def forecast(config: RunConfig, mesh: Mesh) -> Forecast:
   """Forecasts the training of a config on each device of a mesh.
 
   Raises:
-    UserError: rows do not hold what `check_rows` demands, or the compiler itself sees that it cannot fit.
+    UserError: rows do not hold what `check_rows` demands.
+    DoesNotFitError: the compiler itself sees that it cannot fit.
   """
   return forecast_with_program(config, mesh)[0]
 
@@ -111,7 +126,7 @@ def compile_step(step: Any, spec: StateSpec, batch: PackedRow, mesh: Mesh) -> tu
     mesh: the devices, which may be a description of devices elsewhere.
 
   Raises:
-    UserError: the compiler itself sees that it cannot fit.
+    DoesNotFitError: the compiler itself sees that it cannot fit.
   """
   with jax.set_mesh(mesh):
     compiled = _compile(step.lower(spec.abstract, spec.abstract_frozen, batch), ADVICE)
@@ -127,14 +142,14 @@ def compile_step(step: Any, spec: StateSpec, batch: PackedRow, mesh: Mesh) -> tu
 
 
 def _compile(lowered: Any, advice: str) -> Any:
-  """Compiles a program; raises UserError if the compiler itself sees that it cannot fit."""
+  """Compiles a program; raises DoesNotFitError if the compiler itself sees that it cannot fit."""
   try:
     return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     reason = str(error).splitlines()[0].rstrip(".")
-    raise UserError(f"this does not fit ({reason}); {advice}") from error
+    raise DoesNotFitError(reason, advice) from error
 
 
 def _describe_program(compiled: Any, mesh: Mesh) -> dict[str, Any]:
