@@ -1,5 +1,6 @@
-"""The project's commands in processes of their own."""
+"""The project's commands, in processes of their own or in this one."""
 
+import importlib
 import os
 import socket
 import subprocess
@@ -65,6 +66,11 @@ def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
 def run_command(module: str, *arguments: str, **options) -> subprocess.CompletedProcess:
   """Runs `python -m module arguments` to its end."""
   return finish(start_command(module, *arguments, **options))
+
+
+def run_here(module: str, *arguments: object) -> int:
+  """Runs a command in this process, which is quicker; returns its exit code."""
+  return importlib.import_module(module).main([module, *map(str, arguments)])
 
 
 def free_port() -> int:

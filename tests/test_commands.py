@@ -1,6 +1,5 @@
 """The commands as a person types them: help, real files, and one clear line for whatever is wrong."""
 
-import importlib
 import json
 import re
 import shutil
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands import SMALL, run_command
+from tests.commands import SMALL, run_command, run_here
 from tests.helpers import GOLDENS, image_width
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.kinds import Difference
@@ -31,11 +30,6 @@ COMMANDS = {
   "univid_jax.convert": "--inspect",
   "tools.convert_weights": "--inspect",
 }
-
-
-def run_here(module: str, *arguments: str) -> int:
-  """Runs a command in this process; returns its exit code."""
-  return importlib.import_module(module).main([module, *map(str, arguments)])
 
 
 def test_a_clone_that_hides_the_package_is_named(monkeypatch, capfd):
@@ -180,16 +174,15 @@ def test_sampling_real_files(trained, tmp_path):
   clip = read_clip(tmp_path / "out.mp4")
   assert clip.frames.shape == (7, 16, 16, 3) and clip.fps == pytest.approx(25), "all of a longer video"
 
-  done = run_command("univid_jax.sample", *common, f"--clips={a},{a},{a}", f"--out={tmp_path / 'out.png'}")
-  assert done.returncode == 0 and read_clip(tmp_path / "out.png").frames.shape == (1, 16, 16, 3)
+  assert run_here("univid_jax.sample", *common, f"--clips={a},{a},{a}", f"--out={tmp_path / 'out.png'}") == 0
+  assert read_clip(tmp_path / "out.png").frames.shape == (1, 16, 16, 3)
 
-  done = run_command(
-    "univid_jax.sample", *common, f"--clips={a},{b},{a}", f"--out={tmp_path / 'out.npy'}", "--guidance_scale=2"
-  )
-  assert done.returncode == 0 and np.load(tmp_path / "out.npy").shape == (5, 16, 16, 3)
+  inputs, out = f"--clips={a},{b},{a}", f"--out={tmp_path / 'out.npy'}"
+  assert run_here("univid_jax.sample", *common, inputs, out, "--guidance_scale=2") == 0
+  assert np.load(tmp_path / "out.npy").shape == (5, 16, 16, 3)
 
 
-def test_many_queries_with_grids_and_records(trained, tmp_path):
+def test_many_queries_with_grids_and_records(trained, tmp_path, capfd):
   root, _ = trained
   queries = tmp_path / "queries"
   queries.mkdir()
@@ -204,8 +197,7 @@ def test_many_queries_with_grids_and_records(trained, tmp_path):
     f"--clips={pair}",
     f"--out={tmp_path / 'out'}",
   ]
-  done = run_command(*common, f"--queries={queries}", "--grid", "--solver=unipc")
-  assert done.returncode == 0, done.stderr
+  assert run_here(*common, f"--queries={queries}", "--grid", "--solver=unipc") == 0
   assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
     "x.json",
     "x.png",
@@ -221,8 +213,8 @@ def test_many_queries_with_grids_and_records(trained, tmp_path):
   assert read_clip(tmp_path / "out" / "z_grid.mp4").frames.shape[0] == 7
   record = json.loads((tmp_path / "out" / "z.json").read_text())
   assert record["num_frames"] == 7 and record["fps"] == 12 and record["solver"] == "unipc" and len(record["clips"]) == 3
-  done = run_command(*common, f"--queries={queries / 'x.png'},{queries / 'x.png'}")
-  assert done.returncode == 2 and "two queries are named 'x'" in done.stderr
+  assert run_here(*common, f"--queries={queries / 'x.png'},{queries / 'x.png'}") == 2
+  assert "two queries are named 'x'" in capfd.readouterr().err
 
 
 def test_sampling_with_an_accelerator(trained, tmp_path):

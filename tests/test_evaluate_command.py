@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests import commands
-from tests.commands import run_command, start_command
+from tests.commands import run_command, run_here, start_command
 from tests.helpers import image_width
 from univid_jax import evaluate
 from univid_jax.evaluation.metrics.image import psnr
@@ -144,9 +144,11 @@ def test_two_processes_give_the_same_report(workdir, tmp_path):
     (["--config.eval.sentences_per_case=0"], "there is nothing to evaluate on"),
   ],
 )
-def test_errors_are_one_clear_line(workdir, arguments, message):
-  code, _, error = run("univid_jax.evaluate", *SMALL, f"--workdir={workdir}", f"--out={workdir / 'other'}", *arguments)
-  assert code != 0 and message in error.strip().splitlines()[-1], error
+def test_errors_are_one_clear_line(workdir, capfd, arguments, message):
+  folders = f"--workdir={workdir}", f"--out={workdir / 'other'}"
+  code = run_here("univid_jax.evaluate", *SMALL, *folders, *arguments)
+  error = capfd.readouterr().err
+  assert code != 0 and message in error.strip().splitlines()[-1] and "Traceback" not in error, error
 
 
 def test_a_checkpoint_is_evaluated_on_a_config_that_was_named(capfd):
@@ -194,8 +196,7 @@ def test_every_test_pair_is_used_with_training_examples(workdir, tmp_path):
       assert set(np.unique(file["clip_3"])) == {50, 250}
       truths.append(file["clip_3"].tobytes())
   assert len(set(truths)) == 3
-  code, _, error = run(*command, "--config.eval.depth_alignment=median")  # other scores of the same samples
-  assert code == 0, error
+  assert run_here(*command, "--config.eval.depth_alignment=median") == 0  # other scores of the same samples
   median = json.loads((tmp_path / "out" / "report.json").read_text())
   assert median["by_task"]["depth"]["prediction"]["psnr"] == report["by_task"]["depth"]["prediction"]["psnr"]
   assert median["by_task"]["depth"]["prediction"]["abs_rel"] != report["by_task"]["depth"]["prediction"]["abs_rel"]

@@ -1,6 +1,7 @@
 """Sharding: every mesh computes the loss and the gradients of one device."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -32,7 +33,8 @@ def one_gradient(config, mesh, row, microbatches=1):
   """Returns loss, gradients and state spec of a step on a mesh; gradient descent at rate 1 exposes the gradient."""
   optimizer = optax.sgd(1.0)
   spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=False, lora=config.lora.enabled)
-  base = nnx.to_pure_dict(nnx.state(create_model(config), nnx.Param)) if config.lora.enabled else {}
+  init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(create_model(config), nnx.Param)))
+  base = init() if config.lora.enabled else {}
   state, frozen = (
     spec.create(),
     jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), base, spec.abstract_frozen),
@@ -84,9 +86,16 @@ class TorusChip:
 
 
 @pytest.fixture(scope="module")
-def single():
-  """Loss and gradients of one device, by whether a LoRA is trained."""
-  return {}
+def single(tiny_config):
+  """Returns the row, and the loss and gradients of one device, of full training or of a LoRA."""
+
+  @functools.cache
+  def find(lora):
+    config = TestMeshes.configure(tiny_config, lora)
+    row = packed_batch(config)
+    return row, *one_gradient(config, make_mesh({}, devices=jax.devices()[:1]), row)[:2]
+
+  return find
 
 
 class TestMeshes:
@@ -99,7 +108,8 @@ class TestMeshes:
     *(pytest.param({axis: 8}, marks=pytest.mark.slow) for axis in ("data", "fsdp", "context")),
   )
 
-  def configure(self, config, lora):
+  @staticmethod
+  def configure(config, lora):
     """Context tokens have the target's timestep in one of the two kinds of training, 0 in the other."""
     timestep = "zero" if lora else "target"
     return override(config, {"lora.rank": 2 if lora else 0, "model.look_back": (), "model.context_timestep": timestep})
@@ -108,10 +118,7 @@ class TestMeshes:
   @pytest.mark.parametrize("sizes", MESHES, ids=str)
   def test_equals_one_device(self, tiny_config, single, sizes, lora):
     config = self.configure(tiny_config, lora)
-    row = packed_batch(config)
-    if lora not in single:
-      single[lora] = one_gradient(config, make_mesh({}, devices=jax.devices()[:1]), row)
-    loss, grads, _ = single[lora]
+    row, loss, grads = single(lora)
     other_loss, other, spec = one_gradient(config, make_mesh(sizes), row)
     assert other_loss == pytest.approx(loss, rel=1e-5)
     assert np.linalg.norm(other - grads) / np.linalg.norm(grads) <= 1e-5 and np.linalg.norm(grads) > 0.01
@@ -119,10 +126,10 @@ class TestMeshes:
     kernel = (spec.abstract_frozen if lora else spec.abstract.params)["blocks"]["ffn"]["up"]["kernel"]
     assert np.prod(kernel.sharding.shard_shape(kernel.shape)) * shards == kernel.size
 
-  def test_microbatches_give_the_same_gradients(self, tiny_config):
-    config = self.configure(tiny_config, False)
-    row, mesh = packed_batch(config), make_mesh({"data": 2}, devices=jax.devices()[:2])
-    (loss, grads, _), (other_loss, other, _) = (one_gradient(config, mesh, row, microbatches=n) for n in (1, 4))
+  def test_microbatches_give_the_same_gradients(self, tiny_config, single):
+    row, loss, grads = single(False)
+    mesh = make_mesh({"data": 2}, devices=jax.devices()[:2])
+    other_loss, other, _ = one_gradient(self.configure(tiny_config, False), mesh, row, microbatches=4)
     assert other_loss == pytest.approx(loss, rel=1e-5) and np.linalg.norm(other - grads) / np.linalg.norm(grads) <= 1e-5
 
   def test_moments_are_sharded_like_their_parameters(self, tiny_config):

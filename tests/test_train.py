@@ -209,10 +209,16 @@ def count_metrics(workdir):
   return (workdir / "metrics.jsonl").read_text().count("\n")
 
 
-def test_another_config_in_the_same_workdir_is_refused(tiny_config, tmp_path):
+@pytest.fixture(scope="module")
+def tiny_run(tiny_config, tmp_path_factory):
+  """(Folder, result) of a complete run."""
+  workdir = tmp_path_factory.mktemp("tiny") / "run"
+  return workdir, train(tiny_config, str(workdir))
+
+
+def test_another_config_in_the_same_workdir_is_refused(tiny_config, tiny_run, tmp_path):
   """And changes nothing there, also not what the run remembers of its data, or it could not be resumed."""
-  workdir, data = tmp_path / "run", tmp_path / "data"
-  train(tiny_config, str(workdir))
+  workdir, data = tiny_run[0], tmp_path / "data"
   before = {path: path.read_bytes() for path in workdir.glob("*.json")}
   write_clip(data / "edges" / "a" / "source.png", np.zeros((1, 16, 16, 3), np.uint8))
   write_clip(data / "edges" / "a" / "target.png", np.zeros((1, 16, 16, 3), np.uint8))
@@ -268,16 +274,16 @@ class TestChangedData:
     assert train(override(more, {"num_steps": 4}), workdir).steps_taken == 1, "it is the run's data now"
 
 
-def test_what_is_written(tiny_config, tmp_path):
-  result = train(tiny_config, str(tmp_path))
+def test_what_is_written(tiny_run):
+  workdir, result = tiny_run
   assert result.steps_taken == 4
-  assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+  assert [row["step"] for row in read_metrics(workdir)] == [1, 2, 3, 4]
   assert all(
     0 < row["fill_rate"] <= 1 and 0 < row["balance"] <= 1 and row["sentences"] >= 8 and np.isfinite(row["loss"])
-    for row in read_metrics(tmp_path)
+    for row in read_metrics(workdir)
   )
-  assert (tmp_path / "loss.png").stat().st_size > 1000 and any((tmp_path / "tensorboard").iterdir())
-  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4"]
+  assert (workdir / "loss.png").stat().st_size > 1000 and any((workdir / "tensorboard").iterdir())
+  assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4"]
 
 
 class TestValidation:
