@@ -28,6 +28,7 @@ import tests.typecheck  # noqa: E402, F401  (the hook refers to it)
 # Before anything of the package is imported.
 jaxtyping.install_import_hook(["univid_jax"], "tests.typecheck.check_types")
 
+import univid_jax.codecs.encoders  # noqa: E402
 import univid_jax.codecs.wan_vae  # noqa: E402
 import univid_jax.inference.pipeline  # noqa: E402
 from univid_jax.config.boundary import override  # noqa: E402
@@ -48,9 +49,13 @@ def pytest_unconfigure():
 @pytest.fixture(scope="module", autouse=True)
 def shared_programs():
   """Has all pipelines and autoencoders of a module trace the programs of equal models once."""
-  pipeline, wan_vae = univid_jax.inference.pipeline, univid_jax.codecs.wan_vae
   with pytest.MonkeyPatch.context() as patch:
-    for place, name in ((pipeline, "Sampler"), (pipeline, "JointSampler"), (wan_vae, "jit_method")):
+    for place, name in (
+      (univid_jax.inference.pipeline, "Sampler"),
+      (univid_jax.inference.pipeline, "JointSampler"),
+      (univid_jax.codecs.wan_vae, "jit_method"),
+      (univid_jax.codecs.encoders, "jit_method"),
+    ):
       patch.setattr(place, name, functools.cache(getattr(place, name)))
     yield
 

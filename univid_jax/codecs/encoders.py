@@ -3,6 +3,7 @@
 A model trained from scratch has no weights here (`PlainEncoders`); a pre-trained base has its own, loaded on first use.
 """
 
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -19,7 +20,7 @@ from jaxtyping import Float, Int
 from univid_jax.codecs.tiling import Tiling
 from univid_jax.codecs.tokenizer import Tokenizer
 from univid_jax.codecs.vae_config import VAEConfig, find_autoencoder
-from univid_jax.codecs.wan_vae import WanVAECodec
+from univid_jax.codecs.wan_vae import WanVAECodec, jit_method
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import Codec
 from univid_jax.models.clip import preprocess
@@ -200,7 +201,7 @@ class PretrainedEncoders:
   def _load_encoder(self, component: str) -> Callable[..., np.ndarray]:
     """Loads an encoder as a function from and to NumPy arrays: the caller may compute on other devices."""
     graph, params = self._checkpoint.load(component, mesh=self._mesh, dtype=self._dtype)
-    run = jax.jit(lambda params, *inputs: nnx.merge(graph, params)(*inputs))
+    run = jit_method(operator.call, graph)
 
     def encode(*inputs: np.ndarray) -> np.ndarray:
       with jax.set_mesh(self._mesh):

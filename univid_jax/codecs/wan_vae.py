@@ -172,7 +172,7 @@ def _run_in_chunks(
 
 
 def jit_method(method: Callable[..., Any], graph: nnx.GraphDef) -> Any:
-  """Returns the program of a method of `VAE`, a function of the parameters and of the method's arguments."""
+  """Returns the program of a method of a module, a function of the parameters and of the method's arguments."""
   return jax.jit(lambda params, *inputs: method(nnx.merge(graph, params), *inputs))
 
 
