@@ -21,6 +21,7 @@ if not IS_WORKER:
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import orbax.checkpoint as ocp  # noqa: E402
 import pytest  # noqa: E402
 
 import tests.typecheck  # noqa: E402, F401  (the hook refers to it)
@@ -36,6 +37,11 @@ from univid_jax.config.presets import tiny  # noqa: E402
 from univid_jax.config.schema import RunConfig  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# By default each of the eight devices saves a slice of each array, and every slice is a program. So it is in the
+# commands that tests run in processes of their own.
+ocp.type_handlers.register_type_handler(
+  jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
+)
 
 
 gc.set_threshold(5000, 20, 50)  # looking for garbage among all that JAX keeps is a tenth of the time by default
