@@ -68,7 +68,7 @@ def shared_programs():
 
 @pytest.fixture(scope="session")
 def tiny_config() -> RunConfig:
-  """The default config, so small that a step takes milliseconds."""
+  """The default config and a task that makes videos of images, so small that a step takes milliseconds."""
   return override(
     tiny(),
     {
@@ -79,6 +79,7 @@ def tiny_config() -> RunConfig:
       "model.num_layers": 2,
       "model.freq_dim": 16,
       "model.text_dim": 8,
+      "data.tasks.camera_movement": 0.5,
       "data.height": 16,
       "data.width": 16,
       "rows.num_tokens": 48,
