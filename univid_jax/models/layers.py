@@ -21,7 +21,14 @@ def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], dtype, dims: 
   """Creates a parameter with named dims; `nnx.vmap` prepends an unnamed layer axis."""
   if len(shape) != len(dims):
     raise ValueError(f"a parameter of shape {tuple(shape)} needs {len(shape)} dim names, got {tuple(dims)}")
-  return nnx.Param(init(rngs.params(), tuple(shape), dtype), dims=tuple(dims))
+  return nnx.Param(init(_next_key(rngs.params), tuple(shape), dtype), dims=tuple(dims))
+
+
+def _next_key(stream: nnx.RngStream) -> Array:
+  """Returns `stream()`. That compares shardings, for which JAX explains each time where a traced count comes from."""
+  key = jax.random.fold_in(stream.key.get_value(), stream.count.get_value())
+  stream.count.set_value(stream.count.get_value() + 1)
+  return key
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
