@@ -3,6 +3,7 @@
 import collections.abc
 import dataclasses
 import enum
+import functools
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -117,12 +118,18 @@ def _build(kind: Any, value: Any, key: str) -> Any:
 def _build_section(kind: Any, values: Any, key: str) -> Any:
   if not isinstance(values, Mapping):
     raise UserError(f"{key} must be a mapping, got {values!r}")
-  types = typing.get_type_hints(kind)
+  types = _field_types(kind)
   names = {field.name for field in dataclasses.fields(kind)}
   unknown = sorted(set(values) - names)
   if unknown:
     raise UserError(f"unknown key {key}.{unknown[0]}; there are {', '.join(sorted(names))}")
   return kind(**{name: _build(types[name], value, f"{key}.{name}") for name, value in values.items()})
+
+
+@functools.cache
+def _field_types(section: type) -> Mapping[str, Any]:
+  """Returns the types of the fields of a dataclass."""
+  return typing.get_type_hints(section)
 
 
 def _build_scalar(kind: type, value: Any, key: str) -> Any:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from univid_jax.checkpoints.model import clip_tokens, create_model, transformer_config
-from univid_jax.config.boundary import override
 from univid_jax.config.schema import BaseConfig, LoRAConfig, ModelConfig, RunConfig
 from univid_jax.core.options import AttentionBackend, OptimizerName, Quantize, RematPolicy
 from univid_jax.models.attention import xla
@@ -233,7 +232,8 @@ def row_sentences(config: RunConfig) -> tuple[int, ...]:
   """Returns the tokens of sentences that fill a row: of context I, and in what they leave those of images alone."""
   left, found = config.rows.num_tokens, []
   for frames in (config.data.num_frames, 1):
-    length = 4 * clip_tokens(override(config, {"data.num_frames": frames}))
+    clips = dataclasses.replace(config.data, num_frames=frames)
+    length = 4 * clip_tokens(dataclasses.replace(config, data=clips))
     count = min(left // length, config.rows.num_sentences - len(found))
     found += [length] * count
     left -= length * count
