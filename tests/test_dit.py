@@ -27,7 +27,7 @@ from univid_jax.models import rope
 from univid_jax.models.attention import xla
 from univid_jax.models.attention.api import attention
 from univid_jax.models.dit import REMAT_POLICIES, DiT, timestep_embedding
-from univid_jax.models.layers import normalize
+from univid_jax.models.layers import normalize, param
 from univid_jax.models.rope import rotary_tables
 from univid_jax.models.variants import VARIANTS, DiTConfig
 from univid_jax.parallel.mesh import make_mesh
@@ -349,3 +349,19 @@ def test_compile_time_does_not_grow_with_depth():
 
   seconds(3)
   assert np.median([seconds(30) / seconds(2) for _ in range(3)]) <= 1.5
+
+
+def test_parameters_are_drawn_from_the_keys_of_nnx():
+  """Also where the stream counts within a traced function."""
+
+  def draw(create):
+    rngs = nnx.Rngs(3)
+    return [create(rngs) for _ in range(3)]
+
+  def create_ours(rngs):
+    return param(rngs, jax.random.normal, (2,), jnp.float32, (None,))[...]
+
+  for run in (draw, jax.jit(draw, static_argnums=0)):
+    drawn, expected = run(create_ours), run(lambda rngs: jax.random.normal(rngs.params(), (2,), jnp.float32))
+    np.testing.assert_array_equal(drawn, expected)
+    assert len(np.unique(np.stack(drawn))) == 6
