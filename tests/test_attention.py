@@ -113,7 +113,7 @@ def out_and_gradients(backend, q, k, v, intervals, weight, bias=None):
   return jax.jit(lambda *qkv: (run(*qkv) * real, *gradients(*qkv)))(q, k, v)
 
 
-@pytest.mark.parametrize("block_kv", [128, 256])
+@pytest.mark.parametrize("block_kv", [128, pytest.param(256, marks=pytest.mark.long)])
 def test_splash_equals_xla_forward_and_backward(monkeypatch, block_kv):
   """In Pallas' interpreter, with packed sentences, context-causal attention and lengths that no block divides."""
   monkeypatch.setattr(splash, "BLOCK_Q", 128)

@@ -122,7 +122,9 @@ def gradient(remat):
   return jax.tree.leaves(jax.device_get(gradient(params)))
 
 
-@pytest.mark.parametrize("remat", [RematPolicy.ATTENTION, RematPolicy.DOTS, RematPolicy.FULL])
+@pytest.mark.parametrize(
+  "remat", [RematPolicy.ATTENTION, RematPolicy.DOTS, pytest.param(RematPolicy.FULL, marks=pytest.mark.long)]
+)
 def test_remat_does_not_change_gradients(remat):
   for a, b in zip(gradient(remat), gradient(RematPolicy.NONE), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(np.max(np.abs(b))) + 1e-12)
@@ -275,7 +277,7 @@ class TestPacking:
     return jax.tree.leaves(cls.loss_and_gradients(RematPolicy.NONE)(cls.row))
 
   @pytest.mark.parametrize("remat", [RematPolicy.FULL, RematPolicy.ATTENTION, RematPolicy.NONE])
-  @pytest.mark.parametrize("spare", [0, 10])
+  @pytest.mark.parametrize("spare", [pytest.param(0, marks=pytest.mark.long), 10])
   def test_skipping_unused_context_outputs_changes_nothing(self, remat, spare):
     """Losses and gradients equal those of a model that computes every token's velocity."""
     row = pack(self.sentences, RowShape(num_tokens=120, num_targets=30 + spare, num_text_tokens=16, num_slots=4))

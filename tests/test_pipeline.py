@@ -82,7 +82,13 @@ def test_sampling(pipe):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("lora", [LORA, [(LORA, 0.75), (LORA, 0.25)]], ids=["whole", "in two parts"])
+@pytest.mark.parametrize(
+  "lora",
+  [
+    pytest.param(LORA, marks=pytest.mark.long, id="whole"),
+    pytest.param([(LORA, 0.75), (LORA, 0.25)], id="in two parts"),
+  ],
+)
 def test_sampling_with_a_lora(checkpoint, lora, merged):
   pipe = univid_jax.load_pipeline(checkpoint, lora=lora, dtype="float32", merge_lora=merged, mesh=one_device())
   out = sample(pipe)

@@ -156,7 +156,14 @@ class TestMemory:
     step = make_train_step(config, spec, optimizers, mesh)
     return compile_step(step, spec, abstract_batch(config, transformer_config(config), mesh), mesh)[1], spec
 
-  @pytest.mark.parametrize("method", [pytest.param(Quantize.INT8, marks=pytest.mark.long), Quantize.FP8, Quantize.NF4])
+  @pytest.mark.parametrize(
+    "method",
+    [
+      pytest.param(Quantize.INT8, marks=pytest.mark.long),
+      pytest.param(Quantize.FP8, marks=pytest.mark.long),
+      Quantize.NF4,
+    ],
+  )
   def test_dequantisation_stays_in_the_loop(self, lora_config, method):
     shape = {"model.dim": 256, "model.ffn_dim": 1024, "model.num_layers": 12, "rows.per_batch": 1, "ema_decay": 0.0}
     found, spec = self.compile(override(lora_config, shape), str(method))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.numbered_videos import FFMPEG, encode_video, numbered_frames, read_numbers, read_with_ffmpeg
+from tests.test_long_video import moving_video
 from tests.typecheck import unchecked
 from univid_jax.core.errors import UserError
 from univid_jax.data.reader import read_clip
@@ -51,6 +52,15 @@ def test_lossless(tmp_path: Path, name: str):
   frames = np.random.default_rng(0).integers(0, 256, (12, 9, 7, 3)).astype(np.uint8)
   write_clip(tmp_path / "new" / name, frames, fps=10)
   np.testing.assert_array_equal(read_clip(tmp_path / "new" / name).frames, frames)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
+def test_equal_frames_make_equal_bytes(tmp_path: Path, suffix: str):
+  frames, contents = moving_video(50 if suffix != ".webm" else 10, (48, 64)), set()
+  for number in range(20 if suffix != ".webm" else 5):
+    write_clip(path := tmp_path / f"{number}{suffix}", frames, fps=25)
+    contents.add(path.read_bytes())
+  assert len(contents) == 1
 
 
 def test_images(tmp_path: Path):

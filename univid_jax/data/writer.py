@@ -34,7 +34,8 @@ CODECS = {
   ".avi": ("libx264", "mp3"),
   ".webm": ("libvpx-vp9", "opus"),
 }
-CODEC_OPTIONS = {"libx264": {"crf": "12"}, "libvpx-vp9": {"crf": "18", "b": "0", "cpu-used": "4"}}
+# Without x264's macroblock tree, with which equal frames do not always make equal bytes.
+CODEC_OPTIONS = {"libx264": {"crf": "12", "mbtree": "0"}, "libvpx-vp9": {"crf": "18", "b": "0", "cpu-used": "4"}}
 ENCODERS = {"aac": "aac", "mp3": "libmp3lame", "opus": "libopus"}
 TARGETS = (
   ".png for an image; .mp4, .mov, .mkv, .webm, .avi or .gif for a video; .npy or no suffix (a folder of PNGs) for "
