@@ -273,11 +273,22 @@ class TestCommand:
       (bucket / path.name).write_bytes(path.read_bytes())
     assert run_verify(bucket) == 0 and "2 of 2 files are intact" in capsys.readouterr().out
     assert run_verify(bucket / "univid.safetensors") == 0
-    flip_bit(path)
-    (bucket / path.name).write_bytes(path.read_bytes())
-    for place in (bucket, bucket / path.name):
-      capsys.readouterr()
-      assert run_verify(place) == 1 and f"DAMAGED {bucket}/univid.safetensors (checksum" in capsys.readouterr().out
+    intact = path.read_bytes()
+    for place in (None, 2):  # the second byte of the header's length
+      flip_bit(path, place=place)
+      (bucket / path.name).write_bytes(path.read_bytes())
+      path.write_bytes(intact)
+      for target in (bucket, bucket / path.name):
+        capsys.readouterr()
+        assert run_verify(target) == 1 and f"DAMAGED {bucket}/univid.safetensors (checksum" in capsys.readouterr().out
+
+  def test_every_bit_of_a_lora_counts(self, tmp_path):
+    write_lora(path := tmp_path / "lora.safetensors", small_lora(), "comfyui")
+    intact = path.read_bytes()
+    for place in range(8 + int.from_bytes(intact[:8], "little") + 8):
+      for bit in range(8):
+        path.write_bytes(intact[:place] + bytes([intact[place] ^ 1 << bit]) + intact[place + 1 :])
+        assert check_seal(path) is False, (place, bit)
 
   def test_nothing_to_verify(self, tmp_path, capsys):
     assert run_verify(tmp_path) == 1 and "nothing in" in capsys.readouterr().err

@@ -150,7 +150,7 @@ class TestPEFT:
       ("[]", "is not a JSON object"),
       ({"r": 4, "lora_alpha": 8}, r"states rank 4 for blocks\.0\.ffn\.0, whose tensors have rank 2"),
       ({"r": 4, "rank_pattern": {"ffn.0": 3}}, "states rank 3"),
-      ({"r": "2"}, "r must be a positive number, got 2"),
+      ({"r": "2"}, "r must be a positive number, got '2'"),
       ({"r": 2, "lora_alpha": -8}, "lora_alpha must be a positive number, got -8"),
       ({"r": 2, "lora_alpha": 10**400}, "lora_alpha must be a positive number"),
       ({"r": 2, "lora_alpha": 1e8}, r"is 1e\+08 for rank 2; the scale"),
@@ -418,6 +418,14 @@ JSON = st.recursive(
   ),
   max_leaves=6,
 )
+
+
+def test_line_breaks_in_files_are_none_in_messages():
+  tensors = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": np.zeros((), np.float32)}
+  with pytest.raises(UserError) as caught:
+    lora_from(tensors, {"lora_adapter_metadata": json.dumps({"r": "\n"})})
+  assert str(caught.value).endswith(r"r must be a positive number, got '\n'")
+  assert str(UserError("a\nb\u2028c")) == "a b c"
 
 
 @settings(max_examples=150, deadline=None)

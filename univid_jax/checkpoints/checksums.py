@@ -31,13 +31,15 @@ CHECKSUMS_FILE = "checksums.xxh128"
 SEAL = "univid_checksum"
 OPEN_SEAL = f"xxh3_128:{'0' * 32}"
 # Either finds it, so that no flipped bit hides it.
-_SEAL_PATTERNS = (rb'"%s": ?".{9}(.{32})"' % SEAL.encode(), rb'"xxh3_128:(.{32})')
+_SEAL_PATTERNS = (rb'"%s": ?".{9}(.{32})"' % SEAL.encode(), rb"xxh3_128:(.{32})")
 
 log = logging.getLogger(__name__)
 
 _NUM_THREADS = 8
 # Fits into the second cache of a core: blocks of 4 MB take one and a half times as long.
 _BLOCK_BYTES = 1 << 18
+# Where checksums are looked for at least.
+_START_BYTES = 1 << 20
 
 
 class DamagedError(UserError):
@@ -303,13 +305,12 @@ def _hash_rest(file: _Readable, checksum: xxhash.xxh3_128) -> None:
 
 
 def _find_seal(holder: epath.Path) -> int | None:
-  """Returns where in a file its checksum begins."""
+  """Returns where in a file its checksum begins, also if the length of a header is damaged."""
   with holder.open("rb") as file:
-    if holder.suffix == ".safetensors":
-      size = int.from_bytes(file.read(8), "little")
-      header = file.read(size) if size <= holder.stat().length else b""  # else it is damaged and cannot be opened
-      offset = 8
-    else:
-      header, offset = file.read(), 0
-  found = next(filter(None, (re.search(pattern, header, re.DOTALL) for pattern in _SEAL_PATTERNS)), None)
-  return None if found is None else offset + found.start(1)
+    start = file.read(_START_BYTES)
+    length = holder.stat().length
+    end = 8 + int.from_bytes(start[:8], "little") if holder.suffix == ".safetensors" else length
+    if len(start) < end <= length:
+      start += file.read(end - len(start))
+  found = next(filter(None, (re.search(pattern, start, re.DOTALL) for pattern in _SEAL_PATTERNS)), None)
+  return None if found is None else found.start(1)

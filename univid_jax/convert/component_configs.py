@@ -144,7 +144,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
     else:
       valid, expected = _is_size(value), f"an integer from 1 to {MAX_SIZE:,}"
     if not valid:
-      raise UserError(f"config.json has {key} = {str(value)[:80]}, expected {expected}")
+      raise UserError(f"config.json has {key} = {repr(value)[:80]}, expected {expected}")
 
 
 def _is_size(value: Any) -> bool:
@@ -170,7 +170,7 @@ def _vae_config(infos: Infos, values: Mapping[str, Any]) -> VAEConfig:
 def _numbers(values: Mapping[str, Any], key: str) -> tuple[float, ...]:
   numbers = values[key]
   if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
-    raise UserError(f"config.json has {key} = {str(numbers)[:80]}, expected a list of numbers")
+    raise UserError(f"config.json has {key} = {repr(numbers)[:80]}, expected a list of numbers")
   return tuple(numbers)
 
 

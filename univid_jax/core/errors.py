@@ -5,7 +5,13 @@ class UserError(ValueError):
   """A wrong value, file or combination that the user can fix; the message says what, where and how.
 
   The commands end in this message alone, without a traceback. In Python it is a ValueError like any other.
+
+  Args:
+    message: becomes one line, as names and values in files may contain line breaks.
   """
+
+  def __init__(self, message: str):
+    super().__init__(" ".join(message.splitlines()))
 
 
 class DivergedError(UserError, FloatingPointError):

@@ -162,5 +162,5 @@ def _read_patterns(source: str, key: str, values: Mapping[str, Any]) -> dict[re.
 
 def _number(source: str, key: str, value: object) -> float:
   if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-    raise UserError(f"{source}: {key} must be a positive number, got {str(value)[:80]}")
+    raise UserError(f"{source}: {key} must be a positive number, got {repr(value)[:80]}")
   return float(value)
