@@ -129,7 +129,7 @@ class TestConfig:
       (b"[]", "must contain a JSON object, got list"),
       (b"\xff", "is not valid JSON"),
       ({"num_heads": 0}, "config.json has num_heads = 0, expected an integer from 1 to 100,000"),
-      ({"num_heads": "4"}, "config.json has num_heads = 4, expected an integer"),
+      ({"num_heads": "4"}, "config.json has num_heads = '4', expected an integer"),
       ({"num_heads": 4.0}, "config.json has num_heads = 4.0, expected an integer"),
       ({"num_heads": True}, "config.json has num_heads = True, expected an integer"),
       ({"num_heads": 5}, "dim 96 does not split into 5 heads"),
