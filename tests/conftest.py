@@ -19,32 +19,31 @@ if not IS_WORKER:
   os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
-import jax  # noqa: E402
-import jaxtyping  # noqa: E402
-import orbax.checkpoint as ocp  # noqa: E402
 import pytest  # noqa: E402
 
-import tests.typecheck  # noqa: E402, F401  (the hook refers to it)
 
-# Before anything of the package is imported.
-jaxtyping.install_import_hook(["univid_jax"], "tests.typecheck.check_types")
-
-import univid_jax.codecs.encoders  # noqa: E402
-import univid_jax.codecs.wan_vae  # noqa: E402
-import univid_jax.inference.pipeline  # noqa: E402
-from univid_jax.config.boundary import override  # noqa: E402
-from univid_jax.config.presets import tiny  # noqa: E402
-from univid_jax.config.schema import RunConfig  # noqa: E402
-
-jax.config.update("jax_default_matmul_precision", "highest")
-# By default each of the eight devices saves a slice of each array, and every slice is a program. So it is in the
-# commands that tests run in processes of their own.
-ocp.type_handlers.register_type_handler(
-  jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
-)
+def pytest_collection(session):
+  """Prepares a process that runs tests; the one that hands them out to workers goes without JAX, and starts sooner."""
+  if not session.config.pluginmanager.hasplugin("dsession"):
+    prepare()
 
 
-gc.set_threshold(5000, 20, 50)  # looking for garbage among all that JAX keeps is a tenth of the time by default
+def prepare():
+  """Checks types in the package while tests run, and makes JAX exact and quick."""
+  import jax
+  import jaxtyping
+  import orbax.checkpoint as ocp
+
+  import tests.typecheck  # noqa: F401  (the hook refers to it)
+
+  jaxtyping.install_import_hook(["univid_jax"], "tests.typecheck.check_types")  # before anything is imported from it
+  jax.config.update("jax_default_matmul_precision", "highest")
+  # By default each of the eight devices saves a slice of each array, and every slice is a program. So it is in the
+  # commands that tests run in processes of their own.
+  ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
+  )
+  gc.set_threshold(5000, 20, 50)  # looking for garbage among all that JAX keeps is a tenth of the time by default
 
 
 def pytest_unconfigure():
@@ -55,6 +54,10 @@ def pytest_unconfigure():
 @pytest.fixture(scope="module", autouse=True)
 def shared_programs():
   """Has all pipelines and autoencoders of a module trace the programs of equal models once."""
+  import univid_jax.codecs.encoders
+  import univid_jax.codecs.wan_vae
+  import univid_jax.inference.pipeline
+
   with pytest.MonkeyPatch.context() as patch:
     for place, name in (
       (univid_jax.inference.pipeline, "Sampler"),
@@ -67,8 +70,11 @@ def shared_programs():
 
 
 @pytest.fixture(scope="session")
-def tiny_config() -> RunConfig:
+def tiny_config():
   """The default config and a task that makes videos of images, so small that a step takes milliseconds."""
+  from univid_jax.config.boundary import override
+  from univid_jax.config.presets import tiny
+
   return override(
     tiny(),
     {
