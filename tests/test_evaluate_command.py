@@ -19,7 +19,7 @@ from univid_jax.evaluation.metrics.image import psnr
 TASKS = {"scribble": 1.0, "salient_object": 1.0, "camera_movement": 0.5}
 SMALL = (*commands.SMALL, *(f"--config.data.tasks.{name}={weight}" for name, weight in TASKS.items()))
 TRAINING = (*SMALL, "--config.eval.sentences_per_case=0", "--config.validation.every_steps=0")
-EVALUATION = ["--config.eval.sentences_per_case=2", "--config.eval.more_steps=(1,)", "--config.eval.num_seeds=2"]
+EVALUATION = ["--config.eval.sentences_per_case=1", "--config.eval.more_steps=(1,)", "--config.eval.num_seeds=2"]
 
 
 def run(module, *arguments):

@@ -117,25 +117,28 @@ class TestControls:
     assert all(x is y for x, y in zip(show_inverse_task(sentence).clips, (a2, a, b, b2)))
 
 
+@pytest.fixture(scope="module")
+def results(tiny_config, tmp_path_factory):
+  """(config, eval.json, PSNR of each sentence in quick mode, report.json) of one pipeline."""
+  folder = tmp_path_factory.mktemp("modes")
+  config = override(tiny_config, {"eval.batch_size": 3})
+  pipeline = random_pipeline(config, make_mesh({"data": -1}))
+  quick_scores, score_psnr = [], run.score_psnr
+
+  def score_and_keep(generated):
+    quick_scores.append(score_psnr(generated))
+    return quick_scores[-1]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(run, "score_psnr", score_and_keep)
+    run.evaluate_quick(pipeline, config, folder)
+  run.evaluate(pipeline, config, data=open_data(config), folder=folder / "evaluation", origin=ORIGIN)
+  assert image_width(folder / "grid.png") > 500
+  quick, full = (json.loads((folder / name).read_text()) for name in ("eval.json", "evaluation/report.json"))
+  return config, quick, quick_scores, full
+
+
 class TestModes:
-  @pytest.fixture
-  def results(self, tiny_config, tmp_path, monkeypatch):
-    """(config, eval.json, PSNR of each sentence in quick mode, report.json) of one pipeline."""
-    config = override(tiny_config, {"eval.batch_size": 3})
-    pipeline = random_pipeline(config, make_mesh({"data": -1}))
-    quick_scores, score_psnr = [], run.score_psnr
-
-    def score_and_keep(generated):
-      quick_scores.append(score_psnr(generated))
-      return quick_scores[-1]
-
-    monkeypatch.setattr(run, "score_psnr", score_and_keep)
-    run.evaluate_quick(pipeline, config, tmp_path)
-    run.evaluate(pipeline, config, data=open_data(config), folder=tmp_path / "evaluation", origin=ORIGIN)
-    assert image_width(tmp_path / "grid.png") > 500
-    quick = json.loads((tmp_path / "eval.json").read_text())
-    return config, quick, quick_scores, json.loads((tmp_path / "evaluation" / "report.json").read_text())
-
   def test_quick_and_full_agree(self, results):
     config, quick, quick_scores, full = results
     assert len(quick_scores) == len(full["sentences"]) == len(select(config))

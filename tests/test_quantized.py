@@ -194,12 +194,9 @@ def is_quantized(x):
   return isinstance(x, QuantizedKernel)
 
 
-@pytest.mark.parametrize(
-  "sizes",
-  [{"fsdp": 2, "tensor": 2, "context": 2}, pytest.param({"data": 2, "fsdp": 4}, marks=pytest.mark.long)],
-  ids=str,
-)
-@pytest.mark.parametrize("method", [Quantize.INT8, *(pytest.param(m, marks=pytest.mark.long) for m in METHODS[1:])])
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2, "context": 2}, {"data": 2, "fsdp": 4}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
 def test_meshes_equal_one_device(lora_config, sizes, method):
   config = override(lora_config, {"base.quantize": str(method)})
   row = packed_batch(config)
