@@ -28,13 +28,14 @@ class Shape:
 
 
 class CountingEncoders:
-  """Cheap `Encoders` that count what they encode, by kind."""
+  """Cheap `Encoders` that count what they encode, by kind; the codec encodes `num_parallel` clips together."""
 
   text_dim = 8
   has_weights = has_text_encoder = True
   codec_fingerprint = prompt_fingerprint = image_fingerprint = "counting"
 
-  def __init__(self):
+  def __init__(self, num_parallel=1):
+    self.num_parallel = num_parallel
     self.calls = collections.Counter()
     self.loaded: set[str] = set()
     self.most_loaded = 0
@@ -42,7 +43,7 @@ class CountingEncoders:
   @property
   def codec(self):
     self._load("codec")
-    return _CountingCodec(self.calls)
+    return _CountingCodec(self.calls, num_parallel=self.num_parallel)
 
   def tokenize(self, text):
     raise AssertionError("no test tokenizes")
@@ -71,10 +72,16 @@ class _CountingCodec:
   latent_channels: int = 3
   temporal_stride: int = 4
   spatial_stride: int = 4
+  num_parallel: int = 1
 
   def encode(self, frames):
     self.calls["clip"] += 1
     return np.asarray(frames, np.float32)[::4, ::4, ::4].copy()
+
+  def encode_many(self, clips):
+    assert 0 < len(clips) <= self.num_parallel and len({x.shape for x in clips}) == 1
+    self.calls["together"] += 1
+    return [self.encode(frames) for frames in clips]
 
   def decode(self, latents):
     raise AssertionError("no test decodes")

@@ -77,6 +77,22 @@ class TestVAE:
     assert [len(part) for part in parts] == [1, 4, 4]
     assert relative_error(np.concatenate(parts), codec.decode(latents)) <= 1e-5
 
+  @pytest.mark.parametrize("tiling", [None, Tiling(size=4, overlap=1)], ids=["whole", "tiled"])
+  def test_devices_encode_a_clip_each(self, tiling):
+    """The numbers are those of one device, however many clips there are."""
+    model = autoencoder("wan2.1")
+    graph, params = nnx.split(model)
+    mesh, devices = make_mesh({}, jax.devices()[:1]), jax.devices()[:4]
+    codec = WanVAECodec(model.config, graph, params, mesh=mesh, devices=devices, tiling=tiling)
+    assert codec.num_parallel == 4
+    clips = list(np.random.default_rng(0).uniform(-1, 1, (4, 5, 32, 48, 3)).astype(np.float32))
+    expected = [codec.encode(clip) for clip in clips]
+    for count in (4, 3, 1):
+      encoded = codec.encode_many(clips[:count])
+      assert len(encoded) == count
+      for ours, alone in zip(encoded, expected):
+        np.testing.assert_array_equal(ours, alone)
+
   @pytest.mark.parametrize("version", cases("wan2.1", rest=[("wan2.2",)]))
   def test_encoding_and_decoding_are_causal(self, version):
     model = autoencoder(version)

@@ -88,9 +88,9 @@ I2V22 = Shape(takes_condition=True)
 class TestPrepare:
   """After `prepare`, training features need no encoder."""
 
-  def open(self, config, workdir, shape):
+  def open(self, config, workdir, shape, num_parallel=1):
     config = override(config, {"init_from": "base", "data.prompt": "detailed", "data.prompt_dropout": 0.3})
-    encoders = CountingEncoders()
+    encoders = CountingEncoders(num_parallel)
     data = open_data(config)
     caches = FeatureCaches.open(config, encoders, workdir)
     features = FeatureMaker(encoders, shape=shape, task_names=data.task_names, caches=caches)
@@ -164,6 +164,32 @@ class TestPrepare:
     for index in range(len(data.sources["pairs"])):
       features(data.sources["pairs"][index])
     assert not encoders.calls
+
+  def test_clips_of_one_shape_are_encoded_together(self, tmp_path):
+    """As many as the codec takes; what is left over, and what stays when one cannot be read, by themselves."""
+    config = self.configure("metadata", tmp_path)
+    _, data, features = self.open(config, tmp_path / "alone", Shape())
+    alone = prepare(features, data, row_shape=ROWS)
+    encoders, data, together = self.open(config, tmp_path / "together", Shape(), num_parallel=3)
+    assert prepare(together, data, row_shape=ROWS) == alone
+    assert encoders.calls["clip"] == alone.num_clips
+    assert alone.num_clips / 3 <= encoders.calls["together"] < alone.num_clips / 2
+    for index in range(len(data.sources["metadata"])):
+      sentence = data.sources["metadata"][index]
+      for clip in sentence.clips:
+        assert np.array_equal(together.encode_clip(clip), features.encode_clip(clip))
+
+  def test_a_clip_that_cannot_be_read_is_named_among_those_encoded_together(self, tmp_path):
+    config = self.configure("pairs", tmp_path)
+    encoders, data, features = self.open(config, tmp_path, Shape(), num_parallel=3)
+    references = {clip.key: clip for index in range(12) for clip in data.sources["pairs"][index].clips}
+    path = sorted((tmp_path / "pairs").rglob("source.*"))[0]
+    path.write_bytes(path.read_bytes()[:40])
+    done = prepare(features, data, row_shape=ROWS, allow_dropped=True)
+    assert done.dropped and all(path.parent.name in each.record for each in done.dropped)
+    missing = {key for key in references if features.caches.latents.get(key) is None}
+    assert missing and done.num_clips == len(references)
+    assert done.num_encoded == encoders.calls["clip"] == done.num_clips - len(missing)
 
   def test_reports_rate_and_time_left(self, tmp_path, monkeypatch, caplog):
     config = self.configure("pairs", tmp_path)

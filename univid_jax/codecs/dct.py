@@ -7,7 +7,7 @@ Methods accept NumPy or JAX arrays and return the same kind.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -48,6 +48,11 @@ class DCTCodec:
   spatial_stride: int = 4
   temporal_stride: int = 4
 
+  @property
+  def num_parallel(self) -> int:
+    """How many clips `encode_many` encodes at the same time."""
+    return 1
+
   def encode(self, frames: ArrayT) -> ArrayT:
     """Encodes pixels (T, H, W, 3) in [-1, 1] to latents (t, y, x, latent_channels) of about unit power.
 
@@ -61,6 +66,10 @@ class DCTCodec:
       return first
     rest = self._to_blocks(frames[1:], self.temporal_stride) @ video
     return _concatenate(first, rest)
+
+  def encode_many(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Encodes clips of one shape, each as `encode` does."""
+    return [self.encode(frames) for frames in clips]
 
   def decode(self, latents: ArrayT) -> ArrayT:
     """Decodes latents (t, y, x, latent_channels) to pixels (T, H, W, 3), about in [-1, 1]."""

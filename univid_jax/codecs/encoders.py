@@ -108,8 +108,8 @@ class PretrainedEncoders:
 
   Args:
     checkpoint: holds the components.
-    mesh: the devices; text and image encoder are sharded over those of this process, which may use them alone, and the
-      autoencoder runs on one of them.
+    mesh: the devices; text and image encoder are sharded over those of this process, which may use them alone; the
+      autoencoder runs on one of them, and encodes several clips on all.
     dtype: of the text and image encoders; the autoencoder computes in float32.
     tiling: how the autoencoder cuts large frames, or None.
   """
@@ -193,7 +193,7 @@ class PretrainedEncoders:
     config = self._checkpoint.config("vae")
     local = make_mesh({"data": -1}, jax.local_devices()[:1])
     graph, params = self._checkpoint.load("vae", mesh=local, dtype=jnp.float32)
-    return WanVAECodec(config, graph, params, mesh=local, tiling=self._tiling)
+    return WanVAECodec(config, graph, params, mesh=local, devices=list(self._mesh.devices.flat), tiling=self._tiling)
 
   def _load_tokenizer(self) -> Tokenizer:
     return Tokenizer(self._checkpoint.tokenizer_path(), max_length=self.text_len)

@@ -54,20 +54,21 @@ class Tiling:
 
 def encode_tiled(
   encode: Callable[[np.ndarray], Array],
-  frames: Float[np.ndarray, "T H W 3"],
+  frames: Float[np.ndarray, "*n T H W 3"],
   tiling: Tiling,
   *,
   spatial_stride: int,
   temporal_stride: int,
-) -> Float[np.ndarray, "t y x c"]:
-  """Encodes tile by tile; see `VAE.encode`."""
-  _, height, width = latent_shape(frames.shape, temporal_stride=temporal_stride, spatial_stride=spatial_stride)
+) -> Float[np.ndarray, "*n t y x c"]:
+  """Encodes one clip, or several if `encode` takes them, tile by tile; see `VAE.encode`."""
+  _, height, width = latent_shape(frames.shape[-4:], temporal_stride=temporal_stride, spatial_stride=spatial_stride)
   out = np.float32(0)
   for (y, y_size, y_weight), (x, x_size, x_weight) in itertools.product(tiling.places(height), tiling.places(width)):
     rows = slice(y * spatial_stride, (y + y_size) * spatial_stride)
     columns = slice(x * spatial_stride, (x + x_size) * spatial_stride)
-    tile = np.asarray(encode(frames[:, rows, columns])) * (y_weight[:, None] * x_weight)[None, ..., None]
-    out = out + np.pad(tile, ((0, 0), (y, height - y - y_size), (x, width - x - x_size), (0, 0)))
+    tile = np.asarray(encode(frames[..., rows, columns, :])) * (y_weight[:, None] * x_weight)[..., None]
+    edges = (y, height - y - y_size), (x, width - x - x_size), (0, 0)
+    out = out + np.pad(tile, (*((0, 0),) * (tile.ndim - 3), *edges))
   return np.asarray(out)
 
 

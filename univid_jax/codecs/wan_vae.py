@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -39,6 +39,8 @@ from univid_jax.codecs.vae_layers import (
   unfold_pixels,
 )
 from univid_jax.core.dims import latent_shape
+from univid_jax.parallel.mesh import make_mesh
+from univid_jax.platform.chips import Device
 
 
 class Encoder(nnx.Module):
@@ -184,13 +186,24 @@ class WanVAECodec:
     graph: the autoencoder without its parameters.
     params: its parameters.
     mesh: the devices that hold them, and compute.
+    devices: encode several clips, one each; by default those of `mesh`.
     tiling: how large frames are cut, or None.
   """
 
-  def __init__(self, config: VAEConfig, graph: nnx.GraphDef, params: Any, *, mesh: Mesh, tiling: Tiling | None = None):
+  def __init__(
+    self,
+    config: VAEConfig,
+    graph: nnx.GraphDef,
+    params: Any,
+    *,
+    mesh: Mesh,
+    devices: Sequence[Device] = (),
+    tiling: Tiling | None = None,
+  ):
     self.latent_channels = config.latent_channels
     self.temporal_stride, self.spatial_stride = config.temporal_stride, config.spatial_stride
-    self._tiling = tiling
+    self._graph, self._params, self._tiling = graph, params, tiling
+    self._devices = tuple(devices) or tuple(mesh.devices.flat)
 
     def compile_method(method: Callable[..., Any]) -> Callable[..., Any]:
       run = jit_method(method, graph)
@@ -210,12 +223,45 @@ class WanVAECodec:
     Raises:
       UserError: T is not 4n + 1 or a side is not a multiple of the stride.
     """
-    frames = np.asarray(frames, np.float32)
+    return self._run_encoder(self._encode, np.asarray(frames, np.float32))
+
+  @property
+  def num_parallel(self) -> int:
+    """How many clips `encode_many` encodes at the same time: one on each device."""
+    return len(self._devices)
+
+  def encode_many(self, clips: Sequence[Float[np.ndarray, "T H W 3"]]) -> list[Float[np.ndarray, "t y x c"]]:
+    """Encodes up to `num_parallel` clips of one shape, each as `encode` does."""
+    if len(clips) == 1:
+      return [self.encode(clips[0])]
+    missing = self.num_parallel - len(clips)
+    batch = np.stack([*clips, *[clips[0]] * missing], dtype=np.float32)
+    return list(self._run_encoder(self._encode_on_all, batch)[: len(clips)])
+
+  def _run_encoder(self, encode: Callable[[np.ndarray], Array], frames: np.ndarray) -> np.ndarray:
     if self._tiling is None:
-      return np.asarray(self._encode(frames))
+      return np.asarray(encode(frames))
     return encode_tiled(
-      self._encode, frames, self._tiling, spatial_stride=self.spatial_stride, temporal_stride=self.temporal_stride
+      encode, frames, self._tiling, spatial_stride=self.spatial_stride, temporal_stride=self.temporal_stride
     )
+
+  @functools.cached_property
+  def _encode_on_all(self) -> Callable[[np.ndarray], Array]:
+    """Encodes as many clips as there are devices, each on one of them."""
+    mesh = make_mesh({"data": -1}, self._devices)
+    params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
+    each = PartitionSpec("data")
+
+    def encode(params, batch):
+      return VAE.encode(nnx.merge(self._graph, params), batch[0])[None]
+
+    run = jax.jit(jax.shard_map(encode, mesh=mesh, in_specs=(PartitionSpec(), each), out_specs=each))
+
+    def call(batch):
+      with jax.set_mesh(mesh):
+        return run(params, jax.device_put(batch, NamedSharding(mesh, each)))
+
+    return call
 
   def decode(self, latents: Float[np.ndarray, "t y x c"]) -> Float[np.ndarray, "T H W 3"]:
     """Decodes latents to pixels, about in [-1, 1]."""

@@ -29,7 +29,16 @@ class CodecShape(Protocol):
 class Codec(CodecShape, Protocol):
   """Converts clips between pixels, (T, H, W, 3) in [-1, 1], and latents, (t, y, x, latent_channels)."""
 
+  @property
+  def num_parallel(self) -> int:
+    """How many clips `encode_many` encodes at the same time."""
+    ...
+
   def encode(self, frames: Float[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "t y x c"]: ...
+  def encode_many(self, clips: Sequence[Float[np.ndarray, "T H W 3"]]) -> list[Float[np.ndarray, "t y x c"]]:
+    """Encodes up to `num_parallel` clips of one shape, each as `encode` does."""
+    ...
+
   def decode(self, latents: Float[np.ndarray, "t y x c"]) -> Float[np.ndarray, "T H W 3"]: ...
   def decode_parts(self, latents: Float[np.ndarray, "t y x c"]) -> Iterator[Float[np.ndarray, "T H W 3"]]:
     """Decodes one latent frame after the other; together the parts are what `decode` returns."""

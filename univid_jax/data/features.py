@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.conditions import i2v_condition
@@ -112,6 +112,16 @@ class FeatureMaker:
       return self.encoders.codec.encode(to_float(read_frames(clip)))
 
     return _look_up(self.caches and self.caches.latents, _key(clip), encode)
+
+  def cache_clips(self, clips: Sequence[ClipRef], frames: Sequence[UInt8[np.ndarray, "T H W 3"]]) -> None:
+    """Encodes clips of one shape, at most the codec's `num_parallel`, into the cache, which there must be.
+
+    Raises:
+      CacheWriteError: a value cannot be stored.
+    """
+    assert self.caches is not None
+    for clip, latents in zip(clips, self.encoders.codec.encode_many(list(map(to_float, frames)))):
+      self.caches.latents.put(clip.key, latents)
 
   def embed_prompt(self, prompt: str) -> Float[np.ndarray, "n d"]:
     """Returns the embedding of a prompt, without padding."""

@@ -8,8 +8,10 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import numpy as np
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import SentenceSource
@@ -62,8 +64,8 @@ def prepare(
 ) -> Prepared:
   """Fills the caches with prompts, latents, and for I2V conditions and image features; without caches only checks.
 
-  Every clip that is not cached is read, and every sentence must fit into a row. One encoder is in memory at a time. Of
-  several processes each does its share, and waits for the others.
+  Every clip that is not cached is read, and every sentence must fit into a row. One encoder is in memory at a time;
+  clips are encoded on all devices of this process. Of several processes each does its share, and waits for the others.
 
   Args:
     features: encodes the sentences.
@@ -86,7 +88,9 @@ def prepare(
   else:
     fill(caches.prompts, _prompts(features, sentences), description="prompts")
     encoders.release()
-    num_clips, num_encoded = fill(caches.latents, _clips(features, sentences), description="clips")
+    encoder = _ClipEncoder(features, sentences)
+    num_clips, _ = fill(caches.latents, _clips(encoder, sentences), description="clips")
+    num_encoded = encoder.num_encoded
     if features.shape.takes_condition:
       fill(caches.latents, _conditions(features, sentences), description="conditions")
     if features.shape.takes_image_features:
@@ -137,9 +141,59 @@ class _Sentences:
         self.current = sentence.record
         yield sentence
 
-  def drop(self, error: Exception) -> None:
-    """Notes that the current sentence cannot be used."""
-    self.dropped.setdefault(str(error), Dropped(self.current, str(error)))
+  def drop(self, error: Exception, *, record: str = "") -> None:
+    """Notes that a record, by default the current sentence's, cannot be used."""
+    self.dropped.setdefault(str(error), Dropped(record or self.current, str(error)))
+
+
+class _ClipEncoder:
+  """Encodes clips of one shape together, as many as the codec encodes at the same time.
+
+  Attributes:
+    num_encoded: clips so far.
+  """
+
+  def __init__(self, features: FeatureMaker, sentences: _Sentences):
+    self._features, self._sentences = features, sentences
+    self._waiting: dict[tuple[int, tuple[int, int]], list[tuple[str, ClipRef]]] = {}
+    self.num_encoded = 0
+
+  def add(self, clip: ClipRef) -> None:
+    """Encodes a clip of the current sentence, now or with others."""
+    shape = clip.num_frames, clip.size
+    waiting = self._waiting.setdefault(shape, [])
+    waiting.append((self._sentences.current, clip))
+    if len(waiting) == self._features.encoders.codec.num_parallel:
+      self._encode(self._waiting.pop(shape))
+
+  def finish(self) -> None:
+    """Encodes what waits for others of its shape."""
+    while self._waiting:
+      self._encode(self._waiting.popitem()[1])
+
+  def _encode(self, waiting: Sequence[tuple[str, ClipRef]]) -> None:
+    with ThreadPoolExecutor(len(waiting)) as pool:
+      readings = [pool.submit(clip.read) for _, clip in waiting]
+    records: list[str] = []
+    clips: list[ClipRef] = []
+    frames: list[np.ndarray] = []
+    for (record, clip), reading in zip(waiting, readings):
+      try:
+        frames.append(reading.result())
+      except (OSError, UserError) as error:
+        self._sentences.drop(error, record=record)
+      else:
+        records.append(record)
+        clips.append(clip)
+    if not clips:
+      return
+    try:
+      self._features.cache_clips(clips, frames)
+    except UserError as error:
+      for record in records:
+        self._sentences.drop(error, record=record)
+    else:
+      self.num_encoded += len(clips)
 
 
 def _is_computed_at_once(source: SentenceSource) -> bool:
@@ -195,10 +249,11 @@ def _prompts(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
     yield sentence.prompt, functools.partial(features.embed_prompt, sentence.prompt)
 
 
-def _clips(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
+def _clips(encoder: _ClipEncoder, sentences: _Sentences) -> Iterator[Item]:
   for sentence in sentences:
     for clip in _references(sentence):
-      yield clip.key, functools.partial(features.encode_clip, clip)
+      yield clip.key, functools.partial(encoder.add, clip)
+  encoder.finish()
 
 
 def _conditions(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
