@@ -27,7 +27,7 @@ from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.dit import DiT
 from univid_jax.models.layers import Linear, quantize_linears
 from univid_jax.models.lora import split_lora
-from univid_jax.models.quantized import QTYPES, QuantizedKernel, dequantize, quantize, tile_size
+from univid_jax.models.quantized import QTYPES, QuantizedKernel, dequantize, in_words, quantize, tile_size
 from univid_jax.models.variants import VARIANTS
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.memory import abstract_batch, compile_step
@@ -50,6 +50,16 @@ stack = r"(bf16|f32)\\[12,(256|1024|4,64|16,64),(256|1024)\\]"
 for method in ("none", "int8", "fp8", "nf4"):
   found, program = forecast_with_program(override(tiny(), {**changes, "base.quantize": method}), mesh)
   assert bool(re.search(stack, program.as_text())) == (method == "none"), method
+# The loop slices the base in the memory of the host, without copies of whole stacks of kernels.
+shape = {"dim": 512, "ffn_dim": 1024, "num_layers": 12, "num_heads": 4, "remat": "offload"}
+changes |= {f"model.{key}": value for key, value in shape.items()}
+changes |= {"base.offload": True, "rows.num_tokens": 768, "rows.per_batch": 1}
+hidden = 12 * 768 * 512 * 2
+for method in ("none", "int8", "fp8", "nf4"):
+  found, program = forecast_with_program(override(tiny(), {**changes, "base.quantize": method}), mesh)
+  memory = program.memory_analysis()
+  base, others = memory.host_argument_size_in_bytes, memory.host_temp_size_in_bytes
+  assert base > 1e7 and hidden < others < hidden + base / 4, (method, base, others)
 """
 
 METHODS = [Quantize.INT8, Quantize.FP8, Quantize.NF4]
@@ -133,6 +143,17 @@ def test_only_linear_weights_of_blocks_are_quantised(lora_config):
   assert (
     quantized == {path for path, _ in flat if path[0] == "blocks" and path[-1] == "kernel"} and len(quantized) == 10
   )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(2, 256, 3), (1, 36, 5), (2, 8, 3), (2, 6, 3)], ids=str)
+def test_words_hold_the_same_numbers(method, shape):
+  kernel = quantize(jax.random.normal(jax.random.key(0), shape), method)
+  words = in_words(kernel)
+  can_pack = kernel.numbers.shape[-2] * tile_size(shape[1]) // shape[1] % 4 == 0
+  assert words.numbers.dtype == (jnp.uint32 if can_pack else kernel.numbers.dtype)
+  assert words.shape == kernel.shape and words.numbers.nbytes == kernel.numbers.nbytes
+  np.testing.assert_array_equal(dequantize(words), dequantize(kernel))
 
 
 def test_odd_numbers_of_inputs_have_no_nf4():

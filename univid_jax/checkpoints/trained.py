@@ -24,7 +24,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged, TrainedExpert
 from univid_jax.models.lora import LoRAParam
-from univid_jax.parallel.host_memory import offload_blocks
+from univid_jax.models.offload import offload_blocks, put_in_words
 from univid_jax.parallel.mesh import make_mesh
 
 Params = Mapping[str, Any]
@@ -41,12 +41,13 @@ def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
   if config.base.offload:
     abstract = offload_blocks(abstract)
   if config.init_from:
-    base = PretrainedCheckpoint.open(config.init_from)
-    return nnx.graphdef(module), base.load_arrays(trained_component(config), abstract)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  on_devices = jax.tree.map(lambda x: x.with_memory_kind(None), shardings)
-  init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(create(), nnx.Param)), out_shardings=on_devices)
-  return nnx.graphdef(module), jax.device_put(init(), shardings)
+    params = PretrainedCheckpoint.open(config.init_from).load_arrays(trained_component(config), abstract)
+  else:
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    on_devices = jax.tree.map(lambda x: x.with_memory_kind(None), shardings)
+    init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(create(), nnx.Param)), out_shardings=on_devices)
+    params = jax.device_put(init(), shardings)
+  return nnx.graphdef(module), put_in_words(params) if config.base.offload else params
 
 
 def expert_configs(config: RunConfig) -> list[RunConfig]:

@@ -5,6 +5,7 @@ converts whole stacks of layers from 8-bit floats or 4-bit integers where the ha
 """
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Mapping
 from typing import Any, no_type_check
@@ -45,6 +46,7 @@ class QuantizedKernel:
   Attributes:
     numbers: (*layers, in_dim, out_dim): int8, or the bits of float8_e4m3fn in uint8. NF4: (*layers, in_dim / 2,
       out_dim), of each tile the codes of the first half in the lower bits, those of the second half in the upper bits.
+      A quarter as many uint32 in all three, if the kernel is stored `in_words`.
     scale: (*layers, tiles, out_dim), float32.
     method: how it is quantised.
   """
@@ -56,7 +58,8 @@ class QuantizedKernel:
   @property
   def shape(self) -> tuple[int, ...]:
     *layers, num_rows, out_dim = self.numbers.shape
-    return *layers, num_rows * (2 if self.method == Quantize.NF4 else 1), out_dim
+    in_words = self.numbers.dtype == jnp.uint32
+    return *layers, num_rows * (4 if in_words else 1) * (2 if self.method == Quantize.NF4 else 1), out_dim
 
   @property
   def ndim(self) -> int:
@@ -94,6 +97,35 @@ def tile_size(in_dim: int) -> int:
   return max([size for size in sizes if size % 2 == 0] or sizes)
 
 
+def in_words(kernel: QuantizedKernel) -> QuantizedKernel:
+  """Returns the kernel with four numbers in a word; as it is, if its tiles do not divide into four.
+
+  TPUs slice stacks of words in the memory of the host. To slice one of bytes they copy all of it, for every slice.
+  """
+  shape, size = kernel.numbers.shape, _rows_per_tile(kernel)
+  if size % 4:
+    return kernel
+  numbers = jax.lax.bitcast_convert_type(kernel.numbers, jnp.uint8).astype(jnp.uint32)
+  quarters = jnp.split(numbers.reshape(*shape[:-2], -1, size, shape[-1]), 4, axis=-2)
+  words = functools.reduce(jnp.bitwise_or, (quarter << 8 * i for i, quarter in enumerate(quarters)))
+  return dataclasses.replace(kernel, numbers=words.reshape(*shape[:-2], -1, shape[-1]))
+
+
+def _out_of_words(kernel: QuantizedKernel) -> QuantizedKernel:
+  *layers, num_words, out_dim = kernel.numbers.shape
+  words = kernel.numbers.reshape(*layers, -1, _rows_per_tile(kernel), out_dim)
+  numbers = jnp.concatenate([words >> 8 * i & 255 for i in range(4)], axis=-2).astype(jnp.uint8)
+  numbers = numbers.reshape(*layers, 4 * num_words, out_dim)
+  is_signed = kernel.method == Quantize.INT8
+  return dataclasses.replace(kernel, numbers=jax.lax.bitcast_convert_type(numbers, jnp.int8) if is_signed else numbers)
+
+
+def _rows_per_tile(kernel: QuantizedKernel) -> int:
+  """Returns how many rows of numbers stand for a tile of inputs."""
+  in_dim = kernel.shape[-2]
+  return kernel.numbers.shape[-2] * tile_size(in_dim) // in_dim
+
+
 def dequantize(kernel: Float[Array, "..."] | QuantizedKernel) -> Float[Array, "..."]:
   """Returns the kernel that a quantised one stands for, in float32; arrays as they are."""
   if not isinstance(kernel, QuantizedKernel):
@@ -101,12 +133,15 @@ def dequantize(kernel: Float[Array, "..."] | QuantizedKernel) -> Float[Array, ".
   shape, num_tiles = kernel.shape, kernel.scale.shape[-2]
   # Or XLA moves conversions of all layers out of their loop.
   numbers, scale = jax.lax.optimization_barrier((kernel.numbers, kernel.scale))
-  tiles = numbers.reshape(*shape[:-2], num_tiles, -1, shape[-1])
+  kernel = QuantizedKernel(numbers, scale, kernel.method)
+  if kernel.numbers.dtype == jnp.uint32:
+    kernel = _out_of_words(kernel)
+  tiles = kernel.numbers.reshape(*shape[:-2], num_tiles, -1, shape[-1])
   if kernel.method == Quantize.FP8:
     tiles = jax.lax.bitcast_convert_type(tiles, jnp.float8_e4m3fn)
   elif kernel.method == Quantize.NF4:
     tiles = _decode_nf4(jnp.concatenate([tiles & 15, tiles >> 4], axis=-2))
-  return (tiles.astype(jnp.float32) * scale[..., None, :]).reshape(shape)
+  return (tiles.astype(jnp.float32) * kernel.scale[..., None, :]).reshape(shape)
 
 
 def _decode_nf4(codes: Array) -> Array:

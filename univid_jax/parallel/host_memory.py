@@ -1,6 +1,5 @@
 """Arrays that wait in the memory of the host, and that programs fetch to their devices when they need them."""
 
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -28,19 +27,6 @@ def require_host_memory(mesh: Mesh, key: str) -> None:
   device = mesh.devices.flat[0]
   if KIND not in {memory.kind for memory in device.addressable_memories()}:
     raise UserError(f"{key} needs devices that copy from the host's memory while they compute: {device} cannot")
-
-
-def offload_blocks(abstract: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns descriptions of a transformer's parameters with the matrices of its blocks in the memory of the host.
-
-  Stacks of vectors stay on the devices: they are small, and TPUs cannot copy one of two bfloat16 numbers in a word.
-  """
-
-  def move(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    is_matrix = len(x.shape) > 2
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(KIND)) if is_matrix else x
-
-  return {**abstract, "blocks": jax.tree.map(move, abstract["blocks"])}
 
 
 def fetch(tree: Tree) -> Tree:

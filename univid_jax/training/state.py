@@ -15,7 +15,8 @@ from univid_jax.checkpoints.model import create_model
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.options import RematPolicy, TrainedExpert
 from univid_jax.models.lora import LoRAParam
-from univid_jax.parallel.host_memory import offload_blocks, require_host_memory
+from univid_jax.models.offload import describe_in_words, offload_blocks
+from univid_jax.parallel.host_memory import require_host_memory
 from univid_jax.parallel.sharding import parameter_shardings
 from univid_jax.training.expert_schedule import ExpertSchedule
 from univid_jax.training.optimizer import make_optimizer
@@ -133,7 +134,7 @@ class StateSpec:
       graph=nnx.graphdef(model),
       create=jax.jit(create, out_shardings=shardings),
       abstract=jax.tree.map(place, shapes, shardings),
-      abstract_frozen=offload_blocks(abstract_frozen) if offload else abstract_frozen,
+      abstract_frozen=describe_in_words(offload_blocks(abstract_frozen)) if offload else abstract_frozen,
     )
 
   @property

@@ -1,0 +1,64 @@
+"""Frozen blocks in the memory of the host, in a form that TPUs slice there without copying what they do not need."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from univid_jax.models.quantized import QuantizedKernel, in_words
+from univid_jax.parallel.host_memory import KIND
+
+
+def offload_blocks(abstract: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns descriptions of a transformer's parameters with the matrices of its blocks in the memory of the host.
+
+  Stacks of vectors stay on the devices: they are small, and TPUs cannot copy one of two bfloat16 numbers in a word.
+  """
+
+  def move(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    is_matrix = len(x.shape) > 2
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(KIND)) if is_matrix else x
+
+  return {**abstract, "blocks": jax.tree.map(move, abstract["blocks"])}
+
+
+def describe_in_words(abstract: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns descriptions of parameters with the quantised kernels of the blocks in words, where shards allow it."""
+
+  def describe(x: Any) -> Any:
+    if not isinstance(x, QuantizedKernel):
+      return x
+    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
+    words, sharding = jax.eval_shape(in_words, plain).numbers, x.numbers.sharding
+    if not _divides(words.shape, sharding):
+      return x
+    return dataclasses.replace(x, numbers=jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=sharding))
+
+  return {**abstract, "blocks": jax.tree.map(describe, abstract["blocks"], is_leaf=_is_quantized)}
+
+
+def put_in_words(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns parameters as `describe_in_words` describes them, converting one kernel after another on the devices."""
+
+  def convert(x: Any, described: Any) -> Any:
+    if not isinstance(x, QuantizedKernel) or x.numbers.dtype == described.numbers.dtype:
+      return x
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, x)
+    on_devices = jax.tree.map(lambda sharding: sharding.with_memory_kind(None), shardings)
+    return jax.device_put(jax.jit(in_words, out_shardings=on_devices)(jax.device_put(x, on_devices)), shardings)
+
+  described = describe_in_words(params)
+  return {**params, "blocks": jax.tree.map(convert, params["blocks"], described["blocks"], is_leaf=_is_quantized)}
+
+
+def _divides(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> bool:
+  try:
+    sharding.shard_shape(shape)
+  except ValueError:
+    return False
+  return True
+
+
+def _is_quantized(x: Any) -> bool:
+  return isinstance(x, QuantizedKernel)
