@@ -22,9 +22,9 @@ if not IS_WORKER:
 import pytest  # noqa: E402
 
 
-def pytest_collection(session):
+def pytest_configure(config):
   """Prepares a process that runs tests; the one that hands them out to workers goes without JAX, and starts sooner."""
-  if not session.config.pluginmanager.hasplugin("dsession"):
+  if IS_WORKER or config.getoption("dist", "no") == "no":
     prepare()
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +94,20 @@ class TestVAE:
       assert len(encoded) == count
       for ours, alone in zip(encoded, expected):
         np.testing.assert_array_equal(ours, alone)
+
+  def test_what_devices_hold_goes_with_the_codec(self):
+    """At once: what comes next needs the memory."""
+    model = autoencoder("wan2.1")
+    graph, params = nnx.split(jax.tree.map(jnp.copy, model))
+    codec = WanVAECodec(model.config, graph, params, mesh=make_mesh({}, jax.devices()[:1]), devices=jax.devices()[:2])
+    codec.encode_many([np.zeros((1, 16, 16, 3), np.float32)] * 2)
+    leaves = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
+    gc.disable()
+    try:
+      del codec, params
+      assert not any(leaf() is not None for leaf in leaves)
+    finally:
+      gc.enable()
 
   @pytest.mark.parametrize("version", cases("wan2.1", rest=[("wan2.2",)]))
   def test_encoding_and_decoding_are_causal(self, version):

@@ -179,6 +179,20 @@ class TestPrepare:
       for clip in sentence.clips:
         assert np.array_equal(together.encode_clip(clip), features.encode_clip(clip))
 
+  def test_a_sentence_is_computed_once_for_clips_encoded_together(self, tmp_path, monkeypatch):
+    config = override(self.configure("computed", tmp_path), {"data.contexts.II": 1.0, "data.contexts.I": 0.0})
+    _, data, features = self.open(config, tmp_path, Shape(), num_parallel=8)
+    computed, compute = [], ComputedSentences.__getitem__
+
+    def count(self, index):
+      computed.append(index)
+      return compute(self, index)
+
+    monkeypatch.setattr(ComputedSentences, "__getitem__", count)
+    prepare(features, data, row_shape=ROWS)
+    images = [index for index in range(12) if data.sources["computed"][index].context == "II"]
+    assert images and all(computed.count(index) == 1 for index in images)
+
   def test_a_clip_that_cannot_be_read_is_named_among_those_encoded_together(self, tmp_path):
     config = self.configure("pairs", tmp_path)
     encoders, data, features = self.open(config, tmp_path, Shape(), num_parallel=3)

@@ -250,10 +250,10 @@ class WanVAECodec:
     """Encodes as many clips as there are devices, each on one of them."""
     mesh = make_mesh({"data": -1}, self._devices)
     params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
-    each = PartitionSpec("data")
+    graph, each = self._graph, PartitionSpec("data")  # a function that holds `self` would keep what it caches alive
 
     def encode(params, batch):
-      return VAE.encode(nnx.merge(self._graph, params), batch[0])[None]
+      return VAE.encode(nnx.merge(graph, params), batch[0])[None]
 
     run = jax.jit(jax.shard_map(encode, mesh=mesh, in_specs=(PartitionSpec(), each), out_specs=each))
 

@@ -6,6 +6,7 @@ conditions that training can ask for. What is cached was read when it was encode
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -160,10 +161,11 @@ class _ClipEncoder:
 
   def add(self, clip: ClipRef) -> None:
     """Encodes a clip of the current sentence, now or with others."""
+    num_parallel = self._features.encoders.codec.num_parallel
     shape = clip.num_frames, clip.size
     waiting = self._waiting.setdefault(shape, [])
     waiting.append((self._sentences.current, clip))
-    if len(waiting) == self._features.encoders.codec.num_parallel:
+    if len(waiting) == num_parallel:
       self._encode(self._waiting.pop(shape))
 
   def finish(self) -> None:
@@ -172,28 +174,37 @@ class _ClipEncoder:
       self._encode(self._waiting.popitem()[1])
 
   def _encode(self, waiting: Sequence[tuple[str, ClipRef]]) -> None:
-    with ThreadPoolExecutor(len(waiting)) as pool:
-      readings = [pool.submit(clip.read) for _, clip in waiting]
-    records: list[str] = []
-    clips: list[ClipRef] = []
-    frames: list[np.ndarray] = []
-    for (record, clip), reading in zip(waiting, readings):
-      try:
-        frames.append(reading.result())
-      except (OSError, UserError) as error:
-        self._sentences.drop(error, record=record)
+    # Clips of one sentence may be parts of one video, which the first that is read decodes for all.
+    sentences = [[clip for _, clip in clips] for _, clips in itertools.groupby(waiting, key=lambda each: each[0])]
+    with ThreadPoolExecutor(len(sentences)) as pool:
+      readings = list(itertools.chain.from_iterable(pool.map(_read_in_turn, sentences)))
+    usable: list[tuple[str, ClipRef]] = []
+    for (record, clip), reading in zip(waiting, readings, strict=True):
+      if isinstance(reading, Exception):
+        self._sentences.drop(reading, record=record)
       else:
-        records.append(record)
-        clips.append(clip)
-    if not clips:
+        usable.append((record, clip))
+    if not usable:
       return
+    frames = [reading for reading in readings if not isinstance(reading, Exception)]
     try:
-      self._features.cache_clips(clips, frames)
+      self._features.cache_clips([clip for _, clip in usable], frames)
     except UserError as error:
-      for record in records:
+      for record, _ in usable:
         self._sentences.drop(error, record=record)
     else:
-      self.num_encoded += len(clips)
+      self.num_encoded += len(usable)
+
+
+def _read_in_turn(clips: Sequence[ClipRef]) -> list[np.ndarray | Exception]:
+  """Returns the frames of each clip, or why it cannot be read."""
+  readings: list[np.ndarray | Exception] = []
+  for clip in clips:
+    try:
+      readings.append(clip.read())
+    except (OSError, UserError) as error:
+      readings.append(error)
+  return readings
 
 
 def _is_computed_at_once(source: SentenceSource) -> bool:

@@ -39,17 +39,30 @@ def describe_in_words(abstract: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def put_in_words(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns parameters as `describe_in_words` describes them, converting one kernel after another on the devices."""
+  """Returns parameters as `describe_in_words` describes them, converting one kernel after another on the devices.
+
+  The bytes of a kernel are deleted when there are words of it, because there may be no room for two bases.
+  """
 
   def convert(x: Any, described: Any) -> Any:
     if not isinstance(x, QuantizedKernel) or x.numbers.dtype == described.numbers.dtype:
       return x
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, x)
-    on_devices = jax.tree.map(lambda sharding: sharding.with_memory_kind(None), shardings)
-    return jax.device_put(jax.jit(in_words, out_shardings=on_devices)(jax.device_put(x, on_devices)), shardings)
+    sharding = x.numbers.sharding
+    on_devices = dataclasses.replace(x, numbers=jax.device_put(x.numbers, jax.memory.Space.Device))
+    numbers = jax.device_put(_words_of(on_devices), sharding)
+    jax.block_until_ready(numbers)
+    x.numbers.delete()
+    return dataclasses.replace(x, numbers=numbers)
 
   described = describe_in_words(params)
   return {**params, "blocks": jax.tree.map(convert, params["blocks"], described["blocks"], is_leaf=_is_quantized)}
+
+
+def _words_of(kernel: QuantizedKernel) -> jax.Array:
+  sharding = kernel.numbers.sharding
+  return jax.jit(
+    lambda numbers: in_words(dataclasses.replace(kernel, numbers=numbers)).numbers, out_shardings=sharding
+  )(kernel.numbers)
 
 
 def _divides(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> bool:
