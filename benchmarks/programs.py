@@ -1,5 +1,6 @@
 """Reads the costs of a compiled program off its text: memory traffic, collectives and the TPU compiler's own cycles."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -27,6 +28,10 @@ NO_TRAFFIC = (
 )
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 FLAG_BYTES = 8  # instructions that start a transfer also have flags in their type
+
+LANES = 128  # channels that a TPU computes together
+# Products of a head that a kernel computes: those over channels of keys (qk) and over channels of values (v).
+PRODUCTS = {"forward": (1, 1), "dq": (2, 1), "dkv": (2, 2), "fused": (3, 2)}
 
 
 def collective_bytes(text: str, num_layers: int) -> dict[str, float]:
@@ -77,6 +82,50 @@ def estimated_cycles(text: str, num_layers: int) -> float:
   return float(cycles)
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """A call of a Pallas kernel.
+
+  Attributes:
+    name: of the kernel.
+    inputs, outputs: shapes of its arrays of floating point numbers; integers are masks and indices.
+  """
+
+  name: str
+  inputs: tuple[tuple[int, ...], ...]
+  outputs: tuple[tuple[int, ...], ...]
+
+
+def find_kernels(text: str, num_layers: int) -> Iterator[tuple[int, Kernel]]:
+  """Yields the calls of Pallas kernels, each with how often it runs."""
+  for times, computation in _executed(text, num_layers):
+    for line in computation.splitlines():
+      if 'custom_call_target="tpu_custom_call"' in line:
+        yield times, _parse_kernel(line)
+
+
+def kernel_operations(kernel: Kernel) -> tuple[str, float]:
+  """Returns the kind of an attention kernel and its operations on whole arrays, padding included.
+
+  Forward takes two products, the gradient of queries three (logits again), that of keys and values four, both fused
+  five. Channels count as whole lanes, as the matrix unit computes them: 130 take as long as 256.
+
+  Raises:
+    ValueError: it is none.
+  """
+  found = re.search(r"splash_\w*?(fwd|dq|dkv)", kernel.name)
+  arrays = [shape for shape in kernel.inputs if len(shape) >= 3]
+  if not found or len(arrays) < 3:
+    raise ValueError(f"not a kernel of attention: {kernel}")
+  q, k, v = arrays[:3]
+  kind = {"fwd": "forward"}.get(found[1], found[1])
+  if kind == "dkv" and sum(len(shape) >= 3 for shape in kernel.outputs) == 3:
+    kind = "fused"
+  qk, value = (-(-x[-1] // LANES) * LANES for x in (k, v))
+  over_qk, over_v = PRODUCTS[kind]
+  return kind, 2.0 * math.prod(q[:-1]) * k[-2] * (over_qk * qk + over_v * value)
+
+
 def _executed(text: str, num_layers: int) -> Iterator[tuple[int, str]]:
   """Yields the computations that run on their own, each with how often.
 
@@ -116,3 +165,16 @@ def _sizes(shapes: str, num_layers: int = 0, *, on_chip: bool = False) -> list[f
       stacked = num_layers and lengths[:1] == [num_layers]
       sizes.append(BYTES.get(dtype, 4) * math.prod(lengths) / (num_layers if stacked else 1))
   return sizes
+
+
+def _parse_kernel(line: str) -> Kernel:
+  """Reads a call of a kernel: its results stand before the call, its operands in the constraints of their layouts."""
+  name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+  outputs, _, rest = rest.partition(" custom-call(")
+  inputs = re.search(r"operand_layout_constraints=\{(.*?\})\}", rest)
+
+  def shapes(types: str) -> tuple[tuple[int, ...], ...]:
+    found = re.findall(r"\b(?:bf16|f16|f32)\[([\d,]*)\]", types)
+    return tuple(tuple(int(length) for length in dims.split(",") if length) for dims in found)
+
+  return Kernel(re.sub(r"^%|\.\d+$", "", name), shapes(inputs[1] if inputs else ""), shapes(outputs))
