@@ -59,7 +59,7 @@ class Program:
     case, side: what was compiled, and whose.
     cycles: that the compiler expects, without kernels.
     kernels: operations of the kernels by kind.
-    memory_tb: read and written, without kernels' own traffic beyond their inputs and outputs.
+    memory_tb: read and written, of kernels only their inputs and outputs.
     temporary_gb: besides inputs.
     collective_gb: carried.
     seconds: of compilation.
@@ -122,7 +122,7 @@ def calibrate(chip: str) -> dict[str, float]:
 
   def cycles(run: Callable[..., Any], *shapes: tuple[int, ...]) -> float:
     inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
-    text = jax.jit(run).lower(*inputs).compile().as_text()
+    text = jax.jit(run).lower(*inputs).compile().as_text() or ""
     return estimated_cycles(text, 1)
 
   found = {"square": 2 * 8192**3 / cycles(lambda a, b: a @ b, (8192, 8192), (8192, 8192)) / PEAK[chip]}

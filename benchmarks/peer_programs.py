@@ -121,7 +121,7 @@ def lower_ours(case: Case) -> Any:
   module = nnx.eval_shape(lambda: DiT(config, **options, rngs=nnx.Rngs(0)))
   graph = nnx.graphdef(module)
 
-  def describe(*shape: int, dtype: Any = jnp.bfloat16, spec: Any = BATCH) -> jax.ShapeDtypeStruct:
+  def describe(*shape: int, dtype: Any = jnp.bfloat16, spec: Any = BATCH) -> Any:
     return jax.ShapeDtypeStruct((case.rows, *shape), dtype, sharding=NamedSharding(mesh, spec))
 
   tokens = describe(num_tokens, 4 * config.in_dim, spec=TOKENS)
@@ -148,6 +148,7 @@ def lower_maxdiffusion(case: Case, folder: str) -> Any:
   import jax.numpy as jnp
   import yaml
   from flax import nnx
+  from flax.linen.spmd import logical_to_mesh_sharding
   from jax.experimental import mesh_utils
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -180,7 +181,7 @@ def lower_maxdiffusion(case: Case, folder: str) -> Any:
     stack.enter_context(nn.logical_axis_rules(rules))
     model = nnx.eval_shape(lambda: WanModel(**options, rngs=nnx.Rngs(0)))
     graph, state, rest = nnx.split(model, nnx.Param, ...)
-    placed = nn.logical_to_mesh_sharding(nnx.get_partition_spec(state), mesh, rules)
+    placed = logical_to_mesh_sharding(nnx.get_partition_spec(state), mesh, rules)
     leaves, tree = jax.tree.flatten(state)
     placed = jax.tree.leaves(placed, is_leaf=lambda x: isinstance(x, NamedSharding))
     params = [describe(x, sharding) for x, sharding in zip(leaves, placed, strict=True)]
