@@ -46,7 +46,7 @@ STATUS = re.compile(
 # XLA's loader of cached CPU programs misses two tuning hints of LLVM among the features of the very machine that
 # compiled them, on some processors, and uses the programs all the same (github.com/openxla/xla/issues/44565).
 HARMLESS = re.compile(
-  r".* cpu_aot_loader\.cc:\d+\] .* Target machine feature \+prefer-no-(gather|scatter) is not supported"
+  r".* cpu_aot_loader\.cc:\d+\] .* Target machine feature \+prefer-no-(gather|scatter) is not +supported"
 )
 
 

@@ -236,6 +236,10 @@ class TestScalingTable:
         scaling.Setup("wan_1_3b", "v5e:4x4", 1, 4, wrong).config  # noqa: B018
 
 
+# Of XLA, whose versions differ in a space.
+NOT_SUPPORTED = "cpu_aot_loader.cc:195] Loading XLA:CPU AOT result. Target machine feature +prefer-no-"
+
+
 class TestSoak:
   """Its checks see what they are for."""
 
@@ -268,6 +272,9 @@ class TestSoak:
       (1, "error: one\nerror: two", "ends with 1 and 2 lines"),
       (1, "Traceback (most recent call last):\nerror: x", "prints after .*Traceback"),
       (1, "error: internal error (KeyError)", "internal error"),
+      (1, f"E1127 02:39:39.8 2635 {NOT_SUPPORTED}gather is not  supported on the host machine.\nerror: x", None),
+      (1, f"E1127 02:39:39.8 2635 {NOT_SUPPORTED}scatter is not supported on the host machine.\nerror: x", None),
+      (1, "E1127 02:39:39.8 2635 other.cc:195] Loading failed\nerror: x", "prints after .*other.cc"),
     ],
   )
   def test_ends(self, tmp_path, code, printed, problem):
