@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from univid_jax.core.options import AttentionBackend
@@ -66,7 +67,7 @@ def attention(
   elif backend == AttentionBackend.XLA:
     run = functools.partial(run, platform=platform)
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.size > 1:
+  if mesh.size > 1 and AxisType.Manual not in mesh.axis_types:  # within `jax.shard_map` each device has its own
     run = shard_attention(run, mesh, takes_ring=backend != AttentionBackend.CUDNN)
   return run(q, k, v, key_intervals=key_intervals, key_bias=key_bias)
 
