@@ -9,8 +9,10 @@ import sys
 import jaxlib
 
 # Most tests compile for far longer than they compute; LLVM's optimizations and the newer of XLA's two emitters, which
-# goes through MLIR, are most of the compilation.
-FAST_COMPILATION = "--xla_backend_optimization_level=0"
+# goes through MLIR, are most of the compilation. Workers have a core each, so they compile a program in one piece.
+FAST_COMPILATION = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+)
 if jaxlib.__version__.startswith("0.10."):  # an option that XLA does not know (any longer) ends the process
   FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 

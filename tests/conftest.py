@@ -15,7 +15,7 @@ PROGRAMS = None
 if not IS_WORKER:
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS = tempfile.mkdtemp(prefix="univid_jax_programs")
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.03"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"  # storing the many quick ones takes longer
   os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
@@ -53,9 +53,11 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_programs():
-  """Has all pipelines and autoencoders of a module trace the programs of equal models once."""
+  """Has all models, pipelines and autoencoders of a module trace the programs of equal ones once."""
+  import univid_jax.checkpoints.pretrained
   import univid_jax.codecs.encoders
   import univid_jax.codecs.wan_vae
+  import univid_jax.convert.layout
   import univid_jax.inference.pipeline
 
   with pytest.MonkeyPatch.context() as patch:
@@ -64,6 +66,8 @@ def shared_programs():
       (univid_jax.inference.pipeline, "JointSampler"),
       (univid_jax.codecs.wan_vae, "jit_method"),
       (univid_jax.codecs.encoders, "jit_method"),
+      (univid_jax.checkpoints.pretrained, "abstract_component"),
+      (univid_jax.convert.layout, "abstract_component"),
     ):
       patch.setattr(place, name, functools.cache(getattr(place, name)))
     yield
@@ -79,6 +83,8 @@ def tiny_config():
     tiny(),
     {
       "num_steps": 4,
+      "optimizer.name": "adamw",  # compiles sooner than Muon
+      "optimizer.learning_rate": 1e-3,
       "log_every": 1,
       "model.dim": 32,
       "model.ffn_dim": 64,

@@ -301,7 +301,8 @@ def build_program(*, seconds: float = 0.0, fails: bool = False, dies: bool = Fal
 class TestRace:
   """Programs that fail are left out, with their reason, and the others are measured."""
 
-  @pytest.mark.parametrize("at_once", [True, pytest.param(False, marks=pytest.mark.long)])
+  @pytest.mark.long
+  @pytest.mark.parametrize("at_once", [True, False])
   def test_failures(self, capfd, at_once):
     programs = {
       "ours": Program(build_program, {}),

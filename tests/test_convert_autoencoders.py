@@ -60,6 +60,7 @@ def test_diffusers_weights_convert(converted, in_diffusers, tmp_path):
   assert before.checksum == after.checksum and before.config == after.config
 
 
+@pytest.mark.long
 def test_outputs_are_verified(converted, in_diffusers):
   report, equal = verify(str(in_diffusers), str(converted))
   assert equal and "error against PyTorch" in report

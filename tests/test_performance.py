@@ -42,7 +42,7 @@ def one_row(side, frames, text_dim=64, causal=False):
   return jax.tree.map(jnp.asarray, pack([features], shape))
 
 
-@pytest.mark.parametrize("only_targets", [False, True])
+@pytest.mark.parametrize("only_targets", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 16])
 def test_formula_equals_the_compiler(monkeypatch, rank, only_targets):
   monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(1, 0, 0, smallest=1 << 40))

@@ -64,7 +64,9 @@ def plain(release, tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize("method", ["int8", pytest.param("fp8", marks=pytest.mark.long), "nf4"])
+@pytest.mark.parametrize(
+  "method", ["int8", pytest.param("fp8", marks=pytest.mark.long), pytest.param("nf4", marks=pytest.mark.long)]
+)
 class TestFiles:
   def test_quantised_at_conversion_equals_quantised_at_loading(self, release, plain, method, tmp_path, caplog):
     stored = str(tmp_path / "stored")
