@@ -47,6 +47,8 @@ def prepare():
 
 
 def pytest_unconfigure():
+  gc.collect()
+  gc.freeze()  # pytest looks for garbage five times more
   if PROGRAMS:
     shutil.rmtree(PROGRAMS, ignore_errors=True)
 
