@@ -1,8 +1,10 @@
 """Damaged checkpoints of a run: another one is used, and nothing is lost."""
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import shutil
 
 import grain
@@ -202,6 +204,44 @@ def test_damaged_metrics_of_an_older_one(workdir, caplog):
   damage(workdir, 4, "metrics")
   with pytest.raises(DamagedError, match="metrics/metrics"):
     find_step(workdir, "best")
+
+
+def test_a_kill_while_an_old_one_is_deleted(workdir, caplog, monkeypatch):
+  """What is left of it is taken neither for a checkpoint nor for damage, and the next start removes it."""
+  unlink, deleted = os.unlink, []
+
+  def unlink_two(path, *, dir_fd=None):
+    if dir_fd is not None:  # of a whole folder
+      if len(deleted) == 2:
+        raise RuntimeError("killed")
+      deleted.append(path)
+    unlink(path, dir_fd=dir_fd)
+
+  with monkeypatch.context() as patch, pytest.raises((OSError, RuntimeError), match="killed"):
+    patch.setattr(os, "unlink", unlink_two)
+    save(workdir, [6], keep=1)
+  assert len(deleted) == 2
+  with caplog.at_level(logging.WARNING):
+    assert run_verify(workdir) == 0
+    assert resume(workdir, keep=1) == 6
+  assert not caplog.records and folders(workdir) == ["6"]
+
+
+def test_outdated_checkpoints_that_cannot_be_deleted(workdir, caplog, monkeypatch):
+  """Training goes on, as it does not need that space yet."""
+  unlink = os.unlink
+
+  def refuse(path, *, dir_fd=None):
+    if dir_fd is not None:  # of a whole folder
+      raise PermissionError(errno.EACCES, "Permission denied", path)
+    unlink(path)
+
+  with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+    patch.setattr(os, "unlink", refuse)
+    save(workdir, [6], keep=1)
+  assert f"cannot delete the outdated checkpoints in {workdir}/checkpoints/deleted: Permission denied" in caplog.text
+  save(workdir, [8], keep=1)
+  assert folders(workdir) == ["8"]
 
 
 def test_adding_checksums(workdir, caplog, capsys):

@@ -19,7 +19,7 @@ from univid_jax.checkpoints.built_in import BUILT_IN
 from univid_jax.checkpoints.checksums import write_checksums
 from univid_jax.checkpoints.info import CHECKPOINT_FILE
 from univid_jax.checkpoints.orbax_files import restore_items, silence_orbax
-from univid_jax.checkpoints.saved import SavedCheckpoints
+from univid_jax.checkpoints.saved import DELETED_FOLDER, SavedCheckpoints
 from univid_jax.config.boundary import from_json, to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
@@ -147,7 +147,9 @@ class Checkpointer:
     policies = ocp.checkpoint_managers
     best = policies.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     kept = policies.AnyPreservationPolicy([policies.LatestN(self._keep), best])
-    options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=loss, best_mode="min")
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=kept, best_fn=loss, best_mode="min", todelete_subdir=DELETED_FOLDER
+    )
     silence_orbax()
     return ocp.CheckpointManager(self._saved.parent, options=options, item_names=("model", "training", "data"))
 
@@ -183,10 +185,11 @@ class Checkpointer:
     self._saving = self._pool.submit(self._finish, step)
 
   def _finish(self, step: int) -> None:
-    """Waits until a step is written, and adds its checksums."""
+    """Waits until a step is written, adds its checksums, and deletes the checkpoints that it replaces."""
     self._manager.wait_until_finished()
     if jax.process_index() == 0:
       write_checksums(self._saved.folder(step))
+      self._saved.delete_outdated()
 
   def restore(self, *, model: Any, training: Any, data: Resumable) -> tuple[Any, Any]:
     """Restores the newest checkpoint that is intact and sets `data` to its position; sets damaged ones aside.
@@ -213,6 +216,8 @@ class Checkpointer:
 
     found, items = self._saved.read(None, read)
     self._saved.set_aside_damaged(found)
+    if jax.process_index() == 0:
+      self._saved.delete_outdated()
     return items
 
   def wait(self) -> None:

@@ -20,6 +20,8 @@ from univid_jax.parallel.processes import sum_over_processes, wait_for_processes
 CHECKPOINTS_FOLDER = "checkpoints"
 # Of a checkpoint that was set aside because it is damaged.
 DAMAGED_SUFFIX = ".damaged"
+# In the folder of checkpoints: those that are being deleted. A kill can leave no checkpoint half deleted in its place.
+DELETED_FOLDER = "deleted"
 
 T = TypeVar("T")
 
@@ -159,6 +161,14 @@ class SavedCheckpoints:
     if not self._model_only or _size(folder / "training") <= _QUICK_BYTES:
       return lambda name: True
     return lambda name: not name.startswith("training/")
+
+  def delete_outdated(self) -> None:
+    """Deletes what Orbax has moved to the folder of deleted checkpoints; one process may call it at a time."""
+    folder = self.parent / DELETED_FOLDER
+    try:
+      folder.rmtree(missing_ok=True)
+    except OSError as error:
+      log.warning("cannot delete the outdated checkpoints in %s: %s", folder, error.strerror or error)
 
   def set_aside_damaged(self, used: int) -> None:
     """Renames damaged checkpoints, so that their steps can be saved again; all processes of a run must call it.

@@ -8,7 +8,7 @@ from etils import epath
 from univid_jax.checkpoints.checksums import check_seal, find_damage, has_checksums, read_names, write_checksums
 from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.folder import is_lora_folder
-from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX
+from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX, DELETED_FOLDER
 from univid_jax.data import cache, shards
 
 
@@ -59,7 +59,8 @@ def verify(path: epath.PathLike, *, write: bool) -> Iterator[Findings]:
     inside = sorted(path.iterdir())
     yield from _verify_files([other for other in inside if not other.is_dir()])
     for folder in inside:
-      if folder.is_dir() and DAMAGED_SUFFIX not in folder.name:
+      is_deleted = folder.name == DELETED_FOLDER and path.name == CHECKPOINTS_FOLDER
+      if folder.is_dir() and DAMAGED_SUFFIX not in folder.name and not is_deleted:
         yield from verify(folder, write=write)
 
 
