@@ -71,6 +71,7 @@ def test_numpy_and_jax_agree():
     ((0, 8, 8, 3), "got 0; the nearest are 1"),
     ((5, 9, 8, 3), "height must be a multiple of 4, got 9; the nearest are 8 and 12"),
     ((5, 8, 3, 3), "width must be a multiple of 4, got 3; the nearest are 4"),
+    ((5, 9, 3, 3), "height must be a multiple of 4, got 9; the nearest are 8 and 12; the width must be .*, got 3;"),
   ],
 )
 def test_invalid_shapes(shape, message):

@@ -52,10 +52,10 @@ def test_help(module):
 @pytest.mark.parametrize(
   "arguments, code, message",
   [
-    ([CONFIG, "--config.num_step=3"], 2, 'Did you mean "num_steps"'),
-    (["--config.data.pair=x"], 2, 'it has no key \'pair\'; Did you mean "pairs" instead of "pair"?'),
+    ([CONFIG, "--config.num_step=3"], 2, "did you mean 'num_steps'?"),
+    (["--config.data.pair=x"], 2, "it has no key 'pair'; did you mean 'pairs'?"),
     ([CONFIG, "--config.data.weights.photos=0"], 2, "wrong override of the config: it has no key 'photos'"),
-    ([CONFIG, "--config.data.foldr=x"], 2, 'Did you mean "folder"'),
+    ([CONFIG, "--config.data.foldr=x"], 2, "did you mean 'folder'?"),
     ([CONFIG, "--config.num_steps=abc"], 2, "invalid literal for int"),
     ([CONFIG + ":huge"], 2, "unknown preset 'huge'; there are tiny"),
     (["--config=huge"], 2, "unknown preset 'huge'; there are tiny"),

@@ -199,6 +199,18 @@ class TestComputedSentences:
     assert set(expected) == set(TASKS)
 
 
+@pytest.mark.parametrize("task, context", [("invert", "II"), ("camera_movement", "IV"), ("time_reversal", "I")])
+def test_a_sentence_names_the_context_that_it_has(task, context):
+  """Only animating tasks make a video of an image; without any, context IV would be one of images under a wrong name."""
+  weights = {"IV": 1.0}
+  source = computed(tasks={task: 1.0}, contexts=weights, animating_contexts=weights)
+  assert source.contexts_of(task) == {context: 1.0}
+  pattern = [5 if is_video else 1 for is_video in video_pattern(context, 4)]
+  for sentence in (source[0], source[1], source.sentence(np.random.default_rng(0), task=task, context="IV")):
+    assert sentence.context == context
+    assert [len(clip) for clip in sentence.clips] == pattern
+
+
 class TestLazySentences:
   def test_they_are_the_same_sentences(self):
     """Task, context, prompt, keys and lengths are known before any clip is made."""

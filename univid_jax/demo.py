@@ -2,10 +2,12 @@
 
   python -m univid_jax.demo [--checkpoint=DIR] [--lora=PATH] [--host=HOST] [--port=PORT]
 
-Needs the extra `demo` (Gradio). Without --checkpoint it offers the runs in runs/. The page is only reachable from this
-machine unless --host says otherwise; it serves only what was uploaded to it and what it sampled.
+Needs the extra `demo` (Gradio). Without --checkpoint it offers small, the base in the package, and the runs in runs/.
+The page is only reachable from this machine unless --host says otherwise; it serves only what was uploaded to it and
+what it sampled.
 """
 
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +18,7 @@ from univid_jax.core.errors import UserError
 
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT = FLAGS.strings(
-  "checkpoint", [], "Converted checkpoints or workdirs to choose from, the first at first; default: those in runs/."
+  "checkpoint", [], "Converted checkpoints or workdirs to choose from, the first at first; default: small and runs/*."
 )
 LORA, ACCELERATE = FLAGS.lora(), FLAGS.accelerate()
 # For every model that is chosen, as `sample` takes them.
@@ -32,6 +34,8 @@ HOST = FLAGS.string("host", "127.0.0.1", "Address to listen on.")
 MAX_UPLOAD = FLAGS.integer("max_upload_mb", 200, "Largest file that is accepted, in MB.", lower_bound=1)
 MAX_QUEUE = FLAGS.integer("max_queue", 16, "Requests that may wait; more are refused.", lower_bound=1)
 PORT = FLAGS.integer("port", 7860, "Port to listen on; 0 takes a free one.", lower_bound=0)
+
+log = logging.getLogger("univid_jax.demo")
 
 
 @app.command(FLAGS)
@@ -57,13 +61,17 @@ def main() -> None:
   with tempfile.TemporaryDirectory(prefix="univid_") as folder:
     page = Page(session, Path(folder)).build()
     page.queue(max_size=MAX_QUEUE.value, default_concurrency_limit=1)
-    page.launch(
+    _, address, _ = page.launch(
       server_name=HOST.value,
       server_port=PORT.value or None,
       max_file_size=f"{MAX_UPLOAD.value}mb",
       share=False,
       css=CSS,
+      quiet=True,
+      prevent_thread_lock=True,
     )
+    log.info("the page is at %s (Ctrl-C ends it)", address)
+    page.block_thread()
 
 
 if __name__ == "__main__":

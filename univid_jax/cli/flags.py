@@ -184,7 +184,10 @@ def _explain_override(error: Exception) -> str:
   """Returns what ml_collections says, which quotes its messages up to twice, as plain text."""
   text = str(error.args[0]).replace("\\n", "\n").replace("\\", "").strip("\"'")
   key, _, hint = text.partition("\n")
-  return text if " " in key else f"it has no key {key.strip(chr(39))!r}" + f"; {hint}" * bool(hint)
+  if " " in key:
+    return text
+  similar = re.search('Did you mean "(.*?)"', hint)
+  return f"it has no key {key.strip(chr(39))!r}" + (f"; did you mean {similar[1]!r}?" if similar else "")
 
 
 class ConfigFlag:

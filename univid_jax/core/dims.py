@@ -34,10 +34,14 @@ def latent_shape(shape: tuple[int, ...], *, temporal_stride: int, spatial_stride
   if frames < 1 or (frames - 1) % temporal_stride:
     nearest = _nearest((frames - 1) // temporal_stride * temporal_stride + 1, temporal_stride)
     raise UserError(f"a clip needs {temporal_stride}n + 1 frames, got {frames}; the nearest are {nearest}")
-  for name, side in (("height", height), ("width", width)):
-    if side < 1 or side % spatial_stride:
-      nearest = _nearest(side // spatial_stride * spatial_stride, spatial_stride)
-      raise UserError(f"the {name} must be a multiple of {spatial_stride}, got {side}; the nearest are {nearest}")
+  wrong = {name: side for name, side in (("height", height), ("width", width)) if side < 1 or side % spatial_stride}
+  if wrong:
+    sides = [
+      f"the {name} must be a multiple of {spatial_stride}, got {side}; the nearest are "
+      + _nearest(side // spatial_stride * spatial_stride, spatial_stride)
+      for name, side in wrong.items()
+    ]
+    raise UserError("; ".join(sides))
   return 1 + (frames - 1) // temporal_stride, height // spatial_stride, width // spatial_stride
 
 

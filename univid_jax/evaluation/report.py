@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Gen
 from univid_jax.evaluation.kinds import Metrics
 from univid_jax.evaluation.metrics.image import psnr
 from univid_jax.evaluation.score import Score, Scorer, mean_metrics
+
+log = logging.getLogger(__name__)
 
 # What the rows of the tables are, as report.md explains them.
 DESCRIPTIONS = {
@@ -62,9 +65,11 @@ class Gallery:
     for task, context in sorted(self._examples):
       by_task.setdefault(task, []).append(context)
     # The first context of every task before the second of any.
-    keys = sorted(self._examples, key=lambda key: (by_task[key[0]].index(key[1]), key[0]))[: self.MAX_ROWS]
+    keys = sorted(self._examples, key=lambda key: (by_task[key[0]].index(key[1]), key[0]))
+    if len(keys) > self.MAX_ROWS:
+      log.info("%s shows %d of %d combinations of task and context", path.name, self.MAX_ROWS, len(keys))
     rows = []
-    for task, context in sorted(keys):
+    for task, context in sorted(keys[: self.MAX_ROWS]):
       generated = self._examples[task, context]
       clips = [*generated.clips[-4:-1], generated.samples[PREDICTION], generated.clips[-1]]
       score = psnr(generated.samples[PREDICTION], generated.clips[-1])

@@ -1,5 +1,6 @@
 """Sentences of computed tasks over natural clips."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ class ComputedSentences:
   Attributes:
     clips: natural clips; those of one sentence differ if there are enough.
     tasks: weights by name.
-    contexts: weights by name.
+    contexts: weights by name; that of IV goes to II, because these tasks make an image of an image.
     animating_contexts: the same for tasks that make a video of an image, such as camera movement.
     num_frames: of a video clip, 4n + 1.
     size: height and width of every clip in pixels.
@@ -98,21 +99,26 @@ class ComputedSentences:
     return self._plan(index)[1]
 
   def contexts_of(self, task: str) -> Mapping[str, float]:
-    """Returns the weights of the contexts of a task."""
-    if TASKS[task].videos_only:
-      return {"I": 1.0}
+    """Returns the weights of the contexts that the sentences of a task have."""
+    weights: collections.Counter[str] = collections.Counter()
+    for context, weight in self._drawn_contexts(task).items():
+      weights[_possible_context(task, context)] += weight
+    return weights
+
+  def _drawn_contexts(self, task: str) -> Mapping[str, float]:
     return self.animating_contexts if TASKS[task].animates else self.contexts
 
   def sentence(self, rng: np.random.Generator, *, task: str, context: str) -> Sentence:
     """Draws a sentence of a task and context."""
     prompt = prompt_for(TASKS[task].prompt_name, self.prompt_style)
+    context = _possible_context(task, context)
     return self._compute(rng, Plan(task, context, int(draw(rng, self.num_clips)), prompt))
 
   def _plan(self, index: int) -> "tuple[np.random.Generator, Plan]":
     """Returns the plan of a sentence, and the random generator that goes on to draw its clips."""
     rng = np.random.default_rng((self.seed, int(index)))
     task = draw(rng, self.tasks)
-    context = draw(rng, self.contexts_of(task))
+    context = _possible_context(task, draw(rng, self._drawn_contexts(task)))
     num_clips = int(draw(rng, self.num_clips))
     prompt = prompt_for(TASKS[task].prompt_name, self.prompt_style)
     # A stream of its own, so that dropping prompts changes nothing else.
@@ -142,6 +148,13 @@ class ComputedSentences:
     return [everything[i] for i in chosen]
 
 
+def _possible_context(task: str, context: str) -> str:
+  """Returns the context that a sentence gets instead of one that its task cannot have."""
+  if TASKS[task].videos_only:
+    return "I"
+  return "II" if context == "IV" and not TASKS[task].animates else context
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """What a computed sentence will be."""
@@ -152,10 +165,8 @@ class Plan:
   prompt: str
 
   def lengths(self, num_frames: int) -> list[int]:
-    """Returns the frames of each clip, given those of a video; only animating tasks change the length of a clip."""
+    """Returns the frames of each clip, given those of a video."""
     pattern = video_pattern(self.context, self.num_clips)
-    if not TASKS[self.task].animates:
-      pattern = tuple(is_video for is_video in pattern[::2] for _ in range(2))
     return [num_frames if is_video else 1 for is_video in pattern]
 
 
