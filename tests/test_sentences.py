@@ -201,7 +201,7 @@ class TestComputedSentences:
 
 @pytest.mark.parametrize("task, context", [("invert", "II"), ("camera_movement", "IV"), ("time_reversal", "I")])
 def test_a_sentence_names_the_context_that_it_has(task, context):
-  """Only animating tasks make a video of an image; without any, context IV would be one of images under a wrong name."""
+  """Only animating tasks make a video of an image; of others, context IV was one of images under a wrong name."""
   weights = {"IV": 1.0}
   source = computed(tasks={task: 1.0}, contexts=weights, animating_contexts=weights)
   assert source.contexts_of(task) == {context: 1.0}

@@ -56,9 +56,7 @@ def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
   path = Path(path)
   suffix = path.suffix.lower()
   if suffix in IMAGE_SUFFIXES and num_frames not in (None, 1):
-    raise UserError(
-      f"cannot write {num_frames} frames to the image {path}: use .mp4, or FOLDER/ for PNGs"
-    )
+    raise UserError(f"cannot write {num_frames} frames to the image {path}: use .mp4, or FOLDER/ for PNGs")
   if suffix and suffix not in (*IMAGE_SUFFIXES, *CODECS, ".gif", ".npy"):
     raise UserError(f"cannot write {path}: use {TARGETS}")
   if path.is_dir() and suffix:
