@@ -1,9 +1,11 @@
 """Clips that are read on demand, and the cache of what is computed from them."""
 
+import functools
 import gc
 import os
 import shutil
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,7 +19,15 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
 from univid_jax.core.sentence import read_frames
 from univid_jax.data.cache import Cache
-from univid_jax.data.clips import ClipFormat, Footage, frame_rate, open_footage, read_context, resize_and_crop
+from univid_jax.data.clips import (
+  ClipFormat,
+  Footage,
+  frame_rate,
+  identify_all,
+  open_footage,
+  read_context,
+  resize_and_crop,
+)
 from univid_jax.data.reader import read_clip
 
 
@@ -96,6 +106,22 @@ class TestClips:
       clip.read()
     changed = open_footage(path, FORM).clip(1)
     assert changed.key != key and changed.read().max() == 90
+
+  def test_many_files_are_identified_at_a_time_in_order(self):
+    """Storage that is slow to answer is asked for several; the first failure is raised."""
+    both_have_started = threading.Barrier(2, timeout=30)
+
+    def identify(name):
+      if name in ("2", "5"):
+        both_have_started.wait()
+      if name in ("7", "8"):
+        raise FileNotFoundError(name)
+      return name
+
+    names = [str(number) for number in range(10)]
+    assert identify_all([functools.partial(identify, name) for name in names[:7]]) == names[:7]
+    with pytest.raises(FileNotFoundError, match="7"):
+      identify_all([functools.partial(identify, name) for name in names[6:]])
 
   def test_folders_are_hashed_in_the_order_in_which_they_are_read(self, tmp_path):
     for name, shade in (("f2.png", 8), ("f10.png", 16)):

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from univid_jax.data.reader import ClipInfo, Frames, list_frames, probe, read_cl
 
 # Part of every key: raise it when the same file would give other pixels.
 READING_VERSION = 2
+
+# Threads that hash files, more than cores because storage may be slow to answer; and how many files they get at a time.
+_NUM_THREADS = 16
+_NUM_QUEUED = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,6 +299,19 @@ def _context_length(info: ClipInfo, form: ClipFormat) -> int:
 def frame_rate(clips: Sequence[ContextClip]) -> float | None:
   """Returns the frame rate of the last clip; if that has none, of the first that has one."""
   return clips[-1].fps or next((clip.fps for clip in clips if clip.fps), None)
+
+
+def identify_all(identities: Sequence[Callable[[], str]]) -> list[str]:
+  """Calls functions that identify files, in threads, and returns their results in order.
+
+  Raises:
+    OSError, UserError: of the first one that failed; files of which many follow it are not read any more.
+  """
+  found: list[str] = []
+  with ThreadPoolExecutor(_NUM_THREADS) as pool:
+    for start in range(0, len(identities), _NUM_QUEUED):
+      found += pool.map(lambda identify: identify(), identities[start : start + _NUM_QUEUED])
+  return found
 
 
 def file_hash(path: Path) -> str:

@@ -12,11 +12,12 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.paths import copy_to_local
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames, reference_roles
+from univid_jax.data.clips import identify_all
 from univid_jax.data.contexts import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.reader import Frames
 from univid_jax.data.sources.base import draw, sort_weights
-from univid_jax.data.sources.folder import FolderSource
+from univid_jax.data.sources.folder import FolderClip, FolderSource
 from univid_jax.data.sources.photos import ClipSource, PhotoSource, Split
 from univid_jax.data.tasks import TASKS
 from univid_jax.data.tasks.base import from_unit, to_unit
@@ -75,7 +76,15 @@ class ComputedSentences:
 
   def identify_records(self) -> dict[str, object]:
     """See `IdentifiesRecords`: the files of the folders."""
-    return {clip.path.name: clip.file.identify() for folder in self.folders for clip in folder.clips}
+    return {clip.path.name: identity for clip, identity in zip(self._files, self.identify_files(), strict=True)}
+
+  def identify_files(self) -> list[str]:
+    """Returns what identifies each file of the folders."""
+    return identify_all([clip.file.identify for clip in self._files])
+
+  @property
+  def _files(self) -> list[FolderClip]:
+    return [clip for folder in self.folders for clip in folder.clips]
 
   @property
   def folders(self) -> list[FolderSource]:
@@ -279,5 +288,5 @@ def computed_identity(config: RunConfig, sentences: ComputedSentences) -> str:
     for each in (data.tasks, data.contexts, data.animating_contexts)
   ]
   options = (data.height, data.width, data.num_frames, data.fps, data.reverse_probability, data.bundled, data.jitter)
-  hashes = [clip.file.identify() for folder in sentences.folders for clip in folder.clips]
+  hashes = sentences.identify_files()
   return repr((COMPUTING_VERSION, config.seed, weights, sort_weights(data.shots), options, hashes))

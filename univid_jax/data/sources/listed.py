@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from univid_jax.core.sentence import Role, Sentence
-from univid_jax.data.clips import ClipFormat, Footage
+from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.contexts import video_pattern
 from univid_jax.data.joint_reading import make_clips
 from univid_jax.data.sources.base import DrawOptions, draw, hold_out
@@ -50,9 +50,10 @@ class ListedSentences:
 
   def identify_records(self) -> dict[str, object]:
     """See `IdentifiesRecords`."""
+    identities = iter(identify_all([part.identify for record in self.records for part in record.footage]))
     return {
       record.name: (
-        [(part.identify(), part.start, part.num_frames) for part in record.footage],
+        [(next(identities), part.start, part.num_frames) for part in record.footage],
         [int(role) for role in record.roles],
         record.prompt,
         record.task,

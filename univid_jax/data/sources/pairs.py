@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from univid_jax.core.sentence import Sentence
-from univid_jax.data.clips import ClipFormat, Footage
+from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.contexts import CONTEXTS, make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import DrawOptions, Dropped, draw, hold_out
@@ -103,7 +103,10 @@ class PairSentences:
 
   def identify_records(self) -> dict[str, object]:
     """See `IdentifiesRecords`."""
-    return {f"{pair.task}/{pair.name}": (pair.source.identify(), pair.target.identify()) for pair in self.pairs}
+    sources = identify_all([pair.source.identify for pair in self.pairs])
+    targets = identify_all([pair.target.identify for pair in self.pairs])
+    names = [f"{pair.task}/{pair.name}" for pair in self.pairs]
+    return dict(zip(names, zip(sources, targets, strict=True), strict=True))
 
   def split(self, share: float) -> tuple["PairSentences", "PairSentences"]:
     """Holds out a share of the pairs of each task and size, rounded down, but leaves at least two.
