@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import gpu, million, scaling, soak
+from benchmarks import ablations, gpu, million, scaling, soak
 from benchmarks.attempts import Attempt
 from benchmarks.bounds import bound_seconds
 from benchmarks.faults import Site
@@ -238,6 +238,46 @@ class TestScalingTable:
 
 # Of XLA, whose versions differ in a space.
 NOT_SUPPORTED = "cpu_aot_loader.cc:195] Loading XLA:CPU AOT result. Target machine feature +prefer-no-"
+
+
+class TestAblations:
+  def run(self, monkeypatch, *arguments):
+    """Runs it with scores that follow from the seed; returns what was trained."""
+    trained = []
+
+    def score(variant, seed):
+      trained.append((variant.name, variant.config.model.clip_gap, seed))
+      return {"held out: dB": 20.0 + seed + variant.config.model.clip_gap}
+
+    monkeypatch.setattr(ablations, "run_apart", score)
+    assert ablations.main(["ablations", "--questions=clip_gap", *arguments]) == 0
+    return trained
+
+  def test_trains_each_model_with_each_seed_and_resumes_from_its_file(self, monkeypatch, tmp_path, capsys):
+    out = f"--out={tmp_path / 'scores.jsonl'}"
+    expected = [(f"gap of {gap}", gap, seed) for gap in (0, 4, 16) for seed in (0, 1)]
+    assert self.run(monkeypatch, "--seeds=0,1", out) == expected
+    assert "| gap of 4 | 24.5 ± 0.7 |" in capsys.readouterr().out
+    assert self.run(monkeypatch, "--seeds=0,1,2", out) == [(f"gap of {gap}", gap, 2) for gap in (0, 4, 16)]
+    assert "| gap of 16 | 37.0 ± 1.0 |" in capsys.readouterr().out
+    assert len(self.run(monkeypatch, "--seeds=0", "--steps=7", out)) == 3, "of other steps"
+
+  def test_models_differ_in_what_is_asked(self):
+    asked = ablations.questions(5)
+    gaps = [variant.config for variant in asked["clip_gap"]]
+    assert [override(config, {"model.clip_gap": 0}) for config in gaps] == [gaps[0]] * 3
+    counts = [{n for n, weight in variant.config.data.shots.items() if weight} for variant in asked["shots"]]
+    assert counts == [{4}, {6}, {8}]
+    lora, scratch = (variant.config for variant in asked["new_task"])
+    assert lora.lora.enabled and lora.init_from == "small" and not scratch.lora.enabled and not scratch.init_from
+    assert lora.data == scratch.data and lora.num_steps == scratch.num_steps
+    for variant in asked["contexts"]:
+      drawn = [override(variant.config, changes).data.contexts for changes in variant.evaluations.values()]
+      assert [{n for n, weight in each.items() if weight} for each in drawn] == [{"I"}, {"II"}, {"III"}]
+
+  def test_an_unknown_question(self, capfd):
+    assert ablations.main(["ablations", "--questions=why"]) == 1
+    assert "unknown question 'why'; there are new_task, clip_gap" in capfd.readouterr().err
 
 
 class TestSoak:

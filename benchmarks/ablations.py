@@ -1,0 +1,167 @@
+"""What small models learn from what: one change at a time, mean and deviation over seeds.
+
+  python -m benchmarks.ablations [--seeds=0,1,2] [--steps=400] [--questions=new_task,...] [--out=FILE.jsonl]
+
+Each model is trained for the same number of steps and evaluated on held-out sentences, which are the same for all of a
+column. A seed is that of data, weights and order. `new_task` takes the 150 steps of `small_lora`, the others --steps of
+the default run's model. With --out, what the file already has is not trained again.
+
+  new_task   grids whose objects get an outline, from 20 pairs: a LoRA on small, which has never seen any, and the same
+             model from scratch
+  clip_gap   positions in time left out between clips
+  shots      example pairs
+  contexts   which clips are videos while training, and while evaluating
+  reversal   reversed sentences while training, and while evaluating
+"""
+
+import collections
+import dataclasses
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags
+from univid_jax.config import presets
+from univid_jax.config.boundary import override
+from univid_jax.config.schema import OptimizerConfig, RunConfig
+from univid_jax.core.errors import UserError
+
+FLAGS = CommandFlags(__doc__)
+SEEDS = FLAGS.strings("seeds", ["0", "1", "2"], "Seeds of the runs.")
+STEPS = FLAGS.integer("steps", 400, "Of the runs with the default run's model.", lower_bound=1)
+CHOSEN = FLAGS.strings("questions", [], "Some of the questions; default: all.")
+OUT = FLAGS.string("out", "", "File for the scores, one line of JSON per run; an existing file is continued.")
+
+SENTENCES_PER_CASE = 32
+SHOTS = (4, 6, 8)
+REVERSIBLE = ("duotone", "invert_brightness", "low_light")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A model to train.
+
+  Attributes:
+    name: for the table.
+    config: of the run.
+    evaluations: for each column, what changes in the config to draw its sentences.
+  """
+
+  name: str
+  config: RunConfig
+  evaluations: Mapping[str, Mapping[str, Any]]
+
+
+def weights(key: str, chosen: Mapping[str, float], names: Iterator[str] | tuple[str, ...]) -> dict[str, float]:
+  """Returns changes that give weights to some names under a key of the config, and 0 to the others."""
+  return {f"{key}.{name}": chosen.get(name, 0.0) for name in names}
+
+
+def clips(count: int) -> dict[str, float]:
+  return weights("data.num_clips", {f"clips_{count}": 1.0}, tuple(f"clips_{each}" for each in SHOTS))
+
+
+def contexts(*names: str) -> dict[str, float]:
+  return weights("data.contexts", dict.fromkeys(names, 1.0), ("I", "II", "III", "IV"))
+
+
+def questions(steps: int) -> dict[str, list[Variant]]:
+  """Returns the models of every question."""
+  quiet = {"validation.every_steps": 0, "checkpoint.every_steps": 10_000, "eval.sentences_per_case": SENTENCES_PER_CASE}
+  lora = override(presets.small_lora(), quiet)
+  scratch = dataclasses.replace(override(lora, {"lora.rank": 0}), init_from="", optimizer=OptimizerConfig())
+  default = override(presets.tiny(), quiet | {"num_steps": steps})
+  images = override(default, contexts("II"))
+  turned = override(default, weights("data.tasks", dict.fromkeys(REVERSIBLE, 1.0), tuple(default.data.tasks)))
+  same = {"held out": {}}
+  by_context = {f"on {name}": contexts(name) for name in ("I", "II", "III")}
+  by_direction = {name: {"data.reverse_probability": share} for name, share in (("forward", 0.0), ("reversed", 1.0))}
+  mixed = ("I", "II", "III")
+  return {
+    "new_task": [Variant("LoRA on small", lora, same), Variant("from scratch", scratch, same)],
+    "clip_gap": [Variant(f"gap of {gap}", override(default, {"model.clip_gap": gap}), same) for gap in (0, 4, 16)],
+    "shots": [Variant(f"{count} clips", override(images, clips(count)), same) for count in SHOTS],
+    "contexts": [
+      Variant(f"trained on {' and '.join(each)}", override(default, contexts(*each)), by_context)
+      for each in (("I",), ("II",), mixed)
+    ],
+    "reversal": [
+      Variant(f"{share:.0%} reversed", override(turned, {"data.reverse_probability": share}), by_direction)
+      for share in (0.0, 0.5)
+    ],
+  }
+
+
+def score(variant: Variant, seed: int) -> dict[str, float]:
+  """Trains a model and returns what it scores, by column and metric."""
+  from univid_jax.cli.compilation import enable_compilation_cache
+  from univid_jax.evaluation.run import evaluate_quick
+  from univid_jax.training.loop import train
+
+  enable_compilation_cache()
+  config, scores = override(variant.config, {"seed": seed}), {}
+  with tempfile.TemporaryDirectory() as workdir:
+    pipeline = train(config, workdir).pipeline
+    for column, changes in variant.evaluations.items():
+      report = evaluate_quick(pipeline, override(config, dict(changes)), workdir)
+      assert report is not None
+      scores[f"{column}: dB"] = report["overall"]["psnr"]
+      scores[f"{column}: dB, another task's pair"] = report["overall"]["psnr_swapped"]
+      if exact := report.get("exact"):
+        (row,) = exact["rows"]
+        scores[f"{column}: exact grids (%)"] = 100 * row["scores"]["prediction"]["grid_accuracy"]
+        scores[f"{column}: cells (%)"] = 100 * row["scores"]["prediction"]["cell_accuracy"]
+  return scores
+
+
+def run_apart(variant: Variant, seed: int) -> dict[str, float]:
+  """Does so in a process of its own, which gives its memory back."""
+  with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    return pool.submit(score, variant, seed).result()
+
+
+def describe(question: str, scores: Mapping[str, list[Mapping[str, float]]]) -> Iterator[str]:
+  """Yields a table: a row per model, mean and deviation over the seeds."""
+  columns = list(dict.fromkeys(name for runs in scores.values() for run in runs for name in run))
+  yield f"| {question} | {' | '.join(columns)} |"
+  yield f"|---|{'---|' * len(columns)}"
+  for name, runs in scores.items():
+    cells = []
+    for column in columns:
+      values = [run[column] for run in runs]
+      deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+      cells.append(f"{statistics.mean(values):.1f}{deviation}")
+    yield f"| {name} | {' | '.join(cells)} |"
+
+
+@app.command(FLAGS)
+def main() -> None:
+  everything = questions(STEPS.value)
+  if unknown := set(CHOSEN.value) - set(everything):
+    raise UserError(f"unknown question {min(unknown)!r}; there are {', '.join(everything)}")
+  path = Path(OUT.value) if OUT.value else None
+  lines = path.read_text().splitlines() if path and path.is_file() else []
+  known = {tuple(line["run"]): line["scores"] for line in map(json.loads, lines)}
+  for question in CHOSEN.value or everything:
+    scores = collections.defaultdict(list)
+    for variant in everything[question]:
+      for seed in map(int, SEEDS.value):
+        run = (question, variant.name, variant.config.num_steps, seed)
+        if run not in known:
+          known[run] = run_apart(variant, seed)
+          if path:
+            with path.open("a") as file:
+              file.write(json.dumps({"run": run, "scores": known[run]}) + "\n")
+        scores[variant.name].append(known[run])
+    print("\n".join(describe(question, scores)), flush=True)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
