@@ -312,7 +312,11 @@ def main() -> None:
     **{f"padded, {name}": row for name, row in padded.items()},
     "padded, no mask": dataclasses.replace(padded["I"], key_intervals=None),
   }
-  median = time_rows(shape, rows)
+  write_json(OUT.value, report_times(packed, time_rows(shape, rows)))
+
+
+def report_times(packed: PackedRows, median: Mapping[str, float]) -> dict[str, Any]:
+  """Prints and returns the rates that follow from the seconds of each kind of row."""
   packed_seconds = sum(share * median[f"packed, {kind}"] for kind, share in packed.shares.items())
   rates = {
     "packed": packed.sentences_per_timed_row / packed_seconds,
@@ -323,14 +327,13 @@ def main() -> None:
     print(f"{name:<26}{value:8.2f} s per row (median of {ROUNDS.value})")
   for name, rate in rates.items():
     print(f"{name:<26}{rate:8.4f} sentences per second; packed {rates['packed'] / rate:.2f} times")
-  figures = {
+  return {
     "sentences_per_row": packed.sentences,
     "fill_rate": packed.fill_rate,
     "rows": packed.shares,
     "median_s": median,
     "sentences_per_s": rates,
   }
-  write_json(OUT.value, figures)
 
 
 if __name__ == "__main__":

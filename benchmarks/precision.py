@@ -73,6 +73,20 @@ def run_peer(options: dict[str, Any], size: tuple[int, int, int], folder: Path) 
   save_file(outputs, folder / "outputs.safetensors")
 
 
+def read_weights(shape: DiTConfig, path: Path) -> dict[tuple[str, ...], Any]:
+  """Returns the arrays of our transformer, by path, from tensors with official names."""
+  import numpy as np
+  from safetensors.numpy import load_file
+
+  from univid_jax.convert.layout import make_fills, match_fills
+
+  weights, arrays = load_file(path), {}
+  for fill in match_fills(make_fills("transformer", shape), {name: x.shape for name, x in weights.items()}):
+    layers = [fill.from_original(weights[name]) for name in fill.names]
+    arrays[fill.path] = np.stack(layers) if fill.stacked else layers[0]
+  return arrays
+
+
 def run_ours(shape: DiTConfig, size: tuple[int, int, int], folder: Path, out: str) -> None:
   """Prints the errors of our passes, and of the peer's if there are any in the folder, and writes them to a file."""
   import jax
@@ -81,7 +95,6 @@ def run_ours(shape: DiTConfig, size: tuple[int, int, int], folder: Path, out: st
   from flax import nnx
   from safetensors.numpy import load_file
 
-  from univid_jax.convert.layout import make_fills, match_fills
   from univid_jax.core.options import AttentionBackend
   from univid_jax.core.sentence import Role, Sentence
   from univid_jax.data.packing import RowShape, pack
@@ -107,11 +120,7 @@ def run_ours(shape: DiTConfig, size: tuple[int, int, int], folder: Path, out: st
 
   flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: build("float32", AttentionBackend.XLA)), nnx.Param))
   if peer:
-    weights = load_file(folder / "weights.safetensors")
-    arrays = {}
-    for fill in match_fills(make_fills("transformer", shape), {name: x.shape for name, x in weights.items()}):
-      layers = [fill.from_original(weights[name]) for name in fill.names]
-      arrays[fill.path] = np.stack(layers) if fill.stacked else layers[0]
+    arrays = read_weights(shape, folder / "weights.safetensors")
   else:
     arrays = {tuple(map(str, path)): (0.02 * rng.standard_normal(leaf.shape)).astype(np.float32) for path, leaf in flat}
 

@@ -1,6 +1,7 @@
 """Equality with diffusers and transformers on random configurations, new in every run. Needs the extra `parity`."""
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -129,6 +130,42 @@ def test_transformer(rng, kind):
   assert relative_error(out, np.moveaxis(expected[0].numpy(), 0, -1)) <= 2e-5
 
 
+def sample_with_diffusers(model, noise, contexts, guidance_scale, plan, settings):
+  """Samples with MagCache.
+
+  Args:
+    model: of diffusers.
+    noise: (C, t, y, x).
+    contexts: the embedding of the prompt and, with guidance, of the negative one.
+    guidance_scale: for two contexts.
+    plan: of our sampler.
+    settings: of `MagCacheConfig`.
+
+  Returns:
+    The latents, and for each branch the number of blocks that were run in each step.
+  """
+  model.enable_cache(diffusers.MagCacheConfig(num_inference_steps=len(plan.sigmas), **settings))
+  calls = []
+  counter = model.blocks[0].attn1.register_forward_hook(lambda *_: calls.append(1))
+  padded = [torch.from_numpy(np.pad(context, [(0, 512 - len(context)), (0, 0)])[None]) for context in contexts]
+  x, computed = torch.from_numpy(noise)[None], []
+  with torch.no_grad():
+    for sigma, following in zip(plan.sigmas.tolist(), [*plan.sigmas[1:].tolist(), 0.0]):
+      velocities = []
+      for name, text in zip(("cond", "uncond"), padded):
+        calls.clear()
+        with model.cache_context(name):
+          velocities.append(model(x, torch.tensor([1000 * sigma]), text, return_dict=False)[0])
+        computed.append(len(calls))
+      v, *unguided = velocities
+      if unguided:
+        v = unguided[0] + guidance_scale * (v - unguided[0])
+      x = x + (following - sigma) * v
+  counter.remove()
+  model.disable_cache()
+  return np.moveaxis(x[0].numpy(), 0, -1), np.reshape(computed, (len(plan.sigmas), -1)).T
+
+
 @pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.long), 3.0])
 def test_step_cache(rng, guidance_scale, capsys):
   """MagCache: the ratios that both measure, the steps that both skip, and what they sample.
@@ -161,32 +198,10 @@ def test_step_cache(rng, guidance_scale, capsys):
     request = Request(rows[0], rows[1] if guided else None, [(0, 1)], [rows[0].tokens[0]])
     return plan, unpatchify(sampler.sample(experts, request, plan)[0], noise.shape[1:], PATCH)
 
-  def sample_with_diffusers(plan, settings):
-    """Returns the latents, and the number of blocks that were run in each call of the model."""
-    theirs.enable_cache(diffusers.MagCacheConfig(num_inference_steps=len(plan.sigmas), **settings))
-    calls = []
-    counter = theirs.blocks[0].attn1.register_forward_hook(lambda *_: calls.append(1))
-    padded = [torch.from_numpy(np.pad(context, [(0, 512 - len(context)), (0, 0)])[None]) for context in contexts]
-    x, computed = torch.from_numpy(noise)[None], []
-    with torch.no_grad():
-      for sigma, following in zip(plan.sigmas.tolist(), [*plan.sigmas[1:].tolist(), 0.0]):
-        velocities = []
-        for name, text in zip(("cond", "uncond") if guided else ("cond",), padded):
-          calls.clear()
-          with theirs.cache_context(name):
-            velocities.append(theirs(x, torch.tensor([1000 * sigma]), text, return_dict=False)[0])
-          computed.append(len(calls))
-        v = velocities[0]
-        if guided:
-          v = velocities[1] + guidance_scale * (v - velocities[1])
-        x = x + (following - sigma) * v
-    counter.remove()
-    theirs.disable_cache()
-    return np.moveaxis(x[0].numpy(), 0, -1), np.reshape(computed, (len(plan.sigmas), -1)).T
-
+  sample_theirs = functools.partial(sample_with_diffusers, theirs, noise, contexts[: 1 + guided], guidance_scale)
   measurement = RatioMeasurement()
   plan, dense = sample(measurement)
-  expected, computed = sample_with_diffusers(plan, {"calibrate": True})
+  expected, computed = sample_theirs(plan, {"calibrate": True})
   assert computed.all() and relative_error(dense, expected) <= 1e-4
   printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("[1.0")]
   np.testing.assert_allclose(measurement.table, printed, atol=1e-4)
@@ -196,7 +211,7 @@ def test_step_cache(rng, guidance_scale, capsys):
     step_cache = StepCache(ratios=[ratios] * 2, threshold=threshold, max_skip=max_skip)
     plan, ours = sample(step_cache)
     settings = {"mag_ratios": ratios, "threshold": threshold, "max_skip_steps": max_skip, "retention_ratio": 0.2}
-    expected, computed = sample_with_diffusers(plan, settings)
+    expected, computed = sample_theirs(plan, settings)
     schedule = plan.computed_steps([0] * len(plan.sigmas), plan.guided_steps() & guided)
     for branch in computed:
       assert (np.ones(len(branch), bool) if schedule is None else schedule[0]).tolist() == branch.astype(bool).tolist()
