@@ -2,26 +2,27 @@
 
   python -m benchmarks.ablations [--seeds=0,1,2] [--steps=400] [--questions=new_task,...] [--out=FILE.jsonl]
 
-Each model is trained for the same number of steps and evaluated on held-out sentences, which are the same for all of a
-column. A seed is that of data, weights and order. `new_task` takes the 150 steps of `small_lora`, the others --steps of
-the default run's model. With --out, what the file already has is not trained again.
+The models of a question are trained for the same number of steps and evaluated on the same held-out sentences. A seed
+is that of data, weights and order. `new_task` takes the 150 steps of `small_lora`, the others --steps of the default
+run's model. With --out, what the file already has of the same configs is not trained again.
 
   new_task   grids whose objects get an outline, from 20 pairs: a LoRA on small, which has never seen any, and the same
-             model from scratch
+             model from scratch, which learns by the optimizer that small was trained with
   clip_gap   positions in time left out between clips
-  shots      example pairs
-  contexts   which clips are videos while training, and while evaluating
+  shots      number of clips, with one sentence in a row; each model is evaluated on sentences of as many clips
+  contexts   which clips are videos while training, with one sentence in a row, and while evaluating
   reversal   reversed sentences while training, and while evaluating
 """
 
 import collections
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from typing import Any
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.config import presets
-from univid_jax.config.boundary import override
-from univid_jax.config.schema import OptimizerConfig, RunConfig
+from univid_jax.config.boundary import override, to_json
+from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 
 FLAGS = CommandFlags(__doc__)
@@ -59,7 +60,7 @@ class Variant:
   evaluations: Mapping[str, Mapping[str, Any]]
 
 
-def weights(key: str, chosen: Mapping[str, float], names: Iterator[str] | tuple[str, ...]) -> dict[str, float]:
+def weights(key: str, chosen: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
   """Returns changes that give weights to some names under a key of the config, and 0 to the others."""
   return {f"{key}.{name}": chosen.get(name, 0.0) for name in names}
 
@@ -76,9 +77,11 @@ def questions(steps: int) -> dict[str, list[Variant]]:
   """Returns the models of every question."""
   quiet = {"validation.every_steps": 0, "checkpoint.every_steps": 10_000, "eval.sentences_per_case": SENTENCES_PER_CASE}
   lora = override(presets.small_lora(), quiet)
-  scratch = dataclasses.replace(override(lora, {"lora.rank": 0}), init_from="", optimizer=OptimizerConfig())
+  optimizer = dataclasses.replace(presets.small().optimizer, warmup_steps=lora.optimizer.warmup_steps)
+  scratch = dataclasses.replace(override(lora, {"lora.rank": 0}), init_from="", optimizer=optimizer)
   default = override(presets.tiny(), quiet | {"num_steps": steps})
-  images = override(default, contexts("II"))
+  single = override(default, {"rows.num_sentences": 1})  # or else a row has more of the shorter sentences
+  images = override(single, contexts("II"))
   turned = override(default, weights("data.tasks", dict.fromkeys(REVERSIBLE, 1.0), tuple(default.data.tasks)))
   same = {"held out": {}}
   by_context = {f"on {name}": contexts(name) for name in ("I", "II", "III")}
@@ -89,7 +92,7 @@ def questions(steps: int) -> dict[str, list[Variant]]:
     "clip_gap": [Variant(f"gap of {gap}", override(default, {"model.clip_gap": gap}), same) for gap in (0, 4, 16)],
     "shots": [Variant(f"{count} clips", override(images, clips(count)), same) for count in SHOTS],
     "contexts": [
-      Variant(f"trained on {' and '.join(each)}", override(default, contexts(*each)), by_context)
+      Variant(f"trained on {' and '.join(each)}", override(single, contexts(*each)), by_context)
       for each in (("I",), ("II",), mixed)
     ],
     "reversal": [
@@ -122,9 +125,39 @@ def score(variant: Variant, seed: int) -> dict[str, float]:
 
 
 def run_apart(variant: Variant, seed: int) -> dict[str, float]:
-  """Does so in a process of its own, which gives its memory back."""
+  """Calls `score` in a process of its own, which gives its memory back."""
   with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
     return pool.submit(score, variant, seed).result()
+
+
+class Scores:
+  """Scores of models; trains those that its file lacks, and appends them.
+
+  Args:
+    path: of the file; None keeps none.
+  """
+
+  def __init__(self, path: Path | None):
+    self._path = path
+    if path:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.touch()
+    text = path.read_text() if path else ""
+    # A line that a kill has cut off has no end.
+    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    self._known: dict[str, Mapping[str, float]] = {line["model"]: line["scores"] for line in lines}
+
+  def get(self, variant: Variant, seed: int) -> Mapping[str, float]:
+    said = json.dumps([to_json(variant.config), variant.evaluations, seed], sort_keys=True)
+    model = hashlib.sha256(said.encode()).hexdigest()
+    if model not in self._known:
+      self._known[model] = run_apart(variant, seed)
+      if self._path:
+        with self._path.open("a") as file:
+          file.write(
+            json.dumps({"model": model, "name": variant.name, "seed": seed, "scores": self._known[model]}) + "\n"
+          )
+    return self._known[model]
 
 
 def describe(question: str, scores: Mapping[str, list[Mapping[str, float]]]) -> Iterator[str]:
@@ -146,20 +179,13 @@ def main() -> None:
   everything = questions(STEPS.value)
   if unknown := set(CHOSEN.value) - set(everything):
     raise UserError(f"unknown question {min(unknown)!r}; there are {', '.join(everything)}")
-  path = Path(OUT.value) if OUT.value else None
-  lines = path.read_text().splitlines() if path and path.is_file() else []
-  known = {tuple(line["run"]): line["scores"] for line in map(json.loads, lines)}
+  if wrong := [seed for seed in SEEDS.value if not seed.isdecimal()]:
+    raise UserError(f"--seeds are numbers, got {wrong[0]!r}")
+  known = Scores(Path(OUT.value) if OUT.value else None)
   for question in CHOSEN.value or everything:
     scores = collections.defaultdict(list)
     for variant in everything[question]:
-      for seed in map(int, SEEDS.value):
-        run = (question, variant.name, variant.config.num_steps, seed)
-        if run not in known:
-          known[run] = run_apart(variant, seed)
-          if path:
-            with path.open("a") as file:
-              file.write(json.dumps({"run": run, "scores": known[run]}) + "\n")
-        scores[variant.name].append(known[run])
+      scores[variant.name] += [known.get(variant, int(seed)) for seed in SEEDS.value]
     print("\n".join(describe(question, scores)), flush=True)
 
 

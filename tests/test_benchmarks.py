@@ -27,8 +27,10 @@ from benchmarks.train_step import Work
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import wan_1_3b
 from univid_jax.core.errors import UserError
+from univid_jax.data.sources.computed import open_computed
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import Euler
+from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.platform.chips import CHIPS
 from univid_jax.training.estimates import estimate, row_sentences
@@ -262,6 +264,40 @@ class TestAblations:
     assert "| gap of 16 | 37.0 ± 1.0 |" in capsys.readouterr().out
     assert len(self.run(monkeypatch, "--seeds=0", "--steps=7", out)) == 3, "of other steps"
 
+  def test_a_line_that_was_cut_off_is_trained_again(self, monkeypatch, tmp_path):
+    path = tmp_path / "folder" / "scores.jsonl"
+    assert len(self.run(monkeypatch, "--seeds=0", f"--out={path}")) == 3
+    path.write_text(path.read_text()[:-10])
+    assert len(self.run(monkeypatch, "--seeds=0", f"--out={path}")) == 1
+
+  @pytest.mark.parametrize("question", ["clip_gap", "contexts", "reversal"])
+  def test_models_of_a_question_get_the_same_held_out_sentences(self, question):
+    def targets(config):
+      planned = plan_sentences(config, {"computed": open_computed(config, "held_out", seed=0)})
+      return [planned[number].read().clips[-1].tobytes() for number in (0, len(planned) - 1)]
+
+    variants = ablations.questions(5)[question]
+    for column, changes in variants[0].evaluations.items():
+      first, *others = (override(variant.config, {"seed": seed, **variant.evaluations[column]})
+                        for seed, variant in enumerate(variants))  # fmt: skip
+      assert all(targets(config) == targets(first) for config in others) and changes == variants[-1].evaluations[column]
+
+  def test_rows_have_as_many_sentences_of_any_length(self):
+    for question in ("shots", "contexts"):
+      assert {variant.config.rows.num_sentences for variant in ablations.questions(5)[question]} == {1}
+
+  @pytest.mark.long
+  def test_scores_of_a_model(self, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device
+    (variant, _) = ablations.questions(1)["new_task"]
+    variant = dataclasses.replace(
+      variant, config=override(variant.config, {"num_steps": 1, "eval.sentences_per_case": 1})
+    )
+    scores = ablations.run_apart(variant, 5)
+    assert {name.removeprefix("held out: ") for name in scores} == {
+      "dB", "dB, another task's pair", "exact grids (%)", "cells (%)"
+    }  # fmt: skip
+
   def test_models_differ_in_what_is_asked(self):
     asked = ablations.questions(5)
     gaps = [variant.config for variant in asked["clip_gap"]]
@@ -275,9 +311,16 @@ class TestAblations:
       drawn = [override(variant.config, changes).data.contexts for changes in variant.evaluations.values()]
       assert [{n for n, weight in each.items() if weight} for each in drawn] == [{"I"}, {"II"}, {"III"}]
 
-  def test_an_unknown_question(self, capfd):
-    assert ablations.main(["ablations", "--questions=why"]) == 1
-    assert "unknown question 'why'; there are new_task, clip_gap" in capfd.readouterr().err
+  @pytest.mark.parametrize(
+    "argument, message",
+    [
+      ("--questions=why", "unknown question 'why'; there are new_task, clip_gap"),
+      ("--seeds=0,a", "--seeds are numbers, got 'a'"),
+    ],
+  )
+  def test_mistakes_are_one_line(self, capfd, argument, message):
+    assert ablations.main(["ablations", argument]) == 1
+    assert message in capfd.readouterr().err
 
 
 class TestSoak:

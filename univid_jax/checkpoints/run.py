@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -147,8 +148,10 @@ class Checkpointer:
     policies = ocp.checkpoint_managers
     best = policies.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     kept = policies.AnyPreservationPolicy([policies.LatestN(self._keep), best])
+    # A new folder for each start: what could not be deleted may be a checkpoint of the same step.
+    deleted = f"{DELETED_FOLDER}/{uuid.uuid4().hex}"
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=kept, best_fn=loss, best_mode="min", todelete_subdir=DELETED_FOLDER
+      preservation_policy=kept, best_fn=loss, best_mode="min", todelete_subdir=deleted
     )
     silence_orbax()
     return ocp.CheckpointManager(self._saved.parent, options=options, item_names=("model", "training", "data"))
@@ -185,11 +188,11 @@ class Checkpointer:
     self._saving = self._pool.submit(self._finish, step)
 
   def _finish(self, step: int) -> None:
-    """Waits until a step is written, adds its checksums, and deletes the checkpoints that it replaces."""
+    """Waits until a step is written, deletes the checkpoints that it replaces, and adds its checksums."""
     self._manager.wait_until_finished()
     if jax.process_index() == 0:
-      write_checksums(self._saved.folder(step))
       self._saved.delete_outdated()
+      write_checksums(self._saved.folder(step))
 
   def restore(self, *, model: Any, training: Any, data: Resumable) -> tuple[Any, Any]:
     """Restores the newest checkpoint that is intact and sets `data` to its position; sets damaged ones aside.

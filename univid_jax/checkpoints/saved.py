@@ -14,13 +14,13 @@ from etils import epath
 from univid_jax.checkpoints.checksums import DamagedError, find_damage, has_checksums, verified
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged
-from univid_jax.core.paths import make_absolute
+from univid_jax.core.paths import is_remote, make_absolute
 from univid_jax.parallel.processes import sum_over_processes, wait_for_processes
 
 CHECKPOINTS_FOLDER = "checkpoints"
 # Of a checkpoint that was set aside because it is damaged.
 DAMAGED_SUFFIX = ".damaged"
-# In the folder of checkpoints: those that are being deleted. A kill can leave no checkpoint half deleted in its place.
+# Where checkpoints are moved to be deleted, next to the others, so that a kill leaves none half deleted under its name.
 DELETED_FOLDER = "deleted"
 
 T = TypeVar("T")
@@ -163,8 +163,13 @@ class SavedCheckpoints:
     return lambda name: not name.startswith("training/")
 
   def delete_outdated(self) -> None:
-    """Deletes what Orbax has moved to the folder of deleted checkpoints; one process may call it at a time."""
+    """Deletes what Orbax has moved to the folder of deleted checkpoints; one process may call it at a time.
+
+    In a bucket, where it moves nothing, there is none.
+    """
     folder = self.parent / DELETED_FOLDER
+    if is_remote(folder):
+      return
     try:
       folder.rmtree(missing_ok=True)
     except OSError as error:

@@ -9,6 +9,7 @@ from univid_jax.checkpoints.checksums import check_seal, find_damage, has_checks
 from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX, DELETED_FOLDER
+from univid_jax.core.paths import make_absolute
 from univid_jax.data import cache, shards
 
 
@@ -59,13 +60,17 @@ def verify(path: epath.PathLike, *, write: bool) -> Iterator[Findings]:
     inside = sorted(path.iterdir())
     yield from _verify_files([other for other in inside if not other.is_dir()])
     for folder in inside:
-      is_deleted = folder.name == DELETED_FOLDER and path.name == CHECKPOINTS_FOLDER
+      is_deleted = folder.name == DELETED_FOLDER and _is_in_checkpoints(folder)
       if folder.is_dir() and DAMAGED_SUFFIX not in folder.name and not is_deleted:
         yield from verify(folder, write=write)
 
 
 def _is_run_checkpoint(folder: epath.Path) -> bool:
-  return folder.parent.name == CHECKPOINTS_FOLDER and folder.name.isdecimal()
+  return folder.name.isdecimal() and _is_in_checkpoints(folder)
+
+
+def _is_in_checkpoints(folder: epath.Path) -> bool:
+  return make_absolute(folder).parent.name == CHECKPOINTS_FOLDER
 
 
 def _verify_folder(folder: epath.Path, *, write: bool) -> Findings:

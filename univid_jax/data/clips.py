@@ -305,7 +305,7 @@ def identify_all(identities: Sequence[Callable[[], str]]) -> list[str]:
   """Calls functions that identify files, in threads, and returns their results in order.
 
   Raises:
-    OSError, UserError: of the first one that failed; files of which many follow it are not read any more.
+    OSError, UserError: of the first one that failed; files that have not been opened by then are not read.
   """
   found: list[str] = []
   with ThreadPoolExecutor(_NUM_THREADS) as pool:

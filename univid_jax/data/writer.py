@@ -38,7 +38,8 @@ CODECS = {
 CODEC_OPTIONS = {"libx264": {"crf": "12", "mbtree": "0"}, "libvpx-vp9": {"crf": "18", "b": "0", "cpu-used": "4"}}
 ENCODERS = {"aac": "aac", "mp3": "libmp3lame", "opus": "libopus"}
 TARGETS = (
-  ".png for an image; .mp4, .mov, .mkv, .webm, .avi or .gif for a video; .npy, or FOLDER/ for PNGs, for lossless frames"
+  ".png for an image; .mp4, .mov, .mkv, .webm, .avi or .gif for a video; .npy, or NAME/ without suffix "
+  "(a folder of PNGs), for lossless frames"
 )
 
 
@@ -56,7 +57,7 @@ def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
   path = Path(path)
   suffix = path.suffix.lower()
   if suffix in IMAGE_SUFFIXES and num_frames not in (None, 1):
-    raise UserError(f"cannot write {num_frames} frames to the image {path}: use .mp4, or FOLDER/ for PNGs")
+    raise UserError(f"cannot write {num_frames} frames to the image {path}: use .mp4, or NAME/ for a folder of PNGs")
   if suffix and suffix not in (*IMAGE_SUFFIXES, *CODECS, ".gif", ".npy"):
     raise UserError(f"cannot write {path}: use {TARGETS}")
   if path.is_dir() and suffix:

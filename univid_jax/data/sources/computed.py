@@ -33,7 +33,8 @@ class ComputedSentences:
   Attributes:
     clips: natural clips; those of one sentence differ if there are enough.
     tasks: weights by name.
-    contexts: weights by name; that of IV goes to II, because these tasks make an image of an image.
+    contexts: weights by name; that of IV counts for II, because these tasks make no video of an image. Tasks that need
+      videos are always in context I.
     animating_contexts: the same for tasks that make a video of an image, such as camera movement.
     num_frames: of a video clip, 4n + 1.
     size: height and width of every clip in pixels.
