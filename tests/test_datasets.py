@@ -111,6 +111,21 @@ class TestMetadata:
     with pytest.raises(FileNotFoundError, match="no such table"):
       open_metadata(str(metadata / "nowhere"), FORM, draw_options())
 
+  def test_repeated_columns(self, metadata):
+    """The last of them would count, or nothing where a line is shorter."""
+    write_table(metadata, [("one.mp4", "x")], header=("file_name", "text", "file_name"))
+    with pytest.raises(UserError, match="has several columns file_name"):
+      open_metadata(str(metadata), FORM, draw_options())
+
+  def test_lines_with_fewer_and_more_fields(self, metadata):
+    write_table(metadata, [("one é.mp4",), ("two.mp4", "x", "more")])
+    source, dropped = open_metadata(str(metadata), FORM, draw_options())
+    assert [(record.footage[0].path.name, record.prompt) for record in source.records] == [
+      ("one é.mp4", ""),
+      ("two.mp4", "x"),
+    ]
+    assert not dropped
+
 
 class TestPairs:
   def test_pairs_of_different_names_are_joined(self, pairs):

@@ -25,7 +25,7 @@ def open_metadata(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
 
   Raises:
     FileNotFoundError: there is no such table.
-    UserError: it lacks a column, or is not a table.
+    UserError: it lacks a column or has it twice, or is not a table.
   """
   table = Path(path)
   if table.is_dir():
@@ -36,13 +36,13 @@ def open_metadata(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
   dropped: list[Dropped] = []
   seen: set[str] = set()
   for number, line in enumerate(_read_lines(table), 2):
-    file = line["file_name"] or ""
+    file = line["file_name"]
     name = f"{table.name} line {number} ({file})"
     try:
       if file in seen:
         raise UserError("the file is listed twice")
       seen.add(file)
-      records.append(_make_record(name, _find(table.parent, file), line["text"] or "", form))
+      records.append(_make_record(name, _find(table.parent, file), line["text"], form))
     except (OSError, ValueError) as error:
       dropped.append(Dropped(name, str(error)))
   if options.prompt == PromptStyle.NULL:
@@ -51,14 +51,16 @@ def open_metadata(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
 
 
 def _read_lines(table: Path) -> list[dict[str, str]]:
+  """Returns the columns of each line; what a line lacks is empty."""
   try:
     with table.open(newline="", encoding="utf-8-sig") as file:
-      reader = csv.DictReader(file)
-      missing = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
-      if missing:
-        found = ", ".join(reader.fieldnames or ("none",))
-        raise UserError(f"{table} has no column {' and '.join(missing)}; its columns are {found}")
-      return list(reader)
+      reader = csv.DictReader(file, restval="")
+      found = list(reader.fieldnames or ())
+      if missing := sorted(set(COLUMNS) - set(found)):
+        raise UserError(f"{table} has no column {' and '.join(missing)}; its columns are {', '.join(found) or 'none'}")
+      if repeated := [name for name in COLUMNS if found.count(name) > 1]:
+        raise UserError(f"{table} has several columns {' and '.join(repeated)}")
+      return [{name: line[name] for name in COLUMNS} for line in reader]
   except (UnicodeDecodeError, csv.Error) as error:
     raise UserError(f"{table} is not a table in UTF-8: {error}") from error
 
