@@ -1,6 +1,5 @@
 """Sentences of computed tasks over natural clips."""
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -110,9 +109,10 @@ class ComputedSentences:
 
   def contexts_of(self, task: str) -> Mapping[str, float]:
     """Returns the weights of the contexts that the sentences of a task have."""
-    weights: collections.Counter[str] = collections.Counter()
-    for context, weight in self._drawn_contexts(task).items():
-      weights[_possible_context(task, context)] += weight
+    weights: dict[str, float] = {}
+    for drawn, weight in self._drawn_contexts(task).items():
+      context = _possible_context(task, drawn)
+      weights[context] = weights.get(context, 0.0) + weight
     return weights
 
   def _drawn_contexts(self, task: str) -> Mapping[str, float]:
