@@ -37,7 +37,7 @@ PATIENCE, PARTING = 600, HEARTBEAT_SECONDS + 40
 
 ENDINGS = ("error: ", "stopped by ")
 STATUS = re.compile(
-  r"$|data: |memory per device|attention: |resuming |step \d+: validation loss|validation: |dropped: "
+  r"$|data: |compiling |memory per device|attention: |resuming |step \d+: validation loss|validation: |dropped: "
   r"|(clips|prompts|train):|goodput \d|.* so the goodput of earlier runs is unknown"
   r"|.*is damaged: .*is used instead$|.* is kept as .*\.damaged|a program in the compilation cache is damaged"
   r"|a compiled program is not kept|.* has no checksums, so damage would go unnoticed"
