@@ -143,8 +143,10 @@ class Scores:
       path.parent.mkdir(parents=True, exist_ok=True)
       path.touch()
     text = path.read_text() if path else ""
-    # A line that a kill has cut off has no end.
-    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    complete = text[: text.rfind("\n") + 1]
+    if path and complete != text:  # a kill has cut off the last line
+      path.write_text(complete)
+    lines = map(json.loads, complete.splitlines())
     self._known: dict[str, Mapping[str, float]] = {line["model"]: line["scores"] for line in lines}
 
   def get(self, variant: Variant, seed: int) -> Mapping[str, float]:

@@ -269,6 +269,7 @@ class TestAblations:
     assert len(self.run(monkeypatch, "--seeds=0", f"--out={path}")) == 3
     path.write_text(path.read_text()[:-10])
     assert len(self.run(monkeypatch, "--seeds=0", f"--out={path}")) == 1
+    assert not self.run(monkeypatch, "--seeds=0", f"--out={path}")
 
   @pytest.mark.parametrize("question", ["clip_gap", "contexts", "reversal"])
   def test_models_of_a_question_get_the_same_held_out_sentences(self, question):
