@@ -1,10 +1,10 @@
-"""Everything that docs/benchmarks.md has of a GPU, in one command on a bare machine with JAX and PyTorch.
+"""Everything that docs/benchmarks/gpu.md has of a GPU, in one command on a bare machine with JAX and PyTorch.
 
   python -m benchmarks.gpu [--minutes=8] [--out=DIR] [--only=NAME,...] [--tiny]
 
 Runs the other benchmarks one after the other, most valuable first, each with its own time limit, and skips those that
 the remaining minutes do not suffice for. Figures are added to DIR/gpu.jsonl as soon as they exist; rows for
-docs/benchmarks.md are printed at the end, and by `--rows=DIR/gpu.jsonl` alone. A peer whose packages are missing is
+docs/benchmarks/gpu.md are printed at the end, and by `--rows=DIR/gpu.jsonl` alone. A peer whose packages are missing is
 left out. --tiny runs everything in miniature on a CPU.
 """
 

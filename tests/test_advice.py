@@ -192,7 +192,7 @@ class TestOptions:
     ],
   )
   def test_what_is_pruned_does_not_fit(self, make, name, changes, mesh, gigabytes):
-    """The estimate is below what docs/benchmarks.md has from the TPU compiler, but not by half."""
+    """The estimate is below what docs/benchmarks/tpu.md has from the TPU compiler, but not by half."""
     mesh = {"data": 1, "fsdp": mesh[0], "context": mesh[1]}
     config = override(make(), changes | {f"mesh.{axis}": size for axis, size in mesh.items()})
     found = estimate(config, Machine(name=name).chip, mesh, is_tpu=True)
@@ -224,7 +224,7 @@ class TestOptions:
 
 @pytest.mark.parametrize("remat, gib", [("full", 6.23), ("attention", 7.75)])
 def test_estimate_of_a_gpu_agrees_with_what_was_measured(remat, gib):
-  """On an H100: 8 blocks of the 1.3B's width, 31,200 tokens without a mask; see docs/benchmarks.md, "GPUs"."""
+  """On an H100: 8 blocks of the 1.3B's width, 31,200 tokens without a mask; see docs/benchmarks/gpu.md."""
   shape = {"variant": "", "dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 8, "freq_dim": 256}
   changes = {f"model.{key}": value for key, value in shape.items()} | {"model.text_dim": 4096, "model.remat": remat}
   config = override(wan_1_3b(), {**changes, "rows.num_tokens": 31200})

@@ -216,7 +216,7 @@ class TestScalingTable:
 
   @pytest.mark.parametrize("remat, seconds", [("full", 5.17), ("offload", 5.17), ("none", 3.76), ("attention", 4.25)])
   def test_compute_follows_from_what_is_recomputed(self, remat, seconds):
-    """Of the row of docs/benchmarks.md with full; attention, forward, takes 0.92 s of it."""
+    """Of the row of docs/benchmarks/tpu.md with full; attention, forward, takes 0.92 s of it."""
     config, chip = override(wan_1_3b(), {"model.remat": remat}), CHIPS["TPU v5 lite"]
     with mock.patch.multiple("benchmarks.bounds", collective_bytes=lambda *_: {}, memory_bytes=lambda *_: 0.0):
       found, _ = bound_seconds(config, "", rows=1, num_chips=1, chip=chip)

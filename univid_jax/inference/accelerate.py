@@ -41,7 +41,7 @@ def read_accelerator(items: str | Sequence[str] | AcceleratorLoRAs, *, verify: b
   """Reads the LoRA files of a distillation.
 
   Args:
-    items: each [EXPERT=]PATH[:WEIGHT][:KIND]; kinds that are not given are inferred from names and metadata. What was
+    items: each `[EXPERT=]PATH[:WEIGHT][:KIND]`; kinds that are not given are inferred from names and metadata. What was
       read already is returned.
     verify: whether to compare files with their checksums.
 
@@ -80,7 +80,7 @@ def read_accelerator(items: str | Sequence[str] | AcceleratorLoRAs, *, verify: b
 
 
 def split_accelerator(text: str) -> tuple[str, float, str]:
-  """Splits PATH[:WEIGHT][:KIND]; the weight is 1 and the kind "" by default."""
+  """Splits `PATH[:WEIGHT][:KIND]`; the weight is 1 and the kind "" by default."""
   path, weight, kind = text, 1.0, ""
   while not os.path.exists(path):
     rest, colon, last = path.rpartition(":")

@@ -68,7 +68,7 @@ def load_pipeline(
       {"high": ..., "low": ...} (or "both"); else metadata or names must say it.
     dtype: of transformer and encoders; by default bfloat16, or that of the run; of a base that was trained from scratch
       float32.
-    accelerate: a distillation LoRA, [EXPERT=]PATH[:WEIGHT][:KIND], or one per expert; see `diffusion.accelerators`.
+    accelerate: a distillation LoRA, `[EXPERT=]PATH[:WEIGHT][:KIND]`, or one per expert; see `diffusion.accelerators`.
     merge_lora: adds LoRAs to the weights instead of computing them separately.
     lora_skip_unmatched: leaves out, with a warning, tensors of LoRAs that have no counterpart in the base.
     offload_inactive: keeps the expert that is not in use in host memory.

@@ -1,6 +1,6 @@
 """Computations for which XLA makes slow programs on CPUs, in forms that it compiles well.
 
-Times are of two cores of an AMD EPYC, float32; docs/benchmarks.md has the details.
+Times are of two cores of an AMD EPYC, float32; docs/benchmarks/cpu.md has the details.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Computations for which XLA makes slow programs on TPUs, in forms that it compiles well.
 
-Figures are the TPU compiler's for a LoRA step of the 1.3B on one v5e chip, 37,504 tokens (docs/benchmarks.md).
+Figures are the TPU compiler's for a LoRA step of the 1.3B on one v5e chip, 37,504 tokens (docs/benchmarks/tpu.md).
 Benchmark: `python -m benchmarks.scaling --presets=wan_1_3b --topologies=v5e:1x1 --contexts=1`.
 """
 

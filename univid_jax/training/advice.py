@@ -33,7 +33,7 @@ GPU_ENVIRONMENT = f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}"
 # Of the memory: an option that leaves less is tight, because compilers' figures change with their version.
 SPARE = 0.1
 GPU_BLOCK = 128  # tokens of a tile of cuDNN's attention
-# How many times the estimated seconds a step took where it was measured (docs/benchmarks.md, "GPUs").
+# How many times the estimated seconds a step took where it was measured (docs/benchmarks/gpu.md).
 MEASURED = {"h100": 1.7}
 LEFT_OUT = 6  # lines about options that do not fit
 # Of the speed: by so much a base that is stored less precisely must be faster to come first.

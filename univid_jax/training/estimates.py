@@ -2,7 +2,7 @@
 
 They order and prune what `training.advice` looks at. What fits is decided by the compiler, and on an NVIDIA GPU that is
 not here by the estimate, which is calibrated on what was measured on one: an H100, 31,200 tokens through 8 blocks of
-the 1.3B's width (docs/benchmarks.md, "GPUs"). That step was of one sentence, whose attention has no mask; what masks
+the 1.3B's width (docs/benchmarks/gpu.md). That step was of one sentence, whose attention has no mask; what masks
 take is counted on top.
 """
 
