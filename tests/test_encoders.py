@@ -160,7 +160,7 @@ class TestVAE:
   @pytest.mark.long
   @pytest.mark.parametrize("version, bounds", [("wan2.1", (0.05, 0.12)), ("wan2.2", (0.07, 0.08))])
   def test_tiled_results_are_close_to_untiled_ones(self, version, bounds):
-    """Tiles of 256 x 256 pixels that overlap by 64, on a photograph of 320 x 448; docs/architecture.md states the errors.
+    """Tiles of 256 x 256 pixels that overlap by 64, on a photograph of 320 x 448; see docs/architecture.md.
 
     They are 0.043 and 0.103 for Wan2.1, 0.062 and 0.072 for Wan2.2, since attention at the lowest resolution sees a
     tile instead of the frame.
