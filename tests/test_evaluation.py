@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
 from tests.clip_files import write_image
@@ -17,7 +18,7 @@ from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.data.contexts import CONTEXTS
-from univid_jax.data.pictures import sentence_grid
+from univid_jax.data.pictures import sentence_animation, sentence_grid
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.target_kinds import label_colors, normals_to_image
 from univid_jax.evaluation import report, run
@@ -134,7 +135,7 @@ def results(tiny_config, tmp_path_factory):
     patch.setattr(run, "score_psnr", score_and_keep)
     run.evaluate_quick(pipeline, config, folder)
   run.evaluate(pipeline, config, data=open_data(config), folder=folder / "evaluation", origin=ORIGIN)
-  assert image_width(folder / "grid.png") > 500
+  assert image_width(folder / "grid.png") > 500 and image_width(folder / "grid.webp") > 500
   quick, full = (json.loads((folder / name).read_text()) for name in ("eval.json", "evaluation/report.json"))
   return config, quick, quick_scores, full
 
@@ -210,6 +211,21 @@ def test_figures(tmp_path):
   assert (tmp_path / "loss.png").stat().st_size > 1000 and (tmp_path / "grid.png").stat().st_size > 500
 
 
+def test_an_animation_has_all_frames(tmp_path):
+  """Clips that are shorter stay at their last frame; the picture is as wide as its clips."""
+  image = np.zeros((1, 8, 8, 3), np.uint8)
+  video = np.stack([np.full((8, 8, 3), shade, np.uint8) for shade in (0, 100, 200)])
+  sentence_animation(tmp_path / "grid.webp", [("task", (image, video, image, video, video))], tile=40)
+  with Image.open(tmp_path / "grid.webp") as animation:
+    assert animation.n_frames == 3 and animation.info["loop"] == 0
+    shades = []
+    for time in range(3):
+      animation.seek(time)
+      shades.append(sorted(shade for _, shade in animation.convert("L").crop((0, 52, animation.width, 88)).getcolors()))
+  assert [any(abs(shade - found) < 5 for found in row) for row, shade in zip(shades, (0, 100, 200))] == [True] * 3
+  assert all(row[0] < 5 for row in shades), "images stay"
+
+
 def test_the_gallery_shows_every_task_before_it_repeats_one(tmp_path, monkeypatch, caplog):
   """And no more rows than a newcomer reads; the log says how many are left out."""
   drawn = []
@@ -220,10 +236,11 @@ def test_the_gallery_shows_every_task_before_it_repeats_one(tmp_path, monkeypatc
       example = as_generated(frames, task=task)
       gallery.add(dataclasses.replace(example, info=dataclasses.replace(example.info, context=context)))
   with caplog.at_level(logging.INFO):
-    gallery.draw(epath.Path(tmp_path / "grid.png"), with_swapped=False)
+    gallery.draw(epath.Path(tmp_path), with_swapped=False)
   assert "grid.png shows 8 of 12 combinations of task and context" in caplog.text
   labels = [label.split("\n")[:2] for label, _ in drawn]
   assert labels == [[task, f"context {context}"] for task in "abcd" for context in ("I", "II")]
+  assert not (tmp_path / "grid.webp").exists(), "of videos only"
 
 
 def config_with(**options):

@@ -3,9 +3,9 @@
   python -m univid_jax.evaluate --config=PRESET --workdir=DIR [--config.KEY=VALUE ...] [--out=DIR]
 
 Samples them with the model of the workdir (or with --checkpoint and --lora), with the right example pairs and with
-altered ones, and writes report.md, report.json, grid.png, curves.png and the frames to OUT. The config determines the
-tasks, contexts, numbers of clips, prompts, seeds and steps. Rerun the same command to resume; samples of other weights,
-configs or data are kept and not used.
+altered ones, and writes report.md, report.json, grid.png, grid.webp (of videos), curves.png and the frames to OUT. The
+config determines the tasks, contexts, numbers of clips, prompts, seeds and steps. Rerun the same command to resume;
+samples of other weights, configs or data are kept and not used.
 """
 
 import shlex
@@ -72,7 +72,7 @@ def main() -> None:
     print(f"  {name:<10} PSNR {scores['psnr']:5.1f} dB   RMSE {scores['rmse']:6.2f}")
   for line in exact.summary(report["exact"]) if report["exact"] else []:
     print(f"  {line}")
-  print(f"{len(report['sentences'])} sentences: {folder}/report.md, report.json, grid.png, curves.png")
+  print(f"{len(report['sentences'])} sentences: {folder}/report.md, report.json, pictures")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ CAPTIONS: Mapping[str, str] = {
 # Space between frames, and above them for the names of the columns, in pixels.
 GAP, HEADER = 6, 50
 
+# What an animation adds to its last frame, in milliseconds.
+PAUSE = 1000
+
 
 def sentence_grid(
   path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, columns: Sequence[str] = COLUMNS, tile: int = 96
@@ -36,7 +39,40 @@ def sentence_grid(
     columns: names of the clips.
     tile: height of a frame in pixels.
   """
-  strips = [[_key_frames(clip) for clip in clips] + [[]] * (len(columns) - len(clips)) for _, clips in rows]
+  _draw([(label, [_key_frames(clip) for clip in clips]) for label, clips in rows], columns, tile).save(path)
+
+
+def sentence_animation(
+  path: Path,
+  rows: Sequence[tuple[str, Sequence[np.ndarray]]],
+  *,
+  columns: Sequence[str] = COLUMNS,
+  tile: int = 96,
+  fps: float = 8.0,
+) -> None:
+  """Draws one sentence per line as an animation that repeats; shorter clips stay at their last frame.
+
+  Args:
+    path: of the WebP file.
+    rows: label and clips (uint8 (T, H, W, 3)) of each sentence, at most as many clips as columns.
+    columns: names of the clips.
+    tile: height of a frame in pixels.
+    fps: frames per second.
+  """
+  count = max(len(clip) for _, clips in rows for clip in clips)
+  pictures = [
+    _draw([(label, [[clip[min(time, len(clip) - 1)]] for clip in clips]) for label, clips in rows], columns, tile)
+    for time in range(count)
+  ]
+  durations = [round(1000 / fps)] * (count - 1) + [round(1000 / fps) + PAUSE]
+  pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, quality=85)
+
+
+def _draw(
+  rows: Sequence[tuple[str, Sequence[Sequence[np.ndarray]]]], columns: Sequence[str], tile: int
+) -> Image.Image:
+  """Draws the label of each row and, in each column, some frames from left to right."""
+  strips = [[*clips] + [[]] * (len(columns) - len(clips)) for _, clips in rows]
   fonts = [ImageFont.load_default(size=size) for size in (15, 11)]
   headers = [(name, CAPTIONS.get(name, "")) for name in columns]
   widths = [
@@ -60,7 +96,7 @@ def sentence_grid(
         shape = (round(tile * frame.shape[1] / frame.shape[0]), tile)
         canvas.paste(Image.fromarray(frame).resize(shape, Image.Resampling.NEAREST), (x, top))
         x += shape[0] + 2
-  canvas.save(path)
+  return canvas
 
 
 def contact_sheet(path: Path, sentences: Sequence[tuple[str, Sentence]]) -> None:

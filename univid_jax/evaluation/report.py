@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from etils import epath
 
 from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.paths import atomic_write
-from univid_jax.data.pictures import COLUMNS, sentence_grid
+from univid_jax.data.pictures import COLUMNS, sentence_animation, sentence_grid
 from univid_jax.evaluation import exact, published
 from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Generated, SentenceInfo
 from univid_jax.evaluation.kinds import Metrics
@@ -59,15 +60,30 @@ class Gallery:
   def add(self, generated: Generated) -> None:
     self._examples.setdefault((generated.info.label, generated.info.context), generated)
 
-  def draw(self, path: epath.Path, *, with_swapped: bool) -> None:
-    """Draws A, A', B, the prediction, the ground truth and, if wanted, the prediction with swapped pairs."""
+  def draw(self, folder: epath.Path, *, with_swapped: bool) -> None:
+    """Draws A, A', B, the prediction, the ground truth and, if wanted, the prediction with swapped pairs.
+
+    Writes grid.png, and grid.webp, an animation, of the sentences whose B' is a video, if there are any.
+    """
+    columns = (*COLUMNS, "with swapped pairs") if with_swapped else COLUMNS
+    keys = self._order()
+    if len(keys) > self.MAX_ROWS:
+      log.info("grid.png shows %d of %d combinations of task and context", self.MAX_ROWS, len(keys))
+    with atomic_write(folder / "grid.png") as unfinished:
+      sentence_grid(unfinished, self._rows(keys, with_swapped=with_swapped), columns=columns)
+    if videos := [key for key in keys if len(self._examples[key].clips[-1]) > 1]:
+      with atomic_write(folder / "grid.webp") as unfinished:
+        sentence_animation(unfinished, self._rows(videos, with_swapped=with_swapped), columns=columns)
+
+  def _order(self) -> list[tuple[str, str]]:
+    """Returns the combinations of task and context: the first context of every task before the second of any."""
     by_task: dict[str, list[str]] = {}
     for task, context in sorted(self._examples):
       by_task.setdefault(task, []).append(context)
-    # The first context of every task before the second of any.
-    keys = sorted(self._examples, key=lambda key: (by_task[key[0]].index(key[1]), key[0]))
-    if len(keys) > self.MAX_ROWS:
-      log.info("%s shows %d of %d combinations of task and context", path.name, self.MAX_ROWS, len(keys))
+    return sorted(self._examples, key=lambda key: (by_task[key[0]].index(key[1]), key[0]))
+
+  def _rows(self, keys: Sequence[tuple[str, str]], *, with_swapped: bool) -> list[tuple[str, list[np.ndarray]]]:
+    """Returns labels and clips of the first keys."""
     rows = []
     for task, context in sorted(keys[: self.MAX_ROWS]):
       generated = self._examples[task, context]
@@ -75,9 +91,7 @@ class Gallery:
       score = psnr(generated.samples[PREDICTION], generated.clips[-1])
       label = f"{task.replace('_', ' ')}\ncontext {context or '-'}\n{score:.1f} dB"
       rows.append((label, [*clips, generated.samples[SWAPPED]] if with_swapped else clips))
-    columns = (*COLUMNS, "with swapped pairs") if with_swapped else COLUMNS
-    with atomic_write(path) as unfinished:
-      sentence_grid(unfinished, rows, columns=columns)
+    return rows
 
 
 def quick_report(config: RunConfig, scored: Sequence[tuple[SentenceInfo, Mapping[str, float]]]) -> dict[str, Any]:
@@ -139,10 +153,10 @@ def full_report(
 
 
 def write_report(folder: epath.Path, report: Mapping[str, Any], gallery: Gallery) -> None:
-  """Writes report.json, report.md, grid.png and curves.png."""
+  """Writes report.json, report.md, grid.png, grid.webp and curves.png."""
   write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
   write_text(folder / "report.md", markdown(report))
-  gallery.draw(folder / "grid.png", with_swapped=True)
+  gallery.draw(folder, with_swapped=True)
   with atomic_write(folder / "curves.png") as path:
     plot_curves(path, report)
 

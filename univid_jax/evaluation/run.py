@@ -45,7 +45,7 @@ NOTHING_HELD_OUT = (
 
 
 def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike) -> dict[str, Any] | None:
-  """Evaluates a trained model and writes eval.json and grid.png.
+  """Evaluates a trained model and writes eval.json, grid.png and, of videos, grid.webp.
 
   Args:
     pipeline: the model.
@@ -77,7 +77,7 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
   report = quick_report(config, scored)
   if found := exact_report(exact, num_left_out=_count_left_out(data)):
     report["exact"] = found
-  gallery.draw(folder / "grid.png", with_swapped=False)
+  gallery.draw(folder, with_swapped=False)
   failures.draw(folder / "failures.png")
   write_text(folder / "eval.json", json.dumps(report, indent=2) + "\n")
   return report
@@ -95,8 +95,8 @@ def evaluate(
 ) -> dict[str, Any] | None:
   """Evaluates a model under all controls and metrics; continues if some of its samples are already stored.
 
-  Writes samples/, report.json, report.md, grid.png and curves.png. Several processes share the work. Samples are stored
-  by what determines them, so those of other models, configs or data are kept, and are not used.
+  Writes samples/, report.json, report.md, grid.png, of videos grid.webp, and curves.png. Several processes share the
+  work. Samples are stored by what determines them, so those of other models, configs or data are kept, and not used.
 
   Args:
     pipeline: the model, on this process's own devices.
