@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jaxlib
 
@@ -26,7 +27,12 @@ SMALL = (
   "--config.data.width=16",
   "--config.rows.num_tokens=48",
   "--config.rows.packing_bins=8",
+  "--config.optimizer.name=adamw",  # compiles sooner than Muon
+  "--config.optimizer.learning_rate=1e-3",
 )
+
+# A torch that cannot be imported. tensorboardX imports an installed one, which takes two seconds.
+WITHOUT_TORCH = Path(__file__).parent / "without_torch"
 
 
 def xla_flags(devices: int) -> str:
@@ -34,16 +40,19 @@ def xla_flags(devices: int) -> str:
   return f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}"
 
 
-def environment(devices: int = 1) -> dict[str, str]:
-  """Returns the variables of a process with this many devices."""
-  return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
+def environment(devices: int = 1, *, torch: bool = True) -> dict[str, str]:
+  """Returns the variables of a process with this many devices, and with PyTorch if it is installed, or without."""
+  variables = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
+  if not torch:
+    variables["PYTHONPATH"] = os.pathsep.join([str(WITHOUT_TORCH), *filter(None, [variables.get("PYTHONPATH")])])
+  return variables
 
 
 def start_python(*arguments: str, devices: int = 1, **options) -> subprocess.Popen:
-  """Starts `python arguments`, with its output as text."""
+  """Starts `python arguments` without PyTorch, with its output as text."""
   return subprocess.Popen(
     [sys.executable, *map(str, arguments)],
-    env=environment(devices),
+    env=environment(devices, torch=False),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

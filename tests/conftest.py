@@ -22,6 +22,11 @@ if not IS_WORKER:
 import pytest  # noqa: E402
 
 
+def pytest_xdist_auto_num_workers():
+  """Returns one worker more than there are cores: each waits for commands and disks for a fifth of its time."""
+  return (os.cpu_count() or 1) + 1
+
+
 def pytest_configure(config):
   """Prepares a process that runs tests; the one that hands them out to workers goes without JAX, and starts sooner."""
   if IS_WORKER or config.getoption("dist", "no") == "no":

@@ -151,7 +151,7 @@ def test_streams_in_processes_of_their_own_make_the_same_batches():
     assert take([loader], 3) == expected
 
 
-@pytest.mark.parametrize("streams, bins", [(1, 64), (8, 16)])
+@pytest.mark.parametrize("streams, bins", [(1, 64), pytest.param(8, 16, marks=pytest.mark.long)])
 def test_the_slowest_of_eight_devices_has_at_least_15_percent_less_work_than_with_best_fit(streams, bins):
   best_fit, balanced = (
     count_packing(VARIANTS["wan2.1-t2v-1.3b"], packing, streams=streams, bins=bins, batches=16)

@@ -276,7 +276,9 @@ class TestPacking:
   def of_every_token(cls):
     return jax.tree.leaves(cls.loss_and_gradients(RematPolicy.NONE)(cls.row))
 
-  @pytest.mark.parametrize("remat", [RematPolicy.FULL, RematPolicy.ATTENTION, RematPolicy.NONE])
+  @pytest.mark.parametrize(
+    "remat", [RematPolicy.FULL, pytest.param(RematPolicy.ATTENTION, marks=pytest.mark.long), RematPolicy.NONE]
+  )
   @pytest.mark.parametrize("spare", [pytest.param(0, marks=pytest.mark.long), 10])
   def test_skipping_unused_context_outputs_changes_nothing(self, remat, spare):
     """Losses and gradients equal those of a model that computes every token's velocity."""

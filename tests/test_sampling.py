@@ -55,7 +55,8 @@ def test_batch_equals_single_samples(tiny_config):
 
 
 @pytest.mark.parametrize(
-  "attention, solver, guidance_scale", [("full", "unipc", 1.0), ("context_causal", "euler", 1.5)]
+  "attention, solver, guidance_scale",
+  [pytest.param("full", "unipc", 1.0, marks=pytest.mark.long), ("context_causal", "euler", 1.5)],
 )
 def test_batch_over_eight_devices_equals_one_at_a_time(tiny_config, attention, solver, guidance_scale):
   """Four sentences of different lengths, packed and sharded."""
