@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import ablations, gpu, million, scaling, soak
+from benchmarks import ablations, encoders, gpu, million, scaling, soak
 from benchmarks.attempts import Attempt
 from benchmarks.bounds import bound_seconds
 from benchmarks.faults import Site
@@ -34,6 +34,7 @@ from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.platform.chips import CHIPS
 from univid_jax.training.estimates import estimate, row_sentences
+from univid_jax.training.memory import DoesNotFitError, Forecast
 
 
 def test_collectives_count_inside_and_outside_of_loops():
@@ -479,3 +480,48 @@ def test_peers_sample_at_the_same_noise_levels():
 def test_models_with_conditions_are_refused(name):
   with pytest.raises(UserError, match=rf"--variant must be one of .*wan2.2-ti2v-5b.*, got '{name}'"):
     find_variant(name)
+
+
+class TestEncoders:
+  @pytest.fixture(autouse=True)
+  def compiler(self, monkeypatch):
+    """A compiler in which only tiles of up to 48 latents fit; it counts what it compiles."""
+    self.compiled = []
+
+    def compile_autoencoder(config, mesh, *, decoding):
+      tile = config.vae_tiling.size
+      self.compiled.append((config.data.height, config.data.width, config.data.num_frames, decoding, tile))
+      if tile == 0:
+        raise DoesNotFitError("RESOURCE_EXHAUSTED", "")
+      forecast = Forecast(weights=1, batch=0, activations=10**9 * tile, device="chip", memory=50 * 10**9)
+      text = 'ENTRY %main () -> f32[] {\n  %a = f32[] add(), backend_config={"estimated_cycles":"7"}\n}\n'
+      return mock.Mock(**{"as_text.return_value": text}), forecast
+
+    monkeypatch.setattr("univid_jax.training.memory.compile_autoencoder", compile_autoencoder)
+    monkeypatch.setattr(encoders, "use_tpu_compiler", lambda: None)
+    monkeypatch.setattr(encoders, "describe_devices", lambda topology: jax.devices()[:1])
+
+  def test_the_largest_tiles_that_fit(self, tmp_path, capsys):
+    command = ["encoders", "--topologies=v5e:1x1", "--sizes=64x96", "--frames=5", "--parts=encoding,decoding"]
+    assert encoders.main([*command, f"--out={tmp_path / 'out.jsonl'}"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[2:] == [
+      f"| v5e:1x1 | {part} | 64x96 | 5 | 48.0 of 50.0 GB | 0.00 | tiles of 48 |" for part in ("encoding", "decoding")
+    ]
+    assert self.compiled == [(64, 96, 5, decoding, tile) for decoding in (False, True) for tile in (0, 64, 48)]
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["figures"]["cycles"] == 7
+    assert encoders.main([*command, f"--out={tmp_path / 'out.jsonl'}"]) == 0
+    assert capsys.readouterr().out.splitlines() == table and len(self.compiled) == 6, "not compiled again"
+
+  @pytest.mark.parametrize(
+    "argument, message",
+    [
+      ("--parts=tokenizing", "--parts must be of encoding, decoding, prompts, got 'tokenizing'"),
+      ("--sizes=wide", "--sizes and --frames are HEIGHTxWIDTH and numbers"),
+      ("--frames=many", "--sizes and --frames are HEIGHTxWIDTH and numbers"),
+    ],
+  )
+  def test_mistakes_are_one_line(self, argument, message, capsys):
+    assert encoders.main(["encoders", "--parts=encoding", argument]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

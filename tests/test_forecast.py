@@ -17,9 +17,10 @@ from univid_jax.config.presets import wan22_a14b, wan_1_3b
 from univid_jax.core.errors import UserError
 from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
+from univid_jax.models.umt5 import UMT5Config
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import bytes_per_device
-from univid_jax.training.memory import forecast, forecast_autoencoder, forecast_sampling
+from univid_jax.training.memory import forecast, forecast_autoencoder, forecast_sampling, forecast_text_encoder
 from univid_jax.training.state import describe_training
 
 
@@ -84,6 +85,19 @@ class TestForecast:
     tiled = override(config, {"vae_tiling.size": 16, "vae_tiling.overlap": 1})
     tile = forecast_autoencoder(tiled, mesh, decoding=decoding)
     assert tile.activations < 0.5 * whole.activations and "tiles of 32x32" in str(tile)
+
+  def test_text_encoder(self, tiny_config, monkeypatch):
+    """Of a small shape; each device has its shard of the weights, in bfloat16."""
+    shape = UMT5Config(vocab_size=64, dim=32, attention_dim=32, ffn_dim=64, num_heads=4, num_layers=2)
+    monkeypatch.setattr("univid_jax.training.memory.UMT5Config", lambda: shape)
+    alone = forecast_text_encoder(wan_1_3b(), make_mesh({}, jax.devices()[:1]))
+    module = abstract_component("text_encoder", shape)
+    assert alone.weights == 2 * sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+    assert "the text encoder alone; on one device" in str(alone)
+    sharded = forecast_text_encoder(wan_1_3b(), make_mesh({"fsdp": 2}, jax.devices()[:2]))
+    assert 0.5 <= sharded.weights / alone.weights < 0.6 and "weights are sharded over fsdp 2" in str(sharded)
+    with pytest.raises(UserError, match="from scratch has no text encoder"):
+      forecast_text_encoder(tiny_config, make_mesh({}, jax.devices()[:1]))
 
   def test_a_codec_without_weights_needs_no_device(self, tiny_config):
     with pytest.raises(UserError, match="no weights and runs on no device"):

@@ -1,4 +1,4 @@
-"""Forecasts the memory that training, sampling or the autoencoder needs on each device, or advises how to train.
+"""Forecasts the memory that training, sampling or an encoder needs on each device, or advises how to train.
 
   python -m univid_jax.forecast --config=PRESET [--config.KEY=VALUE ...] [--topology=v5e:2x4] [--of=sampling]
   python -m univid_jax.forecast --config=PRESET [--config.KEY=VALUE ...] --chip=v6e [--chips=4]
@@ -27,10 +27,10 @@ FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config()
 TOPOLOGY = FLAGS.string("topology", None, "A TPU topology such as v5e:2x4 or v5p:2x2x2; default: the devices here.")
 OF_HELP = (
-  "What to forecast: training, sampling of one sentence of context I without encoders, or encoding or decoding of one "
-  "clip by the autoencoder."
+  "What to forecast: training, sampling of one sentence of context I without encoders, encoding or decoding one clip "
+  "by the autoencoder, or prompts: embedding one by the text encoder."
 )
-OF = FLAGS.choice("of", "training", ["training", "sampling", "encoding", "decoding"], OF_HELP)
+OF = FLAGS.choice("of", "training", ["training", "sampling", "encoding", "decoding", "prompts"], OF_HELP)
 SAMPLING = FLAGS.switch("sampling", False, "Deprecated: --of=sampling.")
 CHIP = FLAGS.choice("chip", None, list(NAMES), f"Advise how to train on this kind of chip: {', '.join(NAMES)}.")
 CHIPS = FLAGS.integer("chips", 1, "Number of these chips.", lower_bound=1)
@@ -82,6 +82,8 @@ def forecast(what: str) -> None:
     result = memory.forecast(config, mesh)
   elif what == "sampling":
     result = memory.forecast_sampling(config, mesh)
+  elif what == "prompts":
+    result = memory.forecast_text_encoder(config, mesh)
   else:
     result, advice = memory.forecast_autoencoder(config, mesh, decoding=what == "decoding"), memory.TILING_ADVICE
   print(result)

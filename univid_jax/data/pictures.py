@@ -68,9 +68,7 @@ def sentence_animation(
   pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, quality=85)
 
 
-def _draw(
-  rows: Sequence[tuple[str, Sequence[Sequence[np.ndarray]]]], columns: Sequence[str], tile: int
-) -> Image.Image:
+def _draw(rows: Sequence[tuple[str, Sequence[Sequence[np.ndarray]]]], columns: Sequence[str], tile: int) -> Image.Image:
   """Draws the label of each row and, in each column, some frames from left to right."""
   strips = [[*clips] + [[]] * (len(columns) - len(clips)) for _, clips in rows]
   fonts = [ImageFont.load_default(size=size) for size in (15, 11)]

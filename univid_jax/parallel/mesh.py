@@ -50,12 +50,16 @@ def make_mesh(sizes: MeshSizes | Mapping[str, int], devices: Sequence[Device] | 
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def local_mesh(mesh: Mesh) -> Mesh:
+def local_mesh(mesh: Mesh, own: Sequence[Device] | None = None) -> Mesh:
   """Returns the mesh, or if other processes have devices of it, one over this process's, with weights sharded over all.
 
   What runs on it needs no other process, so each may compute something else.
+
+  Args:
+    mesh: of all processes.
+    own: the devices of a process that is described; default: of this one.
   """
-  devices = [device for device in jax.local_devices() if device in mesh.devices.flat]
+  devices = [device for device in (jax.local_devices() if own is None else own) if device in mesh.devices.flat]
   return mesh if len(devices) == mesh.size else make_mesh({"fsdp": -1}, devices)
 
 

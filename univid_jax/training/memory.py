@@ -1,6 +1,7 @@
-"""Forecasts the memory of training, sampling, encoding and decoding on a device, from the compiler's own figures."""
+"""Forecasts the memory of training, sampling, encoding and decoding on a device, by the compiler."""
 
 import dataclasses
+import operator
 import re
 from typing import Any
 
@@ -27,8 +28,9 @@ from univid_jax.diffusion.guidance import Branch
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.inference.jobs import pack_in_bucket
 from univid_jax.inference.sampler import Sampler
+from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import DiTConfig
-from univid_jax.parallel.mesh import AXES, SEQUENCE, row_shards
+from univid_jax.parallel.mesh import AXES, SEQUENCE, local_mesh, row_shards
 from univid_jax.parallel.sharding import BATCH, TOKENS, bytes_per_device
 from univid_jax.platform.chips import find_chip
 from univid_jax.training.state import StateSpec, describe_training
@@ -218,7 +220,12 @@ def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
 
 
 def forecast_autoencoder(config: RunConfig, mesh: Mesh, *, decoding: bool) -> Forecast:
-  """Forecasts encoding or decoding one clip of a config on one device, alone; its weights need not be present.
+  """Forecasts encoding or decoding one clip; see `compile_autoencoder`."""
+  return compile_autoencoder(config, mesh, decoding=decoding)[1]
+
+
+def compile_autoencoder(config: RunConfig, mesh: Mesh, *, decoding: bool) -> tuple[jax.stages.Compiled, Forecast]:
+  """Compiles encoding or decoding one clip of a config on one device, alone; its weights need not be present.
 
   Args:
     config: of a run; with `vae_tiling` a tile at a time is on the device.
@@ -245,11 +252,43 @@ def forecast_autoencoder(config: RunConfig, mesh: Mesh, *, decoding: bool) -> Fo
   with jax.set_mesh(mesh):
     lowered = jit_method(method, graph).lower(params, clip if decoding else frames)
     compiled = _compile(lowered, TILING_ADVICE)
-  return Forecast(
+  return compiled, Forecast(
     weights=bytes_per_device(params),
     batch=bytes_per_device((clip, frames)),
     note=f"the autoencoder alone, on one device, with {'tiles' if config.vae_tiling.size else 'frames'} of "
     f"{frames.shape[1]}x{frames.shape[2]}",
+    **_describe_program(compiled, mesh),
+  )
+
+
+def forecast_text_encoder(config: RunConfig, mesh: Mesh) -> Forecast:
+  """Forecasts embedding a prompt; see `compile_text_encoder`."""
+  return compile_text_encoder(config, mesh)[1]
+
+
+def compile_text_encoder(config: RunConfig, mesh: Mesh) -> tuple[jax.stages.Compiled, Forecast]:
+  """Compiles embedding a prompt, alone, with weights in bfloat16 that need not be present.
+
+  Args:
+    config: of a run on a base.
+    mesh: the devices; only those of one process embed together.
+
+  Raises:
+    UserError: it cannot fit, or the config has no base and with it no text encoder.
+  """
+  if not config.model.variant:
+    raise UserError("a model from scratch has no text encoder: its only prompt is the null prompt")
+  first, *_ = mesh.devices.flat
+  mesh = local_mesh(mesh, [device for device in mesh.devices.flat if device.process_index == first.process_index])
+  module = abstract_component("text_encoder", UMT5Config(), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+  params, length = abstract_parameters(module, mesh), transformer_config(config).text_len
+  prompt = tuple(jax.ShapeDtypeStruct((1, length), dtype) for dtype in (jnp.int32, bool))
+  with jax.set_mesh(mesh):
+    compiled = _compile(jit_method(operator.call, nnx.graphdef(module)).lower(params, *prompt), ADVICE)
+  return compiled, Forecast(
+    weights=bytes_per_device(params),
+    batch=5 * length,
+    note=f"the text encoder alone; {_describe_sharding(mesh, shards_tokens=False) or 'on one device'}",
     **_describe_program(compiled, mesh),
   )
 
