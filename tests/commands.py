@@ -27,8 +27,6 @@ SMALL = (
   "--config.data.width=16",
   "--config.rows.num_tokens=48",
   "--config.rows.packing_bins=8",
-  "--config.optimizer.name=adamw",  # compiles sooner than Muon
-  "--config.optimizer.learning_rate=1e-3",
 )
 
 # A torch that cannot be imported. tensorboardX imports an installed one, which takes two seconds.

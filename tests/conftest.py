@@ -22,9 +22,12 @@ if not IS_WORKER:
 import pytest  # noqa: E402
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
   """Returns one worker more than there are cores: each waits for commands and disks for a fifth of its time."""
-  return (os.cpu_count() or 1) + 1
+  if wanted := os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+    return int(wanted)
+  return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) + 1
 
 
 def pytest_configure(config):

@@ -16,7 +16,7 @@ from tests.helpers import image_width
 from univid_jax import evaluate
 from univid_jax.evaluation.metrics.image import psnr
 
-TASKS = {"scribble": 1.0, "salient_object": 1.0, "camera_movement": 0.5}
+TASKS = {"scribble": 1.0, "salient_object": 1.0, "camera_movement": 0.5, "duotone": 0.0, "swap_channels": 0.0}
 SMALL = (*commands.SMALL, *(f"--config.data.tasks.{name}={weight}" for name, weight in TASKS.items()))
 TRAINING = (*SMALL, "--config.eval.sentences_per_case=0", "--config.validation.every_steps=0")
 EVALUATION = ["--config.eval.sentences_per_case=1", "--config.eval.more_steps=(1,)", "--config.eval.num_seeds=2"]

@@ -18,7 +18,7 @@ from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.data.contexts import CONTEXTS
-from univid_jax.data.pictures import sentence_animation, sentence_grid
+from univid_jax.data.pictures import GAP, HEADER, sentence_animation, sentence_grid
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.target_kinds import label_colors, normals_to_image
 from univid_jax.evaluation import report, run
@@ -211,19 +211,36 @@ def test_figures(tmp_path):
   assert (tmp_path / "loss.png").stat().st_size > 1000 and (tmp_path / "grid.png").stat().st_size > 500
 
 
+def shades(picture, *, row=0, tile=40):
+  """Returns the grey of each tile in a row of a grid whose labels are empty."""
+  line = np.asarray(picture.convert("L"), int)[HEADER + row * (tile + GAP) + tile // 2]
+  starts = np.flatnonzero((line < 250) & (np.roll(line, 1) >= 250))
+  return [line[start + tile // 2] for start in starts]
+
+
 def test_an_animation_has_all_frames(tmp_path):
-  """Clips that are shorter stay at their last frame; the picture is as wide as its clips."""
-  image = np.zeros((1, 8, 8, 3), np.uint8)
+  """Clips that are shorter stay at their last frame."""
+  image = np.full((1, 8, 8, 3), 60, np.uint8)
   video = np.stack([np.full((8, 8, 3), shade, np.uint8) for shade in (0, 100, 200)])
-  sentence_animation(tmp_path / "grid.webp", [("task", (image, video, image, video, video))], tile=40)
+  short = np.stack([np.full((8, 8, 3), shade, np.uint8) for shade in (20, 160)])
+  rows = [("", (image, video, image, short, video))]
+  sentence_animation(tmp_path / "grid.webp", rows, tile=40, fps=10)
   with Image.open(tmp_path / "grid.webp") as animation:
     assert animation.n_frames == 3 and animation.info["loop"] == 0
-    shades = []
-    for time in range(3):
+    for time, expected in enumerate(([60, 0, 60, 20, 0], [60, 100, 60, 160, 100], [60, 200, 60, 160, 200])):
       animation.seek(time)
-      shades.append(sorted(shade for _, shade in animation.convert("L").crop((0, 52, animation.width, 88)).getcolors()))
-  assert [any(abs(shade - found) < 5 for found in row) for row, shade in zip(shades, (0, 100, 200))] == [True] * 3
-  assert all(row[0] < 5 for row in shades), "images stay"
+      np.testing.assert_allclose(shades(animation), expected, atol=4)
+      assert animation.info["duration"] == (1100 if time == 2 else 100)
+
+
+def test_an_animation_of_long_videos_skips_frames(tmp_path):
+  video = np.zeros((81, 8, 8, 3), np.uint8) + 3 * np.arange(81, dtype=np.uint8)[:, None, None, None]
+  sentence_animation(tmp_path / "grid.webp", [("", (video,) * 5)], tile=40, fps=16)
+  with Image.open(tmp_path / "grid.webp") as animation:
+    assert animation.n_frames == 27
+    animation.seek(1)
+    np.testing.assert_allclose(shades(animation), [9] * 5, atol=4)
+    assert animation.info["duration"] == round(3000 / 16)
 
 
 def test_the_gallery_shows_every_task_before_it_repeats_one(tmp_path, monkeypatch, caplog):
@@ -236,11 +253,25 @@ def test_the_gallery_shows_every_task_before_it_repeats_one(tmp_path, monkeypatc
       example = as_generated(frames, task=task)
       gallery.add(dataclasses.replace(example, info=dataclasses.replace(example.info, context=context)))
   with caplog.at_level(logging.INFO):
-    gallery.draw(epath.Path(tmp_path), with_swapped=False)
+    gallery.draw(epath.Path(tmp_path), with_swapped=False, fps=0.0)
   assert "grid.png shows 8 of 12 combinations of task and context" in caplog.text
   labels = [label.split("\n")[:2] for label, _ in drawn]
   assert labels == [[task, f"context {context}"] for task in "abcd" for context in ("I", "II")]
-  assert not (tmp_path / "grid.webp").exists(), "of videos only"
+
+
+def test_the_gallery_animates_videos_alone(tmp_path, monkeypatch):
+  """Of what it shows; an animation of an earlier evaluation is deleted."""
+  drawn = []
+  monkeypatch.setattr(report, "sentence_animation", lambda path, rows, **options: (path.touch(), drawn.append(rows)))
+  image, video = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((3, 8, 8, 3), np.uint8)
+  gallery = report.Gallery()
+  gallery.add(as_generated(image, task="still"))
+  (tmp_path / "grid.webp").touch()
+  gallery.draw(epath.Path(tmp_path), with_swapped=False, fps=0.0)
+  assert not (tmp_path / "grid.webp").exists() and not drawn
+  gallery.add(as_generated(video, task="moving"))
+  gallery.draw(epath.Path(tmp_path), with_swapped=False, fps=0.0)
+  assert (tmp_path / "grid.webp").exists() and [label.split("\n")[0] for label, _ in drawn[0]] == ["moving"]
 
 
 def config_with(**options):

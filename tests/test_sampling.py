@@ -56,7 +56,7 @@ def test_batch_equals_single_samples(tiny_config):
 
 @pytest.mark.parametrize(
   "attention, solver, guidance_scale",
-  [pytest.param("full", "unipc", 1.0, marks=pytest.mark.long), ("context_causal", "euler", 1.5)],
+  [("full", "unipc", 1.0), pytest.param("context_causal", "euler", 1.5, marks=pytest.mark.long)],
 )
 def test_batch_over_eight_devices_equals_one_at_a_time(tiny_config, attention, solver, guidance_scale):
   """Four sentences of different lengths, packed and sharded."""

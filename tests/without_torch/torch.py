@@ -1,3 +1,3 @@
-"""As in an environment without PyTorch; see `tests.commands`."""
+"""As in an environment without PyTorch, though `importlib.util.find_spec` finds this module; see `tests.commands`."""
 
-raise ImportError("commands of the tests run without PyTorch")
+raise ModuleNotFoundError("No module named 'torch'", name="torch")

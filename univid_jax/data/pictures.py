@@ -24,8 +24,9 @@ CAPTIONS: Mapping[str, str] = {
 # Space between frames, and above them for the names of the columns, in pixels.
 GAP, HEADER = 6, 50
 
-# What an animation adds to its last frame, in milliseconds.
-PAUSE = 1000
+# The most frames of an animation, the frame rate of one whose videos keep theirs, and what is added to the last frame's
+# time, in milliseconds.
+MAX_FRAMES, FPS, PAUSE = 33, 8.0, 1000
 
 
 def sentence_grid(
@@ -48,9 +49,11 @@ def sentence_animation(
   *,
   columns: Sequence[str] = COLUMNS,
   tile: int = 96,
-  fps: float = 8.0,
+  fps: float = FPS,
 ) -> None:
   """Draws one sentence per line as an animation that repeats; shorter clips stay at their last frame.
+
+  Of long videos it shows every n-th frame, for as long as n frames take.
 
   Args:
     path: of the WebP file.
@@ -60,12 +63,14 @@ def sentence_animation(
     fps: frames per second.
   """
   count = max(len(clip) for _, clips in rows for clip in clips)
+  stride = -(-count // MAX_FRAMES)
   pictures = [
     _draw([(label, [[clip[min(time, len(clip) - 1)]] for clip in clips]) for label, clips in rows], columns, tile)
-    for time in range(count)
+    for time in range(0, count, stride)
   ]
-  durations = [round(1000 / fps)] * (count - 1) + [round(1000 / fps) + PAUSE]
-  pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, quality=85)
+  durations = [round(1000 * stride / fps)] * len(pictures)
+  durations[-1] += PAUSE
+  pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, quality=90)
 
 
 def _draw(rows: Sequence[tuple[str, Sequence[Sequence[np.ndarray]]]], columns: Sequence[str], tile: int) -> Image.Image:

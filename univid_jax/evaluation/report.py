@@ -14,7 +14,7 @@ from etils import epath
 from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.paths import atomic_write
-from univid_jax.data.pictures import COLUMNS, sentence_animation, sentence_grid
+from univid_jax.data.pictures import COLUMNS, FPS, sentence_animation, sentence_grid
 from univid_jax.evaluation import exact, published
 from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Generated, SentenceInfo
 from univid_jax.evaluation.kinds import Metrics
@@ -60,32 +60,40 @@ class Gallery:
   def add(self, generated: Generated) -> None:
     self._examples.setdefault((generated.info.label, generated.info.context), generated)
 
-  def draw(self, folder: epath.Path, *, with_swapped: bool) -> None:
+  def draw(self, folder: epath.Path, *, with_swapped: bool, fps: float) -> None:
     """Draws A, A', B, the prediction, the ground truth and, if wanted, the prediction with swapped pairs.
 
-    Writes grid.png, and grid.webp, an animation, of the sentences whose B' is a video, if there are any.
+    Writes grid.png, and grid.webp, an animation of those rows whose B' is a video.
+
+    Args:
+      folder: of the pictures; an outdated grid.webp is deleted.
+      with_swapped: whether to show that prediction.
+      fps: of the animation; 0 for its default.
     """
     columns = (*COLUMNS, "with swapped pairs") if with_swapped else COLUMNS
-    keys = self._order()
-    if len(keys) > self.MAX_ROWS:
-      log.info("grid.png shows %d of %d combinations of task and context", self.MAX_ROWS, len(keys))
+    keys = self._choose()
+    if len(keys) < len(self._examples):
+      log.info("grid.png shows %d of %d combinations of task and context", len(keys), len(self._examples))
     with atomic_write(folder / "grid.png") as unfinished:
       sentence_grid(unfinished, self._rows(keys, with_swapped=with_swapped), columns=columns)
     if videos := [key for key in keys if len(self._examples[key].clips[-1]) > 1]:
       with atomic_write(folder / "grid.webp") as unfinished:
-        sentence_animation(unfinished, self._rows(videos, with_swapped=with_swapped), columns=columns)
+        rows = self._rows(videos, with_swapped=with_swapped)
+        sentence_animation(unfinished, rows, columns=columns, fps=fps or FPS)
+    else:
+      (folder / "grid.webp").unlink(missing_ok=True)
 
-  def _order(self) -> list[tuple[str, str]]:
-    """Returns the combinations of task and context: the first context of every task before the second of any."""
+  def _choose(self) -> list[tuple[str, str]]:
+    """Chooses combinations of task and context: the first context of every task before the second of any."""
     by_task: dict[str, list[str]] = {}
     for task, context in sorted(self._examples):
       by_task.setdefault(task, []).append(context)
-    return sorted(self._examples, key=lambda key: (by_task[key[0]].index(key[1]), key[0]))
+    return sorted(sorted(self._examples, key=lambda key: (by_task[key[0]].index(key[1]), key[0]))[: self.MAX_ROWS])
 
   def _rows(self, keys: Sequence[tuple[str, str]], *, with_swapped: bool) -> list[tuple[str, list[np.ndarray]]]:
-    """Returns labels and clips of the first keys."""
+    """Returns labels and clips."""
     rows = []
-    for task, context in sorted(keys[: self.MAX_ROWS]):
+    for task, context in keys:
       generated = self._examples[task, context]
       clips = [*generated.clips[-4:-1], generated.samples[PREDICTION], generated.clips[-1]]
       score = psnr(generated.samples[PREDICTION], generated.clips[-1])
@@ -152,11 +160,11 @@ def full_report(
   }
 
 
-def write_report(folder: epath.Path, report: Mapping[str, Any], gallery: Gallery) -> None:
-  """Writes report.json, report.md, grid.png, grid.webp and curves.png."""
+def write_report(folder: epath.Path, report: Mapping[str, Any], gallery: Gallery, *, fps: float) -> None:
+  """Writes report.json, report.md, grid.png, grid.webp (with `fps`, see `Gallery.draw`) and curves.png."""
   write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
   write_text(folder / "report.md", markdown(report))
-  gallery.draw(folder, with_swapped=True)
+  gallery.draw(folder, with_swapped=True, fps=fps)
   with atomic_write(folder / "curves.png") as path:
     plot_curves(path, report)
 

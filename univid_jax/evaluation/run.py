@@ -77,9 +77,9 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
   report = quick_report(config, scored)
   if found := exact_report(exact, num_left_out=_count_left_out(data)):
     report["exact"] = found
-  gallery.draw(folder, with_swapped=False)
-  failures.draw(folder / "failures.png")
   write_text(folder / "eval.json", json.dumps(report, indent=2) + "\n")
+  gallery.draw(folder, with_swapped=False, fps=config.data.fps)
+  failures.draw(folder / "failures.png")
   return report
 
 
@@ -139,7 +139,7 @@ def evaluate(
   failures.draw(folder / "failures.png")
   exact = exact_report(scored, num_left_out=_count_left_out(data))
   report = full_report(config, scorer, scored, exact=exact, **reproduce)
-  write_report(folder, report, gallery)
+  write_report(folder, report, gallery, fps=config.data.fps)
   return report
 
 
