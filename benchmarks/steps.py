@@ -4,8 +4,7 @@ Importing this module does not import JAX, so that a peer's process has none of 
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from univid_jax.codecs.vae_config import find_autoencoder
@@ -165,23 +164,25 @@ def _make_step(
 def make_sentence_row(
   shape: DiTConfig,
   *,
-  frames: int,
+  frames: int | Sequence[int],
   height: int,
   width: int,
   prompt_tokens: int,
   with_targets: bool,
   context_mode: "ContextMode | None" = None,
+  sentences: int = 1,
 ) -> "PackedRow":
-  """Packs one sentence of four clips into a row without padding.
+  """Packs sentences of four clips into a row without padding.
 
   Args:
     shape: of the transformer.
-    frames: latent frames of a clip.
+    frames: latent frames of a clip, or of each.
     height: of a clip in pixels.
     width: likewise.
     prompt_tokens: length of the prompt; 512 has no padding.
     with_targets: whether the row says where its targets are, so that the last block computes them alone.
     context_mode: see `PackedRow`; UniVid's by default.
+    sentences: of the row, which are equal.
   """
   import numpy as np
 
@@ -191,20 +192,20 @@ def make_sentence_row(
   from univid_jax.data.tokens import sentence_features
 
   stride = find_autoencoder(shape.out_dim).spatial_stride
-  size = frames, height // stride, width // stride
-  clips = tuple(np.ones((*size, shape.out_dim), np.float32) for _ in range(4))
+  lengths = [frames] * 4 if isinstance(frames, int) else frames
+  size = height // stride, width // stride, shape.out_dim
+  clips = tuple(np.ones((length, *size), np.float32) for length in lengths)
   features = sentence_features(
     Sentence(clips=clips, roles=reference_roles(4)),
     patch_size=shape.patch_size,
     text_len=shape.text_len,
     prompt_embedding=np.ones((prompt_tokens, shape.text_dim), np.float32),
   )
-  num_targets = math.prod(size) // shape.patch_volume
   row_shape = RowShape(
-    num_tokens=4 * num_targets,
-    num_text_tokens=min(prompt_tokens + 1, shape.text_len),
-    num_slots=1,
-    num_targets=num_targets if with_targets else None,
+    num_tokens=sentences * len(features.tokens),
+    num_text_tokens=sentences * len(features.text),
+    num_slots=sentences,
+    num_targets=sentences * len(features.targets) if with_targets else None,
     context_mode=context_mode or UNIVID_CONTEXT,
   )
-  return pack([features], row_shape)
+  return pack([features] * sentences, row_shape)

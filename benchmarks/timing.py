@@ -57,11 +57,17 @@ class Program:
 
 
 class RaceFlags:
-  """The flags that all races have, and a race by them."""
+  """The flags that all races have, and a race by them.
 
-  def __init__(self, command: CommandFlags):
+  Args:
+    command: gets the flags.
+    has_against: whether the command takes peers by name.
+  """
+
+  def __init__(self, command: CommandFlags, *, has_against: bool = True):
     self.dtype = command.choice("dtype", "float32", ["bfloat16", "float32"], "Of weights and activations.")
-    self.against = command.strings("against", [], f"Peers: {', '.join(PEERS)}.")
+    if has_against:
+      self.against = command.strings("against", [], f"Peers: {', '.join(PEERS)}.")
     self.pairs = command.integer("pairs", 5, "Timed runs of each program.", lower_bound=1)
     self.at_once = command.switch(
       "at_once", False, "Build all programs at once and warm peers up beside ours: sooner, with longer first calls."
