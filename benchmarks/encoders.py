@@ -4,8 +4,8 @@
       [--parts=encoding,decoding,prompts] [--preset=wan_1_3b] [--out=FILE.jsonl]
 
 The autoencoder of a preset's base encodes or decodes one clip in float32, with whole frames; where these do not fit,
-with the largest tiles that do. UMT5-XXL embeds a prompt in bfloat16. A line compiles in half a minute to two minutes;
-with --out, lines that the file already has are not compiled again.
+with the largest tiles that do. UMT5-XXL embeds a prompt in bfloat16. A line compiles in minutes; with --out, lines that
+the file already has are not compiled again.
 """
 
 import json
