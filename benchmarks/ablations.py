@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import FigureFile
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.config import presets
@@ -134,31 +135,19 @@ class Scores:
   """Scores of models; trains those that its file lacks, and appends them.
 
   Args:
-    path: of the file; None keeps none.
+    path: of the file; empty keeps none.
   """
 
-  def __init__(self, path: Path | None):
-    self._path = path
-    if path:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.touch()
-    text = path.read_text() if path else ""
-    complete = text[: text.rfind("\n") + 1]
-    if path and complete != text:  # a kill has cut off the last line
-      path.write_text(complete)
-    lines = map(json.loads, complete.splitlines())
-    self._known: dict[str, Mapping[str, float]] = {line["model"]: line["scores"] for line in lines}
+  def __init__(self, path: str | Path):
+    self._file = FigureFile(path)
+    self._known: dict[str, Mapping[str, float]] = {line["model"]: line["scores"] for line in self._file.lines}
 
   def get(self, variant: Variant, seed: int) -> Mapping[str, float]:
     said = json.dumps([to_json(variant.config), variant.evaluations, seed], sort_keys=True)
     model = hashlib.sha256(said.encode()).hexdigest()
     if model not in self._known:
       self._known[model] = run_apart(variant, seed)
-      if self._path:
-        with self._path.open("a") as file:
-          file.write(
-            json.dumps({"model": model, "name": variant.name, "seed": seed, "scores": self._known[model]}) + "\n"
-          )
+      self._file.add({"model": model, "name": variant.name, "seed": seed, "scores": self._known[model]})
     return self._known[model]
 
 
@@ -183,7 +172,7 @@ def main() -> None:
     raise UserError(f"unknown question {min(unknown)!r}; there are {', '.join(everything)}")
   if wrong := [seed for seed in SEEDS.value if not seed.isdecimal()]:
     raise UserError(f"--seeds are numbers, got {wrong[0]!r}")
-  known = Scores(Path(OUT.value) if OUT.value else None)
+  known = Scores(OUT.value)
   for question in CHOSEN.value or everything:
     scores = collections.defaultdict(list)
     for variant in everything[question]:

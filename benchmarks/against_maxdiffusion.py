@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import FigureFile
 from benchmarks.peer_programs import MODELS, PEAK, Case, lower_maxdiffusion, lower_ours
 from benchmarks.programs import LANES, collective_bytes, estimated_cycles, find_kernels, kernel_operations, memory_bytes
 from univid_jax.cli import app
@@ -135,10 +136,9 @@ def calibrate(chip: str) -> dict[str, float]:
 class Table:
   """Programs by case and side; compiles those that its file lacks, each in a process of its own."""
 
-  def __init__(self, path: Path | None):
-    self._path = path
-    lines = path.read_text().splitlines() if path and path.is_file() else []
-    self._programs = {(each.case, each.side): each for each in (Program(**json.loads(line)) for line in lines)}
+  def __init__(self, path: str | Path):
+    self._file = FigureFile(path)
+    self._programs = {(each.case, each.side): each for each in (Program(**line) for line in self._file.lines)}
 
   def program(self, case: str, side: str) -> Program:
     """Raises UserError if it does not compile, with the last line of the output."""
@@ -150,9 +150,7 @@ class Table:
         raise UserError(f"{side} {case}: {(done.stderr.strip() or 'it was killed').splitlines()[-1]}")
       program = self._programs[case, side] = Program(**json.loads(found[1]))
       print(json.dumps(dataclasses.asdict(program)), flush=True)
-      if self._path:
-        with self._path.open("a") as file:
-          file.write(json.dumps(dataclasses.asdict(program)) + "\n")
+      self._file.add(dataclasses.asdict(program))
     return self._programs[case, side]
 
 
@@ -193,7 +191,7 @@ def main() -> None:
   for chip in chips:
     shares = ", ".join(f"{name}: {share:.2f}" for name, share in calibrate(chip).items())
     print(f"{chip}, share of the peak: {shares}", flush=True)
-  table, rows = Table(Path(OUT.value) if OUT.value else None), []
+  table, rows = Table(OUT.value), []
   for text in cases:
     try:
       rows.append(to_markdown(table.program(text, "maxdiffusion"), table.program(text, "univid_jax"), efficiencies))

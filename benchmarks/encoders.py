@@ -8,12 +8,11 @@ with the largest tiles that do. UMT5-XXL embeds a prompt in bfloat16. A line com
 the file already has are not compiled again.
 """
 
-import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import FigureFile
 from benchmarks.programs import estimated_cycles
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
@@ -104,15 +103,13 @@ def row(case: dict[str, Any], figures: dict[str, Any]) -> str:
 def main() -> None:
   planned = list(cases())
   use_tpu_compiler()
-  path = Path(OUT.value) if OUT.value else None
-  lines = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+  file = FigureFile(OUT.value)
   print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
   for case in planned:
-    found = [line["figures"] for line in lines if line["case"] == case]
+    found = [line["figures"] for line in file.lines if line["case"] == case]
     figures = found[0] if found else compile_case(case)
-    if path and not found:
-      with path.open("a") as file:
-        file.write(json.dumps({"case": case, "figures": figures}) + "\n")
+    if not found:
+      file.add({"case": case, "figures": figures})
     print(row(case, figures), flush=True)
 
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import FigureFile, read_figures
 from benchmarks.gpu_plan import BENCHMARKS, Benchmark
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
@@ -174,7 +175,7 @@ def make_rows(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def main() -> None:
   deadline = time.monotonic() + 60 * MINUTES.value
   if ROWS.value:
-    print("\n".join(make_rows([json.loads(line) for line in Path(ROWS.value).read_text().splitlines()])))
+    print("\n".join(make_rows(read_figures(ROWS.value))))
     return
   names = [benchmark.name for benchmark in BENCHMARKS]
   if unknown := set(ONLY.value) - set(names):
@@ -188,21 +189,21 @@ def main() -> None:
     raise UserError(f"JAX finds no GPU (its device: {device}; nvidia-smi: {machine['gpu']}); --tiny runs on a CPU")
   records: list[dict[str, Any]] = []
   left_out: list[str] = []
-  with (out / "gpu.jsonl").open("a") as file:
-    for benchmark in BENCHMARKS:
-      if ONLY.value and benchmark.name not in ONLY.value:
-        continue
-      if missing := find_missing(benchmark.needs):
-        print(f"{benchmark.name}: skipped, it needs {', '.join(missing)}", flush=True)
-        continue
-      remaining = deadline - time.monotonic() - END_SECONDS
-      if remaining < benchmark.seconds and not TINY.value:
-        left_out.append(f"{benchmark.name} (about {benchmark.seconds:.0f} s)")
-        continue
-      limit = max(min(remaining, 2 * benchmark.seconds), 1)
-      record = {"name": benchmark.name, **run(benchmark, tiny=TINY.value, limit=limit), "machine": machine}
-      print(json.dumps(record), file=file, flush=True)
-      records.append(record)
+  file = FigureFile(out / "gpu.jsonl")
+  for benchmark in BENCHMARKS:
+    if ONLY.value and benchmark.name not in ONLY.value:
+      continue
+    if missing := find_missing(benchmark.needs):
+      print(f"{benchmark.name}: skipped, it needs {', '.join(missing)}", flush=True)
+      continue
+    remaining = deadline - time.monotonic() - END_SECONDS
+    if remaining < benchmark.seconds and not TINY.value:
+      left_out.append(f"{benchmark.name} (about {benchmark.seconds:.0f} s)")
+      continue
+    limit = max(min(remaining, 2 * benchmark.seconds), 1)
+    record = {"name": benchmark.name, **run(benchmark, tiny=TINY.value, limit=limit), "machine": machine}
+    file.add(record)
+    records.append(record)
   print("\n" + "\n".join(make_rows(records)), flush=True)
   if left_out:
     print(f"\nleft out, {max(deadline - time.monotonic(), 0):.0f} s remain: {', '.join(left_out)}")

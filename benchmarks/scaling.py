@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bounds import bound_seconds, num_layers
+from benchmarks.figures import FigureFile
 from benchmarks.programs import estimated_cycles
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
@@ -132,20 +133,17 @@ class Table:
   """Lines by setup; compiles those that its file lacks and appends them.
 
   Args:
-    path: of the file; None keeps none.
+    path: of the file; empty keeps none.
   """
 
-  def __init__(self, path: Path | None):
-    self._path = path
-    lines = path.read_text().splitlines() if path and path.is_file() else []
-    self._lines = {line.setup: line for line in (Line(**json.loads(text)) for text in lines)}
+  def __init__(self, path: str | Path):
+    self._file = FigureFile(path)
+    self._lines = {line.setup: line for line in (Line(**figures) for figures in self._file.lines)}
 
   def line(self, setup: Setup) -> Line:
     if setup not in self._lines:
       line = self._lines[setup] = compile_apart(setup)
-      if self._path:
-        with self._path.open("a") as file:
-          file.write(json.dumps(dataclasses.asdict(line)) + "\n")
+      self._file.add(dataclasses.asdict(line))
     return self._lines[setup]
 
 
@@ -283,7 +281,7 @@ def main() -> None:
     if not context.isdecimal() or int(context) == 0:
       raise UserError(f"--contexts must be numbers of devices, at least 1, got {context!r}")
   overrides = ",".join(OVERRIDE.value)
-  table = Table(Path(OUT.value) if OUT.value else None)
+  table = Table(OUT.value)
   print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
   best: dict[tuple[str, str], Line] = {}
   for preset in PRESET_NAMES.value:

@@ -19,6 +19,7 @@ from benchmarks import ablations, encoders, gpu, million, scaling, soak
 from benchmarks.attempts import Attempt
 from benchmarks.bounds import bound_seconds
 from benchmarks.faults import Site
+from benchmarks.figures import FigureFile, read_figures
 from benchmarks.programs import collective_bytes, estimated_cycles, memory_bytes
 from benchmarks.sample import euler_sigmas
 from benchmarks.steps import find_variant
@@ -177,7 +178,7 @@ class TestScalingTable:
   def test_skips_meshes_that_cannot_hold_the_weights(self, monkeypatch):
     self.compiled = []
     monkeypatch.setattr(scaling, "compile_apart", self.compile_apart)
-    assert [line.fsdp for line in self.lines(scaling.Table(None), weights=17e9 * 9, contexts=[1])] == [16]
+    assert [line.fsdp for line in self.lines(scaling.Table(""), weights=17e9 * 9, contexts=[1])] == [16]
 
   def test_weights_in_the_memory_of_the_host_take_none_of_the_devices(self):
     whole, rest, quantised = (
@@ -243,6 +244,34 @@ class TestScalingTable:
 NOT_SUPPORTED = "cpu_aot_loader.cc:195] Loading XLA:CPU AOT result. Target machine feature +prefer-no-"
 
 
+class TestFigureFile:
+  def test_a_line_that_a_kill_has_cut_off_is_found_again(self, tmp_path):
+    path = tmp_path / "folder" / "figures.jsonl"
+    FigureFile(path).add({"first": 1})
+    FigureFile(path).add({"second": "\u2028"})
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+      path.write_bytes(whole[:length])
+      file = FigureFile(path)
+      assert file.lines == [{"first": 1}][: whole[:length].count(b"\n")]
+      for figures in [{"first": 1}, {"second": "\u2028"}][len(file.lines) :]:
+        file.add(figures)
+      assert path.read_bytes() == whole and FigureFile(path).lines == file.lines == read_figures(path)
+
+  def test_other_files_are_refused_and_stay(self, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("[1]\nwords\nand no end")
+    with pytest.raises(UserError, match="is not a file of figures: line 2 is not JSON"):
+      FigureFile(path)
+    assert path.read_text() == "[1]\nwords\nand no end"
+
+  def test_without_a_path_nothing_is_written(self, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = FigureFile("")
+    file.add(1)
+    assert file.lines == [1] and not list(tmp_path.iterdir())
+
+
 class TestAblations:
   def run(self, monkeypatch, *arguments):
     """Runs it with scores that follow from the seed; returns what was trained."""
@@ -264,13 +293,6 @@ class TestAblations:
     assert self.run(monkeypatch, "--seeds=0,1,2", out) == [(f"gap of {gap}", gap, 2) for gap in (0, 4, 16)]
     assert "| gap of 16 | 37.0 ± 1.0 |" in capsys.readouterr().out
     assert len(self.run(monkeypatch, "--seeds=0", "--steps=7", out)) == 3, "of other steps"
-
-  def test_a_line_that_was_cut_off_is_trained_again(self, monkeypatch, tmp_path):
-    path = tmp_path / "folder" / "scores.jsonl"
-    assert len(self.run(monkeypatch, "--seeds=0", f"--out={path}")) == 3
-    path.write_text(path.read_text()[:-10])
-    assert len(self.run(monkeypatch, "--seeds=0", f"--out={path}")) == 1
-    assert not self.run(monkeypatch, "--seeds=0", f"--out={path}")
 
   @pytest.mark.parametrize("question", ["clip_gap", "contexts", "reversal"])
   def test_models_of_a_question_get_the_same_held_out_sentences(self, question):
