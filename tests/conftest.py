@@ -37,14 +37,15 @@ def pytest_configure(config):
 
 
 def prepare():
-  """Checks types in the package while tests run, and makes JAX exact and quick."""
+  """Checks shapes in the package while tests run, and makes JAX exact and quick."""
   import jax
   import jaxtyping
   import orbax.checkpoint as ocp
 
-  import tests.typecheck  # noqa: F401  (the hook refers to it)
+  from tests.typecheck import modules_with_shapes
 
-  jaxtyping.install_import_hook(["univid_jax"], "tests.typecheck.check_types")  # before anything is imported from it
+  # Before anything is imported from the package.
+  jaxtyping.install_import_hook(modules_with_shapes(), "tests.typecheck.check_types")
   jax.config.update("jax_default_matmul_precision", "highest")
   # By default each of the eight devices saves a slice of each array, and every slice is a program. So it is in the
   # commands that tests run in processes of their own.
@@ -81,6 +82,14 @@ def shared_programs():
     ):
       patch.setattr(place, name, functools.cache(getattr(place, name)))
     yield
+
+
+@pytest.fixture(scope="session")
+def sklearn_metrics():
+  """The module, which takes a second to import: of all workers only those that need it do."""
+  from sklearn import metrics
+
+  return metrics
 
 
 @pytest.fixture(scope="session")

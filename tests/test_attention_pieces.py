@@ -56,6 +56,7 @@ def assert_equal(found, expected, tolerance=1e-5):
 def small_blocks(monkeypatch):
   for name in ("BLOCK_Q", "BLOCK_KV", "BLOCK_KV_COMPUTE"):
     monkeypatch.setattr(splash, name, 128)
+  monkeypatch.setattr(splash, "GRADIENT_BLOCK_KV", 256)
   monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(heads=1, queries=64, keys=48, smallest=1 << 17))
 
 
@@ -71,19 +72,46 @@ def test_splash_in_pieces_equals_one_piece(monkeypatch, small_blocks, max_keys, 
     args = *args, intervals, count_bias(jnp.asarray(counts))
   whole = out_and_gradients(AttentionBackend.SPLASH, *args)
   monkeypatch.setattr(splash, "MAX_KEYS", max_keys)
+  monkeypatch.setattr(splash, "MAX_GRADIENT_KEYS", 256)
   assert_equal(out_and_gradients(AttentionBackend.SPLASH, *args), whole)
+
+
+def test_the_gradient_of_splash_reads_no_keys_that_its_queries_do_not_see(monkeypatch, small_blocks):
+  """If they were masked only, 0 * NaN would spread; pieces without a visible key would take time, too."""
+  monkeypatch.setattr(splash, "GRADIENT_BLOCK_KV", 128)
+  monkeypatch.setattr(splash, "MAX_GRADIENT_KEYS", 128)
+  q, k, v, _ = packed_row(256, 256, 1, rows=1)
+  intervals = np.repeat([[[0, 128], [128, 256]]], 128, axis=1)
+  gradients = jax.vjp(
+    lambda *qkv: attention(*qkv, key_intervals=jnp.asarray(intervals), backend=AttentionBackend.SPLASH),
+    q, k, v.at[:, :128].set(jnp.nan),
+  )[1](jnp.ones_like(q))  # fmt: skip
+  for gradient in gradients:
+    assert np.all(np.isfinite(gradient[:, 128:])) and np.any(gradient[:, 128:])
 
 
 def test_a_piece_has_at_most_as_many_keys_as_16_bits_count():
   """Four clips of 81 frames at 480p are two pieces, whose last keys are seen and whose empty intervals see nothing."""
-  pieces = splash.SplashPieces(splash.Blocks.of(131_040, 131_040), splash.MAX_KEYS, interpret=True)
-  assert pieces._split(131_072) == [(0, 65_536), (65_536, 65_536)]
-  assert [size for _, size in pieces._split(150 * 1024)] == [50 * 1024] * 3
+  blocks = splash.Blocks.of(131_040, 131_040)
+  assert splash.split_keys(131_072, blocks.keys) == [(0, 65_536), (65_536, 65_536)]
+  assert [size for _, size in splash.split_keys(150 * 1024, blocks.keys)] == [50 * 1024] * 3
   intervals = jnp.array([[0, 65_536], [40_000, 65_536], [65_535, 65_536], [0, 0], [65_536, 65_536], [7, 7]])
-  kernel = pieces._kernel(jnp.tile(intervals, (128, 1))[:512], 65_536)
+  kernel = splash._build_kernel(jnp.tile(intervals, (128, 1))[:512], blocks, 65_536, interpret=True)
   encoded, keys = kernel.fwd_mask_info.q_sequence[:6, None], np.array([0, 39_999, 40_000, 65_535])
   expected = (keys >= intervals[:, :1]) & (keys < intervals[:, 1:])
   np.testing.assert_array_equal(splash._is_visible(encoded, jnp.asarray(keys)), expected)
+
+
+@pytest.mark.parametrize(
+  "num_keys, block, pieces",
+  [
+    (19 * 1024, 1024, [(0, 8192, 2048), (8192, 8192, 2048), (16_384, 2048, 2048), (18_432, 1024, 1024)]),
+    (1024, 1024, [(0, 1024, 1024)]),
+    (384, 384, [(0, 384, 384)]),
+  ],
+)
+def test_pieces_of_the_gradient_have_its_blocks_as_far_as_possible(num_keys, block, pieces):
+  assert list(splash.split_gradient_keys(num_keys, block)) == pieces
 
 
 def test_the_function_behind_the_gradient_of_splash_is_unchanged():

@@ -111,7 +111,8 @@ class TestVAE:
     finally:
       gc.enable()
 
-  @pytest.mark.parametrize("version", cases("wan2.1", rest=[("wan2.2",)]))
+  @pytest.mark.long
+  @pytest.mark.parametrize("version", ["wan2.1", "wan2.2"])
   def test_encoding_and_decoding_are_causal(self, version):
     model = autoencoder(version)
     video = np.random.default_rng(0).uniform(-1, 1, (13, 16, 16, 3)).astype(np.float32)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
-from sklearn import metrics as sklearn_metrics
 
 from tests.clip_files import write_image
 from tests.helpers import image_width, random_pipeline
@@ -314,7 +313,7 @@ class TestKinds:
     truth = normals_to_image(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
     assert score_kind(TargetKind.NORMALS, truth, truth)[0]["mean"] < 1
 
-  def test_segmentation_is_pooled(self, tmp_path):
+  def test_segmentation_is_pooled(self, tmp_path, sklearn_metrics):
     """Labels are the nearest colours of a palette; over a data set, pixels are counted, not images averaged."""
     colors = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)
     (tmp_path / "palette.txt").write_text("\n".join(" ".join(map(str, color)) for color in colors))

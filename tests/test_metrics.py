@@ -9,7 +9,6 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
-from sklearn import metrics as sklearn_metrics
 
 from univid_jax.core.options import DepthAlignment
 from univid_jax.data.tasks.camera import camera_movement, camera_poses
@@ -118,7 +117,7 @@ class TestNormals:
 
 
 class TestSegmentation:
-  def test_against_sklearn(self):
+  def test_against_sklearn(self, sklearn_metrics):
     rng = np.random.default_rng(0)
     truth, predicted = rng.integers(0, 4, (2, 30, 30))
     confusion = confusion_matrix(predicted, truth, 6)
@@ -132,7 +131,7 @@ class TestSegmentation:
     assert found["miou"] == pytest.approx(expected, abs=1e-6)
     assert found["pixel_accuracy"] == pytest.approx(np.mean(truth[known] == predicted[known]))
 
-  def test_data_set_is_not_the_mean_of_its_images(self):
+  def test_data_set_is_not_the_mean_of_its_images(self, sklearn_metrics):
     """Intersections and unions are summed before they are divided, as in benchmarks."""
     rng = np.random.default_rng(3)
     truth, predicted = rng.integers(0, 3, (2, 4, 10, 10))
@@ -164,7 +163,7 @@ class TestSegmentation:
 
 
 class TestSaliency:
-  def test_by_hand(self):
+  def test_by_hand(self, sklearn_metrics):
     truth = np.zeros((4, 4))
     truth[:2] = 1
     predicted = np.zeros((4, 4))

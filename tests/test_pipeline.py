@@ -119,7 +119,7 @@ def test_guidance_and_given_embeddings(pipe):
   assert relative_error(plain.latents, same.latents) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["sampling_video", "sampling_mixed"])
+@pytest.mark.parametrize("name", [pytest.param("sampling_video", marks=pytest.mark.long), "sampling_mixed"])
 def test_whole_sampling_runs(name, tmp_path):
   """Contexts I and III, from pixels to pixels, through a checkpoint folder."""
   info, io, weights = golden(name)

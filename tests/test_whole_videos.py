@@ -79,7 +79,7 @@ def test_sound_and_rate(pipeline, clips, tmp_path):
   "carry_context, name",
   [
     (False, "out.mp4"),
-    (True, "frames"),
+    pytest.param(True, "frames", marks=pytest.mark.long),
     pytest.param(False, "frames", marks=pytest.mark.long),
     pytest.param(True, "out.mp4", marks=pytest.mark.long),
   ],
