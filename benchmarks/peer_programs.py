@@ -84,8 +84,12 @@ def lower_program(case: Case, apply: Callable[..., Any], params: Any, inputs: tu
   optimizer = optax.adamw(1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
   whole = inputs[0].sharding.update(spec=jax.sharding.PartitionSpec())
   moments = jax.eval_shape(optimizer.init, params)
-  placed = optax.tree_utils.tree_map_params(
-    optimizer, lambda _, sharding: sharding, moments, shardings, transform_non_params=lambda _: whole
+  structure = jax.tree.structure(params)
+  # `optax.tree_utils.tree_map_params` makes arrays on the mesh's devices, which do not exist.
+  placed = jax.tree.map(
+    lambda x: shardings if jax.tree.structure(x) == structure else whole,
+    moments,
+    is_leaf=lambda x: jax.tree.structure(x) == structure,
   )
   moments = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), moments, placed)
 

@@ -2,14 +2,14 @@
 
 The only module that uses `jax.experimental.pallas.ops.tpu.splash_attention`. Its public constructors need masks when a
 program is traced, whereas packed rows carry theirs as data, so the kernel is built here from a `MaskInfo` of traced
-arrays. Keys in pieces need its gradient with the normalizers over all pieces, which the function behind its gradient
-takes. tests/test_attention.py fails if an upgrade changes what this relies on.
+arrays. Its gradient is called by itself, piece by piece, with the normalizers over all keys, which the function behind
+the gradient takes. tests/test_attention.py fails if an upgrade changes what this relies on.
 """
 
 import dataclasses
 import functools
 import itertools
-from typing import cast
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,19 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
-from univid_jax.models.attention.pieces import OUTPUT_NAME, Piece, Ring, attend, clip_intervals, merge
+from univid_jax.models.attention.pieces import Piece, Ring, attend, clip_intervals, merge
 
 # Tokens per block. Large blocks keep the matrix unit busy; with these a step, backward pass included, stays within the
 # 16 MiB of vector memory that a v5e's compiler gives a kernel by default.
 BLOCK_Q = 512
 BLOCK_KV = 1024
 BLOCK_KV_COMPUTE = 512
+# The gradient's: all of it comes from one kernel, in five products instead of the seven of two kernels. It returns the
+# gradient of the queries for each block of keys apart, so that small blocks leave more to add up; of large blocks, more
+# is masked at the ends of a row's sentences. docs/benchmarks/tpu.md has figures.
+GRADIENT_BLOCK_KV = 2048
+# Keys per call of that kernel; more take more memory.
+MAX_GRADIENT_KEYS = 4 * GRADIENT_BLOCK_KV
 # Blocks are whole lanes of a TPU's registers.
 LANES = 128
 # The kernel gets an interval as one number, first and last key in 16 bits each; more keys are attended to in pieces.
@@ -70,15 +76,7 @@ def splash_attention(
     jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
     for x, length in ((q, length_q), (k, length_kv), (v, length_kv))
   )
-  if ring is None and length_kv <= MAX_KEYS:  # the kernel's own gradient
-
-    def attend_row(q: Array, k: Array, v: Array, intervals: Array) -> Array:
-      kernel = _build_kernel(intervals, blocks, length_kv, name=OUTPUT_NAME, interpret=interpret)
-      return cast(Array, kernel(q, k, v))  # with save_residuals it would be a tuple
-
-    out = jnp.stack([attend_row(*row) for row in zip(q, k, v, key_intervals)])
-  else:
-    out = attend(SplashPieces(blocks, MAX_KEYS, interpret), ring, q, k, v, key_intervals, None)
+  out = attend(SplashPieces(blocks, interpret), ring, q, k, v, key_intervals, None)
   return out.transpose(0, 2, 1, 3)[:, :num_queries]
 
 
@@ -100,12 +98,10 @@ class SplashPieces:
 
   Attributes:
     blocks: of the kernel.
-    max_keys: that it attends to at a time.
     interpret: see `splash_attention`.
   """
 
   blocks: Blocks
-  max_keys: int
   interpret: bool
 
   def forward(
@@ -118,13 +114,13 @@ class SplashPieces:
   ) -> Piece:
     def attend_row(row) -> Piece:
       q, k, v, intervals = row
-      pieces = [
-        self._kernel(clip_intervals(intervals, first, size), size, save_residuals=True)(
-          q, k[:, first : first + size], v[:, first : first + size]
-        )
-        for first, size in self._split(k.shape[1])
-      ]
-      return functools.reduce(merge, [(out, normalizers[..., None]) for out, (normalizers,) in pieces])
+      pieces = []
+      for first, size in split_keys(k.shape[1], self.blocks.keys):
+        part = slice(first, first + size)
+        kernel = _build_kernel(clip_intervals(intervals, first, size), self.blocks, size, interpret=self.interpret)
+        out, (normalizers,) = kernel(q, k[:, part], v[:, part])
+        pieces.append((out, normalizers[..., None]))
+      return functools.reduce(merge, pieces)
 
     out, normalizers = _stack(attend_row(row) for row in zip(q, k, v, intervals))
     return out, normalizers
@@ -139,31 +135,37 @@ class SplashPieces:
     merged: Piece,
     d_out: Float[Array, "b h l c"],
   ) -> tuple[Float[Array, "b h l k"], Float[Array, "b h n k"], Float[Array, "b h n c"]]:
-    def gradients_of_piece(first: int, size: int, q, k, v, intervals, out, normalizers, d_out):
-      kernel = self._kernel(clip_intervals(intervals, first, size), size)
-      part = slice(first, first + size)
-      saved = (q, k[:, part], v[:, part], None, None, out, normalizers[..., 0])
-      saved = (*saved, kernel.dq_mask_info, kernel.dkv_mask_info)
+    def gradients_of_piece(first: int, size: int, block: int, q, k, v, intervals, out, normalizers, d_out):
+      blocks, part = Blocks(self.blocks.queries, block), slice(first, first + size)
+      kernel = _build_kernel(clip_intervals(intervals, first, size), blocks, size, interpret=self.interpret)
+      saved = (q, k[:, part], v[:, part], None, None, out, normalizers[..., 0], None, kernel.dkv_mask_info)
       return splash._splash_attention_bwd(**kernel.kwargs, res=saved, do=d_out)[3:6]
 
     def gradients_of_row(row):
-      parts = [gradients_of_piece(*piece, *row) for piece in self._split(k.shape[2])]
-      dq, dk, dv = zip(*parts)
+      pieces = split_gradient_keys(k.shape[2], self.blocks.keys)
+      dq, dk, dv = zip(*(gradients_of_piece(*piece, *row) for piece in pieces))
       dq = functools.reduce(jnp.add, [part.astype(jnp.float32) for part in dq])
       return dq, jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)
 
     dq, dk, dv = _stack(gradients_of_row(row) for row in zip(q, k, v, intervals, *merged, d_out))
     return dq.astype(q.dtype), dk, dv
 
-  def _kernel(self, intervals: Int[Array, "l 2"], num_keys: int, *, save_residuals: bool = False):
-    return _build_kernel(intervals, self.blocks, num_keys, save_residuals=save_residuals, interpret=self.interpret)
 
-  def _split(self, num_keys: int) -> list[tuple[int, int]]:
-    """Returns first key and length of as few pieces as possible, of about equal size."""
-    num_blocks = num_keys // self.blocks.keys
-    num_pieces = -(-num_blocks // (self.max_keys // self.blocks.keys))
-    bounds = [self.blocks.keys * (num_blocks * i // num_pieces) for i in range(num_pieces + 1)]
-    return [(first, last - first) for first, last in itertools.pairwise(bounds)]
+def split_keys(num_keys: int, block: int) -> list[tuple[int, int]]:
+  """Returns first key and length of as few pieces as possible, of whole blocks and about equal size."""
+  num_blocks = num_keys // block
+  num_pieces = -(-num_blocks // (MAX_KEYS // block))
+  bounds = [block * (num_blocks * i // num_pieces) for i in range(num_pieces + 1)]
+  return [(first, last - first) for first, last in itertools.pairwise(bounds)]
+
+
+def split_gradient_keys(num_keys: int, block: int) -> Iterator[tuple[int, int, int]]:
+  """Yields first key, length and block of pieces for the gradient: of its own blocks, the rest of smaller ones."""
+  first = 0
+  for size_of_block in (GRADIENT_BLOCK_KV, block):
+    while size := min(MAX_GRADIENT_KEYS, (num_keys - first) // size_of_block * size_of_block):
+      yield first, size, size_of_block
+      first += size
 
 
 def _stack(rows):
@@ -172,41 +174,37 @@ def _stack(rows):
 
 
 def _build_kernel(
-  intervals: Int[Array, "l 2"],
-  blocks: Blocks,
-  num_keys: int,
-  *,
-  name: str | None = None,
-  save_residuals: bool = False,
-  interpret: bool,
+  intervals: Int[Array, "l 2"], blocks: Blocks, num_keys: int, *, interpret: bool
 ) -> splash.SplashAttentionKernel:
-  """Builds the kernel for the intervals of one row; it maps (h, l, k), (h, n, k), (h, n, k) to (h, l, k).
+  """Builds the kernel for the intervals of one row.
+
+  It maps (h, l, k), (h, n, k), (h, n, k) to an output (h, l, k) and its normalizers (h, l).
 
   Args:
     intervals: of the queries, within the keys.
     blocks: of the kernel.
     num_keys: whole blocks.
-    name: of what its gradient keeps, see `pieces.OUTPUT_NAME`.
-    save_residuals: whether it also returns its normalizers; it then has no gradient.
     interpret: see `splash_attention`.
   """
   compute = BLOCK_KV_COMPUTE if blocks.keys % BLOCK_KV_COMPUTE == 0 else LANES
   visible = visible_blocks(intervals, blocks.queries, blocks.keys, num_keys // blocks.keys)
   start, end = intervals[:, 0], intervals[:, 1]
   encoded = jnp.where(end > start, (start << INDEX_BITS) | (end - 1), NO_KEYS)
+  # Queries without keys attend to the first block, so that their output is finite.
+  attended = visible.at[:, 0].set(visible[:, 0] | ~visible.any(axis=1))
   over_keys, over_queries = (
     MaskInfo(
-      data_next=_next_visible(visible, axis)[None],
+      data_next=_next_visible(blocks_to_read, axis)[None],
       mask_next=None,
-      block_mask=jnp.where(visible, NO_STORED_MASK, 0)[None],
+      block_mask=jnp.where(blocks_to_read, NO_STORED_MASK, 0)[None],
       partial_mask_blocks=None,
       q_sequence=encoded,  # pyright: ignore[reportArgumentType]  # annotated as np.ndarray, but arrays are traced too
     )
-    for axis in (1, 0)
+    for blocks_to_read, axis in ((attended, 1), (visible, 0))
   )
   return splash.SplashAttentionKernel(
     over_keys,
-    over_keys,
+    None,
     over_queries,
     block_sizes=splash.BlockSizes(
       block_q=blocks.queries,
@@ -215,14 +213,13 @@ def _build_kernel(
       block_q_dkv=blocks.queries,
       block_kv_dkv=blocks.keys,
       block_kv_dkv_compute=compute,
-      block_q_dq=blocks.queries,
-      block_kv_dq=blocks.keys,
+      use_fused_bwd_kernel=True,
     ),
     is_mqa=False,
-    save_residuals=save_residuals,
+    save_residuals=True,
     mask_value=splash.DEFAULT_MASK_VALUE,
     attn_logits_soft_cap=None,
-    residual_checkpoint_name=name,
+    residual_checkpoint_name=None,  # `pieces.attend` names what it keeps
     mask_function=_is_visible,
     interpret=interpret,
   )
@@ -247,15 +244,11 @@ def append_bias(
 def visible_blocks(
   intervals: Int[Array, "l 2"], block_q: int, block_kv: int, num_kv_blocks: int
 ) -> Bool[Array, "query_blocks key_blocks"]:
-  """Returns which blocks of keys each block of queries attends to: those that overlap the span of its intervals.
-
-  A block that contains padding alone attends to the first, so that its output is finite.
-  """
+  """Returns which blocks of keys each block of queries sees: those that overlap the span of its intervals."""
   start, end = (intervals[:, side].reshape(-1, block_q) for side in (0, 1))
   is_token = end > start
   low = jnp.min(jnp.where(is_token, start, block_kv * num_kv_blocks), axis=1)
   high = jnp.max(jnp.where(is_token, end, 0), axis=1)
-  low, high = jnp.where(high > 0, low, 0), jnp.maximum(high, 1)
   first_key = jnp.arange(num_kv_blocks) * block_kv
   return (first_key < high[:, None]) & (first_key + block_kv > low[:, None])
 
