@@ -11,7 +11,7 @@ from tests.helpers import relative_error
 from univid_jax.codecs import vae_layers
 from univid_jax.config.schema import LoRAConfig
 from univid_jax.models import lora, rope
-from univid_jax.models.dit_blocks import split_heads
+from univid_jax.models.dit_blocks import project_to_heads
 from univid_jax.models.layers import Linear
 from univid_jax.platform import cpu, tpu
 from univid_jax.platform.current import Platform, current_platform
@@ -43,12 +43,17 @@ def test_pairs_are_swapped_by_a_product_on_tpus_only():
   assert "dot_general" in program[Platform.TPU] and "dot_general" not in program[Platform.CPU]
 
 
-def test_heads_are_split_behind_a_barrier_on_tpus_only():
-  program = {
-    platform: traced_operations(lambda x: split_heads(x, 2), jnp.ones((1, 3, 8)), platform=platform)
+@pytest.mark.parametrize("adapted", [True, False])
+def test_sums_with_an_adapter_are_split_into_heads_behind_a_barrier_on_tpus_only(adapted):
+  linear = Linear(8, 8, dims=(None, None), rngs=nnx.Rngs(0))
+  if adapted:
+    linear.lora = lora.LoRA(linear.kernel, LoRAConfig(rank=2), dtype=jnp.float32, rngs=nnx.Rngs(0))
+  has_barrier = {
+    platform: "optimization_barrier"
+    in traced_operations(lambda x: project_to_heads(linear, x, 2), jnp.ones((1, 3, 8)), platform=platform)
     for platform in (Platform.CPU, Platform.TPU)
   }
-  assert "optimization_barrier" in program[Platform.TPU] and "optimization_barrier" not in program[Platform.CPU]
+  assert has_barrier == {Platform.CPU: False, Platform.TPU: adapted}
   np.testing.assert_array_equal(tpu.materialize(jnp.ones(3)), jnp.ones(3))
 
 

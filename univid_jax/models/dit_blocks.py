@@ -57,11 +57,16 @@ def spread_slots(table: Float[Array, "b m d"], row: PackedRow) -> Float[Array, "
   return jnp.einsum("blm,bmd->bld", one_hot, table, precision=jax.lax.Precision.HIGHEST)
 
 
-def split_heads(x: Float[Array, "b l d"], num_heads: int) -> Float[Array, "b l h k"]:
-  """Splits channels into heads."""
-  if current_platform() == Platform.TPU:
-    x = tpu.materialize(x)
-  return x.reshape(*x.shape[:2], num_heads, -1)
+def project_to_heads(
+  linear: Linear, x: Float[Array, "b l d"], num_heads: int, norm: RMSNorm | None = None
+) -> Float[Array, "b l h k"]:
+  """Applies a Linear and a norm, and splits the channels into heads."""
+  y = linear(x)
+  if norm is not None:
+    y = norm(y)
+  if linear.lora is not None and current_platform() == Platform.TPU:
+    y = tpu.materialize(y)
+  return y.reshape(*y.shape[:2], num_heads, -1)
 
 
 class SelfAttention(nnx.Module):
@@ -85,15 +90,15 @@ class SelfAttention(nnx.Module):
     queries: PackedRow | None = None,
   ) -> tuple[Float[Array, "b q d"], KeysAndValues]:
     """See `Block`."""
-    k = rotate(split_heads(self.norm_k(self.k(x)), self.num_heads), *rope)
-    v = split_heads(self.v(x), self.num_heads)
+    k = rotate(project_to_heads(self.k, x, self.num_heads, self.norm_k), *rope)
+    v = project_to_heads(self.v, x, self.num_heads)
     if cache is not None:
       k, v = cache.with_targets(k, v)
     if queries is not None:
       assert row.targets is not None
       x, cos, sin = (take_tokens(value, row.targets) for value in (x, *rope))
       row, rope = queries, (cos, sin)
-    q = rotate(split_heads(self.norm_q(self.q(x)), self.num_heads), *rope)
+    q = rotate(project_to_heads(self.q, x, self.num_heads, self.norm_q), *rope)
     y = attention(q, k, v, key_intervals=row.key_intervals, backend=self.backend)
     return self.o(y.reshape(x.shape)), (k, v)
 
@@ -115,12 +120,12 @@ class CrossAttention(nnx.Module):
   def __call__(
     self, x: Float[Array, "b l d"], row: PackedRow, text: Float[Array, "b n d"], image: Float[Array, "b i d"] | None
   ) -> Float[Array, "b l d"]:
-    heads = functools.partial(split_heads, num_heads=self.num_heads)
-    q = heads(self.norm_q(self.q(x)))
+    project = functools.partial(project_to_heads, num_heads=self.num_heads)
+    q = project(self.q, x, norm=self.norm_q)
     y = attention(
       q,
-      heads(self.norm_k(self.k(text))),
-      heads(self.v(text)),
+      project(self.k, text, norm=self.norm_k),
+      project(self.v, text),
       key_intervals=row.text_intervals,
       key_bias=count_bias(row.text_counts),
       backend=AttentionBackend.AUTO,
@@ -128,8 +133,8 @@ class CrossAttention(nnx.Module):
     if image is not None:
       y = y + attention(
         q,
-        heads(self.norm_k_img(self.k_img(image))),
-        heads(self.v_img(image)),
+        project(self.k_img, image, norm=self.norm_k_img),
+        project(self.v_img, image),
         key_intervals=row.image_intervals,
         backend=AttentionBackend.AUTO,
       )

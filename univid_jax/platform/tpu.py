@@ -26,7 +26,9 @@ def materialize(x: Float[Array, "..."]) -> Float[Array, "..."]:
   """Returns x behind a barrier, so that XLA computes it in its own layout before its heads are split.
 
   Otherwise each term of the sum that x is (a Linear's product, its bias, its adapter's output) is brought into the
-  layout of heads on its own: 7.78 instead of 7.42 billion cycles, 13.22 instead of 12.48 GB of activations.
+  layout of heads on its own: 7.78 instead of 7.42 billion cycles, 13.22 instead of 12.48 GB of activations. Without an
+  adapter it costs more than it saves: a forward pass of the 1.3B on four v5p (32,760 tokens, jax 0.10.2) takes 0.182
+  billion cycles, with the barrier 0.198.
   """
   return jax.lax.optimization_barrier(x)
 
