@@ -17,7 +17,7 @@ class FigureFile:
     lines: the figures so far, in the file's order.
 
   Raises:
-    UserError: a line of the file is not JSON.
+    UserError: the file has something else.
   """
 
   def __init__(self, path: str | Path):
@@ -28,9 +28,8 @@ class FigureFile:
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._path.touch()
     self.lines = read_figures(self._path)
-    text = self._path.read_bytes()
-    with self._path.open("r+b") as file:
-      file.truncate(text.rfind(b"\n") + 1)
+    if not self._path.read_bytes().endswith(b"\n"):
+      self._path.write_text("".join(json.dumps(figures) + "\n" for figures in self.lines))
 
   def add(self, figures: Any) -> None:
     """Adds a line; a run that ends after this has it."""
@@ -44,13 +43,15 @@ def read_figures(path: str | Path) -> list[Any]:
   """Returns the figures of a file, without what a kill has cut off at its end.
 
   Raises:
-    UserError: a line is not JSON.
+    UserError: a line is not a figure, and not the beginning of one at the file's end.
     OSError: the file cannot be read.
   """
   found = []
-  for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+  *lines, last = Path(path).read_bytes().split(b"\n")
+  for number, line in enumerate((*lines, last), start=1):
     try:
       found.append(json.loads(line))
     except ValueError:
-      raise UserError(f"{path} is not a file of figures: line {number} is not JSON") from None
+      if number <= len(lines) or line[:1] not in (b"", b"{"):
+        raise UserError(f"{path} is not a file of figures: line {number} is not JSON") from None
   return found

@@ -46,40 +46,69 @@ def collective_bytes(text: str, num_layers: int) -> dict[str, float]:
   return totals
 
 
-def memory_bytes(text: str, num_layers: int) -> float:
-  """Returns the bytes that a program reads from and writes to the device's memory.
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """An instruction that runs on its own.
 
-  These are the inputs and outputs of its instructions, without what the compiler keeps on the chip. Of an array with
-  one entry per layer (weights, values stored for the backward pass) a loop's body counts one entry.
+  Attributes:
+    name: in the program, without its number.
+    source: the path of scopes and the operation that it was made for; of a fusion those of its result.
+    times: how often it runs.
+    cycles: of one run, as the compiler expects; none of kernels.
+    memory: bytes that one run reads from and writes to the device's memory.
   """
-  total = 0.0
+
+  name: str
+  source: str
+  times: int
+  cycles: int
+  memory: float
+
+
+def find_instructions(text: str, num_layers: int) -> Iterator[Instruction]:
+  """Yields the instructions of a program.
+
+  Traffic is their inputs and outputs, without what the compiler keeps on the chip. Of an array with one entry per layer
+  (weights, values stored for the backward pass) a loop's body counts one entry.
+  """
   for times, computation in _executed(text, num_layers):
     stacked = num_layers if times > 1 else 0
     sizes: dict[str, float] = {}
     instructions = re.findall(r"^ *(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$", computation, re.M)
-    for name, shapes, kind, arguments in instructions:
+    for name, shapes, kind, rest in instructions:
       made = _sizes(shapes, stacked)
       sizes[name] = sum(made)
+      memory = 0.0
       if kind in ("slice", "dynamic-slice", "gather"):
-        total += times * 2 * sizes[name]
+        memory = 2 * sizes[name]
       elif kind in (
         "copy-start",
         "slice-start",
       ):  # of type (to, from, flag) or ((from), to, flag), in memory or on chip
         moved = min(sorted(_sizes(shapes, stacked, on_chip=True), reverse=True)[:2])
-        total += times * moved * sum(size > FLAG_BYTES for size in made)
+        memory = moved * sum(size > FLAG_BYTES for size in made)
       elif kind not in NO_TRAFFIC:
-        read = re.findall(r"%([\w.\-]+)", arguments.partition(")")[0])
-        total += times * (sizes[name] + sum(sizes.get(argument, 0) for argument in read))
-  return total
+        read = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
+        memory = sizes[name] + sum(sizes.get(argument, 0) for argument in read)
+      cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
+      source = re.search(r'op_name="([^"]*)"', rest)
+      yield Instruction(
+        name=re.sub(r"[.\d]+$", "", name),
+        source=source[1] if source else "",
+        times=times,
+        cycles=int(cycles[1]) if cycles else 0,
+        memory=memory,
+      )
+
+
+def memory_bytes(text: str, num_layers: int) -> float:
+  """Returns the bytes that a program reads from and writes to the device's memory, see `find_instructions`."""
+  return sum((each.times * each.memory for each in find_instructions(text, num_layers)), 0.0)
 
 
 def estimated_cycles(text: str, num_layers: int) -> float:
   """Returns the cycles that the TPU compiler expects; it expects none of kernels (splash attention)."""
-  cycles = 0
-  for times, computation in _executed(text, num_layers):
-    cycles += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', computation)))
-  return float(cycles)
+  return float(sum(each.times * each.cycles for each in find_instructions(text, num_layers)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Shared by several tests: goldens, models with golden weights, relative errors."""
 
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
@@ -21,6 +23,24 @@ from univid_jax.inference.experts import OffloadedParams, Params, Transformer
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.dit import DiT
 from univid_jax.models.variants import DiTConfig
+
+
+class LazyPackage:
+  """A package that is imported when it is first used. All workers collect all tests; few run those with PyTorch."""
+
+  def __init__(self, name: str):
+    self._name = name
+
+  def __getattr__(self, attribute: str):
+    return getattr(importlib.import_module(self._name), attribute)
+
+
+def package_or_skip(name: str, *, reason: str) -> LazyPackage:
+  """Returns a package of an extra, for a whole module of tests, or skips the module; does not import it."""
+  if importlib.util.find_spec(name) is None:
+    pytest.skip(reason, allow_module_level=True)
+  return LazyPackage(name)
+
 
 GOLDENS = Path(__file__).parent / "goldens"
 GOLDENS22 = Path(__file__).parent / "goldens22"  # of Wan2.2

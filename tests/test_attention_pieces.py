@@ -60,9 +60,9 @@ def small_blocks(monkeypatch):
   monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(heads=1, queries=64, keys=48, smallest=1 << 17))
 
 
-@pytest.mark.parametrize("max_keys", [128, pytest.param(256, marks=pytest.mark.long)])
+@pytest.mark.parametrize("size", [128, pytest.param(256, marks=pytest.mark.long)])
 @pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.long)])
-def test_splash_in_pieces_equals_one_piece(monkeypatch, small_blocks, max_keys, masked):
+def test_splash_in_pieces_equals_xla(monkeypatch, small_blocks, size, masked):
   """Outputs and gradients: intervals across pieces, pieces without any visible key, padding, and biased keys."""
   q, k, v, intervals = packed_row(200, 370, 1, rows=1)
   args = (q, k, v)
@@ -70,16 +70,25 @@ def test_splash_in_pieces_equals_one_piece(monkeypatch, small_blocks, max_keys, 
     counts = np.ones((1, 370), np.float32)
     counts[:, 120:140], counts[:, 300:310] = 500, 0
     args = *args, intervals, count_bias(jnp.asarray(counts))
-  whole = out_and_gradients(AttentionBackend.SPLASH, *args)
-  monkeypatch.setattr(splash, "MAX_KEYS", max_keys)
-  monkeypatch.setattr(splash, "MAX_GRADIENT_KEYS", 256)
-  assert_equal(out_and_gradients(AttentionBackend.SPLASH, *args), whole)
+  for name in ("MAX_KEYS", "GRADIENT_BLOCK_KV"):
+    monkeypatch.setattr(splash, name, size)
+  monkeypatch.setattr(splash, "MAX_GRADIENT_BLOCKS", 1)
+  assert len(list(splash.split_gradient_keys(384, 128))) == len(splash.split_keys(384, 128)) == -(-384 // size)
+  assert_equal(out_and_gradients(AttentionBackend.SPLASH, *args), out_and_gradients(AttentionBackend.XLA, *args))
+
+
+def test_without_a_gradient_the_kernel_of_splash_returns_no_normalizers():
+  x = jnp.ones((1, 128, 1, 128))
+  program = str(jax.make_jaxpr(lambda x: splash.splash_attention(x, x, x))(x))
+  assert "splash_mha_fwd_no_residuals" in program
+  program = str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(splash.splash_attention(x, x, x))))(x))
+  assert "splash_mha_fwd_no_residuals" not in program and "splash_mha_fwd_residuals" in program
 
 
 def test_the_gradient_of_splash_reads_no_keys_that_its_queries_do_not_see(monkeypatch, small_blocks):
   """If they were masked only, 0 * NaN would spread; pieces without a visible key would take time, too."""
   monkeypatch.setattr(splash, "GRADIENT_BLOCK_KV", 128)
-  monkeypatch.setattr(splash, "MAX_GRADIENT_KEYS", 128)
+  monkeypatch.setattr(splash, "MAX_GRADIENT_BLOCKS", 1)
   q, k, v, _ = packed_row(256, 256, 1, rows=1)
   intervals = np.repeat([[[0, 128], [128, 256]]], 128, axis=1)
   gradients = jax.vjp(
@@ -115,7 +124,7 @@ def test_pieces_of_the_gradient_have_its_blocks_as_far_as_possible(num_keys, blo
 
 
 def test_the_function_behind_the_gradient_of_splash_is_unchanged():
-  """Pieces need the gradient of the kernel with normalizers over all keys, which no public function takes.
+  """The gradient needs the kernel's with normalizers over all keys, which no public function takes.
 
   If this fails after an upgrade of JAX: compare `splash.SplashPieces.backward` with `_splash_attention_bwd` and the
   residuals that `_splash_attention_fwd` returns in JAX's splash_attention_kernel.py, and run this file's splash tests.
@@ -170,6 +179,8 @@ def test_a_ring_of_splash_equals_one_device(monkeypatch, small_blocks, max_keys)
   args = packed_row(num_tokens, num_tokens, 1, rows=1)
   whole = out_and_gradients(AttentionBackend.XLA, *args)
   monkeypatch.setattr(splash, "MAX_KEYS", max_keys)
+  monkeypatch.setattr(splash, "GRADIENT_BLOCK_KV", 128)
+  monkeypatch.setattr(splash, "MAX_GRADIENT_BLOCKS", 1)
   with jax.set_mesh(make_mesh({"context": 2}, devices=jax.devices()[:2])):
     sharded = out_and_gradients(AttentionBackend.SPLASH, *args)
   assert_equal(sharded, whole)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import ablations, encoders, gpu, million, scaling, soak
+from benchmarks import ablations, encoders, gpu, million, ranking, scaling, soak
 from benchmarks.attempts import Attempt
 from benchmarks.bounds import bound_seconds
 from benchmarks.faults import Site
@@ -140,6 +140,42 @@ def test_memory_traffic_of_a_loop():
   assert estimated_cycles(PROGRAM, 3) == 70 + 3 * 500
 
 
+class TestRanking:
+  TEXT = """ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %copy.1 = f32[8,128]{0,1} copy(%a), metadata={op_name="jit(f)/norm/add"}, backend_config={"estimated_cycles":"10"}
+  %copy.12 = f32[8,128] copy(%copy.1), metadata={op_name="jit(f)/norm/add"}, backend_config={"estimated_cycles":"20"}
+  %fusion.3 = f32[8,128]{1,0} fusion(%copy.12), metadata={op_name="jit(f)/transpose(jvp())/while/body/closed_call/\
+checkpoint/self_attention/rotary/mul"}, backend_config={"estimated_cycles":"50"}
+  ROOT %fusion.4 = f32[8,128] fusion(%fusion.3), metadata={op_name="jit(f)/transpose(jvp())/while/body/closed_call/\
+checkpoint/rematted_computation/self_attention/rotary/mul"}, backend_config={"estimated_cycles":"20"}
+}
+"""
+
+  def test_instructions_are_added_up_by_pass_part_and_name(self, tmp_path, capsys):
+    (tmp_path / "program.txt").write_text(self.TEXT)
+    assert ranking.main(["ranking", f"--program={tmp_path / 'program.txt'}", "--layers=1", "--top=2"]) == 0
+    gb = 2 * 8 * 128 * 4 / 1e9
+    assert capsys.readouterr().out.splitlines()[2:] == [
+      f"| backward | self_attention/rotary/mul | fusion | 1 | 0.000 | 50.0% | {gb:.1f} |",
+      f"| forward | norm/add | copy | 2 | 0.000 | 30.0% | {gb:.1f} |",
+      "",
+      "0.000 x 10^9 cycles without kernels: backward 50%, forward 30%, recomputed 20%",
+    ]
+
+  @pytest.mark.parametrize(
+    "argument, message",
+    [
+      ("--program=nowhere", "--program: no such file: nowhere"),
+      ("--topology=v5e", "'v5e' is not a topology"),
+      ("--override=nothing", "--override takes KEY=VALUE"),
+    ],
+  )
+  def test_mistakes_are_one_line(self, argument, message, capfd):
+    assert ranking.main(["ranking", argument]) == 1
+    assert message in capfd.readouterr().err
+
+
 def test_memory_traffic_of_a_compiled_program():
   x = np.zeros((256, 512), np.float32)
   text = jax.jit(lambda x: jnp.sin(x) + 1).lower(x).compile().as_text()
@@ -253,17 +289,18 @@ class TestFigureFile:
     for length in range(len(whole)):
       path.write_bytes(whole[:length])
       file = FigureFile(path)
-      assert file.lines == [{"first": 1}][: whole[:length].count(b"\n")]
+      assert len(file.lines) == whole[: length + 1].count(b"\n"), "a line is whole without its end"
       for figures in [{"first": 1}, {"second": "\u2028"}][len(file.lines) :]:
         file.add(figures)
       assert path.read_bytes() == whole and FigureFile(path).lines == file.lines == read_figures(path)
 
   def test_other_files_are_refused_and_stay(self, tmp_path):
     path = tmp_path / "README.md"
-    path.write_text("[1]\nwords\nand no end")
-    with pytest.raises(UserError, match="is not a file of figures: line 2 is not JSON"):
-      FigureFile(path)
-    assert path.read_text() == "[1]\nwords\nand no end"
+    for text, line in (('{"a": 1}\nwords\nand no end', 2), ("no end", 1), ('{"a": 1}\nno end', 2)):
+      path.write_text(text)
+      with pytest.raises(UserError, match=f"is not a file of figures: line {line} is not JSON"):
+        FigureFile(path)
+      assert path.read_text() == text
 
   def test_without_a_path_nothing_is_written(self, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

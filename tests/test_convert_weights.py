@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import univid_jax
 from tests.checkpoint_files import write_safetensors
 from tests.commands import environment
-from tests.helpers import GOLDENS
+from tests.helpers import GOLDENS, package_or_skip
 from univid_jax.checkpoints.experts import Expert, find_expert
 from univid_jax.checkpoints.info import is_checkpoint, read_info
 from univid_jax.checkpoints.tensor_files import open_tensors
@@ -35,7 +35,7 @@ from univid_jax.models.names import name_from_diffusers, name_to_diffusers
 from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import VARIANTS, DiTConfig
 
-torch = pytest.importorskip("torch", reason="the release contains PyTorch files; needs the extra `convert`")
+torch = package_or_skip("torch", reason="the release contains PyTorch files; needs the extra `convert`")
 
 RELEASE = GOLDENS / "tiny_wan"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import re
 import time
 
 import jax
@@ -24,7 +25,7 @@ from univid_jax.diffusion.guidance import Branch, guide
 from univid_jax.diffusion.loss import sentence_losses, timestep_table
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.models import rope
-from univid_jax.models.attention import xla
+from univid_jax.models.attention import splash, xla
 from univid_jax.models.attention.api import attention
 from univid_jax.models.dit import REMAT_POLICIES, DiT, timestep_embedding
 from univid_jax.models.layers import normalize, param
@@ -113,13 +114,32 @@ def test_bfloat16_is_close_to_float32():
   assert 1e-6 < relative_error(low, expected) <= 2e-2
 
 
-@functools.cache
-def gradient(remat):
+def gradient_program(remat):
+  """Returns the gradient as a compilable function, and its parameters."""
   info, io, weights = golden("dit_t2v")
   row, t = row_of(io["x"], io["context"]), jnp.asarray(io["t"])[None]
   graph, params = nnx.split(load_dit(DiTConfig.from_json(info["config"]), weights, remat=remat), nnx.Param)
-  gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(row.tokens, t, row)))))
-  return jax.tree.leaves(jax.device_get(gradient(params)))
+  return jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(row.tokens, t, row))))), params
+
+
+@functools.cache
+def gradient(remat):
+  function, params = gradient_program(remat)
+  return jax.tree.leaves(jax.device_get(function(params)))
+
+
+def test_parts_are_named_in_programs():
+  """In forward passes, what is recomputed and gradients; profiles and `benchmarks.ranking` show these names."""
+  function, params = gradient_program(RematPolicy.FULL)
+  sources = set(re.findall(r'loc\("([^"]*)/\w+"', function.lower(params).as_text(debug_info=True)))
+  for part in (
+    "self_attention/rotary",
+    "self_attention/norm",
+    "cross_attention/norm",
+    "feed_forward",
+    "modulation/norm",
+  ):
+    assert {part, f"checkpoint/rematted_computation/{part}", f"checkpoint/{part}"} <= sources
 
 
 @pytest.mark.parametrize(
@@ -140,6 +160,13 @@ def test_remat_policy_attention_saves_the_second_forward_pass(monkeypatch, remat
   graph, params = nnx.split(load_dit(DiTConfig.from_json(info["config"]), weights, remat=remat), nnx.Param)
   gradient = jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(row.tokens, t, row))))
   assert str(jax.make_jaxpr(gradient)(params)).count("while[") == passes
+
+
+@pytest.mark.parametrize("remat, kernels", [(RematPolicy.FULL, 3), (RematPolicy.ATTENTION, 2)])
+def test_remat_policy_attention_saves_the_second_forward_pass_of_splash(remat, kernels):
+  x = jnp.ones((1, 128, 1, 128))
+  block = jax.checkpoint(lambda x: jnp.sum(splash.splash_attention(x, x, x)), policy=REMAT_POLICIES[remat])
+  assert str(jax.make_jaxpr(jax.grad(block))(x)).count("pallas_call[") == kernels
 
 
 @pytest.mark.parametrize("remat, passes", [(RematPolicy.FULL, 2), (RematPolicy.ATTENTION, 1)])

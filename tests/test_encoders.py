@@ -69,7 +69,9 @@ class TestVAE:
     assert latents.dtype == jnp.float32 and relative_error(latents, expected) <= 1e-4
     assert relative_error(jax.jit(model.decode)(expected), frames_last(io[f"recon{frames}"])) <= 1e-4
 
-  @pytest.mark.parametrize("tiling", [None, Tiling(size=4, overlap=1)], ids=["whole", "tiled"])
+  @pytest.mark.parametrize(
+    "tiling", [None, pytest.param(Tiling(size=4, overlap=1), marks=pytest.mark.long)], ids=["whole", "tiled"]
+  )
   def test_parts_are_the_clip(self, tiling):
     model = autoencoder("wan2.1")
     graph, params = nnx.split(model)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import load, load_dit, relative_error
+from tests.helpers import load, load_dit, package_or_skip, relative_error
 from tests.test_dit import PATCH, row_of
 from univid_jax.codecs.vae_config import AUTOENCODERS
 from univid_jax.codecs.wan_vae import VAE
@@ -30,9 +30,9 @@ from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
 from univid_jax.models.variants import VARIANTS, DiTConfig
 from univid_jax.parallel.mesh import make_mesh
 
-torch = pytest.importorskip("torch", reason="needs the extra `parity`")
-diffusers = pytest.importorskip("diffusers", reason="needs the extra `parity`")
-transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
+torch = package_or_skip("torch", reason="needs the extra `parity`")
+diffusers = package_or_skip("diffusers", reason="needs the extra `parity`")
+transformers = package_or_skip("transformers", reason="needs the extra `parity`")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import univid_jax
-from tests.helpers import GOLDENS, channels_last, golden, parameters, relative_error
+from tests.helpers import GOLDENS, channels_last, golden, package_or_skip, parameters, relative_error
 from univid_jax.checkpoints.model import open_encoders, transformer_config
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import wan_1_3b
@@ -33,7 +33,7 @@ INFO = json.loads((EXPECTED / "expected.json").read_text())
 TENSORS = load_file(EXPECTED / "expected.safetensors")
 CLIPS = [TENSORS[f"clip{i}"] for i in range(3)]
 
-pytest.importorskip("torch", reason="the autoencoder of the release is a PyTorch file; needs the extra `convert`")
+package_or_skip("torch", reason="the autoencoder of the release is a PyTorch file; needs the extra `convert`")
 
 
 @pytest.fixture(scope="module")

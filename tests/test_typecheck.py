@@ -1,4 +1,4 @@
-"""The annotations of the package are checked while the tests run."""
+"""The annotations of modules with shapes are checked while the tests run."""
 
 import re
 from pathlib import Path

@@ -46,6 +46,7 @@ class KeyValueCache:
     return put_tokens(keys, self.targets, into=cached_keys), put_tokens(values, self.targets, into=cached_values)
 
 
+@jax.named_scope("modulation")
 def spread_slots(table: Float[Array, "b m d"], row: PackedRow) -> Float[Array, "b l d"]:
   """Gives each token its entry of a table by modulation slot; a table with one entry is left to broadcasting (l = 1).
 
@@ -80,6 +81,7 @@ class SelfAttention(nnx.Module):
     self.o = linear(dims=("heads", "embed"))
     self.norm_q, self.norm_k = norm(), norm()
 
+  @jax.named_scope("self_attention")
   def __call__(
     self,
     x: Float[Array, "b l d"],
@@ -117,6 +119,7 @@ class CrossAttention(nnx.Module):
       self.k_img, self.v_img = (linear(dims=("embed", "heads")) for _ in range(2))
       self.norm_k_img = norm()
 
+  @jax.named_scope("cross_attention")
   def __call__(
     self, x: Float[Array, "b l d"], row: PackedRow, text: Float[Array, "b n d"], image: Float[Array, "b i d"] | None
   ) -> Float[Array, "b l d"]:
@@ -149,6 +152,7 @@ class FeedForward(nnx.Module):
     self.up = linear(config.dim, config.ffn_dim, dims=("embed", "mlp"))
     self.down = linear(config.ffn_dim, config.dim, dims=("mlp", "embed"))
 
+  @jax.named_scope("feed_forward")
   def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
     return self.down(gelu_tanh(self.up(x)))
 
@@ -204,6 +208,7 @@ class Block(nnx.Module):
     return add_gated(x, y, mlp_gate), keys_and_values
 
 
+@jax.named_scope("modulation")
 def modulate(
   x: Float[Array, "b l d"], shift: Float[Array, "b #l d"], scale: Float[Array, "b #l d"], eps: float
 ) -> Float[Array, "b l d"]:
@@ -211,6 +216,7 @@ def modulate(
   return (normalize(x, eps) * (1 + scale) + shift).astype(x.dtype)
 
 
+@jax.named_scope("modulation")
 def add_gated(
   x: Float[Array, "b l d"], y: Float[Array, "b l d"], gate: Float[Array, "b #l d"]
 ) -> Float[Array, "b l d"]:

@@ -96,12 +96,14 @@ class RMSNorm(nnx.Module):
     self.eps = eps
     self.scale = param(rngs, scale_init, (dim,), param_dtype, dims)
 
+  @jax.named_scope("norm")
   def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
     return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.named_scope("norm")
 def normalize(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
   """Layer norm without parameters, over the last dim; float32 in and out."""
   y = x.astype(jnp.float32)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -48,6 +49,7 @@ def rotary_tables(
   return look_up(np.cos(a) for a in angles), look_up(np.sin(a) * np.tile([-1, 1], a.shape[1] // 2) for a in angles)
 
 
+@jax.named_scope("rotary")
 def rotate(
   x: Float[Array, "b l h k"], cos: Float[Array, "b l 1 k"], sin: Float[Array, "b l 1 k"]
 ) -> Float[Array, "b l h k"]:

@@ -27,8 +27,8 @@ def materialize(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
   Otherwise each term of the sum that x is (a Linear's product, its bias, its adapter's output) is brought into the
   layout of heads on its own: 7.78 instead of 7.42 billion cycles, 13.22 instead of 12.48 GB of activations. Without an
-  adapter it costs more than it saves: a forward pass of the 1.3B on four v5p (32,760 tokens, jax 0.10.2) takes 0.182
-  billion cycles, with the barrier 0.198.
+  adapter it costs more than it saves on v5e and v5p: a forward pass of the 1.3B on four v5p (32,760 tokens, jax 0.10.2)
+  takes 0.182 billion cycles, with the barrier 0.198.
   """
   return jax.lax.optimization_barrier(x)
 

@@ -30,6 +30,10 @@ class Kernel(Protocol):
   weight 0 beside others.
   """
 
+  def output(self, q: Array, k: Array, v: Array, intervals: Array, bias: Array | None) -> Array:
+    """Returns the output alone, for calls without a gradient."""
+    ...
+
   def forward(self, q: Array, k: Array, v: Array, intervals: Array, bias: Array | None) -> Piece: ...
 
   def backward(
@@ -95,6 +99,8 @@ def attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(kernel: Kernel, ring: Ring | None, q, k, v, intervals, bias):
+  if ring is None:
+    return kernel.output(q, k, v, intervals, bias).astype(v.dtype)
   return _forward(kernel, ring, q, k, v, intervals, bias)[0]
 
 
@@ -109,7 +115,8 @@ def _forward(kernel: Kernel, ring: Ring | None, q, k, v, intervals, bias):
       keys, values, biases = ring.pass_on((keys, values, biases))
       piece = kernel.forward(q, keys, values, ring.clip(intervals, step), biases)
       out, normalizers = merge((out, normalizers), piece)
-  out, normalizers = (checkpoint_name(x, OUTPUT_NAME) for x in (out.astype(v.dtype), normalizers))
+  # Without their last dim, of size 1, which a TPU might store as 128 channels.
+  out, normalizers = (checkpoint_name(x, OUTPUT_NAME) for x in (out.astype(v.dtype), normalizers[..., 0]))
   return out, (q, k, v, intervals, bias, out, normalizers)
 
 
@@ -117,7 +124,7 @@ def _backward(kernel: Kernel, ring: Ring | None, saved, d_out):
   """Returns the gradients; the sums for keys and values travel with them and are home after a whole round."""
   q, k, v, intervals, bias, out, normalizers = saved
   none = None, None if bias is None else jnp.zeros_like(bias)
-  merged = out, normalizers
+  merged = out, normalizers[..., None]
   if ring is None:
     return *kernel.backward(q, k, v, intervals, bias, merged, d_out), *none
   keys, values, biases = k, v, bias

@@ -3,13 +3,14 @@
 The only module that uses `jax.experimental.pallas.ops.tpu.splash_attention`. Its public constructors need masks when a
 program is traced, whereas packed rows carry theirs as data, so the kernel is built here from a `MaskInfo` of traced
 arrays. Its gradient is called by itself, piece by piece, with the normalizers over all keys, which the function behind
-the gradient takes. tests/test_attention.py fails if an upgrade changes what this relies on.
+the gradient takes. tests/test_attention.py and test_attention_pieces.py fail if an upgrade changes what this relies on.
 """
 
 import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +21,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from univid_jax.models.attention.pieces import Piece, Ring, attend, clip_intervals, merge
 
-# Tokens per block. Large blocks keep the matrix unit busy; with these a step, backward pass included, stays within the
-# 16 MiB of vector memory that a v5e's compiler gives a kernel by default.
+# Tokens per block. Large blocks keep the matrix unit busy; these, and those of the gradient, stay within the 16 MiB of
+# vector memory that a v5e's compiler gives a kernel by default.
 BLOCK_Q = 512
 BLOCK_KV = 1024
 BLOCK_KV_COMPUTE = 512
-# The gradient's: all of it comes from one kernel, in five products instead of the seven of two kernels. It returns the
-# gradient of the queries for each block of keys apart, so that small blocks leave more to add up; of large blocks, more
-# is masked at the ends of a row's sentences. docs/benchmarks/tpu.md has figures.
+# Keys per block in the gradient, which one kernel computes in five products instead of the seven of two kernels. It
+# returns a separate gradient of the queries for each block of keys: smaller blocks leave more of them to sum, larger
+# ones compute more masked pairs at the ends of sentences. docs/benchmarks/tpu.md has figures.
 GRADIENT_BLOCK_KV = 2048
-# Keys per call of that kernel; more take more memory.
-MAX_GRADIENT_KEYS = 4 * GRADIENT_BLOCK_KV
+# Blocks per call of that kernel; more take more memory.
+MAX_GRADIENT_BLOCKS = 4
 # Blocks are whole lanes of a TPU's registers.
 LANES = 128
 # The kernel gets an interval as one number, first and last key in 16 bits each; more keys are attended to in pieces.
@@ -104,6 +105,23 @@ class SplashPieces:
   blocks: Blocks
   interpret: bool
 
+  def output(
+    self,
+    q: Float[Array, "b h l k"],
+    k: Float[Array, "b h n k"],
+    v: Float[Array, "b h n c"],
+    intervals: Int[Array, "b l 2"],
+    bias: Float[Array, "b n"] | None,  # None: it is in the channels of queries and keys
+  ) -> Float[Array, "b h l c"]:
+    num_keys = k.shape[2]
+    if num_keys > MAX_KEYS:
+      return self.forward(q, k, v, intervals, bias)[0]
+
+    def attend_row(q: Array, k: Array, v: Array, intervals: Array) -> Array:
+      return cast(Array, self._kernel(intervals, 0, num_keys, normalizes=False)(q, k, v))  # otherwise a tuple
+
+    return jnp.stack([attend_row(*row) for row in zip(q, k, v, intervals)])
+
   def forward(
     self,
     q: Float[Array, "b h l k"],
@@ -117,8 +135,7 @@ class SplashPieces:
       pieces = []
       for first, size in split_keys(k.shape[1], self.blocks.keys):
         part = slice(first, first + size)
-        kernel = _build_kernel(clip_intervals(intervals, first, size), self.blocks, size, interpret=self.interpret)
-        out, (normalizers,) = kernel(q, k[:, part], v[:, part])
+        out, (normalizers,) = self._kernel(intervals, first, size)(q, k[:, part], v[:, part])
         pieces.append((out, normalizers[..., None]))
       return functools.reduce(merge, pieces)
 
@@ -136,8 +153,7 @@ class SplashPieces:
     d_out: Float[Array, "b h l c"],
   ) -> tuple[Float[Array, "b h l k"], Float[Array, "b h n k"], Float[Array, "b h n c"]]:
     def gradients_of_piece(first: int, size: int, block: int, q, k, v, intervals, out, normalizers, d_out):
-      blocks, part = Blocks(self.blocks.queries, block), slice(first, first + size)
-      kernel = _build_kernel(clip_intervals(intervals, first, size), blocks, size, interpret=self.interpret)
+      part, kernel = slice(first, first + size), self._kernel(intervals, first, size, block=block)
       saved = (q, k[:, part], v[:, part], None, None, out, normalizers[..., 0], None, kernel.dkv_mask_info)
       return splash._splash_attention_bwd(**kernel.kwargs, res=saved, do=d_out)[3:6]
 
@@ -150,6 +166,14 @@ class SplashPieces:
     dq, dk, dv = _stack(gradients_of_row(row) for row in zip(q, k, v, intervals, *merged, d_out))
     return dq.astype(q.dtype), dk, dv
 
+  def _kernel(
+    self, intervals: Int[Array, "l 2"], first: int, size: int, *, block: int = 0, normalizes: bool = True
+  ) -> splash.SplashAttentionKernel:
+    """Builds the kernel for `size` keys from `first` on, with another block of keys if one is given."""
+    blocks = Blocks(self.blocks.queries, block or self.blocks.keys)
+    intervals = clip_intervals(intervals, first, size)
+    return _build_kernel(intervals, blocks, size, normalizes=normalizes, interpret=self.interpret)
+
 
 def split_keys(num_keys: int, block: int) -> list[tuple[int, int]]:
   """Returns first key and length of as few pieces as possible, of whole blocks and about equal size."""
@@ -160,12 +184,12 @@ def split_keys(num_keys: int, block: int) -> list[tuple[int, int]]:
 
 
 def split_gradient_keys(num_keys: int, block: int) -> Iterator[tuple[int, int, int]]:
-  """Yields first key, length and block of pieces for the gradient: of its own blocks, the rest of smaller ones."""
+  """Yields first key, length and block of pieces for the gradient: of its own blocks, the rest of the given ones."""
   first = 0
   for size_of_block in (GRADIENT_BLOCK_KV, block):
-    while size := min(MAX_GRADIENT_KEYS, (num_keys - first) // size_of_block * size_of_block):
-      yield first, size, size_of_block
-      first += size
+    while num_blocks := min(MAX_GRADIENT_BLOCKS, (num_keys - first) // size_of_block):
+      yield first, num_blocks * size_of_block, size_of_block
+      first += num_blocks * size_of_block
 
 
 def _stack(rows):
@@ -174,16 +198,15 @@ def _stack(rows):
 
 
 def _build_kernel(
-  intervals: Int[Array, "l 2"], blocks: Blocks, num_keys: int, *, interpret: bool
+  intervals: Int[Array, "l 2"], blocks: Blocks, num_keys: int, *, normalizes: bool = True, interpret: bool
 ) -> splash.SplashAttentionKernel:
-  """Builds the kernel for the intervals of one row.
-
-  It maps (h, l, k), (h, n, k), (h, n, k) to an output (h, l, k) and its normalizers (h, l).
+  """Builds the kernel for the intervals of one row; it maps (h, l, k), (h, n, k), (h, n, k) to (h, l, k).
 
   Args:
     intervals: of the queries, within the keys.
     blocks: of the kernel.
     num_keys: whole blocks.
+    normalizes: whether it also returns its normalizers (h, l), in a tuple of one.
     interpret: see `splash_attention`.
   """
   compute = BLOCK_KV_COMPUTE if blocks.keys % BLOCK_KV_COMPUTE == 0 else LANES
@@ -216,7 +239,7 @@ def _build_kernel(
       use_fused_bwd_kernel=True,
     ),
     is_mqa=False,
-    save_residuals=True,
+    save_residuals=normalizes,
     mask_value=splash.DEFAULT_MASK_VALUE,
     attn_logits_soft_cap=None,
     residual_checkpoint_name=None,  # `pieces.attend` names what it keeps

@@ -126,6 +126,11 @@ class XlaPieces:
   queries: int
   keys: int
 
+  def output(
+    self, q: Array, k: Array, v: Array, intervals: Int[Array, "b l 2"], bias: Float[Array, "b n"] | None
+  ) -> Array:
+    return self.forward(q, k, v, intervals, bias)[0]
+
   def forward(
     self,
     q: Float[Array, "b groups h l k"],
