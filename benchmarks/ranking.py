@@ -39,7 +39,7 @@ SAVE = FLAGS.string("save", "", "File for the text of the program.")
 
 # Components of an instruction's source that transformations and control flow add.
 WRAPPERS = re.compile(
-  r"(jit|pjit|jvp|vmap|transpose)\(.*\)|while|body|closed_call|checkpoint|rematted_computation|shard_map|cond|"
+  r"(jit|pjit|jvp|vmap|transpose)\(.*\)|while|body|closed_call|checkpoint|rematted_computation|shard_map|cond|eval_jaxpr|"
   r"branch_\d+_fun"
 )
 

@@ -147,7 +147,7 @@ class TestRanking:
   %copy.12 = f32[8,128] copy(%copy.1), metadata={op_name="jit(f)/norm/add"}, backend_config={"estimated_cycles":"20"}
   %fusion.3 = f32[8,128]{1,0} fusion(%copy.12), metadata={op_name="jit(f)/transpose(jvp())/while/body/closed_call/\
 checkpoint/self_attention/rotary/mul"}, backend_config={"estimated_cycles":"50"}
-  ROOT %fusion.4 = f32[8,128] fusion(%fusion.3), metadata={op_name="jit(f)/transpose(jvp())/while/body/closed_call/\
+  ROOT %fusion.4 = f32[8,128] fusion(%fusion.3), metadata={op_name="jit(f)/transpose(jvp())/while/body/eval_jaxpr/\
 checkpoint/rematted_computation/self_attention/rotary/mul"}, backend_config={"estimated_cycles":"20"}
 }
 """

@@ -131,15 +131,14 @@ def gradient(remat):
 def test_parts_are_named_in_programs():
   """In forward passes, what is recomputed and gradients; profiles and `benchmarks.ranking` show these names."""
   function, params = gradient_program(RematPolicy.FULL)
-  sources = set(re.findall(r'loc\("([^"]*)/\w+"', function.lower(params).as_text(debug_info=True)))
-  for part in (
-    "self_attention/rotary",
-    "self_attention/norm",
-    "cross_attention/norm",
-    "feed_forward",
-    "modulation/norm",
-  ):
-    assert {part, f"checkpoint/rematted_computation/{part}", f"checkpoint/{part}"} <= sources
+  # JAX 0.10 writes paths within the loop's body, JAX 0.12 whole ones.
+  sources = re.findall(r'loc\("([^"]*)/\w+"', function.lower(params).as_text(debug_info=True))
+  attention = ("self_attention/rotary", "self_attention/norm", "cross_attention/norm")
+  for part in (*attention, "feed_forward", "modulation/norm"):
+    paths = {f"/{source}".removesuffix(part) for source in sources if f"/{source}".endswith(f"/{part}")}
+    assert any(path.endswith("/checkpoint/rematted_computation/") for path in paths), part
+    assert any(path.endswith("/checkpoint/") for path in paths), part
+    assert any("checkpoint" not in path for path in paths), part
 
 
 @pytest.mark.parametrize(
