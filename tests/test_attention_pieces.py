@@ -60,9 +60,11 @@ def small_blocks(monkeypatch):
   monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(heads=1, queries=64, keys=48, smallest=1 << 17))
 
 
-@pytest.mark.parametrize("size", [128, pytest.param(256, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+  "size, calls", [(128, 2), pytest.param(128, 3, marks=pytest.mark.long), pytest.param(256, 2, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.long)])
-def test_splash_in_pieces_equals_xla(monkeypatch, small_blocks, size, masked):
+def test_splash_in_pieces_equals_xla(monkeypatch, small_blocks, size, calls, masked):
   """Outputs and gradients: intervals across pieces, pieces without any visible key, padding, and biased keys."""
   q, k, v, intervals = packed_row(200, 370, 1, rows=1)
   args = (q, k, v)
@@ -70,10 +72,11 @@ def test_splash_in_pieces_equals_xla(monkeypatch, small_blocks, size, masked):
     counts = np.ones((1, 370), np.float32)
     counts[:, 120:140], counts[:, 300:310] = 500, 0
     args = *args, intervals, count_bias(jnp.asarray(counts))
-  for name in ("MAX_KEYS", "GRADIENT_BLOCK_KV"):
-    monkeypatch.setattr(splash, name, size)
-  monkeypatch.setattr(splash, "MAX_GRADIENT_BLOCKS", 1)
-  assert len(list(splash.split_gradient_keys(384, 128))) == len(splash.split_keys(384, 128)) == -(-384 // size)
+  for name, value in (("MAX_KEYS", size), ("GRADIENT_BLOCK_KV", size), ("MAX_GRADIENT_CALLS", calls)):
+    monkeypatch.setattr(splash, name, value)
+  assert len(list(splash.split_gradient_keys(384, 128))) == calls and len(splash.split_keys(384, 128)) == -(
+    -384 // size
+  )
   assert_equal(out_and_gradients(AttentionBackend.SPLASH, *args), out_and_gradients(AttentionBackend.XLA, *args))
 
 
@@ -88,7 +91,6 @@ def test_without_a_gradient_the_kernel_of_splash_returns_no_normalizers():
 def test_the_gradient_of_splash_reads_no_keys_that_its_queries_do_not_see(monkeypatch, small_blocks):
   """If they were masked only, 0 * NaN would spread; pieces without a visible key would take time, too."""
   monkeypatch.setattr(splash, "GRADIENT_BLOCK_KV", 128)
-  monkeypatch.setattr(splash, "MAX_GRADIENT_BLOCKS", 1)
   q, k, v, _ = packed_row(256, 256, 1, rows=1)
   intervals = np.repeat([[[0, 128], [128, 256]]], 128, axis=1)
   gradients = jax.vjp(
@@ -114,12 +116,13 @@ def test_a_piece_has_at_most_as_many_keys_as_16_bits_count():
 @pytest.mark.parametrize(
   "num_keys, block, pieces",
   [
-    (19 * 1024, 1024, [(0, 8192, 2048), (8192, 8192, 2048), (16_384, 2048, 2048), (18_432, 1024, 1024)]),
+    (5 * 1024, 1024, [(0, 2048, 2048), (2048, 2048, 2048), (4096, 1024, 1024)]),
+    (43 * 1024, 1024, [*((4096 * i, 4096, 2048) for i in range(10)), (40_960, 2048, 2048), (43_008, 1024, 1024)]),
     (1024, 1024, [(0, 1024, 1024)]),
     (384, 384, [(0, 384, 384)]),
   ],
 )
-def test_pieces_of_the_gradient_have_its_blocks_as_far_as_possible(num_keys, block, pieces):
+def test_pieces_of_the_gradient_are_its_blocks_and_at_most_twenty(num_keys, block, pieces):
   assert list(splash.split_gradient_keys(num_keys, block)) == pieces
 
 
@@ -180,7 +183,6 @@ def test_a_ring_of_splash_equals_one_device(monkeypatch, small_blocks, max_keys)
   whole = out_and_gradients(AttentionBackend.XLA, *args)
   monkeypatch.setattr(splash, "MAX_KEYS", max_keys)
   monkeypatch.setattr(splash, "GRADIENT_BLOCK_KV", 128)
-  monkeypatch.setattr(splash, "MAX_GRADIENT_BLOCKS", 1)
   with jax.set_mesh(make_mesh({"context": 2}, devices=jax.devices()[:2])):
     sharded = out_and_gradients(AttentionBackend.SPLASH, *args)
   assert_equal(sharded, whole)

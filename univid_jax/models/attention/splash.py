@@ -30,8 +30,9 @@ BLOCK_KV_COMPUTE = 512
 # returns a separate gradient of the queries for each block of keys: smaller blocks leave more of them to sum, larger
 # ones compute more masked pairs at the ends of sentences. docs/benchmarks/tpu.md has figures.
 GRADIENT_BLOCK_KV = 2048
-# Blocks per call of that kernel; more take more memory.
-MAX_GRADIENT_BLOCKS = 4
+# Calls of that kernel per row. Those with one block leave the sum to XLA, which by the TPU compiler's figures takes a
+# fifth of what the sum in the kernel's own function takes; each call is compiled, in about 1.5 s.
+MAX_GRADIENT_CALLS = 20
 # Blocks are whole lanes of a TPU's registers.
 LANES = 128
 # The kernel gets an interval as one number, first and last key in 16 bits each; more keys are attended to in pieces.
@@ -187,9 +188,12 @@ def split_gradient_keys(num_keys: int, block: int) -> Iterator[tuple[int, int, i
   """Yields first key, length and block of pieces for the gradient: of its own blocks, the rest of the given ones."""
   first = 0
   for size_of_block in (GRADIENT_BLOCK_KV, block):
-    while num_blocks := min(MAX_GRADIENT_BLOCKS, (num_keys - first) // size_of_block):
-      yield first, num_blocks * size_of_block, size_of_block
-      first += num_blocks * size_of_block
+    num_blocks = (num_keys - first) // size_of_block
+    per_call = max(-(-num_blocks // MAX_GRADIENT_CALLS), 1)
+    for done in range(0, num_blocks, per_call):
+      size = min(per_call, num_blocks - done) * size_of_block
+      yield first, size, size_of_block
+      first += size
 
 
 def _stack(rows):
