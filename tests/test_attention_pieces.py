@@ -117,12 +117,12 @@ def test_a_piece_has_at_most_as_many_keys_as_16_bits_count():
   "num_keys, block, pieces",
   [
     (5 * 1024, 1024, [(0, 2048, 2048), (2048, 2048, 2048), (4096, 1024, 1024)]),
-    (43 * 1024, 1024, [*((4096 * i, 4096, 2048) for i in range(10)), (40_960, 2048, 2048), (43_008, 1024, 1024)]),
+    (83 * 1024, 1024, [*((4096 * i, 4096, 2048) for i in range(20)), (81_920, 2048, 2048), (83_968, 1024, 1024)]),
     (1024, 1024, [(0, 1024, 1024)]),
     (384, 384, [(0, 384, 384)]),
   ],
 )
-def test_pieces_of_the_gradient_are_its_blocks_and_at_most_twenty(num_keys, block, pieces):
+def test_pieces_of_the_gradient_are_its_blocks_and_at_most_forty(num_keys, block, pieces):
   assert list(splash.split_gradient_keys(num_keys, block)) == pieces
 
 

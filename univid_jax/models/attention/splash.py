@@ -32,7 +32,7 @@ BLOCK_KV_COMPUTE = 512
 GRADIENT_BLOCK_KV = 2048
 # Calls of that kernel per row. Those with one block leave the sum to XLA, which by the TPU compiler's figures takes a
 # fifth of what the sum in the kernel's own function takes; each call is compiled, in about 1.5 s.
-MAX_GRADIENT_CALLS = 20
+MAX_GRADIENT_CALLS = 40
 # Blocks are whole lanes of a TPU's registers.
 LANES = 128
 # The kernel gets an interval as one number, first and last key in 16 bits each; more keys are attended to in pieces.
