@@ -30,8 +30,8 @@ BLOCK_KV_COMPUTE = 512
 # returns a separate gradient of the queries for each block of keys: smaller blocks leave more of them to sum, larger
 # ones compute more masked pairs at the ends of sentences. docs/benchmarks/tpu.md has figures.
 GRADIENT_BLOCK_KV = 2048
-# Most calls of that kernel for a row. Those of one block leave the sum to XLA, which by the TPU compiler's figures takes a
-# fifth of what the sum in the kernel's own function takes; each call is compiled, in about 1.5 s.
+# Most calls of that kernel for a row. Those of one block leave the sum to XLA, which by the TPU compiler's figures
+# takes a fifth of what the sum in the kernel's own function takes; each call is compiled, in about 1.5 s.
 MAX_GRADIENT_CALLS = 40
 # Blocks are whole lanes of a TPU's registers.
 LANES = 128
