@@ -36,7 +36,7 @@ class LazyPackage:
 
 
 def package_or_skip(name: str, *, reason: str) -> LazyPackage:
-  """Returns a package of an extra, for a whole module of tests, or skips the module; does not import it."""
+  """Returns a package of an extra, or skips the test, or the whole module of tests; does not import the package."""
   if importlib.util.find_spec(name) is None:
     pytest.skip(reason, allow_module_level=True)
   return LazyPackage(name)

@@ -61,6 +61,7 @@ def encode_video(
   trim: Fraction = Fraction(0),
   rotation: int = 0,
   is_mirrored: bool = False,
+  title: str = "",
 ) -> None:
   """Encodes RGB or RGBA frames.
 
@@ -72,6 +73,8 @@ def encode_video(
     is_mirrored: players then mirror the frames.
   """
   with av.open(str(path), "w") as container:
+    if title:
+      container.metadata["title"] = title
     stream = container.add_stream(codec, rate=rate, options=options or {})
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt, stream.gop_size, stream.max_b_frames = pixel_format, gop, bframes
@@ -84,7 +87,7 @@ def encode_video(
       picture.pts, picture.time_base = index if times is None else times[index], 1 / rate
       packets.extend(stream.encode(picture))
     packets.extend(stream.encode())
-    shift = trim // packets[0].time_base
+    shift = trim // Fraction(packets[0].time_base)
     start = max(i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= shift)
     for packet in packets[start:]:
       packet.pts, packet.dts = packet.pts - shift, packet.dts - shift

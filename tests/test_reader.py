@@ -375,6 +375,15 @@ def test_pictures_beside_a_video_are_not_read(tmp_path: Path):
     assert read_numbers(read_clip(path).frames) == list(range(5))
 
 
+def test_titles_have_any_encoding(tmp_path: Path):
+  path = tmp_path / "titled.mkv"
+  encode_video(path, numbered_frames(5), title="Café")
+  written = path.read_bytes()
+  assert written.count("Café".encode()) == 1
+  path.write_bytes(written.replace("Café".encode(), "Café ".encode("latin-1")))
+  assert read_numbers(read_clip(path).frames) == list(range(5))
+
+
 def test_what_only_has_the_name_of_a_clip_is_refused(tmp_path: Path):
   os.mkfifo(tmp_path / "pipe.mp4")
   with (tmp_path / "archive.npy").open("wb") as file:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import univid_jax
-from tests.helpers import GOLDENS
+from tests.helpers import GOLDENS, package_or_skip
 from univid_jax.checkpoints.lora.folder import write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, write_lora
 from univid_jax.checkpoints.lora.kinds import LoRALayer
@@ -103,6 +103,7 @@ def test_it_is_that_of_the_run():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
   """The miniature release."""
+  package_or_skip("torch", reason="the release contains PyTorch files; needs the extra `convert`")
   folder = tmp_path_factory.mktemp("converted") / "tiny_wan"
   convert_any(str(GOLDENS / "tiny_wan"), str(folder))
   return str(folder)

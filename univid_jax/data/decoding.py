@@ -6,7 +6,9 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from numbers import Rational
 from pathlib import Path
+from typing import Any
 
 import av
 import av.logging
@@ -37,7 +39,15 @@ SKIPPING_CODECS = ("h264", "mpeg4")
 # Without "explode", decoders conceal missing references and bad HEVC slices without a mark on the frame.
 STRICT = {"err_detect": "crccheck+explode"}
 
+# Titles have all kinds of encodings. From version 19 on, the first without Python 3.11, PyAV reads them all.
+READ_METADATA: Any = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 _LOGGING_LOCK = threading.Lock()
+
+
+def to_fraction(rational: Rational | None) -> Fraction | None:
+  """Returns a rational number of FFmpeg's; None if it is not set, for which PyAV has None up to version 18, then 0."""
+  return Fraction(rational) if rational else None
 
 
 @contextlib.contextmanager
@@ -51,10 +61,7 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
   try:
     # The prefix keeps FFmpeg from taking a colon in a name for a protocol.
     container = av.open(
-      f"file:{path}",
-      options={"max_pixels": str(MAX_PIXELS)},
-      container_options=options,
-      metadata_errors="replace",  # titles have all kinds of encodings
+      f"file:{path}", options={"max_pixels": str(MAX_PIXELS)}, container_options=options, **READ_METADATA
     )
   except FFmpegError as error:
     if isinstance(error, (FileNotFoundError, PermissionError)):

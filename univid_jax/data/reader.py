@@ -256,6 +256,7 @@ def _map_array(path: Path) -> Frames:
   except Exception as error:  # damaged headers are parsed as Python, with whatever errors that gives
     raise UserError(f"not an intact .npy ({error})") from error
   if not isinstance(array, np.ndarray):
+    array.close()
     raise UserError("it is an .npz, an archive of arrays; save one array with np.save")
   if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not array.size:
     raise UserError(f"it contains {array.dtype} {array.shape}, not uint8 (T, H, W, 3)")

@@ -15,7 +15,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.paths import file_state
 from univid_jax.data.color import FrameConverter
 from univid_jax.data.containers import missing_bytes
-from univid_jax.data.decoding import Decoder, open_video
+from univid_jax.data.decoding import Decoder, open_video, to_fraction
 from univid_jax.data.schedule import Schedule
 
 # Each packet of these gives one frame, whose time is the packet's, except in AVI. Hidden frames of VP8 are recognised
@@ -117,10 +117,11 @@ def _read_timeline(path: Path, state: tuple[int, ...]) -> Timeline:
   del state
   with open_video(path) as (container, stream):
     packets = _read_packet_times(container, stream)
-    tick = stream.time_base or Fraction(1, 1000)
+    tick = to_fraction(stream.time_base) or Fraction(1, 1000)
     codec = stream.codec_context.codec
     has_neighbours = stream.codec_context.field_order != PROGRESSIVE and not codec.intra_only
-    nominal = [rate for rate in (stream.average_rate, stream.guessed_rate) if rate]
+    rates = map(to_fraction, (stream.average_rate, stream.guessed_rate))
+    nominal = [rate for rate in rates if rate]
   first = _decode_first_frames(path)
   shown, keys = packets.shown, packets.keys
   if keys is None and first.has_gaps:
@@ -194,7 +195,7 @@ def _decode_first_frames(path: Path) -> _FirstFrames:
   for is_strict in (True, False):
     with open_video(path) as (container, stream):
       decoder = Decoder(container, stream, is_strict=is_strict)
-      converter = FrameConverter(stream.sample_aspect_ratio)
+      converter = FrameConverter(to_fraction(stream.sample_aspect_ratio))
       count = NUM_CHECKED_AVI if container.format.name == "avi" else NUM_CHECKED
       first = list(itertools.islice(decoder.frames(), count))
       if is_strict and decoder.failures and decoder.lacks_references():

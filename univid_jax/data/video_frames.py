@@ -9,7 +9,7 @@ from jaxtyping import Int, UInt8
 
 from univid_jax.core.errors import UserError
 from univid_jax.data.color import Frame, FrameConverter
-from univid_jax.data.decoding import DecodedFrame, Decoder, deinterlace, open_video
+from univid_jax.data.decoding import DecodedFrame, Decoder, deinterlace, open_video, to_fraction
 from univid_jax.data.timeline import Timeline
 
 # Larger clips are rejected before memory is allocated for them.
@@ -131,7 +131,7 @@ class _Reading:
       decoder = Decoder(
         container, stream, is_strict=is_strict, skip_until=_first_needed(self._timeline, int(self._indices[0]))
       )
-      converter = FrameConverter(stream.sample_aspect_ratio)
+      converter = FrameConverter(to_fraction(stream.sample_aspect_ratio))
       shown = self._shown_frames(decoder, was_sought=key is not None)
       for index, decoded in shown:
         if index in wanted and index not in self._origins:
