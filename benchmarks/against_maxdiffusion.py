@@ -7,8 +7,8 @@ PATH is the folder `src` of a clone of MaxDiffusion, whose own dependencies must
 TASK/MODEL/SIZE/TOPOLOGY, for example gradient/1.3b/480p/v5p:2x2x1. Tasks: forward (a step of denoising without
 guidance), gradient (of all parameters), training (with AdamW). Both sides compile the same model in bfloat16, a row of
 81 frames with 512 text tokens per data shard, context 4 and full remat, each in a process of its own; MaxDiffusion with
-its published blocks of flash attention, univid_jax with its own. With --out, programs that the file has are not
-compiled again.
+its published blocks of flash attention, univid_jax with its own and with rows padded to whole blocks. With --out,
+programs that the file has are not compiled again.
 
 The compiler expects no cycles of kernels. They are counted here by one rule for both sides: the products of whole
 padded arrays (`kernel_operations`), over the chip's peak times each --efficiency. `--cases=calibration/CHIP` prints the

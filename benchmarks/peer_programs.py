@@ -103,7 +103,7 @@ def lower_program(case: Case, apply: Callable[..., Any], params: Any, inputs: tu
 
 
 def lower_ours(case: Case) -> Any:
-  """Lowers the program of univid_jax."""
+  """Lowers the program of univid_jax, for rows as long as sampling makes them; their padding is attended to."""
   import jax
   import jax.numpy as jnp
   from flax import nnx
@@ -112,6 +112,7 @@ def lower_ours(case: Case) -> Any:
   from univid_jax.checkpoints.pretrained import abstract_parameters
   from univid_jax.core.options import RematPolicy
   from univid_jax.core.packed_row import PackedRow
+  from univid_jax.data.packing import bucket_size
   from univid_jax.models.dit import DiT
   from univid_jax.models.variants import VARIANTS
   from univid_jax.parallel.mesh import make_mesh
@@ -119,7 +120,7 @@ def lower_ours(case: Case) -> Any:
 
   mesh = make_mesh({"fsdp": case.rows, "context": CONTEXT}, describe_devices(case.topology))
   t, y, x = SIZES[case.size]
-  num_tokens = t * (y // 2) * (x // 2)
+  num_tokens = bucket_size(t * (y // 2) * (x // 2))
   config = VARIANTS[MODELS[case.model]]
   options: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "remat": RematPolicy.FULL}
   module = nnx.eval_shape(lambda: DiT(config, **options, rngs=nnx.Rngs(0)))

@@ -44,7 +44,7 @@ def test_pairs_are_swapped_by_a_product_on_tpus_only():
 
 
 @pytest.mark.parametrize("adapted", [True, False])
-def test_sums_with_an_adapter_are_split_into_heads_behind_a_barrier_on_tpus_only(adapted):
+def test_sums_with_an_adapter_are_behind_a_barrier_on_tpus_only(adapted):
   linear = Linear(8, 8, dims=(None, None), rngs=nnx.Rngs(0))
   if adapted:
     linear.lora = lora.LoRA(linear.kernel, LoRAConfig(rank=2), dtype=jnp.float32, rngs=nnx.Rngs(0))

@@ -83,6 +83,7 @@ def test_buckets(count):
   size = bucket_size(count)
   assert count <= size <= max(count * 17 / 16, count + 15) and bucket_size(size) == size and size % 16 == 0
   assert len({bucket_size(n) for n in range(1024, 2048)}) == 17
+  assert bucket_size(75_600) == 74 * 1024
 
 
 @pytest.mark.parametrize("attention", ["full", "context_causal"])

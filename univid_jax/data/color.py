@@ -134,7 +134,7 @@ def _side_data(frame: av.VideoFrame, kind: Literal["DISPLAYMATRIX", "DOVI_METADA
   try:
     data = frame.side_data.get(kind)
     return None if data is None else bytes(data)
-  except ValueError:  # PyAV does not know all kinds, and then gives none
+  except ValueError:  # up to version 18 PyAV does not know all kinds, and then gives none
     return None
 
 

@@ -6,9 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from numbers import Rational
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import av
 import av.logging
@@ -39,15 +38,25 @@ SKIPPING_CODECS = ("h264", "mpeg4")
 # Without "explode", decoders conceal missing references and bad HEVC slices without a mark on the frame.
 STRICT = {"err_detect": "crccheck+explode"}
 
-# Titles have all kinds of encodings. From version 19 on, the first without Python 3.11, PyAV reads them all.
+# Titles have all kinds of encodings. PyAV 19 reads any; 18, the last for Python 3.11, has to be told.
 READ_METADATA: Any = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 _LOGGING_LOCK = threading.Lock()
 
 
+class Rational(Protocol):
+  """A fraction, or PyAV 19's own type, which its annotations do not call a `numbers.Rational`."""
+
+  @property
+  def numerator(self) -> int: ...
+
+  @property
+  def denominator(self) -> int: ...
+
+
 def to_fraction(rational: Rational | None) -> Fraction | None:
   """Returns a rational number of FFmpeg's; None if it is not set, for which PyAV has None up to version 18, then 0."""
-  return Fraction(rational) if rational else None
+  return Fraction(rational.numerator, rational.denominator) if rational else None
 
 
 @contextlib.contextmanager

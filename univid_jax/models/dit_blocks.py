@@ -61,13 +61,11 @@ def spread_slots(table: Float[Array, "b m d"], row: PackedRow) -> Float[Array, "
 def project_to_heads(
   linear: Linear, x: Float[Array, "b l d"], num_heads: int, norm: RMSNorm | None = None
 ) -> Float[Array, "b l h k"]:
-  """Applies a Linear and a norm, and splits the channels into heads."""
-  y = linear(x)
-  if norm is not None:
-    y = norm(y)
+  """Applies a Linear whose output is split into heads, and a norm over the channels of all heads."""
+  y = linear.to_heads(x, num_heads)
   if linear.lora is not None and current_platform() == Platform.TPU:
     y = tpu.materialize(y)
-  return y.reshape(*y.shape[:2], num_heads, -1)
+  return y if norm is None else norm(y, num_dims=2)
 
 
 class SelfAttention(nnx.Module):
@@ -102,7 +100,7 @@ class SelfAttention(nnx.Module):
       row, rope = queries, (cos, sin)
     q = rotate(project_to_heads(self.q, x, self.num_heads, self.norm_q), *rope)
     y = attention(q, k, v, key_intervals=row.key_intervals, backend=self.backend)
-    return self.o(y.reshape(x.shape)), (k, v)
+    return self.o.from_heads(y), (k, v)
 
 
 class CrossAttention(nnx.Module):
@@ -141,7 +139,7 @@ class CrossAttention(nnx.Module):
         key_intervals=row.image_intervals,
         backend=AttentionBackend.AUTO,
       )
-    return self.o(y.reshape(x.shape))
+    return self.o.from_heads(y)
 
 
 class FeedForward(nnx.Module):

@@ -1,6 +1,7 @@
 """Layers that the models share. Parameters name their dims; `parallel.sharding` maps the names to mesh axes."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from univid_jax.core.options import Quantize
-from univid_jax.models.quantized import QuantizedKernel, dequantize, multiply_quantized, quantize
+from univid_jax.models.quantized import QuantizedKernel, dequantize, multiply, multiply_quantized, quantize
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -65,12 +66,37 @@ class Linear(nnx.Module):
     self.lora = nnx.data(None)
 
   def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+    return self._apply(x, x.shape[-1:], self.kernel.shape[-1:])
+
+  def to_heads(self, x: Float[Array, "... i"], num_heads: int) -> Float[Array, "... h k"]:
+    """Returns the output with its channels split into heads.
+
+    The heads come from the product, with a kernel whose outputs are split: XLA on TPUs writes it in the layout that
+    attention reads, where splitting the result copies it (docs/benchmarks/tpu.md has figures). An adapter's output is
+    split afterwards.
+    """
+    return self._apply(x, x.shape[-1:], (num_heads, self.kernel.shape[-1] // num_heads))
+
+  def from_heads(self, x: Float[Array, "... h k"]) -> Float[Array, "... o"]:
+    """Returns the output for channels that are split into heads, likewise; an adapter gets them side by side."""
+    return self._apply(x, x.shape[-2:], self.kernel.shape[-1:])
+
+  def _apply(
+    self, x: Float[Array, "..."], in_shape: tuple[int, ...], out_shape: tuple[int, ...]
+  ) -> Float[Array, "..."]:
+    """Maps (..., *in_shape) to (..., *out_shape)."""
     x = x.astype(self.dtype)
     kernel = self.kernel[...]
-    y = multiply_quantized(x, kernel) if isinstance(kernel, QuantizedKernel) else x @ kernel.astype(self.dtype)
+    if isinstance(kernel, QuantizedKernel):
+      y = cast(Array, multiply_quantized(x, kernel, in_shape, out_shape))
+    else:
+      y = multiply(x, kernel, in_shape, out_shape)
     if self.bias is not None:
-      y = y + self.bias[...].astype(self.dtype)
-    return y if self.lora is None else y + self.lora(x, dequantize(kernel))
+      y = y + self.bias[...].astype(self.dtype).reshape(out_shape)
+    if self.lora is None:
+      return y
+    flat = x.reshape(*x.shape[: x.ndim - len(in_shape)], kernel.shape[0])
+    return y + self.lora(flat, dequantize(kernel)).reshape(y.shape)
 
 
 def quantize_linears(module: nnx.Module, method: Quantize) -> None:
@@ -81,7 +107,7 @@ def quantize_linears(module: nnx.Module, method: Quantize) -> None:
 
 
 class RMSNorm(nnx.Module):
-  """x / rms(x) times a scale, over the last dim, in float32."""
+  """x / rms(x) times a scale, over the channels, in float32."""
 
   def __init__(
     self,
@@ -97,10 +123,12 @@ class RMSNorm(nnx.Module):
     self.scale = param(rngs, scale_init, (dim,), param_dtype, dims)
 
   @jax.named_scope("norm")
-  def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+  def __call__(self, x: Float[Array, "..."], *, num_dims: int = 1) -> Float[Array, "..."]:
+    """Normalises x; its channels are the last num_dims dims: (..., d), or (..., h, k) with heads."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-    return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+    mean = jnp.mean(jnp.square(y), axis=tuple(range(-num_dims, 0)), keepdims=True)
+    scale = self.scale[...].astype(jnp.float32).reshape(x.shape[-num_dims:])
+    return (y * jax.lax.rsqrt(mean + self.eps) * scale).astype(x.dtype)
 
 
 @jax.named_scope("norm")

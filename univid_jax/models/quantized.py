@@ -153,20 +153,31 @@ def _decode_nf4(codes: Array) -> Array:
   return values[0]
 
 
-@jax.custom_vjp
-def multiply_quantized(x: Float[Array, "... i"], kernel: QuantizedKernel) -> Float[Array, "... o"]:
-  """Returns x @ kernel in x's dtype; the backward pass dequantises again, and takes the kernel for a constant."""
-  return x @ dequantize(kernel).astype(x.dtype)
+def multiply(
+  x: Float[Array, "..."], kernel: Float[Array, "i o"], in_shape: tuple[int, ...], out_shape: tuple[int, ...]
+) -> Float[Array, "..."]:
+  """Returns the product of x with a kernel in x's dtype, (..., *in_shape) to (..., *out_shape)."""
+  return jnp.tensordot(x, kernel.astype(x.dtype).reshape(*in_shape, *out_shape), len(in_shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def multiply_quantized(
+  x: Float[Array, "..."], kernel: QuantizedKernel, in_shape: tuple[int, ...], out_shape: tuple[int, ...]
+) -> Float[Array, "..."]:
+  """See `multiply`; the backward pass dequantises again, and takes the kernel for a constant."""
+  return multiply(x, dequantize(kernel), in_shape, out_shape)
 
 
 def _multiply_forward(
-  x: Float[Array, "... i"], kernel: QuantizedKernel
-) -> tuple[Float[Array, "... o"], QuantizedKernel]:
-  return multiply_quantized(x, kernel), kernel
+  x: Float[Array, "..."], kernel: QuantizedKernel, in_shape: tuple[int, ...], out_shape: tuple[int, ...]
+) -> tuple[Float[Array, "..."], QuantizedKernel]:
+  return multiply_quantized(x, kernel, in_shape, out_shape), kernel
 
 
-def _multiply_backward(kernel: QuantizedKernel, gradient: Float[Array, "... o"]) -> tuple[Float[Array, "... i"], None]:
-  return gradient @ dequantize(kernel).astype(gradient.dtype).T, None
+def _multiply_backward(
+  in_shape: tuple[int, ...], out_shape: tuple[int, ...], kernel: QuantizedKernel, gradient: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], None]:
+  return multiply(gradient, dequantize(kernel).T, out_shape, in_shape), None
 
 
 multiply_quantized.defvjp(_multiply_forward, _multiply_backward)

@@ -75,12 +75,12 @@ class Block(nnx.Module):
     self, x: Float[Array, "b l d"], buckets: Int[Array, "l l"], mask: Bool[Array, "b l"]
   ) -> Float[Array, "b l d"]:
     y = self.norm1(x)
-    q, k, v = (linear(y).reshape(*y.shape[:2], self.num_heads, -1) for linear in (self.q, self.k, self.v))
+    q, k, v = (linear.to_heads(y, self.num_heads) for linear in (self.q, self.k, self.v))
     logits = jnp.einsum("blhk,bnhk->bhln", q, k, preferred_element_type=jnp.float32)
     logits = logits + jnp.moveaxis(self.position[...].astype(jnp.float32)[buckets], -1, 0)
     logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    x = x + self.o(jnp.einsum("bhln,bnhk->blhk", weights, v).reshape(*y.shape[:2], -1))
+    x = x + self.o.from_heads(jnp.einsum("bhln,bnhk->blhk", weights, v))
     y = self.norm2(x)
     return x + self.fc2(self.fc1(y) * gelu_tanh(self.gate(y)))
 
