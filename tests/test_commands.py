@@ -62,7 +62,7 @@ def test_help(module):
     (["--config=missing.py"], 2, "no such config file: missing.py"),
     ([CONFIG, "--confg.num_steps=3"], 2, "Unknown command line flag"),
     ([CONFIG, "--config.num_steps=-5"], 2, "config.num_steps must be at least 1, got -5"),
-    ([CONFIG, f"--config.seed={2**63}"], 2, "config.seed must be from 0 to 2**63 - 1"),
+    ([CONFIG, f"--config.seed={2**63}"], 2, "config.seed must be from 0 to 2**63 - 2"),
     ([CONFIG, "--config.eval.num_inference_steps=1001"], 2, "config.eval.num_inference_steps must be from 1 to 1000"),
     ([CONFIG, "--config.rows.per_batch=-1"], 2, "config.rows.per_batch must be at least 0, got -1"),
     (

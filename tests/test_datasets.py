@@ -1,7 +1,9 @@
 """Data of one's own: what each reader accepts, and how it names what it cannot use."""
 
+import itertools
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -27,12 +29,15 @@ from univid_jax.core.options import PromptStyle, TargetKind
 from univid_jax.core.sentence import Role, read_frames
 from univid_jax.data import joint_reading
 from univid_jax.data.clips import ClipFormat
-from univid_jax.data.sources.open import open_data
+from univid_jax.data.sources.base import indices_by_task
+from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
 from univid_jax.data.sources.readers.tfds import open_tfds, to_frames
 from univid_jax.data.target_kinds import label_colors
+from univid_jax.evaluation.sentences import plan_sentences
+from univid_jax.training.validation import select_sentences
 
 
 @pytest.fixture
@@ -159,6 +164,39 @@ class TestPairs:
       assert len(shapes) == 1
       sizes |= shapes
     assert sizes == {(16, 24), (32, 16)}
+
+  def test_both_clips_of_a_pair_have_one_size(self, pairs):
+    """Although the bucket nearest to the target's shape is another one."""
+    for name in ("a", "b b", "c"):
+      write_image(pairs / "edges" / name / "source.png", size=(63, 100))
+      write_image(pairs / "edges" / name / "target.jpg", size=(64, 100))
+    form = ClipFormat(size=(48, 80), num_frames=5, buckets=((48, 72),))
+    assert form.for_shape((63, 100)).size != form.for_shape((64, 100)).size
+    sentences, _ = open_pairs(str(pairs), form, draw_options(contexts={"II": 1.0}))
+    for sentence in map(sentences.__getitem__, range(len(sentences))):
+      assert len({read_frames(clip).shape for clip in sentence.clips}) == 1
+
+  def test_every_task_has_its_sentences(self, tmp_path):
+    """Whatever their order and number: those of every pair of a task come before a pair repeats."""
+    for task, count in (("depth", 30), ("edges", 3), ("style", 10)):
+      for number in range(count):
+        folder = tmp_path / task / f"{number:02}"
+        folder.mkdir(parents=True)
+        for part in ("source.png", "target.png"):
+          write_image(folder / part)
+    options = draw_options(contexts={"II": 1.0})
+    held_out = open_pairs(str(tmp_path), FORM, options)[0].split(0.34)[1]
+    indices = {task: list(numbers) for task, numbers in indices_by_task(held_out).items()}
+    assert sorted(itertools.chain(*indices.values())) == list(range(len(held_out)))
+    for task, count in (("depth", 10), ("edges", 1), ("style", 3)):
+      sentences = [held_out[index] for index in indices[task]]
+      assert {sentence.task for sentence in sentences} == {task} and len(sentences) == count * options.variants
+      queries = [sentence.record.partition(" ")[0] for sentence in sentences]
+      assert len(set(queries[:count])) == count
+    data = DataSources({}, {}, [], {"pairs": held_out})
+    assert Counter(s.task for s in select_sentences(data, 9)[0]) == {"depth": 3, "edges": 3, "style": 3}
+    planned = plan_sentences(override(tiny(), {"eval.sentences_per_case": 4}), data.held_out)
+    assert Counter(each.case.task for each in planned) == {"depth": 4, "edges": 4, "style": 4}
 
   def test_reversal(self, pairs):
     options = draw_options(reverse_probability=1.0, contexts={"I": 1.0, "II": 0.1})

@@ -15,6 +15,7 @@ from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
 from univid_jax.core.packed_row import UNIVID_CONTEXT
+from univid_jax.data import writer
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.reader import read_clip
 from univid_jax.inference.pipeline import Pipeline
@@ -99,6 +100,27 @@ def test_lossless_results_and_sound(tmp_path: Path, name):
   assert found.shape == (17, 16, 24, 3)
   if name != "out.mp4":
     assert np.array_equal(found, sampling.pipeline.contexts[0][2])
+
+
+def test_an_interrupted_result_does_not_count_as_finished(tmp_path: Path, monkeypatch):
+  """Nor does it damage the earlier one at its place, which is without a record from then on."""
+  video = str(write_video(tmp_path / "v.mp4", 17))
+  (request,) = plan_requests([video] * 3, [], str(tmp_path / "out.mp4"))
+  sampling = runner()
+  prepared = sampling.prepare(request)
+  sampling.run(request)
+  assert sampling.has_finished(request.out, prepared.record)
+  first = request.out.read_bytes()
+
+  def stop_halfway(path: Path, *arguments: object, **options: object) -> None:
+    path.write_bytes(first[:100])
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(writer, "_write_video", stop_halfway)
+  with pytest.raises(KeyboardInterrupt):
+    runner(num_frames=5).run(request)
+  assert request.out.read_bytes() == first
+  assert not sampling.has_finished(request.out, prepared.record)
 
 
 def test_queries_with_dots_and_foreign_files(tmp_path: Path):

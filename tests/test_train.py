@@ -57,6 +57,8 @@ def test_schedules():
   np.testing.assert_allclose(
     [linear(0), linear(5), linear(10), linear(50), linear(75), linear(100)], [0, 0.5, 1, 1, 0.5, 0]
   )
+  overlapping = make_schedule(OptimizerConfig(warmup_steps=20, decay_fraction=0.9), 100)
+  np.testing.assert_allclose([overlapping(20), overlapping(60), overlapping(100)], [1, 0.5, 0])
   assert float(make(Schedule.CONSTANT)(99)) == 1
   assert float(make(Schedule.COSINE)(55)) == pytest.approx(0.5)
 
@@ -460,8 +462,9 @@ def test_a_workdir_that_is_in_use_is_refused(tiny_config, tmp_path, monkeypatch)
   other.release()
 
 
-def test_a_non_finite_loss_ends_the_run(tiny_config, tmp_path, monkeypatch):
-  """And what diverges after a checkpoint does not replace it."""
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_run(tiny_config, tmp_path, monkeypatch, what):
+  """And does not replace the checkpoint before it: in the step whose gradient diverges the loss is still finite."""
   compile_step = loop.compile_train_step
 
   def compile_diverging_step(run):
@@ -469,13 +472,15 @@ def test_a_non_finite_loss_ends_the_run(tiny_config, tmp_path, monkeypatch):
 
     def diverge(state, *arguments):
       state, metrics = step_fn(state, *arguments)
-      broken = jax.tree.map(lambda x: x * jnp.nan, state.params)
-      return (dataclasses.replace(state, params=broken) if int(state.step) == 3 else state), metrics
+      if int(state.step) == {"loss": 3, "gradient": 4}[what]:
+        state = dataclasses.replace(state, params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+        metrics = metrics | ({"grad_norm": metrics["grad_norm"] * jnp.nan} if what == "gradient" else {})
+      return state, metrics
 
     return diverge
 
   monkeypatch.setattr(loop, "compile_train_step", compile_diverging_step)
-  with pytest.raises(DivergedError, match="the loss is not finite"):
+  with pytest.raises(DivergedError, match=f"the {what} is not finite"):
     train(override(tiny_config, {"checkpoint.every_steps": 2}), str(tmp_path))
   checkpointer = Checkpointer(str(tmp_path))
   assert checkpointer.latest_step == 2

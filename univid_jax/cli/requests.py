@@ -145,6 +145,7 @@ class RequestRunner:
     """Writes the result of a request that was prepared; returns a line that describes it."""
     path, record, request = prepared.path, prepared.record, prepared.request
     sampled, fps = frames[:, : record["height"], : record["width"]], record["fps"]
+    record_path(path).unlink(missing_ok=True)  # of an earlier result, which is replaced first
     write_clip(path, sampled, fps=fps, audio_from=request.clips[-1] if self.copy_audio and prepared.clips else None)
     if self.grid:
       _write_grid(path, [*prepared.frames, frames], fps)
@@ -177,6 +178,7 @@ class RequestRunner:
       return f"kept the result of an earlier command: {path}"
     arguments = {**self.arguments, "num_frames": self.form.num_frames, "carry_context": self.carry_context}
     video = WholeVideo(self.pipeline, examples, query, arguments, record)
+    record_path(path).unlink(missing_ok=True)
     video.write(path, audio_from=request.clips[-1] if self.copy_audio else None, progress=self.progress)
     if self.grid:
       video.write_grid(_grid_path(path, num_frames), path)
@@ -344,7 +346,5 @@ def _write_grid(path: Path, clips: Sequence[np.ndarray], fps: float | None) -> N
 
 
 def _grid_path(path: Path, num_frames: int) -> Path:
-  suffix = path.suffix if path.suffix in VIDEO_SUFFIXES else ".mp4"
-  if num_frames == 1:
-    suffix = path.suffix if path.suffix in IMAGE_SUFFIXES else ".png"
-  return path.with_name(f"{path.stem}_grid{suffix}")
+  suffixes, default = (IMAGE_SUFFIXES, ".png") if num_frames == 1 else (VIDEO_SUFFIXES, ".mp4")
+  return path.with_name(f"{path.stem}_grid{path.suffix if path.suffix in suffixes else default}")

@@ -102,7 +102,7 @@ class DataConfig(Section):
     num_threads: threads that read and encode, in each stream of rows.
     stream_processes: whether each stream of rows (`rows.streams`) is made in a process of its own, which uses one more
       core; for runs without a pre-trained autoencoder.
-    buckets: further sizes, HEIGHTxWIDTH; a clip goes to the size nearest to its aspect ratio.
+    buckets: further sizes, HEIGHTxWIDTH; a pair goes to the size nearest to the aspect ratio of its source.
     fit: how clips are brought to the model's size.
     fps: frame rate that videos are resampled to; 0 keeps theirs.
     prompt_dropout: share of sentences with the null prompt.

@@ -20,7 +20,7 @@ from univid_jax.config.training import (
   ValidationConfig,
 )
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import MAX_SEED, RematPolicy, TrainedExpert
+from univid_jax.core.options import MAX_RUN_SEED, RematPolicy, TrainedExpert
 
 __all__ = [
   "ARCConfig",
@@ -79,7 +79,7 @@ class RunConfig(Section):
 
   def __post_init__(self):
     self.require_at_least(1, "num_steps", "log_every")
-    self.require("seed", 0 <= self.seed <= MAX_SEED, "from 0 to 2**63 - 1")
+    self.require("seed", 0 <= self.seed <= MAX_RUN_SEED, "from 0 to 2**63 - 2")
     self.require_share("ema_decay")
     if self.base.offload and not self.lora.enabled:
       raise UserError("config.base.offload is for a frozen base: set config.lora.rank, or leave it off")

@@ -1,6 +1,7 @@
 """The base of all parts of the config."""
 
 import enum
+import math
 from typing import ClassVar
 
 from univid_jax.core.errors import UserError
@@ -32,8 +33,8 @@ class Section:
       self.require(name, 0 <= value < 1 or (closed and value == 1), f"from 0 to 1{'' if closed else ' (exclusive)'}")
 
   def require_weights(self, *names: str) -> None:
-    """Checks mappings of non-negative weights."""
+    """Checks mappings of weights: at least 0, and finite."""
     for name in names:
       for key, weight in getattr(self, name).items():
-        if not weight >= 0:
-          raise UserError(f"config.{self.KEY}{name}.{key} must be at least 0, got {weight!r}")
+        if not 0 <= weight < math.inf:
+          raise UserError(f"config.{self.KEY}{name}.{key} must be at least 0, and finite, got {weight!r}")

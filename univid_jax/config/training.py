@@ -6,7 +6,7 @@ from typing import ClassVar
 from univid_jax.config.section import Section
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import (
-  MAX_SEED,
+  MAX_EVAL_SEED,
   MAX_STEPS,
   DepthAlignment,
   Objective,
@@ -227,6 +227,6 @@ class EvalConfig(Section):
   def __post_init__(self):
     self.require_at_least(0, "sentences_per_case", "num_labels")
     self.require_at_least(1, "batch_size", "num_seeds")
-    self.require("seed", 0 <= self.seed <= MAX_SEED, "from 0 to 2**63 - 1")
+    self.require("seed", 0 <= self.seed <= MAX_EVAL_SEED, "from 0 to 10**12")
     self.require("num_inference_steps", 1 <= self.num_inference_steps <= MAX_STEPS, f"from 1 to {MAX_STEPS}")
     self.require("more_steps", all(steps >= 1 for steps in self.more_steps), "numbers of steps, each at least 1")

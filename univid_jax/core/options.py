@@ -6,8 +6,10 @@ from typing import Any, TypeVar
 
 from univid_jax.core.errors import UserError
 
-# Of what jax.random.key takes.
+# The largest that jax.random.key takes. Runs derive the next one from theirs, evaluations a million of each.
 MAX_SEED = 2**63 - 1
+MAX_RUN_SEED = MAX_SEED - 1
+MAX_EVAL_SEED = 10**12
 # Of a solver: as many as Wan2.1's training has noise levels.
 MAX_STEPS = 1000
 

@@ -72,7 +72,8 @@ def write_clip(
   """Writes frames in the format of the suffix.
 
   Videos are H.264 (VP9 in .webm), yuv420p, converted by the BT.709 matrix to limited range and tagged so. Odd sizes are
-  padded to even ones by repeating the last row or column. .npy and folders of PNGs are lossless.
+  padded to even ones by repeating the last row or column. .npy and folders of PNGs are lossless. Until everything is
+  written it is in `.partial.NAME` next to `path`; what an earlier process left there is replaced.
 
   Args:
     path: without a suffix it is a new or empty folder, for one PNG per frame.
@@ -83,10 +84,7 @@ def write_clip(
   Raises:
     UserError: see `check_target`; nothing is written then.
   """
-  path = Path(path)
-  check_target(path, len(frames))
-  path.parent.mkdir(parents=True, exist_ok=True)
-  _write(path, [frames], suffix=path.suffix.lower(), num_frames=len(frames), fps=fps, audio_from=audio_from)
+  write_frames(path, [frames], num_frames=len(frames), fps=fps, audio_from=audio_from)
 
 
 def write_frames(
@@ -97,9 +95,7 @@ def write_frames(
   fps: float | None = None,
   audio_from: str | os.PathLike | None = None,
 ) -> None:
-  """Writes frames as they come, in the format of the suffix; see `write_clip`.
-
-  Until all are written they are in `.partial.NAME` next to `path`; what an earlier process left there is replaced.
+  """Writes frames as they come, as `write_clip` does.
 
   Args:
     path: see `write_clip`.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import ClipRef, Sentence
 from univid_jax.data.contexts import CONTEXTS
+from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.computed import ComputedSentences, open_computed
 from univid_jax.data.sources.grids import GridSentences
 from univid_jax.evaluation.controls import Case, choose_other_tasks
@@ -53,8 +55,8 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
         case = Case(family, context, count)
         sentences += [PlannedSentence(case, functools.partial(only.__getitem__, i)) for i in range(per_case)]
     else:
-      count = min(len(source), per_case * max(len(source.task_names), 1))
-      sentences += [_plan(source[i]) for i in range(count)]
+      for indices in indices_by_task(source).values():
+        sentences += [_plan(source[i]) for i in itertools.islice(indices, per_case)]
   return sentences
 
 

@@ -103,7 +103,7 @@ class Hook(Protocol):
 
 
 class Summarize:
-  """Averages metrics since the last summary, measures speed, and stops a run whose loss is not finite.
+  """Averages metrics since the last summary, measures speed, and stops a run whose loss or gradient is not finite.
 
   Runs before a checkpoint is saved, so that a bad state never replaces a good checkpoint. Adds `step_time` in seconds,
   `tokens_per_second` without padding, `balance` and, if the chip's peak is known, the model FLOPs utilisation `mfu`.
@@ -132,11 +132,12 @@ class Summarize:
       return
     values = jax.device_get(self._pending)
     summary = self._average(event.step, values) | {"balance": self._work.balance(values)}
-    if not np.isfinite(summary.get("loss", 0)):
-      raise DivergedError(
-        f"the loss is not finite by step {event.step}: lower config.optimizer.learning_rate and train in another "
-        "--workdir"
-      )
+    for metric, name in (("loss", "loss"), ("grad_norm", "gradient")):
+      if not np.isfinite(summary.get(metric, 0)):
+        raise DivergedError(
+          f"the {name} is not finite by step {event.step}: lower config.optimizer.learning_rate and train in another "
+          "--workdir"
+        )
     seconds = (time.monotonic() - self._since) / len(self._pending)
     self._pending.clear()
     self.restart_clock()

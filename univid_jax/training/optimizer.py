@@ -19,8 +19,9 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
   elif config.schedule == Schedule.COSINE:
     decay = optax.cosine_decay_schedule(1.0, max(num_steps - warmup, 1))
   else:
-    length = max(int(num_steps * config.decay_fraction), 1)
-    decay = optax.linear_schedule(1.0, 0.0, length, transition_begin=max(num_steps - warmup - length, 0))
+    after_warmup = max(num_steps - warmup, 1)
+    length = min(max(int(num_steps * config.decay_fraction), 1), after_warmup)
+    decay = optax.linear_schedule(1.0, 0.0, length, transition_begin=after_warmup - length)
   return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), decay], [warmup]) if warmup else decay
 
 

@@ -1,7 +1,8 @@
 """Validation during training: a loss that is comparable from step to step, and previews."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,13 @@ from univid_jax.checkpoints.model import context_mode, split_config, validated_s
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.paths import atomic_write
+from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.data.contexts import CONTEXT_NAMES
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.packing import RowShape, pack_rows
 from univid_jax.data.pictures import COLUMNS, concatenate_clips, sentence_grid
+from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.open import DataSources
 from univid_jax.data.writer import write_clip
 from univid_jax.diffusion.loss import sentence_losses
@@ -30,6 +33,8 @@ from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.processes import local_rows
 from univid_jax.parallel.sharding import shard_batch
 from univid_jax.training.state import Params, StateSpec
+
+T = TypeVar("T")
 
 PREVIEWS_FOLDER = "previews"
 PREVIEW_FPS = 8
@@ -119,16 +124,31 @@ def _mean(sums: Sequence[Sequence[np.ndarray]]) -> float:
 
 
 def select_sentences(data: DataSources, count: int) -> tuple[list[Sentence], bool]:
-  """Selects sentences to validate on, from all kinds of data in turn.
+  """Selects sentences to validate on, from all kinds of data in turn, and of each from all tasks in turn.
 
   Returns:
     The sentences, and whether they are held out.
   """
   held_out = bool(data.held_out)
   sources = data.held_out if held_out else data.sources
-  streams = [(source[i] for i in range(min(len(source), count))) for source in sources.values()]
-  in_turn = (sentence for group in itertools.zip_longest(*streams) for sentence in group if sentence is not None)
-  return list(itertools.islice(in_turn, count)), held_out
+  chosen = take_turns([_read_in_turn(source) for source in sources.values()])
+  return list(itertools.islice(chosen, count)), held_out
+
+
+def _read_in_turn(source: SentenceSource) -> Iterator[Sentence]:
+  return (source[index] for index in take_turns(indices_by_task(source).values()))
+
+
+def take_turns(iterables: Iterable[Iterable[T]]) -> Iterator[T]:
+  """Yields an item of each in turn, until all are exhausted."""
+  left = [iter(each) for each in iterables]
+  while left:
+    remaining = []
+    for each in left:
+      for item in itertools.islice(each, 1):
+        yield item
+        remaining.append(each)
+    left = remaining
 
 
 def write_previews(

@@ -1,14 +1,16 @@
 """What the sources share: records that cannot be used, and how sentences are drawn."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
+from typing_extensions import Protocol, runtime_checkable
 
 from univid_jax.config.schema import DataConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
+from univid_jax.core.protocols import SentenceSource
 from univid_jax.data.contexts import video_pattern
 
 T = TypeVar("T")
@@ -85,6 +87,37 @@ def draw(rng: np.random.Generator, weights: Mapping[T, float]) -> T:
   if not len(values) or (values < 0).any() or not values.sum() > 0:
     raise UserError(f"weights must not be negative and not all be zero, got {dict(weights)}")
   return list(weights)[rng.choice(len(values), p=values / values.sum())]
+
+
+@runtime_checkable
+class GroupsByTask(Protocol):
+  """A source that knows the task of a sentence before it is read."""
+
+  def indices_by_task(self) -> Mapping[str, Iterator[int]]:
+    """Returns the indices of each task's sentences; those of all its records come before any record repeats."""
+    ...
+
+
+def group_indices(tasks: Sequence[str], variants: int) -> dict[str, Iterator[int]]:
+  """Returns the indices of each task's sentences, in order, where sentence i is of record i % len(tasks).
+
+  Args:
+    tasks: of the records.
+    variants: sentences of each record.
+  """
+  groups: dict[str, list[int]] = {}
+  for record, task in enumerate(tasks):
+    groups.setdefault(task, []).append(record)
+
+  def indices(records: Sequence[int]) -> Iterator[int]:
+    return (variant * len(tasks) + record for variant in range(variants) for record in records)
+
+  return {task: indices(records) for task, records in groups.items()}
+
+
+def indices_by_task(source: SentenceSource) -> Mapping[str, Iterator[int]]:
+  """Returns the indices of each task's sentences in order; one group where tasks are only known once they are read."""
+  return source.indices_by_task() if isinstance(source, GroupsByTask) else {"": iter(range(len(source)))}
 
 
 def hold_out(

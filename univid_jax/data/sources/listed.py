@@ -1,7 +1,7 @@
 """Sentences that someone has written down: lines of a table or of a manifest."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from univid_jax.core.sentence import Role, Sentence
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.contexts import video_pattern
 from univid_jax.data.joint_reading import make_clips
-from univid_jax.data.sources.base import DrawOptions, draw, hold_out
+from univid_jax.data.sources.base import DrawOptions, draw, group_indices, hold_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,10 @@ class ListedSentences:
   @property
   def task_names(self) -> tuple[str, ...]:
     return tuple(sorted({record.task for record in self.records} - {""}))
+
+  def indices_by_task(self) -> dict[str, Iterator[int]]:
+    """See `GroupsByTask`."""
+    return group_indices([record.task for record in self.records], self.options.variants)
 
   def identify_records(self) -> dict[str, object]:
     """See `IdentifiesRecords`."""

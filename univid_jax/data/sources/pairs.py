@@ -2,18 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.contexts import CONTEXTS, make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
-from univid_jax.data.sources.base import DrawOptions, Dropped, draw, hold_out
+from univid_jax.data.sources.base import DrawOptions, Dropped, draw, group_indices, hold_out
 
 # A task and a size: the pairs that can be joined.
 Group = tuple[str, tuple[int, int]]
+
+# How far the aspect ratios of source and target may differ: cropping would misalign them.
+MAX_ASPECT_DIFFERENCE = 1.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,10 @@ class PairSentences:
   def task_names(self) -> tuple[str, ...]:
     return tuple(sorted({task for task, _ in self.groups}))
 
+  def indices_by_task(self) -> dict[str, Iterator[int]]:
+    """See `GroupsByTask`."""
+    return group_indices([pair.task for pair in self._queries], self.options.variants)
+
   @property
   def prompts(self) -> dict[str, str]:
     """The prompt of each task."""
@@ -157,6 +165,29 @@ class PairSentences:
     """Returns the weights of the contexts that a query and its examples can have."""
     contexts = self.contexts.get(query.group, {})
     return {name: weight for name, weight in contexts.items() if query.fits(name, self.form.num_frames)}
+
+
+def check_aligned(source: Footage, target: Footage, num_frames: int) -> None:
+  """Checks that source and target show the same: that their aspect ratios and numbers of frames agree.
+
+  Args:
+    source, target: of a pair, which are brought to one size.
+    num_frames: of a video clip.
+
+  Raises:
+    UserError: they do not agree.
+  """
+  aspects = sorted(footage.size[1] / footage.size[0] for footage in (source, target))
+  if aspects[1] > MAX_ASPECT_DIFFERENCE * aspects[0]:
+    raise UserError(
+      f"the source is {source.size[0]}x{source.size[1]} and the target {target.size[0]}x{target.size[1]}: cropped to "
+      "one size they would not be aligned"
+    )
+  short, long = sorted((source.num_frames, target.num_frames))
+  if 1 < short < min(num_frames, long):
+    raise UserError(
+      f"the source has {source.num_frames} frames and the target {target.num_frames}; {num_frames} of each are needed"
+    )
 
 
 def join_pairs(

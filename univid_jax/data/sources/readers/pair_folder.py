@@ -9,11 +9,8 @@ from univid_jax.core.options import TargetKind
 from univid_jax.data.clips import ClipFormat, open_footage
 from univid_jax.data.reader import CLIP_SUFFIXES, is_foreign
 from univid_jax.data.sources.base import DrawOptions, Dropped
-from univid_jax.data.sources.pairs import Pair, PairSentences, join_pairs
+from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
 from univid_jax.data.target_kinds import resampling
-
-# How far the aspect ratios of source and target may differ: cropping would misalign them.
-MAX_ASPECT_DIFFERENCE = 1.02
 
 
 def open_pairs(
@@ -56,20 +53,10 @@ def _list_folders(folder: Path) -> list[Path]:
 
 def _open_pair(folder: Path, form: ClipFormat, kind: TargetKind) -> Pair:
   source = open_footage(_find_only(folder, "source"), form)
-  target = open_footage(_find_only(folder, "target"), dataclasses.replace(form, resample=resampling(kind)))
-  aspects = sorted(footage.size[1] / footage.size[0] for footage in (source, target))
-  if aspects[1] > MAX_ASPECT_DIFFERENCE * aspects[0]:
-    raise UserError(
-      f"the source is {source.size[0]}x{source.size[1]} and the target {target.size[0]}x{target.size[1]}: cropped to "
-      "one size they would not be aligned"
-    )
-  short, long = sorted((source.num_frames, target.num_frames))
-  if 1 < short < min(form.num_frames, long):
-    raise UserError(
-      f"the source has {source.num_frames} frames and the target {target.num_frames}; {form.num_frames} of each are "
-      "needed"
-    )
-  return Pair(folder.parent.name, folder.name, source, target, form.for_shape(source.size).size)
+  target_form = dataclasses.replace(source.form, resample=resampling(kind))  # of the same size
+  target = open_footage(_find_only(folder, "target"), target_form)
+  check_aligned(source, target, form.num_frames)
+  return Pair(folder.parent.name, folder.name, source, target, source.form.size)
 
 
 def _find_only(folder: Path, stem: str) -> Path:

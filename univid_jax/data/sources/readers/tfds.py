@@ -13,7 +13,7 @@ from univid_jax.core.options import TargetKind
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.reader import Frames, read_clip
 from univid_jax.data.sources.base import DrawOptions, Dropped
-from univid_jax.data.sources.pairs import Pair, PairSentences, join_pairs
+from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
 from univid_jax.data.target_kinds import depth_to_image, label_colors, normals_to_image, resampling
 
 
@@ -51,12 +51,14 @@ def open_tfds(
   pairs, dropped = [], []
   for index in range(count):
     parts = [
-      _Feature(source, index, name, kind, identity=identity, form=form, depth_range=depth_range)
+      _Feature(source, index, name, kind, identity=identity, depth_range=depth_range)
       for name, kind in ((config.source, TargetKind.IMAGE), (config.target, config.kind))
     ]
     try:
-      first, second = (part.open() for part in parts)
-      pairs.append(Pair(config.task, str(index), first, second, form.for_shape(first.size).size))
+      first = parts[0].open(form)
+      second = parts[1].open(first.form)  # of the same size
+      check_aligned(first, second, form.num_frames)
+      pairs.append(Pair(config.task, str(index), first, second, first.form.size))
     except ValueError as error:
       dropped.append(Dropped(f"{config.name} {index}", str(error)))
   return join_pairs(pairs, dropped, form, options)
@@ -71,7 +73,7 @@ class _Feature:
     index, name: of the example and the feature.
     kind: what its values represent.
     identity: identifies the data set and split.
-    form, depth_range: see `open_tfds`.
+    depth_range: see `open_tfds`.
   """
 
   source: Any
@@ -79,7 +81,6 @@ class _Feature:
   name: str
   kind: TargetKind
   identity: str
-  form: ClipFormat
   depth_range: tuple[float, float]
 
   def read(self) -> Frames:
@@ -91,9 +92,9 @@ class _Feature:
       ) from error
     return to_frames(value, self.kind, self.depth_range)
 
-  def open(self) -> Footage:
+  def open(self, form: ClipFormat) -> Footage:
     num_frames, height, width, _ = self.read().shape
-    form = dataclasses.replace(self.form.for_shape((height, width)), resample=resampling(self.kind))
+    form = dataclasses.replace(form.for_shape((height, width)), resample=resampling(self.kind))
     key = f"{self.identity}|{self.index}|{self.name}|{self.kind}"
     key += f"|{self.depth_range}" if self.kind == TargetKind.DEPTH else ""
     return Footage(
