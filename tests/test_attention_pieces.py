@@ -80,7 +80,7 @@ def test_splash_in_pieces_equals_xla(monkeypatch, small_blocks, size, calls, mas
   assert_equal(out_and_gradients(AttentionBackend.SPLASH, *args), out_and_gradients(AttentionBackend.XLA, *args))
 
 
-def test_without_a_gradient_the_kernel_of_splash_returns_no_normalizers():
+def test_without_a_gradient_the_kernel_of_splash_returns_no_log_sum_exps():
   x = jnp.ones((1, 128, 1, 128))
   program = str(jax.make_jaxpr(lambda x: splash.splash_attention(x, x, x))(x))
   assert "splash_mha_fwd_no_residuals" in program
@@ -127,7 +127,7 @@ def test_pieces_of_the_gradient_are_its_blocks_and_at_most_forty(num_keys, block
 
 
 def test_the_function_behind_the_gradient_of_splash_is_unchanged():
-  """The gradient needs the kernel's with normalizers over all keys, which no public function takes.
+  """The gradient needs the kernel's with log-sum-exps over all keys, which no public function takes.
 
   If this fails after an upgrade of JAX: compare `splash.SplashPieces.backward` with `_splash_attention_bwd` and the
   residuals that `_splash_attention_fwd` returns in JAX's splash_attention_kernel.py, and run this file's splash tests.

@@ -55,7 +55,7 @@ def test_the_schedule(ratios, threshold, max_skip, retention):
       last = i
 
 
-def test_segments_and_gaps_start_anew():
+def test_segments_and_gaps_start_over():
   """An expert, and a branch after a gap, has no residual to reuse; each expert has its own first fifth."""
   cache = StepCache(ratios=[[1.0] * 20], threshold=0.1, max_skip=100)
   computed = cache.computed_steps(0, [range(10), range(10, 20)], always(20))

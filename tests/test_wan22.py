@@ -518,7 +518,7 @@ class TestExperts:
     with pytest.raises(UserError, match="LoRAs by expert have the keys high, low, both, got middle"):
       load({"middle": unnamed})
 
-  def test_step_caching_starts_anew_at_the_boundary(self, experts):
+  def test_step_caching_starts_over_at_the_boundary(self, experts):
     """Residuals of one expert are not reused by the other, whose first steps are computed again."""
     io = golden("sampling_a14b", GOLDENS22)[1]
     clips = [io[f"clip{i}"] for i in range(3)]

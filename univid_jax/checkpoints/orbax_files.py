@@ -148,7 +148,7 @@ def create_arrays(folder: epath.PathLike, specs: Mapping[Path, tuple[tuple[int, 
   """Creates a checkpoint whose arrays are written afterwards, layer by layer.
 
   Orbax saves whole arrays only, which have up to 5.7 GB in the 14B model. So it saves zeros here, together with all its
-  metadata; then each array is created anew, in chunks of one layer.
+  metadata; then each array is created again, in chunks of one layer.
 
   Args:
     folder: of the new checkpoint.

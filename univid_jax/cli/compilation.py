@@ -2,7 +2,7 @@
 
 JAX itself warns about an entry that it cannot read, compiles the program at every start and never replaces the entry.
 With its compression by zstandard, which it uses if that is installed, a flipped bit may even become part of a program.
-There is no public interface to change that: this is the only module that uses JAX's private ones, and
+There is no public interface to change that: this module uses JAX's private ones, and
 tests/test_compilation.py fails if they change.
 """
 
@@ -63,7 +63,7 @@ def _verify_entries() -> None:
     def put(self, key: str, value: bytes) -> None:
       try:
         super().put(key, value + _WORD + xxhash.xxh3_128_digest(value))
-      except OSError as error:  # a full disk, for example: the program runs all the same
+      except OSError as error:  # a full disk, for example: the program still runs
         log.warning("a compiled program is not kept for the next start: %s", error)
 
   setattr(compilation_cache, "LRUCache", VerifiedCache)  # noqa: B010 (for the type checker, modules are read-only)

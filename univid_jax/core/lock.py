@@ -7,8 +7,9 @@ sees whether the owner is alive:
 - On another machine the heartbeat changes or not within `SILENCE`. No clocks are compared.
 
 The file is created exclusively: locally by the file system, in a bucket on the condition that there is no such object
-(gcsfs turns fsspec's mode "create" into ifGenerationMatch = 0). A stale lock is deleted and created anew; whoever comes
-second fails. An owner that was suspended and has lost its lock finds another's token there, and is told by `on_loss`.
+(gcsfs turns fsspec's mode "create" into ifGenerationMatch = 0). A stale lock is deleted and created again; whoever
+comes second fails. An owner that was suspended and has lost its lock finds another's token there, and is told by
+`on_loss`.
 """
 
 import contextlib

@@ -243,7 +243,7 @@ class EncodedSource:
 def _mix(
   sources: Sequence[EncodedSource], weights: Sequence[float] | None, *, seed: int
 ) -> grain.MapDataset[dict[str, np.ndarray] | None]:
-  """Repeats each source endlessly, shuffled anew each time, and mixes them."""
+  """Repeats each source endlessly, in another order each time, and mixes them."""
   shuffled = [grain.MapDataset.source(source).seed(seed).shuffle().repeat() for source in sources]
   return shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights)
 

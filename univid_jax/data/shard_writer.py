@@ -1,7 +1,7 @@
 """Packs the entries of a cache into shards, see `shards`; several processes share the work.
 
 A shard gets its name when it is complete, and counts when the index names it. Killed at any time, the cache is what it
-was before; the next call adopts shards that are complete, and goes on behind them.
+was before; the next call adopts shards that are complete, and continues after them.
 """
 
 import dataclasses

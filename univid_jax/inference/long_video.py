@@ -65,7 +65,7 @@ class VideoSample:
     window_frames: of a window, 4n + 1.
     seed: of the noise.
     carry_context: samples windows one after the other.
-    saved: where progress is saved, and found again; None starts anew.
+    saved: where progress is saved, and found again; None starts from the beginning.
     progress: called with the number of steps of windows taken, after each.
 
   Attributes:

@@ -44,10 +44,10 @@ class ProgressFile:
         arrays = dict(file.items())
       request = str(arrays.pop("request"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-      log.warning("%s is damaged (%s): starting anew", self.path, error)
+      log.warning("%s is damaged (%s): starting from the beginning", self.path, error)
       return {}
     if request != self._request:
-      log.warning("%s is the progress of another command: starting anew", self.path)
+      log.warning("%s is the progress of another command: starting from the beginning", self.path)
       return {}
     log.info("resuming from %s", self.path)
     return arrays

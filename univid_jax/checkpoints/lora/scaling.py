@@ -1,4 +1,4 @@
-"""Rank and alpha of PEFT's adapters, which stand in adapter_config.json or in the header of diffusers' files."""
+"""Rank and alpha of PEFT's adapters, which are in adapter_config.json or in the header of diffusers' files."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ class PeftScaling:
   """Rank and alpha by module.
 
   Attributes:
-    source: where they stand, for messages.
+    source: where they were found, for messages.
     rank: None if it is not stated.
     alpha: of modules without a pattern.
     alpha_stated: whether it is not PEFT's default.

@@ -37,8 +37,8 @@ def attention(
 
   Under a mesh (`jax.set_mesh`) rows are sharded over data and fsdp and heads over tensor, each if it divides, and
   queries over the sequence axis, padded to divide. If there are at least as many keys as queries (self-attention), keys
-  are sharded likewise: on the sequence axis heads and tokens change places (Ulysses) among as many devices as the heads
-  divide over, and between these groups keys and values travel (ring attention), or are gathered for cuDNN.
+  are sharded likewise: on the sequence axis an all-to-all exchanges heads for tokens (Ulysses) among as many devices as
+  the heads divide over, and between these groups keys and values travel (ring attention), or are gathered for cuDNN.
 
   Args:
     q: queries.

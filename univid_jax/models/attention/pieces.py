@@ -1,7 +1,7 @@
 """Attention to keys in pieces: too many for one kernel, or on several devices (ring attention, Liu et al. 2023).
 
-A piece gives an output and its normalizers, the logarithms of the sums of exponentials of its logits. Outputs are
-merged by them, and with the merged ones each piece computes its part of the gradient on its own.
+A piece gives an output and its log-sum-exps (lse), the logarithms of the sums of exponentials of its logits. Outputs
+are merged by these, and with the merged ones each piece computes its part of the gradient on its own.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 # attention twice.
 OUTPUT_NAME = "attention"
 
-# The output of some queries (..., l, k), in float32 or the dtype of v, and its normalizers (..., l, 1), in float32.
+# The output of some queries (..., l, k), in float32 or the dtype of v, and its log-sum-exps (..., l, 1), in float32.
 Piece = tuple[Float[Array, "... l c"], Float[Array, "... l 1"]]
 
 
@@ -26,8 +26,8 @@ class Kernel(Protocol):
   """An implementation of attention; hashable.
 
   Queries are (b, ..., l, k), keys (b, ..., n, k) and values (b, ..., n, c), with the same dims between; intervals are
-  those of `api.attention`, within the keys. The normalizers of a query without keys are so low that its output has
-  weight 0 beside others.
+  those of `api.attention`, within the keys. The log-sum-exp of a query without keys is so low that its output
+  has weight 0 beside others.
   """
 
   def output(self, q: Array, k: Array, v: Array, intervals: Array, bias: Array | None) -> Array:
@@ -107,24 +107,24 @@ def _attend(kernel: Kernel, ring: Ring | None, q, k, v, intervals, bias):
 def _forward(kernel: Kernel, ring: Ring | None, q, k, v, intervals, bias):
   """Returns the output, and what `_backward` needs."""
   if ring is None:
-    out, normalizers = kernel.forward(q, k, v, intervals, bias)
+    out, lse = kernel.forward(q, k, v, intervals, bias)
   else:
-    out, normalizers = kernel.forward(q, k, v, ring.clip(intervals, 0), bias)
+    out, lse = kernel.forward(q, k, v, ring.clip(intervals, 0), bias)
     keys, values, biases = k, v, bias
     for step in range(1, ring.size):
       keys, values, biases = ring.pass_on((keys, values, biases))
       piece = kernel.forward(q, keys, values, ring.clip(intervals, step), biases)
-      out, normalizers = merge((out, normalizers), piece)
+      out, lse = merge((out, lse), piece)
   # Without their last dim, of size 1, which a TPU might store as 128 channels.
-  out, normalizers = (checkpoint_name(x, OUTPUT_NAME) for x in (out.astype(v.dtype), normalizers[..., 0]))
-  return out, (q, k, v, intervals, bias, out, normalizers)
+  out, lse = (checkpoint_name(x, OUTPUT_NAME) for x in (out.astype(v.dtype), lse[..., 0]))
+  return out, (q, k, v, intervals, bias, out, lse)
 
 
 def _backward(kernel: Kernel, ring: Ring | None, saved, d_out):
-  """Returns the gradients; the sums for keys and values travel with them and are home after a whole round."""
-  q, k, v, intervals, bias, out, normalizers = saved
+  """Returns the gradients; the sums for keys and values travel with them, and are back after a whole round."""
+  q, k, v, intervals, bias, out, lse = saved
   none = None, None if bias is None else jnp.zeros_like(bias)
-  merged = out, normalizers[..., None]
+  merged = out, lse[..., None]
   if ring is None:
     return *kernel.backward(q, k, v, intervals, bias, merged, d_out), *none
   keys, values, biases = k, v, bias
@@ -143,9 +143,9 @@ _attend.defvjp(_forward, _backward)
 
 def merge(a: Piece, b: Piece) -> Piece:
   """Returns the output over the keys of two pieces."""
-  (out, normalizers), (other_out, other_normalizers) = a, b
-  merged = jnp.logaddexp(normalizers, other_normalizers)
-  weight, other_weight = jnp.exp(normalizers - merged), jnp.exp(other_normalizers - merged)
+  (out, lse), (other_out, other_lse) = a, b
+  merged = jnp.logaddexp(lse, other_lse)
+  weight, other_weight = jnp.exp(lse - merged), jnp.exp(other_lse - merged)
   return out.astype(jnp.float32) * weight + other_out.astype(jnp.float32) * other_weight, merged
 
 

@@ -22,9 +22,9 @@ AttentionFn = Callable[..., Array]
 class Exchange:
   """How the devices of the sequence axis share heads and tokens.
 
-  Neighbours along the axis form groups, as large as the heads divide over, in which heads and tokens change places
-  (Ulysses, Jacobs et al. 2023): each device then has a part of the heads for all tokens of its group. Devices with the
-  same heads form a ring, in which keys and values travel.
+  Neighbours along the axis form groups, as large as the heads divide over, in which an all-to-all exchanges heads for
+  tokens (Ulysses, Jacobs et al. 2023): each device then has a part of the heads for all tokens of its group. Devices
+  with the same heads form a ring, in which keys and values travel.
 
   Attributes:
     group: devices in a group.

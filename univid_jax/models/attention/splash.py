@@ -2,7 +2,7 @@
 
 The only module that uses `jax.experimental.pallas.ops.tpu.splash_attention`. Its public constructors need masks when a
 program is traced, whereas packed rows carry theirs as data, so the kernel is built here from a `MaskInfo` of traced
-arrays. Its gradient is called by itself, piece by piece, with the normalizers over all keys, which the function behind
+arrays. Its gradient is called by itself, piece by piece, with the log-sum-exps over all keys, which the function behind
 the gradient takes. tests/test_attention.py and test_attention_pieces.py fail if an upgrade changes what this relies on.
 """
 
@@ -119,7 +119,7 @@ class SplashPieces:
       return self.forward(q, k, v, intervals, bias)[0]
 
     def attend_row(q: Array, k: Array, v: Array, intervals: Array) -> Array:
-      return cast(Array, self._kernel(intervals, 0, num_keys, normalizes=False)(q, k, v))  # otherwise a tuple
+      return cast(Array, self._kernel(intervals, 0, num_keys, with_lse=False)(q, k, v))  # otherwise a tuple
 
     return jnp.stack([attend_row(*row) for row in zip(q, k, v, intervals)])
 
@@ -136,12 +136,12 @@ class SplashPieces:
       pieces = []
       for first, size in split_keys(k.shape[1], self.blocks.keys):
         part = slice(first, first + size)
-        out, (normalizers,) = self._kernel(intervals, first, size)(q, k[:, part], v[:, part])
-        pieces.append((out, normalizers[..., None]))
+        out, (lse,) = self._kernel(intervals, first, size)(q, k[:, part], v[:, part])
+        pieces.append((out, lse[..., None]))
       return functools.reduce(merge, pieces)
 
-    out, normalizers = _stack(attend_row(row) for row in zip(q, k, v, intervals))
-    return out, normalizers
+    out, lse = _stack(attend_row(row) for row in zip(q, k, v, intervals))
+    return out, lse
 
   def backward(
     self,
@@ -153,9 +153,9 @@ class SplashPieces:
     merged: Piece,
     d_out: Float[Array, "b h l c"],
   ) -> tuple[Float[Array, "b h l k"], Float[Array, "b h n k"], Float[Array, "b h n c"]]:
-    def gradients_of_piece(first: int, size: int, block: int, q, k, v, intervals, out, normalizers, d_out):
+    def gradients_of_piece(first: int, size: int, block: int, q, k, v, intervals, out, lse, d_out):
       part, kernel = slice(first, first + size), self._kernel(intervals, first, size, block=block)
-      saved = (q, k[:, part], v[:, part], None, None, out, normalizers[..., 0], None, kernel.dkv_mask_info)
+      saved = (q, k[:, part], v[:, part], None, None, out, lse[..., 0], None, kernel.dkv_mask_info)
       return splash._splash_attention_bwd(**kernel.kwargs, res=saved, do=d_out)[3:6]
 
     def gradients_of_row(row):
@@ -168,12 +168,12 @@ class SplashPieces:
     return dq.astype(q.dtype), dk, dv
 
   def _kernel(
-    self, intervals: Int[Array, "l 2"], first: int, size: int, *, block: int = 0, normalizes: bool = True
+    self, intervals: Int[Array, "l 2"], first: int, size: int, *, block: int = 0, with_lse: bool = True
   ) -> splash.SplashAttentionKernel:
     """Builds the kernel for `size` keys from `first` on, with another block of keys if one is given."""
     blocks = Blocks(self.blocks.queries, block or self.blocks.keys)
     intervals = clip_intervals(intervals, first, size)
-    return _build_kernel(intervals, blocks, size, normalizes=normalizes, interpret=self.interpret)
+    return _build_kernel(intervals, blocks, size, with_lse=with_lse, interpret=self.interpret)
 
 
 def split_keys(num_keys: int, block: int) -> list[tuple[int, int]]:
@@ -202,7 +202,7 @@ def _stack(rows):
 
 
 def _build_kernel(
-  intervals: Int[Array, "l 2"], blocks: Blocks, num_keys: int, *, normalizes: bool = True, interpret: bool
+  intervals: Int[Array, "l 2"], blocks: Blocks, num_keys: int, *, with_lse: bool = True, interpret: bool
 ) -> splash.SplashAttentionKernel:
   """Builds the kernel for the intervals of one row; it maps (h, l, k), (h, n, k), (h, n, k) to (h, l, k).
 
@@ -210,7 +210,7 @@ def _build_kernel(
     intervals: of the queries, within the keys.
     blocks: of the kernel.
     num_keys: whole blocks.
-    normalizes: whether it also returns its normalizers (h, l), in a tuple of one.
+    with_lse: whether it also returns its log-sum-exps (h, l), in a tuple of one.
     interpret: see `splash_attention`.
   """
   compute = BLOCK_KV_COMPUTE if blocks.keys % BLOCK_KV_COMPUTE == 0 else LANES
@@ -243,7 +243,7 @@ def _build_kernel(
       use_fused_bwd_kernel=True,
     ),
     is_mqa=False,
-    save_residuals=normalizes,
+    save_residuals=with_lse,
     mask_value=splash.DEFAULT_MASK_VALUE,
     attn_logits_soft_cap=None,
     residual_checkpoint_name=None,  # `pieces.attend` names what it keeps

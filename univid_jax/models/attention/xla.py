@@ -193,8 +193,8 @@ def _forward(
     return (out / total).astype(v.dtype), highest + jnp.log(total)
 
   parts = _split(q, blocks.queries), intervals.reshape(-1, blocks.queries, 2)
-  out, normalizers = jax.lax.map(attend_queries, parts)
-  return _join(out), _join(normalizers)
+  out, lse = jax.lax.map(attend_queries, parts)
+  return _join(out), _join(lse)
 
 
 def _backward(
@@ -202,17 +202,17 @@ def _backward(
   k: Float[Array, "h n k"],
   v: Float[Array, "h n k"],
   out: Float[Array, "h l k"],
-  normalizers: Float[Array, "h l 1"],
+  lse: Float[Array, "h l 1"],
   d_out: Float[Array, "h l k"],
   intervals: Int[Array, "l 2"],
   bias: Float[Array, "n"] | None,
   blocks: XlaPieces,
 ) -> tuple[Float[Array, "h l k"], Float[Array, "h n k"], Float[Array, "h n k"]]:
-  """Returns the gradients of q, k and v, given the output and normalizers over these and any other keys."""
+  """Returns the gradients of q, k and v, given the output and log-sum-exps over these and any other keys."""
   inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
 
   def add_queries(sums, parts):
-    q, d_out, normalizers, inner, intervals = parts
+    q, d_out, lse, inner, intervals = parts
     start, end = intervals[None, :, 0], intervals[None, :, 1]
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -221,7 +221,7 @@ def _backward(
       k_block, v_block = _block(k, index, blocks.keys), _block(v, index, blocks.keys)
       # Keys before queries, so that two of the three products that follow need no transposition.
       logits = _logits("hlk,hnk->hnl", q, k_block, index, start, end, bias)
-      weights = jnp.exp(logits - normalizers.transpose(0, 2, 1))
+      weights = jnp.exp(logits - lse.transpose(0, 2, 1))
       d_logits = weights * (product("hnk,hlk->hnl", v_block, d_out) - inner.transpose(0, 2, 1))
       d_logits = (d_logits * q.shape[-1] ** -0.5).astype(q.dtype)
       dv = _add_block(dv, product("hnl,hlk->hnk", weights.astype(v.dtype), d_out), index)
@@ -231,7 +231,7 @@ def _backward(
     dk, dv, dq = _over_blocks(add_keys, (*sums, jnp.zeros(q.shape, jnp.float32)), intervals, k.shape[1], blocks.keys)
     return (dk, dv), dq.astype(q.dtype)
 
-  parts = *(_split(x, blocks.queries) for x in (q, d_out, normalizers, inner)), intervals.reshape(-1, blocks.queries, 2)
+  parts = *(_split(x, blocks.queries) for x in (q, d_out, lse, inner)), intervals.reshape(-1, blocks.queries, 2)
   zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
   (dk, dv), dq = jax.lax.scan(add_queries, zeros, parts)
   return _join(dq), dk.astype(k.dtype), dv.astype(v.dtype)
