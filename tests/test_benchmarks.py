@@ -363,7 +363,7 @@ class TestAblations:
     asked = ablations.questions(5)
     gaps = [variant.config for variant in asked["clip_gap"]]
     assert [override(config, {"model.clip_gap": 0}) for config in gaps] == [gaps[0]] * 3
-    counts = [{n for n, weight in variant.config.data.shots.items() if weight} for variant in asked["shots"]]
+    counts = [{n for n, weight in variant.config.data.clip_counts.items() if weight} for variant in asked["shots"]]
     assert counts == [{4}, {6}, {8}]
     lora, scratch = (variant.config for variant in asked["new_task"])
     assert lora.lora.enabled and lora.init_from == "small" and not scratch.lora.enabled and not scratch.init_from

@@ -30,7 +30,7 @@ from univid_jax.config.schema import OptimizerConfig
 from univid_jax.core import lock
 from univid_jax.core.errors import DivergedError, Interrupted, UserError
 from univid_jax.core.lock import Lock
-from univid_jax.core.options import Schedule
+from univid_jax.core.options import LearningRateSchedule
 from univid_jax.core.packed_row import UNIVID_CONTEXT
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.packing import RowShape, pack, pack_rows
@@ -53,14 +53,14 @@ def test_schedules():
   def make(schedule):
     return make_schedule(OptimizerConfig(warmup_steps=10, decay_fraction=0.5, schedule=schedule), 100)
 
-  linear = make(Schedule.LINEAR)
+  linear = make(LearningRateSchedule.LINEAR)
   np.testing.assert_allclose(
     [linear(0), linear(5), linear(10), linear(50), linear(75), linear(100)], [0, 0.5, 1, 1, 0.5, 0]
   )
   overlapping = make_schedule(OptimizerConfig(warmup_steps=20, decay_fraction=0.9), 100)
   np.testing.assert_allclose([overlapping(20), overlapping(60), overlapping(100)], [1, 0.5, 0])
-  assert float(make(Schedule.CONSTANT)(99)) == 1
-  assert float(make(Schedule.COSINE)(55)) == pytest.approx(0.5)
+  assert float(make(LearningRateSchedule.CONSTANT)(99)) == 1
+  assert float(make(LearningRateSchedule.COSINE)(55)) == pytest.approx(0.5)
 
 
 def test_muon_updates_only_matrices_of_blocks(tiny_config):

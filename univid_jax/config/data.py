@@ -186,7 +186,7 @@ class DataConfig(Section):
           f"config.data.{name} is a test set, and there is no training data for its examples: give config.data.{option}"
         )
     self._check_grids()
-    _ = self.sizes, self.shots  # parsed once here, so that mistakes are found
+    _ = self.sizes, self.clip_counts  # parsed once here, so that mistakes are found
 
   def _check_grids(self) -> None:
     room, needed = min(self.height, self.width) // self.grids.cell, self.grids.max_side
@@ -207,7 +207,7 @@ class DataConfig(Section):
     return tuple(sizes)
 
   @property
-  def shots(self) -> Mapping[int, float]:
+  def clip_counts(self) -> Mapping[int, float]:
     """Weights by number of clips in a sentence."""
     for name in self.num_clips:
       count = name.removeprefix("clips_")

@@ -51,7 +51,14 @@ from univid_jax.config.schema import (
   ValidationConfig,
 )
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import OptimizerName, Packing, PromptStyle, RematPolicy, Schedule, TrainedExpert
+from univid_jax.core.options import (
+  LearningRateSchedule,
+  OptimizerName,
+  Packing,
+  PromptStyle,
+  RematPolicy,
+  TrainedExpert,
+)
 
 
 def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
@@ -202,7 +209,11 @@ def wan_1_3b() -> RunConfig:
     rows=RowsConfig(per_batch=0, num_tokens=37504, num_sentences=6, num_text_tokens=768, packing=Packing.BEST_FIT),
     flow=FlowConfig(stratified=False),
     optimizer=OptimizerConfig(
-      name=OptimizerName.ADAMW, learning_rate=1e-4, clip_norm=0.0, schedule=Schedule.CONSTANT, warmup_steps=0
+      name=OptimizerName.ADAMW,
+      learning_rate=1e-4,
+      clip_norm=0.0,
+      schedule=LearningRateSchedule.CONSTANT,
+      warmup_steps=0,
     ),
     ema_decay=0.0,
     checkpoint=CheckpointConfig(every_steps=200, keep=3),

@@ -9,11 +9,11 @@ from univid_jax.core.options import (
   MAX_EVAL_SEED,
   MAX_STEPS,
   DepthAlignment,
+  LearningRateSchedule,
   Objective,
   OnBadStep,
   OptimizerName,
   Packing,
-  Schedule,
 )
 
 
@@ -110,7 +110,7 @@ class OptimizerConfig(Section):
   eps: float = 1e-8
   weight_decay: float = 0.01
   clip_norm: float = 1.0
-  schedule: Schedule = Schedule.LINEAR
+  schedule: LearningRateSchedule = LearningRateSchedule.LINEAR
   warmup_steps: int = 50
   decay_fraction: float = 0.5
   on_bad_step: OnBadStep = OnBadStep.STOP

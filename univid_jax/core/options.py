@@ -144,7 +144,7 @@ class OnBadStep(enum.StrEnum):
   SKIP = "skip"  # nothing is updated
 
 
-class Schedule(enum.StrEnum):
+class LearningRateSchedule(enum.StrEnum):
   """The learning rate after the warm-up."""
 
   CONSTANT = "constant"

@@ -101,7 +101,7 @@ def _split_cases(config: RunConfig, source: ComputedSentences) -> Iterator[tuple
   tasks = [task for task, weight in source.tasks.items() if weight > 0]
   for task in sorted(tasks, key=lambda task: order.index(task) if task in order else len(order)):
     for context, weight in sorted(source.contexts_of(task).items()):
-      for count, count_weight in sorted(config.data.shots.items()):
+      for count, count_weight in sorted(config.data.clip_counts.items()):
         if weight > 0 and count_weight > 0:
           only = {context: 1.0}
           restricted = dataclasses.replace(

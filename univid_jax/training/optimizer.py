@@ -7,16 +7,16 @@ import optax
 from optax import contrib
 
 from univid_jax.config.schema import OptimizerConfig
-from univid_jax.core.options import OnBadStep, OptimizerName, Schedule
+from univid_jax.core.options import LearningRateSchedule, OnBadStep, OptimizerName
 from univid_jax.training.guard import skip_bad_steps
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
   """Returns the learning rate as a factor of its peak, from 0 to 1."""
   warmup = config.warmup_steps
-  if config.schedule == Schedule.CONSTANT:
+  if config.schedule == LearningRateSchedule.CONSTANT:
     decay = optax.constant_schedule(1.0)
-  elif config.schedule == Schedule.COSINE:
+  elif config.schedule == LearningRateSchedule.COSINE:
     decay = optax.cosine_decay_schedule(1.0, max(num_steps - warmup, 1))
   else:
     after_warmup = max(num_steps - warmup, 1)

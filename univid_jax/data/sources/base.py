@@ -63,7 +63,7 @@ class DrawOptions:
       video_pattern(context, num_clips=4)
     return cls(
       contexts=sort_weights(config.contexts),
-      num_clips=sort_weights(config.shots),
+      num_clips=sort_weights(config.clip_counts),
       reverse_probability=config.reverse_probability,
       prompt=config.prompt,
       prompt_dropout=config.prompt_dropout,

@@ -272,7 +272,7 @@ def open_computed(config: RunConfig, split: Split, *, seed: int) -> ComputedSent
     animating_contexts=sort_weights(data.animating_contexts),
     num_frames=data.num_frames,
     size=(data.height, data.width),
-    num_clips=sort_weights(data.shots),
+    num_clips=sort_weights(data.clip_counts),
     reverse_probability=data.reverse_probability,
     prompt_style=data.prompt,
     prompt_dropout=data.prompt_dropout,
@@ -290,4 +290,4 @@ def computed_identity(config: RunConfig, sentences: ComputedSentences) -> str:
   ]
   options = (data.height, data.width, data.num_frames, data.fps, data.reverse_probability, data.bundled, data.jitter)
   hashes = sentences.identify_files()
-  return repr((COMPUTING_VERSION, config.seed, weights, sort_weights(data.shots), options, hashes))
+  return repr((COMPUTING_VERSION, config.seed, weights, sort_weights(data.clip_counts), options, hashes))

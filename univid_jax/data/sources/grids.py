@@ -84,7 +84,7 @@ class GridSentences:
     return cls(
       families=sort_weights(data.grids.families),
       contexts=sort_weights(data.contexts),
-      num_clips=sort_weights(data.shots),
+      num_clips=sort_weights(data.clip_counts),
       num_frames=data.num_frames,
       sides=(data.grids.min_side, data.grids.max_side),
       rendering=rendering,
