@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
+from univid_jax.data.pictures import CLIP_GAP, key_frames
 from univid_jax.data.reader import Frames, read_clip
 from univid_jax.data.writer import write_clip
 
 # Side in pixels that small clips are enlarged to; frames of a long video that comparisons show.
 LARGE, SMALL = 512, 256
 MAX_FRAMES = 129
-
-GAP = 4  # between the clips of a grid, see `data.pictures.concatenate_clips`
 
 
 def enlarge(frames: Frames, side: int = LARGE) -> Frames:
@@ -30,23 +29,24 @@ def show(path: Path, frames: Frames, *, fps: float | None = None, side: int = LA
 
 def show_key_frames(frames: Frames) -> np.ndarray:
   """Returns an image: the frame of an image, or first, middle and last frame of a video side by side."""
-  count = len(frames)
-  return np.concatenate([enlarge(frames)[i] for i in sorted({0, count // 2, count - 1})], axis=1)
+  return np.concatenate(key_frames(enlarge(frames)), axis=1)
 
 
 def read_grid(path: Path, count: int) -> tuple[list[Frames], float | None]:
   """Reads the clips of a grid that `sample --grid` has written, and its frame rate."""
   grid = read_clip(path, 0, count)
-  width = (grid.frames.shape[2] - 3 * GAP) // 4
-  return [grid.frames[:, :, left : left + width] for left in range(0, 4 * (width + GAP), width + GAP)], grid.fps
+  width = (grid.frames.shape[2] - 3 * CLIP_GAP) // 4
+  starts = range(0, 4 * (width + CLIP_GAP), width + CLIP_GAP)
+  return [grid.frames[:, :, start : start + width] for start in starts], grid.fps
 
 
 def arrange(clips: Sequence[Frames]) -> Frames:
   """Puts A and A' above B and B'."""
   a, a2, b, b2 = (enlarge(clip, SMALL) for clip in clips)
-  across = np.full((*a.shape[:2], 2 * GAP, 3), 255, np.uint8)
-  lines = [np.concatenate([left, across, right], axis=2) for left, right in ((a, a2), (b, b2))]
-  return np.concatenate([lines[0], np.full((len(a), 2 * GAP, *lines[0].shape[2:]), 255, np.uint8), lines[1]], axis=1)
+  across = np.full((*a.shape[:2], 2 * CLIP_GAP, 3), 255, np.uint8)
+  above, below = (np.concatenate([left, across, right], axis=2) for left, right in ((a, a2), (b, b2)))
+  between = np.full((len(a), 2 * CLIP_GAP, *above.shape[2:]), 255, np.uint8)
+  return np.concatenate([above, between, below], axis=1)
 
 
 def subtract(clips: Sequence[Frames]) -> Frames:

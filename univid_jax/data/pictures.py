@@ -21,8 +21,9 @@ CAPTIONS: Mapping[str, str] = {
   "with swapped pairs": "shown another task's example",
 }
 
-# Space between frames, and above them for the names of the columns, in pixels.
+# Space between frames, and above them for the names of the columns, in pixels; between clips that are joined.
 GAP, HEADER = 6, 50
+CLIP_GAP = 4
 
 # The most frames of an animation, the frame rate of one whose videos keep theirs, and what is added to the last frame's
 # time, in milliseconds.
@@ -40,7 +41,7 @@ def sentence_grid(
     columns: names of the clips.
     tile: height of a frame in pixels.
   """
-  _draw([(label, [_key_frames(clip) for clip in clips]) for label, clips in rows], columns, tile).save(path)
+  _draw([(label, [key_frames(clip) for clip in clips]) for label, clips in rows], columns, tile).save(path)
 
 
 def sentence_animation(
@@ -123,12 +124,13 @@ def contact_sheet(path: Path, sentences: Sequence[tuple[str, Sentence]]) -> None
 def concatenate_clips(clips: Sequence[np.ndarray]) -> np.ndarray:
   """Joins clips of one height, uint8 (T, H, W, 3), from left to right; shorter clips repeat their last frame."""
   count = max(len(clip) for clip in clips)
-  gap = np.full((count, clips[0].shape[1], 4, 3), 255, np.uint8)
+  gap = np.full((count, clips[0].shape[1], CLIP_GAP, 3), 255, np.uint8)
   extended = [clip[np.minimum(np.arange(count), len(clip) - 1)] for clip in clips]
   return np.concatenate([part for clip in extended for part in (clip, gap)][:-1], axis=2)
 
 
-def _key_frames(clip: np.ndarray) -> list[np.ndarray]:
+def key_frames(clip: np.ndarray) -> list[np.ndarray]:
+  """Returns the frame of an image, or first, middle and last frame of a video."""
   return [clip[i] for i in sorted({0, len(clip) // 2, len(clip) - 1})]
 
 

@@ -31,8 +31,12 @@ def timestep_table(sigmas: Float[Array, "b s"], row: PackedRow) -> Float[Array, 
 
 def has_sentence(row: PackedRow) -> Float[Array, "b s"]:
   """Returns 1 for each slot that holds a sentence, else 0."""
-  in_slot = jax.nn.one_hot(row.segment_ids - 1, row.num_slots) * row.target_mask[..., None]
-  return jnp.max(in_slot, axis=1)
+  return jnp.max(_targets_of_slots(row), axis=1)
+
+
+def _targets_of_slots(row: PackedRow) -> Float[Array, "b l s"]:
+  """Returns 1 for each target token and the slot of its sentence, else 0."""
+  return jax.nn.one_hot(row.segment_ids - 1, row.num_slots) * row.target_mask[..., None]
 
 
 def sentence_losses(
@@ -57,9 +61,9 @@ def sentence_losses(
   predicted = model(tokens, timestep_table(sigmas, row), row).astype(jnp.float32)
   errors = jnp.mean(jnp.square(predicted - velocity(row.tokens, noise)), axis=-1)
   errors = jnp.where(row.target_mask, errors, 0)
-  in_slot = jax.nn.one_hot(row.segment_ids - 1, sigmas.shape[1]) * row.target_mask[..., None]
-  counts = jnp.sum(in_slot, axis=1)
-  totals = jnp.einsum("bl,bls->bs", errors, in_slot, precision=jax.lax.Precision.HIGHEST)
+  targets = _targets_of_slots(row)
+  counts = jnp.sum(targets, axis=1)
+  totals = jnp.einsum("bl,bls->bs", errors, targets, precision=jax.lax.Precision.HIGHEST)
   return totals / jnp.maximum(counts, 1), (counts > 0).astype(jnp.float32)
 
 
@@ -82,6 +86,5 @@ def draw_noise(key: PRNGKeyArray, row: PackedRow, flow: FlowMatching) -> tuple[F
   """Draws noise and noise levels for a training batch."""
   noise_key, time_key = jax.random.split(key)
   noise = jax.random.normal(noise_key, row.tokens.shape, jnp.float32)
-  in_slot = jax.nn.one_hot(row.segment_ids - 1, row.num_slots) * row.target_mask[..., None]
-  sigmas, weights = flow.sample(time_key, jnp.sum(in_slot, axis=1))
+  sigmas, weights = flow.sample(time_key, jnp.sum(_targets_of_slots(row), axis=1))
   return noise, NoiseLevels(sigmas, weights)

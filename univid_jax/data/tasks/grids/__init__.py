@@ -55,7 +55,7 @@ GRID_FAMILIES: Mapping[str, GridFamily] = {
     prompt_name="count as a bar",
   ),
   "life": GridFamily(
-    draw=cells.draw_living_color,
+    draw=cells.draw_color,
     make=cells.make_living,
     apply=cells.next_life,
     evolve=cells.lives,
@@ -71,10 +71,7 @@ GRID_FAMILIES: Mapping[str, GridFamily] = {
     prompt_name="version with enclosed areas filled",
   ),
   "largest": GridFamily(
-    draw=shapes.draw_shape_color,
-    make=shapes.make_components,
-    apply=shapes.keep_largest,
-    prompt_name="largest component",
+    draw=cells.draw_color, make=shapes.make_components, apply=shapes.keep_largest, prompt_name="largest component"
   ),
   "maze": GridFamily(
     draw=puzzles.draw_maze_colors,

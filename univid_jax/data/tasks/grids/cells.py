@@ -202,7 +202,7 @@ def other_rules(size: Size, *, rule: int, color: int) -> Iterable[Params]:
   return ({"rule": rule ^ 1 << bit, "color": color} for bit in range(8))
 
 
-def draw_living_color(rng: np.random.Generator, size: Size) -> Params:
+def draw_color(rng: np.random.Generator, size: Size) -> Params:
   del size
   return {"color": draw_colors(rng, 1)[0]}
 

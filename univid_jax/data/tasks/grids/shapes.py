@@ -55,11 +55,6 @@ def fill_enclosed(grid: Grid, *, color: int, filling: int) -> Grid:
   return np.where(scipy.ndimage.binary_fill_holes(walls) & ~walls, filling, grid)
 
 
-def draw_shape_color(rng: np.random.Generator, size: Size) -> Params:
-  del size
-  return {"color": draw_colors(rng, 1)[0]}
-
-
 def make_components(rng: np.random.Generator, size: Size, *, color: int) -> Grid:
   """Draws cells until one component is larger than each of the others."""
   while True:
