@@ -8,7 +8,7 @@ import pytest
 
 from univid_jax.checkpoints.tensor_files import find_tensor_files, open_tensors, save_safetensors
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import atomic_write, copy_to_local, is_remote, make_absolute
+from univid_jax.core.paths import atomic_write, is_remote, make_absolute
 
 
 def test_bucket_paths_are_unchanged(tmp_path, monkeypatch):
@@ -16,7 +16,6 @@ def test_bucket_paths_are_unchanged(tmp_path, monkeypatch):
   assert str(make_absolute("gs://bucket/run") / "checkpoints") == "gs://bucket/run/checkpoints"
   assert str(make_absolute("run")) == str(tmp_path / "run")
   assert is_remote("gs://bucket/run") and not is_remote(tmp_path)
-  assert copy_to_local(str(tmp_path)) == str(tmp_path) and copy_to_local("") == ""
 
 
 def test_atomic_write(tmp_path):
