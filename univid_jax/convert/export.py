@@ -131,7 +131,7 @@ def export_checkpoint(
       logger.warning("%s is left out: the checkpoint has only the parts of it that Wan uses", component)
   tokenizer = sorted(checkpoint.tokenizer_path().parent.iterdir()) if checkpoint.info.tokenizer else []
   needed = sum(part.nbytes for part in tensors.values()) + sum(path.stat().length for path in tokenizer) + SPARE_BYTES
-  with atomic_folder(destination, needed=needed, force=force) as folder, verified(source):
+  with atomic_folder(destination, needed=needed, force=force) as folder, verified(checkpoint.folder):
     folder = Path(folder)
     for component, part in tensors.items():
       path = folder / weights[component].format(config=checkpoint.config(component))
