@@ -38,10 +38,9 @@ def official_config(config: DiTConfig) -> dict[str, Any]:
 
   Only `image_dim`, which means nothing but for I2V models, is left to their tensors, as in the releases.
   """
-  keys = dict.fromkeys(_OFFICIAL_KEYS)
-  for field in dataclasses.fields(config):
-    if field.name != "image_dim" and getattr(config, field.name) != field.default:
-      keys[field.name] = None
+  fields = (field for field in dataclasses.fields(config) if field.name != "image_dim")
+  others = [field.name for field in fields if getattr(config, field.name) != field.default]
+  keys = dict.fromkeys([*_OFFICIAL_KEYS, *others])
   return {"_class_name": "WanModel", **{key: getattr(config, key) for key in keys}}
 
 
@@ -111,7 +110,7 @@ def diffusers_config(config: DiTConfig | VAEConfig | UMT5Config) -> dict[str, An
 def _diffusers_transformer(config: DiTConfig) -> dict[str, Any]:
   image = {"image_dim": config.image_dim, "added_kv_proj_dim": config.dim} if config.takes_image_features else {}
   # Not arguments of the class: its pipelines get the length of prompts and `expand_timesteps` themselves.
-  others = {"text_len": config.text_len} if config.text_len != DiTConfig.text_len else {}
+  others: dict[str, Any] = {"text_len": config.text_len} if config.text_len != DiTConfig.text_len else {}
   if not config.takes_condition and config.model_type != default_model_type(config.out_dim):
     others["model_type"] = str(config.model_type)
   return {

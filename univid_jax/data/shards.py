@@ -23,7 +23,8 @@ import xxhash
 from etils import epath
 
 from univid_jax.core.bucket_files import copy_file, source_state
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, first_line
+from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import file_state, is_remote
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class Index:
       file.seek(0)
       if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("another format")
-      header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+      header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
       shape = 3, header["num_records"]
       columns = np.memmap(file, np.uint64, "r", offset=file.tell(), shape=shape) if shape[1] else np.empty(shape)
     return cls([Shard(*values) for values in header["shards"]], np.asarray(columns).astype(np.uint64, copy=False))
@@ -229,7 +230,7 @@ class Shards:
       reader = self._open(shard)
     except ValueError as error:
       self._are_usable[shard.name] = False
-      self._report(shard, f"is damaged ({_first_line(error)})")
+      self._report(shard, f"is damaged ({first_line(error)})")
       return None
     try:
       body = unseal_record(reader.read(position), digest)
@@ -294,7 +295,7 @@ class Shards:
       return Index.read(copy_file(self.folder / INDEX_FILE, folder=FOLDER))
     except (ValueError, KeyError, TypeError) as error:
       path = self.folder / INDEX_FILE
-      raise UserError(f"{path} is damaged ({_first_line(error)}): univid-prepare --pack writes it again") from error
+      raise UserError(f"{path} is damaged ({first_line(error)}): univid-prepare --pack writes it again") from error
 
 
 def find_damage(path: epath.Path) -> str | None:
@@ -314,7 +315,7 @@ def find_damage(path: epath.Path) -> str | None:
   try:
     records = ShardReader(copy_file(path, folder=FOLDER))
   except ValueError as error:
-    return _first_line(error)
+    return first_line(error)
   damaged = [position for position, record in enumerate(records) if record is None or unseal_record(record) is None]
   if damaged:
     return f"{len(damaged)} of {records.num_records} records are corrupt, first record {damaged[0]}"
@@ -327,7 +328,3 @@ def unseal_record(record: bytes, digest: bytes | None = None) -> memoryview | No
   if digest not in (None, record[:DIGEST_BYTES]):
     return None
   return unseal(view[DIGEST_BYTES:])
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or [repr(error)])[0]

@@ -24,7 +24,7 @@ from univid_jax.codecs.vae_config import VAEConfig
 from univid_jax.codecs.wan_vae import VAE, jit_method
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import latent_shape
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import TrainedExpert
 from univid_jax.core.packed_row import TOKEN_FIELDS, PackedRow
 from univid_jax.core.protocols import TrainStep
@@ -156,7 +156,7 @@ def _compile(lowered: Any, advice: str) -> Any:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    reason = str(error).splitlines()[0].rstrip(".")
+    reason = first_line(error).rstrip(".")
     raise DoesNotFitError(reason, advice) from error
 
 
