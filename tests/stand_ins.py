@@ -89,15 +89,19 @@ class _CountingCodec:
   decode_parts = decode
 
 
+class Bucket(MemoryFileSystem):
+  """A bucket in memory. One class, as etils and fsspec each keep an instance."""
+
+  protocol, store, pseudo_dirs = "s3", {}, [""]
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(path.replace("s3://", "memory://"))
+
+
 def open_bucket(name):
   """Returns an empty bucket that is in memory."""
-
-  class Bucket(MemoryFileSystem):
-    protocol, store, pseudo_dirs = "s3", {}, [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-      return super()._strip_protocol(path.replace("s3://", "memory://"))
-
+  Bucket.store.clear()
+  Bucket.pseudo_dirs[:] = [""]
   fsspec.register_implementation("s3", Bucket, clobber=True)
   return epath.Path(f"s3://bucket/{name}")

@@ -1,5 +1,6 @@
 """Conversion of base weights: exact in both directions, all or nothing, and errors name what is wrong."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -23,14 +24,18 @@ from tests.commands import environment
 from tests.helpers import GOLDENS, package_or_skip
 from univid_jax.checkpoints.experts import Expert, find_expert
 from univid_jax.checkpoints.info import is_checkpoint, read_info
-from univid_jax.checkpoints.tensor_files import open_tensors
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
+from univid_jax.checkpoints.tensor_files import TensorInfo, open_tensors
 from univid_jax.codecs.wan_vae import VAEConfig
 from univid_jax.convert.commands import convert_any, inspect, verify
+from univid_jax.convert.component_configs import infer_config
 from univid_jax.convert.destination import atomic_folder, check_destination
+from univid_jax.convert.export import original_tensors
 from univid_jax.convert.layout import make_fills
-from univid_jax.convert.release_configs import official_config
+from univid_jax.convert.release_configs import diffusers_config, official_config, require_readable
 from univid_jax.convert.sources import find_release
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import ModelType
 from univid_jax.models.names import name_from_diffusers, name_to_diffusers
 from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import VARIANTS, DiTConfig
@@ -86,7 +91,7 @@ class TestRoundTrips:
     expected = {key: value for key, value in json.loads((RELEASE / "config.json").read_text()).items() if key[0] != "_"}
     assert {
       key: value for key, value in json.loads((tmp_path / "back" / "config.json").read_text()).items() if key[0] != "_"
-    } == expected
+    } == expected | {"text_dim": 48}, "which Wan's class needs: it is not the default"
     tokenizer = "google/umt5-xxl/tokenizer.json"
     assert (tmp_path / "back" / tokenizer).read_bytes() == (RELEASE / tokenizer).read_bytes()
 
@@ -406,10 +411,92 @@ def test_one_line_errors(arguments, message):
   assert run.returncode != 0 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
 
 
-def test_official_config():
-  config = VARIANTS["wan2.1-t2v-1.3b"]
-  assert official_config(config)["num_heads"] == 12
-  assert DiTConfig.from_json(official_config(config)) == config
+# Every field differs from its default, but for what only I2V models have.
+ODD = DiTConfig(
+  dim=24,
+  ffn_dim=20,
+  num_heads=3,
+  num_layers=2,
+  model_type=ModelType.TI2V,
+  in_dim=6,
+  out_dim=6,
+  freq_dim=10,
+  text_dim=14,
+  text_len=9,
+  patch_size=(1, 4, 2),
+  eps=1e-5,
+  rope_theta=10.0,
+  rope_scale=1.57,
+)
+ODD_I2V = dataclasses.replace(ODD, model_type=ModelType.I2V, in_dim=16, image_dim=28)
+
+
+class TestConfigs:
+  """A component's config.json and tensors tell all of its config."""
+
+  @staticmethod
+  def infos(component, config):
+    fills = make_fills(component, config)
+    return {name: TensorInfo(fill.original_shape, "float32") for fill in fills for name in fill.names}
+
+  def test_odd(self):
+    names = {field.name for field in dataclasses.fields(DiTConfig) if getattr(ODD, field.name) == field.default}
+    assert names == {"image_dim"} and ODD_I2V.image_dim != DiTConfig.image_dim
+
+  def test_official(self):
+    config = VARIANTS["wan2.1-t2v-1.3b"]
+    assert official_config(config)["num_heads"] == 12 and "rope_theta" not in official_config(config)
+    assert DiTConfig.from_json(official_config(config)) == config
+
+  @pytest.mark.parametrize("config", [*dict.fromkeys(VARIANTS.values()), ODD, ODD_I2V])
+  def test_transformers(self, config):
+    same_rope = dataclasses.replace(config, rope_theta=10000.0, rope_scale=1.0)
+    for written, values in ((config, official_config(config)), (same_rope, diffusers_config(same_rope))):
+      found = infer_config("transformer", self.infos("transformer", written), json.loads(json.dumps(values)))
+      assert found == written
+      require_readable("transformer_2", written, self.infos("transformer", written), values)
+
+  @pytest.mark.parametrize(
+    ("component", "config", "write", "lost"),
+    [
+      ("transformer", ODD, diffusers_config, r"rope_theta = 10\.0, rope_scale = 1\.57"),
+      ("text_encoder", UMT5Config(vocab_size=9, num_layers=1, eps=1e-5), lambda config: {}, "eps = 1e-05"),
+      ("vae", VAEConfig(latent_mean=(0.5,) * 16), lambda config: {}, "latent_mean"),
+      ("vae", VAEConfig(temporal_downsample=(True, False, True)), diffusers_config, "temporal_downsample"),
+    ],
+  )
+  def test_what_would_be_lost_is_refused(self, component, config, write, lost):
+    with pytest.raises(UserError, match=f"cannot say that the {component} has {lost}"):
+      require_readable(component, config, self.infos(component, config), write(config))
+
+  def test_others(self):
+    for component, config in (
+      ("text_encoder", UMT5Config(vocab_size=9, num_layers=1, num_heads=32, num_buckets=8, eps=1e-5)),
+      ("vae", VAEConfig(dim=8, decoder_dim=16, latent_mean=(0.5,) * 16, latent_std=(2.0,) * 16)),
+    ):
+      require_readable(component, config, self.infos(component, config), diffusers_config(config))
+    with pytest.raises(UserError, match="layer_norm_epsilon = 0, expected a positive number"):
+      infer_config("text_encoder", {}, {"layer_norm_epsilon": 0})
+
+
+def test_the_small_base_there_and_back(tmp_path):
+  """With its rotary frequencies, its codec and how it is run."""
+  convert_any("small", str(tmp_path / "release"), to="original")
+  convert_any(str(tmp_path / "release"), str(tmp_path / "back"))
+  before, after = read_info("small"), read_info(tmp_path / "back")
+  assert after.components["transformer"].config == before.components["transformer"].config
+  assert (after.codec, after.usage) == (before.codec, before.usage)
+  first, second = (
+    original_tensors(PretrainedCheckpoint.open(path), "transformer") for path in ("small", tmp_path / "back")
+  )
+  assert first.infos == second.infos and all((first.read(name) == second.read(name)).all() for name in first.infos)
+  with pytest.raises(UserError, match=r"cannot be written in the layout diffusers: .* has rope_theta = 10\.0"):
+    convert_any("small", str(tmp_path / "diffusers"), to="diffusers")
+  values = json.loads((tmp_path / "release" / "config.json").read_text())
+  for own in ({"codec": {"latent_channels": 0}}, {"codec": {"other": 1}}, {"usage": 3}, 3):
+    (tmp_path / "release" / "config.json").write_text(json.dumps({**values, "univid_jax": own}))
+    with pytest.raises(UserError, match=r"config\.json has univid_jax"):
+      convert_any(str(tmp_path / "release"), str(tmp_path / "other"))
 
 
 def test_layer_of_zeros(release, tmp_path):

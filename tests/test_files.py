@@ -2,13 +2,19 @@
 
 import json
 import os
+import types
 
+import jax
 import numpy as np
 import pytest
 
+from univid_jax.checkpoints import layerwise
+from univid_jax.checkpoints.info import read_info
+from univid_jax.checkpoints.lora.folder import read_lora_folder
+from univid_jax.checkpoints.run import read_run
 from univid_jax.checkpoints.tensor_files import find_tensor_files, open_tensors, save_safetensors
-from univid_jax.core.errors import UserError
-from univid_jax.core.paths import atomic_write, copy_to_local, is_remote, make_absolute
+from univid_jax.core.errors import UserError, first_line
+from univid_jax.core.paths import atomic_write, is_remote, make_absolute
 
 
 def test_bucket_paths_are_unchanged(tmp_path, monkeypatch):
@@ -16,7 +22,6 @@ def test_bucket_paths_are_unchanged(tmp_path, monkeypatch):
   assert str(make_absolute("gs://bucket/run") / "checkpoints") == "gs://bucket/run/checkpoints"
   assert str(make_absolute("run")) == str(tmp_path / "run")
   assert is_remote("gs://bucket/run") and not is_remote(tmp_path)
-  assert copy_to_local(str(tmp_path)) == str(tmp_path) and copy_to_local("") == ""
 
 
 def test_atomic_write(tmp_path):
@@ -39,6 +44,48 @@ def test_atomic_writes_at_once(tmp_path):
       second.write_text("second")
     assert path.read_text() == "second"
   assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+  "error, expected",
+  [
+    (ValueError(), "ValueError()"),
+    (ValueError(" \n "), "ValueError(' \\n ')"),
+    (OSError("\nfirst\nsecond"), "first"),
+    (KeyError("a"), "'a'"),
+  ],
+)
+def test_first_line_of_an_error(error, expected):
+  assert first_line(error) == expected
+
+
+def test_readers_may_fail_without_a_message():
+  class Unreadable:
+    shape, kvstore = (2,), types.SimpleNamespace(path="weights")
+
+    def __getitem__(self, index):
+      return self
+
+    def read(self):
+      return self
+
+    def result(self):
+      raise ValueError
+
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  with pytest.raises(UserError, match=r"cannot read the weights in weights: ValueError\(\)"):
+    layerwise._read(Unreadable(), jax.ShapeDtypeStruct((2,), np.float32, sharding=sharding))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 1, "format": 1}', "{", "[]", "\xff"])
+@pytest.mark.parametrize(
+  "name, read", [("checkpoint.json", read_info), ("config.json", read_run), ("lora.json", read_lora_folder)]
+)
+def test_damaged_json_is_an_error_of_one_line(name, read, text, tmp_path):
+  (tmp_path / name).write_text(text, encoding="latin-1")
+  with pytest.raises(UserError, match=name) as error:
+    read(tmp_path)
+  assert len(str(error.value).splitlines()) == 1
 
 
 def test_safetensors_permissions(tmp_path):

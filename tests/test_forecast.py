@@ -1,5 +1,7 @@
 """Forecasts of memory: training, sampling, the autoencoder."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.commands import run_command
 from univid_jax import forecast as command
+from univid_jax.checkpoints.info import read_info
 from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.pretrained import abstract_component
 from univid_jax.codecs.vae_config import VAEConfig
@@ -89,7 +92,7 @@ class TestForecast:
   def test_text_encoder(self, tiny_config, monkeypatch):
     """Of a small shape; each device has its shard of the weights, in bfloat16."""
     shape = UMT5Config(vocab_size=64, dim=32, attention_dim=32, ffn_dim=64, num_heads=4, num_layers=2)
-    monkeypatch.setattr("univid_jax.training.memory.UMT5Config", lambda: shape)
+    monkeypatch.setattr("univid_jax.checkpoints.model.UMT5Config", lambda: shape)
     alone = forecast_text_encoder(wan_1_3b(), make_mesh({}, jax.devices()[:1]))
     module = abstract_component("text_encoder", shape)
     assert alone.weights == 2 * sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
@@ -98,6 +101,22 @@ class TestForecast:
     assert 0.5 <= sharded.weights / alone.weights < 0.6 and "weights are sharded over fsdp 2" in str(sharded)
     with pytest.raises(UserError, match="from scratch has no text encoder"):
       forecast_text_encoder(tiny_config, make_mesh({}, jax.devices()[:1]))
+
+  def test_text_encoder_of_a_base(self, tiny_config, tmp_path):
+    """Its own, also if config.model.variant, which the base says too, is empty."""
+    shape = UMT5Config(vocab_size=64, dim=32, attention_dim=32, ffn_dim=64, num_heads=4, num_layers=2)
+    info, mesh = read_info("small"), make_mesh({}, jax.devices()[:1])
+    transformer = info.components["transformer"]
+    parts = {
+      "transformer": transformer,
+      "text_encoder": dataclasses.replace(transformer, config=dataclasses.asdict(shape)),
+    }
+    dataclasses.replace(info, components=parts, codec=None).write(tmp_path)
+    found = forecast_text_encoder(override(tiny_config, {"init_from": str(tmp_path)}), mesh)
+    module = abstract_component("text_encoder", shape)
+    assert found.weights == 2 * sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+    with pytest.raises(UserError, match="small was trained from scratch without a text encoder"):
+      forecast_text_encoder(override(tiny_config, {"init_from": "small"}), mesh)
 
   def test_a_codec_without_weights_needs_no_device(self, tiny_config):
     with pytest.raises(UserError, match="no weights and runs on no device"):

@@ -101,4 +101,14 @@ def test_cached_context_saves_most_operations_of_a_step(monkeypatch):
 def test_chips_by_name():
   assert find_chip_by_name("TPU v5 lite").flops == 197e12 and find_chip_by_name("TPU v5").flops == 459e12
   assert find_chip_by_name("NVIDIA H100 80GB HBM3").flops == 989e12
+  for name, flops, bandwidth in (
+    ("NVIDIA H100 PCIe", 756e12, 2000e9),
+    ("NVIDIA H100 NVL", 835e12, 3900e9),
+    ("NVIDIA H200 NVL", 835e12, 4800e9),
+    ("NVIDIA H200", 989e12, 4800e9),
+    ("NVIDIA A100 80GB PCIe", 312e12, 1935e9),
+    ("NVIDIA A100-SXM4-80GB", 312e12, 2039e9),
+  ):
+    chip = find_chip_by_name(name)
+    assert (chip.flops, chip.bandwidth) == (flops, bandwidth), name
   assert find_chip(make_mesh({"data": -1}).devices.flat[0]) is None

@@ -10,11 +10,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tests.helpers import relative_error
 from univid_jax.codecs import vae_layers
 from univid_jax.config.schema import LoRAConfig
+from univid_jax.inference import batch_size
 from univid_jax.models import lora, rope
 from univid_jax.models.dit_blocks import project_to_heads
 from univid_jax.models.layers import Linear
 from univid_jax.platform import cpu, tpu
 from univid_jax.platform.current import Platform, current_platform
+from univid_jax.platform.machine_memory import available_memory
 
 TPU_MESH = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice("TPU v5 lite", 1, "tpu"))
 
@@ -108,3 +110,64 @@ def test_positions_are_repeated_by_windows_on_tpus_only():
     for platform in (Platform.CPU, Platform.TPU)
   }
   assert "reduce_window" in program[Platform.TPU] and "reduce_window" not in program[Platform.CPU]
+
+
+class TestAvailableMemory:
+  """Of a machine whose /proc and /sys are in a folder."""
+
+  @staticmethod
+  def write(root, files):
+    for name, text in {"proc/meminfo": "MemTotal: 64000 kB\nMemFree: 100 kB\nMemAvailable: 8000 kB\n", **files}.items():
+      (root / name).parent.mkdir(parents=True, exist_ok=True)
+      (root / name).write_text(text)
+
+  def test_page_cache_is_available(self, tmp_path):
+    self.write(tmp_path, {"proc/self/cgroup": "0::/session\n", "sys/fs/cgroup/session/memory.max": "max\n"})
+    assert available_memory(tmp_path) == 8000 * 1024
+
+  def test_there_is_none_elsewhere(self, tmp_path):
+    """As on macOS, where the kernel has no such files."""
+    assert available_memory(tmp_path) is None
+
+  @pytest.mark.parametrize(
+    "groups, files, left",
+    [
+      (  # the limit of a parent counts, and the files that it caches do not
+        "0::/job/step\n",
+        {
+          "job/memory.max": "5000000",
+          "job/memory.current": "4000000",
+          "job/memory.stat": "anon 9\ninactive_file 500000\n",
+          "job/step/memory.max": "max",
+          "job/step/memory.current": "10",
+        },
+        1_500_000,
+      ),
+      ("0::/\n", {"memory.max": "2000000", "memory.current": "3000000"}, 0),
+      (
+        "5:cpu:/a\n4:memory:/docker/b\n0::/docker/b\n",  # a container with version 1 sees its group at the root
+        {
+          "memory/memory.limit_in_bytes": "4000000",
+          "memory/memory.usage_in_bytes": "1000000",
+          "memory/memory.stat": "total_inactive_file 250000\n",
+        },
+        3_250_000,
+      ),
+      (
+        "4:memory:/\n",
+        {"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "1"},
+        8_192_000,
+      ),
+    ],
+  )
+  def test_limits_of_control_groups(self, groups, files, left, tmp_path):
+    groups_files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    self.write(tmp_path, {"proc/self/cgroup": groups, **groups_files})
+    assert available_memory(tmp_path) == left
+
+  def test_automatic_batches_use_it(self, monkeypatch):
+    """Where it is unknown, too, which was an error on macOS."""
+    device = jax.devices("cpu")[0]
+    for available, expected in ((None, None), (8_000, 8_000 // jax.local_device_count("cpu"))):
+      monkeypatch.setattr(batch_size, "available_memory", lambda available=available: available)
+      assert batch_size.free_memory(device) == expected

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.commands import finish, start_python
 from tests.stand_ins import open_bucket
 from tests.test_checksums import flip_bit, run_verify
+from univid_jax.core import bucket_files
 from univid_jax.core.errors import UserError
 from univid_jax.core.lock import hold
 from univid_jax.data import shard_writer, shards
@@ -331,7 +332,7 @@ class TestIndex:
 
 def test_a_bucket(tmp_path, monkeypatch):
   """Shards are copied when they are read first, and again if the copy has another size."""
-  monkeypatch.setattr(shards, "CACHE_FOLDER", str(tmp_path / "local"))
+  monkeypatch.setattr(bucket_files, "CACHE_FOLDER", str(tmp_path / "local"))
   bucket = open_bucket("cache")
   fill(bucket, 12)
   assert counts(pack(bucket, remove_files=True)) == (12, 12, 12, 2)

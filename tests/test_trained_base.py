@@ -5,11 +5,16 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from etils import epath
+from PIL import Image
 
+from tests.commands import run_here
 from tests.helpers import parameters
+from univid_jax.checkpoints import built_in
 from univid_jax.checkpoints.built_in import BUILT_IN, locate
 from univid_jax.checkpoints.info import is_checkpoint, read_info
 from univid_jax.checkpoints.run import RunRecord, write_run
+from univid_jax.cli.verification import verify
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import small
 from univid_jax.convert.commands import convert_any, inspect
@@ -18,6 +23,7 @@ from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.tasks.grids.base import GridSplit
 from univid_jax.data.tasks.grids.rendering import Rendering
 from univid_jax.inference.load import load_pipeline
+from univid_jax.inference.ratio_tables import TableKey, read_table, require_tables, write_table
 from univid_jax.training.loop import train
 
 
@@ -88,6 +94,43 @@ def test_a_built_in_name_wins_over_a_folder(trained, tmp_path, monkeypatch):
   (tmp_path / "small").symlink_to(root / "base")
   assert read_info("small").variant == "small" and read_info("./small").variant == "tiny"
   assert locate("small").parent.name == "bases" and all(map(is_checkpoint, BUILT_IN))
+  assert "tiny" in inspect("./small") and "small" in inspect("small")
+  assert [str(found.path) for found in verify("./small", write=False)] == ["small"]
+  assert read_info(epath.Path("./small")).variant == "tiny", "whose string is the name"
+
+
+def test_commands_know_it_by_its_name(tmp_path, monkeypatch, caplog):
+  """They read it in the package, and write nothing there nor to a folder of its name."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(built_in, "CACHE_FOLDER", str(tmp_path / "cache"))
+  assert [(found.path, found.damaged) for found in verify("small", write=False)] == [(locate("small"), [])]
+  convert_any("small", str(tmp_path / "release"), to="original")
+  assert "has no checksums" not in caplog.text
+  key = TableKey(
+    weights={},
+    solver="euler",
+    sigmas=[1.0, 0.5],
+    guidance_scales=[1.0],
+    guidance_range=[0.0, 1.0],
+    attention="full",
+    context_timestep="target",
+  )
+  with pytest.raises(UserError, match=r"there is no .*cache/bases/small/step_cache.json"):
+    require_tables("small")
+  assert write_table("small", key, [[1.0, 1.5]]) == tmp_path / "cache" / "bases" / "small" / "step_cache.json"
+  require_tables("small")
+  assert read_table("small", key) == [[1.0, 1.5]]
+  with pytest.raises(UserError, match=r"small is the name of a base in the package: write to \./small"):
+    convert_any(str(tmp_path / "release"), "small")
+  assert {path.name for path in tmp_path.iterdir()} == {"cache", "release"}
+
+
+def test_it_is_calibrated(tmp_path, monkeypatch, capfd):
+  monkeypatch.setattr(built_in, "CACHE_FOLDER", str(tmp_path / "cache"))
+  Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+  clip = tmp_path / "a.png"
+  assert run_here("univid_jax.calibrate", "--checkpoint=small", f"--clips={clip},{clip},{clip}", "--steps=3") == 0
+  assert capfd.readouterr().out.splitlines()[-1] == f"ratios: {tmp_path}/cache/bases/small/step_cache.json"
 
 
 def test_the_base_in_the_package_follows_an_example():

@@ -3,7 +3,8 @@
   python -m univid_jax.calibrate --checkpoint=DIR [--lora=PATH] --clips=A.mp4,A2.mp4,B.mp4 [--steps=50]
 
 Give the flags of the samples to come: ratios are those of one model, solver, noise levels and guidance. They hardly
-depend on clips and seed. `sample --step_cache=magcache` finds them in CHECKPOINT/step_cache.json.
+depend on clips and seed. `sample --step_cache=magcache` finds them in CHECKPOINT/step_cache.json
+(for a base in the package in ~/.cache/univid_jax/bases).
 """
 
 import os
@@ -19,6 +20,7 @@ SAMPLING = SamplingFlags(FLAGS)
 
 @app.command(FLAGS)
 def main() -> None:
+  from univid_jax.checkpoints.built_in import BUILT_IN, measurements_folder
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.step_caches import describe_schedules, measure_ratios
   from univid_jax.core.paths import require_writable
@@ -29,8 +31,9 @@ def main() -> None:
   enable_compilation_cache()
   SAMPLING.check()
   SamplingPlan.of(None, **SAMPLING.steps)
-  if os.path.isdir(SAMPLING.checkpoint.value):  # else it is in a bucket, or missing, which loading reports
-    require_writable(SAMPLING.checkpoint.value)
+  folder = measurements_folder(SAMPLING.checkpoint.value)
+  if SAMPLING.checkpoint.value in BUILT_IN or os.path.isdir(folder):  # else in a bucket, or missing: loading reports it
+    require_writable(folder)
   pipeline, origin = SAMPLING.load()
   clips = [clip.frames for clip in read_context(SAMPLING.clips.value or [], SAMPLING.choose_format(pipeline))]
   ratios = measure_ratios(

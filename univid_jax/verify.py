@@ -2,8 +2,9 @@
 
   python -m univid_jax.verify PATH [--write]
 
-PATH is a workdir, a converted checkpoint, a LoRA, a cache, or a folder that contains any of them. Every damaged file is
-named, and then the exit code is 1. `train`, `sample`, `evaluate` and `demo` verify what they load by themselves.
+PATH is a workdir, a converted checkpoint (or `small`), a LoRA, a cache, or a folder that contains any of them. Every
+damaged file is named, and then the exit code is 1. `train`, `sample`, `evaluate` and `demo` verify what they load by
+themselves.
 """
 
 import sys

@@ -4,11 +4,23 @@ import importlib.resources
 
 from etils import epath
 
+from univid_jax.core.paths import CACHE_FOLDER
+
 BUILT_IN = ("small",)
 
 
 def locate(checkpoint: epath.PathLike) -> epath.Path:
-  """Returns the folder of a built-in checkpoint, or else the path itself; ./NAME is always a path."""
-  if str(checkpoint) in BUILT_IN:
-    return epath.Path(str(importlib.resources.files("univid_jax") / "bases" / str(checkpoint)))
+  """Returns the folder of a built-in checkpoint, or else the path itself.
+
+  Names are strings: ./NAME is always a path, and so are objects of paths, which do not tell it from NAME.
+  """
+  if isinstance(checkpoint, str) and checkpoint in BUILT_IN:
+    return epath.Path(str(importlib.resources.files("univid_jax") / "bases" / checkpoint))
+  return epath.Path(checkpoint)
+
+
+def measurements_folder(checkpoint: epath.PathLike) -> epath.Path:
+  """Returns where to keep what is measured of a checkpoint: its folder, or a cache of the user for a built-in one."""
+  if isinstance(checkpoint, str) and checkpoint in BUILT_IN:
+    return epath.Path(CACHE_FOLDER).expanduser() / "bases" / checkpoint
   return epath.Path(checkpoint)

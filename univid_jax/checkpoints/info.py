@@ -9,6 +9,7 @@ from etils import epath
 
 from univid_jax.checkpoints.built_in import locate
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import Quantize
 
 CHECKPOINT_FILE = "checkpoint.json"
@@ -92,7 +93,7 @@ def read_info(folder: epath.PathLike) -> CheckpointInfo:
       "create one with python -m univid_jax.convert SRC DST"
     )
   try:
-    values = json.loads(path.read_text())
+    values = parse_json(path.read_bytes())
     if values.pop("format") != FORMAT:
       raise ValueError("it was written by another version of univid_jax")
     components = {name: ComponentInfo(**component) for name, component in values.pop("components").items()}

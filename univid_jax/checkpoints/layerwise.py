@@ -11,7 +11,7 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import Quantize
 from univid_jax.models.quantized import QuantizationError, QuantizedKernel, quantize, squared_norms
 
@@ -69,7 +69,7 @@ def _read(source: Any, abstract: jax.ShapeDtypeStruct) -> Array:
     try:
       return part.read().result().astype(abstract.dtype)
     except ValueError as error:
-      raise UserError(f"cannot read the weights in {source.kvstore.path}: {str(error).splitlines()[0]}") from error
+      raise UserError(f"cannot read the weights in {source.kvstore.path}: {first_line(error)}") from error
 
   def read(index: tuple[slice, ...] | None) -> np.ndarray:
     assert index is not None

@@ -28,6 +28,7 @@ from univid_jax.models.dit import DiT
 from univid_jax.models.in_context import look_back
 from univid_jax.models.layers import quantize_linears
 from univid_jax.models.lora import attach
+from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import VARIANTS, DiTConfig
 
 # Along each side: the autoencoder's stride times the patch.
@@ -206,6 +207,24 @@ def codec_shape(config: RunConfig) -> CodecShape:
   elif not config.model.variant:
     return DCTCodec(**dataclasses.asdict(config.codec))
   return find_autoencoder(transformer_config(config).out_dim)
+
+
+def text_encoder_shape(config: RunConfig) -> UMT5Config:
+  """Returns the shape of the text encoder, from configs alone: of the base's, or of the published models'.
+
+  Raises:
+    UserError: a model that is trained from scratch has none, nor has a base that was.
+  """
+  base = PretrainedCheckpoint.open(config.init_from) if config.init_from else None
+  if base is not None and base.has("text_encoder"):
+    return base.config("text_encoder")
+  if base is not None and base.info.codec is not None:
+    raise UserError(
+      f"{config.init_from} was trained from scratch without a text encoder: its only prompt is the null prompt"
+    )
+  if base is None and not config.model.variant:
+    raise UserError("a model from scratch has no text encoder: its only prompt is the null prompt")
+  return UMT5Config()
 
 
 def clip_tokens(config: RunConfig) -> int:

@@ -29,7 +29,7 @@ from etils import epath
 from flax import traverse_util
 
 from univid_jax.checkpoints.tensor_files import numpy_dtype
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.paths import is_remote, make_absolute
 
 Path = tuple[str, ...]
@@ -102,7 +102,7 @@ def restore_arrays(folder: epath.PathLike, abstract: Any = None) -> Any:
     with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
       return checkpointer.restore(make_absolute(folder), abstract)
   except Exception as error:  # Orbax and TensorStore raise errors of many types for damaged files
-    raise UserError(f"cannot read the weights in {folder}: {_first_line(error)}") from error
+    raise UserError(f"cannot read the weights in {folder}: {first_line(error)}") from error
 
 
 def restore_items(folder: epath.PathLike, items: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -123,12 +123,8 @@ def restore_items(folder: epath.PathLike, items: Mapping[str, Any]) -> Mapping[s
   except Exception as error:  # as above
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
       raise
-    raise UserError(f"cannot read the checkpoint {folder}: {_first_line(error)}") from error
+    raise UserError(f"cannot read the checkpoint {folder}: {first_line(error)}") from error
   return {name: restored[name] for name in items}
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def stored_dtypes(folder: epath.PathLike) -> dict[Path, np.dtype]:
@@ -181,7 +177,7 @@ def open_arrays(folder: epath.PathLike, paths: Iterable[Path]) -> dict[Path, Any
     futures = {path: ts.open({"driver": "zarr", "kvstore": _array_url(folder, path)}, read=True) for path in paths}
     return {path: future.result() for path, future in futures.items()}
   except ValueError as error:
-    raise UserError(f"cannot read the weights in {folder}: {str(error).splitlines()[0]}") from error
+    raise UserError(f"cannot read the weights in {folder}: {first_line(error)}") from error
 
 
 def _array_url(folder: epath.PathLike, path: Path) -> str:

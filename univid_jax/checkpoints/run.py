@@ -23,7 +23,8 @@ from univid_jax.checkpoints.orbax_files import restore_items, silence_orbax
 from univid_jax.checkpoints.saved import DELETED_FOLDER, SavedCheckpoints
 from univid_jax.config.boundary import from_json, to_json
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, first_line
+from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import OnDamaged
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import Resumable
@@ -69,7 +70,7 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
   if not path.exists():
     return None
   try:
-    values = json.loads(path.read_text())
+    values = parse_json(path.read_bytes())
     if not isinstance(values, dict):
       raise ValueError("it is not a JSON object")
     if not {"model", "data", "rows"} <= values.keys():
@@ -213,8 +214,7 @@ class Checkpointer:
       try:
         data.set_state(_read_positions(folder / "data"))
       except Exception as error:  # whatever a damaged state makes the loader raise
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{folder / 'data'} holds no position in the data: {reason}") from error
+        raise UserError(f"{folder / 'data'} holds no position in the data: {first_line(error)}") from error
       return items["model"], items["training"]
 
     found, items = self._saved.read(None, read)

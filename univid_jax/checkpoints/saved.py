@@ -1,7 +1,6 @@
 """The finished checkpoints of a run: which there are, which are intact, and what they hold."""
 
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from etils import epath
 
 from univid_jax.checkpoints.checksums import DamagedError, find_damage, has_checksums, verified
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import OnDamaged
 from univid_jax.core.paths import is_remote, make_absolute
 from univid_jax.parallel.processes import sum_over_processes, wait_for_processes
@@ -77,7 +77,7 @@ class SavedCheckpoints:
       if not (folder / name).exists():
         return None
       try:
-        loss = float(json.loads((folder / name).read_text())["val_loss"])
+        loss = float(parse_json((folder / name).read_bytes())["val_loss"])
       except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(folder, [f"{name} (no validation loss)"]) from error
     return loss if math.isfinite(loss) else None

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.json_files import parse_json, read_json_object
 from univid_jax.core.paths import is_lfs_pointer, resolve_inside
 
@@ -265,8 +265,9 @@ def _load_torch(path: Path) -> Any:
   try:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
   except Exception as error:
-    reason = (str(error).strip() or repr(error)).splitlines()[0]
-    raise UserError(f"{path} is damaged or contains more than tensors; code in it is never run ({reason})") from error
+    raise UserError(
+      f"{path} is damaged or contains more than tensors; code in it is never run ({first_line(error)})"
+    ) from error
 
 
 def _dtype_name(path: Path, name: str, dtype: str) -> str:

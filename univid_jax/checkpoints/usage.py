@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import MAX_POSITION
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import MAX_STEPS, Attention, ClipFit, ContextTimestep, Quantize
 
 # The entry that identifies files of this project; those of others may use the same names for other things.
@@ -181,7 +182,7 @@ def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _parse_prompts(text: str) -> dict[str, str]:
-  prompts = json.loads(text)
+  prompts = parse_json(text)
   if not isinstance(prompts, dict) or not all(isinstance(value, str) for value in prompts.values()):
     raise ValueError("it must be an object of texts")
   return prompts

@@ -11,8 +11,8 @@ from etils import epath
 from flax import traverse_util
 
 from univid_jax.checkpoints.tensor_files import open_tensors
+from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import copy_to_local
 
 Path = tuple[str, ...]
 
@@ -58,7 +58,7 @@ def stored_dtypes(path: epath.PathLike) -> dict[Path, np.dtype]:
 
 
 def _read(path: epath.PathLike) -> dict[str, np.ndarray]:
-  file = open_tensors(copy_to_local(str(path)))
+  file = open_tensors(copy_file(path))
   return {name: file.read(name) for name in file.infos}
 
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import univid_jax
 from univid_jax.cli.flags import CommandFlags, UsageError
-from univid_jax.core.errors import Interrupted, UserError
+from univid_jax.core.errors import Interrupted, UserError, first_line
 from univid_jax.core.paths import is_remote
 from univid_jax.parallel.supervisor import Supervisor
 
@@ -145,9 +145,9 @@ def _explain(error: BaseException, argv: Sequence[str], workdir: str | None) -> 
   if isinstance(error, UserError) or (isinstance(error, OSError) and _is_users(error)):
     return error
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-    return f"not enough memory ({_first_line(error)}): {OUT_OF_MEMORY}"
+    return f"not enough memory ({_describe(error)}): {OUT_OF_MEMORY}"
   log = _write_log(error, argv, workdir)
-  return f"internal error ({_first_line(error)}); the traceback is in {log}"
+  return f"internal error ({_describe(error)}); the traceback is in {log}"
 
 
 def _is_users(error: OSError) -> bool:
@@ -157,9 +157,9 @@ def _is_users(error: OSError) -> bool:
   return (frame.f_globals.get("__package__") or "").partition(".")[0] == "univid_jax"
 
 
-def _first_line(error: BaseException) -> str:
-  text = str(error).strip()
-  return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+def _describe(error: BaseException) -> str:
+  name = type(error).__name__
+  return f"{name}: {first_line(error)}" if str(error).strip() else name
 
 
 def _write_log(error: BaseException, argv: Sequence[str], workdir: str | None) -> Path:

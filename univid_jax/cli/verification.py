@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from univid_jax.checkpoints.built_in import locate
 from univid_jax.checkpoints.checksums import check_seal, find_damage, has_checksums, read_names, write_checksums
 from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.folder import is_lora_folder
@@ -43,13 +44,13 @@ def verify(path: epath.PathLike, *, write: bool) -> Iterator[Findings]:
   """Verifies checkpoints, converted bases, LoRAs and caches, each when its turn comes.
 
   Args:
-    path: one of them, or a folder that contains any number, such as a workdir.
+    path: one of them, the name of a built-in base, or a folder that contains any number, such as a workdir.
     write: whether to add checksums to checkpoints, bases and LoRA folders that have none.
 
   Raises:
     FileNotFoundError: there is no such path.
   """
-  path = epath.Path(path)
+  path = locate(path)
   if not path.exists():
     raise FileNotFoundError(f"no such file or folder: {path}")
   if not path.is_dir():

@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -18,8 +19,9 @@ from univid_jax.checkpoints.orbax_files import create_arrays, num_chunks
 from univid_jax.checkpoints.pretrained import count_files, describe_errors
 from univid_jax.checkpoints.tensor_files import numpy_dtype
 from univid_jax.convert.destination import atomic_folder
-from univid_jax.convert.identify import Source
+from univid_jax.convert.identify import Source, read_config
 from univid_jax.convert.layout import Fill, make_fills, match_fills
+from univid_jax.convert.release_configs import read_own_entries
 from univid_jax.convert.sources import Release, SentencePiece
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
@@ -123,7 +125,7 @@ def write_checkpoint(
   plans = [
     plan_component(source, dtype=dtype, allow_missing=allow_missing, quantize=quantize) for source in release.sources
   ]
-  tokenizer = _tokenizer_files(release)
+  tokenizer, own = _tokenizer_files(release), _own_entries(release)
   needed = sum(plan.nbytes for plan in plans) + sum(len(file) + BLOCK_BYTES for file in tokenizer.values())
   total = sum(source.nbytes for source in release.sources)
   with (
@@ -139,6 +141,7 @@ def write_checkpoint(
       components={plan.source.component: _write_component(folder, plan, bar) for plan in plans},
       tokenizer="tokenizer/tokenizer.json" if tokenizer else None,
       expert=release.expert,
+      **own,
     )
     info.write(folder)
     write_checksums(folder)
@@ -150,6 +153,14 @@ def describe_nonfinite(counts: Mapping[str, int]) -> str:
   items = [f"{name} ({count:,})" for name, count in sorted(counts.items())]
   more = f" and {len(items) - 8} more tensors" if len(items) > 8 else ""
   return f"{sum(counts.values()):,} numbers are NaN or infinite, in {', '.join(items[:8])}{more}"
+
+
+def _own_entries(release: Release) -> dict[str, Any]:
+  """Returns what the release says of a model that this project trained."""
+  if release.transformer is None:
+    return {}
+  path = release.transformer.path
+  return read_own_entries(read_config(path), str(path.parent / "config.json"))
 
 
 def _tokenizer_files(release: Release) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from univid_jax.checkpoints.built_in import BUILT_IN
 from univid_jax.checkpoints.experts import Expert, may_be_expert
 from univid_jax.checkpoints.info import CheckpointInfo, is_checkpoint, read_info
 from univid_jax.checkpoints.lora.folder import is_lora_folder, write_lora_folder
@@ -49,8 +50,8 @@ def find_weights(source: str) -> Found:
     UserError: they are damaged or of an unsupported model.
   """
   path = epath.Path(source)
-  if is_checkpoint(path):
-    return read_info(path)
+  if is_checkpoint(source):
+    return read_info(source)
   if (record := read_run(path)) is not None:
     return read_run_loras(path) if record.config.lora.enabled else record
   if is_lora_folder(path) or is_peft_folder(path) or (path.is_file() and is_lora(open_tensors(source).infos)):
@@ -93,6 +94,8 @@ def convert_any(
     UserError: the source cannot be converted to this target, or is incomplete.
     OSError: the destination exists, or the disk is too small.
   """
+  if destination in BUILT_IN:
+    raise UserError(f"{destination} is the name of a base in the package: write to ./{destination} or another path")
   found = find_weights(source)
   logger.info(_describe(source, found))
   method = parse_option(Quantize, "quantize", quantize) if quantize else Quantize.NONE

@@ -106,7 +106,7 @@ def _shown_by_tensors(infos: Infos, model_type: Any) -> dict[str, Any]:
   if in_dim != out_dim or takes_features:
     model_type = ModelType.I2V
   elif model_type not in (ModelType.T2V, ModelType.TI2V):
-    model_type = ModelType.TI2V if out_dim == AUTOENCODERS["wan2.2"].latent_channels else ModelType.T2V
+    model_type = default_model_type(out_dim)
   shown = {
     "dim": dim,
     "ffn_dim": _dim(infos, "blocks.0.ffn.0.weight", 0),
@@ -121,6 +121,11 @@ def _shown_by_tensors(infos: Infos, model_type: Any) -> dict[str, Any]:
   if model_type == ModelType.I2V:
     shown["image_dim"] = _dim(infos, "img_emb.proj.1.weight", 0) if takes_features else 0
   return shown
+
+
+def default_model_type(out_dim: int) -> ModelType:
+  """Returns the type of a model without an image condition whose config.json does not say it."""
+  return ModelType.TI2V if out_dim == AUTOENCODERS["wan2.2"].latent_channels else ModelType.T2V
 
 
 def _dim(infos: Infos, name: str, axis: int) -> int:
@@ -139,12 +144,15 @@ def _check_values(values: Mapping[str, Any]) -> None:
     elif key == "patch_size":
       valid, expected = isinstance(value, list) and len(value) == 3 and all(map(_is_size, value)), "three integers"
     elif key in ("eps", "rope_theta", "rope_scale"):
-      valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-      expected = "a positive number"
+      valid, expected = _is_positive(value), "a positive number"
     else:
       valid, expected = _is_size(value), f"an integer from 1 to {MAX_SIZE:,}"
     if not valid:
       raise UserError(f"config.json has {key} = {repr(value)[:80]}, expected {expected}")
+
+
+def _is_positive(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _is_size(value: Any) -> bool:
@@ -175,7 +183,10 @@ def _numbers(values: Mapping[str, Any], key: str) -> tuple[float, ...]:
 
 
 def _text_encoder_config(infos: Infos, values: Mapping[str, Any]) -> UMT5Config:
-  del values
+  """Takes epsilon from transformers' config.json; everything else is in the tensors."""
+  eps = values.get("layer_norm_epsilon", UMT5Config.eps)
+  if not _is_positive(eps):
+    raise UserError(f"config.json has layer_norm_epsilon = {repr(eps)[:80]}, expected a positive number")
   embedding, bias = "token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"
   return UMT5Config(
     vocab_size=_dim(infos, embedding, 0),
@@ -185,6 +196,7 @@ def _text_encoder_config(infos: Infos, values: Mapping[str, Any]) -> UMT5Config:
     num_heads=_dim(infos, bias, 1),
     num_buckets=_dim(infos, bias, 0),
     num_layers=count_blocks(infos, r"blocks\.(\d{1,9})\."),
+    eps=eps,
   )
 
 

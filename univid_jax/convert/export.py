@@ -16,7 +16,14 @@ from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo, numpy_dtype, save_safetensors, save_torch
 from univid_jax.convert.destination import atomic_folder
 from univid_jax.convert.layout import Layout, make_fills
-from univid_jax.convert.release_configs import diffusers_config, model_index, official_config, scheduler_config
+from univid_jax.convert.release_configs import (
+  diffusers_config,
+  model_index,
+  official_config,
+  own_entries,
+  require_readable,
+  scheduler_config,
+)
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
 from univid_jax.models.names import name_to_diffusers
@@ -102,7 +109,7 @@ def export_checkpoint(
     force: whether to replace an existing destination.
 
   Raises:
-    UserError: a file needs PyTorch, which is not installed.
+    UserError: a file needs PyTorch, which is not installed, or the layout cannot hold a component's config.
     DamagedError: a file of the checkpoint differs from its checksum; nothing is written.
     OSError: the destination exists, or the disk is too small.
   """
@@ -113,29 +120,44 @@ def export_checkpoint(
       "transformer" if checkpoint.info.expert == Expert.HIGH else "transformer_2", weights["transformer"]
     )
   tensors: dict[str, LazyTensors] = {}
+  configs: dict[str, dict[str, Any]] = {}
   for component in checkpoint.info.components:
     if component in weights:
       original = original_tensors(checkpoint, component)
+      configs[component] = _make_config(checkpoint, component, layout, original.infos)
       names = {name: files.rename(component, name) for name in original.infos}
       tensors[component] = LazyTensors(original.rename(names), dtype)
     else:
       logger.warning("%s is left out: the checkpoint has only the parts of it that Wan uses", component)
   tokenizer = sorted(checkpoint.tokenizer_path().parent.iterdir()) if checkpoint.info.tokenizer else []
   needed = sum(part.nbytes for part in tensors.values()) + sum(path.stat().length for path in tokenizer) + SPARE_BYTES
-  with atomic_folder(destination, needed=needed, force=force) as folder, verified(source):
+  with atomic_folder(destination, needed=needed, force=force) as folder, verified(checkpoint.folder):
     folder = Path(folder)
     for component, part in tensors.items():
       path = folder / weights[component].format(config=checkpoint.config(component))
       path.parent.mkdir(exist_ok=True)
       write_tensors(path, part)
-      if component in files.configs:
-        _write_json(path.parent / "config.json", files.configs[component](checkpoint.config(component)))
+      if configs[component]:
+        _write_json(path.parent / "config.json", configs[component])
     for file in tokenizer:
       (folder / files.tokenizer).mkdir(parents=True, exist_ok=True)
       (folder / files.tokenizer / file.name).write_bytes(file.read_bytes())
     for name, make_values in files.others.items():
       (folder / name).parent.mkdir(exist_ok=True)
       _write_json(folder / name, make_values(checkpoint))
+
+
+def _make_config(
+  checkpoint: PretrainedCheckpoint, component: str, layout: Layout, infos: Mapping[str, TensorInfo]
+) -> dict[str, Any]:
+  """Returns the config.json next to a component's weights, {} if it has none; raises UserError if it loses values."""
+  config, make_values = checkpoint.config(component), LAYOUTS[layout].configs.get(component)
+  values = make_values(config) if make_values else {}
+  try:
+    require_readable(component, config, infos, values)
+  except UserError as error:
+    raise UserError(f"{checkpoint.folder} cannot be written in the layout {layout}: {error}") from error
+  return values | (own_entries(checkpoint.info) if component == "transformer" else {})
 
 
 def original_tensors(checkpoint: PretrainedCheckpoint, component: str) -> TensorFile:

@@ -1,9 +1,18 @@
 """The JSON files of releases: config.json of each component, and the pipeline files of diffusers."""
 
+import dataclasses
+import json
+from collections.abc import Mapping
 from typing import Any
 
+from univid_jax.checkpoints.info import CheckpointInfo
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
+from univid_jax.checkpoints.tensor_files import TensorInfo
+from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.vae_config import VAEConfig
+from univid_jax.config.schema import CodecConfig
+from univid_jax.convert.component_configs import default_model_type, infer_config
+from univid_jax.core.errors import UserError
 from univid_jax.core.options import ModelType
 from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import DiTConfig
@@ -20,11 +29,71 @@ _OFFICIAL_KEYS = (
   "out_dim",
   "text_len",
 )
+# What a transformer's config.json says of a model that this project trained, besides its shape.
+_OWN_KEY = "univid_jax"
 
 
 def official_config(config: DiTConfig) -> dict[str, Any]:
-  """Returns the official release's config.json; inverts `DiTConfig.from_json`."""
-  return {"_class_name": "WanModel", **{key: getattr(config, key) for key in _OFFICIAL_KEYS}}
+  """Returns the official release's config.json, and what differs from its defaults; `DiTConfig.from_json` reads it.
+
+  Only `image_dim`, which means nothing but for I2V models, is left to their tensors, as in the releases.
+  """
+  fields = (field for field in dataclasses.fields(config) if field.name != "image_dim")
+  others = [field.name for field in fields if getattr(config, field.name) != field.default]
+  keys = dict.fromkeys([*_OFFICIAL_KEYS, *others])
+  return {"_class_name": "WanModel", **{key: getattr(config, key) for key in keys}}
+
+
+def own_entries(info: CheckpointInfo) -> dict[str, Any]:
+  """Returns what a transformer's config.json says of a model that this project trained; {} for other models."""
+  values = {"codec": info.codec, "usage": info.usage}
+  return {_OWN_KEY: {key: value for key, value in values.items() if value is not None}} if any(values.values()) else {}
+
+
+def read_own_entries(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+  """Returns the fields of `CheckpointInfo` that `own_entries` wrote.
+
+  Args:
+    values: of the transformer's config.json.
+    source: names it in messages.
+
+  Raises:
+    UserError: they are damaged.
+  """
+  own = values.get(_OWN_KEY, {})
+  try:
+    if codec := own.get("codec"):
+      CodecConfig(**codec)
+    if usage := own.get("usage"):
+      Usage.from_metadata(usage, source=source)
+  except (AttributeError, TypeError, UserError) as error:
+    raise UserError(f"{source} has {_OWN_KEY} = {str(own)[:80]}: {error}") from error
+  return {"codec": codec, "usage": usage}
+
+
+def require_readable(component: str, config: Any, infos: Mapping[str, TensorInfo], values: Mapping[str, Any]) -> None:
+  """Checks that a component's tensors and config.json tell all of its config.
+
+  Args:
+    component: its name.
+    config: to be told.
+    infos: the tensors by official name.
+    values: of config.json; {} if the layout has none.
+
+  Raises:
+    UserError: a field would be lost.
+  """
+  found = infer_config(component.removesuffix("_2"), infos, json.loads(json.dumps(values)))
+  if isinstance(config, DiTConfig) and not config.takes_condition:
+    found = dataclasses.replace(found, image_dim=config.image_dim)  # means nothing
+  lost = [
+    field.name for field in dataclasses.fields(config) if getattr(found, field.name) != getattr(config, field.name)
+  ]
+  if lost:
+    described = ", ".join(f"{name} = {str(getattr(config, name))[:40]}" for name in lost)
+    raise UserError(
+      f"this layout cannot say that the {component} has {described}: what is written would be another model"
+    )
 
 
 def diffusers_config(config: DiTConfig | VAEConfig | UMT5Config) -> dict[str, Any]:
@@ -40,6 +109,10 @@ def diffusers_config(config: DiTConfig | VAEConfig | UMT5Config) -> dict[str, An
 
 def _diffusers_transformer(config: DiTConfig) -> dict[str, Any]:
   image = {"image_dim": config.image_dim, "added_kv_proj_dim": config.dim} if config.takes_image_features else {}
+  # Not arguments of the class: its pipelines get the length of prompts and `expand_timesteps` themselves.
+  others: dict[str, Any] = {"text_len": config.text_len} if config.text_len != DiTConfig.text_len else {}
+  if not config.takes_condition and config.model_type != default_model_type(config.out_dim):
+    others["model_type"] = str(config.model_type)
   return {
     "_class_name": "WanTransformer3DModel",
     "patch_size": list(config.patch_size),
@@ -56,6 +129,7 @@ def _diffusers_transformer(config: DiTConfig) -> dict[str, Any]:
     "eps": config.eps,
     "rope_max_seq_len": 1024,
     **image,
+    **others,
   }
 
 

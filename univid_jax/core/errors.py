@@ -31,3 +31,9 @@ class Interrupted(KeyboardInterrupt):
   def __init__(self, message: str, exit_code: int = 75):
     super().__init__(message)
     self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+  """Returns the first line of a message that may have many; of an exception without one what it is."""
+  lines = str(error).strip().splitlines()
+  return lines[0] if lines else repr(error)

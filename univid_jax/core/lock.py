@@ -29,6 +29,7 @@ import fsspec
 from etils import epath
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import is_remote
 from univid_jax.core.process_identity import ProcessIdentity
 
@@ -132,7 +133,7 @@ class Owner:
   def decode(cls, data: bytes) -> "Owner | None":
     """Returns None for a file that is not complete."""
     try:
-      values = json.loads(data)
+      values = parse_json(data)
       return cls(**{**values, "process": ProcessIdentity(**values["process"])})
     except (ValueError, TypeError, KeyError):
       return None

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
-from tqdm import tqdm
 
 from univid_jax.core.errors import UserError
 
@@ -40,38 +39,6 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
     local.replace(path)
   finally:
     local.unlink(missing_ok=True)
-
-
-def copy_to_local(path: str) -> str:
-  """Returns a local path to data: the path itself, or a copy of data in a bucket.
-
-  Copies a whole folder, or for a file everything in its folder, since tables refer to other files. Files whose copy has
-  the same size are not copied again. Copies are kept in ~/.cache/univid_jax/data and may be deleted at any time.
-
-  Raises:
-    FileNotFoundError: there is no such file or folder.
-  """
-  if not path or not is_remote(path):
-    return path
-  wanted = epath.Path(path)
-  if not wanted.exists():
-    raise FileNotFoundError(f"no such file or folder: {path}")
-  root = wanted if wanted.is_dir() else wanted.parent
-  copy = Path(CACHE_FOLDER).expanduser() / "data" / str(root).replace("://", "/")
-  for file in tqdm(list(_walk_files(root)), desc=f"copying {root}", unit="file", disable=None):
-    target = copy / file.relative_to(root)
-    if not target.exists() or target.stat().st_size != file.stat().length:
-      with atomic_write(target) as unfinished:
-        unfinished.write_bytes(file.read_bytes())
-  return str(copy if root == wanted else copy / wanted.name)
-
-
-def _walk_files(folder: epath.Path) -> Iterator[epath.Path]:
-  for path in sorted(folder.iterdir()):
-    if path.is_dir():
-      yield from _walk_files(path)
-    else:
-      yield path
 
 
 def file_state(path: str | os.PathLike) -> tuple[int, ...]:

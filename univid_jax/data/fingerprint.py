@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from etils import epath
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import SentenceSource
 
@@ -74,13 +75,13 @@ def read_fingerprint(workdir: epath.PathLike) -> dict[str, Any] | None:
   """
   path = epath.Path(workdir) / FILE
   try:
-    values = json.loads(path.read_text())
+    values = parse_json(path.read_bytes())
     for source in values.values():
       if not (isinstance(source["num_records"], int) and isinstance(source["records"], dict) and source["checksum"]):
         raise ValueError("num_records must be a number, and records an object")
   except FileNotFoundError:
     return None
-  except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+  except (ValueError, LookupError, TypeError, AttributeError) as error:
     raise UserError(
       f"{path} is damaged, so nothing says whether the data of the run have changed: restore it, or delete it to go on "
       f"with the data as they are now ({type(error).__name__}: {error})"

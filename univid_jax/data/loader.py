@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import Packing
 from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.protocols import SentenceSource, TransformerShape
@@ -176,7 +177,7 @@ class Loader:
       UserError: they are damaged.
     """
     try:
-      saved = [json.loads(state) for state in states]
+      saved = [parse_json(state) for state in states]
       if "num_streams" in saved[0]:
         num_streams = saved[0]["num_streams"]
         positions = {int(number): state for each in saved for number, state in each["streams"].items()}

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
+from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write, is_remote
 from univid_jax.data.cache import CacheWriteError, entry_path, is_entry
@@ -32,7 +33,6 @@ from univid_jax.data.shards import (
   Shard,
   ShardReader,
   Shards,
-  local_copy,
   seal,
   unseal,
   unseal_record,
@@ -235,7 +235,7 @@ def _describe(path: epath.Path) -> tuple[Shard, bytes] | None:
   num_bytes = path.stat().length
   if keys is None:
     try:
-      records = list(ShardReader(local_copy(path, num_bytes)))
+      records = list(ShardReader(copy_file(path, folder=FOLDER)))
     except ValueError as error:
       log.warning("%s is left out: neither its keys nor its records can be read (%s)", path, error)
       return None

@@ -22,8 +22,10 @@ import numpy as np
 import xxhash
 from etils import epath
 
-from univid_jax.core.errors import UserError
-from univid_jax.core.paths import CACHE_FOLDER, atomic_write, file_state, is_remote
+from univid_jax.core.bucket_files import copy_file, source_state
+from univid_jax.core.errors import UserError, first_line
+from univid_jax.core.json_files import parse_json
+from univid_jax.core.paths import file_state, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +130,7 @@ class Index:
       file.seek(0)
       if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("another format")
-      header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+      header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
       shape = 3, header["num_records"]
       columns = np.memmap(file, np.uint64, "r", offset=file.tell(), shape=shape) if shape[1] else np.empty(shape)
     return cls([Shard(*values) for values in header["shards"]], np.asarray(columns).astype(np.uint64, copy=False))
@@ -228,7 +230,7 @@ class Shards:
       reader = self._open(shard)
     except ValueError as error:
       self._are_usable[shard.name] = False
-      self._report(shard, f"is damaged ({_first_line(error)})")
+      self._report(shard, f"is damaged ({first_line(error)})")
       return None
     try:
       body = unseal_record(reader.read(position), digest)
@@ -269,7 +271,7 @@ class Shards:
     with lock:  # a copy may take long, and others go on reading meanwhile
       reader = self._readers.get(shard.name)
       if reader is None:
-        reader = ShardReader(local_copy(self.folder / shard.name, shard.num_bytes))
+        reader = ShardReader(copy_file(self.folder / shard.name, folder=FOLDER))
         if reader.num_records != shard.num_records:
           raise ValueError(f"it has {reader.num_records:,} of {shard.num_records:,} records")
     with self._lock:
@@ -282,10 +284,7 @@ class Shards:
   def _find_state(self) -> object:
     path = self.folder / INDEX_FILE
     try:
-      if not is_remote(path):
-        return file_state(path)
-      status = path.stat()
-      return status.length, status.mtime
+      return source_state(path) if is_remote(path) else file_state(path)
     except FileNotFoundError:
       return None
 
@@ -293,21 +292,10 @@ class Shards:
     if self._state is None:
       return Index((), np.empty((3, 0), np.uint64))
     try:
-      return Index.read(local_copy(self.folder / INDEX_FILE))
+      return Index.read(copy_file(self.folder / INDEX_FILE, folder=FOLDER))
     except (ValueError, KeyError, TypeError) as error:
       path = self.folder / INDEX_FILE
-      raise UserError(f"{path} is damaged ({_first_line(error)}): univid-prepare --pack writes it again") from error
-
-
-def local_copy(path: epath.Path, num_bytes: int | None = None) -> Path:
-  """Returns a local file with the contents of one in a bucket; a copy of this size is not made again."""
-  if not is_remote(path):
-    return Path(path)
-  copy = Path(CACHE_FOLDER).expanduser() / FOLDER / str(path).replace("://", "/")
-  if num_bytes is None or not copy.exists() or copy.stat().st_size != num_bytes:
-    with atomic_write(copy) as unfinished:
-      unfinished.write_bytes(path.read_bytes())
-  return copy
+      raise UserError(f"{path} is damaged ({first_line(error)}): univid-prepare --pack writes it again") from error
 
 
 def find_damage(path: epath.Path) -> str | None:
@@ -325,9 +313,9 @@ def find_damage(path: epath.Path) -> str | None:
   if path.suffix != SHARD_SUFFIX:
     return None
   try:
-    records = ShardReader(local_copy(path, path.stat().length))
+    records = ShardReader(copy_file(path, folder=FOLDER))
   except ValueError as error:
-    return _first_line(error)
+    return first_line(error)
   damaged = [position for position, record in enumerate(records) if record is None or unseal_record(record) is None]
   if damaged:
     return f"{len(damaged)} of {records.num_records} records are corrupt, first record {damaged[0]}"
@@ -340,7 +328,3 @@ def unseal_record(record: bytes, digest: bytes | None = None) -> memoryview | No
   if digest not in (None, record[:DIGEST_BYTES]):
     return None
   return unseal(view[DIGEST_BYTES:])
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or [repr(error)])[0]

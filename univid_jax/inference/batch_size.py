@@ -1,6 +1,5 @@
 """How many rows are sampled together: as many as keep the devices busy and fit in their memory."""
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.sampler import with_targets
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.sharding import bytes_per_device, shard_batch
+from univid_jax.platform.machine_memory import available_memory
 
 if TYPE_CHECKING:
   from univid_jax.inference.pipeline import Pipeline
@@ -71,8 +71,9 @@ def step_memory(pipeline: "Pipeline", rows: Sequence[PackedRow], plan: SamplingP
 
 
 def free_memory(device: Any) -> int | None:
-  """Returns the bytes that a device has left; of the CPU those of the machine. None if unknown."""
+  """Returns the bytes that a device has left; of CPU devices their share of the machine's. None if unknown."""
   if device.platform == "cpu":
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count("cpu")
+    available = available_memory()
+    return None if available is None else available // jax.local_device_count("cpu")
   stats = device.memory_stats() or {}
   return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= stats.keys() else None

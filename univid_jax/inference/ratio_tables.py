@@ -1,5 +1,6 @@
 """Ratios of step caches, in a file next to the weights that they were measured on: CHECKPOINT/step_cache.json.
 
+Those of a built-in checkpoint are in ~/.cache/univid_jax/bases/NAME, as its folder belongs to the package.
 A table is used for exactly the weights, noise levels, solver and guidance that it was measured with.
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from univid_jax.checkpoints.built_in import measurements_folder
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
@@ -63,34 +65,35 @@ class TableKey:
     return f"{len(sigmas)} steps of {self.solver} {levels}, guidance {scales}{limits}"
 
 
-def write_table(folder: epath.PathLike, key: TableKey, ratios: Sequence[Sequence[float]]) -> epath.Path:
-  """Adds a table to the file in a folder, or replaces the one of the same key; returns the file's path.
+def write_table(checkpoint: epath.PathLike, key: TableKey, ratios: Sequence[Sequence[float]]) -> epath.Path:
+  """Adds a table to the file of a checkpoint, or replaces the one of the same key; returns the file's path.
 
   Raises:
     OSError: the file cannot be written.
     UserError: the file that exists is damaged.
   """
-  path, table = epath.Path(folder) / FILE, {"key": dataclasses.asdict(key), "ratios": [list(part) for part in ratios]}
+  path = measurements_folder(checkpoint) / FILE
+  table = {"key": dataclasses.asdict(key), "ratios": [list(part) for part in ratios]}
   tables = [each for each in _read_tables(path) if each["key"] != table["key"]]
   with atomic_write(path) as unfinished:
     unfinished.write_text(json.dumps({"version": VERSION, "tables": [*tables, table]}, indent=1) + "\n")
   return path
 
 
-def require_tables(folder: epath.PathLike) -> None:
-  """Raises UserError if nothing was measured for the models of a folder, or the file is damaged."""
-  path = epath.Path(folder) / FILE
+def require_tables(checkpoint: epath.PathLike) -> None:
+  """Raises UserError if nothing was measured for the models of a checkpoint, or the file is damaged."""
+  path = measurements_folder(checkpoint) / FILE
   if not _read_tables(path):
     raise UserError(f"the step cache needs ratios, but there is no {path}: run univid-calibrate with the same flags")
 
 
-def read_table(folder: epath.PathLike, key: TableKey) -> list[list[float]]:
+def read_table(checkpoint: epath.PathLike, key: TableKey) -> list[list[float]]:
   """Returns the ratios that were measured for a key.
 
   Raises:
     UserError: there are none, or the file is damaged.
   """
-  path = epath.Path(folder) / FILE
+  path = measurements_folder(checkpoint) / FILE
   tables = _read_tables(path)
   for table in tables:
     if table["key"] == dataclasses.asdict(key):

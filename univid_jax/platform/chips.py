@@ -35,7 +35,8 @@ class Chip:
   dtype: str = "bfloat16"
 
 
-# By JAX's name of the device. Sources: Google Cloud's TPU pages, NVIDIA's data sheets.
+# By JAX's name of the device, or its beginning, longer ones first: PCIe and NVL cards are slower than SXM modules.
+# Sources: Google Cloud's TPU pages, NVIDIA's data sheets.
 CHIPS: Mapping[str, Chip] = {
   "TPU v4": Chip(275e12, 34.4e9, 1228e9, 300e9),
   "TPU v5 lite": Chip(197e12, 16.9e9, 819e9, 200e9),
@@ -46,8 +47,12 @@ CHIPS: Mapping[str, Chip] = {
   "NVIDIA GeForce RTX 4090": Chip(165e12, 25.8e9, 1008e9, 64e9),
   "NVIDIA A100-SXM4-40GB": Chip(312e12, 42.9e9, 1555e9, 600e9),
   "NVIDIA A100-PCIE-40GB": Chip(312e12, 42.9e9, 1555e9, 600e9),
+  "NVIDIA A100 80GB PCIe": Chip(312e12, 85.0e9, 1935e9, 600e9),
   "NVIDIA A100": Chip(312e12, 85.0e9, 2039e9, 600e9),
+  "NVIDIA H100 PCIe": Chip(756e12, 85.0e9, 2000e9, 600e9),
+  "NVIDIA H100 NVL": Chip(835e12, 100.0e9, 3900e9, 600e9),
   "NVIDIA H100": Chip(989e12, 85.0e9, 3350e9, 900e9),
+  "NVIDIA H200 NVL": Chip(835e12, 150.0e9, 4800e9, 900e9),
   "NVIDIA H200": Chip(989e12, 150.0e9, 4800e9, 900e9),
 }
 

@@ -18,7 +18,7 @@ import jax
 from univid_jax.checkpoints.model import check_rows, clip_tokens, codec_shape, with_stored_base
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import Quantize, RematPolicy
 from univid_jax.models.attention import splash
 from univid_jax.parallel.mesh import make_mesh
@@ -195,7 +195,7 @@ def _check(
   try:
     found = compile_config(option.config)
   except UserError as error:
-    text = str(error).splitlines()[0][:120]
+    text = first_line(error)[:120]
     if isinstance(error, DoesNotFitError) and error.temporaries:
       text = f"needs {error.temporaries / 1e9:.1f} GB besides its inputs"
     return dataclasses.replace(option, problem=text)

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import atomic_write
 
 GOODPUT_FILE = "goodput.json"
@@ -139,7 +140,7 @@ class Goodput:
     if not self._writes or not self._path.exists():
       return _zeros(), {}
     try:
-      values = json.loads(self._path.read_text())
+      values = parse_json(self._path.read_bytes())
       checkpoints = {int(step): _parse(totals) for step, totals in values["checkpoints"].items()}
       return _parse(values["seconds"]), checkpoints
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

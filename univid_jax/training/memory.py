@@ -11,13 +11,20 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from univid_jax.checkpoints.model import check_rows, codec_shape, context_mode, create_model, transformer_config
+from univid_jax.checkpoints.model import (
+  check_rows,
+  codec_shape,
+  context_mode,
+  create_model,
+  text_encoder_shape,
+  transformer_config,
+)
 from univid_jax.checkpoints.pretrained import abstract_component, abstract_parameters
 from univid_jax.codecs.vae_config import VAEConfig
 from univid_jax.codecs.wan_vae import VAE, jit_method
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import latent_shape
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import TrainedExpert
 from univid_jax.core.packed_row import TOKEN_FIELDS, PackedRow
 from univid_jax.core.protocols import TrainStep
@@ -28,7 +35,6 @@ from univid_jax.diffusion.guidance import Branch
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.inference.jobs import pack_in_bucket
 from univid_jax.inference.sampler import Sampler
-from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import AXES, SEQUENCE, local_mesh, row_shards
 from univid_jax.parallel.sharding import BATCH, TOKENS, bytes_per_device
@@ -150,7 +156,7 @@ def _compile(lowered: Any, advice: str) -> Any:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    reason = str(error).splitlines()[0].rstrip(".")
+    reason = first_line(error).rstrip(".")
     raise DoesNotFitError(reason, advice) from error
 
 
@@ -276,11 +282,10 @@ def compile_text_encoder(config: RunConfig, mesh: Mesh) -> tuple[jax.stages.Comp
   Raises:
     UserError: it cannot fit, or the config has no base and with it no text encoder.
   """
-  if not config.model.variant:
-    raise UserError("a model from scratch has no text encoder: its only prompt is the null prompt")
+  shape = text_encoder_shape(config)
   first, *_ = mesh.devices.flat
   mesh = local_mesh(mesh, [device for device in mesh.devices.flat if device.process_index == first.process_index])
-  module = abstract_component("text_encoder", UMT5Config(), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+  module = abstract_component("text_encoder", shape, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
   params, length = abstract_parameters(module, mesh), transformer_config(config).text_len
   prompt = tuple(jax.ShapeDtypeStruct((1, length), dtype) for dtype in (jnp.int32, bool))
   with jax.set_mesh(mesh):

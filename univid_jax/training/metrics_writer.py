@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import atomic_write, is_remote
 
 # How long TensorBoard events stay in memory.
@@ -135,7 +136,7 @@ def _select_lines(text: str, *, last_step: int) -> list[str]:
 def _read_step(line: str) -> int | None:
   """Returns the step of a line; None if it is damaged."""
   try:
-    step = json.loads(line)["step"]
+    step = parse_json(line)["step"]
   except (ValueError, TypeError, KeyError):
     return None
   return step if isinstance(step, int) and line.endswith("\n") else None

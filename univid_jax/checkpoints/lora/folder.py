@@ -22,6 +22,7 @@ from univid_jax.checkpoints.lora.kinds import Change, LoRALayer
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.orbax_files import restore_arrays, save_arrays
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import parse_json
 
 LORA_FILE = "lora.json"
 FORMAT = 2  # 1 has no changes/
@@ -63,7 +64,7 @@ def read_lora_folder(folder: epath.PathLike) -> LoRAWeights:
   """
   folder = epath.Path(folder)
   try:
-    info = json.loads((folder / LORA_FILE).read_text())
+    info = parse_json((folder / LORA_FILE).read_bytes())
     if not isinstance(info, dict) or info.get("format", 1) not in range(1, FORMAT + 1):
       raise ValueError(f"expected format 1 to {FORMAT}: it is damaged, or a newer univid_jax wrote it")
   except ValueError as error:

@@ -1,7 +1,6 @@
 """Rank and alpha of PEFT's adapters, which are in adapter_config.json or in the header of diffusers' files."""
 
 import dataclasses
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 from univid_jax.checkpoints.tensor_files import is_tensor_file
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import parse_json
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_STEM = "adapter_model"
@@ -114,8 +114,8 @@ def find_scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:
 
 def _read_scaling(source: str, text: bytes) -> PeftScaling:
   try:
-    values = json.loads(text)
-  except (ValueError, RecursionError) as error:
+    values = parse_json(text)
+  except ValueError as error:
     raise UserError(f"{source} is not valid JSON: {error}") from error
   if not isinstance(values, dict):
     raise UserError(f"{source} is not a JSON object")

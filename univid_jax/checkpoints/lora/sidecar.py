@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import atomic_write
 
 
@@ -24,8 +25,8 @@ def read_sidecar(path: Path) -> dict[str, str]:
   if not sidecar.exists():
     return {}
   try:
-    values = json.loads(sidecar.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as error:
+    values = parse_json(sidecar.read_bytes())
+  except ValueError as error:
     raise UserError(f"{sidecar} is not valid JSON: {error}") from error
   if not isinstance(values, dict):
     raise UserError(f"{sidecar} must contain an object")

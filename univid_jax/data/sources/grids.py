@@ -47,7 +47,7 @@ class GridSentences:
     rendering: how grids are drawn.
     num_sentences: how many there are.
     seed: of all draws.
-    split: which rules and grids they show.
+    split_name: which rules and grids they show.
     by_reference: whether clips are drawn when they are read, and have keys under which latents are cached.
     prompt_style: of the prompts.
     prompt_dropout: share of sentences with the null prompt.

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from univid_jax.config.schema import DataConfig, RunConfig
+from univid_jax.core.bucket_files import copy_to_local
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import copy_to_local
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped

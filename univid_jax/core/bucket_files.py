@@ -1,0 +1,159 @@
+"""Local copies of files in buckets, for what only reads local files.
+
+A copy has the size and the modification time of its source: it counts as long as both are equal, and is copied again
+otherwise. Copies are below ~/.cache/univid_jax and may be deleted at any time.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+from etils import epath
+from tqdm import tqdm
+
+from univid_jax.core.paths import CACHE_FOLDER, atomic_write, is_remote
+
+log = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 1 << 22
+# An unfinished file of `atomic_write` that has not grown for so many seconds was left by a process that was killed.
+_ABANDONED = 86_400
+
+
+def copy_to_local(path: str) -> str:
+  """Returns a local path to data: the path itself, or a copy of data in a bucket.
+
+  Copies a whole folder, or for a file everything in its folder, since tables refer to other files. What is no longer in
+  the bucket is deleted from the copy.
+
+  Raises:
+    FileNotFoundError: there is no such file or folder.
+  """
+  if not path or not is_remote(path):
+    return path
+  _forget_listings(path)
+  wanted = epath.Path(path)
+  if not wanted.exists():
+    raise FileNotFoundError(f"no such file or folder: {path}")
+  root = wanted if wanted.is_dir() else wanted.parent
+  copy = _copy_path(root, "data")
+  with _locked(copy):
+    files = {copy / file.relative_to(root): file for file in _walk_files(root)}
+    _delete_others(copy, files)
+    stale = [(target, file) for target, file in files.items() if not _is_current(target, source_state(file))]
+    for target, file in tqdm(stale, desc=f"copying {root}", unit="file", disable=None if stale else True):
+      _copy(file, target)
+  return str(copy if root == wanted else copy / wanted.name)
+
+
+def copy_file(path: epath.PathLike, *, folder: str = "data") -> Path:
+  """Returns a local path to a file: the path itself, or a copy of the file in a bucket.
+
+  Args:
+    path: of the file.
+    folder: of the cache.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  if not is_remote(path):
+    return Path(path)
+  _forget_listings(path)
+  source, copy = epath.Path(path), _copy_path(path, folder)
+  if not _is_current(copy, source_state(source)):
+    with _locked(copy):
+      if not _is_current(copy, source_state(source)):  # another process may have copied it meanwhile
+        _copy(source, copy)
+  return copy
+
+
+def source_state(path: epath.PathLike) -> tuple[int, int]:
+  """Returns the size of a file in a bucket and its modification time in ns, which is 0 if the bucket does not tell.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  status = epath.Path(path).stat()
+  modified = status.mtime * 1_000_000_000  # etils knows whole seconds, and nothing of S3's
+  with contextlib.suppress(ImportError, NotImplementedError):  # TensorFlow reads gs:// without gcsfs
+    files, name = fsspec.core.url_to_fs(str(path))
+    modified = round(files.modified(name).timestamp() * 1_000_000) * 1000
+  return status.length, modified
+
+
+def _forget_listings(path: epath.PathLike) -> None:
+  """Lets what fsspec remembers of a bucket be asked for again, since others may have written to it."""
+  with contextlib.suppress(ImportError):
+    fsspec.core.url_to_fs(str(path))[0].invalidate_cache()
+
+
+def _copy_path(path: epath.PathLike, folder: str) -> Path:
+  return Path(CACHE_FOLDER).expanduser() / folder / str(path).replace("://", "/")
+
+
+def _is_current(copy: Path, state: tuple[int, int]) -> bool:
+  try:
+    status = copy.stat()
+  except (FileNotFoundError, NotADirectoryError):
+    return False
+  return state[1] != 0 and (status.st_size, status.st_mtime_ns) == state
+
+
+def _copy(source: epath.Path, copy: Path) -> None:
+  """Copies a file; time and contents appear together. A source that is replaced meanwhile is copied again next time."""
+  _, modified = source_state(source)
+  with atomic_write(copy) as unfinished:
+    with source.open("rb") as reading, unfinished.open("wb") as writing:
+      shutil.copyfileobj(reading, writing, _BLOCK_BYTES)
+    os.utime(unfinished, ns=(time.time_ns(), modified))
+
+
+def _delete_others(copy: Path, keep: dict[Path, epath.Path]) -> None:
+  """Deletes files and folders that the source has not, before they are in the way of others of the same name."""
+  for folder, _, names in os.walk(copy, topdown=False):
+    for path in (Path(folder) / name for name in names):
+      if path not in keep and not _is_being_written(path):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      Path(folder).rmdir()  # if it is empty
+
+
+def _is_being_written(path: Path) -> bool:
+  """Whether another process may be writing a file, whose folder is also part of what that copies."""
+  if not re.match(r"\.\d+-[0-9a-f]{16}\.", path.name):
+    return False
+  with contextlib.suppress(FileNotFoundError):
+    return time.time() - path.stat().st_mtime < _ABANDONED
+  return False
+
+
+@contextlib.contextmanager
+def _locked(copy: Path) -> Iterator[None]:
+  """Lets one process of a machine copy at a time, so that others find its copy instead of making their own."""
+  lock = Path(CACHE_FOLDER).expanduser() / "locks" / hashlib.sha256(str(copy).encode()).hexdigest()[:32]
+  lock.parent.mkdir(parents=True, exist_ok=True)
+  with lock.open("wb") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      log.info("waiting for another process that copies to %s", copy)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:  # some network file systems have no locks; copies are atomic without them
+      log.debug("%s is not locked: %s", copy, error)
+    yield
+
+
+def _walk_files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in sorted(folder.iterdir()):
+    if path.is_dir():
+      yield from _walk_files(path)
+    else:
+      yield path
