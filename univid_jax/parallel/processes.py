@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from univid_jax.core.errors import UserError
 from univid_jax.parallel.peers import ADVICE, Peers
@@ -140,13 +139,6 @@ def gather_arrays(tree: Any) -> Any:
     return jax.device_get(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
   return jax.tree.map(gather, tree)
-
-
-def local_rows(x: np.ndarray, mesh: Mesh) -> np.ndarray:
-  """Returns this process's rows of a batch for a mesh, whose devices may be this process's alone."""
-  processes = sorted({device.process_index for device in mesh.devices.flat})
-  count, place = len(x) // len(processes), processes.index(jax.process_index())
-  return x[place * count : (place + 1) * count]
 
 
 def sum_over_processes(value: int) -> int:
