@@ -208,10 +208,10 @@ def open_loader(shards: Shards, count: int, *, host: int = 0, num_hosts: int = 1
     [Numbers(count)],
     RecordFeatures(shards),
     row_shape=RowShape(num_tokens=2, num_text_tokens=1, num_slots=1),
-    rows_per_batch=ROWS,
+    rows_per_batch=ROWS * num_hosts,
     seed=SEED,
-    process_index=host,
-    process_count=num_hosts,
+    own_rows=range(ROWS * host, ROWS * (host + 1)),
+    num_streams=num_hosts,
     num_threads=2,
   )
 

@@ -14,7 +14,8 @@
 
 set -u
 code=0
-# JAX finds the processes through SLURM's variables; one of them sees all devices of its node.
+# JAX finds the processes through SLURM's variables, and would give each a single GPU.
+export JAX_LOCAL_DEVICE_IDS="${JAX_LOCAL_DEVICE_IDS:-$(seq -s, 0 $((${SLURM_GPUS_ON_NODE:-1} - 1)))}"
 srun --kill-on-bad-exit=0 univid-train "$@" || code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -65,9 +65,8 @@ def open_loader(*, process=0, count=1, **options: Any):
   return make_loader(
     [NumberedSentences()],
     NumberedFeatures(),
-    rows_per_batch=12 // count,
-    process_index=process,
-    process_count=count,
+    rows_per_batch=12,
+    own_rows=range(12 // count * process, 12 // count * (process + 1)),
     **defaults | options,
   )
 

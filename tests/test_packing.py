@@ -187,10 +187,10 @@ class TestLoader:
         [NumberedSentences(40)],
         NumberFeatures(),
         row_shape=RowShape(num_tokens=12, num_text_tokens=1, num_slots=1),
-        rows_per_batch=5,
+        rows_per_batch=10,
         seed=0,
-        process_index=process,
-        process_count=2,
+        own_rows=range(5 * process, 5 * process + 5),
+        num_streams=2,
         num_packing_bins=5,
       )
       seen += [int(row[0, 0]) for batch in self.batches(loader, 4) for row in batch.tokens]
@@ -199,13 +199,12 @@ class TestLoader:
   def test_with_fixed_streams_batches_do_not_depend_on_processes(self, tiny_config):
     whole = self.batches(self.loader(tiny_config, num_streams=2), 3)
     halves = [
-      self.batches(self.loader(tiny_config, num_streams=2, process_index=process, process_count=2, rows_per_batch=2), 3)
-      for process in (0, 1)
+      self.batches(self.loader(tiny_config, num_streams=2, own_rows=rows), 3) for rows in (range(2), range(2, 4))
     ]
     for batch, first, second in zip(whole, *halves):
       self.assert_equal(batch, jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second))
-    with pytest.raises(UserError, match=r"config\.rows\.streams = 3 does not divide the 8 rows of a batch"):
-      self.loader(tiny_config, num_streams=3, process_count=2)
+    with pytest.raises(UserError, match=r"config\.rows\.streams = 3 does not divide the 4 rows of a batch"):
+      self.loader(tiny_config, num_streams=3)
 
   def numbered(self, process=0, count=1, streams=0):
     """Six rows of a batch on all processes, each of one sentence that is its number."""
@@ -213,12 +212,11 @@ class TestLoader:
       [NumberedSentences(1000)],
       NumberFeatures(),
       row_shape=RowShape(num_tokens=12, num_text_tokens=1, num_slots=1),
-      rows_per_batch=6 // count,
+      rows_per_batch=6,
       seed=0,
-      process_index=process,
-      process_count=count,
+      own_rows=range(6 // count * process, 6 // count * (process + 1)),
       num_packing_bins=5,
-      num_streams=streams,
+      num_streams=streams or count,
     )
 
   def sentences(self, loaders, batches=3):

@@ -1,11 +1,11 @@
 """Start of runs with several processes, and the lock of the folder that a command writes.
 
-On TPU pod slices, under SLURM and under Kubernetes JAX finds the other processes itself. Elsewhere every process is
-given the address of process 0, the number of processes and its own number.
+On TPU slices, under SLURM, Open MPI and Kubernetes JAX finds the other processes itself; see
+`parallel.processes.count_cluster_processes`. Elsewhere every process is given the address of process 0, the number of
+processes and its own number.
 """
 
 import logging
-import os
 
 from univid_jax.cli.flags import ProcessFlags, UsageError
 from univid_jax.core import lock
@@ -21,22 +21,22 @@ def start_processes(flags: ProcessFlags, *, writes: str | None = None) -> None:
 
   Raises:
     UsageError: only some of the flags are given.
-    UserError: another command writes to the folder, or the other processes cannot be reached.
+    UserError: another command writes to the folder, or the other processes cannot be found or reached.
   """
   given = [flag.value is not None for flag in (flags.coordinator, flags.num_processes, flags.process_id)]
   if any(given) and not all(given):
     raise UsageError("--coordinator, --num_processes and --process_id must be given together")
-  if not any(given) and not _is_cluster():
+  index, count = flags.process_id.value or 0, flags.num_processes.value or 0
+  if all(given) and index >= count:
+    raise UsageError(f"--process_id={index} must be less than --num_processes={count}")
+  from univid_jax.parallel import processes  # imports JAX
+
+  if not any(given) and processes.count_cluster_processes() == 1:
     _lock(writes, 0)
     return
   if all(given):
-    index, count = flags.process_id.value or 0, flags.num_processes.value or 0
-    if index >= count:
-      raise UsageError(f"--process_id={index} must be less than --num_processes={count}")
     _hide_status(index)
     _lock(writes, index)  # before joining, so that a command that is started twice does not disturb the first
-  from univid_jax.parallel import processes
-
   peers = processes.connect(
     flags.coordinator.value,
     flags.num_processes.value,
@@ -54,11 +54,6 @@ def _lock(folder: str | None, process: int) -> None:
   if folder is not None:
     running = supervisor.current()
     running.resources.enter_context(lock.hold(folder, process=process, on_loss=running.end))
-
-
-def _is_cluster() -> bool:
-  hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-  return len(hosts) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
 def _hide_status(process: int) -> None:

@@ -59,13 +59,13 @@ def make_loader(
   row_shape: RowShape,
   rows_per_batch: int,
   seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  own_rows: Sequence[int] | None = None,
+  row_order: Sequence[int] | None = None,
   num_threads: int = 1,
   num_packing_bins: int | None = None,
   packing: Packing = Packing.FIRST_FIT,
   layout: BatchLayout | None = None,
-  num_streams: int | None = None,
+  num_streams: int = 1,
   stream_processes: bool = False,
   weights: Sequence[float] | None = None,
   allow_dropped: bool = False,
@@ -76,15 +76,17 @@ def make_loader(
     sources: where sentences come from; several are mixed.
     make_features: encodes them.
     row_shape: capacity of a row.
-    rows_per_batch: of this process.
+    rows_per_batch: of all processes.
     seed: of the order, which changes every epoch.
-    process_index, process_count: of this process; each has an equal share of the rows.
+    own_rows: of this process, ascending numbers of rows of a batch; by default all.
+    row_order: in which the streams fill the rows of a batch, so that few streams fill those of a process; by default
+      ascending.
     num_threads: threads per stream that read and encode sentences.
     num_packing_bins: rows that are filled at the same time; by default two batches.
     packing: which of them a sentence goes to, and which batch a row.
     layout: of a batch, for balanced packing; by default each row has its own device.
-    num_streams: independent streams of rows, each with its share of the sentences; by default (or 0) one per process.
-      With a fixed number, batches do not depend on the number of processes.
+    num_streams: independent streams of rows, each with its share of the sentences. Batches depend on their number and
+      on `row_order`, not on `own_rows`.
     stream_processes: whether each stream is made in a process of its own; sources and encoder must be picklable.
     weights: how often each source is drawn; equal by default.
     allow_dropped: leave out sentences that cannot be used, and log each once, instead of stopping.
@@ -97,7 +99,7 @@ def make_loader(
   encoded = [EncodedSource(source, make_features, capacities, allow_dropped=allow_dropped) for source in sources]
   sentences = _mix(encoded, weights, seed=seed)
   read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=SENTENCE_BUFFER)
-  layout = layout or BatchLayout(num_rows=rows_per_batch * process_count)
+  layout = layout or BatchLayout(num_rows=rows_per_batch)
   finish = functools.partial(_finish, capacities, row_shape.context_mode)
   pack = functools.partial(_pack_batches, finish=finish, capacities=capacities, packing=packing, seed=seed)
 
@@ -108,10 +110,9 @@ def make_loader(
 
   return Loader(
     open_stream,
-    num_streams=num_streams or process_count,
-    rows_per_batch=rows_per_batch,
-    process_index=process_index,
-    process_count=process_count,
+    num_streams=num_streams,
+    own_rows=range(rows_per_batch) if own_rows is None else own_rows,
+    row_order=range(rows_per_batch) if row_order is None else row_order,
   )
 
 
@@ -119,12 +120,12 @@ class Loader:
   """This process's rows of every batch; see `make_loader`.
 
   The rows of a batch come from the streams in turn, an equal number from each. A process opens the streams that its
-  rows come from, so that any number of processes can take over the streams of another. Where there are more processes
-  than streams, several read one and use a part of its rows each.
+  rows come from, so that any number of processes can take over the streams of another. Where several processes share
+  a stream, or the tokens of a row, each reads it and uses its rows.
 
   Args:
     open_stream: opens a stream, given its number, the number of all, and its rows of a batch.
-    num_streams, rows_per_batch, process_index, process_count: see `make_loader`.
+    num_streams, own_rows, row_order: see `make_loader`.
   """
 
   def __init__(
@@ -132,21 +133,20 @@ class Loader:
     open_stream: Callable[[int, int, int], grain.DatasetIterator[PackedRow]],
     *,
     num_streams: int,
-    rows_per_batch: int,
-    process_index: int,
-    process_count: int,
+    own_rows: Sequence[int],
+    row_order: Sequence[int],
   ):
-    self._open_stream = open_stream
-    self._rows, self._index, self._count = rows_per_batch, process_index, process_count
-    self._open(num_streams)
+    self._open_stream, self._own_rows = open_stream, own_rows
+    self._open(num_streams, list(row_order))
 
-  def _open(self, num_streams: int) -> None:
-    total = self._rows * self._count
-    if total % num_streams:
-      raise UserError(f"config.rows.streams = {num_streams} does not divide the {total} rows of a batch")
-    rows_per_stream, first = total // num_streams, self._rows * self._index
-    numbers = range(first // rows_per_stream, -(-(first + self._rows) // rows_per_stream))
-    self._num_streams, self._offset = num_streams, first - numbers.start * rows_per_stream
+  def _open(self, num_streams: int, order: list[int]) -> None:
+    if len(order) % num_streams:
+      raise UserError(f"config.rows.streams = {num_streams} does not divide the {len(order)} rows of a batch")
+    rows_per_stream = len(order) // num_streams
+    sources = [divmod(order.index(row), rows_per_stream) for row in self._own_rows]
+    numbers = sorted({number for number, _ in sources})
+    self._num_streams, self._order = num_streams, order
+    self._taken = np.array([numbers.index(number) * rows_per_stream + place for number, place in sources])
     self._streams = {number: self._open_stream(number, num_streams, rows_per_stream) for number in numbers}
 
   def __iter__(self) -> "Loader":
@@ -155,7 +155,7 @@ class Loader:
   def __next__(self) -> PackedRow:
     parts = [next(stream) for stream in self._streams.values()]
     rows = parts[0] if len(parts) == 1 else join_rows(parts)
-    return jax.tree.map(lambda x: x[self._offset : self._offset + self._rows], rows)
+    return jax.tree.map(lambda x: x[self._taken], rows)
 
   def start_prefetch(self) -> None:
     """Makes the first batches in advance."""
@@ -165,7 +165,7 @@ class Loader:
   def get_state(self) -> bytes:
     """Returns the position of this process's streams, as JSON."""
     streams = {str(number): stream.get_state() for number, stream in self._streams.items()}
-    return json.dumps({"num_streams": self._num_streams, "streams": streams}).encode()
+    return json.dumps({"num_streams": self._num_streams, "row_order": self._order, "streams": streams}).encode()
 
   def set_state(self, states: Sequence[bytes]) -> None:
     """Continues at a saved position.
@@ -184,9 +184,14 @@ class Loader:
       else:
         positions = dict(enumerate(state for each in saved for state in each.get("parents", [each])))
         num_streams = len(positions)
-      if num_streams != self._num_streams:
+      order = saved[0].get("row_order", self._order)
+      if len(order) != len(self._order):  # of a mesh with other batches
+        order = self._order
+      if sorted(order) != sorted(self._order):
+        raise ValueError(f"row_order = {order}")
+      if (num_streams, order) != (self._num_streams, self._order):
         self.close()
-        self._open(num_streams)
+        self._open(num_streams, order)
       for number, stream in self._streams.items():
         stream.set_state(positions[number])
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:

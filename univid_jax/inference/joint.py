@@ -24,7 +24,7 @@ from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.progress_file import ProgressFile
 from univid_jax.inference.windows import Windows
 from univid_jax.parallel.mesh import row_shards
-from univid_jax.parallel.processes import gather_arrays, local_rows
+from univid_jax.parallel.processes import gather_arrays
 from univid_jax.parallel.sharding import shard_batch
 
 # Called with the number of steps of windows that were taken.
@@ -160,7 +160,7 @@ class JointSampler:
       part = joint.rows(batch, negative=guided), joint.place(tokens, batch)
       with jax.set_mesh(self._mesh):
         if size > 1 or row_shards(self._mesh) == 1:
-          part = shard_batch(jax.tree.map(lambda x: local_rows(x, self._mesh), part), self._mesh)
+          part = shard_batch(part, self._mesh)
         velocities = call(*part)
       yield from zip(range(start, min(start + size, count)), velocities)
 

@@ -22,7 +22,7 @@ from univid_jax.inference.experts import Experts
 from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.residuals import Residuals, step_with_residuals
 from univid_jax.parallel.mesh import row_shards
-from univid_jax.parallel.processes import gather_arrays, local_rows
+from univid_jax.parallel.processes import gather_arrays
 from univid_jax.parallel.sharding import shard_batch
 
 Progress = Callable[[int], None]
@@ -111,7 +111,7 @@ class Sampler:
       for start in range(0, len(noise), batch):
         part = jax.tree.map(lambda x, start=start: _take_rows(x, start, batch), (row, negative, noise))
         if batch % shards == 0:
-          part = shard_batch(jax.tree.map(lambda x: local_rows(x, self._mesh), part), self._mesh)
+          part = shard_batch(part, self._mesh)
         part_row, part_negative, part_noise = part
         tokens = self._solve(
           experts,

@@ -4,16 +4,17 @@ Private, and checked by tests/test_parallel.py: the client of the coordination s
 the detection of clusters.
 """
 
+import contextlib
 import hashlib
+import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from univid_jax.core.errors import UserError
 from univid_jax.parallel.peers import ADVICE, Peers
@@ -39,6 +40,41 @@ _SIGNS = (
 )
 
 
+def count_cluster_processes() -> int:
+  """Returns how many processes the cluster has that JAX finds itself in; 1 outside of clusters.
+
+  JAX knows TPU slices (of Google Cloud by their metadata server, which only machines with TPUs ask, and of GKE),
+  SLURM's `srun`, Open MPI's `mpirun` and, with the package `kubernetes`, the pods of indexed Jobs.
+
+  Raises:
+    UserError: this is a cluster that JAX knows, but does not describe itself as JAX expects.
+  """
+  with _explain_detection():
+    for cluster in clusters.ClusterEnv._cluster_types:
+      if cluster.opt_in_only_method or (cluster is clusters.K8sCluster and _JOB_INDEX not in os.environ):
+        continue  # JAX needs the index; without one, as in a notebook's pod, it would ask for rights and then fail
+      if cluster.is_env_present():
+        return cluster.get_process_count()
+  return 1
+
+
+# The variable of pods of an indexed Job in Kubernetes.
+_JOB_INDEX = "JOB_COMPLETION_INDEX"
+
+
+@contextlib.contextmanager
+def _explain_detection() -> Iterator[None]:
+  """Raises UserError instead of whatever JAX and the libraries that it asks raise while they look at a cluster."""
+  try:
+    yield
+  except Exception as error:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise UserError(
+      f"JAX could not find out which processes of this cluster belong together ({reason}); give "
+      "--coordinator=HOST:PORT, --num_processes and --process_id"
+    ) from error
+
+
 def connect(
   coordinator: str | None,
   num_processes: int | None,
@@ -60,11 +96,12 @@ def connect(
   Raises:
     UserError: they cannot be reached.
   """
-  devices = None
-  if coordinator is None:
-    coordinator, num_processes, process_id, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-      None, None, None, None, None, START_TIMEOUT
-    )
+  with _explain_detection():
+    devices = _choose_devices()
+    if coordinator is None:
+      coordinator, num_processes, process_id, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, devices, None, START_TIMEOUT
+      )
   joined = threading.Event()
 
   def report_loss() -> None:
@@ -78,6 +115,7 @@ def connect(
       num_processes,
       process_id,
       local_device_ids=devices,
+      cluster_detection_method="deactivate",  # it is done
       initialization_timeout=START_TIMEOUT,
       heartbeat_timeout_seconds=2 * heartbeat_seconds + SECOND_WATCHDOG,
     )
@@ -95,6 +133,17 @@ def connect(
     heartbeat_seconds=heartbeat_seconds,
     is_cut_off=relay.lost.is_set if relay else lambda: False,
   )
+
+
+def _choose_devices() -> list[int] | None:
+  """Returns the GPUs of this process as JAX chooses them: by JAX_LOCAL_DEVICE_IDS, or one for each of SLURM's or
+  Open MPI's processes on a machine; None for all."""
+  if given := os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+    return [int(device) for device in given.split(",")]
+  for cluster in (clusters.OmpiCluster, clusters.SlurmCluster):
+    if cluster.is_env_present() and (device := cluster.get_local_process_id()) is not None:
+      return [device]
+  return None
 
 
 def disconnect() -> None:
@@ -140,13 +189,6 @@ def gather_arrays(tree: Any) -> Any:
     return jax.device_get(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
   return jax.tree.map(gather, tree)
-
-
-def local_rows(x: np.ndarray, mesh: Mesh) -> np.ndarray:
-  """Returns this process's rows of a batch for a mesh, whose devices may be this process's alone."""
-  processes = sorted({device.process_index for device in mesh.devices.flat})
-  count, place = len(x) // len(processes), processes.index(jax.process_index())
-  return x[place * count : (place + 1) * count]
 
 
 def sum_over_processes(value: int) -> int:

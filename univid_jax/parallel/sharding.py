@@ -1,7 +1,7 @@
 """From names of dims to axes of the mesh: one table for parameters, one for activations."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import TOKEN_FIELDS
 from univid_jax.parallel.host_memory import is_on_host
-from univid_jax.parallel.mesh import SEQUENCE
+from univid_jax.parallel.mesh import SEQUENCE, row_shards
 
 # The axes that may shard a dim of a parameter. Those used are larger than 1, unused by its other dims, and divide it
 # together. The sequence axis is among them, or the devices that share a row would all hold the same weights.
@@ -53,14 +53,52 @@ def parameter_shardings(model: nnx.Module, mesh: Mesh, kind: type[nnx.Variable] 
   return traverse_util.unflatten_dict({path: sharding(variable) for path, variable in flat})
 
 
+def row_owners(num_rows: int, mesh: Mesh) -> list[tuple[int, ...]]:
+  """Returns the processes whose devices hold each row of a batch, ascending; several where they share its tokens."""
+  owners: list[set[int]] = [set() for _ in range(num_rows)]
+  for device, (rows,) in NamedSharding(mesh, BATCH).devices_indices_map((num_rows,)).items():
+    for row in range(num_rows)[rows]:
+      owners[row].add(device.process_index)
+  return [tuple(sorted(each)) for each in owners]
+
+
+def own_rows(num_rows: int, mesh: Mesh, process: int | None = None) -> list[int]:
+  """Returns the rows of a batch that a process's devices hold, ascending; by default those of this process."""
+  process = jax.process_index() if process is None else process
+  return [row for row, owners in enumerate(row_owners(num_rows, mesh)) if process in owners]
+
+
+def rows_by_owner(num_rows: int, mesh: Mesh) -> list[int]:
+  """Returns the rows of a batch, those of the same processes together: of process 0 first."""
+  return sorted(range(num_rows), key=row_owners(num_rows, mesh).__getitem__)
+
+
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
-  """Puts this process's rows of a batch onto the mesh.
+  """Puts a batch onto the mesh; every process passes all rows.
 
   Rows are sharded over data and fsdp, the tokens of a `PackedRow` also over the sequence axis.
 
   Raises:
     UserError: the tokens of a row do not divide over the sequence axis.
   """
+  return _shard_rows(batch, mesh, range(row_shards(mesh)))
+
+
+def shard_own_rows(batch: Tree, mesh: Mesh) -> Tree:
+  """Puts a batch onto the mesh, like `shard_batch`; every process passes the rows that its devices hold, `own_rows`."""
+  return _shard_rows(batch, mesh, own_rows(row_shards(mesh), mesh))
+
+
+def _shard_rows(batch: Tree, mesh: Mesh, shards: Sequence[int]) -> Tree:
+  """Puts a batch onto the mesh, given the rows of some of its shards, which include those of this process."""
+  places = {shard: place for place, shard in enumerate(shards)}
+
+  def reader(x: np.ndarray, size: int) -> Callable[[Any], np.ndarray]:
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+      first = places[(index[0].start or 0) // size] * size
+      return x[(slice(first, first + size), *index[1:])]
+
+    return read
 
   def place(path, x):
     x = np.asarray(x)
@@ -70,7 +108,11 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
         f"rows of {x.shape[1]} tokens do not divide over context = {mesh.shape[SEQUENCE]} devices: change "
         "config.rows.num_tokens or config.mesh.context"
       )
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, TOKENS if is_per_token else BATCH), x)
+    size, rest = divmod(len(x), len(shards))
+    if rest:
+      raise ValueError(f"{len(x)} rows do not divide over {len(shards)} shards of rows")
+    sharding = NamedSharding(mesh, TOKENS if is_per_token else BATCH)
+    return jax.make_array_from_callback((size * row_shards(mesh), *x.shape[1:]), sharding, reader(x, size))
 
   return jax.tree_util.tree_map_with_path(place, batch)
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.attention.api import best_backend
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.processes import gather_arrays
-from univid_jax.parallel.sharding import shard_batch
+from univid_jax.parallel.sharding import own_rows, row_owners, rows_by_owner, shard_own_rows
 from univid_jax.parallel.supervisor import Supervisor, supervise
 from univid_jax.platform.current import current_platform
 from univid_jax.training.goodput import Activity, Goodput
@@ -155,7 +156,7 @@ def take_steps(
       for step in range(start + 1, config.num_steps + 1):
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
           with jax.profiler.TraceAnnotation("data"), goodput.measure(Activity.WAITING):
-            batch = shard_batch(next(loader), run.mesh)
+            batch = shard_own_rows(next(loader), run.mesh)
           with jax.profiler.TraceAnnotation("step"), goodput.measure(Activity.STEPPING):
             previous, (state, metrics) = metrics, step_fn(state, run.frozen, batch)
             goodput.watch(metrics)
@@ -207,19 +208,20 @@ def open_loader(run: Run) -> Loader:
   """Opens the endless stream of this process's rows of every batch."""
   config, data = run.config, run.data
   layout = BatchLayout.of(config.rows, row_shards(run.mesh))
+  num_rows, mesh = layout.num_rows, run.mesh
   return make_loader(
     list(data.sources.values()),
     run.features,
     row_shape=RowShape.of(config.rows, context_mode(config)),
-    rows_per_batch=layout.num_rows // jax.process_count(),
+    rows_per_batch=num_rows,
     seed=config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    own_rows=own_rows(num_rows, mesh),
+    row_order=rows_by_owner(num_rows, mesh),
     num_threads=config.data.num_threads,
     num_packing_bins=config.rows.packing_bins,
     packing=config.rows.packing,
     layout=layout,
-    num_streams=config.rows.streams,
+    num_streams=config.rows.streams or math.gcd(num_rows, len(set(row_owners(num_rows, mesh)))),
     stream_processes=config.data.stream_processes,
     weights=list(data.weights.values()),
     allow_dropped=config.data.allow_dropped,

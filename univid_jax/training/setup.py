@@ -144,7 +144,6 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
   if has_checkpoint(workdir):
     check_same_run(workdir, require_run(workdir), record)  # before anything in the workdir changes
   mesh = make_mesh(config.mesh)
-  check_rows_stay_on_one_process(mesh)
   with verified(config.init_from and locate(config.init_from), enabled=verify_weights):
     shape = transformer_config(config)
     optimizers, spec = describe_training(config, mesh)
@@ -177,15 +176,6 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
     base_graph, frozen = bases[0][0], config.model.expert.join_trees([params for _, params in bases])
   record = dataclasses.replace(record, prompts=data.prompts)
   return Run(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features)
-
-
-def check_rows_stay_on_one_process(mesh: Mesh) -> None:
-  """Raises UserError unless the tokens of a row stay on one process."""
-  inner = mesh.shape["tensor"] * mesh.shape["context"]
-  if jax.local_device_count() % inner:
-    raise UserError(
-      f"config.mesh.tensor x context = {inner} devices must divide the {jax.local_device_count()} of each process"
-    )
 
 
 def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:

@@ -30,7 +30,6 @@ from univid_jax.inference.pipeline import Pipeline
 from univid_jax.inference.sampler import Progress
 from univid_jax.models.lora import join
 from univid_jax.parallel.mesh import row_shards
-from univid_jax.parallel.processes import local_rows
 from univid_jax.parallel.sharding import shard_batch
 from univid_jax.training.state import Params, StateSpec
 
@@ -67,7 +66,7 @@ class Validation:
     noise = np.asarray(jax.random.normal(jax.random.key(config.seed), rows.tokens.shape))
     size = config.rows.batch_size(row_shards(mesh))
     self._batches = [
-      shard_batch(jax.tree.map(lambda x, start=start: _take_batch(x, start, size, mesh), (rows, noise)), mesh)
+      shard_batch(jax.tree.map(lambda x, start=start: _take_batch(x, start, size), (rows, noise)), mesh)
       for start in range(0, len(noise), size)
     ]
 
@@ -182,7 +181,7 @@ def write_previews(
     sentence_grid(path, rows, columns=COLUMNS)
 
 
-def _take_batch(x: np.ndarray, start: int, size: int, mesh: Mesh) -> np.ndarray:
-  """Takes this process's rows of a batch, padded with empty rows."""
+def _take_batch(x: np.ndarray, start: int, size: int) -> np.ndarray:
+  """Takes the rows of a batch, padded with empty rows."""
   x = x[start : start + size]
-  return local_rows(np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1)), mesh)
+  return np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
