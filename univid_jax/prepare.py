@@ -73,17 +73,16 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
 
   from univid_jax.checkpoints.built_in import locate
   from univid_jax.checkpoints.checksums import verified
-  from univid_jax.checkpoints.model import context_mode, open_encoders, transformer_config
+  from univid_jax.checkpoints.model import open_encoders
   from univid_jax.core.errors import UserError
   from univid_jax.core.lock import hold
-  from univid_jax.data.features import FeatureCaches, FeatureMaker, caches_folder
-  from univid_jax.data.packing import RowShape
-  from univid_jax.data.prepare import prepare
+  from univid_jax.data.features import caches_folder
   from univid_jax.data.shard_writer import pack_caches, repair_indices
   from univid_jax.parallel.mesh import make_mesh
   from univid_jax.parallel.processes import count_distinct, sum_over_processes
-  from univid_jax.training.validation import select_sentences
+  from univid_jax.training.setup import check_config, fill_caches, open_features
 
+  config = check_config(config)
   with verified(config.init_from and locate(config.init_from), enabled=VERIFICATION.verify_weights):
     encoders = open_encoders(config, make_mesh(config.mesh))
   if PACK.value and not encoders.has_weights:
@@ -92,19 +91,12 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
   with hold(folder, process=jax.process_index()) if PACK.value else contextlib.nullcontext():
     if PACK.value:
       repair_indices(folder)
-    caches = FeatureCaches.open(config, encoders, workdir)
-    done = prepare(
-      FeatureMaker(encoders, shape=transformer_config(config), task_names=data.task_names, caches=caches),
-      data,
-      row_shape=RowShape.of(config.rows, context_mode(config)),
-      held_out=select_sentences(data, config.validation.sentences)[0],
-      allow_dropped=config.data.allow_dropped,
-      verify=True,
-    )
+    features = open_features(config, encoders, data, workdir)
+    done = fill_caches(config, features, data, verify=True)
     packed = [pack_caches(folder, remove_files=REMOVE_FILES.value)] if PACK.value else []
   num_dropped = len(data.dropped) + count_distinct(each.reason for each in done.dropped)
   num_encoded = sum_over_processes(done.num_encoded)
-  if caches is None:
+  if features.caches is None:
     return [f"{done.num_clips} clips can be read, {num_dropped} records dropped; they are encoded while training"]
   line = f"{done.num_clips} clips are ready ({num_encoded} encoded now), {num_dropped} records dropped"
   return [line, *map(str, packed)]

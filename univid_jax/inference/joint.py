@@ -83,7 +83,7 @@ class JointSampler:
 
     def velocity(graph, params, rows, tokens, sigma, guidance_scale):
       model = nnx.merge(graph, params)
-      branches = [Branch.create(model, row) for row in rows]
+      branches = [Branch(row) for row in rows]  # with its context: windows take turns in every step
       negative = branches[1] if len(branches) > 1 else None
       return guide(model, branches[0], negative=negative, guidance_scale=guidance_scale)(tokens, sigma)
 

@@ -33,7 +33,7 @@ from univid_jax.core.protocols import Encoders
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.fingerprint import describe_changes, fingerprint, read_fingerprint, write_fingerprint
 from univid_jax.data.packing import RowShape
-from univid_jax.data.prepare import prepare
+from univid_jax.data.prepare import Prepared, prepare
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
@@ -136,9 +136,7 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
     UserError: a value of the config is invalid for a run, or a row of the data cannot be used.
     OSError: a file cannot be read.
   """
-  check_rows(config)
-  check_base(config)
-  config = with_stored_base(config)
+  config = check_config(config)
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   record = RunRecord(config, ",".join(base_checksums(config)), univid_jax.__version__, {})
   if has_checkpoint(workdir):
@@ -157,25 +155,50 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
     data.report()
     data.require_usable(config.data)
   check_same_data(workdir, data, config)
-  caches = FeatureCaches.open(config, encoders, workdir)
-  features = FeatureMaker(
-    encoders, shape=shape, task_names=data.task_names, caches=caches, clip_gap=config.model.clip_gap
-  )
-  if caches is not None:
-    held_out = select_sentences(data, config.validation.sentences)[0] if config.validation.every_steps else []
-    prepare(
-      features,
-      data,
-      row_shape=RowShape.of(config.rows, context_mode(config)),
-      held_out=held_out,
-      allow_dropped=config.data.allow_dropped,
-    )
+  features = open_features(config, encoders, data, workdir)
+  if features.caches is not None:
+    fill_caches(config, features, data)
   base_graph, frozen = None, {}
   if config.lora.enabled:
     bases = [load_base(part, mesh) for part in split_config(config)]
     base_graph, frozen = bases[0][0], config.model.expert.join_trees([params for _, params in bases])
   record = dataclasses.replace(record, prompts=data.prompts)
   return Run(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features)
+
+
+def check_config(config: RunConfig) -> RunConfig:
+  """Returns a config that names the quantisation of its base, after checking what depends on the base.
+
+  Raises:
+    UserError: a value is invalid for a run.
+  """
+  check_rows(config)
+  check_base(config)
+  return with_stored_base(config)
+
+
+def open_features(config: RunConfig, encoders: Encoders, data: DataSources, workdir: str) -> FeatureMaker:
+  """Returns what encodes the sentences of a run, with the run's caches if there is anything to cache."""
+  return FeatureMaker(
+    encoders,
+    shape=transformer_config(config),
+    task_names=data.task_names,
+    caches=FeatureCaches.open(config, encoders, workdir),
+    clip_gap=config.model.clip_gap,
+  )
+
+
+def fill_caches(config: RunConfig, features: FeatureMaker, data: DataSources, *, verify: bool = False) -> Prepared:
+  """Encodes what training and validation read; see `data.prepare.prepare`."""
+  validation = config.validation
+  return prepare(
+    features,
+    data,
+    row_shape=RowShape.of(config.rows, context_mode(config)),
+    held_out=select_sentences(data, validation.sentences)[0] if validation.every_steps else [],
+    allow_dropped=config.data.allow_dropped,
+    verify=verify,
+  )
 
 
 def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
