@@ -4,6 +4,9 @@ import errno
 import json
 import logging
 import os
+import shlex
+import subprocess
+import sys
 import textwrap
 import time
 
@@ -85,6 +88,22 @@ class TestExitCodes:
     assert command(*arguments) == 2 and not command.ran
     stderr = capfd.readouterr().err
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
+
+  def test_closed_streams_and_names_that_are_not_utf8(self):
+    """What cannot be printed is escaped, or goes nowhere: a progress bar without a place ends no command."""
+    script = (
+      "import os, tqdm; from univid_jax.cli import app, flags as command_flags\n"
+      "flags = command_flags.CommandFlags('Prints.')\n"
+      "@app.command(flags)\n"
+      "def main():\n"
+      "  list(tqdm.tqdm(range(3)))\n"
+      "  print(os.fsdecode(b'caf\\xe9'))\n"
+      "raise SystemExit(main())"
+    )
+    for redirections, out in (("2>&-", "caf\\udce9\n"), (">&-", ""), (">&- 2>&-", "")):
+      command = f"{sys.executable} -c {shlex.quote(script)} {redirections}"
+      done = subprocess.run(command, shell=True, capture_output=True)
+      assert done.returncode == 0 and done.stdout.decode() == out, done
 
   def test_logging_is_as_before_afterwards(self):
     loggers = logging.getLogger(), logging.getLogger("univid_jax")

@@ -286,6 +286,7 @@ def test_step_caching(trained, tmp_path, capfd):
     (["--clips={a},{a},{a}", "--solver=magic"], 2, "euler|unipc"),
     (["--clips={a},{a},{a}", "--size=480"], 2, "--size is HEIGHTxWIDTH"),
     (["--clips={a},{a},{a}", "--size=0x16"], 2, "--size is HEIGHTxWIDTH"),
+    (["--clips={a},{a},{a}", "--size=100000x100000"], 2, "--size=100000x100000 is more than 134,217,728 pixels"),
     (["--clips={a},{a},{a}", "--steps=1000000000"], 2, "--steps"),
     (["--clips={a},{a},{a}", f"--seed={2**63}"], 2, "--seed"),
     (["--clips={a},{a},{a}", "--sigmas=1,x"], 2, "--sigmas are numbers, separated by commas, got '1,x'"),

@@ -151,6 +151,16 @@ def test_errors_are_one_clear_line(workdir, capfd, arguments, message):
   assert code != 0 and message in error.strip().splitlines()[-1] and "Traceback" not in error, error
 
 
+def test_the_config_is_that_of_the_run(workdir, report, tmp_path):
+  """Unless one is given; single values of it can be changed."""
+  folders = f"--workdir={workdir}", f"--out={tmp_path}"
+  assert run_here("univid_jax.evaluate", *folders, *EVALUATION, "--config.eval.sentences_per_case=1") == 0
+  numbers = read_numbers(tmp_path)
+  assert set(numbers["by_task"]) == set(report["by_task"])
+  for name, scores in report["overall"].items():
+    assert numbers["overall"][name]["psnr"] == pytest.approx(scores["psnr"], rel=1e-4)
+
+
 def test_a_checkpoint_is_evaluated_on_a_config_that_was_named(capfd):
   assert evaluate.main(["evaluate", "--checkpoint=small"]) == 2
   assert "--checkpoint needs --config, which says what to evaluate on" in capfd.readouterr().err

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 import univid_jax
 from tests.helpers import GOLDENS, channels_last, golden, package_or_skip, parameters, relative_error
+from tests.typecheck import unchecked
 from univid_jax.checkpoints.model import open_encoders, transformer_config
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import wan_1_3b
@@ -292,3 +293,18 @@ class TestBadInput:
       pipe.sample([np.zeros((1, 40, 48, 3), np.uint8)] * 3, prompt_embeds=np.zeros((1, 48)))
     with pytest.raises(ValueError, match="odd number"):
       pipe.sample(CLIPS[:2])
+
+  @pytest.mark.parametrize(
+    "clip, found",
+    [
+      (np.zeros((1, 32, 48, 3), np.float32), r"got float32 \(1, 32, 48, 3\)"),
+      (np.zeros((32, 48, 3), np.uint8), r"got uint8 \(32, 48, 3\)"),
+      ("a.png", "got str"),
+    ],
+  )
+  def test_clips_are_frames(self, pipe, clip, found):
+    """Numbers from 0 to 1 would be taken for grey pictures otherwise."""
+    with unchecked(), pytest.raises(ValueError, match=found):
+      pipe.sample([clip] * 3)
+    with unchecked(), pytest.raises(ValueError, match=found):
+      pipe.sample_video([clip] * 2, np.zeros((33, 32, 48, 3), np.uint8))

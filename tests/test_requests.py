@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import sys
 import types
 from pathlib import Path
 
@@ -121,6 +123,51 @@ def test_an_interrupted_result_does_not_count_as_finished(tmp_path: Path, monkey
     runner(num_frames=5).run(request)
   assert request.out.read_bytes() == first
   assert not sampling.has_finished(request.out, prepared.record)
+
+
+def test_only_a_complete_result_of_the_same_request_counts_as_finished(tmp_path: Path):
+  video = str(write_video(tmp_path / "v.mp4", 17))
+  (request,) = plan_requests([video] * 3, [], str(tmp_path / "out.mp4"))
+  both, alone = runner(grid=True), runner()
+
+  def has_finished(sampling: RequestRunner) -> bool:
+    prepared = sampling.prepare(request)
+    return sampling.has_finished(prepared.path, prepared.record)
+
+  both.run(request)
+  assert has_finished(both) and not has_finished(alone) and not has_finished(runner(grid=True, copy_audio=True))
+  other = runner(num_frames=5)
+  other.run(request)  # the whole sentence next to it is that of before
+  assert has_finished(other) and not has_finished(runner(grid=True, num_frames=5))
+  request.out.write_bytes(b"")
+  assert not has_finished(other)
+
+
+def test_nothing_but_an_earlier_result_is_replaced(tmp_path: Path):
+  image = str(write_image(tmp_path / "a.png"))
+  for name in ("config.json", "bytes.json", "list.json"):
+    (tmp_path / name).write_bytes({"config.json": b'{"version": 1}', "bytes.json": b"\xe9"}.get(name, b"[]"))
+    with pytest.raises(UserError, match=f"its record would replace {name}, which is another file"):
+      check_outputs([Request((image,) * 3, tmp_path / f"{name.removesuffix('.json')}.png")])
+  whole = str(write_image(tmp_path / "out_grid.png"))
+  with pytest.raises(UserError, match=r"out_grid\.png: it is one of the clips"):
+    runner(grid=True, num_frames=1).run(Request((image, image, whole), tmp_path / "out.png"))
+  with pytest.raises(UserError, match="it is one of the clips"):
+    check_outputs([Request((image,) * 3, Path(whole))], first_frame=whole)
+  queries = [str(write_image(tmp_path / name)) for name in ("x.png", "x_grid.png")]
+  requests = plan_requests([image] * 2, queries, str(tmp_path / "results"))
+  check_outputs(requests)
+  with pytest.raises(UserError, match="the sentence of query 'x' would replace another query's result"):
+    check_outputs(requests, grid=True)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
+def test_names_that_are_not_utf8(tmp_path: Path):
+  image = write_image(tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
+  request = Request((str(image),) * 3, tmp_path / "out.png")
+  runner().run(request)
+  record = json.loads((tmp_path / "out.json").read_bytes())
+  assert record["clips"][0]["path"] == str(image)
 
 
 def test_queries_with_dots_and_foreign_files(tmp_path: Path):

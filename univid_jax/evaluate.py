@@ -1,11 +1,11 @@
 """Evaluates a model on held-out sentences.
 
-  python -m univid_jax.evaluate --config=PRESET --workdir=DIR [--config.KEY=VALUE ...] [--out=DIR]
+  python -m univid_jax.evaluate --workdir=DIR [--config=PRESET] [--config.KEY=VALUE ...] [--out=DIR]
 
 Samples them with the model of the workdir (or with --checkpoint and --lora), with the right example pairs and with
 altered ones, and writes report.md, report.json, grid.png, grid.webp (of videos), curves.png and the frames to OUT. The
-config determines the tasks, contexts, numbers of clips, prompts, seeds and steps. Rerun the same command to resume;
-samples of other weights, configs or data are kept and not used.
+config, by default that of the run in the workdir, determines the tasks, contexts, numbers of clips, prompts, seeds and
+steps. Rerun the same command to resume; samples of other weights, configs or data are kept and not used.
 """
 
 import shlex
@@ -40,7 +40,9 @@ def main() -> None:
 
   import univid_jax
   from univid_jax.checkpoints.origin import Origin
+  from univid_jax.checkpoints.run import read_run
   from univid_jax.cli.sampling import group_loras, parse_lora
+  from univid_jax.config.boundary import override
   from univid_jax.data.sources.open import open_data
   from univid_jax.evaluation import exact
   from univid_jax.evaluation.run import evaluate
@@ -48,6 +50,8 @@ def main() -> None:
   from univid_jax.parallel.mesh import make_mesh
 
   config, workdir = CONFIG.value, WORKDIR.value
+  if not CONFIG.is_given and (record := read_run(workdir)) is not None:
+    config = override(record.config, CONFIG.overrides)
   folder = OUT.value or f"{workdir}/evaluation"
   loras = [parse_lora(item) for item in LORA.value]
   grouped = group_loras(loras)

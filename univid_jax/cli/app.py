@@ -16,6 +16,7 @@ in the temporary directory. `--verbosity=1` prints the traceback as well.
 import contextlib
 import errno
 import functools
+import io
 import logging
 import os
 import platform
@@ -38,7 +39,7 @@ from univid_jax.core.paths import is_remote
 from univid_jax.parallel.supervisor import Supervisor
 
 # Conditions of the machine that come without a file name.
-MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EFBIG)
 LAST_SECONDS = 60
 OUT_OF_MEMORY = "use fewer frames, a smaller size or more devices; python -m univid_jax.forecast prints what is needed"
 
@@ -65,6 +66,7 @@ def command(flags: CommandFlags) -> Callable[[Callable[[], None]], Main]:
 
 def _run(body: Callable[[], None], flags: CommandFlags, given: Sequence[str] | None) -> int:
   argv = sys.argv if given is None else given
+  _prepare_streams()
   if {"--help", "-help", "-h"} & set(argv[1:]):
     print(flags.help())
     return 0
@@ -92,6 +94,16 @@ def _run(body: Callable[[], None], flags: CommandFlags, given: Sequence[str] | N
   finally:
     # The interpreter takes a while to exit, and a signal must not change the exit code any more.
     supervisor.close(ignore_signals=given is None)
+
+
+def _prepare_streams() -> None:
+  """Lets everything be printed: into nothing if a stream is closed, and names that are not UTF-8 with escapes."""
+  for name in ("stdout", "stderr"):
+    stream = getattr(sys, name)
+    if stream is None:
+      setattr(sys, name, open(os.devnull, "w", errors="ignore"))  # noqa: SIM115 (stays open)
+    elif isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")
 
 
 def _end(error: BaseException, supervisor: Supervisor, argv: Sequence[str], workdir: str | None) -> int:
@@ -177,12 +189,12 @@ def _write_log(error: BaseException, argv: Sequence[str], workdir: str | None) -
     path = Path(workdir).absolute() / "logs" / name
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text("\n".join(lines))
+      path.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
       return path
     except OSError:
       pass  # the workdir may be what is wrong
   path = Path(tempfile.gettempdir()) / f"univid_jax-{name}"
-  path.write_text("\n".join(lines))
+  path.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
   return path
 
 

@@ -1,6 +1,7 @@
 """Flags of the commands; those that several commands share are defined here, once."""
 
 import functools
+import operator
 import os
 import re
 import runpy
@@ -195,11 +196,14 @@ class ConfigFlag:
 
   Attributes:
     is_given: whether the command line has --config.
+    overrides: the values of --config.KEY by key.
   """
 
   def __init__(self):
     self._value: RunConfig | None = None
+    self._keys: list[str] = []
     self.is_given = False
+    self.overrides: dict[str, Any] = {}
 
   @property
   def value(self) -> RunConfig:
@@ -217,12 +221,15 @@ class ConfigFlag:
       else:
         rest.append(word)
     config_flags.DEFINE_config_dict("config", load_config(name), flag_values=values, sys_argv=rest)
+    names = (word.partition("=")[0].lstrip("-").removeprefix("no") for word in rest if word.startswith("-"))
+    self._keys = [name.removeprefix("config.") for name in names if name.startswith("config.")]
     return rest
 
   def read(self, values: flags.FlagValues) -> None:
     config = values["config"].value
     assert isinstance(config, ml_collections.ConfigDict)
     self._value = from_config_dict(config)
+    self.overrides = {key: functools.reduce(operator.getitem, key.split("."), config) for key in self._keys}
 
 
 def load_config(name: str) -> ml_collections.ConfigDict:

@@ -1,7 +1,6 @@
 """Runs requests: samples, and writes for each the clip and how it was made."""
 
 import dataclasses
-import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,14 +13,14 @@ from tqdm import tqdm
 
 import univid_jax
 from univid_jax import Pipeline
-from univid_jax.cli.sampling import Request, check_request
+from univid_jax.cli.results import check_result, grid_path, is_finished, remove_record, write_record
+from univid_jax.cli.sampling import Request
 from univid_jax.cli.whole_videos import StepProgress, WholeQuery, WholeVideo, padded_size
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate, read_context
 from univid_jax.data.pictures import concatenate_clips
-from univid_jax.data.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Frames, probe
+from univid_jax.data.reader import Frames, probe
 from univid_jax.data.writer import write_clip
-from univid_jax.diffusion.step_cache import StepCache
 from univid_jax.inference.jobs import infer_length
 from univid_jax.inference.preview import Preview
 
@@ -145,16 +144,18 @@ class RequestRunner:
     """Writes the result of a request that was prepared; returns a line that describes it."""
     path, record, request = prepared.path, prepared.record, prepared.request
     sampled, fps = frames[:, : record["height"], : record["width"]], record["fps"]
-    record_path(path).unlink(missing_ok=True)  # of an earlier result, which is replaced first
+    remove_record(path)
     write_clip(path, sampled, fps=fps, audio_from=request.clips[-1] if self.copy_audio and prepared.clips else None)
     if self.grid:
       _write_grid(path, [*prepared.frames, frames], fps)
-    return _write_record(path, record)
+    return write_record(path, record, self._files(path, record))
 
   def has_finished(self, path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether an earlier command has written this very result; its record is written last."""
-    parts = [path, record_path(path), *([_grid_path(path, record["num_frames"])] if self.grid else [])]
-    return all(part.exists() for part in parts) and record_path(path).read_text() == _describe(record)
+    """Whether an earlier command has written this very result."""
+    return is_finished(path, record, self._files(path, record))
+
+  def _files(self, path: Path, record: Mapping[str, Any]) -> list[Path]:
+    return [path, *([grid_path(path, record["num_frames"])] if self.grid else [])]
 
   def run_whole(self, request: Request, query: WholeQuery, *, keep: bool = False) -> str:
     """Samples all frames of a query that is longer than the model's clips, see `find_whole`.
@@ -170,7 +171,7 @@ class RequestRunner:
     self._report(str(query.footage.path), query.footage.describe_changes(query.footage.num_frames))
     path = request.out.with_name(request.out.name + ".mp4") if request.needs_suffix else request.out
     num_frames = query.footage.num_frames
-    check_request(path, request, num_frames)
+    check_result(path, request.clips, num_frames, grid=self.grid)
     clips = [*(clip.describe() for clip in examples), query.describe()]
     record = self._record(clips, num_frames=num_frames, size=query.size, fps=query.fps)
     record |= {"carry_context": self.carry_context, "window_frames": self.form.num_frames}
@@ -178,11 +179,11 @@ class RequestRunner:
       return f"kept the result of an earlier command: {path}"
     arguments = {**self.arguments, "num_frames": self.form.num_frames, "carry_context": self.carry_context}
     video = WholeVideo(self.pipeline, examples, query, arguments, record)
-    record_path(path).unlink(missing_ok=True)
+    remove_record(path)
     video.write(path, audio_from=request.clips[-1] if self.copy_audio else None, progress=self.progress)
     if self.grid:
-      video.write_grid(_grid_path(path, num_frames), path)
-    return _write_record(path, record)
+      video.write_grid(grid_path(path, num_frames), path)
+    return write_record(path, record, self._files(path, record))
 
   def _record(
     self, clips: Sequence[Mapping[str, Any]], *, num_frames: int, size: tuple[int, int], fps: float | None
@@ -202,6 +203,7 @@ class RequestRunner:
       **self.arguments,
       "num_frames": num_frames,
       "fps": fps,
+      "copy_audio": self.copy_audio,
     }
 
   def warm_up(self, requests: Sequence[Request]) -> str:
@@ -313,38 +315,13 @@ class RequestRunner:
     if request.needs_suffix:
       path = path.with_name(path.name + (".png" if count == 1 else ".mp4"))
     self.pipeline.latent_shape((count, *frames[-1].shape[1:]))
-    check_request(path, request, count)
+    inputs = [*request.clips, *([self.first_frame] if self.first_frame else [])]
+    check_result(path, inputs, count, grid=self.grid)
     require_writable(path.parent, num_bytes=count * frames[-1][0].size)
     return path, count
-
-
-def _describe_step_cache(cache: StepCache) -> dict[str, Any]:
-  """Returns its settings; the ratios are those of the weights, steps and guidance of the record."""
-  return {name: value for name, value in dataclasses.asdict(cache).items() if name != "ratios"}
-
-
-def record_path(result: Path) -> Path:
-  """Returns the path of the .json that says how a result was made."""
-  return result.with_name(f"{result.stem}.json")
-
-
-def _describe(record: Mapping[str, Any]) -> str:
-  return json.dumps(record, indent=2, ensure_ascii=False, default=_describe_step_cache) + "\n"
-
-
-def _write_record(path: Path, record: Mapping[str, Any]) -> str:
-  """Writes how a result was made next to it; returns a line that describes the result."""
-  record_path(path).write_text(_describe(record))
-  count = record["num_frames"]
-  return f"wrote {count} frame{'s' * (count > 1)} of {record['height']}x{record['width']}: {path}"
 
 
 def _write_grid(path: Path, clips: Sequence[np.ndarray], fps: float | None) -> None:
   """Writes clips side by side, next to `path`, as an image if all are, else as a video."""
   grid = concatenate_clips(clips)
-  write_clip(_grid_path(path, len(grid)), grid, fps=fps)
-
-
-def _grid_path(path: Path, num_frames: int) -> Path:
-  suffixes, default = (IMAGE_SUFFIXES, ".png") if num_frames == 1 else (VIDEO_SUFFIXES, ".mp4")
-  return path.with_name(f"{path.stem}_grid{path.suffix if path.suffix in suffixes else default}")
+  write_clip(grid_path(path, len(grid)), grid, fps=fps)

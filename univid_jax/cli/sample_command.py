@@ -55,7 +55,7 @@ class SampleCommand:
     self._parse_batch_size()
     clips, queries = self.sampling.clips.value or [], self._queries.value
     requests = sampling.plan_requests(clips, queries, self._out.value, first_frame=self._first_frame.value)
-    sampling.check_outputs(requests)
+    sampling.check_outputs(requests, first_frame=self._first_frame.value, grid=self._grid.value)
     return requests
 
   @property

@@ -11,14 +11,15 @@ from typing import Any
 from univid_jax import Pipeline
 from univid_jax.checkpoints.experts import split_expert
 from univid_jax.cli.flags import UsageError
+from univid_jax.cli.results import check_result
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat
+from univid_jax.data.color import MAX_PIXELS
 from univid_jax.data.prompts import PAPER_TARGETS, prompt_for
 from univid_jax.data.reader import CLIP_SUFFIXES, is_foreign
 from univid_jax.data.tasks import TASKS
-from univid_jax.data.writer import check_target
 
 log = logging.getLogger(__name__)
 
@@ -117,12 +118,15 @@ def parse_size(text: str) -> tuple[int, int]:
   """Splits HEIGHTxWIDTH.
 
   Raises:
-    UsageError: it has another form.
+    UsageError: it has another form, or is larger than clips may be.
   """
-  match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+  match = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
   if not match:
     raise UsageError(f"--size is HEIGHTxWIDTH, for instance 480x832, got {text!r}")
-  return int(match[1]), int(match[2])
+  height, width = int(match[1]), int(match[2])
+  if height * width > MAX_PIXELS:
+    raise UsageError(f"--size={text} is more than {MAX_PIXELS:,} pixels")
+  return height, width
 
 
 def task_prompt(task: str, trained: Mapping[str, str]) -> str:
@@ -212,25 +216,23 @@ def choose_format(
   return dataclasses.replace(form, fit=ClipFit(fit or form.fit), fps=form.fps if fps is None else fps)
 
 
-def check_outputs(requests: Sequence[Request]) -> None:
+def check_outputs(requests: Sequence[Request], *, first_frame: str | None = None, grid: bool = False) -> None:
   """Checks that the results can be written, before a model is loaded.
 
+  Args:
+    requests: what is sampled.
+    first_frame: of the result, if it is given.
+    grid: whether the whole sentences are written, too.
+
   Raises:
+    UsageError: the sentence of one query would replace the result of another.
     UserError, OSError: a suffix is unknown, a result would replace a clip, or a folder cannot be written to.
   """
+  names = {request.out.name for request in requests}
   for request in requests:
+    if grid and f"{request.out.name}_grid" in names:
+      raise UsageError(f"with --grid the sentence of query {request.out.name!r} would replace another query's result")
     if not request.needs_suffix:
-      check_request(request.out, request, None)
+      check_result(request.out, [*request.clips, *([first_frame] if first_frame else [])], None)
   for folder in dict.fromkeys(request.out.parent for request in requests):
     require_writable(folder)
-
-
-def check_request(path: Path, request: Request, num_frames: int | None) -> None:
-  """Checks that the result of a request can be written to a path; see `check_target`.
-
-  Raises:
-    UserError: it cannot, or it would replace a clip.
-  """
-  check_target(path, num_frames)
-  if any(path.exists() and Path(clip).exists() and path.samefile(clip) for clip in request.clips):
-    raise UserError(f"cannot write {path}: it is one of the clips")

@@ -75,14 +75,24 @@ def join_context(clips: Sequence[np.ndarray], first_frame: np.ndarray | None) ->
   """Returns what precedes a target: the clips of the context, then its own first frame as a clip, if it is given.
 
   Raises:
-    UserError: the number of clips is even, or sizes differ.
+    UserError: the number of clips is even, one is not uint8 (T, H, W, 3), or sizes differ.
   """
   if len(clips) % 2 == 0 and (clips or first_frame is None):
     raise UserError(f"the context must be an odd number of clips (A, A', B), got {len(clips)}")
-  given = (*clips, *(() if first_frame is None else (first_frame[None],)))
+  given = (*clips, *(() if first_frame is None else (np.asarray(first_frame)[None],)))
+  for clip in given:
+    check_frames(clip)
   if len({clip.shape[1:3] for clip in given}) > 1:
     raise UserError(f"all clips must have the same size, got {[clip.shape[1:3] for clip in given]}")
   return given
+
+
+def check_frames(clip: object) -> None:
+  """Raises UserError unless a clip is frames, uint8 (T, H, W, 3)."""
+  shape, dtype = np.shape(clip) if isinstance(clip, np.ndarray) else None, getattr(clip, "dtype", None)
+  if shape is None or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+    found = f"{dtype} {shape}" if shape is not None else type(clip).__name__
+    raise UserError(f"clips are uint8 arrays (T, H, W, 3), as univid_jax.read_clip(path).frames is, got {found}")
 
 
 def infer_length(lengths: Sequence[int]) -> int:

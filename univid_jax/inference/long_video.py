@@ -19,7 +19,7 @@ from univid_jax.core.pixels import to_uint8
 from univid_jax.data.reader import Frames
 from univid_jax.data.tokens import patchify, unpatchify
 from univid_jax.inference.encoding import require_finite
-from univid_jax.inference.jobs import Job, make_job
+from univid_jax.inference.jobs import Job, check_frames, make_job
 from univid_jax.inference.joint import JointWindows, WindowProgress
 from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.progress_file import ProgressFile
@@ -97,6 +97,8 @@ class VideoSample:
     if pipeline.config.takes_condition and not examples:
       raise UserError("windows of an I2V base share the first frame of A: add an example pair, or give num_frames")
     first = query.read(0, 1)
+    for clip in (*examples, first):
+      check_frames(clip)
     sizes = {clip.shape[1:3] for clip in (*examples, first)}
     if len(sizes) > 1:
       raise UserError(f"all clips must have the same size, got {sorted(sizes)}")
