@@ -151,7 +151,8 @@ class Footage:
     changes = []
     if num_frames < self.num_frames:
       last = self.start + num_frames - 1
-      changes.append(f"frames {self.start} to {last} of {self.start + self.num_frames}")
+      shown = f"frames {self.start} to {last}" if num_frames > 1 else f"frame {self.start}"
+      changes.append(f"{shown} of {self.start + self.num_frames}")
     if self.fps and self.form.fps and round(self.fps, 2) != round(self.form.fps, 2):
       changes.append(f"{self.fps:.5g} resampled to {self.form.fps:.5g} frames per second")
     if self.size != self.form.size:

@@ -19,7 +19,7 @@ from univid_jax.core.options import Attention, ContextTimestep, parse_option
 from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.protocols import Encoders, Solver
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.clips import ClipFormat
+from univid_jax.data.clips import ClipFormat, read_context
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.tokens import Features, unpatchify
 from univid_jax.diffusion.accelerators import Accelerator
@@ -90,6 +90,10 @@ class Pipeline(EncodingPipeline):
     """The form of the clips that the model was trained on; the paper's if that is not known."""
     usage, (size, *buckets) = self.usage, self.usage.sizes
     return ClipFormat(size=size, num_frames=usage.num_frames, fit=usage.fit, fps=usage.fps, buckets=tuple(buckets))
+
+  def read_clips(self, paths: Sequence[str]) -> list[np.ndarray]:
+    """Reads files as the context of a sentence, as training does; see `data.clips.read_context`."""
+    return [clip.frames for clip in read_context(paths, self.clip_format)]
 
   @property
   def size(self) -> tuple[int, int]:
