@@ -174,7 +174,8 @@ class CommandFlags:
     for name in sorted(name for name in self._values if len(name) > 1 and not name.startswith("config")):
       flag = self._values[name]
       default = f" Default: {flag.default}." if flag.default and not isinstance(flag.default, list) else ""
-      yield from _describe(f"--{'[no]' if flag.boolean else ''}{name}", f"{flag.help}{default}")
+      text = re.sub(r"\.?;\s+repeat this option to specify a list of values", ". It can be repeated.", flag.help)
+      yield from _describe(f"--{'[no]' if flag.boolean else ''}{name}", f"{text}{default}")
 
 
 def _describe(name: str, text: str) -> list[str]:

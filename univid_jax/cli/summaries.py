@@ -7,6 +7,9 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.evaluation import exact
 from univid_jax.training.loop import TrainResult, lora_exports
 
+# What a prediction is compared with, and how it is called.
+BASELINES = {"copy_b": "copy of B", "copy_a2": "copy of A'", "mean_a2": "mean of A'"}
+
 
 def complete(config: RunConfig, workdir: str) -> str:
   """Says that there was nothing to do."""
@@ -39,7 +42,7 @@ def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig,
   failed = [
     name
     for name, scores in report["by_task"].items()
-    if scores["psnr"] <= max(scores["psnr_copy_b"], scores["psnr_mean_a2"])
+    if scores["psnr"] <= max(scores[f"psnr_{baseline}"] for baseline in BASELINES)
   ]
   lines = [
     f"{_steps(result)}. PSNR of B' on held-out sentences:",
@@ -62,8 +65,6 @@ def _steps(result: TrainResult) -> str:
 
 
 def _scores(name: str, scores: Mapping[str, Any]) -> str:
-  return (
-    f"  {name:<9} {scores['psnr']:5.1f} dB   copy of B {scores['psnr_copy_b']:5.1f}   "
-    f"mean of A' {scores['psnr_mean_a2']:5.1f}   swapped pair {scores['psnr_swapped']:5.1f}   "
-    f"({scores['count']} sentences)"
-  )
+  shown = BASELINES | {"swapped": "swapped pair"}
+  others = [f"{text} {scores[f'psnr_{other}']:5.1f}" for other, text in shown.items()]
+  return f"  {name:<9} {scores['psnr']:5.1f} dB   {'   '.join(others)}   ({scores['count']} sentences)"
