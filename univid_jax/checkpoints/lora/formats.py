@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from univid_jax.checkpoints.checksums import OPEN_SEAL, SEAL, seal
 from univid_jax.checkpoints.lora.kinds import Change, Difference, DoRALayer, LoHaLayer, LoKrLayer, LoRALayer
@@ -150,6 +151,13 @@ def check_complete(lora: LoRAWeights) -> None:
     )
 
 
+def check_suffix(path: os.PathLike | str, to: str) -> None:
+  """Raises UserError if files of a format in `FORMATS` have another suffix."""
+  suffixes = find_format(to).suffixes
+  if epath.Path(path).suffix not in suffixes:
+    raise UserError(f"a {to} LoRA file must be named *{' or *'.join(suffixes)}, got {path}")
+
+
 def write_lora(
   path: str | os.PathLike, lora: LoRAWeights, to: str, *, metadata: Mapping[str, Any] | None = None
 ) -> None:
@@ -165,8 +173,7 @@ def write_lora(
     UserError: the format is unknown, or its files have another suffix.
   """
   path, file_format = Path(path), find_format(to)
-  if path.suffix not in file_format.suffixes:
-    raise UserError(f"a {to} LoRA file must be named *{' or *'.join(file_format.suffixes)}, got {path}")
+  check_suffix(path, to)
   tensors = lora_tensors(lora, to)
   entries = {**lora.file_metadata(metadata or {}), **SCALE_OF_ONE, SEAL: OPEN_SEAL}
   if path.suffix == ".ckpt":
