@@ -1,23 +1,28 @@
 """What conversions replace: never their source, and with --force only what conversions write."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
 from tests.helpers import GOLDENS
 from tests.stand_ins import open_bucket
+from univid_jax.checkpoints.checksums import check_seal
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.kinds import LoRALayer
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
+from univid_jax.checkpoints.usage import Usage
+from univid_jax.cli.verification import verify
 from univid_jax.config.boundary import to_json
-from univid_jax.config.schema import RunConfig
+from univid_jax.config.schema import FlowConfig, ModelConfig, RunConfig
 from univid_jax.convert.commands import convert_any
 from univid_jax.convert.destination import atomic_folder
 from univid_jax.convert.replacement import check_apart
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import Attention
 
 WAN = GOLDENS / "tiny_wan" / "diffusion_pytorch_model.safetensors"
 
@@ -148,3 +153,49 @@ class TestReplaced:
       atomic_folder(bucket / "part", needed=0, force=True),
     ):
       pass
+
+
+class TestSidecar:
+  """A .ckpt has its metadata and checksum in a file beside it, under its own name."""
+
+  @pytest.fixture
+  def lora(self, tmp_path):
+    pytest.importorskip("torch", reason="a .ckpt is a PyTorch file; needs the extra `convert`")
+    usage = Usage.of(RunConfig(model=ModelConfig(attention=Attention.CONTEXT_CAUSAL), flow=FlowConfig(shift=3.5)))
+    write_lora(tmp_path / "source.safetensors", small_lora(), "comfyui", metadata={**usage.to_metadata(), "step": 7})
+    return tmp_path / "source.safetensors"
+
+  def test_equals_a_safetensors_file(self, lora, tmp_path):
+    names = ["lo.ckpt", "lo.safetensors"]
+    for name in names:
+      convert_any(str(lora), str(tmp_path / "out" / name), to="univid")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["lo.ckpt", "lo.ckpt.json", "lo.safetensors"]
+    ours, theirs = (read_lora(tmp_path / "out" / name) for name in names)
+    assert ours.usage is not None and ours.usage == theirs.usage == read_lora(lora).usage
+    assert ours.metadata["step"] == "7" and ours.usage.attention == Attention.CONTEXT_CAUSAL
+    for tensor, change in ours.changes.items():
+      assert all(np.array_equal(part, theirs.changes[tensor].parts()[name]) for name, part in change.parts().items())
+    assert check_seal(tmp_path / "out" / "lo.ckpt.json", tmp_path / "out" / "lo.ckpt") is True
+    [found] = verify(tmp_path / "out", write=False)
+    assert found.num_files == 2 and not found.damaged
+
+  def test_existing_files(self, lora, tmp_path):
+    """Both are replaced together, and neither without --force."""
+    (tmp_path / "lo.ckpt.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"lo\.ckpt\.json already exists; --force replaces it"):
+      convert_any(str(lora), str(tmp_path / "lo.ckpt"), to="univid")
+    for _ in range(2):
+      convert_any(str(lora), str(tmp_path / "lo.ckpt"), to="univid", force=True)
+    assert read_lora(tmp_path / "lo.ckpt").usage
+
+  def test_leftovers(self, lora, tmp_path):
+    """What a killed conversion has left of a sidecar is removed; an error leaves nothing."""
+    (tmp_path / ".999999999-0f.lo.ckpt.json").write_text("half")
+    convert_any(str(lora), str(tmp_path / "lo.ckpt"), to="univid")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lo.ckpt", "lo.ckpt.json", "source.safetensors"]
+
+  def test_without_torch(self, lora, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"/lo\.ckpt is a PyTorch file and needs PyTorch"):
+      convert_any(str(lora), str(tmp_path / "lo.ckpt"), to="univid")
+    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]

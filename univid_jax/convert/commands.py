@@ -15,6 +15,7 @@ from univid_jax.checkpoints.lora.folder import is_lora_folder, write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, check_suffix, write_lora
 from univid_jax.checkpoints.lora.names import is_lora, list_names
 from univid_jax.checkpoints.lora.reading import is_peft_folder, read_lora
+from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.pretrained import describe_errors
 from univid_jax.checkpoints.run import RunRecord, read_run
@@ -31,7 +32,6 @@ from univid_jax.convert.trained_base import write_trained_base
 from univid_jax.convert.verify import verify_release
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize, parse_option
-from univid_jax.core.paths import atomic_write
 
 # LoRAs are several if a run has trained both experts. A record is that of a run that trained the whole model.
 Found = CheckpointInfo | list[LoRAWeights] | RunRecord | Release
@@ -157,9 +157,10 @@ def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, 
       write_lora_folder(folder, lora)
     return
   check_suffix(destination, to)
-  check_destination(destination, needed=needed, force=force, is_file=True)
-  with atomic_write(destination) as path:
-    write_lora(path, lora, to)
+  path = epath.Path(destination)
+  for file in (path, sidecar_path(path)) if path.suffix == ".ckpt" else (path,):
+    check_destination(file, needed=needed, force=force, is_file=True)
+  write_lora(path, lora, to)
 
 
 def verify(source: str, destination: str, *, allow_missing: Sequence[str] = ()) -> tuple[str, bool]:
