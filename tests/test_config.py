@@ -11,13 +11,14 @@ from unittest import mock
 import pytest
 
 from tests.helpers import GOLDENS
-from univid_jax.checkpoints.model import check_rows
+from univid_jax.checkpoints.model import check_rows, ignored_options
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
 from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json
 from univid_jax.config.presets import PRESETS, get_config, tiny
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import RematPolicy
+from univid_jax.training.setup import check_config
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -121,6 +122,26 @@ def test_no_number_is_unbounded(key, value):
 def test_a_row_too_short_for_a_sentence():
   with pytest.raises(UserError, match=r"a sentence of context I has 128 tokens, config\.rows\.num_tokens is only 64"):
     check_rows(override(tiny(), {"rows.num_tokens": 64}))
+
+
+@pytest.mark.parametrize(
+  "preset, values, ignored",
+  [
+    ("small_lora", {}, []),
+    ("small_lora", {"model.rope_scale": 2.0}, ["config.model.rope_scale = 2.0 (it is 1.57)"]),
+    ("small_lora", {"model.look_back": (1, 2)}, ["config.model.look_back = (1, 2) (for new weights only)"]),
+    ("tiny", {"init_from": "small"}, []),
+    ("tiny", {"model.dim": 64, "model.look_back": (1, 2)}, []),
+    ("wan_1_3b", {}, []),
+    ("wan_1_3b", {"model.num_layers": 2}, ["config.model.num_layers = 2 (it is 30)"]),
+  ],
+)
+def test_values_without_effect(preset, values, ignored, caplog):
+  config = override(PRESETS[preset](), values)
+  assert ignored_options(config) == ignored
+  if preset == "small_lora":
+    check_config(config)
+    assert all(text in caplog.text for text in ("without effect, as small decides: ", *ignored)) == bool(ignored)
 
 
 def test_numbers_convert_where_exact():

@@ -29,7 +29,8 @@ class ModelConfig(Section):
     expert: which expert of Wan2.2 A14B is trained, on its own noise levels; "only" for other bases.
     variant: name of a published model, which a base has to be; "" takes any base, or the numbers below without one.
     dim, ffn_dim, num_heads, num_layers, freq_dim, text_dim: shape of a model that is trained from scratch.
-    rope_theta, rope_scale: base and scale of the rotary frequencies.
+    rope_theta, rope_scale: base and scale of its rotary frequencies. A base, or `variant`, has its own shape and
+      frequencies; other values here are logged as without effect.
     remat: what the backward pass recomputes.
     dtype: of activations and matrix products.
     param_dtype: of the stored base weights.
