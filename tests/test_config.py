@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 from unittest import mock
 
 import pytest
 
 from tests.helpers import GOLDENS
-from univid_jax.checkpoints.model import check_rows
+from univid_jax.checkpoints.model import check_rows, ignored_options
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
 from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json
 from univid_jax.config.presets import PRESETS, get_config, tiny
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import RematPolicy
+from univid_jax.training.setup import check_config
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -71,6 +75,16 @@ def test_unknown_preset():
     ("data.depth_range", (5.0, 1.0), "config.data.depth_range must be two increasing positive distances"),
     ("data.test_pairs", "dir", "config.data.test_pairs is a test set, and there is no training data"),
     ("data.tfds.test_split", "test", "config.data.tfds.test_split is a test set, and there is no training data"),
+    ("lora.alpha", -16.0, "config.lora.alpha must be positive and finite, got -16.0"),
+    ("lora.alpha", 0, "config.lora.alpha must be positive and finite, got 0.0"),
+    ("lora", {"rank": 8, "alpha": 1e6}, r"config.lora.alpha must be at most 10000 times rank \(rank is 8\), got 10000"),
+    ("lora", {"rank": 16, "alpha": 1e5, "rslora": True}, r"must be at most 10000 times sqrt\(rank\) \(rank is 16\)"),
+    ("model.rope_scale", -1.0, "config.model.rope_scale must be positive, got -1.0"),
+    ("model.look_back", (1, -2), "config.model.look_back must be distances in latent frames, each from 0 to 1023"),
+    ("rows.num_tokens", 10**20, "config.rows.num_tokens must be at most 2,147,483,647, got 100000000000000000000"),
+    ("rows.per_batch", 10**20, "config.rows.per_batch must be at most 2,147,483,647, got 100000000000000000000"),
+    ("data.buckets", ["0x32"], "config.data.buckets must be sizes HEIGHTxWIDTH"),
+    ("eval.more_steps", (4, 1001), "config.eval.more_steps must be numbers of steps, each at least 1 and at most 1000"),
     ("eval.depth_alignment", "eye", "config.eval.depth_alignment must be one of least_squares, median, none"),
   ],
 )
@@ -79,9 +93,55 @@ def test_invalid_values_are_named(key, value, message):
     override(tiny(), {key: value})
 
 
+def numbers(section, prefix=""):
+  """Yields (key, senseless value, the number in it) for every number, tuple and mapping of numbers of a section."""
+  kinds = get_type_hints(type(section))
+  for field in dataclasses.fields(section):
+    value, kind, key = getattr(section, field.name), kinds[field.name], prefix + field.name
+    if dataclasses.is_dataclass(value):
+      yield from numbers(value, f"{key}.")
+      continue
+    origin, arguments = get_origin(kind), [part for part in get_args(kind) if part is not Ellipsis]
+    for number in (float("nan"), float("inf"), float("-inf")) if float in (kind, *arguments) else (10**20, -(10**20)):
+      if kind in (int, float):
+        yield key, number, number
+      elif origin is tuple and arguments[0] in (int, float):
+        yield key, (*value[:-1], number), number
+      elif origin is Mapping and arguments[1] is float:
+        yield f"{key}.{next(iter(value))}", number, number
+
+
+@pytest.mark.parametrize(
+  "key, value", [pytest.param(key, value, id=f"{key}={number:g}") for key, value, number in numbers(RunConfig())]
+)
+def test_no_number_is_unbounded(key, value):
+  with pytest.raises(UserError, match=re.escape(key.rpartition(".")[2])):
+    override(tiny(), {key: value})
+
+
 def test_a_row_too_short_for_a_sentence():
   with pytest.raises(UserError, match=r"a sentence of context I has 128 tokens, config\.rows\.num_tokens is only 64"):
     check_rows(override(tiny(), {"rows.num_tokens": 64}))
+
+
+@pytest.mark.parametrize(
+  "preset, values, ignored",
+  [
+    ("small_lora", {}, []),
+    ("small_lora", {"model.rope_scale": 2.0}, ["config.model.rope_scale = 2.0 (it is 1.57)"]),
+    ("small_lora", {"model.look_back": (1, 2)}, ["config.model.look_back = (1, 2) (for new weights only)"]),
+    ("tiny", {"init_from": "small"}, []),
+    ("tiny", {"model.dim": 64, "model.look_back": (1, 2)}, []),
+    ("wan_1_3b", {}, []),
+    ("wan_1_3b", {"model.num_layers": 2}, ["config.model.num_layers = 2 (it is 30)"]),
+  ],
+)
+def test_values_without_effect(preset, values, ignored, caplog):
+  config = override(PRESETS[preset](), values)
+  assert ignored_options(config) == ignored
+  if preset == "small_lora":
+    check_config(config)
+    assert all(text in caplog.text for text in ("without effect, as small decides: ", *ignored)) == bool(ignored)
 
 
 def test_numbers_convert_where_exact():

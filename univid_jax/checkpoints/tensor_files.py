@@ -229,7 +229,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _open_torch(path: Path) -> TensorFile:
-  torch = _import_torch(path)
+  torch = require_torch(path)
   loaded = _load_torch(path)
   if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
     loaded = loaded["state_dict"]
@@ -277,7 +277,8 @@ def _dtype_name(path: Path, name: str, dtype: str) -> str:
   return DTYPES[dtype]
 
 
-def _import_torch(path: Path) -> Any:
+def require_torch(path: os.PathLike | str) -> Any:
+  """Returns the module torch; raises UserError that names a file which needs it, if it is not installed."""
   try:
     import torch
   except ModuleNotFoundError as error:
@@ -319,7 +320,7 @@ def save_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
   Raises:
     UserError: PyTorch is not installed.
   """
-  torch = _import_torch(path)
+  torch = require_torch(path)
 
   def convert(array):
     array = array if array.flags.writeable else array.copy()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from univid_jax.config.grids import ARCConfig, GridsConfig
-from univid_jax.config.section import Section
+from univid_jax.config.section import MAX_COUNT, MAX_HOST_COUNT, Section
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle, TargetKind
 
@@ -162,7 +162,8 @@ class DataConfig(Section):
   num_sentences: int = 1_000_000
 
   def __post_init__(self):
-    self.require_at_least(1, "height", "width", "num_frames", "num_sentences", "variants", "num_threads")
+    self.require_at_least(1, "height", "width", "num_frames", "variants", "num_threads")
+    self.require_at_least(1, "num_sentences", maximum=MAX_HOST_COUNT)
     self.require_at_least(0, "fps")
     self.require_share("held_out")
     self.require_share("reverse_probability", "prompt_dropout", closed=True)
@@ -170,7 +171,7 @@ class DataConfig(Section):
       "num_frames", self.num_frames % 4 == 1, f"4n + 1 ({' or '.join(map(str, _nearest_lengths(self.num_frames)))})"
     )
     near, far = self.depth_range
-    self.require("depth_range", 0 < near < far, "two increasing positive distances in metres")
+    self.require("depth_range", 0 < near < far < math.inf, "two increasing positive distances in metres")
     self.require_weights("tasks", "contexts", "animating_contexts", "num_clips")
     for task, kind in self.kinds.items():
       if kind in (TargetKind.IMAGE, TargetKind.CAMERA):
@@ -202,7 +203,8 @@ class DataConfig(Section):
     sizes = [(self.height, self.width)]
     for text in self.buckets:
       height, _, width = text.partition("x")
-      self.require("buckets", height.isdigit() and width.isdigit(), "sizes HEIGHTxWIDTH, for example 480x832")
+      valid = all(part.isdecimal() and 0 < int(part) <= MAX_COUNT for part in (height, width))
+      self.require("buckets", valid, "sizes HEIGHTxWIDTH, for example 480x832")
       sizes.append((int(height), int(width)))
     return tuple(sizes)
 
@@ -211,7 +213,7 @@ class DataConfig(Section):
     """Weights by number of clips in a sentence."""
     for name in self.num_clips:
       count = name.removeprefix("clips_")
-      if not (count.isdigit() and int(count) >= 4 and int(count) % 2 == 0):
+      if not (count.isdecimal() and 4 <= int(count) <= MAX_COUNT and int(count) % 2 == 0):
         raise UserError(f"config.data.num_clips must have keys clips_4, clips_6, clips_8, ..., got {name!r}")
     return {int(name.removeprefix("clips_")): weight for name, weight in self.num_clips.items()}
 

@@ -1,13 +1,24 @@
 """The config of the transformer, the codec and the adapters."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from univid_jax.config.section import Section
 from univid_jax.core.dims import MAX_POSITION
-from univid_jax.core.options import Attention, AttentionBackend, ContextTimestep, Quantize, RematPolicy, TrainedExpert
+from univid_jax.core.options import (
+  MAX_LORA_SCALE,
+  Attention,
+  AttentionBackend,
+  ContextTimestep,
+  Quantize,
+  RematPolicy,
+  TrainedExpert,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Files store alpha in float32, where a smaller one could become 0.
+_MIN_ALPHA = 2.0**-126
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +29,8 @@ class ModelConfig(Section):
     expert: which expert of Wan2.2 A14B is trained, on its own noise levels; "only" for other bases.
     variant: name of a published model, which a base has to be; "" takes any base, or the numbers below without one.
     dim, ffn_dim, num_heads, num_layers, freq_dim, text_dim: shape of a model that is trained from scratch.
-    rope_theta, rope_scale: base and scale of the rotary frequencies.
+    rope_theta, rope_scale: base and scale of its rotary frequencies. A base, or `variant`, has its own shape and
+      frequencies; other values here are logged as without effect.
     remat: what the backward pass recomputes.
     dtype: of activations and matrix products.
     param_dtype: of the stored base weights.
@@ -55,7 +67,12 @@ class ModelConfig(Section):
   def __post_init__(self):
     self.require_at_least(1, "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim")
     self.require("clip_gap", 0 <= self.clip_gap < MAX_POSITION, f"from 0 to {MAX_POSITION - 1}")
-    self.require("rope_theta", self.rope_theta > 0, "positive")
+    self.require_positive("rope_theta", "rope_scale")
+    self.require(
+      "look_back",
+      all(0 <= frames < MAX_POSITION for frames in self.look_back),
+      f"distances in latent frames, each from 0 to {MAX_POSITION - 1}",
+    )
     for name in ("dtype", "param_dtype"):
       self.require(name, getattr(self, name) in DTYPES, f"one of {', '.join(DTYPES)}")
     if self.attention == Attention.CONTEXT_CAUSAL:
@@ -101,7 +118,7 @@ class TilingConfig(Section):
   overlap: int = 8
 
   def __post_init__(self):
-    self.require_at_least(0, "size")
+    self.require_at_least(0, "size", "overlap")
     if self.size:
       self.require("overlap", 0 < self.overlap <= self.size // 2, f"from 1 to half of size = {self.size}")
 
@@ -129,6 +146,13 @@ class LoRAConfig(Section):
   def __post_init__(self):
     self.require_at_least(0, "rank")
     self.require_share("dropout")
+    # The bounds of files, so that what a run writes can be read.
+    self.require("alpha", _MIN_ALPHA <= self.alpha < math.inf, "positive and finite")
+    if self.enabled:
+      divisor = "sqrt(rank)" if self.rslora else "rank"
+      self.require(
+        "alpha", self.scale <= MAX_LORA_SCALE, f"at most {MAX_LORA_SCALE:g} times {divisor} (rank is {self.rank})"
+      )
 
   @property
   def enabled(self) -> bool:

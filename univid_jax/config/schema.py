@@ -9,7 +9,7 @@ import dataclasses
 from univid_jax.config.data import DataConfig, SourceWeights, TFDSConfig
 from univid_jax.config.grids import ARCConfig, GridsConfig
 from univid_jax.config.model import BaseConfig, CodecConfig, LoRAConfig, ModelConfig, TilingConfig
-from univid_jax.config.section import Section
+from univid_jax.config.section import MAX_HOST_COUNT, Section
 from univid_jax.config.training import (
   CheckpointConfig,
   EvalConfig,
@@ -78,7 +78,8 @@ class RunConfig(Section):
   eval: EvalConfig = EvalConfig()
 
   def __post_init__(self):
-    self.require_at_least(1, "num_steps", "log_every")
+    self.require_at_least(1, "num_steps")
+    self.require_at_least(1, "log_every", maximum=MAX_HOST_COUNT)
     self.require("seed", 0 <= self.seed <= MAX_RUN_SEED, "from 0 to 2**63 - 2")
     self.require_share("ema_decay")
     if self.base.offload and not self.lora.enabled:

@@ -6,6 +6,11 @@ from typing import ClassVar
 
 from univid_jax.core.errors import UserError
 
+# Of tokens, rows, steps and so on, which become 32-bit integers in arrays.
+MAX_COUNT = 2**31 - 1
+# Of what only the host counts with.
+MAX_HOST_COUNT = 10**12
+
 
 class Section:
   """A part of the config that checks its values.
@@ -23,9 +28,19 @@ class Section:
       value = str(value) if isinstance(value, enum.StrEnum) else value
       raise UserError(f"config.{self.KEY}{name} must be {expected}, got {value!r}")
 
-  def require_at_least(self, minimum: float, *names: str) -> None:
+  def require_at_least(self, minimum: float, *names: str, maximum: int = MAX_COUNT) -> None:
+    """Checks numbers; those that are not integers have no maximum but infinity."""
     for name in names:
-      self.require(name, getattr(self, name) >= minimum, f"at least {minimum:g}")
+      value = getattr(self, name)
+      self.require(name, value >= minimum, f"at least {minimum:g}")
+      if isinstance(value, int):
+        self.require(name, value <= maximum, f"at most {maximum:,}")
+      self.require(name, value < math.inf, "finite")
+
+  def require_positive(self, *names: str) -> None:
+    for name in names:
+      self.require(name, getattr(self, name) > 0, "positive")
+      self.require(name, getattr(self, name) < math.inf, "finite")
 
   def require_share(self, *names: str, closed: bool = False) -> None:
     for name in names:

@@ -1,9 +1,10 @@
 """The config of rows, noise levels, optimizer, mesh, checkpoints, validation and evaluation."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
-from univid_jax.config.section import Section
+from univid_jax.config.section import MAX_COUNT, MAX_HOST_COUNT, Section
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import (
   MAX_EVAL_SEED,
@@ -83,7 +84,7 @@ class FlowConfig(Section):
   objective: Objective = Objective.UNIVID
 
   def __post_init__(self):
-    self.require("shift", self.shift > 0, "positive")
+    self.require_positive("shift")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ class OptimizerConfig(Section):
   skip_norm: float = 0.0
 
   def __post_init__(self):
-    self.require("skip_norm", self.skip_norm == 0 or self.skip_norm > 1, "0, or above 1")
+    self.require("skip_norm", self.skip_norm == 0 or 1 < self.skip_norm < math.inf, "0, or above 1 and finite")
     if self.on_bad_step != OnBadStep.SKIP:
       self.require("skip_norm", self.skip_norm == 0, "0 unless config.optimizer.on_bad_step is skip")
     self.require_at_least(0, "learning_rate", "adam_learning_rate", "weight_decay", "clip_norm", "warmup_steps", "eps")
@@ -140,7 +141,9 @@ class MeshConfig(Section):
     names = [field.name for field in dataclasses.fields(self)]
     for name in names:
       size = getattr(self, name)
-      self.require(name, size >= 1 or size == -1, "a positive number of devices, or -1 for the remaining devices")
+      self.require(
+        name, 1 <= size <= MAX_COUNT or size == -1, "a positive number of devices, or -1 for the remaining devices"
+      )
     if sum(getattr(self, name) == -1 for name in names) > 1:
       raise UserError("config.mesh may have only one axis of -1")
 
@@ -155,7 +158,7 @@ class CheckpointConfig(Section):
   keep: int = 2
 
   def __post_init__(self):
-    self.require_at_least(1, "every_steps", "keep")
+    self.require_at_least(1, "every_steps", "keep", maximum=MAX_HOST_COUNT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,7 +185,8 @@ class ValidationConfig(Section):
   accelerate: str = ""
 
   def __post_init__(self):
-    self.require_at_least(0, "every_steps", "previews")
+    self.require_at_least(0, "every_steps", maximum=MAX_HOST_COUNT)
+    self.require_at_least(0, "previews")
     self.require_at_least(1, "sentences")
     self.require("num_inference_steps", 1 <= self.num_inference_steps <= MAX_STEPS, f"from 1 to {MAX_STEPS}")
     self.require(
@@ -229,4 +233,9 @@ class EvalConfig(Section):
     self.require_at_least(1, "batch_size", "num_seeds")
     self.require("seed", 0 <= self.seed <= MAX_EVAL_SEED, "from 0 to 10**12")
     self.require("num_inference_steps", 1 <= self.num_inference_steps <= MAX_STEPS, f"from 1 to {MAX_STEPS}")
-    self.require("more_steps", all(steps >= 1 for steps in self.more_steps), "numbers of steps, each at least 1")
+    self.require_at_least(-1, "void_label")
+    self.require(
+      "more_steps",
+      all(1 <= steps <= MAX_STEPS for steps in self.more_steps),
+      f"numbers of steps, each at least 1 and at most {MAX_STEPS}",
+    )

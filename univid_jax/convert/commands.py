@@ -12,9 +12,10 @@ from univid_jax.checkpoints.built_in import BUILT_IN
 from univid_jax.checkpoints.experts import Expert, may_be_expert
 from univid_jax.checkpoints.info import CheckpointInfo, is_checkpoint, read_info
 from univid_jax.checkpoints.lora.folder import is_lora_folder, write_lora_folder
-from univid_jax.checkpoints.lora.formats import FORMATS, write_lora
+from univid_jax.checkpoints.lora.formats import FORMATS, check_suffix, write_lora
 from univid_jax.checkpoints.lora.names import is_lora, list_names
 from univid_jax.checkpoints.lora.reading import is_peft_folder, read_lora
+from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.pretrained import describe_errors
 from univid_jax.checkpoints.run import RunRecord, read_run
@@ -25,12 +26,12 @@ from univid_jax.convert.destination import atomic_folder, check_destination, for
 from univid_jax.convert.export import LAYOUTS, export_checkpoint
 from univid_jax.convert.identify import Source
 from univid_jax.convert.layout import Layout
+from univid_jax.convert.replacement import check_apart
 from univid_jax.convert.sources import Release, find_release
 from univid_jax.convert.trained_base import write_trained_base
 from univid_jax.convert.verify import verify_release
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize, parse_option
-from univid_jax.core.paths import atomic_write
 
 # LoRAs are several if a run has trained both experts. A record is that of a run that trained the whole model.
 Found = CheckpointInfo | list[LoRAWeights] | RunRecord | Release
@@ -91,7 +92,8 @@ def convert_any(
     One line that says what was written.
 
   Raises:
-    UserError: the source cannot be converted to this target, or is incomplete.
+    UserError: the source cannot be converted to this target, or is incomplete; or the destination is or contains the
+      source, or has contents that no conversion wrote.
     OSError: the destination exists, or the disk is too small.
   """
   if destination in BUILT_IN:
@@ -104,9 +106,12 @@ def convert_any(
   if isinstance(found, list):
     loras = [lora.select(lora.changes) if lora_skip_unmatched else lora for lora in found]
     targets = [destination] if len(loras) == 1 else [_name_expert(destination, lora) for lora in loras]
+    for target in targets:
+      check_apart(source, target)
     for lora, target in zip(loras, targets, strict=True):
       _convert_lora(lora, source, target, to=to, dtype=dtype, force=force)
     return f"wrote {' and '.join(targets)} ({OWN_FORMAT if to == JAX else to})"
+  check_apart(source, destination)
   if to != JAX and to not in LAYOUTS:
     raise UserError(f"{source} contains base weights, and {to} is a format of LoRAs; use {JAX}, {', '.join(LAYOUTS)}")
   if isinstance(found, CheckpointInfo):
@@ -151,9 +156,11 @@ def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, 
     with atomic_folder(destination, needed=needed, force=force) as folder:
       write_lora_folder(folder, lora)
     return
-  check_destination(destination, needed=needed, force=force)
-  with atomic_write(destination) as path:
-    write_lora(path, lora, to)
+  check_suffix(destination, to)
+  path = epath.Path(destination)
+  for file in (path, sidecar_path(path)) if path.suffix == ".ckpt" else (path,):
+    check_destination(file, needed=needed, force=force, is_file=True)
+  write_lora(path, lora, to)
 
 
 def verify(source: str, destination: str, *, allow_missing: Sequence[str] = ()) -> tuple[str, bool]:

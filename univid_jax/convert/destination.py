@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from univid_jax.convert.replacement import check_replaceable_file, check_replaceable_folder
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import is_remote
 
@@ -16,18 +17,19 @@ from univid_jax.core.paths import is_remote
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 
-def check_destination(destination: epath.PathLike, *, needed: int, force: bool) -> None:
+def check_destination(destination: epath.PathLike, *, needed: int, force: bool, is_file: bool = False) -> None:
   """Checks that a file or folder can be written; creates its parent folder and removes leftovers of a killed process.
 
   Args:
     destination: local or in a bucket.
     needed: bytes that will be written.
     force: whether an existing destination may be replaced.
+    is_file: whether it will be a file.
 
   Raises:
     FileExistsError: the destination exists, and `force` is False.
     OSError: the disk has less than `needed` bytes free.
-    UserError: another process is writing the destination.
+    UserError: another process is writing the destination, or it is nothing that may be replaced, see `replacement`.
   """
   destination = epath.Path(destination)
   if not is_remote(destination):
@@ -35,6 +37,7 @@ def check_destination(destination: epath.PathLike, *, needed: int, force: bool) 
     _remove_leftovers(destination.resolve())
   if destination.exists() and not force:
     raise FileExistsError(f"{destination} already exists; --force replaces it")
+  (check_replaceable_file if is_file else check_replaceable_folder)(destination)
   if is_remote(destination):
     return
   free = shutil.disk_usage(destination.parent).free

@@ -23,7 +23,6 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core import lock
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import AttentionBackend, OnDamaged, TrainedExpert
-from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import TrainStep
 from univid_jax.data.balancing import BatchLayout
 from univid_jax.data.loader import Loader, make_loader
@@ -272,8 +271,7 @@ def finish_run(run: Run, state: TrainState) -> Callable[[], Pipeline]:
   loras = to_lora_weights(run.record, gather_arrays(state.model_params), step=run.config.num_steps)
   if jax.process_index() == 0:
     for name, lora in zip(lora_exports(run.config), loras, strict=True):
-      with atomic_write(epath.Path(run.workdir) / name) as path:
-        write_lora(path, lora, "comfyui")
+      write_lora(epath.Path(run.workdir) / name, lora, "comfyui")
   trained = [
     Transformer(*add_loras(run.shape, run.base_graph, frozen, [(lora, 1.0)], mesh=run.mesh, merged=False))
     for frozen, lora in zip(run.config.model.expert.split_tree(run.frozen), loras, strict=True)

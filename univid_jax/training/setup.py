@@ -19,6 +19,7 @@ from univid_jax.checkpoints.model import (
   check_base,
   check_rows,
   context_mode,
+  ignored_options,
   open_encoders,
   split_config,
   transformer_config,
@@ -174,6 +175,9 @@ def check_config(config: RunConfig) -> RunConfig:
   """
   check_rows(config)
   check_base(config)
+  if ignored := ignored_options(config):
+    decider = config.init_from or config.model.variant
+    log.warning("without effect, as %s decides: %s", decider, ", ".join(ignored))
   return with_stored_base(config)
 
 

@@ -2,21 +2,21 @@
 
 import dataclasses
 import enum
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from univid_jax.checkpoints.checksums import OPEN_SEAL, SEAL, seal
 from univid_jax.checkpoints.lora.kinds import Change, Difference, DoRALayer, LoHaLayer, LoKrLayer, LoRALayer
 from univid_jax.checkpoints.lora.names import list_names
 from univid_jax.checkpoints.lora.sidecar import sidecar_path, write_sidecar
 from univid_jax.checkpoints.lora.weights import SCALE_OF_ONE, LoRAWeights
-from univid_jax.checkpoints.tensor_files import save_safetensors, save_torch
+from univid_jax.checkpoints.tensor_files import require_torch, save_safetensors, save_torch
 from univid_jax.core.errors import UserError
+from univid_jax.core.paths import atomic_write
 from univid_jax.models.names import name_to_diffusers
 
 
@@ -150,30 +150,38 @@ def check_complete(lora: LoRAWeights) -> None:
     )
 
 
-def write_lora(
-  path: str | os.PathLike, lora: LoRAWeights, to: str, *, metadata: Mapping[str, Any] | None = None
-) -> None:
-  """Writes a LoRA file.
+def check_suffix(path: epath.PathLike, to: str) -> None:
+  """Raises UserError if files of a format in `FORMATS` have another suffix."""
+  suffixes = find_format(to).suffixes
+  if epath.Path(path).suffix not in suffixes:
+    raise UserError(f"a {to} LoRA file must be named *{' or *'.join(suffixes)}, got {path}")
+
+
+def write_lora(path: epath.PathLike, lora: LoRAWeights, to: str, *, metadata: Mapping[str, Any] | None = None) -> None:
+  """Writes a LoRA file, and its sidecar if it has one; nothing appears, or is replaced, before both are complete.
 
   Args:
-    path: ends in one of the format's suffixes.
+    path: local or in a bucket; ends in one of the format's suffixes.
     lora: the LoRA.
     to: name of a format in `FORMATS`.
     metadata: header entries to add to those of `LoRAWeights.file_metadata`.
 
   Raises:
-    UserError: the format is unknown, or its files have another suffix.
+    UserError: the format is unknown, its files have another suffix, or a file needs PyTorch, which is not installed.
   """
-  path, file_format = Path(path), find_format(to)
-  if path.suffix not in file_format.suffixes:
-    raise UserError(f"a {to} LoRA file must be named *{' or *'.join(file_format.suffixes)}, got {path}")
+  path, file_format = epath.Path(path), find_format(to)
+  check_suffix(path, to)
   tensors = lora_tensors(lora, to)
   entries = {**lora.file_metadata(metadata or {}), **SCALE_OF_ONE, SEAL: OPEN_SEAL}
   if path.suffix == ".ckpt":
-    save_torch(path, tensors)
-    write_sidecar(path, entries)
-    seal(sidecar_path(path), path)
+    require_torch(path)
+    # Published in reverse order: a kill between the two leaves no sidecar without a file.
+    with atomic_write(sidecar_path(path)) as sidecar, atomic_write(path) as weights:
+      save_torch(weights, tensors)
+      write_sidecar(sidecar, entries)
+      seal(sidecar, weights)
     return
   added = {key: value.format(**entries) for key, value in file_format.metadata.items()}
-  save_safetensors(path, tensors, metadata={**added, **entries})
-  seal(path)
+  with atomic_write(path) as weights:
+    save_safetensors(weights, tensors, metadata={**added, **entries})
+    seal(weights)

@@ -19,9 +19,7 @@ from univid_jax.checkpoints.lora.sidecar import read_sidecar, sidecar_path
 from univid_jax.checkpoints.lora.weights import SCALE_OF_ONE, LoRAWeights
 from univid_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from univid_jax.core.errors import UserError
-
-# Of alpha / rank. Real ones are 0.01 to 100.
-_MAX_SCALE = 1e4
+from univid_jax.core.options import MAX_LORA_SCALE
 
 
 def is_peft_folder(path: os.PathLike | str) -> bool:
@@ -166,10 +164,10 @@ class _Reader:
       alpha = float(rank)
       if not SCALE_OF_ONE.items() <= self._file.metadata.items():
         self._assumed["no alpha is stored: taken to be the rank, which is a scale of 1"] += 1
-    if not 0 < alpha / rank <= _MAX_SCALE:
+    if not 0 < alpha / rank <= MAX_LORA_SCALE:
       where = module.parts.get("alpha", f"alpha of {module.name} in {self._scaling.source if self._scaling else ''}")
       raise UserError(
         f"{self._file.path}: {where} is {alpha:g} for rank {rank}; the scale alpha / rank must be positive and at most "
-        f"{_MAX_SCALE:g}"
+        f"{MAX_LORA_SCALE:g}"
       )
     return alpha

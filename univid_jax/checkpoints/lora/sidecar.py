@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.paths import atomic_write
+
+_Path = TypeVar("_Path", bound=PurePath)
 
 
-def write_sidecar(path: Path, metadata: Mapping[str, str]) -> None:
-  """Writes the metadata of a file."""
-  with atomic_write(sidecar_path(path)) as sidecar:
-    sidecar.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+def write_sidecar(sidecar: Path, metadata: Mapping[str, str]) -> None:
+  """Writes metadata to a sidecar, which is given itself: what is written may have a temporary name."""
+  sidecar.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_sidecar(path: Path) -> dict[str, str]:
@@ -33,5 +34,6 @@ def read_sidecar(path: Path) -> dict[str, str]:
   return {key: value for key, value in values.items() if isinstance(value, str)}
 
 
-def sidecar_path(path: Path) -> Path:
+def sidecar_path(path: _Path) -> _Path:
+  """Returns the sidecar of a file under its final name."""
   return path.with_name(f"{path.name}.json")
