@@ -1,7 +1,6 @@
 """Flags of the commands; those that several commands share are defined here, once."""
 
 import functools
-import operator
 import os
 import re
 import runpy
@@ -230,7 +229,14 @@ class ConfigFlag:
     config = values["config"].value
     assert isinstance(config, ml_collections.ConfigDict)
     self._value = from_config_dict(config)
-    self.overrides = {key: functools.reduce(operator.getitem, key.split("."), config) for key in self._keys}
+    self.overrides = {key: _get_value(config, key) for key in self._keys}
+
+
+def _get_value(config: ml_collections.ConfigDict, key: str) -> Any:
+  value: Any = config
+  for part in key.split("."):
+    value = value[part]
+  return value
 
 
 def load_config(name: str) -> ml_collections.ConfigDict:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -145,8 +144,8 @@ def _count_changes(source: SentenceSource) -> Counter[str]:
     footage = [part for record in source.records for part in record.footage]
   elif isinstance(source, PairSentences):
     footage = [part for pair in source.pairs for part in (pair.source, pair.target)]
-  longest = 1 if _has_images_alone(source) else math.inf
-  lengths = [(min(part.num_frames, part.form.num_frames, longest) - 1) // 4 * 4 + 1 for part in footage]
+  images_alone = _has_images_alone(source)
+  lengths = [1 if images_alone else (min(part.num_frames, part.form.num_frames) - 1) // 4 * 4 + 1 for part in footage]
   return Counter(change for part, length in zip(footage, lengths) for change in part.describe_changes(length))
 
 
