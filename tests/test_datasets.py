@@ -341,6 +341,7 @@ class TestManifest:
       {"clips": [{**target, "start": 10, "num_frames": 5}]},
       {"clips": [target, {"path": "v.mp4"}]},
       {"clips": [{"path": "v.mp4"}]},
+      {"clips": [{"path": 7}]},
     )
     expected = [
       "line 1",
@@ -352,9 +353,47 @@ class TestManifest:
       "has 2 frames, but num_frames is 5",
       "targets must come last",
       "needs a target",
+      "path must be a string, got 7",
     ]
     for record, message in zip(dropped, expected, strict=True):
       assert message in str(record)
+
+  def test_null_is_absent(self, tmp_path):
+    write_video(tmp_path / "v.mp4", 12)
+    target = {"path": "v.mp4", "role": "target", "start": None, "num_frames": None}
+    source = {"path": "v.mp4", "role": None}
+    sentences, dropped = self.write(tmp_path, {"clips": [source, target], "prompt": None, "task": None})
+    assert not dropped and (sentences[0].prompt, sentences[0].task) == ("", "")
+    assert sentences[0].roles == (Role.CONTEXT, Role.TARGET) and read_lengths(sentences[0]) == [5, 5]
+
+  @pytest.mark.parametrize(
+    "keys, message",
+    [
+      ('"prompt": NaN', "prompt must be a string, got nan"),
+      ('"prompt": ["x"]', "prompt must be a string, got ['x']"),
+      ('"task": 7', "task must be a string, got 7"),
+      ('"task": "a", "task": "b"', "the key 'task' appears twice"),
+      ('"context": "II"', "unknown key 'context'; there are clips, prompt, task"),
+    ],
+  )
+  def test_values_that_are_no_texts(self, tmp_path, keys, message):
+    write_image(tmp_path / "i.png")
+    clips = json.dumps([{"path": "i.png"}, {"path": "i.png", "role": "target"}])
+    sentences, dropped = self.write(tmp_path, f'{{"clips": {clips}, {keys}}}')
+    assert not sentences.records and dropped[0].record == "m.jsonl line 1" and message in dropped[0].reason
+
+  @pytest.mark.parametrize(
+    "keys, message",
+    [
+      ('"start": true', "v.mp4: start must be a whole number, got True"),
+      ('"num_frames": true', "v.mp4: num_frames must be a whole number, got True"),
+      ('"start": 1, "start": 2', "the key 'start' appears twice"),
+    ],
+  )
+  def test_values_of_clips(self, tmp_path, keys, message):
+    write_video(tmp_path / "v.mp4", 12)
+    sentences, dropped = self.write(tmp_path, f'{{"clips": [{{"path": "v.mp4", "role": "target", {keys}}}]}}')
+    assert not sentences.records and message in dropped[0].reason
 
 
 class TestTFDS:
