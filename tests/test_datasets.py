@@ -1,5 +1,6 @@
 """Data of one's own: what each reader accepts, and how it names what it cannot use."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -95,6 +96,29 @@ class TestMetadata:
     ]
     for line, (record, message) in enumerate(zip(dropped, expected, strict=True), 3):
       assert f"line {line} " in record.record and message in str(record)
+
+  def test_a_file_whose_clips_cannot_be_equally_long(self, metadata):
+    """Quarters of 17 + 17 + 17 + 14 frames would begin in the clip before."""
+    for count in (65, 66, 67):
+      write_video(metadata / f"{count}.mp4", count)
+    write_table(metadata, [(f"{count}.mp4", "x") for count in (65, 66, 67)])
+    sentences, dropped = open_metadata(str(metadata), FORM, draw_options())
+    assert not sentences.records
+    for count, record in zip((65, 66, 67), dropped, strict=True):
+      assert f"{count}.mp4 has {count} frames, which are not four clips of equal length" in record.reason
+
+  @pytest.mark.parametrize("fps, length", [(8, 13), (16, 25), (7, 10), (10.0, 15)])
+  def test_no_clip_shows_frames_of_another_at_any_rate(self, metadata, fps, length):
+    write_video(metadata / "long.mp4", 52, size=(32, 48))
+    write_table(metadata, [("long.mp4", "x")])
+    form = dataclasses.replace(FORM, fps=fps, num_frames=9)
+    sentences, dropped = open_metadata(str(metadata), form, draw_options())
+    assert not dropped
+    for quarter, footage in enumerate(sentences.records[0].footage):
+      greys = [8 * i % 256 for i in range(13 * quarter, 13 * quarter + 13)]
+      assert footage.num_frames == length
+      shown = read_greys(footage.clip(length))
+      assert shown[0] in greys[:2] and set(shown) <= set(greys)
 
   def test_a_file_with_sound_alone(self, metadata):
     import av

@@ -76,9 +76,18 @@ def _find(root: Path, name: str) -> Path:
 
 def _make_record(name: str, path: Path, text: str, form: ClipFormat) -> Record:
   found = probe(path)
-  total = found.count_at(form.fps)
-  length = total // CLIPS_PER_FILE
-  if length < form.num_frames:
-    raise UserError(f"{path} has {total} frames, {length} for each of its four clips, and {form.num_frames} are needed")
-  footage = [file_footage(path, found, form, start=i * length, num_frames=length) for i in range(CLIPS_PER_FILE)]
+  length, rest = divmod(found.num_frames, CLIPS_PER_FILE)
+  if rest:
+    raise UserError(
+      f"{path} has {found.num_frames} frames, which are not four clips of equal length: cut it to a multiple of 4, or "
+      "name the start of each clip in a manifest"
+    )
+  parts = [found.schedule.part_at(i * length, (i + 1) * length, form.fps) for i in range(CLIPS_PER_FILE)]
+  shortest = min(count for _, count in parts)
+  if shortest < form.num_frames:
+    total = found.count_at(form.fps)
+    raise UserError(
+      f"{path} has {total} frames, {shortest} for each of its four clips, and {form.num_frames} are needed"
+    )
+  footage = [file_footage(path, found, form, start=start, num_frames=shortest) for start, _ in parts]
   return Record(name, tuple(footage), reference_roles(CLIPS_PER_FILE), text, "", None)
