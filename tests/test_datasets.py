@@ -147,13 +147,41 @@ class TestMetadata:
       open_metadata(str(metadata), FORM, draw_options())
 
   def test_lines_with_fewer_and_more_fields(self, metadata):
-    write_table(metadata, [("one é.mp4",), ("two.mp4", "x", "more")])
+    """A text with a comma was cut there; empty fields, as of a table that ends in commas, lose nothing."""
+    write_video(metadata / "three.mp4", 24)
+    write_table(metadata, [("one é.mp4",), ("two.mp4", "x", "", " "), ("three.mp4", "a cat", " a dog")])
     source, dropped = open_metadata(str(metadata), FORM, draw_options())
     assert [(record.footage[0].path.name, record.prompt) for record in source.records] == [
       ("one é.mp4", ""),
       ("two.mp4", "x"),
     ]
-    assert not dropped
+    (left_out,) = dropped
+    assert left_out.record == "metadata.csv line 4 (three.mp4)"
+    assert "no column for ' a dog': a text with commas needs quotes" in left_out.reason
+
+  def test_a_quote_that_is_not_closed(self, metadata):
+    """It swallowed the rest of the table."""
+    lines = 'file_name,text\n\n"one é.mp4","two\nlines"\ntwo.mp4,"open\ngone.mp4,y\ngone.mp4,z\n'
+    (metadata / "metadata.csv").write_text(lines, encoding="utf-8")
+    with pytest.raises(UserError, match="the record that begins in line 5 has a fault, unexpected end of data"):
+      open_metadata(str(metadata), FORM, draw_options())
+
+  def test_messages_name_lines_of_the_file(self, metadata):
+    lines = 'file_name,text\n\n"one é.mp4","two\nlines"\ngone.mp4,y\n"a\nb.mp4",z\nlast.mp4,z\n'
+    (metadata / "metadata.csv").write_text(lines, encoding="utf-8")
+    sentences, dropped = open_metadata(str(metadata), FORM, draw_options())
+    assert [record.name for record in sentences.records] == ["metadata.csv line 3 (one é.mp4)"]
+    names = ["line 5 (gone.mp4)", "line 6 (a\\nb.mp4)", "line 8 (last.mp4)"]
+    assert [record.record.removeprefix("metadata.csv ") for record in dropped] == names
+    assert not any("\n" in str(record) for record in dropped)
+
+  def test_other_spellings_of_a_file(self, metadata):
+    """The same file under another path is listed twice, too."""
+    names = ("two.mp4", "./two.mp4", "train/two.mp4", "train/../one é.mp4", "one é.mp4")
+    write_table(metadata, [(name, "x") for name in names])
+    sentences, dropped = open_metadata(str(metadata), FORM, draw_options())
+    assert len(sentences.records) == 2
+    assert [record.reason for record in dropped] == ["the file is listed twice"] * 3
 
 
 class TestPairs:
