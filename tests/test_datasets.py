@@ -37,6 +37,7 @@ from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
 from univid_jax.data.sources.readers.tfds import open_tfds, to_frames
 from univid_jax.data.target_kinds import label_colors
+from univid_jax.data.writer import write_clip
 from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.training.validation import select_sentences
 
@@ -286,6 +287,44 @@ class TestPairs:
     assert "the source has 6 frames and the target 3; 5 of each are needed" in reasons
     assert "depth map: a task needs pairs of at least two names" in reasons
     assert sentences.task_names == ("edges",)
+
+  @pytest.mark.parametrize(
+    "rates, fps, reason",
+    [
+      ((30, 15), 0, "the source has 30 frames per second and the target 15: set config.data.fps"),
+      ((30, 15), 15, ""),
+      ((30, 30000 / 1001), 0, ""),
+    ],
+  )
+  def test_rates_of_a_pair(self, tmp_path, rates, fps, reason):
+    """Frame n of one is not frame n of the other unless both are resampled."""
+    for name in "ab":
+      (tmp_path / "task" / name).mkdir(parents=True)
+      for part, rate in zip(("source", "target"), rates):
+        frames = np.zeros((int(rate), 32, 48, 3), np.uint8)
+        write_clip(tmp_path / "task" / name / f"{part}.mp4", frames, fps=rate)
+    sentences, dropped = open_pairs(str(tmp_path), dataclasses.replace(FORM, fps=fps), draw_options())
+    assert len(sentences.pairs) == (0 if reason else 2) and bool(dropped) == bool(reason)
+    assert reason in str(dropped[:1])
+    images, _ = open_pairs(str(tmp_path), dataclasses.replace(FORM, num_frames=1), draw_options())
+    assert len(images.pairs) == 2, "first frames show the same at any rate"
+
+  def test_what_has_no_rate_goes_with_any(self, pairs):
+    for name in ("a", "b b", "c"):
+      (pairs / "depth map" / name / "target.mp4").unlink()
+      np.save(pairs / "depth map" / name / "target.npy", np.zeros((7, 32, 48, 3), np.uint8))
+    _, dropped = open_pairs(str(pairs), FORM, draw_options())
+    assert not dropped
+
+  def test_names_with_line_breaks(self, pairs):
+    shutil.move(pairs / "edges" / "a", pairs / "edges" / "a\na")
+    shutil.move(pairs / "edges" / "b b", pairs / "edges" / "b\nb")
+    shutil.rmtree(pairs / "edges" / "c")
+    (pairs / "edges" / "d\rd").mkdir()
+    sentences, dropped = open_pairs(str(pairs), FORM, draw_options(contexts={"II": 1.0}))
+    assert [record.record for record in dropped] == ["edges/d\\rd"] and len(str(dropped[0]).splitlines()) == 1
+    names = {sentences[i].record for i in range(len(sentences)) if sentences[i].task == "edges"}
+    assert names == {r"edges/a\na with the examples b\nb", r"edges/b\nb with the examples a\na"}
 
   def test_a_folder_without_pairs(self, tmp_path):
     with pytest.raises(UserError, match="no pairs in"):

@@ -10,4 +10,4 @@ def printable(name: str) -> str:
 
 def drop(record: str, error: Exception) -> Dropped:
   """Returns a record that an error made unusable; its name and the message are one line each."""
-  return Dropped(printable(record), printable(" ".join(str(error).splitlines())))
+  return Dropped(printable(record), printable(str(error)))

@@ -19,6 +19,7 @@ from univid_jax.core.sentence import Role, check_roles
 from univid_jax.data.clips import ClipFormat, Footage, open_footage
 from univid_jax.data.reader import probe
 from univid_jax.data.sources.base import DrawOptions, Dropped
+from univid_jax.data.sources.dropping import drop, printable
 from univid_jax.data.sources.listed import ListedSentences, Record
 
 KEYS = ("clips", "prompt", "task")
@@ -47,11 +48,11 @@ def open_manifest(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
-    name = f"{file.name} line {number}"
+    name = printable(f"{file.name} line {number}")
     try:
       records.append(_make_record(name, file.parent, _parse(line), form, options))
     except (OSError, ValueError) as error:
-      dropped.append(Dropped(name, str(error)))
+      dropped.append(drop(name, error))
   return ListedSentences(records, form, options), dropped
 
 
