@@ -1,5 +1,6 @@
 """Data of one's own: what each reader accepts, and how it names what it cannot use."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -36,6 +37,7 @@ from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
 from univid_jax.data.sources.readers.tfds import open_tfds, to_frames
 from univid_jax.data.target_kinds import label_colors
+from univid_jax.data.writer import write_clip
 from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.training.validation import select_sentences
 
@@ -96,6 +98,29 @@ class TestMetadata:
     for line, (record, message) in enumerate(zip(dropped, expected, strict=True), 3):
       assert f"line {line} " in record.record and message in str(record)
 
+  def test_a_file_whose_clips_cannot_be_equally_long(self, metadata):
+    """Quarters of 17 + 17 + 17 + 14 frames would begin in the clip before."""
+    for count in (65, 66, 67):
+      write_video(metadata / f"{count}.mp4", count)
+    write_table(metadata, [(f"{count}.mp4", "x") for count in (65, 66, 67)])
+    sentences, dropped = open_metadata(str(metadata), FORM, draw_options())
+    assert not sentences.records
+    for count, record in zip((65, 66, 67), dropped, strict=True):
+      assert f"{count}.mp4 has {count} frames, which are not four clips of equal length" in record.reason
+
+  @pytest.mark.parametrize("fps, length", [(8, 13), (16, 25), (7, 10), (10.0, 15)])
+  def test_no_clip_shows_frames_of_another_at_any_rate(self, metadata, fps, length):
+    write_video(metadata / "long.mp4", 52, size=(32, 48))
+    write_table(metadata, [("long.mp4", "x")])
+    form = dataclasses.replace(FORM, fps=fps, num_frames=9)
+    sentences, dropped = open_metadata(str(metadata), form, draw_options())
+    assert not dropped
+    for quarter, footage in enumerate(sentences.records[0].footage):
+      greys = [8 * i % 256 for i in range(13 * quarter, 13 * quarter + 13)]
+      assert footage.num_frames == length
+      shown = read_greys(footage.clip(length))
+      assert shown[0] in greys[:2] and set(shown) <= set(greys)
+
   def test_a_file_with_sound_alone(self, metadata):
     import av
 
@@ -123,13 +148,41 @@ class TestMetadata:
       open_metadata(str(metadata), FORM, draw_options())
 
   def test_lines_with_fewer_and_more_fields(self, metadata):
-    write_table(metadata, [("one é.mp4",), ("two.mp4", "x", "more")])
+    """A text with a comma was cut there; empty fields, as of a table that ends in commas, lose nothing."""
+    write_video(metadata / "three.mp4", 24)
+    write_table(metadata, [("one é.mp4",), ("two.mp4", "x", "", " "), ("three.mp4", "a cat", " a dog")])
     source, dropped = open_metadata(str(metadata), FORM, draw_options())
     assert [(record.footage[0].path.name, record.prompt) for record in source.records] == [
       ("one é.mp4", ""),
       ("two.mp4", "x"),
     ]
-    assert not dropped
+    (left_out,) = dropped
+    assert left_out.record == "metadata.csv line 4 (three.mp4)"
+    assert "no column for ' a dog': a text with commas needs quotes" in left_out.reason
+
+  def test_a_quote_that_is_not_closed(self, metadata):
+    """It swallowed the rest of the table."""
+    lines = 'file_name,text\n\n"one é.mp4","two\nlines"\ntwo.mp4,"open\ngone.mp4,y\ngone.mp4,z\n'
+    (metadata / "metadata.csv").write_text(lines, encoding="utf-8")
+    with pytest.raises(UserError, match="the record that begins in line 5 has a fault, unexpected end of data"):
+      open_metadata(str(metadata), FORM, draw_options())
+
+  def test_messages_name_lines_of_the_file(self, metadata):
+    lines = 'file_name,text\n\n"one é.mp4","two\nlines"\ngone.mp4,y\n"a\nb.mp4",z\nlast.mp4,z\n'
+    (metadata / "metadata.csv").write_text(lines, encoding="utf-8")
+    sentences, dropped = open_metadata(str(metadata), FORM, draw_options())
+    assert [record.name for record in sentences.records] == ["metadata.csv line 3 (one é.mp4)"]
+    names = ["line 5 (gone.mp4)", "line 6 (a\\nb.mp4)", "line 8 (last.mp4)"]
+    assert [record.record.removeprefix("metadata.csv ") for record in dropped] == names
+    assert not any("\n" in str(record) for record in dropped)
+
+  def test_other_spellings_of_a_file(self, metadata):
+    """The same file under another path is listed twice, too."""
+    names = ("two.mp4", "./two.mp4", "train/two.mp4", "train/../one é.mp4", "one é.mp4")
+    write_table(metadata, [(name, "x") for name in names])
+    sentences, dropped = open_metadata(str(metadata), FORM, draw_options())
+    assert len(sentences.records) == 2
+    assert [record.reason for record in dropped] == ["the file is listed twice"] * 3
 
 
 class TestPairs:
@@ -234,6 +287,44 @@ class TestPairs:
     assert "the source has 6 frames and the target 3; 5 of each are needed" in reasons
     assert "depth map: a task needs pairs of at least two names" in reasons
     assert sentences.task_names == ("edges",)
+
+  @pytest.mark.parametrize(
+    "rates, fps, reason",
+    [
+      ((30, 15), 0, "the source has 30 frames per second and the target 15: set config.data.fps"),
+      ((30, 15), 15, ""),
+      ((30, 30000 / 1001), 0, ""),
+    ],
+  )
+  def test_rates_of_a_pair(self, tmp_path, rates, fps, reason):
+    """Frame n of one is not frame n of the other unless both are resampled."""
+    for name in "ab":
+      (tmp_path / "task" / name).mkdir(parents=True)
+      for part, rate in zip(("source", "target"), rates):
+        frames = np.zeros((int(rate), 32, 48, 3), np.uint8)
+        write_clip(tmp_path / "task" / name / f"{part}.mp4", frames, fps=rate)
+    sentences, dropped = open_pairs(str(tmp_path), dataclasses.replace(FORM, fps=fps), draw_options())
+    assert len(sentences.pairs) == (0 if reason else 2) and bool(dropped) == bool(reason)
+    assert reason in str(dropped[:1])
+    images, _ = open_pairs(str(tmp_path), dataclasses.replace(FORM, num_frames=1), draw_options())
+    assert len(images.pairs) == 2, "first frames show the same at any rate"
+
+  def test_what_has_no_rate_goes_with_any(self, pairs):
+    for name in ("a", "b b", "c"):
+      (pairs / "depth map" / name / "target.mp4").unlink()
+      np.save(pairs / "depth map" / name / "target.npy", np.zeros((7, 32, 48, 3), np.uint8))
+    _, dropped = open_pairs(str(pairs), FORM, draw_options())
+    assert not dropped
+
+  def test_names_with_line_breaks(self, pairs):
+    shutil.move(pairs / "edges" / "a", pairs / "edges" / "a\na")
+    shutil.move(pairs / "edges" / "b b", pairs / "edges" / "b\nb")
+    shutil.rmtree(pairs / "edges" / "c")
+    (pairs / "edges" / "d\rd").mkdir()
+    sentences, dropped = open_pairs(str(pairs), FORM, draw_options(contexts={"II": 1.0}))
+    assert [record.record for record in dropped] == ["edges/d\\rd"] and len(str(dropped[0]).splitlines()) == 1
+    names = {sentences[i].record for i in range(len(sentences)) if sentences[i].task == "edges"}
+    assert names == {r"edges/a\na with the examples b\nb", r"edges/b\nb with the examples a\na"}
 
   def test_a_folder_without_pairs(self, tmp_path):
     with pytest.raises(UserError, match="no pairs in"):
@@ -341,6 +432,7 @@ class TestManifest:
       {"clips": [{**target, "start": 10, "num_frames": 5}]},
       {"clips": [target, {"path": "v.mp4"}]},
       {"clips": [{"path": "v.mp4"}]},
+      {"clips": [{"path": 7}]},
     )
     expected = [
       "line 1",
@@ -352,9 +444,47 @@ class TestManifest:
       "has 2 frames, but num_frames is 5",
       "targets must come last",
       "needs a target",
+      "path must be a string, got 7",
     ]
     for record, message in zip(dropped, expected, strict=True):
       assert message in str(record)
+
+  def test_null_is_absent(self, tmp_path):
+    write_video(tmp_path / "v.mp4", 12)
+    target = {"path": "v.mp4", "role": "target", "start": None, "num_frames": None}
+    source = {"path": "v.mp4", "role": None}
+    sentences, dropped = self.write(tmp_path, {"clips": [source, target], "prompt": None, "task": None})
+    assert not dropped and (sentences[0].prompt, sentences[0].task) == ("", "")
+    assert sentences[0].roles == (Role.CONTEXT, Role.TARGET) and read_lengths(sentences[0]) == [5, 5]
+
+  @pytest.mark.parametrize(
+    "keys, message",
+    [
+      ('"prompt": NaN', "prompt must be a string, got nan"),
+      ('"prompt": ["x"]', "prompt must be a string, got ['x']"),
+      ('"task": 7', "task must be a string, got 7"),
+      ('"task": "a", "task": "b"', "the key 'task' appears twice"),
+      ('"context": "II"', "unknown key 'context'; there are clips, prompt, task"),
+    ],
+  )
+  def test_values_that_are_no_texts(self, tmp_path, keys, message):
+    write_image(tmp_path / "i.png")
+    clips = json.dumps([{"path": "i.png"}, {"path": "i.png", "role": "target"}])
+    sentences, dropped = self.write(tmp_path, f'{{"clips": {clips}, {keys}}}')
+    assert not sentences.records and dropped[0].record == "m.jsonl line 1" and message in dropped[0].reason
+
+  @pytest.mark.parametrize(
+    "keys, message",
+    [
+      ('"start": true', "v.mp4: start must be a whole number, got True"),
+      ('"num_frames": true', "v.mp4: num_frames must be a whole number, got True"),
+      ('"start": 1, "start": 2', "the key 'start' appears twice"),
+    ],
+  )
+  def test_values_of_clips(self, tmp_path, keys, message):
+    write_video(tmp_path / "v.mp4", 12)
+    sentences, dropped = self.write(tmp_path, f'{{"clips": [{{"path": "v.mp4", "role": "target", {keys}}}]}}')
+    assert not sentences.records and message in dropped[0].reason
 
 
 class TestTFDS:

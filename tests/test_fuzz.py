@@ -63,7 +63,7 @@ def write_metadata_csv(folder: Path) -> None:
 def write_manifest(folder: Path) -> None:
   write_image(folder / "a.png")
   clips = [{"path": "a.png", "role": role, "num_frames": 1, "start": 0} for role in ("context", "target")]
-  (folder / "m.jsonl").write_bytes(dump({"clips": clips, "prompt": "x", "task": "y", "context": "II"}))
+  (folder / "m.jsonl").write_bytes(dump({"clips": clips, "prompt": "x", "task": "y"}))
 
 
 def write_arc_task(folder: Path) -> None:

@@ -50,6 +50,40 @@ def test_images_of_all_modes(tmp_path: Path):
   assert (read_clip(tmp_path / "palette.png").frames[0, 0, ::32] == [[255, 255, 255], [40, 50, 60]]).all()
 
 
+def write_png(path: Path, samples: np.ndarray, *, bits: int, transparent: bytes | None) -> Path:
+  """Writes samples (H, W) or (H, W, 3) of so many bits, with a transparent colour if one is given."""
+  height, width = samples.shape[:2]
+  shifts = np.arange(bits)[::-1]
+  planes = np.packbits((samples.reshape(height, -1, 1) >> shifts & 1).astype(np.uint8).reshape(height, -1), axis=1)
+  header = struct.pack(">IIBBBBB", width, height, bits, 2 * (samples.ndim == 3), 0, 0, 0)
+  parts = [
+    (b"IHDR", header),
+    (b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in planes))),
+    (b"IEND", b""),
+  ]
+  parts[1:1] = [] if transparent is None else [(b"tRNS", transparent)]
+  chunks = [
+    struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+  ]
+  path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+  return path
+
+
+@pytest.mark.parametrize("bits, channels", [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 3), (16, 3)])
+def test_transparent_colours_of_pngs(tmp_path: Path, bits: int, channels: int):
+  """Pixels of a PNG's transparent colour are white, and all others as in the same file without it."""
+  levels = 2**bits
+  samples = np.linspace(0, levels - 1, 64).round().astype(np.int64).reshape(4, 16)
+  samples = samples if channels == 1 else np.stack([samples, samples[::-1], samples[:, ::-1]], axis=-1)
+  opaque = read_clip(write_png(tmp_path / "opaque.png", samples, bits=bits, transparent=None)).frames[0]
+  for clear in (samples[1, 3], samples[0, 0], samples[3, 15]):
+    chunk = struct.pack(f">{channels}H", *np.atleast_1d(clear).tolist())
+    frame = read_clip(write_png(tmp_path / "clear.png", samples, bits=bits, transparent=chunk)).frames[0]
+    is_clear = (samples == clear).reshape(4, 16, -1).all(-1)
+    assert is_clear.any() and not is_clear.all()
+    np.testing.assert_array_equal(frame, np.where(is_clear[..., None], 255, opaque))
+
+
 def test_photos_are_upright(tmp_path: Path):
   image = Image.fromarray(numbered_frames(1)[0])
   exif = image.getexif()

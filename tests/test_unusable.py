@@ -7,6 +7,7 @@ import shutil
 from contextlib import closing
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -28,6 +29,20 @@ CORRUPT, PLAIN = CASES / "corrupt.mp4", CASES / "plain.mp4"
 ROWS = RowShape(num_tokens=400, num_text_tokens=8, num_slots=2)
 KINDS = ("metadata", "pairs", "manifest", "folder")
 CHANGES = {"data.height": 16, "data.width": 24, "data.held_out": 0.0, "data.num_sentences": 12, "data.bundled": False}
+
+
+def place_video(video: Path, target: Path, kind: str) -> None:
+  """Copies a video; for a table without its last two of 50 frames, so that it can be four clips of equal length."""
+  if kind != "metadata":
+    shutil.copy(video, target)
+    return
+  with av.open(str(video)) as source, av.open(str(target), "w") as copy:
+    stream = copy.add_stream_from_template(source.streams.video[0])
+    frame = round(1 / (source.streams.video[0].average_rate * source.streams.video[0].time_base))
+    for packet in source.demux(video=0):
+      if packet.dts is not None and packet.pts < 48 * frame:
+        packet.stream = stream
+        copy.mux(packet)
 
 
 def write_data(folder: Path, kind: str, video: Path) -> tuple[RunConfig, Path]:
@@ -56,7 +71,7 @@ def write_data(folder: Path, kind: str, video: Path) -> tuple[RunConfig, Path]:
   else:
     for name in ("a", "c", "d", "e", "f"):
       write_image(folder / f"{name}.png", size=(64, 96))
-  shutil.copy(video, copy)
+  place_video(video, copy, kind)
   path = folder / "m.jsonl" if kind == "manifest" else folder
   return override(tiny(), CHANGES | {f"data.{kind}": str(path)}), copy
 
@@ -100,7 +115,7 @@ def test_prepare_finds_damaged_frames(tmp_path, caplog, kind, has_base):
 def test_files_that_vanish_while_training(tmp_path, caplog, kind):
   config, path = write_data(tmp_path / "data", kind, PLAIN)
   for allowed in (False, True):
-    shutil.copy(PLAIN, path)
+    place_video(PLAIN, path, kind)
     data = open_data(config)
     path.unlink()
     loader = make_loader(

@@ -77,6 +77,14 @@ def test_gifs_keep_their_rate_on_average(tmp_path: Path, fps: float):
   assert read_clip(tmp_path / "clip.gif").fps == pytest.approx(fps, rel=0.01)
 
 
+@pytest.mark.parametrize("fps", [50, 60])
+def test_gifs_that_are_slower_than_asked_for(tmp_path: Path, caplog, fps: float):
+  write_clip(tmp_path / "clip.gif", numbered_frames(50), fps=fps)
+  assert read_clip(tmp_path / "clip.gif").fps == pytest.approx(50)
+  warnings = ["clip.gif is slower than its 60 frames per second: a GIF shows at most 50; use .mp4"]
+  assert [record.getMessage() for record in caplog.records] == (warnings if fps > 50 else [])
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi", ".webm"])
 @pytest.mark.parametrize("codec", ["aac", "pcm_s16le"])
 def test_sound_is_copied_as_far_as_the_video_lasts(tmp_path: Path, suffix: str, codec: str):

@@ -25,6 +25,7 @@ DEFAULT_DELAY_MS = 100
 
 MILLISECOND = Fraction(1, 1000)
 EXIF_ORIENTATION = 0x0112
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +58,14 @@ def read_image_frames(path: Path, indices: Sequence[int]) -> list[Frame]:
   Raises:
     UserError: the file is not an image, or is damaged.
   """
-  first = read_animation(path).first
+  first, bits = read_animation(path).first, _bits_per_sample(path)
   frames: dict[int, Frame] = {}
   with _open_image(path) as image:
     for index in indices:
       if index not in frames:
         if index + first:
           image.seek(index + first)
-        frames[index] = _to_rgb(image)
+        frames[index] = _to_rgb(image, bits)
   return [frames[index] for index in indices]
 
 
@@ -118,13 +119,29 @@ def _reject_hdr(path: Path) -> None:
     raise UserError("HDR images are not supported; convert it to sRGB")
 
 
-def _to_rgb(image: Image.Image) -> Frame:
+def _to_rgb(image: Image.Image, bits: int) -> Frame:
+  """Converts an image of so many bits per sample; Pillow compares a PNG's transparent colour as if it had 8."""
   image = ImageOps.exif_transpose(image)
-  if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-    rgba = image.convert("RGBA")
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+  transparent = image.info.get("transparency")
   if image.mode.startswith("I"):
     # 16-bit grey, which Pillow would clip at 255.
-    grey = (np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8)
-    image = Image.fromarray(grey)
+    values = np.asarray(image)
+    grey = (values.astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
+    if isinstance(transparent, int):
+      grey[values == transparent] = 255
+    return np.asarray(Image.fromarray(grey).convert("RGB"))
+  if image.mode == "L" and isinstance(transparent, int):
+    image.info["transparency"] = transparent * 255 // (2**bits - 1)
+  if image.mode == "RGB" and bits == 16 and isinstance(transparent, tuple):
+    image.info["transparency"] = tuple(value >> 8 for value in transparent)  # Pillow has no more of the pixels either
+  if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or transparent is not None:
+    rgba = image.convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
   return np.asarray(image.convert("RGB"))
+
+
+def _bits_per_sample(path: Path) -> int:
+  """Returns the number that the header of a PNG says; 8 for other files."""
+  with path.open("rb") as file:
+    header = file.read(25)
+  return header[24] if header.startswith(PNG_SIGNATURE) and len(header) == 25 else 8

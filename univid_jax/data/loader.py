@@ -20,6 +20,7 @@ from univid_jax.data.balancing import BalancedBatches, BatchLayout
 from univid_jax.data.cache import CacheWriteError
 from univid_jax.data.grain_adapter import pack_dataset, prefetch, prefetch_in_process
 from univid_jax.data.packing import RowShape, finish_rows, join_rows
+from univid_jax.data.sources.dropping import drop
 from univid_jax.data.tokens import SEGMENTED, UNITS, Features, Unit, feature_names
 
 log = logging.getLogger(__name__)
@@ -240,7 +241,7 @@ class EncodedSource:
         raise UserError(f"{record} cannot be used: {error}") from error
       if str(error) not in self._reported:  # once for each file, not for each sentence with it
         self._reported.add(str(error))
-        log.warning("dropped: %s: %s", record, error)
+        log.warning("dropped: %s", drop(record, error))
       return None
     self._dropped_in_a_row = 0
     return arrays

@@ -24,6 +24,7 @@ from univid_jax.data.packing import RowShape
 from univid_jax.data.progress import Progress
 from univid_jax.data.sources.base import Dropped, require_none_dropped
 from univid_jax.data.sources.computed import ComputedSentences
+from univid_jax.data.sources.dropping import drop
 from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.sources.open import DataSources
 from univid_jax.data.tokens import feature_names
@@ -144,7 +145,7 @@ class _Sentences:
 
   def drop(self, error: Exception, *, record: str = "") -> None:
     """Notes that a record, by default the current sentence's, cannot be used."""
-    self.dropped.setdefault(str(error), Dropped(record or self.current, str(error)))
+    self.dropped.setdefault(str(error), drop(record or self.current, error))
 
 
 class _ClipEncoder:

@@ -60,6 +60,19 @@ class Schedule:
       return len(self.times)
     return math.floor((self.last_time + self._tolerance) * Fraction(fps) * self.tick) + 1
 
+  def part_at(self, first: int, stop: int, fps: float | None) -> tuple[int, int]:
+    """Returns the part of the clip that shows the frames `first` to `stop - 1`, at a frame rate.
+
+    Returns:
+      The number of its first frame, and how many it has until the last one in it begins; see `count_at`.
+    """
+    if not fps or not self.fps:
+      return first, stop - first
+    rate = Fraction(fps) * self.tick
+    times = (self.times - self.times[0]).tolist()
+    start = math.ceil((times[first] - self._tolerance) * rate) if first else 0
+    return start, math.floor((times[stop - 1] + self._tolerance) * rate) + 1 - start
+
   def select(self, start: int, num_frames: int | None, fps: float | None) -> Int[np.ndarray, "m"]:
     """Returns the positions of the frames that `read_clip` reads, sorted.
 

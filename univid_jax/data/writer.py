@@ -1,6 +1,7 @@
 """Writes clips: images, videos that players accept, folders of frames and arrays."""
 
 import itertools
+import logging
 import os
 import shutil
 from collections import deque
@@ -25,6 +26,8 @@ from univid_jax.data.decoding import open_video
 from univid_jax.data.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames
 from univid_jax.data.timeline import read_timeline
 
+log = logging.getLogger(__name__)
+
 # Codecs of picture and sound by suffix: what players of the container know.
 CODECS = {
   ".mp4": ("libx264", "aac"),
@@ -37,6 +40,9 @@ CODECS = {
 # Without x264's macroblock tree, with which equal frames do not always make equal bytes.
 CODEC_OPTIONS = {"libx264": {"crf": "12", "mbtree": "0"}, "libvpx-vp9": {"crf": "18", "b": "0", "cpu-used": "4"}}
 ENCODERS = {"aac": "aac", "mp3": "libmp3lame", "opus": "libopus"}
+PARTIAL = ".partial."
+# In ms: players show shorter delays of GIFs for 100 ms.
+SHORTEST_GIF_DELAY = 20
 TARGETS = (
   ".png for an image; .mp4, .mov, .mkv, .webm, .avi or .gif for a video; .npy, or NAME/ without suffix "
   "(a folder of PNGs), for lossless frames"
@@ -109,7 +115,7 @@ def write_frames(
   path = Path(path)
   check_target(path, num_frames)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".partial.{path.name}")
+  partial = path.with_name(PARTIAL + path.name)
   if partial.is_dir():
     shutil.rmtree(partial)
   _write(partial, blocks, suffix=path.suffix.lower(), num_frames=num_frames, fps=fps, audio_from=audio_from)
@@ -160,9 +166,12 @@ def _each_frame(blocks: Iterable[Frames], num_frames: int) -> Iterator[UInt8[np.
 
 
 def _write_gif(path: Path, frames: Iterator[np.ndarray], *, num_frames: int, fps: float) -> None:
-  """Writes a GIF; its delays are multiples of 10 ms, so they vary to keep the rate on average."""
+  """Writes a GIF; its delays are multiples of 10 ms, so they vary to keep the rate on average, as far as it can."""
+  if fps * SHORTEST_GIF_DELAY > 1000:
+    name = path.name.removeprefix(PARTIAL)
+    log.warning("%s is slower than its %g frames per second: a GIF shows at most 50; use .mp4", name, fps)
   times = np.round(np.arange(num_frames + 1) * 100 / fps).astype(int)
-  delays = [max(int(delay), 2) * 10 for delay in np.diff(times)]
+  delays = [max(int(delay) * 10, SHORTEST_GIF_DELAY) for delay in np.diff(times)]
   images = map(Image.fromarray, frames)
   next(images).save(path, save_all=True, append_images=images, duration=delays, loop=0)
 

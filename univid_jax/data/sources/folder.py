@@ -12,6 +12,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.data.clips import WatchedFile
 from univid_jax.data.reader import CLIP_KINDS, CLIP_SUFFIXES, Frames, is_foreign, probe, read_clip
 from univid_jax.data.sources.base import Dropped
+from univid_jax.data.sources.dropping import drop
 from univid_jax.data.sources.photos import crop_box, moving_window
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class FolderSource:
       try:
         found = probe(path)
       except (OSError, UserError) as error:
-        dropped.append(Dropped(path.name, str(error)))
+        dropped.append(drop(path.name, error))
         continue
       count = found.count_at(fps)
       num_bytes = 3 * count * int(np.prod(_reduced_size(found.size, side)))
@@ -133,7 +134,7 @@ class FolderSource:
         for start in range(0, clip.num_frames, CHECKED_FRAMES):
           read_clip(clip.path, start, min(CHECKED_FRAMES, clip.num_frames - start), self.fps or None)
       except (OSError, UserError) as error:
-        yield Dropped(clip.path.name, str(error))
+        yield drop(clip.path.name, error)
 
   def _read(self, clip: FolderClip, start: int, count: int) -> Frames:
     """Returns frames at the reduced size."""

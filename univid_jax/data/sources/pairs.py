@@ -12,12 +12,15 @@ from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.contexts import CONTEXTS, make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import DrawOptions, Dropped, draw, group_indices, hold_out
+from univid_jax.data.sources.dropping import printable
 
 # A task and a size: the pairs that can be joined.
 Group = tuple[str, tuple[int, int]]
 
 # How far the aspect ratios of source and target may differ: cropping would misalign them.
 MAX_ASPECT_DIFFERENCE = 1.02
+# How far their frame rates may differ: 29.97 and 30 are the same within a clip.
+MAX_RATE_DIFFERENCE = 1.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,7 @@ class PairSentences:
         queries.append(pair)
       else:
         reason = "the training data has no example of its task, size and length"
-        dropped.append(Dropped(f"{pair.task}/{pair.name}", reason))
+        dropped.append(Dropped(printable(f"{pair.task}/{pair.name}"), reason))
     return dataclasses.replace(self, queries=queries), dropped
 
   def __getitem__(self, index: int) -> Sentence:
@@ -159,7 +162,7 @@ class PairSentences:
       context=context,
     )
     names = ", ".join(pair.name for pair in examples)
-    return sentence.replace(record=f"{query.task}/{query.name} with the examples {names}")
+    return sentence.replace(record=printable(f"{query.task}/{query.name} with the examples {names}"))
 
   def _contexts_of(self, query: Pair) -> dict[str, float]:
     """Returns the weights of the contexts that a query and its examples can have."""
@@ -168,7 +171,7 @@ class PairSentences:
 
 
 def check_aligned(source: Footage, target: Footage, num_frames: int) -> None:
-  """Checks that source and target show the same: that their aspect ratios and numbers of frames agree.
+  """Checks that source and target show the same: that their aspect ratios, frame rates and numbers of frames agree.
 
   Args:
     source, target: of a pair, which are brought to one size.
@@ -184,6 +187,12 @@ def check_aligned(source: Footage, target: Footage, num_frames: int) -> None:
       "one size they would not be aligned"
     )
   short, long = sorted((source.num_frames, target.num_frames))
+  rates = source.fps or 0.0, target.fps or 0.0  # 0: without a rate, as folders and arrays
+  if not source.form.fps and min(short, num_frames) > 1 and 0 < MAX_RATE_DIFFERENCE * min(rates) < max(rates):
+    raise UserError(
+      f"the source has {rates[0]:.5g} frames per second and the target {rates[1]:.5g}: set config.data.fps, to which "
+      "both are resampled"
+    )
   if 1 < short < min(num_frames, long):
     raise UserError(
       f"the source has {source.num_frames} frames and the target {target.num_frames}; {num_frames} of each are needed"
@@ -200,10 +209,10 @@ def join_pairs(
     task, (height, width) = group
     if len({pair.name for pair in members}) < 2:
       size = f" at {height}x{width}" if form.buckets else ""
-      dropped.append(Dropped(task, f"a task needs pairs of at least two names{size}"))
+      dropped.append(Dropped(printable(task), f"a task needs pairs of at least two names{size}"))
     elif not any(weight > 0 for weight in sentences.contexts[group].values()):
       reason = f"its pairs are too short for {form.num_frames} frames, and contexts of images have no weight"
-      dropped.append(Dropped(task, reason))
+      dropped.append(Dropped(printable(task), reason))
     else:
       kept += members
   return dataclasses.replace(sentences, pairs=kept), dropped

@@ -23,6 +23,7 @@ from univid_jax.data.contexts import make_sentence
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.reader import is_foreign
 from univid_jax.data.sources.base import DrawOptions, Dropped, hold_out
+from univid_jax.data.sources.dropping import drop
 from univid_jax.data.tasks.grids.base import ARC_TASK, MAX_SIDE, NUM_COLORS, Grid
 from univid_jax.data.tasks.grids.rendering import Rendering
 
@@ -154,7 +155,7 @@ def open_arc(path: str, config: RunConfig) -> tuple[ARCSentences, list[Dropped]]
         )
       tasks.append(task)
     except (OSError, UserError) as error:
-      dropped.append(Dropped(record, str(error)))
+      dropped.append(drop(record, error))
   options = DrawOptions.of(config.data, seed=config.seed)
   limit, count = config.data.arc.max_examples, len(dropped)
   return ARCSentences(tasks, rendering, options, max_examples=limit, num_dropped=count), dropped

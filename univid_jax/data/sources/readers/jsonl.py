@@ -4,24 +4,25 @@
 
 Paths are relative to the file's folder and inside it. A role is "context" (the default) or "target". `start` is counted
 at `config.data.fps` if that is set. `num_frames` is 1 or 4n + 1; by default it is as many as the clip has, up to the
-config's, and of two videos that are a pair as many as the shorter has.
+config's, and of two videos that are a pair as many as the shorter has. A key whose value is null counts as absent.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.paths import resolve_inside
 from univid_jax.core.sentence import Role, check_roles
 from univid_jax.data.clips import ClipFormat, Footage, open_footage
 from univid_jax.data.reader import probe
 from univid_jax.data.sources.base import DrawOptions, Dropped
+from univid_jax.data.sources.dropping import drop, printable
 from univid_jax.data.sources.listed import ListedSentences, Record
 
-KEYS = ("clips", "prompt", "task", "context")
+KEYS = ("clips", "prompt", "task")
 CLIP_KEYS = ("path", "role", "num_frames", "start")
 
 
@@ -47,44 +48,51 @@ def open_manifest(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
-    name = f"{file.name} line {number}"
+    name = printable(f"{file.name} line {number}")
     try:
       records.append(_make_record(name, file.parent, _parse(line), form, options))
     except (OSError, ValueError) as error:
-      dropped.append(Dropped(name, str(error)))
+      dropped.append(drop(name, error))
   return ListedSentences(records, form, options), dropped
 
 
 def _parse(line: str) -> Mapping[str, Any]:
-  """Parses a line.
+  """Parses a line, and leaves out keys whose value is null.
 
   Raises:
     ValueError: it is not JSON, or not a sentence.
   """
-  try:
-    values = json.loads(line)
-  except RecursionError as error:
-    raise UserError("it is nested too deeply") from error
+  values = parse_json(line)
   if not isinstance(values, dict):
     raise UserError(f"a line must be an object with the keys {', '.join(KEYS)}")
-  _reject_unknown(values, KEYS)
+  values = _require_keys(values, KEYS)
+  for key in ("prompt", "task"):
+    if not isinstance(values.get(key, ""), str):
+      raise UserError(f"{key} must be a string, got {values[key]!r}")
   clips = values.get("clips")
   if not isinstance(clips, list) or not clips or not all(isinstance(clip, dict) for clip in clips):
     raise UserError("clips must be a list of objects with the keys " + ", ".join(CLIP_KEYS))
-  for clip in clips:
-    _reject_unknown(clip, CLIP_KEYS)
-    if not isinstance(clip.get("path"), str):
-      raise UserError("a clip has no path")
-    for key in ("start", "num_frames"):
-      if not isinstance(clip.get(key, 0), int):
-        raise UserError(f"{clip['path']}: {key} must be a whole number, got {clip[key]!r}")
-  return values
+  return values | {"clips": [_parse_clip(clip) for clip in clips]}
 
 
-def _reject_unknown(values: Mapping[str, Any], known: Sequence[str]) -> None:
+def _parse_clip(values: Mapping[str, Any]) -> Mapping[str, Any]:
+  clip = _require_keys(values, CLIP_KEYS)
+  if "path" not in clip:
+    raise UserError("a clip has no path")
+  if not isinstance(clip["path"], str):
+    raise UserError(f"path must be a string, got {clip['path']!r}")
+  for key in ("start", "num_frames"):
+    if type(clip.get(key, 0)) is not int:  # true and false are numbers in Python
+      raise UserError(f"{clip['path']}: {key} must be a whole number, got {clip[key]!r}")
+  return clip
+
+
+def _require_keys(values: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+  """Returns what is not null; raises UserError for other keys than the known ones."""
   unknown = [key for key in values if key not in known]
   if unknown:
     raise UserError(f"unknown key {unknown[0]!r}; there are {', '.join(known)}")
+  return {key: value for key, value in values.items() if value is not None}
 
 
 def _make_record(name: str, root: Path, values: Mapping[str, Any], form: ClipFormat, options: DrawOptions) -> Record:
@@ -94,9 +102,9 @@ def _make_record(name: str, root: Path, values: Mapping[str, Any], form: ClipFor
   footage = [open_footage(path, form, start=clip.get("start", 0)) for path, clip in zip(paths, clips)]
   roles = tuple(_read_role(clip) for clip in clips)
   check_roles(len(clips), roles)
-  prompt = "" if options.prompt == PromptStyle.NULL else str(values.get("prompt", ""))
+  prompt = "" if options.prompt == PromptStyle.NULL else values.get("prompt", "")
   lengths = _read_lengths(clips, footage, form)
-  return Record(name, tuple(footage), roles, prompt, str(values.get("task", "")), lengths)
+  return Record(name, tuple(footage), roles, prompt, values.get("task", ""), lengths)
 
 
 def _read_role(clip: Mapping[str, Any]) -> Role:

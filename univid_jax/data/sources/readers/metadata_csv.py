@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from univid_jax.core.errors import UserError
@@ -11,6 +12,7 @@ from univid_jax.core.sentence import reference_roles
 from univid_jax.data.clips import ClipFormat, file_footage
 from univid_jax.data.reader import probe
 from univid_jax.data.sources.base import DrawOptions, Dropped
+from univid_jax.data.sources.dropping import drop, printable
 from univid_jax.data.sources.listed import ListedSentences, Record
 
 COLUMNS = ("file_name", "text")
@@ -25,7 +27,7 @@ def open_metadata(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
 
   Raises:
     FileNotFoundError: there is no such table.
-    UserError: it lacks a column or has it twice, or is not a table.
+    UserError: it lacks a column or has it twice, or is not a table, as one whose last quote is not closed.
   """
   table = Path(path)
   if table.is_dir():
@@ -34,35 +36,67 @@ def open_metadata(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
     raise FileNotFoundError(f"no such table: {table}")
   records: list[Record] = []
   dropped: list[Dropped] = []
-  seen: set[str] = set()
-  for number, line in enumerate(_read_lines(table), 2):
-    file = line["file_name"]
-    name = f"{table.name} line {number} ({file})"
+  seen: set[Path] = set()
+  for row in list(_read_rows(table)):  # what is wrong with the table is found before files are opened
+    name = printable(f"{table.name} line {row.line} ({row.file_name})")
     try:
-      if file in seen:
+      if row.surplus:
+        raise UserError(f"the header has no column for {row.surplus[0]!r}: a text with commas needs quotes around it")
+      found = _find(table.parent, row.file_name)
+      if found in seen:
         raise UserError("the file is listed twice")
-      seen.add(file)
-      records.append(_make_record(name, _find(table.parent, file), line["text"], form))
+      seen.add(found)
+      records.append(_make_record(name, found, row.text, form))
     except (OSError, ValueError) as error:
-      dropped.append(Dropped(name, str(error)))
+      dropped.append(drop(name, error))
   if options.prompt == PromptStyle.NULL:
     records = [dataclasses.replace(record, prompt="") for record in records]
   return ListedSentences(records, form, options), dropped
 
 
-def _read_lines(table: Path) -> list[dict[str, str]]:
-  """Returns the columns of each line; what a line lacks is empty."""
-  try:
-    with table.open(newline="", encoding="utf-8-sig") as file:
-      reader = csv.DictReader(file, restval="")
-      found = list(reader.fieldnames or ())
-      if missing := sorted(set(COLUMNS) - set(found)):
-        raise UserError(f"{table} has no column {' and '.join(missing)}; its columns are {', '.join(found) or 'none'}")
-      if repeated := [name for name in COLUMNS if found.count(name) > 1]:
-        raise UserError(f"{table} has several columns {' and '.join(repeated)}")
-      return [{name: line[name] for name in COLUMNS} for line in reader]
-  except (UnicodeDecodeError, csv.Error) as error:
-    raise UserError(f"{table} is not a table in UTF-8: {error}") from error
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """A record of the table.
+
+  Attributes:
+    line: where it begins in the file; records may be several lines long.
+    file_name, text: its columns; what it lacks is empty.
+    surplus: fields beyond those of the header that are not empty.
+  """
+
+  line: int
+  file_name: str
+  text: str
+  surplus: Sequence[str]
+
+
+def _read_rows(table: Path) -> Iterator[_Row]:
+  with table.open(newline="", encoding="utf-8-sig") as file:
+    reader, line = csv.reader(file, strict=True), 1
+    header: list[str] | None = None
+    try:
+      for row in reader:
+        if header is None:
+          header = _check_header(table, row)
+        elif row:
+          values = dict(zip(header, row))
+          surplus = [field for field in row[len(header) :] if field.strip()]
+          yield _Row(line, values.get("file_name", ""), values.get("text", ""), surplus)
+        line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+      raise UserError(f"{table} is not a table in UTF-8: {error}") from error
+    except csv.Error as error:
+      raise UserError(f"{table} is not a table: the record that begins in line {line} has a fault, {error}") from error
+    if header is None:
+      _check_header(table, [])
+
+
+def _check_header(table: Path, columns: list[str]) -> list[str]:
+  if missing := sorted(set(COLUMNS) - set(columns)):
+    raise UserError(f"{table} has no column {' and '.join(missing)}; its columns are {', '.join(columns) or 'none'}")
+  if repeated := [name for name in COLUMNS if columns.count(name) > 1]:
+    raise UserError(f"{table} has several columns {' and '.join(repeated)}")
+  return columns
 
 
 def _find(root: Path, name: str) -> Path:
@@ -76,9 +110,18 @@ def _find(root: Path, name: str) -> Path:
 
 def _make_record(name: str, path: Path, text: str, form: ClipFormat) -> Record:
   found = probe(path)
-  total = found.count_at(form.fps)
-  length = total // CLIPS_PER_FILE
-  if length < form.num_frames:
-    raise UserError(f"{path} has {total} frames, {length} for each of its four clips, and {form.num_frames} are needed")
-  footage = [file_footage(path, found, form, start=i * length, num_frames=length) for i in range(CLIPS_PER_FILE)]
+  length, rest = divmod(found.num_frames, CLIPS_PER_FILE)
+  if rest:
+    raise UserError(
+      f"{path} has {found.num_frames} frames, which are not four clips of equal length: cut it to a multiple of 4, or "
+      "name the start of each clip in a manifest"
+    )
+  parts = [found.schedule.part_at(i * length, (i + 1) * length, form.fps) for i in range(CLIPS_PER_FILE)]
+  shortest = min(count for _, count in parts)
+  if shortest < form.num_frames:
+    total = found.count_at(form.fps)
+    raise UserError(
+      f"{path} has {total} frames, {shortest} for each of its four clips, and {form.num_frames} are needed"
+    )
+  footage = [file_footage(path, found, form, start=start, num_frames=shortest) for start, _ in parts]
   return Record(name, tuple(footage), reference_roles(CLIPS_PER_FILE), text, "", None)

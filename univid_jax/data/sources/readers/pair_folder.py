@@ -9,6 +9,7 @@ from univid_jax.core.options import TargetKind
 from univid_jax.data.clips import ClipFormat, open_footage
 from univid_jax.data.reader import CLIP_SUFFIXES, is_foreign
 from univid_jax.data.sources.base import DrawOptions, Dropped
+from univid_jax.data.sources.dropping import drop
 from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
 from univid_jax.data.target_kinds import resampling
 
@@ -43,7 +44,7 @@ def open_pairs(
     try:
       pairs.append(_open_pair(name, form, kind))
     except (OSError, ValueError) as error:
-      dropped.append(Dropped(f"{name.parent.name}/{name.name}", str(error)))
+      dropped.append(drop(f"{name.parent.name}/{name.name}", error))
   return join_pairs(pairs, dropped, form, options)
 
 

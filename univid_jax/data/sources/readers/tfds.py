@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from univid_jax.config.schema import TFDSConfig
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import TargetKind
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.reader import Frames, read_clip
 from univid_jax.data.sources.base import DrawOptions, Dropped
+from univid_jax.data.sources.dropping import drop
 from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
 from univid_jax.data.target_kinds import depth_to_image, label_colors, normals_to_image, resampling
 
@@ -42,7 +43,7 @@ def open_tfds(
     source: Any = tfds.data_source(config.name, split=split, data_dir=config.data_dir or None)
     count = len(source)
   except Exception as error:  # TFDS raises many types
-    raise UserError(f"TFDS has no {config.name} with split {split} here: {_first_line(error)}") from error
+    raise UserError(f"TFDS has no {config.name} with split {split} here: {_describe(error)}") from error
   features = source.dataset_info.features
   missing = [name for name in (config.source, config.target) if name not in features]
   if missing:
@@ -60,7 +61,7 @@ def open_tfds(
       check_aligned(first, second, form.num_frames)
       pairs.append(Pair(config.task, str(index), first, second, first.form.size))
     except ValueError as error:
-      dropped.append(Dropped(f"{config.name} {index}", str(error)))
+      dropped.append(drop(f"{config.name} {index}", error))
   return join_pairs(pairs, dropped, form, options)
 
 
@@ -88,7 +89,7 @@ class _Feature:
       value = self.source[self.index][self.name]
     except Exception as error:  # RuntimeError for damaged records, and whatever decoders raise
       raise UserError(
-        f"example {self.index} of {self.identity.replace('|', ', split ')} cannot be read: {_first_line(error)}"
+        f"example {self.index} of {self.identity.replace('|', ', split ')} cannot be read: {_describe(error)}"
       ) from error
     return to_frames(value, self.kind, self.depth_range)
 
@@ -145,7 +146,6 @@ def to_frames(value: Any, kind: TargetKind, depth_range: tuple[float, float]) ->
   return array if array.shape[-1] == 3 else np.repeat(array[..., :1], 3, axis=-1)
 
 
-def _first_line(error: Exception) -> str:
-  """Returns the message, without addresses of objects, so that equal errors are reported once."""
-  message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-  return re.sub(r"<(\S+) object at 0x[0-9a-f]+>", r"\1", message)
+def _describe(error: Exception) -> str:
+  """Returns the first line of the message, without addresses of objects, so that equal errors are reported once."""
+  return re.sub(r"<(\S+) object at 0x[0-9a-f]+>", r"\1", first_line(error))
