@@ -21,6 +21,7 @@ from univid_jax.checkpoints.lora.stacking import stack_loras, unstack_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo
 from univid_jax.config.schema import LoRAConfig
+from univid_jax.convert.commands import convert_any
 from univid_jax.convert.layout import make_fills
 from univid_jax.convert.release_configs import diffusers_config
 from univid_jax.core.errors import UserError
@@ -317,6 +318,43 @@ class TestFiles:
     with pytest.raises(UserError, match=r"must be named \*\.safetensors|unknown LoRA format 'kohya'; valid are univid"):
       write_lora(tmp_path / name, random_lora(), to)
     assert not list(tmp_path.iterdir())
+
+  @pytest.mark.parametrize("to", ["univid", "diffusers"])
+  @pytest.mark.parametrize("alpha, dtype", [(5.0, None), (16.0, None), (5.0, "bfloat16")])
+  def test_folding_alpha_loses_nothing(self, to, alpha, dtype, tmp_path):
+    """Unless a dtype is asked for that cannot hold the result: then the error is returned."""
+    lora = random_lora(rank=8, alpha=alpha).astype("bfloat16")
+    note = write_lora(path := tmp_path / "lora.safetensors", lora, to, dtype=dtype)
+    widened = alpha == 5 and not dtype
+    assert {str(layer.up.dtype) for layer in read_lora(path).changes.values()} == {"float32" if widened else "bfloat16"}
+    lost = 0.0
+    for key, layer in read_lora(path).changes.items():
+      assert str(layer.down.dtype) == "bfloat16"
+      folded = lora.changes[key].up.astype(np.float32) * np.float32(alpha / 8)
+      lost = max(lost, relative_error(layer.up.astype(np.float32), folded))
+    if dtype:
+      assert 1e-3 < lost < 3e-3 and re.fullmatch(
+        r"alpha is multiplied into lora_B, which bfloat16 rounds by 0\.\d+ %", note
+      )
+    else:
+      expected = (
+        f"alpha is multiplied into lora_B, which bfloat16 would round: {len(lora.changes)} of these tensors are"
+      )
+      assert lost == 0 and note == (f"{expected} float32" if widened else "")
+
+  def test_a_dtype_rounds_what_is_folded_once(self):
+    lora = random_lora(rank=8, alpha=5.0)
+    tensors = lora_tensors(lora, "diffusers", dtype="bfloat16")
+    for name, each in lora.changes.items():
+      up = tensors[FORMATS["diffusers"].module_name(name) + ".lora_B.weight"]
+      assert np.array_equal(up, (each.up * np.float32(5 / 8)).astype(up.dtype))
+    assert lora_tensors(lora, "comfyui", dtype="bfloat16")["diffusion_model.blocks.0.ffn.0.alpha"].dtype == np.float32
+
+  def test_the_command_says_what_folding_changed(self, tmp_path):
+    write_lora(source := tmp_path / "source.safetensors", random_lora(rank=8, alpha=5.0).astype("bfloat16"), "comfyui")
+    for dtype, text in ((None, "are float32"), ("bfloat16", r"bfloat16 rounds by 0\.\d+ %")):
+      line = convert_any(str(source), str(tmp_path / f"{dtype}.safetensors"), to="univid", dtype=dtype)
+      assert re.fullmatch(rf"wrote .* \(univid\); alpha is multiplied into lora_B, which .*{text}", line)
 
   def test_comfyui_omits_alpha_equal_to_rank(self):
     assert not any(key.endswith("alpha") for key in lora_tensors(random_lora(rank=4, alpha=4.0), "comfyui"))

@@ -379,7 +379,9 @@ class TestExports:
   def test_overflow(self):
     lora = lora_from({name: 1000 * value for name, value in pair(alpha=np.array(0.4)).items()})
     with pytest.raises(UserError, match=r"NaN, or values too large for their dtype, in .*lora_B"):
-      lora_tensors(lora.astype("float16"), "univid")
+      lora_tensors(lora, "univid", dtype="float16")
+    wide = lora_tensors(lora.astype("float16"), "univid")
+    assert {str(value.dtype) for name, value in wide.items() if "lora_B" in name} == {"float32"}
 
   def test_unmatched_tensors(self, tmp_path, capsys):
     """The converter refuses them, or leaves them out."""

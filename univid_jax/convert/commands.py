@@ -108,9 +108,12 @@ def convert_any(
     targets = [destination] if len(loras) == 1 else [_name_expert(destination, lora) for lora in loras]
     for target in targets:
       check_apart(source, target)
-    for lora, target in zip(loras, targets, strict=True):
+    notes = [
       _convert_lora(lora, source, target, to=to, dtype=dtype, force=force)
-    return f"wrote {' and '.join(targets)} ({OWN_FORMAT if to == JAX else to})"
+      for lora, target in zip(loras, targets, strict=True)
+    ]
+    written = f"wrote {' and '.join(targets)} ({OWN_FORMAT if to == JAX else to})"
+    return "; ".join([written, *dict.fromkeys(filter(None, notes))])
   check_apart(source, destination)
   if to != JAX and to not in LAYOUTS:
     raise UserError(f"{source} contains base weights, and {to} is a format of LoRAs; use {JAX}, {', '.join(LAYOUTS)}")
@@ -146,21 +149,21 @@ def _name_expert(destination: str, lora: LoRAWeights) -> str:
   return str(path.with_name(f"{path.stem}_{lora.usage.expert}{path.suffix}"))
 
 
-def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, dtype: str | None, force: bool) -> None:
+def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, dtype: str | None, force: bool) -> str:
+  """Writes a LoRA; returns what else there is to say, see `write_lora`."""
   if to != JAX and to not in FORMATS:
     raise UserError(f"{source} contains a LoRA, which cannot be converted to {to}; use {JAX}, {', '.join(FORMATS)}")
-  if dtype:
-    lora = lora.astype(dtype)
-  needed = 2 * lora.nbytes
+  converted = lora.astype(dtype) if dtype else lora
+  needed = 2 * converted.nbytes
   if to == JAX:
     with atomic_folder(destination, needed=needed, force=force) as folder:
-      write_lora_folder(folder, lora)
-    return
+      write_lora_folder(folder, converted)
+    return ""
   check_suffix(destination, to)
   path = epath.Path(destination)
   for file in (path, sidecar_path(path)) if path.suffix == ".ckpt" else (path,):
     check_destination(file, needed=needed, force=force, is_file=True)
-  write_lora(path, lora, to)
+  return write_lora(path, lora, to, dtype=dtype)
 
 
 def verify(source: str, destination: str, *, allow_missing: Sequence[str] = ()) -> tuple[str, bool]:

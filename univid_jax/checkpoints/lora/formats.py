@@ -14,7 +14,7 @@ from univid_jax.checkpoints.lora.kinds import Change, Difference, DoRALayer, LoH
 from univid_jax.checkpoints.lora.names import list_names
 from univid_jax.checkpoints.lora.sidecar import sidecar_path, write_sidecar
 from univid_jax.checkpoints.lora.weights import SCALE_OF_ONE, LoRAWeights
-from univid_jax.checkpoints.tensor_files import require_torch, save_safetensors, save_torch
+from univid_jax.checkpoints.tensor_files import numpy_dtype, require_torch, save_safetensors, save_torch
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write
 from univid_jax.models.names import name_to_diffusers
@@ -35,7 +35,7 @@ def _to_underscores(module: str) -> str:
 class Alpha(enum.Enum):
   """How a format stores alpha, so that its reader applies the right scale."""
 
-  FOLDED = "folded"  # the reader applies no scale: `up` is multiplied by alpha / rank
+  FOLDED = "folded"  # the reader applies no scale: `up` is multiplied by alpha / rank, see `LoRALayer.fold_up`
   IF_NOT_RANK = "if_not_rank"  # the reader takes alpha = rank if there is none
   ALWAYS = "always"
 
@@ -67,14 +67,20 @@ class LoRAFormat:
     inner = change.change if isinstance(change, DoRALayer) else change
     return isinstance(change, self.kinds) and isinstance(inner, self.kinds)
 
-  def tensors(self, tensor: str, change: Change) -> dict[str, np.ndarray]:
-    """Returns the named tensors of the change of one tensor."""
-    name = self.prefix + self.spell(tensor.removesuffix(".weight").removesuffix(".bias"))
+  def module_name(self, tensor: str) -> str:
+    """Returns what the names of the tensors that change one tensor begin with."""
+    return self.prefix + self.spell(tensor.removesuffix(".weight").removesuffix(".bias"))
+
+  def tensors(self, tensor: str, change: Change, dtype: str | None = None) -> dict[str, np.ndarray]:
+    """Returns the named tensors of the change of one tensor, in a dtype or else in their own."""
+    stored = change.astype(dtype) if dtype else change
+    name = self.module_name(tensor)
     endings = {"down": self.down, "up": self.up, "diff": ".diff_b" if tensor.endswith(".bias") else ".diff"}
-    out = {name + endings.get(part, f".{part}"): value for part, value in change.parts().items()}
+    out = {name + endings.get(part, f".{part}"): value for part, value in stored.parts().items()}
     if self.alpha is Alpha.FOLDED:
       assert isinstance(change, LoRALayer)
-      out[name + self.up] = change.folded_up
+      folded = change.fold_up()
+      out[name + self.up] = folded.astype(numpy_dtype(dtype)) if dtype else folded
     elif change.rank_and_alpha:
       rank, alpha = change.rank_and_alpha
       if self.alpha is Alpha.ALWAYS or alpha != rank:
@@ -116,8 +122,8 @@ def find_format(name: str) -> LoRAFormat:
   return FORMATS[name]
 
 
-def lora_tensors(lora: LoRAWeights, to: str) -> dict[str, np.ndarray]:
-  """Returns the named tensors of a LoRA in a format of `FORMATS`.
+def lora_tensors(lora: LoRAWeights, to: str, *, dtype: str | None = None) -> dict[str, np.ndarray]:
+  """Returns the named tensors of a LoRA in a format of `FORMATS`, in a dtype or else in their own.
 
   Raises:
     UserError: the format cannot express a change, or the dtype a value.
@@ -134,7 +140,7 @@ def lora_tensors(lora: LoRAWeights, to: str) -> dict[str, np.ndarray]:
   out: dict[str, np.ndarray] = {}
   with np.errstate(all="ignore"):
     for tensor, change in sorted(lora.changes.items()):
-      out |= file_format.tensors(tensor, change)
+      out |= file_format.tensors(tensor, change, dtype)
   overflow = [name for name, value in out.items() if not np.isfinite(value.astype(np.float32)).all()]
   if overflow:
     raise UserError(f"{lora.source} contains NaN, or values too large for their dtype, in {list_names(overflow)}")
@@ -157,7 +163,14 @@ def check_suffix(path: epath.PathLike, to: str) -> None:
     raise UserError(f"a {to} LoRA file must be named *{' or *'.join(suffixes)}, got {path}")
 
 
-def write_lora(path: epath.PathLike, lora: LoRAWeights, to: str, *, metadata: Mapping[str, Any] | None = None) -> None:
+def write_lora(
+  path: epath.PathLike,
+  lora: LoRAWeights,
+  to: str,
+  *,
+  metadata: Mapping[str, Any] | None = None,
+  dtype: str | None = None,
+) -> str:
   """Writes a LoRA file, and its sidecar if it has one; nothing appears, or is replaced, before both are complete.
 
   Args:
@@ -165,13 +178,18 @@ def write_lora(path: epath.PathLike, lora: LoRAWeights, to: str, *, metadata: Ma
     lora: the LoRA.
     to: name of a format in `FORMATS`.
     metadata: header entries to add to those of `LoRAWeights.file_metadata`.
+    dtype: of the written tensors but alpha; by default their own, or float32 where that would round what is folded.
+
+  Returns:
+    How folding alpha changed tensors, in one line; "" if it did not.
 
   Raises:
     UserError: the format is unknown, its files have another suffix, or a file needs PyTorch, which is not installed.
   """
   path, file_format = epath.Path(path), find_format(to)
   check_suffix(path, to)
-  tensors = lora_tensors(lora, to)
+  tensors = lora_tensors(lora, to, dtype=dtype)
+  note = _describe_folding(lora, file_format, tensors)
   entries = {**lora.file_metadata(metadata or {}), **SCALE_OF_ONE, SEAL: OPEN_SEAL}
   if path.suffix == ".ckpt":
     require_torch(path)
@@ -180,8 +198,30 @@ def write_lora(path: epath.PathLike, lora: LoRAWeights, to: str, *, metadata: Ma
       save_torch(weights, tensors)
       write_sidecar(sidecar, entries)
       seal(sidecar, weights)
-    return
+    return note
   added = {key: value.format(**entries) for key, value in file_format.metadata.items()}
   with atomic_write(path) as weights:
     save_safetensors(weights, tensors, metadata={**added, **entries})
     seal(weights)
+  return note
+
+
+def _describe_folding(lora: LoRAWeights, file_format: LoRAFormat, tensors: Mapping[str, np.ndarray]) -> str:
+  """Returns which tensors are in float32 because alpha is folded into them, or how much their dtype rounds them."""
+  widened, dtypes, total, lost = 0, set(), 0.0, 0.0
+  for tensor, change in lora.changes.items():
+    if file_format.alpha is not Alpha.FOLDED or not isinstance(change, LoRALayer) or change.alpha == change.rank:
+      continue
+    stored = tensors[file_format.module_name(tensor) + file_format.up]
+    folded = change.fold_up().astype(np.float32)
+    if stored.dtype != np.float32:
+      dtypes.add(str(stored.dtype))
+      total += float(np.sum(folded**2, dtype=np.float64))
+      lost += float(np.sum((stored.astype(np.float32) - folded) ** 2, dtype=np.float64))
+    elif change.up.dtype != np.float32:
+      widened += 1
+      dtypes.add(str(change.up.dtype))
+  names = f"alpha is multiplied into lora_B, which {' and '.join(sorted(dtypes))}"
+  if lost:
+    return f"{names} rounds by {100 * (lost / total) ** 0.5:.2g} %"
+  return f"{names} would round: {widened} of these tensors are float32" if widened else ""

@@ -106,12 +106,13 @@ class LoRALayer(Change):
     up = as_matrix(self.up).astype(np.float32).T * np.float32(weight * self.alpha / self.rank)
     return "lora", {"down": as_matrix(self.down).astype(np.float32).T, "up": up}
 
-  @property
-  def folded_up(self) -> np.ndarray:
-    """`up` times alpha / rank, in the dtype of `up`."""
+  def fold_up(self) -> np.ndarray:
+    """Returns `up` times alpha / rank: in the dtype of `up` if that loses nothing, else in float32."""
     if self.alpha == self.rank:
       return self.up
-    return (self.up.astype(np.float32) * np.float32(self.alpha / self.rank)).astype(self.up.dtype)
+    folded = self.up.astype(np.float32) * np.float32(self.alpha / self.rank)
+    narrow = folded.astype(self.up.dtype)
+    return narrow if np.array_equal(narrow.astype(np.float32), folded) else folded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
