@@ -33,7 +33,7 @@ QUANTIZE = FLAGS.choice(
   ["int8", "fp8", "nf4"],
   "Of the linear weights of the transformer's blocks, for a frozen base; fp8 takes 8-bit floats of SRC as they are.",
 )
-FORCE = FLAGS.switch("force", False, "Replace DST if it exists.")
+FORCE = FLAGS.switch("force", False, "Replace DST, if it is empty or univid-convert wrote it.")
 ALLOW_MISSING = FLAGS.repeated("allow_missing", [], "An official name, with * and ?, that SRC may lack.")
 INSPECT = FLAGS.switch("inspect", False, "Only describe SRC.")
 LORA_SKIP_UNMATCHED = FLAGS.lora_skip_unmatched()
