@@ -216,7 +216,9 @@ class TestLoRA:
         with pytest.raises(UserError, match=r"lora\.ckpt"):
           read_lora(path)
         changed.write_bytes(contents)
-    assert len(read_lora(path).changes) == 2 and run_verify(tmp_path) == 0
+    assert len(read_lora(path).changes) == 2 and run_verify(tmp_path) == run_verify(path) == 0
+    flip_bit(path)
+    assert run_verify(path) == 1
 
   def test_the_message_names_the_checksum(self, tmp_path):
     path = tmp_path / "lora.safetensors"

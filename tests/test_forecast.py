@@ -54,7 +54,7 @@ class TestForecast:
       encoders=open_encoders(config, mesh),
       mesh=mesh,
     )
-    frames = np.zeros((config.data.num_frames, 24, 24, 3), np.float32)
+    frames = np.zeros((config.data.num_frames, 24, 24, 3), np.uint8)
     rows = pipe.pack_job(pipe.make_job([frames] * 3, None, 0), [pipe.embed("")])
     assert rows[0].tokens.shape[1] == 80
     assert forecast_sampling(config, mesh).batch == sum(x.nbytes for x in jax.tree.leaves(rows))

@@ -9,6 +9,7 @@ from univid_jax.checkpoints.built_in import locate
 from univid_jax.checkpoints.checksums import check_seal, find_damage, has_checksums, read_names, write_checksums
 from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.folder import is_lora_folder
+from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX, DELETED_FOLDER
 from univid_jax.core.paths import make_absolute
 from univid_jax.data import cache, shards
@@ -54,7 +55,7 @@ def verify(path: epath.PathLike, *, write: bool) -> Iterator[Findings]:
   if not path.exists():
     raise FileNotFoundError(f"no such file or folder: {path}")
   if not path.is_dir():
-    yield from _verify_files([path])
+    yield from _verify_files([path, sidecar_path(path)] if sidecar_path(path).exists() else [path])
   elif has_checksums(path) or is_checkpoint(path) or is_lora_folder(path) or _is_run_checkpoint(path):
     yield _verify_folder(path, write=write)
   else:
