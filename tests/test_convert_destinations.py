@@ -125,6 +125,12 @@ class TestReplaced:
     convert_any(str(lora), str(tmp_path / "out"), force=True)
     assert is_lora_folder(tmp_path / "out")
 
+  def test_what_macos_adds(self, lora, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").write_text("")
+    convert_any(str(lora), str(tmp_path / "out"), force=True)
+    assert is_lora_folder(tmp_path / "out")
+
   def test_files_and_folders(self, lora, tmp_path):
     """Neither replaces the other, and messages name the path as it was given."""
     (tmp_path / "folder.safetensors").mkdir()

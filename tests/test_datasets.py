@@ -306,7 +306,7 @@ class TestPairs:
     sentences, dropped = open_pairs(str(tmp_path), dataclasses.replace(FORM, fps=fps), draw_options())
     assert len(sentences.pairs) == (0 if reason else 2) and bool(dropped) == bool(reason)
     assert reason in str(dropped[:1])
-    images, _ = open_pairs(str(tmp_path), dataclasses.replace(FORM, num_frames=1), draw_options())
+    images, _ = open_pairs(str(tmp_path), FORM, draw_options(contexts={"II": 1.0, "I": 0.0}))
     assert len(images.pairs) == 2, "first frames show the same at any rate"
 
   def test_what_has_no_rate_goes_with_any(self, pairs):

@@ -154,7 +154,8 @@ def test_errors_are_one_clear_line(workdir, capfd, arguments, message):
 def test_the_config_is_that_of_the_run(workdir, report, tmp_path):
   """Unless one is given; single values of it can be changed."""
   folders = f"--workdir={workdir}", f"--out={tmp_path}"
-  assert run_here("univid_jax.evaluate", *folders, *EVALUATION, "--config.eval.sentences_per_case=1") == 0
+  single = "--config.data.kinds={'scribble': 'edges'}", "--config.data.tasks.scribble=1"  # the default has neither
+  assert run_here("univid_jax.evaluate", *folders, *EVALUATION, *single) == 0
   numbers = read_numbers(tmp_path)
   assert set(numbers["by_task"]) == set(report["by_task"])
   for name, scores in report["overall"].items():

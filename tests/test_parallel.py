@@ -206,11 +206,15 @@ class TestClusters:
       connect(None, None, None, heartbeat_seconds=60)
 
   @pytest.mark.parametrize(
-    "variables, devices",
-    [({}, None), (SLURM, [0]), (OPEN_MPI, [1]), (SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1,2"}, [0, 1, 2])],
+    "variables, devices, given",
+    [
+      ({}, None, True),
+      *((SLURM, [0], given) for given in (True, False)),
+      *((OPEN_MPI, [1], given) for given in (True, False)),
+      *((SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1,2"}, [0, 1, 2], given) for given in (True, False)),
+    ],
     ids=str,
   )
-  @pytest.mark.parametrize("given", [True, False])
   def test_what_jax_is_told(self, monkeypatch, variables, devices, given):
     """The same with the flags, which ask no metadata server and need no cluster."""
     self.set_variables(monkeypatch, variables)
@@ -218,8 +222,6 @@ class TestClusters:
     monkeypatch.setattr("univid_jax.parallel.processes.Relay", self.Relay)
     calls = []
     monkeypatch.setattr("jax.distributed.initialize", lambda *args, **options: calls.append((args, options)))
-    if not given and not variables:
-      return
     connect(*(("10.0.0.1:80", 2, 0) if given else (None,) * 3), heartbeat_seconds=60)
     (((address, count, index), options),) = calls
     assert options["local_device_ids"] == devices and options["cluster_detection_method"] == "deactivate"

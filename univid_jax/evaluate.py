@@ -16,7 +16,7 @@ from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
 
 FLAGS = CommandFlags(__doc__)
-CONFIG = FLAGS.config()
+CONFIG = FLAGS.config(of_run=True)
 WORKDIR = FLAGS.workdir("The training run to evaluate")
 CHECKPOINT = FLAGS.string("checkpoint", None, "A converted checkpoint to evaluate instead of the workdir's model.")
 LORA, LORA_SKIP_UNMATCHED = FLAGS.lora(), FLAGS.lora_skip_unmatched()
@@ -40,9 +40,7 @@ def main() -> None:
 
   import univid_jax
   from univid_jax.checkpoints.origin import Origin
-  from univid_jax.checkpoints.run import read_run
   from univid_jax.cli.sampling import group_loras, parse_lora
-  from univid_jax.config.boundary import override
   from univid_jax.data.sources.open import open_data
   from univid_jax.evaluation import exact
   from univid_jax.evaluation.run import evaluate
@@ -50,8 +48,6 @@ def main() -> None:
   from univid_jax.parallel.mesh import make_mesh
 
   config, workdir = CONFIG.value, WORKDIR.value
-  if not CONFIG.is_given and (record := read_run(workdir)) is not None:
-    config = override(record.config, CONFIG.overrides)
   folder = OUT.value or f"{workdir}/evaluation"
   loras = [parse_lora(item) for item in LORA.value]
   grouped = group_loras(loras)

@@ -63,8 +63,8 @@ class CommandFlags:
     self.switch("help", False, "Print this text.", short_name="h")
     self.verbosity = self.integer("verbosity", 0, "1 also prints the traceback of an error.")
 
-  def config(self) -> "ConfigFlag":
-    self._config = ConfigFlag()
+  def config(self, *, of_run: bool = False) -> "ConfigFlag":
+    self._config = ConfigFlag(of_run=of_run)
     return self._config
 
   def workdir(self, purpose: str) -> "WorkdirFlag":
@@ -196,14 +196,15 @@ class ConfigFlag:
 
   Attributes:
     is_given: whether the command line has --config.
-    overrides: the values of --config.KEY by key.
+
+  Args:
+    of_run: whether the default is the config of the run in --workdir, if there is one, and not a preset.
   """
 
-  def __init__(self):
+  def __init__(self, *, of_run: bool = False):
     self._value: RunConfig | None = None
-    self._keys: list[str] = []
+    self._of_run = of_run
     self.is_given = False
-    self.overrides: dict[str, Any] = {}
 
   @property
   def value(self) -> RunConfig:
@@ -212,31 +213,35 @@ class ConfigFlag:
 
   def define(self, argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     """Defines flags for the overrides in a command line; returns the command line without --config."""
-    name, rest, words = "tiny", [], iter(argv)
-    self.is_given = False
-    for word in words:
-      flag, equals, value = word.partition("=")
-      if flag in ("--config", "-config"):
-        name, self.is_given = value if equals else next(words, ""), True
-      else:
-        rest.append(word)
-    config_flags.DEFINE_config_dict("config", load_config(name), flag_values=values, sys_argv=rest)
-    names = (word.partition("=")[0].lstrip("-").removeprefix("no") for word in rest if word.startswith("-"))
-    self._keys = [name.removeprefix("config.") for name in names if name.startswith("config.")]
+    name, rest = _take(argv, "config")
+    self.is_given = name is not None
+    config_flags.DEFINE_config_dict("config", self._load(name, rest), flag_values=values, sys_argv=rest)
     return rest
+
+  def _load(self, name: str | None, rest: Sequence[str]) -> ml_collections.ConfigDict:
+    if name is None and self._of_run:
+      from univid_jax.checkpoints.run import read_run
+
+      if (record := read_run(_take(rest, "workdir")[0] or "runs/tiny")) is not None:
+        return to_config_dict(record.config)
+    return load_config("tiny" if name is None else name)
 
   def read(self, values: flags.FlagValues) -> None:
     config = values["config"].value
     assert isinstance(config, ml_collections.ConfigDict)
     self._value = from_config_dict(config)
-    self.overrides = {key: _get_value(config, key) for key in self._keys}
 
 
-def _get_value(config: ml_collections.ConfigDict, key: str) -> Any:
-  value: Any = config
-  for part in key.split("."):
-    value = value[part]
-  return value
+def _take(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+  """Returns the value of a flag in a command line, None if it is not given, and the command line without it."""
+  found, rest, words = None, [], iter(argv)
+  for word in words:
+    flag, equals, value = word.partition("=")
+    if flag in (f"--{name}", f"-{name}"):
+      found = value if equals else next(words, "")
+    else:
+      rest.append(word)
+  return found, rest
 
 
 def load_config(name: str) -> ml_collections.ConfigDict:

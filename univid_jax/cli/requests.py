@@ -179,7 +179,6 @@ class RequestRunner:
       return f"kept the result of an earlier command: {path}"
     arguments = {**self.arguments, "num_frames": self.form.num_frames, "carry_context": self.carry_context}
     video = WholeVideo(self.pipeline, examples, query, arguments, record)
-    remove_record(path)
     video.write(path, audio_from=request.clips[-1] if self.copy_audio else None, progress=self.progress)
     if self.grid:
       video.write_grid(grid_path(path, num_frames), path)

@@ -71,7 +71,7 @@ def write_record(result: Path, record: Mapping[str, Any], files: Iterable[Path])
   """
   text = _to_text({**record, FILES: _checksums(files)})
   with atomic_write(record_path(result)) as unfinished:
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
   count = record["num_frames"]
   return f"wrote {count} frame{'s' * (count > 1)} of {record['height']}x{record['width']}: {result}"
 

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from univid_jax import Pipeline
+from univid_jax.cli.results import remove_record
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat, ContextClip, Footage, file_footage
 from univid_jax.data.pictures import concatenate_clips
@@ -118,8 +119,13 @@ class WholeVideo:
     )
     bar.reset(total=video.num_steps)
     log.info("%s: %d frames in %d windows", self.query.footage.path, num_frames, video.num_windows)
+
+    def blocks() -> Iterator[Frames]:
+      yield from _crop(video, height, width)
+      remove_record(path)  # of an earlier result, which is replaced next
+
     with bar:
-      write_frames(path, _crop(video, height, width), num_frames=num_frames, fps=self.query.fps, audio_from=audio_from)
+      write_frames(path, blocks(), num_frames=num_frames, fps=self.query.fps, audio_from=audio_from)
     saved.remove()
 
   def write_grid(self, path: Path, result: Path) -> None:

@@ -55,6 +55,8 @@ _DIFFUSERS = _Written(
   others=("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"),
 )
 _KINDS = (_CHECKPOINT, _LORA, _ORIGINAL, _DIFFUSERS)
+# Beginnings of the names that macOS adds to folders.
+_FOREIGN = (".DS_Store", "._")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -110,7 +112,7 @@ def check_replaceable_folder(destination: epath.Path) -> None:
     return
   if not destination.is_dir():
     raise UserError(f"{destination} is a file, and a folder is to be written: choose another destination")
-  names = sorted(path.name for path in destination.iterdir())
+  names = sorted(path.name for path in destination.iterdir() if not path.name.startswith(_FOREIGN))
   if not names or any(kind.includes(names, complete=not is_remote(destination)) for kind in _KINDS):
     return
   strange = [name for name in names if not any(_matches(name, kind.markers + kind.others) for kind in _KINDS)] or names

@@ -117,7 +117,7 @@ def _copy(source: epath.Path, copy: Path) -> None:
 
 
 def _delete_others(copy: Path, keep: dict[Path, epath.Path]) -> None:
-  """Deletes files and folders that the source has not, before they are in the way of others of the same name."""
+  """Deletes files and folders that the source does not have, before they are in the way of others of the same name."""
   for folder, _, names in os.walk(copy, topdown=False):
     for path in (Path(folder) / name for name in names):
       if path not in keep and not _is_being_written(path):

@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError, FloatingPointError):
-  """The loss is not finite."""
+  """The loss or the gradient is not finite."""
 
 
 class Interrupted(KeyboardInterrupt):

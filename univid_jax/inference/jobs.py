@@ -79,7 +79,8 @@ def join_context(clips: Sequence[np.ndarray], first_frame: np.ndarray | None) ->
   """
   if len(clips) % 2 == 0 and (clips or first_frame is None):
     raise UserError(f"the context must be an odd number of clips (A, A', B), got {len(clips)}")
-  given = (*clips, *(() if first_frame is None else (np.asarray(first_frame)[None],)))
+  given = tuple(np.asarray(clip) if hasattr(clip, "__array__") else clip for clip in clips)
+  given += () if first_frame is None else (np.asarray(first_frame)[None],)
   for clip in given:
     check_frames(clip)
   if len({clip.shape[1:3] for clip in given}) > 1:

@@ -4,9 +4,9 @@ A signal is noticed at once, also while the main thread waits for a device or a 
 when the main thread runs Python, but the number of a signal is written to a socket that another thread reads.
 
 A process ends through `os._exit` if the main thread cannot be interrupted, and after it was: an exception that comes
-within JAX may leave it in a state that crashes when the interpreter is torn down. Besides, processes
-of a run end this way rather than wait for those that are gone (`parallel.supervisor`), and processes of the loader with
-the one that they work for (`data.grain_adapter`).
+within JAX may leave it in a state that crashes when the interpreter is torn down. Processes of a
+run also end this way instead of waiting for those that are gone (`parallel.supervisor`), as do the loader's processes
+when the one that they work for ends (`data.grain_adapter`).
 """
 
 import contextlib

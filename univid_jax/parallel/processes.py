@@ -16,7 +16,7 @@ import numpy as np
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, first_line
 from univid_jax.parallel.peers import ADVICE, Peers
 from univid_jax.parallel.relay import Relay
 
@@ -71,7 +71,8 @@ def _explain_detection() -> Iterator[None]:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     raise UserError(
       f"JAX could not find out which processes of this cluster belong together ({reason}); give "
-      "--coordinator=HOST:PORT, --num_processes and --process_id"
+      "--coordinator=HOST:PORT, --num_processes and --process_id, or set TPU_SKIP_MDS_QUERY=1 on a single machine with "
+      "TPUs"
     ) from error
 
 
@@ -96,9 +97,9 @@ def connect(
   Raises:
     UserError: they cannot be reached.
   """
-  with _explain_detection():
-    devices = _choose_devices()
-    if coordinator is None:
+  devices = _choose_devices()
+  if coordinator is None:
+    with _explain_detection():
       coordinator, num_processes, process_id, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
         os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, devices, None, START_TIMEOUT
       )
@@ -120,7 +121,7 @@ def connect(
       heartbeat_timeout_seconds=2 * heartbeat_seconds + SECOND_WATCHDOG,
     )
   except RuntimeError as error:
-    reason = str(error).splitlines()[0]
+    reason = first_line(error)
     raise UserError(
       f"process {process_id} of {num_processes} could not join the others at {coordinator}: {reason}"
     ) from error
@@ -139,10 +140,13 @@ def _choose_devices() -> list[int] | None:
   """Returns the GPUs of this process as JAX chooses them: by JAX_LOCAL_DEVICE_IDS, or one for each of SLURM's or
   Open MPI's processes on a machine; None for all."""
   if given := os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+    if not all(device.strip().isdecimal() for device in given.split(",")):
+      raise UserError(f"JAX_LOCAL_DEVICE_IDS must be numbers, separated by commas, got {given!r}")
     return [int(device) for device in given.split(",")]
   for cluster in (clusters.OmpiCluster, clusters.SlurmCluster):
-    if cluster.is_env_present() and (device := cluster.get_local_process_id()) is not None:
-      return [device]
+    with _explain_detection():
+      if cluster.is_env_present() and (device := cluster.get_local_process_id()) is not None:
+        return [device]
   return None
 
 

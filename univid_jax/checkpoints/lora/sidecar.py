@@ -13,7 +13,7 @@ _Path = TypeVar("_Path", bound=PurePath)
 
 def write_sidecar(sidecar: Path, metadata: Mapping[str, str]) -> None:
   """Writes metadata to a sidecar, which is given itself: what is written may have a temporary name."""
-  sidecar.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+  sidecar.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_sidecar(path: Path) -> dict[str, str]:

@@ -56,6 +56,12 @@ class DrawOptions:
   variants: int
   seed: int
 
+  @property
+  def has_videos(self) -> bool:
+    """Whether a context has videos; else only first frames are used."""
+    used = [name for name, weight in self.contexts.items() if weight > 0]
+    return any(is_video for name in used for is_video in video_pattern(name, num_clips=4))
+
   @classmethod
   def of(cls, config: DataConfig, *, seed: int) -> "DrawOptions":
     """Raises UserError if there is no such context."""

@@ -11,7 +11,6 @@ from univid_jax.core.bucket_files import copy_to_local
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.data.clips import ClipFormat, Footage
-from univid_jax.data.contexts import video_pattern
 from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped
 from univid_jax.data.sources.computed import LazySentences, computed_identity, open_computed
 from univid_jax.data.sources.grids import GridSentences
@@ -144,17 +143,9 @@ def _count_changes(source: SentenceSource) -> Counter[str]:
     footage = [part for record in source.records for part in record.footage]
   elif isinstance(source, PairSentences):
     footage = [part for pair in source.pairs for part in (pair.source, pair.target)]
-  images_alone = _has_images_alone(source)
+  images_alone = isinstance(source, PairSentences) and not source.options.has_videos
   lengths = [1 if images_alone else (min(part.num_frames, part.form.num_frames) - 1) // 4 * 4 + 1 for part in footage]
   return Counter(change for part, length in zip(footage, lengths) for change in part.describe_changes(length))
-
-
-def _has_images_alone(source: SentenceSource) -> bool:
-  """Whether the contexts of pairs have no videos, so that only first frames are used."""
-  if not isinstance(source, PairSentences):
-    return False
-  used = [name for name, weight in source.options.contexts.items() if weight > 0]
-  return not any(is_video for name in used for is_video in video_pattern(name, num_clips=4))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,7 +175,7 @@ def check_aligned(source: Footage, target: Footage, num_frames: int) -> None:
 
   Args:
     source, target: of a pair, which are brought to one size.
-    num_frames: of a video clip.
+    num_frames: of a video clip; 1 if only first frames are used.
 
   Raises:
     UserError: they do not agree.

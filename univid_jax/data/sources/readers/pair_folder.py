@@ -42,7 +42,7 @@ def open_pairs(
   for name in names:
     kind = (kinds or {}).get(name.parent.name, TargetKind.IMAGE)
     try:
-      pairs.append(_open_pair(name, form, kind))
+      pairs.append(_open_pair(name, form, kind, num_frames=form.num_frames if options.has_videos else 1))
     except (OSError, ValueError) as error:
       dropped.append(drop(f"{name.parent.name}/{name.name}", error))
   return join_pairs(pairs, dropped, form, options)
@@ -52,11 +52,11 @@ def _list_folders(folder: Path) -> list[Path]:
   return sorted(path for path in folder.iterdir() if path.is_dir() and not is_foreign(path))
 
 
-def _open_pair(folder: Path, form: ClipFormat, kind: TargetKind) -> Pair:
+def _open_pair(folder: Path, form: ClipFormat, kind: TargetKind, *, num_frames: int) -> Pair:
   source = open_footage(_find_only(folder, "source"), form)
   target_form = dataclasses.replace(source.form, resample=resampling(kind))  # of the same size
   target = open_footage(_find_only(folder, "target"), target_form)
-  check_aligned(source, target, form.num_frames)
+  check_aligned(source, target, num_frames)
   return Pair(folder.parent.name, folder.name, source, target, source.form.size)
 
 

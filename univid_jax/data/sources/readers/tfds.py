@@ -58,7 +58,7 @@ def open_tfds(
     try:
       first = parts[0].open(form)
       second = parts[1].open(first.form)  # of the same size
-      check_aligned(first, second, form.num_frames)
+      check_aligned(first, second, form.num_frames if options.has_videos else 1)
       pairs.append(Pair(config.task, str(index), first, second, first.form.size))
     except ValueError as error:
       dropped.append(drop(f"{config.name} {index}", error))
