@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
@@ -92,8 +91,7 @@ def convert_any(
     One line that says what was written.
 
   Raises:
-    UserError: the source cannot be converted to this target, or is incomplete; or the destination is or contains the
-      source, or has contents that no conversion wrote.
+    UserError: the source is incomplete or cannot be converted to this target, or the destination may not be replaced.
     OSError: the destination exists, or the disk is too small.
   """
   if destination in BUILT_IN:
@@ -105,15 +103,7 @@ def convert_any(
     raise UserError(f"--quantize={method} is for the conversion of PyTorch weights to a checkpoint of this project")
   if isinstance(found, list):
     loras = [lora.select(lora.changes) if lora_skip_unmatched else lora for lora in found]
-    targets = [destination] if len(loras) == 1 else [_name_expert(destination, lora) for lora in loras]
-    for target in targets:
-      check_apart(source, target)
-    notes = [
-      _convert_lora(lora, source, target, to=to, dtype=dtype, force=force)
-      for lora, target in zip(loras, targets, strict=True)
-    ]
-    written = f"wrote {' and '.join(targets)} ({OWN_FORMAT if to == JAX else to})"
-    return "; ".join([written, *dict.fromkeys(filter(None, notes))])
+    return _convert_loras(loras, source, destination, to=to, dtype=dtype, force=force)
   check_apart(source, destination)
   if to != JAX and to not in LAYOUTS:
     raise UserError(f"{source} contains base weights, and {to} is a format of LoRAs; use {JAX}, {', '.join(LAYOUTS)}")
@@ -129,12 +119,26 @@ def convert_any(
     return f"wrote {destination}: {_describe_model(info)} ({_describe_sizes(info)})"
   if to != JAX:
     raise UserError(f"{source} contains PyTorch weights; convert them to {JAX} first, and the result to {to}")
-  options: dict[str, Any] = {"dtype": dtype, "quantize": method, "allow_missing": allow_missing, "force": force}
-  info = write_checkpoint(found, destination, **options)
+  info = write_checkpoint(found, destination, dtype=dtype, quantize=method, allow_missing=allow_missing, force=force)
   warnings = [
     f"{name}: {describe_nonfinite(part.nonfinite)}" for name, part in info.components.items() if part.nonfinite
   ]
   return "; ".join([f"wrote {destination}: {_describe_model(info)} ({_describe_sizes(info)})", *warnings])
+
+
+def _convert_loras(
+  loras: Sequence[LoRAWeights], source: str, destination: str, *, to: str, dtype: str | None, force: bool
+) -> str:
+  """Converts the LoRA of a transformer, or those of two experts; for the arguments and the result see `convert_any`."""
+  targets = [destination] if len(loras) == 1 else [_name_expert(destination, lora) for lora in loras]
+  for target in targets:
+    check_apart(source, target)
+  notes = [
+    _convert_lora(lora, source, target, to=to, dtype=dtype, force=force)
+    for lora, target in zip(loras, targets, strict=True)
+  ]
+  written = f"wrote {' and '.join(targets)} ({OWN_FORMAT if to == JAX else to})"
+  return "; ".join([written, *dict.fromkeys(filter(None, notes))])
 
 
 def _describe_sizes(info: CheckpointInfo) -> str:

@@ -80,14 +80,12 @@ def make_loader(
     rows_per_batch: of all processes.
     seed: of the order, which changes every epoch.
     own_rows: of this process, ascending numbers of rows of a batch; by default all.
-    row_order: in which the streams fill the rows of a batch, so that few streams fill those of a process; by default
-      ascending.
+    row_order: in which streams fill the rows of a batch, so that few fill those of a process; by default ascending.
     num_threads: threads per stream that read and encode sentences.
     num_packing_bins: rows that are filled at the same time; by default two batches.
     packing: which of them a sentence goes to, and which batch a row.
     layout: of a batch, for balanced packing; by default each row has its own device.
-    num_streams: independent streams of rows, each with its share of the sentences. Batches depend on their number and
-      on `row_order`, not on `own_rows`.
+    num_streams: independent streams of rows, each with its share of the sentences; batches depend on it.
     stream_processes: whether each stream is made in a process of its own; sources and encoder must be picklable.
     weights: how often each source is drawn; equal by default.
     allow_dropped: leave out sentences that cannot be used, and log each once, instead of stopping.
