@@ -20,7 +20,7 @@ from univid_jax.data.balancing import BalancedBatches, BatchLayout
 from univid_jax.data.cache import CacheWriteError
 from univid_jax.data.grain_adapter import pack_dataset, prefetch, prefetch_in_process
 from univid_jax.data.packing import RowShape, finish_rows, join_rows
-from univid_jax.data.sources.dropping import drop
+from univid_jax.data.sources.base import drop
 from univid_jax.data.tokens import SEGMENTED, UNITS, Features, Unit, feature_names
 
 log = logging.getLogger(__name__)

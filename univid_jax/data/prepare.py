@@ -22,9 +22,8 @@ from univid_jax.data.features import FeatureMaker, condition_key
 from univid_jax.data.loader import check_lengths
 from univid_jax.data.packing import RowShape
 from univid_jax.data.progress import Progress
-from univid_jax.data.sources.base import Dropped, require_none_dropped
+from univid_jax.data.sources.base import Dropped, drop, require_none_dropped
 from univid_jax.data.sources.computed import ComputedSentences
-from univid_jax.data.sources.dropping import drop
 from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.sources.open import DataSources
 from univid_jax.data.tokens import feature_names

@@ -28,6 +28,16 @@ class Dropped:
     return f"{self.record}: {self.reason}"
 
 
+def printable(name: str) -> str:
+  """Returns a name with escapes, as in string literals, for what is no printable character, such as a line break."""
+  return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)
+
+
+def drop(record: str, error: Exception) -> Dropped:
+  """Returns a record that an error made unusable; its name and the message are one line each."""
+  return Dropped(printable(record), printable(str(error)))
+
+
 def require_none_dropped(dropped: Sequence[Dropped], *, allowed: bool) -> None:
   """Raises UserError if records were dropped and that is not allowed."""
   if dropped and not allowed:

@@ -11,8 +11,7 @@ from PIL import Image
 from univid_jax.core.errors import UserError
 from univid_jax.data.clips import WatchedFile
 from univid_jax.data.reader import CLIP_KINDS, CLIP_SUFFIXES, Frames, is_foreign, probe, read_clip
-from univid_jax.data.sources.base import Dropped
-from univid_jax.data.sources.dropping import drop
+from univid_jax.data.sources.base import Dropped, drop
 from univid_jax.data.sources.photos import crop_box, moving_window
 
 log = logging.getLogger(__name__)

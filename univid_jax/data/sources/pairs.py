@@ -11,8 +11,7 @@ from univid_jax.core.sentence import Sentence
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.contexts import CONTEXTS, make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
-from univid_jax.data.sources.base import DrawOptions, Dropped, draw, group_indices, hold_out
-from univid_jax.data.sources.dropping import printable
+from univid_jax.data.sources.base import DrawOptions, Dropped, draw, group_indices, hold_out, printable
 
 # A task and a size: the pairs that can be joined.
 Group = tuple[str, tuple[int, int]]

@@ -8,8 +8,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.data.clips import ClipFormat, open_footage
 from univid_jax.data.reader import CLIP_SUFFIXES, is_foreign
-from univid_jax.data.sources.base import DrawOptions, Dropped
-from univid_jax.data.sources.dropping import drop
+from univid_jax.data.sources.base import DrawOptions, Dropped, drop
 from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
 from univid_jax.data.target_kinds import resampling
 
