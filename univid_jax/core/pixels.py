@@ -9,7 +9,11 @@ OPPONENT_COLORS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], 
 def to_float(frames: np.ndarray) -> np.ndarray:
   """Converts uint8 frames to float32 in [-1, 1]; float frames are only cast to float32."""
   frames = np.asarray(frames)
-  return (frames.astype(np.float32) / 127.5 - 1) if frames.dtype == np.uint8 else frames.astype(np.float32)
+  values = frames.astype(np.float32)
+  if frames.dtype == np.uint8:
+    values /= 127.5
+    values -= 1
+  return values
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:

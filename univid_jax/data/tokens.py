@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -159,12 +160,19 @@ def _positions(
   positions, start = [], 0
   for shape in shapes:
     t, y, x = (n // p for n, p in zip(shape, patch_size))
-    grid = np.stack(np.meshgrid(np.arange(start, start + t), np.arange(y), np.arange(x), indexing="ij"), axis=-1)
-    positions.append(grid.reshape(-1, 3))
+    positions.append(_clip_positions(t, y, x) + np.array([start, 0, 0], np.int32))
     start += t + clip_gap
   if clip_gap and start - clip_gap > MAX_POSITION:
     raise UserError(
       f"config.model.clip_gap = {clip_gap} is too large: a sentence of {len(shapes)} clips ends at time "
       f"{start - clip_gap - 1}, and positions end at {MAX_POSITION - 1}"
     )
-  return np.concatenate(positions).astype(np.int32)
+  return np.concatenate(positions)
+
+
+@functools.lru_cache(maxsize=64)
+def _clip_positions(t: int, y: int, x: int) -> Int[np.ndarray, "l 3"]:
+  """Returns (t, y, x) of each token of a clip by itself; shared, hence not to be changed."""
+  positions = np.ascontiguousarray(np.indices((t, y, x), np.int32).reshape(3, -1).T)
+  positions.flags.writeable = False
+  return positions
