@@ -20,6 +20,7 @@ def draw_options(**changes) -> DrawOptions:
   defaults = dict(
     contexts={"I": 1.0, "II": 1.0, "III": 1.0, "IV": 1.0},
     num_clips={4: 1.0},
+    max_video_clips=0,
     reverse_probability=0.0,
     prompt=PromptStyle.DETAILED,
     prompt_dropout=0.0,

@@ -65,6 +65,7 @@ def test_unknown_preset():
     ("data.prompt", "poetic", "config.data.prompt must be one of null, rough, detailed, got 'poetic'"),
     ("data.kinds", {"x": "magic"}, "config.data.kinds.x must be one of image, depth"),
     ("data.kinds", {"x": "image"}, "config.data.kinds.x must be one of depth, normals"),
+    ("data.max_video_clips", 5, "config.data.max_video_clips must be 0, 4, 6, 8, ..., got 5"),
     ("data.num_clips", {"clips_5": 1.0}, "config.data.num_clips must have keys clips_4, clips_6"),
     ("data.contexts", {"I": -1.0}, "config.data.contexts.I must be at least 0, and finite, got -1.0"),
     ("data.tasks", {"invert": float("inf")}, "config.data.tasks.invert must be at least 0, and finite, got inf"),

@@ -202,6 +202,12 @@ class TestPairs:
     # Images make no videos.
     assert contexts == {("edges", "II"), *(("depth map", name) for name in ("I", "II", "III", "IV"))}
 
+  def test_sentences_with_videos_can_be_limited_to_fewer_clips(self, pairs):
+    options = draw_options(num_clips={8: 1.0}, max_video_clips=4)
+    sentences, _ = open_pairs(str(pairs), FORM, options)
+    sentences = [sentences[index] for index in range(len(sentences))]
+    assert {(s.context == "II", len(s.clips)) for s in sentences} == {(True, 8), (False, 4)}
+
   def test_pairs_of_one_bucket_are_joined(self, pairs):
     for number, name in enumerate(("u", "v")):
       folder = pairs / "edges" / name

@@ -67,6 +67,16 @@ class TestSentences:
       sentence = planned.read()
       assert Case(sentence.task, sentence.context, len(sentence.clips)) == planned.case
 
+  def test_cases_with_videos_have_no_more_clips_than_their_sentences(self, tiny_config):
+    changes = {"eval.sentences_per_case": 1, "data.num_clips.clips_6": 1.0, "data.max_video_clips": 4}
+    config = override(
+      tiny_config, changes | {"data.grids.families.life": 1.0, "data.grids.min_side": 3, "data.grids.max_side": 4}
+    )
+    sentences = select(config)
+    counts = {(s.case.context == "II", s.case.num_clips) for s in sentences}
+    assert counts == {(True, 4), (True, 6), (False, 4)} and len({s.case for s in sentences}) == len(sentences)
+    assert all(len(planned.read().clips) == planned.case.num_clips for planned in sentences)
+
   def test_order_of_keys_does_not_matter(self, tiny_config):
     """Flags sort the keys of a config, Python does not; the sentences are the same."""
     data = dataclasses.replace(tiny_config.data, tasks=dict(sorted(tiny_config.data.tasks.items())))

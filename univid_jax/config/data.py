@@ -113,6 +113,8 @@ class DataConfig(Section):
     contexts: weights of the contexts I to IV.
     animating_contexts: the same for tasks that make a video of an image (camera movement).
     num_clips: weights of sentences with 4, 6 or 8 clips, under `clips_4` and so on.
+    max_video_clips: most clips of a sentence with videos, so that rows need not be as long as the longest; sentences
+      that would have more have as many. 0 is no limit.
     reverse_probability: share of sentences with swapped pairs, so that the task is inverted.
     prompt: style of the prompts.
     num_sentences: computed sentences before the first is repeated.
@@ -157,6 +159,7 @@ class DataConfig(Section):
   num_clips: Mapping[str, float] = dataclasses.field(
     default_factory=lambda: {"clips_4": 1.0, "clips_6": 0.0, "clips_8": 0.0}
   )
+  max_video_clips: int = 0
   reverse_probability: float = 0.0
   prompt: PromptStyle = PromptStyle.NULL
   num_sentences: int = 1_000_000
@@ -187,6 +190,8 @@ class DataConfig(Section):
           f"config.data.{name} is a test set, and there is no training data for its examples: give config.data.{option}"
         )
     self._check_grids()
+    limit = self.max_video_clips
+    self.require("max_video_clips", limit == 0 or (4 <= limit <= MAX_COUNT and limit % 2 == 0), "0, 4, 6, 8, ...")
     _ = self.sizes, self.clip_counts  # parsed once here, so that mistakes are found
 
   def _check_grids(self) -> None:

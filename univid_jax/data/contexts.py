@@ -33,6 +33,17 @@ def video_pattern(context: str, num_clips: int) -> tuple[bool, ...]:
   return example * (num_clips // 2 - 1) + query
 
 
+def limit_clips(num_clips: int, context: str, max_video_clips: int) -> int:
+  """Returns how many clips a sentence has: at most `max_video_clips` (0: any number) if some of them are videos."""
+  has_videos = any(video_pattern(context, num_clips))
+  return min(num_clips, max_video_clips) if has_videos and max_video_clips else num_clips
+
+
+def possible_counts(num_clips: Mapping[int, float], context: str, max_video_clips: int) -> list[int]:
+  """Returns the numbers of clips that sentences of a context have, given the weights of all."""
+  return sorted({limit_clips(count, context, max_video_clips) for count, weight in num_clips.items() if weight > 0})
+
+
 def make_sentence(
   pairs: Sequence[tuple[Clip, Clip]], *, reverse: bool = False, prompt: str = "", task: str = "", context: str = ""
 ) -> Sentence:

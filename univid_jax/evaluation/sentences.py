@@ -10,7 +10,7 @@ import numpy as np
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import ClipRef, Sentence
-from univid_jax.data.contexts import CONTEXTS
+from univid_jax.data.contexts import CONTEXTS, possible_counts
 from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.computed import ComputedSentences, open_computed
 from univid_jax.data.sources.grids import GridSentences
@@ -101,8 +101,8 @@ def _split_cases(config: RunConfig, source: ComputedSentences) -> Iterator[tuple
   tasks = [task for task, weight in source.tasks.items() if weight > 0]
   for task in sorted(tasks, key=lambda task: order.index(task) if task in order else len(order)):
     for context, weight in sorted(source.contexts_of(task).items()):
-      for count, count_weight in sorted(config.data.clip_counts.items()):
-        if weight > 0 and count_weight > 0:
+      if weight > 0:
+        for count in possible_counts(config.data.clip_counts, context, config.data.max_video_clips):
           only = {context: 1.0}
           restricted = dataclasses.replace(
             source, tasks={task: 1.0}, contexts=only, animating_contexts=only, num_clips={count: 1.0}

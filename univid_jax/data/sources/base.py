@@ -54,12 +54,13 @@ class DrawOptions:
   Attributes:
     contexts: weights by name.
     num_clips: weights by number of clips.
-    reverse_probability, prompt, prompt_dropout, variants: see `DataConfig`.
+    max_video_clips, reverse_probability, prompt, prompt_dropout, variants: see `DataConfig`.
     seed: of all draws.
   """
 
   contexts: Mapping[str, float]
   num_clips: Mapping[int, float]
+  max_video_clips: int
   reverse_probability: float
   prompt: PromptStyle
   prompt_dropout: float
@@ -80,6 +81,7 @@ class DrawOptions:
     return cls(
       contexts=sort_weights(config.contexts),
       num_clips=sort_weights(config.clip_counts),
+      max_video_clips=config.max_video_clips,
       reverse_probability=config.reverse_probability,
       prompt=config.prompt,
       prompt_dropout=config.prompt_dropout,

@@ -12,7 +12,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames, reference_roles
 from univid_jax.data.clips import identify_all
-from univid_jax.data.contexts import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, make_sentence, video_pattern
+from univid_jax.data.contexts import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, limit_clips, make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.reader import Frames
 from univid_jax.data.sources.base import draw, sort_weights
@@ -38,6 +38,7 @@ class ComputedSentences:
     num_frames: of a video clip, 4n + 1.
     size: height and width of every clip in pixels.
     num_clips: weights by number of clips in a sentence.
+    max_video_clips: see `DataConfig`.
     reverse_probability: share of sentences of reversible tasks that are reversed.
     prompt_style: of the prompts.
     prompt_dropout: share of sentences with the null prompt.
@@ -54,6 +55,7 @@ class ComputedSentences:
   contexts: Mapping[str, float] = dataclasses.field(default_factory=lambda: PAPER_CONTEXTS)
   animating_contexts: Mapping[str, float] = dataclasses.field(default_factory=lambda: PAPER_CAMERA_CONTEXTS)
   num_clips: Mapping[int, float] = dataclasses.field(default_factory=lambda: {4: 1.0})
+  max_video_clips: int = 0
   reverse_probability: float = 0.0
   prompt_style: PromptStyle = PromptStyle.NULL
   prompt_dropout: float = 0.0
@@ -122,14 +124,18 @@ class ComputedSentences:
     """Draws a sentence of a task and context."""
     prompt = prompt_for(TASKS[task].prompt_name, self.prompt_style)
     context = _possible_context(task, context)
-    return self._compute(rng, Plan(task, context, int(draw(rng, self.num_clips)), prompt))
+    return self._compute(rng, Plan(task, context, self._draw_count(rng, context), prompt))
+
+  def _draw_count(self, rng: np.random.Generator, context: str) -> int:
+    """Draws the number of clips of a sentence."""
+    return limit_clips(int(draw(rng, self.num_clips)), context, self.max_video_clips)
 
   def _plan(self, index: int) -> "tuple[np.random.Generator, Plan]":
     """Returns the plan of a sentence, and the random generator that goes on to draw its clips."""
     rng = np.random.default_rng((self.seed, int(index)))
     task = draw(rng, self.tasks)
     context = _possible_context(task, draw(rng, self._drawn_contexts(task)))
-    num_clips = int(draw(rng, self.num_clips))
+    num_clips = self._draw_count(rng, context)
     prompt = prompt_for(TASKS[task].prompt_name, self.prompt_style)
     # A stream of its own, so that dropping prompts changes nothing else.
     if self.prompt_dropout and np.random.default_rng((self.seed, int(index), 1)).random() < self.prompt_dropout:
@@ -273,6 +279,7 @@ def open_computed(config: RunConfig, split: Split, *, seed: int) -> ComputedSent
     num_frames=data.num_frames,
     size=(data.height, data.width),
     num_clips=sort_weights(data.clip_counts),
+    max_video_clips=data.max_video_clips,
     reverse_probability=data.reverse_probability,
     prompt_style=data.prompt,
     prompt_dropout=data.prompt_dropout,
@@ -288,6 +295,9 @@ def computed_identity(config: RunConfig, sentences: ComputedSentences) -> str:
     {name: weight for name, weight in sort_weights(each).items() if weight}
     for each in (data.tasks, data.contexts, data.animating_contexts)
   ]
-  options = (data.height, data.width, data.num_frames, data.fps, data.reverse_probability, data.bundled, data.jitter)
+  options = (
+    *(data.height, data.width, data.num_frames, data.max_video_clips, data.fps),
+    *(data.reverse_probability, data.bundled, data.jitter),
+  )
   hashes = sentences.identify_files()
   return repr((COMPUTING_VERSION, config.seed, weights, sort_weights(data.clip_counts), options, hashes))

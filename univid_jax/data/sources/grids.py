@@ -9,7 +9,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import Sentence
-from univid_jax.data.contexts import make_sentence, video_pattern
+from univid_jax.data.contexts import limit_clips, make_sentence, possible_counts, video_pattern
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import draw, sort_weights
 from univid_jax.data.tasks.grids import GRID_FAMILIES
@@ -42,6 +42,7 @@ class GridSentences:
     families: weights by name.
     contexts: weights by name, for families in which time plays a part.
     num_clips: weights by number of clips in a sentence.
+    max_video_clips: see `DataConfig`.
     num_frames: of a video clip, 4n + 1.
     sides: range of a grid's height and width in cells.
     rendering: how grids are drawn.
@@ -56,6 +57,7 @@ class GridSentences:
   families: Mapping[str, float]
   contexts: Mapping[str, float]
   num_clips: Mapping[int, float]
+  max_video_clips: int
   num_frames: int
   sides: tuple[int, int]
   rendering: Rendering
@@ -85,6 +87,7 @@ class GridSentences:
       families=sort_weights(data.grids.families),
       contexts=sort_weights(data.contexts),
       num_clips=sort_weights(data.clip_counts),
+      max_video_clips=data.max_video_clips,
       num_frames=data.num_frames,
       sides=(data.grids.min_side, data.grids.max_side),
       rendering=rendering,
@@ -121,11 +124,10 @@ class GridSentences:
       splits = [GridSplit.HELD_OUT, *([GridSplit.TRAINED_RULES] if family.is_held_out else [])]
       for split in splits if self.families.get(name, 0) > 0 else []:
         for context in self.contexts_of(name):
-          for count, weight in sorted(self.num_clips.items()):
-            if weight > 0:
-              yield dataclasses.replace(
-                self, families={name: 1.0}, contexts={context: 1.0}, num_clips={count: 1.0}, split_name=split
-              )
+          for count in possible_counts(self.num_clips, context, self.max_video_clips):
+            yield dataclasses.replace(
+              self, families={name: 1.0}, contexts={context: 1.0}, num_clips={count: 1.0}, split_name=split
+            )
 
   def contexts_of(self, family: str) -> Mapping[str, float]:
     """Returns the contexts of a family with a positive weight."""
@@ -137,7 +139,7 @@ class GridSentences:
     rng = np.random.default_rng((self.seed, int(index)))
     name = draw(rng, self.families)
     context = draw(rng, self.contexts_of(name))
-    num_clips = int(draw(rng, self.num_clips))
+    num_clips = limit_clips(int(draw(rng, self.num_clips)), context, self.max_video_clips)
     dropped = rng.random() < self.prompt_dropout
     params, clips = self._draw_clips(rng, GRID_FAMILIES[name], video_pattern(context, num_clips))
     draw_clip = self.rendering.clip if self.by_reference else self.rendering.render

@@ -9,7 +9,7 @@ import numpy as np
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
-from univid_jax.data.contexts import CONTEXTS, make_sentence, video_pattern
+from univid_jax.data.contexts import CONTEXTS, limit_clips, make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import DrawOptions, Dropped, draw, group_indices, hold_out, printable
 
@@ -143,6 +143,7 @@ class PairSentences:
     query = self._queries[int(index) % len(self._queries)]
     num_clips = int(draw(rng, options.num_clips))
     context = draw(rng, self._contexts_of(query))
+    num_clips = limit_clips(num_clips, context, options.max_video_clips)
     others = [pair for pair in self.groups[query.group] if pair.name != query.name]
     count = num_clips // 2 - 1
     examples = [others[i] for i in rng.choice(len(others), size=count, replace=len(others) < count)]
