@@ -39,7 +39,9 @@ _save_named = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)
 # What the backward pass of a block may keep of the forward pass; None keeps everything.
 REMAT_POLICIES: Mapping[RematPolicy, Callable[..., bool] | None] = {
   RematPolicy.NONE: None,
-  RematPolicy.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  RematPolicy.DOTS: jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _save_attention
+  ),
   RematPolicy.ATTENTION: _save_attention,
   RematPolicy.FULL: jax.checkpoint_policies.nothing_saveable,
   RematPolicy.OFFLOAD: jax.checkpoint_policies.save_and_offload_only_these_names(

@@ -223,7 +223,7 @@ def _stored(config: RunConfig, shape: DiTConfig) -> float:
     RematPolicy.OFFLOAD: 0,
     RematPolicy.FULL: 1,
     RematPolicy.ATTENTION: 3,  # with the results of self- and cross-attention
-    RematPolicy.DOTS: 8 + width,
+    RematPolicy.DOTS: 10 + width,
     RematPolicy.NONE: 20 + 3 * width,
   }[config.model.remat]
 
@@ -263,7 +263,7 @@ def step_operations(config: RunConfig, remat: RematPolicy | None = None, *, skip
     RematPolicy.OFFLOAD: twice - once,
     RematPolicy.FULL: twice - once,
     RematPolicy.ATTENTION: twice - once - attention,
-    RematPolicy.DOTS: attention,
+    RematPolicy.DOTS: 0.0,
     RematPolicy.NONE: 0.0,
   }
   return once + again[remat or config.model.remat]
