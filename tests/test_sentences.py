@@ -155,9 +155,21 @@ class TestComputedSentences:
   def test_unknown_tasks_and_invalid_weights(self):
     with pytest.raises(UserError, match="unknown task 'mowing'"):
       computed(tasks={"mowing": 1.0})
-    for weights in ({}, {"a": 0.0}, {"a": -1.0, "b": 2.0}):
+    for weights in ({}, {"a": 0.0}, {"a": -1.0, "b": 2.0}, {"a": np.nan}):
       with pytest.raises(UserError, match="weights"):
         draw(np.random.default_rng(0), weights)
+
+  def test_draws_are_those_of_numpy(self):
+    """The key, and what the generator draws next."""
+    for seed in range(300):
+      rng = np.random.default_rng(seed)
+      weights = {f"key {i}": weight for i, weight in enumerate(rng.integers(0, 4, rng.integers(1, 20)) / 3)}
+      weights["last"] = float(rng.random())
+      ours, numpys = np.random.default_rng(seed), np.random.default_rng(seed)
+      shares = np.array(list(weights.values()))
+      for _ in range(20):
+        assert draw(ours, weights) == list(weights)[numpys.choice(len(weights), p=shares / shares.sum())]
+      assert ours.random() == numpys.random()
 
   def test_held_out_sentences_show_held_out_photographs(self):
     training, held_out = computed().split(0.1)
