@@ -58,14 +58,23 @@ class Rendering:
     Raises:
       ValueError: a grid does not fit.
     """
-    frames = np.broadcast_to(np.array(self.padding, np.uint8), (len(grids), *self.size, 3)).copy()
-    for frame, grid in zip(frames, grids):
+    height, width = self.size
+    rows, columns = -(-height // self.cell), -(-width // self.cell)
+    cells = np.full((len(grids), rows, columns), len(self.palette))
+    for inside, grid in zip(cells, grids):
       if not self.fits(grid.shape):
         raise ValueError(f"a grid of {grid.shape[0]}x{grid.shape[1]} cells does not fit into {self.canvas} cells")
-      height, width = grid.shape[0] * self.cell, grid.shape[1] * self.cell
-      cells = np.array(self.palette, np.uint8)[grid]
-      frame[:height, :width] = cells.repeat(self.cell, axis=0).repeat(self.cell, axis=1)
-    return np.concatenate([frames[:1], frames[1:].repeat(STATE_FRAMES, axis=0)])
+      inside[: grid.shape[0], : grid.shape[1]] = grid
+    # Whole lines are copied, first to the lines of a cell, then to the frames of a state.
+    lines = self._cell_lines.take(cells, axis=0).reshape(len(grids), rows, -1)
+    states = lines.repeat(self.cell, axis=1)[:, :height, : 3 * width]
+    num_frames = [1] + [STATE_FRAMES] * (len(grids) - 1)
+    return states.repeat(num_frames, axis=0).reshape(-1, height, width, 3)
+
+  @functools.cached_property
+  def _cell_lines(self) -> UInt8[np.ndarray, "_colors _bytes"]:
+    """A line of pixels of a cell of each colour, padding last."""
+    return np.tile(np.array([*self.palette, self.padding], np.uint8), self.cell)
 
   def clip(self, grids: Sequence[Grid]) -> ClipRef:
     """Returns the clip that `render` draws, to be drawn when it is read; its key identifies its pixels."""
