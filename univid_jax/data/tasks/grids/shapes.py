@@ -5,6 +5,9 @@ import scipy
 
 from univid_jax.data.tasks.grids.base import BACKGROUND, HELD_OUT_ONE_IN, Grid, Params, Size, draw_colors, is_one_in
 
+# Which cells are neighbours, for SciPy.
+SIDES = scipy.ndimage.generate_binary_structure(2, 1)
+
 
 def draw_outline(rng: np.random.Generator, size: Size) -> Params:
   """Draws the colours of objects and of their outlines."""
@@ -43,7 +46,7 @@ def make_walls(rng: np.random.Generator, size: Size, *, color: int, **params: ob
   for _ in range(rng.integers(1, 4)):
     rows, columns = _draw_box(rng, size, smallest=3, largest=max(3, max(size) - 1))
     box = grid[rows, columns]
-    box[[0, -1]], box[:, [0, -1]] = color, color
+    box[0] = box[-1] = box[:, 0] = box[:, -1] = color
     if rng.random() < 0.4:
       box[0, rng.integers(1, box.shape[1] - 1)] = BACKGROUND
   return np.where(rng.random(size) < rng.uniform(0, 0.1), color, grid)
@@ -51,15 +54,19 @@ def make_walls(rng: np.random.Generator, size: Size, *, color: int, **params: ob
 
 def fill_enclosed(grid: Grid, *, color: int, filling: int) -> Grid:
   """Fills the background that walls separate from the edge of the grid."""
-  walls = grid == color
-  return np.where(scipy.ndimage.binary_fill_holes(walls) & ~walls, filling, grid)
+  height, width = grid.shape
+  free = np.ones((height + 2, width + 2), bool)
+  free[1:-1, 1:-1] = grid != color
+  # The area around the grid is labelled 1, walls 0, and what is enclosed from 2.
+  areas, _ = scipy.ndimage.label(free, SIDES)
+  return np.where(areas[1:-1, 1:-1] > 1, filling, grid)
 
 
 def make_components(rng: np.random.Generator, size: Size, *, color: int) -> Grid:
   """Draws cells until one component is larger than each of the others."""
   while True:
     grid = np.where(rng.random(size) < rng.uniform(0.3, 0.55), color, BACKGROUND)
-    sizes = np.sort(_component_sizes(grid)[1])
+    sizes = sorted(_component_sizes(grid)[1].tolist())
     if len(sizes) > 1 and sizes[-1] > sizes[-2]:
       return grid
 
@@ -111,5 +118,5 @@ def _draw_box(rng: np.random.Generator, size: Size, *, smallest: int, largest: i
 
 def _component_sizes(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
   """Returns the label of each cell, from 1 (0 is the background), and the size of each component."""
-  labels, count = scipy.ndimage.label(grid != BACKGROUND)
+  labels, count = scipy.ndimage.label(grid != BACKGROUND, SIDES)
   return labels, np.bincount(labels.ravel(), minlength=count + 1)[1:]
