@@ -1,16 +1,14 @@
 """Families that ask for a solution: the shortest path in a maze, the next move of Tower of Hanoi, 4x4 sudoku."""
 
-import collections
 import functools
 import itertools
 import operator
 from collections.abc import Iterable
 
 import numpy as np
+from jaxtyping import Integer
 
 from univid_jax.data.tasks.grids.base import BACKGROUND, Grid, Params, Size, draw_colors
-
-Cell = tuple[int, int]
 
 # Colours of the ends of a path: green and red.
 START, GOAL = 3, 2
@@ -18,6 +16,9 @@ START, GOAL = 3, 2
 NUM_DISCS, NUM_PEGS = 4, 3
 HANOI_SIZE = (NUM_DISCS, 2 * NUM_PEGS)
 SUDOKU_SIZE = (4, 4)
+# A sudoku as one number: the bits of a cell, its highest value, and a one in each cell.
+_BITS, _DIGIT = 3, 7
+_ONES = 1 << _BITS * np.arange(16)
 
 
 def draw_maze_colors(rng: np.random.Generator, size: Size) -> Params:
@@ -32,16 +33,16 @@ def make_maze(rng: np.random.Generator, size: Size, *, wall: int, path: int) -> 
   del path
   while True:
     grid = np.where(rng.random(size) < rng.uniform(0.2, 0.45), wall, BACKGROUND)
-    free = np.argwhere(grid == BACKGROUND)
+    free = np.flatnonzero(grid == BACKGROUND)
     if not len(free):
       continue
-    first = _cell(free[rng.integers(len(free))])
+    first = _number(int(free[rng.integers(len(free))]), size)
     distances, counts = _search(grid, first, wall=wall)
     goals = [cell for cell, distance in distances.items() if distance > 1 and counts[cell] == 1]
     if goals:
       # Of two draws the farther one, so that long paths are not rare.
       last = max((goals[rng.integers(len(goals))] for _ in range(2)), key=lambda cell: distances[cell])
-      grid[first], grid[last] = START, GOAL
+      grid[_place(first, size)], grid[_place(last, size)] = START, GOAL
       return grid
 
 
@@ -52,12 +53,13 @@ def draw_path(grid: Grid, **colors: int) -> Grid:
 
 def draw_path_in_steps(grid: Grid, num_steps: int, *, wall: int, path: int) -> list[Grid]:
   """Draws the shortest path from start to goal, in equal parts."""
-  first, last = (_cell(np.argwhere(grid == color)[0]) for color in (START, GOAL))
+  first, last = (_number(int(np.argmax(grid == color)), grid.shape) for color in (START, GOAL))
   distances, _ = _search(grid, first, wall=wall)
   cells = [last]
   while cells[-1] != first:
-    cells.append(next(cell for cell in _neighbors(cells[-1]) if distances.get(cell) == distances[cells[-1]] - 1))
-  between = cells[-2:0:-1]
+    before = distances[cells[-1]] - 1
+    cells.append(next(cell for cell in _neighbors(cells[-1], grid.shape) if distances.get(cell) == before))
+  between = [_place(cell, grid.shape) for cell in cells[-2:0:-1]]
   states = []
   for step in range(1, num_steps + 1):
     state = grid.copy()
@@ -67,30 +69,44 @@ def draw_path_in_steps(grid: Grid, num_steps: int, *, wall: int, path: int) -> l
   return states
 
 
-def _search(grid: Grid, first: Cell, *, wall: int) -> tuple[dict[Cell, int], dict[Cell, int]]:
+# In a maze, cells have numbers, row by row. Around the grid are walls, which have numbers too: a row before the first
+# row, one after the last, and a wall after each row, which is also left of the next. So every cell has four neighbours.
+
+
+def _search(grid: Grid, first: int, *, wall: int) -> tuple[dict[int, int], dict[int, int]]:
   """Returns for each cell that can be reached its distance, and the number of shortest paths to it."""
   height, width = grid.shape
-  distances, counts, queue = {first: 0}, collections.Counter({first: 1}), collections.deque([first])
-  while queue:
-    cell = queue.popleft()
-    for y, x in _neighbors(cell):
-      if not (0 <= y < height and 0 <= x < width) or grid[y, x] == wall:
-        continue
-      if (y, x) not in distances:
-        distances[y, x] = distances[cell] + 1
-        queue.append((y, x))
-      if distances[y, x] == distances[cell] + 1:
-        counts[y, x] += counts[cell]
+  free = np.zeros((height + 2, width + 1), bool)
+  free[1:-1, :-1] = grid != wall
+  is_free = free.ravel().tolist()
+  distances, counts, queue = {first: 0}, {first: 1}, [first]
+  for cell in queue:
+    distance = distances[cell] + 1
+    for neighbor in _neighbors(cell, (height, width)):
+      if is_free[neighbor]:
+        if neighbor not in distances:
+          distances[neighbor], counts[neighbor] = distance, 0
+          queue.append(neighbor)
+        if distances[neighbor] == distance:
+          counts[neighbor] += counts[cell]
   return distances, counts
 
 
-def _neighbors(cell: Cell) -> list[Cell]:
-  y, x = cell
-  return [(y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)]
+def _number(index: int, size: Size) -> int:
+  """Returns the number of the cell with an index into the flat grid."""
+  y, x = divmod(index, size[1])
+  return (y + 1) * (size[1] + 1) + x
 
 
-def _cell(place: np.ndarray) -> Cell:
-  return int(place[0]), int(place[1])
+def _place(number: int, size: Size) -> tuple[int, int]:
+  """Returns row and column of the cell with a number."""
+  y, x = divmod(number, size[1] + 1)
+  return y - 1, x
+
+
+def _neighbors(number: int, size: Size) -> tuple[int, int, int, int]:
+  line = size[1] + 1
+  return number - line, number - 1, number + 1, number + line
 
 
 def draw_goal_peg(rng: np.random.Generator, size: Size) -> Params:
@@ -122,7 +138,9 @@ def draw_towers(pegs: list[int]) -> Grid:
 
 def read_towers(grid: Grid) -> list[int]:
   """Returns the peg of each disc, smallest first."""
-  return [int(np.argwhere(grid == disc + 1)[0][1]) // 2 for disc in range(NUM_DISCS)]
+  places = np.nonzero(grid)
+  columns = dict(zip(grid[places].tolist(), places[1].tolist()))
+  return [columns[disc + 1] // 2 for disc in range(NUM_DISCS)]
 
 
 def move_disc(grid: Grid, *, goal: int) -> Grid:
@@ -164,25 +182,33 @@ def sudoku_solutions() -> np.ndarray:
 def make_sudoku(rng: np.random.Generator, size: Size) -> Grid:
   """Draws a sudoku with one solution: 4 to 10 of the 16 cells are empty."""
   del size
-  solutions = sudoku_solutions()
-  grid = solutions[rng.integers(len(solutions))].copy()
-  missing = rng.integers(4, 11)
-  for place in rng.permutation(16):
-    if np.sum(grid == BACKGROUND) == missing:
+  solutions, codes = sudoku_solutions(), _sudoku_codes()
+  chosen = int(rng.integers(len(solutions)))
+  differences = codes ^ codes[chosen]
+  missing = int(rng.integers(4, 11))
+  clues = ~0
+  empty: list[int] = []
+  for place in rng.permutation(16).tolist():
+    if len(empty) == missing:
       break
-    trial = grid.copy()
-    trial.flat[place] = BACKGROUND
-    if np.sum(_agrees(trial)) == 1:
-      grid = trial
+    fewer = clues & ~(_DIGIT << _BITS * place)
+    # Every other solution differs in a cell that is left.
+    if np.count_nonzero(differences & fewer) == len(solutions) - 1:
+      empty.append(place)
+      clues = fewer
+  grid = solutions[chosen].copy()
+  grid.flat[empty] = BACKGROUND
   return grid
 
 
 def solve_sudoku(grid: Grid) -> Grid:
   """Returns the only solution."""
-  (solution,) = sudoku_solutions()[_agrees(grid)]
-  return solution
+  clues = (grid != BACKGROUND).ravel() @ (_DIGIT * _ONES)
+  (solution,) = np.flatnonzero((_sudoku_codes() & clues) == grid.ravel() @ _ONES)
+  return sudoku_solutions()[solution].copy()
 
 
-def _agrees(grid: Grid) -> np.ndarray:
-  """Returns which of the solutions agree with the cells that are not empty."""
-  return ((sudoku_solutions() == grid) | (grid == BACKGROUND)).all(axis=(1, 2))
+@functools.cache
+def _sudoku_codes() -> Integer[np.ndarray, "288"]:
+  """Returns all solutions, each as one number, in which every cell has bits of its own."""
+  return sudoku_solutions().reshape(-1, 16) @ _ONES
