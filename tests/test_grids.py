@@ -391,6 +391,18 @@ def solve_by_trying(grid):
     yield from solve_by_trying(trial)
 
 
+def all_rules(name):
+  """Returns all rules of a family with alternatives; of elementary rules in one colour."""
+  offsets = [offset for offset in itertools.product(range(-3, 4), repeat=2) if offset != (0, 0)]
+  return {
+    "translate": [{"offset": offset, "wraps": wraps} for offset in offsets for wraps in (False, True)],
+    "reorient": [{"symmetry": symmetry} for symmetry in cells.SYMMETRIES],
+    "gravity": [{"direction": direction} for direction in cells.DIRECTIONS],
+    "automaton": [{"rule": rule, "color": 1} for rule in range(256)],
+    "hanoi": [{"goal": goal} for goal in range(3)],
+  }[name]
+
+
 def states_of(sentence):
   return [RENDERING.decode(read_frames(clip)) for clip in sentence.clips]
 
@@ -455,10 +467,9 @@ class TestSentences:
     for index in range(5):
       sentence = source[index]
       clips = states_of(sentence)
+      rules = all_rules(name)
       if name == "automaton":
-        rules = [{"rule": rule, "color": sentence.params["color"]} for rule in range(256)]
-      else:
-        rules = list(family.alternatives(clips[0][0].shape, **{"goal": -1} if name == "hanoi" else {}))
+        rules = [{**rule, "color": sentence.params["color"]} for rule in rules]
       pairs = [(a[0], b[1:] if len(b) > 1 else b) for a, b in zip(clips[::2], clips[1::2])]
       answers = set()
       for rule in rules:
@@ -466,6 +477,25 @@ class TestSentences:
         if all(is_same(a, b) for got, (_, states) in zip(found[:-1], pairs) for a, b in zip(got, states)):
           answers.add(b"".join(state.astype(np.int8).tobytes() for state in found[-1]))
       assert len(answers) == 1
+
+  @pytest.mark.parametrize("name", [name for name, family in GRID_FAMILIES.items() if family.alternatives])
+  def test_alternatives_are_all_rules_that_agree_with_a_pair(self, name):
+    """Of elementary rules those that differ in one neighbourhood. Small and repetitive grids agree with many."""
+    family = GRID_FAMILIES[name]
+    for seed in range(12):
+      params, grid = draw_pair(name, seed, (4, 5))
+      if name != "hanoi" and seed % 2:
+        grid = np.tile(grid[:2, :1], (2, 5))
+      steps = 1 + seed % 3 if family.evolve else 1
+      targets = family.targets(grid, steps, params)
+      rules = all_rules(name)
+      if name == "automaton":
+        rules = [{"rule": params["rule"] ^ 1 << bit, "color": params["color"]} for bit in range(8)]
+      agree = [rule for rule in rules if all(map(is_same, family.targets(grid, steps, rule), targets))]
+      found = list(family.alternatives(grid, targets, **params))
+      assert all(rule in found for rule in agree if rule != params) and all(rule in rules for rule in found)
+      if name in ("translate", "automaton"):
+        assert len(found) == len(agree)
 
   def test_an_index_always_gives_the_same_sentence(self):
     source = GridSentences.open(CONFIG)

@@ -8,8 +8,8 @@ import numpy as np
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
-from univid_jax.core.sentence import Sentence
-from univid_jax.data.contexts import limit_clips, make_sentence, possible_counts, video_pattern
+from univid_jax.core.sentence import Sentence, reference_roles
+from univid_jax.data.contexts import limit_clips, possible_counts, video_pattern
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import draw, sort_weights
 from univid_jax.data.tasks.grids import GRID_FAMILIES
@@ -143,15 +143,15 @@ class GridSentences:
     dropped = rng.random() < self.prompt_dropout
     params, clips = self._draw_clips(rng, GRID_FAMILIES[name], video_pattern(context, num_clips))
     draw_clip = self.rendering.clip if self.by_reference else self.rendering.render
-    rendered = [draw_clip(states) for states in clips]
-    sentence = make_sentence(
-      list(zip(rendered[::2], rendered[1::2])),
+    return Sentence(
+      clips=tuple(map(draw_clip, clips)),
+      roles=reference_roles(len(clips)),
       prompt="" if dropped else self._prompt(name),
       task=task_name(name, self.split_name),
       context=context,
+      params={**params, "family": name, "split": describe_split(name, self.split_name)},
+      record=f"grid sentence {int(index)}",
     )
-    identity = {"family": name, "split": describe_split(name, self.split_name)}
-    return sentence.replace(params={**params, **identity}, record=f"grid sentence {int(index)}")
 
   def _draw_clips(
     self, rng: np.random.Generator, family: GridFamily, pattern: Sequence[bool]
@@ -163,19 +163,23 @@ class GridSentences:
       params = family.draw(rng, size)
       if family.is_held_out and family.is_held_out(params) != self.split_name.holds_out_rules:
         continue
-      sources: list[Grid] = []
+      pairs: list[tuple[Grid, Grid]] = []
       for _ in pattern[::2]:
-        source = self._draw_source(rng, family, size, params, sources)
-        if source is None:
+        pair = self._draw_pair(rng, family, size, params, [source for source, _ in pairs])
+        if pair is None:
           break
-        sources.append(source)
-      if len(sources) < len(pattern) // 2:
+        pairs.append(pair)
+      if len(pairs) < len(pattern) // 2:
         continue
-      targets = [family.targets(source, max(count, 1), params) for source, count in zip(sources, steps[1::2])]
+      sources = [source for source, _ in pairs]
+      targets = [
+        family.targets(source, count, params) if count > 1 else [target]
+        for (source, target), count in zip(pairs, steps[1::2])
+      ]
       *others, answer = (target[-1] for target in targets)
       if any(is_same(other, answer) for other in others):
         continue
-      if _is_determined(family, size, params, list(zip(sources, targets))):
+      if _is_determined(family, params, list(zip(sources, targets))):
         clips: list[States] = []
         for source, target, source_steps, target_steps in zip(sources, targets, steps[::2], steps[1::2]):
           clips.append([source] * (1 + source_steps))
@@ -183,9 +187,9 @@ class GridSentences:
         return params, clips
     raise AssertionError(f"no suitable grids of {self.sides} cells in {MAX_TRIES} draws")
 
-  def _draw_source(
+  def _draw_pair(
     self, rng: np.random.Generator, family: GridFamily, size: Size, params: Params, others: Sequence[Grid]
-  ) -> Grid | None:
+  ) -> tuple[Grid, Grid] | None:
     """Draws a source of the split that differs from the others and from its target; None if that takes too long."""
     for _ in range(100):
       source = family.make(rng, size, **params)
@@ -196,7 +200,7 @@ class GridSentences:
         and not is_same(source, target)
         and not any(is_same(source, other) for other in others)
       ):
-        return source
+        return source, target
     return None
 
 
@@ -207,9 +211,7 @@ def describe_split(family: str, split: GridSplit) -> str:
   return "trained rules" if split is GridSplit.TRAINED_RULES else "training"
 
 
-def _is_determined(
-  family: GridFamily, size: Size, params: Params, pairs: Sequence[tuple[Grid, Sequence[Grid]]]
-) -> bool:
+def _is_determined(family: GridFamily, params: Params, pairs: Sequence[tuple[Grid, Sequence[Grid]]]) -> bool:
   """Returns whether all rules that agree with the example pairs give the query's target."""
 
   def agrees(other: Params, source: Grid, target: Sequence[Grid]) -> bool:
@@ -218,5 +220,5 @@ def _is_determined(
   *examples, query = pairs
   return not any(
     all(agrees(other, *example) for example in examples) and not agrees(other, *query)
-    for other in (family.alternatives(size, **params) if family.alternatives else ())
+    for other in (family.alternatives(*pairs[0], **params) if family.alternatives else ())
   )

@@ -54,8 +54,9 @@ class GridFamily:
     apply: (source, **parameters) to the target grid.
     evolve: (source, num_steps, **parameters) to the states after each step, for videos; None if time plays no part.
     is_held_out: whether a rule, given by the parameters, is never trained on; None for a family with one rule.
-    alternatives: (size, **parameters) to other parameters; those that agree with the example pairs must agree on the
-      query, or the examples would not determine the answer.
+    alternatives: (source, the states that follow, **parameters) to the parameters of a family that agree with a pair,
+      and maybe further ones; those that agree with all examples must agree on the query, or the examples would not
+      determine the answer.
     size: of all grids; None if they may have any.
     splits_by_target: whether a grid is held out for its target, and not for itself.
     prompt_name: what the paper's detailed prompt calls the target.
@@ -100,7 +101,7 @@ def draw_colors(rng: np.random.Generator, count: int) -> list[int]:
 
 
 def is_same(a: Grid, b: Grid) -> bool:
-  return a.shape == b.shape and bool((a == b).all())
+  return a.shape == b.shape and not np.count_nonzero(a != b)
 
 
 def task_name(family: str, split: GridSplit) -> str:

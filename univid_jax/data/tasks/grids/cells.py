@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import scipy
+from jaxtyping import Integer
 
 from univid_jax.data.tasks.grids.base import (
   BACKGROUND,
@@ -36,6 +36,7 @@ HELD_OUT_DIRECTIONS = ("up",)
 
 # Elementary rules that show nothing: all dead, the identity, all alive.
 TRIVIAL_RULES = (0, 204, 255)
+RULES = tuple(rule for rule in range(256) if rule not in TRIVIAL_RULES)
 
 
 def draw_permutation(rng: np.random.Generator, size: Size) -> Params:
@@ -50,8 +51,8 @@ def draw_permutation(rng: np.random.Generator, size: Size) -> Params:
 
 def make_colored(rng: np.random.Generator, size: Size, *, mapping: Sequence[tuple[int, int]]) -> Grid:
   """Draws a grid in which every colour of the permutation occurs."""
-  colors = [color for color, _ in mapping]
-  cells = rng.choice(colors, size=size[0] * size[1])
+  colors = np.array([color for color, _ in mapping])
+  cells = colors[rng.integers(len(colors), size=size[0] * size[1])]
   cells[rng.choice(len(cells), size=len(colors), replace=False)] = colors
   return cells.reshape(size)
 
@@ -96,13 +97,31 @@ def is_held_out_translation(params: Params) -> bool:
   return is_one_in(HELD_OUT_ONE_IN, tuple(params["offset"]))
 
 
-def other_translations(size: Size, **params: object) -> Iterable[Params]:
+def other_translations(source: Grid, targets: Sequence[Grid], **params: object) -> Iterable[Params]:
+  """Yields the translations from a source to a target."""
   del params
-  return ({"offset": offset, "wraps": wraps} for offset in _offsets(size) for wraps in (False, True))
+  (target,), (height, width), (down, right) = targets, source.shape, _reach(source.shape)
+  # Every translation cuts a window from the surroundings of the grid: empty ones, or the grid repeated.
+  around = np.full((2, height + 2 * down, width + 2 * right), BACKGROUND)
+  around[0, down : down + height, right : right + width] = source
+  rows, columns = np.arange(-down, height + down) % height, np.arange(-right, width + right) % width
+  around[1] = source[rows][:, columns]
+  windows = np.lib.stride_tricks.sliding_window_view(around, target.shape, axis=(1, 2))
+  agrees = (windows == target).all(axis=(3, 4))
+  return (
+    {"offset": (down - y, right - x), "wraps": bool(wraps)}
+    for wraps, y, x in np.argwhere(agrees).tolist()
+    if (y, x) != (down, right)
+  )
+
+
+def _reach(size: Size) -> Size:
+  """Returns how far cells move at most, down or up and right or left."""
+  return min(MAX_OFFSET, size[0] - 1), min(MAX_OFFSET, size[1] - 1)
 
 
 def _offsets(size: Size) -> list[tuple[int, int]]:
-  down, right = (min(MAX_OFFSET, side - 1) for side in size)
+  down, right = _reach(size)
   both = itertools.product(range(-down, down + 1), range(-right, right + 1))
   return [offset for offset in both if offset != (0, 0)]
 
@@ -114,19 +133,30 @@ def draw_symmetry(rng: np.random.Generator, size: Size) -> Params:
 
 def reorient(grid: Grid, *, symmetry: str) -> Grid:
   """Flips, rotates (clockwise) or transposes a grid; half of the symmetries swap height and width."""
-  if symmetry.startswith("rotate"):
-    return np.rot90(grid, -int(symmetry.removeprefix("rotate_")) // 90)
-  if symmetry.startswith("flip"):
-    return grid[:, ::-1] if symmetry == "flip_horizontal" else grid[::-1]
-  return grid.T if symmetry == "transpose" else grid[::-1, ::-1].T
+  match symmetry:
+    case "flip_horizontal":
+      return grid[:, ::-1]
+    case "flip_vertical":
+      return grid[::-1]
+    case "rotate_90":
+      return grid[::-1].T
+    case "rotate_180":
+      return grid[::-1, ::-1]
+    case "rotate_270":
+      return grid[:, ::-1].T
+    case "transpose":
+      return grid.T
+    case "anti_transpose":
+      return grid[::-1, ::-1].T
+  raise ValueError(f"unknown symmetry {symmetry!r}")
 
 
 def is_held_out_symmetry(params: Params) -> bool:
   return params["symmetry"] in HELD_OUT_SYMMETRIES
 
 
-def other_symmetries(size: Size, **params: object) -> Iterable[Params]:
-  del size, params
+def other_symmetries(source: Grid, targets: Sequence[Grid], **params: object) -> Iterable[Params]:
+  del source, targets, params
   return ({"symmetry": symmetry} for symmetry in SYMMETRIES)
 
 
@@ -142,8 +172,7 @@ def fall(grid: Grid, *, direction: str) -> Grid:
 
 def fall_in_steps(grid: Grid, num_steps: int, *, direction: str) -> list[Grid]:
   """Lets cells fall, one cell per tick; the states are evenly spaced in time, and in the last one all cells rest."""
-  turns = {"down": 0, "left": 1, "up": 2, "right": 3}[direction]
-  turned = np.rot90(grid, turns)
+  turned = _turn_down(grid, direction)
   height, filled = len(turned), turned != BACKGROUND
   # A cell falls until it rests on the cells below it.
   rest = height - filled[::-1].cumsum(axis=0)[::-1]
@@ -153,24 +182,30 @@ def fall_in_steps(grid: Grid, num_steps: int, *, direction: str) -> list[Grid]:
     state = np.full_like(turned, BACKGROUND)
     ticks = round((height - 1) * step / num_steps)
     state[np.minimum(rows + ticks, rest[rows, columns]), columns] = turned[rows, columns]
-    states.append(np.rot90(state, -turns))
+    states.append(_turn_down(state, direction))
   return states
+
+
+def _turn_down(grid: Grid, direction: str) -> Grid:
+  """Flips or transposes a grid so that a direction points down; a second time turns it back."""
+  if direction in ("down", "up"):
+    return grid if direction == "down" else grid[::-1]
+  return grid.T if direction == "right" else grid[::-1, ::-1].T
 
 
 def is_held_out_direction(params: Params) -> bool:
   return params["direction"] in HELD_OUT_DIRECTIONS
 
 
-def other_directions(size: Size, **params: object) -> Iterable[Params]:
-  del size, params
+def other_directions(source: Grid, targets: Sequence[Grid], **params: object) -> Iterable[Params]:
+  del source, targets, params
   return ({"direction": direction} for direction in DIRECTIONS)
 
 
 def draw_rule(rng: np.random.Generator, size: Size) -> Params:
   """Draws an elementary rule by Wolfram's number, and the colour of living cells."""
   del size
-  rules = [rule for rule in range(256) if rule not in TRIVIAL_RULES]
-  return {"rule": rules[rng.integers(len(rules))], "color": draw_colors(rng, 1)[0]}
+  return {"rule": RULES[rng.integers(len(RULES))], "color": draw_colors(rng, 1)[0]}
 
 
 def make_living(rng: np.random.Generator, size: Size, *, color: int, **params: object) -> Grid:
@@ -181,9 +216,14 @@ def make_living(rng: np.random.Generator, size: Size, *, color: int, **params: o
 
 def next_generation(grid: Grid, *, rule: int, color: int) -> Grid:
   """Applies an elementary rule to every row, each a ring of cells of its own."""
-  alive = (grid != BACKGROUND).astype(np.int64)
-  neighborhood = 4 * np.roll(alive, 1, axis=1) + 2 * alive + np.roll(alive, -1, axis=1)
-  return np.where(rule >> neighborhood & 1, color, BACKGROUND)
+  return ((rule >> _neighborhoods(grid)) & 1) * color
+
+
+def _neighborhoods(grid: Integer[np.ndarray, "... _h _w"]) -> Integer[np.ndarray, "... _h _w"]:
+  """Returns for each cell which of left neighbour, itself and right neighbour live, as bits of 4, 2 and 1."""
+  alive = grid != BACKGROUND
+  ring = np.concatenate([alive[..., -1:], alive, alive[..., :1]], axis=-1, dtype=np.int64)
+  return 4 * ring[..., :-2] + 2 * ring[..., 1:-1] + ring[..., 2:]
 
 
 def generations(grid: Grid, num_steps: int, **params) -> list[Grid]:
@@ -196,10 +236,13 @@ def is_held_out_rule(params: Params) -> bool:
   return is_one_in(HELD_OUT_ONE_IN, params["rule"])
 
 
-def other_rules(size: Size, *, rule: int, color: int) -> Iterable[Params]:
-  """Yields the rules that differ in one neighbourhood: if each shows in the examples or not in the query, all do."""
-  del size
-  return ({"rule": rule ^ 1 << bit, "color": color} for bit in range(8))
+def other_rules(source: Grid, targets: Sequence[Grid], *, rule: int, color: int) -> Iterable[Params]:
+  """Yields the rules that differ in one neighbourhood, which the pair does not show.
+
+  If each neighbourhood shows in the examples or not in the query, rules that differ in several agree as well.
+  """
+  shown = _neighborhoods(np.stack([source, *targets[:-1]]))
+  return ({"rule": rule ^ 1 << bit, "color": color} for bit in set(range(8)).difference(shown.ravel().tolist()))
 
 
 def draw_color(rng: np.random.Generator, size: Size) -> Params:
@@ -209,9 +252,12 @@ def draw_color(rng: np.random.Generator, size: Size) -> Params:
 
 def next_life(grid: Grid, *, color: int) -> Grid:
   """Applies Conway's rule, B3/S23, on a torus."""
-  alive = (grid != BACKGROUND).astype(np.int64)
-  neighbors = scipy.ndimage.convolve(alive, np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]]), mode="wrap")
-  return np.where((neighbors == 3) | ((neighbors == 2) & (alive == 1)), color, BACKGROUND)
+  alive = grid != BACKGROUND
+  torus = np.concatenate([alive[-1:], alive, alive[:1]], dtype=np.int64)
+  lines = torus[:-2] + torus[1:-1] + torus[2:]
+  lines = np.concatenate([lines[:, -1:], lines, lines[:, :1]], axis=1)
+  living = lines[:, :-2] + lines[:, 1:-1] + lines[:, 2:]  # in the 3x3 cells around each cell
+  return ((living == 3) | ((living == 4) & alive)) * color
 
 
 def lives(grid: Grid, num_steps: int, *, color: int) -> list[Grid]:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Integer
@@ -157,8 +157,8 @@ def move_disc(grid: Grid, *, goal: int) -> Grid:
   return draw_towers(pegs)
 
 
-def other_goal_pegs(size: Size, *, goal: int) -> Iterable[Params]:
-  del size
+def other_goal_pegs(source: Grid, targets: Sequence[Grid], *, goal: int) -> Iterable[Params]:
+  del source, targets
   return ({"goal": peg} for peg in range(NUM_PEGS) if peg != goal)
 
 
