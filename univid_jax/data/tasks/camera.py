@@ -24,8 +24,8 @@ def camera_movement(
     clip = np.repeat(clip, num_frames, axis=0)
   height, width = clip.shape[1:3]
   out = []
-  for frame, pose in zip(from_unit(clip), camera_poses(len(clip), (height, width), zoom=zoom, angle=angle, shift=shift)):
-    log_zoom, radians, x, y = pose
+  poses = camera_poses(len(clip), (height, width), zoom=zoom, angle=angle, shift=shift)
+  for frame, (log_zoom, radians, x, y) in zip(from_unit(clip), poses):
     center = (0.5 + x) * width, (0.5 + y) * height
     a, b = np.cos(radians) / np.exp(log_zoom), np.sin(radians) / np.exp(log_zoom)
     matrix = (a, -b, center[0] - a * width / 2 + b * height / 2, b, a, center[1] - b * width / 2 - a * height / 2)
