@@ -38,6 +38,9 @@ WINDOW_RANGE = (0.875, 2.25)
 WINDOW_DRIFT = 0.05
 WINDOW_ZOOM = 0.07
 
+# All that a grey clip can show, as one row of pixels.
+GREY_LEVELS = np.linspace(np.zeros(3), np.ones(3), 256, dtype=np.float32)[None, None]
+
 
 @runtime_checkable
 class ClipSource(Protocol):
@@ -87,6 +90,7 @@ class PhotoSource:
 
 
 def _drop_equal_channels(photo: Image.Image) -> Image.Image:
+  """Returns one channel of a photograph whose channels are all the same, and any other as it is."""
   red, green, blue = photo.split()
   return red if red == green == blue else photo
 
@@ -106,8 +110,8 @@ def moving_window(photo: Image.Image, rng: np.random.Generator, *, num_frames: i
   room = np.maximum(whole - boxes, 0)  # rounding may give less than zero
   corners = np.clip(origin * room + drift * progress, 0, room)
   windows = [
-    photo.resize((width, height), Image.Resampling.BICUBIC, box=crop_box(*edges))
-    for edges in zip(corners, np.minimum(corners + boxes, whole))
+    photo.resize((width, height), Image.Resampling.BICUBIC, box=crop_box(corner, opposite))
+    for corner, opposite in zip(corners, np.minimum(corners + boxes, whole))
   ]
   frames = np.stack([np.asarray(window) for window in windows])
   return np.stack([frames] * 3, axis=-1) if frames.ndim == 3 else frames
@@ -123,18 +127,17 @@ def jitter_colors(frames: Frames, rng: np.random.Generator) -> Frames:
 
   So a few photographs show the colours of many.
   """
-  clip = to_unit(frames)
-  if is_grey(frames):
-    clip = duotone(clip, **draw_duotone(rng))
+  grey = is_grey(frames)
+  clip = duotone(GREY_LEVELS, **draw_duotone(rng)) if grey else to_unit(frames)
   angle, saturation = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 2.0)
   cos, sin = saturation * np.cos(angle), saturation * np.sin(angle)
   rotation = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
-  mix = OPPONENT_COLORS.T @ rotation @ OPPONENT_COLORS
-  clip = mix_channels(clip, mix)
+  clip = mix_channels(clip, OPPONENT_COLORS.T @ rotation @ OPPONENT_COLORS)
   np.clip(clip, 0, 1, out=clip)
   clip **= rng.uniform(0.7, 1.4)
   clip *= rng.uniform(0.8, 1.1)
-  return from_unit(clip)
+  colors = from_unit(clip)
+  return colors[0, 0].take(frames[..., 1], axis=0) if grey else colors
 
 
 def is_grey(frames: Frames) -> bool:

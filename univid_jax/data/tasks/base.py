@@ -65,7 +65,7 @@ def mix_channels(clip: UnitClip, matrix: np.ndarray) -> UnitClip:
 def blend(strength: Float[np.ndarray, "T H W"], start, end) -> UnitClip:
   """Returns colours between two: the first where the strength is 0, the second where it is 1."""
   out = np.empty((*strength.shape, 3), np.float32)
-  for channel, (first, second) in enumerate(zip(np.float32(start), np.float32(end))):
+  for channel, (first, second) in enumerate(zip(np.asarray(start, np.float32), np.asarray(end, np.float32))):
     part = np.multiply(strength, second - first, out=out[..., channel])
     part += first
   return out

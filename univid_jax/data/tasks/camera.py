@@ -23,9 +23,10 @@ def camera_movement(
   if num_frames is not None and len(clip) == 1:
     clip = np.repeat(clip, num_frames, axis=0)
   height, width = clip.shape[1:3]
-  out = []
+  frames = from_unit(clip)
   poses = camera_poses(len(clip), (height, width), zoom=zoom, angle=angle, shift=shift)
-  for frame, (log_zoom, radians, x, y) in zip(from_unit(clip), poses):
+  out = [frames[0]]  # at rest
+  for frame, (log_zoom, radians, x, y) in zip(frames[1:], poses[1:]):
     center = (0.5 + x) * width, (0.5 + y) * height
     a, b = np.cos(radians) / np.exp(log_zoom), np.sin(radians) / np.exp(log_zoom)
     matrix = (a, -b, center[0] - a * width / 2 + b * height / 2, b, a, center[1] - b * width / 2 - a * height / 2)

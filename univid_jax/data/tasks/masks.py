@@ -86,10 +86,8 @@ def _shift(frame: Float[np.ndarray, "H W"], shift: Float[np.ndarray, "2"]) -> Fl
   for axis, distance in enumerate(shift.tolist()):
     whole = math.floor(-distance)
     index = np.arange(frame.shape[axis]) + whole
-    first, second = (frame.take(index + i, axis, mode="clip") for i in range(2))
-    second -= first
-    second *= -distance - whole
-    frame = first + second
+    frame, following = (frame.take(index + i, axis, mode="clip") for i in range(2))
+    frame = frame + (following - frame) * (-distance - whole)
   return frame
 
 
