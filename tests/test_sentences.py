@@ -1,10 +1,12 @@
 """Visual sentences: contexts, prompts, computed tasks and their natural clips."""
 
+import functools
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 from PIL import Image
 
 from univid_jax.config.boundary import from_config_dict, override
@@ -18,8 +20,8 @@ from univid_jax.data.sources.base import draw
 from univid_jax.data.sources.computed import ComputedSentences, LazySentences, computed_identity, open_computed
 from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.photos import PhotoSource, moving_window
-from univid_jax.data.tasks import TASKS
-from univid_jax.data.tasks.base import Task, draw_nothing
+from univid_jax.data.tasks import TASKS, masks
+from univid_jax.data.tasks.base import Task, compute_luma, draw_nothing, to_unit
 from univid_jax.data.writer import write_clip
 
 CLIP = np.zeros((1, 4, 4, 3), np.uint8)
@@ -103,6 +105,25 @@ class TestTasks:
     for seed in range(50):
       params = TASKS["camera_movement"].draw(np.random.default_rng(seed))
       assert TASKS["camera_movement"].apply(white, **params, num_frames=5).min() == 1
+
+  def test_frames_are_aligned_as_by_scikit_image(self):
+    photo = PhotoSource.bundled("held_out").photos[0]
+    grey = compute_luma(to_unit(moving_window(photo, np.random.default_rng(0), num_frames=5, size=(40, 56))))[..., 0]
+    grey[4] = np.roll(grey[4], (-9, 21), axis=(0, 1))
+    align = functools.partial(skimage.registration.phase_cross_correlation, grey[2], upsample_factor=masks.UPSAMPLING)
+    shifts = masks.find_shifts(grey)
+    np.testing.assert_array_equal(shifts, [align(frame)[0] for frame in grey])
+    assert np.abs(shifts).max() > 20
+
+  def test_mask_of_a_square_is_without_specks_and_holes(self):
+    square = np.zeros((2, 32, 32), np.float32)
+    square[:, 8:24, 8:24] = 1
+    damaged = square.copy()
+    damaged[0, 12:18, 12:18] = 0
+    damaged[1, 3, 3] = 1
+    mask = masks.color_mask(damaged, [1, 1, 1], [0, 0, 0])
+    np.testing.assert_array_equal(mask, np.stack([square] * 3, axis=-1))
+    assert not masks.color_mask(np.ones((1, 8, 8), np.float32), [1, 1, 1], [0, 0, 0]).any()
 
   def test_an_animating_task_is_not_reversible(self):
     with pytest.raises(ValueError, match="cannot be reversible"):
@@ -335,3 +356,10 @@ class TestFolders:
     photo = Image.new("RGB", (61, 43))
     for seed in range(300):
       assert moving_window(photo, np.random.default_rng(seed), num_frames=5, size=(48, 80)).shape == (5, 48, 80, 3)
+
+  def test_windows_on_a_grey_photograph_are_those_on_its_equal_channels(self):
+    photo = PhotoSource.bundled("train").photos[2]
+    one, three = (
+      moving_window(each, np.random.default_rng(0), num_frames=3, size=(24, 24)) for each in (photo.convert("L"), photo)
+    )
+    np.testing.assert_array_equal(one, three)

@@ -56,11 +56,30 @@ def compute_luma(clip: UnitClip) -> Float[np.ndarray, "T H W 1"]:
   return (clip @ LUMA)[..., None]
 
 
+def mix_channels(clip: UnitClip, matrix: np.ndarray) -> UnitClip:
+  """Returns linear combinations of the channels of each pixel, one for each row of a matrix."""
+  columns = np.ascontiguousarray(matrix.T, np.float32)
+  return (clip.reshape(-1, clip.shape[-1]) @ columns).reshape(*clip.shape[:-1], len(matrix))
+
+
+def blend(strength: Float[np.ndarray, "T H W"], start, end) -> UnitClip:
+  """Returns colours between two: the first where the strength is 0, the second where it is 1."""
+  out = np.empty((*strength.shape, 3), np.float32)
+  for channel, (first, second) in enumerate(zip(np.asarray(start, np.float32), np.asarray(end, np.float32))):
+    part = np.multiply(strength, second - first, out=out[..., channel])
+    part += first
+  return out
+
+
 def to_unit(frames: UInt8[np.ndarray, "T H W 3"]) -> UnitClip:
   """Converts uint8 frames to float32 in [0, 1]."""
-  return frames.astype(np.float32) / 255
+  clip = frames.astype(np.float32)
+  clip /= 255
+  return clip
 
 
 def from_unit(clip: UnitClip) -> UInt8[np.ndarray, "T H W 3"]:
   """Converts frames in [0, 1] to uint8, rounding and clipping."""
-  return (np.clip(clip, 0, 1) * 255 + 0.5).astype(np.uint8)
+  levels = clip * 255
+  levels += 0.5
+  return np.clip(levels, 0, 255, out=levels).astype(np.uint8)

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from univid_jax.data.tasks.base import Params, UnitClip
+from univid_jax.data.tasks.base import Params, UnitClip, from_unit, to_unit
 
 
 def draw_camera_movement(rng: np.random.Generator) -> Params:
@@ -23,15 +23,16 @@ def camera_movement(
   if num_frames is not None and len(clip) == 1:
     clip = np.repeat(clip, num_frames, axis=0)
   height, width = clip.shape[1:3]
-  out = []
-  for frame, pose in zip(clip, camera_poses(len(clip), (height, width), zoom=zoom, angle=angle, shift=shift)):
-    log_zoom, radians, x, y = pose
+  frames = from_unit(clip)
+  poses = camera_poses(len(clip), (height, width), zoom=zoom, angle=angle, shift=shift)
+  out = [frames[0]]  # at rest
+  for frame, (log_zoom, radians, x, y) in zip(frames[1:], poses[1:]):
     center = (0.5 + x) * width, (0.5 + y) * height
     a, b = np.cos(radians) / np.exp(log_zoom), np.sin(radians) / np.exp(log_zoom)
     matrix = (a, -b, center[0] - a * width / 2 + b * height / 2, b, a, center[1] - b * width / 2 - a * height / 2)
-    image = Image.fromarray((frame * 255 + 0.5).astype(np.uint8))
+    image = Image.fromarray(frame)
     out.append(np.asarray(image.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)))
-  return np.stack(out).astype(np.float32) / 255
+  return to_unit(np.stack(out))
 
 
 def camera_poses(

@@ -3,11 +3,11 @@
 import numpy as np
 import scipy
 
-from univid_jax.data.tasks.base import Params, UnitClip, compute_luma
+from univid_jax.data.tasks.base import Params, UnitClip, blend, compute_luma, mix_channels
 
 
 def greyscale(clip: UnitClip) -> UnitClip:
-  return np.repeat(compute_luma(clip), 3, axis=-1)
+  return np.concatenate([compute_luma(clip)] * 3, axis=-1)
 
 
 def invert(clip: UnitClip) -> UnitClip:
@@ -16,7 +16,9 @@ def invert(clip: UnitClip) -> UnitClip:
 
 def invert_brightness(clip: UnitClip) -> UnitClip:
   """Makes dark pixels light and light ones dark; hues are kept as far as the range of values allows."""
-  return np.clip(clip + 1 - 2 * clip.mean(axis=-1, keepdims=True), 0, 1)
+  out = mix_channels(clip, np.eye(3) - 2 / 3)
+  out += 1
+  return np.clip(out, 0, 1, out=out)
 
 
 def swap_channels(clip: UnitClip) -> UnitClip:
@@ -34,8 +36,7 @@ def draw_duotone(rng: np.random.Generator) -> Params:
 
 def duotone(clip: UnitClip, *, dark, light) -> UnitClip:
   """Maps brightness to a gradient from one colour to another."""
-  dark, light = np.asarray(dark, np.float32), np.asarray(light, np.float32)
-  return dark + (light - dark) * compute_luma(clip)
+  return blend(compute_luma(clip)[..., 0], dark, light)
 
 
 def draw_low_light(rng: np.random.Generator) -> Params:
@@ -44,7 +45,9 @@ def draw_low_light(rng: np.random.Generator) -> Params:
 
 def low_light(clip: UnitClip, *, gain: float, gamma: float) -> UnitClip:
   """Simulates a short exposure."""
-  return gain * clip**gamma
+  out = clip**gamma
+  out *= gain
+  return out
 
 
 def draw_scribble(rng: np.random.Generator) -> Params:
@@ -59,6 +62,4 @@ def scribble(clip: UnitClip, *, paper, ink) -> UnitClip:
   """Draws soft edges (the gradient of the smoothed brightness) in one colour on another."""
   grey = compute_luma(clip)[..., 0]
   down, across = (scipy.ndimage.gaussian_filter(grey, (0, 1, 1), order=order) for order in ((0, 1, 0), (0, 0, 1)))
-  strength = np.clip(4 * np.hypot(down, across), 0, 1)[..., None].astype(np.float32)
-  paper, ink = np.asarray(paper, np.float32), np.asarray(ink, np.float32)
-  return paper + (ink - paper) * strength
+  return blend(np.clip(4 * np.hypot(down, across), 0, 1), paper, ink)

@@ -4,7 +4,7 @@ import numpy as np
 import scipy
 from PIL import Image
 
-from univid_jax.data.tasks.base import Params, UnitClip
+from univid_jax.data.tasks.base import Params, UnitClip, from_unit, to_unit
 
 
 def draw_holes(rng: np.random.Generator) -> Params:
@@ -37,10 +37,10 @@ def shrink(clip: UnitClip, *, factor: int) -> UnitClip:
   small = max(round(width / factor), 1), max(round(height / factor), 1)
 
   def shrink_frame(frame):
-    image = Image.fromarray((frame * 255 + 0.5).astype(np.uint8)).resize(small, Image.Resampling.BOX)
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+    image = Image.fromarray(frame).resize(small, Image.Resampling.BOX)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
-  return np.stack([shrink_frame(frame) for frame in clip])
+  return to_unit(np.stack([shrink_frame(frame) for frame in from_unit(clip)]))
 
 
 def draw_blur(rng: np.random.Generator) -> Params:
@@ -59,8 +59,10 @@ def draw_noise(rng: np.random.Generator) -> Params:
 
 def add_noise(clip: UnitClip, *, strength: float, seed: int) -> UnitClip:
   """Adds sensor noise: normal, independent in every pixel."""
-  noise = np.random.default_rng(seed).standard_normal(clip.shape, np.float32)
-  return np.clip(clip + strength * noise, 0, 1)
+  out = np.random.default_rng(seed).standard_normal(clip.shape, np.float32)
+  out *= strength
+  out += clip
+  return np.clip(out, 0, 1, out=out)
 
 
 def draw_rain(rng: np.random.Generator) -> Params:
@@ -78,16 +80,19 @@ def add_rain(clip: UnitClip, *, count: int, slant: float, strength: float, seed:
   frames, height, width = clip.shape[:3]
   start, speed = rng.uniform(0, 1, (count, 2)), rng.uniform(0.15, 0.35, count)
   length = rng.uniform(0.05, 0.15, count)
-  out = clip.copy()
-  for i in range(frames):
-    layer = np.zeros((height, width), np.float32)
-    for (y, x), drop, size in zip(start, speed, length):
-      top = (y + drop * i) % 1.15 - 0.15
-      steps = np.linspace(0, size, max(int(size * height * 2), 2))
-      rows = ((top + steps) * height).astype(int)
-      columns = (((x + slant * (drop * i + steps)) % 1) * width).astype(int)
-      inside = (rows >= 0) & (rows < height)
-      layer[rows[inside], columns[inside]] = 1
-    layer = scipy.ndimage.gaussian_filter(layer, 0.4)[..., None] * strength
-    out[i] = clip[i] * (1 - layer) + layer
+  points = np.maximum((length * height * 2).astype(int), 2)
+  streak = np.repeat(np.arange(count), points)
+  along = np.arange(len(streak)) - np.repeat(np.cumsum(points) - points, points)
+  steps = along * (length / (points - 1))[streak]
+  y, x, fallen = start[streak, 0], start[streak, 1], np.arange(frames)[:, None] * speed[streak]
+  rows = (((y + fallen) % 1.15 - 0.15 + steps) * height).astype(int)
+  columns = ((x + slant * (fallen + steps)) % 1 * width).astype(int)
+  frame, point = np.nonzero((rows >= 0) & (rows < height))
+  layer = np.zeros((frames, height, width), np.float32)
+  layer[frame, rows[frame, point], columns[frame, point]] = 1
+  layer = scipy.ndimage.gaussian_filter(layer, (0, 0.4, 0.4)) * np.float32(strength)
+  layer = np.stack([layer] * 3, axis=-1)
+  out = 1 - layer
+  out *= clip
+  out += layer
   return out
