@@ -1,12 +1,10 @@
 """Visual sentences: contexts, prompts, computed tasks and their natural clips."""
 
-import functools
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import skimage
 from PIL import Image
 
 from univid_jax.config.boundary import from_config_dict, override
@@ -21,7 +19,7 @@ from univid_jax.data.sources.computed import ComputedSentences, LazySentences, c
 from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.photos import PhotoSource, moving_window
 from univid_jax.data.tasks import TASKS, masks
-from univid_jax.data.tasks.base import Task, compute_luma, draw_nothing, to_unit
+from univid_jax.data.tasks.base import Task, draw_nothing
 from univid_jax.data.writer import write_clip
 
 CLIP = np.zeros((1, 4, 4, 3), np.uint8)
@@ -105,15 +103,6 @@ class TestTasks:
     for seed in range(50):
       params = TASKS["camera_movement"].draw(np.random.default_rng(seed))
       assert TASKS["camera_movement"].apply(white, **params, num_frames=5).min() == 1
-
-  def test_frames_are_aligned_as_by_scikit_image(self):
-    photo = PhotoSource.bundled("held_out").photos[0]
-    grey = compute_luma(to_unit(moving_window(photo, np.random.default_rng(0), num_frames=5, size=(40, 56))))[..., 0]
-    grey[4] = np.roll(grey[4], (-9, 21), axis=(0, 1))
-    align = functools.partial(skimage.registration.phase_cross_correlation, grey[2], upsample_factor=masks.UPSAMPLING)
-    shifts = masks.find_shifts(grey)
-    np.testing.assert_array_equal(shifts, [align(frame)[0] for frame in grey])
-    assert np.abs(shifts).max() > 20
 
   def test_mask_of_a_square_is_without_specks_and_holes(self):
     square = np.zeros((2, 32, 32), np.float32)
