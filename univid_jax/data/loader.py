@@ -146,6 +146,7 @@ class Loader:
     numbers = sorted({number for number, _ in sources})
     self._num_streams, self._order = num_streams, order
     self._taken = np.array([numbers.index(number) * rows_per_stream + place for number, place in sources])
+    self._takes_all = np.array_equal(self._taken, np.arange(len(numbers) * rows_per_stream))
     self._streams = {number: self._open_stream(number, num_streams, rows_per_stream) for number in numbers}
 
   def __iter__(self) -> "Loader":
@@ -154,7 +155,7 @@ class Loader:
   def __next__(self) -> PackedRow:
     parts = [next(stream) for stream in self._streams.values()]
     rows = parts[0] if len(parts) == 1 else join_rows(parts)
-    return jax.tree.map(lambda x: x[self._taken], rows)
+    return rows if self._takes_all else jax.tree.map(lambda x: x[self._taken], rows)
 
   def start_prefetch(self) -> None:
     """Makes the first batches in advance."""
