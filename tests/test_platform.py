@@ -80,6 +80,16 @@ def test_gradient_of_adapters_on_cpus_equals_the_general_one():
     assert relative_error(a, b) <= 1e-6
 
 
+def test_training_on_cpus_multiplies_without_ynnpack():
+  """The default is asserted too: once JAX changes it, the option is not needed any more."""
+  x = jnp.ones((256, 256))
+  default, ours = (
+    jax.jit(jnp.matmul, compiler_options=options).lower(x, x).compile().as_text()
+    for options in (None, dict(cpu.COMPILER_OPTIONS))
+  )
+  assert "ynn" in default and "ynn" not in ours
+
+
 @pytest.mark.parametrize(
   "kernel, strides, padding, zero_frames",
   [

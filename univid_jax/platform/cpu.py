@@ -3,9 +3,15 @@
 Times are of two cores of an AMD EPYC, float32; docs/benchmarks/cpu.md has the details.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+# XLA's own matrix products instead of YNNPACK's, which it fuses with what follows by default.
+COMPILER_OPTIONS: Mapping[str, str] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def conv_in_time(

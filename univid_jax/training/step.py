@@ -18,6 +18,8 @@ from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import TrainStep
 from univid_jax.diffusion.loss import NoiseLevels, draw_noise, has_sentence, sentence_losses
 from univid_jax.models.lora import join, with_dropout_keys
+from univid_jax.platform import cpu
+from univid_jax.platform.current import Platform
 from univid_jax.training.expert_schedule import ExpertSchedule
 from univid_jax.training.guard import GuardState
 from univid_jax.training.state import Params, StateSpec, TrainState
@@ -46,6 +48,7 @@ def make_train_step(
     steps[0] if len(steps) == 1 else _alternate(config, steps),
     donate_argnums=0,
     out_shardings=(spec.shardings, replicated),
+    compiler_options=dict(cpu.COMPILER_OPTIONS) if mesh.devices.flat[0].platform == Platform.CPU else None,
   )
 
 
