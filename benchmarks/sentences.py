@@ -1,16 +1,11 @@
 """How fast one core makes the sentences of a preset without an autoencoder, by source and task, and fills rows.
 
-  python -m benchmarks.sentences [--preset=small] [--count=1000] [--out=FILE.json]
+  OMP_NUM_THREADS=1 python -m benchmarks.sentences [--preset=small] [--count=1000] [--out=FILE.json]
 
 Clips are drawn, encoded and, for the last figure, packed as in a stream of `config.data.stream_processes`.
 """
 
 import collections
-import os
-
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # before NumPy reads them
-  os.environ.setdefault(_name, "1")
-
 import dataclasses
 import statistics
 import sys
