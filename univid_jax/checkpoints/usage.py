@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.dims import MAX_POSITION
+from univid_jax.core.dims import MAX_POSITION, is_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import MAX_STEPS, Attention, ClipFit, ContextTimestep, Quantize
@@ -218,7 +218,7 @@ def _parse_fps(text: str) -> float:
 
 def _parse_num_frames(text: str) -> int:
   count = int(text)
-  if count < 1 or count % 4 != 1:
+  if not is_clip_length(count):
     raise ValueError("it must be 4n + 1")
   return count
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
+from univid_jax.core.dims import latent_frames
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
@@ -30,10 +31,6 @@ from univid_jax.data.tokens import feature_names
 from univid_jax.parallel.processes import sum_over_processes, wait_for_processes
 
 log = logging.getLogger(__name__)
-
-# Frames per latent frame, after the first, of all codecs; lengths of clips (4n + 1) rely on it too. The codec is not
-# asked, since that would load it even if nothing has to be encoded.
-TEMPORAL_STRIDE = 4
 
 # The key of a value, and what computes and stores it.
 Item = tuple[str, Callable[[], object]]
@@ -270,7 +267,7 @@ def _clips(encoder: _ClipEncoder, sentences: _Sentences) -> Iterator[Item]:
 def _conditions(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
   for sentence in sentences:
     if clips := _references(sentence):
-      count = sum(1 + (clip.num_frames - 1) // TEMPORAL_STRIDE for clip in clips)
+      count = sum(latent_frames(clip.num_frames) for clip in clips)
       yield condition_key(clips[0], count), functools.partial(features.encode_condition, clips[0], count)
 
 
