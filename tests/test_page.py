@@ -32,7 +32,7 @@ from univid_jax.parallel.mesh import make_mesh
 OFFER = Offer(
   checkpoints=("runs/one", "runs/two"),
   loras=(("a.safetensors", 1.0), ("b.safetensors", 0.5)),
-  accelerator=("fast.safetensors:0.8",),
+  distillation=("fast.safetensors:0.8",),
   flags=("--dtype=float32",),
 )
 
@@ -85,7 +85,7 @@ def test_choices_become_the_flags_of_sample():
     "--checkpoint=runs/one", "--dtype=float32", "--lora=a.safetensors,b.safetensors:0.5",
     "--accelerate=fast.safetensors:0.8",
   ]  # fmt: skip
-  assert first.sample_flags() == ["--seed=0"], "the accelerator decides about the steps"
+  assert first.sample_flags() == ["--seed=0"], "the distillation decides about the steps"
   other = Choice(checkpoint="runs/two", lora_weights=(0, -0.25), steps=7, task="depth map", num_frames=5, seed=3)
   assert other.model_flags(OFFER) == ["--checkpoint=runs/two", "--dtype=float32", "--lora=b.safetensors:-0.25"]
   assert other.sample_flags() == ["--task=depth map", "--steps=7", "--num_frames=5", "--seed=3"]

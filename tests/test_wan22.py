@@ -537,7 +537,7 @@ class TestExperts:
     out = pipe.sample(clips, step_cache=cache, **options)
     assert 1e-4 < relative_error(out.latents, dense.latents) < 0.5
 
-  def test_an_accelerator_has_a_file_for_each_expert(self, experts):
+  def test_a_distillation_has_a_file_for_each_expert(self, experts):
     """They are sampled at the published noise levels, not with the shift of 12 that the base has."""
     lora = str(GOLDENS / "tiny_wan" / "univid_lora.ckpt")
     options = {"lora_skip_unmatched": True, "dtype": "float32", "mesh": one_device()}

@@ -53,7 +53,7 @@ def main() -> None:
   offer = Offer(
     checkpoints=CHECKPOINT.value or find_checkpoints(),
     loras=[parse_lora(item) for item in LORA.value],
-    accelerator=ACCELERATE.value,
+    distillation=ACCELERATE.value,
     flags=FLAGS.given(MODEL_FLAGS),
   )
   session = Session(offer)

@@ -39,13 +39,13 @@ class Offer:
   Attributes:
     checkpoints: the first is loaded first.
     loras: each with the weight that it has at first.
-    accelerator: values of --accelerate; none if there is no accelerator.
+    distillation: values of --accelerate; none if there is no distillation.
     flags: of `sample` in addition, for every model.
   """
 
   checkpoints: Sequence[str]
   loras: Sequence[tuple[str, float]] = ()
-  accelerator: Sequence[str] = ()
+  distillation: Sequence[str] = ()
   flags: Sequence[str] = ()
 
 
@@ -56,7 +56,7 @@ class Choice:
   Attributes:
     checkpoint: one of those offered.
     lora_weights: of the LoRAs offered; 0 leaves one out.
-    accelerated: whether to use the accelerator.
+    accelerated: whether to use the distillation.
     steps: None leaves them to the model.
     task, prompt: of the sentence; the prompt is used if both are given.
     num_frames: of B'; None infers them.
@@ -84,7 +84,7 @@ class Choice:
     loras = ",".join(path if weight == 1 else f"{path}:{weight:g}" for path, weight in chosen)
     flags = [f"--checkpoint={self.checkpoint}", *offer.flags]
     flags += [f"--lora={loras}"] if loras else []
-    return flags + ([f"--accelerate={','.join(offer.accelerator)}"] if self.accelerated and offer.accelerator else [])
+    return flags + ([f"--accelerate={','.join(offer.distillation)}"] if self.accelerated and offer.distillation else [])
 
   def sample_flags(self) -> list[str]:
     """Returns the flags that say how to sample."""
@@ -147,7 +147,7 @@ class Session:
   def first_choice(self) -> Choice:
     """Returns what is chosen unless something else is."""
     weights = tuple(weight for _, weight in self.offer.loras)
-    accelerated = bool(self.offer.accelerator)
+    accelerated = bool(self.offer.distillation)
     return Choice(checkpoint=self.offer.checkpoints[0], lora_weights=weights, accelerated=accelerated)
 
   def open(self, choice: Choice) -> None:

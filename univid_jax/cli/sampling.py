@@ -107,7 +107,7 @@ def resolve_steps(pipeline: Pipeline, options: Mapping[str, Any]) -> dict[str, A
   """Returns options of `Pipeline.plan` with those that the model decides about filled in, to be recorded."""
   plan = pipeline.plan(**options)
   steps = None if options["sigmas"] else len(plan.sigmas)
-  decided = pipeline.accelerator
+  decided = pipeline.distillation
   shift = options["shift"] if decided is None else decided.shift
   solver = decided.solver if decided else options["solver"] or "euler"
   scale = plan.guidance_scale

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
   from univid_jax import Pipeline
   from univid_jax.checkpoints.origin import Origin
   from univid_jax.data.clips import ClipFormat
-  from univid_jax.inference.accelerate import AcceleratorLoRAs
+  from univid_jax.inference.distillation_loras import DistillationLoRAs
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class SamplingFlags:
     self._parse_size()
     self._group_loras()
 
-  def load(self, accelerator: "AcceleratorLoRAs | None" = None) -> "tuple[Pipeline, Origin]":
+  def load(self, distillation: "DistillationLoRAs | None" = None) -> "tuple[Pipeline, Origin]":
     """Loads the model, on the devices of this process."""
     import jax
 
@@ -122,13 +122,13 @@ class SamplingFlags:
     from univid_jax.parallel.mesh import make_mesh
 
     loras, grouped = self._group_loras()
-    files = accelerator and accelerator.files
+    files = distillation and distillation.files
     verification = self.verification.value
-    sources = {"loras": loras, "accelerator": files, "quantize": self._quantize.value, **verification}
+    sources = {"loras": loras, "distillation": files, "quantize": self._quantize.value, **verification}
     origin = Origin.of(self.checkpoint.value, step=self._step.value, **sources)
     loading: dict[str, Any] = {flag.name: flag.value for flag in self._loading}
     mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-    loading |= {"lora": grouped, "accelerate": accelerator, "step": origin.step, "mesh": mesh, **verification}
+    loading |= {"lora": grouped, "accelerate": distillation, "step": origin.step, "mesh": mesh, **verification}
     pipeline = univid_jax.load_pipeline(self.checkpoint.value, **loading)
     return pipeline, origin
 

@@ -24,8 +24,8 @@ from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, Quantize, parse_option
 from univid_jax.core.packed_row import ContextMode
-from univid_jax.inference.accelerate import AcceleratorLoRAs, read_accelerator
 from univid_jax.inference.added_loras import add_loras
+from univid_jax.inference.distillation_loras import DistillationLoRAs, read_distillation
 from univid_jax.inference.experts import OffloadedParams, Transformer
 from univid_jax.inference.lora_specs import LoRA, LoRASpecs, lora_usage, read_loras, select_loras
 from univid_jax.inference.partial import PartialPipeline
@@ -47,7 +47,7 @@ def load_pipeline(
   lora: LoRASpecs | Mapping[str, LoRASpecs] | None = None,
   dtype: str | None = None,
   *,
-  accelerate: str | Sequence[str] | AcceleratorLoRAs | None = None,
+  accelerate: str | Sequence[str] | DistillationLoRAs | None = None,
   merge_lora: bool = False,
   lora_skip_unmatched: bool = False,
   offload_inactive: bool = False,
@@ -68,7 +68,8 @@ def load_pipeline(
       {"high": ..., "low": ...} (or "both"); else metadata or names must say it.
     dtype: of transformer and encoders; by default bfloat16, or that of the run; of a base that was trained from scratch
       float32.
-    accelerate: a distillation LoRA, `[EXPERT=]PATH[:WEIGHT][:KIND]`, or one per expert; see `diffusion.accelerators`.
+    accelerate: a distillation LoRA, `[EXPERT=]PATH[:WEIGHT][:KIND]`, or one per expert; see
+      `diffusion.distillations`.
     merge_lora: adds LoRAs to the weights instead of computing them separately.
     lora_skip_unmatched: leaves out, with a warning, tensors of LoRAs that have no counterpart in the base.
     offload_inactive: keeps the expert that is not in use in host memory.
@@ -87,8 +88,8 @@ def load_pipeline(
   _check_options(attention, context_timestep)
   method = parse_option(Quantize, "quantize", quantize) if quantize else None
   loras = read_loras(lora, verify=verify_weights)
-  accelerator = read_accelerator(accelerate, verify=verify_weights) if accelerate else None
-  loras += accelerator.loras if accelerator else ()
+  distillation = read_distillation(accelerate, verify=verify_weights) if accelerate else None
+  loras += distillation.loras if distillation else ()
   given = {"attention": attention, "context_timestep": context_timestep}
   how = {"merged": merge_lora, "skip_unmatched": lora_skip_unmatched, "offload": offload_inactive}
   finish = functools.partial(_finish, mesh=mesh, **how)
@@ -100,7 +101,7 @@ def load_pipeline(
     saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
     with verified(record.config.init_from and locate(record.config.init_from), enabled=verify_weights):
       pipeline = _open_run(saved, record, loras, finish, mesh=mesh, step=step, quantize=method, given=given)
-  pipeline.accelerator = accelerator and accelerator.kind
+  pipeline.distillation = distillation and distillation.kind
   return pipeline
 
 

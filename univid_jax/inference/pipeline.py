@@ -22,7 +22,7 @@ from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.clips import ClipFormat, read_context
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.tokens import Features, unpatchify
-from univid_jax.diffusion.accelerators import Accelerator
+from univid_jax.diffusion.distillations import Distillation
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 from univid_jax.inference.encoding import EncodingPipeline, Sample
 from univid_jax.inference.experts import Experts, Transformer
@@ -59,10 +59,10 @@ class Pipeline(EncodingPipeline):
     context_timestep: "target" or "zero"; by default what the model was trained with.
 
   Attributes:
-    accelerator: decides how the model is sampled if a distillation LoRA is part of it, see `inference.accelerate`.
+    distillation: decides how the model is sampled if a distillation LoRA is part of it.
   """
 
-  accelerator: Accelerator | None = None
+  distillation: Distillation | None = None
 
   def __init__(
     self,
@@ -280,7 +280,7 @@ class Pipeline(EncodingPipeline):
     """Returns the plan for options of `sample`, see `SamplingPlan.of`."""
     options["num_inference_steps"] = num_inference_steps
     defaults = {"default_shift": self.usage.shift, "default_steps": self.usage.num_inference_steps}
-    return SamplingPlan.of(self.accelerator, **defaults, **options)
+    return SamplingPlan.of(self.distillation, **defaults, **options)
 
   def make_job(
     self,
