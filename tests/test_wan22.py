@@ -602,7 +602,7 @@ class TestTraining:
     whole = train(override(config, {"num_steps": 4}), str(tmp_path / "whole")).pipeline
     jax.tree.map(np.testing.assert_array_equal, parameters(resumed), parameters(whole))
     usage = read_lora(str(tmp_path / "whole" / "lora.safetensors")).usage
-    assert usage.context_timestep == "zero" and usage.expert == ""
+    assert usage.context_timestep == "zero" and usage.expert is None
     _, io, _ = golden("sampling_ti2v_context_zero", GOLDENS22)
     clips, options = [io[f"clip{i}"] for i in range(3)], {"num_inference_steps": 2, "prompt_embeds": io["context"]}
     expected = whole.sample(clips, **options).latents

@@ -111,8 +111,8 @@ class Origin:
       config = find_config(Path(file))
       digests = [self._digest_lora(file), *([self._digest(epath.Path(config))] if config else [])]
       if "transformer_2" in checksums:  # the name may decide, so that moving the file changes the model
-        expert = expert or named_expert(file) or ""
-      checksums[name] = f"{expert} {' + '.join(digests)} x {weight:g}".strip()
+        expert = expert or named_expert(file)
+      checksums[name] = f"{expert or ''} {' + '.join(digests)} x {weight:g}".strip()
     return checksums
 
   def _digest_step(self, workdir: str, step: int) -> str:

@@ -22,14 +22,13 @@ from jax.typing import DTypeLike
 
 from univid_jax.checkpoints import weights_file
 from univid_jax.checkpoints.built_in import locate
-from univid_jax.checkpoints.experts import Expert
 from univid_jax.checkpoints.info import CheckpointInfo, ComponentInfo, read_info
 from univid_jax.checkpoints.layerwise import read_layerwise
 from univid_jax.checkpoints.orbax_files import open_arrays, path_keys, restore_arrays, stored_dtypes
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.wan_vae import VAE, VAEConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Quantize
+from univid_jax.core.options import Expert, Quantize
 from univid_jax.models.clip import CLIPConfig, CLIPVision
 from univid_jax.models.dit import DiT
 from univid_jax.models.layers import quantize_linears
@@ -119,7 +118,7 @@ class PretrainedCheckpoint:
     """Which expert each transformer is; None for one that serves all noise levels."""
     if len(self.transformers) > 1:
       return Expert.HIGH, Expert.LOW
-    return (Expert(self.info.expert) if self.info.expert else None,)
+    return (self.info.expert,)
 
   @property
   def usage(self) -> Usage | None:

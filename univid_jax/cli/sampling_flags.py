@@ -4,7 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from univid_jax.cli.flags import CommandFlags, UsageError
-from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit
+from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit, SolverName
 
 if TYPE_CHECKING:
   from univid_jax import Pipeline
@@ -65,7 +65,7 @@ class SamplingFlags:
 
   def _define_steps(self, command: CommandFlags) -> None:
     help_text = "euler (default) is the reference's; unipc needs fewer steps; distilled has the four of distillations."
-    self._solver = command.choice("solver", None, ["euler", "unipc", "distilled"], help_text)
+    self._solver = command.choice("solver", None, list(SolverName), help_text)
     help_text = "Sampling steps; default: those of the model's evaluation (50 for Wan), or of the solver."
     self._steps = command.integer("steps", None, help_text, lower_bound=1, upper_bound=MAX_STEPS)
     help_text = "The noise level before each Euler step, descending within (0, 1], instead of --steps and --shift."

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import SolverName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,7 +14,7 @@ class Distillation:
 
   Attributes:
     name: of the kind.
-    solver: by name, see `diffusion.solvers`.
+    solver: by name.
     num_inference_steps: of the solver.
     shift: of the noise levels toward noise.
     guidance_scale: 1 is no guidance, which step-distilled models have learnt to do without.
@@ -21,7 +22,7 @@ class Distillation:
   """
 
   name: str
-  solver: str = "distilled"
+  solver: SolverName = SolverName.DISTILLED
   num_inference_steps: int = 4
   shift: float = 5.0
   guidance_scale: float = 1.0

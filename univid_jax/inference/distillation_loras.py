@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from univid_jax.checkpoints.experts import Expert, split_expert
+from univid_jax.checkpoints.experts import split_expert
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import Expert
 from univid_jax.diffusion.distillations import Distillation, find_distillation, infer_distillation
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.experts import OffloadedParams, Transformer

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import SolverName
 from univid_jax.core.protocols import Solver
 from univid_jax.diffusion.distillations import Distillation
 from univid_jax.diffusion.flow import FlowMatching
@@ -72,7 +73,7 @@ class SamplingPlan:
       _check_distillation(distillation, given)
       solver, num_inference_steps = distillation.solver, distillation.num_inference_steps
       shift, guidance_scale = distillation.shift, distillation.guidance_scale
-    solver = find_solver("euler" if solver is None else solver)
+    solver = find_solver(SolverName.EULER if solver is None else solver)
     if sigmas is not None:
       for name in ("num_inference_steps", "shift"):
         if given[name] is not None:

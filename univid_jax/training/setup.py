@@ -30,6 +30,7 @@ from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
 from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import TrainedExpert
 from univid_jax.core.protocols import Encoders
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.fingerprint import describe_changes, fingerprint, read_fingerprint, write_fingerprint
@@ -98,12 +99,12 @@ class Run:
     return self.record.config
 
   @functools.cached_property
-  def _untrained(self) -> dict[str, Transformer]:
+  def _untrained(self) -> dict[TrainedExpert, Transformer]:
     """The expert of the base that is not trained, by name; one process keeps it in host memory until it is used."""
     others = {part.model.expert: part for part in expert_configs(self.config)}
     for part in self.config.model.expert.parts:
       del others[part]
-    loaded = {str(expert): Transformer(*load_base(part, self.mesh)) for expert, part in others.items()}
+    loaded = {expert: Transformer(*load_base(part, self.mesh)) for expert, part in others.items()}
     return loaded if jax.process_count() > 1 else {expert: each.offload() for expert, each in loaded.items()}
 
   def create_pipeline(self, params: Params) -> Pipeline:
@@ -114,10 +115,10 @@ class Run:
 
   def complete(self, trained: Sequence[Transformer]) -> Pipeline:
     """Returns a pipeline of the trained transformers and, of one of two experts, the other one."""
-    transformers = dict(zip(map(str, self.config.model.expert.parts), trained, strict=True)) | self._untrained
+    transformers = dict(zip(self.config.model.expert.parts, trained, strict=True)) | self._untrained
     return Pipeline(
       self.shape,
-      [transformers[expert] for expert in sorted(transformers)],  # high before low
+      [transformers[expert] for expert in TrainedExpert if expert in transformers],
       encoders=self.encoders,
       mesh=self.mesh,
       usage=run_usage(self.record),
