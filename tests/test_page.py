@@ -17,7 +17,7 @@ from univid_jax.checkpoints.run import RunRecord, write_run
 from univid_jax.cli import page_session
 from univid_jax.cli.page_examples import EXAMPLES
 from univid_jax.cli.page_pictures import arrange, enlarge, read_grid, show_key_frames, subtract
-from univid_jax.cli.page_session import Choice, Offer, Result, Session, Status, find_checkpoints
+from univid_jax.cli.page_session import Choice, FinishedSample, Offer, Session, Status, find_checkpoints
 from univid_jax.cli.sample_command import SampleCommand
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.core.errors import UserError
@@ -100,7 +100,7 @@ def test_a_sample_and_the_command_that_reproduces_it(session, clips, tmp_path, m
   folder = folder_in(tmp_path)
   choice = Choice(checkpoint="runs/it's one", steps=3, seed=4)
   *statuses, result = session.sample(choice, clips, folder)
-  assert isinstance(result, Result) and all(isinstance(status, Status) for status in statuses)
+  assert isinstance(result, FinishedSample) and all(isinstance(status, Status) for status in statuses)
   assert [status.text.partition(",")[0] for status in statuses] == [
     "Reading the clips", "Step 1 of 3", "Step 2 of 3", "Step 3 of 3",
   ]  # fmt: skip

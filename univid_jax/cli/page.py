@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from univid_jax.cli.page_examples import EXAMPLES
-from univid_jax.cli.page_session import Choice, Result, Session, Status
+from univid_jax.cli.page_session import Choice, FinishedSample, Session, Status
 from univid_jax.cli.sampling import known_prompts
 from univid_jax.core.options import MAX_SEED
 
@@ -200,7 +200,7 @@ def _choose(
   )
 
 
-def _show_event(event: Status | Result) -> list[Any]:
+def _show_event(event: Status | FinishedSample) -> list[Any]:
   """Returns the updates of what `Page._build_result` has built."""
   if isinstance(event, Status):
     picture = gr.skip() if event.picture is None else gr.update(value=event.picture, visible=True)

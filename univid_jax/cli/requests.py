@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedRequest:
   """A request whose clips are read.
 
   Attributes:
@@ -126,7 +126,7 @@ class RequestRunner:
       return None
     return query.cut(form.num_frames + 4) if self.is_warm_up else query
 
-  def prepare(self, request: Request) -> "Prepared":
+  def prepare(self, request: Request) -> "PreparedRequest":
     """Reads the clips of a request, and checks that the result can be written."""
     clips, first = self._read(request), self._read_first_frame(request)
     num_frames = self.arguments["num_frames"]
@@ -139,9 +139,9 @@ class RequestRunner:
     record = self._record([clip.describe() for clip in clips], num_frames=count, size=size, fps=fps)
     if first is not None:
       record["first_frame"] = first.describe()
-    return Prepared(request, clips, first, path, record)
+    return PreparedRequest(request, clips, first, path, record)
 
-  def finish(self, prepared: "Prepared", frames: Frames) -> str:
+  def finish(self, prepared: "PreparedRequest", frames: Frames) -> str:
     """Writes the result of a request that was prepared; returns a line that describes it."""
     path, record, request = prepared.path, prepared.record, prepared.request
     sampled, fps = frames[:, : record["height"], : record["width"]], record["fps"]

@@ -39,7 +39,7 @@ class Request:
   needs_suffix: bool = False
 
 
-def parse_lora(text: str) -> tuple[str, float]:
+def parse_lora_flag(text: str) -> tuple[str, float]:
   """Splits PATH[:WEIGHT]; the weight is 1 by default."""
   path, _, weight = text.rpartition(":")
   try:

@@ -158,7 +158,7 @@ class SamplingFlags:
     """Returns the LoRAs as they were named, with their weights, and as `load_pipeline` takes them."""
     from univid_jax.cli import sampling
 
-    loras = [sampling.parse_lora(item) for item in self._lora.value]
+    loras = [sampling.parse_lora_flag(item) for item in self._lora.value]
     return loras, sampling.group_loras(loras)
 
   def _parse_size(self) -> tuple[int, int] | None:

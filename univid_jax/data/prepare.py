@@ -37,7 +37,7 @@ Item = tuple[str, Callable[[], object]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparationReport:
   """What was done.
 
   Attributes:
@@ -59,7 +59,7 @@ def prepare(
   held_out: Sequence[Sentence] = (),
   allow_dropped: bool = False,
   verify: bool = False,
-) -> Prepared:
+) -> PreparationReport:
   """Fills the caches with prompts, latents, and for I2V conditions and image features; without caches only checks.
 
   Every clip that is not cached is read, and every sentence must fit into a row. One encoder is in memory at a time;
@@ -103,7 +103,7 @@ def prepare(
   if sum_over_processes(len(dropped)) and not dropped and not allow_dropped:
     raise UserError("another process found records that cannot be used; its log names them")
   require_none_dropped(dropped, allowed=allow_dropped)
-  return Prepared(num_clips, num_encoded, dropped)
+  return PreparationReport(num_clips, num_encoded, dropped)
 
 
 class _Sentences:

@@ -13,7 +13,7 @@ from univid_jax.core.options import Expert
 from univid_jax.diffusion.distillations import Distillation, find_distillation, infer_distillation
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.experts import OffloadedParams, Transformer
-from univid_jax.inference.lora_specs import LoRA, read_loras, select_loras
+from univid_jax.inference.lora_specs import RequestedLoRA, read_loras, select_loras
 from univid_jax.inference.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class DistillationLoRAs:
   """
 
   kind: Distillation
-  loras: Sequence[LoRA]
+  loras: Sequence[RequestedLoRA]
   files: Sequence[tuple[str, float]]
 
 
@@ -123,7 +123,7 @@ def add_distillation(pipeline: Pipeline, distillation: DistillationLoRAs, *, ski
 
 
 def _with_loras(
-  pipeline: Pipeline, transformer: Transformer, loras: Sequence[LoRA], *, skip_unmatched: bool
+  pipeline: Pipeline, transformer: Transformer, loras: Sequence[RequestedLoRA], *, skip_unmatched: bool
 ) -> Transformer:
   if not loras:
     return transformer

@@ -27,7 +27,7 @@ from univid_jax.core.packed_row import ContextMode
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.distillation_loras import DistillationLoRAs, read_distillation
 from univid_jax.inference.experts import OffloadedParams, Transformer
-from univid_jax.inference.lora_specs import LoRA, LoRASpecs, lora_usage, read_loras, select_loras
+from univid_jax.inference.lora_specs import LoRASpecs, RequestedLoRA, lora_usage, read_loras, select_loras
 from univid_jax.inference.partial import PartialPipeline
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.layers import quantize_linears
@@ -39,7 +39,7 @@ from univid_jax.parallel.sharding import parameter_shardings
 A14B_SHIFT = 12.0
 
 # `_finish` with its options.
-_Finish = Callable[[DiTConfig, Transformer, Sequence[LoRA], bool], Transformer]
+_Finish = Callable[[DiTConfig, Transformer, Sequence[RequestedLoRA], bool], Transformer]
 
 
 def load_pipeline(
@@ -116,7 +116,7 @@ def _check_options(attention: str | None, context_timestep: str | None) -> None:
 
 def _open_base(
   checkpoint: str,
-  loras: Sequence[LoRA],
+  loras: Sequence[RequestedLoRA],
   finish: _Finish,
   *,
   mesh: Mesh,
@@ -139,7 +139,7 @@ def _open_base(
 def _open_run(
   saved: SavedCheckpoints,
   record: RunRecord,
-  loras: Sequence[LoRA],
+  loras: Sequence[RequestedLoRA],
   finish: _Finish,
   *,
   mesh: Mesh,
@@ -156,7 +156,7 @@ def _open_run(
 
 def _load_base(
   base: PretrainedCheckpoint,
-  loras: Sequence[LoRA],
+  loras: Sequence[RequestedLoRA],
   finish: _Finish,
   *,
   mesh: Mesh,
@@ -173,7 +173,7 @@ def _load_base(
   if usage is None and len(pairs) > 1 and not config.takes_condition:
     usage = Usage(shift=A14B_SHIFT)
 
-  def load(name: str, part: Sequence[LoRA]) -> Transformer:
+  def load(name: str, part: Sequence[RequestedLoRA]) -> Transformer:
     return finish(config, Transformer(*base.load(name, mesh=mesh, **options)), part, len(pairs) > 1)
 
   return usage, [load(name, part) for name, part in pairs]
@@ -182,7 +182,7 @@ def _load_base(
 def _load_run(
   saved: SavedCheckpoints,
   record: RunRecord,
-  loras: Sequence[LoRA],
+  loras: Sequence[RequestedLoRA],
   finish: _Finish,
   *,
   mesh: Mesh,
@@ -195,10 +195,10 @@ def _load_run(
   """
   config, shape = record.config, transformer_config(record.config)
   experts = PretrainedCheckpoint.open(config.init_from).experts if config.init_from else (None,)
-  own = [LoRA(each) for each in restore_loras(saved, record, step=step)] if config.lora.enabled else []
+  own = [RequestedLoRA(each) for each in restore_loras(saved, record, step=step)] if config.lora.enabled else []
   parts = expert_configs(config)
 
-  def load(part: RunConfig, loras: Sequence[LoRA]) -> Transformer:
+  def load(part: RunConfig, loras: Sequence[RequestedLoRA]) -> Transformer:
     is_trained = part == config and not config.lora.enabled
     loaded = restore_transformer(saved, part, mesh, step=step) if is_trained else load_base(part, mesh)
     if not config.lora.enabled and quantize not in (None, Quantize.NONE):
@@ -211,7 +211,7 @@ def _load_run(
 def _finish(
   config: DiTConfig,
   transformer: Transformer,
-  loras: Sequence[LoRA],
+  loras: Sequence[RequestedLoRA],
   is_one_of_two: bool,
   *,
   mesh: Mesh,

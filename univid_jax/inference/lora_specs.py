@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class RequestedLoRA:
   """A LoRA to load.
 
   Attributes:
@@ -35,7 +35,7 @@ class LoRA:
   expert: TrainedExpert | None = None
 
 
-def read_loras(lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool) -> list[LoRA]:
+def read_loras(lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool) -> list[RequestedLoRA]:
   """Reads LoRAs.
 
   Args:
@@ -46,11 +46,11 @@ def read_loras(lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool
     OSError, UserError: a file cannot be read, or `lora` has another form.
   """
   if not isinstance(lora, Mapping):
-    return [LoRA(each, weight) for path, weight in _parse(lora) for each in _read(path, verify=verify)]
+    return [RequestedLoRA(each, weight) for path, weight in _parse(lora) for each in _read(path, verify=verify)]
   if unknown := set(lora) - set(LORA_EXPERTS):
     raise UserError(f"LoRAs by expert have the keys {', '.join(LORA_EXPERTS)}, got {', '.join(map(str, unknown))}")
   return [
-    LoRA(each, weight, TrainedExpert(expert))
+    RequestedLoRA(each, weight, TrainedExpert(expert))
     for expert, specs in lora.items()
     for path, weight in _parse(specs)
     for each in _read(path, verify=verify)
@@ -87,7 +87,7 @@ def _parse(lora: object) -> list[tuple[str, float]]:
   raise UserError(f"a LoRA is a path or (path, weight), got {lora!r}")
 
 
-def select_loras(loras: Sequence[LoRA], experts: Sequence[Expert | None]) -> list[list[LoRA]]:
+def select_loras(loras: Sequence[RequestedLoRA], experts: Sequence[Expert | None]) -> list[list[RequestedLoRA]]:
   """Returns the LoRAs of each transformer.
 
   Args:
@@ -97,7 +97,7 @@ def select_loras(loras: Sequence[LoRA], experts: Sequence[Expert | None]) -> lis
   Raises:
     UserError: nothing says which of two experts a LoRA is for, or it is for one that the model lacks.
   """
-  selected: list[list[LoRA]] = [[] for _ in experts]
+  selected: list[list[RequestedLoRA]] = [[] for _ in experts]
   for lora in loras:
     wanted = lora.expert or find_lora_expert(lora.weights)
     if len(experts) > 1 and not wanted:
@@ -133,7 +133,7 @@ def find_lora_expert(lora: LoRAWeights) -> Expert | None:
 
 
 def lora_usage(
-  loras: Sequence[tuple[LoRA, str]], given: Mapping[str, str | None], *, quantize: Quantize = Quantize.NONE
+  loras: Sequence[tuple[RequestedLoRA, str]], given: Mapping[str, str | None], *, quantize: Quantize = Quantize.NONE
 ) -> Usage | None:
   """Returns how LoRAs on a base are run, and logs where they disagree with each other or with the base.
 

@@ -35,7 +35,7 @@ from univid_jax.core.protocols import Encoders
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.fingerprint import describe_changes, fingerprint, read_fingerprint, write_fingerprint
 from univid_jax.data.packing import RowShape
-from univid_jax.data.prepare import Prepared, prepare
+from univid_jax.data.prepare import PreparationReport, prepare
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
@@ -193,7 +193,9 @@ def open_features(config: RunConfig, encoders: Encoders, data: DataSources, work
   )
 
 
-def fill_caches(config: RunConfig, features: FeatureMaker, data: DataSources, *, verify: bool = False) -> Prepared:
+def fill_caches(
+  config: RunConfig, features: FeatureMaker, data: DataSources, *, verify: bool = False
+) -> PreparationReport:
   """Encodes what training and validation read; see `data.prepare.prepare`."""
   validation = config.validation
   return prepare(
