@@ -32,6 +32,7 @@ from benchmarks.timing import Figures, Program, RaceFlags
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.codecs.vae_config import find_autoencoder
+from univid_jax.core.dims import pixel_frames
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import AttentionBackend, RematPolicy
 from univid_jax.data.contexts import CONTEXT_NAMES, video_pattern
@@ -187,7 +188,7 @@ def make_univid(path: str, setup: Setup) -> PeerStep:
   module.to(device)
   latents, text = make_inputs(setup)
   # As read from its cache by a loader: every clip's number of frames, the prompt with one more dim.
-  count_frames = [torch.tensor([4 * (length - 1) + 1]) for length in setup.lengths]
+  count_frames = [torch.tensor([pixel_frames(length)]) for length in setup.lengths]
 
   def loss() -> Any:
     batch = {"latents": latents, "prompt_emb": {"context": text[None]}, "image_emb": {}, "count_frames": count_frames}

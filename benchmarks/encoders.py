@@ -18,6 +18,7 @@ from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import PRESETS
+from univid_jax.core.dims import latent_frames
 from univid_jax.core.errors import UserError
 from univid_jax.platform.topologies import describe_devices, use_tpu_compiler
 
@@ -73,7 +74,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
       continue
     if found.fits:
       # The first chunk is one frame, each further one four, in a loop.
-      return describe(compiled, found, num_loops=(config.data.num_frames - 1) // 4) | {"tile": tile}
+      return describe(compiled, found, num_loops=latent_frames(config.data.num_frames) - 1) | {"tile": tile}
   return {}
 
 

@@ -35,7 +35,7 @@ from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.loader import Loader, make_loader
 from univid_jax.data.packing import RowShape
 from univid_jax.data.shard_writer import repair_indices, write_shards
-from univid_jax.data.shards import INDEX_FILE, SHARD_SUFFIX, Shards, seal
+from univid_jax.data.shards import INDEX_FILE, SHARD_SUFFIX, Shards, seal_entry
 from univid_jax.data.tokens import Features, sentence_features
 
 FLAGS = CommandFlags(__doc__)
@@ -74,7 +74,7 @@ def drawn(order: grain.MapDataset[int], position: int) -> int:
 
 def write_part(folder: str, start: int, stop: int, max_records: int) -> int:
   digests = ((number, digest_of(number)) for number in range(start, stop))
-  entries = ((digest, seal(struct.pack("<f", number) + digest[: VALUE_BYTES - 4])) for number, digest in digests)
+  entries = ((digest, seal_entry(struct.pack("<f", number) + digest[: VALUE_BYTES - 4])) for number, digest in digests)
   return write_shards(epath.Path(folder), entries, max_records=max_records)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
+from univid_jax.core.dims import latent_frames
 from univid_jax.core.errors import UserError
 
 FLAGS = CommandFlags(__doc__)
@@ -52,9 +53,8 @@ def main() -> None:
     b = np.concatenate([clip, clip[-2:0:-1]] * -(-count // len(clip)))[:count]
     video = pipe.sample_video([a, 255 - a], b, **options)
     made = np.concatenate(list(video))
-    windows = Windows.of(
-      count, length=1 + (length - 1) // stride, temporal_stride=stride, overlap=(length - 1) // stride // 2
-    )
+    groups = latent_frames(length, temporal_stride=stride) - 1
+    windows = Windows.of(count, length=1 + groups, temporal_stride=stride, overlap=groups // 2)
     borders = [stride * start for start in windows.starts[1:] if stride * start < count - 1]
     between = changes(made)[borders].sum() / changes(b)[borders].sum()
     starts = np.linspace(0, count - length, NUM_SAMPLES).astype(int)

@@ -103,7 +103,7 @@ def test_the_gradient_of_splash_reads_no_keys_that_its_queries_do_not_see(monkey
 
 def test_a_piece_has_at_most_as_many_keys_as_16_bits_count():
   """Four clips of 81 frames at 480p are two pieces, whose last keys are seen and whose empty intervals see nothing."""
-  blocks = splash.Blocks.of(131_040, 131_040)
+  blocks = splash.TokenBlocks.of(131_040, 131_040)
   assert splash.split_keys(131_072, blocks.keys) == [(0, 65_536), (65_536, 65_536)]
   assert [size for _, size in splash.split_keys(150 * 1024, blocks.keys)] == [50 * 1024] * 3
   intervals = jnp.array([[0, 65_536], [40_000, 65_536], [65_535, 65_536], [0, 0], [65_536, 65_536], [7, 7]])
@@ -133,7 +133,7 @@ def test_the_function_behind_the_gradient_of_splash_is_unchanged():
   residuals that `_splash_attention_fwd` returns in JAX's splash_attention_kernel.py, and run this file's splash tests.
   """
   parameters = list(inspect.signature(splash.splash._splash_attention_bwd).parameters)
-  kernel = splash._build_kernel(jnp.zeros((128, 2), jnp.int32), splash.Blocks(128, 128), 128, interpret=True)
+  kernel = splash._build_kernel(jnp.zeros((128, 2), jnp.int32), splash.TokenBlocks(128, 128), 128, interpret=True)
   assert sorted(parameters) == sorted([*kernel.kwargs, "res", "do"])
   fields = inspect.getsource(splash.splash._splash_attention_bwd).partition(") = res")[0].rpartition("(")[2].split(",")
   names = ["q", "k", "v", "segment_ids", "sinks", "o", "logsumexp", "dq_mask_info", "dkv_mask_info"]

@@ -219,8 +219,8 @@ def test_many_queries_with_grids_and_records(trained, tmp_path, capfd):
   assert "two queries are named 'x'" in capfd.readouterr().err
 
 
-def test_sampling_with_an_accelerator(trained, tmp_path):
-  """The record says how the sample was made; other noise levels can be given without an accelerator."""
+def test_sampling_with_a_distillation(trained, tmp_path):
+  """The record says how the sample was made; other noise levels can be given without a distillation."""
   root, _ = trained
   Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
   record = read_run(root / "run")
@@ -293,14 +293,14 @@ def test_step_caching(trained, tmp_path, capfd):
     (["--clips={a},{a},{a}", "--sigmas=0.5,1"], 1, "sigmas are noise levels that descend strictly"),
     (["--clips={a},{a},{a}", "--sigmas=1,0.5", "--steps=2"], 1, "sigmas replace num_inference_steps"),
     (["--clips={a},{a},{a}", "--solver=distilled", "--steps=9"], 1, "the solver distilled takes 4 steps, got 9"),
-    (["--clips={a},{a},{a}", "--accelerate={a}:magic"], 1, "unknown kind of accelerator 'magic'; there are lightx2v"),
-    (["--clips={a},{a},{a}", "--accelerate={lora}", "--steps=9"], 1, "contradicts the accelerator lightx2v"),
+    (["--clips={a},{a},{a}", "--accelerate={a}:magic"], 1, "unknown kind of distillation 'magic'; there are lightx2v"),
+    (["--clips={a},{a},{a}", "--accelerate={lora}", "--steps=9"], 1, "contradicts the distillation lightx2v"),
     (["--clips={a},{a},{a}", "--step_cache=teacache"], 2, "--step_cache is magcache[:THRESHOLD[:MAX_SKIP[:RETENT"),
     (["--clips={a},{a},{a}", "--step_cache=magcache:x"], 2, "--step_cache is magcache[:THRESHOLD[:MAX_SKIP[:RETENT"),
     (["--clips={a},{a},{a}", "--step_cache=magcache:-1"], 1, "the threshold of the step cache must be at least 0"),
     (["--clips={a},{a},{a}", "--guidance_range=1"], 2, "--guidance_range is two noise levels FROM,TO, got '1'"),
     (["--clips={a},{a},{a}", "--guidance_range=0,1"], 1, "guidance_range needs guidance"),
-    (["--clips={a},{a},{a}", "--accelerate={lora}", "--step_cache=magcache"], 1, "step_cache contradicts the accel"),
+    (["--clips={a},{a},{a}", "--accelerate={lora}", "--step_cache=magcache"], 1, "step_cache contradicts the distill"),
     (["--clips={a},{a},{a}", "--guidance_scale=nan"], 1, "the guidance scale must be finite, got nan"),
     (["--clips={a},{a},{a}", "--out="], 2, "--out must end in the name of the result"),
     (["--clips={a},{a},{a}", "--out=.."], 2, "--out must end in the name of the result"),

@@ -22,7 +22,7 @@ import univid_jax
 from tests.checkpoint_files import write_safetensors
 from tests.commands import environment
 from tests.helpers import GOLDENS, package_or_skip
-from univid_jax.checkpoints.experts import Expert, find_expert
+from univid_jax.checkpoints.experts import find_expert
 from univid_jax.checkpoints.info import is_checkpoint, read_info
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.tensor_files import TensorInfo, open_tensors
@@ -35,7 +35,7 @@ from univid_jax.convert.layout import make_fills
 from univid_jax.convert.release_configs import diffusers_config, official_config, require_readable
 from univid_jax.convert.sources import find_release
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import ModelType
+from univid_jax.core.options import Expert, ModelType
 from univid_jax.models.names import name_from_diffusers, name_to_diffusers
 from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import VARIANTS, DiTConfig

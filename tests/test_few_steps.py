@@ -20,11 +20,11 @@ from univid_jax.config.boundary import override
 from univid_jax.convert.commands import convert_any
 from univid_jax.core.errors import UserError
 from univid_jax.data.sources.open import open_data
-from univid_jax.diffusion.accelerators import KINDS, infer_kind
+from univid_jax.diffusion.distillations import DISTILLATIONS, infer_distillation
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import SOLVERS
 from univid_jax.evaluation.run import evaluate
-from univid_jax.inference.accelerate import accelerate, read_accelerator, split_accelerator
+from univid_jax.inference.distillation_loras import add_distillation, read_distillation, split_distillation
 from univid_jax.inference.experts import Experts, Transformer
 from univid_jax.inference.plan import SamplingPlan
 from univid_jax.parallel.mesh import make_mesh
@@ -85,9 +85,9 @@ def test_contradictions_are_refused(options, message):
     ("guidance_scale", (1.0, 2.0)),
   ],
 )
-def test_what_contradicts_an_accelerator_is_refused(name, value):
-  kind = KINDS["lightx2v"]
-  with pytest.raises(UserError, match=f"{name} contradicts the accelerator lightx2v, which has"):
+def test_what_contradicts_a_distillation_is_refused(name, value):
+  kind = DISTILLATIONS["lightx2v"]
+  with pytest.raises(UserError, match=f"{name} contradicts the distillation lightx2v, which has"):
     SamplingPlan.of(kind, **{name: value})
   plan = SamplingPlan.of(kind, default_shift=12.0, num_inference_steps=4, solver="distilled", guidance_scale=[1.0])
   assert plan.sigmas.tolist() == SamplingPlan.of(solver="distilled").sigmas.tolist() and plan.guidance_scale == 1
@@ -107,12 +107,12 @@ def test_what_contradicts_an_accelerator_is_refused(name, value):
 def test_kinds_are_inferred_from_names(name, kind):
   if kind is None:
     with pytest.raises(UserError, match=r"which is sampled in another way: .* PATH:KIND"):
-      infer_kind(name, [name])
+      infer_distillation(name, [name])
   else:
-    assert infer_kind(name, [name]) == KINDS[kind]
+    assert infer_distillation(name, [name]) == DISTILLATIONS[kind]
 
 
-def test_the_parts_of_an_accelerator(tmp_path):
+def test_the_parts_of_a_distillation(tmp_path):
   (tmp_path / "a:b").touch()
   for text, expected in {
     "x.pt": ("x.pt", 1.0, ""),
@@ -122,12 +122,12 @@ def test_the_parts_of_an_accelerator(tmp_path):
     "gs://bucket/x": ("gs://bucket/x", 1.0, ""),
     f"{tmp_path}/a:b": (f"{tmp_path}/a:b", 1.0, ""),
   }.items():
-    assert split_accelerator(text) == expected
+    assert split_distillation(text) == expected
   distill = str(CASES / "distill_diff.safetensors")
-  with pytest.raises(UserError, match="unknown kind of accelerator 'magic'; there are lightx2v, lightning"):
-    read_accelerator(f"{distill}:magic")
+  with pytest.raises(UserError, match="unknown kind of distillation 'magic'; there are lightx2v, lightning"):
+    read_distillation(f"{distill}:magic")
   with pytest.raises(UserError, match="must be of one kind, got lightning, lightx2v"):
-    read_accelerator([f"{distill}:lightning", f"{distill}:lightx2v"])
+    read_distillation([f"{distill}:lightning", f"{distill}:lightx2v"])
 
 
 def test_given_sigmas_are_those_of_the_schedule(tiny_config):
@@ -148,7 +148,7 @@ def checkpoint(tmp_path_factory):
   return str(folder)
 
 
-class TestAccelerators:
+class TestDistillations:
   """On the miniature release, with a distillation LoRA that also changes norms and biases."""
 
   def load(self, checkpoint, lora=(), **options):
@@ -167,20 +167,20 @@ class TestAccelerators:
     expected = self.velocity(self.load(checkpoint, [*task, (distill, 0.5)]))
     with caplog.at_level(logging.INFO, "univid_jax"):
       loaded = self.load(checkpoint, task, accelerate=f"{distill}:0.5:lightning")
-    assert "accelerator lightning: solver distilled, 4 steps, shift 5, guidance scale 1" in caplog.messages
+    assert "distillation lightning: solver distilled, 4 steps, shift 5, guidance scale 1" in caplog.messages
     assert np.array_equal(self.velocity(loaded), expected) and loaded.plan().sigmas[1] == 0.9375
     plain = self.load(checkpoint, task)
     before = self.velocity(plain)
-    added = accelerate(plain, read_accelerator(f"{distill}:0.5"))
+    added = add_distillation(plain, read_distillation(f"{distill}:0.5"))
     assert relative_error(self.velocity(added), expected) <= 1e-6
     ours, theirs = (pipe.experts.load(0)["blocks"]["ffn"]["up"]["kernel"] for pipe in (added, plain))
     assert ours is theirs, "the base is shared"
-    assert np.array_equal(self.velocity(plain), before) and plain.accelerator is None
+    assert np.array_equal(self.velocity(plain), before) and plain.distillation is None
     assert relative_error(before, expected) > 1e-3
 
   def test_the_origin_of_samples_names_them(self, checkpoint):
     distill = str(CASES / "distill_diff.safetensors")
-    origins = [Origin.of(checkpoint, accelerator=files) for files in (None, [(distill, 1.0)], [(distill, 0.5)])]
+    origins = [Origin.of(checkpoint, distillation=files) for files in (None, [(distill, 1.0)], [(distill, 0.5)])]
     assert len({json.dumps(dict(origin.checksums)) for origin in origins}) == 3
     assert "accelerate" not in origins[0].to_json() and origins[2].to_json()["accelerate"] == [f"{distill}:0.5"]
 
@@ -212,15 +212,15 @@ def test_previews_and_evaluation_of_a_lora_run(tiny_config, tmp_path):
   assert (tmp_path / "run" / "previews" / "step_000001.png").exists()
 
   pipe = univid_jax.load_pipeline(str(tmp_path / "run"), mesh=make_mesh({}, devices=jax.devices()[:1]))
-  accelerator = read_accelerator(path)
+  distillation = read_distillation(path)
   scores = {}
-  for name, accelerated in {"with": accelerate(pipe, accelerator), "without": None}.items():
+  for name, accelerated in {"with": add_distillation(pipe, distillation), "without": None}.items():
     report = evaluate(
       pipe,
       override(config, {"eval.sentences_per_case": 1}),
       data=open_data(config),
       folder=tmp_path / name,
-      origin=Origin.of(str(tmp_path / "run"), accelerator=accelerator.files if accelerated else None),
+      origin=Origin.of(str(tmp_path / "run"), distillation=distillation.files if accelerated else None),
       accelerated=accelerated,
     )
     assert ("**accelerated**" in (tmp_path / name / "report.md").read_text()) == (accelerated is not None)

@@ -31,7 +31,7 @@ from univid_jax.data.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.loss import NoiseLevels
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.models.dit import DiT
-from univid_jax.models.lora import LoRA, LoRAParam, attach, split_lora, with_dropout_keys
+from univid_jax.models.lora import LoRA, LoRAParam, attach, with_dropout_keys
 from univid_jax.models.names import name_to_diffusers
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
@@ -234,7 +234,7 @@ class TestOnAModel:
     """Inputs are dropped at the given rate, differently in every layer and step, and their mean is preserved."""
     model = nnx.clone(base)
     attach(model, LoRAConfig(rank=4, targets=("self_attn.q",), dropout=0.3), rngs=nnx.Rngs(0))
-    _, adapters = split_lora(nnx.to_pure_dict(nnx.state(model, LoRAParam)))
+    adapters = nnx.to_pure_dict(nnx.state(model, LoRAParam))
     first, second = (with_dropout_keys(adapters, jax.random.key(seed)) for seed in (1, 2))
     keys = [np.asarray(jax.random.key_data(k["blocks"]["self_attn"]["q"]["lora"]["key"])) for k in (first, second)]
     assert len({tuple(key) for key in np.concatenate(keys)}) == 6

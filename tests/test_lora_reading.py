@@ -19,7 +19,7 @@ from univid_jax.checkpoints.lora.kinds import DoRALayer
 from univid_jax.checkpoints.lora.names import parse_name
 from univid_jax.checkpoints.lora.reading import parse_lora, read_lora
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo
-from univid_jax.cli.sampling import parse_lora as parse_flag
+from univid_jax.cli.sampling import parse_lora_flag
 from univid_jax.convert.__main__ import main as convert
 from univid_jax.core.errors import UserError
 from univid_jax.inference.load import load_pipeline
@@ -297,7 +297,7 @@ class TestRefused:
     "lora, message",
     [
       (("x.safetensors", float("nan")), r"the weight of the LoRA x\.safetensors must be a finite number, got nan"),
-      ([parse_flag("x.safetensors:inf")], r"must be a finite number, got inf"),
+      ([parse_lora_flag("x.safetensors:inf")], r"must be a finite number, got inf"),
     ],
   )
   def test_bad_arguments(self, lora, message, tmp_path):

@@ -16,14 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from univid_jax.checkpoints import orbax_files
-from univid_jax.checkpoints.orbax_files import (
-  create_arrays,
-  num_chunks,
-  open_arrays,
-  restore_arrays,
-  save_arrays,
-  stored_dtypes,
-)
+from univid_jax.checkpoints.orbax_files import create_arrays, num_chunks, open_arrays, restore_arrays
 from univid_jax.core.errors import UserError
 
 SPECS = {
@@ -91,15 +84,6 @@ def test_files(tmp_path, monkeypatch):
     "head.bias": ["0"],
     "layers.0.kernel": ["0.0", "1.0", "2.0"],
   }
-
-
-def test_dtypes_in_metadata(tmp_path):
-  create_arrays(tmp_path / "created", SPECS)
-  assert {path: str(dtype) for path, dtype in stored_dtypes(tmp_path / "created").items()} == {
-    path: dtype for path, (_, dtype) in SPECS.items()
-  }
-  save_arrays(tmp_path / "saved", {"a": {"b": np.zeros((2, 3), np.float16)}})
-  assert stored_dtypes(tmp_path / "saved") == {("a", "b"): np.float16}
 
 
 def test_missing_file(tmp_path):

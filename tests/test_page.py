@@ -17,7 +17,7 @@ from univid_jax.checkpoints.run import RunRecord, write_run
 from univid_jax.cli import page_session
 from univid_jax.cli.page_examples import EXAMPLES
 from univid_jax.cli.page_pictures import arrange, enlarge, read_grid, show_key_frames, subtract
-from univid_jax.cli.page_session import Choice, Offer, Result, Session, Status, find_checkpoints
+from univid_jax.cli.page_session import Choice, FinishedSample, Offer, Session, Status, find_checkpoints
 from univid_jax.cli.sample_command import SampleCommand
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.core.errors import UserError
@@ -32,7 +32,7 @@ from univid_jax.parallel.mesh import make_mesh
 OFFER = Offer(
   checkpoints=("runs/one", "runs/two"),
   loras=(("a.safetensors", 1.0), ("b.safetensors", 0.5)),
-  accelerator=("fast.safetensors:0.8",),
+  distillation=("fast.safetensors:0.8",),
   flags=("--dtype=float32",),
 )
 
@@ -85,7 +85,7 @@ def test_choices_become_the_flags_of_sample():
     "--checkpoint=runs/one", "--dtype=float32", "--lora=a.safetensors,b.safetensors:0.5",
     "--accelerate=fast.safetensors:0.8",
   ]  # fmt: skip
-  assert first.sample_flags() == ["--seed=0"], "the accelerator decides about the steps"
+  assert first.sample_flags() == ["--seed=0"], "the distillation decides about the steps"
   other = Choice(checkpoint="runs/two", lora_weights=(0, -0.25), steps=7, task="depth map", num_frames=5, seed=3)
   assert other.model_flags(OFFER) == ["--checkpoint=runs/two", "--dtype=float32", "--lora=b.safetensors:-0.25"]
   assert other.sample_flags() == ["--task=depth map", "--steps=7", "--num_frames=5", "--seed=3"]
@@ -100,7 +100,7 @@ def test_a_sample_and_the_command_that_reproduces_it(session, clips, tmp_path, m
   folder = folder_in(tmp_path)
   choice = Choice(checkpoint="runs/it's one", steps=3, seed=4)
   *statuses, result = session.sample(choice, clips, folder)
-  assert isinstance(result, Result) and all(isinstance(status, Status) for status in statuses)
+  assert isinstance(result, FinishedSample) and all(isinstance(status, Status) for status in statuses)
   assert [status.text.partition(",")[0] for status in statuses] == [
     "Reading the clips", "Step 1 of 3", "Step 2 of 3", "Step 3 of 3",
   ]  # fmt: skip

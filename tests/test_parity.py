@@ -23,7 +23,7 @@ from univid_jax.diffusion.solvers import SOLVERS
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 from univid_jax.inference.experts import Experts, Transformer
 from univid_jax.inference.plan import SamplingPlan
-from univid_jax.inference.sampler import Request, Sampler
+from univid_jax.inference.sampler import PackedJobs, Sampler
 from univid_jax.models.dit import DiT
 from univid_jax.models.names import diffusers_table, name_from_diffusers
 from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
@@ -195,8 +195,8 @@ def test_step_cache(rng, guidance_scale, capsys):
 
   def sample(step_cache):
     plan = SamplingPlan.of(num_inference_steps=12, guidance_scale=guidance_scale, step_cache=step_cache)
-    request = Request(rows[0], rows[1] if guided else None, [(0, 1)], [rows[0].tokens[0]])
-    return plan, unpatchify(sampler.sample(experts, request, plan)[0], noise.shape[1:], PATCH)
+    packed = PackedJobs(rows[0], rows[1] if guided else None, [(0, 1)], [rows[0].tokens[0]])
+    return plan, unpatchify(sampler.sample(experts, packed, plan)[0], noise.shape[1:], PATCH)
 
   sample_theirs = functools.partial(sample_with_diffusers, theirs, noise, contexts[: 1 + guided], guidance_scale)
   measurement = RatioMeasurement()

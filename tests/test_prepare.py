@@ -21,7 +21,7 @@ from univid_jax.data import progress
 from univid_jax.data.cache import is_intact
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.packing import RowShape
-from univid_jax.data.prepare import Prepared, prepare
+from univid_jax.data.prepare import PreparationReport, prepare
 from univid_jax.data.reader import read_clip
 from univid_jax.data.sources.computed import ComputedSentences, LazySentences
 from univid_jax.data.sources.open import open_data
@@ -133,7 +133,7 @@ class TestPrepare:
     _, data, features = self.open(config, tmp_path, I2V)
     first = prepare(features, data, row_shape=ROWS)
     encoders, data, features = self.open(config, tmp_path, I2V)
-    assert prepare(features, data, row_shape=ROWS) == Prepared(first.num_clips, 0)
+    assert prepare(features, data, row_shape=ROWS) == PreparationReport(first.num_clips, 0)
     assert not encoders.calls and encoders.most_loaded == 0, "not even a codec is loaded"
 
   def test_a_damaged_entry_is_encoded_again(self, tmp_path, caplog):
@@ -222,7 +222,8 @@ class TestPrepare:
     encoders.has_weights = False
     assert FeatureCaches.open(config, encoders, tmp_path) is None
     data = open_data(config)
-    assert prepare(FeatureMaker(CountingEncoders(), shape=Shape(), task_names=()), data, row_shape=ROWS) == Prepared(16)
+    features = FeatureMaker(CountingEncoders(), shape=Shape(), task_names=())
+    assert prepare(features, data, row_shape=ROWS) == PreparationReport(16)
 
   def test_frames_and_references_are_encoded_alike(self, metadata, tmp_path):
     """As in sampling, which has frames, uint8 or float in [-1, 1]."""

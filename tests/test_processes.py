@@ -89,9 +89,11 @@ class TestSafePoints:
   def test_all_stop_at_a_point_that_none_has_passed(self, delays, first):
     """Loops of different speed are asked to stop at different times; all stop after the same number of points."""
     loops, stopped = [SafePoints() for _ in delays], [0] * len(delays)
+    entered = [threading.Event() for _ in delays]
 
     def run(index):
       loops[index].enter()
+      entered[index].set()
       while not loops[index].reach():
         stopped[index] += 1
         time.sleep(delays[index] * 1e-4)
@@ -99,8 +101,7 @@ class TestSafePoints:
     threads = [threading.Thread(target=run, args=(index,)) for index in range(len(loops))]
     for thread in threads:
       thread.start()
-    while not all(points.is_inside for points in loops):
-      time.sleep(1e-4)
+    assert all(event.wait(timeout=10) for event in entered)
     order = sorted(range(len(loops)), key=lambda index: (index + first) % len(loops))
     progress = []
     for index in order:

@@ -26,7 +26,7 @@ from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.dit import DiT
 from univid_jax.models.layers import Linear, quantize_linears
-from univid_jax.models.lora import split_lora
+from univid_jax.models.lora import LORA
 from univid_jax.models.quantized import QTYPES, QuantizedKernel, dequantize, in_words, quantize, tile_size
 from univid_jax.models.variants import VARIANTS
 from univid_jax.parallel.mesh import make_mesh
@@ -98,7 +98,7 @@ class TestKernels:
   def test_adapters_get_the_gradients_over_the_dequantised_base(self, method, lora_config):
     row = packed_batch(lora_config)
     quantized = create_model(override(lora_config, {"base.quantize": str(method)}))
-    base, lora = split_lora(nnx.to_pure_dict(nnx.state(quantized)))
+    lora, base = map(nnx.to_pure_dict, nnx.state(quantized, nnx.PathContains(LORA), ...))
     lora = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 8, lora)
     exact = jax.tree.map(dequantize, base, is_leaf=lambda x: isinstance(x, QuantizedKernel))
     spec = StateSpec.of(

@@ -15,7 +15,7 @@ import pytest
 from tests.numbered_videos import encode_video, numbered_frames, read_numbers
 from univid_jax.core.errors import UserError
 from univid_jax.data import video_frames
-from univid_jax.data.decoding import Decoder
+from univid_jax.data.decoding import StreamDecoder
 from univid_jax.data.h264 import _Bits
 from univid_jax.data.reader import is_foreign, probe, read_clip, read_parts
 
@@ -337,13 +337,13 @@ def test_only_what_is_needed_is_decoded(tmp_path: Path, monkeypatch: pytest.Monk
   path = tmp_path / "video.mp4"
   encode_video(path, numbered_frames(180), gop=12, bframes=bframes, options={"sc_threshold": "0"})
   probe(path)
-  decoders: list[Decoder] = []
+  decoders: list[StreamDecoder] = []
 
-  def make_decoder(*args: Any, **kwargs: Any) -> Decoder:
-    decoders.append(Decoder(*args, **kwargs))
+  def make_decoder(*args: Any, **kwargs: Any) -> StreamDecoder:
+    decoders.append(StreamDecoder(*args, **kwargs))
     return decoders[-1]
 
-  monkeypatch.setattr(video_frames, "Decoder", make_decoder)
+  monkeypatch.setattr(video_frames, "StreamDecoder", make_decoder)
   # Frames are decoded ahead of the last one shown: what is reordered, and the packets that tell of damage to it.
   ahead = 3 + 2 * bframes
   for start, count in ((100, 5), (168, 12), (12, 1)):

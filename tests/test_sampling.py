@@ -12,7 +12,7 @@ from univid_jax.data.packing import bucket_size
 from univid_jax.data.sources.open import open_data
 from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.inference.jobs import infer_length, pack_single
-from univid_jax.inference.sampler import Request
+from univid_jax.inference.sampler import PackedJobs
 from univid_jax.parallel.mesh import make_mesh
 
 
@@ -103,8 +103,8 @@ def test_a_second_call_in_a_bucket_compiles_nothing(tiny_config, attention):
   out = pipeline.sample([image, image, long], **options)
   job = pipeline.make_job([image, image, long], None, 0)
   rows = [pack_single(pipeline.make_features(job, pipeline.embed("")), context_mode=pipeline.context_mode)] * 2
-  request = Request(*rows, [(0, 1)], [job.noise])
-  (tokens,) = pipeline.sampler.sample(pipeline.experts, request, pipeline.plan(**options))
+  packed = PackedJobs(*rows, [(0, 1)], [job.noise])
+  (tokens,) = pipeline.sampler.sample(pipeline.experts, packed, pipeline.plan(**options))
   expected = job.finish(tokens, pipeline.config.patch_size)
   assert relative_error(out.latents, expected) <= 1e-5
 

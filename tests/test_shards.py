@@ -165,7 +165,7 @@ class Killed(BaseException):
 class TestKilled:
   """A `pack` that ends at any time leaves the old state, and the next one continues it."""
 
-  @pytest.mark.parametrize("point, left", [("seal", 24), ("_update_index", 0)])
+  @pytest.mark.parametrize("point, left", [("seal_entry", 24), ("_update_index", 0)])
   def test_stops(self, tmp_path, monkeypatch, point, left):
     fill(tmp_path, 3, "older weights")
     pack(tmp_path, remove_files=True)
@@ -175,7 +175,7 @@ class TestKilled:
 
     def stop(*arguments):
       calls.append(arguments)
-      if len(calls) == (3 if point == "seal" else 1):
+      if len(calls) == (3 if point == "seal_entry" else 1):
         raise Killed
       return original(*arguments)
 
@@ -198,7 +198,7 @@ class TestKilled:
     assert sorted(path.name for path in folder.iterdir()) == names
 
   @pytest.mark.long
-  @pytest.mark.parametrize("point", ["seal", "_keys_path", "_update_index", "entry_path"])
+  @pytest.mark.parametrize("point", ["seal_entry", "_keys_path", "_update_index", "entry_path"])
   def test_killed(self, tmp_path, point):
     """By the kernel, in the middle of writing, committing or removing."""
     fill(tmp_path)
@@ -274,7 +274,7 @@ class TestDamage:
     fill(tmp_path, 8)
     pack(tmp_path, remove_files=True)
     folder = tmp_path / "latents" / "shards"
-    keys = shards.unseal(next(folder.glob("*.keys")).read_bytes())
+    keys = shards.unseal_entry(next(folder.glob("*.keys")).read_bytes())
     Index.build(Shards(folder).index.shards, [keys[16:] + keys[:16]]).write(folder / "index")
     assert get_all(Cache(tmp_path / "latents", "weights"), 8) == set() and len(caplog.messages) == 8
 
@@ -305,7 +305,7 @@ class TestDamage:
     (tmp_path / "latents" / "shards" / "index").unlink()
     assert pack(tmp_path).num_entries == 40  # one of them under a key that nothing has
     assert len(get_all(Cache(tmp_path / "latents", "weights"))) == 39
-    assert shards.unseal(first.read_bytes()) is not None and second.exists()
+    assert shards.unseal_entry(first.read_bytes()) is not None and second.exists()
 
 
 class TestIndex:

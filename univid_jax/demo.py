@@ -47,13 +47,13 @@ def main() -> None:
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.page import CSS, Page
   from univid_jax.cli.page_session import Offer, Session, find_checkpoints
-  from univid_jax.cli.sampling import parse_lora
+  from univid_jax.cli.sampling import parse_lora_flag
 
   enable_compilation_cache()
   offer = Offer(
     checkpoints=CHECKPOINT.value or find_checkpoints(),
-    loras=[parse_lora(item) for item in LORA.value],
-    accelerator=ACCELERATE.value,
+    loras=[parse_lora_flag(item) for item in LORA.value],
+    distillation=ACCELERATE.value,
     flags=FLAGS.given(MODEL_FLAGS),
   )
   session = Session(offer)

@@ -40,21 +40,21 @@ def main() -> None:
 
   import univid_jax
   from univid_jax.checkpoints.origin import Origin
-  from univid_jax.cli.sampling import group_loras, parse_lora
+  from univid_jax.cli.sampling import group_loras, parse_lora_flag
   from univid_jax.data.sources.open import open_data
   from univid_jax.evaluation import exact
   from univid_jax.evaluation.run import evaluate
-  from univid_jax.inference.accelerate import accelerate, read_accelerator
+  from univid_jax.inference.distillation_loras import add_distillation, read_distillation
   from univid_jax.parallel.mesh import make_mesh
 
   config, workdir = CONFIG.value, WORKDIR.value
   folder = OUT.value or f"{workdir}/evaluation"
-  loras = [parse_lora(item) for item in LORA.value]
+  loras = [parse_lora_flag(item) for item in LORA.value]
   grouped = group_loras(loras)
   verify = VERIFICATION.verify_weights
-  accelerator = read_accelerator(ACCELERATE.value, verify=verify) if ACCELERATE.value else None
-  files = accelerator and accelerator.files
-  sources = {"loras": loras, "accelerator": files, "quantize": QUANTIZE.value, **VERIFICATION.value}
+  distillation = read_distillation(ACCELERATE.value, verify=verify) if ACCELERATE.value else None
+  files = distillation and distillation.files
+  sources = {"loras": loras, "distillation": files, "quantize": QUANTIZE.value, **VERIFICATION.value}
   origin = Origin.of(CHECKPOINT.value or workdir, step=STEP.value, **sources)
   # Each process has the whole model on its own devices, and its share of the sentences.
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
@@ -64,7 +64,7 @@ def main() -> None:
   data = open_data(config)
   command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
   skip = LORA_SKIP_UNMATCHED.value
-  accelerated = accelerator and accelerate(pipeline, accelerator, skip_unmatched=skip)
+  accelerated = distillation and add_distillation(pipeline, distillation, skip_unmatched=skip)
   report = evaluate(pipeline, config, data=data, folder=folder, origin=origin, command=command, accelerated=accelerated)
   if report is None:  # not process 0
     return

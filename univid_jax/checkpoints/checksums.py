@@ -5,7 +5,7 @@ of memory and is no protection against deliberate ones:
 
 FOLDER/checksums.xxh128   a line "CHECKSUM  NAME" per file, which `xxhsum --check` reads too, then one with the checksum
                           of these lines; written last and atomically
-LoRA files                hold their own checksums in their headers or sidecars, see `seal`
+LoRA files                hold their own checksums in their headers or sidecars, see `seal_file`
 """
 
 import concurrent.futures
@@ -27,7 +27,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write, resolve_inside
 
 CHECKSUMS_FILE = "checksums.xxh128"
-# The entry that `seal` fills in, and its value until then.
+# The entry that `seal_file` fills in, and its value until then.
 SEAL = "univid_checksum"
 OPEN_SEAL = f"xxh3_128:{'0' * 32}"
 # Either finds it, so that no flipped bit hides it.
@@ -244,7 +244,7 @@ def _last_line(lines: bytes) -> bytes:
   return f"# {xxhash.xxh3_128_hexdigest(lines)} of the lines above\n".encode()
 
 
-def seal(holder: Path, *files: Path) -> None:
+def seal_file(holder: Path, *files: Path) -> None:
   """Writes the checksum of a file into itself.
 
   The checksum is that of the file without it, followed by the other files.
@@ -262,7 +262,7 @@ def seal(holder: Path, *files: Path) -> None:
 
 
 def check_seal(holder: epath.PathLike, *files: epath.PathLike) -> bool | None:
-  """Returns whether files, local or in a bucket, equal the checksum that `seal` wrote; None if there is none."""
+  """Returns whether files, local or in a bucket, equal the checksum that `seal_file` wrote; None if there is none."""
   holder = epath.Path(holder)
   start = _find_seal(holder)
   if start is None:

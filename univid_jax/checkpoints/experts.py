@@ -1,21 +1,14 @@
 """Experts of Wan2.2 A14B: transformers that only names tell from each other and, for T2V, from Wan2.1's 14B."""
 
-import enum
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from univid_jax.core.options import ModelType, TrainedExpert
+from univid_jax.core.options import Expert, ModelType, TrainedExpert
 from univid_jax.models.variants import VARIANTS, DiTConfig
 
-
-class Expert(enum.StrEnum):
-  """Which half of the noise levels a transformer was trained for."""
-
-  HIGH = "high"
-  LOW = "low"
-  UNKNOWN = "unknown"
-
+# Which of two experts a LoRA can be meant for.
+LORA_EXPERTS = (TrainedExpert.HIGH, TrainedExpert.LOW, TrainedExpert.BOTH)
 
 # The A14B variant of each Wan2.1 model that has the same tensors.
 SAME_TENSORS = {"wan2.1-t2v-14b": "wan2.2-t2v-a14b"}
@@ -60,10 +53,10 @@ def find_expert(path: Path, metadata: Mapping[str, str], config: DiTConfig) -> E
   return Expert.UNKNOWN if is_expert else None
 
 
-def split_expert(text: str) -> tuple[str, str]:
-  """Splits the name of an expert, or both, from the path of a LoRA: high=PATH; ("", PATH) if there is none."""
+def split_expert(text: str) -> tuple[TrainedExpert | None, str]:
+  """Splits the name of an expert, or both, from the path of a LoRA: high=PATH; (None, PATH) if there is none."""
   expert, equals, path = text.partition("=")
-  return (expert, path) if equals and expert in (Expert.HIGH, Expert.LOW, TrainedExpert.BOTH) else ("", text)
+  return (TrainedExpert(expert), path) if equals and expert in LORA_EXPERTS else (None, text)
 
 
 def named_expert(path: str) -> Expert | None:

@@ -10,7 +10,7 @@ from etils import epath
 from univid_jax.checkpoints.built_in import locate
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.options import Quantize
+from univid_jax.core.options import Expert, Quantize
 
 CHECKPOINT_FILE = "checkpoint.json"
 FORMAT = 1
@@ -56,7 +56,7 @@ class CheckpointInfo:
     version: of the univid_jax that wrote it.
     components: by name.
     tokenizer: the tokenizer's file, relative to the folder, or None.
-    expert: "high", "low" or "unknown" if the only transformer is one expert of Wan2.2 A14B, else None.
+    expert: which expert of Wan2.2 A14B the only transformer is, if it is one.
     codec: the values of `CodecConfig` for a transformer that was trained with the codec without weights, else None.
     usage: how a transformer that this project trained has to be run, as `Usage.to_metadata` says, else None.
   """
@@ -65,7 +65,7 @@ class CheckpointInfo:
   version: str
   components: Mapping[str, ComponentInfo]
   tokenizer: str | None
-  expert: str | None = None
+  expert: Expert | None = None
   codec: Mapping[str, Any] | None = None
   usage: Mapping[str, str] | None = None
 
@@ -97,6 +97,7 @@ def read_info(folder: epath.PathLike) -> CheckpointInfo:
     if values.pop("format") != FORMAT:
       raise ValueError("it was written by another version of univid_jax")
     components = {name: ComponentInfo(**component) for name, component in values.pop("components").items()}
-    return CheckpointInfo(components=components, **values)
+    expert = values.pop("expert", None)
+    return CheckpointInfo(components=components, expert=Expert(expert) if expert else None, **values)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"cannot read {path}: {error}") from error

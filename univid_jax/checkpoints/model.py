@@ -10,7 +10,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from univid_jax.checkpoints.experts import Expert
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders, PretrainedEncoders
@@ -20,7 +19,7 @@ from univid_jax.config.boundary import override
 from univid_jax.config.schema import ModelConfig, RunConfig
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Quantize, TrainedExpert
+from univid_jax.core.options import Expert, Quantize, TrainedExpert
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import CodecShape, Encoders
 from univid_jax.diffusion.flow import REFERENCE_TOKENS, FlowMatching

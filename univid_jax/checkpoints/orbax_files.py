@@ -4,7 +4,6 @@ Undocumented, and checked by tests/test_orbax_files.py:
 
 - `PyTreeCheckpointHandler(use_ocdbt=False)` stores each array as a zarr array in a folder named by its dotted path, and
   records no chunk shapes that a reader would compare with those on disk. `create_arrays` relies on it.
-- The metadata of a checkpoint is a tree of entries that have a dtype. `stored_dtypes` relies on it.
 - A reader that does not know Orbax finds the arrays in these folders. `open_arrays` relies on it.
 - Orbax logs through absl, and abandons the other arrays if one fails. `silence_orbax` relies on how that shows.
 """
@@ -125,19 +124,6 @@ def restore_items(folder: epath.PathLike, items: Mapping[str, Any]) -> Mapping[s
       raise
     raise UserError(f"cannot read the checkpoint {folder}: {first_line(error)}") from error
   return {name: restored[name] for name in items}
-
-
-def stored_dtypes(folder: epath.PathLike) -> dict[Path, np.dtype]:
-  """Returns the dtype of each stored array by its path."""
-  silence_orbax()
-  with ocp.StandardCheckpointer() as checkpointer:
-    tree = checkpointer.metadata(make_absolute(folder)).item_metadata.tree
-  return {path_keys(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def path_keys(path: jax.tree_util.KeyPath) -> Path:
-  """Returns the keys of a path in nested dicts and dataclasses as strings, which Orbax makes of integers too."""
-  return tuple(str(key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.key) for key in path)
 
 
 def create_arrays(folder: epath.PathLike, specs: Mapping[Path, tuple[tuple[int, ...], str]]) -> dict[Path, Any]:

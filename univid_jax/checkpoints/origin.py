@@ -29,7 +29,7 @@ class Origin:
     checkpoint: a converted checkpoint or the workdir of a run, as the user named it.
     step: of the workdir's checkpoint; None for a converted one.
     loras: LoRAs on top with their weights, as the user named them.
-    accelerator: distillation LoRAs on top of these, likewise; part of the model, or of one condition of an evaluation.
+    distillation: distillation LoRAs on top of these, likewise; part of the model, or of one condition of an evaluation.
     quantize: what the base is quantised to; None as it is stored.
     is_verified: whether `load_pipeline` compares the weights with their checksums, so that these identify them.
   """
@@ -37,7 +37,7 @@ class Origin:
   checkpoint: str
   step: int | None = None
   loras: Sequence[tuple[str, float]] = ()
-  accelerator: Sequence[tuple[str, float]] = ()
+  distillation: Sequence[tuple[str, float]] = ()
   quantize: str | None = None
   is_verified: bool = False
 
@@ -48,7 +48,7 @@ class Origin:
     *,
     step: int | str | None = None,
     loras: Sequence[tuple[str, float]] = (),
-    accelerator: Sequence[tuple[str, float]] | None = None,
+    distillation: Sequence[tuple[str, float]] | None = None,
     quantize: str | None = None,
     verify_weights: bool = True,
     on_damaged_checkpoint: str = OnDamaged.FALLBACK,
@@ -76,7 +76,7 @@ class Origin:
       checkpoint=checkpoint,
       step=found,
       loras=tuple(loras),
-      accelerator=tuple(accelerator or ()),
+      distillation=tuple(distillation or ()),
       quantize=quantize,
       is_verified=verify_weights,
     )
@@ -104,14 +104,15 @@ class Origin:
     if method and method != Quantize.NONE:
       checksums["quantize"] = str(method)  # the checksums are those of the weights before
     named = [(f"lora {number}", lora) for number, lora in enumerate(self.loras)]
-    named += [(f"accelerator {number}", lora) for number, lora in enumerate(self.accelerator)]
+    # Stored samples and ratios are found by these names.
+    named += [(f"accelerator {number}", lora) for number, lora in enumerate(self.distillation)]
     for name, (path, weight) in named:
       expert, file = split_expert(path)
       config = find_config(Path(file))
       digests = [self._digest_lora(file), *([self._digest(epath.Path(config))] if config else [])]
       if "transformer_2" in checksums:  # the name may decide, so that moving the file changes the model
-        expert = expert or named_expert(file) or ""
-      checksums[name] = f"{expert} {' + '.join(digests)} x {weight:g}".strip()
+        expert = expert or named_expert(file)
+      checksums[name] = f"{expert or ''} {' + '.join(digests)} x {weight:g}".strip()
     return checksums
 
   def _digest_step(self, workdir: str, step: int) -> str:
@@ -130,7 +131,7 @@ class Origin:
   def to_json(self) -> dict[str, Any]:
     named = {
       name: [path if weight == 1 else f"{path}:{weight:g}" for path, weight in loras]
-      for name, loras in {"lora": self.loras, "accelerate": self.accelerator}.items()
+      for name, loras in {"lora": self.loras, "accelerate": self.distillation}.items()
       if loras or name == "lora"
     }
     return {"checkpoint": self.checkpoint, "step": self.step, **named, "checksums": dict(self.checksums)}

@@ -22,14 +22,13 @@ from jax.typing import DTypeLike
 
 from univid_jax.checkpoints import weights_file
 from univid_jax.checkpoints.built_in import locate
-from univid_jax.checkpoints.experts import Expert
 from univid_jax.checkpoints.info import CheckpointInfo, ComponentInfo, read_info
 from univid_jax.checkpoints.layerwise import read_layerwise
-from univid_jax.checkpoints.orbax_files import open_arrays, path_keys, restore_arrays, stored_dtypes
+from univid_jax.checkpoints.orbax_files import open_arrays, restore_arrays
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.wan_vae import VAE, VAEConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Quantize
+from univid_jax.core.options import Expert, Quantize
 from univid_jax.models.clip import CLIPConfig, CLIPVision
 from univid_jax.models.dit import DiT
 from univid_jax.models.layers import quantize_linears
@@ -119,7 +118,7 @@ class PretrainedCheckpoint:
     """Which expert each transformer is; None for one that serves all noise levels."""
     if len(self.transformers) > 1:
       return Expert.HIGH, Expert.LOW
-    return (Expert(self.info.expert) if self.info.expert else None,)
+    return (self.info.expert,)
 
   @property
   def usage(self) -> Usage | None:
@@ -198,20 +197,6 @@ class PretrainedCheckpoint:
       component, self.config(component), quantize=self.quantization(component, quantize), **options
     )
     return nnx.graphdef(module), self.load_arrays(component, abstract_parameters(module, mesh))
-
-  def load_as_stored(self, component: str, *, mesh: Mesh) -> dict[str, Any]:
-    """Returns a component's parameters in the dtypes in which they are stored."""
-    module = abstract_component(component, self.config(component), quantize=self.quantization(component))
-    abstract = abstract_parameters(module, mesh)
-    read_dtypes = weights_file.stored_dtypes if self._is_file(component) else stored_dtypes
-    dtypes = read_dtypes(self._weights(component))
-    return self.load_arrays(
-      component,
-      jax.tree_util.tree_map_with_path(
-        lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes.get(path_keys(path), x.dtype), sharding=x.sharding),
-        abstract,
-      ),
-    )
 
   def load_arrays(self, component: str, abstract: Any) -> dict[str, Any]:
     """Loads the parameters of a component; kernels are quantised one layer after another.

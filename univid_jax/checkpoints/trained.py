@@ -22,7 +22,7 @@ from univid_jax.checkpoints.usage import SOFTWARE, SOFTWARE_NAME, Usage
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import OnDamaged, TrainedExpert
+from univid_jax.core.options import Expert, OnDamaged, TrainedExpert
 from univid_jax.models.lora import LoRAParam
 from univid_jax.models.offload import offload_blocks, put_in_words
 from univid_jax.parallel.mesh import make_mesh
@@ -135,7 +135,7 @@ def run_usage(record: RunRecord) -> Usage:
   return Usage.of(
     config,
     context_timestep=context_mode(config).timestep,
-    expert=str(expert) if expert in (TrainedExpert.HIGH, TrainedExpert.LOW) else "",
+    expert=Expert(expert) if expert in (TrainedExpert.HIGH, TrainedExpert.LOW) else None,
     base_model=base,
     base_checksum=record.base,
     prompts=record.prompts,

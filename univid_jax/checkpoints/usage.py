@@ -5,10 +5,10 @@ import json
 from collections.abc import Mapping, Sequence
 
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.dims import MAX_POSITION
+from univid_jax.core.dims import MAX_POSITION, is_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.options import MAX_STEPS, Attention, ClipFit, ContextTimestep, Quantize
+from univid_jax.core.options import MAX_STEPS, Attention, ClipFit, ContextTimestep, Expert, Quantize
 
 # The entry that identifies files of this project; those of others may use the same names for other things.
 SOFTWARE = "software"
@@ -34,7 +34,7 @@ class Usage:
     base_checksum: of the base's transformer; "" without a base.
     base_quantize: how the base was quantised in training.
     prompts: of the tasks.
-    expert: "high" or "low" if it was trained for one expert, else "".
+    expert: HIGH or LOW if it was trained for one expert, else None.
   """
 
   attention: Attention = Attention.FULL
@@ -49,7 +49,7 @@ class Usage:
   base_model: str = ""
   base_checksum: str = ""
   prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  expert: str = ""
+  expert: Expert | None = None
   base_quantize: Quantize = Quantize.NONE
 
   @classmethod
@@ -58,7 +58,7 @@ class Usage:
     config: RunConfig,
     *,
     context_timestep: ContextTimestep = ContextTimestep.AUTO,
-    expert: str = "",
+    expert: Expert | None = None,
     base_model: str = "",
     base_checksum: str = "",
     prompts: Mapping[str, str] | None = None,
@@ -97,7 +97,7 @@ class Usage:
       "base_model": self.base_model,
       "base_checksum": self.base_checksum,
       "prompts": json.dumps(self.prompts, ensure_ascii=False),
-      "expert": self.expert,
+      "expert": str(self.expert or ""),
       **({} if self.base_quantize == Quantize.NONE else {"base_quantize": str(self.base_quantize)}),
     }
 
@@ -218,15 +218,15 @@ def _parse_fps(text: str) -> float:
 
 def _parse_num_frames(text: str) -> int:
   count = int(text)
-  if count < 1 or count % 4 != 1:
+  if not is_clip_length(count):
     raise ValueError("it must be 4n + 1")
   return count
 
 
-def _parse_expert(text: str) -> str:
-  if text not in ("", "high", "low"):
+def _parse_expert(text: str) -> Expert | None:
+  if text not in ("", Expert.HIGH, Expert.LOW):
     raise ValueError("it must be high, low or empty")
-  return text
+  return Expert(text) if text else None
 
 
 _PARSERS = {

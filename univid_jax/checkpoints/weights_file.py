@@ -52,11 +52,6 @@ def open_arrays(path: epath.PathLike, paths: Iterable[Path]) -> dict[Path, Any]:
   return {keys: ts.array(_find(arrays, keys, path)) for keys in paths}
 
 
-def stored_dtypes(path: epath.PathLike) -> dict[Path, np.dtype]:
-  """Returns the dtype of each stored array by its path; raises like `restore_arrays`."""
-  return {tuple(name.split(".")): array.dtype for name, array in _read(path).items()}
-
-
 def _read(path: epath.PathLike) -> dict[str, np.ndarray]:
   file = open_tensors(copy_file(path))
   return {name: file.read(name) for name in file.infos}

@@ -18,7 +18,7 @@ from univid_jax.config.boundary import from_config_dict, to_config_dict
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged, Quantize
-from univid_jax.diffusion.accelerators import KINDS
+from univid_jax.diffusion.distillations import DISTILLATIONS
 
 # The file of presets in a clone; where it does not exist, its name means the packaged presets.
 PRESETS_FILE = os.path.join("configs", "video_tasks.py")
@@ -82,7 +82,7 @@ class CommandFlags:
     return self.strings("lora", [], help_text)
 
   def accelerate(self, beginning: str = "A") -> flags.FlagHolder[list[str]]:
-    kinds = " or ".join(KINDS)
+    kinds = " or ".join(DISTILLATIONS)
     help_text = (
       f"{beginning} distillation LoRA next to the others, as PATH[:WEIGHT][:KIND], of the kind {kinds}. It decides "
       "about solver, steps, shift and guidance. high=PATH,low=PATH are those of two experts."

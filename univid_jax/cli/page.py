@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from univid_jax.cli.page_examples import EXAMPLES
-from univid_jax.cli.page_session import Choice, Result, Session, Status
+from univid_jax.cli.page_session import Choice, FinishedSample, Session, Status
 from univid_jax.cli.sampling import known_prompts
 from univid_jax.core.options import MAX_SEED
 
@@ -127,9 +127,9 @@ class Page:
     checkpoint = gr.Dropdown([*offer.checkpoints], value=first.checkpoint, label="Checkpoint", interactive=many)
     names = [f"Weight of {Path(path).name} (0: without)" for path, _ in offer.loras]
     weights = [gr.Slider(-1, 2, value=weight, step=0.05, label=name) for name, (_, weight) in zip(names, offer.loras)]
-    kind = pipeline.accelerator
+    kind = pipeline.distillation
     steps_of = f": {kind.num_inference_steps} steps ({kind.name})" if kind else ""
-    fast = gr.Checkbox(first.accelerated, label=f"Accelerate{steps_of}", visible=bool(offer.accelerator))
+    fast = gr.Checkbox(first.accelerated, label=f"Accelerate{steps_of}", visible=bool(offer.distillation))
     takes_prompts = many or pipeline.encoders.has_text_encoder
     with gr.Accordion("Prompt, steps and seed" if takes_prompts else "Steps and seed", open=False):
       with gr.Row(visible=takes_prompts):
@@ -200,7 +200,7 @@ def _choose(
   )
 
 
-def _show_event(event: Status | Result) -> list[Any]:
+def _show_event(event: Status | FinishedSample) -> list[Any]:
   """Returns the updates of what `Page._build_result` has built."""
   if isinstance(event, Status):
     picture = gr.skip() if event.picture is None else gr.update(value=event.picture, visible=True)

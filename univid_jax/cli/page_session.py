@@ -39,13 +39,13 @@ class Offer:
   Attributes:
     checkpoints: the first is loaded first.
     loras: each with the weight that it has at first.
-    accelerator: values of --accelerate; none if there is no accelerator.
+    distillation: values of --accelerate; none if there is no distillation.
     flags: of `sample` in addition, for every model.
   """
 
   checkpoints: Sequence[str]
   loras: Sequence[tuple[str, float]] = ()
-  accelerator: Sequence[str] = ()
+  distillation: Sequence[str] = ()
   flags: Sequence[str] = ()
 
 
@@ -56,7 +56,7 @@ class Choice:
   Attributes:
     checkpoint: one of those offered.
     lora_weights: of the LoRAs offered; 0 leaves one out.
-    accelerated: whether to use the accelerator.
+    accelerated: whether to use the distillation.
     steps: None leaves them to the model.
     task, prompt: of the sentence; the prompt is used if both are given.
     num_frames: of B'; None infers them.
@@ -84,7 +84,7 @@ class Choice:
     loras = ",".join(path if weight == 1 else f"{path}:{weight:g}" for path, weight in chosen)
     flags = [f"--checkpoint={self.checkpoint}", *offer.flags]
     flags += [f"--lora={loras}"] if loras else []
-    return flags + ([f"--accelerate={','.join(offer.accelerator)}"] if self.accelerated and offer.accelerator else [])
+    return flags + ([f"--accelerate={','.join(offer.distillation)}"] if self.accelerated and offer.distillation else [])
 
   def sample_flags(self) -> list[str]:
     """Returns the flags that say how to sample."""
@@ -106,7 +106,7 @@ class Status:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
+class FinishedSample:
   """A finished sample.
 
   Attributes:
@@ -147,7 +147,7 @@ class Session:
   def first_choice(self) -> Choice:
     """Returns what is chosen unless something else is."""
     weights = tuple(weight for _, weight in self.offer.loras)
-    accelerated = bool(self.offer.accelerator)
+    accelerated = bool(self.offer.distillation)
     return Choice(checkpoint=self.offer.checkpoints[0], lora_weights=weights, accelerated=accelerated)
 
   def open(self, choice: Choice) -> None:
@@ -175,7 +175,7 @@ class Session:
     """Writes the clips of an example, at the size of the model."""
     return example.write(folder, size=self._form.size, num_frames=self._form.num_frames)
 
-  def sample(self, choice: Choice, clips: Sequence[str], folder: Path) -> Iterator[Status | Result]:
+  def sample(self, choice: Choice, clips: Sequence[str], folder: Path) -> Iterator[Status | FinishedSample]:
     """Samples in a thread of its own, and yields what happens; to close the generator stops it.
 
     Args:
@@ -186,10 +186,10 @@ class Session:
     Raises:
       UserError, OSError: something is wrong with the clips or the choice.
     """
-    events: queue.Queue[Status | Result | BaseException] = queue.Queue()
+    events: queue.Queue[Status | FinishedSample | BaseException] = queue.Queue()
     stopped = threading.Event()
 
-    def emit(event: Status | Result) -> None:
+    def emit(event: Status | FinishedSample) -> None:
       if stopped.is_set():
         raise Stopped
       events.put(event)
@@ -209,13 +209,13 @@ class Session:
         if isinstance(event, BaseException):
           raise event
         yield event
-        if isinstance(event, Result):
+        if isinstance(event, FinishedSample):
           return
     finally:
       stopped.set()
       thread.join()
 
-  def _run(self, choice: Choice, clips: Sequence[str], folder: Path, emit: Callable[[Status], None]) -> Result:
+  def _run(self, choice: Choice, clips: Sequence[str], folder: Path, emit: Callable[[Status], None]) -> FinishedSample:
     names = [f"{name}{Path(clip).suffix.lower()}" for name, clip in zip(NAMES, clips, strict=True)]
     for name, clip in zip(names, clips):
       shutil.copyfile(clip, folder / name)
@@ -267,7 +267,7 @@ def _parse(arguments: Sequence[str]) -> SampleCommand:
   return command
 
 
-def _collect(folder: Path, names: Sequence[str], command: str, seconds: float) -> Result:
+def _collect(folder: Path, names: Sequence[str], command: str, seconds: float) -> FinishedSample:
   """Draws the views of what was sampled into a folder, and packs everything that belongs to it."""
   (result,) = (path for path in folder.glob(f"{RESULT}.*") if path.suffix in (".png", ".mp4"))
   grid = result.with_name(f"{RESULT}_grid{result.suffix}")
@@ -283,7 +283,7 @@ def _collect(folder: Path, names: Sequence[str], command: str, seconds: float) -
   what = "image" if count == 1 else f"video of {count} frames"
   cut = f"; comparisons show its first {MAX_FRAMES}" if count > MAX_FRAMES else ""
   text = f"B': {what} of {height}x{width}, sampled in {seconds:.1f} s{cut}"
-  return Result(text=text, large=large, **views, bundle=folder / "sample.zip", command=command)
+  return FinishedSample(text=text, large=large, **views, bundle=folder / "sample.zip", command=command)
 
 
 def find_checkpoints() -> list[str]:

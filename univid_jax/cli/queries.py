@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from univid_jax.cli.requests import Prepared, RequestRunner
+from univid_jax.cli.requests import PreparedRequest, RequestRunner
 from univid_jax.cli.sampling import Request
 from univid_jax.data.clips import context_shape
 from univid_jax.data.packing import bucket_size
@@ -104,7 +104,7 @@ class QueryRunner:
     is_hidden = _place()[0] > 0
     with tqdm(total=steps * sum(map(len, mine)), desc="sample", unit="step", disable=is_hidden) as bar:
       for group in filter(None, mine):
-        waiting: deque[Prepared] = deque()
+        waiting: deque[PreparedRequest] = deque()
         queries = self._read(group, waiting)
         first = next(queries, None)
         done = 0
@@ -126,7 +126,7 @@ class QueryRunner:
     if kept:
       yield f"kept {kept} result{'s' * (kept > 1)} of an earlier command"
 
-  def _read(self, group: Sequence[Request], waiting: deque[Prepared]) -> Iterator[np.ndarray]:
+  def _read(self, group: Sequence[Request], waiting: deque[PreparedRequest]) -> Iterator[np.ndarray]:
     """Yields the queries whose results are missing, and appends what belongs to them to `waiting`."""
     for request in group:
       prepared = self.runner.prepare(request)

@@ -16,6 +16,7 @@ from univid_jax import Pipeline
 from univid_jax.cli.results import check_result, grid_path, is_finished, remove_record, write_record
 from univid_jax.cli.sampling import Request
 from univid_jax.cli.whole_videos import StepProgress, WholeQuery, WholeVideo, padded_size
+from univid_jax.core.options import SolverName
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate, read_context
 from univid_jax.data.pictures import concatenate_clips
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedRequest:
   """A request whose clips are read.
 
   Attributes:
@@ -125,7 +126,7 @@ class RequestRunner:
       return None
     return query.cut(form.num_frames + 4) if self.is_warm_up else query
 
-  def prepare(self, request: Request) -> "Prepared":
+  def prepare(self, request: Request) -> "PreparedRequest":
     """Reads the clips of a request, and checks that the result can be written."""
     clips, first = self._read(request), self._read_first_frame(request)
     num_frames = self.arguments["num_frames"]
@@ -138,9 +139,9 @@ class RequestRunner:
     record = self._record([clip.describe() for clip in clips], num_frames=count, size=size, fps=fps)
     if first is not None:
       record["first_frame"] = first.describe()
-    return Prepared(request, clips, first, path, record)
+    return PreparedRequest(request, clips, first, path, record)
 
-  def finish(self, prepared: "Prepared", frames: Frames) -> str:
+  def finish(self, prepared: "PreparedRequest", frames: Frames) -> str:
     """Writes the result of a request that was prepared; returns a line that describes it."""
     path, record, request = prepared.path, prepared.record, prepared.request
     sampled, fps = frames[:, : record["height"], : record["width"]], record["fps"]
@@ -227,7 +228,7 @@ class RequestRunner:
     names = ("num_inference_steps", "guidance_scale", "shift", "solver", "sigmas", "guidance_range", "step_cache")
     options = {name: self.arguments[name] for name in names if name in self.arguments}
     given = options.get("num_inference_steps")
-    if given is None or options.get("solver") == "distilled" or options.get("step_cache") is not None:
+    if given is None or options.get("solver") == SolverName.DISTILLED or options.get("step_cache") is not None:
       return given
     experts = self.pipeline.experts
     for count in range(2, given):  # the first step takes arrays from elsewhere, which is a program of its own
@@ -244,7 +245,7 @@ class RequestRunner:
       request: what to sample.
       steps: of the solver, if their number is free.
     """
-    is_fixed = self.arguments.get("sigmas") or self.arguments.get("solver") == "distilled"
+    is_fixed = self.arguments.get("sigmas") or self.arguments.get("solver") == SolverName.DISTILLED
     arguments = dict(self.arguments) if is_fixed else {**self.arguments, "num_inference_steps": steps}
     self.pipeline.sample([clip.frames for clip in self._read(request)], **arguments)  # compiles
     folder = request.out.parent / "profile"

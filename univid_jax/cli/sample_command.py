@@ -89,17 +89,17 @@ class SampleCommand:
   def load(self) -> "tuple[Pipeline, Origin]":
     """Loads the model, after checking what is wrong without it."""
     from univid_jax.cli.step_caches import parse_step_cache
-    from univid_jax.inference.accelerate import read_accelerator
+    from univid_jax.inference.distillation_loras import read_distillation
     from univid_jax.inference.plan import SamplingPlan
     from univid_jax.inference.ratio_tables import require_tables
 
     flags, items = self.sampling, self._accelerate.value
     cache = parse_step_cache(self._step_cache.value) if self._step_cache.value else None
-    accelerator = read_accelerator(items, verify=flags.verification.verify_weights) if items else None
-    SamplingPlan.of(accelerator and accelerator.kind, **flags.steps, step_cache=cache)
+    distillation = read_distillation(items, verify=flags.verification.verify_weights) if items else None
+    SamplingPlan.of(distillation and distillation.kind, **flags.steps, step_cache=cache)
     if cache is not None:
       require_tables(flags.checkpoint.value)
-    return flags.load(accelerator)
+    return flags.load(distillation)
 
   def runner(self, pipeline: "Pipeline", origin: "Origin") -> "RequestRunner":
     """Returns what samples the requests with a model that is loaded."""

@@ -13,7 +13,7 @@ from univid_jax.checkpoints.experts import split_expert
 from univid_jax.cli.flags import UsageError
 from univid_jax.cli.results import check_result
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import ClipFit, PromptStyle
+from univid_jax.core.options import ClipFit, PromptStyle, SolverName
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.color import MAX_PIXELS
@@ -39,7 +39,7 @@ class Request:
   needs_suffix: bool = False
 
 
-def parse_lora(text: str) -> tuple[str, float]:
+def parse_lora_flag(text: str) -> tuple[str, float]:
   """Splits PATH[:WEIGHT]; the weight is 1 by default."""
   path, _, weight = text.rpartition(":")
   try:
@@ -57,7 +57,7 @@ def group_loras(loras: Sequence[tuple[str, float]]) -> list[tuple[str, float]] |
   groups: dict[str, list[tuple[str, float]]] = {}
   for text, weight in loras:
     expert, path = split_expert(text)
-    groups.setdefault(expert, []).append((path, weight))
+    groups.setdefault(expert or "", []).append((path, weight))
   if "" not in groups:
     return groups or []
   if len(groups) > 1:
@@ -107,9 +107,9 @@ def resolve_steps(pipeline: Pipeline, options: Mapping[str, Any]) -> dict[str, A
   """Returns options of `Pipeline.plan` with those that the model decides about filled in, to be recorded."""
   plan = pipeline.plan(**options)
   steps = None if options["sigmas"] else len(plan.sigmas)
-  decided = pipeline.accelerator
+  decided = pipeline.distillation
   shift = options["shift"] if decided is None else decided.shift
-  solver = decided.solver if decided else options["solver"] or "euler"
+  solver = decided.solver if decided else options["solver"] or SolverName.EULER
   scale = plan.guidance_scale
   return {**options, "num_inference_steps": steps, "guidance_scale": scale, "shift": shift, "solver": solver}
 

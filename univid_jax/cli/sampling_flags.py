@@ -4,13 +4,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from univid_jax.cli.flags import CommandFlags, UsageError
-from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit
+from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit, SolverName
 
 if TYPE_CHECKING:
   from univid_jax import Pipeline
   from univid_jax.checkpoints.origin import Origin
   from univid_jax.data.clips import ClipFormat
-  from univid_jax.inference.accelerate import AcceleratorLoRAs
+  from univid_jax.inference.distillation_loras import DistillationLoRAs
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class SamplingFlags:
 
   def _define_steps(self, command: CommandFlags) -> None:
     help_text = "euler (default) is the reference's; unipc needs fewer steps; distilled has the four of distillations."
-    self._solver = command.choice("solver", None, ["euler", "unipc", "distilled"], help_text)
+    self._solver = command.choice("solver", None, list(SolverName), help_text)
     help_text = "Sampling steps; default: those of the model's evaluation (50 for Wan), or of the solver."
     self._steps = command.integer("steps", None, help_text, lower_bound=1, upper_bound=MAX_STEPS)
     help_text = "The noise level before each Euler step, descending within (0, 1], instead of --steps and --shift."
@@ -113,7 +113,7 @@ class SamplingFlags:
     self._parse_size()
     self._group_loras()
 
-  def load(self, accelerator: "AcceleratorLoRAs | None" = None) -> "tuple[Pipeline, Origin]":
+  def load(self, distillation: "DistillationLoRAs | None" = None) -> "tuple[Pipeline, Origin]":
     """Loads the model, on the devices of this process."""
     import jax
 
@@ -122,13 +122,13 @@ class SamplingFlags:
     from univid_jax.parallel.mesh import make_mesh
 
     loras, grouped = self._group_loras()
-    files = accelerator and accelerator.files
+    files = distillation and distillation.files
     verification = self.verification.value
-    sources = {"loras": loras, "accelerator": files, "quantize": self._quantize.value, **verification}
+    sources = {"loras": loras, "distillation": files, "quantize": self._quantize.value, **verification}
     origin = Origin.of(self.checkpoint.value, step=self._step.value, **sources)
     loading: dict[str, Any] = {flag.name: flag.value for flag in self._loading}
     mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-    loading |= {"lora": grouped, "accelerate": accelerator, "step": origin.step, "mesh": mesh, **verification}
+    loading |= {"lora": grouped, "accelerate": distillation, "step": origin.step, "mesh": mesh, **verification}
     pipeline = univid_jax.load_pipeline(self.checkpoint.value, **loading)
     return pipeline, origin
 
@@ -158,7 +158,7 @@ class SamplingFlags:
     """Returns the LoRAs as they were named, with their weights, and as `load_pipeline` takes them."""
     from univid_jax.cli import sampling
 
-    loras = [sampling.parse_lora(item) for item in self._lora.value]
+    loras = [sampling.parse_lora_flag(item) for item in self._lora.value]
     return loras, sampling.group_loras(loras)
 
   def _parse_size(self) -> tuple[int, int] | None:

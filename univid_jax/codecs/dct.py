@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import scipy
 
-from univid_jax.core.dims import latent_shape
+from univid_jax.core.dims import TEMPORAL_STRIDE, latent_shape
 from univid_jax.core.pixels import OPPONENT_COLORS
 
 ArrayT = TypeVar("ArrayT", np.ndarray, jax.Array)
@@ -46,7 +46,7 @@ class DCTCodec:
 
   latent_channels: int = 16
   spatial_stride: int = 4
-  temporal_stride: int = 4
+  temporal_stride: int = TEMPORAL_STRIDE
 
   @property
   def num_parallel(self) -> int:

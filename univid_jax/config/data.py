@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from univid_jax.config.grids import ARCConfig, GridsConfig
 from univid_jax.config.section import MAX_COUNT, MAX_HOST_COUNT, Section
+from univid_jax.core.dims import is_clip_length, nearest_clip_lengths
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle, TargetKind
 
@@ -170,9 +171,8 @@ class DataConfig(Section):
     self.require_at_least(0, "fps")
     self.require_share("held_out")
     self.require_share("reverse_probability", "prompt_dropout", closed=True)
-    self.require(
-      "num_frames", self.num_frames % 4 == 1, f"4n + 1 ({' or '.join(map(str, _nearest_lengths(self.num_frames)))})"
-    )
+    nearest = " or ".join(map(str, nearest_clip_lengths(self.num_frames)))
+    self.require("num_frames", is_clip_length(self.num_frames), f"4n + 1 ({nearest})")
     near, far = self.depth_range
     self.require("depth_range", 0 < near < far < math.inf, "two increasing positive distances in metres")
     self.require_weights("tasks", "contexts", "animating_contexts", "num_clips")
@@ -221,8 +221,3 @@ class DataConfig(Section):
       if not (count.isdecimal() and 4 <= int(count) <= MAX_COUNT and int(count) % 2 == 0):
         raise UserError(f"config.data.num_clips must have keys clips_4, clips_6, clips_8, ..., got {name!r}")
     return {int(name.removeprefix("clips_")): weight for name, weight in self.num_clips.items()}
-
-
-def _nearest_lengths(num_frames: int) -> tuple[int, int]:
-  below = (num_frames - 1) // 4 * 4 + 1
-  return max(below, 1), below + 4

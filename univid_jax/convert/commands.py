@@ -8,7 +8,7 @@ from pathlib import Path
 from etils import epath
 
 from univid_jax.checkpoints.built_in import BUILT_IN
-from univid_jax.checkpoints.experts import Expert, may_be_expert
+from univid_jax.checkpoints.experts import may_be_expert
 from univid_jax.checkpoints.info import CheckpointInfo, is_checkpoint, read_info
 from univid_jax.checkpoints.lora.folder import is_lora_folder, write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, check_suffix, write_lora
@@ -30,7 +30,7 @@ from univid_jax.convert.sources import Release, find_release
 from univid_jax.convert.trained_base import write_trained_base
 from univid_jax.convert.verify import verify_release
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Quantize, parse_option
+from univid_jax.core.options import Expert, Quantize, parse_option
 
 # LoRAs are several if a run has trained both experts. A record is that of a run that trained the whole model.
 Found = CheckpointInfo | list[LoRAWeights] | RunRecord | Release

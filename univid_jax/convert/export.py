@@ -11,7 +11,6 @@ import numpy as np
 from etils import epath
 
 from univid_jax.checkpoints.checksums import verified
-from univid_jax.checkpoints.experts import Expert
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo, numpy_dtype, save_safetensors, save_torch
 from univid_jax.convert.destination import atomic_folder
@@ -25,7 +24,7 @@ from univid_jax.convert.release_configs import (
   scheduler_config,
 )
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Quantize
+from univid_jax.core.options import Expert, Quantize
 from univid_jax.models.names import name_to_diffusers
 
 # Of a shard, and so of the memory that writing it takes.

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from univid_jax.checkpoints.experts import Expert, find_expert
+from univid_jax.checkpoints.experts import find_expert
 from univid_jax.checkpoints.tensor_files import TensorFile
 from univid_jax.convert.component_configs import count_blocks, infer_config
 from univid_jax.convert.layout import Layout
 from univid_jax.convert.quantized import FLOATS, dequantize
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import read_json_object
+from univid_jax.core.options import Expert
 from univid_jax.models.names import diffusers_table, name_from_diffusers, name_from_llama_cpp
 
 # A tensor that only this component has, in this layout.

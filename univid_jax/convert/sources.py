@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from univid_jax.checkpoints.experts import SAME_TENSORS, Expert
+from univid_jax.checkpoints.experts import SAME_TENSORS
 from univid_jax.checkpoints.gguf_files import read_gguf_values
 from univid_jax.checkpoints.lora.names import is_lora
 from univid_jax.checkpoints.pretrained import COMPONENTS
@@ -13,6 +13,7 @@ from univid_jax.codecs.sentencepiece import UnigramModel
 from univid_jax.convert.identify import Source, identify
 from univid_jax.convert.prefixes import find_tokenizer, split_parts
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import Expert
 from univid_jax.models.variants import VARIANTS, DiTConfig
 
 # UMT5's has 4.5 MB.

@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
+from univid_jax.core.dims import pixel_frames
 from univid_jax.core.protocols import Codec
 
 
@@ -19,7 +20,8 @@ def i2v_condition(
     image: the first frame of the sentence, in [-1, 1].
     num_latent_frames: of the whole sentence.
   """
-  frames = np.zeros((1 + codec.temporal_stride * (num_latent_frames - 1), *image.shape), np.float32)
+  num_frames = pixel_frames(num_latent_frames, temporal_stride=codec.temporal_stride)
+  frames = np.zeros((num_frames, *image.shape), np.float32)
   frames[0] = image
   latents = codec.encode(frames)
   mask = np.zeros((*latents.shape[:3], codec.temporal_stride), np.float32)

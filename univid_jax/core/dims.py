@@ -12,10 +12,42 @@ Dims of a single module have words for names. Names that begin with an underscor
 output where `t` are those of the input.
 """
 
+import math
+
 from univid_jax.core.errors import UserError
 
 # Rotary positions along each dim, as in Wan's code.
 MAX_POSITION = 1024
+
+# Frames per latent frame of every published codec, after the first one, which is a single frame. Lengths of clips
+# depend on it where the codec is not asked, since that would load it. Code that has a codec asks for its stride.
+TEMPORAL_STRIDE = 4
+
+
+def is_clip_length(num_frames: int, *, temporal_stride: int = TEMPORAL_STRIDE) -> bool:
+  """Returns whether a clip may have a number of frames: 4n + 1. An image is a clip of one frame."""
+  return num_frames >= 1 and (num_frames - 1) % temporal_stride == 0
+
+
+def floor_clip_length(num_frames: int, *, temporal_stride: int = TEMPORAL_STRIDE) -> int:
+  """Returns the length of the longest clip in a video."""
+  return (num_frames - 1) // temporal_stride * temporal_stride + 1
+
+
+def nearest_clip_lengths(num_frames: int) -> tuple[int, int]:
+  """Returns the lengths of clips below and above a number of frames, at least 1."""
+  below = floor_clip_length(num_frames)
+  return below, below + TEMPORAL_STRIDE
+
+
+def latent_frames(num_frames: int, *, temporal_stride: int = TEMPORAL_STRIDE) -> int:
+  """Returns how many latent frames encode a video, if it is extended to a whole number of them."""
+  return 1 + math.ceil((num_frames - 1) / temporal_stride)
+
+
+def pixel_frames(num_latent_frames: int, *, temporal_stride: int = TEMPORAL_STRIDE) -> int:
+  """Returns how many frames a clip has; inverts `latent_frames`."""
+  return 1 + (num_latent_frames - 1) * temporal_stride
 
 
 def latent_shape(shape: tuple[int, ...], *, temporal_stride: int, spatial_stride: int) -> tuple[int, int, int]:
@@ -31,8 +63,8 @@ def latent_shape(shape: tuple[int, ...], *, temporal_stride: int, spatial_stride
       nearest valid values.
   """
   frames, height, width = shape[:3]
-  if frames < 1 or (frames - 1) % temporal_stride:
-    nearest = _nearest((frames - 1) // temporal_stride * temporal_stride + 1, temporal_stride)
+  if not is_clip_length(frames, temporal_stride=temporal_stride):
+    nearest = _nearest(floor_clip_length(frames, temporal_stride=temporal_stride), temporal_stride)
     raise UserError(f"a clip needs {temporal_stride}n + 1 frames, got {frames}; the nearest are {nearest}")
   wrong = {name: side for name, side in (("height", height), ("width", width)) if side < 1 or side % spatial_stride}
   if wrong:
@@ -42,7 +74,7 @@ def latent_shape(shape: tuple[int, ...], *, temporal_stride: int, spatial_stride
       for name, side in wrong.items()
     ]
     raise UserError("; ".join(sides))
-  return 1 + (frames - 1) // temporal_stride, height // spatial_stride, width // spatial_stride
+  return latent_frames(frames, temporal_stride=temporal_stride), height // spatial_stride, width // spatial_stride
 
 
 def _nearest(below: int, step: int) -> str:

@@ -48,6 +48,14 @@ class ModelType(enum.StrEnum):
   TI2V = "ti2v"  # nothing; clean latents have timestep 0 beside noised ones
 
 
+class Expert(enum.StrEnum):
+  """Which half of the noise levels a transformer of Wan2.2 A14B was trained for."""
+
+  HIGH = "high"
+  LOW = "low"
+  UNKNOWN = "unknown"  # one of them
+
+
 class TrainedExpert(enum.StrEnum):
   """Which transformer of the base is trained."""
 
@@ -87,6 +95,14 @@ class Quantize(enum.StrEnum):
   INT8 = "int8"  # 8 bits, a scale for every 64 inputs of an output
   FP8 = "fp8"  # float8_e4m3fn, a scale for every output
   NF4 = "nf4"  # 4 bits, QLoRA's NormalFloat, a scale for every 64 inputs of an output
+
+
+class SolverName(enum.StrEnum):
+  """A solver in `diffusion.solvers`."""
+
+  EULER = "euler"  # UniVid's
+  UNIPC = "unipc"  # as good in fewer steps
+  DISTILLED = "distilled"  # the four steps of step-distilled models
 
 
 class ClipFit(enum.StrEnum):

@@ -15,7 +15,7 @@ from etils import epath
 from safetensors.numpy import load, save
 
 from univid_jax.core.paths import atomic_write
-from univid_jax.data.shards import FOLDER, Shards, seal, unseal
+from univid_jax.data.shards import FOLDER, Shards, seal_entry, unseal_entry
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Cache:
     body = save({_NAME: np.ascontiguousarray(value)})
     try:
       with atomic_write(self.path(key)) as path:
-        path.write_bytes(seal(body))
+        path.write_bytes(seal_entry(body))
     except OSError as error:
       reason = error.strerror or str(error)
       raise CacheWriteError(error.errno, f"cannot write to the cache: {reason}", str(self.path(key))) from error
@@ -88,7 +88,7 @@ class Cache:
   def _read_file(self, key: str) -> bytes | None:
     path = self.path(key)
     try:
-      body = unseal(path.read_bytes())
+      body = unseal_entry(path.read_bytes())
     except FileNotFoundError:
       return None
     if body is None and key not in self._reported:
@@ -116,4 +116,4 @@ def is_entry(path: epath.Path) -> bool:
 
 def is_intact(path: epath.Path) -> bool:
   """Returns whether an entry equals its checksum."""
-  return unseal(path.read_bytes()) is not None
+  return unseal_entry(path.read_bytes()) is not None

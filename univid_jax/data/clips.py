@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from univid_jax.config.schema import DataConfig
+from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
 from univid_jax.core.paths import file_state
@@ -294,7 +295,7 @@ def context_shape(path: str | os.PathLike, form: ClipFormat) -> tuple[int, int, 
 
 
 def _context_length(info: ClipInfo, form: ClipFormat) -> int:
-  return (min(info.count_at(form.fps), form.num_frames) - 1) // 4 * 4 + 1
+  return floor_clip_length(min(info.count_at(form.fps), form.num_frames))
 
 
 def frame_rate(clips: Sequence[ContextClip]) -> float | None:

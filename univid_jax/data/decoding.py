@@ -118,7 +118,7 @@ class DecodedFrame:
   origins: tuple[int, ...]
 
 
-class Decoder:
+class StreamDecoder:
   """Decodes a video stream from the position of its container, and records what may be damaged.
 
   Packets are numbered in the order of decoding. The number replaces a packet's timestamps, so that the decoder hands it

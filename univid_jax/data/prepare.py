@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
+from univid_jax.core.dims import latent_frames
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
@@ -31,16 +32,12 @@ from univid_jax.parallel.processes import sum_over_processes, wait_for_processes
 
 log = logging.getLogger(__name__)
 
-# Frames per latent frame, after the first, of all codecs; lengths of clips (4n + 1) rely on it too. The codec is not
-# asked, since that would load it even if nothing has to be encoded.
-TEMPORAL_STRIDE = 4
-
 # The key of a value, and what computes and stores it.
 Item = tuple[str, Callable[[], object]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparationReport:
   """What was done.
 
   Attributes:
@@ -62,7 +59,7 @@ def prepare(
   held_out: Sequence[Sentence] = (),
   allow_dropped: bool = False,
   verify: bool = False,
-) -> Prepared:
+) -> PreparationReport:
   """Fills the caches with prompts, latents, and for I2V conditions and image features; without caches only checks.
 
   Every clip that is not cached is read, and every sentence must fit into a row. One encoder is in memory at a time;
@@ -106,7 +103,7 @@ def prepare(
   if sum_over_processes(len(dropped)) and not dropped and not allow_dropped:
     raise UserError("another process found records that cannot be used; its log names them")
   require_none_dropped(dropped, allowed=allow_dropped)
-  return Prepared(num_clips, num_encoded, dropped)
+  return PreparationReport(num_clips, num_encoded, dropped)
 
 
 class _Sentences:
@@ -270,7 +267,7 @@ def _clips(encoder: _ClipEncoder, sentences: _Sentences) -> Iterator[Item]:
 def _conditions(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
   for sentence in sentences:
     if clips := _references(sentence):
-      count = sum(1 + (clip.num_frames - 1) // TEMPORAL_STRIDE for clip in clips)
+      count = sum(latent_frames(clip.num_frames) for clip in clips)
       yield condition_key(clips[0], count), functools.partial(features.encode_condition, clips[0], count)
 
 

@@ -33,8 +33,8 @@ from univid_jax.data.shards import (
   Shard,
   ShardReader,
   Shards,
-  seal,
-  unseal,
+  seal_entry,
+  unseal_entry,
   unseal_record,
 )
 from univid_jax.parallel.processes import sum_over_processes, wait_for_processes
@@ -144,7 +144,7 @@ def _unpacked(
     if shards.read(digest) is None:
       path = entry_path(cache, digest)
       entry = path.read_bytes()
-      if unseal(entry) is None:
+      if unseal_entry(entry) is None:
         log.warning("%s is corrupt and is not packed", path)
         continue
       num_yielded += 1
@@ -184,7 +184,7 @@ def write_shards(
     with atomic_write(path) as local:
       keys = _write_shard(local, itertools.chain([first], entries), max_bytes=max_bytes, max_records=max_records)
       with atomic_write(_keys_path(path)) as local_keys:  # first: a shard without keys has to be read as a whole
-        local_keys.write_bytes(seal(keys))
+        local_keys.write_bytes(seal_entry(keys))
     number, num_records = number + 1, num_records + len(keys) // KEY_BYTES
   return num_records
 
@@ -229,7 +229,7 @@ def _update_index(folder: epath.Path) -> None:
 def _describe(path: epath.Path) -> tuple[Shard, bytes] | None:
   """Returns a shard and its keys, which are read from it if their own file is damaged; None if both are."""
   try:
-    keys = unseal(_keys_path(path).read_bytes())
+    keys = unseal_entry(_keys_path(path).read_bytes())
   except FileNotFoundError:
     keys = None
   num_bytes = path.stat().length
@@ -243,7 +243,7 @@ def _describe(path: epath.Path) -> tuple[Shard, bytes] | None:
     intact = [record is not None and unseal_record(record) is not None for record in records]
     keys = b"".join(record[:KEY_BYTES] if ok and record else bytes(KEY_BYTES) for record, ok in zip(records, intact))
     with atomic_write(_keys_path(path)) as local:
-      local.write_bytes(seal(keys))
+      local.write_bytes(seal_entry(keys))
   return Shard(path.name, len(keys) // KEY_BYTES, num_bytes), keys
 
 

@@ -49,12 +49,12 @@ _BLOCK = 1 << 22
 _Bytes = TypeVar("_Bytes", bytes, memoryview)
 
 
-def seal(body: bytes) -> bytes:
+def seal_entry(body: bytes) -> bytes:
   """Returns an entry: its contents and their checksum."""
   return body + hashlib.sha256(body).digest()
 
 
-def unseal(entry: _Bytes) -> _Bytes | None:
+def unseal_entry(entry: _Bytes) -> _Bytes | None:
   """Returns the contents of an entry; None if they differ from the checksum."""
   body, checksum = entry[:-_CHECKSUM_BYTES], entry[-_CHECKSUM_BYTES:]
   return body if hashlib.sha256(body).digest() == checksum else None
@@ -309,7 +309,7 @@ def find_damage(path: epath.Path) -> str | None:
       return "checksum differs"
     return f"{len(missing)} of its shards are missing, first {missing[0].name}" if missing else ""
   if path.suffix == KEYS_SUFFIX:
-    return "" if unseal(path.read_bytes()) is not None else "checksum differs"
+    return "" if unseal_entry(path.read_bytes()) is not None else "checksum differs"
   if path.suffix != SHARD_SUFFIX:
     return None
   try:
@@ -327,4 +327,4 @@ def unseal_record(record: bytes, digest: bytes | None = None) -> memoryview | No
   view = memoryview(record)
   if digest not in (None, record[:DIGEST_BYTES]):
     return None
-  return unseal(view[DIGEST_BYTES:])
+  return unseal_entry(view[DIGEST_BYTES:])

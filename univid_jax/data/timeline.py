@@ -15,7 +15,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.paths import file_state
 from univid_jax.data.color import FrameConverter
 from univid_jax.data.containers import missing_bytes
-from univid_jax.data.decoding import Decoder, open_video, to_fraction
+from univid_jax.data.decoding import StreamDecoder, open_video, to_fraction
 from univid_jax.data.schedule import Schedule
 
 # Each packet of these gives one frame, whose time is the packet's, except in AVI. Hidden frames of VP8 are recognised
@@ -194,7 +194,7 @@ def _read_packet_times(container: InputContainer, stream: VideoStream) -> _Packe
 def _decode_first_frames(path: Path) -> _FirstFrames:
   for is_strict in (True, False):
     with open_video(path) as (container, stream):
-      decoder = Decoder(container, stream, is_strict=is_strict)
+      decoder = StreamDecoder(container, stream, is_strict=is_strict)
       converter = FrameConverter(to_fraction(stream.sample_aspect_ratio))
       count = NUM_CHECKED_AVI if container.format.name == "avi" else NUM_CHECKED
       first = list(itertools.islice(decoder.frames(), count))
@@ -230,7 +230,7 @@ def _mean_rate(times: Int[np.ndarray, "n"], tick: Fraction, nominal: list[Fracti
 def _scan_timeline(path: Path, state: tuple[int, ...]) -> Timeline:
   timeline = _read_timeline(path, state)
   with open_video(path) as (container, stream):
-    decoder = Decoder(container, stream)
+    decoder = StreamDecoder(container, stream)
     times = [decoder.packets[decoded.number].time for decoded in decoder.frames()]
     is_avi = container.format.name == "avi"
   known = np.array([time for time in times if time is not None], np.int64)

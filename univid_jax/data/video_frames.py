@@ -9,7 +9,7 @@ from jaxtyping import Int, UInt8
 
 from univid_jax.core.errors import UserError
 from univid_jax.data.color import Frame, FrameConverter
-from univid_jax.data.decoding import DecodedFrame, Decoder, deinterlace, open_video, to_fraction
+from univid_jax.data.decoding import DecodedFrame, StreamDecoder, deinterlace, open_video, to_fraction
 from univid_jax.data.timeline import Timeline
 
 # Larger clips are rejected before memory is allocated for them.
@@ -128,7 +128,7 @@ class _Reading:
     with open_video(path) as (container, stream):
       if key is not None:
         container.seek(key, stream=stream)
-      decoder = Decoder(
+      decoder = StreamDecoder(
         container, stream, is_strict=is_strict, skip_until=_first_needed(self._timeline, int(self._indices[0]))
       )
       converter = FrameConverter(to_fraction(stream.sample_aspect_ratio))
@@ -146,7 +146,7 @@ class _Reading:
       self.problem = self._find_problem(decoder)
       self.lacks_references = bool(self.problem) and is_strict and decoder.lacks_references()
 
-  def _shown_frames(self, decoder: Decoder, *, was_sought: bool) -> Iterator[tuple[int, DecodedFrame]]:
+  def _shown_frames(self, decoder: StreamDecoder, *, was_sought: bool) -> Iterator[tuple[int, DecodedFrame]]:
     """Yields frames with their positions in the order of presentation."""
     times = None
     if self._timeline.schedule is not None and self._timeline.is_indexed:
@@ -166,7 +166,7 @@ class _Reading:
       self._num_shown += 1
       yield index, decoded
 
-  def _find_problem(self, decoder: Decoder) -> str | None:
+  def _find_problem(self, decoder: StreamDecoder) -> str | None:
     """Returns why the frames cannot be used; None if they can."""
     if not self._timeline.is_indexed:
       # What was not decoded was not counted either.

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import MAX_STEPS
+from univid_jax.core.options import MAX_STEPS, SolverName
 from univid_jax.core.protocols import NoiseSchedule, Number, Solver, Tokens, VelocityFn, Weights
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 
@@ -87,7 +87,11 @@ class UniPC:
     return state.tokens
 
 
-SOLVERS: Mapping[str, Solver[Any]] = {"euler": Euler(), "unipc": UniPC(), "distilled": Distilled()}
+SOLVERS: Mapping[SolverName, Solver[Any]] = {
+  SolverName.EULER: Euler(),
+  SolverName.UNIPC: UniPC(),
+  SolverName.DISTILLED: Distilled(),
+}
 
 
 def fixed_steps(solver: Solver[Any]) -> int | None:
@@ -125,7 +129,7 @@ def find_solver(solver: str | Solver[Any]) -> Solver[Any]:
     return solver
   if solver not in SOLVERS:
     raise UserError(f"unknown solver {solver!r}; there are {', '.join(SOLVERS)}")
-  return SOLVERS[solver]
+  return SOLVERS[SolverName(solver)]
 
 
 def _check_steps(num_steps: int) -> int:

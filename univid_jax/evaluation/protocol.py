@@ -13,7 +13,7 @@ from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import DataConfig, EvalConfig, RunConfig
 from univid_jax.core.paths import atomic_write
-from univid_jax.diffusion.accelerators import Accelerator
+from univid_jax.diffusion.distillations import Distillation
 from univid_jax.evaluation.sentences import PlannedSentence
 
 SAMPLES = "samples"
@@ -33,7 +33,7 @@ def open_samples_folder(
   sentences: Sequence[PlannedSentence],
   origin: Origin,
   *,
-  accelerator: Accelerator | None = None,
+  distillation: Distillation | None = None,
   write: bool,
 ) -> epath.Path:
   """Returns the folder for the samples of a model, which may hold some already.
@@ -43,13 +43,13 @@ def open_samples_folder(
     config: of the evaluation.
     sentences: of the evaluation.
     origin: of the model.
-    accelerator: how samples with a distillation LoRA are made, if there are any.
+    distillation: how samples with a distillation LoRA are made, if there are any.
     write: whether this process describes the samples in the folder.
   """
   values = _describe(config, sentences, origin)
-  if accelerator is not None:
+  if distillation is not None:  # under the name that stored samples are found by
     values["accelerator"] = {
-      name: value for name, value in dataclasses.asdict(accelerator).items() if name != "pattern"
+      name: value for name, value in dataclasses.asdict(distillation).items() if name != "pattern"
     }
   name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
   samples = folder / SAMPLES / name

@@ -118,8 +118,8 @@ def evaluate(
   if not sentences:
     raise UserError(NOTHING_HELD_OUT)
   scorer = Scorer(config)  # a wrong palette is reported before hours of sampling
-  kind = accelerated and accelerated.accelerator
-  samples = open_samples_folder(folder, config, sentences, origin, accelerator=kind, write=jax.process_index() == 0)
+  kind = accelerated and accelerated.distillation
+  samples = open_samples_folder(folder, config, sentences, origin, distillation=kind, write=jax.process_index() == 0)
   variants = make_variants(config.eval, plan_other_pairs(config, sentences), accelerated=accelerated)
   generate_files(pipeline, sentences, variants, folder=samples, batch_size=config.eval.batch_size)
   wait_for_processes("samples are stored")

@@ -12,7 +12,7 @@ from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.packing import RowShape, assign_rows, bucket_size, join_rows, pack, places_of
 from univid_jax.data.tokens import Features, patchify, unpatchify
-from univid_jax.inference.sampler import Request
+from univid_jax.inference.sampler import PackedJobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +166,13 @@ def with_timesteps(row: PackedRow, timesteps: Float[np.ndarray, "*t"]) -> tuple[
   return dataclasses.replace(row, modulation_ids=frames), timesteps[None]
 
 
-def pack_request(
+def pack_jobs(
   positive: Sequence[Features],
   negative: Sequence[Features] | None,
   noises: Sequence[Float[np.ndarray, "_q p"]],
   *,
   context_mode: ContextMode,
-) -> Request:
+) -> PackedJobs:
   """Packs sentences into rows as long as the longest of them, rounded up to a bucket.
 
   Args:
@@ -194,4 +194,4 @@ def pack_request(
   def join(features: Sequence[Features]) -> PackedRow:
     return join_rows([pack([features[i] for i in group], shape) for group in groups])
 
-  return Request(join(positive), None if negative is None else join(negative), places_of(groups), noises)
+  return PackedJobs(join(positive), None if negative is None else join(negative), places_of(groups), noises)

@@ -24,10 +24,10 @@ from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, Quantize, parse_option
 from univid_jax.core.packed_row import ContextMode
-from univid_jax.inference.accelerate import AcceleratorLoRAs, read_accelerator
 from univid_jax.inference.added_loras import add_loras
+from univid_jax.inference.distillation_loras import DistillationLoRAs, read_distillation
 from univid_jax.inference.experts import OffloadedParams, Transformer
-from univid_jax.inference.lora_specs import LoRA, LoRASpecs, lora_usage, read_loras, select_loras
+from univid_jax.inference.lora_specs import LoRASpecs, RequestedLoRA, lora_usage, read_loras, select_loras
 from univid_jax.inference.partial import PartialPipeline
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.layers import quantize_linears
@@ -39,7 +39,7 @@ from univid_jax.parallel.sharding import parameter_shardings
 A14B_SHIFT = 12.0
 
 # `_finish` with its options.
-_Finish = Callable[[DiTConfig, Transformer, Sequence[LoRA], bool], Transformer]
+_Finish = Callable[[DiTConfig, Transformer, Sequence[RequestedLoRA], bool], Transformer]
 
 
 def load_pipeline(
@@ -47,7 +47,7 @@ def load_pipeline(
   lora: LoRASpecs | Mapping[str, LoRASpecs] | None = None,
   dtype: str | None = None,
   *,
-  accelerate: str | Sequence[str] | AcceleratorLoRAs | None = None,
+  accelerate: str | Sequence[str] | DistillationLoRAs | None = None,
   merge_lora: bool = False,
   lora_skip_unmatched: bool = False,
   offload_inactive: bool = False,
@@ -68,7 +68,8 @@ def load_pipeline(
       {"high": ..., "low": ...} (or "both"); else metadata or names must say it.
     dtype: of transformer and encoders; by default bfloat16, or that of the run; of a base that was trained from scratch
       float32.
-    accelerate: a distillation LoRA, `[EXPERT=]PATH[:WEIGHT][:KIND]`, or one per expert; see `diffusion.accelerators`.
+    accelerate: a distillation LoRA, `[EXPERT=]PATH[:WEIGHT][:KIND]`, or one per expert; see
+      `diffusion.distillations`.
     merge_lora: adds LoRAs to the weights instead of computing them separately.
     lora_skip_unmatched: leaves out, with a warning, tensors of LoRAs that have no counterpart in the base.
     offload_inactive: keeps the expert that is not in use in host memory.
@@ -87,8 +88,8 @@ def load_pipeline(
   _check_options(attention, context_timestep)
   method = parse_option(Quantize, "quantize", quantize) if quantize else None
   loras = read_loras(lora, verify=verify_weights)
-  accelerator = read_accelerator(accelerate, verify=verify_weights) if accelerate else None
-  loras += accelerator.loras if accelerator else ()
+  distillation = read_distillation(accelerate, verify=verify_weights) if accelerate else None
+  loras += distillation.loras if distillation else ()
   given = {"attention": attention, "context_timestep": context_timestep}
   how = {"merged": merge_lora, "skip_unmatched": lora_skip_unmatched, "offload": offload_inactive}
   finish = functools.partial(_finish, mesh=mesh, **how)
@@ -100,7 +101,7 @@ def load_pipeline(
     saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
     with verified(record.config.init_from and locate(record.config.init_from), enabled=verify_weights):
       pipeline = _open_run(saved, record, loras, finish, mesh=mesh, step=step, quantize=method, given=given)
-  pipeline.accelerator = accelerator and accelerator.kind
+  pipeline.distillation = distillation and distillation.kind
   return pipeline
 
 
@@ -115,7 +116,7 @@ def _check_options(attention: str | None, context_timestep: str | None) -> None:
 
 def _open_base(
   checkpoint: str,
-  loras: Sequence[LoRA],
+  loras: Sequence[RequestedLoRA],
   finish: _Finish,
   *,
   mesh: Mesh,
@@ -138,7 +139,7 @@ def _open_base(
 def _open_run(
   saved: SavedCheckpoints,
   record: RunRecord,
-  loras: Sequence[LoRA],
+  loras: Sequence[RequestedLoRA],
   finish: _Finish,
   *,
   mesh: Mesh,
@@ -155,7 +156,7 @@ def _open_run(
 
 def _load_base(
   base: PretrainedCheckpoint,
-  loras: Sequence[LoRA],
+  loras: Sequence[RequestedLoRA],
   finish: _Finish,
   *,
   mesh: Mesh,
@@ -172,7 +173,7 @@ def _load_base(
   if usage is None and len(pairs) > 1 and not config.takes_condition:
     usage = Usage(shift=A14B_SHIFT)
 
-  def load(name: str, part: Sequence[LoRA]) -> Transformer:
+  def load(name: str, part: Sequence[RequestedLoRA]) -> Transformer:
     return finish(config, Transformer(*base.load(name, mesh=mesh, **options)), part, len(pairs) > 1)
 
   return usage, [load(name, part) for name, part in pairs]
@@ -181,7 +182,7 @@ def _load_base(
 def _load_run(
   saved: SavedCheckpoints,
   record: RunRecord,
-  loras: Sequence[LoRA],
+  loras: Sequence[RequestedLoRA],
   finish: _Finish,
   *,
   mesh: Mesh,
@@ -194,10 +195,10 @@ def _load_run(
   """
   config, shape = record.config, transformer_config(record.config)
   experts = PretrainedCheckpoint.open(config.init_from).experts if config.init_from else (None,)
-  own = [LoRA(each) for each in restore_loras(saved, record, step=step)] if config.lora.enabled else []
+  own = [RequestedLoRA(each) for each in restore_loras(saved, record, step=step)] if config.lora.enabled else []
   parts = expert_configs(config)
 
-  def load(part: RunConfig, loras: Sequence[LoRA]) -> Transformer:
+  def load(part: RunConfig, loras: Sequence[RequestedLoRA]) -> Transformer:
     is_trained = part == config and not config.lora.enabled
     loaded = restore_transformer(saved, part, mesh, step=step) if is_trained else load_base(part, mesh)
     if not config.lora.enabled and quantize not in (None, Quantize.NONE):
@@ -210,7 +211,7 @@ def _load_run(
 def _finish(
   config: DiTConfig,
   transformer: Transformer,
-  loras: Sequence[LoRA],
+  loras: Sequence[RequestedLoRA],
   is_one_of_two: bool,
   *,
   mesh: Mesh,

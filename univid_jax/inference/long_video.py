@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from univid_jax.core.dims import pixel_frames
 from univid_jax.core.errors import UserError
 from univid_jax.core.pixels import to_uint8
 from univid_jax.data.reader import Frames
@@ -171,7 +172,8 @@ class VideoSample:
 
   def _read_window(self, window: int) -> Frames:
     stride = self._pipeline.encoders.codec.temporal_stride
-    return self._query.read_padded(self._windows.starts[window] * stride, (self._windows.length - 1) * stride + 1)
+    num_frames = pixel_frames(self._windows.length, temporal_stride=stride)
+    return self._query.read_padded(self._windows.starts[window] * stride, num_frames)
 
   def _noise(self, latent_frame: int) -> Float[np.ndarray, "y x c"]:
     """Returns the noise of one latent frame of the video, whatever windows it is in."""

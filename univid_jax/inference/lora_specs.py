@@ -6,39 +6,36 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
-from univid_jax.checkpoints.experts import Expert, named_expert
+from univid_jax.checkpoints.experts import LORA_EXPERTS, named_expert
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.trained import is_lora_run, read_run_loras
 from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Quantize, TrainedExpert
+from univid_jax.core.options import Expert, Quantize, TrainedExpert
 
 LoRASpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 LoRASpecs = LoRASpec | Sequence[LoRASpec]
-
-# Keys of a mapping of LoRAs to the experts that get them.
-EXPERT_KEYS = (Expert.HIGH, Expert.LOW, TrainedExpert.BOTH)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class RequestedLoRA:
   """A LoRA to load.
 
   Attributes:
     weights: its contents.
     weight: w; where it alone makes W' of a tensor W, it adds w (W' - W).
-    expert: "high", "low" or "both" if that was asked for, else "".
+    expert: one of `LORA_EXPERTS` if that was asked for.
   """
 
   weights: LoRAWeights
   weight: float = 1.0
-  expert: str = ""
+  expert: TrainedExpert | None = None
 
 
-def read_loras(lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool) -> list[LoRA]:
+def read_loras(lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool) -> list[RequestedLoRA]:
   """Reads LoRAs.
 
   Args:
@@ -49,11 +46,11 @@ def read_loras(lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool
     OSError, UserError: a file cannot be read, or `lora` has another form.
   """
   if not isinstance(lora, Mapping):
-    return [LoRA(each, weight) for path, weight in _parse(lora) for each in _read(path, verify=verify)]
-  if unknown := set(lora) - set(EXPERT_KEYS):
-    raise UserError(f"LoRAs by expert have the keys {', '.join(EXPERT_KEYS)}, got {', '.join(map(str, unknown))}")
+    return [RequestedLoRA(each, weight) for path, weight in _parse(lora) for each in _read(path, verify=verify)]
+  if unknown := set(lora) - set(LORA_EXPERTS):
+    raise UserError(f"LoRAs by expert have the keys {', '.join(LORA_EXPERTS)}, got {', '.join(map(str, unknown))}")
   return [
-    LoRA(each, weight, str(expert))
+    RequestedLoRA(each, weight, TrainedExpert(expert))
     for expert, specs in lora.items()
     for path, weight in _parse(specs)
     for each in _read(path, verify=verify)
@@ -90,7 +87,7 @@ def _parse(lora: object) -> list[tuple[str, float]]:
   raise UserError(f"a LoRA is a path or (path, weight), got {lora!r}")
 
 
-def select_loras(loras: Sequence[LoRA], experts: Sequence[Expert | None]) -> list[list[LoRA]]:
+def select_loras(loras: Sequence[RequestedLoRA], experts: Sequence[Expert | None]) -> list[list[RequestedLoRA]]:
   """Returns the LoRAs of each transformer.
 
   Args:
@@ -100,7 +97,7 @@ def select_loras(loras: Sequence[LoRA], experts: Sequence[Expert | None]) -> lis
   Raises:
     UserError: nothing says which of two experts a LoRA is for, or it is for one that the model lacks.
   """
-  selected: list[list[LoRA]] = [[] for _ in experts]
+  selected: list[list[RequestedLoRA]] = [[] for _ in experts]
   for lora in loras:
     wanted = lora.expert or find_lora_expert(lora.weights)
     if len(experts) > 1 and not wanted:
@@ -128,15 +125,15 @@ def select_loras(loras: Sequence[LoRA], experts: Sequence[Expert | None]) -> lis
   return selected
 
 
-def find_lora_expert(lora: LoRAWeights) -> str:
-  """Returns which expert a LoRA was trained for, by its metadata or its name; "" if neither says it."""
+def find_lora_expert(lora: LoRAWeights) -> Expert | None:
+  """Returns which expert a LoRA was trained for, by its metadata or its name; None if neither says it."""
   if lora.usage is not None and lora.usage.expert:
     return lora.usage.expert
-  return named_expert(lora.source) or ""
+  return named_expert(lora.source)
 
 
 def lora_usage(
-  loras: Sequence[tuple[LoRA, str]], given: Mapping[str, str | None], *, quantize: Quantize = Quantize.NONE
+  loras: Sequence[tuple[RequestedLoRA, str]], given: Mapping[str, str | None], *, quantize: Quantize = Quantize.NONE
 ) -> Usage | None:
   """Returns how LoRAs on a base are run, and logs where they disagree with each other or with the base.
 

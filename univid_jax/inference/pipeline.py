@@ -22,7 +22,7 @@ from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.clips import ClipFormat, read_context
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.tokens import Features, unpatchify
-from univid_jax.diffusion.accelerators import Accelerator
+from univid_jax.diffusion.distillations import Distillation
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 from univid_jax.inference.encoding import EncodingPipeline, Sample
 from univid_jax.inference.experts import Experts, Transformer
@@ -32,7 +32,7 @@ from univid_jax.inference.jobs import (
   join_context,
   make_job,
   pack_in_bucket,
-  pack_request,
+  pack_jobs,
   pack_single,
   with_timesteps,
 )
@@ -41,7 +41,7 @@ from univid_jax.inference.long_video import VideoReader, VideoSample
 from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.preview import DrawnPreview, Preview
 from univid_jax.inference.queries import sample_queries
-from univid_jax.inference.sampler import Progress, Request, Sampler
+from univid_jax.inference.sampler import PackedJobs, Progress, Sampler
 from univid_jax.models.variants import DiTConfig
 
 
@@ -59,10 +59,10 @@ class Pipeline(EncodingPipeline):
     context_timestep: "target" or "zero"; by default what the model was trained with.
 
   Attributes:
-    accelerator: decides how the model is sampled if a distillation LoRA is part of it, see `inference.accelerate`.
+    distillation: decides how the model is sampled if a distillation LoRA is part of it.
   """
 
-  accelerator: Accelerator | None = None
+  distillation: Distillation | None = None
 
   def __init__(
     self,
@@ -273,14 +273,14 @@ class Pipeline(EncodingPipeline):
     if self.experts.are_guided(plan.guidance_scale):
       embedding = self.embed(negative_prompt, None)
       negative = [self.make_features(job, embedding) for job in jobs]
-    request = pack_request(positive, negative, [job.noise for job in jobs], context_mode=self.context_mode)
-    return self.sample_rows(request, jobs, plan, progress=progress)
+    packed = pack_jobs(positive, negative, [job.noise for job in jobs], context_mode=self.context_mode)
+    return self.sample_rows(packed, jobs, plan, progress=progress)
 
   def plan(self, num_inference_steps: int | None = None, **options: Any) -> SamplingPlan:
     """Returns the plan for options of `sample`, see `SamplingPlan.of`."""
     options["num_inference_steps"] = num_inference_steps
     defaults = {"default_shift": self.usage.shift, "default_steps": self.usage.num_inference_steps}
-    return SamplingPlan.of(self.accelerator, **defaults, **options)
+    return SamplingPlan.of(self.distillation, **defaults, **options)
 
   def make_job(
     self,
@@ -323,9 +323,9 @@ class Pipeline(EncodingPipeline):
   ) -> Float[np.ndarray, "t y x c"]:
     """Samples the latents of a job's target."""
     rows = self.pack_job(job, embeds)
-    request = Request(rows[0], rows[1] if len(rows) > 1 else None, [(0, 1)], [job.noise])
+    packed = PackedJobs(rows[0], rows[1] if len(rows) > 1 else None, [(0, 1)], [job.noise])
     estimates = None if preview is None else preview.of_row(rows[0], self.config.patch_size)
-    (tokens,) = self.sampler.sample(self.experts, request, plan, progress=progress, estimates=estimates)
+    (tokens,) = self.sampler.sample(self.experts, packed, plan, progress=progress, estimates=estimates)
     return job.finish(tokens, self.config.patch_size)
 
   def embed(self, prompt: str, embeds: Float[Array | np.ndarray, "n d"] | None = None) -> np.ndarray:
@@ -338,7 +338,7 @@ class Pipeline(EncodingPipeline):
 
   def sample_rows(
     self,
-    request: Request,
+    packed: PackedJobs,
     jobs: Sequence[Job],
     plan: SamplingPlan,
     *,
@@ -346,5 +346,5 @@ class Pipeline(EncodingPipeline):
     progress: Progress | None = None,
   ) -> list[Sample]:
     """Samples the targets of jobs that are packed already; see `Sampler.sample`."""
-    sampled = self.sampler.sample(self.experts, request, plan, rows_per_batch=rows_per_batch, progress=progress)
+    sampled = self.sampler.sample(self.experts, packed, plan, rows_per_batch=rows_per_batch, progress=progress)
     return [self.finish(job.finish(tokens, self.config.patch_size)) for tokens, job in zip(sampled, jobs, strict=True)]

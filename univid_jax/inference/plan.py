@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import SolverName
 from univid_jax.core.protocols import Solver
-from univid_jax.diffusion.accelerators import Accelerator
+from univid_jax.diffusion.distillations import Distillation
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import check_sigmas, find_solver, fixed_steps
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
@@ -37,7 +38,7 @@ class SamplingPlan:
   @classmethod
   def of(
     cls,
-    accelerator: Accelerator | None = None,
+    distillation: Distillation | None = None,
     *,
     default_shift: float = 5.0,
     default_steps: int = 50,
@@ -52,12 +53,12 @@ class SamplingPlan:
     """Returns the plan for options of `Pipeline.sample`, of which None leaves the choice to the model.
 
     Args:
-      accelerator: of the model, if it has one. It decides everything: other values are refused.
+      distillation: of the model, if it has one. It decides everything: other values are refused.
       default_shift, default_steps: those of training and its evaluation; some solvers have steps of their own.
       num_inference_steps, guidance_scale, shift, solver, sigmas, guidance_range, step_cache: see `Pipeline.sample`.
 
     Raises:
-      UserError: a value is invalid, or contradicts another one or the accelerator.
+      UserError: a value is invalid, or contradicts another one or the distillation.
     """
     given = {
       "solver": solver,
@@ -68,11 +69,11 @@ class SamplingPlan:
       "guidance_range": guidance_range,
       "step_cache": step_cache,
     }
-    if accelerator is not None:
-      _check_accelerator(accelerator, given)
-      solver, num_inference_steps = accelerator.solver, accelerator.num_inference_steps
-      shift, guidance_scale = accelerator.shift, accelerator.guidance_scale
-    solver = find_solver("euler" if solver is None else solver)
+    if distillation is not None:
+      _check_distillation(distillation, given)
+      solver, num_inference_steps = distillation.solver, distillation.num_inference_steps
+      shift, guidance_scale = distillation.shift, distillation.guidance_scale
+    solver = find_solver(SolverName.EULER if solver is None else solver)
     if sigmas is not None:
       for name in ("num_inference_steps", "shift"):
         if given[name] is not None:
@@ -135,9 +136,9 @@ def _check_range(levels: Sequence[float] | None, scale: float | Sequence[float] 
   return float(levels[0]), float(levels[1])
 
 
-def _check_accelerator(accelerator: Accelerator, given: dict[str, Any]) -> None:
+def _check_distillation(distillation: Distillation, given: dict[str, Any]) -> None:
   for name, value in given.items():
-    fixed = getattr(accelerator, name, None)
+    fixed = getattr(distillation, name, None)
     if value is not None and (fixed is None or not np.all(np.asarray(value) == fixed)):
       has = f"{name} = {fixed}" if fixed is not None else "a few steps of its own"
-      raise UserError(f"{name} contradicts the accelerator {accelerator.name}, which has {has}: leave it out")
+      raise UserError(f"{name} contradicts the distillation {distillation.name}, which has {has}: leave it out")

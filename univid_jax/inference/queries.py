@@ -14,7 +14,7 @@ from univid_jax.inference.batch_size import choose_batch_size, spread
 from univid_jax.inference.encoding import Sample
 from univid_jax.inference.jobs import Job
 from univid_jax.inference.plan import SamplingPlan
-from univid_jax.inference.sampler import Request
+from univid_jax.inference.sampler import PackedJobs
 from univid_jax.parallel.mesh import row_shards
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ class QuerySampler:
       rows = [self.pipeline.pack_job(job, self.embeds) for job in batch]
       positive, *negative = (join_rows(branch) for branch in zip(*rows))
       places = [(index, 1) for index in range(len(batch))]
-      request = Request(positive, negative[0] if negative else None, places, [job.noise for job in batch])
-      yield from self.pipeline.sample_rows(request, batch, self.plan, rows_per_batch=batch_size, progress=show)
+      packed = PackedJobs(positive, negative[0] if negative else None, places, [job.noise for job in batch])
+      yield from self.pipeline.sample_rows(packed, batch, self.plan, rows_per_batch=batch_size, progress=show)
       done += len(batch)
 
   def _replace_query(self, job: Job, query: np.ndarray) -> Job:

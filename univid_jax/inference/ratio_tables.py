@@ -47,7 +47,7 @@ class TableKey:
 
   @classmethod
   def of(cls, pipeline: Pipeline, origin: Origin, plan: SamplingPlan) -> "TableKey":
-    names = {id(solver): name for name, solver in SOLVERS.items()}
+    names = {id(solver): str(name) for name, solver in SOLVERS.items()}
     return cls(
       weights=dict(origin.checksums),
       solver=names.get(id(plan.solver), type(plan.solver).__name__),

@@ -32,7 +32,7 @@ Estimates = Callable[[int, Float[np.ndarray, "b l p"]], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class PackedJobs:
   """Packed sentences to sample.
 
   Attributes:
@@ -79,7 +79,7 @@ class Sampler:
   def sample(
     self,
     experts: Experts,
-    request: Request,
+    packed: PackedJobs,
     plan: SamplingPlan,
     *,
     rows_per_batch: int | None = None,
@@ -90,20 +90,20 @@ class Sampler:
 
     Args:
       experts: the transformers.
-      request: the sentences.
+      packed: the sentences.
       plan: what each step does.
       rows_per_batch: rows computed together; by default one per data shard, or a single row.
       progress: called with the number of steps taken, from 1 again for every batch of rows.
       estimates: called likewise, before `progress`, with an estimate of the sampled tokens of the batch.
 
     Returns:
-      The target tokens of each sentence, float32 (tokens, p), in the order of `request.places`.
+      The target tokens of each sentence, float32 (tokens, p), in the order of `packed.places`.
 
     Raises:
       UserError: see `Experts.guidance_scales`.
     """
-    row, noise = with_targets(request.row), _scatter_noise(request)
-    negative = None if request.negative is None else with_targets(request.negative)
+    row, noise = with_targets(packed.row), _scatter_noise(packed)
+    negative = None if packed.negative is None else with_targets(packed.negative)
     shards = row_shards(self._mesh)
     batch = rows_per_batch or (shards if len(noise) > 1 else 1)
     solved = []
@@ -125,7 +125,7 @@ class Sampler:
         )
         solved.append(gather_arrays(tokens))
     tokens = np.concatenate(solved)
-    return [select_target_tokens(tokens, row, place) for place in request.places]
+    return [select_target_tokens(tokens, row, place) for place in packed.places]
 
   def _solve(
     self,
@@ -209,10 +209,10 @@ def with_targets(row: PackedRow) -> PackedRow:
   return dataclasses.replace(row, targets=target_indices(np.asarray(row.target_mask), count))
 
 
-def _scatter_noise(request: Request) -> Float[np.ndarray, "b l p"]:
-  row = request.row
+def _scatter_noise(packed: PackedJobs) -> Float[np.ndarray, "b l p"]:
+  row = packed.row
   noise = np.zeros(row.tokens.shape, np.float32)
-  for tokens, (index, segment) in zip(request.noises, request.places, strict=True):
+  for tokens, (index, segment) in zip(packed.noises, packed.places, strict=True):
     noise[index, (row.segment_ids[index] == segment) & row.target_mask[index]] = tokens
   return noise
 

@@ -13,6 +13,8 @@ import math
 import numpy as np
 from jaxtyping import Float, Int
 
+from univid_jax.core.dims import latent_frames
+
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
@@ -38,7 +40,7 @@ class Windows:
       temporal_stride: frames per group.
       overlap: groups that neighbouring windows share, at least, if windows are long enough.
     """
-    total = max(1 + math.ceil((num_frames - 1) / temporal_stride), length)
+    total = max(latent_frames(num_frames, temporal_stride=temporal_stride), length)
     advance = max(length - 1 - overlap, 1)
     count = 1 + math.ceil((total - length) / advance)
     starts = np.linspace(0, total - length, count).round().astype(int)

@@ -25,7 +25,7 @@ IN, OUT = "in", "out"
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class ChangeKind:
   """A way to write a change of a kernel (in, out).
 
   Attributes:
@@ -42,14 +42,14 @@ def _multiply(a: Array, b: Array) -> Array:
 
 
 _LOW_RANK, _DIFFERENCE, _LOHA, _LOKR = "lora", "diff", "loha", "lokr"
-KINDS: Mapping[str, Kind] = {
-  _LOW_RANK: Kind({"down": (IN, None), "up": (None, OUT)}, lambda parts: _multiply(parts["down"], parts["up"])),
-  _DIFFERENCE: Kind({"diff": (IN, OUT)}, lambda parts: parts["diff"].astype(jnp.float32)),
-  _LOHA: Kind(
+CHANGE_KINDS: Mapping[str, ChangeKind] = {
+  _LOW_RANK: ChangeKind({"down": (IN, None), "up": (None, OUT)}, lambda parts: _multiply(parts["down"], parts["up"])),
+  _DIFFERENCE: ChangeKind({"diff": (IN, OUT)}, lambda parts: parts["diff"].astype(jnp.float32)),
+  _LOHA: ChangeKind(
     {"down": (IN, None), "up": (None, OUT), "down_2": (IN, None), "up_2": (None, OUT)},
     lambda parts: _multiply(parts["down"], parts["up"]) * _multiply(parts["down_2"], parts["up_2"]),
   ),
-  _LOKR: Kind({"w1": (None, None), "w2": (None, None)}, lambda parts: jnp.kron(parts["w1"], parts["w2"])),
+  _LOKR: ChangeKind({"w1": (None, None), "w2": (None, None)}, lambda parts: jnp.kron(parts["w1"], parts["w2"])),
 }
 
 # DoRA, of any kind: the changed kernel has the norms `magnitude` along one of its axes.
@@ -70,7 +70,7 @@ def kernel_change(group: str, parts: Parts, kernel: Float[Array, "i o"]) -> Floa
     parts: of its kind, scaled; for DoRA also a magnitude and the weight of the whole change.
     kernel: of the base, one layer.
   """
-  change = KINDS[kind_of(group)].change(parts)
+  change = CHANGE_KINDS[kind_of(group)].change(parts)
   for name, axis in MAGNITUDES.items():
     if name in parts:
       base = kernel.astype(jnp.float32)
@@ -96,7 +96,7 @@ class Changes(nnx.Module):
     self.dtype, self.groups, self.inner = linear.dtype, tuple(groups), nnx.data(linear.lora)
     names = dict(zip((IN, OUT), linear.kernel.get_metadata()["dims"], strict=True))
     for group, parts in groups.items():
-      dims = {**KINDS[kind_of(group)].dims, **_DORA_DIMS}
+      dims = {**CHANGE_KINDS[kind_of(group)].dims, **_DORA_DIMS}
       variables = {
         part: LoRAParam(value, dims=tuple(names.get(dim) if dim else None for dim in dims[part]))
         for part, value in parts.items()

@@ -100,16 +100,8 @@ def _matches(name: str, target: str) -> bool:
   return fnmatch.fnmatch(name, target) or fnmatch.fnmatch(name, f"*.{target}")
 
 
-def split_lora(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Splits nested parameters of a model with adapters into those of the base and those of the adapters."""
-  flat = _flatten(params)
-  base = {path: value for path, value in flat.items() if LORA not in path}
-  lora = {path: value for path, value in flat.items() if LORA in path}
-  return traverse_util.unflatten_dict(base), traverse_util.unflatten_dict(lora)
-
-
 def join(base: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
-  """Joins nested parameters; the inverse of `split_lora`."""
+  """Joins the nested parameters of a base and of its adapters."""
   return traverse_util.unflatten_dict(_flatten(base) | _flatten(lora))
 
 

@@ -23,10 +23,6 @@ class SafePoints:
     self._target: int | None = None
     self._is_frozen = False
 
-  @property
-  def is_inside(self) -> bool:
-    return self._progress not in (BEFORE, AFTER)
-
   def enter(self) -> None:
     self._move(0)
 

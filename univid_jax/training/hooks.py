@@ -19,7 +19,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import DivergedError
 from univid_jax.core.protocols import Resumable
 from univid_jax.data.balancing import BatchLayout
-from univid_jax.inference.accelerate import accelerate, read_accelerator
+from univid_jax.inference.distillation_loras import add_distillation, read_distillation
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.flops import step_flops
 from univid_jax.parallel.mesh import row_shards
@@ -200,7 +200,7 @@ class Validate:
     self._options = run.config.validation
     self._pipeline: Pipeline | None = None
     files = self._options.accelerate.split(",") if self._options.accelerate else None
-    self._accelerator = read_accelerator(files) if files else None
+    self._distillation = read_distillation(files) if files else None
     self._sentences, held_out = select_sentences(run.data, self._options.sentences)
     if not held_out:
       log.info("validation: too little data to hold any out, so the loss is on training sentences")
@@ -229,8 +229,8 @@ class Validate:
 
   def _write_previews(self, step: int, params: Params) -> None:
     fresh = self._run.create_pipeline(params)
-    if self._accelerator is not None:
-      fresh = accelerate(fresh, self._accelerator)
+    if self._distillation is not None:
+      fresh = add_distillation(fresh, self._distillation)
     self._pipeline = self._pipeline or fresh
     self._pipeline.experts = fresh.experts  # of the same pipeline each time, so that its programs compile once
     write_previews(
@@ -238,7 +238,7 @@ class Validate:
       step,
       self._pipeline,
       self._sentences[: self._options.previews],
-      num_inference_steps=None if self._accelerator else self._options.num_inference_steps,
+      num_inference_steps=None if self._distillation else self._options.num_inference_steps,
       progress=self._go_on,
     )
     self._run.encoders.release()

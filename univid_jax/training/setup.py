@@ -30,11 +30,12 @@ from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
 from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import TrainedExpert
 from univid_jax.core.protocols import Encoders
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.fingerprint import describe_changes, fingerprint, read_fingerprint, write_fingerprint
 from univid_jax.data.packing import RowShape
-from univid_jax.data.prepare import Prepared, prepare
+from univid_jax.data.prepare import PreparationReport, prepare
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
@@ -98,12 +99,12 @@ class Run:
     return self.record.config
 
   @functools.cached_property
-  def _untrained(self) -> dict[str, Transformer]:
+  def _untrained(self) -> dict[TrainedExpert, Transformer]:
     """The expert of the base that is not trained, by name; one process keeps it in host memory until it is used."""
     others = {part.model.expert: part for part in expert_configs(self.config)}
     for part in self.config.model.expert.parts:
       del others[part]
-    loaded = {str(expert): Transformer(*load_base(part, self.mesh)) for expert, part in others.items()}
+    loaded = {expert: Transformer(*load_base(part, self.mesh)) for expert, part in others.items()}
     return loaded if jax.process_count() > 1 else {expert: each.offload() for expert, each in loaded.items()}
 
   def create_pipeline(self, params: Params) -> Pipeline:
@@ -114,10 +115,10 @@ class Run:
 
   def complete(self, trained: Sequence[Transformer]) -> Pipeline:
     """Returns a pipeline of the trained transformers and, of one of two experts, the other one."""
-    transformers = dict(zip(map(str, self.config.model.expert.parts), trained, strict=True)) | self._untrained
+    transformers = dict(zip(self.config.model.expert.parts, trained, strict=True)) | self._untrained
     return Pipeline(
       self.shape,
-      [transformers[expert] for expert in sorted(transformers)],  # high before low
+      [transformers[expert] for expert in TrainedExpert if expert in transformers],
       encoders=self.encoders,
       mesh=self.mesh,
       usage=run_usage(self.record),
@@ -192,7 +193,9 @@ def open_features(config: RunConfig, encoders: Encoders, data: DataSources, work
   )
 
 
-def fill_caches(config: RunConfig, features: FeatureMaker, data: DataSources, *, verify: bool = False) -> Prepared:
+def fill_caches(
+  config: RunConfig, features: FeatureMaker, data: DataSources, *, verify: bool = False
+) -> PreparationReport:
   """Encodes what training and validation read; see `data.prepare.prepare`."""
   validation = config.validation
   return prepare(

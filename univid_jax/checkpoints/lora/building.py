@@ -25,7 +25,7 @@ class PartsError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class StoredKind:
   """A kind of change as files store it.
 
   Attributes:
@@ -52,7 +52,7 @@ def build_changes(tensor: str, parts: Parts, alpha_of: AlphaOf) -> dict[str, Cha
   Raises:
     PartsError: the parts are incomplete, or do not fit together.
   """
-  kind = next((kind for kind in KINDS if any(part.startswith(kind.prefixes) for part in parts)), None)
+  kind = next((kind for kind in STORED_KINDS if any(part.startswith(kind.prefixes) for part in parts)), None)
   if kind is None:
     raise PartsError("has no matrices")
   missing = [name for alternatives in kind.required for name in _missing(alternatives, parts)]
@@ -132,16 +132,16 @@ def _build_difference(parts: Parts, alpha_of: AlphaOf) -> Difference:
   return Difference(parts["diff"])
 
 
-KINDS: Sequence[Kind] = (
-  Kind("a low-rank pair", ("down", "up", "mid"), ((("down",),), (("up",),)), _build_low_rank),
-  Kind("LoHa", ("hada_",), tuple(((f"hada_{part}",),) for part in ("w1_a", "w1_b", "w2_a", "w2_b")), _build_loha),
-  Kind(
+STORED_KINDS: Sequence[StoredKind] = (
+  StoredKind("a low-rank pair", ("down", "up", "mid"), ((("down",),), (("up",),)), _build_low_rank),
+  StoredKind("LoHa", ("hada_",), tuple(((f"hada_{part}",),) for part in ("w1_a", "w1_b", "w2_a", "w2_b")), _build_loha),
+  StoredKind(
     "LoKr",
     ("lokr_",),
     tuple(((f"lokr_{part}_a", f"lokr_{part}_b"), (f"lokr_{part}",)) for part in ("w1", "w2")),
     _build_lokr,
   ),
-  Kind("a difference", ("diff",), ((("diff",),),), _build_difference),
+  StoredKind("a difference", ("diff",), ((("diff",),),), _build_difference),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from univid_jax.checkpoints.checksums import OPEN_SEAL, SEAL, seal
+from univid_jax.checkpoints.checksums import OPEN_SEAL, SEAL, seal_file
 from univid_jax.checkpoints.lora.kinds import Change, Difference, DoRALayer, LoHaLayer, LoKrLayer, LoRALayer
 from univid_jax.checkpoints.lora.names import list_names
 from univid_jax.checkpoints.lora.sidecar import sidecar_path, write_sidecar
@@ -197,12 +197,12 @@ def write_lora(
     with atomic_write(sidecar_path(path)) as sidecar, atomic_write(path) as weights:
       save_torch(weights, tensors)
       write_sidecar(sidecar, entries)
-      seal(sidecar, weights)
+      seal_file(sidecar, weights)
     return note
   added = {key: value.format(**entries) for key, value in file_format.metadata.items()}
   with atomic_write(path) as weights:
     save_safetensors(weights, tensors, metadata={**added, **entries})
-    seal(weights)
+    seal_file(weights)
   return note
 
 

@@ -20,7 +20,7 @@ class Change(abc.ABC):
   """The change of one tensor of the transformer, in PyTorch's layout (out, in) as in files.
 
   Dims of convolutions after the first are flattened where matrices are meant. Subclasses are the rows of
-  `building.KINDS` and of `formats.FORMATS`.
+  `building.STORED_KINDS` and of `formats.FORMATS`.
   """
 
   @property

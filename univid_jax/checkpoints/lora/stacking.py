@@ -15,7 +15,7 @@ from univid_jax.checkpoints.lora.kinds import Change, Difference, DoRALayer, LoR
 from univid_jax.checkpoints.lora.names import list_names
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.core.errors import UserError
-from univid_jax.models.changes import KINDS
+from univid_jax.models.changes import CHANGE_KINDS
 from univid_jax.models.lora import linear_name
 from univid_jax.models.names import original_name
 from univid_jax.models.variants import DiTConfig
@@ -139,7 +139,7 @@ def _kernel_parts(change: Change, weight: float, convolution: DiTConfig | None) 
   if convolution is not None:
     # The kernel of patches, which is small, has the order (t, y, x, channel), PyTorch's has (channel, t, y, x).
     channels, patch = convolution.in_dim, convolution.patch_size
-    diff = np.asarray(KINDS[group].change({name: jnp.asarray(part) for name, part in parts.items()}))
+    diff = np.asarray(CHANGE_KINDS[group].change({name: jnp.asarray(part) for name, part in parts.items()}))
     diff = np.moveaxis(diff.reshape(channels, *patch, -1), 0, 3).reshape(diff.shape)
     group, parts = (
       "diff",

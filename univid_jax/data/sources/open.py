@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.bucket_files import copy_to_local
+from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.data.clips import ClipFormat, Footage
@@ -144,7 +145,7 @@ def _count_changes(source: SentenceSource) -> Counter[str]:
   elif isinstance(source, PairSentences):
     footage = [part for pair in source.pairs for part in (pair.source, pair.target)]
   images_alone = isinstance(source, PairSentences) and not source.options.has_videos
-  lengths = [1 if images_alone else (min(part.num_frames, part.form.num_frames) - 1) // 4 * 4 + 1 for part in footage]
+  lengths = [1 if images_alone else floor_clip_length(min(part.num_frames, part.form.num_frames)) for part in footage]
   return Counter(change for part, length in zip(footage, lengths) for change in part.describe_changes(length))
 
 

@@ -64,7 +64,7 @@ def splash_attention(
     interpret: run the kernel in Pallas' interpreter, on any device, to test it.
   """
   num_queries, num_keys = q.shape[1], k.shape[1]
-  blocks = Blocks.of(num_queries, num_keys)
+  blocks = TokenBlocks.of(num_queries, num_keys)
   length_q, length_kv = _round_up(num_queries, blocks.queries), _round_up(num_keys, blocks.keys)
 
   if key_intervals is None:
@@ -83,14 +83,14 @@ def splash_attention(
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class TokenBlocks:
   """Tokens per block."""
 
   queries: int
   keys: int
 
   @classmethod
-  def of(cls, num_queries: int, num_keys: int) -> "Blocks":
+  def of(cls, num_queries: int, num_keys: int) -> "TokenBlocks":
     return cls(min(BLOCK_Q, _round_up(num_queries, LANES)), min(BLOCK_KV, _round_up(num_keys, LANES)))
 
 
@@ -103,7 +103,7 @@ class SplashPieces:
     interpret: see `splash_attention`.
   """
 
-  blocks: Blocks
+  blocks: TokenBlocks
   interpret: bool
 
   def output(
@@ -171,7 +171,7 @@ class SplashPieces:
     self, intervals: Int[Array, "l 2"], first: int, size: int, *, block: int = 0, with_lse: bool = True
   ) -> splash.SplashAttentionKernel:
     """Builds the kernel for `size` keys from `first` on, with another block of keys if one is given."""
-    blocks = Blocks(self.blocks.queries, block or self.blocks.keys)
+    blocks = TokenBlocks(self.blocks.queries, block or self.blocks.keys)
     intervals = clip_intervals(intervals, first, size)
     return _build_kernel(intervals, blocks, size, with_lse=with_lse, interpret=self.interpret)
 
@@ -202,7 +202,7 @@ def _stack(rows):
 
 
 def _build_kernel(
-  intervals: Int[Array, "l 2"], blocks: Blocks, num_keys: int, *, with_lse: bool = True, interpret: bool
+  intervals: Int[Array, "l 2"], blocks: TokenBlocks, num_keys: int, *, with_lse: bool = True, interpret: bool
 ) -> splash.SplashAttentionKernel:
   """Builds the kernel for the intervals of one row; it maps (h, l, k), (h, n, k), (h, n, k) to (h, l, k).
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from univid_jax.core.dims import floor_clip_length, is_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import PromptStyle
@@ -114,12 +115,12 @@ def _read_role(clip: Mapping[str, Any]) -> Role:
 
 
 def _read_lengths(clips: Sequence[Mapping[str, Any]], footage: Sequence[Footage], form: ClipFormat) -> tuple[int, ...]:
-  longest = [(min(part.num_frames, form.num_frames) - 1) // 4 * 4 + 1 for part in footage]
+  longest = [floor_clip_length(min(part.num_frames, form.num_frames)) for part in footage]
   lengths = []
   for index, (clip, part) in enumerate(zip(clips, footage)):
     pair = [length for length in longest[index // 2 * 2 : index // 2 * 2 + 2] if length > 1]
     count = clip.get("num_frames", min([longest[index], *pair]))
-    if count % 4 != 1 or count < 1:
+    if not is_clip_length(count):
       raise UserError(f"{clip['path']}: a clip must have 1 or 4n + 1 frames, got num_frames {count}")
     if count > part.num_frames:
       raise UserError(f"{clip['path']} has {part.num_frames} frames, but num_frames is {count}")

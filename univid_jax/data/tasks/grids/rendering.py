@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 
 from univid_jax.config.schema import DataConfig
+from univid_jax.core.dims import TEMPORAL_STRIDE
 from univid_jax.core.sentence import ClipRef
 from univid_jax.data.tasks.grids.base import Grid, Size
 
 # Frames of a video that show one state, after the first frame: one latent frame of every codec.
-STATE_FRAMES = 4
+STATE_FRAMES = TEMPORAL_STRIDE
 
 Color = tuple[int, int, int]
 

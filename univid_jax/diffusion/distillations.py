@@ -5,15 +5,16 @@ import re
 from collections.abc import Mapping, Sequence
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import SolverName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Accelerator:
+class Distillation:
   """A kind of distillation, with the only way of sampling that it was trained for.
 
   Attributes:
     name: of the kind.
-    solver: by name, see `diffusion.solvers`.
+    solver: by name.
     num_inference_steps: of the solver.
     shift: of the noise levels toward noise.
     guidance_scale: 1 is no guidance, which step-distilled models have learnt to do without.
@@ -21,7 +22,7 @@ class Accelerator:
   """
 
   name: str
-  solver: str = "distilled"
+  solver: SolverName = SolverName.DISTILLED
   num_inference_steps: int = 4
   shift: float = 5.0
   guidance_scale: float = 1.0
@@ -31,32 +32,32 @@ class Accelerator:
 # Both as LightX2V publishes them, also for both experts of Wan2.2 A14B: configs/distill/ and configs/wan22/
 # wan_moe_{t2v,i2v}_distill.json, https://github.com/ModelTC/LightX2V (Apache-2.0). Steps are Euler's, as in its
 # scheduler for Wan2.2; that for Wan2.1 draws new noise before every step, at the same levels.
-KINDS: Mapping[str, Accelerator] = {
+DISTILLATIONS: Mapping[str, Distillation] = {
   kind.name: kind
   for kind in (
-    Accelerator(name="lightx2v", pattern=r"light[ _.-]?x2v|step[ _.-]?distill"),
-    Accelerator(name="lightning", pattern=r"lightning"),
+    Distillation(name="lightx2v", pattern=r"light[ _.-]?x2v|step[ _.-]?distill"),
+    Distillation(name="lightning", pattern=r"lightning"),
   )
 }
-DEFAULT_KIND = KINDS["lightx2v"]
+DEFAULT_DISTILLATION = DISTILLATIONS["lightx2v"]
 
 # Distillations of other methods, whose noise levels differ or are drawn again in every step.
 _OTHERS = r"caus[ _.-]?vid|acc[ _.-]?vid|fast[ _.-]?wan|(?<![a-z])(rcm|lcm|pcm|dmd2?|hyper|turbo)(?![a-z])|fusionx"
 
 
-def find_kind(name: str) -> Accelerator:
+def find_distillation(name: str) -> Distillation:
   """Returns a kind by name.
 
   Raises:
     UserError: it is not known.
   """
-  if name not in KINDS:
-    raise UserError(f"unknown kind of accelerator {name!r}; there are {', '.join(KINDS)}")
-  return KINDS[name]
+  if name not in DISTILLATIONS:
+    raise UserError(f"unknown kind of distillation {name!r}; there are {', '.join(DISTILLATIONS)}")
+  return DISTILLATIONS[name]
 
 
-def infer_kind(source: str, texts: Sequence[str]) -> Accelerator:
-  """Returns the kind of a distillation LoRA by its name and metadata; `DEFAULT_KIND` if they say nothing.
+def infer_distillation(source: str, texts: Sequence[str]) -> Distillation:
+  """Returns the kind of a distillation LoRA by its name and metadata; `DEFAULT_DISTILLATION` if they say nothing.
 
   Args:
     source: of the LoRA, for messages.
@@ -66,14 +67,14 @@ def infer_kind(source: str, texts: Sequence[str]) -> Accelerator:
     UserError: they mention another method, or several.
   """
   text = "\n".join(texts).lower()
-  found = [kind for kind in KINDS.values() if re.search(kind.pattern, text)]
+  found = [kind for kind in DISTILLATIONS.values() if re.search(kind.pattern, text)]
   other = re.search(_OTHERS, text)
   if other:
     raise UserError(
-      f"{source} mentions {other[0]!r}, which is sampled in another way: if it is one of {', '.join(KINDS)} all the "
-      "same, say so with PATH:KIND"
+      f"{source} mentions {other[0]!r}, which is sampled in another way: if it is one of "
+      f"{', '.join(DISTILLATIONS)} all the same, say so with PATH:KIND"
     )
   if len({dataclasses.replace(kind, name="", pattern="") for kind in found}) > 1:
     names = ", ".join(kind.name for kind in found)
     raise UserError(f"{source} may be of several kinds ({names}): choose one with PATH:KIND")
-  return found[0] if found else DEFAULT_KIND
+  return found[0] if found else DEFAULT_DISTILLATION

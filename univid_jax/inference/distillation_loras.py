@@ -7,12 +7,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from univid_jax.checkpoints.experts import Expert, split_expert
+from univid_jax.checkpoints.experts import split_expert
 from univid_jax.core.errors import UserError
-from univid_jax.diffusion.accelerators import Accelerator, find_kind, infer_kind
+from univid_jax.core.options import Expert
+from univid_jax.diffusion.distillations import Distillation, find_distillation, infer_distillation
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.experts import OffloadedParams, Transformer
-from univid_jax.inference.lora_specs import LoRA, read_loras, select_loras
+from univid_jax.inference.lora_specs import RequestedLoRA, read_loras, select_loras
 from univid_jax.inference.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ _SHORT = 200  # characters; longer metadata are configs and prompts
 
 
 @dataclasses.dataclass(frozen=True)
-class AcceleratorLoRAs:
+class DistillationLoRAs:
   """The LoRAs of one distillation.
 
   Attributes:
@@ -32,12 +33,12 @@ class AcceleratorLoRAs:
     files: [EXPERT=]PATH and weight of each, as the user named them.
   """
 
-  kind: Accelerator
-  loras: Sequence[LoRA]
+  kind: Distillation
+  loras: Sequence[RequestedLoRA]
   files: Sequence[tuple[str, float]]
 
 
-def read_accelerator(items: str | Sequence[str] | AcceleratorLoRAs, *, verify: bool = True) -> AcceleratorLoRAs:
+def read_distillation(items: str | Sequence[str] | DistillationLoRAs, *, verify: bool = True) -> DistillationLoRAs:
   """Reads the LoRA files of a distillation.
 
   Args:
@@ -48,38 +49,38 @@ def read_accelerator(items: str | Sequence[str] | AcceleratorLoRAs, *, verify: b
   Raises:
     OSError, UserError: a file cannot be read, or its kind is unknown or differs from that of another one.
   """
-  if isinstance(items, AcceleratorLoRAs):
+  if isinstance(items, DistillationLoRAs):
     return items
   items = [items] if isinstance(items, str) else list(items)
   files, kinds, loras = [], [], []
   for item in items:
     expert, text = split_expert(item)
-    path, weight, name = split_accelerator(text)
-    kind = find_kind(name) if name else None
+    path, weight, name = split_distillation(text)
+    kind = find_distillation(name) if name else None
     (lora,) = read_loras({expert: (path, weight)} if expert else (path, weight), verify=verify)
     files.append((f"{expert}={path}" if expert else path, weight))
     texts = [
       *Path(path).absolute().parts[-_DEPTH:],
       *(text for text in lora.weights.metadata.values() if len(text) < _SHORT),
     ]
-    kinds.append(kind or infer_kind(path, texts))
+    kinds.append(kind or infer_distillation(path, texts))
     loras.append(lora)
   names = sorted({kind.name for kind in kinds})
   if len(names) != 1:
-    raise UserError(f"the files of an accelerator must be of one kind, got {', '.join(names) or 'no file'}")
+    raise UserError(f"the files of a distillation must be of one kind, got {', '.join(names) or 'no file'}")
   kind = kinds[0]
   logger.info(
-    "accelerator %s: solver %s, %d steps, shift %g, guidance scale %g",
+    "distillation %s: solver %s, %d steps, shift %g, guidance scale %g",
     kind.name,
     kind.solver,
     kind.num_inference_steps,
     kind.shift,
     kind.guidance_scale,
   )
-  return AcceleratorLoRAs(kind, loras, files)
+  return DistillationLoRAs(kind, loras, files)
 
 
-def split_accelerator(text: str) -> tuple[str, float, str]:
+def split_distillation(text: str) -> tuple[str, float, str]:
   """Splits `PATH[:WEIGHT][:KIND]`; the weight is 1 and the kind "" by default."""
   path, weight, kind = text, 1.0, ""
   while not os.path.exists(path):
@@ -96,12 +97,12 @@ def split_accelerator(text: str) -> tuple[str, float, str]:
   return path, weight, kind
 
 
-def accelerate(pipeline: Pipeline, accelerator: AcceleratorLoRAs, *, skip_unmatched: bool = False) -> Pipeline:
+def add_distillation(pipeline: Pipeline, distillation: DistillationLoRAs, *, skip_unmatched: bool = False) -> Pipeline:
   """Returns a pipeline with the LoRAs of a distillation on top, which shares the weights of the given one.
 
   Args:
     pipeline: stays as it is. Its LoRAs, of training or of files, stay in effect.
-    accelerator: of `read_accelerator`.
+    distillation: of `read_distillation`.
     skip_unmatched: see `load_pipeline`.
 
   Raises:
@@ -114,15 +115,15 @@ def accelerate(pipeline: Pipeline, accelerator: AcceleratorLoRAs, *, skip_unmatc
     pipeline.experts,
     transformers=[
       _with_loras(pipeline, transformer, loras, skip_unmatched=skip_unmatched)
-      for transformer, loras in zip(transformers, select_loras(accelerator.loras, experts), strict=True)
+      for transformer, loras in zip(transformers, select_loras(distillation.loras, experts), strict=True)
     ],
   )
-  accelerated.accelerator = accelerator.kind
+  accelerated.distillation = distillation.kind
   return accelerated
 
 
 def _with_loras(
-  pipeline: Pipeline, transformer: Transformer, loras: Sequence[LoRA], *, skip_unmatched: bool
+  pipeline: Pipeline, transformer: Transformer, loras: Sequence[RequestedLoRA], *, skip_unmatched: bool
 ) -> Transformer:
   if not loras:
     return transformer
