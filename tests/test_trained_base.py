@@ -137,7 +137,7 @@ def test_the_base_in_the_package_follows_an_example():
   """Permutations of colours and grids that it was never trained on; its files are intact, and say how to run it."""
   pipe, config = load_pipeline("small"), override(small(), {"data.contexts.II": 1.0})
   size = sum(path.stat().length for path in locate("small").iterdir())
-  assert size < 20e6 and pipe.usage.sizes == ((64, 64),) and pipe.usage.num_frames == 9
+  assert size < 20e6 and pipe.usage.sizes == ((64, 64),) and pipe.usage.num_frames == 9 and pipe.usage.is_known
   source = dataclasses.replace(
     GridSentences.open(config), families={"recolor": 1.0}, num_clips={4: 1.0}, split_name=GridSplit.HELD_OUT
   )

@@ -59,6 +59,9 @@ def test_the_result_is_like_the_query(pipeline, clips, tmp_path, caplog, carry_c
   assert f"{tmp_path / 'odd.mp4'}: 18x22 extended to 20x24" in caplog.messages or "extended" in caplog.text
   assert any("50 frames in" in message for message in caplog.messages)
   record = json.loads((tmp_path / "out.json").read_text())
+  (warning,) = [message for message in caplog.messages if "not trained on this" in message]
+  assert "24x24 pixels instead of 16x16, 2.2 times as many; 25 frames per second instead of 8" in warning
+  assert ("a given first frame, which only TI2V models know" in warning) == carry_context
   assert (record["num_frames"], record["height"], record["width"], record["fps"]) == (50, 18, 22, 25)
   assert record["carry_context"] == carry_context and record["clips"][2]["num_frames"] == 50
   assert not list(tmp_path.glob("*.npz")) and not list(tmp_path.glob(".*"))
