@@ -205,6 +205,36 @@ def test_queries_with_dots_and_foreign_files(tmp_path: Path):
   assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.v2.json", "a.v2.png"]
 
 
+def test_folders_among_queries_are_counted(tmp_path: Path, caplog):
+  folder = tmp_path / "queries"
+  for name in ("b", "c", ".hidden"):
+    (folder / name).mkdir(parents=True)
+  with pytest.raises(UserError, match=rf"no clips in --queries={folder}, but folders, such as {folder}/b: name one of"):
+    plan_requests(["a.png"] * 2, [str(folder)], "out")
+  write_image(folder / "x.png")
+  assert len(plan_requests(["a.png"] * 2, [str(folder)], "out")) == 1
+  (line,) = caplog.messages
+  assert line.startswith(f"--queries={folder}: 2 folders in it are left out; ")
+  plan_requests(["a.png"] * 2, [str(folder / "b"), str(folder / "c")], "out")
+  assert len(caplog.messages) == 1
+
+
+def test_queries_of_one_name_are_both_named(tmp_path: Path):
+  for name in ("v.gif", "v.mp4"):
+    write_video(tmp_path / name, 5)
+  with pytest.raises(UserError, match=rf"the results of {tmp_path}/v.gif and {tmp_path}/v.mp4 would both be named 'v'"):
+    plan_requests(["a.png"] * 2, [str(tmp_path)], "out")
+
+
+def test_a_result_that_loses_its_record_is_named(tmp_path: Path, caplog):
+  """One of the same name in another format."""
+  video = str(write_video(tmp_path / "b.mp4", 17))
+  for name in ("v.gif", "v.gif", "v.mp4"):
+    assert not caplog.messages or "was the record" not in caplog.text
+    runner().run(Request((video,) * 3, tmp_path / name))
+  assert f"{tmp_path / 'v.json'} was the record of v.gif, and becomes that of v.mp4" in caplog.messages
+
+
 def test_targets_are_checked_first(tmp_path: Path, monkeypatch):
   image = str(write_image(tmp_path / "a.png"))
   (tmp_path / "folder.png").mkdir()
