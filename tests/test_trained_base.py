@@ -130,7 +130,9 @@ def test_it_is_calibrated(tmp_path, monkeypatch, capfd):
   Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
   clip = tmp_path / "a.png"
   assert run_here("univid_jax.calibrate", "--checkpoint=small", f"--clips={clip},{clip},{clip}", "--steps=3") == 0
-  assert capfd.readouterr().out.splitlines()[-1] == f"ratios: {tmp_path}/cache/bases/small/step_cache.json"
+  out, err = capfd.readouterr()
+  assert out.splitlines()[-1] == f"ratios: {tmp_path}/cache/bases/small/step_cache.json"
+  assert "3/3 [" in err and "0step" not in err
 
 
 def test_the_base_in_the_package_follows_an_example():
