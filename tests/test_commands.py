@@ -216,7 +216,8 @@ def test_many_queries_with_grids_and_records(trained, tmp_path, capfd):
   record = json.loads((tmp_path / "out" / "z.json").read_text())
   assert record["num_frames"] == 7 and record["fps"] == 12 and record["solver"] == "unipc" and len(record["clips"]) == 3
   assert run_here(*common, f"--queries={queries / 'x.png'},{queries / 'x.png'}") == 2
-  assert "two queries are named 'x'" in capfd.readouterr().err
+  x = queries / "x.png"
+  assert f"the results of {x} and {x} would both be named 'x'" in capfd.readouterr().err
 
 
 def test_sampling_with_a_distillation(trained, tmp_path):

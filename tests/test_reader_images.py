@@ -12,6 +12,7 @@ from PIL import Image
 from tests.numbered_videos import encode_video, numbered_frames
 from univid_jax.core.errors import UserError
 from univid_jax.data import color
+from univid_jax.data.images import EXIF_ORIENTATION, TIFF_COLORS, TIFF_EXTRA_SAMPLES
 from univid_jax.data.reader import probe, read_clip
 from univid_jax.data.schedule import Schedule
 
@@ -215,3 +216,61 @@ def test_tone_mapping(is_hlg: bool):
   assert 190 < grey[white, 0] < 245
   with pytest.raises(UserError, match="primaries"):
     color.tone_map(np.zeros((1, 1, 3), np.uint16), is_hlg=is_hlg, primaries=5)
+
+
+TIFF = "of TIFFs only those with one page of 8-bit RGB, RGBA or grey are read, and this one has "
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_tiffs_are_read_exactly(tmp_path: Path, compression: str | None):
+  rgb = numbered_frames(1)[0]
+  clear = np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)])
+  clear[:9, :, 3] = 0
+  images = {"rgb.tif": rgb, "clear.tiff": clear, "grey.TIF": rgb[..., 0]}
+  for name, pixels in images.items():
+    info = {TIFF_COLORS: 0} if name == "grey.TIF" else {}  # white is 0
+    Image.fromarray(pixels).save(tmp_path / name, "TIFF", compression=compression, tiffinfo=info)
+  expected = {
+    "rgb.tif": rgb,
+    "clear.tiff": np.where(clear[..., 3:] > 0, rgb, 255),
+    "grey.TIF": rgb[..., :1].repeat(3, axis=-1),
+  }
+  for name, pixels in expected.items():
+    np.testing.assert_array_equal(read_clip(tmp_path / name).frames, pixels[None])
+    assert probe(tmp_path / name).size == (48, 64)
+
+
+@pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_tiffs_are_upright(tmp_path: Path, orientation: int, turns: int):
+  rgb = numbered_frames(1)[0]
+  Image.fromarray(rgb).save(tmp_path / "turned.tiff", tiffinfo={EXIF_ORIENTATION: orientation})
+  expected = np.rot90(rgb, turns)
+  np.testing.assert_array_equal(read_clip(tmp_path / "turned.tiff").frames[0], expected)
+  assert probe(tmp_path / "turned.tiff").size == expected.shape[:2]
+
+
+def test_other_tiffs_are_refused_with_the_reason(tmp_path: Path):
+  rgb = Image.fromarray(numbered_frames(1)[0])
+  grey = np.asarray(rgb.convert("L"))
+  pages = {"save_all": True, "append_images": [rgb, rgb]}
+  for image, options, reason in (
+    (rgb, pages, "3 pages"),
+    (Image.fromarray(grey.astype(np.float32)), {}, "32-bit samples that are signed or floating-point"),
+    (Image.fromarray(grey.astype(np.uint16)), {}, "16-bit samples"),
+    (rgb.convert("1"), {}, "1-bit samples"),
+    (rgb.convert("CMYK"), {}, "other colours, such as CMYK, YCbCr or a palette"),
+    (rgb.quantize(8), {}, "other colours, such as CMYK, YCbCr or a palette"),
+    (rgb.convert("RGBA"), {}, "premultiplied transparency"),
+  ):
+    image.save(tmp_path / "x.tiff", **options)
+    if image.mode == "RGBA":
+      plain, premultiplied = (struct.pack("<HHIHH", TIFF_EXTRA_SAMPLES, 3, 1, value, 0) for value in (2, 1))
+      (tmp_path / "x.tiff").write_bytes((tmp_path / "x.tiff").read_bytes().replace(plain, premultiplied))
+    for read in (read_clip, probe):
+      with pytest.raises(UserError, match=rf"cannot read .*x\.tiff: {TIFF}{reason}: convert it to PNG"):
+        read(tmp_path / "x.tiff")
+  rgb.save(tmp_path / "x.tiff")
+  content = (tmp_path / "x.tiff").read_bytes()
+  (tmp_path / "x.tiff").write_bytes(content[: len(content) // 2])
+  with pytest.raises(UserError, match=r"cannot read .*x\.tiff"):
+    read_clip(tmp_path / "x.tiff")

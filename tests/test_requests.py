@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.clip_files import write_image, write_video
+from univid_jax.checkpoints.usage import Usage
 from univid_jax.cli.requests import RequestRunner
 from univid_jax.cli.sampling import Request, check_outputs, choose_format, plan_requests
 from univid_jax.core.dims import latent_shape
@@ -31,6 +32,7 @@ class EchoPipeline(Pipeline):
 
   dtype, attention, context_mode = "float32", "full", UNIVID_CONTEXT
   experts = types.SimpleNamespace(quantize="none")
+  usage = Usage(is_known=False)
 
   def __init__(self):
     self.contexts: list[list[np.ndarray]] = []
@@ -79,6 +81,27 @@ def test_changes_are_reported_once_and_recorded(tmp_path: Path, caplog):
   frames = sampling.pipeline.contexts[0][2]
   assert frames.shape == (17, 24, 16, 3)
   assert read_clip(tmp_path / "two.mp4").fps == 4
+
+
+def test_what_training_has_not_shown_is_said_once(tmp_path: Path, caplog, monkeypatch):
+  usage = Usage(sizes=((16, 24), (24, 16)), num_frames=17, fit=ClipFit.PAD, fps=8.0)
+  monkeypatch.setattr(EchoPipeline, "usage", usage)
+  monkeypatch.setattr("univid_jax.cli.requests.padded_size", lambda size, pipeline: size)
+  image = str(write_image(tmp_path / "a.png", size=(40, 24)))
+
+  def said(sampling: RequestRunner, *names: str) -> list[str]:
+    caplog.clear()
+    for name in names:
+      sampling.run(Request((image,) * 3, tmp_path / name, needs_suffix=True))
+    return [message for message in caplog.messages if "not trained on this" in message]
+
+  assert said(runner(), "as_trained") == []
+  assert len(said(runner(keep_size=True), "input_size")) == 1
+  form = choose_format(TRAINED, **AS_TRAINED | {"size": (40, 24), "num_frames": 5, "fit": "crop"})
+  assert said(runner(form, num_frames=5), "one", "two") == [
+    "the model was not trained on this, expect worse results: 40x24 pixels instead of 16x24 or 24x16, 2.5 times as "
+    "many; 5 frames instead of 1 or 17"
+  ]
 
 
 @pytest.mark.parametrize("num_frames, expected", [(33, 33), (None, 17), (1, 17), (5, 5)])
@@ -180,6 +203,36 @@ def test_queries_with_dots_and_foreign_files(tmp_path: Path):
   assert request == Request(("a.png", "b.png", str(folder / "a.v2.png")), tmp_path / "out" / "a.v2", needs_suffix=True)
   runner().run(dataclasses.replace(request, clips=(str(folder / "a.v2.png"),) * 3))
   assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.v2.json", "a.v2.png"]
+
+
+def test_folders_among_queries_are_counted(tmp_path: Path, caplog):
+  folder = tmp_path / "queries"
+  for name in ("b", "c", ".hidden"):
+    (folder / name).mkdir(parents=True)
+  with pytest.raises(UserError, match=rf"no clips in --queries={folder}, but folders, such as {folder}/b: name one of"):
+    plan_requests(["a.png"] * 2, [str(folder)], "out")
+  write_image(folder / "x.png")
+  assert len(plan_requests(["a.png"] * 2, [str(folder)], "out")) == 1
+  (line,) = caplog.messages
+  assert line.startswith(f"--queries={folder}: 2 folders in it are left out; ")
+  plan_requests(["a.png"] * 2, [str(folder / "b"), str(folder / "c")], "out")
+  assert len(caplog.messages) == 1
+
+
+def test_queries_of_one_name_are_both_named(tmp_path: Path):
+  for name in ("v.gif", "v.mp4"):
+    write_video(tmp_path / name, 5)
+  with pytest.raises(UserError, match=rf"the results of {tmp_path}/v.gif and {tmp_path}/v.mp4 would both be named 'v'"):
+    plan_requests(["a.png"] * 2, [str(tmp_path)], "out")
+
+
+def test_a_result_that_loses_its_record_is_named(tmp_path: Path, caplog):
+  """One of the same name in another format."""
+  video = str(write_video(tmp_path / "b.mp4", 17))
+  for name in ("v.gif", "v.gif", "v.mp4"):
+    assert not caplog.messages or "was the record" not in caplog.text
+    runner().run(Request((video,) * 3, tmp_path / name))
+  assert f"{tmp_path / 'v.json'} was the record of v.gif, and becomes that of v.mp4" in caplog.messages
 
 
 def test_targets_are_checked_first(tmp_path: Path, monkeypatch):

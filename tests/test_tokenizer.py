@@ -33,6 +33,23 @@ def test_truncation_keeps_the_end_of_text_token():
   assert len(ids) == 512 and ids[-1] == tokenize("")[0]
 
 
+def test_truncation_is_reported_once_per_text(caplog):
+  """With the number of tokens that are left out, and their beginning."""
+  tokenize, words = Tokenizer(FILE, max_length=12), [f"w{number}" for number in range(40)]
+  total = len(Tokenizer(FILE)(" ".join(words)))
+  tokenize("short")
+  kept = len(tokenize(" ".join(words)))
+  tokenize(" ".join(words))
+  (line,) = caplog.messages
+  assert kept == 12
+  start = "a prompt has more than the 12 tokens that the model reads: the last "
+  assert line.startswith(f"{start}{total - 12} are left out, from '"), line
+  rest = line.split("from '")[1].removesuffix("...' on")
+  assert " ".join(words).find(rest) > 0 and len(Tokenizer(FILE)(" ".join(words).partition(rest)[0])) == 12
+  tokenize(" ".join(reversed(words)))
+  assert len(caplog.messages) == 2
+
+
 def test_cleaning():
   assert clean("  a\n\tb &amp;amp; c \u00e2\u20ac\u201d d ") == "a b & c \u2014 d"
 

@@ -260,6 +260,7 @@ class TestChangedData:
     contexts = {f"data.contexts.{name}": float(name == "II") for name in ("I", "II", "III", "IV")}
     changes = {"data.pairs": str(data), "data.held_out": 0.0, "eval.sentences_per_case": 0, "num_steps": 2, **contexts}
     config = override(tiny_config, changes)
+    caplog.set_level("INFO")
     train(config, workdir)
     more = override(config, {"num_steps": 3})
     self.write(data, names=("b",), shade=9)
@@ -274,6 +275,7 @@ class TestChangedData:
         check_same_data(str(tmp_path / "other"), open_data(more), more)
     allowed = override(more, {"data.allow_changed": True})
     assert train(allowed, workdir).steps_taken == 1 and message in caplog.text
+    assert "seconds if it is cached, else half a minute to several minutes" in caplog.text
     assert train(override(more, {"num_steps": 4}), workdir).steps_taken == 1, "it is the run's data now"
 
 

@@ -130,14 +130,16 @@ def test_it_is_calibrated(tmp_path, monkeypatch, capfd):
   Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
   clip = tmp_path / "a.png"
   assert run_here("univid_jax.calibrate", "--checkpoint=small", f"--clips={clip},{clip},{clip}", "--steps=3") == 0
-  assert capfd.readouterr().out.splitlines()[-1] == f"ratios: {tmp_path}/cache/bases/small/step_cache.json"
+  out, err = capfd.readouterr()
+  assert out.splitlines()[-1] == f"ratios: {tmp_path}/cache/bases/small/step_cache.json"
+  assert "3/3 [" in err and "0step" not in err
 
 
 def test_the_base_in_the_package_follows_an_example():
   """Permutations of colours and grids that it was never trained on; its files are intact, and say how to run it."""
   pipe, config = load_pipeline("small"), override(small(), {"data.contexts.II": 1.0})
   size = sum(path.stat().length for path in locate("small").iterdir())
-  assert size < 20e6 and pipe.usage.sizes == ((64, 64),) and pipe.usage.num_frames == 9
+  assert size < 20e6 and pipe.usage.sizes == ((64, 64),) and pipe.usage.num_frames == 9 and pipe.usage.is_known
   source = dataclasses.replace(
     GridSentences.open(config), families={"recolor": 1.0}, num_clips={4: 1.0}, split_name=GridSplit.HELD_OUT
   )

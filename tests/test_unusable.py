@@ -251,8 +251,8 @@ def test_pairs_of_a_manifest_have_one_length(tmp_path, caplog):
   assert lengths == [[17, 17, 9, 9], [17, 17, 9, 13]]
   with caplog.at_level("INFO", "univid_jax"):
     data.report()
-  assert "data: manifest, 6 files: frames 0 to 16 of 20" in caplog.text
-  assert "data: manifest, 2 files: frames 0 to 8 of 11" in caplog.text
+  assert "data: manifest, 6 clips: frames 0 to 16 of 20" in caplog.text
+  assert "data: manifest, 2 clips: frames 0 to 8 of 11" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["../out.png", "/etc/out.png", "a/../../out.png", "", ".", "a/..", "a\0.png"])

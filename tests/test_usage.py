@@ -138,6 +138,7 @@ class TestSampling:
     assert self.load(base, first, second, attention="full").attention == "full"
     assert self.load(base, foreign, first).attention == "context_causal"
     assert self.load(base, foreign).usage == self.load(base).usage == Usage()
+    assert not self.load(base, foreign).usage.is_known and self.load(base, foreign, first).usage.is_known
     nf4 = write(tmp_path / "nf4", make_lora(dataclasses.replace(USAGE, base_quantize=Quantize.NF4)), "diffusers")
     self.load(base, nf4)
     assert "was trained on a base in nf4, this one is in none" in caplog.text

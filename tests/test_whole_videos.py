@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pkgutil
+import re
 import signal
 from pathlib import Path
 
@@ -58,10 +59,19 @@ def test_the_result_is_like_the_query(pipeline, clips, tmp_path, caplog, carry_c
   assert read_clip(tmp_path / "out_grid.mp4").frames.shape[0] == 50
   assert f"{tmp_path / 'odd.mp4'}: 18x22 extended to 20x24" in caplog.messages or "extended" in caplog.text
   assert any("50 frames in" in message for message in caplog.messages)
+  (warning,) = [message for message in caplog.messages if "not trained on this" in message]
+  assert "24x24 pixels instead of 16x16, 2.2 times as many; 25 frames per second instead of 8" in warning
+  assert ("a given first frame, which only TI2V models know" in warning) == carry_context
   record = json.loads((tmp_path / "out.json").read_text())
   assert (record["num_frames"], record["height"], record["width"], record["fps"]) == (50, 18, 22, 25)
   assert record["carry_context"] == carry_context and record["clips"][2]["num_frames"] == 50
   assert not list(tmp_path.glob("*.npz")) and not list(tmp_path.glob(".*"))
+
+
+def test_the_bar_has_a_total_from_the_beginning(pipeline, clips, tmp_path, capfd):
+  runner(pipeline).run(Request(clips, tmp_path / "out.npy"))
+  err = capfd.readouterr().err
+  assert "0step" not in err and re.search(r"sample: +0%.* 0/\d+ \[", err)
 
 
 def test_sound_and_rate(pipeline, clips, tmp_path):

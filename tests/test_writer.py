@@ -65,7 +65,7 @@ def test_equal_frames_make_equal_bytes(tmp_path: Path, suffix: str):
 
 def test_images(tmp_path: Path):
   frame = numbered_frames(1)
-  for suffix in (".png", ".jpg", ".webp", ".bmp", ".avif"):
+  for suffix in (".png", ".jpg", ".webp", ".bmp", ".avif", ".tiff"):
     write_clip(tmp_path / f"image{suffix}", frame)
     assert np.abs(read_clip(tmp_path / f"image{suffix}").frames.astype(int) - frame).mean() < 4
 

@@ -43,7 +43,7 @@ def main() -> None:
     prompt=SAMPLING.choose_prompt(pipeline),
     negative_prompt=SAMPLING.negative_prompt.value,
     seed=SAMPLING.seed.value,
-    **SAMPLING.steps,
+    steps=SAMPLING.steps,
   )
   plan = pipeline.plan(**SAMPLING.steps)
   for line in describe_schedules(pipeline, plan, ratios):

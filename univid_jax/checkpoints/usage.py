@@ -35,6 +35,7 @@ class Usage:
     base_quantize: how the base was quantised in training.
     prompts: of the tasks.
     expert: HIGH or LOW if it was trained for one expert, else None.
+    is_known: whether a training said so; else only some values are known, as of Wan's releases.
   """
 
   attention: Attention = Attention.FULL
@@ -51,6 +52,7 @@ class Usage:
   prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
   expert: Expert | None = None
   base_quantize: Quantize = Quantize.NONE
+  is_known: bool = dataclasses.field(default=True, compare=False)
 
   @classmethod
   def of(

@@ -15,6 +15,7 @@ import univid_jax
 from univid_jax import Pipeline
 from univid_jax.cli.results import check_result, grid_path, is_finished, remove_record, write_record
 from univid_jax.cli.sampling import Request
+from univid_jax.cli.training_differences import find_differences
 from univid_jax.cli.whole_videos import StepProgress, WholeQuery, WholeVideo, padded_size
 from univid_jax.core.options import SolverName
 from univid_jax.core.paths import require_writable
@@ -85,6 +86,7 @@ class RequestRunner:
   progress: StepProgress | None = None
   preview: Preview | None = None
   _reported: set[str] = dataclasses.field(default_factory=set)
+  _differences: set[str] = dataclasses.field(default_factory=set)
   _examples: dict[Any, list[ContextClip]] = dataclasses.field(default_factory=dict)
 
   def run(self, request: Request) -> str:
@@ -136,6 +138,8 @@ class RequestRunner:
     path, count = self._choose_path(request, frames, num_frames)
     size = probe(self._shown_last(request)).size if self.keep_size else frames[-1].shape[1:3]
     fps = frame_rate(clips) if clips else None
+    shown: dict[str, Any] = {"size": frames[-1].shape[1:3], "num_frames": count, "fps": fps}
+    self._report_differences(request, clips, **shown, has_first_frame=first is not None)
     record = self._record([clip.describe() for clip in clips], num_frames=count, size=size, fps=fps)
     if first is not None:
       record["first_frame"] = first.describe()
@@ -173,6 +177,8 @@ class RequestRunner:
     path = request.out.with_name(request.out.name + ".mp4") if request.needs_suffix else request.out
     num_frames = query.footage.num_frames
     check_result(path, request.clips, num_frames, grid=self.grid)
+    shown: dict[str, Any] = {"size": query.footage.form.size, "num_frames": self.form.num_frames, "fps": query.fps}
+    self._report_differences(request, examples, **shown, has_first_frame=self.carry_context)
     clips = [*(clip.describe() for clip in examples), query.describe()]
     record = self._record(clips, num_frames=num_frames, size=query.size, fps=query.fps)
     record |= {"carry_context": self.carry_context, "window_frames": self.form.num_frames}
@@ -307,6 +313,14 @@ class RequestRunner:
     if changes and path not in self._reported:
       self._reported.add(path)
       log.info("%s: %s", path, "; ".join(changes))
+
+  def _report_differences(self, request: Request, clips: Sequence[ContextClip], **shown: Any) -> None:
+    """Reports what training has not shown the model, each kind of difference once; see `find_differences`."""
+    fitted = request.clips[:-1] if self.keep_size else request.clips
+    found = find_differences(self.pipeline, clips, fit=self.form.fit, fitted=fitted, **shown)
+    if new := [text for kind, text in found.items() if kind not in self._differences]:
+      self._differences.update(found)
+      log.warning("the model was not trained on this, expect worse results: %s", "; ".join(new))
 
   def _choose_path(self, request: Request, frames: Sequence[Frames], num_frames: int | None) -> tuple[Path, int]:
     """Returns the path of the result, after checking that it can be written there, and its number of frames."""

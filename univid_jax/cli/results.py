@@ -7,6 +7,7 @@ the checksums of the other files, so that a result with a record is complete and
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from univid_jax.core.paths import atomic_write
 from univid_jax.data.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from univid_jax.data.writer import check_target
 from univid_jax.diffusion.step_cache import StepCache
+
+log = logging.getLogger(__name__)
 
 # Key of a record under which the checksums are, and keys that tell a record from other JSON files.
 FILES = "files"
@@ -57,8 +60,16 @@ def check_result(result: Path, inputs: Sequence[str], num_frames: int | None, *,
 
 
 def remove_record(result: Path) -> None:
-  """Removes the record of an earlier result, before any of its files is replaced."""
-  record_path(result).unlink(missing_ok=True)
+  """Removes the record of an earlier result, before any of its files is replaced.
+
+  A result of the same name in another format, which shares the record, is left without one; the log says so.
+  """
+  path = record_path(result)
+  names = {name.partition("/")[0] for name in (_read_record(path) or {}).get(FILES, {})}
+  for name in sorted(names - {result.name}):
+    if Path(name).stem == result.stem and result.with_name(name).exists():
+      log.warning("%s was the record of %s, and becomes that of %s", path, name, result.name)
+  path.unlink(missing_ok=True)
 
 
 def write_record(result: Path, record: Mapping[str, Any], files: Iterable[Path]) -> str:

@@ -188,15 +188,32 @@ def plan_requests(
   if len(clips) % 2:
     raise UsageError(f"with --queries, --clips are example pairs A, A', an even number; got {len(clips)}")
   if len(queries) == 1 and Path(queries[0]).is_dir():
-    files = [path for path in sorted(Path(queries[0]).iterdir()) if not is_foreign(path)]
-    queries = [str(path) for path in files if path.suffix.lower() in CLIP_SUFFIXES]
-    if not queries:
-      raise UsageError("no clips in the folder of --queries")
-  names = [Path(query).stem for query in queries]
-  for name in names:
-    if names.count(name) > 1:
-      raise UsageError(f"two queries are named {name!r}; results are named after their query")
-  return [Request((*clips, query), Path(out) / name, needs_suffix=True) for query, name in zip(queries, names)]
+    queries = _list_queries(Path(queries[0]))
+  names: dict[str, str] = {}
+  for query in queries:
+    name = Path(query).stem
+    if name in names:
+      raise UsageError(f"the results of {names[name]} and {query} would both be named {name!r}: rename one of them")
+    names[name] = query
+  return [Request((*clips, query), Path(out) / name, needs_suffix=True) for name, query in names.items()]
+
+
+def _list_queries(folder: Path) -> list[str]:
+  """Returns the clips in a folder, and says how many folders in it are left out; these may be folders of frames.
+
+  Raises:
+    UsageError: there are no clips.
+  """
+  paths = [path for path in sorted(folder.iterdir()) if not is_foreign(path)]
+  folders = {path for path in paths if path.is_dir()}
+  clips = [str(path) for path in paths if path not in folders and path.suffix.lower() in CLIP_SUFFIXES]
+  if not clips:
+    only = f", but folders, such as {min(folders)}: name one of clips, or list those of frames" if folders else ""
+    raise UsageError(f"no clips in --queries={folder}{only}")
+  if folders:
+    what = "1 folder in it is" if len(folders) == 1 else f"{len(folders)} folders in it are"
+    log.warning("--queries=%s: %s left out; to sample folders of frames, name each of them", folder, what)
+  return clips
 
 
 def choose_format(

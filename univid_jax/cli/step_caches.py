@@ -1,7 +1,7 @@
 """Step caches on the command line: their settings, and the ratios that they need."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,21 +37,24 @@ def parse_step_cache(text: str) -> StepCache:
   return StepCache(ratios=(), **settings)
 
 
-def measure_ratios(pipeline: Pipeline, clips: Sequence[np.ndarray], **arguments: Any) -> tuple[tuple[float, ...], ...]:
+def measure_ratios(
+  pipeline: Pipeline, clips: Sequence[np.ndarray], *, steps: Mapping[str, Any], **arguments: Any
+) -> tuple[tuple[float, ...], ...]:
   """Returns the ratios of a sample, for a `StepCache`.
 
   Args:
     pipeline: the model.
     clips: the context.
-    **arguments: of `Pipeline.sample`.
+    steps: options of `Pipeline.plan`.
+    **arguments: others of `Pipeline.sample`.
   """
   measurement = RatioMeasurement()
-  with tqdm(desc="calibrate", unit="step") as bar:
+  with tqdm(total=len(pipeline.plan(**steps).sigmas), desc="calibrate", unit="step") as bar:
 
     def show(taken: int) -> None:
       bar.update(taken - bar.n)
 
-    pipeline.sample(clips, **arguments, step_cache=measurement, progress=show)
+    pipeline.sample(clips, **steps, **arguments, step_cache=measurement, progress=show)
   return measurement.table
 
 

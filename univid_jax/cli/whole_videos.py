@@ -109,22 +109,25 @@ class WholeVideo:
     num_frames = self.query.footage.num_frames
     require_writable(path.parent, num_bytes=num_frames * height * width * 3)
     saved = ProgressFile(path.with_name(f"{path.name}.state.npz"), self.record)
-    bar = tqdm(desc="sample", unit="step")
+
+    def show(taken: int) -> None:
+      remaining(taken)
+
     video = self.pipeline.sample_video(
       [clip.frames for clip in self.examples],
       VideoReader(num_frames, self.query.read),
       **self.arguments,
       saved=saved,
-      progress=_RemainingTime(bar, progress),
+      progress=show,
     )
-    bar.reset(total=video.num_steps)
     log.info("%s: %d frames in %d windows", self.query.footage.path, num_frames, video.num_windows)
 
     def blocks() -> Iterator[Frames]:
       yield from _crop(video, height, width)
       remove_record(path)  # of an earlier result, which is replaced next
 
-    with bar:
+    with tqdm(total=video.num_steps, desc="sample", unit="step") as bar:
+      remaining = _RemainingTime(bar, progress)
       write_frames(path, blocks(), num_frames=num_frames, fps=self.query.fps, audio_from=audio_from)
     saved.remove()
 

@@ -1,8 +1,10 @@
 """Wan2.1's tokenizer: cleans prompts and splits them into UMT5's tokens."""
 
 import html
+import logging
 import os
 import re
+from collections.abc import Sequence
 
 import ftfy
 import numpy as np
@@ -11,6 +13,11 @@ from etils import epath
 from jaxtyping import Int
 
 from univid_jax.core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Characters of what is left out of a text that a warning shows.
+_SHOWN = 60
 
 
 def clean(text: str) -> str:
@@ -24,7 +31,7 @@ class Tokenizer:
 
   Args:
     path: the checkpoint's tokenizer.json.
-    max_length: the maximal number of tokens, end-of-text token included; longer texts are truncated.
+    max_length: the maximal number of tokens, end-of-text token included; longer texts are truncated, with a warning.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -39,9 +46,24 @@ class Tokenizer:
     except Exception as error:  # the library raises nothing more specific
       raise UserError(f"not a tokenizer: {path} ({error})") from error
     self.max_length = max_length
+    self._truncated: set[str] = set()
     self._tokenizer.no_padding()
     self._tokenizer.enable_truncation(max_length)
 
   def __call__(self, text: str) -> Int[np.ndarray, "n"]:
     """Returns token ids, int32, with the end-of-text token, without padding."""
-    return np.array(self._tokenizer.encode(clean(text)).ids, np.int32)
+    text = clean(text)
+    encoding = self._tokenizer.encode(text)
+    if encoding.overflowing and text not in self._truncated:
+      self._truncated.add(text)
+      self._report(text, encoding.overflowing)
+    return np.array(encoding.ids, np.int32)
+
+  def _report(self, text: str, overflowing: Sequence[tokenizers.Encoding]) -> None:
+    """Says what was left out of a text."""
+    pieces = [piece for part in overflowing for piece in zip(part.offsets, part.special_tokens_mask)]
+    starts = [start for (start, _), is_special in pieces if not is_special]
+    rest = text[starts[0] :].strip()
+    shown = rest if len(rest) <= _SHOWN else f"{rest[:_SHOWN]}..."
+    message = "a prompt has more than the %d tokens that the model reads: the last %d are left out, from %r on"
+    log.warning(message, self.max_length, len(starts), shown)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import file_state
 from univid_jax.data.color import MAX_PIXELS, TRANSFER_HLG, TRANSFER_PQ, Frame
 from univid_jax.data.schedule import Schedule
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "AVIF")
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "AVIF", "TIFF")
 # MPO holds several views of one photograph.
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
 
@@ -25,7 +26,11 @@ DEFAULT_DELAY_MS = 100
 
 MILLISECOND = Fraction(1, 1000)
 EXIF_ORIENTATION = 0x0112
+TIFF_BITS, TIFF_COLORS, TIFF_EXTRA_SAMPLES, TIFF_SAMPLE_FORMAT = 258, 262, 338, 339
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*")
+TIFF_COLOR_KINDS = (0, 1, 2)  # grey with white as 0, grey, RGB
+READ_TIFFS = "of TIFFs only those with one page of 8-bit RGB, RGBA or grey are read"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,7 @@ def _read_animation(path: Path, state: tuple[int, ...]) -> Animation:
   """Reads sizes and delays; `state` is an argument so that a changed file is read again."""
   del state
   with _open_image(path) as image:
-    is_turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    is_turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     size = (image.width, image.height) if is_turned else (image.height, image.width)
     count = getattr(image, "n_frames", 1) if image.format in ANIMATED_FORMATS else 1
     first = int(count > 1 and bool(image.info.get("default_image")))
@@ -102,10 +107,14 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"images of {image.height}x{image.width} pixels are too large")
       if image.format == "AVIF":
         _reject_hdr(path)
+      if isinstance(image, TiffImageFile):
+        _reject_inexact(image)
       yield image
   except (FileNotFoundError, PermissionError, UserError):
     raise
   except Image.UnidentifiedImageError as error:
+    if _is_tiff(path):
+      raise UserError(f"{READ_TIFFS}, and this one has unknown pixels, or is damaged") from error
     raise UserError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
   except Exception as error:  # plugins raise whatever their parsing of damaged data comes to
     raise UserError(str(error) or "damaged image") from error
@@ -117,6 +126,25 @@ def _reject_hdr(path: Path) -> None:
     _, found, color = file.read(2**16).partition(b"colrnclx")
   if found and int.from_bytes(color[2:4], "big") in (TRANSFER_PQ, TRANSFER_HLG):
     raise UserError("HDR images are not supported; convert it to sRGB")
+
+
+def _reject_inexact(image: TiffImageFile) -> None:
+  """Rejects TIFFs of several pages, and those whose pixels Pillow does not read exactly."""
+  tags = image.tag_v2
+  bits, colors = max(tags.get(TIFF_BITS, (1,))), tags.get(TIFF_COLORS)
+  found = ""
+  if image.n_frames > 1:
+    found = f"{image.n_frames} pages"
+  elif set(tags.get(TIFF_SAMPLE_FORMAT, (1,))) != {1}:
+    found = f"{bits}-bit samples that are signed or floating-point"
+  elif bits != 8:
+    found = f"{bits}-bit samples"
+  elif colors not in TIFF_COLOR_KINDS:
+    found = "other colours, such as CMYK, YCbCr or a palette"
+  elif 1 in tags.get(TIFF_EXTRA_SAMPLES, ()):
+    found = "premultiplied transparency"
+  if found:
+    raise UserError(f"{READ_TIFFS}, and this one has {found}: convert it to PNG")
 
 
 def _to_rgb(image: Image.Image, bits: int) -> Frame:
@@ -138,6 +166,11 @@ def _to_rgb(image: Image.Image, bits: int) -> Frame:
     rgba = image.convert("RGBA")
     return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
   return np.asarray(image.convert("RGB"))
+
+
+def _is_tiff(path: Path) -> bool:
+  with path.open("rb") as file:
+    return file.read(4) in TIFF_SIGNATURES
 
 
 def _bits_per_sample(path: Path) -> int:

@@ -41,7 +41,7 @@ class PreparationReport:
   """What was done.
 
   Attributes:
-    num_clips: different clips of all sentences.
+    num_clips: different clips of all sentences, and clips of the folders that sentences are computed from.
     num_encoded: clips that this process encoded now.
     dropped: records that this process found it cannot use.
   """
@@ -82,7 +82,7 @@ def prepare(
   fill = functools.partial(_fill, sentences, verify=verify)
   if caches is None:
     num_clips, _ = fill(None, _readings(sentences), description="clips")
-    _check_folders(data, sentences)
+    num_clips += _check_folders(data, sentences)
   else:
     fill(caches.prompts, _prompts(features, sentences), description="prompts")
     encoders.release()
@@ -277,14 +277,18 @@ def _images(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
       yield clips[0].key, functools.partial(features.embed_image, clips[0])
 
 
-def _check_folders(data: DataSources, sentences: _Sentences) -> None:
-  """Decodes the files from which sentences are computed at once."""
+def _check_folders(data: DataSources, sentences: _Sentences) -> int:
+  """Decodes the files from which sentences are computed at once; returns how many clips they are."""
+  num_intact = 0
   for source in data.sources.values():
     if isinstance(source, ComputedSentences):
       for folder in source.folders:
+        num_intact += len(folder)
         for dropped in folder.find_damaged():
+          num_intact -= 1
           sentences.current = dropped.record
           sentences.drop(UserError(dropped.reason))
+  return num_intact
 
 
 def _check_rows(features: FeatureMaker, row_shape: RowShape, sentences: _Sentences) -> None:

@@ -21,12 +21,12 @@ from univid_jax.data.schedule import Schedule
 from univid_jax.data.timeline import read_timeline, scan_timeline
 from univid_jax.data.video_frames import read_video_frames
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff")
 ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".gif", ".apng")
 CLIP_SUFFIXES = (*dict.fromkeys((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *ANIMATION_SUFFIXES)), ".npy")
 CLIP_KINDS = (
-  "an image (png, jpg, webp, avif, bmp), a video (mp4, webm, mov, mkv, avi, gif, animated webp, png or avif), "
+  "an image (png, jpg, webp, avif, bmp, tiff), a video (mp4, webm, mov, mkv, avi, gif, animated webp, png or avif), "
   "a folder of frames, or a .npy of uint8 (T, H, W, 3)"
 )
 

@@ -171,7 +171,7 @@ def _load_base(
   usage = lora_usage(checksums, given, quantize=quantize.pop()) or base.usage
   config = base.config("transformer")
   if usage is None and len(pairs) > 1 and not config.takes_condition:
-    usage = Usage(shift=A14B_SHIFT)
+    usage = Usage(shift=A14B_SHIFT, is_known=False)
 
   def load(name: str, part: Sequence[RequestedLoRA]) -> Transformer:
     return finish(config, Transformer(*base.load(name, mesh=mesh, **options)), part, len(pairs) > 1)

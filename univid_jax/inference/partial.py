@@ -26,7 +26,7 @@ class PartialPipeline(Pipeline):
 
   def __init__(self, encoders: PretrainedEncoders, *, mesh: Mesh, reason: str):
     EncodingPipeline.__init__(self, encoders, text_len=encoders.text_len)
-    self.mesh, self.usage, self._reason = mesh, Usage(), reason
+    self.mesh, self.usage, self._reason = mesh, Usage(is_known=False), reason
     self.attention, self.context_mode = Attention.FULL, UNIVID_CONTEXT
 
   def __getattr__(self, name: str) -> Any:

@@ -76,7 +76,7 @@ class Pipeline(EncodingPipeline):
     context_timestep: ContextTimestep | str | None = None,
   ):
     super().__init__(encoders, text_len=config.text_len)
-    self.config, self.mesh, self.usage = config, mesh, usage or Usage()
+    self.config, self.mesh, self.usage = config, mesh, usage or Usage(is_known=False)
     self.experts = Experts(transformers, config.expert_boundary)
     self.attention = parse_option(Attention, "attention", attention or self.usage.attention)
     trained = self.usage.context_timestep if self.attention == self.usage.attention else ContextTimestep.AUTO

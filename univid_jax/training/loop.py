@@ -252,7 +252,7 @@ def restore_or_create_state(run: Run, checkpointer: Checkpointer, loader: Loader
 def compile_train_step(run: Run) -> TrainStep:
   """Compiles the step for the run's batches, and logs the memory it needs and its attention."""
   config, mesh = run.config, run.mesh
-  log.info("compiling the training step: half a minute to several minutes the first time")
+  log.info("compiling the training step: seconds if it is cached, else half a minute to several minutes")
   step_fn = make_train_step(config, run.spec, run.optimizers, mesh)
   compiled, memory = compile_step(step_fn, run.spec, abstract_batch(config, run.shape, mesh), mesh)
   log.info(memory if memory.fits else f"{memory}: that is more than there is; {ADVICE}")

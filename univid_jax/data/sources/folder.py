@@ -64,7 +64,7 @@ class FolderSource:
 
   @classmethod
   def open(cls, folder: str, *, side: int, fps: float = 0.0) -> "FolderSource":
-    """Opens a folder, without its subfolders; files that are not clips are ignored.
+    """Opens a folder, without its subfolders, which it reports; files that are not clips are ignored.
 
     Raises:
       FileNotFoundError: there is no such folder.
@@ -73,11 +73,13 @@ class FolderSource:
     root = Path(folder)
     if not root.is_dir():
       raise FileNotFoundError(f"no such folder: {folder}")
-    paths = [path for path in root.iterdir() if path.suffix.lower() in CLIP_SUFFIXES and not is_foreign(path)]
+    paths = sorted(path for path in root.iterdir() if not is_foreign(path))
+    folders = {path for path in paths if path.is_dir()}
+    paths = [path for path in paths if path.suffix.lower() in CLIP_SUFFIXES and path not in folders]
     clips: list[FolderClip] = []
     dropped: list[Dropped] = []
     kept = total = 0
-    for path in sorted(path for path in paths if not path.is_dir()):
+    for path in paths:
       try:
         found = probe(path)
       except (OSError, UserError) as error:
@@ -90,7 +92,11 @@ class FolderSource:
       clips.append(FolderClip(WatchedFile(path), count, found.size, is_kept))
     if not clips:
       reason = f": {dropped[0]}" if dropped else f"; a clip is {CLIP_KINDS}"
+      reason = f", but folders, such as {min(folders)}{reason}" if folders else reason
       raise UserError(f"no images or videos in {folder}{reason}")
+    if folders:
+      what = "1 folder in it is" if len(folders) == 1 else f"{len(folders)} folders in it are"
+      log.warning("%s: %s left out, only its own files are read", folder, what)
     if kept < total:
       log.warning(
         "the decoded frames of %s are %.1f GB, of which %.1f GB are kept in memory: the other clips are decoded each "

@@ -69,7 +69,7 @@ class DataSources:
     for name, source in self.sources.items():
       log.info("data: %s, %s sentences, drawn with weight %g", name, f"{len(source):,}", self.weights[name])
       for change, count in _count_changes(source).most_common(REPORTED_CHANGES):
-        log.info("data: %s, %s: %s", name, f"{count:,} file{'s' * (count > 1)}", change)
+        log.info("data: %s, %s: %s", name, f"{count:,} clip{'s' * (count > 1)}", change)
     for dropped in self.dropped:
       log.info("dropped: %s", dropped)
 

@@ -1,0 +1,77 @@
+"""What a model is shown that its training has not shown it: other sizes, lengths and rates of clips, first frames."""
+
+import math
+from collections.abc import Sequence
+
+from univid_jax import Pipeline
+from univid_jax.checkpoints.usage import Usage
+from univid_jax.core.options import ClipFit, ModelType
+from univid_jax.data.clips import ContextClip
+from univid_jax.data.reader import probe
+
+_FITS = {ClipFit.CROP: "cropped", ClipFit.PAD: "padded with black"}
+
+
+def find_differences(
+  pipeline: Pipeline,
+  clips: Sequence[ContextClip],
+  *,
+  size: tuple[int, int],
+  num_frames: int,
+  fps: float | None,
+  fit: ClipFit,
+  fitted: Sequence[str],
+  has_first_frame: bool,
+) -> dict[str, str]:
+  """Returns what differs from the training of a model, by kind; nothing if it is not known how the model was trained.
+
+  Args:
+    pipeline: the model.
+    clips: the context, without a query that is sampled in windows.
+    size: height and width of all clips in pixels.
+    num_frames: of the result, or of a window.
+    fps: frame rate of the query, if it has one.
+    fit: how clips are brought to the size.
+    fitted: the files that are brought to it in this way; others are extended.
+    has_first_frame: whether the first frame of the result, or of its windows, is given.
+  """
+  usage = pipeline.usage
+  found: dict[str, str] = {}
+  if not usage.is_known:
+    return found
+  if size not in usage.sizes:
+    found["size"] = _describe_size(size, usage)
+  trained = sorted({1, usage.num_frames})
+  if others := sorted({num_frames, *(len(clip.frames) for clip in clips)} - set(trained)):
+    found["frames"] = f"{_join(others)} frames instead of {' or '.join(map(str, trained))}"
+  if fit != usage.fit and any(_has_other_shape(path, size) for path in fitted):
+    found["fit"] = f"{_FITS[fit]} instead of {_FITS[usage.fit]}"
+  if others := _other_rates([fps, *(clip.fps for clip in clips)], usage):
+    found["rate"] = f"{_join(others)} frames per second instead of {usage.fps:.5g}"
+  if has_first_frame and pipeline.config.model_type != ModelType.TI2V:
+    found["first frame"] = "a given first frame, which only TI2V models know"
+  return found
+
+
+def _other_rates(rates: Sequence[float | None], usage: Usage) -> list[str]:
+  """Returns the rates that are not that of training, if there was one."""
+  known = f"{usage.fps:.5g}"
+  return sorted({f"{rate:.5g}" for rate in rates if rate and usage.fps} - {known}, key=float)
+
+
+def _has_other_shape(path: str, size: tuple[int, int]) -> bool:
+  """Whether a file has another aspect ratio, so that fitting it to a size crops or pads it."""
+  height, width = probe(path).size
+  return height * size[1] != width * size[0]
+
+
+def _describe_size(size: tuple[int, int], usage: Usage) -> str:
+  """Returns a size next to those of training, and how many times as many pixels it has, which take at least as long."""
+  trained = " or ".join(f"{height}x{width}" for height, width in usage.sizes)
+  factor = math.prod(size) / max(map(math.prod, usage.sizes))
+  more = f", {round(factor, 1):,g} times as many" if factor >= 1.5 else ""
+  return f"{size[0]}x{size[1]} pixels instead of {trained}{more}"
+
+
+def _join(values: Sequence[object]) -> str:
+  return " and ".join(map(str, values))
