@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
 # XLA's own matrix products instead of YNNPACK's, which it fuses with what follows by default.
 COMPILER_OPTIONS: Mapping[str, str] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
