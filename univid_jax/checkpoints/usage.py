@@ -35,7 +35,7 @@ class Usage:
     base_quantize: how the base was quantised in training.
     prompts: of the tasks.
     expert: HIGH or LOW if it was trained for one expert, else None.
-    is_known: whether a training said so; else only some values are known, as of Wan's releases.
+    is_known: whether all values come from a training run; not of Wan's releases and of LoRA files of earlier versions.
   """
 
   attention: Attention = Attention.FULL
@@ -129,7 +129,7 @@ class Usage:
     if "context_timestep" not in values:  # files of earlier versions, which knew Wan2.1 only
       causal = values.get("attention") == Attention.CONTEXT_CAUSAL
       values["context_timestep"] = ContextTimestep.ZERO if causal else ContextTimestep.TARGET
-    return cls(**values)
+    return cls(**values, is_known="sizes" in values)
 
 
 ENTRIES = tuple(field.name for field in dataclasses.fields(Usage))

@@ -1,4 +1,4 @@
-"""What a model is shown that its training has not shown it: other sizes, lengths and rates of clips, first frames."""
+"""Compares what a model is about to sample with what it was trained on."""
 
 import math
 from collections.abc import Sequence

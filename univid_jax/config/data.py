@@ -114,8 +114,8 @@ class DataConfig(Section):
     contexts: weights of the contexts I to IV.
     animating_contexts: the same for tasks that make a video of an image (camera movement).
     num_clips: weights of sentences with 4, 6 or 8 clips, under `clips_4` and so on.
-    max_video_clips: most clips of a sentence with videos, so that rows need not be as long as the longest; sentences
-      that would have more have as many. 0 is no limit.
+    max_video_clips: most clips of a sentence with videos, so that rows can be short; longer ones are shortened to it.
+      Records that list their clips keep them. 0 is no limit.
     reverse_probability: share of sentences with swapped pairs, so that the task is inverted.
     prompt: style of the prompts.
     num_sentences: computed sentences before the first is repeated.

@@ -13,7 +13,7 @@ from absl import flags
 
 from univid_jax.core.options import Packing
 
-# Smaller arrays are sent between processes by themselves: a piece of shared memory takes 0.1 ms.
+# Smaller arrays are pickled between processes: opening shared memory takes 0.1 ms.
 MIN_SHARED_BYTES = 1 << 17
 
 _PACKERS = {

@@ -76,6 +76,7 @@ def plan_other_pairs(config: RunConfig, sentences: Sequence[PlannedSentence]) ->
       tasks={task: 1.0},
       contexts={case.context if case.context in CONTEXTS else "II": 1.0},
       num_clips={case.num_clips: 1.0},
+      max_video_clips=0,
     )
     return functools.partial(source.__getitem__, index)
 

@@ -101,23 +101,23 @@ def draw(rng: np.random.Generator, weights: Mapping[T, float]) -> T:
   """Draws a key by weight.
 
   Raises:
-    UserError: a weight is negative, or none is positive.
+    UserError: a weight is negative or infinite, or none is positive.
   """
   cumulative = _cumulative_shares(tuple(weights.values()))
   if not cumulative:
-    raise UserError(f"weights must not be negative and not all be zero, got {dict(weights)}")
+    raise UserError(f"weights must be finite, not negative and not all zero, got {dict(weights)}")
   # As `rng.choice` with probabilities draws, in a twentieth of the time.
   return list(weights)[bisect.bisect_right(cumulative, rng.random())]
 
 
 @functools.lru_cache(maxsize=256)
-def _cumulative_shares(weights: tuple[float, ...]) -> list[float]:
+def _cumulative_shares(weights: tuple[float, ...]) -> tuple[float, ...]:
   """Returns the cumulative shares of weights, rounded as `rng.choice` does; none if a draw is impossible."""
   values = np.asarray(weights, np.float64)
   if not len(values) or (values < 0).any() or not 0 < values.sum() < np.inf:
-    return []
+    return ()
   cumulative = (values / values.sum()).cumsum()
-  return (cumulative / cumulative[-1]).tolist()
+  return tuple((cumulative / cumulative[-1]).tolist())
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ START, GOAL = 3, 2
 NUM_DISCS, NUM_PEGS = 4, 3
 HANOI_SIZE = (NUM_DISCS, 2 * NUM_PEGS)
 SUDOKU_SIZE = (4, 4)
-# A sudoku as one number: the bits of a cell, its highest value, and a one in each cell.
+# A sudoku as one integer of 3 bits per cell: bits per cell, mask of a cell, lowest bit of each cell.
 _BITS, _DIGIT = 3, 7
 _ONES = 1 << _BITS * np.arange(16)
 

@@ -5,7 +5,7 @@ import scipy
 
 from univid_jax.data.tasks.grids.base import BACKGROUND, HELD_OUT_ONE_IN, Grid, Params, Size, draw_colors, is_one_in
 
-# Which cells are neighbours, for SciPy.
+# 4-connectivity, for `scipy.ndimage.label`.
 SIDES = scipy.ndimage.generate_binary_structure(2, 1)
 
 
