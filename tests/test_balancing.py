@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.packing import count_packing
@@ -100,14 +100,11 @@ def test_every_row_is_dealt_once_and_rows_of_similar_work_together(layout, batch
     assert np.all(np.ptp(of_devices, axis=0) <= np.ptp(split, axis=(1, 2)) + 1e-9)
 
 
-@given(
-  streams=st.sampled_from([1, 2, 3, 6]),
-  rows_per_device=st.sampled_from([1, 2, 4, 6]),
-  bins=st.sampled_from([1, 12, 18]),
-  before=st.integers(0, 7),
-  processes=st.sampled_from([1, 2, 4]),
+# Not drawn by Hypothesis, which fails if anything uses `random` while it draws, as happened here under load.
+@pytest.mark.parametrize(
+  "streams, rows_per_device, bins, before, processes",
+  [(1, 1, 1, 0, 1), (2, 4, 12, 7, 4), (3, 6, 18, 1, 2), (6, 2, 12, 5, 4), (3, 1, 1, 3, 1), (6, 4, 18, 2, 2)],
 )
-@settings(max_examples=5, deadline=None)
 def test_resumes_anywhere_with_any_number_of_processes(streams, rows_per_device, bins, before, processes):
   layout = BatchLayout(num_rows=12, rows_per_device=rows_per_device, microbatches=min(2, rows_per_device))
   options = dict(layout=layout, num_packing_bins=bins, num_streams=streams)
