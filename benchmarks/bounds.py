@@ -17,7 +17,7 @@ def bound_seconds(
     num_chips: of the mesh.
     chip: its peaks.
   """
-  from univid_jax.training.estimates import step_operations
+  from univid_jax.planning.estimates import step_operations
 
   collectives = collective_bytes(text, num_layers(config))
   seconds = {

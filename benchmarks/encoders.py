@@ -53,7 +53,8 @@ def cases() -> Iterator[dict[str, Any]]:
 def compile_case(case: dict[str, Any]) -> dict[str, Any]:
   """Returns the figures of a program: memory_gb, of_gb, cycles and tile (0 for whole frames); {} if nothing fits."""
   from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.training.memory import DoesNotFitError, compile_autoencoder, compile_text_encoder
+  from univid_jax.planning.forecasts import compile_autoencoder, compile_text_encoder
+  from univid_jax.training.memory import DoesNotFitError
 
   config = PRESETS[case["preset"]]()
   mesh = make_mesh({}, describe_devices(case["topology"]))

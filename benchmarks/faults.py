@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from univid_jax.data.writer import write_clip
+from univid_jax.data.media.writer import write_clip
 
 NUM_PAIRS = 4
 SIZE = (16, 32)

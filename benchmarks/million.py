@@ -32,11 +32,11 @@ from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.loader import Loader, make_loader
-from univid_jax.data.packing import RowShape
-from univid_jax.data.shard_writer import repair_indices, write_shards
-from univid_jax.data.shards import INDEX_FILE, SHARD_SUFFIX, Shards, seal_entry
-from univid_jax.data.tokens import Features, sentence_features
+from univid_jax.data.cache.shard_writer import repair_indices, write_shards
+from univid_jax.data.cache.shards import INDEX_FILE, SHARD_SUFFIX, Shards, seal_entry
+from univid_jax.data.rows.loader import Loader, make_loader
+from univid_jax.data.rows.packing import RowShape
+from univid_jax.data.rows.tokens import Features, sentence_features
 
 FLAGS = CommandFlags(__doc__)
 RECORDS = FLAGS.integer("records", 10_000_000, "Records that are simulated.", lower_bound=1000)

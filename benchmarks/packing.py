@@ -35,11 +35,11 @@ from univid_jax.config.schema import RowsConfig
 from univid_jax.core.options import AttentionBackend, Packing
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.balancing import BatchLayout, count_pairs
 from univid_jax.data.contexts import CONTEXT_NAMES, PAPER_CONTEXTS, video_pattern
-from univid_jax.data.loader import make_loader
-from univid_jax.data.packing import RowShape, pack
-from univid_jax.data.tokens import Features, sentence_features
+from univid_jax.data.rows.balancing import BatchLayout, count_pairs
+from univid_jax.data.rows.loader import make_loader
+from univid_jax.data.rows.packing import RowShape, pack
+from univid_jax.data.rows.tokens import Features, sentence_features
 from univid_jax.models.variants import DiTConfig
 from univid_jax.training.balance import WorkCounter
 

@@ -112,7 +112,7 @@ def lower_ours(case: Case) -> Any:
   from univid_jax.checkpoints.pretrained import abstract_parameters
   from univid_jax.core.options import RematPolicy
   from univid_jax.core.packed_row import PackedRow
-  from univid_jax.data.packing import bucket_size
+  from univid_jax.data.rows.packing import bucket_size
   from univid_jax.models.dit import DiT
   from univid_jax.models.variants import VARIANTS
   from univid_jax.parallel.mesh import make_mesh

@@ -97,8 +97,8 @@ def run_ours(shape: DiTConfig, size: tuple[int, int, int], folder: Path, out: st
 
   from univid_jax.core.options import AttentionBackend
   from univid_jax.core.sentence import Role, Sentence
-  from univid_jax.data.packing import RowShape, pack
-  from univid_jax.data.tokens import sentence_features, unpatchify
+  from univid_jax.data.rows.packing import RowShape, pack
+  from univid_jax.data.rows.tokens import sentence_features, unpatchify
   from univid_jax.models.dit import DiT
 
   peer = load_file(folder / "outputs.safetensors") if (folder / "outputs.safetensors").exists() else {}

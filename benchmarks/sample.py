@@ -143,8 +143,8 @@ def build_queries(*, batched: bool, count: int, num_steps: int, checkpoint: str,
   from univid_jax.cli.requests import RequestRunner
   from univid_jax.cli.sampling import plan_requests
   from univid_jax.config.presets import tiny
+  from univid_jax.data.media.writer import write_clip
   from univid_jax.data.sources.photos import PhotoSource
-  from univid_jax.data.writer import write_clip
   from univid_jax.inference.load import load_pipeline
 
   pipeline = load_pipeline(checkpoint, verify_weights=False) if checkpoint else random_pipeline(tiny())

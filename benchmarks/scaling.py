@@ -151,7 +151,8 @@ def compile_setup(setup: Setup) -> Line:
   """Compiles a line of the table in this process, for TPUs that need not exist."""
   use_tpu_compiler()
   from univid_jax.parallel.mesh import make_mesh, row_shards
-  from univid_jax.training.memory import DoesNotFitError, forecast_with_program
+  from univid_jax.planning.forecasts import forecast_with_program
+  from univid_jax.training.memory import DoesNotFitError
 
   config = setup.config
   mesh = make_mesh(config.mesh, describe_devices(setup.topology))
@@ -218,7 +219,7 @@ def make_config(preset: str, overrides: str) -> RunConfig:
 
 def weight_bytes(preset: str, overrides: str) -> float:
   """Returns the bytes of the frozen base of a preset with overrides that are on the devices."""
-  from univid_jax.training.estimates import model_bytes
+  from univid_jax.planning.estimates import model_bytes
 
   config = make_config(preset, overrides)
   sizes = model_bytes(config)
@@ -250,7 +251,7 @@ def table_lines(
     all_meshes: whether to go on after the first mesh that fits, for each size of the sequence axis.
     overrides: of the preset, KEY=VALUE,...
   """
-  from univid_jax.training.advice import fsdp_sizes
+  from univid_jax.planning.advice import fsdp_sizes
 
   num_chips = count_chips(topology)
   for context in contexts:

@@ -188,8 +188,8 @@ def make_sentence_row(
 
   from univid_jax.core.packed_row import UNIVID_CONTEXT
   from univid_jax.core.sentence import Sentence, reference_roles
-  from univid_jax.data.packing import RowShape, pack
-  from univid_jax.data.tokens import sentence_features
+  from univid_jax.data.rows.packing import RowShape, pack
+  from univid_jax.data.rows.tokens import sentence_features
 
   stride = find_autoencoder(shape.out_dim).spatial_stride
   lengths = [frames] * 4 if isinstance(frames, int) else frames

@@ -10,8 +10,8 @@ from PIL import Image
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import read_frames
 from univid_jax.data.clips import ClipFormat
+from univid_jax.data.media.writer import write_clip
 from univid_jax.data.sources.base import DrawOptions
-from univid_jax.data.writer import write_clip
 
 FORM = ClipFormat(size=(16, 24), num_frames=5)
 

@@ -14,7 +14,7 @@ from univid_jax.cli import app
 from univid_jax.cli.distributed import start_processes
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.core.errors import UserError
-from univid_jax.parallel import main_thread, supervisor
+from univid_jax.runtime import main_thread, supervisor
 
 FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config()

@@ -13,10 +13,11 @@ from univid_jax.config.presets import tiny, wan22_a14b, wan22_ti2v_5b, wan_1_3b,
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize, RematPolicy
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.planning.advice import Machine, advise, describe, make_options, order, smaller_rows
+from univid_jax.planning.estimates import GPU_MARGIN, GPU_PEAK, estimate
+from univid_jax.planning.forecasts import forecast
 from univid_jax.platform.chips import NAMES
-from univid_jax.training.advice import Machine, advise, describe, make_options, order, smaller_rows
-from univid_jax.training.estimates import GPU_MARGIN, GPU_PEAK, estimate
-from univid_jax.training.memory import DoesNotFitError, Forecast, forecast
+from univid_jax.training.memory import DoesNotFitError, Forecast
 
 ONE = {"data": 1, "fsdp": 1, "context": 1}
 FIVE_B = {"data.height": 480, "data.width": 832, "rows.num_tokens": 8192}

@@ -15,10 +15,10 @@ from tests.stand_ins import Shape
 from univid_jax.config.schema import RowsConfig
 from univid_jax.core.options import Packing
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.balancing import BatchLayout, count_pairs, deal_rows
-from univid_jax.data.loader import make_loader
-from univid_jax.data.packing import RowShape
-from univid_jax.data.tokens import sentence_features
+from univid_jax.data.rows.balancing import BatchLayout, count_pairs, deal_rows
+from univid_jax.data.rows.loader import make_loader
+from univid_jax.data.rows.packing import RowShape
+from univid_jax.data.rows.tokens import sentence_features
 from univid_jax.models.flops import step_flops
 from univid_jax.models.variants import VARIANTS
 from univid_jax.training.balance import WorkCounter

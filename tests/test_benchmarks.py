@@ -33,8 +33,8 @@ from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.planning.estimates import estimate, row_sentences
 from univid_jax.platform.chips import CHIPS
-from univid_jax.training.estimates import estimate, row_sentences
 from univid_jax.training.memory import DoesNotFitError, Forecast
 
 
@@ -556,7 +556,7 @@ class TestEncoders:
       text = 'ENTRY %main () -> f32[] {\n  %a = f32[] add(), backend_config={"estimated_cycles":"7"}\n}\n'
       return mock.Mock(**{"as_text.return_value": text}), forecast
 
-    monkeypatch.setattr("univid_jax.training.memory.compile_autoencoder", compile_autoencoder)
+    monkeypatch.setattr("univid_jax.planning.forecasts.compile_autoencoder", compile_autoencoder)
     monkeypatch.setattr(encoders, "use_tpu_compiler", lambda: None)
     monkeypatch.setattr(encoders, "describe_devices", lambda topology: jax.devices()[:1])
 

@@ -27,7 +27,7 @@ from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.convert.commands import convert_any
 from univid_jax.core.errors import UserError
-from univid_jax.data.cache import Cache
+from univid_jax.data.cache.entries import Cache
 from univid_jax.inference.load import load_pipeline
 
 SENTENCE = b"the quick brown fox"

@@ -332,7 +332,7 @@ def test_a_profile_of_sampling_has_named_annotations(tmp_path):
   from univid_jax.cli.requests import RequestRunner
   from univid_jax.cli.sampling import Request
   from univid_jax.data.clips import ClipFormat
-  from univid_jax.data.writer import write_clip
+  from univid_jax.data.media.writer import write_clip
   from univid_jax.inference.pipeline import Pipeline
 
   class Stub(Pipeline):

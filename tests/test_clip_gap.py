@@ -10,7 +10,7 @@ from univid_jax.checkpoints.usage import Usage, merge_usages
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.tokens import sentence_features
+from univid_jax.data.rows.tokens import sentence_features
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.setup import set_up_run
 

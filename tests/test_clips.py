@@ -18,7 +18,7 @@ from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
 from univid_jax.core.sentence import read_frames
-from univid_jax.data.cache import Cache
+from univid_jax.data.cache.entries import Cache
 from univid_jax.data.clips import (
   ClipFormat,
   Footage,
@@ -28,7 +28,7 @@ from univid_jax.data.clips import (
   read_context,
   resize_and_crop,
 )
-from univid_jax.data.reader import read_clip
+from univid_jax.data.media.reader import read_clip
 
 
 class TestClips:

@@ -17,8 +17,8 @@ from univid_jax.checkpoints.lora.kinds import Difference
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.model import transformer_config
 from univid_jax.checkpoints.run import read_run
-from univid_jax.data.reader import read_clip
-from univid_jax.data.writer import write_clip
+from univid_jax.data.media.reader import read_clip
+from univid_jax.data.media.writer import write_clip
 
 CONFIG, *_ = SMALL
 COMMANDS = {

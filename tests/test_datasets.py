@@ -30,6 +30,7 @@ from univid_jax.core.options import PromptStyle, TargetKind
 from univid_jax.core.sentence import Role, read_frames
 from univid_jax.data import joint_reading
 from univid_jax.data.clips import ClipFormat
+from univid_jax.data.media.writer import write_clip
 from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.data.sources.readers.jsonl import open_manifest
@@ -37,7 +38,6 @@ from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
 from univid_jax.data.sources.readers.tfds import open_tfds, to_frames
 from univid_jax.data.target_kinds import label_colors
-from univid_jax.data.writer import write_clip
 from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.training.validation import select_sentences
 

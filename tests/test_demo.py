@@ -22,7 +22,7 @@ from tests.helpers import GOLDENS
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.kinds import Difference
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.data.writer import write_clip
+from univid_jax.data.media.writer import write_clip
 
 pytestmark = pytest.mark.slow
 

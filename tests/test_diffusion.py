@@ -10,8 +10,8 @@ import pytest
 
 from tests.helpers import channels_last, dit_config, golden, load_dit, relative_error
 from univid_jax.core.sentence import Role, Sentence, reference_roles
-from univid_jax.data.packing import RowShape, pack, select_target_tokens
-from univid_jax.data.tokens import patchify, sentence_features, unpatchify
+from univid_jax.data.rows.packing import RowShape, pack, select_target_tokens
+from univid_jax.data.rows.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS, FlowMatching
 from univid_jax.diffusion.guidance import Branch, guide
 from univid_jax.diffusion.loss import draw_noise, sentence_losses

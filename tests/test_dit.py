@@ -18,8 +18,8 @@ from univid_jax.checkpoints.pretrained import abstract_parameters
 from univid_jax.core.options import AttentionBackend, RematPolicy
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.sentence import Role, Sentence
-from univid_jax.data.packing import RowShape, join_rows, pack, segment_intervals, target_indices
-from univid_jax.data.tokens import patchify, sentence_features, unpatchify
+from univid_jax.data.rows.packing import RowShape, join_rows, pack, segment_intervals, target_indices
+from univid_jax.data.rows.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.guidance import Branch, guide
 from univid_jax.diffusion.loss import sentence_losses, timestep_table

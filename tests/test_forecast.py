@@ -23,7 +23,7 @@ from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.umt5 import UMT5Config
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import bytes_per_device
-from univid_jax.training.memory import forecast, forecast_autoencoder, forecast_sampling, forecast_text_encoder
+from univid_jax.planning.forecasts import forecast, forecast_autoencoder, forecast_sampling, forecast_text_encoder
 from univid_jax.training.state import describe_training
 
 
@@ -78,7 +78,7 @@ class TestForecast:
   def test_autoencoder(self, decoding, monkeypatch):
     """Of a small shape: no weights are needed, and a tile at a time is on the device."""
     shape = VAEConfig(dim=4, dim_mult=(1, 2), temporal_downsample=(True,), num_res_blocks=1)
-    monkeypatch.setattr("univid_jax.training.memory.codec_shape", lambda _: shape)
+    monkeypatch.setattr("univid_jax.planning.forecasts.codec_shape", lambda _: shape)
     config = override(wan_1_3b(), {"data.height": 64, "data.width": 96, "data.num_frames": 5})
     mesh = make_mesh({"data": 2}, jax.devices()[:2])
     whole = forecast_autoencoder(config, mesh, decoding=decoding)

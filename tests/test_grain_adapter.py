@@ -1,8 +1,8 @@
 """What univid_jax relies on of Grain's experimental APIs.
 
-If one of these tests fails after an upgrade of Grain, `data/grain_adapter.py` has to be adapted. If only the order of
-rows has changed, a seed gives other batches than before and runs of earlier versions cannot be resumed bit-exactly: say
-so in CHANGELOG.md and update the expected order.
+If one of these tests fails after an upgrade of Grain, `data/rows/grain_adapter.py` has to be adapted. If only the order
+of rows has changed, a seed gives other batches than before and runs of earlier versions cannot be resumed bit-exactly:
+say so in CHANGELOG.md and update the expected order.
 """
 
 import inspect
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from univid_jax.core.options import Packing
-from univid_jax.data.grain_adapter import pack_dataset, prefetch, prefetch_in_process
+from univid_jax.data.rows.grain_adapter import pack_dataset, prefetch, prefetch_in_process
 
 LENGTHS = (4, 4, 6, 5, 4, 4, 4, 6, 2, 5, 5, 1)
 
@@ -100,7 +100,7 @@ def test_worker_processes_leave_accelerators_alone_and_end_with_their_parent():
 WORKERS = """
 import os, signal, time
 import grain, jax
-from univid_jax.data.grain_adapter import prefetch_in_process
+from univid_jax.data.rows.grain_adapter import prefetch_in_process
 
 def describe(index):
   return f"{jax.config.jax_platforms} {signal.getsignal(signal.SIGTERM).value} {os.getpid()}"

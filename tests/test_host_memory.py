@@ -11,8 +11,8 @@ from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.parallel.host_memory import FIRST_VERSION, is_on_host
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.planning.forecasts import forecast
 from univid_jax.training.loop import train
-from univid_jax.training.memory import forecast
 
 CHANGES = {
   "num_steps": 2,

@@ -13,10 +13,10 @@ from PIL import Image
 
 from tests.commands import SMALL, finish, free_port, run_command, start_python
 from univid_jax.core.errors import UserError
-from univid_jax.data.loader import Loader
+from univid_jax.data.rows.loader import Loader
 from univid_jax.parallel.mesh import AXES, make_mesh
-from univid_jax.parallel.processes import gather_arrays
 from univid_jax.parallel.sharding import own_rows, row_owners, rows_by_owner, shard_batch, shard_own_rows
+from univid_jax.runtime.processes import gather_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class PlainLoader(Loader):
 
 @pytest.fixture
 def open_loader(monkeypatch):
-  monkeypatch.setattr("univid_jax.data.loader.join_rows", np.concatenate)
+  monkeypatch.setattr("univid_jax.data.rows.loader.join_rows", np.concatenate)
 
   def open_loader(mesh: Mesh, process: int, num_rows: int, num_streams: int) -> PlainLoader:
     own, order = own_rows(num_rows, mesh, process), rows_by_owner(num_rows, mesh)
@@ -189,7 +189,7 @@ def test_rows_are_where_their_indices_say():
 
 TWO_PROCESSES = """
 import sys
-from univid_jax.parallel.processes import connect, disconnect
+from univid_jax.runtime.processes import connect, disconnect
 
 connect(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]), heartbeat_seconds=60)
 from tests.test_hosts import check_permuted_meshes

@@ -26,8 +26,8 @@ from univid_jax.convert.layout import make_fills
 from univid_jax.convert.release_configs import diffusers_config
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.packing import RowShape, pack
-from univid_jax.data.tokens import patchify, sentence_features, unpatchify
+from univid_jax.data.rows.packing import RowShape, pack
+from univid_jax.data.rows.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.loss import NoiseLevels
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.models.dit import DiT

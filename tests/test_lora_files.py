@@ -17,8 +17,8 @@ from univid_jax.convert.commands import convert_any, inspect
 from univid_jax.convert.layout import make_fills
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.packing import RowShape, pack
-from univid_jax.data.tokens import sentence_features
+from univid_jax.data.rows.packing import RowShape, pack
+from univid_jax.data.rows.tokens import sentence_features
 from univid_jax.parallel.mesh import make_mesh
 
 CASES = Path(__file__).parent / "cases" / "lora"

@@ -16,14 +16,14 @@ from univid_jax.checkpoints.model import context_mode, create_model, open_encode
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.data.features import FeatureMaker
-from univid_jax.data.loader import make_loader
-from univid_jax.data.packing import RowShape
+from univid_jax.data.rows.loader import make_loader
+from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.computed import open_computed
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import draw_noise
 from univid_jax.parallel.mesh import make_mesh, mesh_shape, row_shards
 from univid_jax.parallel.sharding import parameter_shardings, shard_batch
-from univid_jax.training.memory import forecast_with_program
+from univid_jax.planning.forecasts import forecast_with_program
 from univid_jax.training.optimizer import make_optimizer
 from univid_jax.training.state import StateSpec
 from univid_jax.training.step import make_update

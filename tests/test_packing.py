@@ -19,10 +19,10 @@ from univid_jax.core.options import Packing
 from univid_jax.core.packed_row import UNIVID_CONTEXT
 from univid_jax.core.sentence import Role, Sentence, reference_roles
 from univid_jax.data.features import FeatureMaker
-from univid_jax.data.loader import make_loader
-from univid_jax.data.packing import RowShape, pack, pack_rows, segment_intervals, select_target_tokens
+from univid_jax.data.rows.loader import make_loader
+from univid_jax.data.rows.packing import RowShape, pack, pack_rows, segment_intervals, select_target_tokens
+from univid_jax.data.rows.tokens import patchify, sentence_features, unpatchify
 from univid_jax.data.sources.computed import open_computed
-from univid_jax.data.tokens import patchify, sentence_features, unpatchify
 
 PATCH = (1, 2, 2)
 

@@ -22,9 +22,9 @@ from univid_jax.cli.sample_command import SampleCommand
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.core.errors import UserError
 from univid_jax.core.pixels import to_float
+from univid_jax.data.media.reader import read_clip
+from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import concatenate_clips
-from univid_jax.data.reader import read_clip
-from univid_jax.data.writer import write_clip
 from univid_jax.inference.preview import apply_colors, fit_colors
 from univid_jax.inference.sampler import extrapolate
 from univid_jax.parallel.mesh import make_mesh

@@ -17,7 +17,7 @@ from tests.commands import finish, free_port, run_command, start_python
 from univid_jax.config.schema import MeshConfig
 from univid_jax.core.errors import UserError
 from univid_jax.parallel.mesh import local_mesh, make_mesh, row_shards
-from univid_jax.parallel.processes import (
+from univid_jax.runtime.processes import (
   connect,
   count_cluster_processes,
   count_distinct,
@@ -51,7 +51,7 @@ def test_mesh_axes_can_share_a_physical_axis():
 
 
 def test_arrays_are_gathered_and_processes_wait():
-  """`parallel.processes` uses multihost_utils' process_allgather and sync_global_devices, here with one process.
+  """`runtime.processes` uses multihost_utils' process_allgather and sync_global_devices, here with one process.
 
   Runs of two processes are tested in tests/test_train.py, which are slow.
   """
@@ -76,7 +76,7 @@ def test_part_of_a_mesh_that_needs_no_other_process(monkeypatch):
 
 STORE = """
 import sys
-from univid_jax.parallel.processes import CoordinationStore, connect, disconnect
+from univid_jax.runtime.processes import CoordinationStore, connect, disconnect
 
 connect(f"127.0.0.1:{sys.argv[1]}", 1, 0, heartbeat_seconds=60)
 store = CoordinationStore()
@@ -92,7 +92,7 @@ disconnect()
 
 
 def test_the_coordination_service_stores_text():
-  """`parallel.processes` uses jax._src.distributed.global_state.client: key_value_set (which raises ALREADY_EXISTS or
+  """`runtime.processes` uses jax._src.distributed.global_state.client: key_value_set (which raises ALREADY_EXISTS or
   overwrites) and key_value_dir_get.
 
   Without them processes do not hear of each other's signals, failures and deaths. JAX has no public access to the
@@ -113,7 +113,7 @@ OPEN_MPI = {
 
 
 class TestClusters:
-  """`parallel.processes` uses jax._src.clusters: ClusterEnv's _cluster_types, opt_in_only_method, is_env_present,
+  """`runtime.processes` uses jax._src.clusters: ClusterEnv's _cluster_types, opt_in_only_method, is_env_present,
   get_process_count and auto_detect_unset_distributed_params; K8sCluster; and of SlurmCluster and OmpiCluster
   get_local_process_id.
 
@@ -218,8 +218,8 @@ class TestClusters:
   def test_what_jax_is_told(self, monkeypatch, variables, devices, given):
     """The same with the flags, which ask no metadata server and need no cluster."""
     self.set_variables(monkeypatch, variables)
-    monkeypatch.setattr("univid_jax.parallel.processes.CoordinationStore", lambda: None)
-    monkeypatch.setattr("univid_jax.parallel.processes.Relay", self.Relay)
+    monkeypatch.setattr("univid_jax.runtime.processes.CoordinationStore", lambda: None)
+    monkeypatch.setattr("univid_jax.runtime.processes.Relay", self.Relay)
     calls = []
     monkeypatch.setattr("jax.distributed.initialize", lambda *args, **options: calls.append((args, options)))
     connect(*(("10.0.0.1:80", 2, 0) if given else (None,) * 3), heartbeat_seconds=60)
@@ -259,7 +259,7 @@ time.sleep(60)
 
 @pytest.mark.long
 def test_jax_aborts_when_process_0_dies():
-  """The reason for `parallel.relay`. If the second process survives, or ends without a stack trace, that can go."""
+  """The reason for `runtime.relay`. If the second process survives, or ends without a stack trace, that can go."""
   port = free_port()
   first, second = (start_python("-c", ALONE, port, index) for index in (0, 1))
   for process in (first, second):

@@ -17,7 +17,7 @@ from univid_jax.codecs.vae_config import AUTOENCODERS
 from univid_jax.codecs.wan_vae import VAE
 from univid_jax.convert.release_configs import diffusers_config
 from univid_jax.core.options import ModelType
-from univid_jax.data.tokens import patchify, unpatchify
+from univid_jax.data.rows.tokens import patchify, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import SOLVERS
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache

@@ -13,8 +13,8 @@ from univid_jax.config.schema import LoRAConfig
 from univid_jax.core.options import AttentionBackend, RematPolicy
 from univid_jax.core.packed_row import UNIVID_CONTEXT
 from univid_jax.core.sentence import Role, Sentence
-from univid_jax.data.packing import RowShape, pack, target_indices
-from univid_jax.data.tokens import sentence_features
+from univid_jax.data.rows.packing import RowShape, pack, target_indices
+from univid_jax.data.rows.tokens import sentence_features
 from univid_jax.diffusion.loss import timestep_table
 from univid_jax.models import dit
 from univid_jax.models.attention import xla

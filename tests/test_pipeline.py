@@ -22,8 +22,8 @@ from univid_jax.core.conditions import i2v_condition
 from univid_jax.core.options import ModelType
 from univid_jax.core.sentence import read_frames
 from univid_jax.data.features import FeatureMaker
+from univid_jax.data.rows.tokens import patchify
 from univid_jax.data.sources.open import open_data
-from univid_jax.data.tokens import patchify
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.loop import train

@@ -18,11 +18,11 @@ from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import read_frames
 from univid_jax.data import progress
-from univid_jax.data.cache import is_intact
+from univid_jax.data.cache.entries import is_intact
 from univid_jax.data.features import FeatureCaches, FeatureMaker
-from univid_jax.data.packing import RowShape
+from univid_jax.data.media.reader import read_clip
 from univid_jax.data.prepare import PreparationReport, prepare
-from univid_jax.data.reader import read_clip
+from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.computed import ComputedSentences, LazySentences
 from univid_jax.data.sources.open import open_data
 
@@ -357,7 +357,7 @@ import jax
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.parallel.processes import connect, disconnect, sum_over_processes
+from univid_jax.runtime.processes import connect, disconnect, sum_over_processes
 
 base, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
 connect(f"127.0.0.1:{port}", 2, index, heartbeat_seconds=60)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tests.commands import finish, free_port, start_command, start_python
 from univid_jax.checkpoints.orbax_files import silence_orbax
 from univid_jax.core.process_identity import ProcessIdentity
-from univid_jax.parallel.main_thread import MainThread
-from univid_jax.parallel.peers import Peers
-from univid_jax.parallel.relay import Relay
-from univid_jax.parallel.safe_points import SafePoints
+from univid_jax.runtime.main_thread import MainThread
+from univid_jax.runtime.peers import Peers
+from univid_jax.runtime.relay import Relay
+from univid_jax.runtime.safe_points import SafePoints
 
 
 def start_loop(tmp_path, *arguments, count=1):

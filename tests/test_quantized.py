@@ -42,7 +42,7 @@ import re
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.training.memory import forecast_with_program
+from univid_jax.planning.forecasts import forecast_with_program
 mesh = make_mesh({}, describe_devices("v5e:1x1"))
 shape = {"dim": 256, "ffn_dim": 1024, "num_layers": 12, "num_heads": 2, "dtype": "bfloat16", "look_back": ()}
 changes = {f"model.{key}": value for key, value in shape.items()} | {"lora.rank": 2, "ema_decay": 0.0}

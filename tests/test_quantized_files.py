@@ -23,7 +23,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
 from univid_jax.models.quantized import QuantizedKernel, dequantize, quantize
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.training.advice import Machine, advise
+from univid_jax.planning.advice import Machine, advise
 from univid_jax.training.loop import train
 
 RELEASE = GOLDENS / "tiny_wan"

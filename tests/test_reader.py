@@ -14,10 +14,10 @@ import pytest
 
 from tests.numbered_videos import encode_video, numbered_frames, read_numbers
 from univid_jax.core.errors import UserError
-from univid_jax.data import video_frames
-from univid_jax.data.decoding import StreamDecoder
-from univid_jax.data.h264 import _Bits
-from univid_jax.data.reader import is_foreign, probe, read_clip, read_parts
+from univid_jax.data.media import video_frames
+from univid_jax.data.media.decoding import StreamDecoder
+from univid_jax.data.media.h264 import _Bits
+from univid_jax.data.media.reader import is_foreign, probe, read_clip, read_parts
 
 CASES = Path(__file__).parent / "cases" / "videos"
 TRUTH = json.loads((CASES / "truth.json").read_text())

@@ -11,10 +11,10 @@ from PIL import Image
 
 from tests.numbered_videos import encode_video, numbered_frames
 from univid_jax.core.errors import UserError
-from univid_jax.data import color
-from univid_jax.data.images import EXIF_ORIENTATION, TIFF_COLORS, TIFF_EXTRA_SAMPLES
-from univid_jax.data.reader import probe, read_clip
-from univid_jax.data.schedule import Schedule
+from univid_jax.data.media import color
+from univid_jax.data.media.images import EXIF_ORIENTATION, TIFF_COLORS, TIFF_EXTRA_SAMPLES
+from univid_jax.data.media.reader import probe, read_clip
+from univid_jax.data.media.schedule import Schedule
 
 
 def test_images_of_all_modes(tmp_path: Path):

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.numbered_videos import FFMPEG, SIZE, encode_video, numbered_frames, read_numbers, read_with_ffmpeg
-from univid_jax.data.reader import probe, read_clip
+from univid_jax.data.media.reader import probe, read_clip
 
 CODECS = {
   "libx264": ("mp4", "mov", "mkv", "avi", "m4v"),

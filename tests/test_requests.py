@@ -18,9 +18,9 @@ from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
 from univid_jax.core.packed_row import UNIVID_CONTEXT
-from univid_jax.data import writer
 from univid_jax.data.clips import ClipFormat
-from univid_jax.data.reader import read_clip
+from univid_jax.data.media import writer
+from univid_jax.data.media.reader import read_clip
 from univid_jax.inference.pipeline import Pipeline
 
 TRAINED = ClipFormat(size=(16, 24), num_frames=17, fit=ClipFit.PAD, fps=8.0, buckets=((24, 16),))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import random_pipeline, relative_error
 from univid_jax.config.boundary import override
-from univid_jax.data.packing import bucket_size
+from univid_jax.data.rows.packing import bucket_size
 from univid_jax.data.sources.open import open_data
 from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.inference.jobs import infer_length, pack_single

@@ -13,6 +13,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import ClipRef, Role, Sentence
 from univid_jax.data.contexts import make_sentence, video_pattern
+from univid_jax.data.media.writer import write_clip
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import draw
 from univid_jax.data.sources.computed import ComputedSentences, LazySentences, computed_identity, open_computed
@@ -20,7 +21,6 @@ from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.photos import PhotoSource, moving_window
 from univid_jax.data.tasks import TASKS, masks
 from univid_jax.data.tasks.base import Task, draw_nothing
-from univid_jax.data.writer import write_clip
 
 CLIP = np.zeros((1, 4, 4, 3), np.uint8)
 

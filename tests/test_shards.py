@@ -16,10 +16,10 @@ from tests.test_checksums import flip_bit, run_verify
 from univid_jax.core import bucket_files
 from univid_jax.core.errors import UserError
 from univid_jax.core.lock import hold
-from univid_jax.data import shard_writer, shards
-from univid_jax.data.cache import Cache, CacheWriteError
-from univid_jax.data.shard_writer import pack_caches, repair_indices
-from univid_jax.data.shards import Index, Shard, Shards
+from univid_jax.data.cache import shard_writer, shards
+from univid_jax.data.cache.entries import Cache, CacheWriteError
+from univid_jax.data.cache.shard_writer import pack_caches, repair_indices
+from univid_jax.data.cache.shards import Index, Shard, Shards
 
 
 def value(i):
@@ -139,7 +139,7 @@ class TestPack:
 KILLED = """
 import os, sys
 from etils import epath
-from univid_jax.data import shard_writer
+from univid_jax.data.cache import shard_writer
 
 point, calls = sys.argv[2], 0
 original = getattr(shard_writer, point)

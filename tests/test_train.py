@@ -33,13 +33,13 @@ from univid_jax.core.lock import Lock
 from univid_jax.core.options import LearningRateSchedule
 from univid_jax.core.packed_row import UNIVID_CONTEXT
 from univid_jax.data.features import FeatureMaker
-from univid_jax.data.packing import RowShape, pack, pack_rows
+from univid_jax.data.media.writer import write_clip
+from univid_jax.data.rows.packing import RowShape, pack, pack_rows
 from univid_jax.data.sources.open import open_data
-from univid_jax.data.writer import write_clip
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.inference.load import load_pipeline
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.parallel.supervisor import StopSignal, Supervisor
+from univid_jax.runtime.supervisor import StopSignal, Supervisor
 from univid_jax.training import loop, metrics_writer
 from univid_jax.training.loop import open_loader, restore_or_create_state, train
 from univid_jax.training.metrics_writer import MetricsWriter

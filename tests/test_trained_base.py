@@ -132,7 +132,7 @@ def test_it_is_calibrated(tmp_path, monkeypatch, capfd):
   assert run_here("univid_jax.calibrate", "--checkpoint=small", f"--clips={clip},{clip},{clip}", "--steps=3") == 0
   out, err = capfd.readouterr()
   assert out.splitlines()[-1] == f"ratios: {tmp_path}/cache/bases/small/step_cache.json"
-  assert "3/3 [" in err and "0step" not in err
+  assert "3/3 [" in err and " 0step" not in err
 
 
 def test_the_base_in_the_package_follows_an_example():

@@ -12,7 +12,7 @@ import univid_jax
 from tests.typecheck import unchecked
 from univid_jax.core import dims
 from univid_jax.core.packed_row import take_tokens
-from univid_jax.data.schedule import Schedule
+from univid_jax.data.media.schedule import Schedule
 from univid_jax.training.state import TrainState
 
 TOKENS = jnp.zeros((2, 3, 4))

@@ -18,9 +18,9 @@ from univid_jax.config.presets import tiny
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.data.features import FeatureCaches, FeatureMaker
-from univid_jax.data.loader import make_loader
-from univid_jax.data.packing import RowShape
 from univid_jax.data.prepare import prepare
+from univid_jax.data.rows.loader import make_loader
+from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.open import DataSources, open_data
 
@@ -192,7 +192,7 @@ def test_tfds_examples_that_are_damaged_while_training(tmp_path, caplog):
 
 
 def test_data_without_a_usable_sentence_ends(tmp_path, monkeypatch):
-  monkeypatch.setattr("univid_jax.data.loader.MAX_DROPPED_IN_A_ROW", 30)
+  monkeypatch.setattr("univid_jax.data.rows.loader.MAX_DROPPED_IN_A_ROW", 30)
   config, _ = write_data(tmp_path / "data", "folder", PLAIN)
   data = open_data(config)
   shutil.rmtree(tmp_path / "data")

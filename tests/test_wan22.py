@@ -30,8 +30,8 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, ModelType, Objective, TrainedExpert
 from univid_jax.core.packed_row import UNIVID_CONTEXT, ContextMode
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.packing import RowShape, pack, select_target_tokens
-from univid_jax.data.tokens import patchify, sentence_features, unpatchify
+from univid_jax.data.rows.packing import RowShape, pack, select_target_tokens
+from univid_jax.data.rows.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import timestep_table
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache

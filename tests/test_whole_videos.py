@@ -20,8 +20,9 @@ from univid_jax.cli.flags import UsageError
 from univid_jax.cli.requests import RequestRunner
 from univid_jax.cli.sampling import Request, plan_requests
 from univid_jax.config.boundary import override
-from univid_jax.data.reader import read_clip
-from univid_jax.data.writer import write_clip
+from univid_jax.core.options import ClipFit
+from univid_jax.data.media.reader import read_clip
+from univid_jax.data.media.writer import write_clip
 from univid_jax.inference.windows import Windows
 from univid_jax.parallel.mesh import make_mesh
 
@@ -68,10 +69,25 @@ def test_the_result_is_like_the_query(pipeline, clips, tmp_path, caplog, carry_c
   assert not list(tmp_path.glob("*.npz")) and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("shape, is_said", [((16, 16), False), ((16, 32), True)])
+def test_another_fit_of_the_first_frame_is_said(pipeline, tmp_path, caplog, shape, is_said):
+  names = [str(tmp_path / f"{name}.png") for name in ("a", "a2", "b")]
+  for name in names:
+    write_clip(name, moving_video(1, (16, 16)))
+  write_clip(tmp_path / "first.png", moving_video(1, shape))
+  sampling = runner(pipeline, first_frame=str(tmp_path / "first.png"))
+  changes = {
+    "form": dataclasses.replace(sampling.form, fit=ClipFit.PAD),
+    "arguments": sampling.arguments | {"num_frames": 5},
+  }
+  dataclasses.replace(sampling, **changes).run(Request(tuple(names), tmp_path / "out.npy"))
+  assert ("padded with black instead of cropped" in caplog.text) == is_said
+
+
 def test_the_bar_has_a_total_from_the_beginning(pipeline, clips, tmp_path, capfd):
   runner(pipeline).run(Request(clips, tmp_path / "out.npy"))
   err = capfd.readouterr().err
-  assert "0step" not in err and re.search(r"sample: +0%.* 0/\d+ \[", err)
+  assert " 0step" not in err and re.search(r"sample: +0%.* 0/\d+ \[", err)
 
 
 def test_sound_and_rate(pipeline, clips, tmp_path):

@@ -10,8 +10,8 @@ from tests.numbered_videos import FFMPEG, encode_video, numbered_frames, read_nu
 from tests.test_long_video import moving_video
 from tests.typecheck import unchecked
 from univid_jax.core.errors import UserError
-from univid_jax.data.reader import read_clip
-from univid_jax.data.writer import check_target, write_clip, write_frames
+from univid_jax.data.media.reader import read_clip
+from univid_jax.data.media.writer import check_target, write_clip, write_frames
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".gif"])

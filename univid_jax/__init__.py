@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from univid_jax.config.schema import RunConfig
-  from univid_jax.data.reader import read_clip
-  from univid_jax.data.writer import write_clip
+  from univid_jax.data.media.reader import read_clip
+  from univid_jax.data.media.writer import write_clip
   from univid_jax.inference.load import load_pipeline
   from univid_jax.inference.pipeline import Pipeline
 
@@ -17,8 +17,8 @@ _MODULES = {
   "Pipeline": "univid_jax.inference.pipeline",
   "RunConfig": "univid_jax.config.schema",
   "load_pipeline": "univid_jax.inference.load",
-  "read_clip": "univid_jax.data.reader",
-  "write_clip": "univid_jax.data.writer",
+  "read_clip": "univid_jax.data.media.reader",
+  "write_clip": "univid_jax.data.media.writer",
 }
 
 

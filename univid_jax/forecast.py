@@ -58,7 +58,7 @@ def advise(chip: str) -> None:
     use_tpu_compiler()
   else:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))  # as in the commands
-  from univid_jax.training import advice
+  from univid_jax.planning import advice
 
   config, machine = CONFIG.value, advice.Machine(name=chip, count=CHIPS.value)
   compile_config = advice.find_compiler(machine)
@@ -73,19 +73,20 @@ def forecast(what: str) -> None:
   if TOPOLOGY.value:
     use_tpu_compiler()
   from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.training import memory
+  from univid_jax.planning import forecasts
+  from univid_jax.training.memory import ADVICE
 
   config = CONFIG.value
   mesh = make_mesh(config.mesh, describe_devices(TOPOLOGY.value) if TOPOLOGY.value else None)
-  advice = memory.ADVICE
+  advice = ADVICE
   if what == "training":
-    result = memory.forecast(config, mesh)
+    result = forecasts.forecast(config, mesh)
   elif what == "sampling":
-    result = memory.forecast_sampling(config, mesh)
+    result = forecasts.forecast_sampling(config, mesh)
   elif what == "prompts":
-    result = memory.forecast_text_encoder(config, mesh)
+    result = forecasts.forecast_text_encoder(config, mesh)
   else:
-    result, advice = memory.forecast_autoencoder(config, mesh, decoding=what == "decoding"), memory.TILING_ADVICE
+    result, advice = forecasts.forecast_autoencoder(config, mesh, decoding=what == "decoding"), forecasts.TILING_ADVICE
   print(result)
   if not result.fits:
     raise UserError(f"this does not fit; {advice}")

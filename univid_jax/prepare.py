@@ -76,10 +76,10 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
   from univid_jax.checkpoints.model import open_encoders
   from univid_jax.core.errors import UserError
   from univid_jax.core.lock import hold
+  from univid_jax.data.cache.shard_writer import pack_caches, repair_indices
   from univid_jax.data.features import caches_folder
-  from univid_jax.data.shard_writer import pack_caches, repair_indices
   from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.parallel.processes import count_distinct, sum_over_processes
+  from univid_jax.runtime.processes import count_distinct, sum_over_processes
   from univid_jax.training.setup import check_config, fill_caches, open_features
 
   config = check_config(config)

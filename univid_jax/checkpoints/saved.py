@@ -15,7 +15,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import OnDamaged
 from univid_jax.core.paths import is_remote, make_absolute
-from univid_jax.parallel.processes import sum_over_processes, wait_for_processes
+from univid_jax.runtime.processes import sum_over_processes, wait_for_processes
 
 CHECKPOINTS_FOLDER = "checkpoints"
 # Of a checkpoint that was set aside because it is damaged.

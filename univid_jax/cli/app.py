@@ -36,7 +36,7 @@ import univid_jax
 from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.core.errors import Interrupted, UserError, first_line
 from univid_jax.core.paths import is_remote
-from univid_jax.parallel.supervisor import Supervisor
+from univid_jax.runtime.supervisor import Supervisor
 
 # Conditions of the machine that come without a file name.
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EFBIG)
@@ -121,7 +121,7 @@ def _end(error: BaseException, supervisor: Supervisor, argv: Sequence[str], work
 def _may_come_from_another_process(error: BaseException) -> bool:
   if isinstance(error, KeyboardInterrupt) or "jax" not in sys.modules:
     return False
-  from univid_jax.parallel.processes import may_come_from_another_process
+  from univid_jax.runtime.processes import may_come_from_another_process
 
   return may_come_from_another_process(error)
 

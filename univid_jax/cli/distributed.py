@@ -1,7 +1,7 @@
 """Start of runs with several processes, and the lock of the folder that a command writes.
 
 On TPU slices, under SLURM, Open MPI and Kubernetes JAX finds the other processes itself; see
-`parallel.processes.count_cluster_processes`. Elsewhere every process is given the address of process 0, the number of
+`runtime.processes.count_cluster_processes`. Elsewhere every process is given the address of process 0, the number of
 processes and its own number.
 """
 
@@ -9,7 +9,7 @@ import logging
 
 from univid_jax.cli.flags import ProcessFlags, UsageError
 from univid_jax.core import lock
-from univid_jax.parallel import supervisor
+from univid_jax.runtime import supervisor
 
 
 def start_processes(flags: ProcessFlags, *, writes: str | None = None) -> None:
@@ -29,7 +29,7 @@ def start_processes(flags: ProcessFlags, *, writes: str | None = None) -> None:
   index, count = flags.process_id.value or 0, flags.num_processes.value or 0
   if all(given) and index >= count:
     raise UsageError(f"--process_id={index} must be less than --num_processes={count}")
-  from univid_jax.parallel import processes  # imports JAX
+  from univid_jax.runtime import processes  # imports JAX
 
   if not any(given) and processes.count_cluster_processes() == 1:
     _lock(writes, 0)

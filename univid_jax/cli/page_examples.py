@@ -7,13 +7,13 @@ import numpy as np
 from PIL import Image
 
 from univid_jax.config.schema import DataConfig, GridsConfig
-from univid_jax.data.reader import DEFAULT_FPS, Frames
+from univid_jax.data.media.reader import DEFAULT_FPS, Frames
+from univid_jax.data.media.writer import write_clip
 from univid_jax.data.sources.photos import PhotoSource
 from univid_jax.data.tasks import TASKS
 from univid_jax.data.tasks.base import from_unit, to_unit
 from univid_jax.data.tasks.grids import GRID_FAMILIES
 from univid_jax.data.tasks.grids.rendering import Rendering
-from univid_jax.data.writer import write_clip
 
 NAMES = ("A", "A2", "B")  # of the files; A2 is A'
 THUMBNAIL = 96  # height and width in pixels

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from univid_jax.data.media.reader import Frames, read_clip
+from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import CLIP_GAP, key_frames
-from univid_jax.data.reader import Frames, read_clip
-from univid_jax.data.writer import write_clip
 
 # Side in pixels that small clips are enlarged to; frames of a long video that comparisons show.
 LARGE, SMALL = 512, 256

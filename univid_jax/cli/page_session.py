@@ -23,7 +23,7 @@ from univid_jax.cli.page_pictures import LARGE, MAX_FRAMES, SMALL, draw_views, s
 from univid_jax.cli.sample_command import SampleCommand
 from univid_jax.core.errors import UserError
 from univid_jax.data.clips import ClipFormat, read_context
-from univid_jax.data.reader import probe, read_clip
+from univid_jax.data.media.reader import probe, read_clip
 from univid_jax.inference.preview import Draw
 
 # Least time between two pictures of an estimate.

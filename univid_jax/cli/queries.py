@@ -17,10 +17,10 @@ from tqdm import tqdm
 from univid_jax.cli.requests import PreparedRequest, RequestRunner
 from univid_jax.cli.sampling import Request
 from univid_jax.data.clips import context_shape
-from univid_jax.data.packing import bucket_size
+from univid_jax.data.rows.packing import bucket_size
 from univid_jax.inference.jobs import infer_length
 from univid_jax.inference.queries import QuerySampler
-from univid_jax.parallel.processes import wait_for_processes
+from univid_jax.runtime.processes import wait_for_processes
 
 log = logging.getLogger(__name__)
 

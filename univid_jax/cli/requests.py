@@ -20,9 +20,9 @@ from univid_jax.cli.whole_videos import StepProgress, WholeQuery, WholeVideo, pa
 from univid_jax.core.options import SolverName
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate, read_context
+from univid_jax.data.media.reader import Frames, probe
+from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import concatenate_clips
-from univid_jax.data.reader import Frames, probe
-from univid_jax.data.writer import write_clip
 from univid_jax.inference.jobs import infer_length
 from univid_jax.inference.preview import Preview
 
@@ -316,7 +316,9 @@ class RequestRunner:
 
   def _report_differences(self, request: Request, clips: Sequence[ContextClip], **shown: Any) -> None:
     """Reports what training has not shown the model, each kind of difference once; see `find_differences`."""
-    fitted = request.clips[:-1] if self.keep_size else request.clips
+    fitted = [*request.clips, *([self.first_frame] if self.first_frame else [])]
+    if self.keep_size:
+      fitted.remove(self._shown_last(request))
     found = find_differences(self.pipeline, clips, fit=self.form.fit, fitted=fitted, **shown)
     if new := [text for kind, text in found.items() if kind not in self._differences]:
       self._differences.update(found)

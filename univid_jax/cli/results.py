@@ -15,8 +15,8 @@ from typing import Any
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import atomic_write
-from univid_jax.data.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from univid_jax.data.writer import check_target
+from univid_jax.data.media.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from univid_jax.data.media.writer import check_target
 from univid_jax.diffusion.step_cache import StepCache
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle, SolverName
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat
-from univid_jax.data.color import MAX_PIXELS
+from univid_jax.data.media.color import MAX_PIXELS
+from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign
 from univid_jax.data.prompts import PAPER_TARGETS, prompt_for
-from univid_jax.data.reader import CLIP_SUFFIXES, is_foreign
 from univid_jax.data.tasks import TASKS
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from univid_jax import Pipeline
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.core.options import ClipFit, ModelType
 from univid_jax.data.clips import ContextClip
-from univid_jax.data.reader import probe
+from univid_jax.data.media.reader import probe
 
 _FITS = {ClipFit.CROP: "cropped", ClipFit.PAD: "padded with black"}
 

@@ -12,7 +12,7 @@ from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX, DELETED_FOLDER
 from univid_jax.core.paths import make_absolute
-from univid_jax.data import cache, shards
+from univid_jax.data.cache import entries, shards
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -98,8 +98,8 @@ def _verify_files(paths: list[epath.Path]) -> Iterator[Findings]:
 
 def _find_damage(path: epath.Path) -> str | None:
   """Returns what is wrong with a file, "" if nothing; None if it carries no checksum."""
-  if cache.is_entry(path):
-    intact = cache.is_intact(path)
+  if entries.is_entry(path):
+    intact = entries.is_intact(path)
   elif path.suffix == ".safetensors":
     intact = check_seal(path)
   elif path.name.endswith(".ckpt.json") and path.with_suffix("").exists():

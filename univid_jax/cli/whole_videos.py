@@ -13,9 +13,9 @@ from univid_jax import Pipeline
 from univid_jax.cli.results import remove_record
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat, ContextClip, Footage, file_footage
+from univid_jax.data.media.reader import Frames, probe, read_clip
+from univid_jax.data.media.writer import write_frames
 from univid_jax.data.pictures import concatenate_clips
-from univid_jax.data.reader import Frames, probe, read_clip
-from univid_jax.data.writer import write_frames
 from univid_jax.inference.jobs import infer_length
 from univid_jax.inference.long_video import VideoReader, VideoSample
 from univid_jax.inference.progress_file import ProgressFile

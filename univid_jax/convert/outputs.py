@@ -13,8 +13,8 @@ from univid_jax.codecs.wan_vae import VAE, VAEConfig
 from univid_jax.convert.identify import Source
 from univid_jax.convert.release_configs import diffusers_config
 from univid_jax.core.sentence import Role, Sentence
-from univid_jax.data.packing import RowShape, pack
-from univid_jax.data.tokens import sentence_features, unpatchify
+from univid_jax.data.rows.packing import RowShape, pack
+from univid_jax.data.rows.tokens import sentence_features, unpatchify
 from univid_jax.models.dit import DiT
 from univid_jax.models.names import name_to_diffusers
 from univid_jax.models.umt5 import UMT5Config, UMT5Encoder

@@ -21,7 +21,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
 from univid_jax.core.paths import file_state
 from univid_jax.core.sentence import ClipRef
-from univid_jax.data.reader import ClipInfo, Frames, list_frames, probe, read_clip
+from univid_jax.data.media.reader import ClipInfo, Frames, list_frames, probe, read_clip
 
 # Part of every key: raise it when the same file would give other pixels.
 READING_VERSION = 3

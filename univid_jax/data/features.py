@@ -12,9 +12,9 @@ from univid_jax.core.conditions import i2v_condition
 from univid_jax.core.pixels import to_float
 from univid_jax.core.protocols import Encoders, TransformerShape
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames
-from univid_jax.data.cache import Cache
+from univid_jax.data.cache.entries import Cache
 from univid_jax.data.contexts import CONTEXT_NAMES
-from univid_jax.data.tokens import Features, sentence_features
+from univid_jax.data.rows.tokens import Features, sentence_features
 
 # Subfolders, in the order of `FeatureCaches`.
 CACHE_NAMES = ("latents", "prompts", "images")

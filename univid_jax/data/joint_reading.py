@@ -7,7 +7,7 @@ from pathlib import Path
 
 from univid_jax.core.sentence import ClipRef
 from univid_jax.data.clips import Footage
-from univid_jax.data.reader import Frames, read_parts
+from univid_jax.data.media.reader import Frames, read_parts
 
 
 def make_clips(footage: Sequence[Footage], lengths: Sequence[int]) -> list[ClipRef]:

@@ -18,17 +18,17 @@ from univid_jax.core.dims import latent_frames
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
-from univid_jax.data.cache import Cache, CacheWriteError
+from univid_jax.data.cache.entries import Cache, CacheWriteError
 from univid_jax.data.features import FeatureMaker, condition_key
-from univid_jax.data.loader import check_lengths
-from univid_jax.data.packing import RowShape
 from univid_jax.data.progress import Progress
+from univid_jax.data.rows.loader import check_lengths
+from univid_jax.data.rows.packing import RowShape
+from univid_jax.data.rows.tokens import feature_names
 from univid_jax.data.sources.base import Dropped, drop, require_none_dropped
 from univid_jax.data.sources.computed import ComputedSentences
 from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.sources.open import DataSources
-from univid_jax.data.tokens import feature_names
-from univid_jax.parallel.processes import sum_over_processes, wait_for_processes
+from univid_jax.runtime.processes import sum_over_processes, wait_for_processes
 
 log = logging.getLogger(__name__)
 

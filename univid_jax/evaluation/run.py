@@ -35,7 +35,7 @@ from univid_jax.evaluation.report import Gallery, full_report, quick_report, wri
 from univid_jax.evaluation.score import Scorer, score_psnr
 from univid_jax.evaluation.sentences import plan_other_pairs, plan_sentences
 from univid_jax.inference.pipeline import Pipeline
-from univid_jax.parallel.processes import wait_for_processes
+from univid_jax.runtime.processes import wait_for_processes
 
 logger = logging.getLogger(__name__)
 

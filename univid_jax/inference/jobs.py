@@ -10,8 +10,8 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.features import FeatureMaker
-from univid_jax.data.packing import RowShape, assign_rows, bucket_size, join_rows, pack, places_of
-from univid_jax.data.tokens import Features, patchify, unpatchify
+from univid_jax.data.rows.packing import RowShape, assign_rows, bucket_size, join_rows, pack, places_of
+from univid_jax.data.rows.tokens import Features, patchify, unpatchify
 from univid_jax.inference.sampler import PackedJobs
 
 

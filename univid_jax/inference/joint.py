@@ -17,15 +17,15 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from univid_jax.core.packed_row import PackedRow
-from univid_jax.data.packing import join_rows
+from univid_jax.data.rows.packing import join_rows
 from univid_jax.diffusion.guidance import Branch, guide
 from univid_jax.inference.experts import Experts
 from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.progress_file import ProgressFile
 from univid_jax.inference.windows import Windows
 from univid_jax.parallel.mesh import row_shards
-from univid_jax.parallel.processes import gather_arrays
 from univid_jax.parallel.sharding import shard_batch
+from univid_jax.runtime.processes import gather_arrays
 
 # Called with the number of steps of windows that were taken.
 WindowProgress = Callable[[int], None]

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from univid_jax.core.dims import pixel_frames
 from univid_jax.core.errors import UserError
 from univid_jax.core.pixels import to_uint8
-from univid_jax.data.reader import Frames
-from univid_jax.data.tokens import patchify, unpatchify
+from univid_jax.data.media.reader import Frames
+from univid_jax.data.rows.tokens import patchify, unpatchify
 from univid_jax.inference.encoding import require_finite
 from univid_jax.inference.jobs import Job, check_frames, make_job
 from univid_jax.inference.joint import JointWindows, WindowProgress

@@ -21,7 +21,7 @@ from univid_jax.core.protocols import Encoders, Solver
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.clips import ClipFormat, read_context
 from univid_jax.data.features import FeatureMaker
-from univid_jax.data.tokens import Features, unpatchify
+from univid_jax.data.rows.tokens import Features, unpatchify
 from univid_jax.diffusion.distillations import Distillation
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 from univid_jax.inference.encoding import EncodingPipeline, Sample

@@ -11,7 +11,7 @@ from univid_jax.codecs.dct import DCTCodec
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.pixels import to_float, to_uint8
 from univid_jax.core.protocols import Codec
-from univid_jax.data.packing import select_target_tokens
+from univid_jax.data.rows.packing import select_target_tokens
 from univid_jax.inference.jobs import Job
 from univid_jax.inference.sampler import Estimates
 

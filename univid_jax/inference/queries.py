@@ -9,7 +9,7 @@ import numpy as np
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import read_frames
-from univid_jax.data.packing import join_rows
+from univid_jax.data.rows.packing import join_rows
 from univid_jax.inference.batch_size import choose_batch_size, spread
 from univid_jax.inference.encoding import Sample
 from univid_jax.inference.jobs import Job

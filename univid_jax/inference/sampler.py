@@ -15,15 +15,15 @@ from jaxtyping import Array, Float
 
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import Solver, Tokens
-from univid_jax.data.packing import bucket_size, select_target_tokens, target_indices
+from univid_jax.data.rows.packing import bucket_size, select_target_tokens, target_indices
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from univid_jax.diffusion.guidance import Branch, guide
 from univid_jax.inference.experts import Experts
 from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.residuals import Residuals, step_with_residuals
 from univid_jax.parallel.mesh import row_shards
-from univid_jax.parallel.processes import gather_arrays
 from univid_jax.parallel.sharding import shard_batch
+from univid_jax.runtime.processes import gather_arrays
 
 Progress = Callable[[int], None]
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from univid_jax.config.schema import RowsConfig
-from univid_jax.data.balancing import BatchLayout
+from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.models.flops import step_flops
 from univid_jax.models.variants import DiTConfig
 

@@ -18,13 +18,13 @@ from univid_jax.checkpoints.run import Checkpointer
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import DivergedError
 from univid_jax.core.protocols import Resumable
-from univid_jax.data.balancing import BatchLayout
+from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.inference.distillation_loras import add_distillation, read_distillation
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.flops import step_flops
 from univid_jax.parallel.mesh import row_shards
-from univid_jax.parallel.supervisor import StopSignal, Supervisor
 from univid_jax.platform.chips import find_chip
+from univid_jax.runtime.supervisor import StopSignal, Supervisor
 from univid_jax.training.balance import WorkCounter
 from univid_jax.training.goodput import Activity, Goodput
 from univid_jax.training.guard import MAX_SKIPPED_IN_A_ROW

@@ -24,18 +24,18 @@ from univid_jax.core import lock
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import AttentionBackend, OnDamaged, TrainedExpert
 from univid_jax.core.protocols import TrainStep
-from univid_jax.data.balancing import BatchLayout
-from univid_jax.data.loader import Loader, make_loader
-from univid_jax.data.packing import RowShape
+from univid_jax.data.rows.balancing import BatchLayout
+from univid_jax.data.rows.loader import Loader, make_loader
+from univid_jax.data.rows.packing import RowShape
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.attention.api import best_backend
 from univid_jax.parallel.mesh import row_shards
-from univid_jax.parallel.processes import gather_arrays
 from univid_jax.parallel.sharding import own_rows, row_owners, rows_by_owner, shard_own_rows
-from univid_jax.parallel.supervisor import Supervisor, supervise
 from univid_jax.platform.current import current_platform
+from univid_jax.runtime.processes import gather_arrays
+from univid_jax.runtime.supervisor import Supervisor, supervise
 from univid_jax.training.goodput import Activity, Goodput
 from univid_jax.training.hooks import (
   Hook,

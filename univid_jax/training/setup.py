@@ -34,8 +34,8 @@ from univid_jax.core.options import TrainedExpert
 from univid_jax.core.protocols import Encoders
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.fingerprint import describe_changes, fingerprint, read_fingerprint, write_fingerprint
-from univid_jax.data.packing import RowShape
 from univid_jax.data.prepare import PreparationReport, prepare
+from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline

@@ -19,11 +19,11 @@ from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.data.contexts import CONTEXT_NAMES
 from univid_jax.data.features import FeatureMaker
-from univid_jax.data.packing import RowShape, pack_rows
+from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import COLUMNS, concatenate_clips, sentence_grid
+from univid_jax.data.rows.packing import RowShape, pack_rows
 from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.open import DataSources
-from univid_jax.data.writer import write_clip
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.evaluation.generate import sample_targets
 from univid_jax.inference.pipeline import Pipeline

@@ -13,8 +13,8 @@ from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames, reference_roles
 from univid_jax.data.clips import identify_all
 from univid_jax.data.contexts import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, limit_clips, make_sentence, video_pattern
+from univid_jax.data.media.reader import Frames
 from univid_jax.data.prompts import prompt_for
-from univid_jax.data.reader import Frames
 from univid_jax.data.sources.base import draw, sort_weights
 from univid_jax.data.sources.folder import FolderClip, FolderSource
 from univid_jax.data.sources.photos import ClipSource, PhotoSource, Split

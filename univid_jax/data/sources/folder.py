@@ -10,7 +10,7 @@ from PIL import Image
 
 from univid_jax.core.errors import UserError
 from univid_jax.data.clips import WatchedFile
-from univid_jax.data.reader import CLIP_KINDS, CLIP_SUFFIXES, Frames, is_foreign, probe, read_clip
+from univid_jax.data.media.reader import CLIP_KINDS, CLIP_SUFFIXES, Frames, is_foreign, probe, read_clip
 from univid_jax.data.sources.base import Dropped, drop
 from univid_jax.data.sources.photos import crop_box, moving_window
 

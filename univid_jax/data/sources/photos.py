@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from univid_jax.core.pixels import OPPONENT_COLORS
-from univid_jax.data.reader import Frames
+from univid_jax.data.media.reader import Frames
 from univid_jax.data.tasks.base import from_unit, mix_channels, to_unit
 from univid_jax.data.tasks.photometric import draw_duotone, duotone
 

@@ -10,7 +10,7 @@ from univid_jax.core.options import PromptStyle
 from univid_jax.core.paths import resolve_inside
 from univid_jax.core.sentence import reference_roles
 from univid_jax.data.clips import ClipFormat, file_footage
-from univid_jax.data.reader import probe
+from univid_jax.data.media.reader import probe
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable
 from univid_jax.data.sources.listed import ListedSentences, Record
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.data.clips import ClipFormat, open_footage
-from univid_jax.data.reader import CLIP_SUFFIXES, is_foreign
+from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop
 from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
 from univid_jax.data.target_kinds import resampling

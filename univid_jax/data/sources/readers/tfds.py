@@ -11,7 +11,7 @@ from univid_jax.config.schema import TFDSConfig
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import TargetKind
 from univid_jax.data.clips import ClipFormat, Footage
-from univid_jax.data.reader import Frames, read_clip
+from univid_jax.data.media.reader import Frames, read_clip
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop
 from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
 from univid_jax.data.target_kinds import depth_to_image, label_colors, normals_to_image, resampling

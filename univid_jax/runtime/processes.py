@@ -17,8 +17,8 @@ from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
 from univid_jax.core.errors import UserError, first_line
-from univid_jax.parallel.peers import ADVICE, Peers
-from univid_jax.parallel.relay import Relay
+from univid_jax.runtime.peers import ADVICE, Peers
+from univid_jax.runtime.relay import Relay
 
 # Seconds that processes may start apart.
 START_TIMEOUT = 300

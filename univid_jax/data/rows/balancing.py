@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from univid_jax.config.schema import RowsConfig
 from univid_jax.core.packed_row import PackedRow
-from univid_jax.data.packing import join_rows
+from univid_jax.data.rows.packing import join_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

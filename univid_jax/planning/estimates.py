@@ -1,6 +1,6 @@
 """Estimates memory and time of a training step by formula, without compiling it.
 
-They order and prune what `training.advice` looks at. What fits is decided by the compiler, and on an NVIDIA GPU that is
+They order and prune what `planning.advice` looks at. What fits is decided by the compiler, and on an NVIDIA GPU that is
 not here by the estimate, which is calibrated on what was measured on one: an H100, 31,200 tokens through 8 blocks of
 the 1.3B's width (docs/benchmarks/gpu.md). That step was of one sentence, whose attention has no mask; what masks
 take is counted on top.

@@ -1,6 +1,6 @@
 """Finds how a config can be trained on a kind of chip: the base's storage, what is recomputed, the mesh, the rows.
 
-`advise` orders combinations by estimated speed (`training.estimates`), drops those that certainly do not fit, and has
+`advise` orders combinations by estimated speed (`planning.estimates`), drops those that certainly do not fit, and has
 the compiler decide about the others until a few fit. Of a GPU that is not here the estimate decides, with margins. Only
 if nothing fits at all it looks at smaller rows and clips.
 """
@@ -22,10 +22,11 @@ from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import Quantize, RematPolicy
 from univid_jax.models.attention import splash
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.planning.estimates import GPU_MARGIN, HOST_BANDWIDTH, Estimate, estimate
+from univid_jax.planning.forecasts import forecast
 from univid_jax.platform.chips import CHIPS, GPU_SHARE, NAMES, Chip, find_chip, is_tpu
 from univid_jax.platform.topologies import describe_devices, find_topology, use_tpu_compiler
-from univid_jax.training.estimates import GPU_MARGIN, HOST_BANDWIDTH, Estimate, estimate
-from univid_jax.training.memory import DoesNotFitError, Forecast, forecast
+from univid_jax.training.memory import DoesNotFitError, Forecast
 
 Changes = Mapping[str, Any]
 

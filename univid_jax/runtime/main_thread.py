@@ -5,8 +5,8 @@ when the main thread runs Python, but the number of a signal is written to a soc
 
 A process ends through `os._exit` if the main thread cannot be interrupted, and after it was: an exception that comes
 within JAX may leave it in a state that crashes when the interpreter is torn down. Processes of a
-run also end this way instead of waiting for those that are gone (`parallel.supervisor`), as do the loader's processes
-when the one that they work for ends (`data.grain_adapter`).
+run also end this way instead of waiting for those that are gone (`runtime.supervisor`), as do the loader's processes
+when the one that they work for ends (`data.rows.grain_adapter`).
 """
 
 import contextlib

@@ -22,9 +22,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from univid_jax.core.errors import UserError
-from univid_jax.data.decoding import open_video
-from univid_jax.data.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames
-from univid_jax.data.timeline import read_timeline
+from univid_jax.data.media.decoding import open_video
+from univid_jax.data.media.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames
+from univid_jax.data.media.timeline import read_timeline
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from jaxtyping import Int
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import file_state
-from univid_jax.data.color import FrameConverter
-from univid_jax.data.containers import missing_bytes
-from univid_jax.data.decoding import StreamDecoder, open_video, to_fraction
-from univid_jax.data.schedule import Schedule
+from univid_jax.data.media.color import FrameConverter
+from univid_jax.data.media.containers import missing_bytes
+from univid_jax.data.media.decoding import StreamDecoder, open_video, to_fraction
+from univid_jax.data.media.schedule import Schedule
 
 # Each packet of these gives one frame, whose time is the packet's, except in AVI. Hidden frames of VP8 are recognised
 # by a bit, and packets of MPEG-4 that repeat the frame before, which give none, by their size.

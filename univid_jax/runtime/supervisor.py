@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable, Collection, Iterator
 
 from univid_jax.core.errors import Interrupted
-from univid_jax.parallel.main_thread import CLEAN_UP, TICK, MainThread, exit_at_once
-from univid_jax.parallel.peers import SUSPICIOUS_SILENCE, Peers
-from univid_jax.parallel.safe_points import SafePoints
+from univid_jax.runtime.main_thread import CLEAN_UP, TICK, MainThread, exit_at_once
+from univid_jax.runtime.peers import SUSPICIOUS_SILENCE, Peers
+from univid_jax.runtime.safe_points import SafePoints
 
 # Seconds for the other processes to leave before process 0 closes the service through which they learn why.
 FAREWELL = 5.0

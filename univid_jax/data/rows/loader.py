@@ -16,12 +16,12 @@ from univid_jax.core.options import Packing
 from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.protocols import SentenceSource, TransformerShape
 from univid_jax.core.sentence import Sentence
-from univid_jax.data.balancing import BalancedBatches, BatchLayout
-from univid_jax.data.cache import CacheWriteError
-from univid_jax.data.grain_adapter import pack_dataset, prefetch, prefetch_in_process
-from univid_jax.data.packing import RowShape, finish_rows, join_rows
+from univid_jax.data.cache.entries import CacheWriteError
+from univid_jax.data.rows.balancing import BalancedBatches, BatchLayout
+from univid_jax.data.rows.grain_adapter import pack_dataset, prefetch, prefetch_in_process
+from univid_jax.data.rows.packing import RowShape, finish_rows, join_rows
+from univid_jax.data.rows.tokens import SEGMENTED, UNITS, Features, Unit, feature_names
 from univid_jax.data.sources.base import drop
-from univid_jax.data.tokens import SEGMENTED, UNITS, Features, Unit, feature_names
 
 log = logging.getLogger(__name__)
 

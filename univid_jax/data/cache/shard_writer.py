@@ -20,10 +20,8 @@ from etils import epath
 from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write, is_remote
-from univid_jax.data.cache import CacheWriteError, entry_path, is_entry
-from univid_jax.data.features import CACHE_NAMES
-from univid_jax.data.progress import Progress
-from univid_jax.data.shards import (
+from univid_jax.data.cache.entries import CacheWriteError, entry_path, is_entry
+from univid_jax.data.cache.shards import (
   FOLDER,
   INDEX_FILE,
   KEY_BYTES,
@@ -37,7 +35,9 @@ from univid_jax.data.shards import (
   unseal_entry,
   unseal_record,
 )
-from univid_jax.parallel.processes import sum_over_processes, wait_for_processes
+from univid_jax.data.features import CACHE_NAMES
+from univid_jax.data.progress import Progress
+from univid_jax.runtime.processes import sum_over_processes, wait_for_processes
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from etils import epath
 from safetensors.numpy import load, save
 
 from univid_jax.core.paths import atomic_write
-from univid_jax.data.shards import FOLDER, Shards, seal_entry, unseal_entry
+from univid_jax.data.cache.shards import FOLDER, Shards, seal_entry, unseal_entry
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from univid_jax.config.schema import RowsConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import UNIVID_CONTEXT, ContextMode, PackedRow
-from univid_jax.data.tokens import IMAGE_FEATURES, SEGMENTED, UNITS, Features, Unit
+from univid_jax.data.rows.tokens import IMAGE_FEATURES, SEGMENTED, UNITS, Features, Unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from av.video.frame import PictureType
 from jaxtyping import Int, UInt8
 
 from univid_jax.core.errors import UserError
-from univid_jax.data.color import Frame, FrameConverter
-from univid_jax.data.decoding import DecodedFrame, StreamDecoder, deinterlace, open_video, to_fraction
-from univid_jax.data.timeline import Timeline
+from univid_jax.data.media.color import Frame, FrameConverter
+from univid_jax.data.media.decoding import DecodedFrame, StreamDecoder, deinterlace, open_video, to_fraction
+from univid_jax.data.media.timeline import Timeline
 
 # Larger clips are rejected before memory is allocated for them.
 MAX_BYTES = 2**33

@@ -15,11 +15,11 @@ from jaxtyping import Int, UInt8
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import is_lfs_pointer
-from univid_jax.data.color import Frame
-from univid_jax.data.images import read_animation, read_image_frames
-from univid_jax.data.schedule import Schedule
-from univid_jax.data.timeline import read_timeline, scan_timeline
-from univid_jax.data.video_frames import read_video_frames
+from univid_jax.data.media.color import Frame
+from univid_jax.data.media.images import read_animation, read_image_frames
+from univid_jax.data.media.schedule import Schedule
+from univid_jax.data.media.timeline import read_timeline, scan_timeline
+from univid_jax.data.media.video_frames import read_video_frames
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff")
 ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif")

@@ -19,8 +19,8 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from univid_jax.core.errors import UserError
-from univid_jax.data.color import MAX_PIXELS
-from univid_jax.data.h264 import PictureReader
+from univid_jax.data.media.color import MAX_PIXELS
+from univid_jax.data.media.h264 import PictureReader
 
 # Containers of single files. Others, such as playlists, make FFmpeg open further files.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"

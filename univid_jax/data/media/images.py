@@ -13,8 +13,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import file_state
-from univid_jax.data.color import MAX_PIXELS, TRANSFER_HLG, TRANSFER_PQ, Frame
-from univid_jax.data.schedule import Schedule
+from univid_jax.data.media.color import MAX_PIXELS, TRANSFER_HLG, TRANSFER_PQ, Frame
+from univid_jax.data.media.schedule import Schedule
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "AVIF", "TIFF")
 # MPO holds several views of one photograph.
