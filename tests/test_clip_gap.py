@@ -15,9 +15,9 @@ from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.setup import set_up_run
 
 
-def positions(clip_gap, lengths=(1, 2, 1, 2)):
-  """Returns (t, y, x) of the tokens of clips of 2x4 latents."""
-  clips = tuple(np.zeros((length, 2, 4, 3), np.float32) for length in lengths)
+def positions(clip_gap, lengths=(1, 2, 1, 2), width=4):
+  """Returns (t, y, x) of the tokens of clips, two latents high."""
+  clips = tuple(np.zeros((length, 2, width, 3), np.float32) for length in lengths)
   sentence = Sentence(clips=clips, roles=reference_roles(len(clips)))
   prompt = np.zeros((1, 8))
   features = sentence_features(sentence, patch_size=(1, 2, 2), prompt_embedding=prompt, text_len=4, clip_gap=clip_gap)
@@ -32,11 +32,16 @@ class TestPositions:
 
   def test_positions_must_exist(self):
     assert positions(339, lengths=(1, 1, 1, 4))[-1, 0] == 1023
-    message = (
-      "config.model.clip_gap = 340 is too large: a sentence of 4 clips ends at time 1026, and positions end at 1023"
-    )
+    message = "a sentence of 4 clips with config.model.clip_gap = 340 is too long: it takes 1027 latent frames"
     with pytest.raises(UserError, match=message):
       positions(340, lengths=(1, 1, 1, 4))
+
+  def test_positions_must_exist_without_gaps_too(self):
+    assert positions(0, lengths=(256,) * 4)[-1, 0] == 1023
+    with pytest.raises(UserError, match="a sentence of 4 clips is too long: it takes 1025 latent frames"):
+      positions(0, lengths=(256, 256, 256, 257))
+    with pytest.raises(UserError, match="a frame of 1 x 1025 tokens is too large: the model has positions for 1024"):
+      positions(0, lengths=(1,), width=2050)
 
   @pytest.mark.parametrize("gap", [-1, 1024])
   def test_invalid(self, tiny_config, gap):

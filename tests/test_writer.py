@@ -100,17 +100,36 @@ def test_sound_is_copied_as_far_as_the_video_lasts(tmp_path: Path, suffix: str, 
   assert read_numbers(read_clip(tmp_path / f"clip{suffix}").frames) == list(range(25))
 
 
-def write_video_with_sound(path: Path, codec: str, *, seconds: float) -> None:
+@pytest.mark.parametrize("codec", ["aac", "libopus"])
+def test_sound_that_starts_late_or_pauses_stays_where_it_was(tmp_path: Path, codec: str):
+  """Whether it is copied or encoded again."""
+  write_video_with_sound(tmp_path / "source.mkv", codec, seconds=3.0, silent=((0.0, 1.0), (1.5, 2.0)))
+  write_clip(tmp_path / "clip.mp4", numbered_frames(75), fps=25, audio_from=tmp_path / "source.mkv")
+  loudness = np.zeros(60)  # in twentieths of a second
+  with av.open(str(tmp_path / "clip.mp4")) as container:
+    for frame in container.decode(container.streams.audio[0]):
+      loudness[min(59, round(frame.time * 20))] += np.abs(frame.to_ndarray().astype(np.float64)).mean()
+  is_loud = loudness > loudness.max() / 10
+  assert not is_loud[1:18].any() and is_loud[22:28].all() and not is_loud[33:37].any() and is_loud[43:58].all()
+
+
+def write_video_with_sound(
+  path: Path, codec: str, *, seconds: float, silent: tuple[tuple[float, float], ...] = ()
+) -> None:
+  """Writes a video with a tone, whose stream has no packets where it is silent."""
+  rate = 48000 if codec == "libopus" else 44100  # Opus has no other
   with av.open(str(path), "w") as container:
-    video, audio = container.add_stream("libx264", rate=25), container.add_stream(codec, rate=44100)
+    video, audio = container.add_stream("libx264", rate=25), container.add_stream(codec, rate=rate)
     video.width, video.height, video.pix_fmt, audio.layout = 64, 48, "yuv420p", "mono"
     for frame in numbered_frames(round(25 * seconds)):
       container.mux(video.encode(av.VideoFrame.from_ndarray(frame)))
     container.mux(video.encode())
-    tone = (np.sin(np.arange(round(44100 * seconds)) * 440 * 2 * np.pi / 44100) * 20000).astype(np.int16)
+    tone = (np.sin(np.arange(round(rate * seconds)) * 440 * 2 * np.pi / rate) * 20000).astype(np.int16)
     for start in range(0, len(tone), 1024):
+      if any(first <= start / rate < last for first, last in silent):
+        continue
       part = av.AudioFrame.from_ndarray(tone[None, start : start + 1024], format="s16", layout="mono")
-      part.rate, part.pts = 44100, start
+      part.rate, part.pts = rate, start
       container.mux(audio.encode(part))
     container.mux(audio.encode())
 

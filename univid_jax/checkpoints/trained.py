@@ -53,7 +53,9 @@ def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
 def expert_configs(config: RunConfig) -> list[RunConfig]:
   """Returns a config for each transformer of a run's model, trained or not, by which `load_base` loads it."""
   has_other = bool(config.init_from) and len(PretrainedCheckpoint.open(config.init_from).transformers) > 1
-  return split_config(override(config, {"model.expert": str(TrainedExpert.BOTH)}) if has_other else config)
+  if not has_other:
+    return split_config(config)
+  return [override(config, {"model.expert": str(expert)}) for expert in TrainedExpert.BOTH.parts]
 
 
 def restore_transformer(

@@ -12,6 +12,7 @@ from etils import epath
 from tqdm import tqdm
 
 import univid_jax
+from univid_jax.checkpoints.casting import cast, count_nonfinite
 from univid_jax.checkpoints.checksums import combine_digests, tensor_digest, write_checksums
 from univid_jax.checkpoints.info import CheckpointInfo, ComponentInfo
 from univid_jax.checkpoints.layerwise import describe_parts, quantize_on_host
@@ -235,18 +236,10 @@ def read_as(source: Source, name: str, dtype: np.dtype) -> tuple[np.ndarray, int
     UserError: finite numbers are too large for the dtype.
   """
   tensor = source.tensors.read(name)
-  count = _count_nonfinite(tensor)
-  if tensor.dtype == dtype:
-    return tensor, count
-  with np.errstate(all="ignore"):
-    converted = tensor.astype(dtype)
-  if (overflows := _count_nonfinite(converted) - count) > 0:
-    raise UserError(f"{source.path}: {overflows:,} numbers of {name} are too large for {dtype}; choose another --dtype")
-  return converted, count
-
-
-def _count_nonfinite(array: np.ndarray) -> int:
-  return array.size - int(np.count_nonzero(np.isfinite(array)))
+  try:
+    return cast(name, tensor, dtype), count_nonfinite(tensor)
+  except UserError as error:
+    raise UserError(f"{source.path}: {error}") from None
 
 
 def _make_contiguous(array: np.ndarray) -> np.ndarray:

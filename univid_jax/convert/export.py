@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from univid_jax.checkpoints.casting import cast
 from univid_jax.checkpoints.checksums import verified
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo, numpy_dtype, save_safetensors, save_torch
@@ -203,7 +204,7 @@ class LazyTensors(Mapping[str, np.ndarray]):
 
   def __getitem__(self, name: str) -> np.ndarray:
     value = self._file.read(name)
-    return np.ascontiguousarray(value if self._dtype is None else value.astype(numpy_dtype(self._dtype)))
+    return np.ascontiguousarray(value if self._dtype is None else cast(name, value, numpy_dtype(self._dtype)))
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._file.infos)

@@ -10,6 +10,7 @@ from flax import traverse_util
 
 import univid_jax
 from univid_jax.checkpoints import weights_file
+from univid_jax.checkpoints.casting import cast
 from univid_jax.checkpoints.checksums import combine_digests, tensor_digest, write_checksums
 from univid_jax.checkpoints.info import CheckpointInfo, ComponentInfo
 from univid_jax.checkpoints.model import transformer_config
@@ -49,7 +50,7 @@ def write_trained_base(
   _, params = restore_transformer(saved, config, make_mesh({"data": 1, "fsdp": -1}))
   stored = numpy_dtype(dtype or config.model.param_dtype)
   flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(params))
-  arrays = {path: np.asarray(value).astype(stored) for path, value in flat.items()}
+  arrays = {path: cast(".".join(path), np.asarray(value), stored) for path, value in flat.items()}
   digests = {(name := ".".join(path)): tensor_digest(name, value) for path, value in arrays.items()}
   size = sum(value.nbytes for value in arrays.values())
   component = ComponentInfo(

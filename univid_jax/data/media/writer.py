@@ -1,5 +1,6 @@
 """Writes clips: images, videos that players accept, folders of frames and arrays."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.audio.resampler import AudioResampler
+from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
 from av.error import FFmpegError
+from av.filter import Graph
 from av.packet import Packet
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
@@ -278,12 +280,39 @@ def _encode_sound(
   stream = container.add_stream(ENCODERS[codec], rate=rate)
   assert isinstance(stream, AudioStream)
   stream.layout = track.layout.name if track.layout.nb_channels <= 2 else "stereo"
-  resampler = AudioResampler(format=stream.format.name, layout=stream.layout.name, rate=rate)
+  graph = _make_resampler(track, format=stream.format.name, layout=stream.layout.name, rate=rate)
   packets: list[Packet] = []
+  position = Fraction(0)
   for frame in source.decode(track):
-    time = (frame.pts or 0) * (frame.time_base or Fraction(0)) - origin
-    if 0 <= time < end:
-      frame.pts = None
-      for part in resampler.resample(frame):
-        packets.extend(stream.encode(part))
+    if frame.pts is not None and frame.time_base:
+      position = frame.pts * frame.time_base - origin
+    if 0 <= position < end:
+      frame.pts, frame.time_base = round(position * frame.sample_rate), Fraction(1, frame.sample_rate)
+      graph.push(frame)
+      packets.extend(packet for part in _pull(graph) for packet in stream.encode(part))
+    position += Fraction(frame.samples, frame.sample_rate)
+  graph.push(None)
+  packets.extend(packet for part in _pull(graph) for packet in stream.encode(part))
   return packets + stream.encode(None)
+
+
+def _pull(graph: Graph) -> Iterator[AudioFrame]:
+  """Yields the sound that a graph has ready."""
+  with contextlib.suppress(BlockingIOError, EOFError):
+    while True:
+      frame = graph.pull()
+      assert isinstance(frame, AudioFrame)
+      yield frame
+
+
+def _make_resampler(track: AudioStream, *, format: str, layout: str, rate: int) -> Graph:
+  """Returns a graph of filters that converts sound, and adds silence before it starts and where it has gaps."""
+  graph = Graph()
+  graph.link_nodes(
+    graph.add_abuffer(template=track, time_base=Fraction(1, track.rate)),
+    graph.add("aresample", f"{rate}:async=1:first_pts=0"),
+    graph.add("aformat", f"sample_fmts={format}:channel_layouts={layout}"),
+    graph.add("abuffersink"),
+  )
+  graph.configure()
+  return graph

@@ -155,17 +155,20 @@ def _positions(
   """Returns (t, y, x) of each token of a sentence; time runs on from clip to clip, after a gap.
 
   Raises:
-    UserError: the gaps are too large.
+    UserError: the model has no positions for so long a sentence or so large a frame.
   """
   positions, start = [], 0
   for shape in shapes:
     t, y, x = (n // p for n, p in zip(shape, patch_size))
+    if max(y, x) > MAX_POSITION:
+      raise UserError(f"a frame of {y} x {x} tokens is too large: the model has positions for {MAX_POSITION} each way")
     positions.append(_clip_positions(t, y, x) + np.array([start, 0, 0], np.int32))
     start += t + clip_gap
-  if clip_gap and start - clip_gap > MAX_POSITION:
+  if (length := start - clip_gap) > MAX_POSITION:
+    gaps = f" with config.model.clip_gap = {clip_gap}" * bool(clip_gap)
     raise UserError(
-      f"config.model.clip_gap = {clip_gap} is too large: a sentence of {len(shapes)} clips ends at time "
-      f"{start - clip_gap - 1}, and positions end at {MAX_POSITION - 1}"
+      f"a sentence of {len(shapes)} clips{gaps} is too long: it takes {length} latent frames, and the model has "
+      f"positions for {MAX_POSITION}"
     )
   return np.concatenate(positions)
 
