@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from tests.stand_ins import open_bucket
 from univid_jax.checkpoints.lora.folder import write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, lora_tensors, write_lora
 from univid_jax.checkpoints.lora.kinds import DoRALayer
@@ -21,6 +22,7 @@ from univid_jax.checkpoints.lora.reading import parse_lora, read_lora
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo
 from univid_jax.cli.sampling import parse_lora_flag
 from univid_jax.convert.__main__ import main as convert
+from univid_jax.core import bucket_files
 from univid_jax.core.errors import UserError
 from univid_jax.inference.load import load_pipeline
 from univid_jax.models.changes import kernel_change
@@ -439,3 +441,36 @@ def test_any_file_is_read_or_refused(tensors, config):
     lora_tensors(lora, "comfyui")
   except UserError as error:
     assert "\n" not in str(error)
+
+
+class TestBuckets:
+  @pytest.fixture
+  def bucket(self, tmp_path, monkeypatch):
+    monkeypatch.setattr(bucket_files, "CACHE_FOLDER", str(tmp_path / "cache"))
+    return open_bucket("loras")
+
+  @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+  def test_files(self, bucket, name):
+    """With their sidecars, and without that of a file of the same name that was there before."""
+    lora = lora_from(pair(alpha=np.array(1.0)))
+    write_lora(bucket / name, lora, "univid" if name.endswith(".ckpt") else "comfyui", metadata={"note": "first"})
+    found = read_lora(bucket / name)
+    same(found, lora)
+    assert found.metadata["note"] == "first"
+    for path in bucket.glob("*.json"):
+      path.unlink()
+      assert "note" not in read_lora(bucket / name).metadata
+
+  def test_a_folder_of_peft_is_read_with_its_config(self, bucket, tmp_path):
+    folder = write_adapter(tmp_path / "adapter", {"r": 2, "lora_alpha": 16})
+    for path in folder.iterdir():
+      (bucket / path.name).write_bytes(path.read_bytes())
+    for path in (bucket, bucket / "adapter_model.safetensors"):
+      same(read_lora(path), read_lora(folder))
+
+  def test_errors_keep_the_name(self, bucket):
+    (bucket / "folder" / "x.txt").write_text("")
+    with pytest.raises(UserError, match=r"s3://bucket/loras/folder is a folder without lora\.json"):
+      read_lora(bucket / "folder")
+    with pytest.raises(FileNotFoundError, match="s3://bucket/loras/none"):
+      read_lora(bucket / "none.safetensors")

@@ -9,6 +9,7 @@ import pytest
 from tests.numbered_videos import FFMPEG, encode_video, numbered_frames, read_numbers, read_with_ffmpeg
 from tests.test_long_video import moving_video
 from tests.typecheck import unchecked
+from univid_jax.cli.sampling import plan_requests
 from univid_jax.core.errors import UserError
 from univid_jax.data.media.reader import read_clip
 from univid_jax.data.media.writer import check_target, write_clip, write_frames
@@ -139,6 +140,18 @@ def test_videos_without_sound_give_none(tmp_path: Path):
   write_clip(tmp_path / "clip.mp4", numbered_frames(3), audio_from=tmp_path / "silent.mp4")
   write_clip(tmp_path / "clip.png", numbered_frames(1), audio_from=tmp_path / "silent.mp4")
   assert len(read_clip(tmp_path / "clip.mp4").frames) == 3
+
+
+def test_buckets_are_refused_by_name(tmp_path: Path, monkeypatch):
+  """Instead of a local folder gs:, which nobody looks for."""
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="gs://bucket/B2.png is in a bucket"):
+    write_clip("gs://bucket/B2.png", numbered_frames(1))
+  with pytest.raises(UserError, match="gs://bucket/B2.png is in a bucket"):
+    plan_requests(["a.png", "a2.png", "b.png"], [], "gs://bucket/B2.png")
+  with pytest.raises(UserError, match="gs://bucket/a.mp4 is in a bucket"):
+    read_clip("gs://bucket/a.mp4")
+  assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_written_to_a_wrong_target(tmp_path: Path):

@@ -14,7 +14,7 @@ from univid_jax.cli.flags import UsageError
 from univid_jax.cli.results import check_result
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle, SolverName
-from univid_jax.core.paths import require_writable
+from univid_jax.core.paths import require_local, require_writable
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media.color import MAX_PIXELS
 from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign
@@ -173,7 +173,9 @@ def plan_requests(
   Raises:
     UsageError: there is no context or no query, the result has no name, an example pair is incomplete, or two queries
       have the same name.
+    UserError: `out` is in a bucket.
   """
+  require_local(out)
   if not clips and not first_frame:
     raise UsageError("--clips is missing: the context in order, A, A', B")
   if queries and first_frame:

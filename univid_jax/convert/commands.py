@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from etils import epath
 
@@ -31,6 +30,7 @@ from univid_jax.convert.trained_base import write_trained_base
 from univid_jax.convert.verify import verify_release
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, parse_option
+from univid_jax.core.paths import require_local
 
 # LoRAs are several if a run has trained both experts. A record is that of a run that trained the whole model.
 Found = CheckpointInfo | list[LoRAWeights] | RunRecord | Release
@@ -56,7 +56,7 @@ def find_weights(source: str) -> Found:
     return read_run_loras(path) if record.config.lora.enabled else record
   if is_lora_folder(path) or is_peft_folder(path) or (path.is_file() and is_lora(open_tensors(source).infos)):
     return [read_lora(source)]
-  return find_release(Path(source))
+  return find_release(require_local(source))
 
 
 def inspect(source: str) -> str:
@@ -178,7 +178,7 @@ def verify(source: str, destination: str, *, allow_missing: Sequence[str] = ()) 
 
   Raises: see `convert_any`.
   """
-  release = find_release(Path(source))
+  release = find_release(require_local(source))
   if not is_checkpoint(destination):
     logger.info(convert_any(source, destination, allow_missing=allow_missing))
   return verify_release(release, destination, allow_missing=allow_missing)

@@ -95,5 +95,16 @@ def make_absolute(path: epath.PathLike) -> epath.Path:
   return path if is_remote(path) else path.resolve()  # etils would take gs:// for the name of a local folder
 
 
+def require_local(path: str | os.PathLike) -> Path:
+  """Returns a path as pathlib's, which would take gs:// for the name of a local folder.
+
+  Raises:
+    UserError: the path is in a bucket.
+  """
+  if is_remote(path):
+    raise UserError(f"{os.fspath(path)} is in a bucket, and has to be a path on this machine")
+  return Path(path)
+
+
 def is_remote(path: epath.PathLike) -> bool:
   return "://" in str(epath.Path(path))

@@ -1,9 +1,9 @@
 """What the pixels of targets represent: labels, depth and normals to colours, and back. Grids: `tasks.grids`."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Float, Integer, UInt8
 from PIL import Image
 
@@ -60,7 +60,7 @@ def read_palette(path: str) -> UInt8[np.ndarray, "labels 3"]:
   """
   if not path:
     return label_colors(np.arange(_VOC_LABELS))
-  lines = [line.replace(",", " ").split() for line in Path(path).read_text().splitlines() if line.strip()]
+  lines = [line.replace(",", " ").split() for line in epath.Path(path).read_text().splitlines() if line.strip()]
   try:
     colors = np.atleast_2d(np.array(lines, int))
   except ValueError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from univid_jax.checkpoints.checksums import has_checksums, require_seal, verified
 from univid_jax.checkpoints.lora.building import PartsError, build_changes
@@ -18,8 +19,10 @@ from univid_jax.checkpoints.lora.scaling import CONFIG_FILE, PeftScaling, find_a
 from univid_jax.checkpoints.lora.sidecar import read_sidecar, sidecar_path
 from univid_jax.checkpoints.lora.weights import SCALE_OF_ONE, LoRAWeights
 from univid_jax.checkpoints.tensor_files import TensorFile, open_tensors
+from univid_jax.core.bucket_files import copy_file, copy_to_local
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_LORA_SCALE
+from univid_jax.core.paths import is_remote
 
 
 def is_peft_folder(path: os.PathLike | str) -> bool:
@@ -27,11 +30,11 @@ def is_peft_folder(path: os.PathLike | str) -> bool:
   return (Path(path) / CONFIG_FILE).is_file()
 
 
-def read_lora(path: os.PathLike | str, *, verify: bool = True) -> LoRAWeights:
+def read_lora(path: epath.PathLike, *, verify: bool = True) -> LoRAWeights:
   """Reads a LoRA: a file of any trainer, a folder of PEFT, or this project's own.
 
   Args:
-    path: of the file or folder.
+    path: of the file or folder, local or in a bucket.
     verify: whether to compare it with its checksums, if it has any.
 
   Raises:
@@ -42,16 +45,35 @@ def read_lora(path: os.PathLike | str, *, verify: bool = True) -> LoRAWeights:
   if is_lora_folder(path) or has_checksums(path):
     with verified(path, enabled=verify):
       return read_lora_folder(path)
-  if is_peft_folder(path):
-    found = find_adapter(Path(path))
+  local = _local_copy(path) if is_remote(path) else Path(path)
+  if is_peft_folder(local):
+    found = find_adapter(local)
     if found is None:
       raise FileNotFoundError(f"{path} has {CONFIG_FILE}, but no adapter_model.safetensors")
-    path = found
-  if Path(path).is_dir():
+    local = found
+  if local.is_dir():
     raise UserError(f"{path} is a folder without lora.json or {CONFIG_FILE}: pass the LoRA file itself")
   if verify:
-    require_seal(Path(path), sidecar_path(Path(path)))
-  return parse_lora(open_tensors(path))
+    require_seal(local, sidecar_path(local))
+  return parse_lora(open_tensors(local))
+
+
+def _local_copy(path: epath.PathLike) -> Path:
+  """Copies a LoRA in a bucket with what belongs to it: the sidecar of a file, all of a folder of PEFT."""
+  remote = epath.Path(path)
+  if any((folder / CONFIG_FILE).exists() for folder in (remote, remote.parent)):
+    return Path(copy_to_local(str(path)))
+  if remote.is_dir():
+    raise UserError(f"{path} is a folder without lora.json or {CONFIG_FILE}: pass the LoRA file itself")
+  if not remote.exists():
+    raise FileNotFoundError(f"no such file or folder: {path}")
+  copy = copy_file(path)
+  for name in (sidecar_path(remote).name, CONFIG_FILE):
+    if (neighbour := remote.with_name(name)).exists():
+      copy_file(neighbour)
+    else:
+      copy.with_name(name).unlink(missing_ok=True)  # of what was there before
+  return copy
 
 
 def parse_lora(file: TensorFile) -> LoRAWeights:

@@ -14,7 +14,7 @@ from av.error import FFmpegError
 from jaxtyping import Int, UInt8
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import is_lfs_pointer
+from univid_jax.core.paths import is_lfs_pointer, require_local
 from univid_jax.data.media.color import Frame
 from univid_jax.data.media.images import read_animation, read_image_frames
 from univid_jax.data.media.schedule import Schedule
@@ -107,7 +107,7 @@ def read_clip(
   """
   path = _clip_path(path)
   if start < 0 or (num_frames is not None and num_frames < 1) or (fps is not None and not 0 < fps < math.inf):
-    raise UserError(f"start, num_frames and fps are positive, got {start}, {num_frames} and {fps}")
+    raise UserError(f"start must be at least 0, num_frames and fps positive: got {start}, {num_frames} and {fps}")
   with _named_errors(path):
     if path.is_dir():
       files = list_frames(path)
@@ -138,7 +138,7 @@ def read_parts(path: str | os.PathLike, spans: Sequence[tuple[int, int]], *, fps
   Raises:
     FileNotFoundError, UserError: see `read_clip`.
   """
-  path = Path(path)
+  path = _clip_path(path)
   if len(spans) == 1 or path.is_dir() or path.suffix.lower() not in VIDEO_SUFFIXES or _is_animation(path):
     return [read_clip(path, start, count, fps).frames for start, count in spans]
   with _named_errors(path):
@@ -202,7 +202,7 @@ def list_frames(folder: Path) -> list[Path]:
 def _clip_path(path: str | os.PathLike) -> Path:
   if not os.fspath(path):
     raise UserError("a clip needs a name, got an empty one")  # Path would make it the current folder
-  return Path(path)
+  return require_local(path)
 
 
 @contextlib.contextmanager

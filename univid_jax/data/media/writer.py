@@ -24,6 +24,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.paths import require_local
 from univid_jax.data.media.decoding import open_video
 from univid_jax.data.media.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames
 from univid_jax.data.media.timeline import read_timeline
@@ -59,10 +60,11 @@ def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
     num_frames: None if it is not known yet.
 
   Raises:
-    UserError: the suffix is unknown, there is a folder of this name, or several frames are to be written to an image.
+    UserError: the path is in a bucket, the suffix is unknown, there is a folder of this name, or several frames are to
+      be written to an image.
     OSError: the name is too long.
   """
-  path = Path(path)
+  path = require_local(path)
   suffix = path.suffix.lower()
   if suffix in IMAGE_SUFFIXES and num_frames not in (None, 1):
     raise UserError(f"cannot write {num_frames} frames to the image {path}: use .mp4, or NAME/ for a folder of PNGs")
@@ -114,8 +116,8 @@ def write_frames(
   Raises:
     UserError: see `check_target`; nothing is written then.
   """
-  path = Path(path)
   check_target(path, num_frames)
+  path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(PARTIAL + path.name)
   if partial.is_dir():
