@@ -339,7 +339,7 @@ def test_a_profile_of_sampling_has_named_annotations(tmp_path):
     def __init__(self):
       pass
 
-    def sample(self, clips, num_inference_steps):
+    def sample(self, clips, num_inference_steps, num_frames):
       jax.block_until_ready(jax.numpy.ones(3) + 1)
       assert num_inference_steps == 2
 
@@ -351,7 +351,7 @@ def test_a_profile_of_sampling_has_named_annotations(tmp_path):
   write_clip(tmp_path / "a.png", np.zeros((1, 16, 16, 3), np.uint8))
   request = Request((str(tmp_path / "a.png"),) * 3, tmp_path / "out.png")
   form = ClipFormat(size=(16, 16), num_frames=5)
-  line = RequestRunner(Stub(), form, {"num_inference_steps": 9}, {}).profile(request, 2)
+  line = RequestRunner(Stub(), form, {"num_inference_steps": 9, "num_frames": None}, {}).profile(request, 2)
   assert line.endswith(str(tmp_path / "profile"))
   (trace,) = (tmp_path / "profile").rglob("*.trace.json.gz")
   names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}

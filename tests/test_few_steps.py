@@ -114,6 +114,7 @@ def test_kinds_are_inferred_from_names(name, kind):
 
 def test_the_parts_of_a_distillation(tmp_path):
   (tmp_path / "a:b").touch()
+  (tmp_path / "a:0.5").touch()
   for text, expected in {
     "x.pt": ("x.pt", 1.0, ""),
     "x.pt:0.5": ("x.pt", 0.5, ""),
@@ -121,6 +122,8 @@ def test_the_parts_of_a_distillation(tmp_path):
     "x.pt:0.5:lightning": ("x.pt", 0.5, "lightning"),
     "gs://bucket/x": ("gs://bucket/x", 1.0, ""),
     f"{tmp_path}/a:b": (f"{tmp_path}/a:b", 1.0, ""),
+    f"{tmp_path}/a:0.5": (f"{tmp_path}/a:0.5", 1.0, ""),
+    "x.pt:0.5:0.7": ("x.pt:0.5", 0.7, ""),
   }.items():
     assert split_distillation(text) == expected
   distill = str(CASES / "distill_diff.safetensors")

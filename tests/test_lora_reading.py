@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from tests.stand_ins import open_bucket
+from univid_jax.checkpoints.experts import split_weight
 from univid_jax.checkpoints.lora.folder import write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, lora_tensors, write_lora
 from univid_jax.checkpoints.lora.kinds import DoRALayer
 from univid_jax.checkpoints.lora.names import parse_name
 from univid_jax.checkpoints.lora.reading import parse_lora, read_lora
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo
-from univid_jax.cli.sampling import parse_lora_flag
 from univid_jax.convert.__main__ import main as convert
 from univid_jax.core import bucket_files
 from univid_jax.core.errors import UserError
@@ -299,7 +299,7 @@ class TestRefused:
     "lora, message",
     [
       (("x.safetensors", float("nan")), r"the weight of the LoRA x\.safetensors must be a finite number, got nan"),
-      ([parse_lora_flag("x.safetensors:inf")], r"must be a finite number, got inf"),
+      ([split_weight("x.safetensors:inf")], r"must be a finite number, got inf"),
     ],
   )
   def test_bad_arguments(self, lora, message, tmp_path):

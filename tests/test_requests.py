@@ -86,7 +86,7 @@ def test_changes_are_reported_once_and_recorded(tmp_path: Path, caplog):
 def test_what_training_has_not_shown_is_said_once(tmp_path: Path, caplog, monkeypatch):
   usage = Usage(sizes=((16, 24), (24, 16)), num_frames=17, fit=ClipFit.PAD, fps=8.0)
   monkeypatch.setattr(EchoPipeline, "usage", usage)
-  monkeypatch.setattr("univid_jax.cli.requests.padded_size", lambda size, pipeline: size)
+  monkeypatch.setattr("univid_jax.cli.context_reader.padded_size", lambda size, pipeline: size)
   image = str(write_image(tmp_path / "a.png", size=(40, 24)))
 
   def said(sampling: RequestRunner, *names: str) -> list[str]:

@@ -17,12 +17,15 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
+from univid_jax.core.sentence import read_frames
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.prepare import prepare
 from univid_jax.data.rows.loader import make_loader
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.evaluation.sentences import plan_sentences
+from univid_jax.training.validation import select_sentences
 
 CASES = Path(__file__).parent / "cases" / "videos"
 CORRUPT, PLAIN = CASES / "corrupt.mp4", CASES / "plain.mp4"
@@ -109,6 +112,29 @@ def test_prepare_finds_damaged_frames(tmp_path, caplog, kind, has_base):
   done = prepare(features, data, row_shape=ROWS, allow_dropped=True)
   assert done.dropped and all(path.name in each.reason for each in done.dropped)
   assert len(caplog.messages) == len(done.dropped)
+
+
+def test_a_file_that_vanishes_stops_no_others(tmp_path):
+  """Where the key of a clip is a hash of its file."""
+  config, path = write_data(tmp_path / "data", "metadata", PLAIN)
+  data = open_data(override(config, {"init_from": "base"}))
+  path.unlink()
+  done = prepare(make_features(config, data, tmp_path), data, row_shape=ROWS, allow_dropped=True)
+  assert done.dropped and all("bad.mp4" in each.reason for each in done.dropped) and done.num_encoded
+
+
+def test_damaged_held_out_pairs_are_left_out_of_validation_and_evaluation(tmp_path, caplog):
+  config, _ = write_data(tmp_path / "data", "pairs", PLAIN)
+  write_data(tmp_path / "test", "pairs", CORRUPT)
+  config = override(config, {"data.test_pairs": str(tmp_path / "test"), "eval.sentences_per_case": 3})
+  data = open_data(config)
+  with pytest.raises(UserError, match=r"target\.mp4: frame \d+"):
+    [read_frames(clip) for sentence in select_sentences(data, config)[0] for clip in sentence.clips]
+  config = override(config, {"data.allow_dropped": True})
+  planned = [sentence.read() for sentence in plan_sentences(config, data.held_out)]
+  for sentences in (select_sentences(data, config)[0], planned):
+    assert sentences and all(len(read_frames(clip)) for sentence in sentences for clip in sentence.clips)
+  assert any("dropped: edges/b" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -84,6 +84,12 @@ def test_another_fit_of_the_first_frame_is_said(pipeline, tmp_path, caplog, shap
   assert ("padded with black instead of cropped" in caplog.text) == is_said
 
 
+def test_a_profile_without_context_begins_with_the_first_frame(pipeline, tmp_path):
+  write_clip(tmp_path / "first.png", moving_video(1, (16, 16)))
+  sampling = runner(pipeline, first_frame=str(tmp_path / "first.png"))
+  assert sampling.profile(Request((), tmp_path / "out.mp4"), 1).startswith("wrote a profile of 1 steps")
+
+
 def test_the_bar_has_a_total_from_the_beginning(pipeline, clips, tmp_path, capfd):
   runner(pipeline).run(Request(clips, tmp_path / "out.npy"))
   err = capfd.readouterr().err

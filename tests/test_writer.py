@@ -145,11 +145,11 @@ def test_videos_without_sound_give_none(tmp_path: Path):
 def test_buckets_are_refused_by_name(tmp_path: Path, monkeypatch):
   """Instead of a local folder gs:, which nobody looks for."""
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(UserError, match="gs://bucket/B2.png is in a bucket"):
+  with pytest.raises(UserError, match=r"gs://bucket/B2\.png is in a bucket"):
     write_clip("gs://bucket/B2.png", numbered_frames(1))
-  with pytest.raises(UserError, match="gs://bucket/B2.png is in a bucket"):
+  with pytest.raises(UserError, match=r"gs://bucket/B2\.png is in a bucket"):
     plan_requests(["a.png", "a2.png", "b.png"], [], "gs://bucket/B2.png")
-  with pytest.raises(UserError, match="gs://bucket/a.mp4 is in a bucket"):
+  with pytest.raises(UserError, match=r"gs://bucket/a\.mp4 is in a bucket"):
     read_clip("gs://bucket/a.mp4")
   assert not list(tmp_path.iterdir())
 

@@ -44,15 +44,15 @@ def main() -> None:
     import gradio  # noqa: F401
   except ModuleNotFoundError as error:
     raise UserError("the demo needs Gradio: pip install 'univid_jax[demo]'") from error
+  from univid_jax.checkpoints.experts import split_weight
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.page import CSS, Page
   from univid_jax.cli.page_session import Offer, Session, find_checkpoints
-  from univid_jax.cli.sampling import parse_lora_flag
 
   enable_compilation_cache()
   offer = Offer(
     checkpoints=CHECKPOINT.value or find_checkpoints(),
-    loras=[parse_lora_flag(item) for item in LORA.value],
+    loras=[split_weight(item) for item in LORA.value],
     distillation=ACCELERATE.value,
     flags=FLAGS.given(MODEL_FLAGS),
   )

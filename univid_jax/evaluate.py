@@ -39,8 +39,9 @@ def main() -> None:
   import jax
 
   import univid_jax
+  from univid_jax.checkpoints.experts import split_weight
   from univid_jax.checkpoints.origin import Origin
-  from univid_jax.cli.sampling import group_loras, parse_lora_flag
+  from univid_jax.cli.sampling import group_loras
   from univid_jax.data.sources.open import open_data
   from univid_jax.evaluation import exact
   from univid_jax.evaluation.run import evaluate
@@ -49,7 +50,7 @@ def main() -> None:
 
   config, workdir = CONFIG.value, WORKDIR.value
   folder = OUT.value or f"{workdir}/evaluation"
-  loras = [parse_lora_flag(item) for item in LORA.value]
+  loras = [split_weight(item) for item in LORA.value]
   grouped = group_loras(loras)
   verify = VERIFICATION.verify_weights
   distillation = read_distillation(ACCELERATE.value, verify=verify) if ACCELERATE.value else None

@@ -79,13 +79,13 @@ class QueryRunner:
   def _group(self, requests: Sequence[Request]) -> Mapping[Shape, list[Request]]:
     groups: dict[Shape, list[Request]] = {}
     for request in requests:
-      groups.setdefault(context_shape(request.clips[-1], self.runner.form_of(request)), []).append(request)
+      groups.setdefault(context_shape(request.clips[-1], self.runner.reader.form_of(request)), []).append(request)
     return groups
 
   def _bucket(self, request: Request, shape: Shape) -> tuple[int, int]:
     """Returns the numbers of tokens, and of target tokens, of the rows that a sentence is padded to."""
     pipeline, arguments = self.runner.pipeline, self.runner.arguments
-    examples = self.runner.read_examples(request, self.runner.form_of(request).for_shape(shape[1:]))
+    examples = self.runner.reader.read_examples(request, self.runner.reader.form_of(request).for_shape(shape[1:]))
     lengths = [*(len(clip.frames) for clip in examples), shape[0]]
     lengths.append(arguments["num_frames"] or infer_length(lengths))
     tokens = [math.prod(pipeline.latent_shape((length, *shape[1:]))) // pipeline.config.patch_volume

@@ -1,6 +1,7 @@
 """Runs requests: samples, and writes for each the clip and how it was made."""
 
 import dataclasses
+import functools
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,13 +14,13 @@ from tqdm import tqdm
 
 import univid_jax
 from univid_jax import Pipeline
+from univid_jax.cli.context_reader import ContextReader
 from univid_jax.cli.results import check_result, grid_path, is_finished, remove_record, write_record
 from univid_jax.cli.sampling import Request
-from univid_jax.cli.training_differences import find_differences
-from univid_jax.cli.whole_videos import StepProgress, WholeQuery, WholeVideo, padded_size
+from univid_jax.cli.whole_videos import StepProgress, WholeQuery, WholeVideo
 from univid_jax.core.options import SolverName
 from univid_jax.core.paths import require_writable
-from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate, read_context
+from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate
 from univid_jax.data.media.reader import Frames, probe
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import concatenate_clips
@@ -85,9 +86,11 @@ class RequestRunner:
   is_warm_up: bool = False
   progress: StepProgress | None = None
   preview: Preview | None = None
-  _reported: set[str] = dataclasses.field(default_factory=set)
-  _differences: set[str] = dataclasses.field(default_factory=set)
-  _examples: dict[Any, list[ContextClip]] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def reader(self) -> ContextReader:
+    """Reads the clips of requests."""
+    return ContextReader(self.pipeline, self.form, keep_size=self.keep_size, first_frame=self.first_frame)
 
   def run(self, request: Request) -> str:
     """Samples one request and returns a line that describes the result.
@@ -99,9 +102,9 @@ class RequestRunner:
     if query is not None:
       return self.run_whole(request, query)
     prepared = self.prepare(request)
-    arguments = dict(self.arguments) if self.preview is None else {**self.arguments, "preview": self.preview}
-    if prepared.first is not None:
-      arguments |= {"first_frame": prepared.first.frames[0], "num_frames": prepared.record["num_frames"]}
+    arguments = self._arguments(prepared.first, prepared.record["num_frames"])
+    if self.preview is not None:
+      arguments["preview"] = self.preview
     total = self.num_steps
     with tqdm(total=total, desc="sample", unit="step") as bar:
 
@@ -122,24 +125,22 @@ class RequestRunner:
     """Returns the query of a request if it is longer than the model's clips, so that all of it is sampled."""
     if self.arguments["num_frames"] is not None or self.first_frame is not None:
       return None
-    form, path = self.form_of(request), request.clips[-1]
+    form, path = self.reader.form_of(request), request.clips[-1]
     query = WholeQuery.open(path, form, fps=self.video_fps, keep_size=self.keep_size)
-    if not query.is_longer(self.read_examples(request, form.for_shape(query.footage.size)), form):
+    if not query.is_longer(self.reader.read_examples(request, form.for_shape(query.footage.size)), form):
       return None
     return query.cut(form.num_frames + 4) if self.is_warm_up else query
 
   def prepare(self, request: Request) -> "PreparedRequest":
     """Reads the clips of a request, and checks that the result can be written."""
-    clips, first = self._read(request), self._read_first_frame(request)
-    num_frames = self.arguments["num_frames"]
-    if num_frames is None and not clips:
-      num_frames = self.form.num_frames
+    clips, first = self.reader.read(request), self.reader.read_first_frame(request)
+    count = self._count_frames(clips)
     frames = [clip.frames for clip in clips or ([] if first is None else [first])]
-    path, count = self._choose_path(request, frames, num_frames)
-    size = probe(self._shown_last(request)).size if self.keep_size else frames[-1].shape[1:3]
+    path = self._choose_path(request, frames[-1], count)
+    size = probe(self.reader.shown_last(request)).size if self.keep_size else frames[-1].shape[1:3]
     fps = frame_rate(clips) if clips else None
     shown: dict[str, Any] = {"size": frames[-1].shape[1:3], "num_frames": count, "fps": fps}
-    self._report_differences(request, clips, **shown, has_first_frame=first is not None)
+    self.reader.report_differences(request, clips, **shown, has_first_frame=first is not None)
     record = self._record([clip.describe() for clip in clips], num_frames=count, size=size, fps=fps)
     if first is not None:
       record["first_frame"] = first.describe()
@@ -170,15 +171,15 @@ class RequestRunner:
       query: of it.
       keep: whether a result of an earlier command is kept.
     """
-    examples = self.read_examples(request, query.footage.form)
+    examples = self.reader.read_examples(request, query.footage.form)
     for clip in examples:
-      self._report(clip.path, clip.changes)
-    self._report(str(query.footage.path), query.footage.describe_changes(query.footage.num_frames))
+      self.reader.report(clip.path, clip.changes)
+    self.reader.report(str(query.footage.path), query.footage.describe_changes(query.footage.num_frames))
     path = request.out.with_name(request.out.name + ".mp4") if request.needs_suffix else request.out
     num_frames = query.footage.num_frames
     check_result(path, request.clips, num_frames, grid=self.grid)
     shown: dict[str, Any] = {"size": query.footage.form.size, "num_frames": self.form.num_frames, "fps": query.fps}
-    self._report_differences(request, examples, **shown, has_first_frame=self.carry_context)
+    self.reader.report_differences(request, examples, **shown, has_first_frame=self.carry_context)
     clips = [*(clip.describe() for clip in examples), query.describe()]
     record = self._record(clips, num_frames=num_frames, size=query.size, fps=query.fps)
     record |= {"carry_context": self.carry_context, "window_frames": self.form.num_frames}
@@ -251,90 +252,46 @@ class RequestRunner:
       request: what to sample.
       steps: of the solver, if their number is free.
     """
-    is_fixed = self.arguments.get("sigmas") or self.arguments.get("solver") == SolverName.DISTILLED
-    arguments = dict(self.arguments) if is_fixed else {**self.arguments, "num_inference_steps": steps}
-    self.pipeline.sample([clip.frames for clip in self._read(request)], **arguments)  # compiles
+    clips = self.reader.read(request)
+    arguments = self._arguments(self.reader.read_first_frame(request), self._count_frames(clips))
+    if not arguments.get("sigmas") and arguments.get("solver") != SolverName.DISTILLED:  # which fix the number of steps
+      arguments["num_inference_steps"] = steps
+    self.pipeline.sample([clip.frames for clip in clips], **arguments)  # compiles
     folder = request.out.parent / "profile"
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # Python's calls would crowd out everything else
     with jax.profiler.trace(str(folder), profiler_options=options):
       with jax.profiler.TraceAnnotation("data"):
-        clips = self._read(request)
+        clips = self.reader.read(request)
       with jax.profiler.TraceAnnotation("step"):
         frames = self.pipeline.sample([clip.frames for clip in clips], **arguments).frames
       with jax.profiler.TraceAnnotation("save"), tempfile.TemporaryDirectory() as scratch:
-        write_clip(Path(scratch) / "sample.mp4", frames, fps=frame_rate(clips))
+        write_clip(Path(scratch) / "sample.mp4", frames, fps=frame_rate(clips) if clips else None)
     steps = len(arguments.get("sigmas") or ()) or arguments["num_inference_steps"]
     return f"wrote a profile of {steps} steps: {folder}"
 
-  def form_of(self, request: Request) -> ClipFormat:
-    """Returns the form in which the clips of a request are read."""
-    if not self.keep_size:
-      return self.form
-    return dataclasses.replace(
-      self.form, size=padded_size(probe(self._shown_last(request)).size, self.pipeline), buckets=()
-    )
+  def _count_frames(self, clips: Sequence[ContextClip]) -> int:
+    """Returns the number of frames of the result, given its context."""
+    given = self.arguments["num_frames"]
+    if given is None and not clips:
+      return self.form.num_frames
+    return given or infer_length([len(clip.frames) for clip in clips])
 
-  def _shown_last(self, request: Request) -> str:
-    """Returns the clip whose size decides about the result's: the query, or without one the first frame."""
-    path = request.clips[-1] if request.clips else self.first_frame
-    assert path is not None
-    return path
+  def _arguments(self, first: ContextClip | None, num_frames: int) -> dict[str, Any]:
+    """Returns the arguments of `Pipeline.sample` besides the context, given the first frame of the result, if any."""
+    given = {} if first is None else {"first_frame": first.frames[0], "num_frames": num_frames}
+    return {**self.arguments, **given}
 
-  def _read(self, request: Request) -> list[ContextClip]:
-    """Reads the context of a request, and reports once what makes a clip differ from its file."""
-    if not request.clips:
-      return []
-    form = self.form_of(request).for_shape(probe(request.clips[-1]).size)
-    (query,) = read_context(request.clips[-1:], form, extend_query=self.keep_size)
-    clips = [*self.read_examples(request, form), query]
-    for clip in clips:
-      self._report(clip.path, clip.changes)
-    return clips
-
-  def read_examples(self, request: Request, form: ClipFormat) -> list[ContextClip]:
-    """Reads the example pairs at the size of the query; those that were read last are kept."""
-    pairs, key = request.clips[:-1], (request.clips[:-1], form.size)
-    if key not in self._examples:
-      self._examples.clear()
-      own = dataclasses.replace(self.form, size=form.size, buckets=())
-      self._examples[key] = [clip for path in pairs for clip in read_context([path], own)]
-    return self._examples[key]
-
-  def _read_first_frame(self, request: Request) -> ContextClip | None:
-    if self.first_frame is None:
-      return None
-    form = self.form_of(request).for_shape(probe(self._shown_last(request)).size)
-    (clip,) = read_context([self.first_frame], form, videos=[False], extend_query=self.keep_size and not request.clips)
-    self._report(clip.path, clip.changes)
-    return clip
-
-  def _report(self, path: str, changes: Sequence[str]) -> None:
-    if changes and path not in self._reported:
-      self._reported.add(path)
-      log.info("%s: %s", path, "; ".join(changes))
-
-  def _report_differences(self, request: Request, clips: Sequence[ContextClip], **shown: Any) -> None:
-    """Reports what training has not shown the model, each kind of difference once; see `find_differences`."""
-    fitted = [*request.clips, *([self.first_frame] if self.first_frame else [])]
-    if self.keep_size:
-      fitted.remove(self._shown_last(request))
-    found = find_differences(self.pipeline, clips, fit=self.form.fit, fitted=fitted, **shown)
-    if new := [text for kind, text in found.items() if kind not in self._differences]:
-      self._differences.update(found)
-      log.warning("the model was not trained on this, expect worse results: %s", "; ".join(new))
-
-  def _choose_path(self, request: Request, frames: Sequence[Frames], num_frames: int | None) -> tuple[Path, int]:
-    """Returns the path of the result, after checking that it can be written there, and its number of frames."""
-    count = num_frames or infer_length([len(clip) for clip in frames])
+  def _choose_path(self, request: Request, like: Frames, count: int) -> Path:
+    """Returns the path of a result of `count` frames of the size of a clip, after checking that it can be written."""
     path = request.out
     if request.needs_suffix:
       path = path.with_name(path.name + (".png" if count == 1 else ".mp4"))
-    self.pipeline.latent_shape((count, *frames[-1].shape[1:]))
+    self.pipeline.latent_shape((count, *like.shape[1:]))
     inputs = [*request.clips, *([self.first_frame] if self.first_frame else [])]
     check_result(path, inputs, count, grid=self.grid)
-    require_writable(path.parent, num_bytes=count * frames[-1][0].size)
-    return path, count
+    require_writable(path.parent, num_bytes=count * like[0].size)
+    return path
 
 
 def _write_grid(path: Path, clips: Sequence[np.ndarray], fps: float | None) -> None:

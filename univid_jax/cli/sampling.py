@@ -39,15 +39,6 @@ class Request:
   needs_suffix: bool = False
 
 
-def parse_lora_flag(text: str) -> tuple[str, float]:
-  """Splits PATH[:WEIGHT]; the weight is 1 by default."""
-  path, _, weight = text.rpartition(":")
-  try:
-    return (path, float(weight)) if path else (text, 1.0)
-  except ValueError:
-    return text, 1.0
-
-
 def group_loras(loras: Sequence[tuple[str, float]]) -> list[tuple[str, float]] | dict[str, list[tuple[str, float]]]:
   """Returns LoRAs as `load_pipeline` takes them: by expert if their paths begin with high=, low= or both=.
 

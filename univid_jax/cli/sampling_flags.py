@@ -156,9 +156,10 @@ class SamplingFlags:
 
   def _group_loras(self) -> tuple[list[tuple[str, float]], Any]:
     """Returns the LoRAs as they were named, with their weights, and as `load_pipeline` takes them."""
+    from univid_jax.checkpoints.experts import split_weight
     from univid_jax.cli import sampling
 
-    loras = [sampling.parse_lora_flag(item) for item in self._lora.value]
+    loras = [split_weight(item) for item in self._lora.value]
     return loras, sampling.group_loras(loras)
 
   def _parse_size(self) -> tuple[int, int] | None:

@@ -98,6 +98,13 @@ def _verify_files(paths: list[epath.Path]) -> Iterator[Findings]:
 
 def _find_damage(path: epath.Path) -> str | None:
   """Returns what is wrong with a file, "" if nothing; None if it carries no checksum."""
+  try:
+    return _check_file(path)
+  except OSError as error:
+    return f"cannot be read: {error.strerror or error}"
+
+
+def _check_file(path: epath.Path) -> str | None:
   if entries.is_entry(path):
     intact = entries.is_intact(path)
   elif path.suffix == ".safetensors":

@@ -1,6 +1,7 @@
-"""JSON files that others wrote: read with a bound on their size, and every fault in one line."""
+"""JSON: files that others wrote, read with a bound on their size and every fault in one line, and files for others."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,22 @@ def parse_json(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=_make_object)
   except RecursionError as error:
     raise ValueError("it is nested too deeply") from error
+
+
+def format_json(values: Any, *, indent: int | None = None) -> str:
+  """Formats values as JSON, in which numbers that are not finite are null: JSON has no others."""
+  return json.dumps(_without_nonfinite(values), indent=indent, allow_nan=False)
+
+
+def _without_nonfinite(values: Any) -> Any:
+  match values:
+    case dict():
+      return {key: _without_nonfinite(value) for key, value in values.items()}
+    case list() | tuple():
+      return [_without_nonfinite(value) for value in values]
+    case float() if not math.isfinite(values):
+      return None
+  return values
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from univid_jax.runtime.processes import sum_over_processes, wait_for_processes
 
 log = logging.getLogger(__name__)
 
-# The key of a value, and what computes and stores it.
-Item = tuple[str, Callable[[], object]]
+# What returns the key of a value, which may read a file, and what computes and stores the value.
+Item = tuple[Callable[[], str], Callable[[], object]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,20 +219,21 @@ def _fill(
   seen: set[str] = set()
   computed = 0
   with Progress(description, len(sentences), unit=description, step="sentences") as progress:
-    for key, compute in items:
+    for find_key, compute in items:
       progress.update(sentences.position, computed)
-      if key in seen:
-        continue
-      is_own = len(seen) % jax.process_count() == jax.process_index()
-      seen.add(key)
-      if is_own and not _is_cached(cache, key, verify=verify):
-        try:
+      try:
+        key = find_key()
+        if key in seen:
+          continue
+        is_own = len(seen) % jax.process_count() == jax.process_index()
+        seen.add(key)
+        if is_own and not _is_cached(cache, key, verify=verify):
           compute()
           computed += 1
-        except CacheWriteError:
-          raise
-        except (OSError, UserError) as error:
-          sentences.drop(error)
+      except CacheWriteError:
+        raise
+      except (OSError, UserError) as error:
+        sentences.drop(error)
   return len(seen), computed
 
 
@@ -242,6 +243,10 @@ def _is_cached(cache: Cache | None, key: str, *, verify: bool) -> bool:
   return cache.get(key) is not None if verify else key in cache
 
 
+def _key(clip: ClipRef) -> str:
+  return clip.key
+
+
 def _references(sentence: Sentence) -> list[ClipRef]:
   return [clip for clip in sentence.clips if isinstance(clip, ClipRef)]
 
@@ -249,18 +254,19 @@ def _references(sentence: Sentence) -> list[ClipRef]:
 def _readings(sentences: _Sentences) -> Iterator[Item]:
   for sentence in sentences:
     for clip in _references(sentence):
-      yield clip.key, clip.read
+      yield functools.partial(_key, clip), clip.read
 
 
 def _prompts(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
   for sentence in sentences:
-    yield sentence.prompt, functools.partial(features.embed_prompt, sentence.prompt)
+    prompt = sentence.prompt
+    yield functools.partial(str, prompt), functools.partial(features.embed_prompt, prompt)
 
 
 def _clips(encoder: _ClipEncoder, sentences: _Sentences) -> Iterator[Item]:
   for sentence in sentences:
     for clip in _references(sentence):
-      yield clip.key, functools.partial(encoder.add, clip)
+      yield functools.partial(_key, clip), functools.partial(encoder.add, clip)
   encoder.finish()
 
 
@@ -268,13 +274,14 @@ def _conditions(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]
   for sentence in sentences:
     if clips := _references(sentence):
       count = sum(latent_frames(clip.num_frames) for clip in clips)
-      yield condition_key(clips[0], count), functools.partial(features.encode_condition, clips[0], count)
+      key = functools.partial(condition_key, clips[0], count)
+      yield key, functools.partial(features.encode_condition, clips[0], count)
 
 
 def _images(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
   for sentence in sentences:
     if clips := _references(sentence):
-      yield clips[0].key, functools.partial(features.embed_image, clips[0])
+      yield functools.partial(_key, clips[0]), functools.partial(features.embed_image, clips[0])
 
 
 def _check_folders(data: DataSources, sentences: _Sentences) -> int:
@@ -298,7 +305,7 @@ def _check_rows(features: FeatureMaker, row_shape: RowShape, sentences: _Sentenc
   texts: dict[str, int] = {}
 
   def count_tokens(clip: Clip) -> int:
-    """Raises UserError if the clip cannot be read."""
+    """Raises OSError or UserError if the clip cannot be read."""
     assert isinstance(clip, ClipRef)
     shape = clip.num_frames, clip.size
     if shape not in tokens:
@@ -315,5 +322,5 @@ def _check_rows(features: FeatureMaker, row_shape: RowShape, sentences: _Sentenc
       targets = sum(length for length, role in zip(lengths, sentence.roles) if role == Role.TARGET)
       counts = {"tokens": sum(lengths), "targets": targets, "text": texts[sentence.prompt]}
       check_lengths(sentence, counts, capacities)
-    except UserError as error:
+    except (OSError, UserError) as error:
       sentences.drop(UserError(f"{sentence.record}: {error}"))

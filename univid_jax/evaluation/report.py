@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from etils import epath
 
 from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.json_files import format_json
 from univid_jax.core.paths import atomic_write
 from univid_jax.data.pictures import COLUMNS, FPS, sentence_animation, sentence_grid
 from univid_jax.evaluation import exact, published
@@ -162,7 +162,7 @@ def full_report(
 
 def write_report(folder: epath.Path, report: Mapping[str, Any], gallery: Gallery, *, fps: float) -> None:
   """Writes report.json, report.md, grid.png, grid.webp (with `fps`, see `Gallery.draw`) and curves.png."""
-  write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+  write_text(folder / "report.json", format_json(report, indent=2) + "\n")
   write_text(folder / "report.md", markdown(report))
   gallery.draw(folder, with_swapped=True, fps=fps)
   with atomic_write(folder / "curves.png") as path:

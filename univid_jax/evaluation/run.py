@@ -4,7 +4,6 @@ Both use the same sentences, noise and sampling, so their numbers agree. Quick e
 control "swapped" alone, computes PSNR alone, and keeps no samples.
 """
 
-import json
 import logging
 from typing import Any
 
@@ -15,6 +14,7 @@ import univid_jax
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import format_json
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.data.sources.readers.arc import ARCSentences
 from univid_jax.data.target_kinds import task_kinds
@@ -77,7 +77,7 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
   report = quick_report(config, scored)
   if found := exact_report(exact, num_left_out=_count_left_out(data)):
     report["exact"] = found
-  write_text(folder / "eval.json", json.dumps(report, indent=2) + "\n")
+  write_text(folder / "eval.json", format_json(report, indent=2) + "\n")
   gallery.draw(folder, with_swapped=False, fps=config.data.fps)
   failures.draw(folder / "failures.png")
   return report

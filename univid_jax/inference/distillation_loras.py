@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from univid_jax.checkpoints.experts import split_expert
+from univid_jax.checkpoints.experts import split_expert, split_weight
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert
 from univid_jax.diffusion.distillations import Distillation, find_distillation, infer_distillation
@@ -82,19 +82,11 @@ def read_distillation(items: str | Sequence[str] | DistillationLoRAs, *, verify:
 
 def split_distillation(text: str) -> tuple[str, float, str]:
   """Splits `PATH[:WEIGHT][:KIND]`; the weight is 1 and the kind "" by default."""
-  path, weight, kind = text, 1.0, ""
-  while not os.path.exists(path):
-    rest, colon, last = path.rpartition(":")
-    if not colon or "/" in last:
-      break
-    try:
-      weight = float(last)
-    except ValueError:
-      if kind:
-        break
-      kind = last
-    path = rest
-  return path, weight, kind
+  path, weight = split_weight(text)
+  rest, colon, kind = text.rpartition(":")
+  if path == text and colon and "/" not in kind and not os.path.exists(text):
+    return *split_weight(rest), kind
+  return path, weight, ""
 
 
 def add_distillation(pipeline: Pipeline, distillation: DistillationLoRAs, *, skip_unmatched: bool = False) -> Pipeline:

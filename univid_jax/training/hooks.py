@@ -201,7 +201,7 @@ class Validate:
     self._pipeline: Pipeline | None = None
     files = self._options.accelerate.split(",") if self._options.accelerate else None
     self._distillation = read_distillation(files) if files else None
-    self._sentences, held_out = select_sentences(run.data, self._options.sentences)
+    self._sentences, held_out = select_sentences(run.data, run.config)
     if not held_out:
       log.info("validation: too little data to hold any out, so the loss is on training sentences")
     self._validation = Validation(run.config, run.spec, self._sentences, run.features, run.mesh)

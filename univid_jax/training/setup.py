@@ -197,12 +197,11 @@ def fill_caches(
   config: RunConfig, features: FeatureMaker, data: DataSources, *, verify: bool = False
 ) -> PreparationReport:
   """Encodes what training and validation read; see `data.prepare.prepare`."""
-  validation = config.validation
   return prepare(
     features,
     data,
     row_shape=RowShape.of(config.rows, context_mode(config)),
-    held_out=select_sentences(data, validation.sentences)[0] if validation.every_steps else [],
+    held_out=select_sentences(data, config)[0] if config.validation.every_steps else [],
     allow_dropped=config.data.allow_dropped,
     verify=verify,
   )

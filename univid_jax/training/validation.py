@@ -22,7 +22,7 @@ from univid_jax.data.features import FeatureMaker
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import COLUMNS, concatenate_clips, sentence_grid
 from univid_jax.data.rows.packing import RowShape, pack_rows
-from univid_jax.data.sources.base import indices_by_task
+from univid_jax.data.sources.base import indices_by_task, usable_sentences
 from univid_jax.data.sources.open import DataSources
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.evaluation.generate import sample_targets
@@ -122,7 +122,7 @@ def _mean(sums: Sequence[Sequence[np.ndarray]]) -> float:
   return float(losses / counts)
 
 
-def select_sentences(data: DataSources, count: int) -> tuple[list[Sentence], bool]:
+def select_sentences(data: DataSources, config: RunConfig) -> tuple[list[Sentence], bool]:
   """Selects sentences to validate on, from all kinds of data in turn, and of each from all tasks in turn.
 
   Returns:
@@ -130,12 +130,13 @@ def select_sentences(data: DataSources, count: int) -> tuple[list[Sentence], boo
   """
   held_out = bool(data.held_out)
   sources = data.held_out if held_out else data.sources
-  chosen = take_turns([_read_in_turn(source) for source in sources.values()])
-  return list(itertools.islice(chosen, count)), held_out
 
+  def read_in_turn(source: SentenceSource) -> Iterator[Sentence]:
+    indices = take_turns(indices_by_task(source).values())
+    return usable_sentences(source, indices, allow_dropped=config.data.allow_dropped)
 
-def _read_in_turn(source: SentenceSource) -> Iterator[Sentence]:
-  return (source[index] for index in take_turns(indices_by_task(source).values()))
+  chosen = take_turns([read_in_turn(source) for source in sources.values()])
+  return list(itertools.islice(chosen, config.validation.sentences)), held_out
 
 
 def take_turns(iterables: Iterable[Iterable[T]]) -> Iterator[T]:
