@@ -31,7 +31,7 @@ from univid_jax.data.rows.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.loss import NoiseLevels
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.models.dit import DiT
-from univid_jax.models.lora import LoRA, LoRAParam, attach, with_dropout_keys
+from univid_jax.models.lora import LoRA, LoRAParam, attach, join, with_dropout_keys
 from univid_jax.models.names import name_to_diffusers
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
@@ -243,6 +243,27 @@ class TestOnAModel:
     layer.down[...], layer.up[...] = jnp.ones((1000, 1)), jnp.ones((1, 1))
     y = np.asarray(layer(jnp.ones((50, 1000))))
     assert abs(y.mean() / 1000 - 1) < 0.01 and y.std() > 10
+
+  def test_dropout_is_for_training_alone(self, base):
+    """The model of a run is validated and sampled without it, and without its keys."""
+
+    def create():
+      model = nnx.clone(base)
+      attach(model, LoRAConfig(rank=4, targets=("self_attn.q",), dropout=0.9), rngs=nnx.Rngs(0))
+      return model
+
+    spec = StateSpec.of(create, optax.sgd(1.0), make_mesh({}, jax.devices()[:1]), ema=False, lora=True)
+    adapters = jax.tree.map(jnp.ones_like, spec.create().params)
+    frozen = nnx.to_pure_dict(nnx.state(base, nnx.Param))
+    plain = nnx.clone(base)
+    attach(plain, LoRAConfig(rank=4, targets=("self_attn.q",)), rngs=nnx.Rngs(0))
+    r, time = jax.tree.map(jnp.asarray, row()), jnp.full((1, 2), 300.0)
+    expected, found = (
+      nnx.merge(graph, join(frozen, adapters))(r.tokens, time, r) for graph in (nnx.graphdef(plain), spec.graph)
+    )
+    assert np.array_equal(found, expected)
+    dropped = nnx.merge(spec.training_graph, join(frozen, with_dropout_keys(adapters, jax.random.key(0))))
+    assert not np.array_equal(dropped(r.tokens, time, r), expected)
 
   def test_scale(self):
     assert LoRAConfig(rank=16, alpha=8).scale == 0.5

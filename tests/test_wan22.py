@@ -617,6 +617,24 @@ class TestTraining:
     assert relative_error(load(checkpoint).sample(clips, **options).latents, expected) > 1e-4
 
   @pytest.mark.long
+  def test_one_expert_trained_whole(self, experts, tmp_path):
+    """The run's model has the other one from the base."""
+    changes = {
+      "init_from": experts[1],
+      "num_steps": 1,
+      "lora.rank": 0,
+      "model.expert": "low",
+      "eval.sentences_per_case": 0,
+    }
+    train(override(wan22_a14b(), SMALL | changes), str(tmp_path / "run"))
+    trained, base = (
+      univid_jax.load_pipeline(path, dtype="float32").experts for path in (str(tmp_path / "run"), experts[1])
+    )
+    differs = [
+      not all(map(np.array_equal, jax.tree.leaves(trained.load(i)), jax.tree.leaves(base.load(i)))) for i in (0, 1)
+    ]
+    assert differs == [False, True]
+
   def test_experts(self, experts, tmp_path):
     """Each expert in a run of its own, at its own noise levels; together they are the model with two LoRAs."""
     config = override(wan22_a14b(), SMALL | {"init_from": experts[1], "num_steps": 2, "eval.sentences_per_case": 0})

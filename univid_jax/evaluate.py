@@ -42,6 +42,7 @@ def main() -> None:
   from univid_jax.checkpoints.experts import split_weight
   from univid_jax.checkpoints.origin import Origin
   from univid_jax.cli.sampling import group_loras
+  from univid_jax.data.fingerprint import check_not_trained
   from univid_jax.data.sources.open import open_data
   from univid_jax.evaluation import exact
   from univid_jax.evaluation.run import evaluate
@@ -63,6 +64,8 @@ def main() -> None:
   options |= VERIFICATION.value
   pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=grouped, mesh=mesh, step=origin.step, **options)
   data = open_data(config)
+  if not CHECKPOINT.value:
+    check_not_trained(workdir, data.held_out, allowed=config.data.allow_changed)
   command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
   skip = LORA_SKIP_UNMATCHED.value
   accelerated = distillation and add_distillation(pipeline, distillation, skip_unmatched=skip)

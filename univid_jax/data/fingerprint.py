@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +18,10 @@ FILE = "data.json"
 # Larger sources are compared as a whole, without naming what changed.
 MAX_NAMED_RECORDS = 20_000
 NAMED_CHANGES = 5
+# Begins the names of sources that are not trained on.
+HELD_OUT = "held-out "
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -28,14 +33,20 @@ class IdentifiesRecords(Protocol):
     ...
 
 
-def fingerprint(sources: Mapping[str, SentenceSource]) -> dict[str, Any]:
+def fingerprint(
+  sources: Mapping[str, SentenceSource], held_out: Mapping[str, SentenceSource] | None = None
+) -> dict[str, Any]:
   """Returns for each source the number of its records, a checksum of all and, if there are not too many, of each.
+
+  Args:
+    sources: to train on.
+    held_out: further ones, which get the prefix `HELD_OUT`.
 
   Raises:
     OSError, UserError: a file has vanished or changed.
   """
   found = {}
-  for name, source in sources.items():
+  for name, source in {**sources, **{HELD_OUT + name: source for name, source in (held_out or {}).items()}}.items():
     identities = source.identify_records() if isinstance(source, IdentifiesRecords) else {}
     records = {record: _digest(identity) for record, identity in sorted(identities.items())}
     found[name] = {
@@ -44,6 +55,52 @@ def fingerprint(sources: Mapping[str, SentenceSource]) -> dict[str, Any]:
       "records": records if len(records) <= MAX_NAMED_RECORDS else {},
     }
   return found
+
+
+def find_shared(training: Mapping[str, Any], held_out: Mapping[str, Any]) -> list[str]:
+  """Returns the held-out records that are trained on, under whatever name.
+
+  Args:
+    training: a fingerprint, of which what is held out is not looked at.
+    held_out: a fingerprint, of which nothing else is looked at.
+  """
+  trained = {
+    digest
+    for name, source in training.items()
+    if not name.startswith(HELD_OUT)
+    for digest in source["records"].values()
+  }
+  return [
+    record
+    for name, source in held_out.items()
+    if name.startswith(HELD_OUT)
+    for record, digest in source["records"].items()
+    if digest in trained
+  ]
+
+
+def check_not_trained(workdir: epath.PathLike, held_out: Mapping[str, SentenceSource], *, allowed: bool) -> None:
+  """Checks that a run has not been trained on what it is evaluated on, as far as WORKDIR/data.json names records.
+
+  Args:
+    workdir: of the run.
+    held_out: what it is evaluated on.
+    allowed: log records that it was trained on, instead of raising.
+
+  Raises:
+    UserError: it was trained on some.
+  """
+  trained, now = read_fingerprint(workdir), fingerprint({}, held_out)
+  if not trained or not (shared := find_shared(trained, now)):
+    return
+  count = sum(source["num_records"] for source in now.values())
+  text = f"{workdir} was trained on {len(shared)} of the {count} records to evaluate on, such as {shared[0]}"
+  if not allowed:
+    raise UserError(
+      f"{text}: the data or config.data.held_out are others than in training; restore them, evaluate on other data "
+      "with --config.data.test_pairs, or go on with --config.data.allow_changed=True"
+    )
+  log.warning("%s", text)
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -105,6 +105,13 @@ def join(base: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
   return traverse_util.unflatten_dict(_flatten(base) | _flatten(lora))
 
 
+def remove_dropout(model: nnx.Module) -> None:
+  """Removes the dropout of adapters, which is for training alone."""
+  for _, module in nnx.iter_modules(model):
+    if isinstance(module, LoRA):
+      module.dropout, module.key = 0.0, None
+
+
 def with_dropout_keys(lora: Mapping[str, Any], key: PRNGKeyArray) -> dict[str, Any]:
   """Gives each adapter a new dropout key, one per layer."""
   out = {}

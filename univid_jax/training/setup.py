@@ -33,7 +33,14 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import TrainedExpert
 from univid_jax.core.protocols import Encoders
 from univid_jax.data.features import FeatureCaches, FeatureMaker
-from univid_jax.data.fingerprint import describe_changes, fingerprint, read_fingerprint, write_fingerprint
+from univid_jax.data.fingerprint import (
+  HELD_OUT,
+  describe_changes,
+  find_shared,
+  fingerprint,
+  read_fingerprint,
+  write_fingerprint,
+)
 from univid_jax.data.prepare import PreparationReport, prepare
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.open import DataSources, open_data
@@ -213,7 +220,15 @@ def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
   Raises:
     UserError: the data has changed, and the config does not allow that.
   """
-  before, now = read_fingerprint(workdir), fingerprint(data.sources)
+  before, now = read_fingerprint(workdir), fingerprint(data.sources, data.held_out)
+  if shared := find_shared(now, now):
+    log.warning(
+      "%d held-out records are trained on as well, such as %s: validation and evaluation say little about others",
+      len(shared),
+      shared[0],
+    )
+  if before is not None and not any(name.startswith(HELD_OUT) for name in before):  # of an earlier version
+    before |= {name: source for name, source in now.items() if name.startswith(HELD_OUT)}
   if before is not None and before != now and has_checkpoint(workdir):
     changes = describe_changes(before, now)
     if not config.data.allow_changed:
@@ -229,7 +244,14 @@ def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
 
 def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> None:
   """Raises UserError, naming the first key that differs, if a workdir belongs to another config."""
-  changes = [change for change in differences(previous.config, current.config) if not change[0].startswith(MAY_CHANGE)]
+  different = list(differences(previous.config, current.config))
+  for key, before, after in different:
+    if key in ("validation.sentences", "validation.sigmas"):
+      log.warning(
+        "%s = %s instead of %s: validation losses are not comparable with earlier ones, by which --step=best chooses",
+        *(key, after, before),
+      )
+  changes = [change for change in different if not change[0].startswith(MAY_CHANGE)]
   if previous.base != current.base:
     changes.append(("the checksum of init_from", previous.base, current.base))
   for key, before, after in changes:

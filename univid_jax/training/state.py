@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from univid_jax.checkpoints.model import create_model
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.options import RematPolicy, TrainedExpert
-from univid_jax.models.lora import LoRAParam
+from univid_jax.models.lora import LoRAParam, remove_dropout
 from univid_jax.models.offload import describe_in_words, offload_blocks
 from univid_jax.parallel.host_memory import require_host_memory
 from univid_jax.parallel.sharding import parameter_shardings
@@ -83,12 +83,14 @@ class StateSpec:
 
   Attributes:
     graph: the model without parameters; `nnx.merge(spec.graph, join(frozen, params))` is the model.
+    training_graph: the same with dropout, of which each step has new keys, see `with_dropout_keys`.
     create: creates the first state, from random parameters or from those given.
     abstract: shapes, dtypes and shardings of the state.
     abstract_frozen: the same for what is not trained; {} if everything is.
   """
 
   graph: nnx.GraphDef
+  training_graph: nnx.GraphDef
   create: Callable[..., TrainState]
   abstract: TrainState
   abstract_frozen: Params
@@ -130,8 +132,11 @@ class StateSpec:
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     abstract_frozen = jax.tree.map(place, frozen, parameter_shardings(model, mesh) if lora else {})
+    training_graph = nnx.graphdef(model)
+    remove_dropout(model)
     return cls(
       graph=nnx.graphdef(model),
+      training_graph=training_graph,
       create=jax.jit(create, out_shardings=shardings),
       abstract=jax.tree.map(place, shapes, shardings),
       abstract_frozen=describe_in_words(offload_blocks(abstract_frozen)) if offload else abstract_frozen,
@@ -151,8 +156,8 @@ class StateSpec:
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     frozen = expert.join_trees([spec.abstract_frozen for spec in specs])
-    return cls(
-      graph=specs[0].graph, create=jax.jit(create, out_shardings=shardings), abstract=abstract, abstract_frozen=frozen
+    return dataclasses.replace(
+      specs[0], create=jax.jit(create, out_shardings=shardings), abstract=abstract, abstract_frozen=frozen
     )
 
 

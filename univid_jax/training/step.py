@@ -110,7 +110,7 @@ def make_update(
     key: PRNGKeyArray,
   ) -> Float[Array, ""]:
     row, noise, levels = batch
-    model = nnx.merge(spec.graph, join(frozen, with_dropout_keys(params, key) if dropout else params))
+    model = nnx.merge(spec.training_graph, join(frozen, with_dropout_keys(params, key) if dropout else params))
     losses, _ = sentence_losses(model, row, noise, levels.sigmas)
     return jnp.sum(losses * levels.weights) / num_sentences
 

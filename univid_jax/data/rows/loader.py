@@ -185,7 +185,8 @@ class Loader:
         positions = dict(enumerate(state for each in saved for state in each.get("parents", [each])))
         num_streams = len(positions)
       order = saved[0].get("row_order", self._order)
-      if len(order) != len(self._order):  # of a mesh with other batches
+      if len(order) != len(self._order):
+        log.warning("a batch has %d rows now, before it had %d: config.rows.per_batch", len(self._order), len(order))
         order = self._order
       if sorted(order) != sorted(self._order):
         raise ValueError(f"row_order = {order}")

@@ -112,10 +112,10 @@ class PairSentences:
     return prompt_for(task.replace("_", " "), self.options.prompt)
 
   def identify_records(self) -> dict[str, object]:
-    """See `IdentifiesRecords`."""
-    sources = identify_all([pair.source.identify for pair in self.pairs])
-    targets = identify_all([pair.target.identify for pair in self.pairs])
-    names = [f"{pair.task}/{pair.name}" for pair in self.pairs]
+    """See `IdentifiesRecords`: the pairs that are queried."""
+    sources = identify_all([pair.source.identify for pair in self._queries])
+    targets = identify_all([pair.target.identify for pair in self._queries])
+    names = [f"{pair.task}/{pair.name}" for pair in self._queries]
     return dict(zip(names, zip(sources, targets, strict=True), strict=True))
 
   def split(self, share: float) -> tuple["PairSentences", "PairSentences"]:
