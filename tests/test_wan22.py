@@ -619,17 +619,10 @@ class TestTraining:
   @pytest.mark.long
   def test_one_expert_trained_whole(self, experts, tmp_path):
     """The run's model has the other one from the base."""
-    changes = {
-      "init_from": experts[1],
-      "num_steps": 1,
-      "lora.rank": 0,
-      "model.expert": "low",
-      "eval.sentences_per_case": 0,
-    }
-    train(override(wan22_a14b(), SMALL | changes), str(tmp_path / "run"))
-    trained, base = (
-      univid_jax.load_pipeline(path, dtype="float32").experts for path in (str(tmp_path / "run"), experts[1])
-    )
+    run, base = str(tmp_path / "run"), experts[1]
+    changes = {"init_from": base, "num_steps": 1, "lora.rank": 0, "model.expert": "low", "eval.sentences_per_case": 0}
+    train(override(wan22_a14b(), SMALL | changes), run)
+    trained, base = (univid_jax.load_pipeline(path, dtype="float32").experts for path in (run, base))
     differs = [
       not all(map(np.array_equal, jax.tree.leaves(trained.load(i)), jax.tree.leaves(base.load(i)))) for i in (0, 1)
     ]

@@ -78,10 +78,11 @@ class ContextReader:
     return clip
 
   def report(self, path: str, changes: Sequence[str]) -> None:
-    """Reports what makes a clip differ from its file, once."""
-    if changes and path not in self._reported:
-      self._reported.add(path)
-      log.info("%s: %s", path, "; ".join(changes))
+    """Reports what makes a clip differ from its file, each difference once."""
+    text = f"{path}: {'; '.join(changes)}"
+    if changes and text not in self._reported:
+      self._reported.add(text)
+      log.info("%s", text)
 
   def report_differences(self, request: Request, clips: Sequence[ContextClip], **shown: Any) -> None:
     """Reports what training has not shown the model, each kind of difference once; see `find_differences`."""

@@ -222,7 +222,7 @@ class ConfigFlag:
     if name is None and self._of_run:
       from univid_jax.checkpoints.run import read_run
 
-      if (record := read_run(_take(rest, "workdir")[0] or "runs/tiny")) is not None:
+      if (record := read_run(_take(rest, "workdir")[0] or _default_workdir("tiny"))) is not None:
         return to_config_dict(record.config)
     return load_config("tiny" if name is None else name)
 
@@ -281,7 +281,12 @@ class WorkdirFlag:
 
   @property
   def value(self) -> str:
-    return self._folder.value or f"runs/{self._config.value.name}"
+    return self._folder.value or _default_workdir(self._config.value.name)
+
+
+def _default_workdir(name: str) -> str:
+  """Returns the folder of a run whose config has this name."""
+  return f"runs/{name}"
 
 
 class ProcessFlags:

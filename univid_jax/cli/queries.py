@@ -111,7 +111,8 @@ class QueryRunner:
         if first is not None:
           job = sampler.make_job([clip.frames for clip in waiting[0].clips[:-1]], first)
           size = size or sampler.choose_size(job, largest, most=self.batch_size)
-          log.info("%d queries of %d frames of %dx%d, %d at once", len(group), *first.shape[:3], size)
+          count, height, width = first.shape[:3]
+          log.info("queries of %dx%d, frames %d: %d, %d at once", height, width, count, len(group), size)
           base = bar.n
 
           def show(sampled: float, base: int = base) -> None:

@@ -39,7 +39,7 @@ class EncodingPipeline:
     return self.encoders.tokenize(text)
 
   def encode_prompt(self, text: str) -> Float[np.ndarray, "n d"]:
-    """Returns the prompt's embedding, float32 (512, text_dim), zeros past the prompt.
+    """Returns the prompt's embedding, float32 (text_len, text_dim), zeros past the prompt.
 
     Raises:
       UserError: the model has no text encoder.

@@ -65,7 +65,7 @@ class TrainResult:
   Attributes:
     make_pipeline: returns the trained model.
     steps_taken: by this call; 0 if the run was complete already.
-    seconds: that they took, validation and saving included, compilation of the step excluded.
+    seconds: that they took, validation, saving and the export of a LoRA included, compilation of the step excluded.
   """
 
   make_pipeline: Callable[[], Pipeline]

@@ -170,7 +170,7 @@ def write_shards(
   max_bytes: int = MAX_BYTES,
   max_records: int = MAX_RECORDS,
 ) -> int:
-  """Writes entries, given with the digests of their keys, to new shards; returns their number.
+  """Writes entries, given with the digests of their keys, to new shards; returns the number of entries.
 
   Several processes may write to one folder at the same time. The index is not changed.
 
