@@ -36,6 +36,11 @@ def pytest_configure(config):
     prepare()
 
 
+def pytest_collection_finish():
+  gc.collect()
+  gc.freeze()  # what has been imported stays
+
+
 def prepare():
   """Checks shapes in the package while tests run, and makes JAX exact and quick."""
   import jax

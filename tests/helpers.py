@@ -32,6 +32,8 @@ class LazyPackage:
     self._name = name
 
   def __getattr__(self, attribute: str):
+    if attribute.startswith("_"):  # pytest asks every object of a module of tests whether it wraps a fixture
+      raise AttributeError(attribute)
     return getattr(importlib.import_module(self._name), attribute)
 
 

@@ -43,9 +43,17 @@ def test_intervals_and_bias():
 
 
 @pytest.mark.parametrize(
-  "blocks", [xla.Blocks(1, 64, 48, 0), xla.Blocks(1, 64, 0, 0), xla.Blocks(0, 128, 0, 0)], ids=str
+  "blocks, masked",
+  [
+    (xla.Blocks(1, 64, 48, 0), True),
+    (xla.Blocks(1, 64, 0, 0), True),
+    (xla.Blocks(0, 128, 0, 0), True),
+    (xla.Blocks(1, 64, 48, 0), False),
+    pytest.param(xla.Blocks(1, 64, 0, 0), False, marks=pytest.mark.long),
+    pytest.param(xla.Blocks(0, 128, 0, 0), False, marks=pytest.mark.long),
+  ],
+  ids=str,
 )
-@pytest.mark.parametrize("masked", [True, False])
 def test_blockwise_equals_unblocked(monkeypatch, blocks, masked):
   """Outputs and gradients, for lengths that no block divides, empty and full intervals, and biased keys."""
   q, k, v = inputs(300, 200)
@@ -93,7 +101,7 @@ def test_count_bias_equals_repeated_keys():
 def test_empty_intervals_give_finite_outputs_and_gradients():
   q, k, v = inputs(6, 6)
   empty = jnp.zeros((2, 6, 2), jnp.int32)
-  gradients = jax.grad(lambda *qkv: jnp.sum(attention(*qkv, key_intervals=empty)), (0, 1, 2))(q, k, v)
+  gradients = jax.jit(jax.grad(lambda *qkv: jnp.sum(attention(*qkv, key_intervals=empty)), (0, 1, 2)))(q, k, v)
   assert all(np.all(np.isfinite(g)) for g in gradients)
 
 
@@ -126,7 +134,9 @@ def test_splash_equals_xla_forward_and_backward(monkeypatch, block_kv):
   assert relative_error(attention(q, k, v, backend=AttentionBackend.SPLASH), reference(q, k, v)) <= 1e-6
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(
+  "dtype, tolerance", [("float32", 2e-6), pytest.param("bfloat16", 1e-2, marks=pytest.mark.long)]
+)
 def test_splash_supports_biased_keys(dtype, tolerance):
   """As in cross-attention, where one key that counts 500 times represents the padding of a prompt.
 
@@ -173,7 +183,13 @@ def test_private_parts_of_the_splash_kernel_are_unchanged():
 
 
 @pytest.mark.parametrize(
-  "sizes", [{"data": 2, "context": 4}, {"tensor": 2, "context": 4}, {"context": 2, "fsdp": 4}], ids=str
+  "sizes",
+  [
+    {"data": 2, "context": 4},
+    {"tensor": 2, "context": 4},
+    pytest.param({"context": 2, "fsdp": 4}, marks=pytest.mark.long),
+  ],
+  ids=str,
 )
 def test_sharded_attention_equals_one_device(sizes):
   """Covers Ulysses, rings, and rows that do not divide over the mesh."""

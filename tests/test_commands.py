@@ -126,7 +126,9 @@ def trained(tmp_path_factory):
     code = run_here(
       "univid_jax.train",
       *SMALL,
+      "--config.optimizer.name=muon",  # as in the config
       "--config.num_steps=3",
+      "--config.validation.every_steps=0",
       "--config.eval.sentences_per_case=1",
       "--config.eval.num_inference_steps=2",
       f"--config.data.folder={root / 'clips'}",

@@ -82,16 +82,18 @@ class TestVAE:
     assert relative_error(np.concatenate(parts), codec.decode(latents)) <= 1e-5
 
   @pytest.mark.parametrize(
-    "tiling", [None, pytest.param(Tiling(size=4, overlap=1), marks=pytest.mark.long)], ids=["whole", "tiled"]
+    "tiling, frames",
+    cases((None, 1), rest=[(None, 5), (Tiling(size=4, overlap=1), 5)]),
+    ids=["image", "whole", "tiled"],
   )
-  def test_devices_encode_a_clip_each(self, tiling):
+  def test_devices_encode_a_clip_each(self, tiling, frames):
     """The numbers are those of one device, however many clips there are."""
     model = autoencoder("wan2.1")
     graph, params = nnx.split(model)
     mesh, devices = make_mesh({}, jax.devices()[:1]), jax.devices()[:4]
     codec = WanVAECodec(model.config, graph, params, mesh=mesh, devices=devices, tiling=tiling)
     assert codec.num_parallel == 4
-    clips = list(np.random.default_rng(0).uniform(-1, 1, (4, 5, 32, 48, 3)).astype(np.float32))
+    clips = list(np.random.default_rng(0).uniform(-1, 1, (4, frames, 32, 48, 3)).astype(np.float32))
     expected = [codec.encode(clip) for clip in clips]
     for count in (4, 3, 1):
       encoded = codec.encode_many(clips[:count])

@@ -195,8 +195,7 @@ def test_every_test_pair_is_used_with_training_examples(workdir, tmp_path):
     "--config.data.contexts.I=0.0",
     "--config.data.contexts.III=0.0",
   ]
-  code, _, error = run(*command)
-  assert code == 0, error
+  assert run_here(*command) == 0
   report = json.loads((tmp_path / "out" / "report.json").read_text())
   assert report["by_task"]["depth"]["prediction"]["count"] == 3
   assert report["overall"]["swapped"]["count"] == 3  # inverted photographs, because there is no other task

@@ -229,7 +229,6 @@ def test_training_on_permuted_devices_equals_one_process(tmp_path, sizes):
   arguments = [
     *SMALL,
     *(f"--config.mesh.{axis}={size}" for axis, size in sizes.items()),
-    "--config.optimizer.name=adamw",
     "--config.eval.sentences_per_case=0",
     "--config.validation.sentences=8",
     "--config.validation.previews=8",

@@ -52,7 +52,7 @@ def test_frames_after_the_end_repeat_the_last():
 
 
 @pytest.mark.parametrize("solver", ["euler", pytest.param("unipc", marks=pytest.mark.long)])
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.long), 2.0])
 def test_one_window_is_a_sample(pipeline, solver, guidance_scale):
   a, query = moving_video(9), moving_video(9, seed=1)
   options = dict(num_inference_steps=3, solver=solver, guidance_scale=guidance_scale)

@@ -54,7 +54,7 @@ def test_formula_equals_the_compiler(monkeypatch, rank, only_targets):
     row = dataclasses.replace(row, targets=jnp.asarray(target_indices(np.asarray(row.target_mask))))
     counts["targets"] = length / 4
   remat = RematPolicy.FULL if only_targets else RematPolicy.NONE
-  model = DiT(CONFIG, attention_backend=AttentionBackend.XLA, remat=remat, rngs=nnx.Rngs(0))
+  model = nnx.jit(lambda: DiT(CONFIG, attention_backend=AttentionBackend.XLA, remat=remat, rngs=nnx.Rngs(0)))()
   run = lambda model, row: model(row.tokens, jnp.zeros((1, 1)), row)  # noqa: E731
   forward = compiled_flops(lambda row: run(model, row), row)
   assert forward_flops(CONFIG, **counts) == pytest.approx(forward, rel=0.06)  # plus softmax, norms and modulation

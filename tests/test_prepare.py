@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from tests.clip_files import write_metadata, write_pairs, write_table, write_video
-from tests.commands import finish, free_port, run_command, start_command, start_python
+from tests.commands import finish, free_port, run_command, run_here, start_command, start_python
 from tests.helpers import image_width
 from tests.stand_ins import CountingEncoders, Shape
 from tests.test_checksums import flip_bit
@@ -394,21 +394,24 @@ def test_unusable_records_end_the_command_unless_allowed(checkpoint, metadata, t
   assert done.returncode == 0 and image_width(tmp_path / "run" / "preview.png") > 300
 
 
-def test_clips_of_a_folder_are_counted(tmp_path):
+def test_clips_of_a_folder_are_counted(tmp_path, capfd):
   """Those that can be decoded; folders in it are left out, which is said."""
   (tmp_path / "clips" / "more").mkdir(parents=True)
   for name in ("a.mp4", "b.mp4"):
     write_video(tmp_path / "clips" / name, 9)
   where = [f"--config.data.folder={tmp_path / 'clips'}", f"--workdir={tmp_path / 'run'}"]
-  done = run_command("univid_jax.prepare", "--config=tiny", *where)
-  assert done.stdout.startswith("2 clips can be read, 0 records dropped"), done
-  assert f"{tmp_path / 'clips'}: 1 folder in it is left out, only its own files are read" in done.stderr
+  assert run_here("univid_jax.prepare", "--config=tiny", *where) == 0
+  stdout, stderr = capfd.readouterr()
+  assert stdout.startswith("2 clips can be read, 0 records dropped"), stdout
+  assert f"{tmp_path / 'clips'}: 1 folder in it is left out, only its own files are read" in stderr
 
 
-def test_a_command_without_data(checkpoint, tmp_path):
-  done = run("univid_jax.train", f"--config.init_from={checkpoint}", f"--workdir={tmp_path / 'run'}")
-  assert done.returncode == 1 and "there is no data: give config.data.folder" in done.stderr
-  assert len(done.stderr.strip().splitlines()) == 1
+def test_a_command_without_data(checkpoint, tmp_path, capfd):
+  arguments = [*SMALL_WAN, f"--config.init_from={checkpoint}", f"--workdir={tmp_path / 'run'}"]
+  capfd.readouterr()
+  assert run_here("univid_jax.train", *arguments) == 1
+  stderr = capfd.readouterr().err
+  assert "there is no data: give config.data.folder" in stderr and len(stderr.strip().splitlines()) == 1, stderr
 
 
 @pytest.mark.long

@@ -86,7 +86,7 @@ def test_buckets(count):
   assert bucket_size(75_600) == 74 * 1024
 
 
-@pytest.mark.parametrize("attention", ["full", "context_causal"])
+@pytest.mark.parametrize("attention", [pytest.param("full", marks=pytest.mark.long), "context_causal"])
 def test_a_second_call_in_a_bucket_compiles_nothing(tiny_config, attention):
   """Padding changes nothing but rounding, and sentences of similar length share the programs."""
   pipeline = random_pipeline(

@@ -153,10 +153,11 @@ class TestComputedSentences:
 
   def test_sentences_with_videos_can_be_limited_to_fewer_clips(self):
     options = dict(tasks={"invert": 1.0, "camera_movement": 1.0}, num_clips={4: 1.0, 8: 1.0}, max_video_clips=6)
-    plans = [computed(**options).plan(index) for index in range(60)]
+    source = computed(**options)
+    plans = [source.plan(index) for index in range(60)]
     counts = {context: {p.num_clips for p in plans if p.context == context} for context in ("I", "II", "III")}
     assert counts == {"I": {4, 6}, "II": {4, 8}, "III": {4, 6}}
-    assert all(len(computed(**options)[index].clips) == plans[index].num_clips for index in range(4))
+    assert all(len(source[index].clips) == plans[index].num_clips for index in range(4))
 
   def test_reversal(self):
     forward = computed(tasks={"greyscale": 1.0}, contexts={"II": 1.0})[0]

@@ -71,7 +71,7 @@ class TestSentencePiece:
     st.text() | st.text("abcdefgh [clip1]<s/>\u4e2d\u6587\U0001f600\u200b\u3000\ufb01\u00bd\u2581\t\n.,'", max_size=40)
   )
   def test_tokens(self, text):
-    assert self.tokenizer().encode(text).ids == tokenizers.Tokenizer.from_file(str(FILE)).encode(text).ids
+    assert self.tokenizer().encode(text).ids == self.expected().encode(text).ids
 
   def test_tokens_of_the_library(self):
     library = pytest.importorskip("sentencepiece", reason="compares with it where it is installed")
@@ -107,3 +107,8 @@ class TestSentencePiece:
   @functools.cache
   def tokenizer():
     return UnigramModel.parse(TestSentencePiece.MODEL).to_tokenizer()
+
+  @staticmethod
+  @functools.cache
+  def expected():
+    return tokenizers.Tokenizer.from_file(str(FILE))

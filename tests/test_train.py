@@ -499,7 +499,6 @@ def test_two_processes_equal_one(tmp_path):
     "--config.eval.sentences_per_case=0",
     "--config.mesh.data=2",
     "--config.mesh.fsdp=4",
-    "--config.optimizer.name=adamw",
   ]
   port = free_port()
   for steps in (2, 3):

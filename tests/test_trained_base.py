@@ -31,7 +31,9 @@ from univid_jax.training.loop import train
 def trained(tmp_path_factory, tiny_config):
   """The workdir of a model trained from scratch, and the base written of it."""
   root = tmp_path_factory.mktemp("trained")
-  config = override(tiny_config, {"validation.every_steps": 0, "model.clip_gap": 2, "flow.shift": 3.0})
+  config = override(
+    tiny_config, {"validation.every_steps": 0, "eval.sentences_per_case": 0, "model.clip_gap": 2, "flow.shift": 3.0}
+  )
   train(config, str(root / "run"))
   convert_any(str(root / "run"), str(root / "base"))
   return root, config

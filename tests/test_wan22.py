@@ -260,7 +260,8 @@ class TestTI2V:
       univid_jax.load_pipeline(checkpoint, lora=str(GOLDENS / "tiny_wan" / "univid_lora.ckpt"), mesh=one_device())
 
   @pytest.mark.parametrize(
-    "name, context_timestep", [("context_zero", None), ("context_zero", "zero"), ("uniform", "target")]
+    "name, context_timestep",
+    [("context_zero", None), pytest.param("context_zero", "zero", marks=pytest.mark.long), ("uniform", "target")],
   )
   def test_whole_sampling_runs(self, checkpoint, pipe, name, context_timestep):
     info, io, _ = golden(f"sampling_ti2v_{name}", GOLDENS22)
