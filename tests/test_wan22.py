@@ -629,6 +629,7 @@ class TestTraining:
     ]
     assert differs == [False, True]
 
+  @pytest.mark.long
   def test_experts(self, experts, tmp_path):
     """Each expert in a run of its own, at its own noise levels; together they are the model with two LoRAs."""
     config = override(wan22_a14b(), SMALL | {"init_from": experts[1], "num_steps": 2, "eval.sentences_per_case": 0})

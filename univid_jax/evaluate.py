@@ -50,6 +50,9 @@ def main() -> None:
   from univid_jax.parallel.mesh import make_mesh
 
   config, workdir = CONFIG.value, WORKDIR.value
+  data = open_data(config)
+  if not CHECKPOINT.value:
+    check_not_trained(workdir, data.held_out, allowed=config.data.allow_changed)
   folder = OUT.value or f"{workdir}/evaluation"
   loras = [split_weight(item) for item in LORA.value]
   grouped = group_loras(loras)
@@ -63,9 +66,6 @@ def main() -> None:
   options: dict[str, Any] = {flag.name: flag.value for flag in (QUANTIZE, LORA_SKIP_UNMATCHED, OFFLOAD_INACTIVE)}
   options |= VERIFICATION.value
   pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=grouped, mesh=mesh, step=origin.step, **options)
-  data = open_data(config)
-  if not CHECKPOINT.value:
-    check_not_trained(workdir, data.held_out, allowed=config.data.allow_changed)
   command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
   skip = LORA_SKIP_UNMATCHED.value
   accelerated = distillation and add_distillation(pipeline, distillation, skip_unmatched=skip)
