@@ -414,12 +414,19 @@ class TestAtomicWriting:
     assert checksum(release.parent / "target") == checksum(converted) and not partial.exists()
 
 
+def test_a_process_prints_its_error_alone():
+  """Whatever is imported on the way."""
+  run = subprocess.run(
+    [sys.executable, "-m", "tools.convert_weights", "nowhere", "target"], capture_output=True, text=True, timeout=120
+  )
+  assert run.returncode == 1 and run.stderr == "error: no such file or folder: nowhere\n"
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [
     ([], "SRC and DST"),
     (["--inspect"], "SRC"),
-    (["nowhere", "target"], "no such file or folder: nowhere"),
     (["a", "b", "c"], "unexpected argument 'c'"),
     (["a", "b", "--to=caffe"], "caffe"),
   ],

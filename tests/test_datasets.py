@@ -253,7 +253,7 @@ class TestPairs:
       queries = [sentence.record.partition(" ")[0] for sentence in sentences]
       assert len(set(queries[:count])) == count
     data = DataSources({}, {}, [], {"pairs": held_out})
-    chosen, _ = select_sentences(data, override(tiny(), {"validation.sentences": 9}))
+    chosen = select_sentences(data, override(tiny(), {"validation.sentences": 9}))
     assert Counter(sentence.task for sentence in chosen) == {"depth": 3, "edges": 3, "style": 3}
     planned = plan_sentences(override(tiny(), {"eval.sentences_per_case": 4}), data.held_out)
     assert Counter(each.case.task for each in planned) == {"depth": 4, "edges": 4, "style": 4}

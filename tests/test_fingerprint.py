@@ -8,9 +8,10 @@ import pytest
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
-from univid_jax.data.fingerprint import check_not_trained, find_shared, fingerprint, write_fingerprint
+from univid_jax.data.fingerprint import check_not_trained, find_shared, fingerprint, read_fingerprint, write_fingerprint
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.sources.open import open_data
+from univid_jax.training import setup
 
 
 @pytest.fixture
@@ -46,6 +47,35 @@ def test_copies_under_another_name_are_found(config, tmp_path):
     shutil.copytree(tmp_path / "pairs" / held_out, tmp_path / "pairs" / "edges" / f"{number}")
   found = describe(config)
   assert find_shared(found, found)
+
+
+class TestResuming:
+  def resume(self, config, workdir, monkeypatch):
+    monkeypatch.setattr(setup, "has_checkpoint", lambda _: True)
+    setup.check_same_data(str(workdir), open_data(config), config)
+    return read_fingerprint(workdir)
+
+  def test_a_run_that_did_not_record_held_out_data_does_from_now_on(self, config, tmp_path, monkeypatch):
+    write_fingerprint(tmp_path, {"pairs": describe(config)["pairs"]})
+    assert self.resume(config, tmp_path, monkeypatch) == describe(config)
+    for path in (tmp_path / "pairs").rglob("target.png"):
+      write_clip(path, np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="held-out pairs had 3 records and has 3"):
+      self.resume(config, tmp_path, monkeypatch)
+
+  def test_what_was_trained_on_is_not_forgotten(self, config, tmp_path, monkeypatch, caplog):
+    """Though the data may be changed, so that other pairs are held out."""
+    write_fingerprint(tmp_path, describe(config))
+    shutil.copytree(tmp_path / "pairs" / "edges" / "03", tmp_path / "pairs" / "edges" / "00a")
+    with pytest.raises(UserError, match="has changed since the run started"):
+      self.resume(config, tmp_path, monkeypatch)
+    changed = override(config, {"data.allow_changed": True})
+    for _ in range(2):  # resumed again, without a change
+      caplog.clear()
+      self.resume(changed, tmp_path, monkeypatch)
+      assert "held-out records are trained on as well" in caplog.text
+    with pytest.raises(UserError, match="was trained on"):
+      check_not_trained(tmp_path, open_data(config).held_out, allowed=False)
 
 
 @pytest.mark.parametrize("change", ["more pairs", "another share"])

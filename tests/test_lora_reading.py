@@ -1,5 +1,6 @@
 """Reading and writing LoRA files of every kind: names, alphas, PEFT's adapters, what is refused, exports, fuzzing."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -20,8 +21,10 @@ from univid_jax.checkpoints.lora.formats import FORMATS, lora_tensors, write_lor
 from univid_jax.checkpoints.lora.kinds import DoRALayer
 from univid_jax.checkpoints.lora.names import parse_name
 from univid_jax.checkpoints.lora.reading import parse_lora, read_lora
+from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo
 from univid_jax.convert.__main__ import main as convert
+from univid_jax.convert.commands import inspect
 from univid_jax.core import bucket_files
 from univid_jax.core.errors import UserError
 from univid_jax.inference.load import load_pipeline
@@ -456,6 +459,7 @@ class TestBuckets:
     write_lora(bucket / name, lora, "univid" if name.endswith(".ckpt") else "comfyui", metadata={"note": "first"})
     found = read_lora(bucket / name)
     same(found, lora)
+    assert found.source == f"s3://bucket/loras/{name}" and "LoRA" in inspect(found.source)
     assert found.metadata["note"] == "first"
     for path in bucket.glob("*.json"):
       path.unlink()
@@ -467,6 +471,10 @@ class TestBuckets:
       (bucket / path.name).write_bytes(path.read_bytes())
     for path in (bucket, bucket / "adapter_model.safetensors"):
       same(read_lora(path), read_lora(folder))
+    origin = dataclasses.replace(Origin.of("small"), loras=[(str(bucket / "adapter_model.safetensors"), 1.0)])
+    before = origin.checksums["lora 0"]
+    (bucket / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    assert dataclasses.replace(origin).checksums["lora 0"] != before, "it decides about the scale"
 
   def test_errors_keep_the_name(self, bucket):
     (bucket / "folder" / "x.txt").write_text("")

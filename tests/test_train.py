@@ -296,8 +296,8 @@ class TestValidation:
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     spec = StateSpec.of(lambda: create_model(config), optax.sgd(1.0), mesh, ema=False)
     data, encoders = open_data(config), open_encoders(config, mesh)
-    sentences, held_out = select_sentences(data, override(config, {"validation.sentences": 12}))
-    assert held_out and len(sentences) == 12
+    sentences = select_sentences(data, override(config, {"validation.sentences": 12}))
+    assert data.held_out and len(sentences) == 12
     make_features = FeatureMaker(encoders, shape=transformer_config(config), task_names=data.task_names)
     params = spec.create().params
     return Validation(config, spec, sentences, make_features, mesh)(params, {}), (

@@ -17,8 +17,10 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.sentence import read_frames
+from univid_jax.core.sentence import Role, Sentence, read_frames
+from univid_jax.data import held_out
 from univid_jax.data.features import FeatureCaches, FeatureMaker
+from univid_jax.data.held_out import read_usable
 from univid_jax.data.prepare import prepare
 from univid_jax.data.rows.loader import make_loader
 from univid_jax.data.rows.packing import RowShape
@@ -129,12 +131,26 @@ def test_damaged_held_out_pairs_are_left_out_of_validation_and_evaluation(tmp_pa
   config = override(config, {"data.test_pairs": str(tmp_path / "test"), "eval.sentences_per_case": 3})
   data = open_data(config)
   with pytest.raises(UserError, match=r"target\.mp4: frame \d+"):
-    [read_frames(clip) for sentence in select_sentences(data, config)[0] for clip in sentence.clips]
+    [read_frames(clip) for sentence in select_sentences(data, config) for clip in sentence.clips]
   config = override(config, {"data.allow_dropped": True})
   planned = [sentence.read() for sentence in plan_sentences(config, data.held_out)]
-  for sentences in (select_sentences(data, config)[0], planned):
+  for sentences in (select_sentences(data, config), planned):
     assert sentences and all(len(read_frames(clip)) for sentence in sentences for clip in sentence.clips)
   assert any("dropped: edges/b" in message for message in caplog.messages)
+  for path in (tmp_path / "test").rglob("target.mp4"):
+    shutil.copy(CORRUPT, path)
+    path.write_bytes(path.read_bytes()[:2000])
+  with pytest.raises(UserError, match=r"none of the \d+ held-out sentences can be read"):
+    select_sentences(data, config)
+
+
+def test_what_another_process_cannot_read_is_left_out_here(monkeypatch):
+  """Or processes would validate on different sentences."""
+  monkeypatch.setattr(held_out, "sum_over_processes", lambda failed: failed + next(elsewhere))
+  sentences = [Sentence(clips=(np.zeros((1, 2, 2, 3), np.uint8),), roles=(Role.TARGET,)) for _ in range(3)]
+  elsewhere = iter([0, 1, 0])
+  found = read_usable([lambda s=s: s for s in sentences], allow_dropped=True)
+  assert [id(sentence) for sentence in found] == [id(sentences[0]), id(sentences[2])]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -81,6 +81,7 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
   from univid_jax.parallel.mesh import make_mesh
   from univid_jax.runtime.processes import count_distinct, sum_over_processes
   from univid_jax.training.setup import check_config, fill_caches, open_features
+  from univid_jax.training.validation import select_sentences
 
   config = check_config(config)
   with verified(config.init_from and locate(config.init_from), enabled=VERIFICATION.verify_weights):
@@ -92,7 +93,8 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
     if PACK.value:
       repair_indices(folder)
     features = open_features(config, encoders, data, workdir)
-    done = fill_caches(config, features, data, verify=True)
+    validation = select_sentences(data, config) if config.validation.every_steps else []
+    done = fill_caches(config, features, data, validation, verify=True)
     packed = [pack_caches(folder, remove_files=REMOVE_FILES.value)] if PACK.value else []
   num_dropped = len(data.dropped) + count_distinct(each.reason for each in done.dropped)
   num_encoded = sum_over_processes(done.num_encoded)

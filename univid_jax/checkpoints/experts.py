@@ -1,4 +1,7 @@
-"""Experts of Wan2.2 A14B: transformers that only names tell from each other and, for T2V, from Wan2.1's 14B."""
+"""Experts of Wan2.2 A14B: transformers that only names tell from each other and, for T2V, from Wan2.1's 14B.
+
+Also how the user names the files for them: [EXPERT=]PATH[:WEIGHT].
+"""
 
 import os
 import re
@@ -60,6 +63,17 @@ def split_expert(text: str) -> tuple[TrainedExpert | None, str]:
   return (TrainedExpert(expert), path) if equals and expert in LORA_EXPERTS else (None, text)
 
 
+def split_weight(text: str) -> tuple[str, float]:
+  """Splits [EXPERT=]PATH[:WEIGHT]; the weight is 1 by default, and of a path that exists no part is a weight."""
+  path, _, weight = text.rpartition(":")
+  if not path or os.path.exists(split_expert(text)[1]):
+    return text, 1.0
+  try:
+    return path, float(weight)
+  except ValueError:
+    return text, 1.0
+
+
 def named_expert(path: str) -> Expert | None:
   """Returns the expert that the name of a LoRA mentions, or else that of its folder; None if it could mean another.
 
@@ -82,14 +96,3 @@ def _texts(path: Path, metadata: Mapping[str, str]) -> Iterator[str]:
   """Yields names and short texts, the most reliable first."""
   yield from list(reversed(path.absolute().parts))[:_DEPTH]
   yield from (value for _, value in sorted(metadata.items()) if len(value) < 200)
-
-
-def split_weight(text: str) -> tuple[str, float]:
-  """Splits [EXPERT=]PATH[:WEIGHT]; the weight is 1 by default, and of a path that exists no part is a weight."""
-  path, _, weight = text.rpartition(":")
-  if not path or os.path.exists(split_expert(text)[1]):
-    return text, 1.0
-  try:
-    return path, float(weight)
-  except ValueError:
-    return text, 1.0

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -108,8 +107,8 @@ class Origin:
     named += [(f"accelerator {number}", lora) for number, lora in enumerate(self.distillation)]
     for name, (path, weight) in named:
       expert, file = split_expert(path)
-      config = find_config(Path(file))
-      digests = [self._digest_lora(file), *([self._digest(epath.Path(config))] if config else [])]
+      config = find_config(epath.Path(file))
+      digests = [self._digest_lora(file), *([self._digest(config)] if config else [])]
       if "transformer_2" in checksums:  # the name may decide, so that moving the file changes the model
         expert = expert or named_expert(file)
       checksums[name] = f"{expert or ''} {' + '.join(digests)} x {weight:g}".strip()

@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import ml_dtypes
@@ -143,7 +143,7 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
   return _open_file(path)
 
 
-def is_tensor_file(path: Path) -> bool:
+def is_tensor_file(path: PurePath) -> bool:
   """Whether the name is that of a file of tensors, which may be a shard."""
   return path.suffix.lower() in SUFFIXES
 

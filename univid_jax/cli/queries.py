@@ -112,7 +112,8 @@ class QueryRunner:
           job = sampler.make_job([clip.frames for clip in waiting[0].clips[:-1]], first)
           size = size or sampler.choose_size(job, largest, most=self.batch_size)
           count, height, width = first.shape[:3]
-          log.info("queries of %dx%d, frames %d: %d, %d at once", height, width, count, len(group), size)
+          text = "%d queries of %dx%d, %d frames each, %d at once"
+          log.info(text, len(group), height, width, count, size)
           base = bar.n
 
           def show(sampled: float, base: int = base) -> None:

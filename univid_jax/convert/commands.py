@@ -30,7 +30,7 @@ from univid_jax.convert.trained_base import write_trained_base
 from univid_jax.convert.verify import verify_release
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, parse_option
-from univid_jax.core.paths import require_local
+from univid_jax.core.paths import is_remote, require_local
 
 # LoRAs are several if a run has trained both experts. A record is that of a run that trained the whole model.
 Found = CheckpointInfo | list[LoRAWeights] | RunRecord | Release
@@ -54,7 +54,8 @@ def find_weights(source: str) -> Found:
     return read_info(source)
   if (record := read_run(path)) is not None:
     return read_run_loras(path) if record.config.lora.enabled else record
-  if is_lora_folder(path) or is_peft_folder(path) or (path.is_file() and is_lora(open_tensors(source).infos)):
+  is_file = path.is_file() and (is_remote(path) or is_lora(open_tensors(source).infos))  # only LoRAs are read remotely
+  if is_file or is_lora_folder(path) or is_peft_folder(path):
     return [read_lora(source)]
   return find_release(require_local(source))
 

@@ -20,6 +20,8 @@ MAX_NAMED_RECORDS = 20_000
 NAMED_CHANGES = 5
 # Begins the names of sources that are not trained on.
 HELD_OUT = "held-out "
+# What a run was trained on before its data was changed, by checksum.
+EARLIER = "trained on earlier"
 
 log = logging.getLogger(__name__)
 
@@ -57,19 +59,30 @@ def fingerprint(
   return found
 
 
+def remember_trained(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a fingerprint with what was trained on by an earlier one, and is not any more."""
+  left = sorted(_trained_digests(before) - _trained_digests(now))
+  if not left:
+    return dict(now)
+  return {**now, EARLIER: {"num_records": len(left), "checksum": _digest(left), "records": dict(zip(left, left))}}
+
+
+def _trained_digests(fingerprint: Mapping[str, Any]) -> set[str]:
+  sources = (source for name, source in fingerprint.items() if not name.startswith(HELD_OUT))
+  return {digest for source in sources for digest in source["records"].values()}
+
+
 def find_shared(training: Mapping[str, Any], held_out: Mapping[str, Any]) -> list[str]:
-  """Returns the held-out records that are trained on, under whatever name.
+  """Returns the held-out records that are trained on, whatever they are called.
+
+  Records are equal if all that identifies them is: of pairs the two files, of lines of a table also prompt and task.
+  Of sources beyond `MAX_NAMED_RECORDS` nothing is known.
 
   Args:
     training: a fingerprint, of which what is held out is not looked at.
     held_out: a fingerprint, of which nothing else is looked at.
   """
-  trained = {
-    digest
-    for name, source in training.items()
-    if not name.startswith(HELD_OUT)
-    for digest in source["records"].values()
-  }
+  trained = _trained_digests(training)
   return [
     record
     for name, source in held_out.items()
@@ -104,9 +117,15 @@ def check_not_trained(workdir: epath.PathLike, held_out: Mapping[str, SentenceSo
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-  """Describes in one line per source what differs between two fingerprints."""
+  """Describes in one line per source what differs between two fingerprints.
+
+  Held-out records count if `before` has any: those of version 0.1 have not.
+  """
   changes = []
+  knows_held_out = any(name.startswith(HELD_OUT) for name in before)
   for name in sorted(before.keys() | now.keys()):
+    if name == EARLIER or (name.startswith(HELD_OUT) and not knows_held_out):
+      continue
     old, new = before.get(name), now.get(name)
     if not old or not new:
       changes.append(f"{name} was {'removed' if old else 'added'}")

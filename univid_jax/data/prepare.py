@@ -223,17 +223,22 @@ def _fill(
       progress.update(sentences.position, computed)
       try:
         key = find_key()
-        if key in seen:
-          continue
-        is_own = len(seen) % jax.process_count() == jax.process_index()
-        seen.add(key)
-        if is_own and not _is_cached(cache, key, verify=verify):
+      except (OSError, UserError) as error:
+        seen.add(str(error))  # in place of its key, or the processes that have it would share the others differently
+        sentences.drop(error)
+        continue
+      if key in seen:
+        continue
+      is_own = len(seen) % jax.process_count() == jax.process_index()
+      seen.add(key)
+      if is_own and not _is_cached(cache, key, verify=verify):
+        try:
           compute()
           computed += 1
-      except CacheWriteError:
-        raise
-      except (OSError, UserError) as error:
-        sentences.drop(error)
+        except CacheWriteError:
+          raise
+        except (OSError, UserError) as error:
+          sentences.drop(error)
   return len(seen), computed
 
 

@@ -232,7 +232,7 @@ def sample_targets(
 
 
 def _noise_seed(seed: int, repetition: int = 0) -> int:
-  """Returns the seed of the first sentence's noise; up to 100,000 sentences and 10 repetitions share none.
+  """Returns the seed of the first sentence's noise; no two of up to 100,000 sentences and 10 repetitions share one.
 
   Reports depend on these numbers.
   """

@@ -11,7 +11,8 @@ from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import ClipRef, Sentence
 from univid_jax.data.contexts import CONTEXTS, possible_counts
-from univid_jax.data.sources.base import indices_by_task, usable_sentences
+from univid_jax.data.held_out import read_usable
+from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.computed import ComputedSentences, open_computed
 from univid_jax.data.sources.grids import GridSentences
 from univid_jax.evaluation.controls import Case, choose_other_tasks
@@ -56,8 +57,8 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
         sentences += [PlannedSentence(case, functools.partial(only.__getitem__, i)) for i in range(per_case)]
     else:
       for indices in indices_by_task(source).values():
-        usable = usable_sentences(source, indices, allow_dropped=config.data.allow_dropped)
-        sentences += [_plan(sentence) for sentence in itertools.islice(usable, per_case)]
+        readers = [functools.partial(source.__getitem__, index) for index in itertools.islice(indices, per_case)]
+        sentences += map(_plan, read_usable(readers, allow_dropped=config.data.allow_dropped))
   return sentences
 
 

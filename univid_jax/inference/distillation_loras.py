@@ -83,10 +83,10 @@ def read_distillation(items: str | Sequence[str] | DistillationLoRAs, *, verify:
 def split_distillation(text: str) -> tuple[str, float, str]:
   """Splits `PATH[:WEIGHT][:KIND]`; the weight is 1 and the kind "" by default."""
   path, weight = split_weight(text)
+  if path != text or os.path.exists(text):
+    return path, weight, ""
   rest, colon, kind = text.rpartition(":")
-  if path == text and colon and "/" not in kind and not os.path.exists(text):
-    return *split_weight(rest), kind
-  return path, weight, ""
+  return (*split_weight(rest), kind) if colon and "/" not in kind else (text, 1.0, "")
 
 
 def add_distillation(pipeline: Pipeline, distillation: DistillationLoRAs, *, skip_unmatched: bool = False) -> Pipeline:

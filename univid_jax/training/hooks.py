@@ -31,7 +31,7 @@ from univid_jax.training.guard import MAX_SKIPPED_IN_A_ROW
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.setup import Run
 from univid_jax.training.state import Params, TrainState
-from univid_jax.training.validation import PREVIEWS_FOLDER, Validation, select_sentences, write_previews
+from univid_jax.training.validation import PREVIEWS_FOLDER, Validation, write_previews
 
 log = logging.getLogger(__name__)
 
@@ -201,8 +201,8 @@ class Validate:
     self._pipeline: Pipeline | None = None
     files = self._options.accelerate.split(",") if self._options.accelerate else None
     self._distillation = read_distillation(files) if files else None
-    self._sentences, held_out = select_sentences(run.data, run.config)
-    if not held_out:
+    self._sentences = run.validation
+    if not run.data.held_out:
       log.info("validation: too little data to hold any out, so the loss is on training sentences")
     self._validation = Validation(run.config, run.spec, self._sentences, run.features, run.mesh)
     run.encoders.release()

@@ -121,6 +121,7 @@ def compile_program(lowered: Any, advice: str) -> Any:
 
 
 def describe_program(compiled: Any, mesh: Mesh) -> dict[str, Any]:
+  """Returns the fields of a `Forecast` that a program and its devices give."""
   device = mesh.devices.flat[0]
   return {
     "activations": compiled.memory_analysis().temp_size_in_bytes,
@@ -156,6 +157,7 @@ def abstract_batch(config: RunConfig, shape: DiTConfig, mesh: Mesh) -> PackedRow
 
 
 def check_tokens(count: int, mesh: Mesh) -> None:
+  """Raises UserError if the tokens of a row do not divide over the sequence axis."""
   if count % mesh.shape[SEQUENCE]:
     raise UserError(f"rows of {count} tokens do not divide over config.mesh.context = {mesh.shape[SEQUENCE]} devices")
 

@@ -32,13 +32,14 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TrainedExpert
 from univid_jax.core.protocols import Encoders
+from univid_jax.core.sentence import Sentence
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.fingerprint import (
-  HELD_OUT,
   describe_changes,
   find_shared,
   fingerprint,
   read_fingerprint,
+  remember_trained,
   write_fingerprint,
 )
 from univid_jax.data.prepare import PreparationReport, prepare
@@ -87,6 +88,7 @@ class Run:
     encoders: of clips and prompts.
     data: where sentences come from.
     features: encodes sentences, with its caches filled.
+    validation: the sentences to validate on, if the run validates.
   """
 
   record: RunRecord
@@ -100,6 +102,7 @@ class Run:
   encoders: Encoders
   data: DataSources
   features: FeatureMaker
+  validation: Sequence[Sentence]
 
   @property
   def config(self) -> RunConfig:
@@ -165,14 +168,15 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
     data.require_usable(config.data)
   check_same_data(workdir, data, config)
   features = open_features(config, encoders, data, workdir)
+  validation = select_sentences(data, config) if config.validation.every_steps else []
   if features.caches is not None:
-    fill_caches(config, features, data)
+    fill_caches(config, features, data, validation)
   base_graph, frozen = None, {}
   if config.lora.enabled:
     bases = [load_base(part, mesh) for part in split_config(config)]
     base_graph, frozen = bases[0][0], config.model.expert.join_trees([params for _, params in bases])
   record = dataclasses.replace(record, prompts=data.prompts)
-  return Run(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features)
+  return Run(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features, validation)
 
 
 def check_config(config: RunConfig) -> RunConfig:
@@ -201,14 +205,14 @@ def open_features(config: RunConfig, encoders: Encoders, data: DataSources, work
 
 
 def fill_caches(
-  config: RunConfig, features: FeatureMaker, data: DataSources, *, verify: bool = False
+  config: RunConfig, features: FeatureMaker, data: DataSources, validation: Sequence[Sentence], *, verify: bool = False
 ) -> PreparationReport:
   """Encodes what training and validation read; see `data.prepare.prepare`."""
   return prepare(
     features,
     data,
     row_shape=RowShape.of(config.rows, context_mode(config)),
-    held_out=select_sentences(data, config)[0] if config.validation.every_steps else [],
+    held_out=validation,
     allow_dropped=config.data.allow_dropped,
     verify=verify,
   )
@@ -220,25 +224,24 @@ def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
   Raises:
     UserError: the data has changed, and the config does not allow that.
   """
-  before, now = read_fingerprint(workdir), fingerprint(data.sources, data.held_out)
+  stored, now = read_fingerprint(workdir), fingerprint(data.sources, data.held_out)
+  if stored and has_checkpoint(workdir):
+    if changes := describe_changes(stored, now):
+      if not config.data.allow_changed:
+        raise UserError(
+          f"the data of {workdir} has changed since the run started: {'; '.join(changes)}; restore it, use another "
+          "--workdir, or go on with the changed data with --config.data.allow_changed=True"
+        )
+      for change in changes:
+        log.warning("the data of %s has changed: %s", workdir, change)
+    now = remember_trained(stored, now)
   if shared := find_shared(now, now):
     log.warning(
       "%d held-out records are trained on as well, such as %s: validation and evaluation say little about others",
       len(shared),
       shared[0],
     )
-  if before is not None and not any(name.startswith(HELD_OUT) for name in before):  # of an earlier version
-    before |= {name: source for name, source in now.items() if name.startswith(HELD_OUT)}
-  if before is not None and before != now and has_checkpoint(workdir):
-    changes = describe_changes(before, now)
-    if not config.data.allow_changed:
-      raise UserError(
-        f"the data of {workdir} has changed since the run started: {'; '.join(changes)}; restore it, use another "
-        "--workdir, or go on with the changed data with --config.data.allow_changed=True"
-      )
-    for change in changes:
-      log.warning("the data of %s has changed: %s", workdir, change)
-  if jax.process_index() == 0 and before != now:
+  if jax.process_index() == 0 and stored != now:
     write_fingerprint(workdir, now)
 
 
@@ -249,7 +252,9 @@ def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> Non
     if key in ("validation.sentences", "validation.sigmas"):
       log.warning(
         "%s = %s instead of %s: validation losses are not comparable with earlier ones, by which --step=best chooses",
-        *(key, after, before),
+        key,
+        after,
+        before,
       )
   changes = [change for change in different if not change[0].startswith(MAY_CHANGE)]
   if previous.base != current.base:

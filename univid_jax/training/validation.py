@@ -1,7 +1,8 @@
 """Validation during training: a loss that is comparable from step to step, and previews."""
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -19,10 +20,11 @@ from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.data.contexts import CONTEXT_NAMES
 from univid_jax.data.features import FeatureMaker
+from univid_jax.data.held_out import read_usable
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import COLUMNS, concatenate_clips, sentence_grid
 from univid_jax.data.rows.packing import RowShape, pack_rows
-from univid_jax.data.sources.base import indices_by_task, usable_sentences
+from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.open import DataSources
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.evaluation.generate import sample_targets
@@ -122,21 +124,20 @@ def _mean(sums: Sequence[Sequence[np.ndarray]]) -> float:
   return float(losses / counts)
 
 
-def select_sentences(data: DataSources, config: RunConfig) -> tuple[list[Sentence], bool]:
-  """Selects sentences to validate on, from all kinds of data in turn, and of each from all tasks in turn.
+def select_sentences(data: DataSources, config: RunConfig) -> list[Sentence]:
+  """Selects sentences to validate on: of what is held out, or if nothing is, of the data to train on.
 
-  Returns:
-    The sentences, and whether they are held out.
+  They are of all kinds of data in turn, and of each of all tasks in turn; see `read_usable`.
   """
-  held_out = bool(data.held_out)
-  sources = data.held_out if held_out else data.sources
+  sources = data.held_out or data.sources
 
-  def read_in_turn(source: SentenceSource) -> Iterator[Sentence]:
+  def readers(source: SentenceSource) -> Iterator[Callable[[], Sentence]]:
     indices = take_turns(indices_by_task(source).values())
-    return usable_sentences(source, indices, allow_dropped=config.data.allow_dropped)
+    return (functools.partial(source.__getitem__, index) for index in indices)
 
-  chosen = take_turns([read_in_turn(source) for source in sources.values()])
-  return list(itertools.islice(chosen, config.validation.sentences)), held_out
+  chosen = take_turns([readers(source) for source in sources.values()])
+  selected = list(itertools.islice(chosen, config.validation.sentences))
+  return read_usable(selected, allow_dropped=config.data.allow_dropped)
 
 
 def take_turns(iterables: Iterable[Iterable[T]]) -> Iterator[T]:

@@ -1,7 +1,7 @@
 """Reads LoRA files of every trainer, see docs/formats.md."""
 
+import dataclasses
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,9 +25,9 @@ from univid_jax.core.options import MAX_LORA_SCALE
 from univid_jax.core.paths import is_remote
 
 
-def is_peft_folder(path: os.PathLike | str) -> bool:
+def is_peft_folder(path: epath.PathLike) -> bool:
   """Returns whether a path is a folder that PEFT wrote."""
-  return (Path(path) / CONFIG_FILE).is_file()
+  return (epath.Path(path) / CONFIG_FILE).is_file()
 
 
 def read_lora(path: epath.PathLike, *, verify: bool = True) -> LoRAWeights:
@@ -47,15 +47,15 @@ def read_lora(path: epath.PathLike, *, verify: bool = True) -> LoRAWeights:
       return read_lora_folder(path)
   local = _local_copy(path) if is_remote(path) else Path(path)
   if is_peft_folder(local):
-    found = find_adapter(local)
+    found = find_adapter(epath.Path(local))
     if found is None:
       raise FileNotFoundError(f"{path} has {CONFIG_FILE}, but no adapter_model.safetensors")
-    local = found
+    local = Path(found)
   if local.is_dir():
     raise UserError(f"{path} is a folder without lora.json or {CONFIG_FILE}: pass the LoRA file itself")
   if verify:
     require_seal(local, sidecar_path(local))
-  return parse_lora(open_tensors(local))
+  return dataclasses.replace(parse_lora(open_tensors(local)), source=str(path if is_remote(path) else local))
 
 
 def _local_copy(path: epath.PathLike) -> Path:

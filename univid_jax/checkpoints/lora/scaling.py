@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from univid_jax.checkpoints.tensor_files import is_tensor_file
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
@@ -85,18 +87,19 @@ def _find(patterns: Mapping[re.Pattern[str], float], module: str) -> float | Non
   return next((value for pattern, value in patterns.items() if any(map(pattern.fullmatch, names))), None)
 
 
-def find_adapter(folder: Path) -> Path | None:
+def find_adapter(folder: epath.Path) -> epath.Path | None:
   """Returns the weights in a folder of PEFT: adapter_model.*, or the only file of tensors; None if there are none."""
   files = sorted(path for path in folder.iterdir() if is_tensor_file(path) and path.name[0] != ".")
   named = [path for path in files if path.stem == ADAPTER_STEM]
   return named[-1] if named else files[0] if len(files) == 1 else None  # of several, the .safetensors
 
 
-def find_config(path: Path) -> Path | None:
+def find_config(path: epath.Path) -> epath.Path | None:
   """Returns PEFT's config of a file of weights, if there is one next to it."""
   config = path.parent / CONFIG_FILE
-  is_adapter = path.stem == ADAPTER_STEM or find_adapter(path.parent) == path
-  return config if config.is_file() and is_adapter else None
+  if not config.is_file():
+    return None
+  return config if path.stem == ADAPTER_STEM or find_adapter(path.parent) == path else None
 
 
 def find_scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:
@@ -105,7 +108,7 @@ def find_scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:
   Raises:
     UserError: it is damaged, or of a kind of adapter that is not supported.
   """
-  if config := find_config(path):
+  if config := find_config(epath.Path(path)):
     return _read_scaling(str(config), config.read_bytes())
   if HEADER_KEY in metadata:
     return _read_scaling(f"{HEADER_KEY} in the header of {path}", metadata[HEADER_KEY].encode())

@@ -61,7 +61,7 @@ class Cache:
       body = self._read_file(key)
     if body is None:
       body = self._newer_shards().read(digest)
-    # Not a .npy, whose header several threads cannot parse at once, see `reader._HEADER_LOCK`.
+    # Not a .npy, whose header several threads cannot parse at once, see `data.media.reader._HEADER_LOCK`.
     return None if body is None else load(bytes(body))[_NAME]
 
   def put(self, key: str, value: np.ndarray) -> None:

@@ -281,7 +281,7 @@ def _encode_sound(
   rate = 48_000
   stream = container.add_stream(ENCODERS[codec], rate=rate)
   assert isinstance(stream, AudioStream)
-  stream.layout = track.layout.name if track.layout.nb_channels <= 2 else "stereo"
+  stream.layout = "mono" if track.layout.nb_channels == 1 else "stereo"  # the file's may have no name
   graph = _make_resampler(track, format=stream.format.name, layout=stream.layout.name, rate=rate)
   packets: list[Packet] = []
   position = Fraction(0)

@@ -186,7 +186,7 @@ class Loader:
         num_streams = len(positions)
       order = saved[0].get("row_order", self._order)
       if len(order) != len(self._order):
-        log.warning("a batch has %d rows now, before it had %d: config.rows.per_batch", len(self._order), len(order))
+        log.warning("batches have %d rows on this mesh, %d before: per_batch is 0", len(self._order), len(order))
         order = self._order
       if sorted(order) != sorted(self._order):
         raise ValueError(f"row_order = {order}")

@@ -3,8 +3,7 @@
 import bisect
 import dataclasses
 import functools
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -14,13 +13,10 @@ from univid_jax.config.schema import DataConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.protocols import SentenceSource
-from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.data.contexts import video_pattern
 
 T = TypeVar("T")
 GroupT = TypeVar("GroupT")
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,33 +47,6 @@ def require_none_dropped(dropped: Sequence[Dropped], *, allowed: bool) -> None:
       f"{len(dropped)} of the listed records cannot be used, first {dropped[0]}; fix them, or leave them out with "
       "--config.data.allow_dropped=True"
     )
-
-
-def usable_sentences(source: SentenceSource, indices: Iterable[int], *, allow_dropped: bool) -> Iterator[Sentence]:
-  """Yields sentences of a source that is held out.
-
-  Args:
-    source: of the sentences.
-    indices: which of them, in order.
-    allow_dropped: read every clip, and leave out and log a sentence that cannot be read.
-
-  Raises:
-    OSError, UserError: a sentence cannot be read, and that is not allowed.
-  """
-  for index in indices:
-    record = f"sentence {index}"
-    try:
-      sentence = source[index]
-      record = sentence.record
-      if allow_dropped:
-        for clip in sentence.clips:
-          read_frames(clip)
-    except (OSError, UserError) as error:
-      if not allow_dropped:
-        raise
-      log.warning("dropped: %s", drop(record, error))
-    else:
-      yield sentence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
