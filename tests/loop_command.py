@@ -34,7 +34,7 @@ class Destructor:
     time.sleep(1)
 
 
-@app.command(FLAGS)
+@app.command(FLAGS, continues=True)
 def main() -> None:
   start_processes(PROCESSES, writes=WORKDIR.value)
   mode = MODE.value

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -49,6 +50,23 @@ def test_help(module):
   assert f"python -m {usage}" in done.stdout and COMMANDS[module] in done.stdout
 
 
+def test_the_default_config_of_an_evaluation_is_that_of_the_run(capfd):
+  for module, default in (("evaluate", "that of the run in --workdir, else tiny"), ("train", "tiny")):
+    assert run_here(f"univid_jax.{module}", "--help") == 0
+    assert f"Default: {default}." in " ".join(capfd.readouterr().out.split())
+
+
+def test_a_port_that_is_in_use_is_named(capfd):
+  pytest.importorskip("gradio")
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+    assert run_here("univid_jax.demo", f"--port={port}") == 1
+  expected = f"error: port {port} is in use: choose another one with --port, or 0 for a free one\n"
+  assert capfd.readouterr().err == expected
+  assert run_here("univid_jax.demo", "--host=192.0.2.1") == 1
+  assert "error: cannot listen on port 7860 of --host=192.0.2.1: " in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
   "arguments, code, message",
   [
@@ -88,12 +106,13 @@ def test_help(module):
   ],
 )
 def test_wrong_arguments_of_train(tmp_path, capfd, arguments, code, message):
-  workdir = [] if any(a.startswith("--workdir") for a in arguments) else [f"--workdir={tmp_path}"]
+  workdir = [] if any(a.startswith("--workdir") for a in arguments) else [f"--workdir={tmp_path / 'run'}"]
   assert run_here("univid_jax.train", *arguments, *workdir) == code
   stderr = capfd.readouterr().err
   last = stderr.strip().splitlines()[-1]
   assert last.startswith("error: ") and message in last and "internal error" not in last, stderr
   assert "Traceback" not in stderr
+  assert not list(tmp_path.iterdir())
 
 
 def test_folders_without_clips(tmp_path, capfd):

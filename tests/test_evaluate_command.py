@@ -1,5 +1,6 @@
 """The evaluate command: its report matches the stored samples, interrupted or not, with one process or two."""
 
+import functools
 import json
 import shutil
 import signal
@@ -14,6 +15,9 @@ from tests import commands
 from tests.commands import run_command, run_here, start_command
 from tests.helpers import image_width
 from univid_jax import evaluate
+from univid_jax.cli.evaluated_config import describe_config_differences
+from univid_jax.config import presets
+from univid_jax.config.boundary import override
 from univid_jax.evaluation.metrics.image import psnr
 
 TASKS = {"scribble": 1.0, "salient_object": 1.0, "camera_movement": 0.5, "duotone": 0.0, "swap_channels": 0.0}
@@ -151,13 +155,16 @@ def test_errors_are_one_clear_line(workdir, capfd, arguments, message):
   assert code != 0 and message in error.strip().splitlines()[-1] and "Traceback" not in error, error
 
 
-def test_the_config_is_that_of_the_run(workdir, report, tmp_path):
+def test_the_config_is_that_of_the_run(workdir, report, tmp_path, capfd):
   """Unless one is given; single values of it can be changed."""
   folders = f"--workdir={workdir}", f"--out={tmp_path}"
   single = "--config.data.kinds={'scribble': 'edges'}", "--config.data.tasks.scribble=1"  # the default has neither
   assert run_here("univid_jax.evaluate", *folders, *EVALUATION, *single) == 0
   numbers = read_numbers(tmp_path)
   assert set(numbers["by_task"]) == set(report["by_task"])
+  log = capfd.readouterr().err
+  assert f"evaluating {len(numbers['sentences'])} sentences, at most 1 of each of " in log
+  assert "is not the config of" not in log
   for name, scores in report["overall"].items():
     assert numbers["overall"][name]["psnr"] == pytest.approx(scores["psnr"], rel=1e-4)
 
@@ -210,3 +217,23 @@ def test_every_test_pair_is_used_with_training_examples(workdir, tmp_path):
   median = json.loads((tmp_path / "out" / "report.json").read_text())
   assert median["by_task"]["depth"]["prediction"]["psnr"] == report["by_task"]["depth"]["prediction"]["psnr"]
   assert median["by_task"]["depth"]["prediction"]["abs_rel"] != report["by_task"]["depth"]["prediction"]["abs_rel"]
+
+
+def test_a_missing_run_is_not_created(tmp_path, capfd):
+  assert run_here("univid_jax.evaluate", f"--workdir={tmp_path / 'nope'}") == 1
+  assert "nope does not exist" in capfd.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_another_config_than_that_of_the_run_is_named():
+  trained, other = presets.small_lora(), presets.small()
+  describe = functools.partial(describe_config_differences, name="small", workdir="runs/mine")
+  line = describe(other, trained, overrides=[])
+  assert line.startswith(
+    "--config=small is not the config of runs/mine, by which it is evaluated without --config: "
+    "data.bundled is True instead of False, "
+  )
+  assert line.endswith(" more")
+  assert describe(trained, trained, overrides=[]) is None
+  changed = override(trained, {"eval.batch_size": 3, "num_steps": 7})
+  assert describe(changed, trained, overrides=[]).endswith(": eval.batch_size is 3 instead of 8")
+  assert describe(changed, trained, overrides=["eval.batch_size"]) is None

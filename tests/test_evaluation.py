@@ -176,6 +176,7 @@ class TestModes:
     ]
     assert quick["image"]["psnr"] == pytest.approx(np.mean(images), abs=1e-3) and quick["image"]["count"] == len(images)
     assert quick["overall"]["psnr_codec"] > 30
+    assert quick["held_out_pairs"] <= len(quick_scores)
 
   def test_nothing_held_out(self, tiny_config, tmp_path):
     config = override(tiny_config, {"eval.sentences_per_case": 0})
@@ -183,6 +184,20 @@ class TestModes:
     assert run.evaluate_quick(pipeline, config, tmp_path) is None and not (tmp_path / "eval.json").exists()
     with pytest.raises(UserError, match="there is nothing to evaluate on"):
       run.evaluate(pipeline, config, data=open_data(config), folder=tmp_path, origin=ORIGIN)
+
+
+def test_variants_of_a_pair_are_one_pair():
+  """Whatever their direction and number of frames."""
+  rng = np.random.default_rng(0)
+  b, b2, other = rng.integers(0, 256, (3, 5, 4, 4, 3), np.uint8)
+
+  def pair(*clips):
+    return Generated(SentenceInfo("task", "I", 4, [5] * 4, "", False, None), clips, other, {}).pair
+
+  assert pair(other, other, b, b2) == pair(b, b, b2[:1], b[:1]) != pair(b, b2, other, b2)
+  few = {"held_out_pairs": 1}
+  assert report.describe_count(few, 16) == "16 sentences of 1 held-out pair"
+  assert report.describe_count(few, 1) == "1 sentence"
 
 
 class TestSamplesFolder:

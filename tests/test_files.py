@@ -1,5 +1,6 @@
 """Local paths and paths in buckets; files of tensors by name; permissions of written files."""
 
+import errno
 import json
 import os
 import types
@@ -14,7 +15,7 @@ from univid_jax.checkpoints.lora.folder import read_lora_folder
 from univid_jax.checkpoints.run import read_run
 from univid_jax.checkpoints.tensor_files import find_tensor_files, open_tensors, save_safetensors
 from univid_jax.core.errors import UserError, first_line
-from univid_jax.core.paths import atomic_write, is_remote, make_absolute
+from univid_jax.core.paths import atomic_write, is_remote, make_absolute, require_writable
 
 
 def test_bucket_paths_are_unchanged(tmp_path, monkeypatch):
@@ -33,6 +34,24 @@ def test_atomic_write(tmp_path):
     path.write_text("half")
     raise RuntimeError
   assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.txt"]
+
+
+def test_what_cannot_be_written_is_named(tmp_path, monkeypatch):
+  """A write itself names no file; an error that says more than the system is left as it is."""
+  with pytest.raises(OSError) as error, atomic_write(tmp_path / "a.txt"):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  assert error.value.filename == str(tmp_path / "a.txt")
+  with pytest.raises(OSError) as error, atomic_write(tmp_path / "a.txt"):
+    raise OSError(errno.ENOSPC, "the folder b needs more")
+  assert error.value.filename is None
+  for free, needed, expected in (
+    (5, 12_288, "needs 12.3 kB, and its disk has 5 bytes left"),
+    (0, 1, "needs 1 bytes, and its disk has 0 bytes left"),
+    (999_900, 3 * 10**9, "needs 3.0 GB, and its disk has 999.9 kB left"),
+  ):
+    monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: types.SimpleNamespace(free=free))
+    with pytest.raises(OSError, match=f"the folder {tmp_path} {expected}"):
+      require_writable(tmp_path, num_bytes=needed)
 
 
 def test_atomic_writes_at_once(tmp_path):

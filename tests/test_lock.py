@@ -159,3 +159,17 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(OSError, match="file"), hold(tmp_path / "file"):
     pass
+
+
+def test_folders_that_stay_empty_are_removed(tmp_path):
+  """So a command that fails before it writes anything leaves no folder."""
+  with hold(tmp_path / "a" / "b"):
+    assert (tmp_path / "a" / "b").is_dir()
+  assert not (tmp_path / "a").exists()
+  with hold(tmp_path / "a" / "b"):
+    (tmp_path / "a" / "file").touch()
+  assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+  (tmp_path / "empty").mkdir()
+  with hold(tmp_path / "empty"):
+    pass
+  assert (tmp_path / "empty").is_dir(), "it was there before"

@@ -56,6 +56,19 @@ class TestSignals:
     assert reported(done) == [f"stopped by SIGTERM{ending}"]
     assert not (tmp_path / ".lock-0").exists()
 
+  @pytest.mark.parametrize("continues, ending", [(True, "; rerun the same command to continue"), (False, "")])
+  def test_only_what_continues_says_so(self, continues, ending):
+    script = (
+      "import os, signal, time; from univid_jax.cli import app, flags\n"
+      f"@app.command(flags.CommandFlags(''), continues={continues})\n"
+      "def main():\n"
+      "  os.kill(os.getpid(), signal.SIGTERM)\n"
+      "  time.sleep(10)\n"
+      "raise SystemExit(main())"
+    )
+    done = finish(start_python("-c", script))
+    assert done.returncode == 75 and reported(done) == [f"stopped by SIGTERM{ending}"]
+
   def test_a_signal_after_the_end_changes_nothing(self, tmp_path):
     (process,) = start_loop(tmp_path, "--mode=exit")
     done = finish(process)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.clip_files import write_image, write_video
 from univid_jax.checkpoints.usage import Usage
+from univid_jax.cli.flags import UsageError
 from univid_jax.cli.requests import RequestRunner
 from univid_jax.cli.sampling import Request, check_outputs, choose_format, plan_requests
 from univid_jax.core.dims import latent_shape
@@ -254,9 +255,18 @@ def test_targets_are_checked_first(tmp_path: Path, monkeypatch):
   with pytest.raises(UserError, match="cannot write 5 frames to the image"):
     sampling.run(Request((image,) * 3, tmp_path / "x.png"))
   monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 1000})())
-  with pytest.raises(OSError, match="needs 0 MB, and its disk has 0 MB left"):
+  with pytest.raises(OSError, match=r"the folder .* needs .*[1-9].* kB, and its disk has 1.0 kB left"):
     sampling.run(Request((image,) * 3, tmp_path / "x.mp4"))
   with pytest.raises(UserError, match="it is one of the clips"):
     runner().run(Request((image,) * 3, tmp_path / "a", needs_suffix=True))
   assert not sampling.pipeline.contexts
   assert {path.name for path in tmp_path.iterdir()} == {"a.png", "link.png", "folder.png"}
+
+
+def test_results_of_queries_are_in_a_folder(tmp_path: Path):
+  with pytest.raises(UsageError, match=r"--out is a folder of results, and 'out.PNG' is the name of one result"):
+    plan_requests(["a.png"] * 2, ["b.png"], "out.PNG")
+  (tmp_path / "out.png").mkdir()
+  for name in ("out.png", "results.v2"):
+    (request,) = plan_requests(["a.png"] * 2, ["b.png"], str(tmp_path / name))
+    assert request.out == tmp_path / name / "b"

@@ -7,7 +7,9 @@ The page is only reachable from this machine unless --host says otherwise; it se
 what it sampled.
 """
 
+import errno
 import logging
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -30,10 +32,11 @@ FLAGS.verification()
 MODEL_FLAGS = (
   "dtype", "quantize", "lora_skip_unmatched", "offload_inactive", "verify_weights", "on_damaged_checkpoint"
 )  # fmt: skip
-HOST = FLAGS.string("host", "127.0.0.1", "Address to listen on.")
+LOCALHOST = "127.0.0.1"
+HOST = FLAGS.string("host", LOCALHOST, "Address to listen on.")
 MAX_UPLOAD = FLAGS.integer("max_upload_mb", 200, "Largest file that is accepted, in MB.", lower_bound=1)
 MAX_QUEUE = FLAGS.integer("max_queue", 16, "Requests that may wait; more are refused.", lower_bound=1)
-PORT = FLAGS.integer("port", 7860, "Port to listen on; 0 takes a free one.", lower_bound=0)
+PORT = FLAGS.integer("port", 7860, "Port to listen on; 0 takes a free one.", lower_bound=0, upper_bound=65535)
 
 log = logging.getLogger("univid_jax.demo")
 
@@ -49,6 +52,7 @@ def main() -> None:
   from univid_jax.cli.page import CSS, Page
   from univid_jax.cli.page_session import Offer, Session, find_checkpoints
 
+  require_free(HOST.value, PORT.value)
   enable_compilation_cache()
   offer = Offer(
     checkpoints=CHECKPOINT.value or find_checkpoints(),
@@ -72,6 +76,22 @@ def main() -> None:
     )
     log.info("the page is at %s (Ctrl-C ends it)", address)
     page.block_thread()
+
+
+def require_free(host: str, port: int) -> None:
+  """Checks that a page can be served at an address, before a model is loaded; port 0 takes a free one.
+
+  Raises:
+    UserError: another program listens there, or the address is none of this machine.
+  """
+  for name in dict.fromkeys((LOCALHOST, host.strip("[]"))):  # Gradio reaches its own page through the first
+    try:
+      family, *_, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
+      socket.create_server(address[:2], family=socket.AddressFamily(family)).close()
+    except OSError as error:
+      if error.errno == errno.EADDRINUSE:
+        raise UserError(f"port {port} is in use: choose another one with --port, or 0 for a free one") from error
+      raise UserError(f"cannot listen on port {port} of --host={host}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ config, by default that of the run in the workdir, determines the tasks, context
 steps. Rerun the same command to resume; samples of other weights, configs or data are kept and not used.
 """
 
+import logging
 import shlex
 import sys
 from typing import Any
@@ -26,14 +27,18 @@ QUANTIZE = FLAGS.quantize()
 OUT = FLAGS.string("out", None, "Folder of the results; default: WORKDIR/evaluation.")
 PROCESSES = FLAGS.processes()
 
+log = logging.getLogger("univid_jax.evaluate")
 
-@app.command(FLAGS)
+
+@app.command(FLAGS, continues=True)
 def main() -> None:
   if CHECKPOINT.value and not CONFIG.is_given:
     raise UsageError("--checkpoint needs --config, which says what to evaluate on; the bases' own are their presets")
+  from univid_jax.checkpoints.run import require_run
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.distributed import start_processes
 
+  record = None if CHECKPOINT.value else require_run(WORKDIR.value)  # before its folder is locked, which creates it
   start_processes(PROCESSES, writes=OUT.value or f"{WORKDIR.value}/evaluation")
   enable_compilation_cache()
   import jax
@@ -41,6 +46,7 @@ def main() -> None:
   import univid_jax
   from univid_jax.checkpoints.experts import split_weight
   from univid_jax.checkpoints.origin import Origin
+  from univid_jax.cli.evaluated_config import describe_config_differences
   from univid_jax.cli.sampling import group_loras
   from univid_jax.data.fingerprint import check_not_trained
   from univid_jax.data.sources.open import open_data
@@ -50,6 +56,10 @@ def main() -> None:
   from univid_jax.parallel.mesh import make_mesh
 
   config, workdir = CONFIG.value, WORKDIR.value
+  if record is not None and CONFIG.is_given and jax.process_index() == 0:
+    named = {"name": FLAGS.config_name, "workdir": workdir, "overrides": FLAGS.config_overrides}
+    if line := describe_config_differences(config, record.config, **named):
+      log.warning("%s", line)
   data = open_data(config)
   if not CHECKPOINT.value:
     check_not_trained(workdir, data.held_out, allowed=config.data.allow_changed)

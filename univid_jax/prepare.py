@@ -33,7 +33,7 @@ PACK = FLAGS.switch("pack", False, "Then pack the caches into shards, which are 
 REMOVE_FILES = FLAGS.switch("remove_files", False, "With --pack: remove each file that can be read back from a shard.")
 
 
-@app.command(FLAGS)
+@app.command(FLAGS, continues=True)
 def main() -> None:
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.distributed import start_processes

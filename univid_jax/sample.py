@@ -31,6 +31,7 @@ PROCESSES = FLAGS.processes()
 def main() -> None:
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.distributed import start_processes
+  from univid_jax.runtime import supervisor
 
   requests = SAMPLE.plan_requests()
   if SAMPLE.has_queries:
@@ -42,6 +43,7 @@ def main() -> None:
   if WARM_UP.value:
     print(SAMPLE.warm_up(runner, requests))
     return
+  supervisor.current().can_continue = SAMPLE.has_queries or runner.find_whole(requests[0]) is not None
   for line in SAMPLE.run(runner, requests):
     tqdm.write(line)  # above the bar
   if PROFILE.value:

@@ -19,7 +19,7 @@ VERIFICATION = FLAGS.verification()
 PROCESSES = FLAGS.processes()
 
 
-@app.command(FLAGS)
+@app.command(FLAGS, continues=True)
 def main() -> None:
   # JAX is imported after the flags are parsed, so that --help and wrong flags are answered at once.
   from univid_jax.cli.compilation import enable_compilation_cache

@@ -51,20 +51,25 @@ class Main(Protocol):
   def __call__(self, argv: Sequence[str] | None = None, /) -> int: ...
 
 
-def command(flags: CommandFlags) -> Callable[[Callable[[], None]], Main]:
-  """Decorates the body of a command, which runs after the flags are parsed; its exceptions become exit codes."""
+def command(flags: CommandFlags, *, continues: bool = False) -> Callable[[Callable[[], None]], Main]:
+  """Decorates the body of a command, which runs after the flags are parsed; its exceptions become exit codes.
+
+  Args:
+    flags: of the command.
+    continues: whether a command that was stopped continues when it is rerun.
+  """
 
   def decorate(body: Callable[[], None]) -> Main:
     @functools.wraps(body)
     def main(argv: Sequence[str] | None = None, /) -> int:
-      return _run(body, flags, argv)
+      return _run(body, flags, argv, continues=continues)
 
     return main
 
   return decorate
 
 
-def _run(body: Callable[[], None], flags: CommandFlags, given: Sequence[str] | None) -> int:
+def _run(body: Callable[[], None], flags: CommandFlags, given: Sequence[str] | None, *, continues: bool) -> int:
   argv = sys.argv if given is None else given
   _prepare_streams()
   if {"--help", "-help", "-h"} & set(argv[1:]):
@@ -79,6 +84,7 @@ def _run(body: Callable[[], None], flags: CommandFlags, given: Sequence[str] | N
     print("error: this folder holds a clone in univid_jax/, which hides the package: run it elsewhere", file=sys.stderr)
     return 1
   supervisor = Supervisor()
+  supervisor.can_continue = continues
   try:
     with supervisor.listen(), _status_messages():
       body()

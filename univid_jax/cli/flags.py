@@ -97,7 +97,7 @@ class CommandFlags:
     return self.switch("lora_skip_unmatched", False, "Leave out tensors of a LoRA without a counterpart in the model.")
 
   def dtype(self) -> flags.FlagHolder[str | None]:
-    help_text = "Dtype of the model; default: that of the training run, or bfloat16."
+    help_text = "Dtype of the model; default: that of the run; of bases bfloat16, or float32 if trained from scratch."
     return self.choice("dtype", None, ["bfloat16", "float32"], help_text)
 
   def quantize(self) -> flags.FlagHolder[str | None]:
@@ -158,6 +158,17 @@ class CommandFlags:
         given.append(f"--{name.lstrip('-')}={word.partition('=')[2] if equals else next(words, '')}")
     return given
 
+  @property
+  def config_name(self) -> str:
+    """What --config says; "" if it is not given."""
+    return _take(self.argv, "config")[0] or ""
+
+  @property
+  def config_overrides(self) -> list[str]:
+    """The keys of the config that the command line overrides."""
+    words = [argument.partition("=")[0] for argument in self.config_arguments]
+    return [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
+
   def given(self, names: Sequence[str]) -> list[str]:
     """Returns those of the named flags that are on the command line, as arguments."""
     return [self._values[name].serialize() for name in names if self._values[name].present]
@@ -169,7 +180,7 @@ class CommandFlags:
   def _describe_flags(self) -> Iterator[str]:
     if self._config:
       text = f"A preset ({', '.join(presets.PRESETS)}), or a file with get_config(), as FILE.py[:ARGUMENT]."
-      yield from _describe("--config", f"{text} --config.KEY=VALUE overrides a value. Default: tiny.")
+      yield from _describe("--config", f"{text} --config.KEY=VALUE overrides a value. Default: {self._config.default}.")
     for name in sorted(name for name in self._values if len(name) > 1 and not name.startswith("config")):
       flag = self._values[name]
       default = f" Default: {flag.default}." if flag.default and not isinstance(flag.default, list) else ""
@@ -210,6 +221,11 @@ class ConfigFlag:
   def value(self) -> RunConfig:
     assert self._value, "flags are parsed when the command runs"
     return self._value
+
+  @property
+  def default(self) -> str:
+    """What is used without --config, for --help."""
+    return "that of the run in --workdir, else tiny" if self._of_run else "tiny"
 
   def define(self, argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     """Defines flags for the overrides in a command line; returns the command line without --config."""

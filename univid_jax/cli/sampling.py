@@ -162,8 +162,8 @@ def plan_requests(
     first_frame: of the result, if it is given; the context may then be empty.
 
   Raises:
-    UsageError: there is no context or no query, the result has no name, an example pair is incomplete, or two queries
-      have the same name.
+    UsageError: there is no context or no query, the result has no name or with queries that of a clip, an example pair
+      is incomplete, or two queries have the same name.
     UserError: `out` is in a bucket.
   """
   require_local(out)
@@ -180,6 +180,8 @@ def plan_requests(
     return [Request(tuple(clips), Path(out), needs_suffix=not Path(out).suffix and not is_folder)]
   if len(clips) % 2:
     raise UsageError(f"with --queries, --clips are example pairs A, A', an even number; got {len(clips)}")
+  if Path(out).suffix.lower() in CLIP_SUFFIXES and not Path(out).is_dir():
+    raise UsageError(f"with --queries, --out is a folder of results, and {out!r} is the name of one result")
   if len(queries) == 1 and Path(queries[0]).is_dir():
     queries = _list_queries(Path(queries[0]))
   names: dict[str, str] = {}

@@ -5,6 +5,7 @@ from typing import Any
 
 from univid_jax.config.schema import RunConfig
 from univid_jax.evaluation import exact
+from univid_jax.evaluation.report import describe_count
 from univid_jax.training.loop import TrainResult, lora_exports
 
 # What a prediction is compared with, and how it is called.
@@ -38,7 +39,6 @@ def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig,
     config: of the run.
     workdir: of the run.
   """
-  other = "runs/mine" if workdir.rstrip("/") != "runs/mine" else "runs/other"
   failed = [
     name
     for name, scores in report["by_task"].items()
@@ -46,25 +46,50 @@ def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig,
   ]
   lines = [
     f"{_steps(result)}. PSNR of B' on held-out sentences:",
-    *([_scores("images", report["image"])] if report["image"] else []),
-    _scores("all", report["overall"]),
+    *([_scores("images", report["image"], report)] if report["image"] else []),
+    _scores("all", report["overall"], report),
+    *_few_pairs(report, config),
     f"  no better than a baseline: {', '.join(failed)}" if failed else "  every task is better than its baselines",
     *(f"  {line}" for line in (exact.summary(report["exact"]) if "exact" in report else [])),
     f"pictures    {workdir}/grid.png (A | A' | B | B' predicted | B' true), {workdir}/loss.png",
     f"numbers     {workdir}/eval.json, {workdir}/metrics.jsonl, tensorboard --logdir={workdir}/tensorboard",
     f"checkpoints {workdir}/checkpoints",
-    "next: sample from your own files, or train on your own videos:",
-    f"  python -m univid_jax.sample --checkpoint={workdir} --clips=A.png,A2.png,B.png --out=B2.png",
-    f"  python -m univid_jax.train --config={config.name} --config.data.folder=DIR --workdir={other}",
+    *_next_steps(config, workdir),
   ]
   return "\n".join(lines)
+
+
+def _next_steps(config: RunConfig, workdir: str) -> list[str]:
+  """Suggests what to do after the evaluation of a run."""
+  sample = f"  python -m univid_jax.sample --checkpoint={workdir} --clips=A.png,A2.png,B.png --out=B2.png"
+  if config.lora.enabled:
+    return [
+      "next: sample from your own files, evaluate with all metrics and controls, or export the LoRA:",
+      sample,
+      f"  python -m univid_jax.evaluate --workdir={workdir}",
+      f"  python -m univid_jax.convert {workdir} OUT.safetensors --to=diffusers|comfyui|musubi|univid",
+    ]
+  other = "runs/mine" if workdir.rstrip("/") != "runs/mine" else "runs/other"
+  return [
+    "next: sample from your own files, or train on your own videos:",
+    sample,
+    f"  python -m univid_jax.train --config={config.name} --config.data.folder=DIR --workdir={other}",
+  ]
 
 
 def _steps(result: TrainResult) -> str:
   return f"{result.steps_taken} steps in {result.seconds:.0f} s"
 
 
-def _scores(name: str, scores: Mapping[str, Any]) -> str:
+def _few_pairs(report: Mapping[str, Any], config: RunConfig) -> list[str]:
+  """Says how to evaluate on more pairs, if the sentences are variants of few."""
+  is_few = 2 * report["held_out_pairs"] <= report["overall"]["count"]
+  if not (is_few and config.data.pairs) or config.data.test_pairs:
+    return []
+  return ["  to evaluate on more pairs: --config.data.test_pairs=FOLDER, or hold out more with --config.data.held_out"]
+
+
+def _scores(name: str, scores: Mapping[str, Any], report: Mapping[str, Any]) -> str:
   shown = BASELINES | {"swapped": "swapped pair"}
   others = [f"{text} {scores[f'psnr_{other}']:5.1f}" for other, text in shown.items()]
-  return f"  {name:<9} {scores['psnr']:5.1f} dB   {'   '.join(others)}   ({scores['count']} sentences)"
+  return f"  {name:<9} {scores['psnr']:5.1f} dB   {'   '.join(others)}   ({describe_count(report, scores['count'])})"

@@ -65,18 +65,22 @@ class LockFile(Protocol):
 
 
 class LocalLockFile:
-  """On a file system."""
+  """On a file system; folders that are created for it and are still empty at the end are removed with it."""
 
   def __init__(self, path: Path):
     self._path = path
+    self._created: list[Path] = []
 
   def create(self, data: bytes) -> None:
+    folders = [folder for folder in self._path.parents if not folder.exists()]
+    self._created += folders
     self._path.parent.mkdir(parents=True, exist_ok=True)
     with self._path.open("xb", buffering=0) as file:
       try:
         file.write(data)
-      except OSError:
+      except OSError as error:
         self.delete()
+        error.filename = str(self._path.parent)
         raise
 
   def read(self) -> bytes:
@@ -88,6 +92,9 @@ class LocalLockFile:
 
   def delete(self) -> None:
     self._path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something is in it
+      while self._created:
+        self._created.pop(0).rmdir()
 
 
 class RemoteLockFile:

@@ -16,6 +16,8 @@ from univid_jax.core.errors import UserError
 # Holds only what can be recomputed or downloaded again.
 CACHE_FOLDER = "~/.cache/univid_jax"
 
+_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("bytes", 1))
+
 
 @contextlib.contextmanager
 def atomic_write(path: epath.PathLike) -> Iterator[Path]:
@@ -37,6 +39,10 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
   try:
     yield local
     local.replace(path)
+  except OSError as error:
+    if error.filename is None and error.errno and error.strerror == os.strerror(error.errno):  # of a write
+      error.filename = str(path)
+    raise
   finally:
     local.unlink(missing_ok=True)
 
@@ -86,7 +92,13 @@ def require_writable(folder: str | os.PathLike, *, num_bytes: int = 0) -> None:
     raise type(error)(error.errno, f"cannot write to the folder {folder}: {error.strerror}") from error
   free = shutil.disk_usage(folder).free
   if free < num_bytes:
-    raise OSError(errno.ENOSPC, f"{folder} needs {num_bytes / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} MB left")
+    needed, left = _format_bytes(num_bytes), _format_bytes(free)
+    raise OSError(errno.ENOSPC, f"the folder {folder} needs {needed}, and its disk has {left} left")
+
+
+def _format_bytes(count: int) -> str:
+  unit, size = next((unit, size) for unit, size in _UNITS if count >= size or size == 1)
+  return f"{count / size:,.1f} {unit}" if size > 1 else f"{count} bytes"
 
 
 def make_absolute(path: epath.PathLike) -> epath.Path:

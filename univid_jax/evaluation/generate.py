@@ -1,6 +1,7 @@
 """Samples held-out sentences under every variant, and stores the frames: the part of an evaluation that takes time."""
 
 import dataclasses
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,6 +89,11 @@ class Generated:
   clips: Sequence[np.ndarray]
   codec: np.ndarray
   samples: Mapping[str, np.ndarray]
+
+  @property
+  def pair(self) -> frozenset[bytes]:
+    """Identifies the pair B, B', whatever its direction and its number of frames."""
+    return frozenset(hashlib.sha256(clip[0].tobytes()).digest() for clip in self.clips[-2:])
 
 
 def make_variants(

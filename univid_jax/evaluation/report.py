@@ -102,12 +102,21 @@ class Gallery:
     return rows
 
 
-def quick_report(config: RunConfig, scored: Sequence[tuple[SentenceInfo, Mapping[str, float]]]) -> dict[str, Any]:
+def describe_count(report: Mapping[str, Any], num_sentences: int) -> str:
+  """Says how many sentences were scored and, where these are variants of fewer pairs B, B', of how many."""
+  text, num_pairs = f"{num_sentences} sentence{'s' * (num_sentences > 1)}", report["held_out_pairs"]
+  return f"{text} of {num_pairs} held-out pair{'s' * (num_pairs > 1)}" if 2 * num_pairs <= num_sentences else text
+
+
+def quick_report(
+  config: RunConfig, scored: Sequence[tuple[SentenceInfo, Mapping[str, float]]], *, num_pairs: int
+) -> dict[str, Any]:
   """Returns the contents of eval.json.
 
   Args:
     config: of the run.
     scored: for each sentence the PSNR by variant or baseline, see `score_psnr`.
+    num_pairs: different pairs B, B' in them.
   """
 
   def average(group: Sequence[tuple[SentenceInfo, Mapping[str, float]]]) -> dict[str, float]:
@@ -123,6 +132,7 @@ def quick_report(config: RunConfig, scored: Sequence[tuple[SentenceInfo, Mapping
     "image": average(images) if images else None,
     "by_task": by(lambda info: info.label),
     "by_context": by(lambda info: info.context or "-"),
+    "held_out_pairs": num_pairs,
     "seed": config.seed,
     "steps": config.num_steps,
   }
@@ -201,7 +211,7 @@ def write_text(path: epath.Path, text: str) -> None:
 
 def markdown(report: Mapping[str, Any]) -> str:
   """Formats a full report for people."""
-  lines = ["# Evaluation", "", f"{len(report['sentences'])} held-out sentences; {report['command']}", ""]
+  lines = ["# Evaluation", "", f"Held out: {describe_count(report, len(report['sentences']))}; {report['command']}", ""]
   lines += [*_descriptions(report), ""]
   for title, part in (
     ("All", {"all": report["overall"]}),

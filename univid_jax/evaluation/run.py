@@ -5,6 +5,7 @@ control "swapped" alone, computes PSNR alone, and keeps no samples.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ from univid_jax.evaluation.generate import (
 from univid_jax.evaluation.protocol import open_samples_folder
 from univid_jax.evaluation.report import Gallery, full_report, quick_report, write_report, write_text
 from univid_jax.evaluation.score import Scorer, score_psnr
-from univid_jax.evaluation.sentences import plan_other_pairs, plan_sentences
+from univid_jax.evaluation.sentences import PlannedSentence, plan_other_pairs, plan_sentences
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.runtime.processes import wait_for_processes
 
@@ -63,7 +64,7 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
     return None
   variants = make_variants(config.eval, plan_other_pairs(config, sentences))
   variants = [variant for variant in variants if variant.name in (PREDICTION, SWAPPED)]
-  scored, exact, gallery = [], [], Gallery()
+  scored, exact, pairs, gallery = [], [], set(), Gallery()
   kinds, rendering = task_kinds(config.data), Rendering.of(config.data)
   failures = Failures(rendering)
   with progress_bar(len(sentences)) as bar:
@@ -71,10 +72,11 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
       for generated in generate(pipeline, sentences, variants, numbers).values():
         scored.append((generated.info, score_psnr(generated)))
         exact.append((generated.info, score_grids(generated, kinds, rendering)))
+        pairs.add(generated.pair)
         gallery.add(generated)
         failures.add(generated, exact[-1][1])
       bar.update(len(numbers))
-  report = quick_report(config, scored)
+  report = quick_report(config, scored, num_pairs=len(pairs))
   if found := exact_report(exact, num_left_out=_count_left_out(data)):
     report["exact"] = found
   write_text(folder / "eval.json", format_json(report, indent=2) + "\n")
@@ -117,6 +119,7 @@ def evaluate(
   sentences = plan_sentences(config, data.held_out)
   if not sentences:
     raise UserError(NOTHING_HELD_OUT)
+  logger.info("%s", _announce(config, sentences))
   scorer = Scorer(config)  # a wrong palette is reported before hours of sampling
   kind = accelerated and accelerated.distillation
   samples = open_samples_folder(folder, config, sentences, origin, distillation=kind, write=jax.process_index() == 0)
@@ -125,9 +128,10 @@ def evaluate(
   wait_for_processes("samples are stored")
   if jax.process_index() > 0:
     return None
-  scored, gallery, failures = [], Gallery(), Failures(Rendering.of(config.data))
+  scored, pairs, gallery, failures = [], set(), Gallery(), Failures(Rendering.of(config.data))
   for generated in read_generated(samples, len(sentences)):
     scored.append((generated.info, scorer(generated)))
+    pairs.add(generated.pair)
     gallery.add(generated)
     failures.add(generated, scored[-1][1])
   reproduce = {
@@ -135,12 +139,22 @@ def evaluate(
     **origin.to_json(),
     "samples": str(samples.relative_to(folder)),
     "version": univid_jax.__version__,
+    "held_out_pairs": len(pairs),
   }
   failures.draw(folder / "failures.png")
   exact = exact_report(scored, num_left_out=_count_left_out(data))
   report = full_report(config, scorer, scored, exact=exact, **reproduce)
   write_report(folder, report, gallery, fps=config.data.fps)
   return report
+
+
+def _announce(config: RunConfig, sentences: Sequence[PlannedSentence]) -> str:
+  """Says how much is sampled, and how less is."""
+  num_cases = len({sentence.case for sentence in sentences})
+  return (
+    f"evaluating {len(sentences):,} sentences, at most {config.eval.sentences_per_case:,} of each of {num_cases:,} "
+    "cases (task, context, number of clips); fewer: --config.eval.sentences_per_case=N, or weights of 0 for tasks"
+  )
 
 
 def _count_left_out(data: DataSources) -> int:

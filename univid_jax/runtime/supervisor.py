@@ -53,11 +53,13 @@ class Supervisor:
 
   Attributes:
     stop_signal: why to stop, once `should_stop` has returned True.
+    can_continue: whether rerunning the command continues its work, which is said when a signal ends it.
     resources: released when the command ends.
   """
 
   def __init__(self, *, has_watch: bool = True):
     self.stop_signal: StopSignal | None = None
+    self.can_continue = True
     self.resources = contextlib.ExitStack()
     self._main = MainThread(
       self._receive, on_tick=self._follow_peers, before_exit=self._say_goodbye, has_watch=has_watch
@@ -136,7 +138,7 @@ class Supervisor:
       self._main.interrupt(self._interrupt_idle(self.stop_signal))
 
   def _interrupt_idle(self, stop_signal: StopSignal) -> Interrupted:
-    return stop_signal.interrupt("; rerun the same command to continue")
+    return stop_signal.interrupt("; rerun the same command to continue" if self.can_continue else "")
 
   def _follow_peers(self, elapsed: float) -> None:
     """Does as the other processes say, and watches whether they are alive."""

@@ -1,0 +1,36 @@
+"""Compares the config of an evaluation with that of the run that is evaluated."""
+
+from collections.abc import Collection
+
+from univid_jax.config.boundary import differences
+from univid_jax.config.schema import RunConfig
+
+# Sections that an evaluation depends on.
+_SECTIONS = ("data", "eval", "flow")
+_NAMED = 4
+
+
+def describe_config_differences(
+  config: RunConfig, trained: RunConfig, *, name: str, workdir: str, overrides: Collection[str]
+) -> str | None:
+  """Returns a line that says where a named config differs from that of a run; None if it does not.
+
+  Args:
+    config: of the evaluation.
+    trained: of the run.
+    name: of the config, as it was given.
+    workdir: of the run.
+    overrides: keys of `config` that were given on the command line, which are meant to differ.
+  """
+  changes = [
+    f"{key} is {now!r} instead of {before!r}"
+    for key, before, now in differences(trained, config)
+    if key.partition(".")[0] in _SECTIONS and key not in overrides
+  ]
+  if not changes:
+    return None
+  more = f" and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
+  return (
+    f"--config={name} is not the config of {workdir}, by which it is evaluated without --config: "
+    f"{', '.join(changes[:_NAMED])}{more}"
+  )
