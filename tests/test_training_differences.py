@@ -1,5 +1,6 @@
 """What training has not shown a model is said before it samples."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -21,7 +22,7 @@ def find(folder, *, usage=USAGE, model_type=ModelType.T2V, lengths=(17, 1), **ch
   ]
   pipeline = types.SimpleNamespace(usage=usage, config=types.SimpleNamespace(model_type=model_type))
   fitted = [str(write_image(folder / "wide.png", size=(30, 60)))]
-  shown = dict(size=(24, 16), num_frames=17, fps=8.0, fit=ClipFit.PAD, fitted=fitted, has_first_frame=False)
+  shown = dict(size=(24, 16), num_frames=17, fps=8.0, fit=ClipFit.PAD, fitted=fitted, videos=(), has_first_frame=False)
   return list(find_differences(pipeline, clips, **shown | changes).values())
 
 
@@ -52,3 +53,23 @@ def test_nothing_is_compared_with_a_training_that_is_not_known(tmp_path):
   assert len(find(tmp_path, **changes)) == 4
   assert find(tmp_path, usage=Usage(is_known=False), **changes) == []
   assert len(find(tmp_path, usage=Usage(), **changes)) == 2, "any rate was known, and clips were cropped"
+
+
+@pytest.mark.parametrize(
+  "videos, expected",
+  [
+    ("iiii", []),
+    ("iivv", []),
+    ("iiiiii", []),
+    ("ii", ["2 clips, the result included, instead of 4 or 6 (there is no example pair)"]),
+    ("iiiiiiii", ["8 clips, the result included, instead of 4 or 6"]),
+    ("viii", ["a sentence of video, image, image, image instead of those of context II or III"]),
+    ("vvvv", ["a sentence of video, video, video, video instead of those of context II or III"]),
+  ],
+)
+def test_kinds_of_sentences(tmp_path, videos, expected):
+  """Known from the record of a run; nothing is said if that lacks them."""
+  shown = [letter == "v" for letter in videos]
+  usage = dataclasses.replace(USAGE, contexts=("II", "III"), clip_counts=(4, 6))
+  assert find(tmp_path, usage=usage, videos=shown) == expected
+  assert find(tmp_path, videos=shown) == []

@@ -96,6 +96,8 @@ def test_it_is_that_of_the_run():
     base_model="",
     base_checksum="",
     prompts={"x": "y"},
+    contexts=("I", "II", "III"),
+    clip_counts=(4,),
   )
   read = Usage.from_metadata({"software": "univid_jax 1", **usage.to_metadata()}, source="")
   assert read == usage and read.is_known

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 
-from univid_jax.config.schema import RunConfig
+from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.dims import MAX_POSITION, is_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
@@ -34,6 +34,8 @@ class Usage:
     base_checksum: of the base's transformer; "" without a base.
     base_quantize: how the base was quantised in training.
     prompts: of the tasks.
+    contexts: which clips are videos, see `data.contexts`; empty if it is not known, as of records that list clips.
+    clip_counts: numbers of clips of a sentence, the target included; empty if they are not known.
     expert: HIGH or LOW if it was trained for one expert, else None.
     is_known: whether all values come from a training run; not of Wan's releases and of LoRA files of earlier versions.
   """
@@ -50,6 +52,8 @@ class Usage:
   base_model: str = ""
   base_checksum: str = ""
   prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  contexts: tuple[str, ...] = ()
+  clip_counts: tuple[int, ...] = ()
   expert: Expert | None = None
   base_quantize: Quantize = Quantize.NONE
   is_known: bool = dataclasses.field(default=True, compare=False)
@@ -67,6 +71,7 @@ class Usage:
   ) -> "Usage":
     """Returns that of a run, whose context tokens had a timestep that also depends on its base."""
     data = config.data
+    contexts, clip_counts = _sentence_kinds(data)
     return cls(
       attention=config.model.attention,
       context_timestep=context_timestep,
@@ -82,6 +87,8 @@ class Usage:
       base_checksum=base_checksum,
       base_quantize=config.base.quantize,
       prompts=dict(prompts or {}),
+      contexts=contexts,
+      clip_counts=clip_counts,
     )
 
   def to_metadata(self) -> dict[str, str]:
@@ -100,6 +107,8 @@ class Usage:
       "base_checksum": self.base_checksum,
       "prompts": json.dumps(self.prompts, ensure_ascii=False),
       "expert": str(self.expert or ""),
+      **({"contexts": " ".join(self.contexts)} if self.contexts else {}),
+      **({"clip_counts": " ".join(map(str, self.clip_counts))} if self.clip_counts else {}),
       **({} if self.base_quantize == Quantize.NONE else {"base_quantize": str(self.base_quantize)}),
     }
 
@@ -130,6 +139,19 @@ class Usage:
       causal = values.get("attention") == Attention.CONTEXT_CAUSAL
       values["context_timestep"] = ContextTimestep.ZERO if causal else ContextTimestep.TARGET
     return cls(**values, is_known="sizes" in values)
+
+
+def _sentence_kinds(data: DataConfig) -> tuple[tuple[str, ...], tuple[int, ...]]:
+  """Returns the contexts and the numbers of clips of the sentences that are trained; empty if records list clips."""
+  if data.metadata or data.manifest or data.arc.path:
+    return (), ()
+  animates = data.weights.computed > 0 and (data.bundled or data.folder) and data.tasks.get("camera_movement", 0) > 0
+  weights = (data.contexts, data.animating_contexts if animates else {})
+  contexts = sorted({name for part in weights for name, weight in part.items() if weight > 0})
+  counts = {count for count, weight in data.clip_counts.items() if weight > 0}
+  if data.max_video_clips:
+    counts |= {min(count, data.max_video_clips) for count in counts}
+  return tuple(contexts), tuple(sorted(counts))
 
 
 ENTRIES = tuple(field.name for field in dataclasses.fields(Usage))
@@ -246,6 +268,8 @@ _PARSERS = {
   "prompts": _parse_prompts,
   "expert": _parse_expert,
   "base_quantize": Quantize,
+  "contexts": lambda text: tuple(text.split()),
+  "clip_counts": lambda text: tuple(map(int, text.split())),
 }
 
 

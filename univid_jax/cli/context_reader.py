@@ -87,9 +87,11 @@ class ContextReader:
   def report_differences(self, request: Request, clips: Sequence[ContextClip], **shown: Any) -> None:
     """Reports what training has not shown the model, each kind of difference once; see `find_differences`."""
     fitted = [*request.clips, *([self.first_frame] if self.first_frame else [])]
+    videos = [len(clip.frames) > 1 for clip in clips]
+    videos += [True] * (len(request.clips) - len(clips)) + [shown["num_frames"] > 1]  # a query in windows, the result
     if self.keep_size:
       fitted.remove(self.shown_last(request))
-    found = find_differences(self.pipeline, clips, fit=self.form.fit, fitted=fitted, **shown)
+    found = find_differences(self.pipeline, clips, fit=self.form.fit, fitted=fitted, videos=videos, **shown)
     if new := [text for kind, text in found.items() if kind not in self._differences]:
       self._differences.update(found)
       log.warning("the model was not trained on this, expect worse results: %s", "; ".join(new))

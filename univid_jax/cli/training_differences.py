@@ -7,6 +7,7 @@ from univid_jax import Pipeline
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.core.options import ClipFit, ModelType
 from univid_jax.data.clips import ContextClip
+from univid_jax.data.contexts import CONTEXTS, video_pattern
 from univid_jax.data.media.reader import probe
 
 _FITS = {ClipFit.CROP: "cropped", ClipFit.PAD: "padded with black"}
@@ -21,6 +22,7 @@ def find_differences(
   fps: float | None,
   fit: ClipFit,
   fitted: Sequence[str],
+  videos: Sequence[bool],
   has_first_frame: bool,
 ) -> dict[str, str]:
   """Returns what differs from the training of a model, by kind; nothing if it is not known how the model was trained.
@@ -33,6 +35,7 @@ def find_differences(
     fps: frame rate of the query, if it has one.
     fit: how clips are brought to the size.
     fitted: the files that are brought to it in this way; others are extended.
+    videos: whether each clip of the sentence is a video, those of windows and the result included.
     has_first_frame: whether the first frame of the result, or of its windows, is given.
   """
   usage = pipeline.usage
@@ -44,6 +47,7 @@ def find_differences(
   trained = sorted({1, usage.num_frames})
   if others := sorted({num_frames, *(len(clip.frames) for clip in clips)} - set(trained)):
     found["frames"] = f"{_join(others)} frames instead of {' or '.join(map(str, trained))}"
+  found |= _compare_sentences(videos, usage)
   if fit != usage.fit and any(_has_other_shape(path, size) for path in fitted):
     found["fit"] = f"{_FITS[fit]} instead of {_FITS[usage.fit]}"
   if others := _other_rates([fps, *(clip.fps for clip in clips)], usage):
@@ -51,6 +55,21 @@ def find_differences(
   if has_first_frame and pipeline.config.model_type != ModelType.TI2V:
     found["first frame"] = "a given first frame, which only TI2V models know"
   return found
+
+
+def _compare_sentences(videos: Sequence[bool], usage: Usage) -> dict[str, str]:
+  """Returns what differs in the number of clips, or else in which of them are videos."""
+  count = len(videos)
+  if usage.clip_counts and count not in usage.clip_counts:
+    missing = " (there is no example pair)" if count < 4 else ""
+    return {"clips": f"{count} clips, the result included, instead of {_join(usage.clip_counts, 'or')}{missing}"}
+  if count < 4 or count % 2 or not usage.contexts:
+    return {}
+  trained = [video_pattern(name, count) for name in usage.contexts if name in CONTEXTS]
+  if not trained or tuple(videos) in trained:
+    return {}
+  shown = ", ".join("video" if is_video else "image" for is_video in videos)
+  return {"context": f"a sentence of {shown} instead of those of context {_join(usage.contexts, 'or')}"}
 
 
 def _other_rates(rates: Sequence[float | None], usage: Usage) -> list[str]:
@@ -73,5 +92,5 @@ def _describe_size(size: tuple[int, int], usage: Usage) -> str:
   return f"{size[0]}x{size[1]} pixels instead of {trained}{more}"
 
 
-def _join(values: Sequence[object]) -> str:
-  return " and ".join(map(str, values))
+def _join(values: Sequence[object], word: str = "and") -> str:
+  return f" {word} ".join(map(str, values))
