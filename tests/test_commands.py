@@ -356,3 +356,21 @@ def test_wrong_arguments_of_sample(trained, tmp_path, capfd, arguments, code, me
   stderr = capfd.readouterr().err
   assert message in stderr and "Traceback" not in stderr and "internal error" not in stderr, stderr
   assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+  "module, arguments, message",
+  [
+    ("sample", [], "give --checkpoint and --out; see --help"),
+    ("sample", ["--checkpoint", "small"], "give --out; see --help"),
+    ("calibrate", ["--checkpoint=small"], "give --clips; see --help"),
+  ],
+)
+def test_missing_flags_are_named_together(capfd, module, arguments, message):
+  assert run_here(f"univid_jax.{module}", *arguments) == 2
+  assert capfd.readouterr().err == f"error: {message}\n"
+
+
+def test_computed_data_need_no_preparation(tmp_path, capfd):
+  assert run_here("univid_jax.prepare", *SMALL, f"--workdir={tmp_path}") == 0
+  assert capfd.readouterr().out == "the data are computed while training: there is nothing to prepare\n"

@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import random_pipeline, relative_error
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
+from univid_jax.data.media.writer import write_clip
 from univid_jax.inference.long_video import VideoReader
 from univid_jax.inference.progress_file import ProgressFile
 from univid_jax.inference.windows import Windows
@@ -132,3 +133,15 @@ def test_what_does_not_fit(pipeline):
   ):
     with pytest.raises(UserError, match=message):
       pipeline.sample_video(examples, query, **options)
+
+
+def test_a_file_is_read_at_the_size_of_the_examples(pipeline, tmp_path: Path):
+  """As docs/guide/sampling.md shows it: files of any size and length."""
+  paths = [str(tmp_path / f"{name}.mp4") for name in ("a", "a2", "long")]
+  for path, count, size in zip(paths, (9, 9, 21), ((32, 48), (16, 16), (64, 32))):
+    write_clip(path, moving_video(count, size))
+  a, a2 = pipeline.read_clips(paths[:2])
+  blocks = list(pipeline.sample_video([a, a2], paths[2], num_inference_steps=1))
+  assert np.concatenate(blocks).shape == (21, *a.shape[1:])
+  reader = VideoReader.open(Path(paths[2]), pipeline.clip_format)
+  assert reader.num_frames == 21 and reader.read(19, 2).shape == (2, *pipeline.size, 3)

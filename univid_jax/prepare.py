@@ -99,6 +99,8 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
   num_dropped = len(data.dropped) + count_distinct(each.reason for each in done.dropped)
   num_encoded = sum_over_processes(done.num_encoded)
   if features.caches is None:
+    if not done.num_clips and not num_dropped:
+      return ["the data are computed while training: there is nothing to prepare"]
     return [f"{done.num_clips} clips can be read, {num_dropped} records dropped; they are encoded while training"]
   line = f"{done.num_clips} clips are ready ({num_encoded} encoded now), {num_dropped} records dropped"
   return [line, *map(str, packed)]

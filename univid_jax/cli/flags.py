@@ -5,7 +5,7 @@ import os
 import re
 import runpy
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,9 @@ class CommandFlags:
     self._workdir: WorkdirFlag | None = None
     self.arguments: Sequence[str] = ()
     self.argv: Sequence[str] = ()
-    self.string = functools.partial(flags.DEFINE_string, flag_values=self._values)
-    self.strings = functools.partial(flags.DEFINE_list, flag_values=self._values)
+    self._required: list[str] = []
+    self.string = functools.partial(self._define, flags.DEFINE_string)
+    self.strings = functools.partial(self._define, flags.DEFINE_list)
     self.repeated = functools.partial(flags.DEFINE_multi_string, flag_values=self._values)
     self.switch = functools.partial(flags.DEFINE_bool, flag_values=self._values)
     self.integer = functools.partial(flags.DEFINE_integer, flag_values=self._values)
@@ -62,6 +63,11 @@ class CommandFlags:
     self.choice = functools.partial(flags.DEFINE_enum, flag_values=self._values)
     self.switch("help", False, "Print this text.", short_name="h")
     self.verbosity = self.integer("verbosity", 0, "1 also prints the traceback of an error.")
+
+  def _define(self, define: Callable[..., Any], name: str, *arguments: Any, required: bool = False) -> Any:
+    if required:
+      self._required.append(name)
+    return define(name, *arguments, required=required, flag_values=self._values)
 
   def config(self, *, of_run: bool = False) -> "ConfigFlag":
     self._config = ConfigFlag(of_run=of_run)
@@ -133,6 +139,7 @@ class CommandFlags:
       self._values.unparse_flags()
     for name in [name for name in self._values if name.startswith("config")]:
       delattr(self._values, name)
+    self._require(argv)
     try:
       rest = self._values.read_flags_from_files(list(argv), force_gnu=True)
       if self._config:
@@ -147,6 +154,13 @@ class CommandFlags:
     if len(self.arguments) > self._max_arguments:
       word = self.arguments[self._max_arguments]
       raise UsageError(f"unexpected argument {word!r}; flags are written --name=value")
+
+  def _require(self, argv: Sequence[str]) -> None:
+    """Raises UsageError if required flags are missing from a command line; absl names one at a time, by its value."""
+    given = {word.lstrip("-").partition("=")[0] for word in argv[1:]}
+    missing = [name for name in self._required if name not in given]
+    if missing and "flagfile" not in given:
+      raise UsageError(f"give {' and '.join(f'--{name}' for name in missing)}; see --help")
 
   @property
   def config_arguments(self) -> list[str]:
@@ -166,8 +180,7 @@ class CommandFlags:
   @property
   def config_overrides(self) -> list[str]:
     """The keys of the config that the command line overrides."""
-    words = [argument.partition("=")[0] for argument in self.config_arguments]
-    return [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
+    return [argument.partition("=")[0].removeprefix("--config.") for argument in self.config_arguments]
 
   def given(self, names: Sequence[str]) -> list[str]:
     """Returns those of the named flags that are on the command line, as arguments."""

@@ -7,6 +7,7 @@ of the next, and the last frame of the result is its first frame.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from jaxtyping import Float
 from univid_jax.core.dims import pixel_frames
 from univid_jax.core.errors import UserError
 from univid_jax.core.pixels import to_uint8
-from univid_jax.data.media.reader import Frames
+from univid_jax.data.clips import ClipFormat
+from univid_jax.data.media.reader import Frames, probe, read_clip
 from univid_jax.data.rows.tokens import patchify, unpatchify
 from univid_jax.inference.encoding import require_finite
 from univid_jax.inference.jobs import Job, check_frames, make_job
@@ -46,6 +48,26 @@ class VideoReader:
   @classmethod
   def of(cls, frames: Frames) -> "VideoReader":
     return cls(len(frames), lambda start, count: frames[start : start + count])
+
+  @classmethod
+  def open(cls, path: str | os.PathLike, form: ClipFormat, *, size: tuple[int, int] | None = None) -> "VideoReader":
+    """Opens a file, all of whose frames are read in a form's fit, at their own rate.
+
+    Args:
+      path: of the file.
+      form: of the model.
+      size: height and width in pixels; None takes the form's size nearest to the file's shape.
+
+    Raises:
+      OSError, UserError: the file cannot be read.
+    """
+    found = probe(path)
+    form = form.for_shape(found.size) if size is None else dataclasses.replace(form, size=size, buckets=())
+
+    def read(start: int, count: int) -> Frames:
+      return form.resize(read_clip(path, start, count).frames)
+
+    return cls(found.count_at(0.0), read)
 
   def read_padded(self, start: int, count: int) -> Frames:
     """Reads frames; after the end the last one is repeated."""
@@ -125,7 +147,7 @@ class VideoSample:
     cls,
     pipeline: "Pipeline",
     examples: Sequence[Frames],
-    query: Frames | VideoReader,
+    query: Frames | VideoReader | str | os.PathLike,
     prompt: str = "",
     *,
     num_frames: int | None = None,
@@ -141,12 +163,14 @@ class VideoSample:
     Args:
       pipeline: the model.
       examples: the example pairs A, A', uint8 (T, H, W, 3), of one size.
-      query: B, or what reads parts of it.
+      query: B, what reads parts of it, or a file, which is brought to the size of the examples and read in parts.
       prompt, negative_prompt: see `Pipeline.sample`.
       num_frames: of a window, 4n + 1; by default that of training.
       seed, carry_context, saved, progress: see the class.
       steps: solver, noise levels and guidance as in `Pipeline.sample`.
     """
+    if isinstance(query, (str, os.PathLike)):
+      query = VideoReader.open(query, pipeline.clip_format, size=examples[0].shape[1:3] if examples else None)
     plan = pipeline.plan(**steps)
     prompts = [prompt, negative_prompt] if pipeline.experts.are_guided(plan.guidance_scale) else [prompt]
     return cls(

@@ -223,9 +223,9 @@ class Pipeline(EncodingPipeline):
     return self.finish(self.sample_job(job, embeds, plan, progress=progress, preview=drawn))
 
   def sample_video(
-    self, examples: Sequence[np.ndarray], query: np.ndarray | VideoReader, prompt: str = "", **options: Any
+    self, examples: Sequence[np.ndarray], query: np.ndarray | VideoReader | str, prompt: str = "", **options: Any
   ) -> VideoSample:
-    """Prepares to sample a whole video of any length; see `VideoSample.prepare`."""
+    """Prepares to sample a whole video of any length, frames or a file; see `VideoSample.prepare`."""
     return VideoSample.prepare(self, examples, query, prompt, **options)
 
   def sample_queries(
@@ -247,7 +247,7 @@ class Pipeline(EncodingPipeline):
   ) -> list[Sample]:
     """Generates the clips that complete many sentences of any lengths, packed into rows that spread over the mesh.
 
-    Each result equals that of `sample`, to rounding.
+    Each result equals that of `sample` with the sentence's own seed, to rounding.
 
     Args:
       batch: the context of each sentence.
