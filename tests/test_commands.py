@@ -71,6 +71,7 @@ def test_a_port_that_is_in_use_is_named(capfd):
   "arguments, code, message",
   [
     ([CONFIG, "--config.num_step=3"], 2, "did you mean 'num_steps'?"),
+    (["--config.learning_rate=-1"], 2, "no key 'learning_rate'; did you mean 'optimizer.learning_rate'?"),
     (["--config.data.pair=x"], 2, "it has no key 'pair'; did you mean 'pairs'?"),
     ([CONFIG, "--config.data.weights.photos=0"], 2, "wrong override of the config: it has no key 'photos'"),
     ([CONFIG, "--config.data.foldr=x"], 2, "did you mean 'folder'?"),

@@ -336,6 +336,10 @@ class TestPairs:
   def test_a_folder_without_pairs(self, tmp_path):
     with pytest.raises(UserError, match="no pairs in"):
       open_pairs(str(tmp_path), FORM, draw_options())
+    (tmp_path / "name").mkdir()
+    write_image(tmp_path / "name" / "source.png")
+    with pytest.raises(UserError, match="no pairs in .*; the level of tasks is missing"):
+      open_pairs(str(tmp_path), FORM, draw_options())
 
   def test_held_out_pairs_are_only_queried(self, pairs):
     training, held_out = open_pairs(str(pairs), FORM, draw_options())[0].split(0.4)

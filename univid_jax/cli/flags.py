@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from univid_jax.config import presets
-from univid_jax.config.boundary import from_config_dict, to_config_dict
+from univid_jax.config.boundary import find_keys, from_config_dict, to_config_dict
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged, Quantize
@@ -208,11 +208,11 @@ def _describe(name: str, text: str) -> list[str]:
 def _explain_override(error: Exception) -> str:
   """Returns what ml_collections says, which quotes its messages up to twice, as plain text."""
   text = str(error.args[0]).replace("\\n", "\n").replace("\\", "").strip("\"'")
-  key, _, hint = text.partition("\n")
-  if " " in key:
+  key, hint = (text + "\n").split("\n", 1)
+  if " " in (key := key.strip("'")):
     return text
-  similar = re.search('Did you mean "(.*?)"', hint)
-  return f"it has no key {key.strip(chr(39))!r}" + (f"; did you mean {similar[1]!r}?" if similar else "")
+  similar = re.findall('Did you mean "(.*?)"', hint) or find_keys(key)
+  return f"it has no key {key!r}" + (f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "")
 
 
 class ConfigFlag:

@@ -63,8 +63,11 @@ def describe_schedules(pipeline: Pipeline, plan: SamplingPlan, ratios: Sequence[
   experts = [pipeline.experts.find(float(sigma)) for sigma in plan.sigmas]
   guided = plan.guided_steps() & (len(ratios) > 1)
   total = len(experts) + int(guided.sum())
+  thresholds: dict[int, float] = {}  # the lowest for each number
   for threshold in PREVIEWED_THRESHOLDS:
     cached = dataclasses.replace(plan, step_cache=StepCache(ratios=ratios, threshold=threshold))
-    computed = cached.computed_steps(experts, guided)
-    skipped = 0 if computed is None else int((~computed).sum())
-    yield f"--step_cache={METHOD}:{threshold:g}  computes the blocks {total - skipped} times instead of {total}"
+    steps = cached.computed_steps(experts, guided)
+    skipped = 0 if steps is None else int((~steps).sum())
+    thresholds.setdefault(total - skipped, threshold)
+  for computed, threshold in thresholds.items():
+    yield f"--step_cache={METHOD}:{threshold:g}  computes the blocks {computed} times instead of {total}"

@@ -171,9 +171,10 @@ class _RemainingTime:
     if not self._said and (seconds >= 5 or taken >= 0.1 * self._bar.total):
       self._said = True
       left = seconds / steps * (self._bar.total - taken)
-      log.info(
-        "about %.0f minutes remain" if left >= 120 else "about %.0f seconds remain", left / 60 if left >= 120 else left
-      )
+      if left >= 120:
+        log.info("about %.0f minutes remain", left / 60)
+      elif left >= 1.5:
+        log.info("about %.0f seconds remain", left)
 
 
 def padded_size(size: tuple[int, int], pipeline: Pipeline) -> tuple[int, int]:

@@ -71,6 +71,11 @@ def differences(before: RunConfig, after: RunConfig) -> Iterator[tuple[str, Any,
       yield key, old, new
 
 
+def find_keys(name: str) -> list[str]:
+  """Returns the dotted keys of the default config whose last part is `name`."""
+  return [key for key, _ in _leaves(to_json(RunConfig())) if key.rpartition(".")[2] == name]
+
+
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
   if not isinstance(value, dict):
     yield key, value

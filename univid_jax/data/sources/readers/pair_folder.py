@@ -36,7 +36,9 @@ def open_pairs(
     raise FileNotFoundError(f"no such folder: {folder}")
   names = [name for task in _list_folders(root) for name in _list_folders(task)]
   if not names:
-    raise UserError(f"no pairs in {folder}: a pair is TASK/NAME/source.* and TASK/NAME/target.*")
+    is_flat = any(next(path.glob("source.*"), None) for path in _list_folders(root))
+    hint = "; the level of tasks is missing, so move its folders into one with the task's name" if is_flat else ""
+    raise UserError(f"no pairs in {folder}: a pair is TASK/NAME/source.* and TASK/NAME/target.*{hint}")
   pairs, dropped = [], []
   for name in names:
     kind = (kinds or {}).get(name.parent.name, TargetKind.IMAGE)
