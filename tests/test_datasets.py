@@ -338,7 +338,7 @@ class TestPairs:
       open_pairs(str(tmp_path), FORM, draw_options())
     (tmp_path / "name").mkdir()
     write_image(tmp_path / "name" / "source.png")
-    with pytest.raises(UserError, match="no pairs in .*; the level of tasks is missing"):
+    with pytest.raises(UserError, match=r"no pairs in .*; the level of tasks is missing"):
       open_pairs(str(tmp_path), FORM, draw_options())
 
   def test_held_out_pairs_are_only_queried(self, pairs):

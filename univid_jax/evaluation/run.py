@@ -139,11 +139,10 @@ def evaluate(
     **origin.to_json(),
     "samples": str(samples.relative_to(folder)),
     "version": univid_jax.__version__,
-    "held_out_pairs": len(pairs),
   }
   failures.draw(folder / "failures.png")
   exact = exact_report(scored, num_left_out=_count_left_out(data))
-  report = full_report(config, scorer, scored, exact=exact, **reproduce)
+  report = full_report(config, scorer, scored, exact=exact, held_out_pairs=len(pairs), **reproduce)
   write_report(folder, report, gallery, fps=config.data.fps)
   return report
 
