@@ -44,11 +44,12 @@ def make_train_step(
   """
   steps = [_make_step(part, spec, optimizer) for part, optimizer in zip(split_config(config), optimizers, strict=True)]
   replicated = NamedSharding(mesh, PartitionSpec())
+  is_cpu = mesh.devices.flat[0].platform == Platform.CPU
   return jax.jit(
     steps[0] if len(steps) == 1 else _alternate(config, steps),
     donate_argnums=0,
     out_shardings=(spec.shardings, replicated),
-    compiler_options=dict(cpu.COMPILER_OPTIONS) if mesh.devices.flat[0].platform == Platform.CPU else None,
+    compiler_options=cpu.compiler_options(config.model.dtype) if is_cpu else None,
   )
 
 
