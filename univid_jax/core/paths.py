@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from etils import epath
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.unfinished import remove, unfinished_path
 
 # Holds only what can be recomputed or downloaded again.
 CACHE_FOLDER = "~/.cache/univid_jax"
@@ -22,7 +22,8 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
   """Yields a local path whose contents are published atomically to `path` on exit.
 
   Creates the parent folder. Nothing appears at `path` if the block raises. Several threads, processes and machines may
-  write the same path: the last one wins.
+  write the same path: the last one wins. The block may make a folder, which replaces an empty one, unless `path` is in
+  a bucket. For what a killed process leaves see `core.unfinished`.
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,13 +33,12 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
       yield local
       path.write_bytes(local.read_bytes())
     return
-  # The number of the process tells what a killed one has left; others on other machines may have the same.
-  local = Path(path).with_name(f".{os.getpid()}-{secrets.token_hex(8)}.{path.name}")
+  local = unfinished_path(Path(path))
   try:
     yield local
     local.replace(path)
   finally:
-    local.unlink(missing_ok=True)
+    remove(local)
 
 
 def file_state(path: str | os.PathLike) -> tuple[int, ...]:
