@@ -1,9 +1,9 @@
 """This project's own LoRA folder.
 
-FOLDER/lora.json   metadata; written last, so a folder that has it is complete
+FOLDER/lora.json   metadata; written after the arrays, so a folder that has it is complete
 FOLDER/lora/       arrays; in blocks/ and others/ low-rank changes of Linears by module, layers of blocks stacked up to
                    the highest adapted one and ranks padded with zeros; in changes/ all others by tensor and part
-FOLDER/checksums.xxh128
+FOLDER/checksums.xxh128   of all other files; written last
 """
 
 import json
