@@ -18,7 +18,7 @@ import fsspec
 from etils import epath
 from tqdm import tqdm
 
-from univid_jax.core.paths import CACHE_FOLDER, atomic_write, is_remote
+from univid_jax.core.paths import CACHE_FOLDER, atomic_write, is_remote, to_path
 from univid_jax.core.unfinished import is_abandoned, is_unfinished
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ def copy_to_local(path: str) -> str:
   """
   if not path or not is_remote(path):
     return path
+  wanted = to_path(path)
   _forget_listings(path)
-  wanted = epath.Path(path)
   if not wanted.exists():
     raise FileNotFoundError(f"no such file or folder: {path}")
   root = wanted if wanted.is_dir() else wanted.parent
@@ -64,8 +64,8 @@ def copy_file(path: epath.PathLike, *, folder: str = "data") -> Path:
   """
   if not is_remote(path):
     return Path(path)
+  source, copy = to_path(path), _copy_path(path, folder)
   _forget_listings(path)
-  source, copy = epath.Path(path), _copy_path(path, folder)
   if not _is_current(copy, source_state(source)):
     with _locked(copy):
       if not _is_current(copy, source_state(source)):  # another process may have copied it meanwhile

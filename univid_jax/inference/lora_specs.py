@@ -6,8 +6,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
-from etils import epath
-
 from univid_jax.checkpoints.experts import LORA_EXPERTS, named_expert
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
@@ -15,6 +13,7 @@ from univid_jax.checkpoints.trained import is_lora_run, read_run_loras
 from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, TrainedExpert
+from univid_jax.core.paths import to_path
 
 LoRASpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 LoRASpecs = LoRASpec | Sequence[LoRASpec]
@@ -61,7 +60,7 @@ def read_loras(lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool
 
 def _read(path: str, *, verify: bool) -> list[LoRAWeights]:
   """Reads a LoRA, or those of both experts that a run has trained."""
-  is_run = epath.Path(path).is_dir() and is_lora_run(path)
+  is_run = to_path(path).is_dir() and is_lora_run(path)
   loras = read_run_loras(path, verify=verify) if is_run else [read_lora(path, verify=verify)]
   for lora in loras:
     for note in lora.notes:
