@@ -95,7 +95,7 @@ def random_pipeline(config: RunConfig) -> Any:
     [Transformer(graph, nnx.to_pure_dict(params))],
     encoders=open_encoders(config, mesh),
     mesh=mesh,
-    usage=Usage.of(config),
+    usage=Usage.from_config(config),
   )
 
 

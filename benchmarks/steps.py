@@ -91,7 +91,7 @@ def make_row_program(
   config = override(wan_1_3b(), changes | {f"model.{key}": value for key, value in options.items()})
   mesh = make_mesh({}, devices=jax.devices()[:1])  # the peer uses one device, too
   optimizer = make_optimizer(config.optimizer, 1000)
-  spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=False, lora=True)
+  spec = StateSpec.for_model(lambda: create_model(config), optimizer, mesh, ema=False, lora=True)
 
   # One parameter at a time, so that drawing them does not determine the peak of memory.
   @jax.jit

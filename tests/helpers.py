@@ -113,7 +113,7 @@ def random_pipeline(config: RunConfig, mesh: Mesh) -> Pipeline:
     [Transformer(graph, nnx.to_pure_dict(params))],
     encoders=open_encoders(config, mesh),
     mesh=mesh,
-    usage=Usage.of(config),
+    usage=Usage.from_config(config),
   )
 
 

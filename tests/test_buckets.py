@@ -29,7 +29,7 @@ from univid_jax.data.sources.open import open_data
 from univid_jax.parallel.mesh import make_mesh
 
 WAN = GOLDENS / "tiny_wan"
-# Of URLs that are no bucket's.
+# URLs that are not of a bucket.
 OTHER = "https://host/x", "memory://x", "file:///x"
 
 

@@ -167,7 +167,9 @@ class TestSidecar:
   @pytest.fixture
   def lora(self, tmp_path):
     pytest.importorskip("torch", reason="a .ckpt is a PyTorch file; needs the extra `convert`")
-    usage = Usage.of(RunConfig(model=ModelConfig(attention=Attention.CONTEXT_CAUSAL), flow=FlowConfig(shift=3.5)))
+    usage = Usage.from_config(
+      RunConfig(model=ModelConfig(attention=Attention.CONTEXT_CAUSAL), flow=FlowConfig(shift=3.5))
+    )
     write_lora(tmp_path / "source.safetensors", small_lora(), "comfyui", metadata={**usage.to_metadata(), "step": 7})
     return tmp_path / "source.safetensors"
 

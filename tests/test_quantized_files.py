@@ -92,7 +92,7 @@ class TestFiles:
     assert all(pipe.experts.quantize == method for pipe in pipes)
     # The checksum is that of the base, and samples are told apart all the same.
     assert read_info(stored).components["transformer"].checksum == read_info(plain).components["transformer"].checksum
-    sums = [Origin.of(plain), Origin.of(plain, quantize=method), Origin.of(stored)]
+    sums = [Origin.resolve(plain), Origin.resolve(plain, quantize=method), Origin.resolve(stored)]
     assert sums[1].checksums == sums[2].checksums == {**sums[0].checksums, "quantize": method}
 
   def test_the_adviser_knows_how_a_base_is_stored(self, release, plain, method, tmp_path):

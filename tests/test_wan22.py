@@ -165,7 +165,7 @@ class TestTransformer:
 
 class TestContextMode:
   def test_defaults(self):
-    of = ContextMode.of
+    of = ContextMode.from_options
     assert of(Attention.FULL, ContextTimestep.AUTO, default=ContextTimestep.TARGET) == UNIVID_CONTEXT
     assert of(Attention.FULL, ContextTimestep.AUTO, default=ContextTimestep.ZERO) == ZERO
     assert of(Attention.FULL, ContextTimestep.TARGET, default=ContextTimestep.ZERO) == UNIVID_CONTEXT
@@ -682,7 +682,7 @@ class TestTraining:
     """Evenly, in proportion to the probability of their noise levels, and counted without taking the steps."""
     config = override(wan22_a14b(), {"flow.shift": 7.0})  # one half each
     assert config.model.expert == TrainedExpert.BOTH
-    schedule = ExpertSchedule.of(config)
+    schedule = ExpertSchedule.from_config(config)
     high_steps = [bool(schedule.trains_high(jnp.int32(step))) for step in range(PERIOD + 4)]
     assert sum(high_steps[:PERIOD]) == schedule.num_high and abs(schedule.num_high - 500) <= 1
     assert schedule.count_steps(PERIOD + 3) == (

@@ -193,17 +193,17 @@ def make_flow(config: RunConfig) -> FlowMatching:
   if config.init_from or config.model.variant:
     pixels_per_token = codec_shape(config).spatial_stride * transformer_config(config).patch_size[1]
     reference = reference * WAN21_PIXELS_PER_TOKEN**2 // pixels_per_token**2
-  return FlowMatching.of(config.flow, noise_range=noise_range(config), reference_tokens=reference)
+  return FlowMatching.from_config(config.flow, noise_range=noise_range(config), reference_tokens=reference)
 
 
 def context_mode(config: RunConfig) -> ContextMode:
   """Returns how a run computes the context of sentences.
 
   Raises:
-    UserError: see `transformer_config` and `ContextMode.of`.
+    UserError: see `transformer_config` and `ContextMode.from_options`.
   """
   options = config.model
-  return ContextMode.of(
+  return ContextMode.from_options(
     options.attention, options.context_timestep, default=transformer_config(config).context_timestep
   )
 

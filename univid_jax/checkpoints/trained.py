@@ -134,7 +134,7 @@ def run_usage(record: RunRecord) -> Usage:
   else:
     base = config.model.variant or config.name
   expert = config.model.expert
-  return Usage.of(
+  return Usage.from_config(
     config,
     context_timestep=context_mode(config).timestep,
     expert=Expert(expert) if expert in (TrainedExpert.HIGH, TrainedExpert.LOW) else None,

@@ -29,7 +29,7 @@ from univid_jax.core.options import Expert, Quantize
 from univid_jax.core.paths import require_local
 from univid_jax.models.names import name_to_diffusers
 
-# Of a shard, and so of the memory that writing it takes.
+# Size of a shard, and with it the memory that writing one takes.
 SHARD_BYTES = 5 << 30
 
 # For JSON files and the headers of weights.

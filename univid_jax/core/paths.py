@@ -19,7 +19,7 @@ from univid_jax.core.unfinished import remove, unfinished_path
 # Holds only what can be recomputed or downloaded again.
 CACHE_FOLDER = "~/.cache/univid_jax"
 
-# Of the buckets that etils reads.
+# Schemes of the buckets that etils reads.
 _SCHEMES = ("gs", "s3", "az", "hf")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 

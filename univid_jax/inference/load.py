@@ -111,7 +111,7 @@ def _check_options(attention: str | None, context_timestep: str | None) -> None:
     parse_option(Attention, "attention", attention)
   if context_timestep is not None:
     timestep = parse_option(ContextTimestep, "context_timestep", context_timestep)
-    ContextMode.of(Attention(attention or Attention.FULL), timestep, default=ContextTimestep.TARGET)
+    ContextMode.from_options(Attention(attention or Attention.FULL), timestep, default=ContextTimestep.TARGET)
 
 
 def _open_base(

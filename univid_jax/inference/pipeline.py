@@ -81,7 +81,7 @@ class Pipeline(EncodingPipeline):
     self.attention = parse_option(Attention, "attention", attention or self.usage.attention)
     trained = self.usage.context_timestep if self.attention == self.usage.attention else ContextTimestep.AUTO
     timestep = parse_option(ContextTimestep, "context_timestep", context_timestep or trained)
-    self.context_mode = ContextMode.of(self.attention, timestep, default=config.context_timestep)
+    self.context_mode = ContextMode.from_options(self.attention, timestep, default=config.context_timestep)
     self.features = FeatureMaker(encoders, shape=config, task_names=(), clip_gap=self.usage.clip_gap)
     self.sampler, self.joint_sampler = Sampler(mesh), JointSampler(mesh)
 
@@ -277,10 +277,10 @@ class Pipeline(EncodingPipeline):
     return self.sample_rows(packed, jobs, plan, progress=progress)
 
   def plan(self, num_inference_steps: int | None = None, **options: Any) -> SamplingPlan:
-    """Returns the plan for options of `sample`, see `SamplingPlan.of`."""
+    """Returns the plan for options of `sample`, see `SamplingPlan.from_options`."""
     options["num_inference_steps"] = num_inference_steps
     defaults = {"default_shift": self.usage.shift, "default_steps": self.usage.num_inference_steps}
-    return SamplingPlan.of(self.distillation, **defaults, **options)
+    return SamplingPlan.from_options(self.distillation, **defaults, **options)
 
   def make_job(
     self,

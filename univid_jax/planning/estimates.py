@@ -36,7 +36,7 @@ LEAST_PEAK = 43
 GPU_PEAK = 51
 # Relative margin of a GPU's activations: they are extrapolated from one shape.
 GPU_MARGIN = 0.15
-# Of what other policies than full and attention store, which has not been measured on a GPU.
+# Factor for what policies other than full and attention store, which has not been measured on a GPU.
 GPU_UNMEASURED = 2
 # What a GPU's own estimate of the same step was too low by: 0.15 of 6.23 GiB.
 GPU_RUNTIME = 0.16e9

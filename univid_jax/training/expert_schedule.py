@@ -21,7 +21,7 @@ class ExpertSchedule:
   num_high: int
 
   @classmethod
-  def of(cls, config: RunConfig) -> "ExpertSchedule":
+  def from_config(cls, config: RunConfig) -> "ExpertSchedule":
     """Returns that of a run of both experts."""
     high, low = (make_flow(part) for part in split_config(config))
     share = high.range_probability / (high.range_probability + low.range_probability)

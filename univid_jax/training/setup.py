@@ -211,7 +211,7 @@ def fill_caches(
   return prepare(
     features,
     data,
-    row_shape=RowShape.of(config.rows, context_mode(config)),
+    row_shape=RowShape.from_config(config.rows, context_mode(config)),
     held_out=validation,
     allow_dropped=config.data.allow_dropped,
     verify=verify,

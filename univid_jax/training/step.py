@@ -69,7 +69,7 @@ def _make_step(config: RunConfig, spec: StateSpec, optimizer: optax.GradientTran
 
 def _alternate(config: RunConfig, steps: Sequence[TrainStep]) -> TrainStep:
   """Returns the step of a run of both experts, given that of each."""
-  expert, schedule = config.model.expert, ExpertSchedule.of(config)
+  expert, schedule = config.model.expert, ExpertSchedule.from_config(config)
 
   def train_one(index: int) -> TrainStep:
     def train(state: TrainState, frozen: Params, row: PackedRow) -> tuple[TrainState, Metrics]:

@@ -63,7 +63,7 @@ class Validation:
     self._expert = config.model.expert
     self._sigmas = [validated_sigmas(part) for part in split_config(config)]
     rows, _ = pack_rows(
-      [make_features(sentence) for sentence in sentences], RowShape.of(config.rows, context_mode(config))
+      [make_features(sentence) for sentence in sentences], RowShape.from_config(config.rows, context_mode(config))
     )
     noise = np.asarray(jax.random.normal(jax.random.key(config.seed), rows.tokens.shape))
     size = config.rows.batch_size(row_shards(mesh))

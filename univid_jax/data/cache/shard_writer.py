@@ -42,7 +42,7 @@ from univid_jax.runtime.processes import sum_over_processes, wait_for_processes
 
 log = logging.getLogger(__name__)
 
-# Of a shard: it is full when it reaches one of them.
+# A shard is full when it reaches one of them.
 MAX_BYTES = 256 << 20
 MAX_RECORDS = 65536
 

@@ -52,7 +52,7 @@ TARGETS = (
 
 
 def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
-  """Checks that `write_clip` can write so many frames to a path, before time is spent on computing them.
+  """Checks that `write_clip` can write this number of frames to a path, before time is spent on computing them.
 
   Args:
     path: see `write_clip`.
