@@ -57,12 +57,8 @@ class Pipeline(EncodingPipeline):
     attention: "full" or "context_causal"; by default what the model was trained with. With context_causal the context
       is computed once per sentence.
     context_timestep: "target" or "zero"; by default what the model was trained with.
-
-  Attributes:
     distillation: decides how the model is sampled if a distillation LoRA is part of it.
   """
-
-  distillation: Distillation | None = None
 
   def __init__(
     self,
@@ -74,10 +70,11 @@ class Pipeline(EncodingPipeline):
     usage: Usage | None = None,
     attention: Attention | str | None = None,
     context_timestep: ContextTimestep | str | None = None,
+    distillation: Distillation | None = None,
   ):
     super().__init__(encoders, text_len=config.text_len)
     self.config, self.mesh, self.usage = config, mesh, usage or Usage(is_known=False)
-    self.experts = Experts(transformers, config.expert_boundary)
+    self.experts, self.distillation = Experts(transformers, config.expert_boundary), distillation
     self.attention = parse_option(Attention, "attention", attention or self.usage.attention)
     trained = self.usage.context_timestep if self.attention == self.usage.attention else ContextTimestep.AUTO
     timestep = parse_option(ContextTimestep, "context_timestep", context_timestep or trained)
