@@ -78,7 +78,7 @@ def make_row_program(
   import jax
   import jax.numpy as jnp
 
-  from univid_jax.checkpoints.model import create_model
+  from univid_jax.checkpoints.run_parts import create_model
   from univid_jax.config.boundary import override
   from univid_jax.config.presets import wan_1_3b
   from univid_jax.parallel.mesh import make_mesh

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from PIL import Image
 from safetensors.numpy import load_file
 
-from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
+from univid_jax.checkpoints.run_parts import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.config.schema import RunConfig
 from univid_jax.convert.layout import make_fills, match_fills

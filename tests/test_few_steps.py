@@ -14,8 +14,8 @@ from tests.helpers import GOLDENS, random_pipeline, relative_error
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.kinds import Difference, LoRALayer
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.checkpoints.model import transformer_config
 from univid_jax.checkpoints.origin import Origin
+from univid_jax.checkpoints.run_parts import transformer_config
 from univid_jax.config.boundary import override
 from univid_jax.convert.commands import convert_any
 from univid_jax.core.errors import UserError

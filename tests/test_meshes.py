@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from univid_jax.checkpoints.model import context_mode, create_model, open_encoders, transformer_config
+from univid_jax.checkpoints.run_parts import context_mode, create_model, open_encoders, transformer_config
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.data.features import FeatureMaker

@@ -14,7 +14,7 @@ from flax import nnx
 
 from tests.helpers import relative_error
 from tests.test_meshes import one_gradient, packed_batch
-from univid_jax.checkpoints.model import create_model, transformer_config
+from univid_jax.checkpoints.run_parts import create_model, transformer_config
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders
 from univid_jax.config.boundary import override

@@ -14,8 +14,8 @@ from tests.checkpoint_files import is_matrix, random_float8, write_safetensors
 from tests.helpers import GOLDENS, parameters, relative_error
 from univid_jax.checkpoints.info import read_info
 from univid_jax.checkpoints.lora.reading import read_lora
-from univid_jax.checkpoints.model import check_base
 from univid_jax.checkpoints.origin import Origin
+from univid_jax.checkpoints.run_parts import check_base
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import wan_1_3b
 from univid_jax.convert.commands import convert_any, inspect, verify

@@ -22,8 +22,8 @@ from tests import commands
 from tests.commands import finish, free_port, run_command, start_command, start_python
 from tests.helpers import parameters
 from univid_jax.checkpoints.lora.reading import read_lora
-from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.run import Checkpointer, RunRecord, read_run
+from univid_jax.checkpoints.run_parts import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.trained import find_step
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import OptimizerConfig

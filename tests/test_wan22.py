@@ -20,7 +20,7 @@ from tests.test_meshes import one_gradient, packed_batch
 from univid_jax.checkpoints.experts import find_expert, named_expert
 from univid_jax.checkpoints.info import read_info
 from univid_jax.checkpoints.lora.reading import read_lora
-from univid_jax.checkpoints.model import check_base, context_mode, make_flow, split_config, transformer_config
+from univid_jax.checkpoints.run_parts import check_base, context_mode, make_flow, split_config, transformer_config
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.checkpoints.trained import read_run_loras
 from univid_jax.config.boundary import override

@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 from univid_jax.checkpoints.built_in import locate
 from univid_jax.checkpoints.checksums import has_checksums, verified
 from univid_jax.checkpoints.info import is_checkpoint
-from univid_jax.checkpoints.model import base_encoders, open_encoders, transformer_config
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.run import RunRecord, require_run
+from univid_jax.checkpoints.run_parts import base_encoders, open_base, open_encoders, transformer_config
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import expert_configs, load_base, restore_loras, restore_transformer, run_usage
 from univid_jax.checkpoints.usage import Usage
@@ -213,7 +213,8 @@ def _load_run(
   One after the other, so that an offloaded one makes room.
   """
   config, shape, mesh = record.config, transformer_config(record.config), options.mesh
-  experts = PretrainedCheckpoint.open(config.init_from).experts if config.init_from else (None,)
+  base = open_base(config)
+  experts = base.experts if base else (None,)
   own = [RequestedLoRA(each) for each in restore_loras(saved, record, step=step)] if config.lora.enabled else []
   parts = expert_configs(config)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from univid_jax.checkpoints.model import check_rows, clip_tokens, codec_shape, with_stored_base
+from univid_jax.checkpoints.run_parts import check_rows, clip_tokens, codec_shape, with_stored_base
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line

@@ -4,7 +4,7 @@ import dataclasses
 
 from jaxtyping import Array, Bool, Int
 
-from univid_jax.checkpoints.model import make_flow, split_config
+from univid_jax.checkpoints.run_parts import make_flow, split_config
 from univid_jax.config.schema import RunConfig
 
 PERIOD = 1000  # steps

@@ -16,8 +16,8 @@ from etils import epath
 from tqdm import tqdm
 
 from univid_jax.checkpoints.lora.formats import write_lora
-from univid_jax.checkpoints.model import context_mode
 from univid_jax.checkpoints.run import Checkpointer, write_run
+from univid_jax.checkpoints.run_parts import context_mode
 from univid_jax.checkpoints.trained import load_base, to_lora_weights
 from univid_jax.config.schema import RunConfig
 from univid_jax.core import lock

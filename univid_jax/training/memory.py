@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from univid_jax.checkpoints.model import context_mode
+from univid_jax.checkpoints.run_parts import context_mode
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.packed_row import TOKEN_FIELDS, PackedRow

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from univid_jax.checkpoints.model import create_model
+from univid_jax.checkpoints.run_parts import create_model
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.options import RematPolicy, TrainedExpert
 from univid_jax.models.lora import LoRAParam, remove_dropout

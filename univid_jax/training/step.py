@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from univid_jax.checkpoints.model import make_flow, split_config
+from univid_jax.checkpoints.run_parts import make_flow, split_config
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import TrainStep

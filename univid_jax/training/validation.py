@@ -12,7 +12,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from univid_jax.checkpoints.model import context_mode, split_config, validated_sigmas
+from univid_jax.checkpoints.run_parts import context_mode, split_config, validated_sigmas
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.paths import atomic_write
