@@ -30,7 +30,7 @@ from etils import epath
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.paths import is_remote
+from univid_jax.core.paths import is_remote, to_path
 from univid_jax.core.process_identity import ProcessIdentity
 
 log = logging.getLogger(__name__)
@@ -281,7 +281,7 @@ def release_all() -> None:
 
 
 def _url(folder: epath.PathLike, *parts: str) -> str:
-  path = str(folder) if is_remote(folder) else os.path.realpath(folder)
+  path = str(folder) if is_remote(to_path(folder)) else os.path.realpath(folder)
   return "/".join([path.rstrip("/"), *parts])
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from univid_jax.checkpoints.model import make_flow, split_config
+from univid_jax.checkpoints.run_parts import make_flow, split_config
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import TrainStep
@@ -70,7 +70,7 @@ def _make_step(config: RunConfig, spec: StateSpec, optimizer: optax.GradientTran
 
 def _alternate(config: RunConfig, steps: Sequence[TrainStep]) -> TrainStep:
   """Returns the step of a run of both experts, given that of each."""
-  expert, schedule = config.model.expert, ExpertSchedule.of(config)
+  expert, schedule = config.model.expert, ExpertSchedule.from_config(config)
 
   def train_one(index: int) -> TrainStep:
     def train(state: TrainState, frozen: Params, row: PackedRow) -> tuple[TrainState, Metrics]:
