@@ -85,7 +85,7 @@ def tensordot(x: Float[Array, "..."], kernel: Float[Array, "..."], num_dims: int
   """Returns the product over the last num_dims dims of x and the first ones of a kernel, of one dtype.
 
   Of bfloat16, matrices are multiplied and summed in float32, in the gradients too, and rounded afterwards: YNNPACK does
-  that with the instructions for it (AMX). Written otherwise, XLA converts both to float32 first, and all layers at once.
+  that with the instructions for it (AMX). Written otherwise, XLA converts both to float32 first.
   """
   if x.dtype != jnp.bfloat16:
     return jnp.tensordot(x, kernel, num_dims)
