@@ -41,7 +41,7 @@ DEFAULT_CASES = (
   *(f"{task}/1.3b/720p/v5p:2x2x1" for task in ("forward", "training")),
   *(f"{task}/14b/720p/v5p:2x2x2" for task in ("forward", "training")),
 )
-# Of its README; without it the compiler refuses these blocks.
+# From its README; without it the compiler refuses these blocks.
 OPTIONS = {"maxdiffusion": {"xla_tpu_scoped_vmem_limit_kib": "65536"}, "univid_jax": {}}
 FLAGS = CommandFlags(__doc__)
 MAXDIFFUSION = FLAGS.string("maxdiffusion", "", "Folder from which MaxDiffusion is imported.")

@@ -29,6 +29,6 @@ def bound_seconds(
 
 
 def num_layers(config: RunConfig) -> int:
-  from univid_jax.checkpoints.model import transformer_config
+  from univid_jax.checkpoints.run_parts import transformer_config
 
   return transformer_config(config).num_layers

@@ -191,7 +191,7 @@ def count_packing(
   Args:
     shape: of the transformer.
     packing: how rows and batches are made.
-    streams: of rows, as of so many processes.
+    streams: number of streams of rows, as if each were that of a process.
     bins: rows that a stream fills at the same time.
     batches: how many are counted; those of whole windows of balanced packing.
   """

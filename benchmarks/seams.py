@@ -54,7 +54,7 @@ def main() -> None:
     video = pipe.sample_video([a, 255 - a], b, **options)
     made = np.concatenate(list(video))
     groups = latent_frames(length, temporal_stride=stride) - 1
-    windows = Windows.of(count, length=1 + groups, temporal_stride=stride, overlap=groups // 2)
+    windows = Windows.spread(count, length=1 + groups, temporal_stride=stride, overlap=groups // 2)
     borders = [stride * start for start in windows.starts[1:] if stride * start < count - 1]
     between = changes(made)[borders].sum() / changes(b)[borders].sum()
     starts = np.linspace(0, count - length, NUM_SAMPLES).astype(int)

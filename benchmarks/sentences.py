@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from benchmarks.timing import write_json
-from univid_jax.checkpoints.model import open_encoders
+from univid_jax.checkpoints.run_parts import open_encoders
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.config.presets import PRESETS

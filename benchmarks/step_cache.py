@@ -83,7 +83,7 @@ def random_pipeline(config: RunConfig) -> Any:
   from flax import nnx
 
   from univid_jax import Pipeline
-  from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
+  from univid_jax.checkpoints.run_parts import create_model, open_encoders, transformer_config
   from univid_jax.checkpoints.usage import Usage
   from univid_jax.inference.experts import Transformer
   from univid_jax.parallel.mesh import make_mesh
@@ -95,7 +95,7 @@ def random_pipeline(config: RunConfig) -> Any:
     [Transformer(graph, nnx.to_pure_dict(params))],
     encoders=open_encoders(config, mesh),
     mesh=mesh,
-    usage=Usage.of(config),
+    usage=Usage.from_config(config),
   )
 
 

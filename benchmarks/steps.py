@@ -78,7 +78,7 @@ def make_row_program(
   import jax
   import jax.numpy as jnp
 
-  from univid_jax.checkpoints.model import create_model
+  from univid_jax.checkpoints.run_parts import create_model
   from univid_jax.config.boundary import override
   from univid_jax.config.presets import wan_1_3b
   from univid_jax.parallel.mesh import make_mesh
@@ -91,7 +91,7 @@ def make_row_program(
   config = override(wan_1_3b(), changes | {f"model.{key}": value for key, value in options.items()})
   mesh = make_mesh({}, devices=jax.devices()[:1])  # the peer uses one device, too
   optimizer = make_optimizer(config.optimizer, 1000)
-  spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=False, lora=True)
+  spec = StateSpec.for_model(lambda: create_model(config), optimizer, mesh, ema=False, lora=True)
 
   # One parameter at a time, so that drawing them does not determine the peak of memory.
   @jax.jit

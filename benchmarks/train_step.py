@@ -120,7 +120,7 @@ class Work:
   hardware: float
 
   @classmethod
-  def of(cls, shape: DiTConfig, tokens: int, *, rows: int, remat: Sequence[str] | None) -> "Work":
+  def for_shape(cls, shape: DiTConfig, tokens: int, *, rows: int, remat: Sequence[str] | None) -> "Work":
     """Counts them for policies that race, or for a forward pass."""
     from univid_jax.models.flops import forward_flops, step_flops
 
@@ -156,7 +156,7 @@ def main() -> None:
   )
   side = 2 * find_autoencoder(shape.out_dim).spatial_stride
   tokens = 4 * FRAMES.value * (HEIGHT.value // side) * (WIDTH.value // side)
-  work = Work.of(shape, tokens, rows=ROWS.value, remat=REMAT.value if MODE.value == "train" else None)
+  work = Work.for_shape(shape, tokens, rows=ROWS.value, remat=REMAT.value if MODE.value == "train" else None)
   ours = {**shared, "shape": shape, "backend": BACKEND.value}
   programs = {
     f"univid_jax, {remat}" if i else "univid_jax": Program(build_jax, {**ours, "remat": remat})

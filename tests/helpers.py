@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,11 +16,12 @@ from jax.sharding import Mesh
 from PIL import Image
 from safetensors.numpy import load_file
 
-from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
+from univid_jax.checkpoints.run_parts import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.config.schema import RunConfig
 from univid_jax.convert.layout import make_fills, match_fills
 from univid_jax.core.packed_row import ContextMode
+from univid_jax.core.unfinished import unfinished_path
 from univid_jax.inference.experts import OffloadedParams, Params, Transformer
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.dit import DiT
@@ -110,8 +113,21 @@ def random_pipeline(config: RunConfig, mesh: Mesh) -> Pipeline:
     [Transformer(graph, nnx.to_pure_dict(params))],
     encoders=open_encoders(config, mesh),
     mesh=mesh,
-    usage=Usage.of(config),
+    usage=Usage.from_config(config),
   )
+
+
+def left_by_killed(path: Path, *, machine: str | None = None) -> Path:
+  """Returns the name of an unfinished file or folder whose process was killed, here or on another machine."""
+  owner, dot, name = unfinished_path(path).name.partition(".partial-")[2].partition(".")
+  here, _, start, unique = owner.split("-")
+  return path.with_name(f".partial-{machine or here}-999999999-{start}-{unique}{dot}{name}")
+
+
+def make_old(*paths: Path) -> None:
+  """Makes files and folders look as if nobody had changed them for longer than a day."""
+  for path in paths:
+    os.utime(path, (time.time() - 100_000,) * 2)
 
 
 def parameters(pipe: Pipeline) -> Params:

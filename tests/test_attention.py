@@ -68,16 +68,25 @@ def test_blockwise_equals_unblocked(monkeypatch, blocks, masked):
     return jax.jit(lambda *qkv: (attention(*qkv, **options) * real, *jax.grad(loss, (0, 1, 2))(*qkv)))(q, k, v)
 
   whole = out_and_gradients()
-  monkeypatch.setitem(xla.BLOCKS, "cpu", blocks)
+  monkeypatch.setattr(xla, "choose_blocks", lambda *_: blocks)
   if masked:
     monkeypatch.setattr(xla, "LARGEST", 1)  # heads one by one, if their number is not given
   for a, b in zip(out_and_gradients(), whole):
     assert relative_error(a, b) <= 1e-6
 
 
+def test_sentences_of_a_short_row_skip_each_other():
+  """By NaN, as in the next test: three sentences of 256 tokens, with the blocks for a row of 768 on a CPU."""
+  q, k, v = inputs(768, 768)
+  v = v.at[:, 512:].set(jnp.nan)
+  intervals = np.repeat(np.array([[0, 256], [256, 512], [512, 768]], np.int32), 256, axis=0)
+  out = attention(q, k, v, key_intervals=jnp.asarray(np.stack([intervals] * 2)))
+  assert bool(jnp.isfinite(out[:, :512]).all()) and bool(jnp.isnan(out[:, 512:]).all())
+
+
 def test_blocks_outside_all_intervals_are_skipped(monkeypatch):
   """Keys of a skipped block may be NaN; if they were masked only, 0 * NaN would spread."""
-  monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(1, 64, 32, 0))
+  monkeypatch.setattr(xla, "choose_blocks", lambda *_: xla.Blocks(1, 64, 32, 0))
   q, k, v = inputs(128, 128)
   v = v.at[:, 64:96].set(jnp.nan)
   intervals = np.zeros((2, 128, 2), np.int32)

@@ -57,7 +57,7 @@ def small_blocks(monkeypatch):
   for name in ("BLOCK_Q", "BLOCK_KV", "BLOCK_KV_COMPUTE"):
     monkeypatch.setattr(splash, name, 128)
   monkeypatch.setattr(splash, "GRADIENT_BLOCK_KV", 256)
-  monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(heads=1, queries=64, keys=48, smallest=1 << 17))
+  monkeypatch.setattr(xla, "choose_blocks", lambda *_: xla.Blocks(heads=1, queries=64, keys=48, smallest=1 << 17))
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_policies_that_recompute_everything_have_hardware_operations():
   shape = find_variant("wan2.1-t2v-1.3b")
 
   def count(remat):
-    return Work.of(shape, 1000, rows=1, remat=remat)
+    return Work.for_shape(shape, 1000, rows=1, remat=remat)
 
   assert count(["full"]) == count(["offload"]) == count(["full", "offload"])
   assert count(["full"]).hardware > count(["full"]).model == count(["full", "attention"]).model
@@ -276,7 +276,7 @@ class TestScalingTable:
         scaling.Setup("wan_1_3b", "v5e:4x4", 1, 4, wrong).config  # noqa: B018
 
 
-# Of XLA, whose versions differ in a space.
+# A warning of XLA; versions differ in a space.
 NOT_SUPPORTED = "cpu_aot_loader.cc:195] Loading XLA:CPU AOT result. Target machine feature +prefer-no-"
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers import left_by_killed, make_old
 from tests.stand_ins import open_bucket
 from univid_jax.checkpoints import weights_file
 from univid_jax.core import bucket_files
 from univid_jax.core.bucket_files import copy_file, copy_to_local
+from univid_jax.core.unfinished import unfinished_path
 
 
 @pytest.fixture
@@ -89,12 +91,13 @@ def test_files_that_others_are_writing_are_left_alone(bucket):
   """Of unfinished files in a copy, those that another process may be writing stay, those of killed ones are deleted."""
   (bucket / "a.bin").write_bytes(b"contents")
   copy = copy_file(bucket / "a.bin").parent
-  new, old = copy / f".1-{'0' * 16}.b.bin", copy / f".2-{'0' * 16}.b.bin"
-  for path, age in ((new, 0), (old, 100_000)):
+  own, killed = unfinished_path(copy / "b.bin"), left_by_killed(copy / "b.bin")
+  elsewhere, silent = (left_by_killed(copy / "b.bin", machine=machine) for machine in ("e" * 8, "f" * 8))
+  for path in (own, killed, elsewhere, silent):
     path.touch()
-    bucket_files.os.utime(path, (time.time() - age,) * 2)
+  make_old(own, silent)
   copy_to_local(str(bucket))
-  assert names_in(copy) == {"a.bin", new.name}
+  assert names_in(copy) == {"a.bin", own.name, elsewhere.name}
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class TestPositions:
 
 class TestUsage:
   def test_files_carry_it(self, tiny_config):
-    usage = Usage.of(override(tiny_config, {"model.clip_gap": 7}))
+    usage = Usage.from_config(override(tiny_config, {"model.clip_gap": 7}))
     metadata = {"software": "univid_jax 1", **usage.to_metadata()}
     read = Usage.from_metadata(metadata, source="a")
     assert read is not None and read.clip_gap == usage.clip_gap == 7
@@ -85,7 +85,7 @@ class TestModels:
       pipeline = random_pipeline(config, mesh)
       samples.append(pipeline.sample(clips, num_inference_steps=1).latents)
       same_weights = dataclasses.replace(pipeline.usage, clip_gap=0)
-      assert same_weights == Usage.of(tiny_config)
+      assert same_weights == Usage.from_config(tiny_config)
     assert not np.array_equal(*samples)
     with pytest.raises(
       UserError, match="trained with clip_gap = 5, and latents do not say where clips begin: use sample"

@@ -54,7 +54,7 @@ class TestClips:
 
   def test_formats_from_the_config(self):
     changes = {"data.height": 16, "data.width": 24, "data.buckets": ["32x16"], "data.fit": "pad", "data.fps": 8}
-    form = ClipFormat.of(override(tiny(), changes).data)
+    form = ClipFormat.from_config(override(tiny(), changes).data)
     assert form == ClipFormat(size=(16, 24), num_frames=5, fit=ClipFit.PAD, fps=8.0, buckets=((32, 16),))
     assert form.for_shape((60, 40)).size == (32, 16) and form.for_shape((40, 60)).size == (16, 24)
     for key, value, message in (

@@ -16,8 +16,8 @@ from tests.helpers import GOLDENS, image_width, package_or_skip
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.kinds import Difference
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.checkpoints.model import transformer_config
 from univid_jax.checkpoints.run import read_run
+from univid_jax.checkpoints.run_parts import transformer_config
 from univid_jax.data.media.reader import read_clip
 from univid_jax.data.media.writer import write_clip
 

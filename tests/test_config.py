@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 
 from tests.helpers import GOLDENS
-from univid_jax.checkpoints.model import check_rows, ignored_options
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
+from univid_jax.checkpoints.run_parts import check_rows, ignored_options
 from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json
 from univid_jax.config.presets import PRESETS, get_config, tiny
 from univid_jax.config.schema import RunConfig

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.helpers import GOLDENS
+from tests.helpers import GOLDENS, left_by_killed
 from tests.stand_ins import open_bucket
 from univid_jax.checkpoints.checksums import check_seal
 from univid_jax.checkpoints.lora.folder import is_lora_folder
@@ -167,7 +167,9 @@ class TestSidecar:
   @pytest.fixture
   def lora(self, tmp_path):
     pytest.importorskip("torch", reason="a .ckpt is a PyTorch file; needs the extra `convert`")
-    usage = Usage.of(RunConfig(model=ModelConfig(attention=Attention.CONTEXT_CAUSAL), flow=FlowConfig(shift=3.5)))
+    usage = Usage.from_config(
+      RunConfig(model=ModelConfig(attention=Attention.CONTEXT_CAUSAL), flow=FlowConfig(shift=3.5))
+    )
     write_lora(tmp_path / "source.safetensors", small_lora(), "comfyui", metadata={**usage.to_metadata(), "step": 7})
     return tmp_path / "source.safetensors"
 
@@ -196,7 +198,7 @@ class TestSidecar:
 
   def test_leftovers(self, lora, tmp_path):
     """What a killed conversion has left of a sidecar is removed; an error leaves nothing."""
-    (tmp_path / ".999999999-0f.lo.ckpt.json").write_text("half")
+    left_by_killed(tmp_path / "lo.ckpt.json").write_text("half")
     convert_any(str(lora), str(tmp_path / "lo.ckpt"), to="univid")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lo.ckpt", "lo.ckpt.json", "source.safetensors"]
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import univid_jax
 from tests.checkpoint_files import write_safetensors
 from tests.commands import environment, run_here
-from tests.helpers import GOLDENS, package_or_skip
+from tests.helpers import GOLDENS, left_by_killed, make_old, package_or_skip
 from univid_jax.checkpoints.experts import find_expert
 from univid_jax.checkpoints.info import is_checkpoint, read_info
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
@@ -36,6 +36,7 @@ from univid_jax.convert.release_configs import diffusers_config, official_config
 from univid_jax.convert.sources import find_release
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, ModelType
+from univid_jax.core.unfinished import find_unfinished, unfinished_path
 from univid_jax.models.names import name_from_diffusers, name_to_diffusers
 from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import VARIANTS, DiTConfig
@@ -317,20 +318,21 @@ class TestAtomicWriting:
   def test_killed_conversion_frees_its_space(self, tmp_path, monkeypatch):
     """What a killed conversion has left is removed before the space is checked; that of others is named."""
     usage = shutil.disk_usage(tmp_path)
-    for name in (".partial-target", ".partial-other"):
-      (tmp_path / name).mkdir()
-      (tmp_path / name / "weights").write_bytes(bytes(1_000_000))
+    other = left_by_killed(tmp_path / "other")
+    for path in (left_by_killed(tmp_path / "target"), other):
+      path.mkdir()
+      (path / "weights").write_bytes(bytes(1_000_000))
 
     def free(path):
       return usage._replace(free=3_000_000 - sum(file.stat().st_size for file in tmp_path.glob(".partial-*/weights")))
 
     monkeypatch.setattr(shutil, "disk_usage", free)
-    message = r"needs 2\.50 MB, .* has 2\.00 MB free; \.partial-other in it are of conversions"
+    message = rf"needs 2\.50 MB, .* has 2\.00 MB free; {other.name} in it are of conversions"
     with pytest.raises(OSError, match=message), atomic_folder(tmp_path / "target", needed=2_500_000, force=False):
       pass
     with atomic_folder(tmp_path / "target", needed=2_000_000, force=False) as folder:
       assert not list(folder.iterdir())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-other", "target"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "target"]
 
   def test_killed_while_replacing(self, tmp_path):
     """A destination that was about to be replaced is restored, or removed if it has been replaced."""
@@ -349,16 +351,49 @@ class TestAtomicWriting:
   def test_two_conversions_at_once(self, tmp_path):
     with (
       atomic_folder(tmp_path / "target", needed=0, force=False),
-      pytest.raises(UserError, match=r"another process is writing .*/target"),
+      pytest.raises(UserError, match=rf"another process is writing .*/target: wait for process {os.getpid()} on "),
     ):
       check_destination(tmp_path / "target", needed=0, force=True)
 
-  def test_leftover_of_a_file(self, tmp_path):
-    """LoRA files are written under a name with the process's number."""
-    (tmp_path / ".999999999-0f.lora.safetensors").write_bytes(b"half")
-    (tmp_path / f".{os.getpid()}-0f.lora.safetensors").write_bytes(b"of a running process")
-    check_destination(tmp_path / "lora.safetensors", needed=0, force=False)
-    assert [path.name for path in tmp_path.iterdir()] == [f".{os.getpid()}-0f.lora.safetensors"]
+  def test_conversions_that_begin_at_the_same_time(self, tmp_path, monkeypatch):
+    """The second check finds what the first could not see yet."""
+    other = left_by_killed(tmp_path / "target", machine="f" * 8)
+    make, begun = Path.mkdir, []
+
+    def mkdir(path, *args, **options):
+      make(path, *args, **options)
+      if not begun:
+        begun.append(path)
+        make(other)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(UserError, match="another process"), atomic_folder(tmp_path / "target", needed=0, force=False):
+      pass
+    assert list(tmp_path.iterdir()) == [other]
+
+  def test_conversion_on_another_machine(self, tmp_path):
+    """Nobody knows whether its process is alive; nothing of it is removed as long as it may be."""
+    (other := left_by_killed(tmp_path / "target", machine="f" * 8)).mkdir()
+    (other / "weights").write_bytes(b"half")
+    with pytest.raises(UserError, match=rf"was killed on another machine: wait for it, or remove .*/{other.name}"):
+      check_destination(tmp_path / "target", needed=0, force=True)
+    make_old(other, other / "weights")
+    check_destination(tmp_path / "target", needed=0, force=True)
+    assert not list(tmp_path.iterdir())
+
+  def test_leftovers_of_a_file(self, tmp_path):
+    target = tmp_path / "lora.safetensors"
+    left = {
+      "killed": left_by_killed(target),
+      "own": unfinished_path(target),
+      "elsewhere": left_by_killed(target, machine="f" * 8),
+      "killed elsewhere": left_by_killed(target, machine="e" * 8),
+    }
+    for path in left.values():
+      path.write_bytes(b"half")
+    make_old(left["killed"], left["killed elsewhere"])
+    check_destination(target, needed=0, force=False, is_file=True)
+    assert set(tmp_path.iterdir()) == {left["own"], left["elsewhere"]}
 
   def test_full_disk_is_named(self, release, monkeypatch):
     """Libraries say it in errors of many types; TensorStore's looks like one of memory."""
@@ -404,14 +439,14 @@ class TestAtomicWriting:
     """A killed conversion leaves no destination, and a rerun removes its partial folder."""
     command = [sys.executable, "-m", "tools.convert_weights", str(release), str(release.parent / "target")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
-    partial = release.parent / ".partial-target"
-    while not partial.exists() and process.poll() is None:
+    target = release.parent / "target"
+    while not find_unfinished(target) and process.poll() is None:
       time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert partial.exists() and not (release.parent / "target").exists()
-    convert_any(str(release), str(release.parent / "target"))
-    assert checksum(release.parent / "target") == checksum(converted) and not partial.exists()
+    assert find_unfinished(target) and not target.exists()
+    convert_any(str(release), str(target))
+    assert checksum(target) == checksum(converted) and not find_unfinished(target)
 
 
 def test_a_process_prints_its_error_alone():

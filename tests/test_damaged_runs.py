@@ -271,7 +271,7 @@ def test_the_origin_of_samples(workdir, tiny_config, monkeypatch):
 
   def identify(step=4, **options):
     hashed.clear()
-    return Origin.of(str(workdir), step=step, **options).checksums
+    return Origin.resolve(str(workdir), step=step, **options).checksums
 
   listed = identify()
   assert listed.keys() == {"trained"} and not hashed

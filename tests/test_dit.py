@@ -152,7 +152,7 @@ def test_remat_does_not_change_gradients(remat):
 @pytest.mark.parametrize("remat, passes", [(RematPolicy.FULL, 3), (RematPolicy.ATTENTION, 2)])
 def test_remat_policy_attention_saves_the_second_forward_pass(monkeypatch, remat, passes):
   """Counts attention's loops over keys in the program of a gradient: forward, with `full` once more, backward."""
-  monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(1, 8, 8, 0))
+  monkeypatch.setattr(xla, "choose_blocks", lambda *_: xla.Blocks(1, 8, 8, 0))
   info, io, weights = golden("dit_t2v")
   row, t = row_of(io["x"], io["context"], fold=False), jnp.asarray(io["t"])[None]
   row = dataclasses.replace(row, text=row.text[:, :8], text_counts=row.text_counts[:, :8])  # one block, so no loop

@@ -315,7 +315,7 @@ def as_generated(truth, params=None, reverse=False, task="t"):
 
 def score_kind(kind, clip, truth, **options):
   """Returns the metrics and counts of a kind."""
-  return KIND_METRICS[kind].score(clip, as_generated(truth), KindOptions.of(config_with(**options)))
+  return KIND_METRICS[kind].score(clip, as_generated(truth), KindOptions.from_config(config_with(**options)))
 
 
 class TestKinds:

@@ -29,7 +29,7 @@ from univid_jax.evaluation.metrics.grids import bootstrap_interval, grid_metrics
 from univid_jax.evaluation.sentences import plan_other_pairs, plan_sentences
 from univid_jax.parallel.mesh import make_mesh
 
-RENDERING = Rendering.of(grids().data)
+RENDERING = Rendering.from_config(grids().data)
 GRID = np.arange(12).reshape(3, 4) % 10
 
 
@@ -115,7 +115,7 @@ class TestReport:
 
   def test_kind_metrics_agree(self):
     sentence = generated(GRID, {"prediction": GRID})
-    options = KindOptions.of(grids())
+    options = KindOptions.from_config(grids())
     metrics, _ = KIND_METRICS[TargetKind.GRID].score(RENDERING.render([GRID[:, ::-1]]), sentence, options)
     assert metrics == grid_metrics([GRID[:, ::-1]], [GRID])
 

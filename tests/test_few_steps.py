@@ -14,8 +14,8 @@ from tests.helpers import GOLDENS, random_pipeline, relative_error
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.kinds import Difference, LoRALayer
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.checkpoints.model import transformer_config
 from univid_jax.checkpoints.origin import Origin
+from univid_jax.checkpoints.run_parts import transformer_config
 from univid_jax.config.boundary import override
 from univid_jax.convert.commands import convert_any
 from univid_jax.core.errors import UserError
@@ -72,7 +72,7 @@ def test_two_of_the_four_steps_are_of_each_expert(boundary):
 )
 def test_contradictions_are_refused(options, message):
   with pytest.raises(UserError, match=message):
-    SamplingPlan.of(**options)
+    SamplingPlan.from_options(**options)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,13 @@ def test_contradictions_are_refused(options, message):
 def test_what_contradicts_a_distillation_is_refused(name, value):
   kind = DISTILLATIONS["lightx2v"]
   with pytest.raises(UserError, match=f"{name} contradicts the distillation lightx2v, which has"):
-    SamplingPlan.of(kind, **{name: value})
-  plan = SamplingPlan.of(kind, default_shift=12.0, num_inference_steps=4, solver="distilled", guidance_scale=[1.0])
-  assert plan.sigmas.tolist() == SamplingPlan.of(solver="distilled").sigmas.tolist() and plan.guidance_scale == 1
+    SamplingPlan.from_options(kind, **{name: value})
+  plan = SamplingPlan.from_options(
+    kind, default_shift=12.0, num_inference_steps=4, solver="distilled", guidance_scale=[1.0]
+  )
+  assert (
+    plan.sigmas.tolist() == SamplingPlan.from_options(solver="distilled").sigmas.tolist() and plan.guidance_scale == 1
+  )
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,7 @@ class TestDistillations:
 
   def test_the_origin_of_samples_names_them(self, checkpoint):
     distill = str(CASES / "distill_diff.safetensors")
-    origins = [Origin.of(checkpoint, distillation=files) for files in (None, [(distill, 1.0)], [(distill, 0.5)])]
+    origins = [Origin.resolve(checkpoint, distillation=files) for files in (None, [(distill, 1.0)], [(distill, 0.5)])]
     assert len({json.dumps(dict(origin.checksums)) for origin in origins}) == 3
     assert "accelerate" not in origins[0].to_json() and origins[2].to_json()["accelerate"] == [f"{distill}:0.5"]
 
@@ -223,7 +227,7 @@ def test_previews_and_evaluation_of_a_lora_run(tiny_config, tmp_path):
       override(config, {"eval.sentences_per_case": 1}),
       data=open_data(config),
       folder=tmp_path / name,
-      origin=Origin.of(str(tmp_path / "run"), distillation=distillation.files if accelerated else None),
+      origin=Origin.resolve(str(tmp_path / "run"), distillation=distillation.files if accelerated else None),
       accelerated=accelerated,
     )
     assert ("**accelerated**" in (tmp_path / name / "report.md").read_text()) == (accelerated is not None)

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.commands import run_command
 from univid_jax import forecast as command
 from univid_jax.checkpoints.info import read_info
-from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.pretrained import abstract_component
+from univid_jax.checkpoints.run_parts import create_model, open_encoders, transformer_config
 from univid_jax.codecs.vae_config import VAEConfig
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import wan22_a14b, wan_1_3b
@@ -92,7 +92,7 @@ class TestForecast:
   def test_text_encoder(self, tiny_config, monkeypatch):
     """Of a small shape; each device has its shard of the weights, in bfloat16."""
     shape = UMT5Config(vocab_size=64, dim=32, attention_dim=32, ffn_dim=64, num_heads=4, num_layers=2)
-    monkeypatch.setattr("univid_jax.checkpoints.model.UMT5Config", lambda: shape)
+    monkeypatch.setattr("univid_jax.checkpoints.run_parts.UMT5Config", lambda: shape)
     alone = forecast_text_encoder(wan_1_3b(), make_mesh({}, jax.devices()[:1]))
     module = abstract_component("text_encoder", shape)
     assert alone.weights == 2 * sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))

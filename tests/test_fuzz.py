@@ -157,7 +157,7 @@ TARGETS = (
 
 
 def fuzz(target: Target, folder: Path, *, max_examples: int, seed: int) -> None:
-  """Reads so many damaged files."""
+  """Reads up to `max_examples` damaged files."""
   inside = folder / "inside" / "deep"
   inside.mkdir(parents=True, exist_ok=True)
   target.prepare(inside)

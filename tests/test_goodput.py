@@ -119,7 +119,7 @@ def test_restarts(tmp_path, clock):
   step_for(second, clock, 3)
   second.close()  # an error
   third = start(tmp_path, clock, step=5)  # the checkpoint of step 10 is damaged
-  # Of the first run 20 s and 10 s, of the second its start (12 s) and 3 s.
+  # 20 s and 10 s are of the first run, the start (12 s) and 3 s of the second.
   assert spent(third) == {"starting": 10, "compiling": 14, "stepping": 10, "lost to restarts": 20 + 10 + 12 + 3}
   third.keep_checkpoint(6)
   assert sorted(json.loads((tmp_path / "goodput.json").read_text())["checkpoints"]) == ["5", "6"]

@@ -29,7 +29,7 @@ CONFIG = override(
   {f"data.grids.families.{name}": 1.0 for name in GRID_FAMILIES}
   | {"data.bundled": False, "data.num_frames": 9, "data.contexts.IV": 0.3, "data.num_clips.clips_6": 0.3},
 )
-RENDERING = Rendering.of(CONFIG.data)
+RENDERING = Rendering.from_config(CONFIG.data)
 WITH_TIME = [name for name, family in GRID_FAMILIES.items() if family.evolve]
 WITH_RULES = [name for name, family in GRID_FAMILIES.items() if family.is_held_out]
 

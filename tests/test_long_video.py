@@ -33,7 +33,7 @@ def pipeline(tiny_config):
 @pytest.mark.parametrize("num_frames", [1, 5, 17, 18, 21, 150, 601])
 @pytest.mark.parametrize("length, overlap", [(2, 0), (3, 1), (5, 2), (21, 10)])
 def test_windows_share_all_groups(num_frames, length, overlap):
-  windows = Windows.of(num_frames, length=length, temporal_stride=4, overlap=overlap)
+  windows = Windows.spread(num_frames, length=length, temporal_stride=4, overlap=overlap)
   assert windows.total == max(-(-(num_frames - 1) // 4) + 1, length)
   assert windows.starts[0] == 0 and windows.starts[-1] == windows.total - length
   total = np.zeros(windows.num_entries)
@@ -46,7 +46,7 @@ def test_windows_share_all_groups(num_frames, length, overlap):
 
 
 def test_frames_after_the_end_repeat_the_last():
-  video = VideoReader.of(moving_video(7))
+  video = VideoReader.from_frames(moving_video(7))
   assert np.array_equal(video.read_padded(4, 5)[:3], moving_video(7)[4:])
   assert np.array_equal(video.read_padded(4, 5)[2:], moving_video(7)[-1:].repeat(3, axis=0))
   assert np.array_equal(video.read_padded(9, 2), moving_video(7)[-1:].repeat(2, axis=0))
@@ -111,7 +111,7 @@ def test_the_latents_are_a_fixed_point_of_overlap(tiny_config, attention):
   pipeline = random_pipeline(config, make_mesh({}, jax.devices()[:1]))
   a, query = moving_video(9), moving_video(17, seed=1)
   video = pipeline.sample_video([a, a], query, num_inference_steps=1)
-  windows = Windows.of(17, length=3, temporal_stride=4, overlap=1)
+  windows = Windows.spread(17, length=3, temporal_stride=4, overlap=1)
   noise = np.stack([jax.random.normal(jax.random.fold_in(jax.random.key(0), t), (4, 4, 16)) for t in range(5)])
   expected = np.zeros((windows.num_entries, 4, 4, 16), np.float32)
   for window, start in enumerate(windows.starts):

@@ -100,7 +100,7 @@ class TestGoldenTraining:
       return model
 
     optimizer = optax.adamw(self.info["learning_rate"], weight_decay=0.01)
-    spec = StateSpec.of(init, optimizer, make_mesh({}, devices=jax.devices()[:1]), ema=False, lora=True)
+    spec = StateSpec.for_model(init, optimizer, make_mesh({}, devices=jax.devices()[:1]), ema=False, lora=True)
     state = spec.create(jax.tree.map(lambda x: jnp.asarray(x, dtype), start))
     update = jax.jit(make_update(spec, optimizer))
     losses, moments = [], None
@@ -245,7 +245,7 @@ class TestOnAModel:
       attach(model, LoRAConfig(rank=4, targets=("self_attn.q",), dropout=0.9), rngs=nnx.Rngs(0))
       return model
 
-    spec = StateSpec.of(create, optax.sgd(1.0), make_mesh({}, jax.devices()[:1]), ema=False, lora=True)
+    spec = StateSpec.for_model(create, optax.sgd(1.0), make_mesh({}, jax.devices()[:1]), ema=False, lora=True)
     adapters = jax.tree.map(jnp.ones_like, spec.create().params)
     frozen = nnx.to_pure_dict(nnx.state(base, nnx.Param))
     plain = nnx.clone(base)

@@ -25,7 +25,7 @@ CASES = Path(__file__).parent / "cases" / "lora"
 INFO = json.loads((CASES / "cases.json").read_text())
 RIGHT = [name for name, case in INFO.items() if case["merged"]]
 
-# Of each case the velocity of the merged checkpoint, and each merged tensor times a random vector, see `project`.
+# By case: the velocity of the merged checkpoint, and each merged tensor times a random vector, see `project`.
 EXPECTED = load_file(CASES / "expected.safetensors")
 
 

@@ -471,7 +471,7 @@ class TestBuckets:
       (bucket / path.name).write_bytes(path.read_bytes())
     for path in (bucket, bucket / "adapter_model.safetensors"):
       same(read_lora(path), read_lora(folder))
-    origin = dataclasses.replace(Origin.of("small"), loras=[(str(bucket / "adapter_model.safetensors"), 1.0)])
+    origin = dataclasses.replace(Origin.resolve("small"), loras=[(str(bucket / "adapter_model.safetensors"), 1.0)])
     before = origin.checksums["lora 0"]
     (bucket / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
     assert dataclasses.replace(origin).checksums["lora 0"] != before, "it decides about the scale"

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from univid_jax.checkpoints.model import context_mode, create_model, open_encoders, transformer_config
+from univid_jax.checkpoints.run_parts import context_mode, create_model, open_encoders, transformer_config
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.data.features import FeatureMaker
@@ -32,7 +32,7 @@ from univid_jax.training.step import make_update
 def one_gradient(config, mesh, row, microbatches=1):
   """Returns loss, gradients and state spec of a step on a mesh; gradient descent at rate 1 exposes the gradient."""
   optimizer = optax.sgd(1.0)
-  spec = StateSpec.of(lambda: create_model(config), optimizer, mesh, ema=False, lora=config.lora.enabled)
+  spec = StateSpec.for_model(lambda: create_model(config), optimizer, mesh, ema=False, lora=config.lora.enabled)
   init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(create_model(config), nnx.Param)))
   base = init() if config.lora.enabled else {}
   state, frozen = (
@@ -40,7 +40,7 @@ def one_gradient(config, mesh, row, microbatches=1):
     jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), base, spec.abstract_frozen),
   )
   before = jax.device_get(state.params)
-  noise, levels = draw_noise(jax.random.key(3), row, FlowMatching.of(config.flow))
+  noise, levels = draw_noise(jax.random.key(3), row, FlowMatching.from_config(config.flow))
   update = jax.jit(make_update(spec, optimizer, microbatches=microbatches), out_shardings=(spec.shardings, None))
   with jax.set_mesh(mesh):
     state, metrics = update(state, frozen, shard_batch(row, mesh), noise, levels, jax.random.key(0))
@@ -61,7 +61,7 @@ def packed_batch(config):
   loader = make_loader(
     [source],
     features,
-    row_shape=RowShape.of(config.rows, context_mode(config)),
+    row_shape=RowShape.from_config(config.rows, context_mode(config)),
     rows_per_batch=8,
     seed=0,
     num_packing_bins=8,
@@ -134,7 +134,9 @@ class TestMeshes:
 
   def test_moments_are_sharded_like_their_parameters(self, tiny_config):
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    spec = StateSpec.of(lambda: create_model(tiny_config), make_optimizer(tiny_config.optimizer, 4), mesh, ema=True)
+    spec = StateSpec.for_model(
+      lambda: create_model(tiny_config), make_optimizer(tiny_config.optimizer, 4), mesh, ema=True
+    )
     kernel = spec.abstract.params["blocks"]["ffn"]["up"]["kernel"]
     moments = [x for x in jax.tree.leaves(spec.abstract.opt_state) if x.shape == kernel.shape]
     assert moments and all(

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import CAUSAL
 from tests.stand_ins import Shape
-from univid_jax.checkpoints.model import check_rows, context_mode
+from univid_jax.checkpoints.run_parts import check_rows, context_mode
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders
 from univid_jax.config.boundary import override
@@ -97,10 +97,10 @@ def test_intervals_of_segments():
 def test_the_capacity_of_rows_follows_from_the_config(tiny_config):
   changes = {"rows.num_target_tokens": 20, "model.attention": "context_causal"}
   config = override(tiny_config, changes)
-  assert RowShape.of(config.rows, context_mode(config)) == RowShape(
+  assert RowShape.from_config(config.rows, context_mode(config)) == RowShape(
     num_tokens=48, num_text_tokens=3, num_slots=3, num_targets=20, context_mode=CAUSAL
   )
-  assert RowShape.of(tiny_config.rows, UNIVID_CONTEXT).num_targets == 24
+  assert RowShape.from_config(tiny_config.rows, UNIVID_CONTEXT).num_targets == 24
 
 
 class NumberedSentences:
@@ -138,7 +138,7 @@ class TestLoader:
     encoders = PlainEncoders(DCTCodec(**dataclasses.asdict(config.codec)), config.model.text_dim)
     features = FeatureMaker(encoders, shape=Shape(), task_names=source.task_names)
     defaults = dict(
-      row_shape=RowShape.of(config.rows, context_mode(config)), rows_per_batch=4, seed=1, num_packing_bins=8
+      row_shape=RowShape.from_config(config.rows, context_mode(config)), rows_per_batch=4, seed=1, num_packing_bins=8
     )
     return make_loader([source], features, **defaults | options)
 

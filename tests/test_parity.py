@@ -194,7 +194,7 @@ def test_step_cache(rng, guidance_scale, capsys):
   sampler = Sampler(make_mesh({}, devices=jax.devices()[:1]))
 
   def sample(step_cache):
-    plan = SamplingPlan.of(num_inference_steps=12, guidance_scale=guidance_scale, step_cache=step_cache)
+    plan = SamplingPlan.from_options(num_inference_steps=12, guidance_scale=guidance_scale, step_cache=step_cache)
     packed = PackedJobs(rows[0], rows[1] if guided else None, [(0, 1)], [rows[0].tokens[0]])
     return plan, unpatchify(sampler.sample(experts, packed, plan)[0], noise.shape[1:], PATCH)
 

@@ -45,7 +45,7 @@ def one_row(side, frames, text_dim=64, causal=False):
 @pytest.mark.parametrize("only_targets", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 16])
 def test_formula_equals_the_compiler(monkeypatch, rank, only_targets):
-  monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(1, 0, 0, smallest=1 << 40))
+  monkeypatch.setattr(xla, "choose_blocks", lambda *_: xla.Blocks(1, 0, 0, smallest=1 << 40))
   monkeypatch.setitem(dit.REMAT_POLICIES, RematPolicy.FULL, jax.checkpoint_policies.everything_saveable)
   row = dataclasses.replace(one_row(16, 2), key_intervals=None, text_intervals=None, modulation_ids=None)
   length = row.tokens.shape[1]
@@ -76,7 +76,7 @@ def test_formula_equals_the_compiler(monkeypatch, rank, only_targets):
 
 def test_cached_context_saves_most_operations_of_a_step(monkeypatch):
   """Compiles one layer of the 1.3B at context I of 832x480 and 17 frames."""
-  monkeypatch.setitem(xla.BLOCKS, "cpu", xla.Blocks(1, 0, 0, smallest=1 << 40))
+  monkeypatch.setattr(xla, "choose_blocks", lambda *_: xla.Blocks(1, 0, 0, smallest=1 << 40))
   config = dataclasses.replace(VARIANTS["wan2.1-t2v-1.3b"], num_layers=1)
   clips = tuple(np.zeros((5, 60, 104, 16), np.float32) for _ in range(4))
   features = sentence_features(

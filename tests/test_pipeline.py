@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 import univid_jax
 from tests.helpers import GOLDENS, channels_last, golden, package_or_skip, parameters, relative_error
 from tests.typecheck import unchecked
-from univid_jax.checkpoints.model import open_encoders, transformer_config
+from univid_jax.checkpoints.run_parts import open_encoders, transformer_config
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import wan_1_3b
 from univid_jax.convert.commands import convert_any

@@ -1,5 +1,6 @@
 """The forms of a computation for one platform equal the general ones, and are used on that platform only."""
 
+import functools
 import platform
 import sys
 
@@ -83,15 +84,39 @@ def test_gradient_of_adapters_on_cpus_equals_the_general_one():
     assert relative_error(a, b) <= 1e-6
 
 
-def test_training_on_cpus_multiplies_without_ynnpack():
+@pytest.mark.parametrize("dtype, with_ynnpack", [(jnp.float32, False), (jnp.bfloat16, True)])
+def test_training_on_cpus_multiplies_with_ynnpack_in_bfloat16_only(dtype, with_ynnpack):
   """Where JAX multiplies by YNNPACK; once it does not, the option is not needed any more."""
-  x = jnp.ones((256, 256))
+  x = jnp.ones((256, 256), dtype)
   default, ours = (
-    jax.jit(jnp.matmul, compiler_options=options).lower(x, x).compile().as_text()
-    for options in (None, dict(cpu.COMPILER_OPTIONS))
+    jax.jit(lambda x: cpu.tensordot(x, x, 1), compiler_options=options).lower(x).compile().as_text()
+    for options in (None, cpu.compiler_options(dtype))
   )
-  assert "__ynn_fusion" not in ours
-  assert "__ynn_fusion" in default or (sys.platform, platform.machine()) != ("linux", "x86_64")
+  if (sys.platform, platform.machine()) == ("linux", "x86_64"):
+    assert "__ynn_fusion" in default
+    assert ("__ynn_fusion" in ours) == with_ynnpack
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_products_of_bfloat16_on_cpus_sum_in_float32_and_equal_the_general_ones(heads):
+  rng = np.random.default_rng(0)
+  x, kernel, weight = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((2, 5, 48), (48, 24), (2, 5, 24)))
+  if heads:  # two dims on each side
+    x, kernel, weight = x.reshape(2, 5, 6, 8), kernel.reshape(6, 8, 4, 6), weight.reshape(2, 5, 4, 6)
+
+  def out_and_gradients(product, x, kernel, weight):
+    out, vjp = jax.vjp(lambda x, kernel: product(x, kernel, 2 if heads else 1), x, kernel)
+    return out, *vjp(weight)
+
+  ours = functools.partial(out_and_gradients, cpu.tensordot)
+  exact = out_and_gradients(jnp.tensordot, *(a.astype(jnp.float32) for a in (x, kernel, weight)))
+  for a, b in zip(ours(x, kernel, weight), exact, strict=True):
+    assert a.dtype == jnp.bfloat16 and a.shape == b.shape
+    assert relative_error(a.astype(jnp.float32), b) <= 4e-3  # half a unit in the last place
+  products = [e for e in jax.make_jaxpr(ours)(x, kernel, weight).jaxpr.eqns if e.primitive.name == "dot_general"]
+  assert len(products) >= 2
+  for product in products:
+    assert [v.aval.dtype for v in (*product.invars, *product.outvars)] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from tests.helpers import GOLDENS
+from univid_jax.checkpoints import pretrained, run_parts
 from univid_jax.checkpoints.info import CHECKPOINT_FILE, is_checkpoint
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
+from univid_jax.config.presets import small_lora
 from univid_jax.convert.commands import convert_any
 from univid_jax.core.errors import UserError
 from univid_jax.models.dit import DiT
@@ -68,3 +70,24 @@ def test_damaged_or_missing_description(folder, tmp_path):
   assert not is_checkpoint(tmp_path)
   with pytest.raises(FileNotFoundError, match="not a converted checkpoint"):
     PretrainedCheckpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "function",
+  [
+    run_parts.transformer_config,
+    run_parts.check_base,
+    run_parts.with_stored_base,
+    run_parts.make_flow,
+    run_parts.codec_shape,
+    run_parts.clip_tokens,
+    run_parts.base_checksums,
+    lambda config: nnx.eval_shape(lambda: run_parts.create_model(config)),
+  ],
+)
+def test_a_base_is_opened_once(function, monkeypatch):
+  """Reading checkpoint.json in a bucket takes a while each time."""
+  read, opened = pretrained.read_info, []
+  monkeypatch.setattr(pretrained, "read_info", lambda folder: (opened.append(folder), read(folder))[1])
+  function(small_lora())
+  assert opened == ["small"]

@@ -14,7 +14,7 @@ from flax import nnx
 
 from tests.helpers import relative_error
 from tests.test_meshes import one_gradient, packed_batch
-from univid_jax.checkpoints.model import create_model, transformer_config
+from univid_jax.checkpoints.run_parts import create_model, transformer_config
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders
 from univid_jax.config.boundary import override
@@ -101,11 +101,11 @@ class TestKernels:
     lora, base = map(nnx.to_pure_dict, nnx.state(quantized, nnx.PathContains(LORA), ...))
     lora = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 8, lora)
     exact = jax.tree.map(dequantize, base, is_leaf=lambda x: isinstance(x, QuantizedKernel))
-    spec = StateSpec.of(
+    spec = StateSpec.for_model(
       lambda: create_model(lora_config), optax.sgd(1.0), make_mesh({}, jax.devices()[:1]), ema=False, lora=True
     )
     update = jax.jit(make_update(spec, optax.sgd(1.0)))
-    noise, levels = draw_noise(jax.random.key(3), row, FlowMatching.of(lora_config.flow))
+    noise, levels = draw_noise(jax.random.key(3), row, FlowMatching.from_config(lora_config.flow))
     steps = [update(spec.create(lora), frozen, row, noise, levels, jax.random.key(0)) for frozen in (base, exact)]
     changes = [jax.tree.leaves(jax.tree.map(lambda new, old: new - old, state.params, lora)) for state, _ in steps]
     flat = [np.concatenate([np.ravel(change) for change in each]) for each in changes]

@@ -14,8 +14,8 @@ from tests.checkpoint_files import is_matrix, random_float8, write_safetensors
 from tests.helpers import GOLDENS, parameters, relative_error
 from univid_jax.checkpoints.info import read_info
 from univid_jax.checkpoints.lora.reading import read_lora
-from univid_jax.checkpoints.model import check_base
 from univid_jax.checkpoints.origin import Origin
+from univid_jax.checkpoints.run_parts import check_base
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import wan_1_3b
 from univid_jax.convert.commands import convert_any, inspect, verify
@@ -92,7 +92,7 @@ class TestFiles:
     assert all(pipe.experts.quantize == method for pipe in pipes)
     # The checksum is that of the base, and samples are told apart all the same.
     assert read_info(stored).components["transformer"].checksum == read_info(plain).components["transformer"].checksum
-    sums = [Origin.of(plain), Origin.of(plain, quantize=method), Origin.of(stored)]
+    sums = [Origin.resolve(plain), Origin.resolve(plain, quantize=method), Origin.resolve(stored)]
     assert sums[1].checksums == sums[2].checksums == {**sums[0].checksums, "quantize": method}
 
   def test_the_adviser_knows_how_a_base_is_stored(self, release, plain, method, tmp_path):

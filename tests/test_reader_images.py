@@ -52,7 +52,7 @@ def test_images_of_all_modes(tmp_path: Path):
 
 
 def write_png(path: Path, samples: np.ndarray, *, bits: int, transparent: bytes | None) -> Path:
-  """Writes samples (H, W) or (H, W, 3) of so many bits, with a transparent colour if one is given."""
+  """Writes samples (H, W) or (H, W, 3) with the given number of bits, and with a transparent colour if one is given."""
   height, width = samples.shape[:2]
   shifts = np.arange(bits)[::-1]
   planes = np.packbits((samples.reshape(height, -1, 1) >> shifts & 1).astype(np.uint8).reshape(height, -1), axis=1)

@@ -16,6 +16,7 @@ from tests.test_checksums import flip_bit, run_verify
 from univid_jax.core import bucket_files
 from univid_jax.core.errors import UserError
 from univid_jax.core.lock import hold
+from univid_jax.core.unfinished import unfinished_path
 from univid_jax.data.cache import shard_writer, shards
 from univid_jax.data.cache.entries import Cache, CacheWriteError
 from univid_jax.data.cache.shard_writer import pack_caches, repair_indices
@@ -192,7 +193,7 @@ class TestKilled:
     pack(tmp_path)
     folder = tmp_path / "latents" / "shards"
     names = sorted(path.name for path in folder.iterdir())
-    (folder / f".123-{'0' * 16}.000007-{'a' * 16}.array_record").write_bytes(b"half")
+    (folder / unfinished_path(folder / f"000007-{'a' * 16}.array_record").name).write_bytes(b"half")
     (folder / f"000008-{'b' * 16}.keys").write_bytes(b"of no shard")
     pack(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == names

@@ -90,7 +90,7 @@ def test_invalid_settings_are_refused(options, message):
 )
 def test_invalid_ranges_are_refused(options, message):
   with pytest.raises(UserError, match=message):
-    SamplingPlan.of(**options)
+    SamplingPlan.from_options(**options)
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from tests import commands
 from tests.commands import finish, free_port, run_command, start_command, start_python
 from tests.helpers import parameters
 from univid_jax.checkpoints.lora.reading import read_lora
-from univid_jax.checkpoints.model import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.run import Checkpointer, RunRecord, read_run
+from univid_jax.checkpoints.run_parts import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.trained import find_step
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import OptimizerConfig
@@ -294,7 +294,7 @@ def test_what_is_written(tiny_run):
 class TestValidation:
   def measured(self, config, sizes, tmp_path):
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-    spec = StateSpec.of(lambda: create_model(config), optax.sgd(1.0), mesh, ema=False)
+    spec = StateSpec.for_model(lambda: create_model(config), optax.sgd(1.0), mesh, ema=False)
     data, encoders = open_data(config), open_encoders(config, mesh)
     sentences = select_sentences(data, override(config, {"validation.sentences": 12}))
     assert data.held_out and len(sentences) == 12
@@ -318,12 +318,12 @@ class TestValidation:
     assert found["val_loss"] == found["val_loss/sigma_0.7"] == pytest.approx(weighted, rel=1e-5)
     # By hand: each sentence in a row of its own, with its noise in the packed rows.
     rows, places = pack_rows(
-      [make_features(sentence) for sentence in sentences], RowShape.of(tiny_config.rows, UNIVID_CONTEXT)
+      [make_features(sentence) for sentence in sentences], RowShape.from_config(tiny_config.rows, UNIVID_CONTEXT)
     )
     noise = np.asarray(jax.random.normal(jax.random.key(tiny_config.seed), rows.tokens.shape))
     model, losses = nnx.merge(spec.graph, params), []
     for sentence, (index, segment) in zip(sentences, places):
-      alone = pack([make_features(sentence)], RowShape.of(tiny_config.rows, UNIVID_CONTEXT))
+      alone = pack([make_features(sentence)], RowShape.from_config(tiny_config.rows, UNIVID_CONTEXT))
       own = np.zeros_like(alone.tokens)
       own[0, alone.segment_ids[0] == 1] = noise[index, rows.segment_ids[index] == segment]
       alone, own = jax.tree.map(jnp.asarray, (alone, own))

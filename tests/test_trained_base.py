@@ -145,7 +145,7 @@ def test_the_base_in_the_package_follows_an_example():
   source = dataclasses.replace(
     GridSentences.open(config), families={"recolor": 1.0}, num_clips={4: 1.0}, split_name=GridSplit.HELD_OUT
   )
-  rendering = Rendering.of(config.data)
+  rendering = Rendering.from_config(config.data)
   right = 0
   for index in range(4):
     *context, truth = source[index].clips

@@ -85,7 +85,7 @@ def test_every_format_carries_it_and_hands_it_on(tmp_path, name):
 def test_it_is_that_of_the_run():
   changes = {"model.attention": "context_causal", "flow.shift": 2.0, "data.buckets": ["64x16"], "data.fit": "pad"}
   config = override(tiny(), changes)
-  usage = Usage.of(config, prompts={"x": "y"})
+  usage = Usage.from_config(config, prompts={"x": "y"})
   assert usage == dataclasses.replace(
     USAGE,
     shift=2.0,

@@ -20,7 +20,7 @@ from tests.test_meshes import one_gradient, packed_batch
 from univid_jax.checkpoints.experts import find_expert, named_expert
 from univid_jax.checkpoints.info import read_info
 from univid_jax.checkpoints.lora.reading import read_lora
-from univid_jax.checkpoints.model import check_base, context_mode, make_flow, split_config, transformer_config
+from univid_jax.checkpoints.run_parts import check_base, context_mode, make_flow, split_config, transformer_config
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.checkpoints.trained import read_run_loras
 from univid_jax.config.boundary import override
@@ -165,7 +165,7 @@ class TestTransformer:
 
 class TestContextMode:
   def test_defaults(self):
-    of = ContextMode.of
+    of = ContextMode.from_options
     assert of(Attention.FULL, ContextTimestep.AUTO, default=ContextTimestep.TARGET) == UNIVID_CONTEXT
     assert of(Attention.FULL, ContextTimestep.AUTO, default=ContextTimestep.ZERO) == ZERO
     assert of(Attention.FULL, ContextTimestep.TARGET, default=ContextTimestep.ZERO) == UNIVID_CONTEXT
@@ -682,7 +682,7 @@ class TestTraining:
     """Evenly, in proportion to the probability of their noise levels, and counted without taking the steps."""
     config = override(wan22_a14b(), {"flow.shift": 7.0})  # one half each
     assert config.model.expert == TrainedExpert.BOTH
-    schedule = ExpertSchedule.of(config)
+    schedule = ExpertSchedule.from_config(config)
     high_steps = [bool(schedule.trains_high(jnp.int32(step))) for step in range(PERIOD + 4)]
     assert sum(high_steps[:PERIOD]) == schedule.num_high and abs(schedule.num_high - 500) <= 1
     assert schedule.count_steps(PERIOD + 3) == (

@@ -135,7 +135,7 @@ def test_killed_and_resumed(pipeline, clips, tmp_path, monkeypatch, carry_contex
   assert {path.name for path in parts.parent.iterdir()} == {name, f"{Path(name).stem}.json"}
 
 
-# `univid-sample`, which saves after every step, and dies at a place after so many calls: PLACE:CALLS.
+# `univid-sample`, which saves after every step, and dies at a place after a number of calls: PLACE:CALLS.
 DYING_SAMPLE = """
 import os, signal, sys
 from univid_jax import sample
@@ -184,7 +184,7 @@ def test_a_process_that_was_killed_leaves_the_rest_to_the_next(clips, tmp_path, 
 
 
 def _fail_after(patch: pytest.MonkeyPatch, place: str, calls: int) -> None:
-  """Interrupts a function of the module, or a method, after so many calls."""
+  """Interrupts a function of the module, or a method, after a number of calls."""
   left, function = iter(range(calls)), pkgutil.resolve_name(place.replace("whole_videos.", "whole_videos:"))
 
   def fail(*args, **options):
@@ -254,7 +254,7 @@ def test_seams(tiny_config):
     video = pipeline.sample_video(examples, moving_video(num_frames, seed=seed), num_inference_steps=4)
     frames = np.concatenate(list(video)).astype(float)
     changes = np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3))
-    starts = set(Windows.of(num_frames, length=5, temporal_stride=4, overlap=2).starts)
+    starts = set(Windows.spread(num_frames, length=5, temporal_stride=4, overlap=2).starts)
     for group in range(1, num_frames // 4):
       (borders if group in starts else inside).append(changes[4 * group])
   assert len(borders) > 20 and len(inside) > 20

@@ -6,6 +6,7 @@ import av
 import numpy as np
 import pytest
 
+from tests.helpers import left_by_killed
 from tests.numbered_videos import FFMPEG, encode_video, numbered_frames, read_numbers, read_with_ffmpeg
 from tests.test_long_video import moving_video
 from tests.typecheck import unchecked
@@ -154,6 +155,27 @@ def test_buckets_are_refused_by_name(tmp_path: Path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["clip.mp4", "frames"])
+def test_what_others_write_is_left_alone(tmp_path: Path, name: str):
+  """Two processes may write a clip at the same time; what killed ones have left of it is removed."""
+  path, frames = tmp_path / name, numbered_frames(5)
+  (killed := left_by_killed(path)).mkdir()
+  (killed / "0.png").write_bytes(b"half")
+  (other := left_by_killed(path, machine="f" * 8)).write_bytes(b"of another machine")
+  write_clip(path, frames)
+  assert set(tmp_path.iterdir()) == {path, other} and len(read_clip(path).frames) == 5
+
+
+def test_names_that_are_too_long_are_refused_first(tmp_path: Path):
+  """Until it is complete a clip has a longer name."""
+  name = "x" * 236 + ".png"
+  (tmp_path / name).touch()
+  with pytest.raises(OSError, match="File name too long"):
+    check_target(tmp_path / name, 1)
+  check_target(tmp_path / name[100:], 1)
+  check_target(tmp_path / "missing" / name[100:], 1)
+
+
 def test_nothing_is_written_to_a_wrong_target(tmp_path: Path):
   frames = numbered_frames(3)
   (tmp_path / "full").mkdir()
@@ -179,7 +201,7 @@ def test_frames_are_written_as_they_come(tmp_path: Path, name: str):
   write_clip(whole, frames, fps=10)
   with pytest.raises(ZeroDivisionError):
     write_frames(parts, (frames[start : start + 4] if start < 8 else 1 / 0 for start in (0, 4, 8)), num_frames=9)  # pyright: ignore
-  assert not parts.exists()
+  assert not any(parts.parent.iterdir())
   write_frames(parts, (frames[start : start + 4] for start in (0, 4, 8)), num_frames=9, fps=10)
   for path in sorted(whole.iterdir()) if whole.is_dir() else [whole]:
     copy = parts / path.name if whole.is_dir() else parts

@@ -30,7 +30,7 @@ def main() -> None:
 
   enable_compilation_cache()
   SAMPLING.check()
-  SamplingPlan.of(None, **SAMPLING.steps)
+  SamplingPlan.from_options(None, **SAMPLING.steps)
   folder = measurements_folder(SAMPLING.checkpoint.value)
   if SAMPLING.checkpoint.value in BUILT_IN or os.path.isdir(folder):  # else in a bucket, or missing: loading reports it
     require_writable(folder)
@@ -48,7 +48,7 @@ def main() -> None:
   plan = pipeline.plan(**SAMPLING.steps)
   for line in describe_schedules(pipeline, plan, ratios):
     print(line)
-  print(f"ratios: {write_table(SAMPLING.checkpoint.value, TableKey.of(pipeline, origin, plan), ratios)}")
+  print(f"ratios: {write_table(SAMPLING.checkpoint.value, TableKey.for_plan(pipeline, origin, plan), ratios)}")
 
 
 if __name__ == "__main__":

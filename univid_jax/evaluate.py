@@ -70,7 +70,7 @@ def main() -> None:
   distillation = read_distillation(ACCELERATE.value, verify=verify) if ACCELERATE.value else None
   files = distillation and distillation.files
   sources = {"loras": loras, "distillation": files, "quantize": QUANTIZE.value, **VERIFICATION.value}
-  origin = Origin.of(CHECKPOINT.value or workdir, step=STEP.value, **sources)
+  origin = Origin.resolve(CHECKPOINT.value or workdir, step=STEP.value, **sources)
   # Each process has the whole model on its own devices, and its share of the sentences.
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
   options: dict[str, Any] = {flag.name: flag.value for flag in (QUANTIZE, LORA_SKIP_UNMATCHED, OFFLOAD_INACTIVE)}

@@ -73,7 +73,7 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
 
   from univid_jax.checkpoints.built_in import locate
   from univid_jax.checkpoints.checksums import verified
-  from univid_jax.checkpoints.model import open_encoders
+  from univid_jax.checkpoints.run_parts import open_encoders
   from univid_jax.core.errors import UserError
   from univid_jax.core.lock import hold
   from univid_jax.data.cache.shard_writer import pack_caches, repair_indices

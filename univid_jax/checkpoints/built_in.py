@@ -4,7 +4,7 @@ import importlib.resources
 
 from etils import epath
 
-from univid_jax.core.paths import CACHE_FOLDER
+from univid_jax.core.paths import CACHE_FOLDER, to_path
 
 BUILT_IN = ("small",)
 
@@ -16,7 +16,7 @@ def locate(checkpoint: epath.PathLike) -> epath.Path:
   """
   if isinstance(checkpoint, str) and checkpoint in BUILT_IN:
     return epath.Path(str(importlib.resources.files("univid_jax") / "bases" / checkpoint))
-  return epath.Path(checkpoint)
+  return to_path(checkpoint)
 
 
 def measurements_folder(checkpoint: epath.PathLike) -> epath.Path:

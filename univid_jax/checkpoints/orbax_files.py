@@ -167,7 +167,8 @@ def open_arrays(folder: epath.PathLike, paths: Iterable[Path]) -> dict[Path, Any
 
 
 def _array_url(folder: epath.PathLike, path: Path) -> str:
-  base = str(folder) if is_remote(folder) else f"file://{make_absolute(folder)}"
+  folder = make_absolute(folder)
+  base = str(folder) if is_remote(folder) else f"file://{folder}"
   return f"{base}/{'.'.join(path)}/"
 
 

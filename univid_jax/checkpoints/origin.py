@@ -41,7 +41,7 @@ class Origin:
   is_verified: bool = False
 
   @classmethod
-  def of(
+  def resolve(
     cls,
     checkpoint: str,
     *,

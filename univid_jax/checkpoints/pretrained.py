@@ -1,10 +1,11 @@
 """Checkpoint folders: pre-trained weights in this project's layout.
 
-DIR/checkpoint.json   describes the contents and their origin; written last, so a folder that has it is complete
+DIR/checkpoint.json   describes the contents and their origin; written after them, so a folder that has it is complete
 DIR/transformer/      parameters with stacked layers (Orbax); likewise vae/, text_encoder/ and image_encoder/, if any;
                       of a model that was trained from scratch in one file, transformer.safetensors
 DIR/transformer_2/    the low-noise expert of Wan2.2 A14B; transformer/ is then the high-noise one
 DIR/tokenizer/        the tokenizer's own files
+DIR/checksums.xxh128  of all other files; written last
 """
 
 import dataclasses

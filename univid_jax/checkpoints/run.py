@@ -26,7 +26,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import OnDamaged
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.paths import atomic_write, to_path
 from univid_jax.core.protocols import Resumable
 
 CONFIG_FILE = "config.json"
@@ -66,7 +66,7 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
   Raises:
     UserError: it is damaged, or has keys that this version does not know.
   """
-  path = epath.Path(workdir) / CONFIG_FILE
+  path = to_path(workdir) / CONFIG_FILE
   if not path.exists():
     return None
   try:

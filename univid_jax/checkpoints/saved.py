@@ -18,7 +18,7 @@ from univid_jax.core.paths import is_remote, make_absolute
 from univid_jax.runtime.processes import sum_over_processes, wait_for_processes
 
 CHECKPOINTS_FOLDER = "checkpoints"
-# Of a checkpoint that was set aside because it is damaged.
+# Suffix of a checkpoint that was set aside because it is damaged.
 DAMAGED_SUFFIX = ".damaged"
 # Where checkpoints are moved to be deleted, next to the others, so that a kill leaves none half deleted under its name.
 DELETED_FOLDER = "deleted"

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 import univid_jax
 from univid_jax.checkpoints.lora.stacking import unstack_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.checkpoints.model import context_mode, create_model, split_config, trained_component
 from univid_jax.checkpoints.orbax_files import restore_items
-from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, abstract_parameters
+from univid_jax.checkpoints.pretrained import abstract_parameters
 from univid_jax.checkpoints.run import RunRecord, read_run, require_run
+from univid_jax.checkpoints.run_parts import context_mode, create_model, open_base, split_config, trained_component
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.usage import SOFTWARE, SOFTWARE_NAME, Usage
 from univid_jax.config.boundary import override
@@ -40,8 +40,8 @@ def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
   abstract = abstract_parameters(module, mesh)
   if config.base.offload:
     abstract = offload_blocks(abstract)
-  if config.init_from:
-    params = PretrainedCheckpoint.open(config.init_from).load_arrays(trained_component(config), abstract)
+  if base := open_base(config):
+    params = base.load_arrays(trained_component(config, base), abstract)
   else:
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     on_devices = jax.tree.map(lambda x: x.with_memory_kind(None), shardings)
@@ -52,8 +52,8 @@ def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
 
 def expert_configs(config: RunConfig) -> list[RunConfig]:
   """Returns a config for each transformer of a run's model, trained or not, by which `load_base` loads it."""
-  has_other = bool(config.init_from) and len(PretrainedCheckpoint.open(config.init_from).transformers) > 1
-  if not has_other:
+  base = open_base(config)
+  if base is None or len(base.transformers) <= 1:
     return split_config(config)
   return [override(config, {"model.expert": str(expert)}) for expert in TrainedExpert.BOTH.parts]
 
@@ -129,16 +129,13 @@ def _split_record(record: RunRecord) -> list[RunRecord]:
 def run_usage(record: RunRecord) -> Usage:
   """Returns how the model of a run has to be run."""
   config = record.config
-  if config.init_from:
-    base = PretrainedCheckpoint.open(config.init_from).info.variant
-  else:
-    base = config.model.variant or config.name
+  base = open_base(config)
   expert = config.model.expert
-  return Usage.of(
+  return Usage.from_config(
     config,
     context_timestep=context_mode(config).timestep,
     expert=Expert(expert) if expert in (TrainedExpert.HIGH, TrainedExpert.LOW) else None,
-    base_model=base,
+    base_model=base.info.variant if base else config.model.variant or config.name,
     base_checksum=record.base,
     prompts=record.prompts,
   )

@@ -59,7 +59,7 @@ class Usage:
   is_known: bool = dataclasses.field(default=True, compare=False)
 
   @classmethod
-  def of(
+  def from_config(
     cls,
     config: RunConfig,
     *,

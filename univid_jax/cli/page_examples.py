@@ -86,7 +86,7 @@ class GridExample(Example):
   def draw(self, size: tuple[int, int], num_frames: int) -> list[Frames]:
     rng, family = np.random.default_rng(self.seed), GRID_FAMILIES[self.family]
     config = DataConfig(height=size[0], width=size[1], grids=GridsConfig(cell=max(min(size) // 8, 1)))
-    params, rendering = family.draw(rng, (8, 8)), Rendering.of(config)
+    params, rendering = family.draw(rng, (8, 8)), Rendering.from_config(config)
     a, b = (family.make(rng, (8, 8), **params) for _ in range(2))
     return [rendering.render([grid]) for grid in (a, family.apply(a, **params), b)]
 

@@ -95,7 +95,7 @@ class QueryRunner:
   def _run_bucket(self, groups: Sequence[Sequence[Request]]) -> Iterator[str]:
     """Samples groups of queries whose sentences have about the same length, with one program."""
     runner = self.runner
-    sampler = QuerySampler.of(runner.pipeline, **runner.arguments)
+    sampler = QuerySampler.for_pipeline(runner.pipeline, **runner.arguments)
     largest = max(len(_share(group, 0)) for group in groups)
     mine = [_share(group) for group in groups]
     if runner.is_warm_up:

@@ -96,7 +96,7 @@ class SampleCommand:
     flags, items = self.sampling, self._accelerate.value
     cache = parse_step_cache(self._step_cache.value) if self._step_cache.value else None
     distillation = read_distillation(items, verify=flags.verification.verify_weights) if items else None
-    SamplingPlan.of(distillation and distillation.kind, **flags.steps, step_cache=cache)
+    SamplingPlan.from_options(distillation and distillation.kind, **flags.steps, step_cache=cache)
     if cache is not None:
       require_tables(flags.checkpoint.value)
     return flags.load(distillation)
@@ -117,7 +117,7 @@ class SampleCommand:
       **sampling.resolve_steps(pipeline, flags.steps),
     }
     if self._step_cache.value:
-      key = TableKey.of(pipeline, origin, pipeline.plan(**flags.steps))
+      key = TableKey.for_plan(pipeline, origin, pipeline.plan(**flags.steps))
       ratios = read_table(flags.checkpoint.value, key)
       arguments["step_cache"] = dataclasses.replace(parse_step_cache(self._step_cache.value), ratios=ratios)
     return RequestRunner(

@@ -79,7 +79,7 @@ class SamplingFlags:
 
   @property
   def steps(self) -> dict[str, Any]:
-    """Options of `SamplingPlan.of`; None where nothing was said.
+    """Options of `SamplingPlan.from_options`; None where nothing was said.
 
     Raises:
       UsageError: one cannot be read.
@@ -125,7 +125,7 @@ class SamplingFlags:
     files = distillation and distillation.files
     verification = self.verification.value
     sources = {"loras": loras, "distillation": files, "quantize": self._quantize.value, **verification}
-    origin = Origin.of(self.checkpoint.value, step=self._step.value, **sources)
+    origin = Origin.resolve(self.checkpoint.value, step=self._step.value, **sources)
     loading: dict[str, Any] = {flag.name: flag.value for flag in self._loading}
     mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
     loading |= {"lora": grouped, "accelerate": distillation, "step": origin.step, "mesh": mesh, **verification}

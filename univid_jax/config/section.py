@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from univid_jax.core.errors import UserError
 
-# Of tokens, rows, steps and so on, which become 32-bit integers in arrays.
+# For tokens, rows, steps and so on, which become 32-bit integers in arrays.
 MAX_COUNT = 2**31 - 1
-# Of what only the host counts with.
+# For numbers that stay on the host.
 MAX_HOST_COUNT = 10**12
 
 

@@ -30,7 +30,7 @@ from univid_jax.models.quantized import QuantizationError
 
 NUM_THREADS = 4
 
-# Of a file system's blocks, each of which belongs to one file.
+# Block size of a file system; a block belongs to one file.
 BLOCK_BYTES = 4096
 
 logger = logging.getLogger(__name__)

@@ -28,9 +28,10 @@ from univid_jax.convert.replacement import check_apart
 from univid_jax.convert.sources import Release, find_release
 from univid_jax.convert.trained_base import write_trained_base
 from univid_jax.convert.verify import verify_release
+from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, parse_option
-from univid_jax.core.paths import is_remote, require_local
+from univid_jax.core.paths import require_local, to_path
 
 # LoRAs are several if a run has trained both experts. A record is that of a run that trained the whole model.
 Found = CheckpointInfo | list[LoRAWeights] | RunRecord | Release
@@ -49,12 +50,12 @@ def find_weights(source: str) -> Found:
     OSError: there are no weights.
     UserError: they are damaged or of an unsupported model.
   """
-  path = epath.Path(source)
+  path = to_path(source)
   if is_checkpoint(source):
     return read_info(source)
   if (record := read_run(path)) is not None:
     return read_run_loras(path) if record.config.lora.enabled else record
-  is_file = path.is_file() and (is_remote(path) or is_lora(open_tensors(source).infos))  # only LoRAs are read remotely
+  is_file = path.is_file() and is_lora(open_tensors(copy_file(path)).infos)
   if is_file or is_lora_folder(path) or is_peft_folder(path):
     return [read_lora(source)]
   return find_release(require_local(source))

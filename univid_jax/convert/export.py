@@ -26,9 +26,10 @@ from univid_jax.convert.release_configs import (
 )
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize
+from univid_jax.core.paths import require_local
 from univid_jax.models.names import name_to_diffusers
 
-# Of a shard, and so of the memory that writing it takes.
+# Size of a shard, and with it the memory that writing one takes.
 SHARD_BYTES = 5 << 30
 
 # For JSON files and the headers of weights.
@@ -103,16 +104,18 @@ def export_checkpoint(
 
   Args:
     source: the checkpoint folder.
-    destination: the new folder.
+    destination: the new folder, local.
     layout: of the release.
     dtype: of the written tensors; as stored by default.
     force: whether to replace an existing destination.
 
   Raises:
-    UserError: a file needs PyTorch, which is not installed, or the layout cannot hold a component's config.
+    UserError: a file needs PyTorch, which is not installed, the layout cannot hold a component's config, or the
+      destination is in a bucket.
     DamagedError: a file of the checkpoint differs from its checksum; nothing is written.
     OSError: the destination exists, or the disk is too small.
   """
+  require_local(destination)
   checkpoint, files = PretrainedCheckpoint.open(source), LAYOUTS[layout]
   weights = {**files.weights, **(files.experts if checkpoint.has("transformer_2") else {})}
   if checkpoint.info.expert in (Expert.HIGH, Expert.LOW):  # its folder says which

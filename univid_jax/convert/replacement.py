@@ -12,7 +12,7 @@ from univid_jax.checkpoints.info import CHECKPOINT_FILE
 from univid_jax.checkpoints.lora.folder import LORA_FILE
 from univid_jax.checkpoints.run import read_run
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import is_remote
+from univid_jax.core.paths import is_remote, to_path
 
 _WEIGHTS = (
   "diffusion_pytorch_model*.safetensors",
@@ -70,7 +70,7 @@ def check_apart(source: epath.PathLike, destination: epath.PathLike) -> None:
     UserError: they are the same, or one contains the other. A workdir may contain what is made of its run, outside of
       its checkpoints.
   """
-  here, there = locate(source), epath.Path(destination)
+  here, there = locate(source), to_path(destination)
   if is_remote(here) != is_remote(there):
     return
   written = _resolve(there)

@@ -13,8 +13,8 @@ from univid_jax.checkpoints import weights_file
 from univid_jax.checkpoints.casting import cast
 from univid_jax.checkpoints.checksums import combine_digests, tensor_digest, write_checksums
 from univid_jax.checkpoints.info import CheckpointInfo, ComponentInfo
-from univid_jax.checkpoints.model import transformer_config
 from univid_jax.checkpoints.run import RunRecord
+from univid_jax.checkpoints.run_parts import transformer_config
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.tensor_files import numpy_dtype
 from univid_jax.checkpoints.trained import restore_transformer, run_usage

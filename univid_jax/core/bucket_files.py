@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,13 +18,12 @@ import fsspec
 from etils import epath
 from tqdm import tqdm
 
-from univid_jax.core.paths import CACHE_FOLDER, atomic_write, is_remote
+from univid_jax.core.paths import CACHE_FOLDER, atomic_write, is_remote, to_path
+from univid_jax.core.unfinished import is_abandoned, is_unfinished
 
 log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 22
-# An unfinished file of `atomic_write` that has not grown for so many seconds was left by a process that was killed.
-_ABANDONED = 86_400
 
 
 def copy_to_local(path: str) -> str:
@@ -39,8 +37,8 @@ def copy_to_local(path: str) -> str:
   """
   if not path or not is_remote(path):
     return path
+  wanted = to_path(path)
   _forget_listings(path)
-  wanted = epath.Path(path)
   if not wanted.exists():
     raise FileNotFoundError(f"no such file or folder: {path}")
   root = wanted if wanted.is_dir() else wanted.parent
@@ -66,8 +64,8 @@ def copy_file(path: epath.PathLike, *, folder: str = "data") -> Path:
   """
   if not is_remote(path):
     return Path(path)
+  source, copy = to_path(path), _copy_path(path, folder)
   _forget_listings(path)
-  source, copy = epath.Path(path), _copy_path(path, folder)
   if not _is_current(copy, source_state(source)):
     with _locked(copy):
       if not _is_current(copy, source_state(source)):  # another process may have copied it meanwhile
@@ -120,19 +118,11 @@ def _delete_others(copy: Path, keep: dict[Path, epath.Path]) -> None:
   """Deletes files and folders that the source does not have, before they are in the way of others of the same name."""
   for folder, _, names in os.walk(copy, topdown=False):
     for path in (Path(folder) / name for name in names):
-      if path not in keep and not _is_being_written(path):
+      # Others may be writing a file whose folder is also a part of what they copy.
+      if path not in keep and (not is_unfinished(path.name) or is_abandoned(path)):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
       Path(folder).rmdir()  # if it is empty
-
-
-def _is_being_written(path: Path) -> bool:
-  """Whether another process may be writing a file, whose folder is also part of what that copies."""
-  if not re.match(r"\.\d+-[0-9a-f]{16}\.", path.name):
-    return False
-  with contextlib.suppress(FileNotFoundError):
-    return time.time() - path.stat().st_mtime < _ABANDONED
-  return False
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ comes second fails. An owner that was suspended and has lost its lock finds anot
 import contextlib
 import dataclasses
 import datetime
+import io
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ from etils import epath
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.paths import is_remote
+from univid_jax.core.paths import is_remote, to_path
 from univid_jax.core.process_identity import ProcessIdentity
 
 log = logging.getLogger(__name__)
@@ -74,14 +75,19 @@ class LocalLockFile:
   def create(self, data: bytes) -> None:
     folders = [folder for folder in self._path.parents if not folder.exists()]
     self._created += folders
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    with self._path.open("xb", buffering=0) as file:
+    with self._open_new() as file:
       try:
         file.write(data)
       except OSError as error:
         self.delete()
         error.filename = str(self._path.parent)
         raise
+
+  def _open_new(self) -> io.FileIO:
+    while True:
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      with contextlib.suppress(FileNotFoundError):  # another process has removed its empty folder meanwhile
+        return self._path.open("xb", buffering=0)
 
   def read(self) -> bytes:
     return self._path.read_bytes()
@@ -288,7 +294,7 @@ def release_all() -> None:
 
 
 def _url(folder: epath.PathLike, *parts: str) -> str:
-  path = str(folder) if is_remote(folder) else os.path.realpath(folder)
+  path = str(folder) if is_remote(to_path(folder)) else os.path.realpath(folder)
   return "/".join([path.rstrip("/"), *parts])
 
 

@@ -10,7 +10,7 @@ from univid_jax.core.errors import UserError
 MAX_SEED = 2**63 - 1
 MAX_RUN_SEED = MAX_SEED - 1
 MAX_EVAL_SEED = 10**12
-# Of a solver: as many as Wan2.1's training has noise levels.
+# Maximum steps of a solver: Wan2.1's training has this number of noise levels.
 MAX_STEPS = 1000
 # alpha / rank of a LoRA, or with rsLoRA alpha / sqrt(rank). Real ones are 0.01 to 100.
 MAX_LORA_SCALE = 1e4

@@ -34,7 +34,7 @@ class ContextMode:
       )
 
   @classmethod
-  def of(cls, attention: Attention, timestep: ContextTimestep, *, default: ContextTimestep) -> "ContextMode":
+  def from_options(cls, attention: Attention, timestep: ContextTimestep, *, default: ContextTimestep) -> "ContextMode":
     """Returns that of two options.
 
     Args:

@@ -1,22 +1,28 @@
-"""Files and folders that are local or in a bucket (gs://)."""
+"""Files and folders that are local or in a bucket; docs/formats.md says which may be in one."""
 
 import contextlib
 import errno
+import importlib.util
 import os
-import secrets
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 from etils import epath
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.unfinished import remove, unfinished_path
 
 # Holds only what can be recomputed or downloaded again.
 CACHE_FOLDER = "~/.cache/univid_jax"
 
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("bytes", 1))
+# Schemes of the buckets that etils reads.
+_SCHEMES = ("gs", "s3", "az", "hf")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 @contextlib.contextmanager
@@ -24,9 +30,10 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
   """Yields a local path whose contents are published atomically to `path` on exit.
 
   Creates the parent folder. Nothing appears at `path` if the block raises. Several threads, processes and machines may
-  write the same path: the last one wins.
+  write the same path: the last one wins. The block may make a folder, which replaces an empty one, unless `path` is in
+  a bucket. For what a killed process leaves see `core.unfinished`.
   """
-  path = epath.Path(path)
+  path = to_path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   if is_remote(path):
     with tempfile.TemporaryDirectory() as folder:
@@ -34,8 +41,7 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
       yield local
       path.write_bytes(local.read_bytes())
     return
-  # The number of the process tells what a killed one has left; others on other machines may have the same.
-  local = Path(path).with_name(f".{os.getpid()}-{secrets.token_hex(8)}.{path.name}")
+  local = unfinished_path(Path(path))
   try:
     yield local
     local.replace(path)
@@ -44,7 +50,7 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
       error.filename = str(path)
     raise
   finally:
-    local.unlink(missing_ok=True)
+    remove(local)
 
 
 def file_state(path: str | os.PathLike) -> tuple[int, ...]:
@@ -101,10 +107,39 @@ def _format_bytes(count: int) -> str:
   return f"{count / size:,.1f} {unit}" if size > 1 else f"{count} bytes"
 
 
+def to_path(path: epath.PathLike) -> epath.Path:
+  """Returns a path that is local or in a bucket.
+
+  Raises:
+    UserError: it is another URL, or in a bucket whose package is not installed.
+  """
+  url = _URL.match(str(path))
+  if url is None:
+    return epath.Path(path)
+  if url[1] not in _SCHEMES:
+    names = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+    raise UserError(f"{path}: paths are local or in a bucket ({names})")
+  try:
+    fsspec.get_filesystem_class(url[1])
+  except ImportError as error:
+    if url[1] != "gs" or not importlib.util.find_spec("tensorflow"):  # which etils reads gs:// with, too
+      extra = ": pip install 'univid_jax[gcs]'" if url[1] == "gs" else ""
+      raise UserError(f"{path}: {error}{extra}") from error
+  return epath.Path(path)
+
+
 def make_absolute(path: epath.PathLike) -> epath.Path:
-  """Returns an absolute path, as Orbax requires; paths in a bucket are returned as they are."""
-  path = epath.Path(path)
-  return path if is_remote(path) else path.resolve()  # etils would take gs:// for the name of a local folder
+  """Returns a path that Orbax reads and writes: an absolute one, or one in a bucket of Google's as it is.
+
+  Raises:
+    UserError: it is in another bucket.
+  """
+  path = to_path(path)
+  if not is_remote(path):
+    return path.resolve()  # etils would take gs:// for the name of a local folder
+  if not str(path).startswith("gs://"):
+    raise UserError(f"{path}: checkpoints and their arrays are local or in gs://")
+  return path
 
 
 def require_local(path: str | os.PathLike) -> Path:
@@ -113,10 +148,10 @@ def require_local(path: str | os.PathLike) -> Path:
   Raises:
     UserError: the path is in a bucket.
   """
-  if is_remote(path):
-    raise UserError(f"{os.fspath(path)} is in a bucket, and has to be a path on this machine")
+  if is_remote(to_path(path)):
+    raise UserError(f"{path} is in a bucket, and has to be a path on this machine")
   return Path(path)
 
 
 def is_remote(path: epath.PathLike) -> bool:
-  return "://" in str(epath.Path(path))
+  return _URL.match(str(path)) is not None

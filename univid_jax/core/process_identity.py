@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import socket
 from pathlib import Path
@@ -33,6 +34,11 @@ class ProcessIdentity:
 
   def __str__(self) -> str:
     return f"process {self.pid} on {self.host}"
+
+  @property
+  def machine(self) -> str:
+    """Eight hexadecimal digits for `host` and `space`: equal for processes whose numbers can be compared."""
+    return hashlib.sha256(f"{self.host} {self.space}".encode()).hexdigest()[:8]
 
   @property
   def is_local(self) -> bool:

@@ -54,7 +54,7 @@ class ClipFormat:
   extend: bool = False
 
   @classmethod
-  def of(cls, config: DataConfig) -> "ClipFormat":
+  def from_config(cls, config: DataConfig) -> "ClipFormat":
     size, *buckets = config.sizes
     return cls(size=size, num_frames=config.num_frames, fit=config.fit, fps=config.fps, buckets=tuple(buckets))
 
@@ -148,7 +148,7 @@ class Footage:
     return self.form.resize(frames)
 
   def describe_changes(self, num_frames: int) -> list[str]:
-    """Describes, with numbers, everything that makes a clip of so many frames differ from the file."""
+    """Describes, with numbers, everything that makes a clip of `num_frames` frames differ from the file."""
     changes = []
     if num_frames < self.num_frames:
       last = self.start + num_frames - 1

@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.conditions import i2v_condition
+from univid_jax.core.paths import to_path
 from univid_jax.core.pixels import to_float
 from univid_jax.core.protocols import Encoders, TransformerShape
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames
@@ -48,7 +49,7 @@ class FeatureCaches:
 
 def caches_folder(config: RunConfig, workdir: epath.PathLike) -> epath.Path:
   """Returns the folder with the caches of a run."""
-  return epath.Path(config.data.cache or epath.Path(workdir) / "cache")
+  return to_path(config.data.cache) if config.data.cache else to_path(workdir) / "cache"
 
 
 class FeatureMaker:

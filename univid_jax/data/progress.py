@@ -46,7 +46,7 @@ class Progress:
     self._bar.close()
 
   def update(self, position: int, done: int) -> None:
-    """Notes that so many steps have begun, and so many units are done."""
+    """Records how many steps have begun and how many units are done."""
     now = time.monotonic()
     if not self._is_shown or now - self._samples[-1][0] < min(1.0, LOG_EVERY):
       return

@@ -39,7 +39,7 @@ class FlowMatching:
   reference_tokens: int = REFERENCE_TOKENS
 
   @classmethod
-  def of(cls, config: FlowConfig, **options: Any) -> "FlowMatching":
+  def from_config(cls, config: FlowConfig, **options: Any) -> "FlowMatching":
     """Returns that of a config; `options` are the attributes that it does not have."""
     return cls(shift=config.shift, stratified=config.stratified, objective=config.objective, **options)
 

@@ -63,7 +63,7 @@ class KindOptions:
   rendering: Rendering
 
   @classmethod
-  def of(cls, config: RunConfig) -> "KindOptions":
+  def from_config(cls, config: RunConfig) -> "KindOptions":
     """Reads the options from a config.
 
     Raises:
@@ -76,7 +76,7 @@ class KindOptions:
       depth_alignment=options.depth_alignment,
       palette=read_palette(options.palette)[: options.num_labels or None],
       void_label=options.void_label,
-      rendering=Rendering.of(config.data),
+      rendering=Rendering.from_config(config.data),
     )
 
 

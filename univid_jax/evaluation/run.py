@@ -65,7 +65,7 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
   variants = make_variants(config.eval, plan_other_pairs(config, sentences))
   variants = [variant for variant in variants if variant.name in (PREDICTION, SWAPPED)]
   scored, exact, pairs, gallery = [], [], set(), Gallery()
-  kinds, rendering = task_kinds(config.data), Rendering.of(config.data)
+  kinds, rendering = task_kinds(config.data), Rendering.from_config(config.data)
   failures = Failures(rendering)
   with progress_bar(len(sentences)) as bar:
     for numbers in split_batches(len(sentences), config.eval.batch_size):
@@ -128,7 +128,7 @@ def evaluate(
   wait_for_processes("samples are stored")
   if jax.process_index() > 0:
     return None
-  scored, pairs, gallery, failures = [], set(), Gallery(), Failures(Rendering.of(config.data))
+  scored, pairs, gallery, failures = [], set(), Gallery(), Failures(Rendering.from_config(config.data))
   for generated in read_generated(samples, len(sentences)):
     scored.append((generated.info, scorer(generated)))
     pairs.add(generated.pair)

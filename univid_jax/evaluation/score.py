@@ -61,7 +61,7 @@ class Scorer:
   """
 
   def __init__(self, config: RunConfig):
-    self._kinds, self._options = task_kinds(config.data), KindOptions.of(config)
+    self._kinds, self._options = task_kinds(config.data), KindOptions.from_config(config)
     self._clip_scores = CLIPScores(config.eval.clip_model) if config.eval.clip_model else None
 
   def __call__(self, generated: Generated) -> list[Score]:

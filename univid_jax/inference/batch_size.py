@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Tokens that are computed together on a device: more make it no faster.
 MAX_TOKENS = 2**15
 
-# Of the free memory, what rows may take; the rest is for the codec.
+# Share of the free memory that rows may take; the rest is for the codec.
 MEMORY_SHARE = 0.8
 
 

@@ -1,21 +1,21 @@
 """Loads pipelines from converted checkpoints and from training runs, with LoRAs."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from univid_jax.checkpoints.built_in import locate
 from univid_jax.checkpoints.checksums import has_checksums, verified
 from univid_jax.checkpoints.info import is_checkpoint
-from univid_jax.checkpoints.model import base_encoders, open_encoders, transformer_config
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.run import RunRecord, require_run
+from univid_jax.checkpoints.run_parts import base_encoders, open_base, open_encoders, transformer_config
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import expert_configs, load_base, restore_loras, restore_transformer, run_usage
 from univid_jax.checkpoints.usage import Usage
@@ -24,6 +24,7 @@ from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, Quantize, parse_option
 from univid_jax.core.packed_row import ContextMode
+from univid_jax.diffusion.distillations import Distillation
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.distillation_loras import DistillationLoRAs, read_distillation
 from univid_jax.inference.experts import OffloadedParams, Transformer
@@ -38,8 +39,19 @@ from univid_jax.parallel.sharding import parameter_shardings
 # Wan2.2's own for T2V-A14B, where the paper's shift would leave little to the high-noise expert.
 A14B_SHIFT = 12.0
 
-# `_finish` with its options.
-_Finish = Callable[[DiTConfig, Transformer, Sequence[RequestedLoRA], bool], Transformer]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Options:
+  """How `load_pipeline` loads, whatever it loads; see its arguments."""
+
+  mesh: Mesh
+  dtype: str | None
+  quantize: Quantize | None
+  merge_lora: bool
+  lora_skip_unmatched: bool
+  offload_inactive: bool
+  attention: Attention | None
+  context_timestep: ContextTimestep | None
 
 
 def load_pipeline(
@@ -85,96 +97,105 @@ def load_pipeline(
     UserError: one cannot be read or differs from its checksum (DamagedError), or a LoRA is for another base.
   """
   mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
-  _check_options(attention, context_timestep)
-  method = parse_option(Quantize, "quantize", quantize) if quantize else None
+  options = _Options(
+    mesh=mesh,
+    dtype=dtype,
+    quantize=parse_option(Quantize, "quantize", quantize) if quantize else None,
+    merge_lora=merge_lora,
+    lora_skip_unmatched=lora_skip_unmatched,
+    offload_inactive=offload_inactive,
+    **_parse_context(attention, context_timestep),
+  )
   loras = read_loras(lora, verify=verify_weights)
   distillation = read_distillation(accelerate, verify=verify_weights) if accelerate else None
   loras += distillation.loras if distillation else ()
-  given = {"attention": attention, "context_timestep": context_timestep}
-  how = {"merged": merge_lora, "skip_unmatched": lora_skip_unmatched, "offload": offload_inactive}
-  finish = functools.partial(_finish, mesh=mesh, **how)
+  kind = distillation and distillation.kind
   if is_checkpoint(checkpoint) or has_checksums(checkpoint):
     with verified(locate(checkpoint), enabled=verify_weights):
-      pipeline = _open_base(checkpoint, loras, finish, mesh=mesh, dtype=dtype, quantize=method, given=given)
-  else:
-    record, on_damaged = _override(require_run(checkpoint), dtype, method), OnDamaged(on_damaged_checkpoint)
-    saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
-    with verified(record.config.init_from and locate(record.config.init_from), enabled=verify_weights):
-      pipeline = _open_run(saved, record, loras, finish, mesh=mesh, step=step, quantize=method, given=given)
-  pipeline.distillation = distillation and distillation.kind
-  return pipeline
+      return _open_base(checkpoint, loras, options, distillation=kind)
+  record, on_damaged = _override(require_run(checkpoint), options), OnDamaged(on_damaged_checkpoint)
+  saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
+  with verified(record.config.init_from and locate(record.config.init_from), enabled=verify_weights):
+    return _open_run(saved, record, loras, options, step=step, distillation=kind)
 
 
-def _check_options(attention: str | None, context_timestep: str | None) -> None:
-  """Raises UserError if one is not an option, or they exclude each other, before anything is read."""
-  if attention is not None:
-    parse_option(Attention, "attention", attention)
+def _parse_context(attention: str | None, context_timestep: str | None) -> Mapping[str, Any]:
+  """Returns the options of the context; raises UserError if one is unknown, or they exclude each other."""
+  attends = None if attention is None else parse_option(Attention, "attention", attention)
+  timestep = None
   if context_timestep is not None:
     timestep = parse_option(ContextTimestep, "context_timestep", context_timestep)
-    ContextMode.of(Attention(attention or Attention.FULL), timestep, default=ContextTimestep.TARGET)
+    ContextMode.from_options(attends or Attention.FULL, timestep, default=ContextTimestep.TARGET)
+  return {"attention": attends, "context_timestep": timestep}
 
 
 def _open_base(
-  checkpoint: str,
-  loras: Sequence[RequestedLoRA],
-  finish: _Finish,
-  *,
-  mesh: Mesh,
-  dtype: str | None,
-  quantize: Quantize | None,
-  given: Mapping[str, str | None],
+  checkpoint: str, loras: Sequence[RequestedLoRA], options: _Options, *, distillation: Distillation | None
 ) -> Pipeline:
   """Loads a converted checkpoint, which may lack components."""
-  base = PretrainedCheckpoint.open(checkpoint)
+  base, mesh = PretrainedCheckpoint.open(checkpoint), options.mesh
   default = "bfloat16" if base.info.codec is None else "float32"  # what this project trains from scratch is small
-  options = {"dtype": jnp.dtype(dtype or default), "quantize": quantize or Quantize.NONE}
-  encoders = base_encoders(base, mesh, dtype=options["dtype"])
+  dtype = jnp.dtype(options.dtype or default)
+  encoders = base_encoders(base, mesh, dtype=dtype)
   if isinstance(encoders, PretrainedEncoders) and not base.transformers and not loras:
     return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
-  config = base.config("transformer")
-  usage, transformers = _load_base(base, loras, finish, mesh=mesh, options=options, given=given)
-  return Pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, **given)
+  usage, transformers = _load_base(base, loras, options, dtype=dtype)
+  return Pipeline(
+    base.config("transformer"),
+    transformers,
+    encoders=encoders,
+    mesh=mesh,
+    usage=usage,
+    attention=options.attention,
+    context_timestep=options.context_timestep,
+    distillation=distillation,
+  )
 
 
 def _open_run(
   saved: SavedCheckpoints,
   record: RunRecord,
   loras: Sequence[RequestedLoRA],
-  finish: _Finish,
+  options: _Options,
   *,
-  mesh: Mesh,
   step: int | str | None,
-  quantize: Quantize | None,
-  given: Mapping[str, str | None],
+  distillation: Distillation | None,
 ) -> Pipeline:
   """Loads the model of a run."""
-  encoders = open_encoders(record.config, mesh)
-  transformers = _load_run(saved, record, loras, finish, mesh=mesh, step=step, quantize=quantize)
-  config, usage = transformer_config(record.config), run_usage(record)
-  return Pipeline(config, transformers, encoders=encoders, mesh=mesh, usage=usage, **given)
+  return Pipeline(
+    transformer_config(record.config),
+    _load_run(saved, record, loras, options, step=step),
+    encoders=open_encoders(record.config, options.mesh),
+    mesh=options.mesh,
+    usage=run_usage(record),
+    attention=options.attention,
+    context_timestep=options.context_timestep,
+    distillation=distillation,
+  )
 
 
 def _load_base(
-  base: PretrainedCheckpoint,
-  loras: Sequence[RequestedLoRA],
-  finish: _Finish,
-  *,
-  mesh: Mesh,
-  options: Mapping[str, Any],
-  given: Mapping[str, str | None],
+  base: PretrainedCheckpoint, loras: Sequence[RequestedLoRA], options: _Options, *, dtype: DTypeLike
 ) -> tuple[Usage | None, list[Transformer]]:
   """Loads the transformers of a converted checkpoint one after another, and returns how their LoRAs are run."""
   selected = select_loras(loras, base.experts)
   pairs = list(zip(base.transformers, selected, strict=True))
-  quantize = {base.quantization(name, options["quantize"]) for name in base.transformers}
-  checksums = [(each, base.checksum(name)) for name, part in pairs for each in part]
-  usage = lora_usage(checksums, given, quantize=quantize.pop()) or base.usage
+  wanted = options.quantize or Quantize.NONE
+  quantize = {base.quantization(name, wanted) for name in base.transformers}
+  usage = lora_usage(
+    [(each, base.checksum(name)) for name, part in pairs for each in part],
+    attention=options.attention,
+    context_timestep=options.context_timestep,
+    quantize=quantize.pop(),
+  )
+  usage = usage or base.usage
   config = base.config("transformer")
   if usage is None and len(pairs) > 1 and not config.takes_condition:
     usage = Usage(shift=A14B_SHIFT, is_known=False)
 
   def load(name: str, part: Sequence[RequestedLoRA]) -> Transformer:
-    return finish(config, Transformer(*base.load(name, mesh=mesh, **options)), part, len(pairs) > 1)
+    transformer = Transformer(*base.load(name, mesh=options.mesh, dtype=dtype, quantize=wanted))
+    return _finish(config, transformer, part, options, is_one_of_two=len(pairs) > 1)
 
   return usage, [load(name, part) for name, part in pairs]
 
@@ -183,56 +204,54 @@ def _load_run(
   saved: SavedCheckpoints,
   record: RunRecord,
   loras: Sequence[RequestedLoRA],
-  finish: _Finish,
+  options: _Options,
   *,
-  mesh: Mesh,
   step: int | str | None,
-  quantize: Quantize | None,
 ) -> list[Transformer]:
   """Loads what a run has trained; of two experts, also the one of its base that it has not.
 
   One after the other, so that an offloaded one makes room.
   """
-  config, shape = record.config, transformer_config(record.config)
-  experts = PretrainedCheckpoint.open(config.init_from).experts if config.init_from else (None,)
+  config, shape, mesh = record.config, transformer_config(record.config), options.mesh
+  base = open_base(config)
+  experts = base.experts if base else (None,)
   own = [RequestedLoRA(each) for each in restore_loras(saved, record, step=step)] if config.lora.enabled else []
   parts = expert_configs(config)
 
   def load(part: RunConfig, loras: Sequence[RequestedLoRA]) -> Transformer:
     is_trained = part == config and not config.lora.enabled
     loaded = restore_transformer(saved, part, mesh, step=step) if is_trained else load_base(part, mesh)
-    if not config.lora.enabled and quantize not in (None, Quantize.NONE):
-      loaded = _quantize(*loaded, quantize)
-    return finish(shape, Transformer(*loaded), loras, len(parts) > 1)
+    if not config.lora.enabled and options.quantize not in (None, Quantize.NONE):
+      loaded = _quantize(*loaded, options.quantize)
+    return _finish(shape, Transformer(*loaded), loras, options, is_one_of_two=len(parts) > 1)
 
   return [load(part, loras) for part, loras in zip(parts, select_loras([*own, *loras], experts), strict=True)]
 
 
 def _finish(
-  config: DiTConfig,
-  transformer: Transformer,
-  loras: Sequence[RequestedLoRA],
-  is_one_of_two: bool,
-  *,
-  mesh: Mesh,
-  merged: bool,
-  skip_unmatched: bool,
-  offload: bool,
+  config: DiTConfig, transformer: Transformer, loras: Sequence[RequestedLoRA], options: _Options, *, is_one_of_two: bool
 ) -> Transformer:
   """Adds LoRAs to a transformer and, if it is one of two and that is asked for, moves it to host memory."""
   if loras:
     assert not isinstance(transformer.params, OffloadedParams)
     pairs = [(lora.weights, lora.weight) for lora in loras]
-    graph, params = transformer.graph, transformer.params
-    changed = add_loras(config, graph, params, pairs, mesh=mesh, merged=merged, skip_unmatched=skip_unmatched)
+    changed = add_loras(
+      config,
+      transformer.graph,
+      transformer.params,
+      pairs,
+      mesh=options.mesh,
+      merged=options.merge_lora,
+      skip_unmatched=options.lora_skip_unmatched,
+    )
     transformer = Transformer(*changed)
-  return transformer.offload() if is_one_of_two and offload else transformer
+  return transformer.offload() if is_one_of_two and options.offload_inactive else transformer
 
 
-def _override(record: RunRecord, dtype: str | None, quantize: Quantize | None) -> RunRecord:
-  values = {"model.dtype": dtype, "model.param_dtype": dtype} if dtype else {}
-  if quantize and record.config.lora.enabled:
-    values["base.quantize"] = str(quantize)
+def _override(record: RunRecord, options: _Options) -> RunRecord:
+  values = {"model.dtype": options.dtype, "model.param_dtype": options.dtype} if options.dtype else {}
+  if options.quantize and record.config.lora.enabled:
+    values["base.quantize"] = str(options.quantize)
   return dataclasses.replace(record, config=override(record.config, values)) if values else record
 
 

@@ -46,7 +46,7 @@ class VideoReader:
   read: Callable[[int, int], Frames]
 
   @classmethod
-  def of(cls, frames: Frames) -> "VideoReader":
+  def from_frames(cls, frames: Frames) -> "VideoReader":
     return cls(len(frames), lambda start, count: frames[start : start + count])
 
   @classmethod
@@ -135,7 +135,7 @@ class VideoSample:
     if length == 1:
       raise UserError("windows need several frames: give num_frames, 4n + 1, at least 5")
     overlap = 0 if carry_context else min((length - 1) // 2, length - 2)
-    self._windows = Windows.of(query.num_frames, length=length, temporal_stride=stride, overlap=overlap)
+    self._windows = Windows.spread(query.num_frames, length=length, temporal_stride=stride, overlap=overlap)
     if carry_context:  # windows follow each other without overlap; the last one goes on after the end
       count = math.ceil((self._windows.total - 1) / (length - 1))
       self._windows = Windows(1 + count * (length - 1), length, tuple(range(0, count * (length - 1), length - 1)))
@@ -176,7 +176,7 @@ class VideoSample:
     return cls(
       pipeline,
       examples,
-      query if isinstance(query, VideoReader) else VideoReader.of(query),
+      query if isinstance(query, VideoReader) else VideoReader.from_frames(query),
       embeds=[pipeline.embed(each) for each in prompts],
       plan=plan,
       window_frames=num_frames or pipeline.num_frames,

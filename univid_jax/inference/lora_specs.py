@@ -6,15 +6,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
-from etils import epath
-
 from univid_jax.checkpoints.experts import LORA_EXPERTS, named_expert
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.trained import is_lora_run, read_run_loras
 from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Expert, Quantize, TrainedExpert
+from univid_jax.core.options import Attention, ContextTimestep, Expert, Quantize, TrainedExpert
+from univid_jax.core.paths import to_path
 
 LoRASpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 LoRASpecs = LoRASpec | Sequence[LoRASpec]
@@ -61,7 +60,7 @@ def read_loras(lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool
 
 def _read(path: str, *, verify: bool) -> list[LoRAWeights]:
   """Reads a LoRA, or those of both experts that a run has trained."""
-  is_run = epath.Path(path).is_dir() and is_lora_run(path)
+  is_run = to_path(path).is_dir() and is_lora_run(path)
   loras = read_run_loras(path, verify=verify) if is_run else [read_lora(path, verify=verify)]
   for lora in loras:
     for note in lora.notes:
@@ -135,13 +134,17 @@ def find_lora_expert(lora: LoRAWeights) -> Expert | None:
 
 
 def lora_usage(
-  loras: Sequence[tuple[RequestedLoRA, str]], given: Mapping[str, str | None], *, quantize: Quantize = Quantize.NONE
+  loras: Sequence[tuple[RequestedLoRA, str]],
+  *,
+  attention: Attention | None,
+  context_timestep: ContextTimestep | None,
+  quantize: Quantize,
 ) -> Usage | None:
   """Returns how LoRAs on a base are run, and logs where they disagree with each other or with the base.
 
   Args:
     loras: some of which may not say how they were trained; each with the checksum of its transformer.
-    given: what was asked for instead of what the LoRAs say, by field of `Usage`; None if it was not.
+    attention, context_timestep: what was asked for instead of what the LoRAs say.
     quantize: how the base is quantised.
   """
   known = [(lora.weights.source, usage, checksum) for lora, checksum in loras if (usage := lora.weights.usage)]
@@ -152,12 +155,12 @@ def lora_usage(
     if usage.base_quantize not in (Quantize.NONE, quantize)
   ]
   usages = [(source, usage) for source, usage, _ in known]
-  asked = {name for name, value in given.items() if value is not None}
-  if "attention" in asked:  # which decides about the timestep, too
-    asked.add("context_timestep")
-  for field in asked if usages else ():  # so that it cannot conflict
-    chosen = getattr(usages[0][1], field)
-    usages = [(source, dataclasses.replace(usage, **{field: chosen})) for source, usage in usages]
+  if usages:  # what is asked for cannot conflict
+    first = usages[0][1]
+    chosen = {"attention": first.attention} if attention else {}
+    if attention or context_timestep:  # attention decides about the timestep, too
+      chosen |= {"context_timestep": first.context_timestep}
+    usages = [(source, dataclasses.replace(usage, **chosen)) for source, usage in usages]
   usage, differences = merge_usages(usages)
   for note in (*filter(None, notes), *differences):
     logger.warning("%s", note)

@@ -27,7 +27,7 @@ class PartialPipeline(Pipeline):
   def __init__(self, encoders: PretrainedEncoders, *, mesh: Mesh, reason: str):
     EncodingPipeline.__init__(self, encoders, text_len=encoders.text_len)
     self.mesh, self.usage, self._reason = mesh, Usage(is_known=False), reason
-    self.attention, self.context_mode = Attention.FULL, UNIVID_CONTEXT
+    self.attention, self.context_mode, self.distillation = Attention.FULL, UNIVID_CONTEXT, None
 
   def __getattr__(self, name: str) -> Any:
     if name in _OF_TRANSFORMER:

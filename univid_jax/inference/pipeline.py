@@ -57,12 +57,8 @@ class Pipeline(EncodingPipeline):
     attention: "full" or "context_causal"; by default what the model was trained with. With context_causal the context
       is computed once per sentence.
     context_timestep: "target" or "zero"; by default what the model was trained with.
-
-  Attributes:
     distillation: decides how the model is sampled if a distillation LoRA is part of it.
   """
-
-  distillation: Distillation | None = None
 
   def __init__(
     self,
@@ -74,14 +70,15 @@ class Pipeline(EncodingPipeline):
     usage: Usage | None = None,
     attention: Attention | str | None = None,
     context_timestep: ContextTimestep | str | None = None,
+    distillation: Distillation | None = None,
   ):
     super().__init__(encoders, text_len=config.text_len)
     self.config, self.mesh, self.usage = config, mesh, usage or Usage(is_known=False)
-    self.experts = Experts(transformers, config.expert_boundary)
+    self.experts, self.distillation = Experts(transformers, config.expert_boundary), distillation
     self.attention = parse_option(Attention, "attention", attention or self.usage.attention)
     trained = self.usage.context_timestep if self.attention == self.usage.attention else ContextTimestep.AUTO
     timestep = parse_option(ContextTimestep, "context_timestep", context_timestep or trained)
-    self.context_mode = ContextMode.of(self.attention, timestep, default=config.context_timestep)
+    self.context_mode = ContextMode.from_options(self.attention, timestep, default=config.context_timestep)
     self.features = FeatureMaker(encoders, shape=config, task_names=(), clip_gap=self.usage.clip_gap)
     self.sampler, self.joint_sampler = Sampler(mesh), JointSampler(mesh)
 
@@ -277,10 +274,10 @@ class Pipeline(EncodingPipeline):
     return self.sample_rows(packed, jobs, plan, progress=progress)
 
   def plan(self, num_inference_steps: int | None = None, **options: Any) -> SamplingPlan:
-    """Returns the plan for options of `sample`, see `SamplingPlan.of`."""
+    """Returns the plan for options of `sample`, see `SamplingPlan.from_options`."""
     options["num_inference_steps"] = num_inference_steps
     defaults = {"default_shift": self.usage.shift, "default_steps": self.usage.num_inference_steps}
-    return SamplingPlan.of(self.distillation, **defaults, **options)
+    return SamplingPlan.from_options(self.distillation, **defaults, **options)
 
   def make_job(
     self,

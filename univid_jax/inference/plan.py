@@ -36,7 +36,7 @@ class SamplingPlan:
   step_cache: StepCache | RatioMeasurement | None = None
 
   @classmethod
-  def of(
+  def from_options(
     cls,
     distillation: Distillation | None = None,
     *,

@@ -43,7 +43,7 @@ class QuerySampler:
   seed: int = 0
 
   @classmethod
-  def of(
+  def for_pipeline(
     cls,
     pipeline: "Pipeline",
     prompt: str = "",
@@ -143,7 +143,7 @@ def sample_queries(
   Yields:
     The results in order.
   """
-  sampler = QuerySampler.of(pipeline, prompt, **options)
+  sampler = QuerySampler.for_pipeline(pipeline, prompt, **options)
   rest = iter(queries)
   known = list(itertools.islice(rest, 1)) if batch_size else list(rest)
   if not known:

@@ -46,7 +46,7 @@ class TableKey:
   context_timestep: str
 
   @classmethod
-  def of(cls, pipeline: Pipeline, origin: Origin, plan: SamplingPlan) -> "TableKey":
+  def for_plan(cls, pipeline: Pipeline, origin: Origin, plan: SamplingPlan) -> "TableKey":
     names = {id(solver): str(name) for name, solver in SOLVERS.items()}
     return cls(
       weights=dict(origin.checksums),

@@ -17,7 +17,7 @@ from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 
 # Those of the prompt and of the negative prompt; None where there are none.
 BranchResiduals = tuple[Array | None, Array | None]
-# Of diffusers: keeps the ratio finite where a token's residual was 0.
+# As in diffusers; keeps the ratio finite where a token's residual was 0.
 _EPSILON = 1e-8
 
 

@@ -31,7 +31,7 @@ class Windows:
   starts: tuple[int, ...]
 
   @classmethod
-  def of(cls, num_frames: int, *, length: int, temporal_stride: int, overlap: int) -> "Windows":
+  def spread(cls, num_frames: int, *, length: int, temporal_stride: int, overlap: int) -> "Windows":
     """Spreads windows over a video.
 
     Args:

@@ -19,6 +19,8 @@ from jaxtyping import Array, Float
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
+from univid_jax.platform import cpu
+from univid_jax.platform.current import Platform, current_platform
 
 # As qwix names them.
 QTYPES: Mapping[Quantize, DTypeLike] = {Quantize.INT8: jnp.int8, Quantize.FP8: jnp.float8_e4m3fn, Quantize.NF4: "nf4"}
@@ -157,7 +159,9 @@ def multiply(
   x: Float[Array, "..."], kernel: Float[Array, "i o"], in_shape: tuple[int, ...], out_shape: tuple[int, ...]
 ) -> Float[Array, "..."]:
   """Returns the product of x with a kernel in x's dtype, (..., *in_shape) to (..., *out_shape)."""
-  return jnp.tensordot(x, kernel.astype(x.dtype).reshape(*in_shape, *out_shape), len(in_shape))
+  kernel = kernel.astype(x.dtype).reshape(*in_shape, *out_shape)
+  tensordot = cpu.tensordot if current_platform() == Platform.CPU else jnp.tensordot
+  return tensordot(x, kernel, len(in_shape))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

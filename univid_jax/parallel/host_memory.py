@@ -9,7 +9,7 @@ from univid_jax.core.errors import UserError
 
 # JAX's name of memory of the host that devices can copy from while they compute.
 KIND = "pinned_host"
-# Of JAX, that can use it on several devices.
+# The first version of JAX that can use it on several devices.
 FIRST_VERSION = (0, 10, 2)
 
 Tree = TypeVar("Tree")

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from univid_jax.checkpoints.model import check_rows, clip_tokens, codec_shape, with_stored_base
+from univid_jax.checkpoints.run_parts import check_rows, clip_tokens, codec_shape, with_stored_base
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line
@@ -31,13 +31,13 @@ from univid_jax.training.memory import DoesNotFitError, Forecast
 Changes = Mapping[str, Any]
 
 GPU_ENVIRONMENT = f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}"
-# Of the memory: an option that leaves less is tight, because compilers' figures change with their version.
+# Share of the memory. An option that leaves less is tight: compilers' figures change with their version.
 SPARE = 0.1
 GPU_BLOCK = 128  # tokens of a tile of cuDNN's attention
 # How many times the estimated seconds a step took where it was measured (docs/benchmarks/gpu.md).
 MEASURED = {"h100": 1.7}
 LEFT_OUT = 6  # lines about options that do not fit
-# Of the speed: by so much a base that is stored less precisely must be faster to come first.
+# Relative speed-up by which a base that is stored less precisely comes first.
 SPEEDUP = 0.1
 
 
@@ -315,7 +315,7 @@ def find_compiler(machine: Machine) -> Callable[[RunConfig], Forecast] | None:
   """Returns what forecasts a config by a machine's compiler; None for GPUs that are not here.
 
   Raises:
-    UserError: it is a TPU, and libtpu is not installed, or there is no slice of so many chips.
+    UserError: it is a TPU, and libtpu is not installed, or no slice has this number of chips.
   """
   if machine.is_tpu:
     topology = find_topology(machine.name, machine.count)

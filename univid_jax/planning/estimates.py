@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from univid_jax.checkpoints.model import clip_tokens, create_model, transformer_config
+from univid_jax.checkpoints.run_parts import clip_tokens, create_model, transformer_config
 from univid_jax.config.schema import BaseConfig, LoRAConfig, ModelConfig, RunConfig
 from univid_jax.core.options import AttentionBackend, OptimizerName, Quantize, RematPolicy
 from univid_jax.models.attention import xla
@@ -36,7 +36,7 @@ LEAST_PEAK = 43
 GPU_PEAK = 51
 # Relative margin of a GPU's activations: they are extrapolated from one shape.
 GPU_MARGIN = 0.15
-# Of what other policies than full and attention store, which has not been measured on a GPU.
+# Factor for what policies other than full and attention store, which has not been measured on a GPU.
 GPU_UNMEASURED = 2
 # What a GPU's own estimate of the same step was too low by: 0.15 of 6.23 GiB.
 GPU_RUNTIME = 0.16e9

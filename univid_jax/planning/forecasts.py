@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from univid_jax.checkpoints.model import (
+from univid_jax.checkpoints.pretrained import abstract_component, abstract_parameters
+from univid_jax.checkpoints.run_parts import (
   check_rows,
   codec_shape,
   context_mode,
@@ -17,7 +18,6 @@ from univid_jax.checkpoints.model import (
   text_encoder_shape,
   transformer_config,
 )
-from univid_jax.checkpoints.pretrained import abstract_component, abstract_parameters
 from univid_jax.codecs.vae_config import VAEConfig
 from univid_jax.codecs.wan_vae import VAE, jit_method
 from univid_jax.config.schema import RunConfig

@@ -3,16 +3,24 @@
 Times are of two cores of an AMD EPYC, float32; docs/benchmarks/cpu.md has the details.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-# XLA's own matrix products instead of YNNPACK's, JAX's default in 0.10 to 0.12: a LoRA step on 4 blocks of the 1.3B
-# takes 3.45 instead of 3.82 GiB. The option is experimental; tests/test_platform.py fails if an upgrade drops it.
-# Benchmark: `python -m benchmarks.train_step --pairs=3`.
-COMPILER_OPTIONS: Mapping[str, str] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+def compiler_options(dtype: DTypeLike) -> dict[str, str]:
+  """Returns the options to compile a training step with.
+
+  In float32, XLA's own matrix products instead of YNNPACK's, JAX's default in 0.10 to 0.12: the default run takes two
+  thirds of the time, a LoRA step on 4 blocks of the 1.3B 3.45 instead of 3.82 GiB. In bfloat16 YNNPACK's are three
+  times as fast. The option is experimental; tests/test_platform.py fails if an upgrade drops it.
+  Benchmark: `python -m benchmarks.train_step --pairs=3`.
+  """
+  return {} if jnp.dtype(dtype) == jnp.bfloat16 else {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def conv_in_time(
@@ -71,3 +79,38 @@ def _project_up_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[A
 
 
 project_up.defvjp(_project_up_forward, _project_up_backward)
+
+
+def tensordot(x: Float[Array, "..."], kernel: Float[Array, "..."], num_dims: int) -> Float[Array, "..."]:
+  """Returns the product over the last num_dims dims of x and the first ones of a kernel, of one dtype.
+
+  Of bfloat16, matrices are multiplied and summed in float32, in the gradients too, and rounded afterwards: YNNPACK does
+  that with the instructions for it (AMX). Written otherwise, XLA converts both to float32 first.
+  """
+  if x.dtype != jnp.bfloat16:
+    return jnp.tensordot(x, kernel, num_dims)
+  tokens, outputs = x.shape[: x.ndim - num_dims], kernel.shape[num_dims:]
+  in_dim = math.prod(kernel.shape[:num_dims])
+  return _multiply_bfloat16(x.reshape(*tokens, in_dim), kernel.reshape(in_dim, -1)).reshape(*tokens, *outputs)
+
+
+@jax.custom_vjp
+def _multiply_bfloat16(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
+  return _contract(x, kernel, [x.ndim - 1], [0])
+
+
+def _multiply_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+  return _multiply_bfloat16(x, kernel), (x, kernel)
+
+
+def _multiply_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+  (x, kernel), tokens = saved, range(gradient.ndim - 1)
+  return _contract(gradient, kernel, [len(tokens)], [1]), _contract(x, gradient, tokens, tokens)
+
+
+_multiply_bfloat16.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _contract(a: Array, b: Array, a_dims: Iterable[int], b_dims: Iterable[int]) -> Array:
+  dims = (tuple(a_dims), tuple(b_dims)), ((), ())
+  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32).astype(a.dtype)

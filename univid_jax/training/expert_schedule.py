@@ -4,7 +4,7 @@ import dataclasses
 
 from jaxtyping import Array, Bool, Int
 
-from univid_jax.checkpoints.model import make_flow, split_config
+from univid_jax.checkpoints.run_parts import make_flow, split_config
 from univid_jax.config.schema import RunConfig
 
 PERIOD = 1000  # steps
@@ -21,7 +21,7 @@ class ExpertSchedule:
   num_high: int
 
   @classmethod
-  def of(cls, config: RunConfig) -> "ExpertSchedule":
+  def from_config(cls, config: RunConfig) -> "ExpertSchedule":
     """Returns that of a run of both experts."""
     high, low = (make_flow(part) for part in split_config(config))
     share = high.range_probability / (high.range_probability + low.range_probability)

@@ -41,7 +41,7 @@ def skip_bad_steps(optimizer: optax.GradientTransformation, *, skip_norm: float)
 
   Args:
     optimizer: what to guard.
-    skip_norm: a gradient with more than so many times the median norm is bad; 0 takes all that are finite.
+    skip_norm: a gradient is bad if its norm exceeds this multiple of the median; 0 accepts all that are finite.
   """
 
   def init(params: optax.Params) -> GuardState:

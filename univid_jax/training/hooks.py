@@ -112,7 +112,7 @@ class Summarize:
   def __init__(self, run: Run, bar: tqdm):
     config, mesh = run.config, run.mesh
     self._shape, self._rank, self._bar = run.shape, config.lora.rank, bar
-    layout = BatchLayout.of(config.rows, row_shards(mesh))
+    layout = BatchLayout.from_config(config.rows, row_shards(mesh))
     self._work = WorkCounter(shape=run.shape, lora_rank=config.lora.rank, rows=config.rows, layout=layout)
     self._tokens = layout.num_rows * config.rows.num_tokens
     self._text_tokens = layout.num_rows * config.rows.num_text_tokens

@@ -16,8 +16,8 @@ from etils import epath
 from tqdm import tqdm
 
 from univid_jax.checkpoints.lora.formats import write_lora
-from univid_jax.checkpoints.model import context_mode
 from univid_jax.checkpoints.run import Checkpointer, write_run
+from univid_jax.checkpoints.run_parts import context_mode
 from univid_jax.checkpoints.trained import load_base, to_lora_weights
 from univid_jax.config.schema import RunConfig
 from univid_jax.core import lock
@@ -206,12 +206,12 @@ def make_hooks(
 def open_loader(run: Run) -> Loader:
   """Opens the endless stream of this process's rows of every batch."""
   config, data = run.config, run.data
-  layout = BatchLayout.of(config.rows, row_shards(run.mesh))
+  layout = BatchLayout.from_config(config.rows, row_shards(run.mesh))
   num_rows, mesh = layout.num_rows, run.mesh
   return make_loader(
     list(data.sources.values()),
     run.features,
-    row_shape=RowShape.of(config.rows, context_mode(config)),
+    row_shape=RowShape.from_config(config.rows, context_mode(config)),
     rows_per_batch=num_rows,
     seed=config.seed,
     own_rows=own_rows(num_rows, mesh),

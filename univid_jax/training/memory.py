@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from univid_jax.checkpoints.model import context_mode
+from univid_jax.checkpoints.run_parts import context_mode
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.packed_row import TOKEN_FIELDS, PackedRow
@@ -144,7 +144,8 @@ def device_memory(device: Any) -> int | None:
 def abstract_batch(config: RunConfig, shape: DiTConfig, mesh: Mesh) -> PackedRow:
   """Returns the shapes, dtypes and shardings of a batch."""
   row = pack(
-    [placeholder_features(shape, shape.patch_size, num_clips=1)], RowShape.of(config.rows, context_mode(config))
+    [placeholder_features(shape, shape.patch_size, num_clips=1)],
+    RowShape.from_config(config.rows, context_mode(config)),
   )
   rows = config.rows.batch_size(row_shards(mesh))
   check_tokens(row.tokens.shape[1], mesh)

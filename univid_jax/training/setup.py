@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 import univid_jax
 from univid_jax.checkpoints.built_in import locate
 from univid_jax.checkpoints.checksums import verified
-from univid_jax.checkpoints.model import (
+from univid_jax.checkpoints.run import RunRecord, has_checkpoint, require_run
+from univid_jax.checkpoints.run_parts import (
   base_checksums,
   check_base,
   check_rows,
@@ -25,7 +26,6 @@ from univid_jax.checkpoints.model import (
   transformer_config,
   with_stored_base,
 )
-from univid_jax.checkpoints.run import RunRecord, has_checkpoint, require_run
 from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
 from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
@@ -211,7 +211,7 @@ def fill_caches(
   return prepare(
     features,
     data,
-    row_shape=RowShape.of(config.rows, context_mode(config)),
+    row_shape=RowShape.from_config(config.rows, context_mode(config)),
     held_out=validation,
     allow_dropped=config.data.allow_dropped,
     verify=verify,

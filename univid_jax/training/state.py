@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from univid_jax.checkpoints.model import create_model
+from univid_jax.checkpoints.run_parts import create_model
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.options import RematPolicy, TrainedExpert
 from univid_jax.models.lora import LoRAParam, remove_dropout
@@ -96,7 +96,7 @@ class StateSpec:
   abstract_frozen: Params
 
   @classmethod
-  def of(
+  def for_model(
     cls,
     init: Callable[[], nnx.Module],
     optimizer: optax.GradientTransformation,
@@ -165,7 +165,7 @@ def describe_training(config: RunConfig, mesh: Mesh) -> tuple[list[optax.Gradien
   """Returns the optimizer of each transformer that a run trains, and the description of its state."""
   expert, counts = config.model.expert, (config.num_steps,)
   if expert == TrainedExpert.BOTH:
-    counts = ExpertSchedule.of(config).count_steps(config.num_steps)
+    counts = ExpertSchedule.from_config(config).count_steps(config.num_steps)
   optimizers = [make_optimizer(config.optimizer, count) for count in counts]
   options: dict[str, Any] = {"ema": config.ema_decay > 0, "lora": config.lora.enabled}
   if config.base.offload:
@@ -173,7 +173,7 @@ def describe_training(config: RunConfig, mesh: Mesh) -> tuple[list[optax.Gradien
     options["offload"] = True
   if config.model.remat == RematPolicy.OFFLOAD:
     require_host_memory(mesh, "config.model.remat = offload")
-  specs = [StateSpec.of(lambda: create_model(config), optimizer, mesh, **options) for optimizer in optimizers]
+  specs = [StateSpec.for_model(lambda: create_model(config), optimizer, mesh, **options) for optimizer in optimizers]
   return optimizers, specs[0] if len(specs) == 1 else StateSpec.join(expert, specs)
 
 

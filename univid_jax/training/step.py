@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from univid_jax.checkpoints.model import make_flow, split_config
+from univid_jax.checkpoints.run_parts import make_flow, split_config
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import TrainStep
@@ -44,11 +44,12 @@ def make_train_step(
   """
   steps = [_make_step(part, spec, optimizer) for part, optimizer in zip(split_config(config), optimizers, strict=True)]
   replicated = NamedSharding(mesh, PartitionSpec())
+  is_cpu = mesh.devices.flat[0].platform == Platform.CPU
   return jax.jit(
     steps[0] if len(steps) == 1 else _alternate(config, steps),
     donate_argnums=0,
     out_shardings=(spec.shardings, replicated),
-    compiler_options=dict(cpu.COMPILER_OPTIONS) if mesh.devices.flat[0].platform == Platform.CPU else None,
+    compiler_options=cpu.compiler_options(config.model.dtype) if is_cpu else None,
   )
 
 
@@ -69,7 +70,7 @@ def _make_step(config: RunConfig, spec: StateSpec, optimizer: optax.GradientTran
 
 def _alternate(config: RunConfig, steps: Sequence[TrainStep]) -> TrainStep:
   """Returns the step of a run of both experts, given that of each."""
-  expert, schedule = config.model.expert, ExpertSchedule.of(config)
+  expert, schedule = config.model.expert, ExpertSchedule.from_config(config)
 
   def train_one(index: int) -> TrainStep:
     def train(state: TrainState, frozen: Params, row: PackedRow) -> tuple[TrainState, Metrics]:

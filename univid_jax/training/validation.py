@@ -12,7 +12,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from univid_jax.checkpoints.model import context_mode, split_config, validated_sigmas
+from univid_jax.checkpoints.run_parts import context_mode, split_config, validated_sigmas
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.paths import atomic_write
@@ -63,7 +63,7 @@ class Validation:
     self._expert = config.model.expert
     self._sigmas = [validated_sigmas(part) for part in split_config(config)]
     rows, _ = pack_rows(
-      [make_features(sentence) for sentence in sentences], RowShape.of(config.rows, context_mode(config))
+      [make_features(sentence) for sentence in sentences], RowShape.from_config(config.rows, context_mode(config))
     )
     noise = np.asarray(jax.random.normal(jax.random.key(config.seed), rows.tokens.shape))
     size = config.rows.batch_size(row_shards(mesh))

@@ -1,9 +1,9 @@
 """This project's own LoRA folder.
 
-FOLDER/lora.json   metadata; written last, so a folder that has it is complete
+FOLDER/lora.json   metadata; written after the arrays, so a folder that has it is complete
 FOLDER/lora/       arrays; in blocks/ and others/ low-rank changes of Linears by module, layers of blocks stacked up to
                    the highest adapted one and ranks padded with zeros; in changes/ all others by tensor and part
-FOLDER/checksums.xxh128
+FOLDER/checksums.xxh128   of all other files; written last
 """
 
 import json
@@ -23,6 +23,7 @@ from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.orbax_files import restore_arrays, save_arrays
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
+from univid_jax.core.paths import to_path
 
 LORA_FILE = "lora.json"
 FORMAT = 2  # 1 has no changes/
@@ -30,7 +31,7 @@ FORMAT = 2  # 1 has no changes/
 
 def is_lora_folder(path: epath.PathLike) -> bool:
   """Returns whether a path is a complete LoRA folder."""
-  return (epath.Path(path) / LORA_FILE).exists()
+  return (to_path(path) / LORA_FILE).exists()
 
 
 def write_lora_folder(folder: epath.PathLike, lora: LoRAWeights, *, metadata: Mapping[str, Any] | None = None) -> None:

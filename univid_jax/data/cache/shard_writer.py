@@ -19,7 +19,8 @@ from etils import epath
 
 from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import atomic_write, is_remote
+from univid_jax.core.paths import atomic_write
+from univid_jax.core.unfinished import is_unfinished
 from univid_jax.data.cache.entries import CacheWriteError, entry_path, is_entry
 from univid_jax.data.cache.shards import (
   FOLDER,
@@ -41,7 +42,7 @@ from univid_jax.runtime.processes import sum_over_processes, wait_for_processes
 
 log = logging.getLogger(__name__)
 
-# Of a shard: it is full when it reaches one of them.
+# A shard is full when it reaches one of them.
 MAX_BYTES = 256 << 20
 MAX_RECORDS = 65536
 
@@ -266,8 +267,10 @@ def _keys_path(shard: epath.Path) -> epath.Path:
 
 
 def _remove_unfinished(folder: epath.Path) -> None:
-  """Removes what killed processes have left: files without their final name, and keys without a shard."""
+  """Removes what killed processes have left: files without their final name, and keys without a shard.
+
+  Nobody else writes shards as long as all processes hold their locks.
+  """
   for path in folder.iterdir():
-    is_partial = not is_remote(folder) and re.fullmatch(r"\.\d+-[0-9a-f]{16}\..*", path.name)
-    if is_partial or (path.suffix == KEYS_SUFFIX and not path.with_suffix(SHARD_SUFFIX).exists()):
+    if is_unfinished(path.name) or (path.suffix == KEYS_SUFFIX and not path.with_suffix(SHARD_SUFFIX).exists()):
       path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from univid_jax.data.media.h264 import PictureReader
 
 # Containers of single files. Others, such as playlists, make FFmpeg open further files.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
-# Of the default among several videos, in pixels, as in ffmpeg.
+# Bonus in pixels for the default among several videos, as in ffmpeg.
 DEFAULT_BONUS = 5_000_000
 
 NOT_A_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 SLICE, IDR_SLICE, SEQUENCE_PARAMETERS = 1, 5, 7
 # Profiles whose sequence parameters have a chroma format.
 HIGH_PROFILES = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)
-# Of a frame's number.
+# Number of bits of a frame's number.
 MAX_NUMBER_BITS = 16
 # More than the fields that are read of a slice.
 HEADER_BYTES = 40

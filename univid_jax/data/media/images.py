@@ -148,7 +148,7 @@ def _reject_inexact(image: TiffImageFile) -> None:
 
 
 def _to_rgb(image: Image.Image, bits: int) -> Frame:
-  """Converts an image of so many bits per sample; Pillow compares a PNG's transparent colour as if it had 8."""
+  """Converts an image with the given bits per sample; Pillow compares a PNG's transparent colour as if it had 8."""
   image = ImageOps.exif_transpose(image)
   transparent = image.info.get("transparency")
   if image.mode.startswith("I"):

@@ -15,7 +15,7 @@ from univid_jax.data.media.timeline import Timeline
 # Larger clips are rejected before memory is allocated for them.
 MAX_BYTES = 2**33
 
-# Damage to a reference may only show after the frames that refer to it: at most so many frames later.
+# Damage to a reference may show only after the frames that refer to it, at most this number of frames later.
 MAX_REORDERED = 32
 
 # Opening a file again takes as long as decoding a few frames, with a long index more.

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import logging
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -24,7 +23,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import require_local
+from univid_jax.core.paths import atomic_write, require_local
+from univid_jax.core.unfinished import remove_abandoned, unfinished_path
 from univid_jax.data.media.decoding import open_video
 from univid_jax.data.media.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames
 from univid_jax.data.media.timeline import read_timeline
@@ -43,7 +43,6 @@ CODECS = {
 # Without x264's macroblock tree, with which equal frames do not always make equal bytes.
 CODEC_OPTIONS = {"libx264": {"crf": "12", "mbtree": "0"}, "libvpx-vp9": {"crf": "18", "b": "0", "cpu-used": "4"}}
 ENCODERS = {"aac": "aac", "mp3": "libmp3lame", "opus": "libopus"}
-PARTIAL = ".partial."
 # In ms: players show shorter delays of GIFs for 100 ms.
 SHORTEST_GIF_DELAY = 20
 TARGETS = (
@@ -53,7 +52,7 @@ TARGETS = (
 
 
 def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
-  """Checks that `write_clip` can write so many frames to a path, before time is spent on computing them.
+  """Checks that `write_clip` can write this number of frames to a path, before time is spent on computing them.
 
   Args:
     path: see `write_clip`.
@@ -65,6 +64,8 @@ def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
     OSError: the name is too long.
   """
   path = require_local(path)
+  with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    unfinished_path(path).lstat()  # raises if that name is too long
   suffix = path.suffix.lower()
   if suffix in IMAGE_SUFFIXES and num_frames not in (None, 1):
     raise UserError(f"cannot write {num_frames} frames to the image {path}: use .mp4, or NAME/ for a folder of PNGs")
@@ -82,8 +83,8 @@ def write_clip(
   """Writes frames in the format of the suffix.
 
   Videos are H.264 (VP9 in .webm), yuv420p, converted by the BT.709 matrix to limited range and tagged so. Odd sizes are
-  padded to even ones by repeating the last row or column. .npy and folders of PNGs are lossless. Until everything is
-  written it is in `.partial.NAME` next to `path`; what an earlier process left there is replaced.
+  padded to even ones by repeating the last row or column. .npy and folders of PNGs are lossless. Nothing is at
+  `path` until everything is written; what killed processes have left of it is removed.
 
   Args:
     path: without a suffix it is a new or empty folder, for one PNG per frame.
@@ -118,23 +119,22 @@ def write_frames(
   """
   check_target(path, num_frames)
   path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(PARTIAL + path.name)
-  if partial.is_dir():
-    shutil.rmtree(partial)
-  _write(partial, blocks, suffix=path.suffix.lower(), num_frames=num_frames, fps=fps, audio_from=audio_from)
-  partial.replace(path)
+  remove_abandoned(path)
+  with atomic_write(path) as unfinished:
+    _write(unfinished, blocks, target=path, num_frames=num_frames, fps=fps, audio_from=audio_from)
 
 
 def _write(
   path: Path,
   blocks: Iterable[Frames],
   *,
-  suffix: str,
+  target: Path,
   num_frames: int,
   fps: float | None,
   audio_from: str | os.PathLike | None,
 ) -> None:
+  """Writes to `path` what gets the name `target`."""
+  suffix = target.suffix.lower()
   parts = iter(blocks)
   first = next(parts)
   frames = _each_frame(itertools.chain([first], parts), num_frames)
@@ -148,6 +148,9 @@ def _write(
     (frame,) = frames
     Image.fromarray(frame).save(path)
   elif suffix == ".gif":
+    if rate * SHORTEST_GIF_DELAY > 1000:
+      message = "%s is slower than its %g frames per second: a GIF shows at most 50; use .mp4"
+      log.warning(message, target.name, rate)
     _write_gif(path, frames, num_frames=num_frames, fps=rate)
   elif suffix:
     audio = Path(audio_from) if audio_from else None
@@ -171,9 +174,6 @@ def _each_frame(blocks: Iterable[Frames], num_frames: int) -> Iterator[UInt8[np.
 
 def _write_gif(path: Path, frames: Iterator[np.ndarray], *, num_frames: int, fps: float) -> None:
   """Writes a GIF; its delays are multiples of 10 ms, so they vary to keep the rate on average, as far as it can."""
-  if fps * SHORTEST_GIF_DELAY > 1000:
-    name = path.name.removeprefix(PARTIAL)
-    log.warning("%s is slower than its %g frames per second: a GIF shows at most 50; use .mp4", name, fps)
   times = np.round(np.arange(num_frames + 1) * 100 / fps).astype(int)
   delays = [max(int(delay) * 10, SHORTEST_GIF_DELAY) for delay in np.diff(times)]
   images = map(Image.fromarray, frames)

@@ -27,7 +27,7 @@ class BatchLayout:
   microbatches: int = 1
 
   @classmethod
-  def of(cls, rows: RowsConfig, num_shards: int) -> "BatchLayout":
+  def from_config(cls, rows: RowsConfig, num_shards: int) -> "BatchLayout":
     """Returns that of a run.
 
     Args:

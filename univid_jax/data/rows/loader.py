@@ -37,7 +37,7 @@ _LIMITS: Mapping[Unit, str] = {
 }
 
 
-# After so many sentences in a row that cannot be used, there is no point in trying more.
+# Consecutive unusable sentences after which the loader gives up.
 MAX_DROPPED_IN_A_ROW = 1000
 
 

@@ -33,7 +33,7 @@ class RowShape:
   context_mode: ContextMode = UNIVID_CONTEXT
 
   @classmethod
-  def of(cls, rows: RowsConfig, context_mode: ContextMode) -> "RowShape":
+  def from_config(cls, rows: RowsConfig, context_mode: ContextMode) -> "RowShape":
     """Returns that of a run's rows."""
     return cls(
       num_tokens=rows.num_tokens,

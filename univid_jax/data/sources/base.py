@@ -76,7 +76,7 @@ class DrawOptions:
     return any(is_video for name in used for is_video in video_pattern(name, num_clips=4))
 
   @classmethod
-  def of(cls, config: DataConfig, *, seed: int) -> "DrawOptions":
+  def from_config(cls, config: DataConfig, *, seed: int) -> "DrawOptions":
     """Raises UserError if there is no such context."""
     for context in config.contexts:
       video_pattern(context, num_clips=4)

@@ -16,7 +16,7 @@ from univid_jax.data.sources.photos import crop_box, moving_window
 
 log = logging.getLogger(__name__)
 
-# Decoded frames stay in memory up to so many bytes, and of files of which one decoded at once needs no more than that.
+# Bytes of decoded frames that stay in memory, and those of the largest file whose frames stay there.
 KEPT_BYTES = 2**31
 LARGEST_KEPT_FILE = 2**28
 
@@ -52,7 +52,7 @@ class FolderSource:
   Attributes:
     clips: the files.
     fps: frame rate that videos are resampled to; 0 keeps theirs.
-    side: frames are reduced so that their short side has at most so many pixels, before windows are cut out of them.
+    side: the most pixels of a frame's short side; larger frames are reduced before windows are cut out of them.
     dropped: files that cannot be read.
   """
 

@@ -75,7 +75,7 @@ class GridSentences:
     Raises:
       UserError: the grids of a family do not fit.
     """
-    data, rendering = config.data, Rendering.of(config.data)
+    data, rendering = config.data, Rendering.from_config(config.data)
     for name, weight in data.grids.families.items():
       size = GRID_FAMILIES[name].size
       if weight > 0 and size and not rendering.fits(size):

@@ -161,7 +161,7 @@ class _Opened:
 def _open_listed(config: RunConfig, kinds: Collection[str]) -> dict[str, _Opened]:
   """Opens those of the kinds that consist of records; the order determines how they are mixed."""
   data = config.data
-  form, options = ClipFormat.of(data), DrawOptions.of(data, seed=config.seed)
+  form, options = ClipFormat.from_config(data), DrawOptions.from_config(data, seed=config.seed)
   opened = {}
   if "metadata" in kinds:
     source, dropped = open_metadata(copy_to_local(data.metadata), form, options)

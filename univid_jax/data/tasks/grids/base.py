@@ -24,7 +24,7 @@ MIN_SIDE, MAX_SIDE = 3, 30
 # The task of all sentences of the ARC benchmark, whose rules have no names.
 ARC_TASK = "arc"
 
-# One in so many rules, and one in so many grids, is held out.
+# One rule in N, and one grid in N, is held out.
 HELD_OUT_ONE_IN = 4
 
 

@@ -40,7 +40,7 @@ def make_maze(rng: np.random.Generator, size: Size, *, wall: int, path: int) -> 
     distances, counts = _search(grid, first, wall=wall)
     goals = [cell for cell, distance in distances.items() if distance > 1 and counts[cell] == 1]
     if goals:
-      # Of two draws the farther one, so that long paths are not rare.
+      # The farther of two draws, so that long paths are not rare.
       last = max((goals[rng.integers(len(goals))] for _ in range(2)), key=lambda cell: distances[cell])
       grid[_place(first, size)], grid[_place(last, size)] = START, GOAL
       return grid

@@ -36,7 +36,7 @@ class Rendering:
   padding: Color
 
   @classmethod
-  def of(cls, config: DataConfig) -> "Rendering":
+  def from_config(cls, config: DataConfig) -> "Rendering":
     grids = config.grids
     return cls(
       size=(config.height, config.width),

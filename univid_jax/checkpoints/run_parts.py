@@ -34,23 +34,32 @@ from univid_jax.models.variants import VARIANTS, DiTConfig
 WAN21_PIXELS_PER_TOKEN = 16
 
 
+def open_base(config: RunConfig) -> PretrainedCheckpoint | None:
+  """Opens the base of a run, which reads its checkpoint.json; None if the run starts from scratch."""
+  return PretrainedCheckpoint.open(config.init_from) if config.init_from else None
+
+
 def transformer_config(config: RunConfig) -> DiTConfig:
   """Returns the transformer's shape: that of the base, of a published model, or the config's own.
 
   Raises:
     UserError: there is no such published model, or the base is another one.
   """
+  return _transformer_config(config, open_base(config))
+
+
+def _transformer_config(config: RunConfig, base: PretrainedCheckpoint | None) -> DiTConfig:
   options = config.model
   if options.variant and options.variant not in VARIANTS:
     raise UserError(f"config.model.variant must be one of {', '.join(VARIANTS)} or empty, got {options.variant!r}")
-  if config.init_from:
-    base = PretrainedCheckpoint.open(config.init_from).config(trained_component(split_config(config)[0]))
-    if options.variant and base != VARIANTS[options.variant]:
+  if base is not None:
+    shape = base.config(trained_component(split_config(config)[0], base))
+    if options.variant and shape != VARIANTS[options.variant]:
       raise UserError(
         f"config.model.variant is {options.variant}, but the base {config.init_from} has another shape; leave "
         "config.model.variant empty to take the base's"
       )
-    return base
+    return shape
   if options.variant:
     return VARIANTS[options.variant]
   channels = config.codec.latent_channels
@@ -91,13 +100,13 @@ def split_config(config: RunConfig) -> list[RunConfig]:
   return [config if part == expert else override(config, {"model.expert": str(part)}) for part in expert.parts]
 
 
-def trained_component(config: RunConfig) -> str:
-  """Returns the name of the component of the base that a run of one transformer trains.
+def trained_component(config: RunConfig, base: PretrainedCheckpoint) -> str:
+  """Returns the name of the component of its base that a run of one transformer trains.
 
   Raises:
     UserError: the base has no such expert, or has two and the config does not say which.
   """
-  expert, base = config.model.expert, PretrainedCheckpoint.open(config.init_from)
+  expert = config.model.expert
   experts = dict(zip(base.experts, base.transformers, strict=True)) if base.transformers else {}
   if expert == TrainedExpert.ONLY:
     if len(experts) > 1:
@@ -129,23 +138,24 @@ def check_base(config: RunConfig) -> None:
   for key, value in needs_base.items():
     if value and not config.init_from:
       raise UserError(f"there is no base, which {key} needs: give config.init_from, a folder that univid-convert wrote")
+  base = open_base(config)
   for part in split_config(config):
-    if config.init_from:
-      trained_component(part)
-    base_quantization(part)
+    if base is not None:
+      trained_component(part, base)
+    _base_quantization(part, base)
     if config.validation.every_steps:
-      validated_sigmas(part)
+      _validated_sigmas(part, base)
 
 
-def base_quantization(config: RunConfig) -> Quantize:
+def _base_quantization(config: RunConfig, base: PretrainedCheckpoint | None) -> Quantize:
   """Returns how the base of a run of one transformer is quantised: by the run, or already as it is stored.
 
   Raises:
     UserError: it is trained, or is stored in another way.
   """
   method = config.base.quantize
-  if config.init_from:
-    method = PretrainedCheckpoint.open(config.init_from).quantization(trained_component(config), method)
+  if base is not None:
+    method = base.quantization(trained_component(config, base), method)
   if method != Quantize.NONE and not config.lora.enabled:
     raise UserError(
       f"a base in {method} cannot be trained, only adapters on it: set config.lora.rank, or config.base.quantize to "
@@ -158,14 +168,18 @@ def with_stored_base(config: RunConfig) -> RunConfig:
   """Returns a config that names the quantisation of its base, which may be that of the files.
 
   Raises:
-    UserError: see `base_quantization`.
+    UserError: the base is trained, or is stored in another way.
   """
-  return override(config, {"base.quantize": str(base_quantization(split_config(config)[0]))})
+  return override(config, {"base.quantize": str(_base_quantization(split_config(config)[0], open_base(config)))})
 
 
 def validated_sigmas(config: RunConfig) -> list[float]:
   """Returns the noise levels of validation that a run of one transformer trains; raises UserError if it is none."""
-  low, high = noise_range(config)
+  return _validated_sigmas(config, open_base(config))
+
+
+def _validated_sigmas(config: RunConfig, base: PretrainedCheckpoint | None) -> list[float]:
+  low, high = _noise_range(config, base)
   sigmas = [sigma for sigma in config.validation.sigmas if np.float32(low) <= np.float32(sigma) < np.float32(high)]
   if not sigmas:
     raise UserError(
@@ -175,9 +189,9 @@ def validated_sigmas(config: RunConfig) -> list[float]:
   return sigmas
 
 
-def noise_range(config: RunConfig) -> tuple[float, float]:
+def _noise_range(config: RunConfig, base: PretrainedCheckpoint | None) -> tuple[float, float]:
   """Returns the noise levels [low, high) of the transformer that a run trains; 1 is never left out."""
-  boundary = transformer_config(config).expert_boundary
+  boundary = _transformer_config(config, base).expert_boundary
   return {TrainedExpert.HIGH: (boundary, math.inf), TrainedExpert.LOW: (0.0, boundary)}.get(
     config.model.expert, (0.0, math.inf)
   )
@@ -189,21 +203,21 @@ def make_flow(config: RunConfig) -> FlowMatching:
   RESOLUTION_SHIFT counts tokens, of which the autoencoder of TI2V makes a quarter; with a codec of this project it
   counts them as with Wan2.1's.
   """
-  reference = REFERENCE_TOKENS
-  if config.init_from or config.model.variant:
-    pixels_per_token = codec_shape(config).spatial_stride * transformer_config(config).patch_size[1]
+  reference, base = REFERENCE_TOKENS, open_base(config)
+  if base is not None or config.model.variant:
+    pixels_per_token = _codec_shape(config, base).spatial_stride * _transformer_config(config, base).patch_size[1]
     reference = reference * WAN21_PIXELS_PER_TOKEN**2 // pixels_per_token**2
-  return FlowMatching.of(config.flow, noise_range=noise_range(config), reference_tokens=reference)
+  return FlowMatching.from_config(config.flow, noise_range=_noise_range(config, base), reference_tokens=reference)
 
 
 def context_mode(config: RunConfig) -> ContextMode:
   """Returns how a run computes the context of sentences.
 
   Raises:
-    UserError: see `transformer_config` and `ContextMode.of`.
+    UserError: see `transformer_config` and `ContextMode.from_options`.
   """
   options = config.model
-  return ContextMode.of(
+  return ContextMode.from_options(
     options.attention, options.context_timestep, default=transformer_config(config).context_timestep
   )
 
@@ -214,15 +228,18 @@ def codec_shape(config: RunConfig) -> CodecShape:
   Raises:
     UserError: see `transformer_config`.
   """
-  if config.init_from:
-    base = PretrainedCheckpoint.open(config.init_from)
+  return _codec_shape(config, open_base(config))
+
+
+def _codec_shape(config: RunConfig, base: PretrainedCheckpoint | None) -> CodecShape:
+  if base is not None:
     if base.has("vae"):
       return base.config("vae")
     if base.info.codec is not None:
       return DCTCodec(**base.info.codec)
   elif not config.model.variant:
     return DCTCodec(**dataclasses.asdict(config.codec))
-  return find_autoencoder(transformer_config(config).out_dim)
+  return find_autoencoder(_transformer_config(config, base).out_dim)
 
 
 def text_encoder_shape(config: RunConfig) -> UMT5Config:
@@ -231,7 +248,7 @@ def text_encoder_shape(config: RunConfig) -> UMT5Config:
   Raises:
     UserError: a model that is trained from scratch has none, nor has a base that was.
   """
-  base = PretrainedCheckpoint.open(config.init_from) if config.init_from else None
+  base = open_base(config)
   if base is not None and base.has("text_encoder"):
     return base.config("text_encoder")
   if base is not None and base.info.codec is not None:
@@ -249,7 +266,8 @@ def clip_tokens(config: RunConfig) -> int:
   Raises:
     UserError: clips do not divide into patches; the message names the nearest valid sizes.
   """
-  codec, (_, patch_side, _) = codec_shape(config), transformer_config(config).patch_size
+  base = open_base(config)
+  codec, (_, patch_side, _) = _codec_shape(config, base), _transformer_config(config, base).patch_size
   longest = 0
   for height, width in config.data.sizes:
     try:
@@ -286,9 +304,9 @@ def create_model(config: RunConfig, *, adapters: bool = True) -> DiT:
     config: of the run.
     adapters: whether to attach the config's LoRA.
   """
-  options = config.model
+  options, base = config.model, open_base(config)
   model = DiT(
-    transformer_config(config),
+    _transformer_config(config, base),
     dtype=jnp.dtype(options.dtype),
     param_dtype=jnp.dtype(options.param_dtype),
     remat=options.remat,
@@ -297,7 +315,7 @@ def create_model(config: RunConfig, *, adapters: bool = True) -> DiT:
   )
   if options.look_back:
     look_back(model, options.look_back, rng=jax.random.key(config.seed))
-  quantize_linears(model.blocks, base_quantization(split_config(config)[0]))
+  quantize_linears(model.blocks, _base_quantization(split_config(config)[0], base))
   if adapters and config.lora.enabled:
     attach(model, config.lora, rngs=nnx.Rngs(config.seed + 1))
   return model
@@ -305,10 +323,10 @@ def create_model(config: RunConfig, *, adapters: bool = True) -> DiT:
 
 def open_encoders(config: RunConfig, mesh: Mesh) -> Encoders:
   """Returns the base's codec and encoders, or those that need no weights."""
-  if not config.init_from:
+  base = open_base(config)
+  if base is None:
     return PlainEncoders(DCTCodec(**dataclasses.asdict(config.codec)), transformer_config(config).text_dim)
   tiling = Tiling(**dataclasses.asdict(config.vae_tiling)) if config.vae_tiling.size else None
-  base = PretrainedCheckpoint.open(config.init_from)
   return base_encoders(base, mesh, dtype=jnp.dtype(config.model.dtype), tiling=tiling)
 
 
@@ -323,7 +341,7 @@ def base_encoders(
 
 def base_checksums(config: RunConfig) -> list[str]:
   """Returns the checksum of each transformer that training starts from; "" without a base."""
-  if not config.init_from:
+  base = open_base(config)
+  if base is None:
     return [""]
-  base = PretrainedCheckpoint.open(config.init_from)
-  return [base.checksum(trained_component(part)) for part in split_config(config)]
+  return [base.checksum(trained_component(part, base)) for part in split_config(config)]

@@ -1,0 +1,171 @@
+"""Which paths may be in a bucket, as docs/formats.md lists them, and what those are told that may not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import univid_jax
+from tests.commands import run_here
+from tests.helpers import GOLDENS
+from tests.stand_ins import open_bucket
+from tests.test_convert_destinations import small_lora
+from univid_jax.checkpoints.built_in import locate
+from univid_jax.checkpoints.lora.formats import write_lora
+from univid_jax.checkpoints.lora.reading import read_lora
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
+from univid_jax.cli.sampling import plan_requests
+from univid_jax.cli.verification import verify
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import tiny
+from univid_jax.convert.commands import convert_any, inspect
+from univid_jax.core import bucket_files
+from univid_jax.core.errors import UserError
+from univid_jax.core.lock import hold
+from univid_jax.core.paths import to_path
+from univid_jax.data.features import caches_folder
+from univid_jax.data.sources.open import open_data
+from univid_jax.parallel.mesh import make_mesh
+
+WAN = GOLDENS / "tiny_wan"
+# URLs that are not of a bucket.
+OTHER = "https://host/x", "memory://x", "file:///x"
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(bucket_files, "CACHE_FOLDER", str(tmp_path / "cache"))
+  return open_bucket("x")
+
+
+def upload(source: Path, target) -> str:
+  for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+    if path.is_file():
+      (target / path.relative_to(source) if source.is_dir() else target).write_bytes(path.read_bytes())
+  return str(target)
+
+
+def write_pairs(folder: Path) -> Path:
+  rng = np.random.default_rng(0)
+  for index in range(4):
+    (folder / "invert" / str(index)).mkdir(parents=True)
+    for name in ("source", "target"):
+      picture = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+      picture.save(folder / "invert" / str(index) / f"{name}.png")
+  return folder
+
+
+@pytest.fixture
+def lora(tmp_path):
+  write_lora(tmp_path / "lo.safetensors", small_lora(), "comfyui")
+  return tmp_path / "lo.safetensors"
+
+
+def load_base(url):
+  base = PretrainedCheckpoint.open(url)
+  return base.load("transformer", mesh=make_mesh({"data": -1}))[1]
+
+
+class TestRead:
+  def test_loras(self, bucket, lora):
+    url = upload(lora, bucket / "lo.safetensors")
+    assert read_lora(url).changes.keys() == read_lora(lora).changes.keys() and "LoRA" in inspect(url)
+
+  def test_a_base_in_one_file(self, bucket):
+    url = upload(Path(locate("small")), bucket / "small")
+    assert "small" in inspect(url) and load_base(url).keys() == load_base("small").keys()
+    assert not [line for found in verify(url, write=False) for line in found.damaged]
+
+  @pytest.mark.parametrize("key, folder", [("pairs", "data"), ("folder", "data/invert/0")])
+  def test_data(self, bucket, tmp_path, key, folder):
+    upload(write_pairs(tmp_path / "data"), bucket / "data")
+    data = open_data(override(tiny(), {f"data.{key}": str(bucket / folder)}))
+    assert sum(map(len, data.sources.values())) and not data.dropped
+
+  def test_caches(self, bucket):
+    assert caches_folder(override(tiny(), {"data.cache": str(bucket)}), "runs/x") == bucket
+
+
+class TestWritten:
+  @pytest.mark.parametrize("to", ["musubi", "univid"])
+  def test_lora_files(self, bucket, lora, to):
+    convert_any(str(lora), str(bucket / f"{to}.safetensors"), to=to)
+    assert read_lora(bucket / f"{to}.safetensors").changes.keys() == read_lora(lora).changes.keys()
+
+  def test_locks(self, bucket):
+    with hold(bucket / "run"):
+      assert (bucket / "run" / ".lock-0").exists()
+    assert not (bucket / "run" / ".lock-0").exists()
+
+
+LOCAL = "is in a bucket, and has to be a path on this machine"
+GOOGLE = "checkpoints and their arrays are local or in gs://"
+
+# What may not be in a bucket, or not in this one: a call that is given a URL, and what it answers.
+REFUSED = {
+  "read_clip": (univid_jax.read_clip, LOCAL),
+  "write_clip": (lambda url: univid_jax.write_clip(url, np.zeros((1, 8, 8, 3), np.uint8)), LOCAL),
+  "sample --out": (lambda url: plan_requests(["a", "b", "c"], [], url), LOCAL),
+  "export": (lambda url: convert_any("small", url, to="original"), LOCAL),
+  "release": (lambda url: inspect(upload(WAN, to_path(url))), LOCAL),
+  "file of a release": (
+    lambda url: inspect(upload(WAN / "diffusion_pytorch_model.safetensors", to_path(f"{url}.safetensors"))),
+    LOCAL,
+  ),
+  "LoRA folder": (lambda url: convert_any("lo.safetensors", url), GOOGLE),
+  "base": (lambda url: convert_any(str(WAN), url), GOOGLE),
+  "workdir of a sample": (univid_jax.load_pipeline, GOOGLE),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(bucket, lora, name):
+  call, message = REFUSED[name]
+  before = sorted(path.name for path in Path().iterdir() if path.name != "cache")
+  with pytest.raises(UserError, match=message) as caught:
+    call(str(bucket / "y"))
+  assert "\n" not in str(caught.value) and str(caught.value).startswith(str(bucket / "y"))
+  assert sorted(path.name for path in Path().iterdir() if path.name != "cache") == before
+
+
+ANY_URL = {
+  "read_clip": univid_jax.read_clip,
+  "write_clip": lambda url: univid_jax.write_clip(url, np.zeros((1, 8, 8, 3), np.uint8)),
+  "checkpoint": univid_jax.load_pipeline,
+  "lora": lambda url: univid_jax.load_pipeline("small", lora=url),
+  "source": lambda url: convert_any(url, "y"),
+  "destination": lambda url: convert_any("small", url, to="original"),
+  "verify": lambda url: list(verify(url, write=False)),
+  "pairs": lambda url: open_data(override(tiny(), {"data.pairs": url})),
+  "folder": lambda url: open_data(override(tiny(), {"data.folder": url})),
+  "cache": lambda url: caches_folder(override(tiny(), {"data.cache": url}), "runs/x"),
+}
+
+
+@pytest.mark.parametrize("name", ANY_URL)
+@pytest.mark.parametrize("url", OTHER)
+def test_other_urls(bucket, name, url):
+  with pytest.raises(UserError, match=f"^{url}: paths are local or in a bucket"):
+    ANY_URL[name](url)
+  assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("name", ["read_clip", "checkpoint", "lora", "source", "verify", "pairs"])
+def test_a_package_that_is_missing(bucket, name, monkeypatch):
+  def refuse(scheme):
+    raise ImportError("Please install gcsfs to access Google Storage")
+
+  monkeypatch.setattr("fsspec.get_filesystem_class", refuse)
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(UserError, match=r"^gs://b/x: Please install gcsfs .*: pip install 'univid_jax\[gcs\]'"):
+    ANY_URL[name]("gs://b/x")
+
+
+@pytest.mark.parametrize("workdir", ["s3://bucket/x/run", "memory://run"])
+def test_workdirs(bucket, workdir, capfd):
+  """Before anything is trained, and without a traceback."""
+  assert run_here("univid_jax.train", f"--workdir={workdir}") == 1
+  error = capfd.readouterr().err
+  assert f"error: {workdir}" in error and "internal" not in error and "Traceback" not in error

@@ -1,0 +1,81 @@
+"""Names of local files and folders that are being written, next to the name that they get when they are complete.
+
+`.partial-MACHINE-PID-START-RANDOM.NAME` becomes NAME. It says which process writes it, so that anyone who finds it can
+tell whether that process was killed:
+
+- On the same machine the process exists or not.
+- On another machine, or on this one before it was restarted, nobody can say. It was killed if nothing has changed for
+  `SILENCE` seconds.
+
+Objects in buckets appear as a whole and have no such names.
+"""
+
+import contextlib
+import dataclasses
+import re
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+from univid_jax.core.process_identity import ProcessIdentity
+
+PREFIX = ".partial-"
+SILENCE = 86_400.0
+
+_NAME = re.compile(re.escape(PREFIX) + r"([0-9a-f]{8})-(\d+)-(\d*)-[0-9a-f]{8}\.(.+)")
+
+
+def unfinished_path(path: Path) -> Path:
+  """Returns a new path for what this process is about to write and then to rename to `path`."""
+  process = ProcessIdentity.current()
+  owner = f"{process.machine}-{process.pid}-{process.start}-{secrets.token_hex(4)}"
+  return path.with_name(f"{PREFIX}{owner}.{path.name}")
+
+
+def is_unfinished(name: str) -> bool:
+  """Returns whether the name of a file or folder has the form of `unfinished_path`."""
+  return _NAME.fullmatch(name) is not None
+
+
+def find_unfinished(path: Path) -> list[Path]:
+  """Returns everything that is to become `path`, abandoned or not."""
+  with contextlib.suppress(FileNotFoundError):
+    return [each for each in path.parent.iterdir() if (match := _NAME.fullmatch(each.name)) and match[4] == path.name]
+  return []
+
+
+def find_writer(path: Path) -> ProcessIdentity | None:
+  """Returns the process of this machine that writes, or wrote, an unfinished path; None for one of another machine."""
+  match, here = _NAME.fullmatch(path.name), ProcessIdentity.current()
+  if match is None or match[1] != here.machine:
+    return None
+  return dataclasses.replace(here, pid=int(match[2]), start=match[3])
+
+
+def is_abandoned(path: Path) -> bool:
+  """Returns whether an unfinished path was left by a process that was killed."""
+  if writer := find_writer(path):
+    return writer.has_ended
+  return time.time() - _last_change(path) > SILENCE
+
+
+def remove_abandoned(path: Path) -> None:
+  """Removes what killed processes have left of `path`."""
+  for each in find_unfinished(path):
+    if is_abandoned(each):
+      remove(each)
+
+
+def remove(path: Path) -> None:
+  """Removes a file or a folder, if it exists."""
+  shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def _last_change(path: Path) -> float:
+  """Returns the Unix time of the last change of a file, or of anything in a folder; now if it is gone already."""
+  times = []
+  for each in (path, *path.rglob("*")):
+    with contextlib.suppress(FileNotFoundError):
+      times.append(each.lstat().st_mtime)
+  return max(times, default=time.time())
