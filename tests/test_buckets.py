@@ -130,6 +130,21 @@ def test_refused(bucket, lora, name):
   assert sorted(path.name for path in Path().iterdir() if path.name != "cache") == before
 
 
+@pytest.mark.parametrize("name", ["LoRA folder", "base"])
+def test_a_refused_conversion_replaces_nothing(bucket, lora, name):
+  source = {"LoRA folder": str(lora), "base": str(WAN)}[name]
+  (bucket / "y" / "old").write_bytes(b"0")
+  with pytest.raises(UserError, match=GOOGLE):
+    convert_any(source, str(bucket / "y"), force=True)
+  assert [path.name for path in (bucket / "y").iterdir()] == ["old"]
+
+
+def test_folders_named_by_numbers_are_verified(bucket, lora):
+  """As those of a cache, whose entries are in folders named by two hexadecimal digits."""
+  upload(lora, bucket / "y" / "05" / "lo.safetensors")
+  assert [found.path.name for found in verify(str(bucket / "y"), write=False)] == ["lo.safetensors"]
+
+
 ANY_URL = {
   "read_clip": univid_jax.read_clip,
   "write_clip": lambda url: univid_jax.write_clip(url, np.zeros((1, 8, 8, 3), np.uint8)),

@@ -9,9 +9,10 @@ import fsspec
 import pytest
 
 from tests.commands import finish, start_python
-from univid_jax.core import lock
+from univid_jax.core import lock, process_identity
 from univid_jax.core.errors import UserError
 from univid_jax.core.lock import LocalLockFile, Lock, Owner, RemoteLockFile, hold
+from univid_jax.core.process_identity import ProcessIdentity
 
 OTHER_MACHINE = {"host": "elsewhere", "space": "another boot"}
 
@@ -173,3 +174,15 @@ def test_folders_that_stay_empty_are_removed(tmp_path):
   with hold(tmp_path / "empty"):
     pass
   assert (tmp_path / "empty").is_dir(), "it was there before"
+
+
+def test_a_process_that_another_user_hides_has_not_ended(monkeypatch):
+  """As where /proc is mounted with hidepid: it cannot be signalled, and its start cannot be read."""
+
+  def refuse(pid, signal):
+    raise PermissionError
+
+  process = ProcessIdentity.current()
+  monkeypatch.setattr(process_identity.os, "kill", refuse)
+  monkeypatch.setattr(process_identity, "_start", lambda pid: "")
+  assert not process.has_ended

@@ -11,7 +11,7 @@ from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX, DELETED_FOLDER
-from univid_jax.core.paths import make_absolute
+from univid_jax.core.paths import is_remote
 from univid_jax.data.cache import entries, shards
 
 
@@ -72,7 +72,7 @@ def _is_run_checkpoint(folder: epath.Path) -> bool:
 
 
 def _is_in_checkpoints(folder: epath.Path) -> bool:
-  return make_absolute(folder).parent.name == CHECKPOINTS_FOLDER
+  return (folder if is_remote(folder) else folder.resolve()).parent.name == CHECKPOINTS_FOLDER
 
 
 def _verify_folder(folder: epath.Path, *, write: bool) -> Findings:

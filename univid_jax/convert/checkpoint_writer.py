@@ -26,6 +26,7 @@ from univid_jax.convert.release_configs import read_own_entries
 from univid_jax.convert.sources import Release, SentencePiece
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
+from univid_jax.core.paths import make_absolute
 from univid_jax.models.quantized import QuantizationError
 
 NUM_THREADS = 4
@@ -123,6 +124,7 @@ def write_checkpoint(
     UserError: tensors are missing, unused or have the wrong shape, or overflow `dtype`; nothing is written.
     OSError: the destination exists, or the disk is too small.
   """
+  make_absolute(destination)  # or Orbax cannot write there
   plans = [
     plan_component(source, dtype=dtype, allow_missing=allow_missing, quantize=quantize) for source in release.sources
   ]

@@ -31,7 +31,7 @@ from univid_jax.convert.verify import verify_release
 from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, parse_option
-from univid_jax.core.paths import require_local, to_path
+from univid_jax.core.paths import make_absolute, require_local, to_path
 
 # LoRAs are several if a run has trained both experts. A record is that of a run that trained the whole model.
 Found = CheckpointInfo | list[LoRAWeights] | RunRecord | Release
@@ -162,6 +162,7 @@ def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, 
   converted = lora.astype(dtype) if dtype else lora
   needed = 2 * converted.nbytes
   if to == JAX:
+    make_absolute(destination)  # or Orbax cannot write there
     with atomic_folder(destination, needed=needed, force=force) as folder:
       write_lora_folder(folder, converted)
     return ""

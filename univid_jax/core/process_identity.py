@@ -52,10 +52,11 @@ class ProcessIdentity:
       return False
     try:
       os.kill(self.pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
       return True
-    except OSError:
-      pass  # another user's
+    except OSError:  # another user's, of which /proc may show nothing
+      start = _start(self.pid)
+      return bool(self.start and start) and start != self.start
     return bool(self.start) and _start(self.pid) != self.start
 
 

@@ -64,7 +64,8 @@ def remove_abandoned(path: Path) -> None:
   """Removes what killed processes have left of `path`."""
   for each in find_unfinished(path):
     if is_abandoned(each):
-      remove(each)
+      with contextlib.suppress(FileNotFoundError):  # another process removes it, too
+        remove(each)
 
 
 def remove(path: Path) -> None:

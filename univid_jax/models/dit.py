@@ -24,6 +24,7 @@ from univid_jax.models.layers import Linear, gelu_tanh
 from univid_jax.models.rope import rotary_tables
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel import host_memory
+from univid_jax.platform import cpu
 
 # Name of the hidden states that a block starts from, for policies of `jax.checkpoint`.
 BLOCK_INPUT = "block_input"
@@ -35,13 +36,15 @@ def _save_attention(primitive: Any, *args: Any, **params: Any) -> bool:
 
 
 _save_named = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)
+_save_products = jax.checkpoint_policies.save_from_both_policies(
+  jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  jax.checkpoint_policies.save_only_these_names(cpu.PRODUCT_NAME),
+)
 
 # What the backward pass of a block may keep of the forward pass; None keeps everything.
 REMAT_POLICIES: Mapping[RematPolicy, Callable[..., bool] | None] = {
   RematPolicy.NONE: None,
-  RematPolicy.DOTS: jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _save_attention
-  ),
+  RematPolicy.DOTS: jax.checkpoint_policies.save_from_both_policies(_save_products, _save_attention),
   RematPolicy.ATTENTION: _save_attention,
   RematPolicy.FULL: jax.checkpoint_policies.nothing_saveable,
   RematPolicy.OFFLOAD: jax.checkpoint_policies.save_and_offload_only_these_names(

@@ -68,7 +68,7 @@ def xla_attention(
     platform: whose blocks to use.
   """
   (rows, num_queries, num_heads, head_dim), num_keys = q.shape, k.shape[1]
-  blocks = choose_blocks(platform, num_keys)
+  blocks = choose_blocks(platform, max(num_queries, num_keys))
   if key_bias is not None:
     key_bias = jax.lax.stop_gradient(key_bias)
   if num_queries * num_keys <= blocks.smallest and ring is None:
@@ -100,11 +100,11 @@ def xla_attention(
   return out.transpose(0, 3, 1, 2, 4).reshape(rows, -1, num_heads, head_dim)[:, :num_queries]
 
 
-def choose_blocks(platform: Platform, num_keys: int) -> Blocks:
-  """Returns what is computed at a time of a row with this number of keys."""
+def choose_blocks(platform: Platform, num_tokens: int) -> Blocks:
+  """Returns what is computed at a time of a row with this number of queries or keys, whichever are more."""
   if platform != Platform.CPU:
     return OTHER_BLOCKS
-  return CPU_SHORT_BLOCKS if num_keys <= CPU_SHORT_ROW else CPU_BLOCKS
+  return CPU_SHORT_BLOCKS if num_tokens <= CPU_SHORT_ROW else CPU_BLOCKS
 
 
 def _attend(
