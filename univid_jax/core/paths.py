@@ -113,19 +113,23 @@ def to_path(path: epath.PathLike) -> epath.Path:
   Raises:
     UserError: it is another URL, or in a bucket whose package is not installed.
   """
+  if scheme := _find_scheme(path):
+    try:
+      fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+      if scheme != "gs" or not importlib.util.find_spec("tensorflow"):  # which etils reads gs:// with, too
+        extra = ": pip install 'univid_jax[gcs]'" if scheme == "gs" else ""
+        raise UserError(f"{path}: {error}{extra}") from error
+  return epath.Path(path)
+
+
+def _find_scheme(path: epath.PathLike) -> str:
+  """Returns that of a path in a bucket, "" of a local one; raises UserError for other URLs."""
   url = _URL.match(str(path))
-  if url is None:
-    return epath.Path(path)
-  if url[1] not in _SCHEMES:
+  if url and url[1] not in _SCHEMES:
     names = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
     raise UserError(f"{path}: paths are local or in a bucket ({names})")
-  try:
-    fsspec.get_filesystem_class(url[1])
-  except ImportError as error:
-    if url[1] != "gs" or not importlib.util.find_spec("tensorflow"):  # which etils reads gs:// with, too
-      extra = ": pip install 'univid_jax[gcs]'" if url[1] == "gs" else ""
-      raise UserError(f"{path}: {error}{extra}") from error
-  return epath.Path(path)
+  return url[1] if url else ""
 
 
 def make_absolute(path: epath.PathLike) -> epath.Path:
@@ -148,7 +152,7 @@ def require_local(path: str | os.PathLike) -> Path:
   Raises:
     UserError: the path is in a bucket.
   """
-  if is_remote(to_path(path)):
+  if _find_scheme(path):
     raise UserError(f"{path} is in a bucket, and has to be a path on this machine")
   return Path(path)
 
