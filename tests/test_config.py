@@ -125,6 +125,16 @@ def test_a_row_too_short_for_a_sentence():
     check_rows(override(tiny(), {"rows.num_tokens": 64}))
 
 
+def test_rows_are_as_long_as_the_contexts_that_are_drawn_need():
+  only = {f"data.contexts.{name}": 0.0 for name in ("I", "II", "III", "IV")}
+  images = override(tiny(), {"rows.num_tokens": 64, **only, "data.contexts.II": 1.0})
+  check_rows(images)
+  with pytest.raises(UserError, match="context III has 96 tokens"):
+    check_rows(override(images, {"data.contexts.III": 1.0}))
+  with pytest.raises(UserError, match="context IV has 96 tokens"):  # camera movement makes videos of images
+    check_rows(override(images, {"data.tasks.camera_movement": 1.0, "data.animating_contexts.I": 0.0}))
+
+
 @pytest.mark.parametrize(
   "preset, values, ignored",
   [

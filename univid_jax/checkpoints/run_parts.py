@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
+from univid_jax.checkpoints.usage import sentence_kinds
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders, PretrainedEncoders
 from univid_jax.codecs.tiling import Tiling
@@ -22,6 +23,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, TrainedExpert
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import CodecShape, Encoders
+from univid_jax.data.contexts import CONTEXTS, video_pattern
 from univid_jax.diffusion.flow import REFERENCE_TOKENS, FlowMatching
 from univid_jax.models.dit import DiT
 from univid_jax.models.in_context import look_back
@@ -192,9 +194,8 @@ def _validated_sigmas(config: RunConfig, base: PretrainedCheckpoint | None) -> l
 def _noise_range(config: RunConfig, base: PretrainedCheckpoint | None) -> tuple[float, float]:
   """Returns the noise levels [low, high) of the transformer that a run trains; 1 is never left out."""
   boundary = _transformer_config(config, base).expert_boundary
-  return {TrainedExpert.HIGH: (boundary, math.inf), TrainedExpert.LOW: (0.0, boundary)}.get(
-    config.model.expert, (0.0, math.inf)
-  )
+  ranges = {TrainedExpert.HIGH: (boundary, math.inf), TrainedExpert.LOW: (0.0, boundary)}
+  return ranges.get(config.model.expert, (0.0, math.inf))
 
 
 def make_flow(config: RunConfig) -> FlowMatching:
@@ -216,10 +217,8 @@ def context_mode(config: RunConfig) -> ContextMode:
   Raises:
     UserError: see `transformer_config` and `ContextMode.from_options`.
   """
-  options = config.model
-  return ContextMode.from_options(
-    options.attention, options.context_timestep, default=transformer_config(config).context_timestep
-  )
+  default = transformer_config(config).context_timestep
+  return ContextMode.from_options(config.model.attention, config.model.context_timestep, default=default)
 
 
 def codec_shape(config: RunConfig) -> CodecShape:
@@ -268,14 +267,11 @@ def clip_tokens(config: RunConfig) -> int:
   """
   base = open_base(config)
   codec, (_, patch_side, _) = _codec_shape(config, base), _transformer_config(config, base).patch_size
-  longest = 0
+  stride, longest = codec.spatial_stride * patch_side, 0
   for height, width in config.data.sizes:
+    clip = (config.data.num_frames, height, width)
     try:
-      tokens = latent_shape(
-        (config.data.num_frames, height, width),
-        temporal_stride=codec.temporal_stride,
-        spatial_stride=codec.spatial_stride * patch_side,
-      )
+      tokens = latent_shape(clip, temporal_stride=codec.temporal_stride, spatial_stride=stride)
     except UserError as error:
       raise UserError(f"config.data has clips of {height}x{width} pixels: {error}") from error
     longest = max(longest, math.prod(tokens))
@@ -283,15 +279,19 @@ def clip_tokens(config: RunConfig) -> int:
 
 
 def check_rows(config: RunConfig) -> None:
-  """Checks that clips divide into patches, and that a sentence of context I fits into a row.
+  """Checks that clips divide into patches, and that four clips, of any context that the config draws, fit into a row.
 
   Raises:
     UserError: they do not; the message names the nearest valid sizes, or the tokens needed.
   """
-  longest = 4 * clip_tokens(config)
-  if longest > config.rows.num_tokens:
+  clip = {True: clip_tokens(config), False: clip_tokens(override(config, {"data.num_frames": 1}))}
+  contexts, _ = sentence_kinds(config.data)
+  lengths = {name: sum(clip[is_video] for is_video in video_pattern(name, 4)) for name in contexts or CONTEXTS}
+  context = max(lengths, key=lengths.__getitem__)
+  if lengths[context] > config.rows.num_tokens:
     raise UserError(
-      f"a sentence of context I has {longest} tokens, config.rows.num_tokens is only {config.rows.num_tokens}"
+      f"a sentence of context {context} has {lengths[context]} tokens, config.rows.num_tokens is only "
+      f"{config.rows.num_tokens}"
     )
 
 

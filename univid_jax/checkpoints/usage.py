@@ -71,7 +71,7 @@ class Usage:
   ) -> "Usage":
     """Returns that of a run, whose context tokens had a timestep that also depends on its base."""
     data = config.data
-    contexts, clip_counts = _sentence_kinds(data)
+    contexts, clip_counts = sentence_kinds(data)
     return cls(
       attention=config.model.attention,
       context_timestep=context_timestep,
@@ -141,7 +141,7 @@ class Usage:
     return cls(**values, is_known="sizes" in values)
 
 
-def _sentence_kinds(data: DataConfig) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def sentence_kinds(data: DataConfig) -> tuple[tuple[str, ...], tuple[int, ...]]:
   """Returns the contexts and the numbers of clips of the sentences that are trained; empty if records list clips."""
   if data.metadata or data.manifest or data.arc.path:
     return (), ()
