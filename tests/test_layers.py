@@ -8,8 +8,9 @@ from flax import nnx
 
 from tests.helpers import relative_error
 from univid_jax.config.schema import LoRAConfig
-from univid_jax.core.options import Quantize
+from univid_jax.core.options import Quantize, RematPolicy
 from univid_jax.models import lora
+from univid_jax.models.dit import REMAT_POLICIES
 from univid_jax.models.layers import Linear, RMSNorm, quantize_linears
 from univid_jax.models.quantized import QuantizedKernel, dequantize
 
@@ -78,3 +79,13 @@ def test_a_norm_over_heads_is_that_over_their_channels_side_by_side():
   norm.scale[...] = jax.random.normal(jax.random.key(1), norm.scale.shape)
   x = jax.random.normal(jax.random.key(2), (2, 5, HEADS, WIDTH))
   np.testing.assert_allclose(norm(x, num_dims=2), norm(x.reshape(2, 5, -1)).reshape(x.shape), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("method", Quantize)
+def test_remat_dots_keeps_products(method, dtype):
+  layer = Linear(64, 64, dims=("embed", "heads"), dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+  quantize_linears(layer, method)
+  block = jax.checkpoint(lambda x: jnp.sin(layer(x)), policy=REMAT_POLICIES[RematPolicy.DOTS])
+  program = jax.jit(jax.grad(lambda x: jnp.sum(block(block(x))))).lower(jnp.ones((4, 64), dtype)).as_text()
+  assert program.count("stablehlo.dot_general") == 4  # of which two are the gradient's

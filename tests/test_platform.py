@@ -14,13 +14,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tests.helpers import relative_error
 from univid_jax.codecs import vae_layers
 from univid_jax.config.schema import LoRAConfig
-from univid_jax.core.options import RematPolicy
 from univid_jax.inference import batch_size
 from univid_jax.models import lora, rope
-from univid_jax.models.dit import REMAT_POLICIES
 from univid_jax.models.dit_blocks import project_to_heads
 from univid_jax.models.layers import Linear
-from univid_jax.models.quantized import multiply
 from univid_jax.platform import cpu, tpu
 from univid_jax.platform.current import Platform, current_platform
 from univid_jax.platform.machine_memory import available_memory
@@ -213,11 +210,3 @@ class TestAvailableMemory:
     for available, expected in ((None, None), (8_000, 8_000 // jax.local_device_count("cpu"))):
       monkeypatch.setattr(batch_size, "available_memory", lambda available=available: available)
       assert batch_size.free_memory(device) == expected
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_remat_dots_keeps_products_on_cpus(dtype):
-  kernel = jnp.ones((8, 8), dtype)
-  block = jax.checkpoint(lambda x: jnp.sin(multiply(x, kernel, (8,), (8,))), policy=REMAT_POLICIES[RematPolicy.DOTS])
-  program = jax.jit(jax.grad(lambda x: jnp.sum(block(block(x))))).lower(jnp.ones((4, 8), dtype)).as_text()
-  assert program.count("stablehlo.dot_general") == 4  # of which two are the gradient's

@@ -20,11 +20,10 @@ from univid_jax.core.packed_row import PackedRow, put_tokens, take_tokens
 from univid_jax.models.attention.cudnn import FORWARD_PRIMITIVE
 from univid_jax.models.attention.pieces import OUTPUT_NAME
 from univid_jax.models.dit_blocks import MLP, Block, Head, ImageEmbedding, KeysAndValues, KeyValueCache
-from univid_jax.models.layers import Linear, gelu_tanh
+from univid_jax.models.layers import PRODUCT_NAME, Linear, gelu_tanh
 from univid_jax.models.rope import rotary_tables
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel import host_memory
-from univid_jax.platform import cpu
 
 # Name of the hidden states that a block starts from, for policies of `jax.checkpoint`.
 BLOCK_INPUT = "block_input"
@@ -36,10 +35,7 @@ def _save_attention(primitive: Any, *args: Any, **params: Any) -> bool:
 
 
 _save_named = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)
-_save_products = jax.checkpoint_policies.save_from_both_policies(
-  jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  jax.checkpoint_policies.save_only_these_names(cpu.PRODUCT_NAME),
-)
+_save_products = jax.checkpoint_policies.save_only_these_names(PRODUCT_NAME)
 
 # What the backward pass of a block may keep of the forward pass; None keeps everything.
 REMAT_POLICIES: Mapping[RematPolicy, Callable[..., bool] | None] = {

@@ -6,10 +6,15 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from univid_jax.core.options import Quantize
 from univid_jax.models.quantized import QuantizedKernel, dequantize, multiply, multiply_quantized, quantize
+
+# Name of the products of Linears, for policies of `jax.checkpoint`. It does not see that some are products: those with
+# quantised kernels, and of bfloat16 on CPUs, have gradients of their own.
+PRODUCT_NAME = "product"
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -91,6 +96,7 @@ class Linear(nnx.Module):
       y = cast(Array, multiply_quantized(x, kernel, in_shape, out_shape))
     else:
       y = multiply(x, kernel, in_shape, out_shape)
+    y = checkpoint_name(y, PRODUCT_NAME)
     if self.bias is not None:
       y = y + self.bias[...].astype(self.dtype).reshape(out_shape)
     if self.lora is None:

@@ -8,12 +8,8 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-
-# By which `jax.checkpoint` keeps products of bfloat16: it does not see that they are products.
-PRODUCT_NAME = "product"
 
 
 def compiler_options(dtype: DTypeLike) -> dict[str, str]:
@@ -96,8 +92,7 @@ def tensordot(x: Float[Array, "..."], kernel: Float[Array, "..."], num_dims: int
     return jnp.tensordot(x, kernel, num_dims)
   tokens, outputs = x.shape[: x.ndim - num_dims], kernel.shape[num_dims:]
   in_dim = math.prod(kernel.shape[:num_dims])
-  product = _multiply_bfloat16(x.reshape(*tokens, in_dim), kernel.reshape(in_dim, -1))
-  return checkpoint_name(product, PRODUCT_NAME).reshape(*tokens, *outputs)
+  return _multiply_bfloat16(x.reshape(*tokens, in_dim), kernel.reshape(in_dim, -1)).reshape(*tokens, *outputs)
 
 
 @jax.custom_vjp
