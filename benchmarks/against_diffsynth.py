@@ -32,10 +32,10 @@ from benchmarks.timing import Figures, Program, RaceFlags
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.codecs.vae_config import find_autoencoder
+from univid_jax.core.contexts import CONTEXT_NAMES, video_pattern
 from univid_jax.core.dims import pixel_frames
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import AttentionBackend, RematPolicy
-from univid_jax.data.contexts import CONTEXT_NAMES, video_pattern
 from univid_jax.models.variants import DiTConfig
 
 FLAGS = CommandFlags(__doc__)

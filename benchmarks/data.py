@@ -21,9 +21,9 @@ import numpy as np
 from benchmarks.timing import write_json
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
+from univid_jax.core.contexts import PAPER_CONTEXTS
 from univid_jax.core.options import Packing
 from univid_jax.data.cache.entries import Cache
-from univid_jax.data.contexts import PAPER_CONTEXTS
 from univid_jax.data.media.reader import probe, read_parts
 from univid_jax.data.rows.grain_adapter import pack_dataset
 

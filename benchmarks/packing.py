@@ -32,10 +32,10 @@ from benchmarks.timing import write_json
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.config.schema import RowsConfig
+from univid_jax.core.contexts import CONTEXT_NAMES, PAPER_CONTEXTS, video_pattern
 from univid_jax.core.options import AttentionBackend, Packing
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.contexts import CONTEXT_NAMES, PAPER_CONTEXTS, video_pattern
 from univid_jax.data.rows.balancing import BatchLayout, count_pairs
 from univid_jax.data.rows.loader import make_loader
 from univid_jax.data.rows.packing import RowShape, pack

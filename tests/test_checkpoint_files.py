@@ -282,6 +282,12 @@ class TestTextEncoder:
     assert len(embedding) == 512 and np.isfinite(embedding).all() and embedding[: len(reference(text))].any()
     with pytest.raises(UserError, match="has no transformer, only text_encoder: convert a release that includes it"):
       pipe.predict_velocity(np.zeros((1, 4, 4, 16), np.float32), 500.0, embedding)
+    lora = write_safetensors(tmp_path / "lora.safetensors", {
+      "blocks.0.ffn.0.lora_A.weight": np.zeros((2, 8), np.float32),
+      "blocks.0.ffn.0.lora_B.weight": np.zeros((8, 2), np.float32),
+    })  # fmt: skip
+    with pytest.raises(UserError, match="has no transformer, only text_encoder"):
+      univid_jax.load_pipeline(str(tmp_path / "target"), lora=str(lora))
 
   def test_tokenizer_json_is_preferred(self, tmp_path):
     stored = {in_transformers(name): value for name, value in text_encoder().items()}

@@ -374,4 +374,4 @@ def test_missing_flags_are_named_together(capfd, module, arguments, message):
 
 def test_computed_data_need_no_preparation(tmp_path, capfd):
   assert run_here("univid_jax.prepare", *SMALL, f"--workdir={tmp_path}") == 0
-  assert capfd.readouterr().out == "the data are computed while training: there is nothing to prepare\n"
+  assert capfd.readouterr().out == "the data is computed while training: there is nothing to prepare\n"

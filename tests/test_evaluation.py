@@ -14,9 +14,9 @@ from tests.helpers import image_width, random_pipeline
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
+from univid_jax.core.contexts import CONTEXTS
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
-from univid_jax.data.contexts import CONTEXTS
 from univid_jax.data.pictures import GAP, HEADER, sentence_animation, sentence_grid
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.target_kinds import label_colors, normals_to_image

@@ -3,12 +3,13 @@
 import json
 import logging
 import threading
+from unittest import mock
 
 import pytest
 
 from univid_jax.config.boundary import override
 from univid_jax.training.goodput import WRITE_SECONDS, Activity, Goodput
-from univid_jax.training.hooks import SaveCheckpoint
+from univid_jax.training.hooks import MeasureGoodput, SaveCheckpoint
 from univid_jax.training.loop import train
 
 
@@ -101,6 +102,16 @@ def test_steps_are_asynchronous(tmp_path, clock):
 def step_for(goodput, clock, seconds):
   with goodput.measure(Activity.STEPPING):
     clock.sleep(seconds)
+
+
+def test_a_kill_hides_little_however_rarely_a_run_logs(tmp_path, clock):
+  goodput = start(tmp_path, clock)
+  hook = MeasureGoodput(goodput)
+  for _ in range(3):
+    step_for(goodput, clock, WRITE_SECONDS)
+    hook(mock.Mock(summary={}))
+  assert json.loads((tmp_path / "goodput.json").read_text())["seconds"]["stepping"] == 3 * WRITE_SECONDS
+  goodput.close()
 
 
 def test_restarts(tmp_path, clock):

@@ -9,10 +9,10 @@ from PIL import Image
 
 from univid_jax.config.boundary import from_config_dict, override
 from univid_jax.config.presets import get_config, tiny
+from univid_jax.core.contexts import make_sentence, video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import ClipRef, Role, Sentence
-from univid_jax.data.contexts import make_sentence, video_pattern
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import draw

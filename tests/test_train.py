@@ -26,12 +26,13 @@ from univid_jax.checkpoints.run import Checkpointer, RunRecord, read_run
 from univid_jax.checkpoints.run_parts import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.trained import find_step
 from univid_jax.config.boundary import override
+from univid_jax.config.presets import tiny, wan_1_3b
 from univid_jax.config.schema import OptimizerConfig
 from univid_jax.core import lock
 from univid_jax.core.errors import DivergedError, Interrupted, UserError
 from univid_jax.core.lock import Lock
 from univid_jax.core.options import LearningRateSchedule
-from univid_jax.core.packed_row import UNIVID_CONTEXT
+from univid_jax.core.packed_row import UNIVID_CONTEXT, PackedRow
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.rows.packing import RowShape, pack, pack_rows
@@ -39,13 +40,15 @@ from univid_jax.data.sources.open import open_data
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.inference.load import load_pipeline
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.platform.current import Platform
 from univid_jax.runtime.supervisor import StopSignal, Supervisor
 from univid_jax.training import loop, metrics_writer
+from univid_jax.training import step as train_step
 from univid_jax.training.loop import open_loader, restore_or_create_state, train
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.optimizer import make_optimizer, make_schedule
 from univid_jax.training.setup import check_same_data, check_same_run, set_up_run
-from univid_jax.training.state import StateSpec
+from univid_jax.training.state import StateSpec, TrainState
 from univid_jax.training.validation import Validation, select_sentences
 
 
@@ -75,6 +78,49 @@ def test_muon_updates_only_matrices_of_blocks(tiny_config):
   singular = np.linalg.svd(update, compute_uv=False)
   assert singular[1] < 0.05 * singular[0]
   assert np.all(np.asarray(updates["head"]["head"]["kernel"]) < 0)
+
+
+def test_muon_takes_the_epsilon_of_the_config(tiny_config):
+  params = {"head": {"kernel": jnp.ones((4, 4))}}
+  steps = []
+  for eps in (1e-8, 1.0):
+    optimizer = make_optimizer(dataclasses.replace(tiny_config.optimizer, eps=eps, warmup_steps=0), 10)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    steps.append(float(updates["head"]["kernel"][0, 0]))
+  assert abs(steps[1]) < 0.6 * abs(steps[0])
+
+
+def test_dropout_does_not_depend_on_the_noise_levels(tiny_config, monkeypatch):
+  """Nor on the noise: their keys are those of `draw_noise`."""
+  keys = []
+
+  def update(state, frozen, row, noise, levels, dropout):
+    keys.extend((noise, dropout))
+    return state, {}
+
+  monkeypatch.setattr(train_step, "draw_noise", lambda key, row, flow: (key, None))
+  monkeypatch.setattr(train_step, "make_update", lambda *_, **options: update)
+  take_step = train_step._make_step(tiny_config, mock.Mock(spec=StateSpec), optax.sgd(1.0))
+  take_step(mock.Mock(spec=TrainState, step=jnp.int32(3)), {}, mock.Mock(spec=PackedRow))
+  key, dropout = keys
+  used = [jax.random.key_data(each).tolist() for each in (key, *jax.random.split(key), jax.random.fold_in(key, 0))]
+  assert jax.random.key_data(dropout).tolist() not in used
+
+
+def test_new_weights_are_not_the_noise_of_sampling():
+  """Noise is drawn from the key of the seed: validation's from the run's, that of a sample from its own."""
+  model = nnx.jit(lambda: create_model(tiny()))()
+  kernel = np.asarray(model.patch_embedding.kernel[...], np.float64)
+  noise = np.asarray(jax.random.normal(jax.random.key(tiny().seed), kernel.shape), np.float64)
+  assert abs(np.corrcoef(kernel.ravel(), noise.ravel())[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("num_tokens, backend", [(37_504, "cudnn"), (131_040, "xla")])
+def test_the_log_names_the_backend_that_attends(monkeypatch, num_tokens, backend):
+  monkeypatch.setattr(loop, "current_platform", lambda: Platform.GPU)
+  config = override(wan_1_3b(), {"rows.num_tokens": num_tokens})
+  run = mock.Mock(config=config, mesh=make_mesh({}, jax.devices()[:1]), shape=transformer_config(config))
+  assert loop.attention_backend(run) == backend
 
 
 # A small run from the command line.

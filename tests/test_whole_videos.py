@@ -219,10 +219,10 @@ def test_warm_up_compiles_everything(tiny_config, clips, tmp_path, guidance_rang
   pipeline = random_pipeline(config, make_mesh({}, jax.devices()[:1]))
   write_clip(tmp_path / "short.npy", moving_video(9))
   sampling = runner(pipeline)
-  steps = {"num_inference_steps": 4, "guidance_scale": 2.0}
-  steps |= {"guidance_range": guidance_range} if guidance_range else {}
+  steps = {"num_inference_steps": 20, "guidance_scale": 2.0, "guidance_range": guidance_range}
   sampling = dataclasses.replace(sampling, arguments=sampling.arguments | steps)
   requests = [Request(clips, tmp_path / "long.npy"), Request((str(tmp_path / "short.npy"),) * 3, tmp_path / "x.npy")]
+  assert sampling.shorten().arguments["num_inference_steps"] <= 5
   before = set(tmp_path.iterdir())
   assert "programs of 2 results" in sampling.warm_up(requests) and set(tmp_path.iterdir()) == before
   (step,) = pipeline.sampler._steps.values()

@@ -1,4 +1,4 @@
-"""Measures what step caching needs to know of a model, in one sample, and stores it with the checkpoint.
+"""Measures what step caching needs to know about a model, in one sample, and stores it with the checkpoint.
 
   python -m univid_jax.calibrate --checkpoint=DIR [--lora=PATH] --clips=A.mp4,A2.mp4,B.mp4 [--steps=50]
 

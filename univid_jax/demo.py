@@ -20,7 +20,7 @@ from univid_jax.core.errors import UserError
 
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT = FLAGS.strings(
-  "checkpoint", [], "Converted checkpoints or workdirs to choose from, the first at first; default: small and runs/*."
+  "checkpoint", [], "Checkpoints or workdirs to choose from; the first is loaded at start. Default: small and runs/*."
 )
 LORA, ACCELERATE = FLAGS.lora(), FLAGS.accelerate()
 # For every model that is chosen, as `sample` takes them.

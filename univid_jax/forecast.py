@@ -7,7 +7,7 @@ Compiles the program for the devices of this machine, or for a TPU topology that
 libtpu`). Weights need not be here. Exits with 1 if it does not fit.
 
 With --chip it lists combinations of the base's storage, recomputation and mesh that fit, fastest first, each as a
-command. Only if none fits at the config's size it goes on to smaller rows and clips. For TPUs it compiles until three
+command. Only if none fits at the config's size does it try smaller rows and clips. For TPUs it compiles until three
 fit, minutes each; for GPUs too if they are here, and otherwise it estimates.
 """
 

@@ -4,8 +4,8 @@
 
 Every clip that training reads is decoded, and every sentence must fit into a row; a record that cannot be used is an
 error, or is left out with --allow_dropped. With a base, whatever is not cached yet is encoded: latents, prompts, and
-the conditions of I2V models. `train` encodes too; run this first to find problems before an accelerator waits, or to
-encode with several processes. --quick only looks at the headers of files. --pack packs what is cached into shards: a
+the conditions of I2V models. `train` encodes too; run this first to find problems before you occupy an accelerator, or
+to encode with several processes. --quick only looks at the headers of files. --pack packs what is cached into shards: a
 few large files instead of one per clip.
 """
 
@@ -29,7 +29,7 @@ ALLOW_DROPPED = FLAGS.switch("allow_dropped", False, "Leave out rows that cannot
 QUICK = FLAGS.switch("quick", False, "Only look at the headers of files: decode and encode nothing.")
 VERIFICATION = FLAGS.verification(of_runs=False)
 PREVIEW = FLAGS.integer("preview", 0, "Only draw this many sentences, to WORKDIR/preview.png.", lower_bound=0)
-PACK = FLAGS.switch("pack", False, "Then pack the caches into shards, which are read before single files.")
+PACK = FLAGS.switch("pack", False, "Pack the caches into shards afterwards, which are read before single files.")
 REMOVE_FILES = FLAGS.switch("remove_files", False, "With --pack: remove each file that can be read back from a shard.")
 
 
@@ -100,7 +100,7 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
   num_encoded = sum_over_processes(done.num_encoded)
   if features.caches is None:
     if not done.num_clips and not num_dropped:
-      return ["the data are computed while training: there is nothing to prepare"]
+      return ["the data is computed while training: there is nothing to prepare"]
     return [f"{done.num_clips} clips can be read, {num_dropped} records dropped; they are encoded while training"]
   line = f"{done.num_clips} clips are ready ({num_encoded} encoded now), {num_dropped} records dropped"
   return [line, *map(str, packed)]

@@ -38,7 +38,7 @@ from univid_jax.models.umt5 import UMT5Config, UMT5Encoder
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.sharding import parameter_shardings
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # The config and the module of each component.
 COMPONENTS: Mapping[str, tuple[type, type]] = {
@@ -219,7 +219,7 @@ class PretrainedCheckpoint:
     info = self.component(component)
     open_stored = functools.partial(self.open_arrays, component)
     params, errors = read_layerwise(open_stored, abstract, stored=Quantize(info.quantize))
-    logger.info("%s: %s", component, describe_errors(method, errors or info.quantize_errors))
+    log.info("%s: %s", component, describe_errors(method, errors or info.quantize_errors))
     return params
 
   def open_arrays(self, component: str, paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:
@@ -245,7 +245,7 @@ class PretrainedCheckpoint:
     """Says what is unusual about weights that are about to be used."""
     if nonfinite := self.component(component).nonfinite:
       first = min(nonfinite)
-      logger.warning(
+      log.warning(
         "%s: %s numbers of the %s are NaN or infinite, the first in %s: its outputs will not be finite",
         self.folder,
         f"{sum(nonfinite.values()):,}",
@@ -253,7 +253,7 @@ class PretrainedCheckpoint:
         first,
       )
     if component == "transformer" and self.info.expert:
-      logger.warning(
+      log.warning(
         "%s is one expert of Wan2.2 A14B (%s): it was trained on a part of the noise levels",
         self.folder,
         self.info.expert,

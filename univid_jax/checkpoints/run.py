@@ -162,10 +162,6 @@ class Checkpointer:
     """The step of the newest finished checkpoint."""
     return max(self._saved.steps, default=None)
 
-  @property
-  def steps(self) -> list[int]:
-    return self._saved.steps
-
   def val_loss(self, step: int) -> float | None:
     """Returns the validation loss of a saved step; None if it was not measured."""
     return self._saved.val_loss(step)

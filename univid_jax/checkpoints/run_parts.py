@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,12 +17,12 @@ from univid_jax.codecs.tiling import Tiling
 from univid_jax.codecs.vae_config import find_autoencoder
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import ModelConfig, RunConfig
+from univid_jax.core.contexts import CONTEXTS, video_pattern
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, TrainedExpert
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import CodecShape, Encoders
-from univid_jax.data.contexts import CONTEXTS, video_pattern
 from univid_jax.diffusion.flow import REFERENCE_TOKENS, FlowMatching
 from univid_jax.models.dit import DiT
 from univid_jax.models.in_context import look_back
@@ -304,17 +303,17 @@ def create_model(config: RunConfig, *, adapters: bool = True) -> DiT:
     config: of the run.
     adapters: whether to attach the config's LoRA.
   """
-  options, base = config.model, open_base(config)
+  options, base, rngs = config.model, open_base(config), nnx.Rngs(config.seed)
   model = DiT(
     _transformer_config(config, base),
     dtype=jnp.dtype(options.dtype),
     param_dtype=jnp.dtype(options.param_dtype),
     remat=options.remat,
     attention_backend=options.attention_backend,
-    rngs=nnx.Rngs(config.seed),
+    rngs=rngs,
   )
   if options.look_back:
-    look_back(model, options.look_back, rng=jax.random.key(config.seed))
+    look_back(model, options.look_back, rng=rngs.params())
   quantize_linears(model.blocks, _base_quantization(split_config(config)[0], base))
   if adapters and config.lora.enabled:
     attach(model, config.lora, rngs=nnx.Rngs(config.seed + 1))

@@ -113,7 +113,7 @@ def _prepare_streams() -> None:
 
 
 def _end(error: BaseException, supervisor: Supervisor, argv: Sequence[str], workdir: str | None) -> int:
-  """Reports an error or an interruption, in one line, and parts from the other processes; returns the exit code."""
+  """Reports an error or an interruption, in one line, and leaves the other processes; returns the exit code."""
   if isinstance(error, KeyboardInterrupt):
     line, code = str(error) or "interrupted", error.exit_code if isinstance(error, Interrupted) else 130
     print(line, file=sys.stderr)

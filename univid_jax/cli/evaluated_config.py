@@ -6,7 +6,7 @@ from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
 
 # Sections that an evaluation depends on.
-_SECTIONS = ("data", "eval", "flow")
+_SECTIONS = ("data", "eval")
 _NAMED = 4
 
 

@@ -47,9 +47,9 @@ class Viewer:
   video: gr.Video
 
   @classmethod
-  def create(cls, label: str, *, style: str, height: int | None = None, placeholder: bool = True) -> "Viewer":
+  def create(cls, label: str, *, style: str, height: int | None = None) -> "Viewer":
     options: dict[str, Any] = {"label": label, "height": height, "elem_classes": style, "interactive": False}
-    image = gr.Image(visible=placeholder, buttons=["fullscreen"], **options)
+    image = gr.Image(visible=True, buttons=["fullscreen"], **options)
     return cls(image, gr.Video(visible=False, autoplay=True, loop=True, buttons=[], **options))
 
   @property

@@ -231,19 +231,23 @@ class RequestRunner:
     return dataclasses.replace(self, arguments=arguments, grid=False, copy_audio=False, is_warm_up=True)
 
   def _fewest_steps(self) -> int | None:
-    """Returns the least number of steps that uses every expert; the given number if it is fixed or steps differ."""
+    """Returns the least number of steps with all kinds of steps; the given number if it is fixed or steps are cached.
+
+    Kinds differ in the expert, in guidance, and in whether a step is the first, which takes arrays from elsewhere.
+    """
     names = ("num_inference_steps", "guidance_scale", "shift", "solver", "sigmas", "guidance_range", "step_cache")
     options = {name: self.arguments[name] for name in names if name in self.arguments}
     given = options.get("num_inference_steps")
     if given is None or options.get("solver") == SolverName.DISTILLED or options.get("step_cache") is not None:
       return given
-    experts = self.pipeline.experts
-    for count in range(2, given):  # the first step takes arrays from elsewhere, which is a program of its own
+
+    def kinds(count: int) -> set[tuple[int, bool, bool]]:
       plan = self.pipeline.plan(**{**options, "num_inference_steps": count})
-      used = {experts.find(float(sigma)) for sigma in plan.sigmas}
-      if len(used) == len(experts.transformers) and len(set(plan.guided_steps())) == 1 + ("guidance_range" in options):
-        return count
-    return given
+      experts = (self.pipeline.experts.find(float(sigma)) for sigma in plan.sigmas)
+      return {(expert, bool(guided), i == 0) for i, (expert, guided) in enumerate(zip(experts, plan.guided_steps()))}
+
+    wanted = kinds(given)
+    return next((count for count in range(1, given) if kinds(count) == wanted), given)
 
   def profile(self, request: Request, steps: int) -> str:
     """Writes a JAX profiler trace of sampling to OUT's folder; returns a line that says where.

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from univid_jax import Pipeline
 from univid_jax.checkpoints.usage import Usage
+from univid_jax.core.contexts import CONTEXTS, video_pattern
 from univid_jax.core.options import ClipFit, ModelType
 from univid_jax.data.clips import ContextClip
-from univid_jax.data.contexts import CONTEXTS, video_pattern
 from univid_jax.data.media.reader import probe
 
 _FITS = {ClipFit.CROP: "cropped", ClipFit.PAD: "padded with black"}

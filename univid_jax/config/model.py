@@ -26,7 +26,8 @@ class ModelConfig(Section):
   """The transformer.
 
   Attributes:
-    expert: which expert of Wan2.2 A14B is trained, on its own noise levels; "only" for other bases.
+    expert: which experts of Wan2.2 A14B are trained, each on its own noise levels: high, low or both; only for other
+      bases.
     variant: name of a published model, which a base has to be; "" takes any base, or the numbers below without one.
     dim, ffn_dim, num_heads, num_layers, freq_dim, text_dim: shape of a model that is trained from scratch.
     rope_theta, rope_scale: base and scale of its rotary frequencies. A base, or `variant`, has its own shape and

@@ -94,6 +94,7 @@ class OptimizerConfig(Section):
   Attributes:
     learning_rate: peak; of Muon's matrices with `muon`.
     adam_learning_rate: peak for all other parameters with `muon`.
+    weight_decay: of all parameters with `adamw`, of Muon's matrices alone with `muon`.
     clip_norm: global norm that gradients are clipped to; 0 does not clip.
     decay_fraction: share of the steps over which `linear` decays.
     on_bad_step: what happens if the loss or the gradient is not finite.

@@ -34,7 +34,7 @@ NUM_THREADS = 4
 # Block size of a file system; a block belongs to one file.
 BLOCK_BYTES = 4096
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _write_component(folder: epath.Path, plan: ComponentPlan, bar: tqdm) -> Comp
     for _ in pool.map(write_layer, *zip(*layers)):  # raises the first error
       pass
   if plan.quantize != Quantize.NONE:
-    logger.info("%s: %s", source.component, describe_errors(plan.quantize, errors.by_layer))
+    log.info("%s: %s", source.component, describe_errors(plan.quantize, errors.by_layer))
   counts = collections.Counter(dtypes[fill.path] for fill in plan.fills for name in fill.names if name in digests)
   return ComponentInfo(
     config=dataclasses.asdict(source.config),

@@ -40,7 +40,7 @@ Found = CheckpointInfo | list[LoRAWeights] | RunRecord | Release
 JAX = "jax"
 OWN_FORMAT = "this project's format"
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def find_weights(source: str) -> Found:
@@ -99,7 +99,7 @@ def convert_any(
   if destination in BUILT_IN:
     raise UserError(f"{destination} is the name of a base in the package: write to ./{destination} or another path")
   found = find_weights(source)
-  logger.info(_describe(source, found))
+  log.info(_describe(source, found))
   method = parse_option(Quantize, "quantize", quantize) if quantize else Quantize.NONE
   if method != Quantize.NONE and (to != JAX or not isinstance(found, Release)):
     raise UserError(f"--quantize={method} is for the conversion of PyTorch weights to a checkpoint of this project")
@@ -183,7 +183,7 @@ def verify(source: str, destination: str, *, allow_missing: Sequence[str] = ()) 
   """
   release = find_release(require_local(source))
   if not is_checkpoint(destination):
-    logger.info(convert_any(source, destination, allow_missing=allow_missing))
+    log.info(convert_any(source, destination, allow_missing=allow_missing))
   return verify_release(release, destination, allow_missing=allow_missing)
 
 

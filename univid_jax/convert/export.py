@@ -35,7 +35,7 @@ SHARD_BYTES = 5 << 30
 # For JSON files and the headers of weights.
 SPARE_BYTES = 1 << 20
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def export_checkpoint(
       names = {name: files.rename(component, name) for name in original.infos}
       tensors[component] = LazyTensors(original.rename(names), dtype)
     else:
-      logger.warning("%s is left out: the checkpoint has only the parts of it that Wan uses", component)
+      log.warning("%s is left out: the checkpoint has only the parts of it that Wan uses", component)
   tokenizer = sorted(checkpoint.tokenizer_path().parent.iterdir()) if checkpoint.info.tokenizer else []
   needed = sum(part.nbytes for part in tensors.values()) + sum(path.stat().length for path in tokenizer) + SPARE_BYTES
   with atomic_folder(destination, needed=needed, force=force) as folder, verified(checkpoint.folder):

@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError, FloatingPointError):
-  """The loss or the gradient is not finite."""
+  """The loss or the gradient is not finite, or too many steps in a row were skipped."""
 
 
 class Interrupted(KeyboardInterrupt):

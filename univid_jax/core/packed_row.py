@@ -86,8 +86,8 @@ class PackedRow:
     text_intervals: [start, end) of the text tokens that a token attends to; None if the row is one sentence.
     modulation_ids: index of each token into the row's table of timesteps, which has two entries per sentence:
       2 * (segment - 1) + role. None if one timestep applies to the whole row.
-    condition: I2V's mask and first-frame latents, in patches like the tokens; None for T2V.
-    image_features: I2V's CLIP features of each sentence's first frame, concatenated; None for T2V.
+    condition: I2V's mask and first-frame latents, in patches like the tokens; None for models without.
+    image_features: I2V's CLIP features of each sentence's first frame, concatenated; None for models without.
     image_intervals: [start, end) of the image features that a token attends to; None if the row is one sentence.
     task_ids: the task of each sentence slot, from 1 in the loader's list of tasks; 0 for empty slots.
     context_ids: the context of each sentence slot, likewise.

@@ -9,12 +9,12 @@ from jaxtyping import Float, UInt8
 
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.conditions import i2v_condition
+from univid_jax.core.contexts import CONTEXT_NAMES
 from univid_jax.core.paths import to_path
 from univid_jax.core.pixels import to_float
 from univid_jax.core.protocols import Encoders, TransformerShape
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames
 from univid_jax.data.cache.entries import Cache
-from univid_jax.data.contexts import CONTEXT_NAMES
 from univid_jax.data.rows.tokens import Features, sentence_features
 
 # Subfolders, in the order of `FeatureCaches`.

@@ -81,13 +81,13 @@ def prepare(
   sentences, caches, encoders = _Sentences(data, held_out), features.caches, features.encoders
   fill = functools.partial(_fill, sentences, verify=verify)
   if caches is None:
-    num_clips, _ = fill(None, _readings(sentences), description="clips")
+    num_clips = fill(None, _readings(sentences), description="clips")
     num_clips += _check_folders(data, sentences)
   else:
     fill(caches.prompts, _prompts(features, sentences), description="prompts")
     encoders.release()
     encoder = _ClipEncoder(features, sentences)
-    num_clips, _ = fill(caches.latents, _clips(encoder, sentences), description="clips")
+    num_clips = fill(caches.latents, _clips(encoder, sentences), description="clips")
     num_encoded = encoder.num_encoded
     if features.shape.takes_condition:
       fill(caches.latents, _conditions(features, sentences), description="conditions")
@@ -208,14 +208,8 @@ def _is_computed_at_once(source: SentenceSource) -> bool:
   return isinstance(source, ComputedSentences) or (isinstance(source, GridSentences) and not source.by_reference)
 
 
-def _fill(
-  sentences: _Sentences, cache: Cache | None, items: Iterable[Item], *, verify: bool, description: str
-) -> tuple[int, int]:
-  """Computes the items that are missing and fall to this process.
-
-  Returns:
-    The numbers of different items, and of those that were computed.
-  """
+def _fill(sentences: _Sentences, cache: Cache | None, items: Iterable[Item], *, verify: bool, description: str) -> int:
+  """Computes the items that are missing and fall to this process; returns the number of different items."""
   seen: set[str] = set()
   computed = 0
   with Progress(description, len(sentences), unit=description, step="sentences") as progress:
@@ -239,7 +233,7 @@ def _fill(
           raise
         except (OSError, UserError) as error:
           sentences.drop(error)
-  return len(seen), computed
+  return len(seen)
 
 
 def _is_cached(cache: Cache | None, key: str, *, verify: bool) -> bool:
@@ -298,8 +292,7 @@ def _check_folders(data: DataSources, sentences: _Sentences) -> int:
         num_intact += len(folder)
         for dropped in folder.find_damaged():
           num_intact -= 1
-          sentences.current = dropped.record
-          sentences.drop(UserError(dropped.reason))
+          sentences.drop(UserError(dropped.reason), record=dropped.record)
   return num_intact
 
 

@@ -38,7 +38,7 @@ from univid_jax.evaluation.sentences import PlannedSentence, plan_other_pairs, p
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.runtime.processes import wait_for_processes
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 NOTHING_HELD_OUT = (
   "there is nothing to evaluate on: config.eval.sentences_per_case is 0, or no data is held out (config.data.held_out)"
@@ -60,7 +60,7 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
   data = open_data(config)
   sentences = plan_sentences(config, data.held_out)
   if not sentences:
-    logger.warning(NOTHING_HELD_OUT)
+    log.warning(NOTHING_HELD_OUT)
     return None
   variants = make_variants(config.eval, plan_other_pairs(config, sentences))
   variants = [variant for variant in variants if variant.name in (PREDICTION, SWAPPED)]
@@ -119,7 +119,7 @@ def evaluate(
   sentences = plan_sentences(config, data.held_out)
   if not sentences:
     raise UserError(NOTHING_HELD_OUT)
-  logger.info("%s", _announce(config, sentences))
+  log.info("%s", _announce(config, sentences))
   scorer = Scorer(config)  # a wrong palette is reported before hours of sampling
   kind = accelerated and accelerated.distillation
   samples = open_samples_folder(folder, config, sentences, origin, distillation=kind, write=jax.process_index() == 0)
@@ -148,7 +148,7 @@ def evaluate(
 
 
 def _announce(config: RunConfig, sentences: Sequence[PlannedSentence]) -> str:
-  """Says how much is sampled, and how less is."""
+  """Says how much will be sampled, and how to sample less."""
   num_cases = len({sentence.case for sentence in sentences})
   return (
     f"evaluating {len(sentences):,} sentences, at most {config.eval.sentences_per_case:,} of each of {num_cases:,} "

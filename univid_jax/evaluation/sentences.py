@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from univid_jax.config.schema import DataConfig, RunConfig
+from univid_jax.core.contexts import CONTEXTS, possible_counts
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import ClipRef, Sentence
-from univid_jax.data.contexts import CONTEXTS, possible_counts
 from univid_jax.data.held_out import read_usable
 from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.computed import ComputedSentences, open_computed

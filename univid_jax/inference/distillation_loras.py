@@ -16,7 +16,7 @@ from univid_jax.inference.experts import OffloadedParams, Transformer
 from univid_jax.inference.lora_specs import RequestedLoRA, read_loras, select_loras
 from univid_jax.inference.pipeline import Pipeline
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # How much of the path of a file is searched for its kind: the release's folder often says more than the file.
 _DEPTH = 3
@@ -69,7 +69,7 @@ def read_distillation(items: str | Sequence[str] | DistillationLoRAs, *, verify:
   if len(names) != 1:
     raise UserError(f"the files of a distillation must be of one kind, got {', '.join(names) or 'no file'}")
   kind = kinds[0]
-  logger.info(
+  log.info(
     "distillation %s: solver %s, %d steps, shift %g, guidance scale %g",
     kind.name,
     kind.solver,

@@ -22,6 +22,7 @@ from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, Quantize, parse_option
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.diffusion.distillations import Distillation
@@ -137,8 +138,11 @@ def _open_base(
   default = "bfloat16" if base.info.codec is None else "float32"  # what this project trains from scratch is small
   dtype = jnp.dtype(options.dtype or default)
   encoders = base_encoders(base, mesh, dtype=dtype)
-  if isinstance(encoders, PretrainedEncoders) and not base.transformers and not loras:
-    return PartialPipeline(encoders, mesh=mesh, reason=base.explain_missing("transformer"))
+  if not base.transformers:
+    reason = base.explain_missing("transformer")
+    if isinstance(encoders, PretrainedEncoders) and not loras:
+      return PartialPipeline(encoders, mesh=mesh, reason=reason)
+    raise UserError(reason)
   usage, transformers = _load_base(base, loras, options, dtype=dtype)
   return Pipeline(
     base.config("transformer"),

@@ -134,7 +134,7 @@ class VideoSample:
     length = self._shape[0]
     if length == 1:
       raise UserError("windows need several frames: give num_frames, 4n + 1, at least 5")
-    overlap = 0 if carry_context else min((length - 1) // 2, length - 2)
+    overlap = 0 if carry_context else (length - 1) // 2
     self._windows = Windows.spread(query.num_frames, length=length, temporal_stride=stride, overlap=overlap)
     if carry_context:  # windows follow each other without overlap; the last one goes on after the end
       count = math.ceil((self._windows.total - 1) / (length - 1))

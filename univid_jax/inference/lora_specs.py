@@ -18,7 +18,7 @@ from univid_jax.core.paths import to_path
 LoRASpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 LoRASpecs = LoRASpec | Sequence[LoRASpec]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _read(path: str, *, verify: bool) -> list[LoRAWeights]:
   loras = read_run_loras(path, verify=verify) if is_run else [read_lora(path, verify=verify)]
   for lora in loras:
     for note in lora.notes:
-      logger.warning("%s: %s", path, note)
+      log.warning("%s: %s", path, note)
   return loras
 
 
@@ -122,7 +122,7 @@ def select_loras(loras: Sequence[RequestedLoRA], experts: Sequence[Expert | None
     for index in places:
       selected[index].append(lora)
       if len(experts) > 1:
-        logger.info("%s: for the %s-noise expert", lora.weights.source, experts[index])
+        log.info("%s: for the %s-noise expert", lora.weights.source, experts[index])
   return selected
 
 
@@ -163,5 +163,5 @@ def lora_usage(
     usages = [(source, dataclasses.replace(usage, **chosen)) for source, usage in usages]
   usage, differences = merge_usages(usages)
   for note in (*filter(None, notes), *differences):
-    logger.warning("%s", note)
+    log.warning("%s", note)
   return usage

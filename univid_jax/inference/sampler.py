@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import Solver, Tokens
-from univid_jax.data.rows.packing import bucket_size, select_target_tokens, target_indices
+from univid_jax.data.rows.packing import bucket_size, select_target_tokens, take_rows, target_indices
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from univid_jax.diffusion.guidance import Branch, guide
 from univid_jax.inference.experts import Experts
@@ -109,7 +109,7 @@ class Sampler:
     solved = []
     with jax.set_mesh(self._mesh):
       for start in range(0, len(noise), batch):
-        part = jax.tree.map(lambda x, start=start: _take_rows(x, start, batch), (row, negative, noise))
+        part = jax.tree.map(lambda x, start=start: take_rows(x, start, batch), (row, negative, noise))
         if batch % shards == 0:
           part = shard_batch(part, self._mesh)
         part_row, part_negative, part_noise = part
@@ -215,9 +215,3 @@ def _scatter_noise(packed: PackedJobs) -> Float[np.ndarray, "b l p"]:
   for tokens, (index, segment) in zip(packed.noises, packed.places, strict=True):
     noise[index, (row.segment_ids[index] == segment) & row.target_mask[index]] = tokens
   return noise
-
-
-def _take_rows(x: np.ndarray, start: int, length: int) -> np.ndarray:
-  """Takes rows from `start` on, padded to `length` with zeros."""
-  x = x[start : start + length]
-  return np.pad(x, [(0, length - len(x))] + [(0, 0)] * (x.ndim - 1))

@@ -60,14 +60,13 @@ class Linear(nnx.Module):
     dims: Sequence[str | None],
     use_bias: bool = True,
     kernel_init: Initializer = xavier,
-    bias_init: Initializer = zeros,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.dtype = dtype
     self.kernel = param(rngs, kernel_init, (in_dim, out_dim), param_dtype, dims)
-    self.bias = param(rngs, bias_init, (out_dim,), param_dtype, dims[1:]) if use_bias else None
+    self.bias = param(rngs, zeros, (out_dim,), param_dtype, dims[1:]) if use_bias else None
     self.lora = nnx.data(None)
 
   def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
@@ -116,17 +115,10 @@ class RMSNorm(nnx.Module):
   """x / rms(x) times a scale, over the channels, in float32."""
 
   def __init__(
-    self,
-    dim: int,
-    *,
-    dims: Sequence[str | None] = (None,),
-    eps: float = 1e-6,
-    scale_init: Initializer = ones,
-    param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
+    self, dim: int, *, dims: Sequence[str | None] = (None,), eps: float = 1e-6, param_dtype=jnp.float32, rngs: nnx.Rngs
   ):
     self.eps = eps
-    self.scale = param(rngs, scale_init, (dim,), param_dtype, dims)
+    self.scale = param(rngs, ones, (dim,), param_dtype, dims)
 
   @jax.named_scope("norm")
   def __call__(self, x: Float[Array, "..."], *, num_dims: int = 1) -> Float[Array, "..."]:

@@ -28,19 +28,14 @@ def rotary_frequencies(head_dim: int, *, theta: float, scale: float) -> tuple[np
 
 
 def rotary_tables(
-  positions: Int[Array | np.ndarray, "b l 3"],
-  head_dim: int,
-  *,
-  theta: float = 10000.0,
-  scale: float = 1.0,
-  max_position: int = MAX_POSITION,
+  positions: Int[Array | np.ndarray, "b l 3"], head_dim: int, *, theta: float = 10000.0, scale: float = 1.0
 ) -> RotaryTables:
   """Returns the factors of `rotate`, float32: of each channel its cosine, and of its neighbour the signed sine.
 
-  Looked up in tables of max_position entries that are computed in float64 on the host, as in the original.
+  Looked up in tables of MAX_POSITION entries that are computed in float64 on the host, as in the original.
   """
   frequencies = rotary_frequencies(head_dim, theta=theta, scale=scale)
-  angles = [np.arange(max_position)[:, None] * np.repeat(f, 2) for f in frequencies]
+  angles = [np.arange(MAX_POSITION)[:, None] * np.repeat(f, 2) for f in frequencies]
 
   def look_up(tables: Iterable[np.ndarray]) -> Array:
     parts = [jnp.asarray(table, jnp.float32)[positions[..., axis]] for axis, table in enumerate(tables)]

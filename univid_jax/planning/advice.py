@@ -2,7 +2,7 @@
 
 `advise` orders combinations by estimated speed (`planning.estimates`), drops those that certainly do not fit, and has
 the compiler decide about the others until a few fit. Of a GPU that is not here the estimate decides, with margins. Only
-if nothing fits at all it looks at smaller rows and clips.
+if nothing fits at all does it look at smaller rows and clips.
 """
 
 import dataclasses

@@ -257,7 +257,7 @@ class MeasureGoodput:
   def __call__(self, event: StepEvent) -> None:
     if event.summary:
       event.summary["goodput"] = round(self._goodput.share, 4)
-      self._goodput.keep()
+    self._goodput.keep()
 
 
 class WriteMetrics:

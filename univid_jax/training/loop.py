@@ -31,6 +31,7 @@ from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.attention.api import best_backend
+from univid_jax.models.attention.sharded import rows_per_device
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.sharding import own_rows, row_owners, rows_by_owner, shard_own_rows
 from univid_jax.platform.current import current_platform
@@ -38,6 +39,7 @@ from univid_jax.runtime.processes import gather_arrays
 from univid_jax.runtime.supervisor import Supervisor, supervise
 from univid_jax.training.goodput import Activity, Goodput
 from univid_jax.training.hooks import (
+  PROFILE_AFTER,
   Hook,
   MeasureGoodput,
   Profile,
@@ -97,7 +99,8 @@ def train(
 
   Raises:
     UserError: the config is invalid for a run, or the workdir belongs to another config or is in use.
-    DivergedError: the loss is not finite; the last checkpoint is from before.
+    DivergedError: the loss or the gradient is not finite, or too many steps in a row were skipped; the last checkpoint
+      is from before.
     Interrupted: SIGTERM or Ctrl-C arrived, and the state is saved; or another process of the run has ended.
     OSError: a file could not be read or a checkpoint not written.
   """
@@ -199,6 +202,8 @@ def make_hooks(
     hooks.append(WriteMetrics(writer))
   hooks += [SaveCheckpoint(checkpointer, loader, goodput), ReportGoodput(goodput), StopOnSignal(run.config.num_steps)]
   if profile_steps:
+    if start + PROFILE_AFTER >= run.config.num_steps:
+      log.warning("no profile: it leaves out the first %d steps, and no more are left", PROFILE_AFTER)
     hooks.insert(0, Profile(run.workdir, first_step=start, num_steps=profile_steps))
   return hooks
 
@@ -256,12 +261,19 @@ def compile_train_step(run: Run) -> TrainStep:
   step_fn = make_train_step(config, run.spec, run.optimizers, mesh)
   compiled, memory = compile_step(step_fn, run.spec, abstract_batch(config, run.shape, mesh), mesh)
   log.info(memory if memory.fits else f"{memory}: that is more than there is; {ADVICE}")
-  backend = config.model.attention_backend
-  if backend == AttentionBackend.AUTO:
-    with jax.set_mesh(mesh):
-      backend = best_backend(current_platform(), jnp.dtype(config.model.dtype), run.shape.head_dim)
-  log.info("attention: %s, %s", backend, str(config.model.attention).replace("_", "-"))
+  log.info("attention: %s, %s", attention_backend(run), str(config.model.attention).replace("_", "-"))
   return compiled
+
+
+def attention_backend(run: Run) -> AttentionBackend:
+  """Returns what computes the self-attention of a run's batches."""
+  config = run.config
+  if config.model.attention_backend != AttentionBackend.AUTO:
+    return config.model.attention_backend
+  with jax.set_mesh(run.mesh):
+    num_rows = rows_per_device(config.rows.batch_size(row_shards(run.mesh)) // config.rows.microbatches)
+    mask_size = num_rows * config.rows.num_tokens**2
+    return best_backend(current_platform(), jnp.dtype(config.model.dtype), run.shape.head_dim, mask_size=mask_size)
 
 
 def finish_run(run: Run, state: TrainState) -> Callable[[], Pipeline]:

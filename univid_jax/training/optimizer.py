@@ -42,6 +42,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
   else:
     update = contrib.muon(
       scale(config.learning_rate),
+      eps=config.eps,
       weight_decay=config.weight_decay,
       adam_b1=config.b1,
       adam_b2=config.b2,

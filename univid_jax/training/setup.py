@@ -141,7 +141,7 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
   Args:
     config: of the run.
     workdir: a folder or a bucket.
-    verify_weights: compares every file of the base with its checksum while the data are opened.
+    verify_weights: compares every file of the base with its checksum while the data is opened.
 
   Raises:
     DamagedError: a file of the base differs from its checksum.

@@ -63,7 +63,7 @@ def _make_step(config: RunConfig, spec: StateSpec, optimizer: optax.GradientTran
   def train_step(state: TrainState, frozen: Params, row: PackedRow) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     noise, levels = draw_noise(key, row, flow)
-    return update(state, frozen, row, noise, levels, jax.random.fold_in(key, 1))
+    return update(state, frozen, row, noise, levels, jax.random.fold_in(key, 2))  # 0 and 1 are those of `draw_noise`
 
   return train_step
 

@@ -14,16 +14,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univid_jax.checkpoints.run_parts import context_mode, split_config, validated_sigmas
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.contexts import CONTEXT_NAMES
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Sentence, read_frames
-from univid_jax.data.contexts import CONTEXT_NAMES
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.held_out import read_usable
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import COLUMNS, concatenate_clips, sentence_grid
-from univid_jax.data.rows.packing import RowShape, pack_rows
+from univid_jax.data.rows.packing import RowShape, pack_rows, take_rows
 from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.open import DataSources
 from univid_jax.diffusion.loss import sentence_losses
@@ -68,7 +68,7 @@ class Validation:
     noise = np.asarray(jax.random.normal(jax.random.key(config.seed), rows.tokens.shape))
     size = config.rows.batch_size(row_shards(mesh))
     self._batches = [
-      shard_batch(jax.tree.map(lambda x, start=start: _take_batch(x, start, size), (rows, noise)), mesh)
+      shard_batch(jax.tree.map(lambda x, start=start: take_rows(x, start, size), (rows, noise)), mesh)
       for start in range(0, len(noise), size)
     ]
 
@@ -181,9 +181,3 @@ def write_previews(
         write_clip(path, concatenate_clips(row), fps=PREVIEW_FPS)
   with atomic_write(folder / f"step_{step:06d}.png") as path:
     sentence_grid(path, rows, columns=COLUMNS)
-
-
-def _take_batch(x: np.ndarray, start: int, size: int) -> np.ndarray:
-  """Takes the rows of a batch, padded with empty rows."""
-  x = x[start : start + size]
-  return np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))

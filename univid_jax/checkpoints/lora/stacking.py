@@ -24,7 +24,7 @@ Path = tuple[str, ...]
 Shapes = Mapping[Path, tuple[int, ...]]
 Parts = Mapping[str, np.ndarray]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # Names of the published models by width, for error messages.
 _MODEL_NAMES = {1536: "1.3B", 5120: "14B"}
@@ -202,9 +202,7 @@ def match_base(
       + ("" if skip_unmatched else "; --lora_skip_unmatched (lora_skip_unmatched=True) leaves them out")
     )
   if unmatched:
-    logger.warning(
-      "%s: left out %d tensors without a counterpart: %s", lora.source, len(unmatched), list_names(unmatched)
-    )
+    log.warning("%s: left out %d tensors without a counterpart: %s", lora.source, len(unmatched), list_names(unmatched))
   found = lora.select(name for name in lora.changes if name not in absent)
   for name, change in found.changes.items():
     _check_shape(lora, name, change, targets[name], config)

@@ -161,6 +161,12 @@ def pack_rows(sentences: Sequence[Features], shape: RowShape) -> tuple[PackedRow
   return join_rows([pack([sentences[i] for i in row], shape) for row in rows]), places_of(rows)
 
 
+def take_rows(x: np.ndarray, start: int, length: int) -> np.ndarray:
+  """Takes rows from `start` on, padded to `length` rows with zeros."""
+  x = x[start : start + length]
+  return np.pad(x, [(0, length - len(x))] + [(0, 0)] * (x.ndim - 1))
+
+
 def assign_rows(sentences: Sequence[Features], shape: RowShape) -> list[list[int]]:
   """Assigns sentences to rows, first-fit decreasing; a sentence that fits into no row gets its own."""
   rows: list[list[int]] = []

@@ -10,10 +10,10 @@ import numpy as np
 from typing_extensions import Protocol, runtime_checkable
 
 from univid_jax.config.schema import DataConfig
+from univid_jax.core.contexts import video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.protocols import SentenceSource
-from univid_jax.data.contexts import video_pattern
 
 T = TypeVar("T")
 GroupT = TypeVar("GroupT")

@@ -8,11 +8,11 @@ import numpy as np
 
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.bucket_files import copy_to_local
+from univid_jax.core.contexts import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, limit_clips, make_sentence, video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames, reference_roles
 from univid_jax.data.clips import identify_all
-from univid_jax.data.contexts import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, limit_clips, make_sentence, video_pattern
 from univid_jax.data.media.reader import Frames
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import draw, sort_weights

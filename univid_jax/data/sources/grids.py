@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.contexts import limit_clips, possible_counts, video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.contexts import limit_clips, possible_counts, video_pattern
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import draw, sort_weights
 from univid_jax.data.tasks.grids import GRID_FAMILIES

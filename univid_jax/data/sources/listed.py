@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from univid_jax.core.contexts import video_pattern
 from univid_jax.core.sentence import Role, Sentence
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
-from univid_jax.data.contexts import video_pattern
 from univid_jax.data.joint_reading import make_clips
 from univid_jax.data.sources.base import DrawOptions, draw, group_indices, hold_out
 

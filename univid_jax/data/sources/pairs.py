@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from univid_jax.core.contexts import CONTEXTS, limit_clips, make_sentence, video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
-from univid_jax.data.contexts import CONTEXTS, limit_clips, make_sentence, video_pattern
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import DrawOptions, Dropped, draw, group_indices, hold_out, printable
 
