@@ -123,6 +123,33 @@ def test_the_log_names_the_backend_that_attends(monkeypatch, num_tokens, backend
   assert loop.attention_backend(run) == backend
 
 
+def test_a_whole_model_in_bfloat16(tiny_config, tmp_path):
+  """With an average, which small steps move, in two parts, with the weights of `look_back`; samples are as loaded."""
+  changes = {"model.param_dtype": "bfloat16", "ema_decay": 0.999, "rows.per_batch": 16, "rows.microbatches": 2}
+  config = override(tiny_config, {**changes, "num_steps": 3, "validation.every_steps": 0})
+  result = train(config, str(tmp_path))
+  state = read_state(tmp_path)
+  moved = jax.tree.leaves(jax.tree.map(lambda x, like: jnp.any(x != like), state.ema, state.params))
+  assert {x.dtype for x in jax.tree.leaves(state.ema)} == {jnp.dtype(jnp.float32)} and any(moved)
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+  trained, loaded = result.pipeline, load_pipeline(str(tmp_path))
+  clips = [np.zeros((1, *config.data.sizes[0], 3), np.uint8)] * 3
+  assert np.array_equal(*(each.sample(clips, num_inference_steps=2).frames for each in (trained, loaded)))
+
+
+@pytest.mark.parametrize("parts", [1, 8])
+def test_parts_of_a_batch_are_summed_in_float32(parts):
+  rows = 1 + jax.random.uniform(jax.random.key(0), (512,)).astype(jnp.bfloat16)
+
+  def loss(params, frozen, batch, num_sentences, key):
+    return jnp.sum(params["w"] * batch) / num_sentences
+
+  arguments = {"w": jnp.bfloat16(1)}, {}, rows, jnp.float32(len(rows)), jax.random.key(0)
+  _, gradient = train_step._accumulate_gradients(loss, *arguments, microbatches=512 // parts)
+  assert gradient["w"].dtype == jnp.bfloat16
+  assert float(gradient["w"]) == pytest.approx(float(jnp.mean(rows.astype(jnp.float32))), rel=2**-8)
+
+
 # A small run from the command line.
 SMALL = (
   *commands.SMALL,

@@ -64,6 +64,6 @@ def look_back(model: DiT, frames: Sequence[int], *, rng: PRNGKeyArray) -> None:
   model.blocks.modulation.set_value(jnp.broadcast_to(gates[:, None], model.blocks.modulation.shape))
   model.time_projection.kernel.set_value(jnp.zeros_like(model.time_projection.kernel[...]))
   embedding = model.patch_embedding.kernel
-  embedding.set_value(jax.nn.initializers.orthogonal()(rng, embedding.shape, embedding.dtype))
+  embedding.set_value(jax.nn.initializers.orthogonal()(rng, embedding.shape, jnp.float32).astype(embedding.dtype))
   patch_dim, dim = embedding.shape
   model.head.head.kernel.set_value(embedding[...].T * (patch_dim / dim) ** 0.5)

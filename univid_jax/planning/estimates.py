@@ -213,7 +213,9 @@ def _state_bytes(config: RunConfig, sizes: ModelBytes) -> float:
   trained = sizes.adapters if config.lora.enabled else sizes.base
   frozen = sizes.base - sizes.blocks * config.base.offload if config.lora.enabled else 0
   experts = len(config.model.expert.parts)
-  return experts * (frozen + trained * (1 + moments + (config.ema_decay > 0))) + trained
+  # The average is in float32, as adapters are.
+  average = 1.0 if config.lora.enabled else 4 / jnp.dtype(config.model.param_dtype).itemsize
+  return experts * (frozen + trained * (1 + moments + average * (config.ema_decay > 0))) + trained
 
 
 def _stored(config: RunConfig, shape: DiTConfig) -> float:

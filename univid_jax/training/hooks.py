@@ -283,7 +283,7 @@ class SaveCheckpoint:
     with jax.profiler.TraceAnnotation("save"), self._goodput.measure(Activity.SAVING):
       self._checkpointer.save(
         event.step,
-        model=event.state.model_params,
+        model=event.state.model_item,
         training=event.state.training_items,
         data=self._loader,
         val_loss=event.summary.get("val_loss"),

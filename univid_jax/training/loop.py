@@ -241,7 +241,7 @@ def restore_or_create_state(run: Run, checkpointer: Checkpointer, loader: Loader
   config, spec = run.config, run.spec
   if checkpointer.latest_step is not None:
     abstract = spec.abstract
-    model, training = checkpointer.restore(model=abstract.model_params, training=abstract.training_items, data=loader)
+    model, training = checkpointer.restore(model=abstract.model_item, training=abstract.training_items, data=loader)
     state = TrainState.from_items(model, training, ema=abstract.ema is not None)
     if int(state.step) > config.num_steps:
       raise UserError(

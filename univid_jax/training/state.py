@@ -33,7 +33,8 @@ class TrainState:
   Attributes:
     step: number of steps taken.
     params: trained parameters.
-    ema: their exponential moving average; None without one.
+    ema: their exponential moving average, in float32, as steps of a thousandth would be lost in bfloat16; None without
+      one.
     opt_state: of the optimizer.
   """
 
@@ -44,18 +45,25 @@ class TrainState:
 
   @property
   def model_params(self) -> Params:
-    """The parameters to sample with: the moving average if there is one."""
+    """The parameters to sample with: the moving average if there is one, in their dtype."""
+    return (
+      self.params if self.ema is None else jax.tree.map(lambda x, like: x.astype(like.dtype), self.ema, self.params)
+    )
+
+  @property
+  def model_item(self) -> Params:
+    """What a checkpoint holds as the model: the moving average if there is one."""
     return self.params if self.ema is None else self.ema
 
   @property
   def training_items(self) -> dict[str, Any]:
-    """What a checkpoint holds besides `model_params`."""
+    """What a checkpoint holds besides `model_item`."""
     items = {"step": self.step, "opt_state": self.opt_state}
     return items if self.ema is None else items | {"params": self.params}
 
   @classmethod
   def from_items(cls, model: Params, training: Mapping[str, Any], *, ema: bool) -> "TrainState":
-    """The inverse of `model_params` and `training_items`."""
+    """The inverse of `model_item` and `training_items`."""
     params = training["params"] if ema else model
     return cls(step=training["step"], params=params, ema=model if ema else None, opt_state=training["opt_state"])
 
@@ -120,7 +128,7 @@ class StateSpec:
 
     def create(params: Params | None = None) -> TrainState:
       params = nnx.to_pure_dict(nnx.state(init(), kind)) if params is None else params
-      average = jax.tree.map(jnp.copy, params) if ema else None
+      average = jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), params) if ema else None
       return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=average)
 
     model = nnx.eval_shape(init)

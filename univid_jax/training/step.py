@@ -163,9 +163,10 @@ def _accumulate_gradients(
     rows, part_key = part
     return jax.tree.map(jnp.add, total, grad_fn(params, frozen, rows, num_sentences, part_key)), None
 
-  start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+  # Sums in float32, so that many small parts of bfloat16 are not lost.
+  start = jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
   (loss, grads), _ = jax.lax.scan(accumulate, start, (parts, jax.random.split(key, microbatches)))
-  return loss, grads
+  return loss, jax.tree.map(lambda x, like: x.astype(like.dtype), grads, params)
 
 
 def _count(row: PackedRow) -> Metrics:
