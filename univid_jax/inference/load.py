@@ -15,7 +15,13 @@ from univid_jax.checkpoints.checksums import has_checksums, verified
 from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.run import RunRecord, require_run
-from univid_jax.checkpoints.run_parts import base_encoders, open_base, open_encoders, transformer_config
+from univid_jax.checkpoints.run_parts import (
+  base_encoders,
+  open_base,
+  open_encoders,
+  transformer_config,
+  with_stored_base,
+)
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import expert_configs, load_base, restore_loras, restore_transformer, run_usage
 from univid_jax.checkpoints.usage import Usage
@@ -166,12 +172,13 @@ def _open_run(
   distillation: Distillation | None,
 ) -> Pipeline:
   """Loads the model of a run."""
+  usage, transformers = _load_run(saved, record, loras, options, step=step)
   return Pipeline(
     transformer_config(record.config),
-    _load_run(saved, record, loras, options, step=step),
+    transformers,
     encoders=open_encoders(record.config, options.mesh),
     mesh=options.mesh,
-    usage=run_usage(record),
+    usage=usage,
     attention=options.attention,
     context_timestep=options.context_timestep,
     distillation=distillation,
@@ -211,16 +218,26 @@ def _load_run(
   options: _Options,
   *,
   step: int | str | None,
-) -> list[Transformer]:
+) -> tuple[Usage | None, list[Transformer]]:
   """Loads what a run has trained; of two experts, also the one of its base that it has not.
 
-  One after the other, so that an offloaded one makes room.
+  One after the other, so that an offloaded one makes room. Returns how they are run, too.
   """
   config, shape, mesh = record.config, transformer_config(record.config), options.mesh
-  base = open_base(config)
+  base, parts = open_base(config), expert_configs(config)
   experts = base.experts if base else (None,)
   own = [RequestedLoRA(each) for each in restore_loras(saved, record, step=step)] if config.lora.enabled else []
-  parts = expert_configs(config)
+  added = select_loras(loras, experts)
+  checksums = [""] * len(experts)
+  if base is not None and config.lora.enabled:
+    checksums = [base.checksum(name) for name in base.transformers]
+  usage = lora_usage(
+    [(lora, checksum) for checksum, part in zip(checksums, added, strict=True) for lora in part],
+    attention=options.attention,
+    context_timestep=options.context_timestep,
+    quantize=with_stored_base(config).base.quantize if config.lora.enabled else options.quantize or Quantize.NONE,
+    run=("the run", run_usage(record)),
+  )
 
   def load(part: RunConfig, loras: Sequence[RequestedLoRA]) -> Transformer:
     is_trained = part == config and not config.lora.enabled
@@ -229,7 +246,8 @@ def _load_run(
       loaded = _quantize(*loaded, options.quantize)
     return _finish(shape, Transformer(*loaded), loras, options, is_one_of_two=len(parts) > 1)
 
-  return [load(part, loras) for part, loras in zip(parts, select_loras([*own, *loras], experts), strict=True)]
+  each = zip(parts, select_loras(own, experts), added, strict=True)
+  return usage, [load(part, [*first, *then]) for part, first, then in each]
 
 
 def _finish(

@@ -139,13 +139,19 @@ def lora_usage(
   attention: Attention | None,
   context_timestep: ContextTimestep | None,
   quantize: Quantize,
+  run: tuple[str, Usage] | None = None,
 ) -> Usage | None:
   """Returns how LoRAs on a base are run, and logs where they disagree with each other or with the base.
 
   Args:
-    loras: some of which may not say how they were trained; each with the checksum of its transformer.
+    loras: some of which may not say how they were trained; each with the checksum of its transformer, "" if that is not
+      a base.
     attention, context_timestep: what was asked for instead of what the LoRAs say.
     quantize: how the base is quantised.
+    run: whose model they are added to, its name and how it was trained, which they have to agree with.
+
+  Raises:
+    UserError: they were trained with different attention, or timesteps of the context.
   """
   known = [(lora.weights.source, usage, checksum) for lora, checksum in loras if (usage := lora.weights.usage)]
   notes = [describe_mismatch(usage, checksum, source=source) for source, usage, checksum in known]
@@ -154,7 +160,7 @@ def lora_usage(
     for source, usage, _ in known
     if usage.base_quantize not in (Quantize.NONE, quantize)
   ]
-  usages = [(source, usage) for source, usage, _ in known]
+  usages = [*([run] if run else []), *((source, usage) for source, usage, _ in known)]
   if usages:  # what is asked for cannot conflict
     first = usages[0][1]
     chosen = {"attention": first.attention} if attention else {}
