@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,12 +16,13 @@ from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.setup import set_up_run
 
 
-def positions(clip_gap, lengths=(1, 2, 1, 2), width=4):
+def positions(clip_gap, lengths=(1, 2, 1, 2), width=4, **options):
   """Returns (t, y, x) of the tokens of clips, two latents high."""
   clips = tuple(np.zeros((length, 2, width, 3), np.float32) for length in lengths)
   sentence = Sentence(clips=clips, roles=reference_roles(len(clips)))
   prompt = np.zeros((1, 8))
-  features = sentence_features(sentence, patch_size=(1, 2, 2), prompt_embedding=prompt, text_len=4, clip_gap=clip_gap)
+  options |= {"patch_size": (1, 2, 2), "prompt_embedding": prompt, "text_len": 4, "clip_gap": clip_gap}
+  features = sentence_features(sentence, **options)
   return features.positions
 
 
@@ -29,6 +31,19 @@ class TestPositions:
   def test_time_jumps_between_clips_alone(self, gap, times):
     expected = [(t, 0, x) for t in times for x in (0, 1)]
     assert positions(gap).tolist() == [list(position) for position in expected]
+
+  def test_no_gap_parts_a_first_frame_from_its_clip(self):
+    assert positions(3, (1, 1, 2, 1, 2), has_first_frame=True)[::2, 0].tolist() == [0, 4, 8, 9, 13, 14, 15]
+
+  def test_a_sample_goes_on_from_its_first_frame(self, tiny_config):
+    config = override(tiny_config, {"model.clip_gap": 3})
+    pipeline = random_pipeline(config, make_mesh({}, devices=jax.devices()[:1]))
+    clips = [np.zeros((5, 16, 16, 3), np.uint8)] * 3
+    times = []
+    for first_frame in (None, clips[0][0]):
+      features = pipeline.make_features(pipeline.make_job(clips, 5, 0, first_frame=first_frame), pipeline.embed(""))
+      times.append(sorted(set(features.positions[features.target_mask][:, 0].tolist())))
+    assert times == [[15, 16], [16]]
 
   def test_positions_must_exist(self):
     assert positions(339, lengths=(1, 1, 1, 4))[-1, 0] == 1023

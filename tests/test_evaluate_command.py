@@ -15,7 +15,7 @@ from tests import commands
 from tests.commands import run_command, run_here, start_command
 from tests.helpers import image_width
 from univid_jax import evaluate
-from univid_jax.cli.evaluated_config import describe_config_differences
+from univid_jax.cli.evaluated_config import describe_config_differences, describe_ignored_overrides
 from univid_jax.config import presets
 from univid_jax.config.boundary import override
 from univid_jax.evaluation.metrics.image import psnr
@@ -226,6 +226,9 @@ def test_a_missing_run_is_not_created(tmp_path, capfd):
 
 def test_another_config_than_that_of_the_run_is_named():
   trained, other = presets.small_lora(), presets.small()
+  assert describe_ignored_overrides(["data.height", "eval.seed"]) is None
+  line = describe_ignored_overrides(["flow.shift", "data.height", "model.dtype"])
+  assert line == "without effect: config.flow.shift, config.model.dtype; a model is evaluated as it was trained"
   describe = functools.partial(describe_config_differences, name="small", workdir="runs/mine")
   line = describe(other, trained, overrides=[])
   assert line.startswith(

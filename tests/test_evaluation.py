@@ -12,7 +12,7 @@ from PIL import Image
 from tests.clip_files import write_image
 from tests.helpers import image_width, random_pipeline
 from univid_jax.checkpoints.origin import Origin
-from univid_jax.config.boundary import override
+from univid_jax.config.boundary import override, to_json
 from univid_jax.config.presets import tiny
 from univid_jax.core.contexts import CONTEXTS
 from univid_jax.core.errors import UserError
@@ -35,6 +35,7 @@ from univid_jax.evaluation.metrics.dense import nearest_labels
 from univid_jax.evaluation.metrics.image import psnr
 from univid_jax.evaluation.protocol import open_samples_folder
 from univid_jax.evaluation.report import QUICK_KEYS
+from univid_jax.evaluation.run import is_evaluated
 from univid_jax.evaluation.score import Score, Scorer
 from univid_jax.evaluation.sentences import plan_other_pairs, plan_sentences
 from univid_jax.parallel.mesh import make_mesh
@@ -207,8 +208,9 @@ class TestSamplesFolder:
 
     folder = open_folder()
     assert folder == open_folder(override(tiny_config, {"eval.depth_alignment": "median", "data.num_threads": 2}))
+    assert folder == open_folder(override(tiny_config, {"flow.shift": 3.0, "model.dtype": "bfloat16"}))
     assert folder == open_folder(origin=fixed_origin(checkpoint="elsewhere", step=9))
-    changes = {"data.height": 32, "eval.seed": 9, "flow.shift": 3.0, "eval.num_inference_steps": 3}
+    changes = {"data.height": 32, "eval.seed": 9, "eval.num_inference_steps": 3}
     folders = [folder, open_folder(origin=fixed_origin("f00"))]
     folders += [open_folder(override(tiny_config, {key: value})) for key, value in changes.items()]
     assert len(set(folders)) == len(folders)
@@ -226,6 +228,17 @@ class TestSamplesFolder:
       config = override(tiny_config, {f"data.{key}": str(tmp_path / "pairs") for key in ("pairs", "test_pairs")})
       folders.append(open_samples_folder(epath.Path(tmp_path), config, select(config), ORIGIN, write=False))
     assert folders[0] != folders[1]
+
+
+def test_an_evaluation_is_that_of_a_step_and_of_options(tiny_config, tmp_path):
+  assert not is_evaluated(tiny_config, tmp_path)
+  report = {"steps": tiny_config.num_steps, "eval": json.loads(json.dumps(to_json(tiny_config)["eval"]))}
+  for written, expected in ((report, True), ({"steps": tiny_config.num_steps}, False), ([], False)):
+    (tmp_path / "eval.json").write_text(json.dumps(written))
+    assert is_evaluated(tiny_config, tmp_path) == expected
+  (tmp_path / "eval.json").write_text(json.dumps(report))
+  for changes in ({"num_steps": 5}, {"eval.sentences_per_case": 3}):
+    assert not is_evaluated(override(tiny_config, changes), tmp_path)
 
 
 def test_figures(tmp_path):

@@ -46,7 +46,7 @@ def main() -> None:
   import univid_jax
   from univid_jax.checkpoints.experts import split_weight
   from univid_jax.checkpoints.origin import Origin
-  from univid_jax.cli.evaluated_config import describe_config_differences
+  from univid_jax.cli.evaluated_config import describe_config_differences, describe_ignored_overrides
   from univid_jax.cli.sampling import group_loras
   from univid_jax.data.fingerprint import check_not_trained
   from univid_jax.data.sources.open import open_data
@@ -60,6 +60,8 @@ def main() -> None:
     named = {"name": FLAGS.config_name, "workdir": workdir, "overrides": FLAGS.config_overrides}
     if line := describe_config_differences(config, record.config, **named):
       log.warning("%s", line)
+  if (line := describe_ignored_overrides(FLAGS.config_overrides)) and jax.process_index() == 0:
+    log.warning("%s", line)
   data = open_data(config)
   if not CHECKPOINT.value:
     check_not_trained(workdir, data.held_out, allowed=config.data.allow_changed)

@@ -28,17 +28,16 @@ def main() -> None:
   start_processes(PROCESSES, writes=WORKDIR.value)
   enable_compilation_cache()
   import jax
-  from etils import epath
 
   from univid_jax.cli import summaries
-  from univid_jax.evaluation.run import evaluate_quick
+  from univid_jax.evaluation.run import evaluate_quick, is_evaluated
   from univid_jax.training.loop import train
 
   config, workdir = CONFIG.value, WORKDIR.value
   result = train(config, workdir, profile_steps=PROFILE.value, **VERIFICATION.value)
   if jax.process_index() > 0:
     return
-  if result.steps_taken == 0 and (epath.Path(workdir) / "eval.json").exists():
+  if result.steps_taken == 0 and is_evaluated(config, workdir):
     print(summaries.complete(config, workdir))
   elif not config.eval.sentences_per_case or jax.process_count() > 1:
     print(summaries.trained(result, config, workdir))

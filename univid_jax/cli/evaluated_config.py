@@ -4,10 +4,16 @@ from collections.abc import Collection
 
 from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
+from univid_jax.evaluation.protocol import SECTIONS
 
-# Sections that an evaluation depends on.
-_SECTIONS = ("data", "eval")
 _NAMED = 4
+
+
+def describe_ignored_overrides(overrides: Collection[str]) -> str | None:
+  """Returns a line that names the keys, given on the command line, on which no evaluation depends; None without any."""
+  if not (ignored := [f"config.{key}" for key in overrides if key.partition(".")[0] not in SECTIONS]):
+    return None
+  return f"without effect: {', '.join(ignored)}; a model is evaluated as it was trained"
 
 
 def describe_config_differences(
@@ -25,7 +31,7 @@ def describe_config_differences(
   changes = [
     f"{key} is {now!r} instead of {before!r}"
     for key, before, now in differences(trained, config)
-    if key.partition(".")[0] in _SECTIONS and key not in overrides
+    if key.partition(".")[0] in SECTIONS and key not in overrides
   ]
   if not changes:
     return None

@@ -92,6 +92,7 @@ class FeatureMaker:
     prompt_embedding: Float[np.ndarray, "n d"],
     condition: Float[np.ndarray, "t y x v"] | None = None,
     image_features: Float[np.ndarray, "i e"] | None = None,
+    has_first_frame: bool = False,
   ) -> Features:
     """Returns the features of a sentence whose clips are latents, see `sentence_features`."""
     return sentence_features(
@@ -104,6 +105,7 @@ class FeatureMaker:
       context_id=_number(sentence.context, CONTEXT_NAMES),
       condition=condition,
       image_features=image_features,
+      has_first_frame=has_first_frame,
     )
 
   def encode_clip(self, clip: Clip) -> Latents:

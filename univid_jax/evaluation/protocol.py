@@ -22,7 +22,9 @@ FILE = "origin.json"
 # Raise it when the same weights, config and data give other samples, or their files change.
 SAMPLING_VERSION = 5
 
-# Options that samples do not depend on.
+# Sections of the config that an evaluation depends on; everything else is the model's.
+SECTIONS = ("data", "eval")
+# Options in them that samples do not depend on.
 _SCORING = ("depth_alignment", "palette", "num_labels", "void_label", "clip_model")
 _READING = ("cache", "num_threads", "stream_processes", "allow_dropped")
 
@@ -68,7 +70,7 @@ def _describe(config: RunConfig, sentences: Sequence[PlannedSentence], origin: O
   )
   return {
     "weights": dict(origin.checksums),
-    "config": {name: values[name] for name in ("data", "eval", "flow", "model")},
+    "config": {name: values[name] for name in SECTIONS},
     "sentences": hashlib.sha256(repr([each.identify() for each in sentences]).encode()).hexdigest(),
     "version": univid_jax.__version__,
     "sampling_version": SAMPLING_VERSION,

@@ -135,6 +135,7 @@ def quick_report(
     "held_out_pairs": num_pairs,
     "seed": config.seed,
     "steps": config.num_steps,
+    "eval": to_json(config)["eval"],
   }
 
 

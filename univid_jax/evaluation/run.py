@@ -13,9 +13,10 @@ from etils import epath
 
 import univid_jax
 from univid_jax.checkpoints.origin import Origin
+from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.json_files import format_json
+from univid_jax.core.json_files import format_json, parse_json
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.data.sources.readers.arc import ARCSentences
 from univid_jax.data.target_kinds import task_kinds
@@ -40,6 +41,7 @@ from univid_jax.runtime.processes import wait_for_processes
 
 log = logging.getLogger(__name__)
 
+EVAL_FILE = "eval.json"
 NOTHING_HELD_OUT = (
   "there is nothing to evaluate on: config.eval.sentences_per_case is 0, or no data is held out (config.data.held_out)"
 )
@@ -79,10 +81,19 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
   report = quick_report(config, scored, num_pairs=len(pairs))
   if found := exact_report(exact, num_left_out=_count_left_out(data)):
     report["exact"] = found
-  write_text(folder / "eval.json", format_json(report, indent=2) + "\n")
+  write_text(folder / EVAL_FILE, format_json(report, indent=2) + "\n")
   gallery.draw(folder, with_swapped=False, fps=config.data.fps)
   failures.draw(folder / "failures.png")
   return report
+
+
+def is_evaluated(config: RunConfig, folder: epath.PathLike) -> bool:
+  """Returns whether the eval.json of a run is of its last step, by the options of the config."""
+  try:
+    report = parse_json((epath.Path(folder) / EVAL_FILE).read_bytes())
+    return report["steps"] == config.num_steps and report["eval"] == to_json(config)["eval"]
+  except (OSError, ValueError, TypeError, KeyError):  # there is none, or one of an earlier version
+    return False
 
 
 def evaluate(

@@ -38,6 +38,16 @@ class Job:
     assert isinstance(target, np.ndarray)
     return target.shape[0], target.shape[1], target.shape[2]
 
+  def assemble(self, features: FeatureMaker, prompt_embedding: Float[np.ndarray, "n d"]) -> Features:
+    """Returns the features of the sentence."""
+    return features.assemble(
+      self.sentence,
+      prompt_embedding=prompt_embedding,
+      condition=self.condition,
+      image_features=self.image_features,
+      has_first_frame=self.first_frame is not None,
+    )
+
   def finish(self, tokens: Float[np.ndarray, "q p"], patch_size: tuple[int, int, int]) -> Float[np.ndarray, "t y x c"]:
     """Returns the target's latents from its sampled tokens."""
     latents = unpatchify(tokens, self.target_shape, patch_size)

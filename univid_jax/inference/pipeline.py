@@ -329,9 +329,7 @@ class Pipeline(EncodingPipeline):
     return self.features.embed_prompt(prompt) if embeds is None else np.asarray(embeds)
 
   def make_features(self, job: Job, prompt_embedding: np.ndarray) -> Features:
-    return self.features.assemble(
-      job.sentence, prompt_embedding=prompt_embedding, condition=job.condition, image_features=job.image_features
-    )
+    return job.assemble(self.features, prompt_embedding)
 
   def sample_rows(
     self,

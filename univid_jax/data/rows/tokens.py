@@ -105,6 +105,7 @@ def sentence_features(
   context_id: int = 0,
   condition: Float[np.ndarray, "t y x v"] | None = None,
   image_features: Float[np.ndarray, "i e"] | None = None,
+  has_first_frame: bool = False,
 ) -> Features:
   """Returns the features of a sentence of latents.
 
@@ -117,12 +118,16 @@ def sentence_features(
     task_id, context_id: numbers from 1; 0 for neither.
     condition: I2V's mask and first-frame latents over the whole sentence.
     image_features: I2V's CLIP features of the first frame.
+    has_first_frame: whether the last clip but one is the first frame of the last, which no gap parts it from.
 
   Raises:
     UserError: the prompt is longer than `text_len`, or gaps move clips further than positions reach.
   """
   clips = [_check_encoded(clip) for clip in sentence.clips]
   tokens = [patchify(clip, patch_size) for clip in clips]
+  gaps = [clip_gap] * (len(clips) - 1)
+  if has_first_frame:
+    gaps[-1] = 0
   padding = text_len - len(prompt_embedding)
   if padding < 0:
     raise UserError(f"a prompt of {len(prompt_embedding)} tokens is longer than {text_len}")
@@ -131,7 +136,7 @@ def sentence_features(
   target_mask = np.repeat([role == Role.TARGET for role in sentence.roles], [len(part) for part in tokens])
   return Features(
     tokens=np.concatenate(tokens).astype(np.float32),
-    positions=_positions([clip.shape for clip in clips], patch_size, clip_gap),
+    positions=_positions([clip.shape for clip in clips], patch_size, gaps),
     target_mask=target_mask,
     targets=np.flatnonzero(target_mask).astype(np.int32),
     text=text.astype(np.float32),
@@ -150,24 +155,25 @@ def _check_encoded(clip: Clip) -> np.ndarray:
 
 
 def _positions(
-  shapes: Sequence[tuple[int, ...]], patch_size: tuple[int, int, int], clip_gap: int
+  shapes: Sequence[tuple[int, ...]], patch_size: tuple[int, int, int], gaps: Sequence[int]
 ) -> Int[np.ndarray, "l 3"]:
-  """Returns (t, y, x) of each token of a sentence; time runs on from clip to clip, after a gap.
+  """Returns (t, y, x) of each token of a sentence; time runs on from clip to clip, after the gap between them.
 
   Raises:
     UserError: the model has no positions for so long a sentence or so large a frame.
   """
   positions, start = [], 0
-  for shape in shapes:
+  for shape, gap in zip(shapes, (0, *gaps), strict=True):
     t, y, x = (n // p for n, p in zip(shape, patch_size))
     if max(y, x) > MAX_POSITION:
       raise UserError(f"a frame of {y} x {x} tokens is too large: the model has positions for {MAX_POSITION} each way")
-    positions.append(_clip_positions(t, y, x) + np.array([start, 0, 0], np.int32))
-    start += t + clip_gap
-  if (length := start - clip_gap) > MAX_POSITION:
-    gaps = f" with config.model.clip_gap = {clip_gap}" * bool(clip_gap)
+    positions.append(_clip_positions(t, y, x) + np.array([start + gap, 0, 0], np.int32))
+    start += gap + t
+  if start > MAX_POSITION:
+    clip_gap = max(gaps, default=0)
+    reason = f" with config.model.clip_gap = {clip_gap}" * bool(clip_gap)
     raise UserError(
-      f"a sentence of {len(shapes)} clips{gaps} is too long: it takes {length} latent frames, and the model has "
+      f"a sentence of {len(shapes)} clips{reason} is too long: it takes {start} latent frames, and the model has "
       f"positions for {MAX_POSITION}"
     )
   return np.concatenate(positions)
