@@ -12,13 +12,13 @@ import pytest
 
 from tests.helpers import GOLDENS
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
-from univid_jax.checkpoints.run_parts import check_rows, ignored_options
+from univid_jax.checkpoints.run_parts import check_rows
 from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json
 from univid_jax.config.presets import PRESETS, get_config, tiny
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import RematPolicy
-from univid_jax.training.setup import check_config
+from univid_jax.training.setup import check_config, ignored_options
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -145,6 +145,15 @@ def test_rows_are_as_long_as_the_contexts_that_are_drawn_need():
     ("tiny", {"model.dim": 64, "model.look_back": (1, 2)}, []),
     ("wan_1_3b", {}, []),
     ("wan_1_3b", {"model.num_layers": 2}, ["config.model.num_layers = 2 (it is 30)"]),
+    (
+      "small_lora",
+      {"codec.spatial_stride": 8, "codec.latent_channels": 4, "vae_tiling.size": 16},
+      [
+        "config.codec.latent_channels = 4 (it is 16)",
+        "config.codec.spatial_stride = 8 (it is 4)",
+        "config.vae_tiling.size = 16 (for autoencoders only)",
+      ],
+    ),
   ],
 )
 def test_values_without_effect(preset, values, ignored, caplog):

@@ -16,7 +16,7 @@ from univid_jax.codecs.encoders import PlainEncoders, PretrainedEncoders
 from univid_jax.codecs.tiling import Tiling
 from univid_jax.codecs.vae_config import find_autoencoder
 from univid_jax.config.boundary import override
-from univid_jax.config.schema import ModelConfig, RunConfig
+from univid_jax.config.schema import RunConfig
 from univid_jax.core.contexts import CONTEXTS, video_pattern
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
@@ -76,23 +76,6 @@ def _transformer_config(config: RunConfig, base: PretrainedCheckpoint | None) ->
     rope_theta=options.rope_theta,
     rope_scale=options.rope_scale,
   )
-
-
-def ignored_options(config: RunConfig) -> list[str]:
-  """Returns `KEY = VALUE (what holds instead)` for values of `config.model` that a base, or its variant, overrules.
-
-  Values that equal the defaults are not listed: nobody may have set them.
-  """
-  options, defaults = config.model, ModelConfig()
-  if not (config.init_from or options.variant):
-    return []
-  shape = transformer_config(config)
-  names = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "rope_theta", "rope_scale")
-  changed = [name for name in names if getattr(options, name) not in (getattr(defaults, name), getattr(shape, name))]
-  ignored = [f"config.model.{name} = {getattr(options, name)} (it is {getattr(shape, name)})" for name in changed]
-  if config.init_from and options.look_back not in ((), defaults.look_back):
-    ignored.append(f"config.model.look_back = {options.look_back} (for new weights only)")
-  return ignored
 
 
 def split_config(config: RunConfig) -> list[RunConfig]:

@@ -19,16 +19,17 @@ from univid_jax.checkpoints.run_parts import (
   base_checksums,
   check_base,
   check_rows,
+  codec_shape,
   context_mode,
-  ignored_options,
   open_encoders,
   split_config,
   transformer_config,
   with_stored_base,
 )
 from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
+from univid_jax.codecs.dct import DCTCodec
 from univid_jax.config.boundary import differences
-from univid_jax.config.schema import RunConfig
+from univid_jax.config.schema import CodecConfig, ModelConfig, RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TrainedExpert
 from univid_jax.core.protocols import Encoders
@@ -177,6 +178,32 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
     base_graph, frozen = bases[0][0], config.model.expert.join_trees([params for _, params in bases])
   record = dataclasses.replace(record, prompts=data.prompts)
   return Run(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features, validation)
+
+
+def ignored_options(config: RunConfig) -> list[str]:
+  """Returns `KEY = VALUE (what holds instead)` for values of a config that a base, or its variant, overrules.
+
+  Values that equal the defaults are not listed: nobody may have set them.
+  """
+  if not (config.init_from or config.model.variant):
+    return []
+  codec = codec_shape(config)
+  names = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "rope_theta", "rope_scale")
+  sections = (
+    ("model", names, ModelConfig(), transformer_config(config)),
+    ("codec", ("latent_channels", "spatial_stride"), CodecConfig(), codec),
+  )
+  ignored = []
+  for section, names, defaults, holds in sections:
+    values = {name: getattr(getattr(config, section), name) for name in names}
+    for name, value in values.items():
+      if value not in (getattr(defaults, name), getattr(holds, name)):
+        ignored.append(f"config.{section}.{name} = {value} (it is {getattr(holds, name)})")
+  if config.init_from and config.model.look_back not in ((), ModelConfig().look_back):
+    ignored.append(f"config.model.look_back = {config.model.look_back} (for new weights only)")
+  if config.vae_tiling.size and isinstance(codec, DCTCodec):
+    ignored.append(f"config.vae_tiling.size = {config.vae_tiling.size} (for autoencoders only)")
+  return ignored
 
 
 def check_config(config: RunConfig) -> RunConfig:
