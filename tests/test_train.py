@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 from tests import commands
 from tests.commands import finish, free_port, run_command, start_command, start_python
 from tests.helpers import parameters
+from univid_jax.checkpoints.checksums import find_damage, read_names
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.run import Checkpointer, RunRecord, read_run
 from univid_jax.checkpoints.run_parts import create_model, open_encoders, transformer_config
+from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_step
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny, wan_1_3b
@@ -499,6 +501,31 @@ def test_a_signal_during_validation_saves_at_once(tiny_config, tmp_path, monkeyp
     (False, 3),
     (True, 4),
   ]
+
+
+@pytest.mark.long
+def test_a_validation_that_is_made_up_for_counts(tiny_config, tmp_path, monkeypatch):
+  """Also that of the last step, after which nothing is saved any more: it can be the best, and is not repeated."""
+  changes = {"num_steps": 2, "validation.every_steps": 2, "validation.sentences": 4, "validation.previews": 0}
+  config, measure, calls = override(tiny_config, changes), Validation.__call__, []
+
+  def validate(self, *args, progress, **kwargs):
+    if not calls:
+      os.kill(os.getpid(), signal.SIGTERM)
+    calls.append(len(calls))
+    return measure(self, *args, progress=progress, **kwargs)
+
+  monkeypatch.setattr(Validation, "__call__", validate)
+  with pytest.raises(Interrupted, match="at step 2 of 2, state saved"):
+    train(config, str(tmp_path))
+  with pytest.raises(FileNotFoundError, match="no finished checkpoint with a validation loss"):
+    find_step(tmp_path, "best")
+  assert train(config, str(tmp_path)).steps_taken == 0 and calls == [0, 1]
+  assert find_step(tmp_path, "best") == 2
+  folder = tmp_path / "checkpoints" / "2"
+  assert SavedCheckpoints(tmp_path).val_loss(2) == read_metrics(tmp_path)[-1]["val_loss"]
+  assert "metrics/metrics" in read_names(folder) and not find_damage(folder)
+  assert train(config, str(tmp_path)).steps_taken == 0 and calls == [0, 1]
 
 
 def test_a_workdir_that_is_in_use_is_refused(tiny_config, tmp_path, monkeypatch):
