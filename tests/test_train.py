@@ -378,6 +378,29 @@ class TestValidation:
       losses.append(sentence_losses(model, alone, own, jnp.full((1, alone.num_slots), 0.7))[0].sum())
     assert found["val_loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
+  def test_held_out_sentences_that_fit_no_row_are_left_out(self, tiny_config, tmp_path, caplog):
+    """As those to train on are, if that is allowed; else the message names the record and the key."""
+    write_clip(tmp_path / "a.png", np.zeros((1, 16, 16, 3), np.uint8))
+    context, target = {"path": "a.png"}, {"path": "a.png", "role": "target"}
+    # Three of twelve are held out: the lines 3, 7 and 11.
+    lengths = {line: 60 if line in (3, 7) else 1 for line in range(1, 13)}
+    lines = [json.dumps({"clips": [context] * count + [target]}) for count in lengths.values()]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    changes = {"data.manifest": str(tmp_path / "m.jsonl"), "data.bundled": False, "data.held_out": 0.25}
+    config = override(tiny_config, changes | {"validation.every_steps": 2, "validation.sentences": 6})
+    message = r"^2 of .*, first .*m\.jsonl line 3: .* tokens, but a row holds only config\.rows\.num_tokens = 48"
+    with pytest.raises(UserError, match=message):
+      set_up_run(config, str(tmp_path / "refused"))
+    config = override(config, {"data.allow_dropped": True})
+    run = set_up_run(config, str(tmp_path / "run"))
+    assert len(run.validation) == 2 and all("line 11" in sentence.record for sentence in run.validation)
+    dropped = [message for message in caplog.messages if message.startswith("dropped: ")]
+    assert len(dropped) == 2 and "line 3" in dropped[0] and "line 7" in dropped[1]
+    assert Validation(config, run.spec, run.validation, run.features, run.mesh)
+    alone = override(config, {"validation.sentences": 2})  # the lines 3 and 7
+    with pytest.raises(UserError, match="none of the 2 sentences to validate on can be used; the log names them"):
+      set_up_run(alone, str(tmp_path / "none"))
+
   @pytest.mark.long
   def test_what_a_stop_has_left_out_is_made_up_for(self, tiny_config, tmp_path):
     """A run that is stopped after a step that validates saves its state at once, and validates when it is resumed."""
