@@ -193,6 +193,45 @@ def test_large_states_that_are_not_read(workdir, monkeypatch):
   assert find_step(workdir, None) == 4 and resume(workdir) == 2
 
 
+class TestAddedLoss:
+  """A validation loss that is measured after its step was saved."""
+
+  def save(self, checkpointer, step, val_loss=None):
+    model, training = arrays(step), {"step": jnp.asarray(step), "moments": arrays(-step)}
+    checkpointer.save(step, model=model, training=training, data=open_stream(step), val_loss=val_loss)
+
+  @pytest.mark.parametrize("reopened", [True, False], ids=["by the next start", "by the same"])
+  def test_counts_for_what_is_kept(self, tmp_path, reopened):
+    with contextlib.ExitStack() as stack:
+      checkpointer = stack.enter_context(contextlib.closing(Checkpointer(tmp_path, keep=1)))
+      self.save(checkpointer, 2)
+      if reopened:
+        checkpointer.close()
+        checkpointer = stack.enter_context(contextlib.closing(Checkpointer(tmp_path, keep=1)))
+      checkpointer.add_val_loss(2, 0.5)
+      assert checkpointer.val_loss(2) == 0.5
+      for step, val_loss in ((4, 0.9), (6, 0.8)):
+        self.save(checkpointer, step, val_loss)
+    assert folders(tmp_path) == ["2", "6"] and find_step(tmp_path, "best") == 2
+    folder = tmp_path / "checkpoints" / "2"
+    assert "metrics/metrics" in checksums.read_names(folder) and not find_damage(folder)
+
+  def test_hides_no_damage(self, tmp_path, caplog):
+    with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
+      self.save(checkpointer, 2)
+      checkpointer.wait()
+      name = damage(tmp_path, 2)
+      checkpointer.add_val_loss(2, 0.5)
+    assert f"2 is damaged: {name} (checksum differs)" in caplog.text
+    with pytest.raises(DamagedError, match="checksum differs"):
+      find_step(tmp_path, 2)
+
+  def test_that_is_not_finite_is_none(self, workdir):
+    with contextlib.closing(Checkpointer(workdir)) as checkpointer:
+      checkpointer.add_val_loss(4, float("nan"))
+    assert find_step(workdir, "best") == 4 and not find_damage(workdir / "checkpoints" / "4")
+
+
 def test_damaged_metrics_of_an_older_one(workdir, caplog):
   """Orbax reads those of all checkpoints before it saves another."""
   damage(workdir, 2, "metrics")

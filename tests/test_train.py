@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 from tests import commands
 from tests.commands import finish, free_port, run_command, start_command, start_python
 from tests.helpers import parameters
+from univid_jax.checkpoints.checksums import find_damage, read_names
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.run import Checkpointer, RunRecord, read_run
 from univid_jax.checkpoints.run_parts import create_model, open_encoders, transformer_config
+from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_step
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny, wan_1_3b
@@ -403,6 +405,29 @@ class TestValidation:
       losses.append(sentence_losses(model, alone, own, jnp.full((1, alone.num_slots), 0.7))[0].sum())
     assert found["val_loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
+  def test_held_out_sentences_that_fit_no_row_are_left_out(self, tiny_config, tmp_path, caplog):
+    """As those to train on are, if that is allowed; else the message names the record and the key."""
+    write_clip(tmp_path / "a.png", np.zeros((1, 16, 16, 3), np.uint8))
+    context, target = {"path": "a.png"}, {"path": "a.png", "role": "target"}
+    # Three of twelve are held out: the lines 3, 7 and 11.
+    lengths = {line: 60 if line in (3, 7) else 1 for line in range(1, 13)}
+    lines = [json.dumps({"clips": [context] * count + [target]}) for count in lengths.values()]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    changes = {"data.manifest": str(tmp_path / "m.jsonl"), "data.bundled": False, "data.held_out": 0.25}
+    config = override(tiny_config, changes | {"validation.every_steps": 2, "validation.sentences": 6})
+    message = r"^2 of .*, first .*m\.jsonl line 3: .* tokens, but a row holds only config\.rows\.num_tokens = 48"
+    with pytest.raises(UserError, match=message):
+      set_up_run(config, str(tmp_path / "refused"))
+    config = override(config, {"data.allow_dropped": True})
+    run = set_up_run(config, str(tmp_path / "run"))
+    assert len(run.validation) == 2 and all("line 11" in sentence.record for sentence in run.validation)
+    dropped = [message for message in caplog.messages if message.startswith("dropped: ")]
+    assert len(dropped) == 2 and "line 3" in dropped[0] and "line 7" in dropped[1]
+    assert Validation(config, run.spec, run.validation, run.features, run.mesh)
+    alone = override(config, {"validation.sentences": 2})  # the lines 3 and 7
+    with pytest.raises(UserError, match="none of the 2 sentences to validate on can be used; the log names them"):
+      set_up_run(alone, str(tmp_path / "none"))
+
   @pytest.mark.long
   def test_what_a_stop_has_left_out_is_made_up_for(self, tiny_config, tmp_path):
     """A run that is stopped after a step that validates saves its state at once, and validates when it is resumed."""
@@ -526,6 +551,31 @@ def test_a_signal_during_validation_saves_at_once(tiny_config, tmp_path, monkeyp
     (False, 3),
     (True, 4),
   ]
+
+
+@pytest.mark.long
+def test_a_validation_that_is_made_up_for_counts(tiny_config, tmp_path, monkeypatch):
+  """Also that of the last step, after which nothing is saved any more: it can be the best, and is not repeated."""
+  changes = {"num_steps": 2, "validation.every_steps": 2, "validation.sentences": 4, "validation.previews": 0}
+  config, measure, calls = override(tiny_config, changes), Validation.__call__, []
+
+  def validate(self, *args, progress, **kwargs):
+    if not calls:
+      os.kill(os.getpid(), signal.SIGTERM)
+    calls.append(len(calls))
+    return measure(self, *args, progress=progress, **kwargs)
+
+  monkeypatch.setattr(Validation, "__call__", validate)
+  with pytest.raises(Interrupted, match="at step 2 of 2, state saved"):
+    train(config, str(tmp_path))
+  with pytest.raises(FileNotFoundError, match="no finished checkpoint with a validation loss"):
+    find_step(tmp_path, "best")
+  assert train(config, str(tmp_path)).steps_taken == 0 and calls == [0, 1]
+  assert find_step(tmp_path, "best") == 2
+  folder = tmp_path / "checkpoints" / "2"
+  assert SavedCheckpoints(tmp_path).val_loss(2) == read_metrics(tmp_path)[-1]["val_loss"]
+  assert "metrics/metrics" in read_names(folder) and not find_damage(folder)
+  assert train(config, str(tmp_path)).steps_taken == 0 and calls == [0, 1]
 
 
 def test_a_workdir_that_is_in_use_is_refused(tiny_config, tmp_path, monkeypatch):

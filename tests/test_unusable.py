@@ -27,6 +27,7 @@ from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.evaluation.sentences import plan_sentences
+from univid_jax.training import validation
 from univid_jax.training.validation import select_sentences
 
 CASES = Path(__file__).parent / "cases" / "videos"
@@ -151,6 +152,16 @@ def test_what_another_process_cannot_read_is_left_out_here(monkeypatch):
   elsewhere = iter([0, 1, 0])
   found = read_usable([lambda s=s: s for s in sentences], allow_dropped=True)
   assert [id(sentence) for sentence in found] == [id(sentences[0]), id(sentences[2])]
+
+
+def test_what_another_process_cannot_encode_is_left_out_here(tmp_path, monkeypatch, caplog):
+  config, _ = write_data(tmp_path / "data", "pairs", PLAIN)
+  data = open_data(config)
+  sentences = [data.sources["pairs"][index] for index in range(3)]
+  features, elsewhere = make_features(config, data, None), iter([0, 1, 0])
+  monkeypatch.setattr(validation, "sum_over_processes", lambda failed: failed + next(elsewhere))
+  found = validation.leave_out_unusable(sentences, features, ROWS, allow_dropped=True)
+  assert [id(sentence) for sentence in found] == [id(sentences[0]), id(sentences[2])] and not caplog.messages
 
 
 @pytest.mark.parametrize("kind", KINDS)

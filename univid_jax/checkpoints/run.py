@@ -28,6 +28,7 @@ from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import OnDamaged
 from univid_jax.core.paths import atomic_write, to_path
 from univid_jax.core.protocols import Resumable
+from univid_jax.runtime.processes import wait_for_processes
 
 CONFIG_FILE = "config.json"
 # The config's section `base`: the entry of this name is the base's checksum.
@@ -183,6 +184,24 @@ class Checkpointer:
     with self._explain_failure():
       self._manager.save(step, args=items, metrics=None if val_loss is None else {"val_loss": val_loss})
     self._saving = self._pool.submit(self._finish, step)
+
+  def add_val_loss(self, step: int, val_loss: float) -> None:
+    """Adds the validation loss to a step that was saved without; all processes of a run must call it.
+
+    The checkpoint's checksums are renewed in the background.
+
+    Raises:
+      OSError: it could not be written, or the save before it failed.
+    """
+    self.wait()
+    with self._explain_failure():
+      if jax.process_index() == 0:
+        self._saved.write_val_loss(step, val_loss)
+    wait_for_processes("a validation loss is added")
+    if "_manager" in vars(self):
+      self._manager.reload()
+    if jax.process_index() == 0:
+      self._saving = self._pool.submit(self._saved.renew_checksums, step)
 
   def _finish(self, step: int) -> None:
     """Waits until a step is written, deletes the checkpoints that it replaces, and adds its checksums."""

@@ -1,8 +1,10 @@
 """The finished checkpoints of a run: which there are, which are intact, and what they hold."""
 
 import contextlib
+import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -10,14 +12,16 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from univid_jax.checkpoints.checksums import DamagedError, find_damage, has_checksums, verified
+from univid_jax.checkpoints.checksums import DamagedError, find_damage, has_checksums, verified, write_checksums
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import OnDamaged
-from univid_jax.core.paths import is_remote, make_absolute
+from univid_jax.core.paths import atomic_write, is_remote, make_absolute
 from univid_jax.runtime.processes import sum_over_processes, wait_for_processes
 
 CHECKPOINTS_FOLDER = "checkpoints"
+# In a checkpoint: where Orbax keeps the validation loss.
+METRICS_FILE = "metrics/metrics"
 # Suffix of a checkpoint that was set aside because it is damaged.
 DAMAGED_SUFFIX = ".damaged"
 # Where checkpoints are moved to be deleted, next to the others, so that a kill leaves none half deleted under its name.
@@ -72,15 +76,44 @@ class SavedCheckpoints:
 
   def val_loss(self, step: int) -> float | None:
     """Reads the validation loss of a checkpoint; returns None if it was not measured or is not finite."""
-    folder, name = self.folder(step), "metrics/metrics"
+    folder = self.folder(step)
     with verified(folder, enabled=self._verify and has_checksums(folder), select=_is_about_checkpoint):
-      if not (folder / name).exists():
+      if not (folder / METRICS_FILE).exists():
         return None
       try:
-        loss = float(parse_json((folder / name).read_bytes())["val_loss"])
+        loss = float(parse_json((folder / METRICS_FILE).read_bytes())["val_loss"])
       except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(folder, [f"{name} (no validation loss)"]) from error
+        raise DamagedError(folder, [f"{METRICS_FILE} (no validation loss)"]) from error
     return loss if math.isfinite(loss) else None
+
+  def write_val_loss(self, step: int, val_loss: float) -> None:
+    """Writes the validation loss of a checkpoint as Orbax does, unless it is not finite; one process may call it.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if not math.isfinite(val_loss):
+      return
+    with atomic_write(self.folder(step) / METRICS_FILE) as path, path.open("w") as file:
+      file.write(json.dumps({"val_loss": val_loss}))
+      file.flush()
+      os.fsync(file.fileno())  # an empty file would count as damage after a power failure
+
+  def renew_checksums(self, step: int) -> None:
+    """Renews the checksums of a checkpoint that has some, after `write_val_loss`; one process may call it.
+
+    If another file is damaged, they stay as they are, or nothing would tell.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    folder = self.folder(step)
+    if not has_checksums(folder):
+      return
+    if damage := find_damage(folder, lambda name: name != METRICS_FILE):
+      log.warning("%s", DamagedError(folder, damage).summary)
+      return
+    write_checksums(folder)
 
   def read(self, step: int | str | None, read: Callable[[epath.Path], T]) -> tuple[int, T]:
     """Reads a checkpoint while it is verified; all processes of a run must call it.

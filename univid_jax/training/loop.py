@@ -153,7 +153,7 @@ def take_steps(
     )
     with supervisor.stepping():
       if start and checkpointer.val_loss(start) is None:
-        validate_again(hooks, StepEvent.create(config, start, state, {}), writer)
+        validate_again(hooks, StepEvent.create(config, start, state, {}), writer, checkpointer)
       metrics = None
       for step in range(start + 1, config.num_steps + 1):
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -171,13 +171,22 @@ def take_steps(
   return state
 
 
-def validate_again(hooks: Sequence[Hook], event: StepEvent, writer: MetricsWriter | None) -> None:
-  """Makes up for a validation that a signal has prevented, before the run was resumed."""
+def validate_again(
+  hooks: Sequence[Hook], event: StepEvent, writer: MetricsWriter | None, checkpointer: Checkpointer
+) -> None:
+  """Makes up for a validation that a signal has prevented, before the run was resumed.
+
+  Raises:
+    Interrupted: another signal has prevented it; the next start makes up for it.
+    OSError: the loss could not be written.
+  """
   for hook in hooks:
     if isinstance(hook, (Validate, StopOnSignal)):
       hook(event)
-  if writer is not None and event.summary:
-    writer.add(event.step, event.summary)
+  if event.summary:
+    if writer is not None:
+      writer.add(event.step, event.summary)
+    checkpointer.add_val_loss(event.step, event.summary["val_loss"])
 
 
 def make_hooks(

@@ -52,7 +52,7 @@ from univid_jax.models.lora import join
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.state import Params, StateSpec, describe_training
-from univid_jax.training.validation import select_sentences
+from univid_jax.training.validation import leave_out_unusable, select_sentences
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
 
   Raises:
     DamagedError: a file of the base differs from its checksum.
-    UserError: a value of the config is invalid for a run, or a row of the data cannot be used.
+    UserError: a value of the config is invalid for a run, or a record of the data cannot be used.
     OSError: a file cannot be read.
   """
   config = check_config(config)
@@ -172,6 +172,8 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
   validation = select_sentences(data, config) if config.validation.every_steps else []
   if features.caches is not None:
     fill_caches(config, features, data, validation)
+  row_shape = RowShape.from_config(config.rows, context_mode(config))
+  validation = leave_out_unusable(validation, features, row_shape, allow_dropped=config.data.allow_dropped)
   base_graph, frozen = None, {}
   if config.lora.enabled:
     bases = [load_base(part, mesh) for part in split_config(config)]

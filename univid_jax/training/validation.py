@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -15,16 +16,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from univid_jax.checkpoints.run_parts import context_mode, split_config, validated_sigmas
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.contexts import CONTEXT_NAMES
+from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Sentence, read_frames
+from univid_jax.data.cache.entries import CacheWriteError
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.held_out import read_usable
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import COLUMNS, concatenate_clips, sentence_grid
+from univid_jax.data.rows.loader import MakeFeatures, make_fitting
 from univid_jax.data.rows.packing import RowShape, pack_rows, take_rows
-from univid_jax.data.sources.base import indices_by_task
+from univid_jax.data.rows.tokens import feature_names
+from univid_jax.data.sources.base import Dropped, drop, indices_by_task, require_none_dropped
 from univid_jax.data.sources.open import DataSources
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.evaluation.generate import sample_targets
@@ -33,9 +38,12 @@ from univid_jax.inference.sampler import Progress
 from univid_jax.models.lora import join
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.sharding import shard_batch
+from univid_jax.runtime.processes import sum_over_processes
 from univid_jax.training.state import Params, StateSpec
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 PREVIEWS_FOLDER = "previews"
 PREVIEW_FPS = 8
@@ -138,6 +146,42 @@ def select_sentences(data: DataSources, config: RunConfig) -> list[Sentence]:
   chosen = take_turns([readers(source) for source in sources.values()])
   selected = list(itertools.islice(chosen, config.validation.sentences))
   return read_usable(selected, allow_dropped=config.data.allow_dropped)
+
+
+def leave_out_unusable(
+  sentences: Sequence[Sentence], make_features: MakeFeatures, row_shape: RowShape, *, allow_dropped: bool
+) -> list[Sentence]:
+  """Returns the sentences that can be encoded and fit into a row; all processes must call it.
+
+  Args:
+    sentences: the same in every process.
+    make_features: encodes them.
+    row_shape: capacity of a row.
+    allow_dropped: leave out and log those that a process cannot use.
+
+  Raises:
+    CacheWriteError: a cache cannot be written.
+    UserError: a sentence cannot be used and that is not allowed, or none can.
+  """
+  capacities = row_shape.capacities(feature_names(make_features.shape))
+  usable, dropped = [], dict[Dropped, None]()
+  for sentence in sentences:
+    failed = False
+    try:
+      make_fitting(sentence, make_features, capacities)
+    except CacheWriteError:
+      raise
+    except (OSError, UserError) as error:
+      dropped[drop(sentence.record, error)] = None  # once, as a record may be several sentences
+      failed = True
+    if not sum_over_processes(failed):
+      usable.append(sentence)
+  require_none_dropped(list(dropped), allowed=allow_dropped)
+  for each in dropped:
+    log.warning("dropped: %s", each)
+  if sentences and not usable:
+    raise UserError(f"none of the {len(sentences)} sentences to validate on can be used; the log names them")
+  return usable
 
 
 def take_turns(iterables: Iterable[Iterable[T]]) -> Iterator[T]:

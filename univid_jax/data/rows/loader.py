@@ -230,8 +230,7 @@ class EncodedSource:
     sentence = None
     try:
       sentence = self._source[index]
-      arrays = self._make_features(sentence).arrays()
-      check_lengths(sentence, {name: len(values) for name, values in arrays.items()}, self._capacities)
+      arrays = make_fitting(sentence, self._make_features, self._capacities).arrays()
     except CacheWriteError:
       raise
     except (UserError, OSError) as error:
@@ -290,6 +289,23 @@ def _finish(capacities: Mapping[str, int], context_mode: ContextMode, batch: Map
   packed = {name: batch[name] for name in capacities}
   segment_ids = {unit: batch[f"{name}_segment_ids"] for unit, name in SEGMENTED.items() if name in capacities}
   return finish_rows(packed, segment_ids, context_mode=context_mode)
+
+
+def make_fitting(sentence: Sentence, make_features: MakeFeatures, capacities: Mapping[str, int]) -> Features:
+  """Encodes a sentence that fits into a row.
+
+  Args:
+    sentence: its clips are pixels.
+    make_features: encodes it.
+    capacities: of a row, by feature.
+
+  Raises:
+    CacheWriteError: a cache cannot be written, for which the sentence is not to blame.
+    OSError, UserError: a clip cannot be read, or the sentence does not fit.
+  """
+  features = make_features(sentence)
+  check_lengths(sentence, {name: len(values) for name, values in features.arrays().items()}, capacities)
+  return features
 
 
 def check_lengths(sentence: Sentence, lengths: Mapping[str, int], capacities: Mapping[str, int]) -> None:
