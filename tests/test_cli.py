@@ -179,6 +179,11 @@ def test_status_messages_are_plain_lines_above_progress_bars(tmp_path):
 
 
 class TestFlags:
+  def test_overrides_are_keys_of_the_config(self):
+    command = Command()
+    command("--config=small", "--config.seed=3", "--config.flow.shift", "2")
+    assert command.flags.config_name == "small" and command.flags.config_overrides == ["seed", "flow.shift"]
+
   def test_all_commands_can_be_imported_together_without_side_effects(self):
     """No flag is defined twice, no global state changes, and JAX is not imported."""
     script = textwrap.dedent(f"""

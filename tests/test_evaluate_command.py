@@ -226,7 +226,7 @@ def test_a_missing_run_is_not_created(tmp_path, capfd):
 
 def test_another_config_than_that_of_the_run_is_named():
   trained, other = presets.small_lora(), presets.small()
-  assert describe_ignored_overrides(["data.height", "eval.seed"]) is None
+  assert describe_ignored_overrides(["data.height", "eval.seed", "seed"]) is None
   line = describe_ignored_overrides(["flow.shift", "data.height", "model.dtype"])
   assert line == "without effect: config.flow.shift, config.model.dtype; a model is evaluated as it was trained"
   describe = functools.partial(describe_config_differences, name="small", workdir="runs/mine")

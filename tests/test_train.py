@@ -111,10 +111,8 @@ def test_dropout_does_not_depend_on_the_noise_levels(tiny_config, monkeypatch):
 
 def test_new_weights_are_not_the_noise_of_sampling():
   """Noise is drawn from the key of the seed: validation's from the run's, that of a sample from its own."""
-  model = nnx.jit(lambda: create_model(tiny()))()
-  kernel = np.asarray(model.patch_embedding.kernel[...], np.float64)
-  noise = np.asarray(jax.random.normal(jax.random.key(tiny().seed), kernel.shape), np.float64)
-  assert abs(np.corrcoef(kernel.ravel(), noise.ravel())[0, 1]) < 0.1
+  kernel = nnx.jit(lambda: create_model(tiny()))().patch_embedding.kernel[...]
+  assert not np.allclose(kernel, jax.nn.initializers.orthogonal()(jax.random.key(tiny().seed), kernel.shape))
 
 
 @pytest.mark.parametrize("num_tokens, backend", [(37_504, "cudnn"), (131_040, "xla")])

@@ -250,7 +250,7 @@ def seal_file(holder: Path, *files: Path) -> None:
   The checksum is that of the file without it, followed by the other files.
 
   Args:
-    holder: a new .safetensors file whose metadata have the entry SEAL: OPEN_SEAL, or a JSON file with this entry.
+    holder: a new .safetensors file whose metadata has the entry SEAL: OPEN_SEAL, or a JSON file with this entry.
     *files: described by the JSON file.
   """
   start = _find_seal(epath.Path(holder))

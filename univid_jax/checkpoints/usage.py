@@ -34,7 +34,7 @@ class Usage:
     base_checksum: of the base's transformer; "" without a base.
     base_quantize: how the base was quantised in training.
     prompts: of the tasks.
-    contexts: which clips are videos, see `data.contexts`; empty if it is not known, as of records that list clips.
+    contexts: which clips are videos, see `core.contexts`; empty if it is not known, as of records that list clips.
     clip_counts: numbers of clips of a sentence, the target included; empty if they are not known.
     expert: HIGH or LOW if it was trained for one expert, else None.
     is_known: whether all values come from a training run; not of Wan's releases and of LoRA files of earlier versions.

@@ -9,9 +9,14 @@ from univid_jax.evaluation.protocol import SECTIONS
 _NAMED = 4
 
 
+def _matters(key: str) -> bool:
+  """Returns whether an evaluation depends on a key of the config; sentences of listed records are drawn by the seed."""
+  return key == "seed" or key.partition(".")[0] in SECTIONS
+
+
 def describe_ignored_overrides(overrides: Collection[str]) -> str | None:
   """Returns a line that names the keys, given on the command line, on which no evaluation depends; None without any."""
-  if not (ignored := [f"config.{key}" for key in overrides if key.partition(".")[0] not in SECTIONS]):
+  if not (ignored := [f"config.{key}" for key in overrides if not _matters(key)]):
     return None
   return f"without effect: {', '.join(ignored)}; a model is evaluated as it was trained"
 
@@ -31,7 +36,7 @@ def describe_config_differences(
   changes = [
     f"{key} is {now!r} instead of {before!r}"
     for key, before, now in differences(trained, config)
-    if key.partition(".")[0] in SECTIONS and key not in overrides
+    if _matters(key) and key not in overrides
   ]
   if not changes:
     return None

@@ -180,7 +180,8 @@ class CommandFlags:
   @property
   def config_overrides(self) -> list[str]:
     """The keys of the config that the command line overrides."""
-    return [argument.partition("=")[0].removeprefix("--config.") for argument in self.config_arguments]
+    names = (argument.partition("=")[0] for argument in self.config_arguments)
+    return [name.removeprefix("--config.") for name in names if name != "--config"]
 
   def given(self, names: Sequence[str]) -> list[str]:
     """Returns those of the named flags that are on the command line, as arguments."""

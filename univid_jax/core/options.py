@@ -82,7 +82,7 @@ class RematPolicy(enum.StrEnum):
   """What the backward pass recomputes of a block."""
 
   NONE = "none"  # nothing
-  DOTS = "dots"  # everything but attention and matrix products with weights
+  DOTS = "dots"  # everything but attention and the products of Linears; adapters, too
   ATTENTION = "attention"  # everything but attention
   FULL = "full"  # everything
   OFFLOAD = "offload"  # everything; what a block starts from waits in the memory of the host

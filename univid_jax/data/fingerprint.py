@@ -160,7 +160,7 @@ def read_fingerprint(workdir: epath.PathLike) -> dict[str, Any] | None:
   except (ValueError, LookupError, TypeError, AttributeError) as error:
     raise UserError(
       f"{path} is damaged, so nothing says whether the data of the run has changed: restore it, or delete it to go on "
-      f"with the data as they are now ({type(error).__name__}: {error})"
+      f"with the data as it is now ({type(error).__name__}: {error})"
     ) from error
   return values
 

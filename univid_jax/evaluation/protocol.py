@@ -22,7 +22,7 @@ FILE = "origin.json"
 # Raise it when the same weights, config and data give other samples, or their files change.
 SAMPLING_VERSION = 5
 
-# Sections of the config that an evaluation depends on; everything else is the model's.
+# Sections of the config that samples depend on, given the model and the sentences.
 SECTIONS = ("data", "eval")
 # Options in them that samples do not depend on.
 _SCORING = ("depth_alignment", "palette", "num_labels", "void_label", "clip_model")

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from univid_jax.core.options import Quantize
 from univid_jax.models.quantized import QuantizedKernel, dequantize, multiply, multiply_quantized, quantize
 
-# Name of the products of Linears, for policies of `jax.checkpoint`. It does not see that some are products: those with
+# Name of the products of Linears, for policies of `jax.checkpoint`, to which some do not look like products: those with
 # quantised kernels, and of bfloat16 on CPUs, have gradients of their own.
 PRODUCT_NAME = "product"
 

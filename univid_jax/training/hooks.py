@@ -241,6 +241,7 @@ class Validate:
       num_inference_steps=None if self._distillation else self._options.num_inference_steps,
       progress=self._go_on,
     )
+    self._pipeline.experts = dataclasses.replace(fresh.experts, transformers=())  # programs are kept, weights are not
     self._run.encoders.release()
 
 

@@ -176,6 +176,8 @@ def leave_out_unusable(
       failed = True
     if not sum_over_processes(failed):
       usable.append(sentence)
+  if len(usable) < len(sentences) and not dropped and not allow_dropped:
+    raise UserError("another process found records that cannot be used; its log names them")
   require_none_dropped(list(dropped), allowed=allow_dropped)
   for each in dropped:
     log.warning("dropped: %s", each)
