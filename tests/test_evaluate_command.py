@@ -34,10 +34,8 @@ def run(module, *arguments):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("evaluate") / "run"
-  code, _, error = run("univid_jax.train", *TRAINING, "--config.num_steps=3", f"--workdir={folder}")
-  assert code == 0, error
-  code, _, error = run("univid_jax.evaluate", *SMALL, *EVALUATION, f"--workdir={folder}")
-  assert code == 0, error
+  assert run_here("univid_jax.train", *TRAINING, "--config.num_steps=3", f"--workdir={folder}") == 0
+  assert run_here("univid_jax.evaluate", *SMALL, *EVALUATION, f"--workdir={folder}") == 0
   return folder
 
 

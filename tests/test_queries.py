@@ -50,7 +50,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-  "attention, solver, guidance_scale, devices", [("full", "euler", 1.0, 1), ("context_causal", "unipc", 2.0, 8)]
+  "attention, solver, guidance_scale, devices",
+  [pytest.param("full", "euler", 1.0, 1, marks=pytest.mark.long), ("context_causal", "unipc", 2.0, 8)],
 )
 def test_batches_equal_single_samples(tiny_config, attention, solver, guidance_scale, devices):
   """In any order, with any size of the batches; also over several devices, and with a cached context."""

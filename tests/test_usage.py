@@ -24,10 +24,9 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.convert.commands import convert_any, inspect
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ClipFit, ContextTimestep, Quantize
+from univid_jax.core.options import Attention, ClipFit, Quantize
 from univid_jax.data.clips import ClipFormat
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.training.loop import train
 
 USAGE = Usage(
   attention=Attention.CONTEXT_CAUSAL,
@@ -138,19 +137,6 @@ class TestSampling:
     sample = {shift: pipeline.sample(clips, num_inference_steps=2, shift=shift).latents for shift in (None, 3.5, 5.0)}
     assert np.array_equal(sample[None], sample[3.5]) and not np.allclose(sample[None], sample[5.0])
     assert self.load(base, tmp_path / "lora" / "lora.safetensors", attention="full").attention == "full"
-
-  def test_loras_that_disagree_with_the_run_they_are_added_to(self, tiny_config, tmp_path, caplog):
-    run = str(tmp_path / "run")
-    train(override(tiny_config, {"num_steps": 1, "validation.every_steps": 0}), run)
-    causal = write(tmp_path / "causal", make_lora(), "comfyui")
-    with pytest.raises(UserError, match=r"the run was trained with attention full and .*causal: choose one with"):
-      self.load(run, causal)
-    usage = dataclasses.replace(USAGE, attention=Attention.FULL, context_timestep=ContextTimestep.TARGET)
-    layer = LoRALayer(np.zeros((2, 32), np.float32), np.zeros((32, 2), np.float32), 2.0)
-    shifted = dataclasses.replace(make_lora(usage), changes={"blocks.0.self_attn.q.weight": layer})
-    path = write(tmp_path / "shifted", shifted, "comfyui")
-    assert self.load(run, path).usage.shift == 5.0
-    assert "the run was trained with shift 5.0, which is used, and" in caplog.text
 
   def test_loras_that_disagree(self, base, tmp_path, caplog):
     first = write(tmp_path / "first", make_lora(), "comfyui")
