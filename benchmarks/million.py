@@ -171,10 +171,6 @@ class Shape:
 
   patch_size: tuple[int, int, int] = (1, 2, 2)
   text_len: int = 1
-  text_dim: int = 1
-  in_dim: int = 1
-  out_dim: int = 1
-  image_dim: int = 1
   takes_condition: bool = False
   takes_image_features: bool = False
 

@@ -15,10 +15,6 @@ class Shape:
 
   patch_size: tuple[int, int, int] = (1, 2, 2)
   text_len: int = 512
-  text_dim: int = 8
-  in_dim: int = 16
-  out_dim: int = 16
-  image_dim: int = 4
   takes_condition: bool = False
   takes_image_features: bool = False
 

@@ -180,8 +180,7 @@ class CommandFlags:
   @property
   def config_overrides(self) -> list[str]:
     """The keys of the config that the command line overrides."""
-    names = (argument.partition("=")[0] for argument in self.config_arguments)
-    return [name.removeprefix("--config.") for name in names if name != "--config"]
+    return [x.removeprefix("--config.").partition("=")[0] for x in self.config_arguments if x.startswith("--config.")]
 
   def given(self, names: Sequence[str]) -> list[str]:
     """Returns those of the named flags that are on the command line, as arguments."""
