@@ -104,19 +104,19 @@ def test_the_capacity_of_rows_follows_from_the_config(tiny_config):
 
 
 class NumberedSentences:
-  """Sentences whose task is their index."""
+  """Sentences whose task is their index, from `first`."""
 
   task_names = ()
 
-  def __init__(self, count):
-    self.count = count
+  def __init__(self, count, first=0):
+    self.count, self.first = count, first
 
   def __len__(self):
     return self.count
 
   def __getitem__(self, index):
     clip = np.zeros((1, 4, 6, 3), np.float32)
-    return Sentence(clips=(clip, clip), roles=reference_roles(2), task=str(index))
+    return Sentence(clips=(clip, clip), roles=reference_roles(2), task=str(self.first + index))
 
   def split(self, share):
     raise AssertionError
@@ -206,17 +206,18 @@ class TestLoader:
     with pytest.raises(UserError, match=r"config\.rows\.streams = 3 does not divide the 4 rows of a batch"):
       self.loader(tiny_config, num_streams=3)
 
-  def numbered(self, process=0, count=1, streams=0):
+  def numbered(self, process=0, count=1, streams=0, rows=6, sources=None, **options):
     """Six rows of a batch on all processes, each of one sentence that is its number."""
     return make_loader(
-      [NumberedSentences(1000)],
+      sources or [NumberedSentences(1000)],
       NumberFeatures(),
       row_shape=RowShape(num_tokens=12, num_text_tokens=1, num_slots=1),
-      rows_per_batch=6,
+      rows_per_batch=rows,
       seed=0,
-      own_rows=range(6 // count * process, 6 // count * (process + 1)),
+      own_rows=range(rows // count * process, rows // count * (process + 1)),
       num_packing_bins=5,
       num_streams=streams or count,
+      **options,
     )
 
   def sentences(self, loaders, batches=3):
@@ -239,6 +240,37 @@ class TestLoader:
       for loader in others:
         loader.set_state(states)
       assert self.sentences(others) == expected, count
+
+  @pytest.mark.parametrize("weights", [None, [1.0, 3.0], [0.4, 0.6]])
+  @pytest.mark.parametrize("streams", [1, 2, 4, 8])
+  def test_every_stream_mixes_the_sources_by_their_weights(self, streams, weights):
+    """Each row is a sentence: those of a row of the batch, hence of a stream, come from both sources."""
+    sources = [NumberedSentences(40), NumberedSentences(1000, first=100)]
+    batches = self.batches(self.numbered(streams=streams, rows=8, sources=sources, weights=weights), 40)
+    is_first = np.array([batch.tokens[:, 0, 0] < 100 for batch in batches])
+    share = weights[0] / sum(weights) if weights else 0.5
+    of_streams = is_first.reshape(40, streams, -1).mean((0, 2))
+    np.testing.assert_allclose(of_streams, share, atol=0.04)
+    numbers = [int(number) for batch in batches for number in batch.tokens[:, 0, 0]]
+    assert all(abs(numbers.count(number) - share * 320 / 40) <= 1 for number in range(40)), "each as often per epoch"
+    if streams > 1 and weights is None:
+      assert 0 < is_first.mean(1).min() and is_first.mean(1).max() < 1, "no batch is of one source"
+
+  @pytest.mark.parametrize("packing", Packing)
+  def test_a_batch_of_other_rows(self, caplog, packing):
+    """Of another mesh, with per_batch = 0: it continues if its rows divide over the streams, and says so."""
+    loader = self.numbered(streams=4, rows=8, packing=packing)
+    next(loader)
+    state = loader.get_state()
+    loader.close()
+    for rows in (4, 12, 24):
+      other = self.numbered(streams=1, rows=rows, packing=packing)
+      other.set_state([state])
+      assert len(self.batches(other, 3)[-1].tokens) == rows
+      assert f"batches have {rows} rows on this mesh, 8 before" in caplog.messages[-1]
+    message = r"makes 2 rows of a batch on this mesh, which the run's 4 streams do not divide; before it made 8"
+    with closing(self.numbered(rows=2)) as other, pytest.raises(UserError, match=message):
+      other.set_state([state])
 
   def test_positions_of_version_0_1_are_read(self):
     """It saved the state of Grain's iterator: of one stream, or of several that were mixed."""

@@ -62,6 +62,7 @@ MAY_CHANGE = (
   "log_every",
   "checkpoint.",
   "mesh.",
+  "rows.microbatches",
   "model.remat",
   "base.offload",
   "model.attention_backend",

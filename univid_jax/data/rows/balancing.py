@@ -100,7 +100,10 @@ class BalancedBatches(grain.IterDataset[PackedRow]):
 
 
 class _BalancedIterator(grain.DatasetIterator[PackedRow]):
-  """Its position is that of the rows before the current window, and how many of its batches were taken."""
+  """Its position is that of the rows before the current window, and how many of its batches were taken.
+
+  Where a batch has another number of rows than when the position was saved, the window is dealt again from its start.
+  """
 
   def __init__(self, rows: grain.DatasetIterator[PackedRow], *, layout: BatchLayout, window: int, seed: int):
     super().__init__(rows)
@@ -126,11 +129,13 @@ class _BalancedIterator(grain.DatasetIterator[PackedRow]):
     return batch
 
   def get_state(self) -> dict[str, Any]:
-    return {"rows": self._start, "window": self._number, "taken": self._taken}
+    position = {"rows": self._start, "window": self._number, "taken": self._taken}
+    return position | {"rows_per_batch": self._layout.num_rows}
 
   def set_state(self, state: dict[str, Any]) -> None:
     self._source.set_state(state["rows"])
-    self._enter_window(state["window"], state["taken"])
+    is_same = state.get("rows_per_batch", self._layout.num_rows) == self._layout.num_rows
+    self._enter_window(state["window"], state["taken"] if is_same else 0)
 
 
 def count_pairs(rows: PackedRow) -> tuple[Float[np.ndarray, "b"], Float[np.ndarray, "b"]]:

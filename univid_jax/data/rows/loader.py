@@ -96,15 +96,14 @@ def make_loader(
   """
   capacities = row_shape.capacities(feature_names(make_features.shape))
   encoded = [EncodedSource(source, make_features, capacities, allow_dropped=allow_dropped) for source in sources]
-  sentences = _mix(encoded, weights, seed=seed)
   read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=SENTENCE_BUFFER)
   layout = layout or BatchLayout(num_rows=rows_per_batch)
   finish = functools.partial(_finish, capacities, row_shape.context_mode)
   pack = functools.partial(_pack_batches, finish=finish, capacities=capacities, packing=packing, seed=seed)
 
   def open_stream(index: int, count: int, num_rows: int) -> grain.DatasetIterator[PackedRow]:
-    encoded_sentences = sentences[index::count].to_iter_dataset(read_options)
-    batches = pack(encoded_sentences, layout=layout.part(num_rows), num_bins=num_packing_bins or 2 * num_rows)
+    sentences = _mix(encoded, weights or [1.0] * len(encoded), seed=seed, index=index, count=count)
+    batches = pack(sentences.to_iter_dataset(read_options), layout=layout.part(num_rows), num_bins=num_packing_bins or 2 * num_rows)
     return iter((prefetch_in_process if stream_processes else prefetch)(batches, buffer_size=BATCH_BUFFER))
 
   return Loader(
@@ -174,7 +173,7 @@ class Loader:
       states: of all processes that saved it, in order; also as version 0.1 saved them, as states of Grain's iterators.
 
     Raises:
-      UserError: they are damaged.
+      UserError: they are damaged, or the rows of a batch are others now and do not divide over the streams.
     """
     try:
       saved = [parse_json(state) for state in states]
@@ -186,6 +185,12 @@ class Loader:
         num_streams = len(positions)
       order = saved[0].get("row_order", self._order)
       if len(order) != len(self._order):
+        if len(self._order) % num_streams:
+          raise UserError(
+            f"config.rows.per_batch = 0 makes {len(self._order)} rows of a batch on this mesh, which the run's "
+            f"{num_streams} streams do not divide; before it made {len(order)}, as more data x fsdp devices or "
+            "config.rows.microbatches would"
+          )
         log.warning("batches have %d rows on this mesh, %d before: per_batch is 0", len(self._order), len(order))
         order = self._order
       if sorted(order) != sorted(self._order):
@@ -247,11 +252,18 @@ class EncodedSource:
 
 
 def _mix(
-  sources: Sequence[EncodedSource], weights: Sequence[float] | None, *, seed: int
+  sources: Sequence[EncodedSource], weights: Sequence[float], *, seed: int, index: int, count: int
 ) -> grain.MapDataset[dict[str, np.ndarray] | None]:
-  """Repeats each source endlessly, in another order each time, and mixes them."""
-  shuffled = [grain.MapDataset.source(source).seed(seed).shuffle().repeat() for source in sources]
-  return shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights)
+  """Repeats each source endlessly, in another order each time, and mixes one stream's share of each.
+
+  Every `count`-th sentence of a mixture would be of few sources only, as it alternates between them. Streams begin with
+  different sources, or else all would come to the same one at the same time.
+  """
+  shares = [grain.MapDataset.source(source).seed(seed).shuffle().repeat()[index::count] for source in sources]
+  if len(shares) == 1:
+    return shares[0]
+  order = np.roll(np.arange(len(shares)), -index)
+  return grain.MapDataset.mix([shares[each] for each in order], [weights[each] for each in order])
 
 
 def _pack_batches(
