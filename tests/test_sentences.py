@@ -76,12 +76,12 @@ class TestTasks:
   @pytest.mark.parametrize("name", TASKS)
   @pytest.mark.parametrize("frames", [1, 5])
   def test_targets(self, name, frames):
-    """They have the clip's shape and range, depend only on the parameters, and differ from the clip."""
+    """They have the clip's shape and range, depend only on the parameters and the pair, and differ from the clip."""
     task = TASKS[name]
     if task.videos_only and frames == 1:
       pytest.skip("meaningless for images")
     clip = np.random.default_rng(0).uniform(size=(frames, 16, 24, 3)).astype(np.float32)
-    params = task.draw(np.random.default_rng(1))
+    params = {**task.draw(np.random.default_rng(1)), **({"pair": 0} if task.varies else {})}
     out = task.apply(clip, **params)
     assert out.shape == clip.shape
     assert out.min() >= -1e-6 and out.max() <= 1 + 1e-6
@@ -199,6 +199,18 @@ class TestComputedSentences:
     for index in range(10):
       first, second = (source[index] for source in sources)
       assert all(np.array_equal(a, b) for a, b in zip(first.clips, second.clips))
+
+  @pytest.mark.parametrize("task", ["denoising", "deraining"])
+  @pytest.mark.parametrize("context", ["I", "II"])
+  def test_examples_do_not_show_the_noise_of_the_query(self, task, context):
+    """Subtracting what the example pair differs by does not restore B; within a video noise differs as well."""
+    source = computed(reverse_probability=0.0)
+    a, a2, b, b2 = (
+      x.astype(np.float64) for x in source.sentence(np.random.default_rng(0), task=task, context=context).clips
+    )
+    error = np.square(b - b2).mean()
+    assert np.square(b - (a - a2) - b2).mean() > error > 0
+    assert context == "II" or np.square((b - b2)[1] - (b - b2)[0]).mean() > error / 2
 
   def test_pixels_belong_to_a_version(self):
     """If this fails, computed clips have other pixels: raise COMPUTING_VERSION, so that no stale latent is used."""

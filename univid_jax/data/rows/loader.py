@@ -103,7 +103,9 @@ def make_loader(
 
   def open_stream(index: int, count: int, num_rows: int) -> grain.DatasetIterator[PackedRow]:
     sentences = _mix(encoded, weights or [1.0] * len(encoded), seed=seed, index=index, count=count)
-    batches = pack(sentences.to_iter_dataset(read_options), layout=layout.part(num_rows), num_bins=num_packing_bins or 2 * num_rows)
+    batches = pack(
+      sentences.to_iter_dataset(read_options), layout=layout.part(num_rows), num_bins=num_packing_bins or 2 * num_rows
+    )
     return iter((prefetch_in_process if stream_processes else prefetch)(batches, buffer_size=BATCH_BUFFER))
 
   return Loader(

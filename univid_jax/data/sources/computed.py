@@ -22,7 +22,7 @@ from univid_jax.data.tasks import TASKS
 from univid_jax.data.tasks.base import from_unit, to_unit
 
 # Part of the keys of lazy clips: raise it when the same config and seed give other pixels.
-COMPUTING_VERSION = 3
+COMPUTING_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,11 +147,11 @@ class ComputedSentences:
     params = task.draw(rng)
     lengths = plan.lengths(self.num_frames)
     pairs = []
-    for (source, index), length, target_length in zip(
-      self._draw_clips(rng, plan.num_clips // 2), lengths[::2], lengths[1::2]
+    for number, ((source, index), length, target_length) in enumerate(
+      zip(self._draw_clips(rng, plan.num_clips // 2), lengths[::2], lengths[1::2])
     ):
       clip = source.clip(index, rng, num_frames=length, size=self.size)
-      options = {"num_frames": target_length} if task.animates else {}
+      options = {"num_frames": target_length} if task.animates else {"pair": number} if task.varies else {}
       target = from_unit(task.apply(to_unit(clip), **params, **options))
       pairs.append((target, clip) if task.restores else (clip, target))
     reverse = task.reversible and rng.random() < self.reverse_probability

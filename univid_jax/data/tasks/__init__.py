@@ -44,8 +44,8 @@ TASKS: Mapping[str, Task] = {
   "colorization": Task(draw=draw_nothing, apply=greyscale, restores=True, prompt_name="colour version"),
   "super_resolution": Task(draw=draw_factor, apply=shrink, restores=True, prompt_name="high-resolution version"),
   "deblurring": Task(draw=draw_blur, apply=blur, restores=True, prompt_name="sharp version"),
-  "denoising": Task(draw=draw_noise, apply=add_noise, restores=True, prompt_name="version without noise"),
-  "deraining": Task(draw=draw_rain, apply=add_rain, restores=True, prompt_name="version without rain"),
+  "denoising": Task(draw=draw_noise, apply=add_noise, varies=True, restores=True, prompt_name="version without noise"),
+  "deraining": Task(draw=draw_rain, apply=add_rain, varies=True, restores=True, prompt_name="version without rain"),
   "flip": Task(draw=draw_flip, apply=flip, prompt_name="mirrored version"),
   "time_reversal": Task(
     draw=draw_nothing, apply=reverse_time, videos_only=True, prompt_name="version played backwards"

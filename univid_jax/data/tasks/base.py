@@ -1,7 +1,7 @@
 """What a computed task is: how its targets are made from natural clips, without annotation.
 
 A task draws its parameters once per sentence and applies them to every pair, so that only the example pairs reveal
-them. Tasks work on clips in float32 (T, H, W, 3), [0, 1].
+them. What they must not reveal, such as the noise in B, is drawn for every pair. Tasks work on clips in float32 (T, H, W, 3), [0, 1].
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ class Task:
       of an image.
     reversible: whether the task with swapped pairs (A', A, B', B) is a task too.
     animates: whether the target of an image may be a video; such a task cannot be reversible.
+    varies: whether `apply` also takes `pair`, the number of the pair, and draws what differs between them.
     restores: whether `apply` makes the source and the natural clip is the target.
     videos_only: whether the task is meaningless for images.
     prompt_name: what the paper's detailed prompt calls the target.
@@ -37,6 +38,7 @@ class Task:
   apply: Callable[..., UnitClip]
   reversible: bool = True
   animates: bool = False
+  varies: bool = False
   restores: bool = False
   videos_only: bool = False
   prompt_name: str = ""

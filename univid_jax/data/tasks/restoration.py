@@ -57,9 +57,9 @@ def draw_noise(rng: np.random.Generator) -> Params:
   return {"strength": float(rng.uniform(0.05, 0.25)), "seed": int(rng.integers(2**31))}
 
 
-def add_noise(clip: UnitClip, *, strength: float, seed: int) -> UnitClip:
-  """Adds sensor noise: normal, independent in every pixel."""
-  out = np.random.default_rng(seed).standard_normal(clip.shape, np.float32)
+def add_noise(clip: UnitClip, *, strength: float, seed: int, pair: int) -> UnitClip:
+  """Adds sensor noise: normal, independent in every pixel of every pair."""
+  out = np.random.default_rng((seed, pair)).standard_normal(clip.shape, np.float32)
   out *= strength
   out += clip
   return np.clip(out, 0, 1, out=out)
@@ -74,9 +74,9 @@ def draw_rain(rng: np.random.Generator) -> Params:
   }
 
 
-def add_rain(clip: UnitClip, *, count: int, slant: float, strength: float, seed: int) -> UnitClip:
-  """Adds bright streaks that fall from frame to frame, all at the same slant."""
-  rng = np.random.default_rng(seed)
+def add_rain(clip: UnitClip, *, count: int, slant: float, strength: float, seed: int, pair: int) -> UnitClip:
+  """Adds bright streaks that fall from frame to frame, all at the same slant; where they are differs between pairs."""
+  rng = np.random.default_rng((seed, pair))
   frames, height, width = clip.shape[:3]
   start, speed = rng.uniform(0, 1, (count, 2)), rng.uniform(0.15, 0.35, count)
   length = rng.uniform(0.05, 0.15, count)
