@@ -29,6 +29,7 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import wan_1_3b
 from univid_jax.core.errors import UserError
 from univid_jax.data.sources.computed import open_computed
+from univid_jax.data.sources.grids import GridSentences
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.evaluation.sentences import plan_sentences
@@ -331,10 +332,14 @@ class TestAblations:
     assert "| gap of 16 | 37.0 ± 1.0 |" in capsys.readouterr().out
     assert len(self.run(monkeypatch, "--seeds=0", "--steps=7", out)) == 3, "of other steps"
 
-  @pytest.mark.parametrize("question", ["clip_gap", "contexts", "reversal"])
+  @pytest.mark.parametrize("question", ["clip_gap", "contexts", "reversal", "grids_contexts", "grids_reversal"])
   def test_models_of_a_question_get_the_same_held_out_sentences(self, question):
     def targets(config):
-      planned = plan_sentences(config, {"computed": open_computed(config, "held_out", seed=0)})
+      if question.startswith("grids"):
+        held_out = {"grids": GridSentences.open(config).split(0.0)[1]}
+      else:
+        held_out = {"computed": open_computed(config, "held_out", seed=0)}
+      planned = plan_sentences(config, held_out)
       return [planned[number].read().clips[-1].tobytes() for number in (0, len(planned) - 1)]
 
     variants = ablations.questions(5)[question]
@@ -344,7 +349,7 @@ class TestAblations:
       assert all(targets(config) == targets(first) for config in others) and changes == variants[-1].evaluations[column]
 
   def test_rows_have_as_many_sentences_of_any_length(self):
-    for question in ("shots", "contexts"):
+    for question in ("shots", "contexts", "grids_contexts"):
       assert {variant.config.rows.num_sentences for variant in ablations.questions(5)[question]} == {1}
 
   @pytest.mark.long
