@@ -212,13 +212,13 @@ def describe_split(family: str, split: GridSplit) -> str:
 
 
 def _is_determined(family: GridFamily, params: Params, pairs: Sequence[tuple[Grid, Sequence[Grid]]]) -> bool:
-  """Returns whether all rules that agree with the example pairs give the query's target."""
+  """Returns whether all rules that agree with the examples give the query's target, and are held out if this one is."""
 
   def agrees(other: Params, source: Grid, target: Sequence[Grid]) -> bool:
     return all(is_same(a, b) for a, b in zip(family.targets(source, len(target), other), target))
 
   *examples, query = pairs
-  return not any(
-    all(agrees(other, *example) for example in examples) and not agrees(other, *query)
-    for other in (family.alternatives(*pairs[0], **params) if family.alternatives else ())
-  )
+  others = family.alternatives(*pairs[0], **params) if family.alternatives else ()
+  others = [other for other in others if all(agrees(other, *example) for example in examples)]
+  splits = {family.is_held_out(each) for each in (params, *others)} if family.is_held_out else ()
+  return len(splits) <= 1 and all(agrees(other, *query) for other in others)

@@ -29,7 +29,11 @@ HELD_OUT_ONE_IN = 4
 
 
 class GridSplit(enum.StrEnum):
-  """Which rules and grids a sentence shows. Grids of an evaluation are never trained on, whatever the rule."""
+  """Which rules and grids a sentence shows.
+
+  No grid is the source of a pair (of sudoku the target) both in training and in an evaluation, whatever the rule. A
+  held-out rule does something to the grids of its sentence that no trained rule does to all of them.
+  """
 
   TRAIN = "train"  # rules and grids for training
   TRAINED_RULES = "trained_rules"  # rules for training, held-out grids
@@ -56,7 +60,7 @@ class GridFamily:
     is_held_out: whether a rule, given by the parameters, is never trained on; None for a family with one rule.
     alternatives: (source, the states that follow, **parameters) to the parameters of a family that agree with a pair,
       and maybe further ones; those that agree with all examples must agree on the query, or the examples would not
-      determine the answer.
+      determine the answer, and be held out if the sentence's is.
     size: of all grids; None if they may have any.
     splits_by_target: whether a grid is held out for its target, and not for itself.
     prompt_name: what the paper's detailed prompt calls the target.

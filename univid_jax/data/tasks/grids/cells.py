@@ -237,12 +237,12 @@ def is_held_out_rule(params: Params) -> bool:
 
 
 def other_rules(source: Grid, targets: Sequence[Grid], *, rule: int, color: int) -> Iterable[Params]:
-  """Yields the rules that differ in one neighbourhood, which the pair does not show.
-
-  If each neighbourhood shows in the examples or not in the query, rules that differ in several agree as well.
-  """
-  shown = _neighborhoods(np.stack([source, *targets[:-1]]))
-  return ({"rule": rule ^ 1 << bit, "color": color} for bit in set(range(8)).difference(shown.ravel().tolist()))
+  """Yields the other rules that differ only in neighbourhoods that the pair does not show."""
+  shown = set(_neighborhoods(np.stack([source, *targets[:-1]])).ravel().tolist())
+  changes = [0]
+  for bit in set(range(8)) - shown:
+    changes += [change | 1 << bit for change in changes]
+  return ({"rule": rule ^ change, "color": color} for change in changes[1:])
 
 
 def draw_color(rng: np.random.Generator, size: Size) -> Params:

@@ -85,9 +85,9 @@ def draw_counting(rng: np.random.Generator, size: Size) -> Params:
 
 
 def make_countable(rng: np.random.Generator, size: Size, *, color: int, other: int) -> Grid:
-  """Draws no more cells of the colour than a bar is long, and as many of the other colour."""
+  """Draws at least one cell of the colour and no more than a bar is long, and likewise of the other colour."""
   height, width = size
-  counted, others = rng.integers(1, width + 1), rng.integers(0, width + 1)
+  counted, others = rng.integers(1, width + 1, 2)
   cells = np.full(height * width, BACKGROUND)
   places = rng.permutation(len(cells))
   cells[places[:counted]], cells[places[counted : counted + others]] = color, other
