@@ -299,6 +299,9 @@ class TestTextEncoder:
     shutil.copy(TOKENIZER / "spiece.model", tmp_path / "tokenizer")
     shutil.copy(TOKENIZER / "tokenizer.json", tmp_path / "tokenizer")
     assert find_release(tmp_path).tokenizer == tmp_path / "tokenizer"
+    (tmp_path / "tokenizer").rename(tmp_path / "elsewhere")
+    (tmp_path / "tokenizer").symlink_to(tmp_path / "elsewhere")
+    assert find_release(tmp_path).tokenizer == tmp_path / "tokenizer"
 
   def test_folder_with_sentencepiece_model(self, tmp_path):
     shutil.copytree(RELEASE, tmp_path / "release")
