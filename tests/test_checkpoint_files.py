@@ -354,6 +354,7 @@ class TestTextEncoder:
     convert_any(str(file), str(tmp_path / "target"))
     pipe = univid_jax.load_pipeline(str(tmp_path / "target"))
     assert np.array_equal(pipe.tokenize("a clip \u4e2d"), Tokenizer(TOKENIZER / "tokenizer.json")("a clip \u4e2d"))
+    assert "SentencePiece model" in str(find_release(file.rename(tmp_path / "UMT5.GGUF")).tokenizer)
 
 
 class TestGGUF:

@@ -145,6 +145,19 @@ def test_files_of_tensors_by_name(tmp_path):
       open_tensors(tmp_path / name)
 
 
+def test_shards_with_suffixes_in_capitals(tmp_path):
+  save_safetensors(tmp_path / "X-00001-of-00001.SAFETENSORS", {"a": np.ones(2, np.float32)})
+  with pytest.raises(UserError, match="is shard 1 of 1: pass the folder"):
+    open_tensors(tmp_path / "X-00001-of-00001.SAFETENSORS")
+  with pytest.raises(FileNotFoundError, match=r"is a shard, but its index X\.SAFETENSORS\.index\.json is missing"):
+    find_tensor_files(tmp_path)
+  for name in ("X.SAFETENSORS.INDEX.JSON", "X.safetensors.index.json"):
+    index = tmp_path / name
+    index.write_text(json.dumps({"weight_map": {"a": "X-00001-of-00001.SAFETENSORS"}}))
+    assert find_tensor_files(tmp_path) == [index] and open_tensors(index).read("a").tolist() == [1, 1]
+    index.unlink()
+
+
 def test_shards_of_any_name_are_found_by_their_index(tmp_path):
   save_safetensors(tmp_path / "first.safetensors", {"a": np.ones(2, np.float32)})
   index = tmp_path / "model.safetensors.index.json"

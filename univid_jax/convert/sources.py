@@ -182,7 +182,7 @@ def _read_embedded(tensors: TensorFile) -> SentencePiece | None:
     if tensors.infos[name].nbytes > MAX_TOKENIZER_BYTES:
       raise UserError(f"{path}: {name} has {tensors.infos[name].nbytes:,} bytes, too many for a tokenizer")
     return _parse(path, tensors.read(name).tobytes())
-  if path.suffix != ".gguf":
+  if path.suffix.lower() != ".gguf":
     return None
   try:
     model = UnigramModel.from_gguf(read_gguf_values(path))
