@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from univid_jax.checkpoints.header_texts import merge_texts
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.json_files import parse_json, read_json_object
 from univid_jax.core.paths import is_lfs_pointer, resolve_inside
@@ -61,7 +62,7 @@ class TensorFile:
     path: of the file or index.
     infos: shape and dtype by tensor name, as `read` returns it.
     read: reads a tensor by name.
-    metadata: the texts in the header of a safetensors or GGUF file.
+    metadata: the texts in the header of a safetensors or GGUF file, or in those of all shards.
     stored: by name, the types of tensors that `read` dequantises.
     read_float8: returns the float8_e4m3fn numbers of a matrix that `read` dequantises, and the float32 scales of its
       rows (rows, 1), or None for what is stored in another way.
@@ -221,7 +222,8 @@ def _open_shards(index: Path) -> TensorFile:
     tensor, shard = min(in_shards.items() ^ weight_map.items())
     raise UserError(f"{index} and its shards disagree about the tensor {tensor} in {shard}")
   infos = {name: shards[shard].infos[name] for name, shard in weight_map.items()}
-  return TensorFile(index, infos, lambda name: shards[weight_map[name]].read(name))
+  metadata = merge_texts(index, {name: file.metadata for name, file in shards.items()})
+  return TensorFile(index, infos, lambda name: shards[weight_map[name]].read(name), metadata)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
