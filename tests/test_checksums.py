@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import GOLDENS, package_or_skip
@@ -106,6 +106,7 @@ class TestFolders:
       assert find_damage(folder) == [f"{name} ({what})"]
       assert find_damage(folder, lambda other: other != name) == []
 
+  @settings(deadline=None)
   @given(data=st.data())
   def test_any_flipped_bit_of_the_list(self, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("list")
