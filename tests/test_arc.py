@@ -160,6 +160,16 @@ class TestFaults:
     with pytest.raises(UserError, match=r"nothing in config.data.arc.path can be used: bad.json: "):
       open_data(override(CONFIG, {"data.arc.path": str(tmp_path)}))
 
+  def test_linked_folders_and_suffixes_in_capitals(self, tmp_path):
+    write_tasks(tmp_path / "elsewhere", {"a": task(1)})
+    path = write_tasks(tmp_path / "tasks", {"own/b": task(2), "c": task(3)})
+    (tmp_path / "tasks" / "c.json").rename(tmp_path / "tasks" / "c.JSON")
+    (tmp_path / "tasks" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "tasks" / "own" / "cycle").symlink_to(tmp_path / "tasks")
+    source, dropped = open_arc(path, CONFIG)
+    found = [(each.name, each.group) for each in source.tasks]
+    assert not dropped and found == [("c", "arc"), ("linked/a", "linked"), ("own/b", "own")]
+
   def test_missing_folders_and_sets(self, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder: nowhere"):
       open_arc("nowhere", CONFIG)

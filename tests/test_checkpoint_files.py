@@ -21,10 +21,12 @@ from tests.checkpoint_files import (
 )
 from tests.helpers import GOLDENS, golden
 from univid_jax.checkpoints.info import read_info
+from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.codecs.sentencepiece import UnigramModel
 from univid_jax.codecs.tokenizer import Tokenizer
 from univid_jax.convert.commands import convert_any, inspect
 from univid_jax.convert.layout import make_fills
+from univid_jax.convert.quantized import dequantize
 from univid_jax.convert.sources import find_release
 from univid_jax.core.errors import UserError
 from univid_jax.models.clip import CLIPConfig
@@ -58,6 +60,21 @@ def assert_equal(found, expected):
   assert found.keys() == expected.keys()
   for name, value in expected.items():
     assert found[name].dtype == value.dtype and found[name].tobytes() == value.tobytes(), name
+
+
+def write_shards(folder, tensors, texts):
+  """Writes tensors in turn into as many shards as there are texts for `_quantization_metadata`; returns the index."""
+  weight_map = {}
+  for number, text in enumerate(texts):
+    names = list(tensors)[number :: len(texts)]
+    shard = f"x-{number + 1:05d}-of-{len(texts):05d}.safetensors"
+    text = text if isinstance(text, str) else json.dumps(text)
+    metadata = {} if text == "null" else {"_quantization_metadata": text}
+    write_safetensors(folder / shard, {name: tensors[name] for name in names}, {"hash": str(number), **metadata})
+    weight_map |= dict.fromkeys(names, shard)
+  index = folder / "x.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": weight_map}))
+  return index
 
 
 def velocity(checkpoint):
@@ -157,6 +174,31 @@ class TestFloat8:
     text = json.dumps({"layers": {f"model.diffusion_model.{layer}": {"format": "float8_e4m3fn"} for layer in layers}})
     file = write_safetensors(folder / "wan.safetensors", stored, {"_quantization_metadata": text})
     assert_equal(read_all(file), expected)
+
+  def test_format_in_the_headers_of_shards(self, folder):
+    """Each describes its own layers, or all."""
+    stored, expected = scaled("float8_e4m3fn", SCALES["one"], scale="weight_scale", activation="input_scale")
+    layers = [name.removesuffix(".weight") for name, value in stored.items() if is_matrix(name, value)]
+    stored |= {f"{layer}.weight": stored[f"{layer}.weight"].view(np.uint8) for layer in layers}
+    formats = {layer: {"format": "float8_e4m3fn"} for layer in layers}
+    half = dict(list(formats.items())[: len(formats) // 2])
+    rest = {layer: value for layer, value in formats.items() if layer not in half}
+    for parts in ([half, rest, None], [half, formats, {}], [formats, formats, formats], [None, formats, None]):
+      texts = [part if part is None else {"format_version": "1.0", "layers": part} for part in parts]
+      assert_equal(read_all(write_shards(folder, stored, texts)), expected)
+    texts = [{"layers": formats}, {"layers": {layers[0]: {"format": "nvfp4"}}}, None]
+    with pytest.raises(
+      UserError, match=rf"index\.json: its shards contradict each other: x-00002-.* {layers[0]} in _q"
+    ):
+      read_all(write_shards(folder, stored, texts))
+    with pytest.raises(UserError, match=r"x-00002-of-00003\.safetensors: the entry _quantization_metadata .* damaged"):
+      read_all(write_shards(folder, stored, [{"layers": formats}, "{", None]))
+
+  def test_options_in_the_headers_of_shards_are_refused(self, folder):
+    stored = {"blocks.0.ffn.0.weight": np.ones((4, 4), np.int8), "blocks.0.ffn.0.weight_scale": np.ones((), np.float32)}
+    text = {"layers": {"blocks.0.ffn.0": {"format": "int8_tensorwise", "convrot": True}}}
+    with pytest.raises(UserError, match="quantised as int8_tensorwise with convrot, which is not supported"):
+      dequantize(open_tensors(write_shards(folder, stored, [text])))
 
   @pytest.mark.parametrize(
     "text, message",
@@ -299,6 +341,9 @@ class TestTextEncoder:
     shutil.copy(TOKENIZER / "spiece.model", tmp_path / "tokenizer")
     shutil.copy(TOKENIZER / "tokenizer.json", tmp_path / "tokenizer")
     assert find_release(tmp_path).tokenizer == tmp_path / "tokenizer"
+    (tmp_path / "tokenizer").rename(tmp_path / "elsewhere")
+    (tmp_path / "tokenizer").symlink_to(tmp_path / "elsewhere")
+    assert find_release(tmp_path).tokenizer == tmp_path / "tokenizer"
 
   def test_folder_with_sentencepiece_model(self, tmp_path):
     shutil.copytree(RELEASE, tmp_path / "release")
@@ -351,6 +396,7 @@ class TestTextEncoder:
     convert_any(str(file), str(tmp_path / "target"))
     pipe = univid_jax.load_pipeline(str(tmp_path / "target"))
     assert np.array_equal(pipe.tokenize("a clip \u4e2d"), Tokenizer(TOKENIZER / "tokenizer.json")("a clip \u4e2d"))
+    assert "SentencePiece model" in str(find_release(file.rename(tmp_path / "UMT5.GGUF")).tokenizer)
 
 
 class TestGGUF:

@@ -16,7 +16,7 @@ from univid_jax.checkpoints.lora.folder import read_lora_folder
 from univid_jax.checkpoints.run import read_run
 from univid_jax.checkpoints.tensor_files import find_tensor_files, open_tensors, save_safetensors
 from univid_jax.core.errors import UserError, first_line
-from univid_jax.core.paths import atomic_write, is_remote, make_absolute, require_writable
+from univid_jax.core.paths import atomic_write, is_remote, make_absolute, require_writable, walk_files
 
 
 def test_bucket_paths_are_unchanged(tmp_path, monkeypatch):
@@ -25,6 +25,21 @@ def test_bucket_paths_are_unchanged(tmp_path, monkeypatch):
   assert str(make_absolute("gs://bucket/run") / "checkpoints") == "gs://bucket/run/checkpoints"
   assert str(make_absolute("run")) == str(tmp_path / "run")
   assert is_remote("gs://bucket/run") and not is_remote(tmp_path)
+
+
+def test_walking_follows_links_and_ends(tmp_path):
+  folder, outside = tmp_path / "folder", tmp_path / "outside"
+  for name in ("b/c/1.txt", "2.txt", ".git/3.txt"):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+  outside.mkdir()
+  (outside / "4.txt").touch()
+  (folder / "linked").symlink_to(outside)
+  (folder / "b" / "again").symlink_to(folder)
+  (outside / "back").symlink_to(folder / "b")
+  names = [str(path.relative_to(folder)) for path in walk_files(folder, is_left_out=lambda path: path.name == ".git")]
+  assert names == ["2.txt", "b/c/1.txt", "linked/4.txt", "linked/back/c/1.txt"]
+  assert folder / ".git" / "3.txt" in set(walk_files(folder))
 
 
 def test_atomic_write(tmp_path):
@@ -128,6 +143,19 @@ def test_files_of_tensors_by_name(tmp_path):
   for name, reason in (("pipe.safetensors", "is not a file"), ("pointer.bin", "git lfs pull")):
     with pytest.raises(UserError, match=f"{name} .*{reason}"):
       open_tensors(tmp_path / name)
+
+
+def test_shards_with_suffixes_in_capitals(tmp_path):
+  save_safetensors(tmp_path / "X-00001-of-00001.SAFETENSORS", {"a": np.ones(2, np.float32)})
+  with pytest.raises(UserError, match="is shard 1 of 1: pass the folder"):
+    open_tensors(tmp_path / "X-00001-of-00001.SAFETENSORS")
+  with pytest.raises(FileNotFoundError, match=r"is a shard, but its index X\.SAFETENSORS\.index\.json is missing"):
+    find_tensor_files(tmp_path)
+  for name in ("X.SAFETENSORS.INDEX.JSON", "X.safetensors.index.json"):
+    index = tmp_path / name
+    index.write_text(json.dumps({"weight_map": {"a": "X-00001-of-00001.SAFETENSORS"}}))
+    assert find_tensor_files(tmp_path) == [index] and open_tensors(index).read("a").tolist() == [1, 1]
+    index.unlink()
 
 
 def test_shards_of_any_name_are_found_by_their_index(tmp_path):

@@ -1,5 +1,7 @@
 """Checkpoint folders: components are found, loaded, and reported if they are missing or damaged."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from safetensors.numpy import load_file
 from tests.helpers import GOLDENS
 from univid_jax.checkpoints import pretrained, run_parts
 from univid_jax.checkpoints.info import CHECKPOINT_FILE, is_checkpoint
+from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.config.presets import small_lora
 from univid_jax.convert.commands import convert_any
@@ -54,6 +57,32 @@ def test_missing_component(folder):
       use()
   with pytest.raises(UserError, match="has no tokenizer"):
     checkpoint.tokenizer_path()
+
+
+def test_the_origin_of_samples_has_configs_and_tokenizer(folder):
+  """Tables of ratios, which depend on weights alone, are found all the same."""
+
+  def identify(**changes):
+    values = json.loads((folder / CHECKPOINT_FILE).read_text())
+    values["components"]["transformer"]["config"] |= changes
+    (folder / CHECKPOINT_FILE).write_text(json.dumps(values))
+    origin = Origin.resolve(str(folder))
+    assert origin.checksums  # now: they are computed once
+    return origin
+
+  before = identify()
+  assert before.checksums.keys() == {"transformer", "configs"} and before.weights.keys() == {"transformer"}
+  changed = identify(rope_theta=5000.0)
+  assert {name for name in before.checksums if before.checksums[name] != changed.checksums[name]} == {"configs"}
+  found = []
+  for text in ("one", "other"):
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text(text)
+    values = json.loads((folder / CHECKPOINT_FILE).read_text())
+    (folder / CHECKPOINT_FILE).write_text(json.dumps(values | {"tokenizer": "tokenizer/tokenizer.json"}))
+    found.append(identify())
+  assert found[0].checksums["tokenizer"] != found[1].checksums["tokenizer"]
+  assert found[0].checksums["configs"] == changed.checksums["configs"] and found[0].weights == before.weights
 
 
 def test_incomplete_component(folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -11,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import ColorRange
 
 from tests.numbered_videos import encode_video, numbered_frames, read_numbers
 from univid_jax.core.errors import UserError
@@ -243,6 +245,47 @@ def test_transparency_is_white(tmp_path: Path, codec: str, pixel_format: str, su
   encode_video(tmp_path / f"alpha.{suffix}", frames, codec, pixel_format=pixel_format)
   read = read_clip(tmp_path / f"alpha.{suffix}").frames
   assert read[:, :, :28].min() > 250 and read[:, :, 36:].max() < 5
+
+
+@pytest.mark.parametrize("color_range", [ColorRange.UNSPECIFIED, ColorRange.MPEG, ColorRange.JPEG])
+@pytest.mark.parametrize(
+  "codec, pixel_format, suffix",
+  [
+    ("libx265", "gray", "mp4"),
+    ("libx265", "gray10le", "mp4"),
+    ("ffv1", "gray", "mkv"),
+    ("ffv1", "gray10le", "mkv"),
+    ("ffv1", "gray12le", "mkv"),
+    ("ffv1", "gray16le", "mkv"),
+    ("ffv1", "ya8", "mkv"),
+  ],
+)
+def test_grey_has_the_range_that_it_is_tagged_with(
+  tmp_path: Path, codec: str, pixel_format: str, suffix: str, color_range: ColorRange
+):
+  """Black, mid-grey and white of limited range are those of any other video. Without a tag the codec decides."""
+  path, lumas = tmp_path / f"grey.{suffix}", (16, 126, 235)
+  bits = int(re.sub(r"\D", "", pixel_format.removeprefix("ya")) or 8)
+  with av.open(str(path), "w") as container:
+    options = {"x265-params": "lossless=1:log-level=none"} if codec == "libx265" else {}
+    stream = container.add_stream(codec, rate=25, options=options)
+    stream.width, stream.height, stream.pix_fmt = 64, 48, pixel_format
+    stream.codec_context.color_range = color_range
+    for luma in lumas:
+      values = np.full((48, 64), luma << (bits - 8), np.uint8 if bits == 8 else np.uint16)
+      if pixel_format == "ya8":
+        frame = av.VideoFrame(64, 48, pixel_format)
+        frame.planes[0].update(np.stack([values, np.full_like(values, 255)], axis=-1).tobytes())
+      else:
+        frame = av.VideoFrame.from_ndarray(values, format=pixel_format)
+      frame.color_range = color_range
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  is_limited = color_range == ColorRange.MPEG or (codec == "libx265" and color_range == ColorRange.UNSPECIFIED)
+  expected = np.array([0, 128, 255] if is_limited else lumas)
+  frames = read_clip(path).frames
+  np.testing.assert_array_equal(frames, np.broadcast_to(expected[:, None, None, None], frames.shape))
+  np.testing.assert_array_equal(np.concatenate(read_parts(path, [(0, 1), (1, 2)])), frames)
 
 
 def test_unusual_colours_are_named(tmp_path: Path):

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -12,9 +14,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from tests.helpers import GOLDENS
+from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.codecs.sentencepiece import UnigramModel
 from univid_jax.codecs.tokenizer import Tokenizer, clean
 from univid_jax.core.errors import UserError
+from univid_jax.models.clip import CLIPConfig
+from univid_jax.models.umt5 import UMT5Config
+from univid_jax.models.variants import VARIANTS
+from univid_jax.parallel.mesh import make_mesh
 
 FILE = GOLDENS / "tiny_wan" / "google" / "umt5-xxl" / "tokenizer.json"
 
@@ -60,6 +67,35 @@ def test_invalid_and_missing_files(tmp_path):
     Tokenizer(tmp_path / "tokenizer.json")
   with pytest.raises(FileNotFoundError, match="no such tokenizer"):
     Tokenizer(tmp_path / "missing.json")
+
+
+def test_embeddings_are_identified_by_all_that_determines_them(tmp_path):
+  """Of two tokenizers of one text encoder, those of the other are not used."""
+  other = json.loads(FILE.read_text())
+  other["added_tokens"][0]["lstrip"] = not other["added_tokens"][0]["lstrip"]
+  (tmp_path / "other.json").write_text(json.dumps(other))
+
+  def fingerprints(tokenizer=FILE, **config):
+    configs = {
+      "text_encoder": UMT5Config(**config),
+      "image_encoder": CLIPConfig(**config),
+      "transformer": dataclasses.replace(VARIANTS["wan2.1-i2v-14b-480p"], text_len=512),
+    }
+    checkpoint = SimpleNamespace(
+      has=lambda component: True,
+      config=lambda component: configs[component],
+      checksum=lambda component: "the same",
+      load=lambda component, **options: None,
+      tokenizer_path=lambda: tokenizer,
+    )
+    encoders = PretrainedEncoders(checkpoint, make_mesh({}, jax.devices()[:1]))
+    return encoders.prompt_fingerprint, encoders.image_fingerprint
+
+  prompts, images = fingerprints()
+  assert fingerprints() == (prompts, images)
+  assert fingerprints(tmp_path / "other.json")[0] != prompts and fingerprints(tmp_path / "other.json")[1] == images
+  assert fingerprints(eps=1e-3)[0] != prompts and fingerprints(eps=1e-3)[1] != images
+  assert images == "clip the same bfloat16", "as in caches from before"
 
 
 class TestSentencePiece:

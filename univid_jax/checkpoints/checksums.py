@@ -274,7 +274,7 @@ def check_seal(holder: epath.PathLike, *files: epath.PathLike) -> bool | None:
 
 def require_seal(path: Path, sidecar: Path) -> None:
   """Raises DamagedError if a file differs from the checksum that it or its sidecar holds."""
-  if path.suffix == ".safetensors" and path.is_file() and check_seal(path) is False:
+  if path.suffix.lower() == ".safetensors" and path.is_file() and check_seal(path) is False:
     raise DamagedError(path.parent, [f"{path.name} (checksum differs)"])
   if path.is_file() and sidecar.is_file() and check_seal(sidecar, path) is False:
     raise DamagedError(path.parent, [f"{path.name} or {sidecar.name} (checksum differs)"])
@@ -309,7 +309,7 @@ def _find_seal(holder: epath.Path) -> int | None:
   with holder.open("rb") as file:
     start = file.read(_START_BYTES)
     length = holder.stat().length
-    end = 8 + int.from_bytes(start[:8], "little") if holder.suffix == ".safetensors" else length
+    end = 8 + int.from_bytes(start[:8], "little") if holder.suffix.lower() == ".safetensors" else length
     if len(start) < end <= length:
       start += file.read(end - len(start))
   found = next(filter(None, (re.search(pattern, start, re.DOTALL) for pattern in _SEAL_PATTERNS)), None)

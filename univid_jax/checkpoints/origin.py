@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,9 @@ from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_step
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged, Quantize
+
+# Checksums of what is no weight, by their names among those of components.
+CONFIGS, TOKENIZER = "configs", "tokenizer"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +103,7 @@ class Origin:
     if base is not None:
       checkpoint = PretrainedCheckpoint.open(base)
       checksums |= {name: checkpoint.checksum(name) for name in checkpoint.info.components}
+      checksums |= _digest_settings(checkpoint)
       if checkpoint.transformers:
         method = checkpoint.quantization(checkpoint.transformers[0], Quantize(method or Quantize.NONE))
     if method and method != Quantize.NONE:
@@ -127,6 +133,11 @@ class Origin:
     """Returns the checksum of a file or folder; `load_pipeline` verifies the folder `verified`, which contains it."""
     return digest_contents(path, listed_in=verified if self.is_verified else None)
 
+  @property
+  def weights(self) -> dict[str, str]:
+    """The checksums of weights alone."""
+    return {name: value for name, value in self.checksums.items() if name not in (CONFIGS, TOKENIZER)}
+
   def to_json(self) -> dict[str, Any]:
     named = {
       name: [path if weight == 1 else f"{path}:{weight:g}" for path, weight in loras]
@@ -134,3 +145,14 @@ class Origin:
       if loras or name == "lora"
     }
     return {"checkpoint": self.checkpoint, "step": self.step, **named, "checksums": dict(self.checksums)}
+
+
+def _digest_settings(checkpoint: PretrainedCheckpoint) -> dict[str, str]:
+  """Returns checksums of what determines samples besides the weights of a base: its configs and its tokenizer."""
+  info = checkpoint.info
+  configs = {name: dataclasses.asdict(checkpoint.config(name)) for name in info.components}
+  text = json.dumps({"components": configs, "codec": info.codec}, sort_keys=True)
+  digests = {CONFIGS: hashlib.sha256(text.encode()).hexdigest()}
+  if info.tokenizer is not None:
+    digests[TOKENIZER] = hashlib.sha256(checkpoint.tokenizer_path().read_bytes()).hexdigest()
+  return digests

@@ -14,14 +14,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from univid_jax.checkpoints.header_texts import merge_texts
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.json_files import parse_json, read_json_object
 from univid_jax.core.paths import is_lfs_pointer, resolve_inside
 
 SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin")
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
-_SHARD = re.compile(r"-(\d+)-of-(\d+)(\.safetensors|\.bin)$")
-_GGUF_SPLIT = re.compile(r"-(\d+)-of-(\d+)\.gguf$")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)(\.safetensors|\.bin)$", re.IGNORECASE)
+_GGUF_SPLIT = re.compile(r"-(\d+)-of-(\d+)\.gguf$", re.IGNORECASE)
 
 # NumPy's dtype names by those of safetensors. PyTorch's are NumPy's after "torch.". Others are refused.
 _SAFETENSORS_DTYPES = {
@@ -61,7 +62,7 @@ class TensorFile:
     path: of the file or index.
     infos: shape and dtype by tensor name, as `read` returns it.
     read: reads a tensor by name.
-    metadata: the texts in the header of a safetensors or GGUF file.
+    metadata: the texts in the header of a safetensors or GGUF file, or in those of all shards.
     stored: by name, the types of tensors that `read` dequantises.
     read_float8: returns the float8_e4m3fn numbers of a matrix that `read` dequantises, and the float32 scales of its
       rows (rows, 1), or None for what is stored in another way.
@@ -126,7 +127,7 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
     raise FileNotFoundError(f"no such file: {path}")
   if path.is_file() and is_lfs_pointer(path):
     raise UserError(f"{path} is not downloaded: run git lfs pull in its repository")
-  if path.name.endswith(INDEX_SUFFIXES):
+  if _is_index(path):
     return _open_shards(path)
   if shard := _SHARD.search(path.name):
     raise UserError(
@@ -146,6 +147,10 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
 def is_tensor_file(path: PurePath) -> bool:
   """Whether the name is that of a file of tensors, which may be a shard."""
   return path.suffix.lower() in SUFFIXES
+
+
+def _is_index(path: PurePath) -> bool:
+  return path.name.lower().endswith(INDEX_SUFFIXES)
 
 
 def _open_file(path: Path) -> TensorFile:
@@ -203,7 +208,7 @@ def _open_shards(index: Path) -> TensorFile:
       resolve_inside(index.parent, name)
     except UserError as error:
       raise UserError(f"{index}: {error}") from error
-    if not name.endswith((".safetensors", ".bin")):
+    if not name.lower().endswith((".safetensors", ".bin")):
       raise UserError(f"{index} names {name} as a shard; expected a name ending in .safetensors or .bin")
   missing = [name for name in names if not (index.parent / name).is_file()]
   if missing:
@@ -217,7 +222,8 @@ def _open_shards(index: Path) -> TensorFile:
     tensor, shard = min(in_shards.items() ^ weight_map.items())
     raise UserError(f"{index} and its shards disagree about the tensor {tensor} in {shard}")
   infos = {name: shards[shard].infos[name] for name, shard in weight_map.items()}
-  return TensorFile(index, infos, lambda name: shards[weight_map[name]].read(name))
+  metadata = merge_texts(index, {name: file.metadata for name, file in shards.items()})
+  return TensorFile(index, infos, lambda name: shards[weight_map[name]].read(name), metadata)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
@@ -294,13 +300,13 @@ def find_tensor_files(folder: Path) -> list[Path]:
     UserError: an index is damaged.
   """
   visible = sorted(path for path in folder.iterdir() if path.name[0] != ".")
-  files = [path for path in visible if is_tensor_file(path) or path.name.endswith(INDEX_SUFFIXES)]
-  indices = [path for path in files if path.name.endswith(INDEX_SUFFIXES)]
+  files = [path for path in visible if is_tensor_file(path) or _is_index(path)]
+  indices = [path for path in files if _is_index(path)]
   listed = {folder / shard for index in indices for shard in _read_weight_map(index).values()}
   for path in files:
-    index = path.with_name(_SHARD.sub(r"\3.index.json", path.name))
-    if _SHARD.search(path.name) and not index.exists():
-      raise FileNotFoundError(f"{path} is a shard, but its index {index.name} is missing")
+    index = _SHARD.sub(r"\3.index.json", path.name)
+    if _SHARD.search(path.name) and index.lower() not in {each.name.lower() for each in indices}:
+      raise FileNotFoundError(f"{path} is a shard, but its index {index} is missing")
   return [path for path in files if not _SHARD.search(path.name) and path not in listed]
 
 

@@ -107,9 +107,9 @@ def _find_damage(path: epath.Path) -> str | None:
 def _check_file(path: epath.Path) -> str | None:
   if entries.is_entry(path):
     intact = entries.is_intact(path)
-  elif path.suffix == ".safetensors":
+  elif path.suffix.lower() == ".safetensors":
     intact = check_seal(path)
-  elif path.name.endswith(".ckpt.json") and path.with_suffix("").exists():
+  elif path.name.lower().endswith(".ckpt.json") and path.with_suffix("").exists():
     intact = check_seal(path, path.with_suffix(""))
   else:
     return shards.find_damage(path)

@@ -23,7 +23,8 @@ from univid_jax.codecs.vae_config import VAEConfig, find_autoencoder
 from univid_jax.codecs.wan_vae import WanVAECodec, jit_method
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import Codec
-from univid_jax.models.clip import preprocess
+from univid_jax.models.clip import CLIPConfig, preprocess
+from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import local_mesh, make_mesh
 
@@ -156,15 +157,22 @@ class PretrainedEncoders:
   @property
   def prompt_fingerprint(self) -> str:
     """Identifies everything that determines the embedding of a prompt, besides the text."""
-    checksum = self._checkpoint.checksum("text_encoder")
-    return f"umt5 {checksum} {self._dtype} {self._tokenizer.get().max_length}"
+    checksum, tokenizer = self._checkpoint.checksum("text_encoder"), self._tokenizer.get()
+    own = self._describe_config("text_encoder", UMT5Config())
+    return f"umt5 {checksum} {self._dtype} {tokenizer.max_length} {tokenizer.sha256}{own}"
 
   @property
   def image_fingerprint(self) -> str:
     """Identifies everything that determines the features of an image; "" if the model takes none."""
     if not self._checkpoint.config("transformer").takes_image_features:
       return ""
-    return f"clip {self._checkpoint.checksum('image_encoder')} {self._dtype}"
+    own = self._describe_config("image_encoder", CLIPConfig())
+    return f"clip {self._checkpoint.checksum('image_encoder')} {self._dtype}{own}"
+
+  def _describe_config(self, component: str, published: Any) -> str:
+    """Returns what the checksum of a component's weights does not tell, "" if its config is the published one."""
+    config = self._checkpoint.config(component)
+    return "" if config == published else f" {config}"
 
   def tokenize(self, text: str) -> Int[np.ndarray, "n"]:
     """Returns token ids, int32, with the end-of-text token, without padding."""

@@ -1,5 +1,6 @@
 """Wan2.1's tokenizer: cleans prompts and splits them into UMT5's tokens."""
 
+import hashlib
 import html
 import logging
 import os
@@ -33,6 +34,9 @@ class Tokenizer:
     path: the checkpoint's tokenizer.json.
     max_length: the maximal number of tokens, end-of-text token included; longer texts are truncated, with a warning.
 
+  Attributes:
+    sha256: of the file.
+
   Raises:
     FileNotFoundError: there is no such file.
     UserError: the file is not a tokenizer.
@@ -41,8 +45,10 @@ class Tokenizer:
   def __init__(self, path: str | os.PathLike, *, max_length: int = 512):
     if not epath.Path(path).exists():
       raise FileNotFoundError(f"no such tokenizer: {path}")
+    contents = epath.Path(path).read_bytes()
+    self.sha256 = hashlib.sha256(contents).hexdigest()
     try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(epath.Path(path).read_text())
+      self._tokenizer = tokenizers.Tokenizer.from_str(contents.decode())
     except Exception as error:  # the library raises nothing more specific
       raise UserError(f"not a tokenizer: {path} ({error})") from error
     self.max_length = max_length

@@ -168,7 +168,7 @@ def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, 
     return ""
   check_suffix(destination, to)
   path = epath.Path(destination)
-  for file in (path, sidecar_path(path)) if path.suffix == ".ckpt" else (path,):
+  for file in (path, sidecar_path(path)) if path.suffix.lower() == ".ckpt" else (path,):
     check_destination(file, needed=needed, force=force, is_file=True)
   return write_lora(path, lora, to, dtype=dtype)
 

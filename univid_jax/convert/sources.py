@@ -14,6 +14,7 @@ from univid_jax.convert.identify import Source, identify
 from univid_jax.convert.prefixes import find_tokenizer, split_parts
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert
+from univid_jax.core.paths import walk_files
 from univid_jax.models.variants import VARIANTS, DiTConfig
 
 # UMT5's has 4.5 MB.
@@ -169,8 +170,9 @@ def _find_tokenizer(
 
 def _find_file(path: Path, name: str) -> Path | None:
   """Finds a tokenizer's file in the folder of a release."""
-  files = sorted(path.rglob(name)) if path.is_dir() else []
-  return next((file for file in files if "umt5" in file.parent.name or file.parent.name == "tokenizer"), None)
+  files = walk_files(path) if path.is_dir() else ()
+  found = (file for file in files if file.name == name)
+  return next((file for file in found if "umt5" in file.parent.name or file.parent.name == "tokenizer"), None)
 
 
 def _read_embedded(tensors: TensorFile) -> SentencePiece | None:
@@ -180,7 +182,7 @@ def _read_embedded(tensors: TensorFile) -> SentencePiece | None:
     if tensors.infos[name].nbytes > MAX_TOKENIZER_BYTES:
       raise UserError(f"{path}: {name} has {tensors.infos[name].nbytes:,} bytes, too many for a tokenizer")
     return _parse(path, tensors.read(name).tobytes())
-  if path.suffix != ".gguf":
+  if path.suffix.lower() != ".gguf":
     return None
   try:
     model = UnigramModel.from_gguf(read_gguf_values(path))

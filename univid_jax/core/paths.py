@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -81,6 +81,34 @@ def resolve_inside(folder: str | os.PathLike, name: str) -> Path:
   if not name or "\0" in name or os.path.isabs(path) or path.split(os.sep)[0] in (os.curdir, os.pardir):
     raise UserError(f"{name!r} must be a path inside {folder}: put the file there, or a link to it")
   return Path(folder) / path
+
+
+def walk_files(folder: Path, *, is_left_out: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
+  """Yields the files in a folder and in its subfolders, sorted by path. Links to folders are followed, but not into a
+  folder that they are in.
+
+  Args:
+    folder: a local one.
+    is_left_out: whether a file is not yielded, or a subfolder not searched.
+
+  Raises:
+    OSError: a folder cannot be read.
+  """
+  yield from sorted(_walk(folder, is_left_out, ()))
+
+
+def _walk(folder: Path, is_left_out: Callable[[Path], bool], above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+  status = folder.stat()
+  identity = status.st_dev, status.st_ino
+  if identity in above:
+    return
+  for path in folder.iterdir():
+    if is_left_out(path):
+      continue
+    if path.is_dir():
+      yield from _walk(path, is_left_out, (*above, identity))
+    else:
+      yield path
 
 
 def require_writable(folder: str | os.PathLike, *, num_bytes: int = 0) -> None:

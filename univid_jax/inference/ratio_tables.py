@@ -49,7 +49,7 @@ class TableKey:
   def for_plan(cls, pipeline: Pipeline, origin: Origin, plan: SamplingPlan) -> "TableKey":
     names = {id(solver): str(name) for name, solver in SOLVERS.items()}
     return cls(
-      weights=dict(origin.checksums),
+      weights=origin.weights,
       solver=names.get(id(plan.solver), type(plan.solver).__name__),
       sigmas=plan.sigmas.tolist(),
       guidance_scales=list(pipeline.experts.guidance_scales(plan.guidance_scale)),

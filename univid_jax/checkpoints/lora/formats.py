@@ -159,7 +159,7 @@ def check_complete(lora: LoRAWeights) -> None:
 def check_suffix(path: epath.PathLike, to: str) -> None:
   """Raises UserError if files of a format in `FORMATS` have another suffix."""
   suffixes = find_format(to).suffixes
-  if epath.Path(path).suffix not in suffixes:
+  if epath.Path(path).suffix.lower() not in suffixes:
     raise UserError(f"a {to} LoRA file must be named *{' or *'.join(suffixes)}, got {path}")
 
 
@@ -191,7 +191,7 @@ def write_lora(
   tensors = lora_tensors(lora, to, dtype=dtype)
   note = _describe_folding(lora, file_format, tensors)
   entries = {**lora.file_metadata(metadata or {}), **SCALE_OF_ONE, SEAL: OPEN_SEAL}
-  if path.suffix == ".ckpt":
+  if path.suffix.lower() == ".ckpt":
     require_torch(path)
     # Published in reverse order: a kill between the two leaves no sidecar without a file.
     with atomic_write(sidecar_path(path)) as sidecar, atomic_write(path) as weights:

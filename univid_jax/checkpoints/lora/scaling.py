@@ -91,7 +91,9 @@ def find_adapter(folder: epath.Path) -> epath.Path | None:
   """Returns the weights in a folder of PEFT: adapter_model.*, or the only file of tensors; None if there are none."""
   files = sorted(path for path in folder.iterdir() if is_tensor_file(path) and path.name[0] != ".")
   named = [path for path in files if path.stem == ADAPTER_STEM]
-  return named[-1] if named else files[0] if len(files) == 1 else None  # of several, the .safetensors
+  if named:
+    return max(named, key=lambda path: path.suffix.lower())  # of several, the .safetensors
+  return files[0] if len(files) == 1 else None
 
 
 def find_config(path: epath.Path) -> epath.Path | None:

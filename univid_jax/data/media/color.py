@@ -1,7 +1,9 @@
 """Decoded video frames to RGB as a player shows them: colours, transparency, pixel shape and orientation.
 
 Frames are converted by the matrix and range that the stream is tagged with; as in players, an untagged stream is BT.709
-if it is HD and BT.601 otherwise. Primaries of SDR video are not converted.
+if it is HD and BT.601 otherwise, and its range is limited. Grey video without a tag is full-range unless its codec has
+another default: H.264, HEVC and AV1 have one, which their decoders apply; FFV1, JPEG 2000 and raw video have none.
+Primaries of SDR video are not converted.
 """
 
 import functools
@@ -11,7 +13,7 @@ from typing import Literal
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from jaxtyping import Float, UInt8, UInt16
 
 from univid_jax.core.errors import UserError
@@ -21,6 +23,15 @@ UNSPECIFIED = 2
 MATRIX_BT709, MATRIX_BT601 = 1, 6
 CONVERTIBLE_MATRICES = {0: "RGB", 1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
 TRANSFER_PQ, TRANSFER_HLG = 16, 18
+
+# Formats of grey, with and without alpha, and those with neutral chroma that hold the same luma. swscale takes the
+# former for full-range, whatever their tag says.
+FORMATS_WITH_CHROMA = {
+  "gray": "yuv444p",
+  "ya8": "yuva444p",
+  **{f"gray{bits}{order}": f"yuv444p{bits}le" for bits in (9, 10, 12, 14, 16) for order in ("le", "be")},
+  **{f"ya16{order}": "yuva444p16le" for order in ("le", "be")},
+}
 
 # In cd/m2: diffuse white in HDR (BT.2408), and the peak of a reference HLG display (BT.2100). PQ is mostly graded for
 # the same peak; brighter highlights are clipped.
@@ -55,7 +66,8 @@ class FrameConverter:
 
   def __init__(self, pixel_aspect: Fraction | None = None):
     self.pixel_aspect = pixel_aspect or Fraction(1)
-    self._reformatter = VideoReformatter()
+    # One for each kind of conversion: they keep the latest.
+    self._reformatter, self._chroma_adder = VideoReformatter(), VideoReformatter()
 
   def convert(self, frame: av.VideoFrame) -> Frame:
     """Converts a frame.
@@ -77,6 +89,8 @@ class FrameConverter:
     return orient(pixels, _display_matrix(frame))
 
   def _reformat(self, frame: av.VideoFrame, pixel_format: str) -> np.ndarray:
+    if frame.color_range == ColorRange.MPEG and frame.format.name in FORMATS_WITH_CHROMA:
+      frame = self._add_chroma(frame)
     if not 1 / MAX_PIXEL_ASPECT <= self.pixel_aspect <= MAX_PIXEL_ASPECT:
       raise UserError(f"pixels of width {float(self.pixel_aspect):g} and height 1 are not plausible")
     width = max(round(frame.width * self.pixel_aspect), 1)
@@ -86,6 +100,14 @@ class FrameConverter:
       frame, format=pixel_format, width=width, interpolation=Interpolation.BICUBIC, threads=1
     )
     return converted.to_ndarray()
+
+  def _add_chroma(self, frame: av.VideoFrame) -> av.VideoFrame:
+    """Returns a grey frame of limited range in a format whose range is respected, with the same luma."""
+    colored = self._chroma_adder.reformat(
+      frame, format=FORMATS_WITH_CHROMA[frame.format.name], dst_color_range=ColorRange.JPEG, threads=1
+    )
+    colored.color_range = ColorRange.MPEG
+    return colored
 
 
 def _check_colors(frame: av.VideoFrame) -> None:

