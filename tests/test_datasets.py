@@ -276,6 +276,15 @@ class TestPairs:
       colors[kind] = len(np.unique(read_frames(targets[0])))
     assert colors[TargetKind.SEGMENTATION] == 2 < colors[TargetKind.EDGES]
 
+  @pytest.mark.parametrize("name", ["outline", "scribble", "arc"])
+  def test_tasks_that_are_called_like_built_in_ones_are_images(self, pairs, name):
+    (pairs / "edges").rename(pairs / name)
+    data = {"data.pairs": str(pairs), "data.height": 16, "data.width": 24, "data.contexts": {"II": 1.0}}
+    for kinds, resample in (({}, Image.Resampling.BICUBIC), ({name: "depth"}, Image.Resampling.NEAREST)):
+      config = override(tiny(), data | {"data.kinds": kinds})
+      forms = {pair.target.form.resample for pair in open_data(config).sources["pairs"].pairs if pair.task == name}
+      assert forms == {resample}
+
   def test_unusable_pairs_are_named(self, pairs):
     (pairs / "edges" / "c" / "target.jpg").unlink()
     shutil.copy(pairs / "depth map" / "a" / "source.mp4", pairs / "depth map" / "a" / "source.mov")

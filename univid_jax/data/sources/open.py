@@ -22,7 +22,7 @@ from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
 from univid_jax.data.sources.readers.tfds import open_tfds
-from univid_jax.data.target_kinds import task_kinds
+from univid_jax.data.target_kinds import own_kinds
 
 log = logging.getLogger(__name__)
 
@@ -162,12 +162,12 @@ def _open_listed(config: RunConfig, kinds: Collection[str]) -> dict[str, _Opened
   """Opens those of the kinds that consist of records; the order determines how they are mixed."""
   data = config.data
   form, options = ClipFormat.from_config(data), DrawOptions.from_config(data, seed=config.seed)
+  targets = own_kinds(data)
   opened = {}
   if "metadata" in kinds:
     source, dropped = open_metadata(copy_to_local(data.metadata), form, options)
     opened["metadata"] = _hold_out("metadata", source, dropped, data.held_out)
   if "pairs" in kinds:
-    targets = task_kinds(data)
     source, dropped = open_pairs(copy_to_local(data.pairs), form, options, kinds=targets)
     if data.test_pairs:
       test = open_pairs(copy_to_local(data.test_pairs), form, options, kinds=targets)
