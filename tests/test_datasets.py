@@ -53,6 +53,13 @@ def pairs(tmp_path):
 
 
 class TestMetadata:
+  def test_targets_are_resized_as_their_kind_asks(self, metadata):
+    """Records of a table have no task, so that their kind is that of the empty one."""
+    for kinds, resample in (({}, Image.Resampling.BICUBIC), ({"": "depth"}, Image.Resampling.NEAREST)):
+      source = open_data(override(tiny(), {"data.metadata": str(metadata), "data.kinds": kinds})).sources["metadata"]
+      found = [part.form.resample for part in source.records[0].footage]
+      assert found == [Image.Resampling.BICUBIC, resample] * 2
+
   def test_clips_are_quarters_of_the_file(self, metadata):
     """Each clip is the start of its quarter; all four contexts are drawn, with their lengths."""
     sentences, dropped = open_metadata(str(metadata), FORM, draw_options())
@@ -505,6 +512,25 @@ class TestManifest:
     write_video(tmp_path / "v.mp4", 12)
     sentences, dropped = self.write(tmp_path, f'{{"clips": [{{"path": "v.mp4", "role": "target", {keys}}}]}}')
     assert not sentences.records and message in dropped[0].reason
+
+  def test_targets_are_resized_as_their_kind_asks(self, tmp_path):
+    """Of every pair, by the task of the line; a map of two labels has two colours after resizing."""
+    board = np.random.default_rng(0).integers(0, 2, (6, 8)).repeat(5, 0).repeat(5, 1) * 255
+    Image.fromarray(board.astype(np.uint8)).save(tmp_path / "i.png")
+    clips = [{"path": "i.png"}] * 3
+    lines = [
+      {"clips": [*clips, {"path": "i.png", "role": "target"}], "task": "labels"},
+      {"clips": [*clips, {"path": "i.png", "role": "target"}]},
+      {"clips": [{"path": "i.png", "role": "target"}], "task": "labels"},
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = {"data.manifest": str(tmp_path / "m.jsonl"), "data.height": 16, "data.width": 24, "data.held_out": 0}
+    source = open_data(override(tiny(), data | {"data.kinds": {"labels": "segmentation"}})).sources["manifest"]
+    sentences = [source[index] for index in range(3)]
+    keeps = {each.record: [len(np.unique(read_frames(clip))) == 2 for clip in each.clips] for each in sentences}
+    assert keeps == dict(
+      zip([f"m.jsonl line {number}" for number in (1, 2, 3)], [[False, True, False, True], [False] * 4, [True]])
+    )
 
 
 class TestTFDS:

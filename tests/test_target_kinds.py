@@ -84,3 +84,7 @@ def test_two_kinds_of_one_task_are_refused():
     UserError, match=r"config\.data\.kinds\.x is depth, but .*\.tfds\.kind of the same task is normals"
   ):
     override(tiny(), changes | {"data.tfds.kind": "normals"})
+  changes = {"data.tfds.name": "scenes", "data.tfds.kind": "depth", "data.manifest": "m.jsonl"}
+  with pytest.raises(UserError, match=r"that have no task: give config\.data\.tfds\.task"):
+    override(tiny(), changes)
+  override(tiny(), changes | {"data.tfds.task": "x"})

@@ -186,6 +186,12 @@ class DataConfig(Section):
           f"config.data.kinds.{task} is {kind}, but config.data.tfds.kind of the same task is {self.tfds.kind}: leave "
           "one out"
         )
+    has_unnamed_kind = self.tfds.name and not self.tfds.task and self.tfds.kind != TargetKind.IMAGE
+    if has_unnamed_kind and (self.metadata or self.manifest):
+      raise UserError(
+        f"config.data.tfds.kind = {self.tfds.kind} would also be that of the records of config.data.metadata and "
+        "manifest that have no task: give config.data.tfds.task"
+      )
     for name, given, training in (
       ("test_pairs", self.test_pairs, self.pairs),
       ("tfds.test_split", self.tfds.test_split, self.tfds.name),

@@ -10,6 +10,7 @@ from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.bucket_files import copy_to_local
 from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import TargetKind
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped
@@ -165,7 +166,7 @@ def _open_listed(config: RunConfig, kinds: Collection[str]) -> dict[str, _Opened
   targets = own_kinds(data)
   opened = {}
   if "metadata" in kinds:
-    source, dropped = open_metadata(copy_to_local(data.metadata), form, options)
+    source, dropped = open_metadata(copy_to_local(data.metadata), form, options, kind=targets.get("", TargetKind.IMAGE))
     opened["metadata"] = _hold_out("metadata", source, dropped, data.held_out)
   if "pairs" in kinds:
     source, dropped = open_pairs(copy_to_local(data.pairs), form, options, kinds=targets)
@@ -175,7 +176,7 @@ def _open_listed(config: RunConfig, kinds: Collection[str]) -> dict[str, _Opened
     else:
       opened["pairs"] = _hold_out("pairs", source, dropped, data.held_out)
   if "manifest" in kinds:
-    source, dropped = open_manifest(copy_to_local(data.manifest), form, options)
+    source, dropped = open_manifest(copy_to_local(data.manifest), form, options, kinds=targets)
     opened["manifest"] = _hold_out("manifest", source, dropped, data.held_out)
   if "tfds" in kinds:
     depth_range = data.depth_range

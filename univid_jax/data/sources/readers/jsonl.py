@@ -14,20 +14,28 @@ from typing import Any
 from univid_jax.core.dims import floor_clip_length, is_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.options import PromptStyle
+from univid_jax.core.options import PromptStyle, TargetKind
 from univid_jax.core.paths import resolve_inside
 from univid_jax.core.sentence import Role, check_roles
 from univid_jax.data.clips import ClipFormat, Footage, open_footage
 from univid_jax.data.media.reader import probe
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable
-from univid_jax.data.sources.listed import ListedSentences, Record
+from univid_jax.data.sources.listed import ListedSentences, Record, forms_of_pairs
 
 KEYS = ("clips", "prompt", "task")
 CLIP_KEYS = ("path", "role", "num_frames", "start")
 
 
-def open_manifest(path: str, form: ClipFormat, options: DrawOptions) -> tuple[ListedSentences, list[Dropped]]:
+def open_manifest(
+  path: str, form: ClipFormat, options: DrawOptions, *, kinds: Mapping[str, TargetKind] | None = None
+) -> tuple[ListedSentences, list[Dropped]]:
   """Opens a manifest and checks every line.
+
+  Args:
+    path: of the file.
+    form: of the clips.
+    options: how sentences are drawn.
+    kinds: of the targets, by task; images by default.
 
   Returns:
     The sentences, and the lines that cannot be used.
@@ -50,7 +58,7 @@ def open_manifest(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
       continue
     name = printable(f"{file.name} line {number}")
     try:
-      records.append(_make_record(name, file.parent, _parse(line), form, options))
+      records.append(_make_record(name, file.parent, _parse(line), form, options, kinds or {}))
     except (OSError, ValueError) as error:
       dropped.append(drop(name, error))
   return ListedSentences(records, form, options), dropped
@@ -95,16 +103,24 @@ def _require_keys(values: Mapping[str, Any], known: Sequence[str]) -> dict[str, 
   return {key: value for key, value in values.items() if value is not None}
 
 
-def _make_record(name: str, root: Path, values: Mapping[str, Any], form: ClipFormat, options: DrawOptions) -> Record:
-  clips = values["clips"]
+def _make_record(
+  name: str,
+  root: Path,
+  values: Mapping[str, Any],
+  form: ClipFormat,
+  options: DrawOptions,
+  kinds: Mapping[str, TargetKind],
+) -> Record:
+  clips, task = values["clips"], values.get("task", "")
   paths = [resolve_inside(root, clip["path"]) for clip in clips]
   form = form.for_shape(probe(paths[0]).size)  # one size for the whole sentence
-  footage = [open_footage(path, form, start=clip.get("start", 0)) for path, clip in zip(paths, clips)]
+  forms = forms_of_pairs(form, kinds.get(task, TargetKind.IMAGE), len(clips))
+  footage = [open_footage(path, own, start=clip.get("start", 0)) for path, own, clip in zip(paths, forms, clips)]
   roles = tuple(_read_role(clip) for clip in clips)
   check_roles(len(clips), roles)
   prompt = "" if options.prompt == PromptStyle.NULL else values.get("prompt", "")
   lengths = _read_lengths(clips, footage, form)
-  return Record(name, tuple(footage), roles, prompt, values.get("task", ""), lengths)
+  return Record(name, tuple(footage), roles, prompt, task, lengths)
 
 
 def _read_role(clip: Mapping[str, Any]) -> Role:
