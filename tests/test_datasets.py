@@ -339,6 +339,40 @@ class TestPairs:
     _, dropped = open_pairs(str(pairs), FORM, draw_options())
     assert not dropped
 
+  @pytest.mark.parametrize(
+    "parts, fps, reason",
+    [
+      (
+        ("source.npy", "target.mp4"),
+        10,
+        "the target is resampled from 30 to config.data.fps = 10 frames per second, and",
+      ),
+      (
+        ("source.mp4", "target.npy"),
+        10,
+        "and the target has no rate and cannot be: set config.data.fps=0, or make a vid",
+      ),
+      (("source.npy", "target.mp4"), 30, ""),
+      (("source.npy", "target.mp4"), 0, ""),
+      (("source.npy", "target.npy"), 10, ""),
+    ],
+  )
+  def test_what_has_no_rate_is_not_paired_with_what_is_resampled(self, tmp_path, parts, fps, reason):
+    for name in "ab":
+      (tmp_path / "task" / name).mkdir(parents=True)
+      for part in parts:
+        frames = np.stack([np.full((32, 48, 3), 8 * i, np.uint8) for i in range(30)])
+        write_clip(tmp_path / "task" / name / part, frames, fps=30)
+    form = dataclasses.replace(FORM, fps=fps)
+    sentences, dropped = open_pairs(str(tmp_path), form, draw_options(contexts={"I": 1.0}))
+    assert len(sentences.pairs) == (0 if reason else 2) and bool(dropped) == bool(reason)
+    assert reason in str(dropped[:1])
+    if not reason:
+      source, target = sentences[0].clips[:2]
+      assert read_greys(source) == read_greys(target) and len(set(read_greys(source))) == 5
+    images, dropped = open_pairs(str(tmp_path), form, draw_options(contexts={"II": 1.0}))
+    assert len(images.pairs) == 2 and not dropped, "first frames show the same at any rate"
+
   def test_names_with_line_breaks(self, pairs):
     shutil.move(pairs / "edges" / "a", pairs / "edges" / "a\na")
     shutil.move(pairs / "edges" / "b b", pairs / "edges" / "b\nb")
@@ -417,9 +451,9 @@ class TestWeights:
 
 
 class TestManifest:
-  def write(self, folder, *lines):
+  def write(self, folder, *lines, form=FORM):
     (folder / "m.jsonl").write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return open_manifest(str(folder / "m.jsonl"), FORM, draw_options())
+    return open_manifest(str(folder / "m.jsonl"), form, draw_options())
 
   def test_any_sentence(self, tmp_path):
     """Six clips, two targets, with starts and lengths of their own."""
@@ -475,6 +509,51 @@ class TestManifest:
     ]
     for record, message in zip(dropped, expected, strict=True):
       assert message in str(record)
+
+  def test_pairs_that_are_not_aligned_are_named(self, tmp_path):
+    """As those of a folder of pairs are; first frames show the same at any rate."""
+    for name, rate in (("fast.mp4", 30), ("slow.mp4", 15), ("untimed.npy", 1)):
+      write_clip(tmp_path / name, np.zeros((20, 32, 48, 3), np.uint8), fps=rate)
+    write_image(tmp_path / "square.png", size=(40, 40))
+    write_image(tmp_path / "wide.png", size=(32, 48))
+    lines = [
+      {"clips": [{"path": source}, {"path": target, "role": "target"} | extra]}
+      for source, target, extra in (
+        ("fast.mp4", "slow.mp4", {}),
+        ("fast.mp4", "slow.mp4", {"num_frames": 1}),
+        ("slow.mp4", "untimed.npy", {}),
+        ("square.png", "wide.png", {}),
+      )
+    ]
+    rates = "fast.mp4 and slow.mp4: the source has 30 frames per second and the target 15: set config.data.fps"
+    untimed = "slow.mp4 and untimed.npy: the source is resampled from 15 to config.data.fps = 10 frames per second"
+    aspect = "square.png and wide.png: the source is 40x40 and the target 32x48: cropped to one size they would not be"
+    for fps, expected in ((0, {1: rates, 4: aspect}), (10, {3: untimed, 4: aspect})):
+      sentences, dropped = self.write(tmp_path, *lines, form=dataclasses.replace(FORM, fps=fps))
+      assert len(sentences.records) == 2
+      for (number, reason), record in zip(expected.items(), dropped, strict=True):
+        assert str(record).startswith(f"m.jsonl line {number}: {reason}")
+
+  def test_the_length_of_one_video_is_that_of_its_pair(self, tmp_path):
+    write_video(tmp_path / "long.mp4", 12)
+    write_video(tmp_path / "short.mp4", 6)
+    write_image(tmp_path / "i.png", size=(32, 48))
+    lines = [
+      {"clips": [{"path": source} | given, {"path": target, "role": "target"} | other]}
+      for source, given, target, other in (
+        ("long.mp4", {"num_frames": 9}, "long.mp4", {}),
+        ("long.mp4", {}, "long.mp4", {"num_frames": 9}),
+        ("long.mp4", {"num_frames": 9}, "long.mp4", {"num_frames": 5}),
+        ("long.mp4", {"num_frames": 1}, "long.mp4", {}),
+        ("i.png", {}, "long.mp4", {"num_frames": 9}),
+        ("long.mp4", {"num_frames": 9}, "short.mp4", {}),
+        ("short.mp4", {}, "long.mp4", {"num_frames": 8}),
+      )
+    ]
+    sentences, dropped = self.write(tmp_path, *lines)
+    assert [record.lengths for record in sentences.records] == [(9, 9), (9, 9), (9, 5), (1, 5), (1, 9)]
+    assert "short.mp4 has 6 frames, but num_frames of the other clip of the pair is 9" in str(dropped[0])
+    assert "long.mp4: a clip must have 1 or 4n + 1 frames, got num_frames 8" in str(dropped[1])
 
   def test_null_is_absent(self, tmp_path):
     write_video(tmp_path / "v.mp4", 12)

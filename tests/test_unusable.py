@@ -289,13 +289,13 @@ def test_prepare_replaces_damaged_cache_entries(tmp_path, caplog):
 
 
 def test_pairs_of_a_manifest_have_one_length(tmp_path, caplog):
-  """Unless it says otherwise."""
+  """Unless it gives both."""
   write_video(tmp_path / "long.mp4", 20)
   write_video(tmp_path / "short.mp4", 11)
   clips = [{"path": name} for name in ("long.mp4", "long.mp4", "short.mp4")]
   lines = [
     {"clips": [*clips, {"path": "long.mp4", "role": "target"}]},
-    {"clips": [*clips, {"path": "long.mp4", "role": "target", "num_frames": 13}]},
+    {"clips": [*clips[:2], clips[2] | {"num_frames": 9}, {"path": "long.mp4", "role": "target", "num_frames": 13}]},
   ]
   (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
   config = override(tiny(), CHANGES | {"data.manifest": str(tmp_path / "m.jsonl"), "data.num_frames": 17})

@@ -4,7 +4,9 @@
 
 Paths are relative to the file's folder and inside it. A role is "context" (the default) or "target". `start` is counted
 at `config.data.fps` if that is set. `num_frames` is 1 or 4n + 1; by default it is as many as the clip has, up to the
-config's, and of two videos that are a pair as many as the shorter has. A key whose value is null counts as absent.
+config's, and of two videos that are a pair as many as the shorter has; given for one of them, it is that of both. A
+key whose value is null counts as absent. Clips 1 and 2, 3 and 4, ... are pairs, which must be aligned unless both are
+targets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,7 @@ from univid_jax.data.clips import ClipFormat, Footage, open_footage
 from univid_jax.data.media.reader import probe
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable
 from univid_jax.data.sources.listed import ListedSentences, Record, forms_of_pairs
+from univid_jax.data.sources.pairs import check_aligned
 
 KEYS = ("clips", "prompt", "task")
 CLIP_KEYS = ("path", "role", "num_frames", "start")
@@ -120,7 +123,21 @@ def _make_record(
   check_roles(len(clips), roles)
   prompt = "" if options.prompt == PromptStyle.NULL else values.get("prompt", "")
   lengths = _read_lengths(clips, footage, form)
+  _check_pairs(clips, footage, roles, lengths)
   return Record(name, tuple(footage), roles, prompt, task, lengths)
+
+
+def _check_pairs(
+  clips: Sequence[Mapping[str, Any]], footage: Sequence[Footage], roles: Sequence[Role], lengths: Sequence[int]
+) -> None:
+  """Raises UserError if the clips of a pair are not aligned; two targets are no source and target of each other."""
+  for first in range(0, len(clips) - 1, 2):
+    if roles[first] == Role.CONTEXT:
+      source, target = footage[first : first + 2]
+      try:
+        check_aligned(source, target, min(lengths[first : first + 2]))
+      except UserError as error:
+        raise UserError(f"{clips[first]['path']} and {clips[first + 1]['path']}: {error}") from error
 
 
 def _read_role(clip: Mapping[str, Any]) -> Role:
@@ -134,11 +151,14 @@ def _read_lengths(clips: Sequence[Mapping[str, Any]], footage: Sequence[Footage]
   longest = [floor_clip_length(min(part.num_frames, form.num_frames)) for part in footage]
   lengths = []
   for index, (clip, part) in enumerate(zip(clips, footage)):
-    pair = [length for length in longest[index // 2 * 2 : index // 2 * 2 + 2] if length > 1]
-    count = clip.get("num_frames", min([longest[index], *pair]))
+    pair = slice(index // 2 * 2, index // 2 * 2 + 2)
+    given = [count for other in clips[pair] if (count := other.get("num_frames", 1)) > 1 and is_clip_length(count)]
+    shortest = min([longest[index], *(length for length in longest[pair] if length > 1)])
+    count = clip.get("num_frames", given[0] if given and longest[index] > 1 else shortest)
     if not is_clip_length(count):
       raise UserError(f"{clip['path']}: a clip must have 1 or 4n + 1 frames, got num_frames {count}")
     if count > part.num_frames:
-      raise UserError(f"{clip['path']} has {part.num_frames} frames, but num_frames is {count}")
+      whose = "" if "num_frames" in clip else " of the other clip of the pair"
+      raise UserError(f"{clip['path']} has {part.num_frames} frames, but num_frames{whose} is {count}")
     lengths.append(count)
   return tuple(lengths)
