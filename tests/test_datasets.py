@@ -30,6 +30,7 @@ from univid_jax.core.options import PromptStyle, TargetKind
 from univid_jax.core.sentence import Role, read_frames
 from univid_jax.data import joint_reading
 from univid_jax.data.clips import ClipFormat
+from univid_jax.data.fingerprint import describe_changes, find_shared, fingerprint
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.open import DataSources, open_data
@@ -635,10 +636,52 @@ class TestTFDS:
     held_out, unusable = depth.split(0.5)[0].with_test_set(depth)
     assert not unusable
     assert [held_out[i].clips[-1].key for i in range(8)] == [pair.target.clip(1).key for pair in depth.pairs]
+    for index in range(len(held_out)):
+      assert held_out[index].clips[0].key != held_out[index].clips[2].key, "no query is its own example"
     with pytest.raises(UserError, match="has no feature 'mask'; there are"):
       self.open(data_dir, target="mask")
     with pytest.raises(UserError, match="TFDS has no nothing with split train here"):
       self.open(data_dir, name="nothing")
+
+  def test_clips_are_identified_by_their_content(self, tmp_path):
+    """A data set that was made again has other clips, whatever its name; a part of a split has those of the split."""
+    whole, part = (self.open(write_tfds(tmp_path / "one"), split=split)[0] for split in ("train", "train[2:5]"))
+    again, _ = self.open(write_tfds(tmp_path / "two", seed=1))
+    assert [pair.name for pair in part.pairs] == [pair.name for pair in whole.pairs][2:5]
+    assert [pair.source.clip(1).key for pair in part.pairs] == [pair.source.clip(1).key for pair in whole.pairs][2:5]
+    assert not {pair.source.clip(1).key for pair in whole.pairs} & {pair.source.clip(1).key for pair in again.pairs}
+    held_out, _ = whole.with_test_set(part)
+    before, now = (fingerprint({"tfds": source}, {"tfds": held_out}) for source in (whole, again))
+    assert find_shared(before, before) == [f"segmentation map/{pair.name}" for pair in part.pairs]
+    assert "tfds had 8 records and has 8; changed: segmentation map/train.arr" in describe_changes(before, now)[0]
+    assert not find_shared(now, before)
+    for index in range(len(held_out)):
+      clips = held_out[index].clips
+      assert not np.array_equal(read_frames(clips[0]), read_frames(clips[-2])), "no query is its own example"
+
+  def test_examples_are_decoded_once_when_opened_and_checked_when_read(self, tmp_path, monkeypatch):
+    data_dir = write_tfds(tmp_path)
+    tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
+    source = tensorflow_datasets.data_source("scenes", split="train", data_dir=data_dir)
+    shift, read = 0, []
+
+    class Source:
+      dataset_info = source.dataset_info
+
+      def __getitem__(self, index):
+        read.append(index)
+        return source[(index + shift) % 8]
+
+    monkeypatch.setattr(tensorflow_datasets, "data_source", lambda *args, **options: Source())
+    sentences, _ = self.open(data_dir)
+    assert read == list(range(8))
+    footage = sentences.pairs[3].source
+    assert np.array_equal(footage.read(1)[0], source[3]["image"])
+    shift = 1
+    with pytest.raises(
+      UserError, match=r"example 3 of scenes/1\.0\.0, split train changed while it was in use: start ag"
+    ):
+      footage.clip(1).read()
 
   def test_features_become_frames(self):
     def frames(value, kind):

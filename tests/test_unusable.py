@@ -230,7 +230,10 @@ def test_tfds_examples_that_are_damaged_while_training(tmp_path, caplog):
     loader = make_loader(
       list(data.sources.values()), features, row_shape=ROWS, rows_per_batch=2, seed=0, allow_dropped=allowed
     )
-    message = r"^x/\d with the examples \d cannot be used: example \d of scenes/1\.0\.0, split train cannot be read: "
+    pair = r"train\.array_record-00000-of-00001__\d"
+    message = (
+      rf"^x/{pair} with the examples {pair} cannot be used: example \d of scenes/1\.0\.0, split train cannot be read: "
+    )
     with closing(loader):
       if not allowed:
         with pytest.raises(UserError, match=message):

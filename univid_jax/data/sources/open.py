@@ -1,6 +1,7 @@
 """Opens everything that a config names as data."""
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -179,10 +180,12 @@ def _open_listed(config: RunConfig, kinds: Collection[str]) -> dict[str, _Opened
     source, dropped = open_manifest(copy_to_local(data.manifest), form, options, kinds=targets)
     opened["manifest"] = _hold_out("manifest", source, dropped, data.held_out)
   if "tfds" in kinds:
-    depth_range = data.depth_range
-    source, dropped = open_tfds(data.tfds, data.tfds.split, form, options, depth_range=depth_range)
+    open_split = functools.partial(
+      open_tfds, data.tfds, form=form, options=options, depth_range=data.depth_range, kinds=targets
+    )
+    source, dropped = open_split(data.tfds.split)
     if data.tfds.test_split:
-      test = open_tfds(data.tfds, data.tfds.test_split, form, options, depth_range=depth_range)
+      test = open_split(data.tfds.test_split)
       opened["tfds"] = _with_test_set("tfds", source, dropped, test)
     else:
       opened["tfds"] = _hold_out("tfds", source, dropped, data.held_out)

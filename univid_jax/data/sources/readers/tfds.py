@@ -1,8 +1,11 @@
 """Reads TFDS data sets as pairs."""
 
 import dataclasses
+import hashlib
 import re
 import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +21,18 @@ from univid_jax.data.target_kinds import depth_to_image, label_colors, normals_t
 
 
 def open_tfds(
-  config: TFDSConfig, split: str, form: ClipFormat, options: DrawOptions, *, depth_range: tuple[float, float]
+  config: TFDSConfig,
+  split: str,
+  form: ClipFormat,
+  options: DrawOptions,
+  *,
+  depth_range: tuple[float, float],
+  kinds: Mapping[str, TargetKind] | None = None,
 ) -> tuple[PairSentences, list[Dropped]]:
   """Opens a split of a TFDS data set through `tfds.data_source`, which needs no TensorFlow, and checks every example.
+
+  Every example is decoded once for that, and its frames are hashed, which costs less than decoding them: clips are
+  identified by their content.
 
   Args:
     config: names the data set and its features.
@@ -28,9 +40,10 @@ def open_tfds(
     form: of the clips.
     options: how pairs are joined.
     depth_range: metres that white and black represent in images of depth.
+    kinds: of targets, by task, which say how they are resized; by default `config.kind`, which says what values are.
 
   Returns:
-    The sentences, and the examples and tasks that cannot be used.
+    The sentences, and the examples and tasks that cannot be used. Pairs are named by TFDS's ids of their examples.
 
   Raises:
     UserError: there is no such data set or feature.
@@ -40,72 +53,108 @@ def open_tfds(
   try:
     # Any: its type omits dataset_info.
     source: Any = tfds.data_source(config.name, split=split, data_dir=config.data_dir or None)
-    count = len(source)
+    ids = _example_ids(source.dataset_info, split)
   except Exception as error:  # TFDS raises many types
     raise UserError(f"TFDS has no {config.name} with split {split} here: {_describe(error)}") from error
   features = source.dataset_info.features
   missing = [name for name in (config.source, config.target) if name not in features]
   if missing:
     raise UserError(f"{config.name} has no feature {missing[0]!r}; there are {', '.join(features)}")
-  identity = f"{source.dataset_info.full_name}|{split}"
+  resample = resampling((kinds or {}).get(config.task, config.kind))
   pairs, dropped = [], []
-  for index in range(count):
-    parts = [
-      _Feature(source, index, name, kind, identity=identity, depth_range=depth_range)
-      for name, kind in ((config.source, TargetKind.IMAGE), (config.target, config.kind))
-    ]
+  for index, name in enumerate(ids):
+    example = _Example(source, index, f"{source.dataset_info.full_name}, split {split}")
     try:
-      first = parts[0].open(form)
-      second = parts[1].open(first.form)  # of the same size
+      values = example.read()
+      first = _Feature(example, config.source, TargetKind.IMAGE, depth_range).open(values, form)
+      target_form = dataclasses.replace(first.form, resample=resample)  # of the same size
+      second = _Feature(example, config.target, config.kind, depth_range).open(values, target_form)
       check_aligned(first, second, form.num_frames if options.has_videos else 1)
-      pairs.append(Pair(config.task, str(index), first, second, first.form.size))
+      pairs.append(Pair(config.task, name, first, second, first.form.size))
     except ValueError as error:
       dropped.append(drop(f"{config.name} {index}", error))
   return join_pairs(pairs, dropped, form, options)
 
 
+def _example_ids(info: Any, split: str) -> list[str]:
+  """Returns the ids that TFDS gives to the examples of a split: the same ones in every split that has them."""
+  return [
+    f"{Path(part.filename).name.removeprefix(f'{info.name}-')}__{part.skip + index}"
+    for part in info.splits[split].file_instructions
+    for index in range(part.take)
+  ]
+
+
 @dataclasses.dataclass(frozen=True)
-class _Feature:
-  """A feature of one example of a data set.
+class _Example:
+  """One example of a data set.
 
   Attributes:
     source: random access to the examples.
-    index, name: of the example and the feature.
-    kind: what its values represent.
-    identity: identifies the data set and split.
-    depth_range: see `open_tfds`.
+    index: of the example.
+    origin: the data set and its split, for messages.
   """
 
   source: Any
   index: int
+  origin: str
+
+  def __str__(self) -> str:
+    return f"example {self.index} of {self.origin}"
+
+  def read(self) -> Mapping[str, Any]:
+    """Returns the values of all features, decoded."""
+    try:
+      return self.source[self.index]
+    except Exception as error:  # RuntimeError for damaged records, and whatever decoders raise
+      raise UserError(f"{self} cannot be read: {_describe(error)}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Feature:
+  """A feature of an example.
+
+  Attributes:
+    example, name: which one.
+    kind: what its values represent.
+    depth_range: see `open_tfds`.
+  """
+
+  example: _Example
   name: str
   kind: TargetKind
-  identity: str
   depth_range: tuple[float, float]
 
-  def read(self) -> Frames:
-    try:
-      value = self.source[self.index][self.name]
-    except Exception as error:  # RuntimeError for damaged records, and whatever decoders raise
-      raise UserError(
-        f"example {self.index} of {self.identity.replace('|', ', split ')} cannot be read: {_describe(error)}"
-      ) from error
-    return to_frames(value, self.kind, self.depth_range)
-
-  def open(self, form: ClipFormat) -> Footage:
-    num_frames, height, width, _ = self.read().shape
-    form = dataclasses.replace(form.for_shape((height, width)), resample=resampling(self.kind))
-    key = f"{self.identity}|{self.index}|{self.name}|{self.kind}"
-    key += f"|{self.depth_range}" if self.kind == TargetKind.DEPTH else ""
+  def open(self, values: Mapping[str, Any], form: ClipFormat) -> Footage:
+    """Returns the footage of the feature whose example has these values."""
+    frames = self._to_frames(values)
+    _, height, width, _ = frames.shape
+    digest = _hash_frames(frames)
     return Footage(
-      name=f"{self.name} of example {self.index}",
+      name=f"{self.name} of example {self.example.index}",
       size=(height, width),
       fps=None,
-      num_frames=num_frames,
-      form=form,
-      identify=lambda: key,
-      read=lambda count: self.read()[:count],
+      num_frames=len(frames),
+      form=form.for_shape((height, width)),
+      identify=lambda: digest,
+      read=lambda count: self._read(digest)[:count],
     )
+
+  def _read(self, digest: str) -> Frames:
+    frames = self._to_frames(self.example.read())
+    if _hash_frames(frames) != digest:
+      raise UserError(f"{self.example} changed while it was in use: start again")
+    return frames
+
+  def _to_frames(self, values: Mapping[str, Any]) -> Frames:
+    return to_frames(values[self.name], self.kind, self.depth_range)
+
+
+def _hash_frames(frames: Frames) -> str:
+  """Returns the SHA-256 of frames and their shape."""
+  digest = hashlib.sha256(repr(frames.shape).encode())
+  digest.update(np.ascontiguousarray(frames))
+  return digest.hexdigest()
 
 
 def to_frames(value: Any, kind: TargetKind, depth_range: tuple[float, float]) -> Frames:
