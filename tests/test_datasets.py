@@ -692,7 +692,41 @@ class TestTFDS:
     assert frames(np.eye(4, dtype=bool), TargetKind.SALIENCY)[0, :, 0, 0].tolist() == [255, 0, 0, 0]
     normals = np.array([[[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]])
     assert frames(normals, TargetKind.NORMALS).tolist() == [[[[128, 128, 255], [0, 0, 0]]]]
+    assert frames(normals.astype(np.float16) * np.nan, TargetKind.NORMALS).max() == 0, "unknown"
     with pytest.raises(UserError, match="images must be uint8"):
       frames(np.zeros((4, 5, 3)), TargetKind.IMAGE)
     with pytest.raises(UserError, match="cannot be a camera movement"):
       frames(np.zeros((4, 5, 3)), TargetKind.CAMERA)
+
+  def test_images_with_alpha_are_shown_over_white(self):
+    pixels = np.array([[[10, 200, 30, 255], [10, 200, 30, 0], [0, 0, 0, 128]]], np.uint8)
+    for value in (pixels, np.stack([pixels, pixels])):
+      for frame in to_frames(value, TargetKind.IMAGE, (0.5, 10.0)):
+        assert frame.tolist() == [[[10, 200, 30], [255] * 3, [127] * 3]]
+
+  @pytest.mark.parametrize(
+    "value, kind, message",
+    [
+      (np.zeros((4, 5, 2), np.uint8), "image", r"1, 3 or 4 channels, and the feature of shape \(4, 5, 2\) has 2"),
+      (np.zeros((7, 4, 5), np.uint8), "image", r"1, 3 or 4 channels, and the feature of shape \(7, 4, 5\) has 5"),
+      (np.zeros((4, 5, 3), np.uint8), "normals", "vectors in floating point with 3 channels, got uint8 with 3"),
+      (np.zeros((4, 5, 1), np.float32), "normals", "vectors in floating point with 3 channels, got float32 with 1"),
+      (np.zeros((4, 5, 3), np.uint8), "segmentation", "labels must be integers with 1 channel, got uint8 with 3"),
+      (np.zeros((4, 5), np.float32), "segmentation", "labels must be integers with 1 channel, got float32 with 1"),
+      (np.zeros((4, 5), np.uint16), "depth", "must be metres in floating point with 1 channel, got uint16 with 1"),
+      (np.zeros((4, 5, 3)), "depth", "got float64 with 3: convert them, or if they are pictures, set config"),
+    ],
+  )
+  def test_features_of_another_form_are_refused(self, value, kind, message):
+    with pytest.raises(UserError, match=message):
+      to_frames(value, TargetKind(kind), (0.5, 10.0))
+
+  def test_refused_features_are_named(self, tmp_path):
+    data_dir = write_tfds(tmp_path)
+    _, dropped = self.open(data_dir, kind=TargetKind.NORMALS)
+    assert str(dropped[0]).startswith("scenes 0: the feature 'labels': normals must be vectors in floating point")
+    sentences, _ = self.open(data_dir, target="image", kind=TargetKind.IMAGE)
+    assert sentences.pairs[0].target.form.resample == Image.Resampling.BICUBIC
+    data = {"data.tfds": {"name": "scenes", "data_dir": data_dir, "task": "t", "source": "image", "target": "image"}}
+    source = open_data(override(tiny(), data | {"data.kinds": {"t": "depth"}})).sources["tfds"]
+    assert {pair.target.form.resample for pair in source.pairs} == {Image.Resampling.NEAREST}, "pictures of depth"

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from univid_jax.config.schema import TFDSConfig
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import TargetKind
 from univid_jax.data.clips import ClipFormat, Footage
+from univid_jax.data.media.color import blend_over_white
 from univid_jax.data.media.reader import Frames, read_clip
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop
 from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
@@ -147,7 +149,10 @@ class _Feature:
     return frames
 
   def _to_frames(self, values: Mapping[str, Any]) -> Frames:
-    return to_frames(values[self.name], self.kind, self.depth_range)
+    try:
+      return to_frames(values[self.name], self.kind, self.depth_range)
+    except UserError as error:
+      raise UserError(f"the feature {self.name!r}: {error}") from error
 
 
 def _hash_frames(frames: Frames) -> str:
@@ -162,7 +167,8 @@ def to_frames(value: Any, kind: TargetKind, depth_range: tuple[float, float]) ->
 
   Args:
     value: an array (H, W[, C]) or (T, H, W, C), or the bytes of an mp4.
-    kind: labels for SEGMENTATION, metres for DEPTH, unit vectors for NORMALS; images for IMAGE, EDGES and SALIENCY.
+    kind: integer labels for SEGMENTATION, metres as floats for DEPTH, unit vectors for NORMALS; for all others images,
+      uint8 or bool, in grey, RGB, or RGB with alpha, which are shown over white.
     depth_range: metres that white and black represent in images of depth.
 
   Raises:
@@ -179,19 +185,47 @@ def to_frames(value: Any, kind: TargetKind, depth_range: tuple[float, float]) ->
   array = array[None] if array.ndim == 3 else array
   if array.ndim != 4:
     raise UserError(f"a feature of shape {np.shape(value)} is neither an image nor a video")
-  if kind == TargetKind.SEGMENTATION:
-    return label_colors(array[..., 0])
-  if kind == TargetKind.DEPTH:
-    return depth_to_image(array[..., :1].astype(np.float64), depth_range)
-  if kind == TargetKind.NORMALS:
-    return normals_to_image(array)
   if kind == TargetKind.CAMERA:
     raise UserError("a feature cannot be a camera movement: use image, segmentation, depth, normals, edges or saliency")
+  if kind in _VALUES:
+    return _draw_values(array, kind, depth_range)
   if array.dtype == bool:
     array = array.astype(np.uint8) * 255
   if array.dtype != np.uint8:
     raise UserError(f"images must be uint8, got {array.dtype}")
-  return array if array.shape[-1] == 3 else np.repeat(array[..., :1], 3, axis=-1)
+  channels = array.shape[-1]
+  if channels not in (1, 3, 4):
+    raise UserError(f"images must have 1, 3 or 4 channels, and the feature of shape {np.shape(value)} has {channels}")
+  if channels == 4:
+    return np.stack([blend_over_white(frame) for frame in array])
+  return array if channels == 3 else np.repeat(array, 3, axis=-1)
+
+
+# What the values of a kind are, in words, the types that they may have, and their channels.
+_VALUES: Mapping[TargetKind, tuple[str, tuple[type, ...], int]] = {
+  TargetKind.SEGMENTATION: ("labels must be integers", (np.integer, np.bool_), 1),
+  TargetKind.DEPTH: ("depth must be metres in floating point", (np.floating,), 1),
+  TargetKind.NORMALS: ("normals must be vectors in floating point", (np.floating,), 3),
+}
+
+
+def _draw_values(array: Shaped[np.ndarray, "T H W C"], kind: TargetKind, depth_range: tuple[float, float]) -> Frames:
+  """Draws labels, depth or normals; values that are not finite are unknown.
+
+  Raises:
+    UserError: they have another type or number of channels, as pictures of them have.
+  """
+  expected, types, channels = _VALUES[kind]
+  if not issubclass(array.dtype.type, types) or array.shape[-1] != channels:
+    raise UserError(
+      f"{expected} with {channels} channel{'s' * (channels > 1)}, got {array.dtype} with {array.shape[-1]}: convert "
+      f"them, or if they are pictures, set config.data.tfds.kind=image and the task in config.data.kinds to {kind}"
+    )
+  if kind == TargetKind.SEGMENTATION:
+    return label_colors(array[..., 0].astype(np.int64))
+  if kind == TargetKind.DEPTH:
+    return depth_to_image(array.astype(np.float64), depth_range)
+  return normals_to_image(np.where(np.isfinite(array).all(-1, keepdims=True), array, 0))
 
 
 def _describe(error: Exception) -> str:
