@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections import Counter
+from collections import Counter, UserList
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -682,6 +683,42 @@ class TestTFDS:
       UserError, match=r"example 3 of scenes/1\.0\.0, split train changed while it was in use: start ag"
     ):
       footage.clip(1).read()
+
+  @pytest.mark.parametrize(
+    "rates, fps, reason",
+    [
+      ((30, 15), 0, "the source has 30 frames per second and the target 15: set config.data.fps"),
+      ((30, 15), 15, ""),
+      ((30, None), 10, "the source is resampled from 30 to config.data.fps = 10 frames per second"),
+      ((None, None), 10, ""),
+    ],
+  )
+  def test_rates_of_mp4s(self, tmp_path, monkeypatch, rates, fps, reason):
+    tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
+
+    def make_value(rate):
+      frames = np.stack([np.full((32, 48, 3), 240 * i // (rate or 30), np.uint8) for i in range(rate or 30)])
+      if not rate:
+        return frames
+      write_clip(tmp_path / "v.mp4", frames, fps=rate)
+      return (tmp_path / "v.mp4").read_bytes()
+
+    example = dict(zip(("image", "labels"), map(make_value, rates)))
+    part = SimpleNamespace(filename="scenes-train.array_record-00000-of-00001", skip=0, take=2)
+    info = SimpleNamespace(name="scenes", full_name="scenes/1.0.0", features=example)
+    info.splits = {"train": SimpleNamespace(file_instructions=[part])}
+
+    class Source(UserList):
+      dataset_info = info
+
+    monkeypatch.setattr(tensorflow_datasets, "data_source", lambda *args, **options: Source([example] * 2))
+    form, config = dataclasses.replace(FORM, fps=fps), TFDSConfig(**(vars(self.CONFIG) | {"kind": TargetKind.IMAGE}))
+    options = draw_options(contexts={"I": 1.0})
+    sentences, dropped = open_tfds(config, "train", form, options, depth_range=(1.0, 2.0))
+    assert reason in str(dropped[:1]) and bool(dropped) == bool(reason)
+    if not reason:
+      source, target = sentences[0].clips[:2]
+      assert read_greys(source) == read_greys(target) and len(set(read_greys(source))) == 5
 
   def test_features_become_frames(self):
     def frames(value, kind):

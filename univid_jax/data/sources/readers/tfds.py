@@ -16,7 +16,7 @@ from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import TargetKind
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.media.color import blend_over_white
-from univid_jax.data.media.reader import Frames, read_clip
+from univid_jax.data.media.reader import Frames, LoadedClip, probe, read_clip
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop
 from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
 from univid_jax.data.target_kinds import depth_to_image, label_colors, normals_to_image, resampling
@@ -129,30 +129,42 @@ class _Feature:
 
   def open(self, values: Mapping[str, Any], form: ClipFormat) -> Footage:
     """Returns the footage of the feature whose example has these values."""
-    frames = self._to_frames(values)
-    _, height, width, _ = frames.shape
-    digest = _hash_frames(frames)
+    clip = self._to_clip(values, form.fps)
+    _, height, width, _ = clip.frames.shape
+    digest = _hash_frames(clip.frames)
     return Footage(
       name=f"{self.name} of example {self.example.index}",
       size=(height, width),
-      fps=None,
-      num_frames=len(frames),
+      fps=clip.fps,
+      num_frames=len(clip.frames),
       form=form.for_shape((height, width)),
       identify=lambda: digest,
-      read=lambda count: self._read(digest)[:count],
+      read=lambda count: self._read(digest, form.fps)[:count],
     )
 
-  def _read(self, digest: str) -> Frames:
-    frames = self._to_frames(self.example.read())
+  def _read(self, digest: str, fps: float) -> Frames:
+    frames = self._to_clip(self.example.read(), fps).frames
     if _hash_frames(frames) != digest:
       raise UserError(f"{self.example} changed while it was in use: start again")
     return frames
 
-  def _to_frames(self, values: Mapping[str, Any]) -> Frames:
+  def _to_clip(self, values: Mapping[str, Any], fps: float) -> LoadedClip:
+    """Returns the frames, resampled to a rate unless it is 0, and the rate before that; only mp4s have one."""
+    value = values[self.name]
     try:
-      return to_frames(values[self.name], self.kind, self.depth_range)
+      if isinstance(value, bytes):
+        return _read_video(value, fps)
+      return LoadedClip(to_frames(value, self.kind, self.depth_range))
     except UserError as error:
       raise UserError(f"the feature {self.name!r}: {error}") from error
+
+
+def _read_video(content: bytes, fps: float) -> LoadedClip:
+  """Reads an mp4, see `_Feature._to_clip`."""
+  with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+    file.write(content)
+    file.flush()
+    return LoadedClip(read_clip(file.name, fps=fps or None).frames, probe(file.name).fps)
 
 
 def _hash_frames(frames: Frames) -> str:
@@ -166,7 +178,7 @@ def to_frames(value: Any, kind: TargetKind, depth_range: tuple[float, float]) ->
   """Converts a feature of a data set to frames.
 
   Args:
-    value: an array (H, W[, C]) or (T, H, W, C), or the bytes of an mp4.
+    value: an array (H, W[, C]) or (T, H, W, C).
     kind: integer labels for SEGMENTATION, metres as floats for DEPTH, unit vectors for NORMALS; for all others images,
       uint8 or bool, in grey, RGB, or RGB with alpha, which are shown over white.
     depth_range: metres that white and black represent in images of depth.
@@ -174,11 +186,6 @@ def to_frames(value: Any, kind: TargetKind, depth_range: tuple[float, float]) ->
   Raises:
     UserError: the values do not have this form.
   """
-  if isinstance(value, bytes):
-    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-      file.write(value)
-      file.flush()
-      return read_clip(file.name).frames
   array = np.asarray(value)
   if array.ndim == 2:
     array = array[..., None]
