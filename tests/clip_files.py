@@ -79,10 +79,11 @@ def read_lengths(sentence):
   return [len(read_frames(clip)) for clip in sentence.clips]
 
 
-def write_tfds(folder: Path) -> str:
+def write_tfds(folder: Path, *, seed: int = 0) -> str:
   """Builds the TFDS data set `scenes` of eight images with labels and depth, and returns its `data_dir`."""
   tfds = pytest.importorskip("tensorflow_datasets")
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
+  folder.mkdir(exist_ok=True)
   paths = []
   for index in range(8):
     path = folder / f"{index}.png"

@@ -13,7 +13,7 @@ from univid_jax.core.sentence import ClipRef, read_frames
 from univid_jax.data.fingerprint import fingerprint
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.sources.readers.arc import open_arc
-from univid_jax.data.target_kinds import task_kinds
+from univid_jax.data.target_kinds import COMPUTED_KINDS
 from univid_jax.data.tasks.grids.rendering import Rendering
 
 CONFIG = override(tiny(), {"data.bundled": False, "data.variants": 3})
@@ -61,7 +61,7 @@ class TestSentences:
         "num_tests": 2,
         "split": "held-out tasks",
       }
-    assert task_kinds(CONFIG.data)["arc"] == TargetKind.GRID
+    assert COMPUTED_KINDS["arc"] == TargetKind.GRID
 
   def test_training_makes_any_pair_the_query(self, tmp_path):
     values = task(1, examples=2, tests=1)

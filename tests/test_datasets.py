@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections import Counter
+from collections import Counter, UserList
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from univid_jax.core.options import PromptStyle, TargetKind
 from univid_jax.core.sentence import Role, read_frames
 from univid_jax.data import joint_reading
 from univid_jax.data.clips import ClipFormat
+from univid_jax.data.fingerprint import describe_changes, find_shared, fingerprint
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.open import DataSources, open_data
@@ -53,6 +55,13 @@ def pairs(tmp_path):
 
 
 class TestMetadata:
+  def test_targets_are_resized_as_their_kind_asks(self, metadata):
+    """Records of a table have no task, so that their kind is that of the empty one."""
+    for kinds, resample in (({}, Image.Resampling.BICUBIC), ({"": "depth"}, Image.Resampling.NEAREST)):
+      source = open_data(override(tiny(), {"data.metadata": str(metadata), "data.kinds": kinds})).sources["metadata"]
+      found = [part.form.resample for part in source.records[0].footage]
+      assert found == [Image.Resampling.BICUBIC, resample] * 2
+
   def test_clips_are_quarters_of_the_file(self, metadata):
     """Each clip is the start of its quarter; all four contexts are drawn, with their lengths."""
     sentences, dropped = open_metadata(str(metadata), FORM, draw_options())
@@ -276,6 +285,15 @@ class TestPairs:
       colors[kind] = len(np.unique(read_frames(targets[0])))
     assert colors[TargetKind.SEGMENTATION] == 2 < colors[TargetKind.EDGES]
 
+  @pytest.mark.parametrize("name", ["outline", "scribble", "arc"])
+  def test_tasks_that_are_called_like_built_in_ones_are_images(self, pairs, name):
+    (pairs / "edges").rename(pairs / name)
+    data = {"data.pairs": str(pairs), "data.height": 16, "data.width": 24, "data.contexts": {"II": 1.0}}
+    for kinds, resample in (({}, Image.Resampling.BICUBIC), ({name: "depth"}, Image.Resampling.NEAREST)):
+      config = override(tiny(), data | {"data.kinds": kinds})
+      forms = {pair.target.form.resample for pair in open_data(config).sources["pairs"].pairs if pair.task == name}
+      assert forms == {resample}
+
   def test_unusable_pairs_are_named(self, pairs):
     (pairs / "edges" / "c" / "target.jpg").unlink()
     shutil.copy(pairs / "depth map" / "a" / "source.mp4", pairs / "depth map" / "a" / "source.mov")
@@ -322,6 +340,40 @@ class TestPairs:
       np.save(pairs / "depth map" / name / "target.npy", np.zeros((7, 32, 48, 3), np.uint8))
     _, dropped = open_pairs(str(pairs), FORM, draw_options())
     assert not dropped
+
+  @pytest.mark.parametrize(
+    "parts, fps, reason",
+    [
+      (
+        ("source.npy", "target.mp4"),
+        10,
+        "the target is resampled from 30 to config.data.fps = 10 frames per second, and",
+      ),
+      (
+        ("source.mp4", "target.npy"),
+        10,
+        "and the target has no rate and cannot be: set config.data.fps=0, or make a vid",
+      ),
+      (("source.npy", "target.mp4"), 30, ""),
+      (("source.npy", "target.mp4"), 0, ""),
+      (("source.npy", "target.npy"), 10, ""),
+    ],
+  )
+  def test_what_has_no_rate_is_not_paired_with_what_is_resampled(self, tmp_path, parts, fps, reason):
+    for name in "ab":
+      (tmp_path / "task" / name).mkdir(parents=True)
+      for part in parts:
+        frames = np.stack([np.full((32, 48, 3), 8 * i, np.uint8) for i in range(30)])
+        write_clip(tmp_path / "task" / name / part, frames, fps=30)
+    form = dataclasses.replace(FORM, fps=fps)
+    sentences, dropped = open_pairs(str(tmp_path), form, draw_options(contexts={"I": 1.0}))
+    assert len(sentences.pairs) == (0 if reason else 2) and bool(dropped) == bool(reason)
+    assert reason in str(dropped[:1])
+    if not reason:
+      source, target = sentences[0].clips[:2]
+      assert read_greys(source) == read_greys(target) and len(set(read_greys(source))) == 5
+    images, dropped = open_pairs(str(tmp_path), form, draw_options(contexts={"II": 1.0}))
+    assert len(images.pairs) == 2 and not dropped, "first frames show the same at any rate"
 
   def test_names_with_line_breaks(self, pairs):
     shutil.move(pairs / "edges" / "a", pairs / "edges" / "a\na")
@@ -401,9 +453,9 @@ class TestWeights:
 
 
 class TestManifest:
-  def write(self, folder, *lines):
+  def write(self, folder, *lines, form=FORM):
     (folder / "m.jsonl").write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return open_manifest(str(folder / "m.jsonl"), FORM, draw_options())
+    return open_manifest(str(folder / "m.jsonl"), form, draw_options())
 
   def test_any_sentence(self, tmp_path):
     """Six clips, two targets, with starts and lengths of their own."""
@@ -460,6 +512,51 @@ class TestManifest:
     for record, message in zip(dropped, expected, strict=True):
       assert message in str(record)
 
+  def test_pairs_that_are_not_aligned_are_named(self, tmp_path):
+    """As those of a folder of pairs are; first frames show the same at any rate."""
+    for name, rate in (("fast.mp4", 30), ("slow.mp4", 15), ("untimed.npy", 1)):
+      write_clip(tmp_path / name, np.zeros((20, 32, 48, 3), np.uint8), fps=rate)
+    write_image(tmp_path / "square.png", size=(40, 40))
+    write_image(tmp_path / "wide.png", size=(32, 48))
+    lines = [
+      {"clips": [{"path": source}, {"path": target, "role": "target"} | extra]}
+      for source, target, extra in (
+        ("fast.mp4", "slow.mp4", {}),
+        ("fast.mp4", "slow.mp4", {"num_frames": 1}),
+        ("slow.mp4", "untimed.npy", {}),
+        ("square.png", "wide.png", {}),
+      )
+    ]
+    rates = "fast.mp4 and slow.mp4: the source has 30 frames per second and the target 15: set config.data.fps"
+    untimed = "slow.mp4 and untimed.npy: the source is resampled from 15 to config.data.fps = 10 frames per second"
+    aspect = "square.png and wide.png: the source is 40x40 and the target 32x48: cropped to one size they would not be"
+    for fps, expected in ((0, {1: rates, 4: aspect}), (10, {3: untimed, 4: aspect})):
+      sentences, dropped = self.write(tmp_path, *lines, form=dataclasses.replace(FORM, fps=fps))
+      assert len(sentences.records) == 2
+      for (number, reason), record in zip(expected.items(), dropped, strict=True):
+        assert str(record).startswith(f"m.jsonl line {number}: {reason}")
+
+  def test_the_length_of_one_video_is_that_of_its_pair(self, tmp_path):
+    write_video(tmp_path / "long.mp4", 12)
+    write_video(tmp_path / "short.mp4", 6)
+    write_image(tmp_path / "i.png", size=(32, 48))
+    lines = [
+      {"clips": [{"path": source} | given, {"path": target, "role": "target"} | other]}
+      for source, given, target, other in (
+        ("long.mp4", {"num_frames": 9}, "long.mp4", {}),
+        ("long.mp4", {}, "long.mp4", {"num_frames": 9}),
+        ("long.mp4", {"num_frames": 9}, "long.mp4", {"num_frames": 5}),
+        ("long.mp4", {"num_frames": 1}, "long.mp4", {}),
+        ("i.png", {}, "long.mp4", {"num_frames": 9}),
+        ("long.mp4", {"num_frames": 9}, "short.mp4", {}),
+        ("short.mp4", {}, "long.mp4", {"num_frames": 8}),
+      )
+    ]
+    sentences, dropped = self.write(tmp_path, *lines)
+    assert [record.lengths for record in sentences.records] == [(9, 9), (9, 9), (9, 5), (1, 5), (1, 9)]
+    assert "short.mp4 has 6 frames, but num_frames of the other clip of the pair is 9" in str(dropped[0])
+    assert "long.mp4: a clip must have 1 or 4n + 1 frames, got num_frames 8" in str(dropped[1])
+
   def test_null_is_absent(self, tmp_path):
     write_video(tmp_path / "v.mp4", 12)
     target = {"path": "v.mp4", "role": "target", "start": None, "num_frames": None}
@@ -497,6 +594,25 @@ class TestManifest:
     sentences, dropped = self.write(tmp_path, f'{{"clips": [{{"path": "v.mp4", "role": "target", {keys}}}]}}')
     assert not sentences.records and message in dropped[0].reason
 
+  def test_targets_are_resized_as_their_kind_asks(self, tmp_path):
+    """Of every pair, by the task of the line; a map of two labels has two colours after resizing."""
+    board = np.random.default_rng(0).integers(0, 2, (6, 8)).repeat(5, 0).repeat(5, 1) * 255
+    Image.fromarray(board.astype(np.uint8)).save(tmp_path / "i.png")
+    clips = [{"path": "i.png"}] * 3
+    lines = [
+      {"clips": [*clips, {"path": "i.png", "role": "target"}], "task": "labels"},
+      {"clips": [*clips, {"path": "i.png", "role": "target"}]},
+      {"clips": [{"path": "i.png", "role": "target"}], "task": "labels"},
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = {"data.manifest": str(tmp_path / "m.jsonl"), "data.height": 16, "data.width": 24, "data.held_out": 0}
+    source = open_data(override(tiny(), data | {"data.kinds": {"labels": "segmentation"}})).sources["manifest"]
+    sentences = [source[index] for index in range(3)]
+    keeps = {each.record: [len(np.unique(read_frames(clip))) == 2 for clip in each.clips] for each in sentences}
+    assert keeps == dict(
+      zip([f"m.jsonl line {number}" for number in (1, 2, 3)], [[False, True, False, True], [False] * 4, [True]])
+    )
+
 
 class TestTFDS:
   CONFIG = TFDSConfig(
@@ -521,10 +637,88 @@ class TestTFDS:
     held_out, unusable = depth.split(0.5)[0].with_test_set(depth)
     assert not unusable
     assert [held_out[i].clips[-1].key for i in range(8)] == [pair.target.clip(1).key for pair in depth.pairs]
+    for index in range(len(held_out)):
+      assert held_out[index].clips[0].key != held_out[index].clips[2].key, "no query is its own example"
     with pytest.raises(UserError, match="has no feature 'mask'; there are"):
       self.open(data_dir, target="mask")
     with pytest.raises(UserError, match="TFDS has no nothing with split train here"):
       self.open(data_dir, name="nothing")
+
+  def test_clips_are_identified_by_their_content(self, tmp_path):
+    """A data set that was made again has other clips, whatever its name; a part of a split has those of the split."""
+    whole, part = (self.open(write_tfds(tmp_path / "one"), split=split)[0] for split in ("train", "train[2:5]"))
+    again, _ = self.open(write_tfds(tmp_path / "two", seed=1))
+    assert [pair.name for pair in part.pairs] == [pair.name for pair in whole.pairs][2:5]
+    assert [pair.source.clip(1).key for pair in part.pairs] == [pair.source.clip(1).key for pair in whole.pairs][2:5]
+    assert not {pair.source.clip(1).key for pair in whole.pairs} & {pair.source.clip(1).key for pair in again.pairs}
+    held_out, _ = whole.with_test_set(part)
+    before, now = (fingerprint({"tfds": source}, {"tfds": held_out}) for source in (whole, again))
+    assert find_shared(before, before) == [f"segmentation map/{pair.name}" for pair in part.pairs]
+    assert "tfds had 8 records and has 8; changed: segmentation map/train.arr" in describe_changes(before, now)[0]
+    assert not find_shared(now, before)
+    for index in range(len(held_out)):
+      clips = held_out[index].clips
+      assert not np.array_equal(read_frames(clips[0]), read_frames(clips[-2])), "no query is its own example"
+
+  def test_examples_are_decoded_once_when_opened_and_checked_when_read(self, tmp_path, monkeypatch):
+    data_dir = write_tfds(tmp_path)
+    tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
+    source = tensorflow_datasets.data_source("scenes", split="train", data_dir=data_dir)
+    shift, read = 0, []
+
+    class Source:
+      dataset_info = source.dataset_info
+
+      def __getitem__(self, index):
+        read.append(index)
+        return source[(index + shift) % 8]
+
+    monkeypatch.setattr(tensorflow_datasets, "data_source", lambda *args, **options: Source())
+    sentences, _ = self.open(data_dir)
+    assert read == list(range(8))
+    footage = sentences.pairs[3].source
+    assert np.array_equal(footage.read(1)[0], source[3]["image"])
+    shift = 1
+    with pytest.raises(
+      UserError, match=r"example 3 of scenes/1\.0\.0, split train changed while it was in use: start ag"
+    ):
+      footage.clip(1).read()
+
+  @pytest.mark.parametrize(
+    "rates, fps, reason",
+    [
+      ((30, 15), 0, "the source has 30 frames per second and the target 15: set config.data.fps"),
+      ((30, 15), 15, ""),
+      ((30, None), 10, "the source is resampled from 30 to config.data.fps = 10 frames per second"),
+      ((None, None), 10, ""),
+    ],
+  )
+  def test_rates_of_mp4s(self, tmp_path, monkeypatch, rates, fps, reason):
+    tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
+
+    def make_value(rate):
+      frames = np.stack([np.full((32, 48, 3), 240 * i // (rate or 30), np.uint8) for i in range(rate or 30)])
+      if not rate:
+        return frames
+      write_clip(tmp_path / "v.mp4", frames, fps=rate)
+      return (tmp_path / "v.mp4").read_bytes()
+
+    example = dict(zip(("image", "labels"), map(make_value, rates)))
+    part = SimpleNamespace(filename="scenes-train.array_record-00000-of-00001", skip=0, take=2)
+    info = SimpleNamespace(name="scenes", full_name="scenes/1.0.0", features=example)
+    info.splits = {"train": SimpleNamespace(file_instructions=[part])}
+
+    class Source(UserList):
+      dataset_info = info
+
+    monkeypatch.setattr(tensorflow_datasets, "data_source", lambda *args, **options: Source([example] * 2))
+    form, config = dataclasses.replace(FORM, fps=fps), TFDSConfig(**(vars(self.CONFIG) | {"kind": TargetKind.IMAGE}))
+    options = draw_options(contexts={"I": 1.0})
+    sentences, dropped = open_tfds(config, "train", form, options, depth_range=(1.0, 2.0))
+    assert reason in str(dropped[:1]) and bool(dropped) == bool(reason)
+    if not reason:
+      source, target = sentences[0].clips[:2]
+      assert read_greys(source) == read_greys(target) and len(set(read_greys(source))) == 5
 
   def test_features_become_frames(self):
     def frames(value, kind):
@@ -535,7 +729,41 @@ class TestTFDS:
     assert frames(np.eye(4, dtype=bool), TargetKind.SALIENCY)[0, :, 0, 0].tolist() == [255, 0, 0, 0]
     normals = np.array([[[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]])
     assert frames(normals, TargetKind.NORMALS).tolist() == [[[[128, 128, 255], [0, 0, 0]]]]
+    assert frames(normals.astype(np.float16) * np.nan, TargetKind.NORMALS).max() == 0, "unknown"
     with pytest.raises(UserError, match="images must be uint8"):
       frames(np.zeros((4, 5, 3)), TargetKind.IMAGE)
     with pytest.raises(UserError, match="cannot be a camera movement"):
       frames(np.zeros((4, 5, 3)), TargetKind.CAMERA)
+
+  def test_images_with_alpha_are_shown_over_white(self):
+    pixels = np.array([[[10, 200, 30, 255], [10, 200, 30, 0], [0, 0, 0, 128]]], np.uint8)
+    for value in (pixels, np.stack([pixels, pixels])):
+      for frame in to_frames(value, TargetKind.IMAGE, (0.5, 10.0)):
+        assert frame.tolist() == [[[10, 200, 30], [255] * 3, [127] * 3]]
+
+  @pytest.mark.parametrize(
+    "value, kind, message",
+    [
+      (np.zeros((4, 5, 2), np.uint8), "image", r"1, 3 or 4 channels, and the feature of shape \(4, 5, 2\) has 2"),
+      (np.zeros((7, 4, 5), np.uint8), "image", r"1, 3 or 4 channels, and the feature of shape \(7, 4, 5\) has 5"),
+      (np.zeros((4, 5, 3), np.uint8), "normals", "vectors in floating point with 3 channels, got uint8 with 3"),
+      (np.zeros((4, 5, 1), np.float32), "normals", "vectors in floating point with 3 channels, got float32 with 1"),
+      (np.zeros((4, 5, 3), np.uint8), "segmentation", "labels must be integers with 1 channel, got uint8 with 3"),
+      (np.zeros((4, 5), np.float32), "segmentation", "labels must be integers with 1 channel, got float32 with 1"),
+      (np.zeros((4, 5), np.uint16), "depth", "must be metres in floating point with 1 channel, got uint16 with 1"),
+      (np.zeros((4, 5, 3)), "depth", "got float64 with 3: convert them, or if they are pictures, set config"),
+    ],
+  )
+  def test_features_of_another_form_are_refused(self, value, kind, message):
+    with pytest.raises(UserError, match=message):
+      to_frames(value, TargetKind(kind), (0.5, 10.0))
+
+  def test_refused_features_are_named(self, tmp_path):
+    data_dir = write_tfds(tmp_path)
+    _, dropped = self.open(data_dir, kind=TargetKind.NORMALS)
+    assert str(dropped[0]).startswith("scenes 0: the feature 'labels': normals must be vectors in floating point")
+    sentences, _ = self.open(data_dir, target="image", kind=TargetKind.IMAGE)
+    assert sentences.pairs[0].target.form.resample == Image.Resampling.BICUBIC
+    data = {"data.tfds": {"name": "scenes", "data_dir": data_dir, "task": "t", "source": "image", "target": "image"}}
+    source = open_data(override(tiny(), data | {"data.kinds": {"t": "depth"}})).sources["tfds"]
+    assert {pair.target.form.resample for pair in source.pairs} == {Image.Resampling.NEAREST}, "pictures of depth"

@@ -20,6 +20,7 @@ from univid_jax.core.options import TargetKind
 from univid_jax.data.pictures import GAP, HEADER, sentence_animation, sentence_grid
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.target_kinds import label_colors, normals_to_image
+from univid_jax.data.tasks.grids.rendering import Rendering
 from univid_jax.evaluation import report, run
 from univid_jax.evaluation.controls import (
   Case,
@@ -29,6 +30,7 @@ from univid_jax.evaluation.controls import (
   round_trip,
   show_inverse_task,
 )
+from univid_jax.evaluation.exact import score_grids
 from univid_jax.evaluation.generate import Generated, SentenceInfo, make_variants
 from univid_jax.evaluation.kinds import KIND_METRICS, KindOptions, unmix_colors
 from univid_jax.evaluation.metrics.dense import nearest_labels
@@ -392,6 +394,18 @@ class TestKinds:
     scorer = Scorer(config_with())
     assert "edges" in scorer(forward)[0].counts and not scorer(reverse)[0].counts
     assert (forward.info.label, reverse.info.label) == ("scribble", "scribble reversed")
+
+  def test_own_and_computed_tasks_of_one_name(self):
+    """What an own task is called says nothing about its targets; only computed sentences have parameters."""
+    truth = np.zeros((1, 16, 16, 3), np.uint8)
+    computed, own = (
+      as_generated(truth, params, task="scribble") for params in ({"paper": (0, 0, 0), "ink": (1, 1, 1)}, None)
+    )
+    for kinds, expected in (({}, TargetKind.IMAGE), ({"scribble": "depth"}, TargetKind.DEPTH)):
+      scorer = Scorer(override(tiny(), {"data.kinds": kinds}))
+      assert scorer(computed)[0].kind == TargetKind.EDGES and scorer(own)[0].kind == expected
+    for task in ("outline", "maze", "arc"):
+      assert not score_grids(as_generated(truth, task=task), {}, Rendering.from_config(tiny().data))
 
   def test_unmix_colors(self):
     clip = np.array([[0, 0, 0], [255, 255, 255], [51, 51, 51]], np.uint8)

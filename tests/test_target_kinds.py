@@ -9,15 +9,16 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.data.clips import resize_and_crop
 from univid_jax.data.target_kinds import (
+  COMPUTED_KINDS,
   depth_to_image,
   image_to_depth,
   image_to_normals,
   known_pixels,
   label_colors,
   normals_to_image,
+  own_kinds,
   read_palette,
   resampling,
-  task_kinds,
 )
 
 
@@ -70,6 +71,20 @@ def test_resizing_labels_adds_no_colors():
 
 def test_kinds_of_computed_configured_and_tfds_tasks():
   changes = {"data.kinds": {"rooms": "depth"}, "data.tfds.name": "scenes", "data.tfds.task": "labels"}
-  kinds = task_kinds(override(tiny(), changes | {"data.tfds.kind": "segmentation"}).data)
-  assert kinds["scribble"] == TargetKind.EDGES and kinds["rooms"] == TargetKind.DEPTH
-  assert kinds["labels"] == TargetKind.SEGMENTATION and "invert" not in kinds
+  kinds = own_kinds(override(tiny(), changes | {"data.tfds.kind": "segmentation"}).data)
+  assert kinds == {"rooms": TargetKind.DEPTH, "labels": TargetKind.SEGMENTATION}
+  assert COMPUTED_KINDS["scribble"] == TargetKind.EDGES and "invert" not in COMPUTED_KINDS
+  assert COMPUTED_KINDS["outline"] == COMPUTED_KINDS["arc"] == TargetKind.GRID
+
+
+def test_two_kinds_of_one_task_are_refused():
+  changes = {"data.kinds": {"x": "depth"}, "data.tfds.name": "scenes", "data.tfds.task": "x"}
+  assert own_kinds(override(tiny(), changes).data) == {"x": TargetKind.DEPTH}, "images that are drawn as depth is"
+  with pytest.raises(
+    UserError, match=r"config\.data\.kinds\.x is depth, but .*\.tfds\.kind of the same task is normals"
+  ):
+    override(tiny(), changes | {"data.tfds.kind": "normals"})
+  changes = {"data.tfds.name": "scenes", "data.tfds.kind": "depth", "data.manifest": "m.jsonl"}
+  with pytest.raises(UserError, match=r"that have no task: give config\.data\.tfds\.task"):
+    override(tiny(), changes)
+  override(tiny(), changes | {"data.tfds.task": "x"})

@@ -230,7 +230,10 @@ def test_tfds_examples_that_are_damaged_while_training(tmp_path, caplog):
     loader = make_loader(
       list(data.sources.values()), features, row_shape=ROWS, rows_per_batch=2, seed=0, allow_dropped=allowed
     )
-    message = r"^x/\d with the examples \d cannot be used: example \d of scenes/1\.0\.0, split train cannot be read: "
+    pair = r"train\.array_record-00000-of-00001__\d"
+    message = (
+      rf"^x/{pair} with the examples {pair} cannot be used: example \d of scenes/1\.0\.0, split train cannot be read: "
+    )
     with closing(loader):
       if not allowed:
         with pytest.raises(UserError, match=message):
@@ -289,13 +292,13 @@ def test_prepare_replaces_damaged_cache_entries(tmp_path, caplog):
 
 
 def test_pairs_of_a_manifest_have_one_length(tmp_path, caplog):
-  """Unless it says otherwise."""
+  """Unless it gives both."""
   write_video(tmp_path / "long.mp4", 20)
   write_video(tmp_path / "short.mp4", 11)
   clips = [{"path": name} for name in ("long.mp4", "long.mp4", "short.mp4")]
   lines = [
     {"clips": [*clips, {"path": "long.mp4", "role": "target"}]},
-    {"clips": [*clips, {"path": "long.mp4", "role": "target", "num_frames": 13}]},
+    {"clips": [*clips[:2], clips[2] | {"num_frames": 9}, {"path": "long.mp4", "role": "target", "num_frames": 13}]},
   ]
   (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
   config = override(tiny(), CHANGES | {"data.manifest": str(tmp_path / "m.jsonl"), "data.num_frames": 17})

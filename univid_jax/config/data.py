@@ -21,7 +21,7 @@ class TFDSConfig(Section):
     split, data_dir: as TFDS takes them.
     task: name given to the task.
     source, target: names of the features.
-    kind: what the target's pixels represent.
+    kind: what the target's values represent.
     test_split: split whose pairs are held out; "" holds out `data.held_out` of `split`.
   """
 
@@ -92,7 +92,8 @@ class DataConfig(Section):
     tfds: a TFDS data set of pairs. Where any of these four is given, computed tasks are only used with `folder`.
     arc: tasks of the ARC benchmark.
     grids: computed tasks on grids of coloured cells, and how grids are drawn.
-    kinds: what the targets of your tasks represent, by task; selects their metrics and how they are resized.
+    kinds: what the targets of your tasks represent, by task; selects their metrics and how they are resized. Computed
+      tasks, grids and ARC have kinds of their own.
     depth_range: metres that white and black represent in images of depth; black itself is unknown.
     weights: how often each kind of data is drawn; 0 switches it off.
     held_out: share of your rows or pairs that training does not see.
@@ -180,6 +181,17 @@ class DataConfig(Section):
       if kind in (TargetKind.IMAGE, TargetKind.CAMERA):
         kinds = ", ".join(k for k in TargetKind if k not in (TargetKind.IMAGE, TargetKind.CAMERA))
         raise UserError(f"config.data.kinds.{task} must be one of {kinds}, got {str(kind)!r}")
+      if self.tfds.name and task == self.tfds.task and self.tfds.kind not in (TargetKind.IMAGE, kind):
+        raise UserError(
+          f"config.data.kinds.{task} is {kind}, but config.data.tfds.kind of the same task is {self.tfds.kind}: leave "
+          "one out"
+        )
+    has_unnamed_kind = self.tfds.name and not self.tfds.task and self.tfds.kind != TargetKind.IMAGE
+    if has_unnamed_kind and (self.metadata or self.manifest):
+      raise UserError(
+        f"config.data.tfds.kind = {self.tfds.kind} would also be that of the records of config.data.metadata and "
+        "manifest that have no task: give config.data.tfds.task"
+      )
     for name, given, training in (
       ("test_pairs", self.test_pairs, self.pairs),
       ("tfds.test_split", self.tfds.test_split, self.tfds.name),

@@ -1,6 +1,7 @@
 """Clips as the model sees them: cut, resampled and resized the same way for training, sampling and evaluation.
 
-They are read on demand, and identified by their content so that they can be cached.
+One thing differs: sampling does not know what clips represent, and resizes all of them as images. Clips are read on
+demand, and identified by their content so that they can be cached.
 """
 
 import dataclasses
@@ -260,7 +261,10 @@ def read_context(
   videos: Sequence[bool] | None = None,
   extend_query: bool = False,
 ) -> list[ContextClip]:
-  """Reads files as the context of a sentence, as training reads them: the first 4n + 1 frames of each, at one size.
+  """Reads files as the context of a sentence, as training reads images: the first 4n + 1 frames of each, at one size.
+
+  Resizing mixes values, also those of A' that are depth, normals or labels, which training keeps apart
+  (`config.data.kinds`): nothing says what clips represent. Files of the format's size are not resized.
 
   Args:
     paths: of the clips, in order; the last is the query, whose shape decides between the format's sizes.

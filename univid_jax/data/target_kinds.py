@@ -13,25 +13,29 @@ from univid_jax.core.options import TargetKind
 from univid_jax.data.tasks.grids import GRID_FAMILIES
 from univid_jax.data.tasks.grids.base import ARC_TASK, GridSplit, task_name
 
-# Kinds of targets of the computed tasks; all others are images.
+# Kinds of targets of the computed tasks, of grids and of ARC; all others are images. They say nothing about tasks of
+# own data that have the same names.
 COMPUTED_KINDS: Mapping[str, TargetKind] = {
   "scribble": TargetKind.EDGES,
   "salient_object": TargetKind.SALIENCY,
   "moving_object": TargetKind.SALIENCY,
   "camera_movement": TargetKind.CAMERA,
   ARC_TASK: TargetKind.GRID,
+  **{task_name(family, split): TargetKind.GRID for family in GRID_FAMILIES for split in GridSplit},
 }
 # Kinds whose values must not be mixed by resizing.
 _UNMIXED = (TargetKind.DEPTH, TargetKind.NORMALS, TargetKind.SEGMENTATION, TargetKind.GRID)
 _VOC_LABELS = 256
 
 
-def task_kinds(config: DataConfig) -> Mapping[str, TargetKind]:
-  """Returns the kind of the targets of each task; the targets of tasks that are not in it are images."""
+def own_kinds(config: DataConfig) -> Mapping[str, TargetKind]:
+  """Returns the kind of the targets of tasks of own data: pairs, tables, manifests, TFDS.
+
+  The targets of tasks that are not in it are images. A record without a task has the task "".
+  """
   tfds = config.tfds
   of_tfds = {tfds.task: tfds.kind} if tfds.name and tfds.kind != TargetKind.IMAGE else {}
-  of_grids = {task_name(family, split): TargetKind.GRID for family in GRID_FAMILIES for split in GridSplit}
-  return {**COMPUTED_KINDS, **of_grids, **of_tfds, **config.kinds}
+  return {**of_tfds, **config.kinds}
 
 
 def resampling(kind: TargetKind) -> Image.Resampling:

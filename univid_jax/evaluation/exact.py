@@ -44,7 +44,7 @@ def score_grids(generated: Generated, kinds: Mapping[str, TargetKind], rendering
 
   Args:
     generated: the sentence with its samples.
-    kinds: of targets, by task.
+    kinds: see `target_kind`.
     rendering: how grids are drawn.
   """
   if target_kind(generated.info, kinds) is not TargetKind.GRID:

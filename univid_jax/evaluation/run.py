@@ -19,7 +19,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import format_json, parse_json
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.data.sources.readers.arc import ARCSentences
-from univid_jax.data.target_kinds import task_kinds
+from univid_jax.data.target_kinds import own_kinds
 from univid_jax.data.tasks.grids.rendering import Rendering
 from univid_jax.evaluation.exact import Failures, exact_report, score_grids
 from univid_jax.evaluation.generate import (
@@ -67,7 +67,7 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
   variants = make_variants(config.eval, plan_other_pairs(config, sentences))
   variants = [variant for variant in variants if variant.name in (PREDICTION, SWAPPED)]
   scored, exact, pairs, gallery = [], [], set(), Gallery()
-  kinds, rendering = task_kinds(config.data), Rendering.from_config(config.data)
+  kinds, rendering = own_kinds(config.data), Rendering.from_config(config.data)
   failures = Failures(rendering)
   with progress_bar(len(sentences)) as bar:
     for numbers in split_batches(len(sentences), config.eval.batch_size):

@@ -8,7 +8,7 @@ import numpy as np
 
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.options import TargetKind
-from univid_jax.data.target_kinds import task_kinds
+from univid_jax.data.target_kinds import COMPUTED_KINDS, own_kinds
 from univid_jax.evaluation.controls import baselines
 from univid_jax.evaluation.generate import PREDICTION, REPEATED, Generated, SentenceInfo
 from univid_jax.evaluation.kinds import KIND_METRICS, Counts, KindOptions, Metrics
@@ -44,8 +44,15 @@ def score_psnr(generated: Generated) -> dict[str, float]:
 
 
 def target_kind(info: SentenceInfo, kinds: Mapping[str, TargetKind]) -> TargetKind:
-  """Returns what a target represents; those of reversed sentences are natural images and videos, whatever the task."""
-  return TargetKind.IMAGE if info.reverse else kinds.get(info.task, TargetKind.IMAGE)
+  """Returns what a target represents; those of reversed sentences are natural images and videos, whatever the task.
+
+  Args:
+    info: of the sentence; only those of computed tasks, grids and ARC have parameters.
+    kinds: of the tasks of own data, see `own_kinds`.
+  """
+  if info.reverse:
+    return TargetKind.IMAGE
+  return (kinds if info.params is None else COMPUTED_KINDS).get(info.task, TargetKind.IMAGE)
 
 
 class Scorer:
@@ -61,7 +68,7 @@ class Scorer:
   """
 
   def __init__(self, config: RunConfig):
-    self._kinds, self._options = task_kinds(config.data), KindOptions.from_config(config)
+    self._kinds, self._options = own_kinds(config.data), KindOptions.from_config(config)
     self._clip_scores = CLIPScores(config.eval.clip_model) if config.eval.clip_model else None
 
   def __call__(self, generated: Generated) -> list[Score]:

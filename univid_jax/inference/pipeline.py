@@ -89,7 +89,7 @@ class Pipeline(EncodingPipeline):
     return ClipFormat(size=size, num_frames=usage.num_frames, fit=usage.fit, fps=usage.fps, buckets=tuple(buckets))
 
   def read_clips(self, paths: Sequence[str]) -> list[np.ndarray]:
-    """Reads files as the context of a sentence, as training does; see `data.clips.read_context`."""
+    """Reads files as the context of a sentence, as training reads images; see `data.clips.read_context`."""
     return [clip.frames for clip in read_context(paths, self.clip_format)]
 
   @property

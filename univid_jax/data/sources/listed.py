@@ -6,10 +6,18 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from univid_jax.core.contexts import video_pattern
+from univid_jax.core.options import TargetKind
 from univid_jax.core.sentence import Role, Sentence
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.joint_reading import make_clips
 from univid_jax.data.sources.base import DrawOptions, draw, group_indices, hold_out
+from univid_jax.data.target_kinds import resampling
+
+
+def forms_of_pairs(form: ClipFormat, kind: TargetKind, num_clips: int) -> list[ClipFormat]:
+  """Returns the form of each clip of A, A', B, B', ...: every second one, and the last, is resized as its kind asks."""
+  target = dataclasses.replace(form, resample=resampling(kind))
+  return [target if index % 2 or index == num_clips - 1 else form for index in range(num_clips)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Opens everything that a config names as data."""
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -10,6 +11,7 @@ from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.bucket_files import copy_to_local
 from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import TargetKind
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped
@@ -22,7 +24,7 @@ from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
 from univid_jax.data.sources.readers.tfds import open_tfds
-from univid_jax.data.target_kinds import task_kinds
+from univid_jax.data.target_kinds import own_kinds
 
 log = logging.getLogger(__name__)
 
@@ -162,12 +164,12 @@ def _open_listed(config: RunConfig, kinds: Collection[str]) -> dict[str, _Opened
   """Opens those of the kinds that consist of records; the order determines how they are mixed."""
   data = config.data
   form, options = ClipFormat.from_config(data), DrawOptions.from_config(data, seed=config.seed)
+  targets = own_kinds(data)
   opened = {}
   if "metadata" in kinds:
-    source, dropped = open_metadata(copy_to_local(data.metadata), form, options)
+    source, dropped = open_metadata(copy_to_local(data.metadata), form, options, kind=targets.get("", TargetKind.IMAGE))
     opened["metadata"] = _hold_out("metadata", source, dropped, data.held_out)
   if "pairs" in kinds:
-    targets = task_kinds(data)
     source, dropped = open_pairs(copy_to_local(data.pairs), form, options, kinds=targets)
     if data.test_pairs:
       test = open_pairs(copy_to_local(data.test_pairs), form, options, kinds=targets)
@@ -175,13 +177,15 @@ def _open_listed(config: RunConfig, kinds: Collection[str]) -> dict[str, _Opened
     else:
       opened["pairs"] = _hold_out("pairs", source, dropped, data.held_out)
   if "manifest" in kinds:
-    source, dropped = open_manifest(copy_to_local(data.manifest), form, options)
+    source, dropped = open_manifest(copy_to_local(data.manifest), form, options, kinds=targets)
     opened["manifest"] = _hold_out("manifest", source, dropped, data.held_out)
   if "tfds" in kinds:
-    depth_range = data.depth_range
-    source, dropped = open_tfds(data.tfds, data.tfds.split, form, options, depth_range=depth_range)
+    open_split = functools.partial(
+      open_tfds, data.tfds, form=form, options=options, depth_range=data.depth_range, kinds=targets
+    )
+    source, dropped = open_split(data.tfds.split)
     if data.tfds.test_split:
-      test = open_tfds(data.tfds, data.tfds.test_split, form, options, depth_range=depth_range)
+      test = open_split(data.tfds.test_split)
       opened["tfds"] = _with_test_set("tfds", source, dropped, test)
     else:
       opened["tfds"] = _hold_out("tfds", source, dropped, data.held_out)

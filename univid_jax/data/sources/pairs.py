@@ -173,6 +173,9 @@ class PairSentences:
 def check_aligned(source: Footage, target: Footage, num_frames: int) -> None:
   """Checks that source and target show the same: that their aspect ratios, frame rates and numbers of frames agree.
 
+  What has no rate, as folders and arrays, is never resampled: its frames are those of the other clip as long as that
+  keeps its own rate. Where neither has one, they are taken frame by frame whatever `config.data.fps` says.
+
   Args:
     source, target: of a pair, which are brought to one size.
     num_frames: of a video clip; 1 if only first frames are used.
@@ -187,16 +190,33 @@ def check_aligned(source: Footage, target: Footage, num_frames: int) -> None:
       "one size they would not be aligned"
     )
   short, long = sorted((source.num_frames, target.num_frames))
-  rates = source.fps or 0.0, target.fps or 0.0  # 0: without a rate, as folders and arrays
-  if not source.form.fps and min(short, num_frames) > 1 and 0 < MAX_RATE_DIFFERENCE * min(rates) < max(rates):
-    raise UserError(
-      f"the source has {rates[0]:.5g} frames per second and the target {rates[1]:.5g}: set config.data.fps, to which "
-      "both are resampled"
-    )
+  if min(short, num_frames) > 1:
+    _check_rates(source, target)
   if 1 < short < min(num_frames, long):
     raise UserError(
       f"the source has {source.num_frames} frames and the target {target.num_frames}; {num_frames} of each are needed"
     )
+
+
+def _check_rates(source: Footage, target: Footage) -> None:
+  """Raises UserError if frame n of one video is not frame n of the other."""
+  resampled = source.form.fps
+  if source.fps and target.fps:
+    if not resampled and _differ(source.fps, target.fps):
+      raise UserError(
+        f"the source has {source.fps:.5g} frames per second and the target {target.fps:.5g}: set config.data.fps, to "
+        "which both are resampled"
+      )
+  elif (rate := source.fps or target.fps) and resampled and _differ(rate, resampled):
+    timed, untimed = ("source", "target") if source.fps else ("target", "source")
+    raise UserError(
+      f"the {timed} is resampled from {rate:.5g} to config.data.fps = {resampled:.5g} frames per second, and the "
+      f"{untimed} has no rate and cannot be: set config.data.fps=0, or make a video of the {untimed}"
+    )
+
+
+def _differ(rate: float, other: float) -> bool:
+  return max(rate, other) > MAX_RATE_DIFFERENCE * min(rate, other)
 
 
 def join_pairs(

@@ -4,7 +4,9 @@
 
 Paths are relative to the file's folder and inside it. A role is "context" (the default) or "target". `start` is counted
 at `config.data.fps` if that is set. `num_frames` is 1 or 4n + 1; by default it is as many as the clip has, up to the
-config's, and of two videos that are a pair as many as the shorter has. A key whose value is null counts as absent.
+config's, and of two videos that are a pair as many as the shorter has; given for one of them, it is that of both. A
+key whose value is null counts as absent. Clips 1 and 2, 3 and 4, ... are pairs, which must be aligned unless both are
+targets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,20 +16,29 @@ from typing import Any
 from univid_jax.core.dims import floor_clip_length, is_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.options import PromptStyle
+from univid_jax.core.options import PromptStyle, TargetKind
 from univid_jax.core.paths import resolve_inside
 from univid_jax.core.sentence import Role, check_roles
 from univid_jax.data.clips import ClipFormat, Footage, open_footage
 from univid_jax.data.media.reader import probe
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable
-from univid_jax.data.sources.listed import ListedSentences, Record
+from univid_jax.data.sources.listed import ListedSentences, Record, forms_of_pairs
+from univid_jax.data.sources.pairs import check_aligned
 
 KEYS = ("clips", "prompt", "task")
 CLIP_KEYS = ("path", "role", "num_frames", "start")
 
 
-def open_manifest(path: str, form: ClipFormat, options: DrawOptions) -> tuple[ListedSentences, list[Dropped]]:
+def open_manifest(
+  path: str, form: ClipFormat, options: DrawOptions, *, kinds: Mapping[str, TargetKind] | None = None
+) -> tuple[ListedSentences, list[Dropped]]:
   """Opens a manifest and checks every line.
+
+  Args:
+    path: of the file.
+    form: of the clips.
+    options: how sentences are drawn.
+    kinds: of the targets, by task; images by default.
 
   Returns:
     The sentences, and the lines that cannot be used.
@@ -50,7 +61,7 @@ def open_manifest(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
       continue
     name = printable(f"{file.name} line {number}")
     try:
-      records.append(_make_record(name, file.parent, _parse(line), form, options))
+      records.append(_make_record(name, file.parent, _parse(line), form, options, kinds or {}))
     except (OSError, ValueError) as error:
       dropped.append(drop(name, error))
   return ListedSentences(records, form, options), dropped
@@ -95,16 +106,38 @@ def _require_keys(values: Mapping[str, Any], known: Sequence[str]) -> dict[str, 
   return {key: value for key, value in values.items() if value is not None}
 
 
-def _make_record(name: str, root: Path, values: Mapping[str, Any], form: ClipFormat, options: DrawOptions) -> Record:
-  clips = values["clips"]
+def _make_record(
+  name: str,
+  root: Path,
+  values: Mapping[str, Any],
+  form: ClipFormat,
+  options: DrawOptions,
+  kinds: Mapping[str, TargetKind],
+) -> Record:
+  clips, task = values["clips"], values.get("task", "")
   paths = [resolve_inside(root, clip["path"]) for clip in clips]
   form = form.for_shape(probe(paths[0]).size)  # one size for the whole sentence
-  footage = [open_footage(path, form, start=clip.get("start", 0)) for path, clip in zip(paths, clips)]
+  forms = forms_of_pairs(form, kinds.get(task, TargetKind.IMAGE), len(clips))
+  footage = [open_footage(path, own, start=clip.get("start", 0)) for path, own, clip in zip(paths, forms, clips)]
   roles = tuple(_read_role(clip) for clip in clips)
   check_roles(len(clips), roles)
   prompt = "" if options.prompt == PromptStyle.NULL else values.get("prompt", "")
   lengths = _read_lengths(clips, footage, form)
-  return Record(name, tuple(footage), roles, prompt, values.get("task", ""), lengths)
+  _check_pairs(clips, footage, roles, lengths)
+  return Record(name, tuple(footage), roles, prompt, task, lengths)
+
+
+def _check_pairs(
+  clips: Sequence[Mapping[str, Any]], footage: Sequence[Footage], roles: Sequence[Role], lengths: Sequence[int]
+) -> None:
+  """Raises UserError if the clips of a pair are not aligned; two targets are no source and target of each other."""
+  for first in range(0, len(clips) - 1, 2):
+    if roles[first] == Role.CONTEXT:
+      source, target = footage[first : first + 2]
+      try:
+        check_aligned(source, target, min(lengths[first : first + 2]))
+      except UserError as error:
+        raise UserError(f"{clips[first]['path']} and {clips[first + 1]['path']}: {error}") from error
 
 
 def _read_role(clip: Mapping[str, Any]) -> Role:
@@ -118,11 +151,14 @@ def _read_lengths(clips: Sequence[Mapping[str, Any]], footage: Sequence[Footage]
   longest = [floor_clip_length(min(part.num_frames, form.num_frames)) for part in footage]
   lengths = []
   for index, (clip, part) in enumerate(zip(clips, footage)):
-    pair = [length for length in longest[index // 2 * 2 : index // 2 * 2 + 2] if length > 1]
-    count = clip.get("num_frames", min([longest[index], *pair]))
+    pair = slice(index // 2 * 2, index // 2 * 2 + 2)
+    given = [count for other in clips[pair] if (count := other.get("num_frames", 1)) > 1 and is_clip_length(count)]
+    shortest = min([longest[index], *(length for length in longest[pair] if length > 1)])
+    count = clip.get("num_frames", given[0] if given and longest[index] > 1 else shortest)
     if not is_clip_length(count):
       raise UserError(f"{clip['path']}: a clip must have 1 or 4n + 1 frames, got num_frames {count}")
     if count > part.num_frames:
-      raise UserError(f"{clip['path']} has {part.num_frames} frames, but num_frames is {count}")
+      whose = "" if "num_frames" in clip else " of the other clip of the pair"
+      raise UserError(f"{clip['path']} has {part.num_frames} frames, but num_frames{whose} is {count}")
     lengths.append(count)
   return tuple(lengths)

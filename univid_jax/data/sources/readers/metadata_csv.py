@@ -6,20 +6,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import PromptStyle
+from univid_jax.core.options import PromptStyle, TargetKind
 from univid_jax.core.paths import resolve_inside
 from univid_jax.core.sentence import reference_roles
 from univid_jax.data.clips import ClipFormat, file_footage
 from univid_jax.data.media.reader import probe
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable
-from univid_jax.data.sources.listed import ListedSentences, Record
+from univid_jax.data.sources.listed import ListedSentences, Record, forms_of_pairs
 
 COLUMNS = ("file_name", "text")
 CLIPS_PER_FILE = 4
 
 
-def open_metadata(path: str, form: ClipFormat, options: DrawOptions) -> tuple[ListedSentences, list[Dropped]]:
+def open_metadata(
+  path: str, form: ClipFormat, options: DrawOptions, *, kind: TargetKind = TargetKind.IMAGE
+) -> tuple[ListedSentences, list[Dropped]]:
   """Opens a metadata.csv, or the one in a folder, and checks every line.
+
+  Args:
+    path: of the table or its folder.
+    form: of the clips.
+    options: how sentences are drawn.
+    kind: what the targets represent.
 
   Returns:
     The sentences, and the lines that cannot be used.
@@ -45,7 +53,7 @@ def open_metadata(path: str, form: ClipFormat, options: DrawOptions) -> tuple[Li
       if found in seen:
         raise UserError("the file is listed twice")
       seen.add(found)
-      records.append(_make_record(name, found, row.text, form))
+      records.append(_make_record(name, found, row.text, form, kind))
     except (OSError, ValueError) as error:
       dropped.append(drop(name, error))
   if options.prompt == PromptStyle.NULL:
@@ -107,7 +115,7 @@ def _find(root: Path, name: str) -> Path:
   raise FileNotFoundError(f"no such file: {root / name}")
 
 
-def _make_record(name: str, path: Path, text: str, form: ClipFormat) -> Record:
+def _make_record(name: str, path: Path, text: str, form: ClipFormat, kind: TargetKind) -> Record:
   found = probe(path)
   length, rest = divmod(found.num_frames, CLIPS_PER_FILE)
   if rest:
@@ -122,5 +130,6 @@ def _make_record(name: str, path: Path, text: str, form: ClipFormat) -> Record:
     raise UserError(
       f"{path} has {total} frames, {shortest} for each of its four clips, and {form.num_frames} are needed"
     )
-  footage = [file_footage(path, found, form, start=start, num_frames=shortest) for start, _ in parts]
+  forms = forms_of_pairs(form, kind, CLIPS_PER_FILE)
+  footage = [file_footage(path, found, own, start=start, num_frames=shortest) for own, (start, _) in zip(forms, parts)]
   return Record(name, tuple(footage), reference_roles(CLIPS_PER_FILE), text, "", None)
