@@ -247,6 +247,37 @@ def test_transparency_is_white(tmp_path: Path, codec: str, pixel_format: str, su
   assert read[:, :, :28].min() > 250 and read[:, :, 36:].max() < 5
 
 
+@pytest.mark.parametrize(
+  "codec, pixel_format",
+  [
+    ("libx264", "yuv420p10le"),
+    ("libx265", "yuv420p10le"),
+    ("libx265", "yuv422p12le"),
+    ("prores_ks", "yuv422p10le"),
+    *(("ffv1", f"yuv{chroma}p{bits}le") for chroma in (420, 422, 444) for bits in (10, 12, 16)),
+  ],
+)
+def test_deep_colours_reach_black_and_white(tmp_path: Path, codec: str, pixel_format: str):
+  """Greys of limited range in more than 8 bits; swscale's quick way loses two of 255 levels where chroma is halved."""
+  path, lumas = tmp_path / "deep.mov", (16, 64, 126, 200, 235)
+  if codec == "ffv1":
+    path = path.with_suffix(".mkv")
+  bits = int(re.sub(r".*p(\d+)le", r"\1", pixel_format))
+  options = {"libx265": {"x265-params": "lossless=1:log-level=none"}, "libx264": {"qp": "0"}}.get(codec, {})
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream(codec, rate=25, options=options)
+    stream.width, stream.height, stream.pix_fmt = 64, 48, pixel_format
+    for luma in lumas:
+      frame = av.VideoFrame(64, 48, pixel_format)
+      for plane, value in zip(frame.planes, (luma, 128, 128)):
+        plane.update(np.full(plane.buffer_size // 2, value << (bits - 8), np.uint16).tobytes())
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  frames = read_clip(path).frames.astype(int)
+  expected = np.broadcast_to(np.array([0, 56, 128, 214, 255])[:, None, None, None], frames.shape)
+  np.testing.assert_allclose(frames, expected, atol=0 if codec != "prores_ks" else 1)
+
+
 @pytest.mark.parametrize("color_range", [ColorRange.UNSPECIFIED, ColorRange.MPEG, ColorRange.JPEG])
 @pytest.mark.parametrize(
   "codec, pixel_format, suffix",

@@ -25,7 +25,7 @@ from univid_jax.core.sentence import ClipRef
 from univid_jax.data.media.reader import ClipInfo, Frames, list_frames, probe, read_clip
 
 # Part of every key: raise it when the same file would give other pixels.
-READING_VERSION = 3
+READING_VERSION = 4
 
 # Threads that hash files, more than cores because storage may be slow to answer; and how many files they get at a time.
 _NUM_THREADS = 16

@@ -33,6 +33,9 @@ FORMATS_WITH_CHROMA = {
   **{f"ya16{order}": "yuva444p16le" for order in ("le", "be")},
 }
 
+# Chroma at full width: where it is halved, swscale's quick way makes white 253 of more than 8 bits.
+INTERPOLATION = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
+
 # In cd/m2: diffuse white in HDR (BT.2408), and the peak of a reference HLG display (BT.2100). PQ is mostly graded for
 # the same peak; brighter highlights are clipped.
 HDR_WHITE = 203.0
@@ -97,7 +100,7 @@ class FrameConverter:
     if width * frame.height > MAX_PIXELS:
       raise UserError(f"frames of {frame.height}x{width} pixels are too large")
     converted = self._reformatter.reformat(
-      frame, format=pixel_format, width=width, interpolation=Interpolation.BICUBIC, threads=1
+      frame, format=pixel_format, width=width, interpolation=INTERPOLATION, threads=1
     )
     return converted.to_ndarray()
 
