@@ -264,8 +264,8 @@ def _mix(
   shares = [grain.MapDataset.source(source).seed(seed).shuffle().repeat()[index::count] for source in sources]
   if len(shares) == 1:
     return shares[0]
-  order = np.roll(np.arange(len(shares)), -index)
-  return grain.MapDataset.mix([shares[each] for each in order], [weights[each] for each in order])
+  first = index % len(shares)
+  return grain.MapDataset.mix([*shares[first:], *shares[:first]], [*weights[first:], *weights[:first]])
 
 
 def _pack_batches(

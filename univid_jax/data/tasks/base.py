@@ -1,7 +1,8 @@
 """What a computed task is: how its targets are made from natural clips, without annotation.
 
 A task draws its parameters once per sentence and applies them to every pair, so that only the example pairs reveal
-them. What they must not reveal, such as the noise in B, is drawn for every pair. Tasks work on clips in float32 (T, H, W, 3), [0, 1].
+them. What they must not reveal, such as the noise in B, is drawn for every pair. Tasks work on clips in float32
+(T, H, W, 3), [0, 1].
 """
 
 import dataclasses
