@@ -14,11 +14,11 @@ from tests.helpers import GOLDENS
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
 from univid_jax.checkpoints.run_parts import check_rows
 from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json
-from univid_jax.config.presets import PRESETS, get_config, tiny
+from univid_jax.config.presets import PRESETS, get_config, tiny, wan_1_3b
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import RematPolicy
-from univid_jax.training.setup import check_config, ignored_options
+from univid_jax.training.setup import check_config, check_precision, ignored_options
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -133,6 +133,15 @@ def test_rows_are_as_long_as_the_contexts_that_are_drawn_need():
     check_rows(override(images, {"data.contexts.III": 1.0}))
   with pytest.raises(UserError, match="context IV has 96 tokens"):  # camera movement makes videos of images
     check_rows(override(images, {"data.tasks.camera_movement": 1.0, "data.animating_contexts.I": 0.0}))
+
+
+def test_precision_of_training(caplog):
+  check_precision(override(wan_1_3b(), {"model.dtype": "bfloat16"}))
+  assert not caplog.text
+  check_precision(override(wan_1_3b(), {"lora.rank": 0}))
+  assert "config.model.param_dtype = bfloat16, and all weights are trained" in caplog.text
+  with pytest.raises(UserError, match=r"config\.model\.dtype = float16 loses small gradients"):
+    check_precision(override(tiny(), {"model.dtype": "float16"}))
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,12 @@ class TestAddedLoss:
     with pytest.raises(DamagedError, match="checksum differs"):
       find_step(tmp_path, 2)
 
+  def test_the_best_is_kept_beside_one_that_is_not_finite(self, tmp_path):
+    with contextlib.closing(Checkpointer(tmp_path, keep=1)) as checkpointer:
+      for step, val_loss in ((2, 0.5), (4, 0.3), (6, float("nan")), (8, 0.9)):
+        self.save(checkpointer, step, val_loss)
+    assert folders(tmp_path) == ["4", "8"] and find_step(tmp_path, "best") == 4
+
   def test_that_is_not_finite_is_none(self, workdir):
     with contextlib.closing(Checkpointer(workdir)) as checkpointer:
       checkpointer.add_val_loss(4, float("nan"))

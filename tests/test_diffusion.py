@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 
 from tests.helpers import channels_last, dit_config, golden, load_dit, relative_error
+from univid_jax.core.options import Objective
 from univid_jax.core.sentence import Role, Sentence, reference_roles
 from univid_jax.data.rows.packing import RowShape, pack, select_target_tokens
 from univid_jax.data.rows.tokens import patchify, sentence_features, unpatchify
@@ -56,6 +59,19 @@ class TestSchedule:
     assert counts.sum() == 32_000 and np.all(np.abs(counts / 3200 - 1) < 0.1)
     if stratified:
       assert np.all(np.diff(np.sort(np.asarray(ids).reshape(2000, 16), axis=1), axis=1) >= 60)
+
+  @pytest.mark.parametrize("noise_range", [(0.0, math.inf), (0.0, 0.875), (0.875, math.inf)])
+  def test_logit_normal_levels_are_stratified(self, noise_range):
+    """Every sixteenth of the distribution has one of 16 levels, of those in the range; each level has all of it."""
+    flow = FlowMatching(shift=3.0, stratified=True, objective=Objective.LOGIT_NORMAL, noise_range=noise_range)
+    draw = jax.vmap(lambda key: flow.sample(key, jnp.ones((8, 2)))[0])
+    sigmas = np.asarray(draw(jax.random.split(jax.random.key(0), 500)), np.float64).reshape(500, 16)
+    assert sigmas.min() >= noise_range[0] and sigmas.max() <= min(noise_range[1], 1)
+    quantiles = scipy.stats.norm.cdf(scipy.special.logit(sigmas / (3 - 2 * sigmas)))
+    low, high = scipy.stats.norm.cdf([flow._logit(each) for each in noise_range])
+    u = (quantiles - low) / (high - low)
+    np.testing.assert_allclose(np.diff(np.sort(u, axis=1), axis=1), 1 / 16, atol=1e-3)
+    assert np.all(np.abs(np.histogram(u[:, 0], 5, (0, 1))[0] / 100 - 1) < 0.4)
 
 
 def test_sampling_equals_the_reference():

@@ -37,7 +37,7 @@ from univid_jax.config.schema import OptimizerConfig
 from univid_jax.core import lock
 from univid_jax.core.errors import DivergedError, Interrupted, UserError
 from univid_jax.core.lock import Lock
-from univid_jax.core.options import Attention, ContextTimestep, LearningRateSchedule
+from univid_jax.core.options import Attention, ContextTimestep, LearningRateSchedule, OptimizerName
 from univid_jax.core.packed_row import UNIVID_CONTEXT, PackedRow
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.media.writer import write_clip
@@ -46,9 +46,10 @@ from univid_jax.data.sources.open import open_data
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.inference.load import load_pipeline
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.parallel.sharding import shard_batch
 from univid_jax.platform.current import Platform
 from univid_jax.runtime.supervisor import StopSignal, Supervisor
-from univid_jax.training import loop, metrics_writer
+from univid_jax.training import loop, metrics_writer, validation
 from univid_jax.training import step as train_step
 from univid_jax.training.loop import open_loader, restore_or_create_state, train
 from univid_jax.training.metrics_writer import MetricsWriter
@@ -84,6 +85,22 @@ def test_muon_updates_only_matrices_of_blocks(tiny_config):
   singular = np.linalg.svd(update, compute_uv=False)
   assert singular[1] < 0.05 * singular[0]
   assert np.all(np.asarray(updates["head"]["head"]["kernel"]) < 0)
+
+
+@pytest.mark.parametrize("name", OptimizerName)
+def test_moments_of_bfloat16_decay(tiny_config, name):
+  """After gradients have become smaller, steps are as large as in float32; a bfloat16 moment would not decay."""
+  config = dataclasses.replace(tiny_config.optimizer, name=name, warmup_steps=0, clip_norm=0.0)
+  steps = []
+  for dtype in (jnp.float32, jnp.bfloat16):
+    optimizer = make_optimizer(config, 10_000)
+    params = {"head": {"kernel": jnp.ones((4, 4), dtype)}}
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(state))
+    for size in (1.0,) * 200 + (0.1,) * 800:
+      updates, state = update(jax.tree.map(lambda x, size=size: jnp.full_like(x, size), params), state, params)
+    steps.append(float(updates["head"]["kernel"][0, 0]))
+  assert steps[1] == pytest.approx(steps[0], rel=0.01)
 
 
 def test_muon_takes_the_epsilon_of_the_config(tiny_config):
@@ -420,6 +437,17 @@ class TestValidation:
       alone, own = jax.tree.map(jnp.asarray, (alone, own))
       losses.append(sentence_losses(model, alone, own, jnp.full((1, alone.num_slots), 0.7))[0].sum())
     assert found["val_loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
+
+  def test_microbatches_bound_what_is_computed_at_once(self, tiny_config, tmp_path):
+    """And change nothing else."""
+    config = override(tiny_config, {"rows.per_batch": 4, "validation.sigmas": (0.7,), "model.look_back": ()})
+    sizes, losses = [], []
+    for microbatches in (1, 4):
+      part = override(config, {"rows.microbatches": microbatches})
+      with mock.patch.object(validation, "shard_batch", side_effect=shard_batch) as shard:
+        losses.append(self.measured(part, {"data": 1}, tmp_path)[0])
+      sizes.append({len(call.args[0][1]) for call in shard.call_args_list})
+    assert sizes == [{4}, {1}] and losses[1] == pytest.approx(losses[0], rel=1e-5)
 
   def test_held_out_sentences_that_fit_no_row_are_left_out(self, tiny_config, tmp_path, caplog):
     """As those to train on are, if that is allowed; else the message names the record and the key."""

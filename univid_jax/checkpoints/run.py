@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import uuid
@@ -145,7 +146,7 @@ class Checkpointer:
     """Opened by the first save: it reads the metrics of every checkpoint, and the damaged are set aside by then."""
 
     def loss(metrics: Mapping[str, float]) -> float:
-      return metrics["val_loss"]
+      return metrics["val_loss"] if math.isfinite(metrics["val_loss"]) else math.inf
 
     policies = ocp.checkpoint_managers
     best = policies.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)

@@ -152,7 +152,7 @@ class Objective(enum.StrEnum):
 
 class OptimizerName(enum.StrEnum):
   ADAMW = "adamw"
-  MUON = "muon"  # on the matrices of self-attention and feed-forward; Adam on everything else
+  MUON = "muon"  # on the matrices of self-attention and feed-forward; NAdam on everything else, adapters too
 
 
 class OnBadStep(enum.StrEnum):

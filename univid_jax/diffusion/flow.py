@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from univid_jax.config.schema import FlowConfig
@@ -28,7 +29,8 @@ class FlowMatching:
     shift: moves uniform times toward noise; 5 in UniVid, 3 in Wan2.1 at 480p.
     stratified: spreads the times of a batch evenly (each is still uniform), which makes the loss less noisy.
     objective: how training draws noise levels and weights their losses.
-    noise_range: noise levels [low, high) that training draws from, in the same proportions as without a range.
+    noise_range: noise levels [low, high) that training draws from, (low, high] with RESOLUTION_SHIFT, in the same
+      proportions as without a range.
     reference_tokens: target tokens of the paper's videos, whose shift RESOLUTION_SHIFT leaves unchanged.
   """
 
@@ -76,7 +78,12 @@ class FlowMatching:
     one = jnp.ones(shape, jnp.float32)
     if self.objective == Objective.LOGIT_NORMAL:
       low, high = map(self._logit, self.noise_range)
-      return self.sigma(jax.nn.sigmoid(_truncated_normal(key, low, high, shape))), one
+      if self.stratified:
+        first, last = ndtr(low), ndtr(high)
+        normal = ndtri(first + (last - first) * self._stratify(key, shape))
+      else:
+        normal = _truncated_normal(key, low, high, shape)
+      return self.sigma(jax.nn.sigmoid(normal)), one
     if self.objective == Objective.RESOLUTION_SHIFT:
       shift = self.shift * jnp.sqrt(jnp.maximum(num_tokens, 1) / self.reference_tokens)
       low, high = self.noise_range
@@ -115,11 +122,14 @@ class FlowMatching:
     """Draws from range(num), uniform; stratified if that is asked for."""
     if not self.stratified:
       return jax.random.randint(key, shape, 0, num)
+    return jnp.minimum((self._stratify(key, shape) * num).astype(jnp.int32), num - 1)
+
+  def _stratify(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Draws uniform numbers in [0, 1) that are spread evenly."""
     offset_key, order_key = jax.random.split(key)
     count = int(np.prod(shape))
     u = (jnp.arange(count) / count + jax.random.uniform(offset_key)) % 1.0
-    u = jax.random.permutation(order_key, u).reshape(shape)
-    return jnp.minimum((u * num).astype(jnp.int32), num - 1)
+    return jax.random.permutation(order_key, u).reshape(shape)
 
 
 def _truncated_normal(key: PRNGKeyArray, low: float, high: float, shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -213,9 +213,9 @@ def _state_bytes(config: RunConfig, sizes: ModelBytes) -> float:
   trained = sizes.adapters if config.lora.enabled else sizes.base
   frozen = sizes.base - sizes.blocks * config.base.offload if config.lora.enabled else 0
   experts = len(config.model.expert.parts)
-  # The average, and the sum over microbatches, are in float32, as adapters are.
+  # Moments, the average, and the sum over microbatches are in float32, as adapters are.
   in_float32 = trained if config.lora.enabled else trained * 4 / jnp.dtype(config.model.param_dtype).itemsize
-  total = experts * (frozen + trained * (1 + moments) + in_float32 * (config.ema_decay > 0))
+  total = experts * (frozen + trained + in_float32 * (moments + (config.ema_decay > 0)))
   return total + trained + in_float32 * (config.rows.microbatches > 1)
 
 

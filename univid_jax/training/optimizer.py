@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -26,9 +27,9 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-  """Returns the optimizer of a config: AdamW, or Muon on some matrices and Adam on everything else.
+  """Returns the optimizer of a config: AdamW, or Muon on some matrices and NAdam on everything else.
 
-  With `OnBadStep.SKIP` its `update` takes the loss, see `guard`.
+  It computes in float32. With `OnBadStep.SKIP` its `update` takes the loss, see `guard`.
   """
   schedule = make_schedule(config, num_steps)
 
@@ -50,7 +51,23 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
       muon_weight_dimension_numbers=select_muon_matrices,
     )
   update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+  update = _in_float32(update)
   return skip_bad_steps(update, skip_norm=config.skip_norm) if config.on_bad_step == OnBadStep.SKIP else update
+
+
+def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Has an optimizer compute in float32, and keep its state so, whatever the dtype of the parameters.
+
+  In bfloat16 a second moment would never decay, as 0.999 of it is rounded to itself.
+  """
+
+  def convert(tree: Any) -> Any:
+    return optax.tree_utils.tree_cast(tree, jnp.float32)
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    return optimizer.update(convert(updates), state, convert(params))
+
+  return optax.GradientTransformation(lambda params: optimizer.init(convert(params)), update)
 
 
 def select_muon_matrices(params: optax.Params) -> Any:

@@ -217,10 +217,30 @@ def check_config(config: RunConfig) -> RunConfig:
   """
   check_rows(config)
   check_base(config)
+  check_precision(config)
   if ignored := ignored_options(config):
     decider = config.init_from or config.model.variant
     log.warning("without effect, as %s decides: %s", decider, ", ".join(ignored))
   return with_stored_base(config)
+
+
+def check_precision(config: RunConfig) -> None:
+  """Checks that small gradients and updates are not lost, as far as that can be helped.
+
+  Raises:
+    UserError: a model that computes in float16 cannot be trained.
+  """
+  model = config.model
+  if model.dtype == "float16":
+    raise UserError(
+      "config.model.dtype = float16 loses small gradients, as the loss is not scaled: train in bfloat16 or float32"
+    )
+  if model.param_dtype != "float32" and not config.lora.enabled:
+    log.warning(
+      "config.model.param_dtype = %s, and all weights are trained: an update that is smaller than about a 400th of its "
+      "weight is lost; in float32 it is not",
+      model.param_dtype,
+    )
 
 
 def open_features(config: RunConfig, encoders: Encoders, data: DataSources, workdir: str) -> FeatureMaker:

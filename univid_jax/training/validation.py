@@ -74,7 +74,7 @@ class Validation:
       [make_features(sentence) for sentence in sentences], RowShape.from_config(config.rows, context_mode(config))
     )
     noise = np.asarray(jax.random.normal(jax.random.key(config.seed), rows.tokens.shape))
-    size = config.rows.batch_size(row_shards(mesh))
+    size = config.rows.batch_size(row_shards(mesh)) // config.rows.microbatches
     self._batches = [
       shard_batch(jax.tree.map(lambda x, start=start: take_rows(x, start, size), (rows, noise)), mesh)
       for start in range(0, len(noise), size)
