@@ -49,8 +49,9 @@ from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import shard_batch
 from univid_jax.platform.current import Platform
 from univid_jax.runtime.supervisor import StopSignal, Supervisor
-from univid_jax.training import loop, metrics_writer, validation
+from univid_jax.training import hooks, loop, metrics_writer, validation
 from univid_jax.training import step as train_step
+from univid_jax.training.goodput import Goodput
 from univid_jax.training.loop import open_loader, restore_or_create_state, train
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.optimizer import make_optimizer, make_schedule
@@ -448,6 +449,12 @@ class TestValidation:
         losses.append(self.measured(part, {"data": 1}, tmp_path)[0])
       sizes.append({len(call.args[0][1]) for call in shard.call_args_list})
     assert sizes == [{4}, {1}] and losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+  def test_encoding_its_sentences_is_not_part_of_the_first_step(self, tiny_config, monkeypatch):
+    monkeypatch.setattr(hooks, "Validation", mock.Mock(spec=Validation))
+    run, summarize = mock.Mock(config=tiny_config), mock.Mock(spec=hooks.Summarize)
+    hooks.Validate(run, summarize, mock.Mock(spec=Supervisor), mock.Mock(spec=Goodput))
+    summarize.restart_clock.assert_called_once_with()
 
   def test_held_out_sentences_that_fit_no_row_are_left_out(self, tiny_config, tmp_path, caplog):
     """As those to train on are, if that is allowed; else the message names the record and the key."""

@@ -206,6 +206,7 @@ class Validate:
       log.info("validation: too little data to hold any out, so the loss is on training sentences")
     self._validation = Validation(run.config, run.spec, self._sentences, run.features, run.mesh)
     run.encoders.release()
+    summarize.restart_clock()
 
   def __call__(self, event: StepEvent) -> None:
     if not event.validates:
