@@ -32,7 +32,8 @@ class RowsConfig(Section):
       packing_bins rows of a stream, rounded down to whole batches but at least one; the more batches, the better.
     streams: independent streams of rows; 0 is one per process, or per group of processes that share rows. With a fixed
       number, the rows of a batch do not depend on the number of processes; their order may.
-    microbatches: parts of a batch computed one after another, for less memory and the same result.
+    microbatches: parts of a batch computed one after another, for less memory and, but for what lora.dropout drops, the
+      same result.
   """
 
   KEY: ClassVar[str] = "rows."
