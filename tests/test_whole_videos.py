@@ -183,6 +183,33 @@ def test_a_process_that_was_killed_leaves_the_rest_to_the_next(clips, tmp_path, 
   assert {path.name for path in (tmp_path / "parts").iterdir()} == {name, f"{Path(name).stem}.json"}
 
 
+@pytest.mark.parametrize(
+  "place", ["univid_jax.cli.whole_videos.concatenate_clips", "univid_jax.cli.requests.write_record"]
+)
+def test_what_fails_after_sampling_costs_no_steps(pipeline, clips, tmp_path, monkeypatch, place):
+  taken: list[int] = []
+  sampling = runner(pipeline, grid=True, progress=lambda count, total: taken.append(count))
+  request = Request(clips, tmp_path / "out.npy")
+  with monkeypatch.context() as patch:
+    patch.setattr(place, lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      sampling.run(request)
+  assert taken and (tmp_path / "out.npy.state.npz").exists()
+  taken.clear()
+  sampling.run(request)
+  assert not taken and {path.name for path in tmp_path.glob("out*")} == {"out.npy", "out_grid.mp4", "out.json"}
+
+
+def test_the_grid_of_a_video_that_stands_still(pipeline, clips, tmp_path, monkeypatch):
+  """It shows the frames as sampled: a GIF has one for several equal ones."""
+  fades = np.repeat(np.arange(25, dtype=np.uint8) * 8, 2)[:, None, None, None] + np.zeros((50, 16, 16, 3), np.uint8)
+  monkeypatch.setattr("univid_jax.inference.long_video.VideoSample.__iter__", lambda self: iter([fades]))
+  runner(pipeline, grid=True).run(Request(clips, tmp_path / "out.gif"))
+  assert len(read_clip(tmp_path / "out.gif").frames) == 25
+  grid = read_clip(tmp_path / "out_grid.gif", 0, 50, fps=25.0).frames
+  assert np.abs(grid[:, 8, -8].astype(int) - fades[:, 8, 8]).max() <= 8
+
+
 def _fail_after(patch: pytest.MonkeyPatch, place: str, calls: int) -> None:
   """Interrupts a function of the module, or a method, after a number of calls."""
   left, function = iter(range(calls)), pkgutil.resolve_name(place.replace("whole_videos.", "whole_videos:"))
