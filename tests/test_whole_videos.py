@@ -239,6 +239,22 @@ def test_first_frames(pipeline, tmp_path):
       plan_requests(*arguments, first_frame="x" if "b" in arguments[1] else None)
 
 
+@pytest.mark.parametrize("size", [(20, 22), (40, 44)])
+def test_a_first_frame_at_the_size_of_the_query(pipeline, tmp_path, size):
+  """It is brought to the pixels of B and extended like B, so that it is what the result begins with."""
+  query = moving_video(9, (20, 22))
+  write_clip(tmp_path / "b.npy", query)
+  write_clip(tmp_path / "first.png", query[:1].repeat(size[0] // 20, axis=1).repeat(size[1] // 22, axis=2))
+  sampling = runner(pipeline, keep_size=True, first_frame=str(tmp_path / "first.png"))
+  prepared = sampling.prepare(Request((str(tmp_path / "b.npy"),) * 3, tmp_path / "out.npy"))
+  (first,) = prepared.first.frames
+  difference = np.abs(first.astype(int) - prepared.clips[-1].frames[0])
+  assert first.shape == (24, 24, 3) and difference.mean() <= (0 if size == (20, 22) else 12)
+  sampling.run(prepared.request)
+  shown = (pipeline.decode(pipeline.encode(first[None]))[0, :20, :22] + 1) * 127.5
+  assert np.abs(np.load(tmp_path / "out.npy")[0] - shown).max() <= 1
+
+
 @pytest.mark.parametrize("guidance_range", [None, (0.0, 0.8)])
 def test_warm_up_compiles_everything(tiny_config, clips, tmp_path, guidance_range):
   """Sampling afterwards compiles nothing, and nothing was written."""
