@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 
 import univid_jax
-from tests.helpers import GOLDENS, package_or_skip
+from tests.helpers import GOLDENS, package_or_skip, random_pipeline
 from univid_jax.checkpoints.lora.folder import write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, write_lora
 from univid_jax.checkpoints.lora.kinds import LoRALayer
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
+from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.tensor_files import save_safetensors
 from univid_jax.checkpoints.usage import Usage, merge_usages
 from univid_jax.cli.flags import CommandFlags
-from univid_jax.cli.sampling import task_prompt
+from univid_jax.cli.requests import RequestRunner
+from univid_jax.cli.sampling import resolve_steps, task_prompt
 from univid_jax.cli.sampling_flags import SamplingFlags
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
@@ -200,6 +202,28 @@ def test_damaged_sidecars_are_named(tmp_path):
   sidecar.write_text("{")
   with pytest.raises(UserError, match=r"lora\.ckpt\.json is not valid JSON"):
     read_lora(path)
+
+
+def test_a_sidecar_is_part_of_the_checksum(tmp_path):
+  """Attention, shift and gaps of a .ckpt are in it, so that stored samples of others are not taken."""
+  pytest.importorskip("torch", reason="a .ckpt is a PyTorch file; needs the extra `convert`")
+  paths = [write(tmp_path / str(gap), make_lora(dataclasses.replace(USAGE, clip_gap=gap)), "univid") for gap in (0, 7)]
+  origins = [Origin.resolve("small", loras=[(str(path), 1.0)]) for path in (*paths, paths[1])]
+  sums = [origin.checksums["lora 0"] for origin in origins[:2]]
+  paths[1].with_name("lora.ckpt.json").unlink()
+  assert len({*sums, origins[2].checksums["lora 0"]}) == 3
+
+
+@pytest.mark.parametrize("given, shift", [({}, 3.5), ({"shift": 2.0}, 2.0), ({"sigmas": (1.0, 0.5)}, None)])
+def test_what_training_decides_is_recorded(tiny_config, given, shift):
+  """So that results of other weights of that name, trained otherwise, are not kept."""
+  pipeline = random_pipeline(tiny_config, make_mesh({}, jax.devices()[:1]))
+  pipeline.usage = dataclasses.replace(USAGE, clip_gap=7)
+  names = ("num_inference_steps", "guidance_scale", "shift", "solver", "sigmas", "guidance_range")
+  steps = resolve_steps(pipeline, {**dict.fromkeys(names), **given})
+  assert steps["shift"] == shift and np.array_equal(pipeline.plan(**steps).sigmas, pipeline.plan(**given).sigmas)
+  runner = RequestRunner(pipeline, pipeline.clip_format, steps, {})
+  assert runner._record([], num_frames=1, size=(16, 16), fps=None)["clip_gap"] == 7
 
 
 def test_prompts_of_tasks():

@@ -12,6 +12,7 @@ from univid_jax.checkpoints.experts import named_expert, split_expert
 from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.scaling import find_config
+from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.run import read_run, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
@@ -107,8 +108,8 @@ class Origin:
     named += [(f"accelerator {number}", lora) for number, lora in enumerate(self.distillation)]
     for name, (path, weight) in named:
       expert, file = split_expert(path)
-      config = find_config(epath.Path(file))
-      digests = [self._digest_lora(file), *([self._digest(config)] if config else [])]
+      beside = find_config(epath.Path(file)), sidecar_path(epath.Path(file))  # which also say how it is applied
+      digests = [self._digest_lora(file), *(self._digest(each) for each in beside if each and each.is_file())]
       if "transformer_2" in checksums:  # the name may decide, so that moving the file changes the model
         expert = expert or named_expert(file)
       checksums[name] = f"{expert or ''} {' + '.join(digests)} x {weight:g}".strip()

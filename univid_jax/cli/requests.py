@@ -206,6 +206,7 @@ class RequestRunner:
       "quantize": str(self.pipeline.experts.quantize),
       "attention": str(self.pipeline.attention),
       "context_timestep": str(self.pipeline.context_mode.timestep),
+      "clip_gap": self.pipeline.usage.clip_gap,
       "clips": clips,
       "height": height,
       "width": width,
