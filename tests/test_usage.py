@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import univid_jax
-from tests.helpers import GOLDENS, package_or_skip, random_pipeline
+from tests.helpers import GOLDENS, package_or_skip, parameters, random_pipeline
+from univid_jax.checkpoints.checksums import digest_contents
 from univid_jax.checkpoints.lora.folder import write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, write_lora
 from univid_jax.checkpoints.lora.kinds import LoRALayer
@@ -28,7 +29,9 @@ from univid_jax.convert.commands import convert_any, inspect
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ClipFit, Quantize
 from univid_jax.data.clips import ClipFormat
+from univid_jax.inference.distillation_loras import read_distillation
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training.loop import train
 
 USAGE = Usage(
   attention=Attention.CONTEXT_CAUSAL,
@@ -212,6 +215,27 @@ def test_a_sidecar_is_part_of_the_checksum(tmp_path):
   sums = [origin.checksums["lora 0"] for origin in origins[:2]]
   paths[1].with_name("lora.ckpt.json").unlink()
   assert len({*sums, origins[2].checksums["lora 0"]}) == 3
+
+
+def test_the_step_of_a_lora_run_is_chosen_once(tiny_config, tmp_path):
+  """What it saves afterwards is neither loaded nor named as the origin of samples."""
+  changes = {"lora.rank": 2, "num_steps": 2, "checkpoint.every_steps": 1, "eval.sentences_per_case": 0}
+  train(override(tiny_config, changes), run := str(tmp_path / "run"))
+  folder = tmp_path / "run" / "checkpoints"
+  newest = (folder / "2").rename(tmp_path / "2")
+  first = Origin.resolve("small", loras=[(f"both={run}", 0.5)])
+  newest.rename(folder / "2")
+  second = Origin.resolve("small", distillation=[(run, 0.5)], lora_steps=read_distillation(run).steps)
+  assert (first.lora_steps, second.lora_steps) == ({run: 1}, {run: 2})
+  assert first.checksums["lora 0"].split()[1:] != second.checksums["accelerator 0"].split()
+  assert first.checksums["lora 0"] == f"both {digest_contents(folder / '1' / 'model', listed_in=None)} x 0.5"
+  mesh = make_mesh({}, jax.devices()[:1])
+  one, two, newest = (
+    parameters(univid_jax.load_pipeline(run, lora=run, lora_steps=steps, mesh=mesh))
+    for steps in (first.lora_steps, second.lora_steps, None)
+  )
+  assert jax.tree.all(jax.tree.map(np.array_equal, two, newest))
+  assert not jax.tree.all(jax.tree.map(np.array_equal, one, two))
 
 
 @pytest.mark.parametrize("given, shift", [({}, 3.5), ({"shift": 2.0}, 2.0), ({"sigmas": (1.0, 0.5)}, None)])

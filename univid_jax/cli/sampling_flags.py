@@ -122,13 +122,15 @@ class SamplingFlags:
     from univid_jax.parallel.mesh import make_mesh
 
     loras, grouped = self._group_loras()
-    files = distillation and distillation.files
     verification = self.verification.value
-    sources = {"loras": loras, "distillation": files, "quantize": self._quantize.value, **verification}
+    sources = {"loras": loras, "quantize": self._quantize.value, **verification}
+    if distillation:
+      sources |= {"distillation": distillation.files, "lora_steps": distillation.steps}
     origin = Origin.resolve(self.checkpoint.value, step=self._step.value, **sources)
     loading: dict[str, Any] = {flag.name: flag.value for flag in self._loading}
     mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-    loading |= {"lora": grouped, "accelerate": distillation, "step": origin.step, "mesh": mesh, **verification}
+    loading |= {"lora": grouped, "accelerate": distillation, "mesh": mesh, **verification}
+    loading |= {"step": origin.step, "lora_steps": origin.lora_steps}
     pipeline = univid_jax.load_pipeline(self.checkpoint.value, **loading)
     return pipeline, origin
 

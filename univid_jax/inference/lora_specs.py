@@ -36,32 +36,39 @@ class RequestedLoRA:
   expert: TrainedExpert | None = None
 
 
-def read_loras(lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool) -> list[RequestedLoRA]:
+def read_loras(
+  lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool, steps: Mapping[str, int] | None = None
+) -> list[RequestedLoRA]:
   """Reads LoRAs.
 
   Args:
     lora: see `load_pipeline`.
     verify: whether to compare files with their checksums.
+    steps: of the checkpoints of workdirs, by path; by default the latest.
 
   Raises:
     OSError, UserError: a file cannot be read, or `lora` has another form.
   """
+
+  def read(path: str) -> list[LoRAWeights]:
+    return _read(path, verify=verify, step=(steps or {}).get(path))
+
   if not isinstance(lora, Mapping):
-    return [RequestedLoRA(each, weight) for path, weight in _parse(lora) for each in _read(path, verify=verify)]
+    return [RequestedLoRA(each, weight) for path, weight in _parse(lora) for each in read(path)]
   if unknown := set(lora) - set(LORA_EXPERTS):
     raise UserError(f"LoRAs by expert have the keys {', '.join(LORA_EXPERTS)}, got {', '.join(map(str, unknown))}")
   return [
     RequestedLoRA(each, weight, TrainedExpert(expert))
     for expert, specs in lora.items()
     for path, weight in _parse(specs)
-    for each in _read(path, verify=verify)
+    for each in read(path)
   ]
 
 
-def _read(path: str, *, verify: bool) -> list[LoRAWeights]:
+def _read(path: str, *, verify: bool, step: int | None) -> list[LoRAWeights]:
   """Reads a LoRA, or those of both experts that a run has trained."""
   is_run = to_path(path).is_dir() and is_lora_run(path)
-  loras = read_run_loras(path, verify=verify) if is_run else [read_lora(path, verify=verify)]
+  loras = read_run_loras(path, step=step, verify=verify) if is_run else [read_lora(path, verify=verify)]
   for lora in loras:
     for note in lora.notes:
       log.warning("%s: %s", path, note)
