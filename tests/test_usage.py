@@ -27,9 +27,10 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.convert.commands import convert_any, inspect
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ClipFit, Quantize
+from univid_jax.core.options import Attention, ClipFit, ContextTimestep, Quantize
 from univid_jax.data.clips import ClipFormat
 from univid_jax.inference.distillation_loras import read_distillation
+from univid_jax.inference.lora_specs import RequestedLoRA, lora_usage
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.loop import train
 
@@ -205,6 +206,29 @@ def test_damaged_sidecars_are_named(tmp_path):
   sidecar.write_text("{")
   with pytest.raises(UserError, match=r"lora\.ckpt\.json is not valid JSON"):
     read_lora(path)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_asked_for_decides_only_about_itself(order):
+  """Two LoRAs whose timesteps of the context differ are refused, whatever their order, unless one is chosen."""
+  full, causal = Attention.FULL, Attention.CONTEXT_CAUSAL
+  target, zero = ContextTimestep.TARGET, ContextTimestep.ZERO
+
+  def used(*trained, attention=None, context_timestep=None):
+    usages = [Usage(attention=each, context_timestep=timestep) for each, timestep in trained]
+    loras = [(RequestedLoRA(make_lora(usage)), "") for usage in usages[::order]]
+    asked = {"attention": attention, "context_timestep": context_timestep}
+    return lora_usage(loras, **asked, quantize=Quantize.NONE).context_timestep
+
+  for attention in (None, full):
+    with pytest.raises(UserError, match="trained with context_timestep"):
+      used((full, target), (full, zero), attention=attention)
+    assert used((full, target), (full, zero), attention=attention, context_timestep=zero) == zero
+  with pytest.raises(UserError, match="trained with attention"):
+    used((full, target), (causal, zero))
+  assert used((full, target), (causal, zero), attention=full) == target
+  assert used((full, target), (causal, zero), attention=causal) == zero
+  assert used((causal, zero), (causal, zero), attention=full) == ContextTimestep.AUTO
 
 
 def test_a_sidecar_is_part_of_the_checksum(tmp_path):

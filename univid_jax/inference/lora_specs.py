@@ -168,12 +168,15 @@ def lora_usage(
     if usage.base_quantize not in (Quantize.NONE, quantize)
   ]
   usages = [*([run] if run else []), *((source, usage) for source, usage, _ in known)]
-  if usages:  # what is asked for cannot conflict
-    first = usages[0][1]
-    chosen = {"attention": first.attention} if attention else {}
-    if attention or context_timestep:  # attention decides about the timestep, too
-      chosen |= {"context_timestep": first.context_timestep}
-    usages = [(source, dataclasses.replace(usage, **chosen)) for source, usage in usages]
+  if attention:  # of those that were trained with another one, the timestep says nothing
+    alike = [usage.context_timestep for _, usage in usages if usage.attention == attention]
+    other = {"attention": attention, "context_timestep": alike[0] if alike else ContextTimestep.AUTO}
+    usages = [
+      (source, usage if usage.attention == attention else dataclasses.replace(usage, **other))
+      for source, usage in usages
+    ]
+  if context_timestep:
+    usages = [(source, dataclasses.replace(usage, context_timestep=context_timestep)) for source, usage in usages]
   usage, differences = merge_usages(usages)
   for note in (*filter(None, notes), *differences):
     log.warning("%s", note)
