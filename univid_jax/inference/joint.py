@@ -30,6 +30,9 @@ from univid_jax.runtime.processes import gather_arrays
 # Called with the number of steps of windows that were taken.
 WindowProgress = Callable[[int], None]
 
+# By step and number of the call in it: the number of windows that are computed, and the sum of their velocities.
+_Begun = dict[tuple[int, int], tuple[int, np.ndarray]]
+
 
 @dataclasses.dataclass(frozen=True)
 class JointWindows:
@@ -118,10 +121,11 @@ class JointSampler:
       # The parameters must have no other reference: an offloaded expert leaves its devices when this returns.
       call = functools.partial(self._velocity, experts.transformers[index].graph, experts.load(index))
       for i in steps:
-        scale = np.float32(scales[index])
+        scale, calls = np.float32(scales[index]), itertools.count()
 
-        def predict(tokens, sigma, i=i, scale=scale, before=state):
-          begin, out = begun.pop(i, None) or (0, np.zeros(shape, np.float32))
+        def predict(tokens, sigma, i=i, scale=scale, calls=calls, before=state):
+          number = next(calls)
+          begin, out = begun.pop((i, number), None) or (0, np.zeros(shape, np.float32))
           velocities = self._predict(
             joint,
             tokens.reshape(shape),
@@ -134,9 +138,8 @@ class JointSampler:
             if progress is not None:
               progress(i * len(joint.queries) + window + 1)
             if saved is not None and saved.is_due():
-              saved.save(
-                {"step": np.array(i), "windows": np.array(window + 1), "velocity": out, **_name_leaves(before)}
-              )
+              place = np.array([number, window + 1])
+              saved.save({"step": np.array(i), "place": place, "velocity": out, **_name_leaves(before)})
           return out.reshape(tokens.shape)
 
         state = solver.step(predict, state, np.asarray(sigmas[i]), coefficients[i])
@@ -175,14 +178,14 @@ def _name_leaves(state: Any) -> dict[str, np.ndarray]:
   return {f"state{index}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(state))}
 
 
-def _restore(saved: ProgressFile | None, state: Any) -> tuple[int, dict[int, tuple[int, np.ndarray]], Any]:
-  """Returns the number of steps taken, windows and sum of velocities of the step that was begun, and the state before.
-
-  The second is by step, and empty if none was begun.
-  """
+def _restore(saved: ProgressFile | None, state: Any) -> tuple[int, _Begun, Any]:
+  """Returns the number of steps taken, what has been computed of the next one, and the state before it."""
   arrays = saved.load() if saved is not None else {}
   if "step" not in arrays:
     return 0, {}, state
   step, (leaves, structure) = int(arrays["step"]), jax.tree.flatten(state)
-  begun = {step: (int(arrays["windows"]), arrays["velocity"])} if "windows" in arrays else {}
+  begun: _Begun = {}
+  if "place" in arrays:
+    number, windows = arrays["place"].tolist()
+    begun[step, number] = windows, arrays["velocity"]
   return step, begun, jax.tree.unflatten(structure, [arrays[f"state{index}"] for index in range(len(leaves))])
