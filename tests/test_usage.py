@@ -72,7 +72,7 @@ def test_every_format_carries_it_and_hands_it_on(tmp_path, name):
     pytest.importorskip("torch", reason="a .ckpt is a PyTorch file; needs the extra `convert`")
   path = write(tmp_path / "first", make_lora(), name)
   read = read_lora(path)
-  assert read.usage == USAGE and read.metadata["step"] == "7"
+  assert read.usage == USAGE and read.metadata["step"] == "7" and not read.notes, "the scale is stored"
   again = read_lora(write(tmp_path / "again", read, "comfyui"))
   assert again.usage == USAGE
   shown = inspect(str(path))
