@@ -10,6 +10,7 @@ if TYPE_CHECKING:
   from univid_jax import Pipeline
   from univid_jax.checkpoints.origin import Origin
   from univid_jax.data.clips import ClipFormat
+  from univid_jax.diffusion.step_cache import StepCache
   from univid_jax.inference.distillation_loras import DistillationLoRAs
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,19 @@ class SamplingFlags:
       raise UsageError("--prompt and --task exclude each other")
     self._parse_size()
     self._group_loras()
+
+  def check_steps(
+    self, distillation: "DistillationLoRAs | None" = None, *, step_cache: "StepCache | None" = None
+  ) -> None:
+    """Raises UserError if what is asked of the steps contradicts itself or the distillation, or has no effect."""
+    import numpy as np
+
+    from univid_jax.inference.plan import SamplingPlan
+
+    plan = SamplingPlan.from_options(distillation and distillation.kind, **self.steps, step_cache=step_cache)
+    if self.negative_prompt.value and np.all(np.asarray(plan.guidance_scale) == 1):
+      remedy = "leave it out with --accelerate" if distillation else "give a --guidance_scale other than 1"
+      raise UsageError(f"--negative_prompt needs guidance: {remedy}")
 
   def load(self, distillation: "DistillationLoRAs | None" = None) -> "tuple[Pipeline, Origin]":
     """Loads the model, on the devices of this process."""
