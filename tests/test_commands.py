@@ -164,6 +164,7 @@ def trained(tmp_path_factory):
     (["--steps=5", "--sigmas=1,0.5"], 1, "sigmas replace num_inference_steps"),
     (["--prompt=x", "--task=depth map"], 2, "--prompt and --task exclude each other"),
     (["--size=1"], 2, "--size is HEIGHTxWIDTH"),
+    (["--negative_prompt=x"], 2, "--negative_prompt needs guidance"),
     ([], 1, "missing does not exist: expected a converted checkpoint, the workdir of a training run, or one of"),
   ],
 )
@@ -323,6 +324,8 @@ def test_step_caching(trained, tmp_path, capfd):
     (["--clips={a},{a},{a}", "--step_cache=magcache:-1"], 1, "the threshold of the step cache must be at least 0"),
     (["--clips={a},{a},{a}", "--guidance_range=1"], 2, "--guidance_range is two noise levels FROM,TO, got '1'"),
     (["--clips={a},{a},{a}", "--guidance_range=0,1"], 1, "guidance_range needs guidance"),
+    (["--clips={a},{a},{a}", "--negative_prompt=x"], 2, "--negative_prompt needs guidance: give a --guidance_scale"),
+    (["--clips={a},{a},{a}", "--accelerate={lora}", "--negative_prompt=x"], 2, "guidance: leave it out with --accel"),
     (["--clips={a},{a},{a}", "--accelerate={lora}", "--step_cache=magcache"], 1, "step_cache contradicts the distill"),
     (["--clips={a},{a},{a}", "--guidance_scale=nan"], 1, "the guidance scale must be finite, got nan"),
     (["--clips={a},{a},{a}", "--out="], 2, "--out must end in the name of the result"),

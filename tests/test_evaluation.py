@@ -211,6 +211,7 @@ class TestSamplesFolder:
     folder = open_folder()
     assert folder == open_folder(override(tiny_config, {"eval.depth_alignment": "median", "data.num_threads": 2}))
     assert folder == open_folder(override(tiny_config, {"flow.shift": 3.0, "model.dtype": "bfloat16"}))
+    assert folder == open_folder(override(tiny_config, {"data.prompt_dropout": 0.5})), "held-out prompts are kept"
     assert folder == open_folder(origin=fixed_origin(checkpoint="elsewhere", step=9))
     changes = {"data.height": 32, "eval.seed": 9, "eval.num_inference_steps": 3}
     folders = [folder, open_folder(origin=fixed_origin("f00"))]

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-import scipy
+import scipy.stats
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
@@ -145,16 +145,25 @@ class TestARC:
       self.arc("one of two tests", 1, 2, False, False, True),
       self.arc("both tests", 0, 2, True, False, False),
       self.arc("both tests", 1, 2, False, True, False),
-      self.arc("a test is missing", 0, 2, True, True, True),
     ]
-    arc = report_of(sentences)["arc"]
+    arc = report_of(sentences, num_arc_tests=7)["arc"]
     assert (arc["solved"], arc["tasks"], arc["attempts"], arc["score"]) == (3, 5, 2, 0.6)
     assert arc["interval"] == wilson_interval(0.6, 5)
-    arc = report_of(sentences, num_left_out=5)["arc"]
+    arc = report_of(sentences, num_arc_tests=7, num_left_out=5)["arc"]
     assert (arc["solved"], arc["tasks"], arc["score"]) == (3, 10, 0.3)
     assert describe_arc(arc) == (
       "ARC: 3 of 10 tasks solved, 30.0% (10.8% to 60.3%): every test is right in one of 2 attempts; 5 of them do not "
       "fit the canvas and count as unsolved."
+    )
+
+  def test_the_score_is_of_all_tests(self):
+    """A part of them, beside the tasks that do not fit, says nothing about the others."""
+    sentences = [self.arc(f"task {number}", 0, 1, True) for number in range(32)]
+    arc = report_of(sentences, num_arc_tests=250, num_left_out=150)["arc"]
+    assert arc == {"tests": 250, "sampled": 32, "score": None}
+    assert describe_arc(arc) == (
+      "ARC: 32 of 250 tests were sampled, and the benchmark's score is of all: --config.eval.sentences_per_case=250 "
+      "samples them."
     )
 
   def test_wrong_examples_are_of_another_task(self, tmp_path):

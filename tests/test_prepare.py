@@ -80,6 +80,25 @@ class TestOpenData:
       data.require_usable(config.data)
     data.require_usable(dataclasses.replace(config.data, allow_dropped=True))
 
+  @pytest.mark.parametrize("kind", ["metadata", "pairs", "test_pairs", "computed", "grids"])
+  def test_held_out_sentences_have_their_prompts(self, metadata, pairs, kind):
+    """And are otherwise those of a run that drops none."""
+    given = {"metadata": {"metadata": metadata}, "pairs": {"pairs": pairs}}.get(kind, {})
+    if kind == "test_pairs":
+      given = {"pairs": pairs, "test_pairs": pairs}
+    if kind == "grids":
+      given = {"weights.computed": 0.0, "grids.families.maze": 1.0, "grids.cell": 1}
+    changes = {
+      f"data.{key}": str(value) if "pairs" in key or key == "metadata" else value for key, value in given.items()
+    }
+    config = override(tiny(), SMALL | changes | {"data.prompt": "detailed", "data.held_out": 0.5})
+    kept, dropping = (open_data(override(config, {"data.prompt_dropout": share})) for share in (0.0, 1.0))
+    (training,) = dropping.sources.values()
+    (expected,), (held_out,) = kept.held_out.values(), dropping.held_out.values()
+    assert not any(training[index].prompt for index in range(3))
+    for one, other in zip(*([source[index].with_frames() for index in range(3)] for source in (expected, held_out))):
+      assert one.prompt == other.prompt != "" and all(map(np.array_equal, one.clips, other.clips))
+
 
 I2V = Shape(takes_condition=True, takes_image_features=True)
 I2V22 = Shape(takes_condition=True)

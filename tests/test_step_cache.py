@@ -116,6 +116,16 @@ def measure(pipe, clips, **options):
   return measurement.table, latents
 
 
+def test_a_single_guided_step(pipe, contexts):
+  """Its ratio is 1, as where the negative prompt is not used; the table has one for each branch all the same."""
+  steps = dict(num_inference_steps=4, guidance_scale=2.0, guidance_range=(0.99, 1.0))
+  table, expected = measure(pipe, contexts[0], **steps)
+  assert len(table) == 2 and set(table[1]) == {1.0}
+  assert len(measure(pipe, contexts[0], **steps | {"guidance_range": (0.01, 0.02)})[0]) == 1
+  cached = sample(pipe, contexts[0], step_cache=StepCache(ratios=table, threshold=0), **steps)
+  assert relative_error(cached, expected) <= 1e-6
+
+
 @pytest.mark.parametrize("attention", ["full", "context_causal"])
 def test_threshold_0_and_measuring_change_nothing(tiny_config, pipe, contexts, attention):
   if attention == "full":

@@ -9,24 +9,30 @@ import numpy as np
 import pytest
 
 import univid_jax
-from tests.helpers import GOLDENS, package_or_skip
+from tests.helpers import GOLDENS, package_or_skip, parameters, random_pipeline
+from univid_jax.checkpoints.checksums import digest_contents
 from univid_jax.checkpoints.lora.folder import write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, write_lora
 from univid_jax.checkpoints.lora.kinds import LoRALayer
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
+from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.tensor_files import save_safetensors
 from univid_jax.checkpoints.usage import Usage, merge_usages
 from univid_jax.cli.flags import CommandFlags
-from univid_jax.cli.sampling import task_prompt
+from univid_jax.cli.requests import RequestRunner
+from univid_jax.cli.sampling import resolve_steps, task_prompt
 from univid_jax.cli.sampling_flags import SamplingFlags
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.convert.commands import convert_any, inspect
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ClipFit, Quantize
+from univid_jax.core.options import Attention, ClipFit, ContextTimestep, Quantize
 from univid_jax.data.clips import ClipFormat
+from univid_jax.inference.distillation_loras import read_distillation
+from univid_jax.inference.lora_specs import RequestedLoRA, lora_usage
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training.loop import train
 
 USAGE = Usage(
   attention=Attention.CONTEXT_CAUSAL,
@@ -66,7 +72,7 @@ def test_every_format_carries_it_and_hands_it_on(tmp_path, name):
     pytest.importorskip("torch", reason="a .ckpt is a PyTorch file; needs the extra `convert`")
   path = write(tmp_path / "first", make_lora(), name)
   read = read_lora(path)
-  assert read.usage == USAGE and read.metadata["step"] == "7"
+  assert read.usage == USAGE and read.metadata["step"] == "7" and not read.notes, "the scale is stored"
   again = read_lora(write(tmp_path / "again", read, "comfyui"))
   assert again.usage == USAGE
   shown = inspect(str(path))
@@ -200,6 +206,72 @@ def test_damaged_sidecars_are_named(tmp_path):
   sidecar.write_text("{")
   with pytest.raises(UserError, match=r"lora\.ckpt\.json is not valid JSON"):
     read_lora(path)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_asked_for_decides_only_about_itself(order):
+  """Two LoRAs whose timesteps of the context differ are refused, whatever their order, unless one is chosen."""
+  full, causal = Attention.FULL, Attention.CONTEXT_CAUSAL
+  target, zero = ContextTimestep.TARGET, ContextTimestep.ZERO
+
+  def used(*trained, attention=None, context_timestep=None):
+    usages = [Usage(attention=each, context_timestep=timestep) for each, timestep in trained]
+    loras = [(RequestedLoRA(make_lora(usage)), "") for usage in usages[::order]]
+    asked = {"attention": attention, "context_timestep": context_timestep}
+    return lora_usage(loras, **asked, quantize=Quantize.NONE).context_timestep
+
+  for attention in (None, full):
+    with pytest.raises(UserError, match="trained with context_timestep"):
+      used((full, target), (full, zero), attention=attention)
+    assert used((full, target), (full, zero), attention=attention, context_timestep=zero) == zero
+  with pytest.raises(UserError, match="trained with attention"):
+    used((full, target), (causal, zero))
+  assert used((full, target), (causal, zero), attention=full) == target
+  assert used((full, target), (causal, zero), attention=causal) == zero
+  assert used((causal, zero), (causal, zero), attention=full) == ContextTimestep.AUTO
+
+
+def test_a_sidecar_is_part_of_the_checksum(tmp_path):
+  """Attention, shift and gaps of a .ckpt are in it, so that stored samples of others are not taken."""
+  pytest.importorskip("torch", reason="a .ckpt is a PyTorch file; needs the extra `convert`")
+  paths = [write(tmp_path / str(gap), make_lora(dataclasses.replace(USAGE, clip_gap=gap)), "univid") for gap in (0, 7)]
+  origins = [Origin.resolve("small", loras=[(str(path), 1.0)]) for path in (*paths, paths[1])]
+  sums = [origin.checksums["lora 0"] for origin in origins[:2]]
+  paths[1].with_name("lora.ckpt.json").unlink()
+  assert len({*sums, origins[2].checksums["lora 0"]}) == 3
+
+
+def test_the_step_of_a_lora_run_is_chosen_once(tiny_config, tmp_path):
+  """What it saves afterwards is neither loaded nor named as the origin of samples."""
+  changes = {"lora.rank": 2, "num_steps": 2, "checkpoint.every_steps": 1, "eval.sentences_per_case": 0}
+  train(override(tiny_config, changes), run := str(tmp_path / "run"))
+  folder = tmp_path / "run" / "checkpoints"
+  newest = (folder / "2").rename(tmp_path / "2")
+  first = Origin.resolve("small", loras=[(f"both={run}", 0.5)])
+  newest.rename(folder / "2")
+  second = Origin.resolve("small", distillation=[(run, 0.5)], lora_steps=read_distillation(run).steps)
+  assert (first.lora_steps, second.lora_steps) == ({run: 1}, {run: 2})
+  assert first.checksums["lora 0"].split()[1:] != second.checksums["accelerator 0"].split()
+  assert first.checksums["lora 0"] == f"both {digest_contents(folder / '1' / 'model', listed_in=None)} x 0.5"
+  mesh = make_mesh({}, jax.devices()[:1])
+  one, two, newest = (
+    parameters(univid_jax.load_pipeline(run, lora=run, lora_steps=steps, mesh=mesh))
+    for steps in (first.lora_steps, second.lora_steps, None)
+  )
+  assert jax.tree.all(jax.tree.map(np.array_equal, two, newest))
+  assert not jax.tree.all(jax.tree.map(np.array_equal, one, two))
+
+
+@pytest.mark.parametrize("given, shift", [({}, 3.5), ({"shift": 2.0}, 2.0), ({"sigmas": (1.0, 0.5)}, None)])
+def test_what_training_decides_is_recorded(tiny_config, given, shift):
+  """So that results of other weights of that name, trained otherwise, are not kept."""
+  pipeline = random_pipeline(tiny_config, make_mesh({}, jax.devices()[:1]))
+  pipeline.usage = dataclasses.replace(USAGE, clip_gap=7)
+  names = ("num_inference_steps", "guidance_scale", "shift", "solver", "sigmas", "guidance_range")
+  steps = resolve_steps(pipeline, {**dict.fromkeys(names), **given})
+  assert steps["shift"] == shift and np.array_equal(pipeline.plan(**steps).sigmas, pipeline.plan(**given).sigmas)
+  runner = RequestRunner(pipeline, pipeline.clip_format, steps, {})
+  assert runner._record([], num_frames=1, size=(16, 16), fps=None)["clip_gap"] == 7
 
 
 def test_prompts_of_tasks():

@@ -720,6 +720,7 @@ class TestTraining:
       load(experts[1], lora=files),
       load(experts[1], lora=str(tmp_path / "run")),
       load(experts[1], lora=converted),
+      load(experts[1], accelerate=str(tmp_path / "run")),
     ):
       for timestep in (900.0, 500.0):
         expected = predict(whole, timestep)

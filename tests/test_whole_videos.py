@@ -183,6 +183,33 @@ def test_a_process_that_was_killed_leaves_the_rest_to_the_next(clips, tmp_path, 
   assert {path.name for path in (tmp_path / "parts").iterdir()} == {name, f"{Path(name).stem}.json"}
 
 
+@pytest.mark.parametrize(
+  "place", ["univid_jax.cli.whole_videos.concatenate_clips", "univid_jax.cli.requests.write_record"]
+)
+def test_what_fails_after_sampling_costs_no_steps(pipeline, clips, tmp_path, monkeypatch, place):
+  taken: list[int] = []
+  sampling = runner(pipeline, grid=True, progress=lambda count, total: taken.append(count))
+  request = Request(clips, tmp_path / "out.npy")
+  with monkeypatch.context() as patch:
+    patch.setattr(place, lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      sampling.run(request)
+  assert taken and (tmp_path / "out.npy.state.npz").exists()
+  taken.clear()
+  sampling.run(request)
+  assert not taken and {path.name for path in tmp_path.glob("out*")} == {"out.npy", "out_grid.mp4", "out.json"}
+
+
+def test_the_grid_of_a_video_that_stands_still(pipeline, clips, tmp_path, monkeypatch):
+  """It shows the frames as sampled: a GIF has one for several equal ones."""
+  fades = np.repeat(np.arange(25, dtype=np.uint8) * 8, 2)[:, None, None, None] + np.zeros((50, 16, 16, 3), np.uint8)
+  monkeypatch.setattr("univid_jax.inference.long_video.VideoSample.__iter__", lambda self: iter([fades]))
+  runner(pipeline, grid=True).run(Request(clips, tmp_path / "out.gif"))
+  assert len(read_clip(tmp_path / "out.gif").frames) == 25
+  grid = read_clip(tmp_path / "out_grid.gif", 0, 50, fps=25.0).frames
+  assert np.abs(grid[:, 8, -8].astype(int) - fades[:, 8, 8]).max() <= 8
+
+
 def _fail_after(patch: pytest.MonkeyPatch, place: str, calls: int) -> None:
   """Interrupts a function of the module, or a method, after a number of calls."""
   left, function = iter(range(calls)), pkgutil.resolve_name(place.replace("whole_videos.", "whole_videos:"))
@@ -210,6 +237,22 @@ def test_first_frames(pipeline, tmp_path):
   for arguments, message in ((([], [], "x.png"), "--clips is missing"), (([], ["b"], "x"), "excludes --queries")):
     with pytest.raises(UsageError, match=message):
       plan_requests(*arguments, first_frame="x" if "b" in arguments[1] else None)
+
+
+@pytest.mark.parametrize("size", [(20, 22), (40, 44)])
+def test_a_first_frame_at_the_size_of_the_query(pipeline, tmp_path, size):
+  """It is brought to the pixels of B and extended like B, so that it is what the result begins with."""
+  query = moving_video(9, (20, 22))
+  write_clip(tmp_path / "b.npy", query)
+  write_clip(tmp_path / "first.png", query[:1].repeat(size[0] // 20, axis=1).repeat(size[1] // 22, axis=2))
+  sampling = runner(pipeline, keep_size=True, first_frame=str(tmp_path / "first.png"))
+  prepared = sampling.prepare(Request((str(tmp_path / "b.npy"),) * 3, tmp_path / "out.npy"))
+  (first,) = prepared.first.frames
+  difference = np.abs(first.astype(int) - prepared.clips[-1].frames[0])
+  assert first.shape == (24, 24, 3) and difference.mean() <= (0 if size == (20, 22) else 12)
+  sampling.run(prepared.request)
+  shown = (pipeline.decode(pipeline.encode(first[None]))[0, :20, :22] + 1) * 127.5
+  assert np.abs(np.load(tmp_path / "out.npy")[0] - shown).max() <= 1
 
 
 @pytest.mark.parametrize("guidance_range", [None, (0.0, 0.8)])

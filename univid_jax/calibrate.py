@@ -9,6 +9,7 @@ depend on clips and seed. `sample --step_cache=magcache` finds them in CHECKPOIN
 
 import os
 import sys
+from pathlib import Path
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
@@ -22,20 +23,21 @@ SAMPLING = SamplingFlags(FLAGS)
 def main() -> None:
   from univid_jax.checkpoints.built_in import BUILT_IN, measurements_folder
   from univid_jax.cli.compilation import enable_compilation_cache
+  from univid_jax.cli.context_reader import ContextReader
+  from univid_jax.cli.sampling import Request
   from univid_jax.cli.step_caches import describe_schedules, measure_ratios
   from univid_jax.core.paths import require_writable
-  from univid_jax.data.clips import read_context
-  from univid_jax.inference.plan import SamplingPlan
   from univid_jax.inference.ratio_tables import TableKey, write_table
 
   enable_compilation_cache()
   SAMPLING.check()
-  SamplingPlan.from_options(None, **SAMPLING.steps)
+  SAMPLING.check_steps()
   folder = measurements_folder(SAMPLING.checkpoint.value)
   if SAMPLING.checkpoint.value in BUILT_IN or os.path.isdir(folder):  # else in a bucket, or missing: loading reports it
     require_writable(folder)
   pipeline, origin = SAMPLING.load()
-  clips = [clip.frames for clip in read_context(SAMPLING.clips.value or [], SAMPLING.choose_format(pipeline))]
+  reader = ContextReader(pipeline, SAMPLING.choose_format(pipeline), keep_size=SAMPLING.keep_size)
+  clips = [clip.frames for clip in reader.read(Request(tuple(SAMPLING.clips.value or ()), Path()))]
   ratios = measure_ratios(
     pipeline,
     clips,

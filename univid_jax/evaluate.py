@@ -70,14 +70,15 @@ def main() -> None:
   grouped = group_loras(loras)
   verify = VERIFICATION.verify_weights
   distillation = read_distillation(ACCELERATE.value, verify=verify) if ACCELERATE.value else None
-  files = distillation and distillation.files
-  sources = {"loras": loras, "distillation": files, "quantize": QUANTIZE.value, **VERIFICATION.value}
+  sources = {"loras": loras, "quantize": QUANTIZE.value, **VERIFICATION.value}
+  if distillation:
+    sources |= {"distillation": distillation.files, "lora_steps": distillation.steps}
   origin = Origin.resolve(CHECKPOINT.value or workdir, step=STEP.value, **sources)
   # Each process has the whole model on its own devices, and its share of the sentences.
   mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
   options: dict[str, Any] = {flag.name: flag.value for flag in (QUANTIZE, LORA_SKIP_UNMATCHED, OFFLOAD_INACTIVE)}
-  options |= VERIFICATION.value
-  pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=grouped, mesh=mesh, step=origin.step, **options)
+  options |= {"step": origin.step, "lora_steps": origin.lora_steps, **VERIFICATION.value}
+  pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=grouped, mesh=mesh, **options)
   command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
   skip = LORA_SKIP_UNMATCHED.value
   accelerated = distillation and add_distillation(pipeline, distillation, skip_unmatched=skip)

@@ -12,12 +12,12 @@ from etils import epath
 from univid_jax.checkpoints.checksums import digest_contents, has_checksums
 from univid_jax.checkpoints.experts import named_expert, split_expert
 from univid_jax.checkpoints.info import is_checkpoint
-from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.scaling import find_config
+from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.run import read_run, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
-from univid_jax.checkpoints.trained import find_step
+from univid_jax.checkpoints.trained import find_lora_steps, find_step
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged, Quantize
 
@@ -34,6 +34,7 @@ class Origin:
     step: of the workdir's checkpoint; None for a converted one.
     loras: LoRAs on top with their weights, as the user named them.
     distillation: distillation LoRAs on top of these, likewise; part of the model, or of one condition of an evaluation.
+    lora_steps: of the checkpoints of workdirs among the LoRAs, by path; for `load_pipeline`.
     quantize: what the base is quantised to; None as it is stored.
     is_verified: whether `load_pipeline` compares the weights with their checksums, so that these identify them.
   """
@@ -42,6 +43,7 @@ class Origin:
   step: int | None = None
   loras: Sequence[tuple[str, float]] = ()
   distillation: Sequence[tuple[str, float]] = ()
+  lora_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
   quantize: str | None = None
   is_verified: bool = False
 
@@ -53,13 +55,14 @@ class Origin:
     step: int | str | None = None,
     loras: Sequence[tuple[str, float]] = (),
     distillation: Sequence[tuple[str, float]] | None = None,
+    lora_steps: Mapping[str, int] | None = None,
     quantize: str | None = None,
     verify_weights: bool = True,
     on_damaged_checkpoint: str = OnDamaged.FALLBACK,
   ) -> "Origin":
-    """Returns the origin of a model, with the number of the step that `step` stands for.
+    """Returns the origin of a model, with the number of the step that `step` stands for, and those of LoRA runs.
 
-    Args: see `load_pipeline`.
+    Args: see `load_pipeline`; `lora_steps` are those of LoRAs that were read already.
 
     Raises:
       FileNotFoundError: there is no such checkpoint, run or step.
@@ -76,11 +79,14 @@ class Origin:
         f"{checkpoint} is a converted checkpoint, which has no step {step}: runs have steps; those of sampling are "
         "--steps, in Python num_inference_steps"
       )
+    steps = dict(lora_steps or {})
+    others = {split_expert(path)[1] for path, _ in (*loras, *(distillation or ()))} - set(steps)
     return cls(
       checkpoint=checkpoint,
       step=found,
       loras=tuple(loras),
       distillation=tuple(distillation or ()),
+      lora_steps=steps | find_lora_steps(sorted(others), verify=verify_weights),
       quantize=quantize,
       is_verified=verify_weights,
     )
@@ -113,8 +119,8 @@ class Origin:
     named += [(f"accelerator {number}", lora) for number, lora in enumerate(self.distillation)]
     for name, (path, weight) in named:
       expert, file = split_expert(path)
-      config = find_config(epath.Path(file))
-      digests = [self._digest_lora(file), *([self._digest(config)] if config else [])]
+      beside = find_config(epath.Path(file)), sidecar_path(epath.Path(file))  # which also say how it is applied
+      digests = [self._digest_lora(file), *(self._digest(each) for each in beside if each and each.is_file())]
       if "transformer_2" in checksums:  # the name may decide, so that moving the file changes the model
         expert = expert or named_expert(file)
       checksums[name] = f"{expert or ''} {' + '.join(digests)} x {weight:g}".strip()
@@ -125,8 +131,8 @@ class Origin:
     return self._digest(folder / "model", folder)
 
   def _digest_lora(self, path: str) -> str:
-    if epath.Path(path).is_dir() and not is_lora_folder(path) and read_run(path) is not None:
-      return self._digest_step(path, find_step(path, None, verify=self.is_verified))
+    if path in self.lora_steps:
+      return self._digest_step(path, self.lora_steps[path])
     return self._digest(epath.Path(path), epath.Path(path))
 
   def _digest(self, path: epath.Path, verified: epath.Path | None = None) -> str:
@@ -144,7 +150,8 @@ class Origin:
       for name, loras in {"lora": self.loras, "accelerate": self.distillation}.items()
       if loras or name == "lora"
     }
-    return {"checkpoint": self.checkpoint, "step": self.step, **named, "checksums": dict(self.checksums)}
+    steps = {"lora_steps": dict(self.lora_steps)} if self.lora_steps else {}
+    return {"checkpoint": self.checkpoint, "step": self.step, **named, **steps, "checksums": dict(self.checksums)}
 
 
 def _digest_settings(checkpoint: PretrainedCheckpoint) -> dict[str, str]:

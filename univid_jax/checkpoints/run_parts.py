@@ -23,6 +23,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, TrainedExpert
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import CodecShape, Encoders
+from univid_jax.core.seeds import random_key
 from univid_jax.diffusion.flow import REFERENCE_TOKENS, FlowMatching
 from univid_jax.models.dit import DiT
 from univid_jax.models.in_context import look_back
@@ -286,7 +287,7 @@ def create_model(config: RunConfig, *, adapters: bool = True) -> DiT:
     config: of the run.
     adapters: whether to attach the config's LoRA.
   """
-  options, base, rngs = config.model, open_base(config), nnx.Rngs(config.seed)
+  options, base, rngs = config.model, open_base(config), nnx.Rngs(random_key(config.seed))
   model = DiT(
     _transformer_config(config, base),
     dtype=jnp.dtype(options.dtype),
@@ -299,7 +300,7 @@ def create_model(config: RunConfig, *, adapters: bool = True) -> DiT:
     look_back(model, options.look_back, rng=rngs.params())
   quantize_linears(model.blocks, _base_quantization(split_config(config)[0], base))
   if adapters and config.lora.enabled:
-    attach(model, config.lora, rngs=nnx.Rngs(config.seed + 1))
+    attach(model, config.lora, rngs=nnx.Rngs(random_key(config.seed + 1)))
   return model
 
 

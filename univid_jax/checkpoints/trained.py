@@ -1,7 +1,7 @@
 """What a run has trained, read from its workdir: to sample with, to export, or to train on."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, OnDamaged, TrainedExpert
+from univid_jax.core.paths import to_path
 from univid_jax.models.lora import LoRAParam
 from univid_jax.models.offload import offload_blocks, put_in_words
 from univid_jax.parallel.mesh import make_mesh
@@ -147,6 +148,11 @@ def find_step(
   """Returns the step of a checkpoint whose model is intact; see `SavedCheckpoints`, and its `read` for errors."""
   saved = SavedCheckpoints(workdir, model_only=True, verify=verify, on_damaged=on_damaged)
   return saved.read(step, lambda folder: None)[0]
+
+
+def find_lora_steps(paths: Iterable[str], *, verify: bool = True) -> dict[str, int]:
+  """Returns the newest step whose model is intact of each path that is the workdir of a LoRA run; see `find_step`."""
+  return {path: find_step(path, None, verify=verify) for path in paths if to_path(path).is_dir() and is_lora_run(path)}
 
 
 def _restore_model(saved: SavedCheckpoints, step: int | str | None, abstract: Any) -> tuple[int, Any]:

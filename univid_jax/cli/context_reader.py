@@ -69,13 +69,15 @@ class ContextReader:
     return self._examples[key]
 
   def read_first_frame(self, request: Request) -> ContextClip | None:
-    """Reads the first frame of a result, if it is given, at the size of the result."""
+    """Reads the first frame of a result, if it is given, at the size of the query, and extended like it."""
     if self.first_frame is None:
       return None
-    form = self.form_of(request).for_shape(probe(self.shown_last(request)).size)
-    (clip,) = read_context([self.first_frame], form, videos=[False], extend_query=self.keep_size and not request.clips)
+    size = probe(self.shown_last(request)).size
+    form = self.form_of(request).for_shape(size)
+    own = dataclasses.replace(form, size=size) if self.keep_size and request.clips else form
+    (clip,) = read_context([self.first_frame], own, videos=[False], extend_query=self.keep_size and not request.clips)
     self.report(clip.path, clip.changes)
-    return clip
+    return dataclasses.replace(clip, frames=dataclasses.replace(form, extend=True).resize(clip.frames))
 
   def report(self, path: str, changes: Sequence[str]) -> None:
     """Reports what makes a clip differ from its file, each difference once."""

@@ -187,10 +187,12 @@ class RequestRunner:
       return f"kept the result of an earlier command: {path}"
     arguments = {**self.arguments, "num_frames": self.form.num_frames, "carry_context": self.carry_context}
     video = WholeVideo(self.pipeline, examples, query, arguments, record)
-    video.write(path, audio_from=request.clips[-1] if self.copy_audio else None, progress=self.progress)
-    if self.grid:
-      video.write_grid(grid_path(path, num_frames), path)
-    return write_record(path, record, self._files(path, record))
+    grid = grid_path(path, num_frames) if self.grid else None
+    audio_from = request.clips[-1] if self.copy_audio else None
+    saved = video.write(path, grid=grid, audio_from=audio_from, progress=self.progress)
+    line = write_record(path, record, self._files(path, record))
+    saved.remove()
+    return line
 
   def _record(
     self, clips: Sequence[Mapping[str, Any]], *, num_frames: int, size: tuple[int, int], fps: float | None
@@ -204,6 +206,7 @@ class RequestRunner:
       "quantize": str(self.pipeline.experts.quantize),
       "attention": str(self.pipeline.attention),
       "context_timestep": str(self.pipeline.context_mode.timestep),
+      "clip_gap": self.pipeline.usage.clip_gap,
       "clips": clips,
       "height": height,
       "width": width,

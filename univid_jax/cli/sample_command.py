@@ -90,13 +90,12 @@ class SampleCommand:
     """Loads the model, after checking what is wrong without it."""
     from univid_jax.cli.step_caches import parse_step_cache
     from univid_jax.inference.distillation_loras import read_distillation
-    from univid_jax.inference.plan import SamplingPlan
     from univid_jax.inference.ratio_tables import require_tables
 
     flags, items = self.sampling, self._accelerate.value
     cache = parse_step_cache(self._step_cache.value) if self._step_cache.value else None
     distillation = read_distillation(items, verify=flags.verification.verify_weights) if items else None
-    SamplingPlan.from_options(distillation and distillation.kind, **flags.steps, step_cache=cache)
+    flags.check_steps(distillation, step_cache=cache)
     if cache is not None:
       require_tables(flags.checkpoint.value)
     return flags.load(distillation)

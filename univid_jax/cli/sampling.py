@@ -96,13 +96,15 @@ def parse_sigmas(texts: Sequence[str]) -> tuple[float, ...] | None:
 
 def resolve_steps(pipeline: Pipeline, options: Mapping[str, Any]) -> dict[str, Any]:
   """Returns options of `Pipeline.plan` with those that the model decides about filled in, to be recorded."""
-  plan = pipeline.plan(**options)
-  steps = None if options["sigmas"] else len(plan.sigmas)
-  decided = pipeline.distillation
-  shift = options["shift"] if decided is None else decided.shift
-  solver = decided.solver if decided else options["solver"] or SolverName.EULER
-  scale = plan.guidance_scale
-  return {**options, "num_inference_steps": steps, "guidance_scale": scale, "shift": shift, "solver": solver}
+  plan, decided = pipeline.plan(**options), pipeline.distillation
+  shift = pipeline.usage.shift if options["shift"] is None else options["shift"]
+  return {
+    **options,
+    "num_inference_steps": None if options["sigmas"] else len(plan.sigmas),
+    "guidance_scale": plan.guidance_scale,
+    "shift": decided.shift if decided else None if options["sigmas"] else shift,
+    "solver": decided.solver if decided else options["solver"] or SolverName.EULER,
+  }
 
 
 def parse_size(text: str) -> tuple[int, int]:

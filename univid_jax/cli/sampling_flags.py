@@ -10,6 +10,7 @@ if TYPE_CHECKING:
   from univid_jax import Pipeline
   from univid_jax.checkpoints.origin import Origin
   from univid_jax.data.clips import ClipFormat
+  from univid_jax.diffusion.step_cache import StepCache
   from univid_jax.inference.distillation_loras import DistillationLoRAs
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,19 @@ class SamplingFlags:
     self._parse_size()
     self._group_loras()
 
+  def check_steps(
+    self, distillation: "DistillationLoRAs | None" = None, *, step_cache: "StepCache | None" = None
+  ) -> None:
+    """Raises UserError if what is asked of the steps contradicts itself or the distillation, or has no effect."""
+    import numpy as np
+
+    from univid_jax.inference.plan import SamplingPlan
+
+    plan = SamplingPlan.from_options(distillation and distillation.kind, **self.steps, step_cache=step_cache)
+    if self.negative_prompt.value and np.all(np.asarray(plan.guidance_scale) == 1):
+      remedy = "leave it out with --accelerate" if distillation else "give a --guidance_scale other than 1"
+      raise UsageError(f"--negative_prompt needs guidance: {remedy}")
+
   def load(self, distillation: "DistillationLoRAs | None" = None) -> "tuple[Pipeline, Origin]":
     """Loads the model, on the devices of this process."""
     import jax
@@ -122,13 +136,15 @@ class SamplingFlags:
     from univid_jax.parallel.mesh import make_mesh
 
     loras, grouped = self._group_loras()
-    files = distillation and distillation.files
     verification = self.verification.value
-    sources = {"loras": loras, "distillation": files, "quantize": self._quantize.value, **verification}
+    sources = {"loras": loras, "quantize": self._quantize.value, **verification}
+    if distillation:
+      sources |= {"distillation": distillation.files, "lora_steps": distillation.steps}
     origin = Origin.resolve(self.checkpoint.value, step=self._step.value, **sources)
     loading: dict[str, Any] = {flag.name: flag.value for flag in self._loading}
     mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-    loading |= {"lora": grouped, "accelerate": distillation, "step": origin.step, "mesh": mesh, **verification}
+    loading |= {"lora": grouped, "accelerate": distillation, "mesh": mesh, **verification}
+    loading |= {"step": origin.step, "lora_steps": origin.lora_steps}
     pipeline = univid_jax.load_pipeline(self.checkpoint.value, **loading)
     return pipeline, origin
 

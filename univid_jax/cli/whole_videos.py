@@ -2,11 +2,13 @@
 
 import dataclasses
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from univid_jax import Pipeline
@@ -103,11 +105,23 @@ class WholeVideo:
   arguments: Mapping[str, Any]
   record: Mapping[str, Any]
 
-  def write(self, path: Path, *, audio_from: str | None, progress: StepProgress | None = None) -> None:
-    """Samples it into a file, or resumes what an earlier process has left."""
+  def write(
+    self, path: Path, *, grid: Path | None = None, audio_from: str | None, progress: StepProgress | None = None
+  ) -> ProgressFile:
+    """Samples it into a file, or resumes what an earlier process has left.
+
+    Args:
+      path: of the result.
+      grid: where to write the whole sentence side by side, too.
+      audio_from: a clip whose sound the result gets.
+      progress: see `StepProgress`.
+
+    Returns:
+      The progress, which is to be removed when the result has its record.
+    """
     height, width = self.query.size
     num_frames = self.query.footage.num_frames
-    require_writable(path.parent, num_bytes=num_frames * height * width * 3)
+    require_writable(path.parent, num_bytes=num_frames * height * width * 3 * (1 if grid is None else 2))
     saved = ProgressFile(path.with_name(f"{path.name}.state.npz"), self.record)
 
     def show(taken: int) -> None:
@@ -121,28 +135,34 @@ class WholeVideo:
       progress=show,
     )
     log.info("%s: %d frames in %d windows", self.query.footage.path, num_frames, video.num_windows)
+    with tempfile.TemporaryFile(dir=path.parent) as sampled:
 
-    def blocks() -> Iterator[Frames]:
-      yield from _crop(video, height, width)
-      remove_record(path)  # of an earlier result, which is replaced next
+      def blocks() -> Iterator[Frames]:
+        for block in _crop(video, height, width):
+          if grid is not None:
+            sampled.write(block.tobytes())
+          yield block
+        remove_record(path)  # of an earlier result, which is replaced next
 
-    with tqdm(total=video.num_steps, desc="sample", unit="step") as bar:
-      remaining = _RemainingTime(bar, progress)
-      write_frames(path, blocks(), num_frames=num_frames, fps=self.query.fps, audio_from=audio_from)
-    saved.remove()
+      with tqdm(total=video.num_steps, desc="sample", unit="step") as bar:
+        remaining = _RemainingTime(bar, progress)
+        write_frames(path, blocks(), num_frames=num_frames, fps=self.query.fps, audio_from=audio_from)
+      if grid is not None:
+        self._write_grid(grid, sampled)
+    return saved
 
-  def write_grid(self, path: Path, result: Path) -> None:
-    """Writes the whole sentence side by side, from the result that was written."""
+  def _write_grid(self, path: Path, sampled: IO[bytes]) -> None:
+    """Writes the whole sentence side by side, given the pixels of the result; files of it can have other frames."""
+    height, width = self.query.size
     num_frames = self.query.footage.num_frames
+    sampled.seek(0)
 
     def blocks() -> Iterator[Frames]:
       for start in range(0, num_frames, GRID_BLOCK):
         count = min(GRID_BLOCK, num_frames - start)
         shown = [clip.frames[min(start, len(clip.frames) - 1) :][:count] for clip in self.examples]
-        out = read_clip(result, start, count).frames
-        height, width = self.query.size
-        yield concatenate_clips([*_crop(shown, height, width), *_crop([self.query.read(start, count)], height, width),
-                                 *_crop([out], height, width)])  # fmt: skip
+        out = np.frombuffer(sampled.read(count * height * width * 3), np.uint8).reshape(count, height, width, 3)
+        yield concatenate_clips([*_crop([*shown, self.query.read(start, count)], height, width), out])
 
     write_frames(path, blocks(), num_frames=num_frames, fps=self.query.fps)
 

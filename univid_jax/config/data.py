@@ -107,7 +107,7 @@ class DataConfig(Section):
     buckets: further sizes, HEIGHTxWIDTH; a pair goes to the size nearest to the aspect ratio of its source.
     fit: how clips are brought to the model's size.
     fps: frame rate that videos are resampled to; 0 keeps theirs.
-    prompt_dropout: share of sentences with the null prompt.
+    prompt_dropout: share of sentences with the null prompt, in training alone.
     cache: folder of cached latents and prompt embeddings; WORKDIR/cache by default.
     height, width: of every clip, in pixels.
     num_frames: of a video clip, 4n + 1.

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from univid_jax.core.errors import UserError
 
-# The largest that jax.random.key takes. Runs also use the one after theirs; evaluations multiply theirs by a million.
+# Seeds have 64 bits, see `core.seeds`. Runs also use the one after theirs; evaluations multiply theirs by a million.
 MAX_SEED = 2**63 - 1
 MAX_RUN_SEED = MAX_SEED - 1
 MAX_EVAL_SEED = 10**12

@@ -73,12 +73,15 @@ class RatioMeasurement:
   Attributes:
     ratios: those of the prompt and of the negative prompt, complete when the sample is; of several samples, or batches
       of rows, the last.
+    is_guided: whether the negative prompt was used in a step.
   """
 
   def __init__(self):
     self.ratios: tuple[list[float], list[float]] = ([], [])
+    self.is_guided = False
 
   def clear(self) -> None:
+    self.is_guided = False
     for ratios in self.ratios:
       ratios.clear()
 
@@ -86,7 +89,7 @@ class RatioMeasurement:
   def table(self) -> tuple[tuple[float, ...], ...]:
     """The ratios of the branches that were used, for a `StepCache`."""
     prompt, negative = map(tuple, self.ratios)
-    return (prompt, negative) if any(ratio != 1 for ratio in negative) else (prompt,)
+    return (prompt, negative) if self.is_guided else (prompt,)
 
 
 def check_step_cache(threshold: float, max_skip: int, retention: float) -> None:

@@ -56,11 +56,12 @@ def score_grids(generated: Generated, kinds: Mapping[str, TargetKind], rendering
   return scores
 
 
-def exact_report(scored: Scored, *, num_left_out: int = 0) -> dict[str, Any] | None:
+def exact_report(scored: Scored, *, num_arc_tests: int = 0, num_left_out: int = 0) -> dict[str, Any] | None:
   """Returns the shares of exact grids and of right cells by family and split; None if no target is a grid.
 
   Args:
     scored: the scores of each sentence.
+    num_arc_tests: tests of ARC that are held out; without all of them there is no score.
     num_left_out: tasks of ARC that do not fit the canvas; they count as unsolved.
   """
   grids = [(info, [score for score in scores if score.kind is TargetKind.GRID]) for info, scores in scored]
@@ -74,7 +75,9 @@ def exact_report(scored: Scored, *, num_left_out: int = 0) -> dict[str, Any] | N
   ]
   report: dict[str, Any] = {"intervals": INTERVALS, "rows": rows}
   if arc := [(info, scores) for info, scores in grids if _params(info).get("arc_task")]:
-    report["arc"] = _score_arc(arc, num_left_out)
+    report["arc"] = {"tests": num_arc_tests, "sampled": len(arc), "score": None}
+    if len(arc) == num_arc_tests:
+      report["arc"] |= _score_arc(arc, num_left_out)
   return report
 
 
@@ -135,28 +138,21 @@ def _answer_always(truths: Sequence[Sequence[Grid]]) -> list[dict[str, float]]:
 
 
 def _score_arc(scored: Scored, num_left_out: int) -> dict[str, Any]:
-  """Returns the score of the benchmark: a task is solved if one of two attempts is right, at each of its tests.
-
-  Tasks of which not all tests are among the sentences do not count.
-  """
+  """Returns the score of the benchmark: a task is solved if one of two attempts is right, at each of its tests."""
   tests: dict[str, list[bool]] = collections.defaultdict(list)
-  sizes: dict[str, int] = {}
   num_attempts = 0
   for info, scores in scored:
     attempts = _attempts(scores)[:ARC_ATTEMPTS]
     num_attempts = len(attempts)
-    task = _params(info)["arc_task"]
-    tests[task].append(any(score.metrics["grid_accuracy"] == 1 for score in attempts))
-    sizes[task] = _params(info)["num_tests"]
-  complete = [results for task, results in tests.items() if len(results) == sizes[task]]
-  solved, count = sum(map(all, complete)), len(complete) + num_left_out
+    tests[_params(info)["arc_task"]].append(any(score.metrics["grid_accuracy"] == 1 for score in attempts))
+  solved, count = sum(map(all, tests.values())), len(tests) + num_left_out
   return {
     "solved": solved,
     "tasks": count,
     "left_out": num_left_out,
     "attempts": num_attempts,
-    "score": solved / count if count else 0.0,
-    "interval": wilson_interval(solved / count, count) if count else (0.0, 1.0),
+    "score": solved / count,
+    "interval": wilson_interval(solved / count, count),
   }
 
 
@@ -187,7 +183,12 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 
 def describe_arc(arc: Mapping[str, Any]) -> str:
-  """Describes the score of the ARC benchmark in a sentence."""
+  """Describes the score of the ARC benchmark in a sentence, or says why there is none."""
+  if arc["score"] is None:
+    return (
+      f"ARC: {arc['sampled']} of {arc['tests']} tests were sampled, and the benchmark's score is of all: "
+      f"--config.eval.sentences_per_case={arc['tests']} samples them."
+    )
   low, high = arc["interval"]
   left_out = f"; {arc['left_out']} of them do not fit the canvas and count as unsolved" if arc["left_out"] else ""
   return (

@@ -26,7 +26,7 @@ SAMPLING_VERSION = 5
 SECTIONS = ("data", "eval")
 # Options in them that samples do not depend on.
 _SCORING = ("depth_alignment", "palette", "num_labels", "void_label", "clip_model")
-_READING = ("cache", "num_threads", "stream_processes", "allow_dropped")
+_READING = ("cache", "num_threads", "stream_processes", "allow_dropped", "prompt_dropout")
 
 
 def open_samples_folder(

@@ -79,7 +79,7 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
         failures.add(generated, exact[-1][1])
       bar.update(len(numbers))
   report = quick_report(config, scored, num_pairs=len(pairs))
-  if found := exact_report(exact, num_left_out=_count_left_out(data)):
+  if found := exact_report(exact, **_count_arc(data)):
     report["exact"] = found
   write_text(folder / EVAL_FILE, format_json(report, indent=2) + "\n")
   gallery.draw(folder, with_swapped=False, fps=config.data.fps)
@@ -152,7 +152,7 @@ def evaluate(
     "version": univid_jax.__version__,
   }
   failures.draw(folder / "failures.png")
-  exact = exact_report(scored, num_left_out=_count_left_out(data))
+  exact = exact_report(scored, **_count_arc(data))
   report = full_report(config, scorer, scored, exact=exact, held_out_pairs=len(pairs), **reproduce)
   write_report(folder, report, gallery, fps=config.data.fps)
   return report
@@ -167,6 +167,7 @@ def _announce(config: RunConfig, sentences: Sequence[PlannedSentence]) -> str:
   )
 
 
-def _count_left_out(data: DataSources) -> int:
-  """Returns how many held-out tasks of ARC cannot be used."""
-  return sum(source.num_dropped for source in data.held_out.values() if isinstance(source, ARCSentences))
+def _count_arc(data: DataSources) -> dict[str, int]:
+  """Returns how many tests of ARC are held out, and how many tasks cannot be used, for `exact_report`."""
+  sources = [source for source in data.held_out.values() if isinstance(source, ARCSentences)]
+  return {"num_arc_tests": sum(map(len, sources)), "num_left_out": sum(source.num_dropped for source in sources)}

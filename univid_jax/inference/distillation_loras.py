@@ -4,10 +4,11 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from univid_jax.checkpoints.experts import split_expert, split_weight
+from univid_jax.checkpoints.trained import find_lora_steps
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert
 from univid_jax.diffusion.distillations import Distillation, find_distillation, infer_distillation
@@ -31,15 +32,17 @@ class DistillationLoRAs:
     kind: how the model is sampled with them.
     loras: their contents: one, or one per expert.
     files: [EXPERT=]PATH and weight of each, as the user named them.
+    steps: of the checkpoints of workdirs among them, by path.
   """
 
   kind: Distillation
   loras: Sequence[RequestedLoRA]
   files: Sequence[tuple[str, float]]
+  steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def read_distillation(items: str | Sequence[str] | DistillationLoRAs, *, verify: bool = True) -> DistillationLoRAs:
-  """Reads the LoRA files of a distillation.
+  """Reads the LoRAs of a distillation.
 
   Args:
     items: each `[EXPERT=]PATH[:WEIGHT][:KIND]`; kinds that are not given are inferred from names and metadata. What was
@@ -52,19 +55,17 @@ def read_distillation(items: str | Sequence[str] | DistillationLoRAs, *, verify:
   if isinstance(items, DistillationLoRAs):
     return items
   items = [items] if isinstance(items, str) else list(items)
-  files, kinds, loras = [], [], []
+  files, kinds, loras, steps = [], [], [], {}
   for item in items:
     expert, text = split_expert(item)
     path, weight, name = split_distillation(text)
     kind = find_distillation(name) if name else None
-    (lora,) = read_loras({expert: (path, weight)} if expert else (path, weight), verify=verify)
+    steps |= find_lora_steps([path], verify=verify)
+    read = read_loras({expert: (path, weight)} if expert else (path, weight), verify=verify, steps=steps)
     files.append((f"{expert}={path}" if expert else path, weight))
-    texts = [
-      *Path(path).absolute().parts[-_DEPTH:],
-      *(text for text in lora.weights.metadata.values() if len(text) < _SHORT),
-    ]
-    kinds.append(kind or infer_distillation(path, texts))
-    loras.append(lora)
+    metadata = [text for lora in read for text in lora.weights.metadata.values() if len(text) < _SHORT]
+    kinds.append(kind or infer_distillation(path, [*Path(path).absolute().parts[-_DEPTH:], *metadata]))
+    loras += read
   names = sorted({kind.name for kind in kinds})
   if len(names) != 1:
     raise UserError(f"the files of a distillation must be of one kind, got {', '.join(names) or 'no file'}")
@@ -77,7 +78,7 @@ def read_distillation(items: str | Sequence[str] | DistillationLoRAs, *, verify:
     kind.shift,
     kind.guidance_scale,
   )
-  return DistillationLoRAs(kind, loras, files)
+  return DistillationLoRAs(kind, loras, files, steps)
 
 
 def split_distillation(text: str) -> tuple[str, float, str]:

@@ -30,6 +30,9 @@ from univid_jax.runtime.processes import gather_arrays
 # Called with the number of steps of windows that were taken.
 WindowProgress = Callable[[int], None]
 
+# By step and number of the call in it: the number of windows that are computed, and the sum of their velocities.
+_Begun = dict[tuple[int, int], tuple[int, np.ndarray]]
+
 
 @dataclasses.dataclass(frozen=True)
 class JointWindows:
@@ -118,28 +121,33 @@ class JointSampler:
       # The parameters must have no other reference: an offloaded expert leaves its devices when this returns.
       call = functools.partial(self._velocity, experts.transformers[index].graph, experts.load(index))
       for i in steps:
-        scale = np.float32(scales[index])
+        scale, calls = np.float32(scales[index]), itertools.count()
 
-        def predict(tokens, sigma, i=i, scale=scale):
-          out = np.zeros(shape, np.float32)
+        def predict(tokens, sigma, i=i, scale=scale, calls=calls, before=state):
+          number = next(calls)
+          begin, out = begun.pop((i, number), None) or (0, np.zeros(shape, np.float32))
           velocities = self._predict(
             joint,
             tokens.reshape(shape),
             lambda rows, noised: gather_arrays(call(rows, noised, sigma, scale)),
             guided=bool(guided[i]),
+            begin=begin,
           )
-          for count, (window, velocity) in enumerate(velocities, start=1):
+          for window, velocity in velocities:
             joint.add(window, velocity, into=out)
             if progress is not None:
-              progress(i * len(joint.queries) + count)
+              progress(i * len(joint.queries) + window + 1)
+            if saved is not None and saved.is_due():
+              place = np.array([number, window + 1])
+              saved.save({"step": np.array(i), "place": place, "velocity": out, **_name_leaves(before)})
           return out.reshape(tokens.shape)
 
         state = solver.step(predict, state, np.asarray(sigmas[i]), coefficients[i])
-        if saved is not None and (i + 1 == len(sigmas) or saved.is_due()):
+        if saved is not None and i + 1 == len(sigmas):
           saved.save({"step": np.array(i + 1), **_name_leaves(state)})
       return state
 
-    first, state = _restore(saved, solver.init(noise.reshape(1, -1, shape[-1])))
+    first, begun, state = _restore(saved, solver.init(noise.reshape(1, -1, shape[-1])))
     for index, steps in itertools.groupby(range(first, len(sigmas)), lambda i: experts.find(float(sigmas[i]))):
       state = advance(state, steps, index)
     return np.asarray(solver.tokens(state)).reshape(shape)
@@ -151,28 +159,33 @@ class JointSampler:
     call: Callable[..., np.ndarray],
     *,
     guided: bool,
+    begin: int,
   ) -> Iterator[tuple[int, Float[np.ndarray, "l p"]]]:
-    """Yields the velocity of each window; the last window fills up the last batch."""
+    """Yields the velocity of each window from `begin` on, in the same batches; the last window fills the last one."""
     count = len(joint.queries)
     size = row_shards(self._mesh) if count > 1 else 1
-    for start in range(0, count, size):
+    for start in range(begin - begin % size, count, size):
       batch = [min(window, count - 1) for window in range(start, start + size)]
       part = joint.rows(batch, negative=guided), joint.place(tokens, batch)
       with jax.set_mesh(self._mesh):
         if size > 1 or row_shards(self._mesh) == 1:
           part = shard_batch(part, self._mesh)
         velocities = call(*part)
-      yield from zip(range(start, min(start + size, count)), velocities)
+      yield from zip(range(max(start, begin), min(start + size, count)), velocities[max(begin - start, 0) :])
 
 
 def _name_leaves(state: Any) -> dict[str, np.ndarray]:
   return {f"state{index}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(state))}
 
 
-def _restore(saved: ProgressFile | None, state: Any) -> tuple[int, Any]:
-  """Returns the number of steps taken, and the state after them."""
+def _restore(saved: ProgressFile | None, state: Any) -> tuple[int, _Begun, Any]:
+  """Returns the number of steps taken, what has been computed of the next one, and the state before it."""
   arrays = saved.load() if saved is not None else {}
   if "step" not in arrays:
-    return 0, state
-  leaves, structure = jax.tree.flatten(state)
-  return int(arrays["step"]), jax.tree.unflatten(structure, [arrays[f"state{index}"] for index in range(len(leaves))])
+    return 0, {}, state
+  step, (leaves, structure) = int(arrays["step"]), jax.tree.flatten(state)
+  begun: _Begun = {}
+  if "place" in arrays:
+    number, windows = arrays["place"].tolist()
+    begun[step, number] = windows, arrays["velocity"]
+  return step, begun, jax.tree.unflatten(structure, [arrays[f"state{index}"] for index in range(len(leaves))])

@@ -67,6 +67,7 @@ def load_pipeline(
   dtype: str | None = None,
   *,
   accelerate: str | Sequence[str] | DistillationLoRAs | None = None,
+  lora_steps: Mapping[str, int] | None = None,
   merge_lora: bool = False,
   lora_skip_unmatched: bool = False,
   offload_inactive: bool = False,
@@ -89,6 +90,7 @@ def load_pipeline(
       float32.
     accelerate: a distillation LoRA, `[EXPERT=]PATH[:WEIGHT][:KIND]`, or one per expert; see
       `diffusion.distillations`.
+    lora_steps: checkpoints of the workdirs in `lora`, by path; by default the latest.
     merge_lora: adds LoRAs to the weights instead of computing them separately.
     lora_skip_unmatched: leaves out, with a warning, tensors of LoRAs that have no counterpart in the base.
     offload_inactive: keeps the expert that is not in use in host memory.
@@ -113,7 +115,7 @@ def load_pipeline(
     offload_inactive=offload_inactive,
     **_parse_context(attention, context_timestep),
   )
-  loras = read_loras(lora, verify=verify_weights)
+  loras = read_loras(lora, verify=verify_weights, steps=lora_steps)
   distillation = read_distillation(accelerate, verify=verify_weights) if accelerate else None
   loras += distillation.loras if distillation else ()
   kind = distillation and distillation.kind

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from univid_jax.core.dims import pixel_frames
 from univid_jax.core.errors import UserError
 from univid_jax.core.pixels import to_uint8
+from univid_jax.core.seeds import random_key
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media.reader import Frames, probe, read_clip
 from univid_jax.data.rows.tokens import patchify, unpatchify
@@ -201,7 +202,7 @@ class VideoSample:
 
   def _noise(self, latent_frame: int) -> Float[np.ndarray, "y x c"]:
     """Returns the noise of one latent frame of the video, whatever windows it is in."""
-    key = jax.random.fold_in(jax.random.key(self._seed), latent_frame)
+    key = jax.random.fold_in(random_key(self._seed), latent_frame)
     return np.asarray(jax.random.normal(key, (*self._shape[1:], self._pipeline.encoders.codec.latent_channels)))
 
   def _window_noise(self, window: int) -> Float[np.ndarray, "t y x c"]:

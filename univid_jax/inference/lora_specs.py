@@ -36,32 +36,39 @@ class RequestedLoRA:
   expert: TrainedExpert | None = None
 
 
-def read_loras(lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool) -> list[RequestedLoRA]:
+def read_loras(
+  lora: LoRASpecs | Mapping[str, LoRASpecs] | None, *, verify: bool, steps: Mapping[str, int] | None = None
+) -> list[RequestedLoRA]:
   """Reads LoRAs.
 
   Args:
     lora: see `load_pipeline`.
     verify: whether to compare files with their checksums.
+    steps: of the checkpoints of workdirs, by path; by default the latest.
 
   Raises:
     OSError, UserError: a file cannot be read, or `lora` has another form.
   """
+
+  def read(path: str) -> list[LoRAWeights]:
+    return _read(path, verify=verify, step=(steps or {}).get(path))
+
   if not isinstance(lora, Mapping):
-    return [RequestedLoRA(each, weight) for path, weight in _parse(lora) for each in _read(path, verify=verify)]
+    return [RequestedLoRA(each, weight) for path, weight in _parse(lora) for each in read(path)]
   if unknown := set(lora) - set(LORA_EXPERTS):
     raise UserError(f"LoRAs by expert have the keys {', '.join(LORA_EXPERTS)}, got {', '.join(map(str, unknown))}")
   return [
     RequestedLoRA(each, weight, TrainedExpert(expert))
     for expert, specs in lora.items()
     for path, weight in _parse(specs)
-    for each in _read(path, verify=verify)
+    for each in read(path)
   ]
 
 
-def _read(path: str, *, verify: bool) -> list[LoRAWeights]:
+def _read(path: str, *, verify: bool, step: int | None) -> list[LoRAWeights]:
   """Reads a LoRA, or those of both experts that a run has trained."""
   is_run = to_path(path).is_dir() and is_lora_run(path)
-  loras = read_run_loras(path, verify=verify) if is_run else [read_lora(path, verify=verify)]
+  loras = read_run_loras(path, step=step, verify=verify) if is_run else [read_lora(path, verify=verify)]
   for lora in loras:
     for note in lora.notes:
       log.warning("%s: %s", path, note)
@@ -161,12 +168,15 @@ def lora_usage(
     if usage.base_quantize not in (Quantize.NONE, quantize)
   ]
   usages = [*([run] if run else []), *((source, usage) for source, usage, _ in known)]
-  if usages:  # what is asked for cannot conflict
-    first = usages[0][1]
-    chosen = {"attention": first.attention} if attention else {}
-    if attention or context_timestep:  # attention decides about the timestep, too
-      chosen |= {"context_timestep": first.context_timestep}
-    usages = [(source, dataclasses.replace(usage, **chosen)) for source, usage in usages]
+  if attention:  # of those that were trained with another one, the timestep says nothing
+    alike = [usage.context_timestep for _, usage in usages if usage.attention == attention]
+    other = {"attention": attention, "context_timestep": alike[0] if alike else ContextTimestep.AUTO}
+    usages = [
+      (source, usage if usage.attention == attention else dataclasses.replace(usage, **other))
+      for source, usage in usages
+    ]
+  if context_timestep:
+    usages = [(source, dataclasses.replace(usage, context_timestep=context_timestep)) for source, usage in usages]
   usage, differences = merge_usages(usages)
   for note in (*filter(None, notes), *differences):
     log.warning("%s", note)

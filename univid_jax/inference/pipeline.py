@@ -18,6 +18,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, parse_option
 from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.protocols import Encoders, Solver
+from univid_jax.core.seeds import random_key
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.clips import ClipFormat, read_context
 from univid_jax.data.features import FeatureMaker
@@ -296,7 +297,7 @@ class Pipeline(EncodingPipeline):
       raise UserError(f"with a first frame, num_frames must be more than {num_frames}: nothing is left to generate")
     channels = self.encoders.codec.latent_channels
     if latents is None:
-      latents = jax.random.normal(jax.random.key(seed), (*shape, channels))
+      latents = jax.random.normal(random_key(seed), (*shape, channels))
     elif latents.shape != (*shape, channels):
       raise UserError(f"latents must have the target's shape {(*shape, channels)}, got {latents.shape}")
     # The latents of a first frame precede those of the target like another clip: time runs on from one to the other.

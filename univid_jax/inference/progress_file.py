@@ -14,7 +14,7 @@ from univid_jax.core.paths import atomic_write
 
 log = logging.getLogger(__name__)
 
-# Seconds between two states of a sample that are saved; a killed command loses no more.
+# Seconds between two states of a sample that are saved; as many times as long as saving takes if that is more.
 SAVE_SECONDS = 30.0
 
 
@@ -29,11 +29,11 @@ class ProgressFile:
   def __init__(self, path: Path, request: Mapping[str, Any]):
     self.path = path
     self._request = json.dumps(request, sort_keys=True, default=repr)
-    self._last_saved = time.monotonic()
+    self._last_saved, self._seconds = time.monotonic(), 0.0
 
   def is_due(self) -> bool:
     """Whether the last state was saved, or the file opened, a while ago."""
-    return time.monotonic() - self._last_saved >= SAVE_SECONDS
+    return time.monotonic() - self._last_saved >= SAVE_SECONDS * max(1.0, self._seconds)
 
   def load(self) -> dict[str, np.ndarray]:
     """Returns the arrays; none if there is no file, or (warns) if it is damaged or of another request."""
@@ -53,9 +53,11 @@ class ProgressFile:
     return arrays
 
   def save(self, arrays: Mapping[str, np.ndarray]) -> None:
+    begin = time.monotonic()
     with atomic_write(self.path) as local, local.open("wb") as file:
       np.savez(file, **{"request": np.array(self._request), **arrays})  # pyright: ignore
     self._last_saved = time.monotonic()
+    self._seconds = self._last_saved - begin
 
   def remove(self) -> None:
     self.path.unlink(missing_ok=True)

@@ -85,6 +85,7 @@ class Residuals:
     self._kept = (None, None)  # makes room for those of this step
     state, self._kept = self._step(graph, params, branches, given, *rest)
     if self._measurement is not None:
+      self._measurement.is_guided |= branches[1] is not None
       for number, branch in enumerate(branches):
         self._measure(number, branch, earlier[number])
     return state

@@ -16,6 +16,7 @@ from univid_jax.checkpoints.run_parts import make_flow, split_config
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import TrainStep
+from univid_jax.core.seeds import random_key
 from univid_jax.diffusion.loss import NoiseLevels, draw_noise, has_sentence, sentence_losses
 from univid_jax.models.lora import join, with_dropout_keys
 from univid_jax.platform import cpu
@@ -61,7 +62,7 @@ def _make_step(config: RunConfig, spec: StateSpec, optimizer: optax.GradientTran
   )
 
   def train_step(state: TrainState, frozen: Params, row: PackedRow) -> tuple[TrainState, Metrics]:
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    key = jax.random.fold_in(random_key(config.seed), state.step)
     noise, levels = draw_noise(key, row, flow)
     return update(state, frozen, row, noise, levels, jax.random.fold_in(key, 2))  # 0 and 1 are those of `draw_noise`
 

@@ -20,6 +20,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import SentenceSource
+from univid_jax.core.seeds import random_key
 from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.data.cache.entries import CacheWriteError
 from univid_jax.data.features import FeatureMaker
@@ -73,7 +74,7 @@ class Validation:
     rows, _ = pack_rows(
       [make_features(sentence) for sentence in sentences], RowShape.from_config(config.rows, context_mode(config))
     )
-    noise = np.asarray(jax.random.normal(jax.random.key(config.seed), rows.tokens.shape))
+    noise = np.asarray(jax.random.normal(random_key(config.seed), rows.tokens.shape))
     size = config.rows.batch_size(row_shards(mesh)) // config.rows.microbatches
     self._batches = [
       shard_batch(jax.tree.map(lambda x, start=start: take_rows(x, start, size), (rows, noise)), mesh)

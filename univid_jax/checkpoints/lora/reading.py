@@ -100,7 +100,8 @@ def parse_lora(file: TensorFile) -> LoRAWeights:
   if not modules:
     reason = f": Wan's transformers have no counterpart of {list_names(unmatched)}" if unmatched else ""
     raise UserError(f"{file.path} contains no LoRA for Wan{reason}")
-  reader = _Reader(file)
+  metadata = {**read_sidecar(file.path), **file.metadata}
+  reader = _Reader(file, metadata)
   changes: dict[str, Change] = {}
   for owner, module in modules.items():
     for tensor, change in reader.read(owner, module).items():
@@ -110,7 +111,7 @@ def parse_lora(file: TensorFile) -> LoRAWeights:
   return LoRAWeights(
     changes,
     " and ".join(sorted(formats)),
-    {**read_sidecar(file.path), **file.metadata},
+    metadata,
     source=str(file.path),
     names={tensor: tuple(found) for tensor, found in names.items()},
     unmatched=tuple(unmatched),
@@ -128,9 +129,9 @@ class _Module(NamedTuple):
 class _Reader:
   """Reads the changes of a file, and remembers what had to be assumed."""
 
-  def __init__(self, file: TensorFile):
-    self._file = file
-    self._scaling: PeftScaling | None = find_scaling(file.path, file.metadata)
+  def __init__(self, file: TensorFile, metadata: Mapping[str, str]):
+    self._file, self._metadata = file, metadata
+    self._scaling: PeftScaling | None = find_scaling(file.path, metadata)
     self._assumed: Counter[str] = Counter()
 
   def notes(self) -> tuple[str, ...]:
@@ -184,7 +185,7 @@ class _Reader:
       self._assumed.update(assumed)
     else:
       alpha = float(rank)
-      if not SCALE_OF_ONE.items() <= self._file.metadata.items():
+      if not SCALE_OF_ONE.items() <= self._metadata.items():
         self._assumed["no alpha is stored: taken to be the rank, which is a scale of 1"] += 1
     if not 0 < alpha / rank <= MAX_LORA_SCALE:
       where = module.parts.get("alpha", f"alpha of {module.name} in {self._scaling.source if self._scaling else ''}")

@@ -91,6 +91,10 @@ class DrawOptions:
       seed=seed,
     )
 
+  def with_prompts(self) -> "DrawOptions":
+    """Returns the options of held-out sentences, which are drawn alike, but all have their prompts."""
+    return dataclasses.replace(self, prompt_dropout=0.0)
+
 
 def sort_weights(weights: Mapping[T, float]) -> dict[T, float]:
   """Sorts weights by name, so that draws do not depend on how a config was written: flags sort their keys."""

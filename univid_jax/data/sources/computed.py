@@ -97,9 +97,10 @@ class ComputedSentences:
     return self.num_sentences
 
   def split(self, share: float) -> "tuple[ComputedSentences, ComputedSentences]":
-    """Returns these sentences, and others over the held-out photographs, whatever the share."""
+    """Returns these sentences, and others over the held-out photographs, with prompts, whatever the share."""
     del share
-    return self, dataclasses.replace(self, clips=[PhotoSource.bundled("held_out")], seed=self.seed + 1)
+    photos = [PhotoSource.bundled("held_out")]
+    return self, dataclasses.replace(self, clips=photos, seed=self.seed + 1, prompt_dropout=0.0)
 
   def __getitem__(self, index: int) -> Sentence:
     rng, plan = self._plan(index)

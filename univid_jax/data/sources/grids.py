@@ -114,9 +114,9 @@ class GridSentences:
     return self.num_sentences
 
   def split(self, share: float) -> "tuple[GridSentences, GridSentences]":
-    """Returns these sentences, and those of held-out rules and grids, whatever the share."""
+    """Returns these sentences, and those of held-out rules and grids, with prompts, whatever the share."""
     del share
-    return self, dataclasses.replace(self, split_name=GridSplit.HELD_OUT)
+    return self, dataclasses.replace(self, split_name=GridSplit.HELD_OUT, prompt_dropout=0.0)
 
   def cases(self) -> Iterator["GridSentences"]:
     """Yields the evaluation's sentences of every family, split, context and number of clips with a positive weight."""

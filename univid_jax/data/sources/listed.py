@@ -75,9 +75,10 @@ class ListedSentences:
     }
 
   def split(self, share: float) -> tuple["ListedSentences", "ListedSentences"]:
-    """Holds out a share of the records of each task, rounded down."""
+    """Holds out a share of the records of each task, rounded down; held-out ones have their prompts."""
     kept, held_out = hold_out(self.records, share, group=lambda record: record.task)
-    return dataclasses.replace(self, records=kept), dataclasses.replace(self, records=held_out)
+    options = self.options.with_prompts()
+    return dataclasses.replace(self, records=kept), dataclasses.replace(self, records=held_out, options=options)
 
   def __getitem__(self, index: int) -> Sentence:
     rng = np.random.default_rng((self.options.seed, int(index)))

@@ -121,10 +121,11 @@ class PairSentences:
   def split(self, share: float) -> tuple["PairSentences", "PairSentences"]:
     """Holds out a share of the pairs of each task and size, rounded down, but leaves at least two.
 
-    Held-out sentences query the held-out pairs; their examples are training pairs.
+    Held-out sentences query the held-out pairs, with their prompts; their examples are training pairs.
     """
     kept, held_out = hold_out(self.pairs, share, group=lambda pair: pair.group, keep_at_least=2)
-    return dataclasses.replace(self, pairs=kept), dataclasses.replace(self, pairs=kept, queries=held_out)
+    training = dataclasses.replace(self, pairs=kept)
+    return training, dataclasses.replace(training, queries=held_out, options=self.options.with_prompts())
 
   def with_test_set(self, test: "PairSentences") -> tuple["PairSentences", list[Dropped]]:
     """Returns sentences that query a test set with these pairs as examples, and the pairs that cannot be queried."""
@@ -135,7 +136,7 @@ class PairSentences:
       else:
         reason = "the training data has no example of its task, size and length"
         dropped.append(Dropped(printable(f"{pair.task}/{pair.name}"), reason))
-    return dataclasses.replace(self, queries=queries), dropped
+    return dataclasses.replace(self, queries=queries, options=self.options.with_prompts()), dropped
 
   def __getitem__(self, index: int) -> Sentence:
     options = self.options

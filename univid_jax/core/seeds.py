@@ -1,0 +1,11 @@
+"""Random keys of seeds."""
+
+import jax
+import numpy as np
+from jax import Array
+
+
+def random_key(seed: int) -> Array:
+  """Returns the random key of a seed, all 64 bits of which count; `jax.random.key` takes the lower 32 alone."""
+  key, high = jax.random.key(seed % 2**32), (seed >> 32) % 2**32
+  return jax.random.fold_in(key, np.uint32(high)) if high else key
