@@ -12,9 +12,8 @@ model. With --out, what the file already has of the same configs is not trained 
   shots           number of clips, with one sentence in a row; each model is evaluated on sentences of as many clips
   contexts        which clips are videos while training, with one sentence in a row, and while evaluating
   reversal        reversed sentences while training, and while evaluating
-  grids_clip_gap, grids_contexts, grids_reversal
-                  the same of LoRAs on small: of new_task's outlines, which are also to be removed where a sentence is
-                  reversed, and of cells that fall, where clips are videos
+  grids_clip_gap  gaps in LoRAs on small, of new_task's grids
+  grids_contexts  contexts in LoRAs on small, of grids whose cells fall
 """
 
 import collections
@@ -101,20 +100,17 @@ def questions(steps: int) -> dict[str, list[Variant]]:
     trained = (("I",), ("II",), ("I", "II", "III"))
     return [Variant(f"trained on {', '.join(each)}", override(config, contexts(*each)), by_context) for each in trained]
 
-  def by_share_reversed(config: RunConfig) -> list[Variant]:
-    shares = (0.0, 0.5)
-    reverse = [override(config, {"data.reverse_probability": share}) for share in shares]
-    return [Variant(f"{share:.0%} reversed", each, by_direction) for share, each in zip(shares, reverse)]
-
   return {
     "new_task": [Variant("LoRA on small", lora, same), Variant("from scratch", scratch, same)],
     "clip_gap": with_gaps(default),
     "shots": [Variant(f"{count} clips", override(images, clips(count)), same) for count in SHOTS],
     "contexts": by_training_context(single),
-    "reversal": by_share_reversed(turned),
+    "reversal": [
+      Variant(f"{share:.0%} reversed", override(turned, {"data.reverse_probability": share}), by_direction)
+      for share in (0.0, 0.5)
+    ],
     "grids_clip_gap": with_gaps(lora),
     "grids_contexts": by_training_context(falling),
-    "grids_reversal": by_share_reversed(lora),
   }
 
 

@@ -216,7 +216,9 @@ _VALUES: Mapping[TargetKind, tuple[str, tuple[type, ...], int]] = {
 }
 
 
-def _draw_values(array: Shaped[np.ndarray, "T H W C"], kind: TargetKind, depth_range: tuple[float, float]) -> Frames:
+def _draw_values(
+  array: Shaped[np.ndarray, "T H W channels"], kind: TargetKind, depth_range: tuple[float, float]
+) -> Frames:
   """Draws labels, depth or normals; values that are not finite are unknown.
 
   Raises:
