@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from univid_jax import forecast as command
+from univid_jax.checkpoints.run_parts import longest_sentence
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny, wan22_a14b, wan22_ti2v_5b, wan_1_3b, wan_14b
@@ -140,6 +141,24 @@ class TestOptions:
     assert (1, 4, 4) in meshes and (16, 1, 1) not in meshes
     assert all(a * b * c == 16 for a, b, c in meshes)
     assert all(option.estimate.rows == 4 for option in options)
+
+  def test_streams_divide_rows(self):
+    config = override(wan_1_3b(), {"rows.streams": 4})
+    rows = {option.estimate.rows for option in make_options(config, Machine(name="h100", count=8), {})}
+    assert rows == {4, 8}
+
+  def test_rows_hold_the_longest_sentence(self):
+    """Of the numbers of clips and contexts that are drawn."""
+    longer = override(wan_14b(), {"data.num_clips.clips_8": 1.0, "rows.num_tokens": 65536})
+    for config in (longer, override(longer, {"data.max_video_clips": 6})):
+      levels = list(smaller_rows(config, Machine(name="h100")))
+      assert len(levels) > 2
+      for level in levels[1:]:
+        changed = override(config, level)
+        tokens, _, count = longest_sentence(changed)
+        assert tokens <= changed.rows.num_tokens < tokens + 128
+        assert count == (config.data.max_video_clips or 8) or changed.data.num_frames == 1
+      assert next(make_options(config, Machine(name="h100", count=8), levels[-1])).config.data.num_frames == 1
 
   def test_a_trained_base_is_not_quantised(self):
     options = list(make_options(tiny(), Machine(name="t4"), {}))
@@ -313,7 +332,7 @@ class TestCommands:
       (["--chip=h100", "--topology=v5e:2x2"], 2, "leave out --topology"),
       (["--chips=4"], 2, "--chips is a number of --chip"),
       (["--chip=h100", "--of=decoding"], 2, "leave out --topology, --of"),
-      (["--chip=h100", "--config.rows.num_tokens=30000"], 1, "a sentence of context I has 31200 tokens"),
+      (["--chip=h100", "--config.rows.num_tokens=30000"], 1, "a sentence of 4 clips of context I has 31200 tokens"),
       (["--chip=h100", "--config.data.height=470"], 1, "470"),
     ],
   )

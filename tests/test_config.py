@@ -121,7 +121,9 @@ def test_no_number_is_unbounded(key, value):
 
 
 def test_a_row_too_short_for_a_sentence():
-  with pytest.raises(UserError, match=r"a sentence of context I has 128 tokens, config\.rows\.num_tokens is only 64"):
+  with pytest.raises(
+    UserError, match=r"a sentence of 4 clips of context I has 128 tokens, config\.rows\.num_tokens is only 64"
+  ):
     check_rows(override(tiny(), {"rows.num_tokens": 64}))
 
 
@@ -142,6 +144,18 @@ def test_precision_of_training(caplog):
   assert "config.model.param_dtype = bfloat16, and all weights are trained" in caplog.text
   with pytest.raises(UserError, match=r"config\.model\.dtype = float16 loses small gradients"):
     check_precision(override(tiny(), {"model.dtype": "float16"}))
+
+
+def test_rows_are_as_long_as_the_numbers_of_clips_that_are_drawn_need():
+  longer = override(tiny(), {"rows.num_tokens": 256, "data.num_clips.clips_8": 1.0})
+  check_rows(longer)
+  short = {"rows.num_tokens": 128}
+  with pytest.raises(UserError, match="a sentence of 8 clips of context I has 256 tokens"):
+    check_rows(override(longer, short))
+  check_rows(override(longer, short | {"data.max_video_clips": 4}))  # eight images are as long as four videos
+  with pytest.raises(UserError, match="a sentence of 8 clips of context II has 128 tokens"):
+    check_rows(override(longer, {"rows.num_tokens": 127, "data.max_video_clips": 4}))
+  check_rows(override(longer, short | {"data.metadata": "folder"}))  # whose sentences have four clips
 
 
 @pytest.mark.parametrize(

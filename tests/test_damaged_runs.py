@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.commands import finish, free_port, start_python
 from tests.helpers import parameters
 from tests.test_checksums import flip_bit, list_files, run_verify
-from univid_jax.checkpoints import checksums
+from univid_jax.checkpoints import checksums, saved
 from univid_jax.checkpoints.checksums import CHECKSUMS_FILE, DamagedError, find_damage, hash_file
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.run import Checkpointer, RunRecord, write_run
@@ -41,8 +42,7 @@ class Stream:
     return json.dumps(self._numbers.get_state()).encode()
 
   def set_state(self, states):
-    (state,) = map(json.loads, states)
-    self._numbers.set_state(state)
+    self._numbers.set_state(json.loads(states[jax.process_index()]))
 
 
 def open_stream(position=0):
@@ -154,10 +154,113 @@ def test_damage_without_checksums(workdir, caplog, contents, name):
   path.unlink() if contents is None else path.write_bytes(contents)
   with caplog.at_level(logging.WARNING):
     assert resume(workdir) == 2
-  reason = "data holds no position in the data" if name.startswith("data") else "cannot read the checkpoint"
+  reason = "data holds no position in the data" if name.startswith("data") else "cannot read the weights"
   assert "4 is damaged: " in caplog.text and reason in caplog.text and "step 2 is used instead" in caplog.text
   assert f"python -m univid_jax.verify {workdir}/checkpoints/2 --write" in caplog.text
   assert folders(workdir) == ["2", "4.damaged"]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_position_of_another_mesh_is_not_damaged(workdir, monkeypatch, verify):
+  """Whether its checkpoint has checksums or not."""
+
+  def set_state(stream, states):
+    raise UserError("3 rows do not divide over 2 streams")
+
+  (workdir / "checkpoints" / "4" / CHECKSUMS_FILE).unlink()
+  monkeypatch.setattr(Stream, "set_state", set_state)
+  with pytest.raises(UserError, match=r"^3 rows do not divide over 2 streams$") as error:
+    resume(workdir, verify=verify)
+  assert not isinstance(error.value, DamagedError) and folders(workdir) == ["2", "4"]
+
+
+class TestProcesses:
+  """Of several, the others stand in."""
+
+  @pytest.fixture
+  def elsewhere(self, monkeypatch):
+    """For each checkpoint: for how many other processes it is damaged, and how many cannot read it."""
+    counts: list[tuple[int, int]] = []
+    numbers = (number for pair in counts for number in pair)
+    monkeypatch.setattr(saved, "sum_over_processes", lambda value: value + next(numbers))
+    return counts
+
+  @pytest.mark.parametrize("verify", [True, False])
+  def test_what_is_damaged_for_another_is_not_used_here(self, workdir, caplog, elsewhere, verify):
+    elsewhere += [(1, 1), (0, 0)]
+    with caplog.at_level(logging.WARNING):
+      assert resume(workdir, verify=verify) == 2
+    assert "4 is damaged: another process says where; the checkpoint of step 2 is used instead" in caplog.text
+    assert folders(workdir) == ["2", "4.damaged"]
+
+  def test_damage_is_that_of_any_process(self, workdir, elsewhere):
+    """Also if this one, which hashes other files, fails for another reason."""
+    elsewhere.append((1, 1))
+
+    def read(folder):
+      raise UserError("cannot read") from ValueError()
+
+    with pytest.raises(DamagedError, match="4 is damaged: another process says where"):
+      SavedCheckpoints(workdir).read(4, read)
+
+  def test_an_error_of_another_ends_all(self, workdir, elsewhere):
+    elsewhere.append((0, 1))
+    with pytest.raises(UserError, match="4 cannot be read by another process, which says why") as error:
+      resume(workdir)
+    assert not isinstance(error.value, DamagedError) and folders(workdir) == ["2", "4"]
+
+  def test_all_must_find_the_same_checkpoints(self, workdir, monkeypatch):
+    monkeypatch.setattr(saved, "count_distinct", lambda values: 2)
+    for step in (None, 4):
+      with pytest.raises(UserError, match=r"the processes find different checkpoints in .*: the workdir must be"):
+        SavedCheckpoints(workdir).read(step, lambda folder: None)
+
+
+TWO_PROCESSES = """
+import contextlib, sys
+from pathlib import Path
+from univid_jax.runtime.processes import connect, disconnect, wait_for_processes
+
+port, index, workdir = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+connect(f"127.0.0.1:{port}", 2, index, heartbeat_seconds=60)
+import jax, jax.numpy as jnp, numpy as np
+from tests.test_damaged_runs import open_stream
+from univid_jax.checkpoints.run import Checkpointer
+
+sharding = jax.sharding.NamedSharding(jax.make_mesh((2,), "x"), jax.sharding.PartitionSpec("x"))
+abstract = {"kernel": jax.ShapeDtypeStruct((64, 64), np.float32, sharding=sharding)}
+
+def numbers(step):  # that do not compress, or they would be in files that both read
+  return np.random.default_rng(step).random((64, 64), np.float32)
+
+def array(step):
+  return {"kernel": jax.make_array_from_callback((64, 64), sharding, lambda index: numbers(step)[index])}
+
+with contextlib.closing(Checkpointer(workdir)) as checkpointer:
+  for step in (2, 4):
+    checkpointer.save(step, model=array(step), training=array(step), data=open_stream(step))
+wait_for_processes("saved")
+if index == 1:
+  (workdir / "checkpoints" / "4" / "checksums.xxh128").unlink()
+  for path in (workdir / "checkpoints" / "4" / "model" / "ocdbt.process_1" / "d").iterdir():
+    path.write_bytes(bytes(byte ^ 90 for byte in path.read_bytes()))
+wait_for_processes("damaged")
+with contextlib.closing(Checkpointer(workdir)) as checkpointer:
+  for items in checkpointer.restore(model=abstract, training=abstract, data=open_stream()):
+    for shard in items["kernel"].addressable_shards:
+      np.testing.assert_array_equal(shard.data, numbers(2)[shard.index])
+disconnect()
+"""
+
+
+@pytest.mark.long
+def test_two_processes_use_the_same(tmp_path):
+  """The newest has no checksums, and only one of them reads the file that is damaged."""
+  port = free_port()
+  both = [start_python("-c", TWO_PROCESSES, f"{port}", f"{index}", f"{tmp_path}", devices=1) for index in (0, 1)]
+  for done in map(finish, both):
+    assert done.returncode == 0 and "the checkpoint of step 2 is used instead" in done.stderr, done.stderr
+  assert folders(tmp_path) == ["2", "4.damaged"]
 
 
 def test_an_intact_checkpoint_of_something_else_is_not_damaged(workdir):

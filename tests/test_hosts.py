@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -12,11 +13,14 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from tests.commands import SMALL, finish, free_port, run_command, start_python
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.data.rows.loader import Loader
 from univid_jax.parallel.mesh import AXES, make_mesh
 from univid_jax.parallel.sharding import own_rows, row_owners, rows_by_owner, shard_batch, shard_own_rows
 from univid_jax.runtime.processes import gather_arrays
+from univid_jax.training import loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +122,15 @@ def test_processes_make_the_rows_of_their_devices(open_loader, kind, size, sizes
     assert sorted(batch) == list(range(num_rows)) and len({tuple(value) for value in batch.values()}) == num_rows
   if all(len(each) == 1 for each in owners):
     assert [loader.streams for loader in loaders] == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("sizes, shared", [({"data": 16}, False), ({"fsdp": 4, "context": 4}, True)], ids=str)
+def test_loaders_know_whether_processes_share_rows(monkeypatch, sizes, shared):
+  monkeypatch.setattr(loop, "make_loader", lambda *_, **options: options)
+  data = SimpleNamespace(sources={}, weights={})
+  config = override(tiny(), {"rows.per_batch": 16})
+  run = SimpleNamespace(config=config, data=data, features=None, mesh=slice_mesh(*V5E, sizes))
+  assert loop.open_loader(run)["shares_rows"] == shared
 
 
 def test_a_run_continues_with_its_rows_where_they_were(open_loader):

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from univid_jax.checkpoints import orbax_files
-from univid_jax.checkpoints.orbax_files import create_arrays, num_chunks, open_arrays, restore_arrays
+from univid_jax.checkpoints.orbax_files import create_arrays, num_chunks, open_arrays, restore_arrays, restore_items
 from univid_jax.core.errors import UserError
 
 SPECS = {
@@ -104,6 +104,14 @@ def test_layers_read_one_by_one(tmp_path):
       assert np.array_equal(array[index].read().result(), expected[path][index])
   with pytest.raises(UserError, match=r"cannot read the weights in .*params"):
     open_arrays(tmp_path / "params", [("missing",)])
+
+
+def test_items_read_one_by_one(tmp_path):
+  items = {name: {"x": np.arange(6, dtype=dtype)} for name, dtype in (("a", np.float32), ("b", np.int32))}
+  with ocp.CheckpointManager(tmp_path, item_names=("a", "b")) as manager:
+    manager.save(3, args=ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()}))
+  restored = restore_items(tmp_path / "3", {"b": {"x": jax.ShapeDtypeStruct((6,), np.int32)}})
+  assert restored.keys() == {"b"} and np.array_equal(restored["b"]["x"], items["b"]["x"])
 
 
 def test_number_of_files(tmp_path, monkeypatch):

@@ -193,6 +193,59 @@ def test_files_that_vanish_while_training(tmp_path, caplog, kind):
     assert dropped and len(dropped) == len(set(dropped)) and all(path.name in message for message in dropped)
 
 
+class FailingSource:
+  """Sentences, the reading of one of which fails a number of times."""
+
+  def __init__(self, *errors: Exception):
+    self.errors = list(errors)
+
+  def __len__(self) -> int:
+    return 20
+
+  def __getitem__(self, index: int) -> Sentence:
+    if index == 7 and self.errors:
+      raise self.errors.pop()
+    clip = np.full((1, 16, 16, 3), index, np.uint8)
+    return Sentence(clips=(clip,), roles=(Role.TARGET,), record=f"line {index}")
+
+
+def read_all(*errors: Exception, shares_rows: bool) -> list[float]:
+  """Returns one number of each sentence that fills a row, in order."""
+  loader = make_loader(
+    [FailingSource(*errors)],
+    FeatureMaker(CountingEncoders(), shape=Shape(), task_names=[""]),
+    row_shape=RowShape(num_tokens=4, num_text_tokens=8, num_slots=1),
+    rows_per_batch=20,
+    seed=0,
+    allow_dropped=True,
+    shares_rows=shares_rows,
+  )
+  with closing(loader):
+    return next(loader).tokens[:, 0, 0].tolist()
+
+
+def test_processes_that_share_rows_fill_them_with_the_same(caplog):
+  """They drop what is the same for all of them, but not what only one may have failed to read."""
+
+  def passing() -> OSError:
+    return OSError(errno.EIO, os.strerror(errno.EIO))
+
+  def unreadable(cause: Exception) -> UserError:
+    error = UserError("cannot read 7.mp4")
+    error.__cause__ = cause
+    return error
+
+  undisturbed = read_all(shares_rows=True)
+  assert read_all(passing(), shares_rows=False) != undisturbed
+  assert read_all(passing(), shares_rows=True) == read_all(unreadable(passing()), shares_rows=True) == undisturbed
+  for errors in ([passing(), passing()], [unreadable(passing()), unreadable(passing())]):
+    with pytest.raises(UserError, match=r"sentence 7 cannot be used: .*; it is not dropped, as another process"):
+      read_all(*errors, shares_rows=True)
+  caplog.clear()
+  assert read_all(unreadable(ValueError()), unreadable(ValueError()), shares_rows=True) != undisturbed
+  assert caplog.messages == ["dropped: sentence 7: cannot read 7.mp4"]
+
+
 def test_a_cache_that_cannot_be_written_drops_nothing(tmp_path, monkeypatch):
   """The records are not to blame for a full disk, also where they may be dropped."""
   config, _ = write_data(tmp_path / "data", "folder", PLAIN)

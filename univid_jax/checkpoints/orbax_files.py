@@ -5,6 +5,8 @@ Undocumented, and checked by tests/test_orbax_files.py:
 - `PyTreeCheckpointHandler(use_ocdbt=False)` stores each array as a zarr array in a folder named by its dotted path, and
   records no chunk shapes that a reader would compare with those on disk. `create_arrays` relies on it.
 - A reader that does not know Orbax finds the arrays in these folders. `open_arrays` relies on it.
+- `CheckpointManager` stores each item in a folder of its name, which `StandardCheckpointer` reads. `restore_items`
+  relies on it.
 - Orbax logs through absl, and abandons the other arrays if one fails. `silence_orbax` relies on how that shows.
 """
 
@@ -87,7 +89,7 @@ def restore_arrays(folder: epath.PathLike, abstract: Any = None) -> Any:
   """Reads nested arrays; a process may do so alone.
 
   Args:
-    folder: written by `save_arrays` or through `create_arrays`.
+    folder: written by `save_arrays` or through `create_arrays`, or of an item of a run's checkpoint.
     abstract: shapes, dtypes and shardings of the result; as stored by default.
 
   Raises:
@@ -101,11 +103,13 @@ def restore_arrays(folder: epath.PathLike, abstract: Any = None) -> Any:
     with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
       return checkpointer.restore(make_absolute(folder), abstract)
   except Exception as error:  # Orbax and TensorStore raise errors of many types for damaged files
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+      raise
     raise UserError(f"cannot read the weights in {folder}: {first_line(error)}") from error
 
 
 def restore_items(folder: epath.PathLike, items: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Reads some of the items of a run's checkpoint.
+  """Reads some of the items of a run's checkpoint; a process may do so alone.
 
   Args:
     folder: of the checkpoint.
@@ -114,16 +118,7 @@ def restore_items(folder: epath.PathLike, items: Mapping[str, Any]) -> Mapping[s
   Raises:
     UserError: they cannot be read.
   """
-  silence_orbax()
-  args = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()})
-  try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-      restored = checkpointer.restore(make_absolute(folder), args=args)
-  except Exception as error:  # as above
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-      raise
-    raise UserError(f"cannot read the checkpoint {folder}: {first_line(error)}") from error
-  return {name: restored[name] for name in items}
+  return {name: restore_arrays(make_absolute(folder) / name, abstract) for name, abstract in items.items()}
 
 
 def create_arrays(folder: epath.PathLike, specs: Mapping[Path, tuple[tuple[int, ...], str]]) -> dict[Path, Any]:

@@ -17,7 +17,7 @@ from univid_jax.codecs.tiling import Tiling
 from univid_jax.codecs.vae_config import find_autoencoder
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.contexts import CONTEXTS, video_pattern
+from univid_jax.core.contexts import CONTEXTS, possible_counts, video_pattern
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, TrainedExpert
@@ -261,19 +261,35 @@ def clip_tokens(config: RunConfig) -> int:
   return longest
 
 
+def longest_sentence(config: RunConfig) -> tuple[int, str, int]:
+  """Returns the tokens, context and number of clips of the longest sentence that a config draws.
+
+  Records that list their clips may be longer: of them four clips, of any context, count.
+
+  Raises:
+    UserError: clips do not divide into patches; the message names the nearest valid sizes.
+  """
+  clip = {True: clip_tokens(config), False: clip_tokens(override(config, {"data.num_frames": 1}))}
+  data = config.data
+  contexts, counts = sentence_kinds(data)
+  weights = data.clip_counts if counts else {4: 1.0}
+  return max(
+    (sum(clip[is_video] for is_video in video_pattern(context, count)), context, count)
+    for context in contexts or CONTEXTS
+    for count in possible_counts(weights, context, data.max_video_clips)
+  )
+
+
 def check_rows(config: RunConfig) -> None:
-  """Checks that clips divide into patches, and that four clips, of any context that the config draws, fit into a row.
+  """Checks that clips divide into patches, and that the longest sentence that the config draws fits into a row.
 
   Raises:
     UserError: they do not; the message names the nearest valid sizes, or the tokens needed.
   """
-  clip = {True: clip_tokens(config), False: clip_tokens(override(config, {"data.num_frames": 1}))}
-  contexts, _ = sentence_kinds(config.data)
-  lengths = {name: sum(clip[is_video] for is_video in video_pattern(name, 4)) for name in contexts or CONTEXTS}
-  context = max(lengths, key=lengths.__getitem__)
-  if lengths[context] > config.rows.num_tokens:
+  tokens, context, count = longest_sentence(config)
+  if tokens > config.rows.num_tokens:
     raise UserError(
-      f"a sentence of context {context} has {lengths[context]} tokens, config.rows.num_tokens is only "
+      f"a sentence of {count} clips of context {context} has {tokens} tokens, config.rows.num_tokens is only "
       f"{config.rows.num_tokens}"
     )
 

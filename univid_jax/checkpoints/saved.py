@@ -1,11 +1,10 @@
 """The finished checkpoints of a run: which there are, which are intact, and what they hold."""
 
-import contextlib
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -17,7 +16,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import OnDamaged
 from univid_jax.core.paths import atomic_write, is_remote, make_absolute
-from univid_jax.runtime.processes import sum_over_processes, wait_for_processes
+from univid_jax.runtime.processes import count_distinct, sum_over_processes, wait_for_processes
 
 CHECKPOINTS_FOLDER = "checkpoints"
 # In a checkpoint: where Orbax keeps the validation loss.
@@ -120,22 +119,29 @@ class SavedCheckpoints:
 
     Args:
       step: its number, "best" for the lowest validation loss, or None for the newest that is intact.
-      read: reads what is needed from the checkpoint's folder; its UserError means damage, unless the checksums say
-        otherwise.
+      read: reads what is needed from the checkpoint's folder, without waiting for other processes. Its UserError means
+        damage, unless the checksums say otherwise, or the error has no other cause than a UserError, which then is
+        raised.
 
     Returns:
-      The number of the step, and what `read` returned.
+      The number of the step, the same for all processes, and what `read` returned.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
-      UserError: `step` is neither a number nor "best".
-      DamagedError: the checkpoint is damaged; or all are, if `step` is None.
+      UserError: `step` is neither a number nor "best", the processes find different checkpoints, or the checkpoint
+        cannot be read although it is intact.
+      DamagedError: the checkpoint is damaged for one of the processes; or all are, if `step` is None.
     """
+    steps = list(reversed(self.steps)) if step is None else [self._find(step)]
+    if count_distinct([str(steps)]) > 1:
+      raise UserError(
+        f"the processes find different checkpoints in {self.workdir}, this one those of the steps {steps}: the workdir "
+        "must be the same folder for all"
+      )
     if step is not None:
-      found = self._find(step)
-      return found, self._read(found, read)
+      return steps[0], self._read(steps[0], read)
     damaged: list[DamagedError] = []
-    for found in reversed(self.steps):
+    for found in steps:
       try:
         value = self._read(found, read)
       except DamagedError as error:
@@ -166,29 +172,38 @@ class SavedCheckpoints:
     return int(step)
 
   def _read(self, step: int, read: Callable[[epath.Path], T]) -> T:
+    """Reads a checkpoint in every process; if it is damaged for one of them, it is for all."""
     folder = self.folder(step)
-    is_known = self._verify and has_checksums(folder)
     try:
-      with self._verified(folder):
+      value = self._read_alone(folder, read)
+    except Exception as error:  # of any type, or the other processes would wait for this one
+      num_damaged, _ = _count_failed(error)
+      if num_damaged and not isinstance(error, DamagedError):
+        raise DamagedError(folder, [_ELSEWHERE]) from error
+      raise
+    num_damaged, num_failed = _count_failed(None)
+    if num_failed:
+      del value  # makes room for that of an older checkpoint
+      if num_damaged:
+        raise DamagedError(folder, [_ELSEWHERE])
+      raise UserError(f"the checkpoint {folder} cannot be read by another process, which says why")
+    return value
+
+  def _read_alone(self, folder: epath.Path, read: Callable[[epath.Path], T]) -> T:
+    """Reads a checkpoint while this process hashes its share of the files."""
+    is_known, select = self._verify and has_checksums(folder), self._choose_files(folder)
+    try:
+      with verified(folder, enabled=self._verify, select=lambda name: select(name) and _is_own_share(name)):
         return read(folder)
     except UserError as error:
-      if is_known or isinstance(error, DamagedError):
+      if isinstance(error, DamagedError):
+        raise
+      first = _first_cause(error)
+      if isinstance(first, UserError):
+        raise first from None
+      if is_known:
         raise
       raise DamagedError(folder, [str(error)]) from error
-
-  @contextlib.contextmanager
-  def _verified(self, folder: epath.Path) -> Iterator[None]:
-    select = self._choose_files(folder)
-    if not self._verify or not has_checksums(folder) or jax.process_count() == 1:
-      with verified(folder, enabled=self._verify, select=select):
-        yield
-      return
-    # Each process hashes a share of the files before any of them reads: one that fails alone while it reads would leave
-    # the others waiting for it.
-    damage = find_damage(folder, lambda name: select(name) and _is_own_share(name))
-    if sum_over_processes(len(damage)):
-      raise DamagedError(folder, damage or ["a file with another checksum, which another process names"])
-    yield
 
   def _choose_files(self, folder: epath.Path) -> Callable[[str], bool]:
     if not self._model_only or _size(folder / "training") <= _QUICK_BYTES:
@@ -235,6 +250,21 @@ class SavedCheckpoints:
       log.warning("%s", error.summary)
       return False
     return True
+
+
+# What is wrong with a checkpoint that is damaged for another process.
+_ELSEWHERE = "another process says where"
+
+
+def _count_failed(error: Exception | None) -> tuple[int, int]:
+  """Returns how many processes find a checkpoint damaged, and how many failed to read it; all must call it."""
+  return sum_over_processes(isinstance(error, DamagedError)), sum_over_processes(error is not None)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+  while error.__cause__ is not None:
+    error = error.__cause__
+  return error
 
 
 def _is_about_checkpoint(name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from univid_jax.checkpoints.run_parts import check_rows, clip_tokens, codec_shape, with_stored_base
+from univid_jax.checkpoints.run_parts import check_rows, clip_tokens, codec_shape, longest_sentence, with_stored_base
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line
@@ -229,6 +229,8 @@ def make_options(config: RunConfig, machine: Machine, level: Changes) -> Iterato
       expected = estimate(changed, machine.chip, mesh, is_tpu=machine.is_tpu)
     except UserError:  # rows that do not divide, a base that cannot be quantised
       continue
+    if changed.rows.streams and expected.rows % changed.rows.streams:
+      continue
     changes = {key: value for key, value in changes.items() if _value(changed, key) != _value(config, key)}
     yield Option(changes=changes, config=changed, mesh=mesh, estimate=expected)
 
@@ -273,7 +275,7 @@ def smaller_rows(config: RunConfig, machine: Machine) -> Iterator[Changes]:
       changes["data.num_frames"] = frames
     if (height, width) != sizes[0]:
       changes |= {"data.height": height, "data.width": width, "data.buckets": ()}
-    tokens = 4 * clip_tokens(override(config, changes))
+    tokens, _, _ = longest_sentence(override(config, changes))
     levels.setdefault(-(-tokens // machine.block) * machine.block, changes)
   for tokens, changes in sorted(levels.items(), reverse=True):
     if tokens < config.rows.num_tokens:

@@ -222,6 +222,7 @@ def open_loader(run: Run) -> Loader:
   config, data = run.config, run.data
   layout = BatchLayout.from_config(config.rows, row_shards(run.mesh))
   num_rows, mesh = layout.num_rows, run.mesh
+  owners = set(row_owners(num_rows, mesh))
   return make_loader(
     list(data.sources.values()),
     run.features,
@@ -234,10 +235,11 @@ def open_loader(run: Run) -> Loader:
     num_packing_bins=config.rows.packing_bins,
     packing=config.rows.packing,
     layout=layout,
-    num_streams=config.rows.streams or math.gcd(num_rows, len(set(row_owners(num_rows, mesh)))),
+    num_streams=config.rows.streams or math.gcd(num_rows, len(owners)),
     stream_processes=config.data.stream_processes,
     weights=list(data.weights.values()),
     allow_dropped=config.data.allow_dropped,
+    shares_rows=any(len(each) > 1 for each in owners),
   )
 
 

@@ -1,5 +1,6 @@
 """The input pipeline: from sentences to batches of packed rows. Its position is part of a checkpoint."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -13,14 +14,15 @@ import numpy as np
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import Packing
-from univid_jax.core.packed_row import ContextMode, PackedRow
+from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import SentenceSource, TransformerShape
 from univid_jax.core.sentence import Sentence
 from univid_jax.data.cache.entries import CacheWriteError
-from univid_jax.data.rows.balancing import BalancedBatches, BatchLayout
-from univid_jax.data.rows.grain_adapter import pack_dataset, prefetch, prefetch_in_process
-from univid_jax.data.rows.packing import RowShape, finish_rows, join_rows
-from univid_jax.data.rows.tokens import SEGMENTED, UNITS, Features, Unit, feature_names
+from univid_jax.data.rows.balancing import BatchLayout
+from univid_jax.data.rows.grain_adapter import prefetch, prefetch_in_process
+from univid_jax.data.rows.packing import RowShape, join_rows
+from univid_jax.data.rows.streams import mix_sources, pack_batches
+from univid_jax.data.rows.tokens import UNITS, Features, Unit, feature_names
 from univid_jax.data.sources.base import drop
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ def make_loader(
   stream_processes: bool = False,
   weights: Sequence[float] | None = None,
   allow_dropped: bool = False,
+  shares_rows: bool = False,
 ) -> "Loader":
   """Returns an endless, deterministic stream of this process's rows of each batch.
 
@@ -89,20 +92,24 @@ def make_loader(
     stream_processes: whether each stream is made in a process of its own; sources and encoder must be picklable.
     weights: how often each source is drawn; equal by default.
     allow_dropped: leave out sentences that cannot be used, and log each once, instead of stopping.
+    shares_rows: whether other processes make the same rows. None of them then leaves out what cannot be read, as
+      another one may have read it: that is read once more, and then raised.
 
   Raises:
     UserError: the streams do not divide; or, from the iterator, a sentence cannot be used: one of its clips cannot be
       read, or it is too long for a row. The message names the record and the file.
   """
   capacities = row_shape.capacities(feature_names(make_features.shape))
-  encoded = [EncodedSource(source, make_features, capacities, allow_dropped=allow_dropped) for source in sources]
+  encode = functools.partial(EncodedSource, allow_dropped=allow_dropped, shares_rows=shares_rows)
+  encoded = [encode(source, make_features, capacities) for source in sources]
   read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=SENTENCE_BUFFER)
   layout = layout or BatchLayout(num_rows=rows_per_batch)
-  finish = functools.partial(_finish, capacities, row_shape.context_mode)
-  pack = functools.partial(_pack_batches, finish=finish, capacities=capacities, packing=packing, seed=seed)
+  pack = functools.partial(
+    pack_batches, capacities=capacities, context_mode=row_shape.context_mode, packing=packing, seed=seed
+  )
 
   def open_stream(index: int, count: int, num_rows: int) -> grain.DatasetIterator[PackedRow]:
-    sentences = _mix(encoded, weights or [1.0] * len(encoded), seed=seed, index=index, count=count)
+    sentences = mix_sources(encoded, weights or [1.0] * len(encoded), seed=seed, index=index, count=count)
     batches = pack(
       sentences.to_iter_dataset(read_options), layout=layout.part(num_rows), num_bins=num_packing_bins or 2 * num_rows
     )
@@ -219,14 +226,20 @@ class EncodedSource:
     source: of the sentences.
     make_features: encodes them.
     capacities: of a row, by feature.
-    allow_dropped: see `make_loader`.
+    allow_dropped, shares_rows: see `make_loader`.
   """
 
   def __init__(
-    self, source: SentenceSource, make_features: MakeFeatures, capacities: Mapping[str, int], *, allow_dropped: bool
+    self,
+    source: SentenceSource,
+    make_features: MakeFeatures,
+    capacities: Mapping[str, int],
+    *,
+    allow_dropped: bool,
+    shares_rows: bool,
   ):
     self._source, self._make_features, self._capacities = source, make_features, capacities
-    self._allow_dropped = allow_dropped
+    self._allow_dropped, self._shares_rows = allow_dropped, shares_rows
     self._reported: set[str] = set()
     self._dropped_in_a_row = 0
 
@@ -234,75 +247,51 @@ class EncodedSource:
     return len(self._source)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray] | None:
+    found = self._encode(index)
+    if isinstance(found, _Unusable) and self._shares_rows:
+      found = self._encode(index)
+    if not isinstance(found, _Unusable):
+      self._dropped_in_a_row = 0
+      return found
+    self._dropped_in_a_row += 1
+    record, error = found.record, found.error
+    if not self._allow_dropped or self._dropped_in_a_row > MAX_DROPPED_IN_A_ROW:
+      raise UserError(f"{record} cannot be used: {error}") from error
+    if self._shares_rows and _is_about_reading(error):
+      raise UserError(
+        f"{record} cannot be used: {error}; it is not dropped, as another process that makes the same rows may have "
+        "read it"
+      ) from error
+    if str(error) not in self._reported:  # once for each file, not for each sentence with it
+      self._reported.add(str(error))
+      log.warning("dropped: %s", drop(record, error))
+    return None
+
+  def _encode(self, index: int) -> "dict[str, np.ndarray] | _Unusable":
     sentence = None
     try:
       sentence = self._source[index]
-      arrays = make_fitting(sentence, self._make_features, self._capacities).arrays()
+      return make_fitting(sentence, self._make_features, self._capacities).arrays()
     except CacheWriteError:
       raise
     except (UserError, OSError) as error:
-      record = sentence.record if sentence else f"sentence {index}"
-      self._dropped_in_a_row += 1
-      if not self._allow_dropped or self._dropped_in_a_row > MAX_DROPPED_IN_A_ROW:
-        raise UserError(f"{record} cannot be used: {error}") from error
-      if str(error) not in self._reported:  # once for each file, not for each sentence with it
-        self._reported.add(str(error))
-        log.warning("dropped: %s", drop(record, error))
-      return None
-    self._dropped_in_a_row = 0
-    return arrays
+      return _Unusable(sentence.record if sentence else f"sentence {index}", error)
 
 
-def _mix(
-  sources: Sequence[EncodedSource], weights: Sequence[float], *, seed: int, index: int, count: int
-) -> grain.MapDataset[dict[str, np.ndarray] | None]:
-  """Repeats each source endlessly, in another order each time, and mixes one stream's share of each.
+@dataclasses.dataclass(frozen=True)
+class _Unusable:
+  """A sentence that cannot be used, and why."""
 
-  Every `count`-th sentence of a mixture would be of few sources only, as it alternates between them. Streams begin with
-  different sources, or else all would come to the same one at the same time.
-  """
-  shares = [grain.MapDataset.source(source).seed(seed).shuffle().repeat()[index::count] for source in sources]
-  if len(shares) == 1:
-    return shares[0]
-  first = index % len(shares)
-  return grain.MapDataset.mix([*shares[first:], *shares[:first]], [*weights[first:], *weights[:first]])
+  record: str
+  error: UserError | OSError
 
 
-def _pack_batches(
-  sentences: grain.IterDataset[dict[str, np.ndarray] | None],
-  *,
-  finish: Callable[[Mapping[str, np.ndarray]], PackedRow],
-  capacities: Mapping[str, int],
-  packing: Packing,
-  layout: BatchLayout,
-  num_bins: int,
-  seed: int,
-) -> grain.IterDataset[PackedRow]:
-  """Packs a stream's sentences into its rows of every batch."""
-  window = max(num_bins // layout.num_rows, 1)
-  balances = packing == Packing.BALANCED
-  rows = pack_dataset(
-    sentences,
-    capacities=capacities,
-    segmented=SEGMENTED.values(),
-    packing=packing,
-    num_bins=window * layout.num_rows if balances else num_bins,
-    seed=seed,
-  )
-  if not balances:
-    return rows.batch(layout.num_rows, drop_remainder=True).map(finish)
-  return BalancedBatches(rows.map(_add_row_dim).map(finish), layout=layout, window=window, seed=seed)
-
-
-def _add_row_dim(row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  return {name: value[None] for name, value in row.items()}
-
-
-def _finish(capacities: Mapping[str, int], context_mode: ContextMode, batch: Mapping[str, np.ndarray]) -> PackedRow:
-  """Turns a batch of packed features into rows."""
-  packed = {name: batch[name] for name in capacities}
-  segment_ids = {unit: batch[f"{name}_segment_ids"] for unit, name in SEGMENTED.items() if name in capacities}
-  return finish_rows(packed, segment_ids, context_mode=context_mode)
+def _is_about_reading(error: BaseException) -> bool:
+  """Returns whether an error is that of a file system, which may pass, or what became of one."""
+  cause: BaseException | None = error
+  while cause is not None and not isinstance(cause, OSError):
+    cause = cause.__cause__
+  return cause is not None
 
 
 def make_fitting(sentence: Sentence, make_features: MakeFeatures, capacities: Mapping[str, int]) -> Features:
