@@ -118,7 +118,8 @@ class DataConfig(Section):
     num_clips: weights of sentences with 4, 6 or 8 clips, under `clips_4` and so on.
     max_video_clips: most clips of a sentence with videos, so that rows can be short; longer ones are shortened to it.
       Records that list their clips keep them. 0 is no limit.
-    reverse_probability: share of sentences with swapped pairs, so that the task is inverted.
+    reverse_probability: share of sentences with swapped pairs, so that the task is inverted; of grids and ARC there are
+      none.
     prompt: style of the prompts.
     num_sentences: computed sentences before the first is repeated.
   """
