@@ -453,9 +453,9 @@ class TestWeights:
 
 
 class TestManifest:
-  def write(self, folder, *lines, form=FORM):
+  def write(self, folder, *lines, form=FORM, **options):
     (folder / "m.jsonl").write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return open_manifest(str(folder / "m.jsonl"), form, draw_options())
+    return open_manifest(str(folder / "m.jsonl"), form, draw_options(), **options)
 
   def test_any_sentence(self, tmp_path):
     """Six clips, two targets, with starts and lengths of their own."""
@@ -556,6 +556,18 @@ class TestManifest:
     assert [record.lengths for record in sentences.records] == [(9, 9), (9, 9), (9, 5), (1, 5), (1, 9)]
     assert "short.mp4 has 6 frames, but num_frames of the other clip of the pair is 9" in str(dropped[0])
     assert "long.mp4: a clip must have 1 or 4n + 1 frames, got num_frames 8" in str(dropped[1])
+
+  def test_two_targets_are_no_pair(self, tmp_path):
+    """Each has its own length, and both are resized as targets."""
+    write_video(tmp_path / "long.mp4", 12)
+    write_video(tmp_path / "short.mp4", 6)
+    targets = [{"path": "long.mp4", "role": "target", "num_frames": 9}, {"path": "short.mp4", "role": "target"}]
+    line = {"task": "labels", "clips": [{"path": "long.mp4"}, {"path": "long.mp4"}, *targets]}
+    sentences, dropped = self.write(tmp_path, line, kinds={"labels": TargetKind.SEGMENTATION})
+    (record,) = sentences.records
+    assert not dropped and record.lengths == (5, 5, 9, 5)
+    mixes = [part.form.resample == Image.Resampling.BICUBIC for part in record.footage]
+    assert mixes == [True, False, False, False]
 
   def test_null_is_absent(self, tmp_path):
     write_video(tmp_path / "v.mp4", 12)

@@ -130,7 +130,8 @@ def test_loaders_know_whether_processes_share_rows(monkeypatch, sizes, shared):
   data = SimpleNamespace(sources={}, weights={})
   config = override(tiny(), {"rows.per_batch": 16})
   run = SimpleNamespace(config=config, data=data, features=None, mesh=slice_mesh(*V5E, sizes))
-  assert loop.open_loader(run)["shares_rows"] == shared
+  options = loop.open_loader(run)
+  assert options["shares_rows"] == shared and options["num_owners"] == len(set(row_owners(16, run.mesh)))
 
 
 def test_a_run_continues_with_its_rows_where_they_were(open_loader):

@@ -1,6 +1,7 @@
 """Random keys of seeds: all 64 bits count."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ def test_all_bits_count():
   assert len(numbers) == len(seeds)
 
 
-@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, np.int32(7), np.uint32(7), jnp.int32(7)], ids=repr)
 def test_small_seeds_are_those_of_jax(seed):
   assert random_key(seed) == jax.random.key(seed)
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -22,7 +23,7 @@ from univid_jax.data import held_out
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.held_out import read_usable
 from univid_jax.data.prepare import prepare
-from univid_jax.data.rows.loader import make_loader
+from univid_jax.data.rows.loader import TooLongError, make_loader
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.open import DataSources, open_data
@@ -209,7 +210,7 @@ class FailingSource:
     return Sentence(clips=(clip,), roles=(Role.TARGET,), record=f"line {index}")
 
 
-def read_all(*errors: Exception, shares_rows: bool) -> list[float]:
+def read_all(*errors: Exception, **options: Any) -> list[float]:
   """Returns one number of each sentence that fills a row, in order."""
   loader = make_loader(
     [FailingSource(*errors)],
@@ -218,14 +219,14 @@ def read_all(*errors: Exception, shares_rows: bool) -> list[float]:
     rows_per_batch=20,
     seed=0,
     allow_dropped=True,
-    shares_rows=shares_rows,
+    **options,
   )
   with closing(loader):
     return next(loader).tokens[:, 0, 0].tolist()
 
 
 def test_processes_that_share_rows_fill_them_with_the_same(caplog):
-  """They drop what is the same for all of them, but not what only one may have failed to read."""
+  """They drop what is too long for all of them, but nothing that only one may have failed to read."""
 
   def passing() -> OSError:
     return OSError(errno.EIO, os.strerror(errno.EIO))
@@ -238,12 +239,14 @@ def test_processes_that_share_rows_fill_them_with_the_same(caplog):
   undisturbed = read_all(shares_rows=True)
   assert read_all(passing(), shares_rows=False) != undisturbed
   assert read_all(passing(), shares_rows=True) == read_all(unreadable(passing()), shares_rows=True) == undisturbed
-  for errors in ([passing(), passing()], [unreadable(passing()), unreadable(passing())]):
+  for errors in ([passing(), passing()], [unreadable(ValueError())] * 2):
     with pytest.raises(UserError, match=r"sentence 7 cannot be used: .*; it is not dropped, as another process"):
       read_all(*errors, shares_rows=True)
   caplog.clear()
-  assert read_all(unreadable(ValueError()), unreadable(ValueError()), shares_rows=True) != undisturbed
-  assert caplog.messages == ["dropped: sentence 7: cannot read 7.mp4"]
+  assert read_all(*[TooLongError("7 is too long")] * 2, shares_rows=True) != undisturbed
+  assert caplog.messages == ["dropped: sentence 7: 7 is too long"]
+  with pytest.raises(UserError, match="it is not dropped, as another process that reads the same stream"):
+    read_all(passing(), passing(), num_owners=2)  # which a single stream serves
 
 
 def test_a_cache_that_cannot_be_written_drops_nothing(tmp_path, monkeypatch):

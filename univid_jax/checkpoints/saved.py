@@ -136,7 +136,7 @@ class SavedCheckpoints:
     if count_distinct([str(steps)]) > 1:
       raise UserError(
         f"the processes find different checkpoints in {self.workdir}, this one those of the steps {steps}: the workdir "
-        "must be the same folder for all"
+        "must be the same folder for all; if a run is writing to it, start again"
       )
     if step is not None:
       return steps[0], self._read(steps[0], read)

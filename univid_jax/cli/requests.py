@@ -17,7 +17,7 @@ from univid_jax import Pipeline
 from univid_jax.cli.context_reader import ContextReader
 from univid_jax.cli.results import check_result, grid_path, is_finished, remove_record, write_record
 from univid_jax.cli.sampling import Request
-from univid_jax.cli.whole_videos import StepProgress, WholeQuery, WholeVideo
+from univid_jax.cli.whole_videos import StepProgress, WholeQuery, WholeVideo, progress_path
 from univid_jax.core.options import SolverName
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate
@@ -184,6 +184,7 @@ class RequestRunner:
     record = self._record(clips, num_frames=num_frames, size=query.size, fps=query.fps)
     record |= {"carry_context": self.carry_context, "window_frames": self.form.num_frames}
     if keep and self.has_finished(path, record):
+      progress_path(path).unlink(missing_ok=True)  # if that command was killed before it did so
       return f"kept the result of an earlier command: {path}"
     arguments = {**self.arguments, "num_frames": self.form.num_frames, "carry_context": self.carry_context}
     video = WholeVideo(self.pipeline, examples, query, arguments, record)

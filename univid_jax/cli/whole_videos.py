@@ -87,6 +87,11 @@ class WholeQuery:
     }  # fmt: skip
 
 
+def progress_path(path: Path) -> Path:
+  """Returns where the progress of a result is saved."""
+  return path.with_name(f"{path.name}.state.npz")
+
+
 @dataclasses.dataclass(frozen=True)
 class WholeVideo:
   """A whole video to sample into a file.
@@ -122,7 +127,7 @@ class WholeVideo:
     height, width = self.query.size
     num_frames = self.query.footage.num_frames
     require_writable(path.parent, num_bytes=num_frames * height * width * 3 * (1 if grid is None else 2))
-    saved = ProgressFile(path.with_name(f"{path.name}.state.npz"), self.record)
+    saved = ProgressFile(progress_path(path), self.record)
 
     def show(taken: int) -> None:
       remaining(taken)

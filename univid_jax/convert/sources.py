@@ -1,6 +1,7 @@
 """Weights of other projects at a path: the components of Wan in a folder or file, and their tokenizer."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -170,9 +171,14 @@ def _find_tokenizer(
 
 def _find_file(path: Path, name: str) -> Path | None:
   """Finds a tokenizer's file in the folder of a release."""
-  files = walk_files(path) if path.is_dir() else ()
+  files = walk_files(path, is_left_out=_is_closed) if path.is_dir() else ()
   found = (file for file in files if file.name == name)
   return next((file for file in found if "umt5" in file.parent.name or file.parent.name == "tokenizer"), None)
+
+
+def _is_closed(path: Path) -> bool:
+  """Returns whether a folder cannot be searched, as lost+found at the root of a disk."""
+  return path.is_dir() and not os.access(path, os.R_OK | os.X_OK)
 
 
 def _read_embedded(tensors: TensorFile) -> SentencePiece | None:

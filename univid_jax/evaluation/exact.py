@@ -75,7 +75,8 @@ def exact_report(scored: Scored, *, num_arc_tests: int = 0, num_left_out: int = 
   ]
   report: dict[str, Any] = {"intervals": INTERVALS, "rows": rows}
   if arc := [(info, scores) for info, scores in grids if _params(info).get("arc_task")]:
-    report["arc"] = {"tests": num_arc_tests, "sampled": len(arc), "score": None}
+    without = ("solved", "tasks", "left_out", "attempts", "score", "interval")
+    report["arc"] = {"tests": num_arc_tests, "sampled": len(arc), **dict.fromkeys(without)}
     if len(arc) == num_arc_tests:
       report["arc"] |= _score_arc(arc, num_left_out)
   return report
@@ -187,7 +188,7 @@ def describe_arc(arc: Mapping[str, Any]) -> str:
   if arc["score"] is None:
     return (
       f"ARC: {arc['sampled']} of {arc['tests']} tests were sampled, and the benchmark's score is of all: "
-      f"--config.eval.sentences_per_case={arc['tests']} samples them."
+      f"--config.eval.sentences_per_case={arc['tests']} samples those that can be used."
     )
   low, high = arc["interval"]
   left_out = f"; {arc['left_out']} of them do not fit the canvas and count as unsolved" if arc["left_out"] else ""

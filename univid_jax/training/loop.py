@@ -240,6 +240,7 @@ def open_loader(run: Run) -> Loader:
     weights=list(data.weights.values()),
     allow_dropped=config.data.allow_dropped,
     shares_rows=any(len(each) > 1 for each in owners),
+    num_owners=len(owners),
   )
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import optax
 from etils import epath
 from flax import nnx
@@ -237,9 +238,10 @@ def check_precision(config: RunConfig) -> None:
     )
   if model.param_dtype != "float32" and not config.lora.enabled:
     log.warning(
-      "config.model.param_dtype = %s, and all weights are trained: an update that is smaller than about a 400th of its "
+      "config.model.param_dtype = %s, and all weights are trained: an update that is smaller than about a %dth of its "
       "weight is lost; in float32 it is not",
       model.param_dtype,
+      round(3 / float(jnp.finfo(model.param_dtype).eps)),
     )
 
 

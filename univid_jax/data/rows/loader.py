@@ -43,6 +43,10 @@ _LIMITS: Mapping[Unit, str] = {
 MAX_DROPPED_IN_A_ROW = 1000
 
 
+class TooLongError(UserError):
+  """A sentence does not fit into a row."""
+
+
 @runtime_checkable
 class MakeFeatures(Protocol):
   """Encodes sentences; `FeatureMaker` in a run."""
@@ -73,6 +77,7 @@ def make_loader(
   weights: Sequence[float] | None = None,
   allow_dropped: bool = False,
   shares_rows: bool = False,
+  num_owners: int = 1,
 ) -> "Loader":
   """Returns an endless, deterministic stream of this process's rows of each batch.
 
@@ -92,16 +97,15 @@ def make_loader(
     stream_processes: whether each stream is made in a process of its own; sources and encoder must be picklable.
     weights: how often each source is drawn; equal by default.
     allow_dropped: leave out sentences that cannot be used, and log each once, instead of stopping.
-    shares_rows: whether other processes make the same rows. None of them then leaves out what cannot be read, as
-      another one may have read it: that is read once more, and then raised.
+    shares_rows: whether other processes make the same rows. Processes that do, or read the same stream, leave out no
+      sentence that another one may have read: it is read once more, and what is wrong then raised.
+    num_owners: processes, or groups of those that share rows, that make the rows of a batch.
 
   Raises:
     UserError: the streams do not divide; or, from the iterator, a sentence cannot be used: one of its clips cannot be
       read, or it is too long for a row. The message names the record and the file.
   """
   capacities = row_shape.capacities(feature_names(make_features.shape))
-  encode = functools.partial(EncodedSource, allow_dropped=allow_dropped, shares_rows=shares_rows)
-  encoded = [encode(source, make_features, capacities) for source in sources]
   read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=SENTENCE_BUFFER)
   layout = layout or BatchLayout(num_rows=rows_per_batch)
   pack = functools.partial(
@@ -109,6 +113,9 @@ def make_loader(
   )
 
   def open_stream(index: int, count: int, num_rows: int) -> grain.DatasetIterator[PackedRow]:
+    is_shared = shares_rows or count % num_owners > 0
+    encode = functools.partial(EncodedSource, allow_dropped=allow_dropped, is_shared=is_shared)
+    encoded = [encode(source, make_features, capacities) for source in sources]
     sentences = mix_sources(encoded, weights or [1.0] * len(encoded), seed=seed, index=index, count=count)
     batches = pack(
       sentences.to_iter_dataset(read_options), layout=layout.part(num_rows), num_bins=num_packing_bins or 2 * num_rows
@@ -226,7 +233,8 @@ class EncodedSource:
     source: of the sentences.
     make_features: encodes them.
     capacities: of a row, by feature.
-    allow_dropped, shares_rows: see `make_loader`.
+    allow_dropped: see `make_loader`.
+    is_shared: whether other processes read the same stream.
   """
 
   def __init__(
@@ -236,10 +244,10 @@ class EncodedSource:
     capacities: Mapping[str, int],
     *,
     allow_dropped: bool,
-    shares_rows: bool,
+    is_shared: bool,
   ):
     self._source, self._make_features, self._capacities = source, make_features, capacities
-    self._allow_dropped, self._shares_rows = allow_dropped, shares_rows
+    self._allow_dropped, self._is_shared = allow_dropped, is_shared
     self._reported: set[str] = set()
     self._dropped_in_a_row = 0
 
@@ -248,7 +256,7 @@ class EncodedSource:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray] | None:
     found = self._encode(index)
-    if isinstance(found, _Unusable) and self._shares_rows:
+    if isinstance(found, _Unusable) and self._is_shared:
       found = self._encode(index)
     if not isinstance(found, _Unusable):
       self._dropped_in_a_row = 0
@@ -257,9 +265,9 @@ class EncodedSource:
     record, error = found.record, found.error
     if not self._allow_dropped or self._dropped_in_a_row > MAX_DROPPED_IN_A_ROW:
       raise UserError(f"{record} cannot be used: {error}") from error
-    if self._shares_rows and _is_about_reading(error):
+    if self._is_shared and not isinstance(error, TooLongError):
       raise UserError(
-        f"{record} cannot be used: {error}; it is not dropped, as another process that makes the same rows may have "
+        f"{record} cannot be used: {error}; it is not dropped, as another process that reads the same stream may have "
         "read it"
       ) from error
     if str(error) not in self._reported:  # once for each file, not for each sentence with it
@@ -286,14 +294,6 @@ class _Unusable:
   error: UserError | OSError
 
 
-def _is_about_reading(error: BaseException) -> bool:
-  """Returns whether an error is that of a file system, which may pass, or what became of one."""
-  cause: BaseException | None = error
-  while cause is not None and not isinstance(cause, OSError):
-    cause = cause.__cause__
-  return cause is not None
-
-
 def make_fitting(sentence: Sentence, make_features: MakeFeatures, capacities: Mapping[str, int]) -> Features:
   """Encodes a sentence that fits into a row.
 
@@ -304,7 +304,8 @@ def make_fitting(sentence: Sentence, make_features: MakeFeatures, capacities: Ma
 
   Raises:
     CacheWriteError: a cache cannot be written, for which the sentence is not to blame.
-    OSError, UserError: a clip cannot be read, or the sentence does not fit.
+    OSError, UserError: a clip cannot be read.
+    TooLongError: the sentence does not fit.
   """
   features = make_features(sentence)
   check_lengths(sentence, {name: len(values) for name, values in features.arrays().items()}, capacities)
@@ -320,12 +321,12 @@ def check_lengths(sentence: Sentence, lengths: Mapping[str, int], capacities: Ma
     capacities: of a row, by name.
 
   Raises:
-    UserError: it does not fit; the message names the config's key.
+    TooLongError: it does not fit; the message names the config's key.
   """
   for name, capacity in capacities.items():
     key = _LIMITS.get(UNITS[name])
     if key and lengths.get(name, 0) > capacity:
-      raise UserError(
+      raise TooLongError(
         f"a sentence (task {sentence.task or 'unnamed'}, context {sentence.context or 'unnamed'}) has "
         f"{lengths[name]} {name}, but a row holds only config.rows.{key} = {capacity}"
       )

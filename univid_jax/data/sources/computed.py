@@ -152,7 +152,7 @@ class ComputedSentences:
       zip(self._draw_clips(rng, plan.num_clips // 2), lengths[::2], lengths[1::2])
     ):
       clip = source.clip(index, rng, num_frames=length, size=self.size)
-      options = {"num_frames": target_length} if task.animates else {"pair": number} if task.varies else {}
+      options = ({"num_frames": target_length} if task.animates else {}) | ({"pair": number} if task.varies else {})
       target = from_unit(task.apply(to_unit(clip), **params, **options))
       pairs.append((target, clip) if task.restores else (clip, target))
     reverse = task.reversible and rng.random() < self.reverse_probability

@@ -14,10 +14,10 @@ from univid_jax.data.sources.base import DrawOptions, draw, group_indices, hold_
 from univid_jax.data.target_kinds import resampling
 
 
-def forms_of_pairs(form: ClipFormat, kind: TargetKind, num_clips: int) -> list[ClipFormat]:
-  """Returns the form of each clip of A, A', B, B', ...: every second one, and the last, is resized as its kind asks."""
+def forms_of_pairs(form: ClipFormat, kind: TargetKind, roles: Sequence[Role]) -> list[ClipFormat]:
+  """Returns the form of each clip: that of every second one, and of targets, resizes them as their kind asks."""
   target = dataclasses.replace(form, resample=resampling(kind))
-  return [target if index % 2 or index == num_clips - 1 else form for index in range(num_clips)]
+  return [target if index % 2 or role == Role.TARGET else form for index, role in enumerate(roles)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,7 @@ def draw_noise(rng: np.random.Generator) -> Params:
   return {"strength": float(rng.uniform(0.05, 0.25)), "seed": int(rng.integers(2**31))}
 
 
-def add_noise(clip: UnitClip, *, strength: float, seed: int, pair: int) -> UnitClip:
+def add_noise(clip: UnitClip, *, strength: float, seed: int, pair: int = 0) -> UnitClip:
   """Adds sensor noise: normal, independent in every pixel of every pair."""
   out = np.random.default_rng((seed, pair)).standard_normal(clip.shape, np.float32)
   out *= strength
@@ -74,7 +74,7 @@ def draw_rain(rng: np.random.Generator) -> Params:
   }
 
 
-def add_rain(clip: UnitClip, *, count: int, slant: float, strength: float, seed: int, pair: int) -> UnitClip:
+def add_rain(clip: UnitClip, *, count: int, slant: float, strength: float, seed: int, pair: int = 0) -> UnitClip:
   """Adds bright streaks that fall from frame to frame, all at the same slant; where they are differs between pairs."""
   rng = np.random.default_rng((seed, pair))
   frames, height, width = clip.shape[:3]

@@ -117,12 +117,12 @@ def _make_record(
   clips, task = values["clips"], values.get("task", "")
   paths = [resolve_inside(root, clip["path"]) for clip in clips]
   form = form.for_shape(probe(paths[0]).size)  # one size for the whole sentence
-  forms = forms_of_pairs(form, kinds.get(task, TargetKind.IMAGE), len(clips))
-  footage = [open_footage(path, own, start=clip.get("start", 0)) for path, own, clip in zip(paths, forms, clips)]
   roles = tuple(_read_role(clip) for clip in clips)
   check_roles(len(clips), roles)
+  forms = forms_of_pairs(form, kinds.get(task, TargetKind.IMAGE), roles)
+  footage = [open_footage(path, own, start=clip.get("start", 0)) for path, own, clip in zip(paths, forms, clips)]
   prompt = "" if options.prompt == PromptStyle.NULL else values.get("prompt", "")
-  lengths = _read_lengths(clips, footage, form)
+  lengths = _read_lengths(clips, footage, roles, form)
   _check_pairs(clips, footage, roles, lengths)
   return Record(name, tuple(footage), roles, prompt, task, lengths)
 
@@ -147,11 +147,14 @@ def _read_role(clip: Mapping[str, Any]) -> Role:
   return Role[role.upper()]
 
 
-def _read_lengths(clips: Sequence[Mapping[str, Any]], footage: Sequence[Footage], form: ClipFormat) -> tuple[int, ...]:
+def _read_lengths(
+  clips: Sequence[Mapping[str, Any]], footage: Sequence[Footage], roles: Sequence[Role], form: ClipFormat
+) -> tuple[int, ...]:
   longest = [floor_clip_length(min(part.num_frames, form.num_frames)) for part in footage]
   lengths = []
   for index, (clip, part) in enumerate(zip(clips, footage)):
-    pair = slice(index // 2 * 2, index // 2 * 2 + 2)
+    first = index // 2 * 2
+    pair = slice(first, first + 2) if roles[first] == Role.CONTEXT else slice(index, index + 1)
     given = [count for other in clips[pair] if (count := other.get("num_frames", 1)) > 1 and is_clip_length(count)]
     shortest = min([longest[index], *(length for length in longest[pair] if length > 1)])
     count = clip.get("num_frames", given[0] if given and longest[index] > 1 else shortest)

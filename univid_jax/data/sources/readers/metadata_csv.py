@@ -130,6 +130,7 @@ def _make_record(name: str, path: Path, text: str, form: ClipFormat, kind: Targe
     raise UserError(
       f"{path} has {total} frames, {shortest} for each of its four clips, and {form.num_frames} are needed"
     )
-  forms = forms_of_pairs(form, kind, CLIPS_PER_FILE)
+  roles = reference_roles(CLIPS_PER_FILE)
+  forms = forms_of_pairs(form, kind, roles)
   footage = [file_footage(path, found, own, start=start, num_frames=shortest) for own, (start, _) in zip(forms, parts)]
-  return Record(name, tuple(footage), reference_roles(CLIPS_PER_FILE), text, "", None)
+  return Record(name, tuple(footage), roles, text, "", None)

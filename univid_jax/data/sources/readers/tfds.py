@@ -153,6 +153,8 @@ class _Feature:
     value = values[self.name]
     try:
       if isinstance(value, bytes):
+        if self.kind in _VALUES:
+          raise UserError(f"an mp4 holds pictures, not {self.kind}: {_AS_PICTURES.format(kind=self.kind)}")
         return _read_video(value, fps)
       return LoadedClip(to_frames(value, self.kind, self.depth_range))
     except UserError as error:
@@ -216,6 +218,9 @@ _VALUES: Mapping[TargetKind, tuple[str, tuple[type, ...], int]] = {
 }
 
 
+_AS_PICTURES = "set config.data.tfds.kind=image and the task in config.data.kinds to {kind}"
+
+
 def _draw_values(
   array: Shaped[np.ndarray, "T H W channels"], kind: TargetKind, depth_range: tuple[float, float]
 ) -> Frames:
@@ -228,7 +233,7 @@ def _draw_values(
   if not issubclass(array.dtype.type, types) or array.shape[-1] != channels:
     raise UserError(
       f"{expected} with {channels} channel{'s' * (channels > 1)}, got {array.dtype} with {array.shape[-1]}: convert "
-      f"them, or if they are pictures, set config.data.tfds.kind=image and the task in config.data.kinds to {kind}"
+      f"them, or if they are pictures, {_AS_PICTURES.format(kind=kind)}"
     )
   if kind == TargetKind.SEGMENTATION:
     return label_colors(array[..., 0].astype(np.int64))
