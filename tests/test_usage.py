@@ -27,10 +27,11 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.convert.commands import convert_any, inspect
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ClipFit, ContextTimestep, Quantize
+from univid_jax.core.options import Attention, ClipFit, ContextTimestep, Expert, Quantize
 from univid_jax.data.clips import ClipFormat
+from univid_jax.inference import lora_specs
 from univid_jax.inference.distillation_loras import read_distillation
-from univid_jax.inference.lora_specs import RequestedLoRA, lora_usage
+from univid_jax.inference.lora_specs import RequestedLoRA, lora_usage, read_loras
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.loop import train
 
@@ -291,3 +292,16 @@ def test_a_task_that_was_trained_without_a_prompt_changes_nothing_and_says_so(ca
   command.parse(["univid-sample", "--checkpoint=x", "--task=edges"])
   pipeline = types.SimpleNamespace(usage=dataclasses.replace(USAGE, prompts={"edges": ""}))
   assert flags.choose_prompt(pipeline) == "" and "--task=edges changes nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+  "asked, expected", [("high", ["high"]), ("low", ["low"]), ("both", ["high", "low"])], ids=["high", "low", "both"]
+)
+def test_each_expert_gets_its_own_lora_of_a_run_of_both(monkeypatch, asked, expected):
+  """A single one goes where it is sent."""
+  both = [make_lora(dataclasses.replace(USAGE, expert=Expert(name))) for name in ("high", "low")]
+  monkeypatch.setattr(lora_specs, "_read", lambda path, **options: both if path == "run" else both[:1])
+  found = read_loras({asked: "run"}, verify=True)
+  assert [(str(each.weights.usage.expert), each.expert) for each in found] == [(name, None) for name in expected]
+  (single,) = read_loras({asked: "file"}, verify=True)
+  assert str(single.expert) == asked

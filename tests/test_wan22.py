@@ -721,6 +721,8 @@ class TestTraining:
       load(experts[1], lora=str(tmp_path / "run")),
       load(experts[1], lora=converted),
       load(experts[1], accelerate=str(tmp_path / "run")),
+      load(experts[1], lora={"both": str(tmp_path / "run")}),
+      load(experts[1], lora=dict.fromkeys(("high", "low"), str(tmp_path / "run"))),
     ):
       for timestep in (900.0, 500.0):
         expected = predict(whole, timestep)

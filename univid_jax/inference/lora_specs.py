@@ -58,11 +58,19 @@ def read_loras(
   if unknown := set(lora) - set(LORA_EXPERTS):
     raise UserError(f"LoRAs by expert have the keys {', '.join(LORA_EXPERTS)}, got {', '.join(map(str, unknown))}")
   return [
-    RequestedLoRA(each, weight, TrainedExpert(expert))
+    request
     for expert, specs in lora.items()
     for path, weight in _parse(specs)
-    for each in read(path)
+    for request in _request(read(path), weight, TrainedExpert(expert))
   ]
+
+
+def _request(loras: Sequence[LoRAWeights], weight: float, expert: TrainedExpert) -> list[RequestedLoRA]:
+  """Asks for a LoRA for an expert; of those of a run of both experts, for its own."""
+  if len(loras) == 1:
+    return [RequestedLoRA(loras[0], weight, expert)]
+  wanted = [str(part) for part in expert.parts]
+  return [RequestedLoRA(lora, weight) for lora in loras if lora.usage and str(lora.usage.expert) in wanted]
 
 
 def _read(path: str, *, verify: bool, step: int | None) -> list[LoRAWeights]:
