@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from unittest import mock
 
 import grain
 import jax
@@ -25,8 +26,10 @@ from univid_jax.checkpoints.trained import find_step
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import OnDamaged
+from univid_jax.data.rows.loader import Loader
 from univid_jax.inference.load import load_pipeline
-from univid_jax.training.loop import train
+from univid_jax.training.loop import restore_or_create_state, train
+from univid_jax.training.setup import Run
 
 
 class Stream:
@@ -211,9 +214,17 @@ class TestProcesses:
 
   def test_all_must_find_the_same_checkpoints(self, workdir, monkeypatch):
     monkeypatch.setattr(saved, "count_distinct", lambda values: 2)
-    for step in (None, 4):
+    for step in (None, 4, 5, "best"):
       with pytest.raises(UserError, match=r"the processes find different checkpoints in .*: the workdir must be"):
         SavedCheckpoints(workdir).read(step, lambda folder: None)
+
+  def test_all_start_a_run_or_none(self, tmp_path, monkeypatch):
+    """A process that sees no checkpoint while others do must not begin with new weights."""
+    monkeypatch.setattr(saved, "count_distinct", lambda values: 2)
+    run = mock.Mock(spec=Run)
+    run.config = run.spec = None
+    with pytest.raises(UserError, match="the processes find different checkpoints"):
+      restore_or_create_state(run, Checkpointer(tmp_path), mock.Mock(spec=Loader))
 
 
 TWO_PROCESSES = """

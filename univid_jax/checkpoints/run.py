@@ -159,6 +159,14 @@ class Checkpointer:
     silence_orbax()
     return ocp.CheckpointManager(self._saved.parent, options=options, item_names=("model", "training", "data"))
 
+  def has_any(self) -> bool:
+    """Returns whether there is a finished checkpoint; all processes of a run must call it.
+
+    Raises:
+      UserError: the processes find different checkpoints.
+    """
+    return bool(self._saved.agree_on_steps())
+
   @property
   def latest_step(self) -> int | None:
     """The step of the newest finished checkpoint."""

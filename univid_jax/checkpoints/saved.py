@@ -132,16 +132,11 @@ class SavedCheckpoints:
         cannot be read although it is intact.
       DamagedError: the checkpoint is damaged for one of the processes; or all are, if `step` is None.
     """
-    steps = list(reversed(self.steps)) if step is None else [self._find(step)]
-    if count_distinct([str(steps)]) > 1:
-      raise UserError(
-        f"the processes find different checkpoints in {self.workdir}, this one those of the steps {steps}: the workdir "
-        "must be the same folder for all; if a run is writing to it, start again"
-      )
     if step is not None:
-      return steps[0], self._read(steps[0], read)
+      found = self._find(step)
+      return found, self._read(found, read)
     damaged: list[DamagedError] = []
-    for found in steps:
+    for found in reversed(self.agree_on_steps()):
       try:
         value = self._read(found, read)
       except DamagedError as error:
@@ -158,7 +153,34 @@ class SavedCheckpoints:
     advice = "no older checkpoint is intact: restore one from a copy, or train in another --workdir"
     raise DamagedError(damaged[0].folder, damaged[0].damage, advice) from damaged[0]
 
+  def agree_on_steps(self) -> list[int]:
+    """Returns the steps of all finished checkpoints, ascending; all processes of a run must call it.
+
+    Raises:
+      UserError: the processes find different ones.
+    """
+    steps = self.steps
+    self._agree(steps, f"this one those of the steps {steps}")
+    return steps
+
+  def _agree(self, found: object, description: str) -> None:
+    if count_distinct([repr(found)]) > 1:
+      raise UserError(
+        f"the processes find different checkpoints in {self.workdir}, {description}: the workdir must be the same "
+        "folder for all; if a run is writing to it, start again"
+      )
+
   def _find(self, step: int | str) -> int:
+    """Returns the number of a step that was asked for, the same for all processes."""
+    try:
+      found = self._find_alone(step)
+    except (FileNotFoundError, UserError) as error:
+      self._agree("none", "this one none that was asked for")
+      raise error
+    self._agree(found, f"this one that of step {found}")
+    return found
+
+  def _find_alone(self, step: int | str) -> int:
     if step == "best":
       best = self.find_best()
       if best is None:

@@ -251,7 +251,7 @@ def restore_or_create_state(run: Run, checkpointer: Checkpointer, loader: Loader
     UserError: the checkpoint belongs to another config, or cannot be restored.
   """
   config, spec = run.config, run.spec
-  if checkpointer.latest_step is not None:
+  if checkpointer.has_any():
     abstract = spec.abstract
     model, training = checkpointer.restore(model=abstract.model_item, training=abstract.training_items, data=loader)
     state = TrainState.from_items(model, training, ema=abstract.ema is not None)
