@@ -294,6 +294,16 @@ class TestPairs:
       forms = {pair.target.form.resample for pair in open_data(config).sources["pairs"].pairs if pair.task == name}
       assert forms == {resample}
 
+  def test_kinds_of_tasks_that_do_not_exist_are_reported(self, pairs, metadata, caplog):
+    data = {"data.pairs": str(pairs), "data.kinds": {"edges": "edges", "dept map": "depth"}}
+    open_data(override(tiny(), data))
+    assert "config.data.kinds names dept map, but your tasks are depth map, edges" in caplog.text
+    caplog.clear()
+    open_data(override(tiny(), data | {"data.kinds": {"edges": "edges"}}))
+    assert not caplog.text
+    open_data(override(tiny(), {"data.metadata": str(metadata), "data.kinds": {"depth": "depth"}}))
+    assert "config.data.kinds names depth, but your records have no task: their key is ''" in caplog.text
+
   def test_unusable_pairs_are_named(self, pairs):
     (pairs / "edges" / "c" / "target.jpg").unlink()
     shutil.copy(pairs / "depth map" / "a" / "source.mp4", pairs / "depth map" / "a" / "source.mov")

@@ -104,6 +104,7 @@ def open_data(config: RunConfig) -> DataSources:
     opened["computed"] = _Opened(*source.split(data.held_out), dropped)
   if "grids" in kinds:
     opened["grids"] = _Opened(*GridSentences.open(config).split(data.held_out), [])
+  _warn_of_unknown_tasks(data, opened)
   return DataSources(
     sources={name: each.training for name, each in opened.items() if len(each.training)},
     weights={name: getattr(data.weights, name) for name, each in opened.items() if len(each.training)},
@@ -190,6 +191,18 @@ def _open_listed(config: RunConfig, kinds: Collection[str]) -> dict[str, _Opened
     else:
       opened["tfds"] = _hold_out("tfds", source, dropped, data.held_out)
   return opened
+
+
+def _warn_of_unknown_tasks(data: DataConfig, opened: Mapping[str, _Opened]) -> None:
+  """Warns of kinds for tasks that no record has: a misspelt name has its labels mixed by resizing."""
+  own = [opened[name] for name in ("metadata", "pairs", "manifest", "tfds") if name in opened]
+  names = {name for each in own for source in (each.training, each.held_out) for name in source.task_names}
+  if unknown := sorted(set(data.kinds) - names - {""}):
+    log.warning(
+      "config.data.kinds names %s, but %s",
+      " and ".join(unknown),
+      f"your tasks are {', '.join(sorted(names))}" if names else "your records have no task: their key is ''",
+    )
 
 
 def _open_arc(config: RunConfig) -> _Opened:
