@@ -195,7 +195,7 @@ def test_reference_roles():
 
 @pytest.mark.parametrize("steps, shift", [(1, 3.0), (2, 5.0), (3, 5.0), (12, 3.0)])
 def test_unipc_equals_diffusers(steps, shift):
-  """On a velocity that depends on place and time, against UniPCMultistepScheduler with flow sigmas."""
+  """On a velocity that depends on place and timestep, against UniPCMultistepScheduler with flow sigmas."""
   torch = pytest.importorskip("torch", reason="needs the extra `parity`")
   diffusers = pytest.importorskip("diffusers", reason="needs the extra `parity`")
   rng = np.random.default_rng(0)
@@ -209,10 +209,10 @@ def test_unipc_equals_diffusers(steps, shift):
   )
   scheduler.set_timesteps(steps)
   x = torch.from_numpy(noise)
-  for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas):
-    x = scheduler.step(velocity(x, float(sigma), torch), timestep, x, return_dict=False)[0]
+  for timestep in scheduler.timesteps:
+    x = scheduler.step(velocity(x, float(timestep) / 1000, torch), timestep, x, return_dict=False)[0]
   solver = UniPC()
   sigmas = solver.sigmas(FlowMatching(shift=shift), steps)
   np.testing.assert_allclose(sigmas, scheduler.sigmas[:-1], rtol=1e-5)
   ours = solve(solver, lambda x, sigma: velocity(x, sigma, jnp), noise[None], sigmas)[0]
-  assert relative_error(ours, x.numpy()) <= 1e-4
+  assert relative_error(ours, x.numpy()) <= 2e-5

@@ -1,6 +1,7 @@
 """Reading and writing LoRA files of every kind: names, alphas, PEFT's adapters, what is refused, exports, fuzzing."""
 
 import dataclasses
+import functools
 import json
 import re
 import warnings
@@ -127,6 +128,42 @@ class TestAlpha:
     tensors = {f"{Q}.lokr_w1": ones(2, 2), f"{Q}.lokr_w2": ones(4, 3), f"{Q}.alpha": np.array(2.0)}
     lora = lora_from(tensors | {"lokr_factor": np.array(-1)})
     assert np.array_equal(weight_change(lora.changes["blocks.0.self_attn.q.weight"]), 0.5 * ones(8, 6))
+
+  @pytest.mark.parametrize("whole_w2", [False, True])
+  def test_musubi_gets_whole_first_factors(self, whole_w2):
+    """Its `merge_weights_to_tensor` skips modules without `lokr_w1`, and takes the scale 1 if `lokr_w2` is whole."""
+    rng = np.random.default_rng(0)
+    w1 = {"lokr_w1_a": rng.normal(size=(2, 1)), "lokr_w1_b": rng.normal(size=(1, 2))}
+    w2 = {"lokr_w2_a": rng.normal(size=(4, 2)), "lokr_w2_b": rng.normal(size=(2, 3))}
+    w2 = {"lokr_w2": w2["lokr_w2_a"] @ w2["lokr_w2_b"]} if whole_w2 else w2
+    tensors = {f"{Q}.{name}": value.astype(np.float32) for name, value in (w1 | w2).items()}
+    lora = lora_from(tensors | {f"{Q}.alpha": np.array(3.0)})
+    written = lora_tensors(lora, "musubi")
+    module = "lora_unet_blocks_0_self_attn_q."
+    w2_names = {"lokr_w2"} if whole_w2 else {"lokr_w2_a", "lokr_w2_b", "alpha"}
+    assert written.keys() == {module + name for name in {"lokr_w1"} | w2_names}
+    change = np.kron(written[module + "lokr_w1"], functools.reduce(np.matmul, w2.values()))
+    scale = 1 if whole_w2 else 3.0 / 2
+    expected = weight_change(lora.changes["blocks.0.self_attn.q.weight"])
+    np.testing.assert_allclose(scale * change, expected, rtol=1e-5, atol=1e-6)
+
+  def test_musubi_gets_one_kind_per_file(self):
+    """Its `detect_network_type` takes all changes for those of the first kind that it finds."""
+    tensors = {f"{Q}.lokr_w1": ones(2, 2), f"{Q}.lokr_w2": ones(4, 3), **pair("blocks.1.self_attn.q")}
+    with pytest.raises(UserError, match="musubi, which applies one kind of change per file: 1 LoKr, 1 low-rank"):
+      lora_tensors(lora_from(tensors), "musubi")
+    assert FORMATS["musubi"].metadata(lora_from(pair())) == {
+      "ss_network_module": "networks.lora_wan",
+      "ss_network_dim": "2",
+      "ss_network_alpha": "2",
+    }
+    lokr = lora_from({f"{Q}.lokr_w1": ones(2, 2), f"{Q}.lokr_w2": ones(4, 3)})
+    assert FORMATS["musubi"].metadata(lokr)["ss_network_module"] == "networks.lokr"
+
+  def test_dora_for_comfyui_has_a_note(self, tmp_path):
+    for shape, expected in (((8, 1), "1 DoRA changes have a magnitude per output channel"), ((1, 6), "")):
+      note = write_lora(tmp_path / "lora.safetensors", lora_from(pair(dora_scale=ones(*shape))), "comfyui")
+      assert note.startswith(expected) and bool(note) == bool(expected)
 
   def test_written_as_a_scalar(self):
     """Of shape (), which every reader accepts."""

@@ -223,13 +223,18 @@ class TestEdges:
     best = 2 * 24 / (12 + 12 + 24)
     found = edge_metrics(counts)
     assert found["ods"] == pytest.approx(f.max(), abs=1e-6) and found["ois"] == pytest.approx(best, abs=1e-6)
-    assert 0 < found["ap"] <= 1
+    # Precision at the lowest threshold of each recall; above 0.9 nothing is found, at precision 0.
+    area = np.interp(np.linspace(0, 1, 101), [0, 12 / 24, 24 / 24], [0, 12 / 18, 24 / 32]).sum() / 100
+    assert found["ap"] == pytest.approx(area, abs=1e-6)
 
   def test_known_values(self):
     truth = np.zeros((10, 10), bool)
     truth[4, 1:9] = True
     perfect = edge_metrics([edge_counts(truth.astype(float), truth)])
-    assert perfect == pytest.approx({"ods": 1, "ois": 1, "ap": 1})
+    assert perfect == pytest.approx({"ods": 1, "ois": 1, "ap": 0}), "precision is known at one recall alone"
+    gradual = truth * np.linspace(0.3, 0.95, 10)  # recalls from 1/8 to 1 with precision 1, and 0 with precision 0
+    area = sum(min(recall / 12.5, 1) for recall in range(101)) / 100
+    assert edge_metrics([edge_counts(gradual, truth)])["ap"] == pytest.approx(area, abs=1e-6)
     assert edge_metrics([edge_counts(np.zeros((10, 10)), truth)])["ods"] == 0
     assert math.isnan(edge_metrics([])["ods"])
 

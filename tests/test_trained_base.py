@@ -13,11 +13,13 @@ from tests.helpers import parameters
 from univid_jax.checkpoints import built_in
 from univid_jax.checkpoints.built_in import BUILT_IN, locate
 from univid_jax.checkpoints.info import is_checkpoint, read_info
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.run import RunRecord, write_run
 from univid_jax.cli.verification import verify
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import small
 from univid_jax.convert.commands import convert_any, inspect
+from univid_jax.convert.release_configs import scheduler_config
 from univid_jax.core.errors import UserError
 from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.tasks.grids.base import GridSplit
@@ -32,7 +34,7 @@ def trained(tmp_path_factory, tiny_config):
   """The workdir of a model trained from scratch, and the base written of it."""
   root = tmp_path_factory.mktemp("trained")
   config = override(
-    tiny_config, {"validation.every_steps": 0, "eval.sentences_per_case": 0, "model.clip_gap": 2, "flow.shift": 3.0}
+    tiny_config, {"validation.every_steps": 0, "eval.sentences_per_case": 0, "model.clip_gap": 2, "flow.shift": 4.0}
   )
   train(config, str(root / "run"))
   convert_any(str(root / "run"), str(root / "base"))
@@ -48,8 +50,9 @@ def test_a_base_is_the_run_it_was_written_of(trained):
   run, base = load_pipeline(str(root / "run")), load_pipeline(str(root / "base"))
   jax.tree.map(np.testing.assert_array_equal, flat(run), flat(base))
   assert run.encoders.codec == base.encoders.codec and run.config == base.config
-  assert (base.usage.clip_gap, base.usage.shift, base.usage.sizes) == (2, 3.0, ((16, 16),))
+  assert (base.usage.clip_gap, base.usage.shift, base.usage.sizes) == (2, 4.0, ((16, 16),))
   assert run.usage == base.usage
+  assert scheduler_config(PretrainedCheckpoint(str(root / "base")))["flow_shift"] == 4.0
 
 
 def test_loras_are_trained_on_it_and_applied_to_it(trained, tmp_path):

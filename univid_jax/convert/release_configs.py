@@ -179,13 +179,13 @@ def _transformers_text_encoder(config: UMT5Config) -> dict[str, Any]:
 
 
 def scheduler_config(checkpoint: PretrainedCheckpoint) -> dict[str, Any]:
-  """Returns the scheduler_config.json of diffusers' pipeline."""
+  """Returns the scheduler_config.json of diffusers' pipeline, with the shift of training if the model was trained."""
   is_ti2v = checkpoint.has("transformer") and checkpoint.config("transformer").model_type == ModelType.TI2V
   return {
     "_class_name": "UniPCMultistepScheduler",
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
-    "flow_shift": 5.0 if is_ti2v else 3.0,
+    "flow_shift": checkpoint.usage.shift if checkpoint.usage else 5.0 if is_ti2v else 3.0,
     "num_train_timesteps": 1000,
   }
 

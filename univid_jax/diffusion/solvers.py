@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -61,7 +62,8 @@ class UniPC:
   """UniPC of order 2 for flows (Zhao et al. 2023), equal to diffusers' UniPCMultistepScheduler.
 
   Each step corrects the last one with the new prediction, then predicts the next. Both are weighted sums of known
-  values; the weights depend on the noise levels alone.
+  values; the weights depend on the noise levels alone. The model gets whole timesteps, as there. Wan's own code spaces
+  the levels slightly differently, from 0.999 to 0 before the shift.
   """
 
   def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Float[np.ndarray, "i"]:
@@ -79,7 +81,7 @@ class UniPC:
   def step(self, predict: VelocityFn, state: UniPCState, sigma: Number, coefficients: Weights) -> UniPCState:
     x, last, before, earlier = state
     c, a = coefficients[:5], coefficients[5:]
-    clean = x - sigma * predict(x, sigma)
+    clean = x - sigma * predict(x, jnp.floor(sigma * NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS)
     corrected = c[0] * x + c[1] * last + c[2] * before + c[3] * earlier + c[4] * clean
     return UniPCState(a[0] * corrected + a[1] * clean + a[2] * before, corrected, clean, before)
 

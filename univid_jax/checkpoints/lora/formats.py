@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +32,32 @@ def _to_underscores(module: str) -> str:
   return module.replace(".", "_")
 
 
+def _as_it_is(change: Change) -> Change:
+  return change
+
+
+def _with_whole_w1(change: Change) -> Change:
+  return change.with_whole_w1() if isinstance(change, LoKrLayer) else change
+
+
+_MUSUBI_MODULES: Mapping[type[Change], str] = {LoRALayer: "lora_wan", LoHaLayer: "loha", LoKrLayer: "lokr"}
+
+
+def _no_metadata(lora: LoRAWeights) -> dict[str, str]:
+  del lora
+  return {}
+
+
+def _musubi_metadata(lora: LoRAWeights) -> dict[str, str]:
+  modules = {_MUSUBI_MODULES[type(change)] for change in lora.changes.values()} or {"lora_wan"}
+  rank_and_alpha = lora.file_metadata({})
+  return {
+    "ss_network_module": f"networks.{modules.pop()}",
+    "ss_network_dim": rank_and_alpha["rank"],
+    "ss_network_alpha": rank_and_alpha["alpha"],
+  }
+
+
 class Alpha(enum.Enum):
   """How a format stores alpha, so that its reader applies the right scale."""
 
@@ -50,8 +76,10 @@ class LoRAFormat:
     down, up: endings of the names of the two matrices.
     alpha: how alpha is stored.
     kinds: of changes that its readers apply; others are refused.
+    one_kind: whether its readers apply the changes of one kind alone, those of the first that they find.
+    adapt: converts a change to the form that its readers apply.
     suffixes: of files.
-    metadata: additional header entries; values may refer to those of `LoRAWeights.file_metadata`, as in "{rank}".
+    metadata: returns additional header entries.
   """
 
   prefix: str = ""
@@ -60,8 +88,10 @@ class LoRAFormat:
   up: str = ".lora_B.weight"
   alpha: Alpha
   kinds: tuple[type[Change], ...] = (LoRALayer,)
+  one_kind: bool = False
+  adapt: Callable[[Change], Change] = _as_it_is
   suffixes: tuple[str, ...] = (".safetensors",)
-  metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  metadata: Callable[[LoRAWeights], Mapping[str, str]] = _no_metadata
 
   def can_express(self, change: Change) -> bool:
     inner = change.change if isinstance(change, DoRALayer) else change
@@ -73,6 +103,7 @@ class LoRAFormat:
 
   def tensors(self, tensor: str, change: Change, dtype: str | None = None) -> dict[str, np.ndarray]:
     """Returns the named tensors of the change of one tensor, in a dtype or else in their own."""
+    change = self.adapt(change)
     stored = change.astype(dtype) if dtype else change
     name = self.module_name(tensor)
     endings = {"down": self.down, "up": self.up, "diff": ".diff_b" if tensor.endswith(".bias") else ".diff"}
@@ -106,7 +137,9 @@ FORMATS: Mapping[str, LoRAFormat] = {
     up=".lora_up.weight",
     alpha=Alpha.ALWAYS,
     kinds=(LoRALayer, LoHaLayer, LoKrLayer),
-    metadata={"ss_network_module": "networks.lora_wan", "ss_network_dim": "{rank}", "ss_network_alpha": "{alpha}"},
+    one_kind=True,
+    adapt=_with_whole_w1,
+    metadata=_musubi_metadata,
   ),
 }
 
@@ -137,6 +170,12 @@ def lora_tensors(lora: LoRAWeights, to: str, *, dtype: str | None = None) -> dic
   if refused:
     reasons = "; ".join(f"{len(tensors)} {kind} ({list_names(tensors)})" for kind, tensors in refused.items())
     raise UserError(f"{lora.source} cannot be written as {to}, which has no form for some of its changes: {reasons}")
+  by_kind = Counter(change.kind for change in lora.changes.values())
+  if file_format.one_kind and len(by_kind) > 1:
+    counts = ", ".join(f"{count} {kind}" for kind, count in by_kind.items())
+    raise UserError(
+      f"{lora.source} cannot be written as {to}, which applies one kind of change per file: {counts}"
+    )
   out: dict[str, np.ndarray] = {}
   with np.errstate(all="ignore"):
     for tensor, change in sorted(lora.changes.items()):
@@ -181,7 +220,7 @@ def write_lora(
     dtype: of the written tensors but alpha; by default their own, or float32 where that would round what is folded.
 
   Returns:
-    How folding alpha changed tensors, in one line; "" if it did not.
+    What differs from the LoRA that was read, or will where the file is used, in one line; "" if nothing does.
 
   Raises:
     UserError: the format is unknown, its files have another suffix, or a file needs PyTorch, which is not installed.
@@ -189,7 +228,7 @@ def write_lora(
   path, file_format = epath.Path(path), find_format(to)
   check_suffix(path, to)
   tensors = lora_tensors(lora, to, dtype=dtype)
-  note = _describe_folding(lora, file_format, tensors)
+  note = "; ".join(filter(None, (_describe_folding(lora, file_format, tensors), _describe_dora(lora))))
   entries = {**lora.file_metadata(metadata or {}), **SCALE_OF_ONE, SEAL: OPEN_SEAL}
   if path.suffix.lower() == ".ckpt":
     require_torch(path)
@@ -199,9 +238,8 @@ def write_lora(
       write_sidecar(sidecar, entries)
       seal_file(sidecar, weights)
     return note
-  added = {key: value.format(**entries) for key, value in file_format.metadata.items()}
   with atomic_write(path) as weights:
-    save_safetensors(weights, tensors, metadata={**added, **entries})
+    save_safetensors(weights, tensors, metadata={**file_format.metadata(lora), **entries})
     seal_file(weights)
   return note
 
@@ -225,3 +263,14 @@ def _describe_folding(lora: LoRAWeights, file_format: LoRAFormat, tensors: Mappi
   if lost:
     return f"{names} rounds by {100 * (lost / total) ** 0.5:.2g} %"
   return f"{names} would round: {widened} of these tensors are float32" if widened else ""
+
+
+def _describe_dora(lora: LoRAWeights) -> str:
+  """Returns which changes ComfyUI, alone of those that read DoRA from files that are written, applies differently."""
+  count = sum(isinstance(change, DoRALayer) and change.axis == "out" for change in lora.changes.values())
+  if not count:
+    return ""
+  return (
+    f"{count} DoRA changes have a magnitude per output channel, as all of PEFT's: ComfyUI divides by the norms of the "
+    "weight without the change, so it applies them differently from PEFT and univid_jax"
+  )

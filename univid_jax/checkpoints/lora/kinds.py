@@ -196,10 +196,22 @@ class LoKrLayer(Change):
   def kernel_parts(self, weight: float) -> tuple[str, dict[str, np.ndarray]]:
     rank, alpha = self.rank_and_alpha or (1, 1.0)
     scale = weight * alpha / rank
-    w1, w2 = (
-      functools.reduce(np.matmul, [as_matrix(part).astype(np.float32) for part in f]) for f in (self.w1, self.w2)
-    )
+    w1, w2 = map(_multiply_out, (self.w1, self.w2))
     return "lokr", {"w1": w1.T * np.float32(scale), "w2": w2.T}
+
+  def with_whole_w1(self) -> "LoKrLayer":
+    """Returns the same change with `w1` whole, float32 if it was not; it contains the scale if `w2` is whole too."""
+    if len(self.w1) == 1:
+      return self
+    if len(self.w2) == 2:
+      return dataclasses.replace(self, w1=(_multiply_out(self.w1),))
+    rank, alpha = self.rank_and_alpha or (1, 1.0)
+    return dataclasses.replace(self, w1=(_multiply_out(self.w1) * np.float32(alpha / rank),), alpha=None)
+
+
+def _multiply_out(factor: tuple[np.ndarray, ...]) -> np.ndarray:
+  """Returns a whole or low-rank factor of LoKr as one matrix, float32."""
+  return functools.reduce(np.matmul, [as_matrix(part).astype(np.float32) for part in factor])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

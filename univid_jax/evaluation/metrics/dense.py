@@ -216,14 +216,15 @@ def edge_metrics(counts: Sequence[np.ndarray]) -> dict[str, float]:
   total = stacked.sum(axis=0)
   best = stacked[np.arange(len(stacked)), [int(np.argmax(_f_measure(c))) for c in stacked]].sum(axis=0)
   precision, recall = _precision_recall(total)
-  # As in the Berkeley benchmark: precision is interpolated between the thresholds' recalls, and 0 beyond the largest.
+  # As in the Berkeley benchmark (collect_eval_bdry.m): precision is interpolated between the recalls of the thresholds,
+  # and 0 outside of them, so that the AP of a map of one level, as of lines that are 0 or 1, is 0.
   recalls, first = np.unique(recall, return_index=True)
   grid = np.linspace(0, 1, 101)
-  interpolated = np.interp(grid, recalls, precision[first], left=precision[first][0], right=0)
+  interpolated = np.interp(grid, recalls, precision[first], left=0, right=0) if len(recalls) > 1 else np.zeros(101)
   return {
     "ods": float(_f_measure(total).max()),
     "ois": float(_f_measure(best[None])[0]),
-    "ap": float(interpolated.mean()),
+    "ap": float(interpolated.sum() / 100),
   }
 
 
