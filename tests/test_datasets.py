@@ -145,10 +145,27 @@ class TestMetadata:
 
   def test_missing_columns_and_tables(self, metadata):
     write_table(metadata, [("one.mp4", "x")], header=("file", "text"))
-    with pytest.raises(UserError, match="has no column file_name; its columns are file, text"):
+    with pytest.raises(UserError, match="has no column file_name; its columns are 'file', 'text'"):
       open_metadata(str(metadata), FORM, draw_options())
     with pytest.raises(FileNotFoundError, match="no such table"):
       open_metadata(str(metadata / "nowhere"), FORM, draw_options())
+
+  @pytest.mark.parametrize(
+    "header, message",
+    [
+      ("file_name, text", "its columns are 'file_name', ' text'$"),
+      ("file_name;text", "; fields are separated by commas"),
+    ],
+  )
+  def test_headers_are_shown_as_they_are(self, metadata, header, message):
+    (metadata / "metadata.csv").write_text(f"{header}\none.mp4,x\n", encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+      open_metadata(str(metadata), FORM, draw_options())
+
+  def test_empty_lines_before_the_header(self, metadata):
+    (metadata / "metadata.csv").write_text("\n\nfile_name,text\none é.mp4,x\n", encoding="utf-8")
+    source, dropped = open_metadata(str(metadata), FORM, draw_options())
+    assert not dropped and len(source.records) == 1
 
   def test_repeated_columns(self, metadata):
     """The last of them would count, or nothing where a line is shorter."""
@@ -161,13 +178,14 @@ class TestMetadata:
     write_video(metadata / "three.mp4", 24)
     write_table(metadata, [("one é.mp4",), ("two.mp4", "x", "", " "), ("three.mp4", "a cat", " a dog")])
     source, dropped = open_metadata(str(metadata), FORM, draw_options())
-    assert [(record.footage[0].path.name, record.prompt) for record in source.records] == [
-      ("one é.mp4", ""),
-      ("two.mp4", "x"),
-    ]
-    (left_out,) = dropped
+    assert [(record.footage[0].path.name, record.prompt) for record in source.records] == [("two.mp4", "x")]
+    cut_off, left_out = dropped
+    assert cut_off.reason == "the record ends before the column text: an empty text needs a comma before it"
     assert left_out.record == "metadata.csv line 4 (three.mp4)"
     assert "no column for ' a dog': a text with commas needs quotes" in left_out.reason
+    write_table(metadata, [("one é.mp4", "")])
+    source, dropped = open_metadata(str(metadata), FORM, draw_options())
+    assert not dropped and source.records[0].prompt == ""
 
   def test_a_quote_that_is_not_closed(self, metadata):
     """It swallowed the rest of the table."""
@@ -593,6 +611,8 @@ class TestManifest:
       ('"prompt": NaN', "prompt must be a string, got nan"),
       ('"prompt": ["x"]', "prompt must be a string, got ['x']"),
       ('"task": 7', "task must be a string, got 7"),
+      (r'"prompt": "\ud800"', "prompt has half of a surrogate pair"),
+      (r'"task": "\udfff x"', "task has half of a surrogate pair"),
       ('"task": "a", "task": "b"', "the key 'task' appears twice"),
       ('"context": "II"', "unknown key 'context'; there are clips, prompt, task"),
     ],

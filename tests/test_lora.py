@@ -1,5 +1,6 @@
 """LoRA: training as in the reference, merged and unmerged adapters, files of every format."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -20,16 +21,19 @@ from univid_jax.checkpoints.lora.reading import parse_lora, read_lora
 from univid_jax.checkpoints.lora.stacking import stack_loras, unstack_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo
+from univid_jax.checkpoints.usage import SOFTWARE, SOFTWARE_NAME, Usage
 from univid_jax.config.schema import LoRAConfig
 from univid_jax.convert.commands import convert_any
 from univid_jax.convert.layout import make_fills
 from univid_jax.convert.release_configs import diffusers_config
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import Expert, TrainedExpert
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.rows.packing import RowShape, pack
 from univid_jax.data.rows.tokens import patchify, sentence_features, unpatchify
 from univid_jax.diffusion.loss import NoiseLevels
 from univid_jax.inference.added_loras import add_loras
+from univid_jax.inference.lora_specs import RequestedLoRA, select_loras, warn_of_repetitions
 from univid_jax.models.dit import DiT
 from univid_jax.models.lora import LoRA, LoRAParam, attach, join, with_dropout_keys
 from univid_jax.models.names import name_to_diffusers
@@ -456,3 +460,35 @@ def test_diffusers_gives_the_same_output(base, tmp_path, caplog):
   ours = unpatchify(with_lora(base, [(read_lora(tmp_path / "lora.safetensors"), 1.0)], False)[0], (3, 4, 4), PATCH)
   assert relative_error(ours, np.moveaxis(out[0].numpy(), 0, -1)) <= 1e-4
   assert relative_error(ours, unpatchify(predict(nnx.graphdef(base), params)[0], (3, 4, 4), PATCH)) > 1e-2
+
+
+class TestSelection:
+  """Which transformers get which LoRAs, and what is said of it."""
+
+  @staticmethod
+  def request(trained_for, *, asked_for=None, seed=0):
+    metadata = {SOFTWARE: SOFTWARE_NAME, **Usage(expert=Expert(trained_for)).to_metadata()}
+    lora = dataclasses.replace(random_lora(seed=seed), metadata=metadata, source=f"{trained_for}.safetensors")
+    return RequestedLoRA(lora, 1.0, asked_for)
+
+  def test_experts_that_contradict_the_file_are_reported(self, caplog):
+    experts = [Expert.HIGH, Expert.LOW]
+    crossed = [self.request("high", asked_for=TrainedExpert.LOW), self.request("low", asked_for=TrainedExpert.HIGH)]
+    selected = select_loras(crossed, experts)
+    assert [[lora.weights.source for lora in each] for each in selected] == [["low.safetensors"], ["high.safetensors"]]
+    assert "high.safetensors is for the high-noise expert, but is used for the low-noise one" in caplog.text
+    assert "low.safetensors is for the low-noise expert, but is used for the high-noise one" in caplog.text
+    caplog.clear()
+    for asked_for in (None, TrainedExpert.HIGH, TrainedExpert.BOTH):
+      select_loras([self.request("high", asked_for=asked_for)], experts)
+    assert "but is used" not in caplog.text
+
+  def test_an_expert_s_lora_on_a_model_without_experts_is_reported(self, caplog):
+    assert len(select_loras([self.request("high")], [None])[0]) == 1
+    assert "high.safetensors was trained for the high-noise expert, the model is not one of two" in caplog.text
+
+  def test_repetitions_are_reported(self, caplog):
+    warn_of_repetitions([self.request("high"), self.request("low", seed=1)])
+    assert not caplog.text
+    warn_of_repetitions([self.request("high"), self.request("low")])
+    assert "high.safetensors and low.safetensors are the same LoRA: it is applied twice" in caplog.text

@@ -52,7 +52,7 @@ def test_a_base_is_the_run_it_was_written_of(trained):
   assert run.encoders.codec == base.encoders.codec and run.config == base.config
   assert (base.usage.clip_gap, base.usage.shift, base.usage.sizes) == (2, 4.0, ((16, 16),))
   assert run.usage == base.usage
-  assert scheduler_config(PretrainedCheckpoint(str(root / "base")))["flow_shift"] == 4.0
+  assert scheduler_config(PretrainedCheckpoint.open(str(root / "base")))["flow_shift"] == 4.0
 
 
 def test_loras_are_trained_on_it_and_applied_to_it(trained, tmp_path):

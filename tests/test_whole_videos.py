@@ -1,16 +1,19 @@
 """Whole videos from files: length, rate, size and sound are those of the query; a killed command is resumed."""
 
 import dataclasses
+import io
 import json
 import pkgutil
 import re
 import signal
 from pathlib import Path
+from unittest import mock
 
 import av
 import jax
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from tests.commands import finish, start_python
 from tests.helpers import random_pipeline
@@ -19,6 +22,7 @@ from tests.test_writer import write_video_with_sound
 from univid_jax.cli.flags import UsageError
 from univid_jax.cli.requests import RequestRunner
 from univid_jax.cli.sampling import Request, plan_requests
+from univid_jax.cli.whole_videos import _RemainingTime
 from univid_jax.config.boundary import override
 from univid_jax.core.options import ClipFit
 from univid_jax.data.media.reader import read_clip
@@ -302,3 +306,25 @@ def test_seams(tiny_config):
       (borders if group in starts else inside).append(changes[4 * group])
   assert len(borders) > 20 and len(inside) > 20
   assert np.mean(borders) == pytest.approx(np.mean(inside), rel=0.1)
+
+
+class TestRemainingTime:
+  @staticmethod
+  def run(monkeypatch, caplog, reports, total):
+    """Reports steps at given seconds; returns what was said."""
+    clock = [0.0]
+    monkeypatch.setattr("univid_jax.cli.whole_videos.time", mock.Mock(monotonic=lambda: clock[0]))
+    remaining = _RemainingTime(tqdm(total=total, file=io.StringIO()), None)
+    with caplog.at_level("INFO", "univid_jax"):
+      for taken, clock[0] in reports:
+        remaining(taken)
+    return caplog.messages
+
+  def test_compiling_does_not_count(self, monkeypatch, caplog):
+    reports = [(taken, 60.0 + 10 * (taken - 1)) for taken in range(1, 100)]
+    assert self.run(monkeypatch, caplog, reports, 100) == ["about 16 minutes remain"], "98 steps of 10 s"
+
+  def test_steps_of_an_earlier_process_take_no_time(self, monkeypatch, caplog):
+    """200 of 800 steps are reported at once; then programs are compiled, which takes a minute."""
+    reports = [(200, 0.0), *((200 + taken, 60.0 + 0.02 * taken) for taken in range(1, 601))]
+    assert self.run(monkeypatch, caplog, reports, 800) == ["about 11 seconds remain"], "539 steps of 0.02 s"

@@ -178,7 +178,10 @@ def _crop(blocks: VideoSample | Sequence[Frames], height: int, width: int) -> It
 
 
 class _RemainingTime:
-  """Shows progress, and says once, after the first steps, how long the others will take."""
+  """Shows progress, and says once, after the first steps of this process, how long the others will take.
+
+  Steps that an earlier process has taken are reported at once, and take no time.
+  """
 
   def __init__(self, bar: tqdm, progress: StepProgress | None):
     self._bar, self._progress = bar, progress
@@ -186,14 +189,16 @@ class _RemainingTime:
     self._said = False
 
   def __call__(self, taken: int) -> None:
+    is_own = taken == self._bar.n + 1
     self._bar.update(taken - self._bar.n)
     if self._progress is not None:
       self._progress(taken, int(self._bar.total))
-    if self._first is None:  # until here, programs were compiled
-      self._first = taken, time.monotonic()
+    if self._first is None:
+      if is_own:  # until here, programs were compiled
+        self._first = taken, time.monotonic()
       return
     steps, seconds = taken - self._first[0], time.monotonic() - self._first[1]
-    if not self._said and (seconds >= 5 or taken >= 0.1 * self._bar.total):
+    if not self._said and (seconds >= 5 or steps >= 0.1 * (self._bar.total - self._first[0])):
       self._said = True
       left = seconds / steps * (self._bar.total - taken)
       if left >= 120:

@@ -35,7 +35,14 @@ from univid_jax.diffusion.distillations import Distillation
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.distillation_loras import DistillationLoRAs, read_distillation
 from univid_jax.inference.experts import OffloadedParams, Transformer
-from univid_jax.inference.lora_specs import LoRASpecs, RequestedLoRA, lora_usage, read_loras, select_loras
+from univid_jax.inference.lora_specs import (
+  LoRASpecs,
+  RequestedLoRA,
+  lora_usage,
+  read_loras,
+  select_loras,
+  warn_of_repetitions,
+)
 from univid_jax.inference.partial import PartialPipeline
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.layers import quantize_linears
@@ -258,6 +265,7 @@ def _finish(
   """Adds LoRAs to a transformer and, if it is one of two and that is asked for, moves it to host memory."""
   if loras:
     assert not isinstance(transformer.params, OffloadedParams)
+    warn_of_repetitions(loras)
     pairs = [(lora.weights, lora.weight) for lora in loras]
     changed = add_loras(
       config,

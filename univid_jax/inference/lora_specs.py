@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from univid_jax.checkpoints.experts import LORA_EXPERTS, named_expert
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
@@ -115,7 +117,8 @@ def select_loras(loras: Sequence[RequestedLoRA], experts: Sequence[Expert | None
   """
   selected: list[list[RequestedLoRA]] = [[] for _ in experts]
   for lora in loras:
-    wanted = lora.expert or find_lora_expert(lora.weights)
+    own = find_lora_expert(lora.weights)
+    wanted = lora.expert or own
     if len(experts) > 1 and not wanted:
       raise UserError(
         f"nothing says whether {lora.weights.source} is for the high-noise or the low-noise expert: put high or low in "
@@ -125,6 +128,10 @@ def select_loras(loras: Sequence[RequestedLoRA], experts: Sequence[Expert | None
       raise UserError(
         f"{lora.weights.source} is meant for an expert ({lora.expert}), but the model has only one transformer"
       )
+    if list(experts) == [None] and lora.weights.usage and lora.weights.usage.expert:
+      log.warning("%s was trained for the %s-noise expert, the model is not one of two", lora.weights.source, own)
+    if own and lora.expert and own not in lora.expert.parts:
+      log.warning("%s is for the %s-noise expert, but is used for the %s-noise one", lora.weights.source, own, wanted)
     places = [
       index
       for index, expert in enumerate(experts)
@@ -139,6 +146,22 @@ def select_loras(loras: Sequence[RequestedLoRA], experts: Sequence[Expert | None
       if len(experts) > 1:
         log.info("%s: for the %s-noise expert", lora.weights.source, experts[index])
   return selected
+
+
+def warn_of_repetitions(loras: Sequence[RequestedLoRA]) -> None:
+  """Warns of LoRAs that change the same tensors by the same values, such as a run's own and the file that it wrote."""
+  for number, lora in enumerate(loras):
+    for earlier in loras[:number]:
+      if _is_same(earlier.weights, lora.weights):
+        log.warning("%s and %s are the same LoRA: it is applied twice", earlier.weights.source, lora.weights.source)
+
+
+def _is_same(a: LoRAWeights, b: LoRAWeights) -> bool:
+  """Returns whether two LoRAs are equal, by the names of all tensors and the values of one."""
+  if not a.changes or a.changes.keys() != b.changes.keys():
+    return False
+  parts, others = (lora.changes[min(lora.changes)].parts() for lora in (a, b))
+  return parts.keys() == others.keys() and all(np.array_equal(parts[name], others[name]) for name in parts)
 
 
 def find_lora_expert(lora: LoRAWeights) -> Expert | None:

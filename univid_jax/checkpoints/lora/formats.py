@@ -173,9 +173,7 @@ def lora_tensors(lora: LoRAWeights, to: str, *, dtype: str | None = None) -> dic
   by_kind = Counter(change.kind for change in lora.changes.values())
   if file_format.one_kind and len(by_kind) > 1:
     counts = ", ".join(f"{count} {kind}" for kind, count in by_kind.items())
-    raise UserError(
-      f"{lora.source} cannot be written as {to}, which applies one kind of change per file: {counts}"
-    )
+    raise UserError(f"{lora.source} cannot be written as {to}, which applies one kind of change per file: {counts}")
   out: dict[str, np.ndarray] = {}
   with np.errstate(all="ignore"):
     for tensor, change in sorted(lora.changes.items()):

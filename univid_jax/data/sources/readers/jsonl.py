@@ -80,10 +80,21 @@ def _parse(line: str) -> Mapping[str, Any]:
   for key in ("prompt", "task"):
     if not isinstance(values.get(key, ""), str):
       raise UserError(f"{key} must be a string, got {values[key]!r}")
+    if not _is_text(values.get(key, "")):
+      raise UserError(f"{key} has half of a surrogate pair, which is no character: {values[key]!r}")
   clips = values.get("clips")
   if not isinstance(clips, list) or not clips or not all(isinstance(clip, dict) for clip in clips):
     raise UserError("clips must be a list of objects with the keys " + ", ".join(CLIP_KEYS))
   return values | {"clips": [_parse_clip(clip) for clip in clips]}
+
+
+def _is_text(value: str) -> bool:
+  """Returns whether a string can be written as UTF-8; an escape in JSON can be half of a surrogate pair."""
+  try:
+    value.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 def _parse_clip(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -95,6 +106,8 @@ def _parse_clip(values: Mapping[str, Any]) -> Mapping[str, Any]:
   for key in ("start", "num_frames"):
     if type(clip.get(key, 0)) is not int:  # true and false are numbers in Python
       raise UserError(f"{clip['path']}: {key} must be a whole number, got {clip[key]!r}")
+  if clip.get("start", 0) < 0:
+    raise UserError(f"{clip['path']}: start must be at least 0, got {clip['start']}")
   return clip
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def open_metadata(
     try:
       if row.surplus:
         raise UserError(f"the header has no column for {row.surplus[0]!r}: a text with commas needs quotes around it")
+      if row.missing:
+        raise UserError(f"the record ends before the column {row.missing[0]}: an empty text needs a comma before it")
       found = _find(table.parent, row.file_name)
       if found in seen:
         raise UserError("the file is listed twice")
@@ -67,14 +70,16 @@ class _Row:
 
   Attributes:
     line: where it begins in the file; records may be several lines long.
-    file_name, text: its columns; what it lacks is empty.
+    file_name, text: its columns.
     surplus: fields beyond those of the header that are not empty.
+    missing: columns that it ends before.
   """
 
   line: int
   file_name: str
   text: str
   surplus: Sequence[str]
+  missing: Sequence[str]
 
 
 def _read_rows(table: Path) -> Iterator[_Row]:
@@ -83,12 +88,13 @@ def _read_rows(table: Path) -> Iterator[_Row]:
     header: list[str] | None = None
     try:
       for row in reader:
-        if header is None:
+        if row and header is None:
           header = _check_header(table, row)
         elif row:
           values = dict(zip(header, row))
           surplus = [field for field in row[len(header) :] if field.strip()]
-          yield _Row(line, values.get("file_name", ""), values.get("text", ""), surplus)
+          missing = [name for name in COLUMNS if name not in values]
+          yield _Row(line, values.get("file_name", ""), values.get("text", ""), surplus, missing)
         line = reader.line_num + 1
     except UnicodeDecodeError as error:
       raise UserError(f"{table} is not a table in UTF-8: {error}") from error
@@ -100,7 +106,9 @@ def _read_rows(table: Path) -> Iterator[_Row]:
 
 def _check_header(table: Path, columns: list[str]) -> list[str]:
   if missing := sorted(set(COLUMNS) - set(columns)):
-    raise UserError(f"{table} has no column {' and '.join(missing)}; its columns are {', '.join(columns) or 'none'}")
+    names = ", ".join(map(repr, columns)) or "none"
+    hint = "; fields are separated by commas" if len(columns) == 1 and re.search(r"[;\t|]", columns[0]) else ""
+    raise UserError(f"{table} has no column {' and '.join(missing)}; its columns are {names}{hint}")
   if repeated := [name for name in COLUMNS if columns.count(name) > 1]:
     raise UserError(f"{table} has several columns {' and '.join(repeated)}")
   return columns
