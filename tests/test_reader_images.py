@@ -15,6 +15,7 @@ from univid_jax.data.media import color
 from univid_jax.data.media.images import EXIF_ORIENTATION, TIFF_COLORS, TIFF_EXTRA_SAMPLES
 from univid_jax.data.media.reader import probe, read_clip
 from univid_jax.data.media.schedule import Schedule
+from univid_jax.data.media.writer import write_clip
 
 
 def test_images_of_all_modes(tmp_path: Path):
@@ -274,3 +275,11 @@ def test_other_tiffs_are_refused_with_the_reason(tmp_path: Path):
   (tmp_path / "x.tiff").write_bytes(content[: len(content) // 2])
   with pytest.raises(UserError, match=r"cannot read .*x\.tiff"):
     read_clip(tmp_path / "x.tiff")
+
+
+def test_broken_links_in_a_folder_of_frames_are_named(tmp_path):
+  folder = tmp_path / "clip"
+  write_clip(folder, np.zeros((2, 8, 8, 3), np.uint8))
+  (folder / "9.png").symlink_to("nowhere.png")
+  with pytest.raises(UserError, match=r"cannot read .*clip: 9\.png is a link to a file that does not exist"):
+    read_clip(folder)

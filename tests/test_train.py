@@ -40,6 +40,7 @@ from univid_jax.core.lock import Lock
 from univid_jax.core.options import Attention, ContextTimestep, LearningRateSchedule, OptimizerName
 from univid_jax.core.packed_row import UNIVID_CONTEXT, PackedRow
 from univid_jax.data.features import FeatureMaker
+from univid_jax.data.fingerprint import write_fingerprint
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.rows.packing import RowShape, pack, pack_rows
 from univid_jax.data.sources.open import open_data
@@ -354,6 +355,28 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_config, tiny_run, tm
 def test_what_messages_advise_is_not_refused_in_a_run_that_has_begun(tiny_config, key, value):
   changed = override(tiny_config, {"mesh.data": 1, key: value})
   check_same_run("run", RunRecord(tiny_config, "", ""), RunRecord(changed, "", ""))
+
+
+class TestMovedFiles:
+  """What a run reads may lie elsewhere when it is resumed, if its contents are known to be the same."""
+
+  @pytest.mark.parametrize("key", ["data.pairs", "data.arc.path"])
+  def test_data(self, tiny_config, tmp_path, key):
+    before, after = (RunRecord(override(tiny_config, {key: path}), "", "") for path in ("old", "/new/place"))
+    with pytest.raises(UserError, match=f"is a run with {key} = 'old', not '/new/place'"):
+      check_same_run(str(tmp_path), before, after)
+    write_fingerprint(tmp_path, {"pairs": {"num_records": 1, "checksum": "x", "records": {}}})
+    check_same_run(str(tmp_path), before, after)
+    with pytest.raises(UserError, match=f"is a run with {key} = '', not '/new/place'"):
+      check_same_run(str(tmp_path), RunRecord(tiny_config, "", ""), after)
+
+  def test_base(self, tiny_config, tmp_path):
+    config = override(tiny_config, {"lora.rank": 2, "init_from": "old"})
+    moved = override(config, {"init_from": "new"})
+    check_same_run(str(tmp_path), RunRecord(config, "abc", ""), RunRecord(moved, "abc", ""))
+    for before, after in (("", ""), ("abc", "abd")):
+      with pytest.raises(UserError, match="is a run with init_from = 'old', not 'new'"):
+        check_same_run(str(tmp_path), RunRecord(config, before, ""), RunRecord(moved, after, ""))
 
 
 class TestChangedData:

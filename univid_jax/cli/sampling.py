@@ -174,8 +174,8 @@ def plan_requests(
   if queries and first_frame:
     raise UsageError("--first_frame is that of one result: it excludes --queries")
   if not queries:
-    if Path(out).name in ("", ".."):
-      raise UsageError(f"--out must end in the name of the result, got {out!r}")
+    if Path(out).name in ("", "..", "-") or (Path(out).exists() and not Path(out).is_file() and not Path(out).is_dir()):
+      raise UsageError(f"--out must be the name of a file or folder to write, got {out!r}")
     if clips and len(clips) % 2 == 0:
       raise UsageError(f"--clips must be an odd number of clips (A, A', B), got {len(clips)}")
     is_folder = out.endswith("/") or Path(out).is_dir()

@@ -1,5 +1,6 @@
 """What `train` prints when it is done."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,14 +21,15 @@ def complete(config: RunConfig, workdir: str) -> str:
 def trained(result: TrainResult, config: RunConfig, workdir: str) -> str:
   """Says where the model is, after a run without evaluation."""
   lines = [f"{_steps(result)}; checkpoints and metrics: {workdir}"]
+  folder = shlex.quote(workdir)
   if config.lora.enabled:
     files = ", ".join(f"{workdir}/{name}" for name in lora_exports(config))
     lines += [
       f"LoRA for ComfyUI and diffusers: {files}; in other formats:",
-      f"  python -m univid_jax.convert {workdir} OUT.safetensors --to=diffusers|comfyui|musubi|univid",
+      f"  python -m univid_jax.convert {folder} OUT.safetensors --to=diffusers|comfyui|musubi|univid",
     ]
   clips = "--clips=A.mp4,A2.mp4,B.mp4 --out=B2.mp4"
-  return "\n".join([*lines, "next:", f"  python -m univid_jax.sample --checkpoint={workdir} {clips}"])
+  return "\n".join([*lines, "next:", f"  python -m univid_jax.sample --checkpoint={folder} {clips}"])
 
 
 def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig, workdir: str) -> str:
@@ -52,7 +54,7 @@ def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig,
     f"  no better than a baseline: {', '.join(failed)}" if failed else "  every task is better than its baselines",
     *(f"  {line}" for line in (exact.summary(report["exact"]) if "exact" in report else [])),
     f"pictures    {workdir}/grid.png (A | A' | B | B' predicted | B' true), {workdir}/loss.png",
-    f"numbers     {workdir}/eval.json, {workdir}/metrics.jsonl, tensorboard --logdir={workdir}/tensorboard",
+    f"numbers     {workdir}/eval.json, {workdir}/metrics.jsonl, tensorboard --logdir={shlex.quote(workdir)}/tensorboard",
     f"checkpoints {workdir}/checkpoints",
     *_next_steps(config, workdir),
   ]
@@ -61,13 +63,14 @@ def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig,
 
 def _next_steps(config: RunConfig, workdir: str) -> list[str]:
   """Suggests what to do after the evaluation of a run."""
-  sample = f"  python -m univid_jax.sample --checkpoint={workdir} --clips=A.png,A2.png,B.png --out=B2.png"
+  folder = shlex.quote(workdir)
+  sample = f"  python -m univid_jax.sample --checkpoint={folder} --clips=A.png,A2.png,B.png --out=B2.png"
   if config.lora.enabled:
     return [
       "next: sample from your own files, evaluate with all metrics and controls, or export the LoRA:",
       sample,
-      f"  python -m univid_jax.evaluate --workdir={workdir}",
-      f"  python -m univid_jax.convert {workdir} OUT.safetensors --to=diffusers|comfyui|musubi|univid",
+      f"  python -m univid_jax.evaluate --workdir={folder}",
+      f"  python -m univid_jax.convert {folder} OUT.safetensors --to=diffusers|comfyui|musubi|univid",
     ]
   other = "runs/mine" if workdir.rstrip("/") != "runs/mine" else "runs/other"
   return [

@@ -74,6 +74,18 @@ MAY_CHANGE = (
   "data.cache",
 )
 
+# Where data lies, which may change if there are records of what it contains, as `check_same_data` compares these.
+MAY_MOVE = (
+  "data.folder",
+  "data.pairs",
+  "data.test_pairs",
+  "data.metadata",
+  "data.manifest",
+  "data.arc.path",
+  "data.arc.test_path",
+  "data.tfds.data_dir",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -308,7 +320,13 @@ def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> Non
         after,
         before,
       )
-  changes = [change for change in different if not change[0].startswith(MAY_CHANGE)]
+  may_move = MAY_MOVE if read_fingerprint(workdir) else ()
+  if previous.base and previous.base == current.base:
+    may_move += ("init_from",)
+  moved = [change for change in different if change[0] in may_move and all(change[1:])]
+  for key, before, after in moved:
+    log.info("%s = %s instead of %s: its contents are compared", key, after, before)
+  changes = [change for change in different if change not in moved and not change[0].startswith(MAY_CHANGE)]
   if previous.base != current.base:
     changes.append(("the checksum of init_from", previous.base, current.base))
   for key, before, after in changes:

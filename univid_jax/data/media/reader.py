@@ -191,11 +191,13 @@ def list_frames(folder: Path) -> list[Path]:
   """Returns the images of a folder of frames in natural order.
 
   Raises:
-    UserError: there are none.
+    UserError: there are none, or one is a link to a file that does not exist.
   """
   files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not is_foreign(file)]
   if not files:
     raise UserError("no images in the folder")
+  if broken := [file.name for file in files if file.is_symlink() and not file.exists()]:
+    raise UserError(f"{min(broken)} is a link to a file that does not exist")
   return sorted(files, key=_natural_key)
 
 
