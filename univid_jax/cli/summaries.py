@@ -54,7 +54,8 @@ def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig,
     f"  no better than a baseline: {', '.join(failed)}" if failed else "  every task is better than its baselines",
     *(f"  {line}" for line in (exact.summary(report["exact"]) if "exact" in report else [])),
     f"pictures    {workdir}/grid.png (A | A' | B | B' predicted | B' true), {workdir}/loss.png",
-    f"numbers     {workdir}/eval.json, {workdir}/metrics.jsonl, tensorboard --logdir={shlex.quote(workdir)}/tensorboard",
+    f"numbers     {workdir}/eval.json, {workdir}/metrics.jsonl, "
+    f"tensorboard --logdir={shlex.quote(f'{workdir}/tensorboard')}",
     f"checkpoints {workdir}/checkpoints",
     *_next_steps(config, workdir),
   ]
