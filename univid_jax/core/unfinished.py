@@ -1,6 +1,6 @@
 """Names of local files and folders that are being written, next to the name that they get when they are complete.
 
-`.partial-MACHINE-PID-START-RANDOM.NAME` becomes NAME. It says which process writes it, so that anyone who finds it can
+`.partial-MACHINE-PID-START-RANDOM.NAME` becomes NAME; of a long one it has the end. It says which process writes it, so that anyone who finds it can
 tell whether that process was killed:
 
 - On the same machine the process exists or not.
@@ -12,9 +12,11 @@ Objects in buckets appear as a whole and have no such names.
 
 import contextlib
 import dataclasses
+import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from univid_jax.core.process_identity import ProcessIdentity
 
 PREFIX = ".partial-"
 SILENCE = 86_400.0
+# Of NAME; file systems allow 255 for all.
+MAX_NAME_BYTES = 190
 
 _NAME = re.compile(re.escape(PREFIX) + r"([0-9a-f]{8})-(\d+)-(\d*)-[0-9a-f]{8}\.(.+)")
 
@@ -30,7 +34,15 @@ def unfinished_path(path: Path) -> Path:
   """Returns a new path for what this process is about to write and then to rename to `path`."""
   process = ProcessIdentity.current()
   owner = f"{process.machine}-{process.pid}-{process.start}-{secrets.token_hex(4)}"
-  return path.with_name(f"{PREFIX}{owner}.{path.name}")
+  return path.with_name(f"{PREFIX}{owner}.{_shorten(path.name)}")
+
+
+def _shorten(name: str) -> str:
+  """Returns the end of a name that is too long, with its suffix."""
+  encoded = os.fsencode(name)
+  if len(encoded) <= MAX_NAME_BYTES:
+    return name
+  return encoded[-MAX_NAME_BYTES:].decode(sys.getfilesystemencoding(), "ignore")
 
 
 def is_unfinished(name: str) -> bool:
@@ -40,8 +52,9 @@ def is_unfinished(name: str) -> bool:
 
 def find_unfinished(path: Path) -> list[Path]:
   """Returns everything that is to become `path`, abandoned or not."""
+  name = _shorten(path.name)
   with contextlib.suppress(FileNotFoundError):
-    return [each for each in path.parent.iterdir() if (match := _NAME.fullmatch(each.name)) and match[4] == path.name]
+    return [each for each in path.parent.iterdir() if (match := _NAME.fullmatch(each.name)) and match[4] == name]
   return []
 
 

@@ -66,7 +66,7 @@ def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
   path = require_local(path)
   with contextlib.suppress(FileNotFoundError, NotADirectoryError):
     if path.name:
-      unfinished_path(path).lstat()  # raises if that name is too long
+      path.lstat()  # raises if the name is too long
   suffix = path.suffix.lower()
   if suffix in IMAGE_SUFFIXES and num_frames not in (None, 1):
     raise UserError(f"cannot write {num_frames} frames to the image {path}: use .mp4, or NAME/ for a folder of PNGs")
