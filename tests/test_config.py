@@ -135,6 +135,8 @@ def test_rows_are_as_long_as_the_contexts_that_are_drawn_need():
     check_rows(override(images, {"data.contexts.III": 1.0}))
   with pytest.raises(UserError, match="context IV has 96 tokens"):  # camera movement makes videos of images
     check_rows(override(images, {"data.tasks.camera_movement": 1.0, "data.animating_contexts.I": 0.0}))
+  for own in ("data.metadata", "data.pairs", "data.tfds.name"):  # without a folder there are no computed tasks then
+    check_rows(override(images, {"data.tasks.camera_movement": 1.0, own: "x"}))
 
 
 def test_precision_of_training(caplog):

@@ -270,13 +270,12 @@ def longest_sentence(config: RunConfig) -> tuple[int, str, int]:
     UserError: clips do not divide into patches; the message names the nearest valid sizes.
   """
   clip = {True: clip_tokens(config), False: clip_tokens(override(config, {"data.num_frames": 1}))}
-  data = config.data
-  contexts, counts = sentence_kinds(data)
-  weights = data.clip_counts if counts else {4: 1.0}
+  contexts, counts = sentence_kinds(config.data)
+  weights = dict.fromkeys(counts or (4,), 1.0)
   return max(
     (sum(clip[is_video] for is_video in video_pattern(context, count)), context, count)
     for context in contexts or CONTEXTS
-    for count in possible_counts(weights, context, data.max_video_clips)
+    for count in possible_counts(weights, context, config.data.max_video_clips)
   )
 
 

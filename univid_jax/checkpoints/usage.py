@@ -143,12 +143,17 @@ class Usage:
 
 def sentence_kinds(data: DataConfig) -> tuple[tuple[str, ...], tuple[int, ...]]:
   """Returns the contexts and the numbers of clips of the sentences that are trained; empty if records list clips."""
-  if data.metadata or data.manifest or data.arc.path:
+  if data.manifest or data.arc.path:
     return (), ()
-  animates = data.weights.computed > 0 and (data.bundled or data.folder) and data.tasks.get("camera_movement", 0) > 0
+  is_computed = data.weights.computed > 0 and bool(
+    data.folder or (data.bundled and not (data.metadata or data.pairs or data.tfds.name))
+  )
+  animates = is_computed and data.tasks.get("camera_movement", 0) > 0
   weights = (data.contexts, data.animating_contexts if animates else {})
   contexts = sorted({name for part in weights for name, weight in part.items() if weight > 0})
-  counts = {count for count, weight in data.clip_counts.items() if weight > 0}
+  counts = {4} if data.metadata else set()
+  if not data.metadata or is_computed or data.pairs or data.tfds.name or data.grids.enabled:
+    counts |= {count for count, weight in data.clip_counts.items() if weight > 0}
   if data.max_video_clips:
     counts |= {min(count, data.max_video_clips) for count in counts}
   return tuple(contexts), tuple(sorted(counts))
