@@ -67,6 +67,7 @@ def test_two_of_the_four_steps_are_of_each_expert(boundary):
     ({"sigmas": [1, 0.5], "solver": "unipc"}, "given to Euler's steps only"),
     ({"sigmas": [1, 0.5], "num_inference_steps": 2}, "sigmas replace num_inference_steps"),
     ({"sigmas": [1, 0.5], "shift": 3.0}, "sigmas replace shift"),
+    ({"sigmas": [1, 0.5], "solver": "distilled"}, "given to Euler's steps only"),
     ({"solver": "distilled", "num_inference_steps": 8}, "distilled takes 4 steps, got 8"),
   ],
 )

@@ -13,7 +13,7 @@ from univid_jax.core.options import SolverName
 from univid_jax.core.protocols import Solver
 from univid_jax.diffusion.distillations import Distillation
 from univid_jax.diffusion.flow import FlowMatching
-from univid_jax.diffusion.solvers import check_sigmas, find_solver, fixed_steps
+from univid_jax.diffusion.solvers import check_sigmas, find_solver
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 
 
@@ -80,7 +80,7 @@ class SamplingPlan:
           raise UserError(f"sigmas replace {name}: leave one of them out")
       levels = check_sigmas(sigmas, solver)
     else:
-      steps = fixed_steps(solver) or default_steps if num_inference_steps is None else num_inference_steps
+      steps = solver.fixed_steps or default_steps if num_inference_steps is None else num_inference_steps
       levels = _make_sigmas(solver, steps, default_shift if shift is None else shift)
     return cls(
       solver=solver,
