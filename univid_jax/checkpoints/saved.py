@@ -54,7 +54,7 @@ class SavedCheckpoints:
     on_damaged: OnDamaged = OnDamaged.FALLBACK,
   ):
     self.workdir, self.parent = workdir, make_absolute(workdir) / CHECKPOINTS_FOLDER
-    self._model_only, self._verify, self._on_damaged = model_only, verify, OnDamaged(on_damaged)
+    self._model_only, self._verify, self._on_damaged = model_only, verify, on_damaged
 
   @property
   def steps(self) -> list[int]:

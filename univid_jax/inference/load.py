@@ -11,9 +11,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from univid_jax.checkpoints.built_in import locate
-from univid_jax.checkpoints.checksums import has_checksums, verified
-from univid_jax.checkpoints.info import is_checkpoint
-from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
+from univid_jax.checkpoints.checksums import verified
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_converted, require_no_step
 from univid_jax.checkpoints.run import RunRecord, require_run
 from univid_jax.checkpoints.run_parts import (
   base_encoders,
@@ -27,6 +26,7 @@ from univid_jax.checkpoints.trained import expert_configs, load_base, restore_lo
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
+from univid_jax.config.model import DTYPES
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, Quantize, parse_option
@@ -103,29 +103,44 @@ def load_pipeline(
 
   Raises:
     FileNotFoundError: there is no such checkpoint, run or LoRA.
-    UserError: one cannot be read or differs from its checksum (DamagedError), or a LoRA is for another base.
+    UserError: an option is unknown or does not apply, one of these cannot be read or differs from its checksum
+      (DamagedError), or a LoRA is for another base.
   """
-  mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
+  on_damaged = parse_option(OnDamaged, "on_damaged_checkpoint", on_damaged_checkpoint)
   options = _Options(
-    mesh=mesh,
-    dtype=dtype,
+    mesh=make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh,
+    dtype=_parse_dtype(dtype) if dtype else None,
     quantize=parse_option(Quantize, "quantize", quantize) if quantize else None,
     merge_lora=merge_lora,
     lora_skip_unmatched=lora_skip_unmatched,
     offload_inactive=offload_inactive,
     **_parse_context(attention, context_timestep),
   )
+  is_base = is_converted(checkpoint)
+  if is_base:
+    require_no_step(checkpoint, step)
   loras = read_loras(lora, verify=verify_weights, steps=lora_steps)
   distillation = read_distillation(accelerate, verify=verify_weights) if accelerate else None
   loras += distillation.loras if distillation else ()
   kind = distillation and distillation.kind
-  if is_checkpoint(checkpoint) or has_checksums(checkpoint):
+  if is_base:
     with verified(locate(checkpoint), enabled=verify_weights):
       return _open_base(checkpoint, loras, options, distillation=kind)
-  record, on_damaged = _override(require_run(checkpoint), options), OnDamaged(on_damaged_checkpoint)
+  record = _override(require_run(checkpoint), options)
   saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
   with verified(record.config.init_from and locate(record.config.init_from), enabled=verify_weights):
     return _open_run(saved, record, loras, options, step=step, distillation=kind)
+
+
+def _parse_dtype(dtype: DTypeLike) -> str:
+  """Returns the name of a dtype; raises UserError if it is unknown, or none that models are computed in."""
+  try:
+    name = jnp.dtype(dtype).name
+  except TypeError:
+    name = ""
+  if name not in DTYPES:
+    raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+  return name
 
 
 def _parse_context(attention: str | None, context_timestep: str | None) -> Mapping[str, Any]:
