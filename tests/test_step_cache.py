@@ -17,7 +17,7 @@ from univid_jax.diffusion.guidance import Branch
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 from univid_jax.inference.jobs import pack_single
-from univid_jax.inference.plan import SamplingPlan
+from univid_jax.inference.plan import SamplingOptions, SamplingPlan
 from univid_jax.inference.ratio_tables import TableKey, read_table, require_tables, write_table
 from univid_jax.parallel.mesh import make_mesh
 
@@ -90,7 +90,7 @@ def test_invalid_settings_are_refused(options, message):
 )
 def test_invalid_ranges_are_refused(options, message):
   with pytest.raises(UserError, match=message):
-    SamplingPlan.from_options(**options)
+    SamplingPlan.from_options(SamplingOptions(**options))
 
 
 @pytest.fixture(scope="module")
