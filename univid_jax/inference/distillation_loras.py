@@ -12,8 +12,7 @@ from univid_jax.checkpoints.trained import find_lora_steps
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert
 from univid_jax.diffusion.distillations import Distillation, find_distillation, infer_distillation
-from univid_jax.inference.added_loras import add_loras
-from univid_jax.inference.experts import OffloadedParams, Transformer
+from univid_jax.inference.added_loras import add_to_transformer
 from univid_jax.inference.lora_specs import RequestedLoRA, read_loras, select_loras
 from univid_jax.inference.pipeline import Pipeline
 
@@ -107,22 +106,11 @@ def add_distillation(pipeline: Pipeline, distillation: DistillationLoRAs, *, ski
   accelerated.experts = dataclasses.replace(
     pipeline.experts,
     transformers=[
-      _with_loras(pipeline, transformer, loras, skip_unmatched=skip_unmatched)
+      add_to_transformer(
+        pipeline.config, transformer, loras, mesh=pipeline.mesh, merged=False, skip_unmatched=skip_unmatched
+      )
       for transformer, loras in zip(transformers, select_loras(distillation.loras, experts), strict=True)
     ],
   )
   accelerated.distillation = distillation.kind
   return accelerated
-
-
-def _with_loras(
-  pipeline: Pipeline, transformer: Transformer, loras: Sequence[RequestedLoRA], *, skip_unmatched: bool
-) -> Transformer:
-  if not loras:
-    return transformer
-  offloaded = isinstance(transformer.params, OffloadedParams)
-  params = transformer.params.load() if isinstance(transformer.params, OffloadedParams) else transformer.params
-  pairs = [(lora.weights, lora.weight) for lora in loras]
-  options = {"mesh": pipeline.mesh, "merged": False, "skip_unmatched": skip_unmatched}
-  changed = add_loras(pipeline.config, transformer.graph, params, pairs, **options)
-  return Transformer(*changed).offload() if offloaded else Transformer(*changed)

@@ -45,15 +45,29 @@ class Transformer:
   """A transformer.
 
   Attributes:
-    graph: it, without its parameters.
+    graph: its structure, without parameters.
     params: its parameters.
   """
 
   graph: nnx.GraphDef
   params: Params | OffloadedParams
 
+  @property
+  def is_offloaded(self) -> bool:
+    """Whether its parameters are in host memory."""
+    return isinstance(self.params, OffloadedParams)
+
+  @property
+  def values(self) -> Params:
+    """Its parameters, wherever they are."""
+    return self.params.values if isinstance(self.params, OffloadedParams) else self.params
+
+  def load(self) -> Params:
+    """Returns its parameters on their devices."""
+    return self.params.load() if isinstance(self.params, OffloadedParams) else self.params
+
   def offload(self) -> "Transformer":
-    """Returns it with its parameters in host memory."""
+    """Returns the transformer with its parameters in host memory."""
     assert not isinstance(self.params, OffloadedParams)
     return Transformer(self.graph, OffloadedParams(self.params))
 
@@ -77,20 +91,17 @@ class Experts:
 
   def load(self, index: int) -> Params:
     """Returns the parameters of a transformer, on their devices."""
-    params = self.transformers[index].params
-    return params.load() if isinstance(params, OffloadedParams) else params
+    return self.transformers[index].load()
 
   @property
   def dtype(self) -> np.dtype:
     """Of the kernels; LoRAs make other parameters float32."""
-    params = self.transformers[0].params
-    return (params.values if isinstance(params, OffloadedParams) else params)["patch_embedding"]["kernel"].dtype
+    return self.transformers[0].values["patch_embedding"]["kernel"].dtype
 
   @property
   def quantize(self) -> Quantize:
     """How the linear weights of the blocks are stored."""
-    params = self.transformers[0].params
-    return quantization_of(params.values if isinstance(params, OffloadedParams) else params)
+    return quantization_of(self.transformers[0].values)
 
   def guidance_scales(self, scale: float | Sequence[float]) -> tuple[float, ...]:
     """Returns the guidance scale of each transformer.

@@ -31,10 +31,11 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, Quantize, parse_option
 from univid_jax.core.packed_row import ContextMode
+from univid_jax.core.protocols import Encoders
 from univid_jax.diffusion.distillations import Distillation
-from univid_jax.inference.added_loras import add_loras
+from univid_jax.inference.added_loras import add_to_transformer
 from univid_jax.inference.distillation_loras import DistillationLoRAs, read_distillation
-from univid_jax.inference.experts import OffloadedParams, Transformer
+from univid_jax.inference.experts import Transformer
 from univid_jax.inference.lora_specs import LoRASpecs, RequestedLoRA, lora_usage, read_loras, select_loras
 from univid_jax.inference.partial import PartialPipeline
 from univid_jax.inference.pipeline import Pipeline
@@ -59,6 +60,26 @@ class _Options:
   offload_inactive: bool
   attention: Attention | None
   context_timestep: ContextTimestep | None
+
+  def make_pipeline(
+    self,
+    config: DiTConfig,
+    transformers: Sequence[Transformer],
+    *,
+    encoders: Encoders,
+    usage: Usage | None,
+    distillation: Distillation | None,
+  ) -> Pipeline:
+    return Pipeline(
+      config,
+      transformers,
+      encoders=encoders,
+      mesh=self.mesh,
+      usage=usage,
+      attention=self.attention,
+      context_timestep=self.context_timestep,
+      distillation=distillation,
+    )
 
 
 def load_pipeline(
@@ -107,6 +128,7 @@ def load_pipeline(
       (DamagedError), or a LoRA is for another base.
   """
   on_damaged = parse_option(OnDamaged, "on_damaged_checkpoint", on_damaged_checkpoint)
+  attends, timestep = _parse_context(attention, context_timestep)
   options = _Options(
     mesh=make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh,
     dtype=_parse_dtype(dtype) if dtype else None,
@@ -114,7 +136,8 @@ def load_pipeline(
     merge_lora=merge_lora,
     lora_skip_unmatched=lora_skip_unmatched,
     offload_inactive=offload_inactive,
-    **_parse_context(attention, context_timestep),
+    attention=attends,
+    context_timestep=timestep,
   )
   is_base = is_converted(checkpoint)
   if is_base:
@@ -143,14 +166,16 @@ def _parse_dtype(dtype: DTypeLike) -> str:
   return name
 
 
-def _parse_context(attention: str | None, context_timestep: str | None) -> Mapping[str, Any]:
+def _parse_context(
+  attention: str | None, context_timestep: str | None
+) -> tuple[Attention | None, ContextTimestep | None]:
   """Returns the options of the context; raises UserError if one is unknown, or they exclude each other."""
   attends = None if attention is None else parse_option(Attention, "attention", attention)
   timestep = None
   if context_timestep is not None:
     timestep = parse_option(ContextTimestep, "context_timestep", context_timestep)
     ContextMode.from_options(attends or Attention.FULL, timestep, default=ContextTimestep.TARGET)
-  return {"attention": attends, "context_timestep": timestep}
+  return attends, timestep
 
 
 def _open_base(
@@ -167,15 +192,8 @@ def _open_base(
       return PartialPipeline(encoders, mesh=mesh, reason=reason)
     raise UserError(reason)
   usage, transformers = _load_base(base, loras, options, dtype=dtype)
-  return Pipeline(
-    base.config("transformer"),
-    transformers,
-    encoders=encoders,
-    mesh=mesh,
-    usage=usage,
-    attention=options.attention,
-    context_timestep=options.context_timestep,
-    distillation=distillation,
+  return options.make_pipeline(
+    base.config("transformer"), transformers, encoders=encoders, usage=usage, distillation=distillation
   )
 
 
@@ -190,15 +208,9 @@ def _open_run(
 ) -> Pipeline:
   """Loads the model of a run."""
   usage, transformers = _load_run(saved, record, loras, options, step=step)
-  return Pipeline(
-    transformer_config(record.config),
-    transformers,
-    encoders=open_encoders(record.config, options.mesh),
-    mesh=options.mesh,
-    usage=usage,
-    attention=options.attention,
-    context_timestep=options.context_timestep,
-    distillation=distillation,
+  encoders = open_encoders(record.config, options.mesh)
+  return options.make_pipeline(
+    transformer_config(record.config), transformers, encoders=encoders, usage=usage, distillation=distillation
   )
 
 
@@ -236,9 +248,9 @@ def _load_run(
   *,
   step: int | str | None,
 ) -> tuple[Usage | None, list[Transformer]]:
-  """Loads what a run has trained; of two experts, also the one of its base that it has not.
+  """Loads the transformers a run trained and, of two experts, the untrained one from its base.
 
-  One after the other, so that an offloaded one makes room. Returns how they are run, too.
+  They are loaded one after the other, so that an offloaded one makes room. Also returns how they are run.
   """
   config, shape, mesh = record.config, transformer_config(record.config), options.mesh
   base, parts = open_base(config), expert_configs(config)
@@ -271,19 +283,8 @@ def _finish(
   config: DiTConfig, transformer: Transformer, loras: Sequence[RequestedLoRA], options: _Options, *, is_one_of_two: bool
 ) -> Transformer:
   """Adds LoRAs to a transformer and, if it is one of two and that is asked for, moves it to host memory."""
-  if loras:
-    assert not isinstance(transformer.params, OffloadedParams)
-    pairs = [(lora.weights, lora.weight) for lora in loras]
-    changed = add_loras(
-      config,
-      transformer.graph,
-      transformer.params,
-      pairs,
-      mesh=options.mesh,
-      merged=options.merge_lora,
-      skip_unmatched=options.lora_skip_unmatched,
-    )
-    transformer = Transformer(*changed)
+  merged, skip = options.merge_lora, options.lora_skip_unmatched
+  transformer = add_to_transformer(config, transformer, loras, mesh=options.mesh, merged=merged, skip_unmatched=skip)
   return transformer.offload() if is_one_of_two and options.offload_inactive else transformer
 
 
