@@ -152,7 +152,7 @@ class TestMeshes:
   def test_indivisible_rows_are_refused(self, tiny_config):
     row = packed_batch(tiny_config)
     odd = jax.tree.map(lambda x: x[:, :47] if x.shape[1] == 48 else x, row)
-    with pytest.raises(ValueError, match="rows of 47 tokens do not divide over context = 8"):
+    with pytest.raises(ValueError, match=r"rows of 47 tokens do not divide over config\.mesh\.context = 8"):
       shard_batch(odd, make_mesh({"context": 8}))
     rows = override(tiny_config, {"rows.per_batch": 6}).rows
     with pytest.raises(UserError, match="per_batch = 6 does not divide over data x fsdp = 8"):
