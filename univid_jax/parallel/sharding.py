@@ -12,14 +12,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import TOKEN_FIELDS
 from univid_jax.parallel.host_memory import is_on_host
-from univid_jax.parallel.mesh import SEQUENCE, row_shards
+from univid_jax.parallel.mesh import ROWS, SEQUENCE, row_shards
 
 # The axes that may shard a dim of a parameter. Those used are larger than 1, unused by its other dims, and divide it
 # together. The sequence axis is among them, or the devices that share a row would all hold the same weights.
 PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {"embed": ("fsdp", SEQUENCE), "heads": ("tensor",), "mlp": ("tensor",)}
 
-# Axes that shard the rows of a batch.
-ROWS = ("data", "fsdp")
 BATCH = PartitionSpec(ROWS)
 TOKENS = PartitionSpec(ROWS, SEQUENCE)
 
