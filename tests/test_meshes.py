@@ -23,7 +23,7 @@ from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import draw_noise
 from univid_jax.parallel.mesh import make_mesh, mesh_shape, row_shards
 from univid_jax.parallel.sharding import parameter_shardings, shard_batch
-from univid_jax.planning.forecasts import forecast_with_program
+from univid_jax.planning.forecasts import compile_training
 from univid_jax.training.optimizer import make_optimizer
 from univid_jax.training.state import StateSpec
 from univid_jax.training.step import make_update
@@ -165,7 +165,7 @@ def test_no_device_holds_the_hidden_states_of_a_whole_row(tiny_config):
   changes = {"model.num_layers": 3, "model.dim": 48, "model.num_heads": 4, "model.ffn_dim": 112, "model.remat": "full"}
   rows = {"rows.num_tokens": 480, "rows.per_batch": 2, "lora.rank": 2}
   mesh = make_mesh({"data": 2, "context": 4})
-  _, program = forecast_with_program(override(tiny_config, changes | rows), mesh)
+  program, _ = compile_training(override(tiny_config, changes | rows), mesh)
   shapes = {tuple(map(int, text.split(","))) for text in re.findall(r"\[([\d,]+),48\]", program.as_text())}
   assert (3, 1, 120) in shapes and max(map(math.prod, shapes)) < 480, shapes
 

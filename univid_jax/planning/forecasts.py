@@ -52,16 +52,15 @@ def forecast(config: RunConfig, mesh: Mesh) -> Forecast:
     UserError: rows do not hold what `check_rows` demands.
     DoesNotFitError: the compiler itself sees that it cannot fit.
   """
-  return forecast_with_program(config, mesh)[0]
+  return compile_training(config, mesh)[1]
 
 
-def forecast_with_program(config: RunConfig, mesh: Mesh) -> tuple[Forecast, Any]:
-  """Forecasts training, and returns the compiled step as well."""
+def compile_training(config: RunConfig, mesh: Mesh) -> tuple[Any, Forecast]:
+  """Compiles the training step of a config; see `forecast`."""
   check_rows(config)
   optimizers, spec = describe_training(config, mesh)
   step = make_train_step(config, spec, optimizers, mesh)
-  program, memory = compile_step(step, spec, abstract_batch(config, transformer_config(config), mesh), mesh)
-  return memory, program
+  return compile_step(step, spec, abstract_batch(config, transformer_config(config), mesh), mesh)
 
 
 def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
