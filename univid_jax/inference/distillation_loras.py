@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from univid_jax.checkpoints.experts import split_expert, split_weight
+from univid_jax.checkpoints.experts import describing_texts, split_expert, split_weight
 from univid_jax.checkpoints.trained import find_lora_steps
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert
@@ -17,10 +17,6 @@ from univid_jax.inference.lora_specs import RequestedLoRA, read_loras, select_lo
 from univid_jax.inference.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
-
-# How much of the path of a file is searched for its kind: the release's folder often says more than the file.
-_DEPTH = 3
-_SHORT = 200  # characters; longer metadata are configs and prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +58,9 @@ def read_distillation(items: str | Sequence[str] | DistillationLoRAs, *, verify:
     steps |= find_lora_steps([path], verify=verify)
     read = read_loras({expert: (path, weight)} if expert else (path, weight), verify=verify, steps=steps)
     files.append((f"{expert}={path}" if expert else path, weight))
-    metadata = [text for lora in read for text in lora.weights.metadata.values() if len(text) < _SHORT]
-    kinds.append(kind or infer_distillation(path, [*Path(path).absolute().parts[-_DEPTH:], *metadata]))
+    # The release's folder often says more than the file.
+    texts = [text for lora in read for text in describing_texts(Path(path), lora.weights.metadata)]
+    kinds.append(kind or infer_distillation(path, texts))
     loras += read
   names = sorted({kind.name for kind in kinds})
   if len(names) != 1:
