@@ -259,9 +259,10 @@ class SavedCheckpoints:
     wait_for_processes("damaged checkpoints are set aside")
 
   def _set_aside(self, folder: epath.Path) -> None:
-    number = 1
-    while (target := folder.with_name(f"{folder.name}{DAMAGED_SUFFIX}{f'-{number}' * (number > 1)}")).exists():
+    target, number = folder.with_name(f"{folder.name}{DAMAGED_SUFFIX}"), 1
+    while target.exists():
       number += 1
+      target = folder.with_name(f"{folder.name}{DAMAGED_SUFFIX}-{number}")
     folder.rename(target)
     log.warning("%s is kept as %s; delete it when you do not need it any more", folder, target.name)
 

@@ -19,11 +19,11 @@ Path = tuple[str, ...]
 SUFFIX = ".safetensors"
 
 
-def save_arrays(path: epath.PathLike, tree: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None) -> None:
+def save_arrays(path: epath.PathLike, tree: Mapping[str, Any]) -> None:
   """Saves nested arrays of NumPy."""
   flat: dict[Path, Any] = traverse_util.flatten_dict(dict(tree))
   arrays = {".".join(keys): np.ascontiguousarray(value) for keys, value in flat.items()}
-  epath.Path(path).write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
+  epath.Path(path).write_bytes(safetensors.numpy.save(arrays, metadata={}))
 
 
 def restore_arrays(path: epath.PathLike, abstract: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,8 +85,9 @@ class SamplingPlan:
           raise UserError(f"sigmas replace {name}: leave one of them out")
       levels = check_sigmas(options.sigmas, solver)
     else:
-      given = options.num_inference_steps
-      steps = solver.fixed_steps or default_steps if given is None else given
+      steps = options.num_inference_steps
+      if steps is None:
+        steps = solver.fixed_steps or default_steps
       levels = _make_sigmas(solver, steps, default_shift if options.shift is None else options.shift)
     return cls(
       solver=solver,
