@@ -214,7 +214,7 @@ def test_a_solver_that_calls_the_model_twice_is_refused(pipe, contexts):
       return super().step(predict, super().step(predict, state, sigma, coefficients / 2), sigma, coefficients / 2)
 
   cache = StepCache(ratios=[[1.0] * STEPS] * 2, threshold=1)
-  with pytest.raises(UserError, match="a step cache needs a solver that calls the model once a step"):
+  with pytest.raises(UserError, match="a step cache needs a solver that calls the model once per step"):
     sample(pipe, contexts[0], step_cache=cache, solver=Twice())
   with pytest.raises(UserError, match="ratios of 2 branches of 6 steps, the sample 1 of 5"):
     sample(pipe, contexts[0], step_cache=cache, num_inference_steps=5)
