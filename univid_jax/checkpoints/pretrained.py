@@ -156,7 +156,7 @@ class PretrainedCheckpoint:
     return component_config(component, self.component(component).config)
 
   def checksum(self, component: str) -> str:
-    """Of the tensors before they were quantised."""
+    """Returns the checksum of a component's tensors, before they were quantised."""
     return self.component(component).checksum
 
   def quantization(self, component: str, wanted: Quantize = Quantize.NONE) -> Quantize:

@@ -93,7 +93,7 @@ class Experts:
 
   @property
   def dtype(self) -> np.dtype:
-    """Of the kernels; LoRAs make other parameters float32."""
+    """The dtype of the kernels; LoRAs make other parameters float32."""
     return self.transformers[0].values["patch_embedding"]["kernel"].dtype
 
   @property

@@ -105,7 +105,7 @@ class Pipeline(EncodingPipeline):
 
   @property
   def dtype(self) -> np.dtype:
-    """Of the transformer's kernels; LoRAs make other parameters float32."""
+    """The dtype of the transformer's kernels; LoRAs make other parameters float32."""
     return self.experts.dtype
 
   def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:

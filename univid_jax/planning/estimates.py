@@ -90,7 +90,7 @@ class Estimate:
 
   @property
   def seconds(self) -> float:
-    """Of a step, as if nothing overlapped."""
+    """The time of a step, as if nothing overlapped."""
     return self.compute + self.memory + self.network
 
 
