@@ -69,14 +69,13 @@ def splash_attention(
 
   if key_intervals is None:
     key_intervals = all_keys(q.shape[0], num_queries, num_keys * (ring.size if ring else 1))
-  key_intervals = pad_tokens(key_intervals, blocks.queries)
   q = q * q.shape[-1] ** -0.5
   if key_bias is not None:
     q, k = append_bias(q, k, key_bias)
   q, k, v = (
     pad_tokens(x, block).transpose(0, 2, 1, 3) for x, block in ((q, blocks.queries), (k, blocks.keys), (v, blocks.keys))
   )
-  out = attend(SplashPieces(blocks, interpret), ring, q, k, v, key_intervals, None)
+  out = attend(SplashPieces(blocks, interpret), ring, q, k, v, pad_tokens(key_intervals, blocks.queries), None)
   return out.transpose(0, 2, 1, 3)[:, :num_queries]
 
 
