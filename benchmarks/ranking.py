@@ -77,10 +77,10 @@ def rank(instructions: Iterable[Instruction], top: int) -> Iterator[str]:
 def compile_step(setup: Setup) -> str:
   """Returns the text of the program of a step; raises `DoesNotFitError` if the compiler refuses it."""
   from univid_jax.parallel.mesh import make_mesh
-  from univid_jax.planning.forecasts import forecast_with_program
+  from univid_jax.planning.forecasts import compile_training
 
   config = setup.config
-  _, program = forecast_with_program(config, make_mesh(config.mesh, describe_devices(setup.topology)))
+  program, _ = compile_training(config, make_mesh(config.mesh, describe_devices(setup.topology)))
   return program.as_text() or ""
 
 

@@ -141,11 +141,12 @@ def build_queries(*, batched: bool, count: int, num_steps: int, checkpoint: str,
   from benchmarks.step_cache import random_pipeline
   from univid_jax.cli.queries import QueryRunner
   from univid_jax.cli.requests import RequestRunner
-  from univid_jax.cli.sampling import plan_requests
+  from univid_jax.cli.sampling import SamplingArguments, plan_requests
   from univid_jax.config.presets import tiny
   from univid_jax.data.media.writer import write_clip
   from univid_jax.data.sources.photos import PhotoSource
   from univid_jax.inference.load import load_pipeline
+  from univid_jax.inference.plan import SamplingOptions
 
   pipeline = load_pipeline(checkpoint, verify_weights=False) if checkpoint else random_pipeline(tiny())
   folder = tempfile.TemporaryDirectory()
@@ -153,7 +154,8 @@ def build_queries(*, batched: bool, count: int, num_steps: int, checkpoint: str,
   names = [f"{folder.name}/{i:02d}.png" for i in range(count + 2)]
   for i, name in enumerate(names):
     write_clip(name, photos.clip(i % len(photos), rng, num_frames=1, size=(64, 64)))
-  runner = RequestRunner(pipeline, pipeline.clip_format, {"num_frames": None, "num_inference_steps": num_steps}, {})
+  arguments = SamplingArguments(steps=SamplingOptions(num_inference_steps=num_steps))
+  runner = RequestRunner(pipeline, pipeline.clip_format, arguments, {})
 
   def run() -> None:
     with tempfile.TemporaryDirectory(dir=folder.name) as out:

@@ -151,14 +151,14 @@ def compile_setup(setup: Setup) -> Line:
   """Compiles a line of the table in this process, for TPUs that need not exist."""
   use_tpu_compiler()
   from univid_jax.parallel.mesh import make_mesh, row_shards
-  from univid_jax.planning.forecasts import forecast_with_program
+  from univid_jax.planning.forecasts import compile_training
   from univid_jax.training.memory import DoesNotFitError
 
   config = setup.config
   mesh = make_mesh(config.mesh, describe_devices(setup.topology))
   head: dict[str, Any] = {**dataclasses.asdict(setup), "data": mesh.shape["data"]}
   try:
-    memory, program = forecast_with_program(config, mesh)
+    program, memory = compile_training(config, mesh)
   except DoesNotFitError as error:
     return Line(**head, fits=False, memory_gb=error.temporaries and error.temporaries / 1e9)
   rows = config.rows.batch_size(row_shards(mesh))

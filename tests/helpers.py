@@ -21,8 +21,9 @@ from univid_jax.checkpoints.usage import Usage
 from univid_jax.config.schema import RunConfig
 from univid_jax.convert.layout import make_fills, match_fills
 from univid_jax.core.packed_row import ContextMode
+from univid_jax.core.params import ParamTree
 from univid_jax.core.unfinished import unfinished_path
-from univid_jax.inference.experts import OffloadedParams, Params, Transformer
+from univid_jax.inference.experts import OffloadedParams, Transformer
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.dit import DiT
 from univid_jax.models.variants import DiTConfig
@@ -130,7 +131,7 @@ def make_old(*paths: Path) -> None:
     os.utime(path, (time.time() - 100_000,) * 2)
 
 
-def parameters(pipe: Pipeline) -> Params:
+def parameters(pipe: Pipeline) -> ParamTree:
   """Returns the parameters of a pipeline's only transformer."""
   (transformer,) = pipe.experts.transformers
   assert not isinstance(transformer.params, OffloadedParams)

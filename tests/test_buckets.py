@@ -100,7 +100,7 @@ class TestWritten:
     assert not (bucket / "run" / ".lock-0").exists()
 
 
-LOCAL = "is in a bucket, and has to be a path on this machine"
+LOCAL = "is in a bucket: give a path on this machine"
 GOOGLE = "checkpoints and their arrays are local or in gs://"
 
 # What may not be in a bucket, or not in this one: a call that is given a URL, and what it answers.

@@ -335,16 +335,17 @@ def test_a_profile_of_sampling_has_named_annotations(tmp_path):
   import numpy as np
 
   from univid_jax.cli.requests import RequestRunner
-  from univid_jax.cli.sampling import Request
+  from univid_jax.cli.sampling import Request, SamplingArguments
   from univid_jax.data.clips import ClipFormat
   from univid_jax.data.media.writer import write_clip
   from univid_jax.inference.pipeline import Pipeline
+  from univid_jax.inference.plan import SamplingOptions
 
   class Stub(Pipeline):
     def __init__(self):
       pass
 
-    def sample(self, clips, num_inference_steps, num_frames):
+    def sample(self, clips, num_inference_steps, **others):
       jax.block_until_ready(jax.numpy.ones(3) + 1)
       assert num_inference_steps == 2
 
@@ -356,7 +357,8 @@ def test_a_profile_of_sampling_has_named_annotations(tmp_path):
   write_clip(tmp_path / "a.png", np.zeros((1, 16, 16, 3), np.uint8))
   request = Request((str(tmp_path / "a.png"),) * 3, tmp_path / "out.png")
   form = ClipFormat(size=(16, 16), num_frames=5)
-  line = RequestRunner(Stub(), form, {"num_inference_steps": 9, "num_frames": None}, {}).profile(request, 2)
+  arguments = SamplingArguments(steps=SamplingOptions(num_inference_steps=9))
+  line = RequestRunner(Stub(), form, arguments, {}).profile(request, 2)
   assert line.endswith(str(tmp_path / "profile"))
   (trace,) = (tmp_path / "profile").rglob("*.trace.json.gz")
   names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}

@@ -220,7 +220,7 @@ class TestPyTorch:
     ):
       for name in source.namelist():
         target.writestr(name, source.read(name))
-    with pytest.raises(UserError, match="is compressed, as no PyTorch file is"):
+    with pytest.raises(UserError, match="is a compressed archive, which PyTorch never writes"):
       open_tensors(tmp_path / "b.pth")
 
   @pytest.mark.parametrize("content", [{}, {"a": 3}, {3: 4}, [1], {"state_dict": {}}])

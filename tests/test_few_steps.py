@@ -26,7 +26,7 @@ from univid_jax.diffusion.solvers import SOLVERS
 from univid_jax.evaluation.run import evaluate
 from univid_jax.inference.distillation_loras import add_distillation, read_distillation, split_distillation
 from univid_jax.inference.experts import Experts, Transformer
-from univid_jax.inference.plan import SamplingPlan
+from univid_jax.inference.plan import SamplingOptions, SamplingPlan
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.loop import train
 
@@ -67,12 +67,13 @@ def test_two_of_the_four_steps_are_of_each_expert(boundary):
     ({"sigmas": [1, 0.5], "solver": "unipc"}, "given to Euler's steps only"),
     ({"sigmas": [1, 0.5], "num_inference_steps": 2}, "sigmas replace num_inference_steps"),
     ({"sigmas": [1, 0.5], "shift": 3.0}, "sigmas replace shift"),
+    ({"sigmas": [1, 0.5], "solver": "distilled"}, "given to Euler's steps only"),
     ({"solver": "distilled", "num_inference_steps": 8}, "distilled takes 4 steps, got 8"),
   ],
 )
 def test_contradictions_are_refused(options, message):
   with pytest.raises(UserError, match=message):
-    SamplingPlan.from_options(**options)
+    SamplingPlan.from_options(SamplingOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -88,13 +89,11 @@ def test_contradictions_are_refused(options, message):
 def test_what_contradicts_a_distillation_is_refused(name, value):
   kind = DISTILLATIONS["lightx2v"]
   with pytest.raises(UserError, match=f"{name} contradicts the distillation lightx2v, which has"):
-    SamplingPlan.from_options(kind, **{name: value})
-  plan = SamplingPlan.from_options(
-    kind, default_shift=12.0, num_inference_steps=4, solver="distilled", guidance_scale=[1.0]
-  )
-  assert (
-    plan.sigmas.tolist() == SamplingPlan.from_options(solver="distilled").sigmas.tolist() and plan.guidance_scale == 1
-  )
+    SamplingPlan.from_options(SamplingOptions(**{name: value}), kind)
+  same = SamplingOptions(num_inference_steps=4, solver="distilled", guidance_scale=[1.0])
+  plan = SamplingPlan.from_options(same, kind, default_shift=12.0)
+  alone = SamplingPlan.from_options(SamplingOptions(solver="distilled"))
+  assert plan.sigmas.tolist() == alone.sigmas.tolist() and plan.guidance_scale == 1
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.loss import draw_noise
 from univid_jax.parallel.mesh import make_mesh, mesh_shape, row_shards
 from univid_jax.parallel.sharding import parameter_shardings, shard_batch
-from univid_jax.planning.forecasts import forecast_with_program
+from univid_jax.planning.forecasts import compile_training
 from univid_jax.training.optimizer import make_optimizer
 from univid_jax.training.state import StateSpec
 from univid_jax.training.step import make_update
@@ -152,7 +152,7 @@ class TestMeshes:
   def test_indivisible_rows_are_refused(self, tiny_config):
     row = packed_batch(tiny_config)
     odd = jax.tree.map(lambda x: x[:, :47] if x.shape[1] == 48 else x, row)
-    with pytest.raises(ValueError, match="rows of 47 tokens do not divide over context = 8"):
+    with pytest.raises(ValueError, match=r"rows of 47 tokens do not divide over config\.mesh\.context = 8"):
       shard_batch(odd, make_mesh({"context": 8}))
     rows = override(tiny_config, {"rows.per_batch": 6}).rows
     with pytest.raises(UserError, match="per_batch = 6 does not divide over data x fsdp = 8"):
@@ -165,7 +165,7 @@ def test_no_device_holds_the_hidden_states_of_a_whole_row(tiny_config):
   changes = {"model.num_layers": 3, "model.dim": 48, "model.num_heads": 4, "model.ffn_dim": 112, "model.remat": "full"}
   rows = {"rows.num_tokens": 480, "rows.per_batch": 2, "lora.rank": 2}
   mesh = make_mesh({"data": 2, "context": 4})
-  _, program = forecast_with_program(override(tiny_config, changes | rows), mesh)
+  program, _ = compile_training(override(tiny_config, changes | rows), mesh)
   shapes = {tuple(map(int, text.split(","))) for text in re.findall(r"\[([\d,]+),48\]", program.as_text())}
   assert (3, 1, 120) in shapes and max(map(math.prod, shapes)) < 480, shapes
 

@@ -22,7 +22,7 @@ from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import SOLVERS
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 from univid_jax.inference.experts import Experts, Transformer
-from univid_jax.inference.plan import SamplingPlan
+from univid_jax.inference.plan import SamplingOptions, SamplingPlan
 from univid_jax.inference.sampler import PackedJobs, Sampler
 from univid_jax.models.dit import DiT
 from univid_jax.models.names import diffusers_table, name_from_diffusers
@@ -194,7 +194,8 @@ def test_step_cache(rng, guidance_scale, capsys):
   sampler = Sampler(make_mesh({}, devices=jax.devices()[:1]))
 
   def sample(step_cache):
-    plan = SamplingPlan.from_options(num_inference_steps=12, guidance_scale=guidance_scale, step_cache=step_cache)
+    options = SamplingOptions(num_inference_steps=12, guidance_scale=guidance_scale, step_cache=step_cache)
+    plan = SamplingPlan.from_options(options)
     packed = PackedJobs(rows[0], rows[1] if guided else None, [(0, 1)], [rows[0].tokens[0]])
     return plan, unpatchify(sampler.sample(experts, packed, plan)[0], noise.shape[1:], PATCH)
 

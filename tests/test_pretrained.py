@@ -10,6 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from tests.helpers import GOLDENS
+from univid_jax import load_pipeline
 from univid_jax.checkpoints import pretrained, run_parts
 from univid_jax.checkpoints.info import CHECKPOINT_FILE, is_checkpoint
 from univid_jax.checkpoints.origin import Origin
@@ -83,6 +84,34 @@ def test_the_origin_of_samples_has_configs_and_tokenizer(folder):
     found.append(identify())
   assert found[0].checksums["tokenizer"] != found[1].checksums["tokenizer"]
   assert found[0].checksums["configs"] == changed.checksums["configs"] and found[0].weights == before.weights
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"dtype": "foo"}, "dtype must be one of float32, bfloat16, float16, got 'foo'"),
+    ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+    ({"step": 3}, "is a converted checkpoint, which has no step 3"),
+    ({"step": "best"}, "is a converted checkpoint, which has no step best"),
+    ({"on_damaged_checkpoint": "foo"}, "on_damaged_checkpoint must be one of fallback, stop, got 'foo'"),
+    ({"quantize": "foo"}, "quantize must be one of none, "),
+  ],
+)
+def test_options_that_do_not_apply(folder, options, message):
+  with pytest.raises(UserError, match=message):
+    load_pipeline(str(folder), **options)
+  if not options.keys() & {"dtype", "quantize"}:
+    with pytest.raises(UserError, match=message):
+      Origin.resolve(str(folder), **options)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [({"dtype": "foo"}, "dtype must be one of"), ({"on_damaged_checkpoint": "foo"}, "on_damaged_checkpoint must be")],
+)
+def test_options_of_runs_are_checked_before_the_run_is_read(tmp_path, options, message):
+  with pytest.raises(UserError, match=message):
+    load_pipeline(str(tmp_path / "run"), **options)
 
 
 def test_incomplete_component(folder):

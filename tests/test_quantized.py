@@ -42,13 +42,13 @@ import re
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.planning.forecasts import forecast_with_program
+from univid_jax.planning.forecasts import compile_training
 mesh = make_mesh({}, describe_devices("v5e:1x1"))
 shape = {"dim": 256, "ffn_dim": 1024, "num_layers": 12, "num_heads": 2, "dtype": "bfloat16", "look_back": ()}
 changes = {f"model.{key}": value for key, value in shape.items()} | {"lora.rank": 2, "ema_decay": 0.0}
 stack = r"(bf16|f32)\\[12,(256|1024|4,64|16,64),(256|1024)\\]"
 for method in ("none", "int8", "fp8", "nf4"):
-  found, program = forecast_with_program(override(tiny(), {**changes, "base.quantize": method}), mesh)
+  program, found = compile_training(override(tiny(), {**changes, "base.quantize": method}), mesh)
   assert bool(re.search(stack, program.as_text())) == (method == "none"), method
 # The loop slices the base in the memory of the host, without copies of whole stacks of kernels.
 shape = {"dim": 512, "ffn_dim": 1024, "num_layers": 12, "num_heads": 4, "remat": "offload"}
@@ -56,7 +56,7 @@ changes |= {f"model.{key}": value for key, value in shape.items()}
 changes |= {"base.offload": True, "rows.num_tokens": 768, "rows.per_batch": 1}
 hidden = 12 * 768 * 512 * 2
 for method in ("none", "int8", "fp8", "nf4"):
-  found, program = forecast_with_program(override(tiny(), {**changes, "base.quantize": method}), mesh)
+  program, found = compile_training(override(tiny(), {**changes, "base.quantize": method}), mesh)
   memory = program.memory_analysis()
   base, others = memory.host_argument_size_in_bytes, memory.host_temp_size_in_bytes
   assert base > 1e7 and hidden < others < hidden + base / 4, (method, base, others)

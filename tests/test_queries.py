@@ -1,5 +1,6 @@
 """Many queries after one example pair: batches equal single samples, results are kept, processes share the work."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -14,14 +15,15 @@ from tests.commands import SMALL, finish, free_port, run_command, start_command
 from tests.helpers import random_pipeline
 from univid_jax.cli.queries import QueryRunner
 from univid_jax.cli.requests import RequestRunner
-from univid_jax.cli.sampling import plan_requests
+from univid_jax.cli.sampling import SamplingArguments, plan_requests
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.inference import batch_size
 from univid_jax.inference.batch_size import choose_batch_size, spread
+from univid_jax.inference.plan import SamplingOptions
 from univid_jax.parallel.mesh import make_mesh
 
-STEPS = {"num_frames": None, "num_inference_steps": 3}
+STEPS = SamplingArguments(steps=SamplingOptions(num_inference_steps=3))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,7 @@ def test_what_is_missing_is_sampled(pipeline, files, tmp_path):
   )
   assert contents(tmp_path / "out") == first
   assert not any(line.startswith("wrote ") for line in QueryRunner(runner, 3).run(requests))
-  other = RequestRunner(pipeline, pipeline.clip_format, {**STEPS, "seed": 1}, {})
+  other = RequestRunner(pipeline, pipeline.clip_format, dataclasses.replace(STEPS, seed=1), {})
   assert sum(line.startswith("wrote ") for line in QueryRunner(other, 3).run(requests)) == 10
 
 

@@ -14,7 +14,7 @@ from tests.clip_files import write_image, write_video
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.cli.flags import UsageError
 from univid_jax.cli.requests import RequestRunner
-from univid_jax.cli.sampling import Request, check_outputs, choose_format, plan_requests
+from univid_jax.cli.sampling import Request, SamplingArguments, check_outputs, choose_format, plan_requests
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
@@ -23,6 +23,7 @@ from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media import writer
 from univid_jax.data.media.reader import read_clip
 from univid_jax.inference.pipeline import Pipeline
+from univid_jax.inference.plan import SamplingOptions
 
 TRAINED = ClipFormat(size=(16, 24), num_frames=17, fit=ClipFit.PAD, fps=8.0, buckets=((24, 16),))
 AS_TRAINED = dict(size=None, num_frames=None, fit=None, fps=None)
@@ -41,13 +42,13 @@ class EchoPipeline(Pipeline):
   def latent_shape(self, shape):
     return latent_shape(shape, temporal_stride=4, spatial_stride=8)
 
-  def sample_video(self, examples, query, *, num_frames, num_inference_steps, carry_context, saved, progress):
+  def sample_video(self, examples, query, **options):
     steps = types.SimpleNamespace(num_steps=3, num_windows=3)
     frames = query.read(0, query.num_frames)
     self.contexts.append([*examples, frames])
     return type("Video", (list,), vars(steps))([frames])
 
-  def sample(self, clips, *, num_frames, num_inference_steps, progress):
+  def sample(self, clips, *, num_frames, num_inference_steps, progress, **options):
     self.contexts.append(clips)
     progress(num_inference_steps)
     indices = np.arange(num_frames or len(clips[-1])).clip(max=len(clips[-1]) - 1)
@@ -55,7 +56,8 @@ class EchoPipeline(Pipeline):
 
 
 def runner(form: ClipFormat = TRAINED, *, num_frames: int | None = None, **options) -> RequestRunner:
-  return RequestRunner(EchoPipeline(), form, dict(num_frames=num_frames, num_inference_steps=2), {}, **options)
+  arguments = SamplingArguments(num_frames=num_frames, steps=SamplingOptions(num_inference_steps=2))
+  return RequestRunner(EchoPipeline(), form, arguments, {}, **options)
 
 
 def test_clips_are_read_as_in_training_unless_something_else_is_asked_for():

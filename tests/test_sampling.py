@@ -75,6 +75,8 @@ def test_batch_over_eight_devices_equals_one_at_a_time(tiny_config, attention, s
     assert relative_error(sample.latents, alone.latents) <= 1e-5
   with pytest.raises(ValueError, match="4 sentences, 4 prompts and 2 seeds"):
     pipeline.sample_batch(contexts, seeds=[1, 2])
+  with pytest.raises(TypeError, match="unexpected keyword argument 'stepss'"):
+    pipeline.sample_batch(contexts, stepss=3)
 
 
 @given(count=st.integers(1, 10**6))

@@ -17,7 +17,7 @@ from univid_jax.diffusion.guidance import Branch
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 from univid_jax.inference.jobs import pack_single
-from univid_jax.inference.plan import SamplingPlan
+from univid_jax.inference.plan import SamplingOptions, SamplingPlan
 from univid_jax.inference.ratio_tables import TableKey, read_table, require_tables, write_table
 from univid_jax.parallel.mesh import make_mesh
 
@@ -90,7 +90,7 @@ def test_invalid_settings_are_refused(options, message):
 )
 def test_invalid_ranges_are_refused(options, message):
   with pytest.raises(UserError, match=message):
-    SamplingPlan.from_options(**options)
+    SamplingPlan.from_options(SamplingOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_a_solver_that_calls_the_model_twice_is_refused(pipe, contexts):
       return super().step(predict, super().step(predict, state, sigma, coefficients / 2), sigma, coefficients / 2)
 
   cache = StepCache(ratios=[[1.0] * STEPS] * 2, threshold=1)
-  with pytest.raises(UserError, match="a step cache needs a solver that calls the model once a step"):
+  with pytest.raises(UserError, match="a step cache needs a solver that calls the model once per step"):
     sample(pipe, contexts[0], step_cache=cache, solver=Twice())
   with pytest.raises(UserError, match="ratios of 2 branches of 6 steps, the sample 1 of 5"):
     sample(pipe, contexts[0], step_cache=cache, num_inference_steps=5)

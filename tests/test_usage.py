@@ -21,7 +21,7 @@ from univid_jax.checkpoints.tensor_files import save_safetensors
 from univid_jax.checkpoints.usage import Usage, merge_usages
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.cli.requests import RequestRunner
-from univid_jax.cli.sampling import resolve_steps, task_prompt
+from univid_jax.cli.sampling import SamplingArguments, resolve_steps, task_prompt
 from univid_jax.cli.sampling_flags import SamplingFlags
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
@@ -32,6 +32,7 @@ from univid_jax.data.clips import ClipFormat
 from univid_jax.inference import lora_specs
 from univid_jax.inference.distillation_loras import read_distillation
 from univid_jax.inference.lora_specs import RequestedLoRA, lora_usage, read_loras
+from univid_jax.inference.plan import SamplingOptions
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.loop import train
 
@@ -268,10 +269,9 @@ def test_what_training_decides_is_recorded(tiny_config, given, shift):
   """So that results of other weights of that name, trained otherwise, are not kept."""
   pipeline = random_pipeline(tiny_config, make_mesh({}, jax.devices()[:1]))
   pipeline.usage = dataclasses.replace(USAGE, clip_gap=7)
-  names = ("num_inference_steps", "guidance_scale", "shift", "solver", "sigmas", "guidance_range")
-  steps = resolve_steps(pipeline, {**dict.fromkeys(names), **given})
-  assert steps["shift"] == shift and np.array_equal(pipeline.plan(**steps).sigmas, pipeline.plan(**given).sigmas)
-  runner = RequestRunner(pipeline, pipeline.clip_format, steps, {})
+  steps = resolve_steps(pipeline, SamplingOptions(**given))
+  assert steps.shift == shift and np.array_equal(pipeline.make_plan(steps).sigmas, pipeline.plan(**given).sigmas)
+  runner = RequestRunner(pipeline, pipeline.clip_format, SamplingArguments(steps=steps), {})
   assert runner._record([], num_frames=1, size=(16, 16), fps=None)["clip_gap"] == 7
 
 

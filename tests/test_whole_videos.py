@@ -21,12 +21,13 @@ from tests.test_long_video import moving_video
 from tests.test_writer import write_video_with_sound
 from univid_jax.cli.flags import UsageError
 from univid_jax.cli.requests import RequestRunner
-from univid_jax.cli.sampling import Request, plan_requests
+from univid_jax.cli.sampling import Request, SamplingArguments, plan_requests
 from univid_jax.cli.whole_videos import _RemainingTime
 from univid_jax.config.boundary import override
 from univid_jax.core.options import ClipFit
 from univid_jax.data.media.reader import read_clip
 from univid_jax.data.media.writer import write_clip
+from univid_jax.inference.plan import SamplingOptions
 from univid_jax.inference.windows import Windows
 from univid_jax.parallel.mesh import make_mesh
 
@@ -39,7 +40,7 @@ def pipeline(tiny_config):
 
 
 def runner(pipeline, **options) -> RequestRunner:
-  arguments = dict(num_frames=None, num_inference_steps=2, prompt="", negative_prompt="", seed=0)
+  arguments = SamplingArguments(steps=SamplingOptions(num_inference_steps=2))
   return RequestRunner(pipeline, pipeline.clip_format, arguments, {"checkpoint": "x"}, **options)
 
 
@@ -82,7 +83,7 @@ def test_another_fit_of_the_first_frame_is_said(pipeline, tmp_path, caplog, shap
   sampling = runner(pipeline, first_frame=str(tmp_path / "first.png"))
   changes = {
     "form": dataclasses.replace(sampling.form, fit=ClipFit.PAD),
-    "arguments": sampling.arguments | {"num_frames": 5},
+    "arguments": dataclasses.replace(sampling.arguments, num_frames=5),
   }
   dataclasses.replace(sampling, **changes).run(Request(tuple(names), tmp_path / "out.npy"))
   assert ("padded with black instead of cropped" in caplog.text) == is_said
@@ -266,10 +267,10 @@ def test_warm_up_compiles_everything(tiny_config, clips, tmp_path, guidance_rang
   pipeline = random_pipeline(config, make_mesh({}, jax.devices()[:1]))
   write_clip(tmp_path / "short.npy", moving_video(9))
   sampling = runner(pipeline)
-  steps = {"num_inference_steps": 20, "guidance_scale": 2.0, "guidance_range": guidance_range}
-  sampling = dataclasses.replace(sampling, arguments=sampling.arguments | steps)
+  steps = SamplingOptions(num_inference_steps=20, guidance_scale=2.0, guidance_range=guidance_range)
+  sampling = dataclasses.replace(sampling, arguments=SamplingArguments(steps=steps))
   requests = [Request(clips, tmp_path / "long.npy"), Request((str(tmp_path / "short.npy"),) * 3, tmp_path / "x.npy")]
-  assert sampling.shorten().arguments["num_inference_steps"] <= 5
+  assert sampling.shorten().num_steps <= 5
   before = set(tmp_path.iterdir())
   assert "programs of 2 results" in sampling.warm_up(requests) and set(tmp_path.iterdir()) == before
   (step,) = pipeline.sampler._steps.values()

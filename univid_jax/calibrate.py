@@ -24,7 +24,7 @@ def main() -> None:
   from univid_jax.checkpoints.built_in import BUILT_IN, measurements_folder
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.context_reader import ContextReader
-  from univid_jax.cli.sampling import Request
+  from univid_jax.cli.sampling import Request, SamplingArguments
   from univid_jax.cli.step_caches import describe_schedules, measure_ratios
   from univid_jax.core.paths import require_writable
   from univid_jax.inference.ratio_tables import TableKey, write_table
@@ -38,16 +38,15 @@ def main() -> None:
   pipeline, origin = SAMPLING.load()
   reader = ContextReader(pipeline, SAMPLING.choose_format(pipeline), keep_size=SAMPLING.keep_size)
   clips = [clip.frames for clip in reader.read(Request(tuple(SAMPLING.clips.value or ()), Path()))]
-  ratios = measure_ratios(
-    pipeline,
-    clips,
+  arguments = SamplingArguments(
     num_frames=SAMPLING.num_frames.value,
     prompt=SAMPLING.choose_prompt(pipeline),
     negative_prompt=SAMPLING.negative_prompt.value,
     seed=SAMPLING.seed.value,
     steps=SAMPLING.steps,
   )
-  plan = pipeline.plan(**SAMPLING.steps)
+  ratios = measure_ratios(pipeline, clips, arguments)
+  plan = pipeline.make_plan(arguments.steps)
   for line in describe_schedules(pipeline, plan, ratios):
     print(line)
   print(f"ratios: {write_table(SAMPLING.checkpoint.value, TableKey.for_plan(pipeline, origin, plan), ratios)}")

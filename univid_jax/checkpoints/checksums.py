@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 _NUM_THREADS = 8
 # Fits into the second cache of a core: blocks of 4 MB take one and a half times as long.
 _BLOCK_BYTES = 1 << 18
-# Where checksums are looked for at least.
+# Minimum number of bytes searched for a checksum.
 _START_BYTES = 1 << 20
 
 
@@ -54,8 +54,8 @@ class DamagedError(UserError):
     self,
     folder: epath.PathLike,
     damage: Sequence[str],
-    advice: str = "restore from a copy or write again; train, prepare, sample, evaluate and demo do not check with "
-    "--verify_weights=off",
+    advice: str = "restore it from a copy or write it again; --verify_weights=off skips this check in train, prepare, "
+    "sample, evaluate and demo",
   ):
     self.folder, self.damage = folder, tuple(damage)
     more = f" and {len(damage) - 8} more" if len(damage) > 8 else ""

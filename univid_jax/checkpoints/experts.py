@@ -31,6 +31,8 @@ _DIFFUSERS_FOLDERS = {"transformer": Expert.HIGH, "transformer_2": Expert.LOW}
 
 # How many parts of a path are searched: Wan2.2-T2V-A14B/high_noise_model/diffusion_pytorch_model.safetensors.
 _DEPTH = 3
+# Characters from which metadata are configs and prompts.
+_LONG = 200
 
 
 def find_expert(path: Path, metadata: Mapping[str, str], config: DiTConfig) -> Expert | None:
@@ -43,7 +45,7 @@ def find_expert(path: Path, metadata: Mapping[str, str], config: DiTConfig) -> E
   """
   if config.model_type == ModelType.TI2V or config.takes_image_features:
     return None
-  texts = list(_texts(path, metadata))
+  texts = list(describing_texts(path, metadata))
   version = next((match[1] for text in texts if (match := _VERSION.search(text))), None)
   is_wan22 = version == "2" or any("a14b" in text.lower() for text in texts)
   if version == "1":
@@ -89,10 +91,10 @@ def named_expert(path: str) -> Expert | None:
 
 def may_be_expert(path: Path, metadata: Mapping[str, str], variant: str) -> bool:
   """Returns whether a transformer without a sign of Wan2.2 could still be one of its experts."""
-  return variant in SAME_TENSORS and not any(_VERSION.search(text) for text in _texts(path, metadata))
+  return variant in SAME_TENSORS and not any(_VERSION.search(text) for text in describing_texts(path, metadata))
 
 
-def _texts(path: Path, metadata: Mapping[str, str]) -> Iterator[str]:
-  """Yields names and short texts, the most reliable first."""
+def describing_texts(path: Path, metadata: Mapping[str, str]) -> Iterator[str]:
+  """Yields what may say which model a file is of: its name, those of its folders, short metadata; best first."""
   yield from list(reversed(path.absolute().parts))[:_DEPTH]
-  yield from (value for _, value in sorted(metadata.items()) if len(value) < 200)
+  yield from (value for _, value in sorted(metadata.items()) if len(value) < _LONG)

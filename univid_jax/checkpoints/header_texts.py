@@ -58,7 +58,7 @@ def _unite(index: Path, key: str, texts: Mapping[str, str]) -> str:
 
 
 class _Contradiction(Exception):
-  """Of two values of one name."""
+  """Two shards have different values of one name."""
 
 
 def _add(values: dict[str, Any], name: str, value: Any) -> None:

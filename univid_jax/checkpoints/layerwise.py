@@ -13,16 +13,18 @@ from jaxtyping import Array, Int
 
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import Quantize
+from univid_jax.core.params import ParamPath
 from univid_jax.models.quantized import QuantizationError, QuantizedKernel, quantize, squared_norms
-
-Path = tuple[str, ...]
 
 # The arrays of a quantised kernel are stored under its path and these names.
 PARTS = ("numbers", "scale")
 
 
 def read_layerwise(
-  open_arrays: Callable[[Sequence[Path]], Mapping[Path, Any]], abstract: Mapping[str, Any], *, stored: Quantize
+  open_arrays: Callable[[Sequence[ParamPath]], Mapping[ParamPath, Any]],
+  abstract: Mapping[str, Any],
+  *,
+  stored: Quantize,
 ) -> tuple[dict[str, Any], list[float]]:
   """Reads parameters, the kernels that are to be quantised layer by layer.
 
@@ -37,7 +39,7 @@ def read_layerwise(
   Raises:
     UserError: the weights are damaged.
   """
-  flat: dict[Path, Any] = traverse_util.flatten_dict(dict(abstract))
+  flat: dict[ParamPath, Any] = traverse_util.flatten_dict(dict(abstract))
   kernels = [path for path, value in flat.items() if isinstance(value, QuantizedKernel)]
   paths = [path for path in flat if path not in kernels]
   if stored == Quantize.NONE:
@@ -45,7 +47,7 @@ def read_layerwise(
   else:
     paths += [(*path, part) for path in kernels for part in PARTS]
   arrays, errors = open_arrays(paths), QuantizationError()
-  values: dict[Path, Any] = {}
+  values: dict[ParamPath, Any] = {}
   for path, value in flat.items():
     if not isinstance(value, QuantizedKernel):
       values[path] = _read(arrays[path], value)
@@ -103,7 +105,9 @@ def _quantize_layers(source: Any, abstract: QuantizedKernel, errors: Quantizatio
   return jax.device_put(stack, final_shardings)
 
 
-def describe_parts(path: Path, shape: tuple[int, ...], method: Quantize) -> dict[Path, tuple[tuple[int, ...], str]]:
+def describe_parts(
+  path: ParamPath, shape: tuple[int, ...], method: Quantize
+) -> dict[ParamPath, tuple[tuple[int, ...], str]]:
   """Returns shape and dtype of each array that a quantised kernel is stored in, by its path."""
   kernel = jax.eval_shape(functools.partial(quantize, method=method), jax.ShapeDtypeStruct(shape, jnp.float32))
   return {(*path, part): (getattr(kernel, part).shape, str(getattr(kernel, part).dtype)) for part in PARTS}
@@ -115,7 +119,7 @@ _squared_norms = jax.jit(squared_norms)
 
 def quantize_on_host(
   kernel: np.ndarray, method: Quantize, float8: tuple[np.ndarray, np.ndarray] | None = None
-) -> tuple[dict[Path, np.ndarray], np.ndarray]:
+) -> tuple[dict[ParamPath, np.ndarray], np.ndarray]:
   """Quantises a kernel on the CPU.
 
   Args:

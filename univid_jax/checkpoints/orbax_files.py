@@ -31,9 +31,8 @@ from flax import traverse_util
 
 from univid_jax.checkpoints.tensor_files import numpy_dtype
 from univid_jax.core.errors import UserError, first_line
+from univid_jax.core.params import ParamPath
 from univid_jax.core.paths import is_remote, make_absolute
-
-Path = tuple[str, ...]
 
 # Stacked layers and other arrays that are larger than this are stored in several chunks.
 CHUNK_BYTES = 64 << 20
@@ -121,7 +120,9 @@ def restore_items(folder: epath.PathLike, items: Mapping[str, Any]) -> Mapping[s
   return {name: restore_arrays(make_absolute(folder) / name, abstract) for name, abstract in items.items()}
 
 
-def create_arrays(folder: epath.PathLike, specs: Mapping[Path, tuple[tuple[int, ...], str]]) -> dict[Path, Any]:
+def create_arrays(
+  folder: epath.PathLike, specs: Mapping[ParamPath, tuple[tuple[int, ...], str]]
+) -> dict[ParamPath, Any]:
   """Creates a checkpoint whose arrays are written afterwards, layer by layer.
 
   Orbax saves whole arrays only, which have up to 5.7 GB in the 14B model. So it saves zeros here, together with all its
@@ -141,7 +142,7 @@ def create_arrays(folder: epath.PathLike, specs: Mapping[Path, tuple[tuple[int, 
   return {path: _create_array(_array_url(folder, path), path, *spec) for path, spec in specs.items()}
 
 
-def open_arrays(folder: epath.PathLike, paths: Iterable[Path]) -> dict[Path, Any]:
+def open_arrays(folder: epath.PathLike, paths: Iterable[ParamPath]) -> dict[ParamPath, Any]:
   """Opens arrays that were written through `create_arrays`, to read them layer by layer.
 
   Args:
@@ -161,7 +162,7 @@ def open_arrays(folder: epath.PathLike, paths: Iterable[Path]) -> dict[Path, Any
     raise UserError(f"cannot read the weights in {folder}: {first_line(error)}") from error
 
 
-def _array_url(folder: epath.PathLike, path: Path) -> str:
+def _array_url(folder: epath.PathLike, path: ParamPath) -> str:
   folder = make_absolute(folder)
   base = str(folder) if is_remote(folder) else f"file://{folder}"
   return f"{base}/{'.'.join(path)}/"
@@ -175,7 +176,7 @@ def _virtual_zeros(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
   return jax.device_put(np.frombuffer(pages, dtype, count=int(np.prod(shape))).reshape(shape), jax.devices("cpu")[0])
 
 
-def _create_array(url: str, path: Path, shape: tuple[int, ...], dtype: str) -> Any:
+def _create_array(url: str, path: ParamPath, shape: tuple[int, ...], dtype: str) -> Any:
   metadata = {
     "shape": shape,
     "chunks": _chunk_shape(path, shape, dtype),
@@ -191,12 +192,12 @@ def _create_array(url: str, path: Path, shape: tuple[int, ...], dtype: str) -> A
   return ts.open(spec, create=True, delete_existing=True).result()
 
 
-def num_chunks(path: Path, shape: tuple[int, ...], dtype: str) -> int:
+def num_chunks(path: ParamPath, shape: tuple[int, ...], dtype: str) -> int:
   """Returns how many files `create_arrays` stores an array in."""
   return math.prod(-(-size // chunk) for size, chunk in zip(shape, _chunk_shape(path, shape, dtype)))
 
 
-def _chunk_shape(path: Path, shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+def _chunk_shape(path: ParamPath, shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
   """Returns one layer if layers are stacked; splits the first dim of what is larger than CHUNK_BYTES."""
   if path[0] == "blocks":
     return (1, *_chunk_shape(path[1:], shape[1:], dtype))

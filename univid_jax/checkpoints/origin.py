@@ -9,17 +9,15 @@ from typing import Any
 
 from etils import epath
 
-from univid_jax.checkpoints.checksums import digest_contents, has_checksums
+from univid_jax.checkpoints.checksums import digest_contents
 from univid_jax.checkpoints.experts import named_expert, split_expert
-from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.scaling import find_config
 from univid_jax.checkpoints.lora.sidecar import sidecar_path
-from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_converted, require_no_step
 from univid_jax.checkpoints.run import read_run, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_lora_steps, find_step
-from univid_jax.core.errors import UserError
-from univid_jax.core.options import OnDamaged, Quantize
+from univid_jax.core.options import OnDamaged, Quantize, parse_option
 
 # Checksums of what is no weight, by their names among those of components.
 CONFIGS, TOKENIZER = "configs", "tokenizer"
@@ -66,19 +64,18 @@ class Origin:
 
     Raises:
       FileNotFoundError: there is no such checkpoint, run or step.
+      UserError: a converted checkpoint is given with a step, or `on_damaged_checkpoint` is unknown.
       DamagedError: the checkpoint of the step is damaged.
     """
+    on_damaged = parse_option(OnDamaged, "on_damaged_checkpoint", on_damaged_checkpoint)
     found = None
-    if not (is_checkpoint(checkpoint) or has_checksums(checkpoint)):
+    if is_converted(checkpoint):
+      require_no_step(checkpoint, step)
+    else:
       require_run(checkpoint)
       # Only the choice of the newest intact one needs it now: what is loaded is verified then.
       verify = verify_weights and step in (None, "best")
-      found = find_step(checkpoint, step, verify=verify, on_damaged=OnDamaged(on_damaged_checkpoint))
-    elif step is not None:
-      raise UserError(
-        f"{checkpoint} is a converted checkpoint, which has no step {step}: runs have steps; those of sampling are "
-        "--steps, in Python num_inference_steps"
-      )
+      found = find_step(checkpoint, step, verify=verify, on_damaged=on_damaged)
     steps = dict(lora_steps or {})
     others = {split_expert(path)[1] for path, _ in (*loras, *(distillation or ()))} - set(steps)
     return cls(

@@ -23,7 +23,8 @@ from jax.typing import DTypeLike
 
 from univid_jax.checkpoints import weights_file
 from univid_jax.checkpoints.built_in import locate
-from univid_jax.checkpoints.info import CheckpointInfo, ComponentInfo, read_info
+from univid_jax.checkpoints.checksums import has_checksums
+from univid_jax.checkpoints.info import CheckpointInfo, ComponentInfo, is_checkpoint, read_info
 from univid_jax.checkpoints.layerwise import read_layerwise
 from univid_jax.checkpoints.orbax_files import open_arrays, restore_arrays
 from univid_jax.checkpoints.usage import Usage
@@ -48,6 +49,20 @@ COMPONENTS: Mapping[str, tuple[type, type]] = {
   "text_encoder": (UMT5Config, UMT5Encoder),
   "image_encoder": (CLIPConfig, CLIPVision),
 }
+
+
+def is_converted(checkpoint: str) -> bool:
+  """Returns whether a path or name is that of a converted checkpoint, even if its description is missing."""
+  return is_checkpoint(checkpoint) or has_checksums(checkpoint)
+
+
+def require_no_step(checkpoint: str, step: int | str | None) -> None:
+  """Raises UserError if a step is given for a converted checkpoint."""
+  if step is not None:
+    raise UserError(
+      f"{checkpoint} is a converted checkpoint, which has no step {step}: runs have steps; those of sampling are "
+      "--steps, in Python num_inference_steps"
+    )
 
 
 def component_config(component: str, values: Mapping[str, Any]) -> Any:
@@ -141,7 +156,7 @@ class PretrainedCheckpoint:
     return component_config(component, self.component(component).config)
 
   def checksum(self, component: str) -> str:
-    """Of the tensors before they were quantised."""
+    """Returns the checksum of a component's tensors, before they were quantised."""
     return self.component(component).checksum
 
   def quantization(self, component: str, wanted: Quantize = Quantize.NONE) -> Quantize:

@@ -100,8 +100,8 @@ def require_run(workdir: epath.PathLike) -> RunRecord:
     return record
   if has_checkpoint(workdir):
     raise FileNotFoundError(
-      f"{workdir} has checkpoints, but no {CONFIG_FILE}, which says what they are of: restore it from a copy, or from "
-      "another workdir of the same config"
+      f"{workdir} has checkpoints, but no {CONFIG_FILE}, which describes them: restore it from a copy, or from another "
+      "workdir of the same config"
     )
   if not epath.Path(workdir).exists():
     raise FileNotFoundError(

@@ -122,7 +122,7 @@ def check_base(config: RunConfig) -> None:
   }
   for key, value in needs_base.items():
     if value and not config.init_from:
-      raise UserError(f"there is no base, which {key} needs: give config.init_from, a folder that univid-convert wrote")
+      raise UserError(f"{key} needs a base: set config.init_from to a folder written by univid-convert")
   base = open_base(config)
   for part in split_config(config):
     if base is not None:

@@ -54,7 +54,7 @@ class SavedCheckpoints:
     on_damaged: OnDamaged = OnDamaged.FALLBACK,
   ):
     self.workdir, self.parent = workdir, make_absolute(workdir) / CHECKPOINTS_FOLDER
-    self._model_only, self._verify, self._on_damaged = model_only, verify, OnDamaged(on_damaged)
+    self._model_only, self._verify, self._on_damaged = model_only, verify, on_damaged
 
   @property
   def steps(self) -> list[int]:
@@ -259,9 +259,10 @@ class SavedCheckpoints:
     wait_for_processes("damaged checkpoints are set aside")
 
   def _set_aside(self, folder: epath.Path) -> None:
-    number = 1
-    while (target := folder.with_name(f"{folder.name}{DAMAGED_SUFFIX}{f'-{number}' * (number > 1)}")).exists():
+    target, number = folder.with_name(f"{folder.name}{DAMAGED_SUFFIX}"), 1
+    while target.exists():
       number += 1
+      target = folder.with_name(f"{folder.name}{DAMAGED_SUFFIX}-{number}")
     folder.rename(target)
     log.warning("%s is kept as %s; delete it when you do not need it any more", folder, target.name)
 

@@ -267,7 +267,7 @@ def _load_torch(path: Path) -> Any:
   except zipfile.BadZipFile as error:
     raise UserError(f"{path} is not a complete PyTorch file (of PyTorch 1.6 or newer)") from error
   if compressed:  # PyTorch never does; it could expand without bound
-    raise UserError(f"{path} is compressed, as no PyTorch file is")
+    raise UserError(f"{path} is a compressed archive, which PyTorch never writes: save it again with torch.save")
   try:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
   except Exception as error:

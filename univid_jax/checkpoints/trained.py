@@ -1,7 +1,7 @@
 """What a run has trained, read from its workdir: to sample with, to export, or to train on."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -23,15 +23,14 @@ from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, OnDamaged, TrainedExpert
+from univid_jax.core.params import ParamTree
 from univid_jax.core.paths import to_path
 from univid_jax.models.lora import LoRAParam
 from univid_jax.models.offload import offload_blocks, put_in_words
 from univid_jax.parallel.mesh import make_mesh
 
-Params = Mapping[str, Any]
 
-
-def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
+def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, ParamTree]:
   """Loads the transformer that training starts from, without adapters: that of the base, else random from the seed."""
 
   def create() -> nnx.Module:
@@ -61,7 +60,7 @@ def expert_configs(config: RunConfig) -> list[RunConfig]:
 
 def restore_transformer(
   saved: SavedCheckpoints, config: RunConfig, mesh: Mesh, *, step: int | str | None = None
-) -> tuple[nnx.GraphDef, Params]:
+) -> tuple[nnx.GraphDef, ParamTree]:
   """Restores the transformer that a run trained whole.
 
   Args:
@@ -105,7 +104,7 @@ def restore_loras(saved: SavedCheckpoints, record: RunRecord, *, step: int | str
   return to_lora_weights(record, jax.tree.map(np.asarray, params), step=found)
 
 
-def to_lora_weights(record: RunRecord, params: Params, *, step: int) -> list[LoRAWeights]:
+def to_lora_weights(record: RunRecord, params: ParamTree, *, step: int) -> list[LoRAWeights]:
   """Returns the trained adapters of each transformer as a LoRA that records its step and how it has to be run."""
   lora, loras = record.config.lora, []
   for part, adapters in zip(_split_record(record), record.config.model.expert.split_tree(params), strict=True):

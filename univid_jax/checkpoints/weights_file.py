@@ -13,17 +13,16 @@ from flax import traverse_util
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
-
-Path = tuple[str, ...]
+from univid_jax.core.params import ParamPath
 
 SUFFIX = ".safetensors"
 
 
-def save_arrays(path: epath.PathLike, tree: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None) -> None:
+def save_arrays(path: epath.PathLike, tree: Mapping[str, Any]) -> None:
   """Saves nested arrays of NumPy."""
-  flat: dict[Path, Any] = traverse_util.flatten_dict(dict(tree))
+  flat: dict[ParamPath, Any] = traverse_util.flatten_dict(dict(tree))
   arrays = {".".join(keys): np.ascontiguousarray(value) for keys, value in flat.items()}
-  epath.Path(path).write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
+  epath.Path(path).write_bytes(safetensors.numpy.save(arrays, metadata={}))
 
 
 def restore_arrays(path: epath.PathLike, abstract: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def restore_arrays(path: epath.PathLike, abstract: Mapping[str, Any]) -> dict[st
     UserError: they cannot be read, or have other names or shapes.
   """
   arrays, values = _read(path), {}
-  flat: dict[Path, Any] = traverse_util.flatten_dict(dict(abstract))
+  flat: dict[ParamPath, Any] = traverse_util.flatten_dict(dict(abstract))
   for keys, wanted in flat.items():
     array = _find(arrays, keys, path)
     if array.shape != wanted.shape:
@@ -46,7 +45,7 @@ def restore_arrays(path: epath.PathLike, abstract: Mapping[str, Any]) -> dict[st
   return traverse_util.unflatten_dict(values)
 
 
-def open_arrays(path: epath.PathLike, paths: Iterable[Path]) -> dict[Path, Any]:
+def open_arrays(path: epath.PathLike, paths: Iterable[ParamPath]) -> dict[ParamPath, Any]:
   """Returns arrays as TensorStore's, as `orbax_files.open_arrays` does; raises like `restore_arrays`."""
   arrays = _read(path)
   return {keys: ts.array(_find(arrays, keys, path)) for keys in paths}
@@ -57,7 +56,7 @@ def _read(path: epath.PathLike) -> dict[str, np.ndarray]:
   return {name: file.read(name) for name in file.infos}
 
 
-def _find(arrays: Mapping[str, np.ndarray], keys: Path, path: epath.PathLike) -> np.ndarray:
+def _find(arrays: Mapping[str, np.ndarray], keys: ParamPath, path: epath.PathLike) -> np.ndarray:
   name = ".".join(keys)
   if name not in arrays:
     raise UserError(f"{path} is damaged: it has no {name}")

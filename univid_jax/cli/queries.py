@@ -87,7 +87,7 @@ class QueryRunner:
     pipeline, arguments = self.runner.pipeline, self.runner.arguments
     examples = self.runner.reader.read_examples(request, self.runner.reader.form_of(request).for_shape(shape[1:]))
     lengths = [*(len(clip.frames) for clip in examples), shape[0]]
-    lengths.append(arguments["num_frames"] or infer_length(lengths))
+    lengths.append(arguments.num_frames or infer_length(lengths))
     tokens = [math.prod(pipeline.latent_shape((length, *shape[1:]))) // pipeline.config.patch_volume
               for length in lengths]  # fmt: skip
     return bucket_size(sum(tokens)), bucket_size(tokens[-1])
@@ -95,7 +95,7 @@ class QueryRunner:
   def _run_bucket(self, groups: Sequence[Sequence[Request]]) -> Iterator[str]:
     """Samples groups of queries whose sentences have about the same length, with one program."""
     runner = self.runner
-    sampler = QuerySampler.for_pipeline(runner.pipeline, **runner.arguments)
+    sampler = QuerySampler.for_pipeline(runner.pipeline, runner.arguments.steps, **runner.arguments.sentence)
     largest = max(len(_share(group, 0)) for group in groups)
     mine = [_share(group) for group in groups]
     if runner.is_warm_up:

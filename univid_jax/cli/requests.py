@@ -16,7 +16,7 @@ import univid_jax
 from univid_jax import Pipeline
 from univid_jax.cli.context_reader import ContextReader
 from univid_jax.cli.results import check_result, grid_path, is_finished, remove_record, write_record
-from univid_jax.cli.sampling import Request
+from univid_jax.cli.sampling import Request, SamplingArguments
 from univid_jax.cli.whole_videos import StepProgress, WholeQuery, WholeVideo, progress_path
 from univid_jax.core.options import SolverName
 from univid_jax.core.paths import require_writable
@@ -75,7 +75,7 @@ class RequestRunner:
 
   pipeline: Pipeline
   form: ClipFormat
-  arguments: Mapping[str, Any]
+  arguments: SamplingArguments
   origin: Mapping[str, Any]
   grid: bool = False
   copy_audio: bool = False
@@ -102,7 +102,7 @@ class RequestRunner:
     if query is not None:
       return self.run_whole(request, query)
     prepared = self.prepare(request)
-    arguments = self._arguments(prepared.first, prepared.record["num_frames"])
+    arguments = self._keywords(prepared.first, prepared.record["num_frames"])
     if self.preview is not None:
       arguments["preview"] = self.preview
     total = self.num_steps
@@ -119,11 +119,13 @@ class RequestRunner:
   @property
   def num_steps(self) -> int:
     """Steps of a sample."""
-    return len(self.arguments.get("sigmas") or ()) or self.arguments["num_inference_steps"]
+    count = self.arguments.steps.num_steps
+    assert count is not None, "`resolve_steps` has chosen it"
+    return count
 
   def find_whole(self, request: Request) -> WholeQuery | None:
     """Returns the query of a request if it is longer than the model's clips, so that all of it is sampled."""
-    if self.arguments["num_frames"] is not None or self.first_frame is not None:
+    if self.arguments.num_frames is not None or self.first_frame is not None:
       return None
     form, path = self.reader.form_of(request), request.clips[-1]
     query = WholeQuery.open(path, form, fps=self.video_fps, keep_size=self.keep_size)
@@ -186,8 +188,8 @@ class RequestRunner:
     if keep and self.has_finished(path, record):
       progress_path(path).unlink(missing_ok=True)  # if that command was killed before it did so
       return f"kept the result of an earlier command: {path}"
-    arguments = {**self.arguments, "num_frames": self.form.num_frames, "carry_context": self.carry_context}
-    video = WholeVideo(self.pipeline, examples, query, arguments, record)
+    arguments = dataclasses.replace(self.arguments, num_frames=self.form.num_frames)
+    video = WholeVideo(self.pipeline, examples, query, arguments, record, carry_context=self.carry_context)
     grid = grid_path(path, num_frames) if self.grid else None
     audio_from = request.clips[-1] if self.copy_audio else None
     saved = video.write(path, grid=grid, audio_from=audio_from, progress=self.progress)
@@ -211,7 +213,7 @@ class RequestRunner:
       "clips": clips,
       "height": height,
       "width": width,
-      **self.arguments,
+      **self.arguments.to_record(),
       "num_frames": num_frames,
       "fps": fps,
       "copy_audio": self.copy_audio,
@@ -231,7 +233,7 @@ class RequestRunner:
 
   def shorten(self) -> "RequestRunner":
     """Returns what uses all programs in as few steps as possible."""
-    arguments = {**self.arguments, "num_inference_steps": self._fewest_steps()}
+    arguments = self.arguments.replace_steps(self._fewest_steps())
     return dataclasses.replace(self, arguments=arguments, grid=False, copy_audio=False, is_warm_up=True)
 
   def _fewest_steps(self) -> int | None:
@@ -239,14 +241,13 @@ class RequestRunner:
 
     Kinds differ in the expert, in guidance, and in whether a step is the first, which takes arrays from elsewhere.
     """
-    names = ("num_inference_steps", "guidance_scale", "shift", "solver", "sigmas", "guidance_range", "step_cache")
-    options = {name: self.arguments[name] for name in names if name in self.arguments}
-    given = options.get("num_inference_steps")
-    if given is None or options.get("solver") == SolverName.DISTILLED or options.get("step_cache") is not None:
+    options = self.arguments.steps
+    given = options.num_inference_steps
+    if given is None or options.solver == SolverName.DISTILLED or options.step_cache is not None:
       return given
 
     def kinds(count: int) -> set[tuple[int, bool, bool]]:
-      plan = self.pipeline.plan(**{**options, "num_inference_steps": count})
+      plan = self.pipeline.make_plan(dataclasses.replace(options, num_inference_steps=count))
       experts = (self.pipeline.experts.find(float(sigma)) for sigma in plan.sigmas)
       return {(expert, bool(guided), i == 0) for i, (expert, guided) in enumerate(zip(experts, plan.guided_steps()))}
 
@@ -261,9 +262,13 @@ class RequestRunner:
       steps: of the solver, if their number is free.
     """
     clips = self.reader.read(request)
-    arguments = self._arguments(self.reader.read_first_frame(request), self._count_frames(clips))
-    if not arguments.get("sigmas") and arguments.get("solver") != SolverName.DISTILLED:  # which fix the number of steps
-      arguments["num_inference_steps"] = steps
+    options = self.arguments.steps
+    if options.sigmas or options.solver == SolverName.DISTILLED:  # which fix the number of steps
+      steps = self.num_steps
+    else:
+      options = dataclasses.replace(options, num_inference_steps=steps)
+    first = self.reader.read_first_frame(request)
+    arguments = self._keywords(first, self._count_frames(clips)) | options.to_keywords()
     self.pipeline.sample([clip.frames for clip in clips], **arguments)  # compiles
     folder = request.out.parent / "profile"
     options = jax.profiler.ProfileOptions()
@@ -275,20 +280,19 @@ class RequestRunner:
         frames = self.pipeline.sample([clip.frames for clip in clips], **arguments).frames
       with jax.profiler.TraceAnnotation("save"), tempfile.TemporaryDirectory() as scratch:
         write_clip(Path(scratch) / "sample.mp4", frames, fps=frame_rate(clips) if clips else None)
-    steps = len(arguments.get("sigmas") or ()) or arguments["num_inference_steps"]
     return f"wrote a profile of {steps} steps: {folder}"
 
   def _count_frames(self, clips: Sequence[ContextClip]) -> int:
     """Returns the number of frames of the result, given its context."""
-    given = self.arguments["num_frames"]
+    given = self.arguments.num_frames
     if given is None and not clips:
       return self.form.num_frames
     return given or infer_length([len(clip.frames) for clip in clips])
 
-  def _arguments(self, first: ContextClip | None, num_frames: int) -> dict[str, Any]:
+  def _keywords(self, first: ContextClip | None, num_frames: int) -> dict[str, Any]:
     """Returns the arguments of `Pipeline.sample` besides the context, given the first frame of the result, if any."""
     given = {} if first is None else {"first_frame": first.frames[0], "num_frames": num_frames}
-    return {**self.arguments, **given}
+    return self.arguments.to_keywords() | given
 
   def _choose_path(self, request: Request, like: Frames, count: int) -> Path:
     """Returns the path of a result of `count` frames of the size of a clip, after checking that it can be written."""

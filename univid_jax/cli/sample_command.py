@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.cli.sampling_flags import SamplingFlags
@@ -108,17 +108,19 @@ class SampleCommand:
     from univid_jax.inference.ratio_tables import TableKey, read_table
 
     flags = self.sampling
-    arguments: dict[str, Any] = {
-      "num_frames": flags.num_frames.value,
-      "negative_prompt": flags.negative_prompt.value,
-      "seed": flags.seed.value,
-      "prompt": flags.choose_prompt(pipeline),
-      **sampling.resolve_steps(pipeline, flags.steps),
-    }
+    steps = sampling.resolve_steps(pipeline, flags.steps)
     if self._step_cache.value:
-      key = TableKey.for_plan(pipeline, origin, pipeline.plan(**flags.steps))
+      key = TableKey.for_plan(pipeline, origin, pipeline.make_plan(flags.steps))
       ratios = read_table(flags.checkpoint.value, key)
-      arguments["step_cache"] = dataclasses.replace(parse_step_cache(self._step_cache.value), ratios=ratios)
+      cache = dataclasses.replace(parse_step_cache(self._step_cache.value), ratios=ratios)
+      steps = dataclasses.replace(steps, step_cache=cache)
+    arguments = sampling.SamplingArguments(
+      num_frames=flags.num_frames.value,
+      negative_prompt=flags.negative_prompt.value,
+      seed=flags.seed.value,
+      prompt=flags.choose_prompt(pipeline),
+      steps=steps,
+    )
     return RequestRunner(
       pipeline,
       flags.choose_format(pipeline),

@@ -20,6 +20,7 @@ from univid_jax.data.media.color import MAX_PIXELS
 from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign
 from univid_jax.data.prompts import PAPER_TARGETS, prompt_for
 from univid_jax.data.tasks import TASKS
+from univid_jax.inference.plan import SamplingOptions
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,41 @@ class Request:
   clips: tuple[str, ...]
   out: Path
   needs_suffix: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingArguments:
+  """Arguments of `Pipeline.sample` besides the context.
+
+  Attributes:
+    num_frames, negative_prompt, seed, prompt: see there.
+    steps: how to integrate.
+  """
+
+  num_frames: int | None = None
+  negative_prompt: str = ""
+  seed: int = 0
+  prompt: str = ""
+  steps: SamplingOptions = SamplingOptions()
+
+  @property
+  def sentence(self) -> dict[str, Any]:
+    """The arguments that are not about steps, as keywords."""
+    return {name: getattr(self, name) for name in ("num_frames", "negative_prompt", "seed", "prompt")}
+
+  def to_keywords(self) -> dict[str, Any]:
+    return self.sentence | self.steps.to_keywords()
+
+  def to_record(self) -> dict[str, Any]:
+    """Returns what is written next to a result; records of results without a step cache do not mention it."""
+    values = self.to_keywords()
+    if self.steps.step_cache is None:
+      del values["step_cache"]
+    return values
+
+  def replace_steps(self, num_inference_steps: int | None) -> "SamplingArguments":
+    """Returns the arguments with another number of steps."""
+    return dataclasses.replace(self, steps=dataclasses.replace(self.steps, num_inference_steps=num_inference_steps))
 
 
 def group_loras(loras: Sequence[tuple[str, float]]) -> list[tuple[str, float]] | dict[str, list[tuple[str, float]]]:
@@ -94,17 +130,17 @@ def parse_sigmas(texts: Sequence[str]) -> tuple[float, ...] | None:
     raise UsageError(f"--sigmas are numbers, separated by commas, got {','.join(texts)!r}") from error
 
 
-def resolve_steps(pipeline: Pipeline, options: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns options of `Pipeline.plan` with those that the model decides about filled in, to be recorded."""
-  plan, decided = pipeline.plan(**options), pipeline.distillation
-  shift = pipeline.usage.shift if options["shift"] is None else options["shift"]
-  return {
-    **options,
-    "num_inference_steps": None if options["sigmas"] else len(plan.sigmas),
-    "guidance_scale": plan.guidance_scale,
-    "shift": decided.shift if decided else None if options["sigmas"] else shift,
-    "solver": decided.solver if decided else options["solver"] or SolverName.EULER,
-  }
+def resolve_steps(pipeline: Pipeline, options: SamplingOptions) -> SamplingOptions:
+  """Returns options with those that the model decides about filled in, to be recorded."""
+  plan, decided = pipeline.make_plan(options), pipeline.distillation
+  shift = pipeline.usage.shift if options.shift is None else options.shift
+  return dataclasses.replace(
+    options,
+    num_inference_steps=None if options.sigmas else len(plan.sigmas),
+    guidance_scale=plan.guidance_scale,
+    shift=decided.shift if decided else None if options.sigmas else shift,
+    solver=decided.solver if decided else options.solver or SolverName.EULER,
+  )
 
 
 def parse_size(text: str) -> tuple[int, int]:

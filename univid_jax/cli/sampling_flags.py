@@ -1,5 +1,6 @@
 """The flags that say what is sampled and how, for the commands that do it."""
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
   from univid_jax.data.clips import ClipFormat
   from univid_jax.diffusion.step_cache import StepCache
   from univid_jax.inference.distillation_loras import DistillationLoRAs
+  from univid_jax.inference.plan import SamplingOptions
 
 log = logging.getLogger(__name__)
 
@@ -79,23 +81,24 @@ class SamplingFlags:
     self._guidance_range = command.string("guidance_range", None, help_text)
 
   @property
-  def steps(self) -> dict[str, Any]:
-    """Options of `SamplingPlan.from_options`; None where nothing was said.
+  def steps(self) -> "SamplingOptions":
+    """What was asked for, except for the step cache.
 
     Raises:
-      UsageError: one cannot be read.
+      UsageError: a flag cannot be read.
     """
     from univid_jax.cli import sampling
+    from univid_jax.inference.plan import SamplingOptions
 
     scale, limits = self._guidance_scale.value, self._guidance_range.value
-    return {
-      "num_inference_steps": self._steps.value,
-      "shift": self._shift.value,
-      "solver": self._solver.value,
-      "sigmas": sampling.parse_sigmas(self._sigmas.value),
-      "guidance_scale": sampling.parse_guidance_scale(scale) if scale else None,
-      "guidance_range": sampling.parse_guidance_range(limits) if limits else None,
-    }
+    return SamplingOptions(
+      num_inference_steps=self._steps.value,
+      shift=self._shift.value,
+      solver=self._solver.value,
+      sigmas=sampling.parse_sigmas(self._sigmas.value),
+      guidance_scale=sampling.parse_guidance_scale(scale) if scale else None,
+      guidance_range=sampling.parse_guidance_range(limits) if limits else None,
+    )
 
   @property
   def keep_size(self) -> bool:
@@ -122,7 +125,8 @@ class SamplingFlags:
 
     from univid_jax.inference.plan import SamplingPlan
 
-    plan = SamplingPlan.from_options(distillation and distillation.kind, **self.steps, step_cache=step_cache)
+    options = dataclasses.replace(self.steps, step_cache=step_cache)
+    plan = SamplingPlan.from_options(options, distillation and distillation.kind)
     if self.negative_prompt.value and np.all(np.asarray(plan.guidance_scale) == 1):
       remedy = "leave it out with --accelerate" if distillation else "give a --guidance_scale other than 1"
       raise UsageError(f"--negative_prompt needs guidance: {remedy}")

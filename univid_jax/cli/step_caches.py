@@ -1,7 +1,7 @@
 """Step caches on the command line: their settings, and the ratios that they need."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from univid_jax import Pipeline
 from univid_jax.cli.flags import UsageError
+from univid_jax.cli.sampling import SamplingArguments
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 from univid_jax.inference.plan import SamplingPlan
 
@@ -38,23 +39,24 @@ def parse_step_cache(text: str) -> StepCache:
 
 
 def measure_ratios(
-  pipeline: Pipeline, clips: Sequence[np.ndarray], *, steps: Mapping[str, Any], **arguments: Any
+  pipeline: Pipeline, clips: Sequence[np.ndarray], arguments: SamplingArguments
 ) -> tuple[tuple[float, ...], ...]:
   """Returns the ratios of a sample, for a `StepCache`.
 
   Args:
     pipeline: the model.
     clips: the context.
-    steps: options of `Pipeline.plan`.
-    **arguments: others of `Pipeline.sample`.
+    arguments: others of `Pipeline.sample`.
   """
   measurement = RatioMeasurement()
-  with tqdm(total=len(pipeline.plan(**steps).sigmas), desc="calibrate", unit="step") as bar:
+  steps = dataclasses.replace(arguments.steps, step_cache=measurement)
+  arguments = dataclasses.replace(arguments, steps=steps)
+  with tqdm(total=len(pipeline.make_plan(steps).sigmas), desc="calibrate", unit="step") as bar:
 
     def show(taken: int) -> None:
       bar.update(taken - bar.n)
 
-    pipeline.sample(clips, **steps, **arguments, step_cache=measurement, progress=show)
+    pipeline.sample(clips, **arguments.to_keywords(), progress=show)
   return measurement.table
 
 

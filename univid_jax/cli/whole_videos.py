@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from univid_jax import Pipeline
 from univid_jax.cli.results import remove_record
+from univid_jax.cli.sampling import SamplingArguments
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat, ContextClip, Footage, file_footage
 from univid_jax.data.media.reader import Frames, probe, read_clip
@@ -100,15 +101,17 @@ class WholeVideo:
     pipeline: the model.
     examples: the example pairs.
     query: B.
-    arguments: of `Pipeline.sample_video`.
+    arguments: of the windows.
+    carry_context: whether these are sampled one after the other.
     record: everything that determines the result.
   """
 
   pipeline: Pipeline
   examples: Sequence[ContextClip]
   query: WholeQuery
-  arguments: Mapping[str, Any]
+  arguments: SamplingArguments
   record: Mapping[str, Any]
+  carry_context: bool
 
   def write(
     self, path: Path, *, grid: Path | None = None, audio_from: str | None, progress: StepProgress | None = None
@@ -135,7 +138,8 @@ class WholeVideo:
     video = self.pipeline.sample_video(
       [clip.frames for clip in self.examples],
       VideoReader(num_frames, self.query.read),
-      **self.arguments,
+      **self.arguments.to_keywords(),
+      carry_context=self.carry_context,
       saved=saved,
       progress=show,
     )

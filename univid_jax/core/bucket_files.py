@@ -88,7 +88,7 @@ def source_state(path: epath.PathLike) -> tuple[int, int]:
 
 
 def _forget_listings(path: epath.PathLike) -> None:
-  """Lets what fsspec remembers of a bucket be asked for again, since others may have written to it."""
+  """Drops fsspec's cached listings of a bucket, which other writers may have changed."""
   with contextlib.suppress(ImportError):
     fsspec.core.url_to_fs(str(path))[0].invalidate_cache()
 
@@ -127,7 +127,7 @@ def _delete_others(copy: Path, keep: dict[Path, epath.Path]) -> None:
 
 @contextlib.contextmanager
 def _locked(copy: Path) -> Iterator[None]:
-  """Lets one process of a machine copy at a time, so that others find its copy instead of making their own."""
+  """Has the processes of a machine copy one at a time, so that later ones find the copy instead of making their own."""
   lock = Path(CACHE_FOLDER).expanduser() / "locks" / hashlib.sha256(str(copy).encode()).hexdigest()[:32]
   lock.parent.mkdir(parents=True, exist_ok=True)
   with lock.open("wb") as file:

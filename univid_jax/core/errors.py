@@ -34,6 +34,6 @@ class Interrupted(KeyboardInterrupt):
 
 
 def first_line(error: BaseException) -> str:
-  """Returns the first line of a message that may have many; of an exception without one what it is."""
+  """Returns the first line of an exception's message, or its repr if it has none."""
   lines = str(error).strip().splitlines()
   return lines[0] if lines else repr(error)

@@ -192,7 +192,7 @@ class Lock:
     self._beats.start()
 
   def release(self) -> None:
-    """Gives the lock back; a lock that was lost is left alone."""
+    """Releases the lock; a lock that was lost is left alone."""
     self._stop.set()
     if self._beats.ident and self._beats is not threading.current_thread():
       self._beats.join(timeout=POLL)
@@ -288,7 +288,7 @@ def hold(folder: epath.PathLike, *, process: int = 0, on_loss: Callable[[str], N
 
 
 def release_all() -> None:
-  """Gives back all locks of this process, just before it ends at once."""
+  """Releases all locks of this process, just before it ends at once."""
   for lock in list(_held.values()):
     lock.release()
 

@@ -152,7 +152,7 @@ def to_path(path: epath.PathLike) -> epath.Path:
 
 
 def _find_scheme(path: epath.PathLike) -> str:
-  """Returns that of a path in a bucket, "" of a local one; raises UserError for other URLs."""
+  """Returns the scheme of a path in a bucket, or "" for a local path; raises UserError for other URLs."""
   url = _URL.match(str(path))
   if url and url[1] not in _SCHEMES:
     names = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
@@ -181,7 +181,7 @@ def require_local(path: str | os.PathLike) -> Path:
     UserError: the path is in a bucket.
   """
   if _find_scheme(path):
-    raise UserError(f"{path} is in a bucket, and has to be a path on this machine")
+    raise UserError(f"{path} is in a bucket: give a path on this machine")
   return Path(path)
 
 

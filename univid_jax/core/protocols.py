@@ -144,6 +144,16 @@ State = TypeVar("State")
 class Solver(Protocol[State]):
   """Integrates the flow from noise to data, one step at a time; the state is a pytree."""
 
+  @property
+  def fixed_steps(self) -> int | None:
+    """The only number of steps that the solver takes; None if any number will do."""
+    ...
+
+  @property
+  def takes_sigmas(self) -> bool:
+    """Whether noise levels may be given instead of those of `sigmas`."""
+    ...
+
   def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Float[np.ndarray, "i"]:
     """Returns the noise level before each step, float32, descending; it is 0 after the last step."""
     ...

@@ -1,4 +1,4 @@
-"""Random keys of seeds."""
+"""Random keys from seeds."""
 
 import operator
 from typing import SupportsIndex

@@ -1,4 +1,4 @@
-"""How models are sampled that a distillation LoRA has taught to need few steps."""
+"""Sampling settings of step-distillation LoRAs."""
 
 import dataclasses
 import re
@@ -64,7 +64,7 @@ def infer_distillation(source: str, texts: Sequence[str]) -> Distillation:
     texts: its name and metadata.
 
   Raises:
-    UserError: they mention another method, or several.
+    UserError: they mention another method.
   """
   text = "\n".join(texts).lower()
   found = [kind for kind in DISTILLATIONS.values() if re.search(kind.pattern, text)]
@@ -74,7 +74,5 @@ def infer_distillation(source: str, texts: Sequence[str]) -> Distillation:
       f"{source} mentions {other[0]!r}, which is sampled in another way: if it is one of "
       f"{', '.join(DISTILLATIONS)} all the same, say so with PATH:KIND"
     )
-  if len({dataclasses.replace(kind, name="", pattern="") for kind in found}) > 1:
-    names = ", ".join(kind.name for kind in found)
-    raise UserError(f"{source} may be of several kinds ({names}): choose one with PATH:KIND")
+  # Some files mention both kinds, which are sampled alike.
   return found[0] if found else DEFAULT_DISTILLATION

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,21 @@ class FlowMatching:
   reference_tokens: int = REFERENCE_TOKENS
 
   @classmethod
-  def from_config(cls, config: FlowConfig, **options: Any) -> "FlowMatching":
-    """Returns that of a config; `options` are the attributes that it does not have."""
-    return cls(shift=config.shift, stratified=config.stratified, objective=config.objective, **options)
+  def from_config(
+    cls,
+    config: FlowConfig,
+    *,
+    noise_range: tuple[float, float] = (0.0, math.inf),
+    reference_tokens: int = REFERENCE_TOKENS,
+  ) -> "FlowMatching":
+    """Returns the path of a config; see the attributes for what the config does not have."""
+    return cls(
+      shift=config.shift,
+      stratified=config.stratified,
+      objective=config.objective,
+      noise_range=noise_range,
+      reference_tokens=reference_tokens,
+    )
 
   @property
   def range_probability(self) -> float:

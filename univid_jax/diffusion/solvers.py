@@ -16,6 +16,9 @@ from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 class Euler:
   """UniVid's sampler: Euler steps over uniform times, latents in float32."""
 
+  fixed_steps: int | None = None
+  takes_sigmas = True
+
   def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Float[np.ndarray, "i"]:
     return schedule.sigma(_uniform_times(num_steps)).astype(np.float32)
 
@@ -42,10 +45,12 @@ class Distilled(Euler):
   """
 
   places = (1000, 750, 500, 250)
+  fixed_steps = len(places)
+  takes_sigmas = False
 
   def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Float[np.ndarray, "i"]:
-    if num_steps != len(self.places):
-      raise UserError(f"the solver distilled takes {len(self.places)} steps, got {num_steps}: leave the number out")
+    if num_steps != self.fixed_steps:
+      raise UserError(f"the solver distilled takes {self.fixed_steps} steps, got {num_steps}: leave the number out")
     return schedule.sigma(np.array(self.places) / NUM_TRAIN_TIMESTEPS).astype(np.float32)
 
 
@@ -65,6 +70,9 @@ class UniPC:
   values; the weights depend on the noise levels alone. The model gets whole timesteps, as there. Wan's own code spaces
   the levels slightly differently, from 0.999 to 0 before the shift.
   """
+
+  fixed_steps = None
+  takes_sigmas = False
 
   def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Float[np.ndarray, "i"]:
     """Spaces levels like diffusers: from just below 1, where the signal is not yet 0."""
@@ -96,18 +104,13 @@ SOLVERS: Mapping[SolverName, Solver[Any]] = {
 }
 
 
-def fixed_steps(solver: Solver[Any]) -> int | None:
-  """Returns the number of steps of a solver that has one of its own."""
-  return len(solver.places) if isinstance(solver, Distilled) else None
-
-
 def check_sigmas(sigmas: Sequence[float], solver: Solver[Any]) -> Float[np.ndarray, "i"]:
   """Returns noise levels that were given instead of those of a schedule, float32.
 
   Raises:
     UserError: they do not descend strictly within (0, 1], or the solver cannot use them.
   """
-  if not isinstance(solver, Euler):
+  if not solver.takes_sigmas:
     raise UserError("sigmas are given to Euler's steps only: use the solver euler")
   levels = np.asarray(sigmas, np.float32)
   is_valid = levels.ndim == 1 and levels.size > 0 and levels[-1] > 0 and levels[0] <= 1 and (np.diff(levels) < 0).all()

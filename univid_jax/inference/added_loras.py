@@ -12,11 +12,34 @@ from univid_jax.checkpoints.lora.stacking import stack_loras
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
+from univid_jax.inference.experts import Transformer
+from univid_jax.inference.lora_specs import RequestedLoRA
 from univid_jax.models.changes import INNER, attach_changes, merge_changes
 from univid_jax.models.lora import LORA, LoRAParam
 from univid_jax.models.quantized import quantization_of
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.sharding import parameter_shardings
+
+
+def add_to_transformer(
+  config: DiTConfig,
+  transformer: Transformer,
+  loras: Sequence[RequestedLoRA],
+  *,
+  mesh: Mesh,
+  merged: bool,
+  skip_unmatched: bool,
+) -> Transformer:
+  """Returns a transformer with LoRAs added, see `add_loras`; its parameters stay on the devices or in host memory."""
+  if not loras:
+    return transformer
+  pairs = [(lora.weights, lora.weight) for lora in loras]
+  changed = Transformer(
+    *add_loras(
+      config, transformer.graph, transformer.load(), pairs, mesh=mesh, merged=merged, skip_unmatched=skip_unmatched
+    )
+  )
+  return changed.offload() if transformer.is_offloaded else changed
 
 
 def add_loras(

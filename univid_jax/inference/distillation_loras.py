@@ -7,21 +7,16 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from univid_jax.checkpoints.experts import split_expert, split_weight
+from univid_jax.checkpoints.experts import describing_texts, split_expert, split_weight
 from univid_jax.checkpoints.trained import find_lora_steps
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert
 from univid_jax.diffusion.distillations import Distillation, find_distillation, infer_distillation
-from univid_jax.inference.added_loras import add_loras
-from univid_jax.inference.experts import OffloadedParams, Transformer
+from univid_jax.inference.added_loras import add_to_transformer
 from univid_jax.inference.lora_specs import RequestedLoRA, read_loras, select_loras
 from univid_jax.inference.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
-
-# How much of the path of a file is searched for its kind: the release's folder often says more than the file.
-_DEPTH = 3
-_SHORT = 200  # characters; longer metadata are configs and prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +58,9 @@ def read_distillation(items: str | Sequence[str] | DistillationLoRAs, *, verify:
     steps |= find_lora_steps([path], verify=verify)
     read = read_loras({expert: (path, weight)} if expert else (path, weight), verify=verify, steps=steps)
     files.append((f"{expert}={path}" if expert else path, weight))
-    metadata = [text for lora in read for text in lora.weights.metadata.values() if len(text) < _SHORT]
-    kinds.append(kind or infer_distillation(path, [*Path(path).absolute().parts[-_DEPTH:], *metadata]))
+    # The release's folder often says more than the file.
+    texts = [text for lora in read for text in describing_texts(Path(path), lora.weights.metadata)]
+    kinds.append(kind or infer_distillation(path, texts))
     loras += read
   names = sorted({kind.name for kind in kinds})
   if len(names) != 1:
@@ -107,22 +103,11 @@ def add_distillation(pipeline: Pipeline, distillation: DistillationLoRAs, *, ski
   accelerated.experts = dataclasses.replace(
     pipeline.experts,
     transformers=[
-      _with_loras(pipeline, transformer, loras, skip_unmatched=skip_unmatched)
+      add_to_transformer(
+        pipeline.config, transformer, loras, mesh=pipeline.mesh, merged=False, skip_unmatched=skip_unmatched
+      )
       for transformer, loras in zip(transformers, select_loras(distillation.loras, experts), strict=True)
     ],
   )
   accelerated.distillation = distillation.kind
   return accelerated
-
-
-def _with_loras(
-  pipeline: Pipeline, transformer: Transformer, loras: Sequence[RequestedLoRA], *, skip_unmatched: bool
-) -> Transformer:
-  if not loras:
-    return transformer
-  offloaded = isinstance(transformer.params, OffloadedParams)
-  params = transformer.params.load() if isinstance(transformer.params, OffloadedParams) else transformer.params
-  pairs = [(lora.weights, lora.weight) for lora in loras]
-  options = {"mesh": pipeline.mesh, "merged": False, "skip_unmatched": skip_unmatched}
-  changed = add_loras(pipeline.config, transformer.graph, params, pairs, **options)
-  return Transformer(*changed).offload() if offloaded else Transformer(*changed)

@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -11,9 +10,8 @@ from flax import nnx
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
+from univid_jax.core.params import ParamTree
 from univid_jax.models.quantized import quantization_of
-
-Params = Mapping[str, Any]
 
 
 class OffloadedParams:
@@ -29,13 +27,13 @@ class OffloadedParams:
     UserError: a part of them is on devices of another process.
   """
 
-  def __init__(self, params: Params):
+  def __init__(self, params: ParamTree):
     if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
       raise UserError("an expert that several processes share cannot wait in host memory: leave out offload_inactive")
     self._shardings = jax.tree.map(lambda x: x.sharding, params)
     self.values = jax.device_get(params)
 
-  def load(self) -> Params:
+  def load(self) -> ParamTree:
     """Copies them to their devices."""
     return jax.device_put(self.values, self._shardings)
 
@@ -45,15 +43,29 @@ class Transformer:
   """A transformer.
 
   Attributes:
-    graph: it, without its parameters.
+    graph: its structure, without parameters.
     params: its parameters.
   """
 
   graph: nnx.GraphDef
-  params: Params | OffloadedParams
+  params: ParamTree | OffloadedParams
+
+  @property
+  def is_offloaded(self) -> bool:
+    """Whether its parameters are in host memory."""
+    return isinstance(self.params, OffloadedParams)
+
+  @property
+  def values(self) -> ParamTree:
+    """Its parameters, wherever they are."""
+    return self.params.values if isinstance(self.params, OffloadedParams) else self.params
+
+  def load(self) -> ParamTree:
+    """Returns its parameters on their devices."""
+    return self.params.load() if isinstance(self.params, OffloadedParams) else self.params
 
   def offload(self) -> "Transformer":
-    """Returns it with its parameters in host memory."""
+    """Returns the transformer with its parameters in host memory."""
     assert not isinstance(self.params, OffloadedParams)
     return Transformer(self.graph, OffloadedParams(self.params))
 
@@ -75,22 +87,19 @@ class Experts:
     # In float32, like the noise levels of solvers: 0.9 belongs to the high-noise expert.
     return 0 if len(self.transformers) == 1 or np.float32(sigma) >= np.float32(self.boundary) else 1
 
-  def load(self, index: int) -> Params:
+  def load(self, index: int) -> ParamTree:
     """Returns the parameters of a transformer, on their devices."""
-    params = self.transformers[index].params
-    return params.load() if isinstance(params, OffloadedParams) else params
+    return self.transformers[index].load()
 
   @property
   def dtype(self) -> np.dtype:
-    """Of the kernels; LoRAs make other parameters float32."""
-    params = self.transformers[0].params
-    return (params.values if isinstance(params, OffloadedParams) else params)["patch_embedding"]["kernel"].dtype
+    """The dtype of the kernels; LoRAs make other parameters float32."""
+    return self.transformers[0].values["patch_embedding"]["kernel"].dtype
 
   @property
   def quantize(self) -> Quantize:
     """How the linear weights of the blocks are stored."""
-    params = self.transformers[0].params
-    return quantization_of(params.values if isinstance(params, OffloadedParams) else params)
+    return quantization_of(self.transformers[0].values)
 
   def guidance_scales(self, scale: float | Sequence[float]) -> tuple[float, ...]:
     """Returns the guidance scale of each transformer.

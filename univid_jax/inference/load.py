@@ -11,9 +11,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from univid_jax.checkpoints.built_in import locate
-from univid_jax.checkpoints.checksums import has_checksums, verified
-from univid_jax.checkpoints.info import is_checkpoint
-from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
+from univid_jax.checkpoints.checksums import verified
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_converted, require_no_step
 from univid_jax.checkpoints.run import RunRecord, require_run
 from univid_jax.checkpoints.run_parts import (
   base_encoders,
@@ -27,14 +26,16 @@ from univid_jax.checkpoints.trained import expert_configs, load_base, restore_lo
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
+from univid_jax.config.model import DTYPES
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, Quantize, parse_option
 from univid_jax.core.packed_row import ContextMode
+from univid_jax.core.protocols import Encoders
 from univid_jax.diffusion.distillations import Distillation
-from univid_jax.inference.added_loras import add_loras
+from univid_jax.inference.added_loras import add_to_transformer
 from univid_jax.inference.distillation_loras import DistillationLoRAs, read_distillation
-from univid_jax.inference.experts import OffloadedParams, Transformer
+from univid_jax.inference.experts import Transformer
 from univid_jax.inference.lora_specs import (
   LoRASpecs,
   RequestedLoRA,
@@ -66,6 +67,26 @@ class _Options:
   offload_inactive: bool
   attention: Attention | None
   context_timestep: ContextTimestep | None
+
+  def make_pipeline(
+    self,
+    config: DiTConfig,
+    transformers: Sequence[Transformer],
+    *,
+    encoders: Encoders,
+    usage: Usage | None,
+    distillation: Distillation | None,
+  ) -> Pipeline:
+    return Pipeline(
+      config,
+      transformers,
+      encoders=encoders,
+      mesh=self.mesh,
+      usage=usage,
+      attention=self.attention,
+      context_timestep=self.context_timestep,
+      distillation=distillation,
+    )
 
 
 def load_pipeline(
@@ -110,39 +131,58 @@ def load_pipeline(
 
   Raises:
     FileNotFoundError: there is no such checkpoint, run or LoRA.
-    UserError: one cannot be read or differs from its checksum (DamagedError), or a LoRA is for another base.
+    UserError: an option is unknown or does not apply, one of these cannot be read or differs from its checksum
+      (DamagedError), or a LoRA is for another base.
   """
-  mesh = make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh
+  on_damaged = parse_option(OnDamaged, "on_damaged_checkpoint", on_damaged_checkpoint)
+  attends, timestep = _parse_context(attention, context_timestep)
   options = _Options(
-    mesh=mesh,
-    dtype=dtype,
+    mesh=make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh,
+    dtype=_parse_dtype(dtype) if dtype else None,
     quantize=parse_option(Quantize, "quantize", quantize) if quantize else None,
     merge_lora=merge_lora,
     lora_skip_unmatched=lora_skip_unmatched,
     offload_inactive=offload_inactive,
-    **_parse_context(attention, context_timestep),
+    attention=attends,
+    context_timestep=timestep,
   )
+  is_base = is_converted(checkpoint)
+  if is_base:
+    require_no_step(checkpoint, step)
   loras = read_loras(lora, verify=verify_weights, steps=lora_steps)
   distillation = read_distillation(accelerate, verify=verify_weights) if accelerate else None
   loras += distillation.loras if distillation else ()
   kind = distillation and distillation.kind
-  if is_checkpoint(checkpoint) or has_checksums(checkpoint):
+  if is_base:
     with verified(locate(checkpoint), enabled=verify_weights):
       return _open_base(checkpoint, loras, options, distillation=kind)
-  record, on_damaged = _override(require_run(checkpoint), options), OnDamaged(on_damaged_checkpoint)
+  record = _override(require_run(checkpoint), options)
   saved = SavedCheckpoints(checkpoint, model_only=True, verify=verify_weights, on_damaged=on_damaged)
   with verified(record.config.init_from and locate(record.config.init_from), enabled=verify_weights):
     return _open_run(saved, record, loras, options, step=step, distillation=kind)
 
 
-def _parse_context(attention: str | None, context_timestep: str | None) -> Mapping[str, Any]:
+def _parse_dtype(dtype: DTypeLike) -> str:
+  """Returns the name of a dtype; raises UserError if it is unknown, or none that models are computed in."""
+  try:
+    name = jnp.dtype(dtype).name
+  except TypeError:
+    name = ""
+  if name not in DTYPES:
+    raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+  return name
+
+
+def _parse_context(
+  attention: str | None, context_timestep: str | None
+) -> tuple[Attention | None, ContextTimestep | None]:
   """Returns the options of the context; raises UserError if one is unknown, or they exclude each other."""
   attends = None if attention is None else parse_option(Attention, "attention", attention)
   timestep = None
   if context_timestep is not None:
     timestep = parse_option(ContextTimestep, "context_timestep", context_timestep)
     ContextMode.from_options(attends or Attention.FULL, timestep, default=ContextTimestep.TARGET)
-  return {"attention": attends, "context_timestep": timestep}
+  return attends, timestep
 
 
 def _open_base(
@@ -159,15 +199,8 @@ def _open_base(
       return PartialPipeline(encoders, mesh=mesh, reason=reason)
     raise UserError(reason)
   usage, transformers = _load_base(base, loras, options, dtype=dtype)
-  return Pipeline(
-    base.config("transformer"),
-    transformers,
-    encoders=encoders,
-    mesh=mesh,
-    usage=usage,
-    attention=options.attention,
-    context_timestep=options.context_timestep,
-    distillation=distillation,
+  return options.make_pipeline(
+    base.config("transformer"), transformers, encoders=encoders, usage=usage, distillation=distillation
   )
 
 
@@ -182,15 +215,9 @@ def _open_run(
 ) -> Pipeline:
   """Loads the model of a run."""
   usage, transformers = _load_run(saved, record, loras, options, step=step)
-  return Pipeline(
-    transformer_config(record.config),
-    transformers,
-    encoders=open_encoders(record.config, options.mesh),
-    mesh=options.mesh,
-    usage=usage,
-    attention=options.attention,
-    context_timestep=options.context_timestep,
-    distillation=distillation,
+  encoders = open_encoders(record.config, options.mesh)
+  return options.make_pipeline(
+    transformer_config(record.config), transformers, encoders=encoders, usage=usage, distillation=distillation
   )
 
 
@@ -228,9 +255,9 @@ def _load_run(
   *,
   step: int | str | None,
 ) -> tuple[Usage | None, list[Transformer]]:
-  """Loads what a run has trained; of two experts, also the one of its base that it has not.
+  """Loads the transformers a run trained and, of two experts, the untrained one from its base.
 
-  One after the other, so that an offloaded one makes room. Returns how they are run, too.
+  They are loaded one after the other, so that an offloaded one makes room. Also returns how they are run.
   """
   config, shape, mesh = record.config, transformer_config(record.config), options.mesh
   base, parts = open_base(config), expert_configs(config)
@@ -263,20 +290,9 @@ def _finish(
   config: DiTConfig, transformer: Transformer, loras: Sequence[RequestedLoRA], options: _Options, *, is_one_of_two: bool
 ) -> Transformer:
   """Adds LoRAs to a transformer and, if it is one of two and that is asked for, moves it to host memory."""
-  if loras:
-    assert not isinstance(transformer.params, OffloadedParams)
-    warn_of_repetitions(loras)
-    pairs = [(lora.weights, lora.weight) for lora in loras]
-    changed = add_loras(
-      config,
-      transformer.graph,
-      transformer.params,
-      pairs,
-      mesh=options.mesh,
-      merged=options.merge_lora,
-      skip_unmatched=options.lora_skip_unmatched,
-    )
-    transformer = Transformer(*changed)
+  warn_of_repetitions(loras)
+  merged, skip = options.merge_lora, options.lora_skip_unmatched
+  transformer = add_to_transformer(config, transformer, loras, mesh=options.mesh, merged=merged, skip_unmatched=skip)
   return transformer.offload() if is_one_of_two and options.offload_inactive else transformer
 
 

@@ -157,7 +157,7 @@ class VideoSample:
     carry_context: bool = False,
     saved: ProgressFile | None = None,
     progress: WindowProgress | None = None,
-    **steps: Any,
+    **options: Any,
   ) -> "VideoSample":
     """Prepares to sample a video.
 
@@ -168,17 +168,16 @@ class VideoSample:
       prompt, negative_prompt: see `Pipeline.sample`.
       num_frames: of a window, 4n + 1; by default that of training.
       seed, carry_context, saved, progress: see the class.
-      steps: solver, noise levels and guidance as in `Pipeline.sample`.
+      **options: of `Pipeline.plan`.
     """
     if isinstance(query, (str, os.PathLike)):
       query = VideoReader.open(query, pipeline.clip_format, size=examples[0].shape[1:3] if examples else None)
-    plan = pipeline.plan(**steps)
-    prompts = [prompt, negative_prompt] if pipeline.experts.are_guided(plan.guidance_scale) else [prompt]
+    plan = pipeline.plan(**options)
     return cls(
       pipeline,
       examples,
       query if isinstance(query, VideoReader) else VideoReader.from_frames(query),
-      embeds=[pipeline.embed(each) for each in prompts],
+      embeds=pipeline.embed_branches(plan, prompt, negative_prompt),
       plan=plan,
       window_frames=num_frames or pipeline.num_frames,
       seed=seed,

@@ -68,7 +68,7 @@ def read_loras(
 
 
 def _request(loras: Sequence[LoRAWeights], weight: float, expert: TrainedExpert) -> list[RequestedLoRA]:
-  """Asks for a LoRA for an expert; of those of a run of both experts, for its own."""
+  """Requests a LoRA for an expert; of a run that trained both, only that expert's."""
   if len(loras) == 1:
     return [RequestedLoRA(loras[0], weight, expert)]
   wanted = [str(part) for part in expert.parts]

@@ -39,7 +39,7 @@ from univid_jax.inference.jobs import (
 )
 from univid_jax.inference.joint import JointSampler
 from univid_jax.inference.long_video import VideoReader, VideoSample
-from univid_jax.inference.plan import SamplingPlan
+from univid_jax.inference.plan import SamplingOptions, SamplingPlan
 from univid_jax.inference.preview import DrawnPreview, Preview
 from univid_jax.inference.queries import sample_queries
 from univid_jax.inference.sampler import PackedJobs, Progress, Sampler
@@ -105,7 +105,7 @@ class Pipeline(EncodingPipeline):
 
   @property
   def dtype(self) -> np.dtype:
-    """Of the transformer's kernels; LoRAs make other parameters float32."""
+    """The dtype of the transformer's kernels; LoRAs make other parameters float32."""
     return self.experts.dtype
 
   def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -137,14 +137,11 @@ class Pipeline(EncodingPipeline):
       clip_features: I2V's CLIP features of the first frame, (257, 1280).
 
     Raises:
-      ValueError: what an I2V model takes is missing, or is given to another one; or the timesteps do not fit; or the
-        model was trained with gaps between clips.
+      ValueError: inputs of I2V are missing or not taken, timesteps do not fit, or the model has gaps between clips.
     """
     if self.usage.clip_gap:
-      raise UserError(
-        f"the model was trained with clip_gap = {self.usage.clip_gap}, and latents do not say where clips begin: use "
-        "sample"
-      )
+      gap = f"clip_gap = {self.usage.clip_gap}"
+      raise UserError(f"the model was trained with {gap}, and latents do not say where clips begin: use sample")
     if latents.shape[-1] != self.config.out_dim:
       raise UserError(f"latents of this model have {self.config.out_dim} channels, got {latents.shape[-1]}")
     job = Job(
@@ -185,8 +182,7 @@ class Pipeline(EncodingPipeline):
       clips: the context in order (A, A', B and so on, an odd number), uint8 (T, H, W, 3), all of one size.
       prompt: its text; "" is the null prompt.
       num_frames: of the generated clip, 4n + 1; None infers it as contexts I to IV do.
-      num_inference_steps: steps of the solver; None takes those of the model's evaluation, 50 for Wan's bases,
-        or the 4 of "distilled".
+      num_inference_steps: None takes the number of the model's evaluation, 50 for Wan's bases, or that of the solver.
       guidance_scale: None and 1 are no guidance; two numbers are those of the experts, low and high noise.
       negative_prompt: what guidance moves away from.
       shift: of the noise levels toward noise; None takes that of training, which is 5 in the paper.
@@ -214,9 +210,8 @@ class Pipeline(EncodingPipeline):
       step_cache=step_cache,
     )
     job = self.make_job(clips, num_frames, seed, latents, first_frame)
-    embeds = [self.embed(prompt, prompt_embeds)]
-    if self.experts.are_guided(plan.guidance_scale):
-      embeds.append(self.embed(negative_prompt, negative_prompt_embeds))
+    negative = negative_prompt if negative_prompt_embeds is None else negative_prompt_embeds
+    embeds = self.embed_branches(plan, prompt if prompt_embeds is None else prompt_embeds, negative)
     drawn = preview and DrawnPreview(preview, self.encoders.codec, join_context(clips, first_frame), job)
     return self.finish(self.sample_job(job, embeds, plan, progress=progress, preview=drawn))
 
@@ -265,20 +260,23 @@ class Pipeline(EncodingPipeline):
     if not len(batch) == len(prompts) == len(seeds):
       raise ValueError(f"there are {len(batch)} sentences, {len(prompts)} prompts and {len(seeds)} seeds")
     jobs = [self.make_job(clips, num_frames, seed) for clips, seed in zip(batch, seeds, strict=True)]
-    embeddings = {prompt: self.embed(prompt, None) for prompt in dict.fromkeys(prompts)}
+    embeddings = {prompt: self.embed(prompt) for prompt in dict.fromkeys(prompts)}
     positive = [self.make_features(job, embeddings[prompt]) for job, prompt in zip(jobs, prompts, strict=True)]
     negative = None
     if self.experts.are_guided(plan.guidance_scale):
-      embedding = self.embed(negative_prompt, None)
+      embedding = self.embed(negative_prompt)
       negative = [self.make_features(job, embedding) for job in jobs]
     packed = pack_jobs(positive, negative, [job.noise for job in jobs], context_mode=self.context_mode)
     return self.sample_rows(packed, jobs, plan, progress=progress)
 
   def plan(self, num_inference_steps: int | None = None, **options: Any) -> SamplingPlan:
-    """Returns the plan for options of `sample`, see `SamplingPlan.from_options`."""
-    options["num_inference_steps"] = num_inference_steps
-    defaults = {"default_shift": self.usage.shift, "default_steps": self.usage.num_inference_steps}
-    return SamplingPlan.from_options(self.distillation, **defaults, **options)
+    """Returns the plan for options of `sample`, those of `SamplingOptions`."""
+    return self.make_plan(SamplingOptions(num_inference_steps=num_inference_steps, **options))
+
+  def make_plan(self, options: SamplingOptions) -> SamplingPlan:
+    """Returns the plan for options, given how the model was trained."""
+    shift, steps = self.usage.shift, self.usage.num_inference_steps
+    return SamplingPlan.from_options(options, self.distillation, default_shift=shift, default_steps=steps)
 
   def make_job(
     self,
@@ -326,8 +324,14 @@ class Pipeline(EncodingPipeline):
     (tokens,) = self.sampler.sample(self.experts, packed, plan, progress=progress, estimates=estimates)
     return job.finish(tokens, self.config.patch_size)
 
-  def embed(self, prompt: str, embeds: Float[Array | np.ndarray, "n d"] | None = None) -> np.ndarray:
-    return self.features.embed_prompt(prompt) if embeds is None else np.asarray(embeds)
+  def embed(self, prompt: str | Float[Array | np.ndarray, "n d"]) -> np.ndarray:
+    """Returns the embedding of a prompt; an embedding stays as it is."""
+    return self.features.embed_prompt(prompt) if isinstance(prompt, str) else np.asarray(prompt)
+
+  def embed_branches(self, plan: SamplingPlan, prompt: str | Any, negative_prompt: str | Any) -> list[np.ndarray]:
+    """Returns the embeddings of the prompt and, with guidance, of the negative prompt, see `embed`."""
+    is_guided = self.experts.are_guided(plan.guidance_scale)
+    return [self.embed(each) for each in ((prompt, negative_prompt) if is_guided else (prompt,))]
 
   def make_features(self, job: Job, prompt_embedding: np.ndarray) -> Features:
     return job.assemble(self.features, prompt_embedding)

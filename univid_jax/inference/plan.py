@@ -13,8 +13,30 @@ from univid_jax.core.options import SolverName
 from univid_jax.core.protocols import Solver
 from univid_jax.diffusion.distillations import Distillation
 from univid_jax.diffusion.flow import FlowMatching
-from univid_jax.diffusion.solvers import check_sigmas, find_solver, fixed_steps
+from univid_jax.diffusion.solvers import check_sigmas, find_solver
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+  """How a sample is to be integrated, see `Pipeline.sample`; None leaves the choice to the model."""
+
+  num_inference_steps: int | None = None
+  shift: float | None = None
+  solver: str | Solver[Any] | None = None
+  sigmas: Sequence[float] | None = None
+  guidance_scale: float | Sequence[float] | None = None
+  guidance_range: Sequence[float] | None = None
+  step_cache: StepCache | RatioMeasurement | None = None
+
+  @property
+  def num_steps(self) -> int | None:
+    """The number of steps that was asked for."""
+    return len(self.sigmas) if self.sigmas else self.num_inference_steps
+
+  def to_keywords(self) -> dict[str, Any]:
+    """Returns the options as keywords of `Pipeline.sample`."""
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,56 +60,41 @@ class SamplingPlan:
   @classmethod
   def from_options(
     cls,
+    options: SamplingOptions,
     distillation: Distillation | None = None,
     *,
     default_shift: float = 5.0,
     default_steps: int = 50,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | Sequence[float] | None = None,
-    shift: float | None = None,
-    solver: str | Solver[Any] | None = None,
-    sigmas: Sequence[float] | None = None,
-    guidance_range: Sequence[float] | None = None,
-    step_cache: StepCache | RatioMeasurement | None = None,
   ) -> "SamplingPlan":
-    """Returns the plan for options of `Pipeline.sample`, of which None leaves the choice to the model.
+    """Returns the plan for what was asked for and how the model works.
 
     Args:
+      options: what was asked for.
       distillation: of the model, if it has one. It decides everything: other values are refused.
       default_shift, default_steps: those of training and its evaluation; some solvers have steps of their own.
-      num_inference_steps, guidance_scale, shift, solver, sigmas, guidance_range, step_cache: see `Pipeline.sample`.
 
     Raises:
       UserError: a value is invalid, or contradicts another one or the distillation.
     """
-    given = {
-      "solver": solver,
-      "num_inference_steps": num_inference_steps,
-      "shift": shift,
-      "guidance_scale": guidance_scale,
-      "sigmas": sigmas,
-      "guidance_range": guidance_range,
-      "step_cache": step_cache,
-    }
     if distillation is not None:
-      _check_distillation(distillation, given)
-      solver, num_inference_steps = distillation.solver, distillation.num_inference_steps
-      shift, guidance_scale = distillation.shift, distillation.guidance_scale
-    solver = find_solver(SolverName.EULER if solver is None else solver)
-    if sigmas is not None:
+      options = _apply_distillation(options, distillation)
+    solver = find_solver(SolverName.EULER if options.solver is None else options.solver)
+    if options.sigmas is not None:
       for name in ("num_inference_steps", "shift"):
-        if given[name] is not None:
+        if getattr(options, name) is not None:
           raise UserError(f"sigmas replace {name}: leave one of them out")
-      levels = check_sigmas(sigmas, solver)
+      levels = check_sigmas(options.sigmas, solver)
     else:
-      steps = fixed_steps(solver) or default_steps if num_inference_steps is None else num_inference_steps
-      levels = _make_sigmas(solver, steps, default_shift if shift is None else shift)
+      steps = options.num_inference_steps
+      if steps is None:
+        steps = solver.fixed_steps or default_steps
+      levels = _make_sigmas(solver, steps, default_shift if options.shift is None else options.shift)
     return cls(
       solver=solver,
       sigmas=levels,
-      guidance_scale=1.0 if guidance_scale is None else guidance_scale,
-      guidance_range=_check_range(guidance_range, guidance_scale),
-      step_cache=step_cache,
+      guidance_scale=1.0 if options.guidance_scale is None else options.guidance_scale,
+      guidance_range=_check_range(options.guidance_range, options.guidance_scale),
+      step_cache=options.step_cache,
     )
 
   def guided_steps(self) -> Bool[np.ndarray, "i"]:
@@ -136,9 +143,16 @@ def _check_range(levels: Sequence[float] | None, scale: float | Sequence[float] 
   return float(levels[0]), float(levels[1])
 
 
-def _check_distillation(distillation: Distillation, given: dict[str, Any]) -> None:
-  for name, value in given.items():
+def _apply_distillation(options: SamplingOptions, distillation: Distillation) -> SamplingOptions:
+  """Returns the options that a distillation decides; raises UserError if others were asked for."""
+  for name, value in options.to_keywords().items():
     fixed = getattr(distillation, name, None)
     if value is not None and (fixed is None or not np.all(np.asarray(value) == fixed)):
       has = f"{name} = {fixed}" if fixed is not None else "a few steps of its own"
       raise UserError(f"{name} contradicts the distillation {distillation.name}, which has {has}: leave it out")
+  return SamplingOptions(
+    solver=distillation.solver,
+    num_inference_steps=distillation.num_inference_steps,
+    shift=distillation.shift,
+    guidance_scale=distillation.guidance_scale,
+  )

@@ -13,7 +13,7 @@ from univid_jax.data.rows.packing import join_rows
 from univid_jax.inference.batch_size import choose_batch_size, spread
 from univid_jax.inference.encoding import Sample
 from univid_jax.inference.jobs import Job
-from univid_jax.inference.plan import SamplingPlan
+from univid_jax.inference.plan import SamplingOptions, SamplingPlan
 from univid_jax.inference.sampler import PackedJobs
 from univid_jax.parallel.mesh import row_shards
 
@@ -46,18 +46,16 @@ class QuerySampler:
   def for_pipeline(
     cls,
     pipeline: "Pipeline",
-    prompt: str = "",
+    options: SamplingOptions,
     *,
+    prompt: str = "",
     negative_prompt: str = "",
     num_frames: int | None = None,
     seed: int = 0,
-    **options: Any,
   ) -> "QuerySampler":
-    """Returns what samples with arguments of `Pipeline.sample`; `options` are those of the plan."""
-    plan = pipeline.plan(**options)
-    is_guided = pipeline.experts.are_guided(plan.guidance_scale)
-    embeds = [pipeline.embed(text) for text in (prompt, *([negative_prompt] if is_guided else []))]
-    return cls(pipeline, embeds, plan, num_frames, seed)
+    """Returns what samples with these arguments of `Pipeline.sample`."""
+    plan = pipeline.make_plan(options)
+    return cls(pipeline, pipeline.embed_branches(plan, prompt, negative_prompt), plan, num_frames, seed)
 
   def make_job(self, examples: Sequence[np.ndarray], query: np.ndarray) -> Job:
     """Encodes the example pairs and a query.
@@ -122,6 +120,9 @@ def sample_queries(
   queries: Iterable[np.ndarray],
   prompt: str = "",
   *,
+  negative_prompt: str = "",
+  num_frames: int | None = None,
+  seed: int = 0,
   batch_size: int | None = None,
   progress: QueryProgress | None = None,
   **options: Any,
@@ -134,16 +135,23 @@ def sample_queries(
     pipeline: the model.
     examples: A, A' and so on, uint8 (T, H, W, 3).
     queries: of one shape; read as they are needed.
-    prompt: of all sentences.
+    prompt, negative_prompt, num_frames, seed: of all sentences, see `Pipeline.sample`.
     batch_size: how many are sampled together, rounded up to a multiple of the devices that share them; None takes as
       many as keep the devices busy and fit in their memory.
     progress: called after each step with the number of queries that are sampled, with fractions for steps.
-    **options: of `Pipeline.sample`: num_frames, negative_prompt, seed, and those of the plan.
+    **options: of `Pipeline.plan`.
 
   Yields:
     The results in order.
   """
-  sampler = QuerySampler.for_pipeline(pipeline, prompt, **options)
+  sampler = QuerySampler.for_pipeline(
+    pipeline,
+    SamplingOptions(**options),
+    prompt=prompt,
+    negative_prompt=negative_prompt,
+    num_frames=num_frames,
+    seed=seed,
+  )
   rest = iter(queries)
   known = list(itertools.islice(rest, 1)) if batch_size else list(rest)
   if not known:

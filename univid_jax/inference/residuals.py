@@ -46,7 +46,7 @@ def step_with_residuals(
   def branch_model(number: int) -> VelocityModel:
     def predict(tokens, timesteps, row, cache=None):
       if kept[number] is not None:
-        raise UserError("a step cache needs a solver that calls the model once a step")
+        raise UserError("a step cache needs a solver that calls the model once per step")
       velocity, kept[number] = model.with_residual(tokens, timesteps, row, cache, residual=residuals[number])
       return velocity
 

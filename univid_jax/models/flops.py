@@ -28,7 +28,17 @@ def forward_flops(
   return linear + attention
 
 
-def step_flops(config: DiTConfig, *, lora_rank: int = 0, recompute: bool = False, **counts: float) -> float:
+def step_flops(
+  config: DiTConfig,
+  *,
+  tokens: float,
+  text_tokens: float,
+  attended: float,
+  attended_text: float,
+  targets: float | None = None,
+  lora_rank: int = 0,
+  recompute: bool = False,
+) -> float:
   """Returns the operations of a training step: the model's own (for MFU), or those executed with full remat (for HFU).
 
   The backward pass takes twice the operations of the forward pass, except for the linear layers of a frozen base, which
@@ -36,19 +46,19 @@ def step_flops(config: DiTConfig, *, lora_rank: int = 0, recompute: bool = False
 
   Args:
     config: the shape.
+    tokens, text_tokens, attended, attended_text, targets: see `forward_flops`.
     lora_rank: of adapters on all Linears of attention and feed-forward; 0 trains the whole model.
     recompute: whether to count the second forward pass of full remat.
-    **counts: see `forward_flops`.
   """
-  linear, attention = _parts(config, **counts)
+  linear, attention = _parts(config, tokens, text_tokens, attended, attended_text, targets)
   adapters = 0.0
   if lora_rank:
     d, f = config.dim, config.ffn_dim
-    layers = _layers(config, counts["tokens"], counts.get("targets"))
+    layers = _layers(config, tokens, targets)
     pairs = (
-      counts["tokens"] * config.num_layers * 2 * 2 * d
-      + layers * counts["tokens"] * (4 * 2 * d + 2 * (d + f))
-      + config.num_layers * counts["text_tokens"] * 2 * 2 * d
+      tokens * config.num_layers * 2 * 2 * d
+      + layers * tokens * (4 * 2 * d + 2 * (d + f))
+      + config.num_layers * text_tokens * 2 * 2 * d
     )
     adapters = 2 * lora_rank * pairs
   forward = linear + attention + adapters

@@ -1,14 +1,14 @@
 """The mesh of devices: data and fsdp shard rows, fsdp and tensor shard weights, context shards the tokens of a row."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
-import numpy as np
 
 # Experimental, used here alone: unlike jax.make_mesh it lets two mesh axes share a physical axis of a TPU slice.
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from univid_jax.core.errors import UserError
 from univid_jax.platform.chips import Device
@@ -16,6 +16,8 @@ from univid_jax.platform.chips import Device
 # The axis that shards the tokens of a row. Its name is that of the config key, config.mesh.context.
 SEQUENCE = "context"
 AXES = ("data", "fsdp", "tensor", SEQUENCE)
+# Axes that shard the rows of a batch.
+ROWS = ("data", "fsdp")
 
 
 @runtime_checkable
@@ -73,12 +75,14 @@ def mesh_shape(sizes: MeshSizes | Mapping[str, int], num_devices: int) -> tuple[
   if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
     raise UserError(f"mesh axes must be positive, at most one of them -1, got {dict(zip(AXES, shape))}")
   if -1 in shape:
-    shape[shape.index(-1)] = max(num_devices // -int(np.prod(shape)), 1)
-  if np.prod(shape) != num_devices:
-    raise UserError(f"a mesh of {dict(zip(AXES, shape))} needs {np.prod(shape)} devices, there are {num_devices}")
+    others = math.prod(size for size in shape if size != -1)
+    shape[shape.index(-1)] = max(num_devices // others, 1)
+  needed = math.prod(shape)
+  if needed != num_devices:
+    raise UserError(f"a mesh of {dict(zip(AXES, shape))} needs {needed} devices, there are {num_devices}")
   return tuple(shape)
 
 
-def row_shards(mesh: Mesh) -> int:
-  """Returns over how many groups of devices the rows of a batch are sharded."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+  """Returns over how many groups of devices the rows of a batch are sharded; 1 on a mesh without these axes."""
+  return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)

@@ -12,14 +12,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import TOKEN_FIELDS
 from univid_jax.parallel.host_memory import is_on_host
-from univid_jax.parallel.mesh import SEQUENCE, row_shards
+from univid_jax.parallel.mesh import ROWS, SEQUENCE, row_shards
 
 # The axes that may shard a dim of a parameter. Those used are larger than 1, unused by its other dims, and divide it
 # together. The sequence axis is among them, or the devices that share a row would all hold the same weights.
 PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {"embed": ("fsdp", SEQUENCE), "heads": ("tensor",), "mlp": ("tensor",)}
 
-# Axes that shard the rows of a batch.
-ROWS = ("data", "fsdp")
 BATCH = PartitionSpec(ROWS)
 TOKENS = PartitionSpec(ROWS, SEQUENCE)
 
@@ -73,6 +71,20 @@ def rows_by_owner(num_rows: int, mesh: Mesh) -> list[int]:
   return sorted(range(num_rows), key=row_owners(num_rows, mesh).__getitem__)
 
 
+def is_per_token(path: Sequence[Any]) -> bool:
+  """Returns whether a leaf of a batch, by its path in the tree, has one entry per token."""
+  return bool(path) and getattr(path[-1], "name", None) in TOKEN_FIELDS
+
+
+def check_tokens(count: int, mesh: Mesh) -> None:
+  """Raises UserError if the tokens of a row do not divide over the sequence axis."""
+  if count % mesh.shape[SEQUENCE]:
+    raise UserError(
+      f"rows of {count} tokens do not divide over config.mesh.context = {mesh.shape[SEQUENCE]} devices: change "
+      "config.rows.num_tokens or config.mesh.context"
+    )
+
+
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
   """Puts a batch onto the mesh; every process passes all rows.
 
@@ -102,16 +114,13 @@ def _shard_rows(batch: Tree, mesh: Mesh, shards: Sequence[int]) -> Tree:
 
   def place(path, x):
     x = np.asarray(x)
-    is_per_token = bool(path) and getattr(path[-1], "name", None) in TOKEN_FIELDS
-    if is_per_token and x.shape[1] % mesh.shape[SEQUENCE]:
-      raise UserError(
-        f"rows of {x.shape[1]} tokens do not divide over context = {mesh.shape[SEQUENCE]} devices: change "
-        "config.rows.num_tokens or config.mesh.context"
-      )
+    has_tokens = is_per_token(path)
+    if has_tokens:
+      check_tokens(x.shape[1], mesh)
     size, rest = divmod(len(x), len(shards))
     if rest:
       raise ValueError(f"{len(x)} rows do not divide over {len(shards)} shards of rows")
-    sharding = NamedSharding(mesh, TOKENS if is_per_token else BATCH)
+    sharding = NamedSharding(mesh, TOKENS if has_tokens else BATCH)
     return jax.make_array_from_callback((size * row_shards(mesh), *x.shape[1:]), sharding, reader(x, size))
 
   return jax.tree_util.tree_map_with_path(place, batch)

@@ -38,7 +38,7 @@ GPU_PEAK = 51
 GPU_MARGIN = 0.15
 # Factor for what policies other than full and attention store, which has not been measured on a GPU.
 GPU_UNMEASURED = 2
-# What a GPU's own estimate of the same step was too low by: 0.15 of 6.23 GiB.
+# How far the GPU compiler's own estimate of the same step fell short: 0.15 of 6.23 GiB.
 GPU_RUNTIME = 0.16e9
 # Bytes of a pair of tokens in cuDNN's attention: the mask, the same in 16 bits to add to logits, and the gradient of
 # that, which JAX computes whether it is needed or not. Not measured.
@@ -90,7 +90,7 @@ class Estimate:
 
   @property
   def seconds(self) -> float:
-    """Of a step, as if nothing overlapped."""
+    """The time of a step, as if nothing overlapped."""
     return self.compute + self.memory + self.network
 
 

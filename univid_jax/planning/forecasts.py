@@ -24,18 +24,16 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TrainedExpert
-from univid_jax.core.packed_row import TOKEN_FIELDS
 from univid_jax.diffusion.guidance import Branch
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.inference.jobs import pack_in_bucket
 from univid_jax.inference.sampler import Sampler
 from univid_jax.parallel.mesh import AXES, SEQUENCE, local_mesh, row_shards
-from univid_jax.parallel.sharding import TOKENS, bytes_per_device
+from univid_jax.parallel.sharding import TOKENS, bytes_per_device, check_tokens, is_per_token
 from univid_jax.training.memory import (
   ADVICE,
   Forecast,
   abstract_batch,
-  check_tokens,
   compile_program,
   compile_step,
   describe_program,
@@ -54,16 +52,15 @@ def forecast(config: RunConfig, mesh: Mesh) -> Forecast:
     UserError: rows do not hold what `check_rows` demands.
     DoesNotFitError: the compiler itself sees that it cannot fit.
   """
-  return forecast_with_program(config, mesh)[0]
+  return compile_training(config, mesh)[1]
 
 
-def forecast_with_program(config: RunConfig, mesh: Mesh) -> tuple[Forecast, Any]:
-  """Forecasts training, and returns the compiled step as well."""
+def compile_training(config: RunConfig, mesh: Mesh) -> tuple[Any, Forecast]:
+  """Compiles the training step of a config; see `forecast`."""
   check_rows(config)
   optimizers, spec = describe_training(config, mesh)
   step = make_train_step(config, spec, optimizers, mesh)
-  program, memory = compile_step(step, spec, abstract_batch(config, transformer_config(config), mesh), mesh)
-  return memory, program
+  return compile_step(step, spec, abstract_batch(config, transformer_config(config), mesh), mesh)
 
 
 def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
@@ -86,8 +83,8 @@ def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
   whole = NamedSharding(mesh, PartitionSpec())
 
   def place(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-    is_per_token = is_sharded and bool(path) and getattr(path[-1], "name", None) in TOKEN_FIELDS
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, TOKENS) if is_per_token else whole)
+    has_shards = is_sharded and is_per_token(path)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, TOKENS) if has_shards else whole)
 
   row = jax.tree_util.tree_map_with_path(place, row)
   with jax.set_mesh(mesh):

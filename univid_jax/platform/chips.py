@@ -25,7 +25,7 @@ class Chip:
     memory: bytes; of v5e and v6e what their compiler calls available.
     bandwidth: bytes per second from memory.
     network: bytes per second to and from the other chips of a slice or machine, all links together.
-    dtype: in which it trains: bfloat16 if it has that.
+    dtype: used for training; bfloat16 if supported.
   """
 
   flops: float

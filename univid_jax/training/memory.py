@@ -11,14 +11,14 @@ from jax.sharding import Mesh, NamedSharding
 from univid_jax.checkpoints.run_parts import context_mode
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line
-from univid_jax.core.packed_row import TOKEN_FIELDS, PackedRow
+from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import TrainStep
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.rows.packing import RowShape, pack
 from univid_jax.data.rows.tokens import IMAGE_FEATURES, Features, sentence_features
 from univid_jax.models.variants import DiTConfig
-from univid_jax.parallel.mesh import SEQUENCE, row_shards
-from univid_jax.parallel.sharding import BATCH, TOKENS, bytes_per_device
+from univid_jax.parallel.mesh import row_shards
+from univid_jax.parallel.sharding import BATCH, TOKENS, bytes_per_device, check_tokens, is_per_token
 from univid_jax.platform.chips import find_chip
 from univid_jax.training.state import StateSpec
 
@@ -151,16 +151,10 @@ def abstract_batch(config: RunConfig, shape: DiTConfig, mesh: Mesh) -> PackedRow
   check_tokens(row.tokens.shape[1], mesh)
 
   def describe(path: Any, x: np.ndarray) -> jax.ShapeDtypeStruct:
-    spec = TOKENS if path[-1].name in TOKEN_FIELDS else BATCH
+    spec = TOKENS if is_per_token(path) else BATCH
     return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=NamedSharding(mesh, spec))
 
   return jax.tree_util.tree_map_with_path(describe, row)
-
-
-def check_tokens(count: int, mesh: Mesh) -> None:
-  """Raises UserError if the tokens of a row do not divide over the sequence axis."""
-  if count % mesh.shape[SEQUENCE]:
-    raise UserError(f"rows of {count} tokens do not divide over config.mesh.context = {mesh.shape[SEQUENCE]} devices")
 
 
 def placeholder_features(shape: DiTConfig, latents: tuple[int, int, int], *, num_clips: int) -> Features:

@@ -31,7 +31,7 @@ class Change(abc.ABC):
   @property
   @abc.abstractmethod
   def shape(self) -> tuple[int, ...]:
-    """Of the change: (out, in), or that of a tensor that is no kernel."""
+    """The shape of the change: (out, in) for a kernel, else that of the tensor."""
 
   @abc.abstractmethod
   def parts(self) -> dict[str, np.ndarray]:
@@ -173,7 +173,7 @@ class LoKrLayer(Change):
 
   @property
   def rank(self) -> int | None:
-    """Of the second factor, unless only the first is low-rank; None if neither is."""
+    """The rank of the second factor, or of the first if only that is low-rank; None if neither is."""
     return next((len(factor[1]) for factor in (self.w2, self.w1) if len(factor) == 2), None)
 
   @property

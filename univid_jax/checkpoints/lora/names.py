@@ -74,6 +74,7 @@ MARKERS = ("lokr_factor",)
 # Blocks are numbered below this, and names are no longer than that, so that a malformed file costs neither memory nor
 # time.
 _MAX_BLOCKS, _MAX_NAME = 1000, 300
+_MAX_LISTED = 24
 
 
 class Part(NamedTuple):
@@ -121,13 +122,14 @@ def unsupported(name: str) -> str | None:
   )
 
 
-def list_names(names: Iterable[str], limit: int = 24) -> str:
-  """Lists names, of those that differ in the number of their block the first, and with a limit."""
+def list_names(names: Iterable[str]) -> str:
+  """Lists up to `_MAX_LISTED` names; of those that differ only in the number of their block, the first."""
   groups: dict[str, list[str]] = defaultdict(list)
   for name in names:
     groups[re.sub(r"blocks([._])\d+", r"blocks\1#", name)].append(name[:_MAX_NAME])
   texts = [f"{first} (and in {len(rest)} other blocks)" if rest else first for first, *rest in groups.values()]
-  return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
+  more = f" and {len(texts) - _MAX_LISTED} more" if len(texts) > _MAX_LISTED else ""
+  return ", ".join(texts[:_MAX_LISTED]) + more
 
 
 def _split(name: str) -> tuple[str, str | None]:

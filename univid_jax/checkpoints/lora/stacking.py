@@ -15,13 +15,13 @@ from univid_jax.checkpoints.lora.kinds import Change, Difference, DoRALayer, LoR
 from univid_jax.checkpoints.lora.names import list_names
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.core.errors import UserError
+from univid_jax.core.params import ParamPath
 from univid_jax.models.changes import CHANGE_KINDS
 from univid_jax.models.lora import linear_name
 from univid_jax.models.names import original_name
 from univid_jax.models.variants import DiTConfig
 
-Path = tuple[str, ...]
-Shapes = Mapping[Path, tuple[int, ...]]
+Shapes = Mapping[ParamPath, tuple[int, ...]]
 Parts = Mapping[str, np.ndarray]
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Target(NamedTuple):
     shape: of one layer of the parameter: (in, out) if it is a kernel.
   """
 
-  path: Path
+  path: ParamPath
   layer: int | None
   stack: tuple[int, ...]
   shape: tuple[int, ...]
@@ -62,8 +62,8 @@ class StackedChanges(NamedTuple):
     others: differences of all other parameters, float32, by path of the parameter.
   """
 
-  kernels: dict[Path, dict[str, dict[str, np.ndarray]]]
-  others: dict[Path, np.ndarray]
+  kernels: dict[ParamPath, dict[str, dict[str, np.ndarray]]]
+  others: dict[ParamPath, np.ndarray]
 
 
 def find_targets(shapes: Shapes) -> dict[str, Target]:
@@ -95,8 +95,8 @@ def stack_loras(
     UserError: a LoRA does not fit the base.
   """
   targets = find_targets(shapes)
-  kernels: dict[Path, dict[str, dict[int | None, Parts]]] = defaultdict(lambda: defaultdict(dict))
-  others: dict[Path, np.ndarray] = {}
+  kernels: dict[ParamPath, dict[str, dict[int | None, Parts]]] = defaultdict(lambda: defaultdict(dict))
+  others: dict[ParamPath, np.ndarray] = {}
   for number, (lora, weight) in enumerate(loras):
     for name, change in match_base(lora, config, targets, skip_unmatched=skip_unmatched).changes.items():
       target = targets[name]

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from univid_jax.core.errors import UserError
+from univid_jax.models.attention.intervals import to_mask
 
 # Limits of the kernel.
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -48,9 +49,5 @@ def cudnn_attention(
       f"{q.dtype} and {q.shape[-1]}: use the backend xla"
     )
   bias = None if key_bias is None else key_bias[:, None, None, :].astype(q.dtype)
-  mask = None
-  if key_intervals is not None:
-    keys = jnp.arange(k.shape[1])
-    start, end = key_intervals[..., 0, None], key_intervals[..., 1, None]
-    mask = ((keys >= start) & (keys < end))[:, None]
+  mask = None if key_intervals is None else to_mask(key_intervals, k.shape[1])
   return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, implementation="cudnn")

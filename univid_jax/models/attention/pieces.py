@@ -61,7 +61,7 @@ class Ring:
 
   @property
   def position(self) -> Int[Array, ""]:
-    """Of this device in its ring."""
+    """The position of this device in its ring."""
     return jax.lax.axis_index(self.axis) // self.stride
 
   def pass_on(self, tree: Any) -> Any:

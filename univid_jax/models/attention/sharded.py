@@ -3,17 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from univid_jax.models.attention.intervals import all_keys, pad_tokens
 from univid_jax.models.attention.pieces import Ring
-from univid_jax.parallel.mesh import SEQUENCE
-from univid_jax.parallel.sharding import ROWS
+from univid_jax.parallel.mesh import ROWS, SEQUENCE, row_shards
 
 AttentionFn = Callable[..., Array]
 
@@ -85,7 +83,7 @@ def shard_attention(run: AttentionFn, mesh: AbstractMesh, *, takes_ring: bool) -
     key_bias: Float[Array, "b n"] | None,
   ) -> Float[Array, "b l h k"]:
     num_rows, num_queries, num_heads, _ = q.shape
-    rows = ROWS if num_rows % _row_shards(mesh) == 0 else None
+    rows = ROWS if num_rows % row_shards(mesh) == 0 else None
     heads = "tensor" if num_heads % mesh.shape["tensor"] == 0 else None
     sequence = SEQUENCE if devices > 1 else None
     shards_keys = sequence is not None and k.shape[1] >= num_queries
@@ -93,10 +91,10 @@ def shard_attention(run: AttentionFn, mesh: AbstractMesh, *, takes_ring: bool) -
     exchange = Exchange.of(devices, local_heads) if shards_keys else Exchange(group=1, ring=1)
 
     if key_intervals is None and (num_queries % devices or (shards_keys and k.shape[1] % devices)):
-      key_intervals = jnp.broadcast_to(jnp.array([0, k.shape[1]], jnp.int32), (num_rows, num_queries, 2))
-    q, key_intervals = _pad_tokens(q, devices), _pad_tokens(key_intervals, devices)
+      key_intervals = all_keys(num_rows, num_queries, k.shape[1])
+    q, key_intervals = pad_tokens(q, devices), pad_tokens(key_intervals, devices)
     if shards_keys:
-      k, v, key_bias = (_pad_tokens(x, devices) for x in (k, v, key_bias))
+      k, v, key_bias = (pad_tokens(x, devices) for x in (k, v, key_bias))
 
     def run_local(q, k, v, key_intervals, key_bias):
       options = {}
@@ -128,16 +126,5 @@ def shard_attention(run: AttentionFn, mesh: AbstractMesh, *, takes_ring: bool) -
 
 def rows_per_device(num_rows: int) -> int:
   """Returns how many of the rows of a batch each device of the current mesh computes: all if they do not divide."""
-  shards = _row_shards(jax.sharding.get_abstract_mesh())
+  shards = row_shards(jax.sharding.get_abstract_mesh())
   return num_rows // shards if num_rows % shards == 0 else num_rows
-
-
-def _row_shards(mesh: AbstractMesh) -> int:
-  return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
-
-
-def _pad_tokens(x: Any, multiple: int) -> Any:
-  """Appends zeros to the tokens of an array (b, l, ...); intervals of padding are empty."""
-  if x is None or x.shape[1] % multiple == 0:
-    return x
-  return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))

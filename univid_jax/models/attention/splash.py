@@ -19,6 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
+from univid_jax.models.attention.intervals import all_keys, pad_tokens
 from univid_jax.models.attention.pieces import Piece, Ring, attend, clip_intervals, merge
 
 # Tokens per block. Large blocks keep the matrix unit busy; these, and those of the gradient, stay within the 16 MiB of
@@ -65,20 +66,16 @@ def splash_attention(
   """
   num_queries, num_keys = q.shape[1], k.shape[1]
   blocks = TokenBlocks.of(num_queries, num_keys)
-  length_q, length_kv = _round_up(num_queries, blocks.queries), _round_up(num_keys, blocks.keys)
 
   if key_intervals is None:
-    all_keys = num_keys * (ring.size if ring else 1)
-    key_intervals = jnp.broadcast_to(jnp.array([0, all_keys], jnp.int32), (q.shape[0], num_queries, 2))
-  key_intervals = jnp.pad(key_intervals, ((0, 0), (0, length_q - num_queries), (0, 0)))
+    key_intervals = all_keys(q.shape[0], num_queries, num_keys * (ring.size if ring else 1))
   q = q * q.shape[-1] ** -0.5
   if key_bias is not None:
     q, k = append_bias(q, k, key_bias)
   q, k, v = (
-    jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
-    for x, length in ((q, length_q), (k, length_kv), (v, length_kv))
+    pad_tokens(x, block).transpose(0, 2, 1, 3) for x, block in ((q, blocks.queries), (k, blocks.keys), (v, blocks.keys))
   )
-  out = attend(SplashPieces(blocks, interpret), ring, q, k, v, key_intervals, None)
+  out = attend(SplashPieces(blocks, interpret), ring, q, k, v, pad_tokens(key_intervals, blocks.queries), None)
   return out.transpose(0, 2, 1, 3)[:, :num_queries]
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from univid_jax.models.attention.intervals import all_keys, pad_tokens, to_mask
 from univid_jax.models.attention.pieces import Piece, Ring, attend
 from univid_jax.platform.current import Platform
 
@@ -72,20 +73,16 @@ def xla_attention(
   if key_bias is not None:
     key_bias = jax.lax.stop_gradient(key_bias)
   if num_queries * num_keys <= blocks.smallest and ring is None:
-    return _attend(q, k, v, key_intervals, key_bias)
+    return _attend_at_once(q, k, v, key_intervals, key_bias)
   if key_intervals is None:
-    all_keys = num_keys * (ring.size if ring else 1)
-    key_intervals = jnp.broadcast_to(jnp.array([0, all_keys], jnp.int32), (rows, num_queries, 2))
+    key_intervals = all_keys(rows, num_queries, num_keys * (ring.size if ring else 1))
 
   query_block, key_block = min(blocks.queries, num_queries), min(blocks.keys or num_keys, num_keys)
   together = blocks.heads or max(LARGEST // (query_block * key_block), 1)
   num_groups = next(n for n in range(1, num_heads + 1) if num_heads % n == 0 and num_heads // n <= together)
 
-  def pad(x, block):
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
-
   def group_heads(x, block):  # b l (groups h) k -> b groups h l k
-    x = pad(x, block)
+    x = pad_tokens(x, block)
     return x.reshape(*x.shape[:2], num_groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
 
   out = attend(
@@ -94,8 +91,8 @@ def xla_attention(
     group_heads(q, query_block),
     group_heads(k, key_block),
     group_heads(v, key_block),
-    pad(key_intervals, query_block),
-    None if key_bias is None else pad(key_bias, key_block),
+    pad_tokens(key_intervals, query_block),
+    pad_tokens(key_bias, key_block),
   )
   return out.transpose(0, 3, 1, 2, 4).reshape(rows, -1, num_heads, head_dim)[:, :num_queries]
 
@@ -107,7 +104,7 @@ def choose_blocks(platform: Platform, num_tokens: int) -> Blocks:
   return CPU_SHORT_BLOCKS if num_tokens <= CPU_SHORT_ROW else CPU_BLOCKS
 
 
-def _attend(
+def _attend_at_once(
   q: Float[Array, "b l h k"],
   k: Float[Array, "b n h k"],
   v: Float[Array, "b n h k"],
@@ -121,9 +118,7 @@ def _attend(
   if key_bias is not None:
     logits = logits + key_bias[:, None, None, :].astype(jnp.float32)
   if key_intervals is not None:
-    keys = jnp.arange(k.shape[2])
-    start, end = key_intervals[..., 0, None], key_intervals[..., 1, None]
-    logits = jnp.where(((keys >= start) & (keys < end))[:, None], logits, jnp.finfo(jnp.float32).min)
+    logits = jnp.where(to_mask(key_intervals, k.shape[2]), logits, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   return jnp.einsum("bhln,bhnk->bhlk", weights, v).transpose(0, 2, 1, 3)
 
@@ -148,7 +143,7 @@ class XlaPieces:
     intervals: Int[Array, "b l 2"],
     bias: Float[Array, "b n"] | None,
   ) -> Piece:
-    return self._map(_forward, (q, k, v), intervals, bias)
+    return self._map(_attend_row, (q, k, v), intervals, bias)
 
   def backward(
     self,
@@ -160,7 +155,7 @@ class XlaPieces:
     merged: Piece,
     d_out: Float[Array, "b groups h l k"],
   ) -> tuple[Float[Array, "b groups h l k"], Float[Array, "b groups h n k"], Float[Array, "b groups h n k"]]:
-    return self._map(_backward, (q, k, v, *merged, d_out), intervals, bias)
+    return self._map(_row_gradients, (q, k, v, *merged, d_out), intervals, bias)
 
   def _map(self, function, heads, intervals: Int[Array, "b l 2"], bias: Float[Array, "b n"] | None):
     """Applies a function to each group of heads of each row."""
@@ -172,7 +167,7 @@ class XlaPieces:
     return jax.lax.map(apply_to_row, (heads, intervals, bias))
 
 
-def _forward(
+def _attend_row(
   q: Float[Array, "h l k"],
   k: Float[Array, "h n k"],
   v: Float[Array, "h n k"],
@@ -206,7 +201,7 @@ def _forward(
   return _join(out), _join(lse)
 
 
-def _backward(
+def _row_gradients(
   q: Float[Array, "h l k"],
   k: Float[Array, "h n k"],
   v: Float[Array, "h n k"],
