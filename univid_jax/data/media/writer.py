@@ -24,7 +24,7 @@ from PIL import Image
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write, require_local
-from univid_jax.core.unfinished import remove_abandoned, unfinished_path
+from univid_jax.core.unfinished import remove_abandoned
 from univid_jax.data.media.decoding import open_video
 from univid_jax.data.media.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames
 from univid_jax.data.media.timeline import read_timeline
