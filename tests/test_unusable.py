@@ -25,6 +25,7 @@ from univid_jax.data.held_out import read_usable
 from univid_jax.data.prepare import prepare
 from univid_jax.data.rows.loader import TooLongError, make_loader
 from univid_jax.data.rows.packing import RowShape
+from univid_jax.data.sources import base
 from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.evaluation.sentences import plan_sentences
@@ -163,6 +164,21 @@ def test_what_another_process_cannot_encode_is_left_out_here(tmp_path, monkeypat
   monkeypatch.setattr(validation, "sum_over_processes", lambda failed: failed + next(elsewhere))
   found = validation.leave_out_unusable(sentences, features, ROWS, allow_dropped=True)
   assert [id(sentence) for sentence in found] == [id(sentences[0]), id(sentences[2])] and not caplog.messages
+  elsewhere = iter([0, 1, 0])
+  monkeypatch.setattr(base, "sum_over_processes", lambda num_dropped: num_dropped + 1)
+  with pytest.raises(UserError, match="another process found records that cannot be used; its log names them"):
+    validation.leave_out_unusable(sentences, features, ROWS, allow_dropped=False)
+
+
+def test_the_log_names_what_validation_cannot_use_also_if_that_is_an_error(tmp_path, caplog):
+  """Other processes refer to this log."""
+  config, path = write_data(tmp_path / "data", "pairs", PLAIN)
+  data = open_data(config)
+  sentences = [data.sources["pairs"][index] for index in range(3)]
+  path.unlink()
+  with pytest.raises(UserError, match="of the listed records cannot be used, first edges/"):
+    validation.leave_out_unusable(sentences, make_features(config, data, None), ROWS, allow_dropped=False)
+  assert any(message.startswith("dropped: edges/") and path.name in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("kind", KINDS)
