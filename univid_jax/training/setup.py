@@ -311,7 +311,8 @@ def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> Non
   changes = [change for change in different if not change[0].startswith(MAY_CHANGE)]
   if previous.base != current.base:
     changes.append(("the checksum of init_from", previous.base, current.base))
-  for key, before, after in changes:
+  if changes:
+    key, before, after = changes[0]
     raise UserError(
       f"{workdir} is a run with {key} = {before!r}, not {after!r}: use the same config or another --workdir"
     )
