@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from univid_jax.core.options import AttentionBackend, OnDamaged, TrainedExpert
 from univid_jax.core.protocols import TrainStep
 from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.data.rows.loader import Loader, make_loader
+from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.experts import Transformer
@@ -33,7 +33,7 @@ from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.attention.api import best_backend
 from univid_jax.models.attention.sharded import rows_per_device
 from univid_jax.parallel.mesh import row_shards
-from univid_jax.parallel.sharding import own_rows, row_owners, rows_by_owner, shard_own_rows
+from univid_jax.parallel.sharding import shard_own_rows
 from univid_jax.platform.current import current_platform
 from univid_jax.runtime.processes import gather_arrays
 from univid_jax.runtime.supervisor import Supervisor, supervise
@@ -221,26 +221,16 @@ def open_loader(run: Run) -> Loader:
   """Opens the endless stream of this process's rows of every batch."""
   config, data = run.config, run.data
   layout = BatchLayout.from_config(config.rows, row_shards(run.mesh))
-  num_rows, mesh = layout.num_rows, run.mesh
-  owners = set(row_owners(num_rows, mesh))
+  ownership = RowOwnership.from_mesh(layout.num_rows, run.mesh)
   return make_loader(
     list(data.sources.values()),
     run.features,
     row_shape=RowShape.from_config(config.rows, context_mode(config)),
-    rows_per_batch=num_rows,
-    seed=config.seed,
-    own_rows=own_rows(num_rows, mesh),
-    row_order=rows_by_owner(num_rows, mesh),
-    num_threads=config.data.num_threads,
-    num_packing_bins=config.rows.packing_bins,
-    packing=config.rows.packing,
     layout=layout,
-    num_streams=config.rows.streams or math.gcd(num_rows, len(owners)),
-    stream_processes=config.data.stream_processes,
+    seed=config.seed,
     weights=list(data.weights.values()),
-    allow_dropped=config.data.allow_dropped,
-    shares_rows=any(len(each) > 1 for each in owners),
-    num_owners=len(owners),
+    ownership=ownership,
+    options=LoaderOptions.from_config(config, ownership),
   )
 
 
