@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.text import list_first
 from univid_jax.evaluation.protocol import SECTIONS
 
 _NAMED = 4
@@ -40,8 +41,7 @@ def describe_config_differences(
   ]
   if not changes:
     return None
-  more = f" and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
   return (
     f"--config={name} is not the config of {workdir}, by which it is evaluated without --config: "
-    f"{', '.join(changes[:_NAMED])}{more}"
+    f"{list_first(changes, _NAMED)}"
   )

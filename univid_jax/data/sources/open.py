@@ -13,6 +13,7 @@ from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.core.protocols import SentenceSource
+from univid_jax.core.text import plural
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped
 from univid_jax.data.sources.computed import LazySentences, computed_identity, open_computed
@@ -71,7 +72,7 @@ class DataSources:
     for name, source in self.sources.items():
       log.info("data: %s, %s sentences, drawn with weight %g", name, f"{len(source):,}", self.weights[name])
       for change, count in _count_changes(source).most_common(REPORTED_CHANGES):
-        log.info("data: %s, %s: %s", name, f"{count:,} clip{'s' * (count > 1)}", change)
+        log.info("data: %s, %s: %s", name, plural(count, "clip"), change)
     for dropped in self.dropped:
       log.info("dropped: %s", dropped)
 
