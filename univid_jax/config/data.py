@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from univid_jax.config.grids import ARCConfig, GridsConfig
 from univid_jax.config.section import MAX_COUNT, MAX_HOST_COUNT, Section
+from univid_jax.core.contexts import PAPER_CAMERA_CONTEXTS
 from univid_jax.core.dims import is_clip_length, nearest_clip_lengths
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle, TargetKind
@@ -157,9 +158,7 @@ class DataConfig(Section):
   contexts: Mapping[str, float] = dataclasses.field(
     default_factory=lambda: {"I": 0.2, "II": 0.5, "III": 0.3, "IV": 0.0}
   )
-  animating_contexts: Mapping[str, float] = dataclasses.field(
-    default_factory=lambda: {"I": 0.5, "II": 0.0, "III": 0.0, "IV": 0.5}
-  )
+  animating_contexts: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(PAPER_CAMERA_CONTEXTS))
   num_clips: Mapping[str, float] = dataclasses.field(
     default_factory=lambda: {"clips_4": 1.0, "clips_6": 0.0, "clips_8": 0.0}
   )

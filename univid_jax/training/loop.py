@@ -123,23 +123,26 @@ def train(
       start, started = int(state.step), time.monotonic()
       if start < config.num_steps:
         goodput.resume(start)
-      state = take_steps(run, state, step_fn, loader, checkpointer, goodput, profile_steps=profile_steps)
+      session = Session(run, loader, checkpointer, goodput)
+      state = take_steps(session, state, step_fn, profile_steps=profile_steps)
     if run.data.dropped:
       log.info("%d records of the data could not be used, first %s", len(run.data.dropped), run.data.dropped[0])
     return TrainResult(finish_run(run, state), config.num_steps - start, time.monotonic() - started)
 
 
-def take_steps(
-  run: Run,
-  state: TrainState,
-  step_fn: TrainStep,
-  loader: Loader,
-  checkpointer: Checkpointer,
-  goodput: Goodput,
-  *,
-  profile_steps: int,
-) -> TrainState:
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """A run that takes steps, and what it reads from and writes to."""
+
+  run: Run
+  loader: Loader
+  checkpointer: Checkpointer
+  goodput: Goodput
+
+
+def take_steps(session: Session, state: TrainState, step_fn: TrainStep, *, profile_steps: int) -> TrainState:
   """Takes the steps from the state's to the config's last, and calls the hooks after each."""
+  run, goodput = session.run, session.goodput
   config, start = run.config, int(state.step)
   writer = MetricsWriter(run.workdir, start_step=start) if jax.process_index() == 0 else None
   with (
@@ -148,17 +151,15 @@ def take_steps(
     supervise() as supervisor,
     progress_bar(start, config.num_steps) as bar,
   ):
-    hooks = make_hooks(
-      run, loader, checkpointer, writer, bar, supervisor, goodput, start=start, profile_steps=profile_steps
-    )
+    hooks = make_hooks(session, writer, bar, supervisor, start=start, profile_steps=profile_steps)
     with supervisor.stepping():
-      if start and checkpointer.val_loss(start) is None:
-        validate_again(hooks, StepEvent.create(config, start, state, {}), writer, checkpointer)
+      if start and session.checkpointer.val_loss(start) is None:
+        validate_again(hooks, StepEvent.create(config, start, state, {}), writer, session.checkpointer)
       metrics = None
       for step in range(start + 1, config.num_steps + 1):
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
           with jax.profiler.TraceAnnotation("data"), goodput.measure(Activity.WAITING):
-            batch = shard_own_rows(next(loader), run.mesh)
+            batch = shard_own_rows(next(session.loader), run.mesh)
           with jax.profiler.TraceAnnotation("step"), goodput.measure(Activity.STEPPING):
             previous, (state, metrics) = metrics, step_fn(state, run.frozen, batch)
             goodput.watch(metrics)
@@ -190,18 +191,10 @@ def validate_again(
 
 
 def make_hooks(
-  run: Run,
-  loader: Loader,
-  checkpointer: Checkpointer,
-  writer: MetricsWriter | None,
-  bar: tqdm,
-  supervisor: Supervisor,
-  goodput: Goodput,
-  *,
-  start: int,
-  profile_steps: int,
+  session: Session, writer: MetricsWriter | None, bar: tqdm, supervisor: Supervisor, *, start: int, profile_steps: int
 ) -> list[Hook]:
   """Returns what happens after each step, in order."""
+  run, goodput = session.run, session.goodput
   summarize = Summarize(run, bar)
   hooks: list[Hook] = [summarize]
   if run.config.validation.every_steps:
@@ -209,10 +202,14 @@ def make_hooks(
   hooks.append(MeasureGoodput(goodput))
   if writer is not None:
     hooks.append(WriteMetrics(writer))
-  hooks += [SaveCheckpoint(checkpointer, loader, goodput), ReportGoodput(goodput), StopOnSignal(run.config.num_steps)]
+  hooks += [
+    SaveCheckpoint(session.checkpointer, session.loader, goodput),
+    ReportGoodput(goodput),
+    StopOnSignal(run.config.num_steps),
+  ]
   if profile_steps:
     if start + PROFILE_AFTER >= run.config.num_steps:
-      log.warning("no profile: it leaves out the first %d steps, and no more are left", PROFILE_AFTER)
+      log.warning("no profile written: the first %d steps are skipped and none remain", PROFILE_AFTER)
     hooks.insert(0, Profile(run.workdir, first_step=start, num_steps=profile_steps))
   return hooks
 
