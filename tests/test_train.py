@@ -470,6 +470,8 @@ class TestValidation:
     message = r"^2 of .*, first .*m\.jsonl line 3: .* tokens, but a row holds only config\.rows\.num_tokens = 48"
     with pytest.raises(UserError, match=message):
       set_up_run(config, str(tmp_path / "refused"))
+    assert sum(message.startswith("dropped: ") for message in caplog.messages) == 2  # named, though it is an error
+    caplog.clear()
     config = override(config, {"data.allow_dropped": True})
     run = set_up_run(config, str(tmp_path / "run"))
     assert len(run.validation) == 2 and all("line 11" in sentence.record for sentence in run.validation)
