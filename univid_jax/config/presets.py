@@ -61,8 +61,11 @@ from univid_jax.core.options import (
   TrainedExpert,
 )
 
+# The preset that commands use without --config.
+DEFAULT = "tiny"
 
-def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
+
+def get_config(preset: str = DEFAULT) -> ml_collections.ConfigDict:
   """Returns a preset for flags.
 
   Raises:

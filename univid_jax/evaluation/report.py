@@ -165,7 +165,7 @@ def full_report(
 
 def write_report(folder: epath.Path, report: Mapping[str, Any], gallery: Gallery, *, fps: float) -> None:
   """Writes report.json, report.md, grid.png, grid.webp (with `fps`, see `Gallery.draw`) and curves.png."""
-  write_text(folder / "report.json", format_json(report, indent=2) + "\n")
+  write_text(folder / "report.json", format_json(report) + "\n")
   write_text(folder / "report.md", markdown(report))
   gallery.draw(folder, with_swapped=True, fps=fps)
   with atomic_write(folder / "curves.png") as path:

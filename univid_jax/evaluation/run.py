@@ -79,7 +79,7 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
   report = quick_report(config, scored, num_pairs=len(results.pairs))
   if found := exact_report(results.scored, **_count_arc(data)):
     report["exact"] = found
-  write_text(folder / EVAL_FILE, format_json(report, indent=2) + "\n")
+  write_text(folder / EVAL_FILE, format_json(report) + "\n")
   results.gallery.draw(folder, with_swapped=False, fps=config.data.fps)
   results.failures.draw(folder / "failures.png")
   return report
