@@ -19,7 +19,7 @@ def describe_ignored_overrides(overrides: Collection[str]) -> str | None:
   """Returns a line that names the keys, given on the command line, on which no evaluation depends; None without any."""
   if not (ignored := [f"config.{key}" for key in overrides if not _matters(key)]):
     return None
-  return f"without effect: {', '.join(ignored)}; a model is evaluated as it was trained"
+  return f"ignored: {', '.join(ignored)}; evaluation uses the run's own settings"
 
 
 def describe_config_differences(

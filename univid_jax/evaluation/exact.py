@@ -179,7 +179,7 @@ def describe_arc(arc: Mapping[str, Any]) -> str:
   """Describes the score of the ARC benchmark in a sentence, or says why there is none."""
   if arc["score"] is None:
     return (
-      f"ARC: {arc['sampled']} of {arc['tests']} tests were sampled, and the benchmark's score is of all: "
+      f"ARC: {arc['sampled']} of {arc['tests']} tests were sampled, but the benchmark's score needs all of them: "
       f"--config.eval.sentences_per_case={arc['tests']} samples those that can be used."
     )
   low, high = arc["interval"]
