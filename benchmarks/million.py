@@ -34,7 +34,9 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.cache.shard_writer import repair_indices, write_shards
 from univid_jax.data.cache.shards import INDEX_FILE, SHARD_SUFFIX, Shards, seal_entry
+from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.data.rows.loader import Loader, make_loader
+from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.rows.tokens import Features, sentence_features
 
@@ -200,15 +202,15 @@ class RecordFeatures:
 
 
 def open_loader(shards: Shards, count: int, *, host: int = 0, num_hosts: int = 1) -> Loader:
+  num_rows = ROWS * num_hosts
   return make_loader(
     [Numbers(count)],
     RecordFeatures(shards),
     row_shape=RowShape(num_tokens=2, num_text_tokens=1, num_slots=1),
-    rows_per_batch=ROWS * num_hosts,
+    layout=BatchLayout(num_rows=num_rows),
     seed=SEED,
-    own_rows=range(ROWS * host, ROWS * (host + 1)),
-    num_streams=num_hosts,
-    num_threads=2,
+    ownership=RowOwnership(own=range(ROWS * host, ROWS * (host + 1)), order=range(num_rows)),
+    options=LoaderOptions(num_streams=num_hosts, num_threads=2),
   )
 
 

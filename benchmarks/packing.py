@@ -38,6 +38,7 @@ from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.rows.balancing import BatchLayout, count_pairs
 from univid_jax.data.rows.loader import make_loader
+from univid_jax.data.rows.loader_options import LoaderOptions
 from univid_jax.data.rows.packing import RowShape, pack
 from univid_jax.data.rows.tokens import Features, sentence_features
 from univid_jax.models.variants import DiTConfig
@@ -205,11 +206,9 @@ def count_packing(
     [LatentSentences((2, 2), lengths=range(2, 1 + LONGEST))],
     LatentFeatures(dataclasses.replace(shape, text_dim=1)),
     row_shape=row_shape,
-    rows_per_batch=DEVICES,
+    layout=BatchLayout(num_rows=DEVICES),
     seed=0,
-    num_packing_bins=bins,
-    packing=packing,
-    num_streams=streams,
+    options=LoaderOptions(num_packing_bins=bins, packing=packing, num_streams=streams),
   )
   fill, sentences, devices = [], [], []
   with contextlib.closing(loader):
@@ -293,10 +292,9 @@ def main() -> None:
     [source],
     make_features,
     row_shape=packed_shape,
-    rows_per_batch=1,
+    layout=BatchLayout(num_rows=1),
     seed=0,
-    num_packing_bins=64,
-    packing=Packing.BEST_FIT,
+    options=LoaderOptions(num_packing_bins=64, packing=Packing.BEST_FIT),
   )
   packed = PackedRows.draw(loader)
   loader.close()

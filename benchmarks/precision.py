@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.steps import diffusers_options, find_variant, shrink
+from benchmarks.steps import ModelFlags, diffusers_options
 from benchmarks.timing import PEERS, write_json
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
@@ -24,13 +24,8 @@ from univid_jax.core.errors import UserError
 from univid_jax.models.variants import DiTConfig
 
 FLAGS = CommandFlags(__doc__)
-VARIANT = FLAGS.string("variant", "wan2.1-t2v-1.3b", "A published model, by its name in models.variants.")
+MODEL = ModelFlags(FLAGS, height=480, width=832)
 AGAINST = FLAGS.choice("against", None, PEERS[:1], "The peer, whose weights both then have.")
-DIM = FLAGS.integer("dim", 0, "Another width, a multiple of 128; 0 for that of --variant.", lower_bound=0)
-LAYERS = FLAGS.integer("layers", 4, "Blocks; 0 for all.")
-FRAMES = FLAGS.integer("frames", 1, "Latent frames of a clip.", lower_bound=1)
-HEIGHT = FLAGS.integer("height", 480, "In pixels.")
-WIDTH = FLAGS.integer("width", 832, "In pixels.")
 OUT = FLAGS.string("out", "", "File for the figures as JSON.")
 
 TIMESTEP = 500.0
@@ -148,10 +143,9 @@ def run_ours(shape: DiTConfig, size: tuple[int, int, int], folder: Path, out: st
 
 @app.command(FLAGS)
 def main() -> None:
-  shape = find_variant(VARIANT.value)
-  shape = shrink(dataclasses.replace(shape, num_layers=LAYERS.value or shape.num_layers), DIM.value)
+  shape = MODEL.shape
   stride = find_autoencoder(shape.out_dim).spatial_stride
-  size = 4 * FRAMES.value, HEIGHT.value // stride, WIDTH.value // stride
+  size = 4 * MODEL.frames.value, MODEL.height.value // stride, MODEL.width.value // stride
   context = multiprocessing.get_context("spawn")
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)

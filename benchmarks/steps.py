@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from univid_jax.cli.flags import CommandFlags
 from univid_jax.codecs.vae_config import find_autoencoder
 from univid_jax.core.errors import UserError
 from univid_jax.models.variants import VARIANTS, DiTConfig
@@ -20,6 +21,32 @@ if TYPE_CHECKING:
   from univid_jax.training.state import StateSpec
 
 LORA_RANK = 16
+
+
+class ModelFlags:
+  """Which transformer is measured, and on clips of which size.
+
+  Args:
+    command: gets the flags.
+    height, width: defaults.
+  """
+
+  def __init__(self, command: CommandFlags, *, height: int, width: int):
+    help_text = "A published model, by its name in models.variants."
+    self._variant = command.string("variant", "wan2.1-t2v-1.3b", help_text)
+    help_text = "Another width, a multiple of 128; 0 for that of --variant."
+    self._dim = command.integer("dim", 0, help_text, lower_bound=0)
+    self._layers = command.integer("layers", 4, "Blocks; 0 for all.")
+    self.frames = command.integer("frames", 1, "Latent frames of a clip.", lower_bound=1)
+    self.height = command.integer("height", height, "In pixels.")
+    self.width = command.integer("width", width, "In pixels.")
+
+  @property
+  def shape(self) -> DiTConfig:
+    """Raises UserError if there is no such model."""
+    shape = find_variant(self._variant.value)
+    return shrink(dataclasses.replace(shape, num_layers=self._layers.value or shape.num_layers), self._dim.value)
+
 
 # Keys of config.model that DiTConfig has too; its other values are the same in all of Wan2.1's T2V models.
 SHAPE_KEYS = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "rope_theta", "rope_scale")

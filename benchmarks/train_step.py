@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.steps import LORA_RANK, diffusers_options, find_variant, make_row_program, make_sentence_row, shrink
+from benchmarks.steps import LORA_RANK, ModelFlags, diffusers_options, make_row_program, make_sentence_row
 from benchmarks.timing import Program, RaceFlags
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
@@ -24,12 +24,7 @@ from univid_jax.core.options import AttentionBackend, RematPolicy
 from univid_jax.models.variants import DiTConfig
 
 FLAGS = CommandFlags(__doc__)
-VARIANT = FLAGS.string("variant", "wan2.1-t2v-1.3b", "A published model, by its name in models.variants.")
-DIM = FLAGS.integer("dim", 0, "Another width, a multiple of 128; 0 for that of --variant.", lower_bound=0)
-LAYERS = FLAGS.integer("layers", 4, "Blocks; 0 for all.")
-FRAMES = FLAGS.integer("frames", 1, "Latent frames of a clip.", lower_bound=1)
-HEIGHT = FLAGS.integer("height", 512, "In pixels.")
-WIDTH = FLAGS.integer("width", 512, "In pixels.")
+MODEL = ModelFlags(FLAGS, height=512, width=512)
 ROWS = FLAGS.integer("rows", 1, "Rows of a batch.", lower_bound=1)
 MODE = FLAGS.choice("mode", "train", ["train", "forward"], "A step, or a forward pass alone.")
 REMAT = FLAGS.strings("remat", ["full"], f"What univid_jax recomputes: {', '.join(RematPolicy)}; several race.")
@@ -144,18 +139,17 @@ class Work:
 def main() -> None:
   if unknown := set(REMAT.value) - set(RematPolicy):
     raise UserError(f"--remat must be one or more of {', '.join(RematPolicy)}, got {unknown.pop()!r}")
-  shape = find_variant(VARIANT.value)
-  shape = shrink(dataclasses.replace(shape, num_layers=LAYERS.value or shape.num_layers), DIM.value)
+  shape = MODEL.shape
   shared = dict(
-    frames=FRAMES.value,
-    height=HEIGHT.value,
-    width=WIDTH.value,
+    frames=MODEL.frames.value,
+    height=MODEL.height.value,
+    width=MODEL.width.value,
     rows=ROWS.value,
     dtype=RACE.dtype.value,
     mode=MODE.value,
   )
   side = 2 * find_autoencoder(shape.out_dim).spatial_stride
-  tokens = 4 * FRAMES.value * (HEIGHT.value // side) * (WIDTH.value // side)
+  tokens = 4 * MODEL.frames.value * (MODEL.height.value // side) * (MODEL.width.value // side)
   work = Work.for_shape(shape, tokens, rows=ROWS.value, remat=REMAT.value if MODE.value == "train" else None)
   ours = {**shared, "shape": shape, "backend": BACKEND.value}
   programs = {

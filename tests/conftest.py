@@ -98,6 +98,17 @@ def sklearn_metrics():
 
 
 @pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+  """The transformer of the miniature release, converted; some modules have a checkpoint of their own."""
+  from tests.helpers import GOLDENS
+  from univid_jax.convert.commands import convert_any
+
+  folder = tmp_path_factory.mktemp("converted") / "tiny_wan"
+  convert_any(str(GOLDENS / "tiny_wan" / "diffusion_pytorch_model.safetensors"), str(folder))
+  return str(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_config():
   """The default config and a task that makes videos of images, so small that a step takes milliseconds."""
   from univid_jax.config.boundary import override

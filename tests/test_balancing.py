@@ -17,6 +17,7 @@ from univid_jax.core.options import Packing
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.rows.balancing import BatchLayout, count_pairs, deal_rows
 from univid_jax.data.rows.loader import make_loader
+from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.rows.tokens import sentence_features
 from univid_jax.models.flops import step_flops
@@ -61,13 +62,16 @@ def open_loader(*, process=0, count=1, **options: Any):
   shape = RowShape(
     num_tokens=CAPACITY, num_text_tokens=6, num_slots=6, context_mode=options.pop("context_mode", CAUSAL)
   )
-  defaults: dict[str, Any] = dict(row_shape=shape, seed=3, packing=Packing.BALANCED, num_packing_bins=24)
+  layout = options.pop("layout", BatchLayout(num_rows=12))
+  defaults: dict[str, Any] = dict(packing=Packing.BALANCED, num_packing_bins=24)
   return make_loader(
     [NumberedSentences()],
     NumberedFeatures(),
-    rows_per_batch=12,
-    own_rows=range(12 // count * process, 12 // count * (process + 1)),
-    **defaults | options,
+    row_shape=shape,
+    layout=layout,
+    seed=3,
+    ownership=RowOwnership(own=range(12 // count * process, 12 // count * (process + 1)), order=range(12)),
+    options=LoaderOptions(**defaults | options),
   )
 
 

@@ -39,7 +39,7 @@ def test_a_clone_that_hides_the_package_is_named(monkeypatch, capfd):
   """In the folder around a clone, Python takes the clone for the package."""
   monkeypatch.delattr("univid_jax.__version__")
   assert run_here("univid_jax.train", "--config=tiny") == 1
-  assert capfd.readouterr().err.startswith("error: this folder holds a clone in univid_jax/")
+  assert capfd.readouterr().err.startswith("error: univid_jax/ in this folder shadows the installed package")
 
 
 @pytest.mark.parametrize("module", COMMANDS)
@@ -335,7 +335,11 @@ def test_step_caching(trained, tmp_path, capfd):
     (["--clips={a},{a},"], 1, "a clip needs a name"),
     (["--clips={a},{a},{a}", "--prompt=x", "--task=depth map"], 2, "--prompt and --task exclude each other"),
     (["--clips={a},{a},{a}", "--queries={a},{a}"], 2, "with --queries, --clips are example pairs"),
-    (["--clips={a},{a}", "--queries={a}", "--batch_size=0"], 2, "--batch_size is auto or a number from 1 on, got '0'"),
+    (
+      ["--clips={a},{a}", "--queries={a}", "--batch_size=0"],
+      2,
+      "--batch_size must be auto or a positive integer, got '0'",
+    ),
     (
       ["--clips={a},{a},{a}", "--coordinator=x:1"],
       2,

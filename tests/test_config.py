@@ -186,7 +186,7 @@ def test_values_without_effect(preset, values, ignored, caplog):
   assert ignored_options(config) == ignored
   if preset == "small_lora":
     check_config(config)
-    assert all(text in caplog.text for text in ("without effect, as small decides: ", *ignored)) == bool(ignored)
+    assert all(text in caplog.text for text in ("ignored, because small sets them: ", *ignored)) == bool(ignored)
 
 
 def test_numbers_convert_where_exact():

@@ -408,6 +408,7 @@ class TestAtomicWriting:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     convert_any(str(whole_release), str(tmp_path / "target"))
     convert_any(str(tmp_path / "target"), str(tmp_path / "back"), to="original")
+    assert (tmp_path / "back" / WEIGHTS).is_file() and is_checkpoint(tmp_path / "target")
 
   def test_small_file_system(self, whole_release):
     """The space that is asked for suffices, to the last file, and less is refused."""

@@ -226,7 +226,7 @@ def test_another_config_than_that_of_the_run_is_named():
   trained, other = presets.small_lora(), presets.small()
   assert describe_ignored_overrides(["data.height", "eval.seed", "seed"]) is None
   line = describe_ignored_overrides(["flow.shift", "data.height", "model.dtype"])
-  assert line == "without effect: config.flow.shift, config.model.dtype; a model is evaluated as it was trained"
+  assert line == "ignored: config.flow.shift, config.model.dtype; evaluation uses the run's own settings"
   describe = functools.partial(describe_config_differences, name="small", workdir="runs/mine")
   line = describe(other, trained, overrides=[])
   assert line.startswith(

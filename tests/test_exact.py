@@ -163,8 +163,8 @@ class TestARC:
     without = dict.fromkeys(("solved", "tasks", "left_out", "attempts", "score", "interval"))
     assert arc == {"tests": 250, "sampled": 32, **without}
     assert describe_arc(arc) == (
-      "ARC: 32 of 250 tests were sampled, and the benchmark's score is of all: --config.eval.sentences_per_case=250 "
-      "samples those that can be used."
+      "ARC: 32 of 250 tests were sampled, but the benchmark's score needs all of them: "
+      "--config.eval.sentences_per_case=250 samples those that can be used."
     )
 
   def test_wrong_examples_are_of_another_task(self, tmp_path):

@@ -10,14 +10,13 @@ import pytest
 from flax import nnx
 
 import univid_jax
-from tests.helpers import GOLDENS, random_pipeline, relative_error
+from tests.helpers import random_pipeline, relative_error
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.kinds import Difference, LoRALayer
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.run_parts import transformer_config
 from univid_jax.config.boundary import override
-from univid_jax.convert.commands import convert_any
 from univid_jax.core.errors import UserError
 from univid_jax.data.sources.open import open_data
 from univid_jax.diffusion.distillations import DISTILLATIONS, infer_distillation
@@ -144,14 +143,6 @@ def test_given_sigmas_are_those_of_the_schedule(tiny_config):
   assert np.array_equal(pipe.sample(clips, sigmas=levels.tolist()).latents, expected.latents)
   distilled = pipe.sample(clips, solver="distilled")
   assert relative_error(distilled.latents, pipe.sample(clips, num_inference_steps=4).latents) <= 1e-6
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-  """The transformer of the miniature release."""
-  folder = tmp_path_factory.mktemp("converted") / "tiny_wan"
-  convert_any(str(GOLDENS / "tiny_wan" / "diffusion_pytorch_model.safetensors"), str(folder))
-  return str(folder)
 
 
 class TestDistillations:

@@ -17,6 +17,7 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.data.rows.loader import Loader
+from univid_jax.data.rows.loader_options import RowOwnership
 from univid_jax.parallel.mesh import AXES, make_mesh
 from univid_jax.parallel.sharding import own_rows, row_owners, rows_by_owner, shard_batch, shard_own_rows
 from univid_jax.runtime.processes import gather_arrays
@@ -96,8 +97,8 @@ def open_loader(monkeypatch):
   monkeypatch.setattr("univid_jax.data.rows.loader.join_rows", np.concatenate)
 
   def open_loader(mesh: Mesh, process: int, num_rows: int, num_streams: int) -> PlainLoader:
-    own, order = own_rows(num_rows, mesh, process), rows_by_owner(num_rows, mesh)
-    return PlainLoader(NumberedStream, num_streams=num_streams, own_rows=own, row_order=order)
+    ownership = RowOwnership.from_mesh(num_rows, mesh, process)
+    return PlainLoader(NumberedStream, num_streams=num_streams, ownership=ownership)
 
   return open_loader
 
@@ -131,7 +132,8 @@ def test_loaders_know_whether_processes_share_rows(monkeypatch, sizes, shared):
   config = override(tiny(), {"rows.per_batch": 16})
   run = SimpleNamespace(config=config, data=data, features=None, mesh=slice_mesh(*V5E, sizes))
   options = loop.open_loader(run)
-  assert options["shares_rows"] == shared and options["num_owners"] == len(set(row_owners(16, run.mesh)))
+  ownership, num_owners = options["ownership"], len(set(row_owners(16, run.mesh)))
+  assert ownership.is_shared == shared and ownership.num_owners == options["options"].num_streams == num_owners
 
 
 def test_a_run_continues_with_its_rows_where_they_were(open_loader):

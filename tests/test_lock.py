@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import signal
 import threading
+import time
 
 import fsspec
 import pytest
@@ -87,14 +89,15 @@ def test_a_killed_owner_of_this_machine_is_replaced_at_once(tmp_path):
   owner.send_signal(signal.SIGKILL)
   finish(owner)
   with hold(tmp_path):
-    pass
+    assert json.loads((tmp_path / ".lock-0").read_bytes())["process"]["pid"] == os.getpid()
 
 
 def test_a_number_that_was_given_again_is_another_process(file, tmp_path):
   Lock(tmp_path).acquire()
+  own = Owner.decode(file.read()).process
   write_owner(file, process={"start": "1"})
   with hold(tmp_path):
-    pass
+    assert Owner.decode(file.read()).process == own
 
 
 class TestOtherMachine:
@@ -129,8 +132,7 @@ class TestOwner:
   def test_renews_its_heartbeat(self, file, tmp_path):
     with hold(tmp_path):
       counts = set()
-      while len(counts) < 3:
-        counts.add(json.loads(file.read())["count"])
+      wait_until(lambda: counts.add(json.loads(file.read())["count"]) or len(counts) == 3)
 
   def test_hears_of_its_loss_and_leaves_the_new_lock_alone(self, file, tmp_path):
     heard = threading.Event()
@@ -143,10 +145,16 @@ class TestOwner:
     heard = threading.Event()
     with hold(tmp_path, on_loss=lambda message: heard.set()):
       file.delete()
+      wait_until(lambda: exists(file))
       with pytest.raises(UserError, match="in use"):
-        while True:
-          Lock(tmp_path).acquire() if exists(file) else None
+        Lock(tmp_path).acquire()
       assert not heard.is_set()
+
+
+def wait_until(condition, seconds=10.0):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end, f"this was not so within {seconds:g} s"
 
 
 def exists(file):

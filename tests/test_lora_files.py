@@ -12,8 +12,8 @@ from flax import nnx, traverse_util
 from safetensors.numpy import load_file, save_file
 
 import univid_jax
-from tests.helpers import GOLDENS, parameters, relative_error
-from univid_jax.convert.commands import convert_any, inspect
+from tests.helpers import parameters, relative_error
+from univid_jax.convert.commands import inspect
 from univid_jax.convert.layout import make_fills
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence, reference_roles
@@ -27,14 +27,6 @@ RIGHT = [name for name, case in INFO.items() if case["merged"]]
 
 # By case: the velocity of the merged checkpoint, and each merged tensor times a random vector, see `project`.
 EXPECTED = load_file(CASES / "expected.safetensors")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-  """The transformer of the miniature release."""
-  folder = tmp_path_factory.mktemp("converted") / "tiny_wan"
-  convert_any(str(GOLDENS / "tiny_wan" / "diffusion_pytorch_model.safetensors"), str(folder))
-  return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,9 @@ from univid_jax.checkpoints.run_parts import context_mode, create_model, open_en
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.data.features import FeatureMaker
+from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.data.rows.loader import make_loader
+from univid_jax.data.rows.loader_options import LoaderOptions
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.computed import open_computed
 from univid_jax.diffusion.flow import FlowMatching
@@ -62,9 +64,9 @@ def packed_batch(config):
     [source],
     features,
     row_shape=RowShape.from_config(config.rows, context_mode(config)),
-    rows_per_batch=8,
+    layout=BatchLayout(num_rows=8),
     seed=0,
-    num_packing_bins=8,
+    options=LoaderOptions(num_packing_bins=8),
   )
   row = next(loader)
   loader.close()

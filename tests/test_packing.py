@@ -19,7 +19,9 @@ from univid_jax.core.options import Packing
 from univid_jax.core.packed_row import UNIVID_CONTEXT
 from univid_jax.core.sentence import Role, Sentence, reference_roles
 from univid_jax.data.features import FeatureMaker
+from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.data.rows.loader import make_loader
+from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
 from univid_jax.data.rows.packing import RowShape, pack, pack_rows, segment_intervals, select_target_tokens
 from univid_jax.data.rows.tokens import patchify, sentence_features, unpatchify
 from univid_jax.data.sources.computed import open_computed
@@ -133,14 +135,19 @@ class NumberFeatures:
 
 
 class TestLoader:
-  def loader(self, config, **options):
+  def loader(self, config, *, seed=1, row_shape=None, ownership=None, **options):
     source = open_computed(config, "train", seed=0)
     encoders = PlainEncoders(DCTCodec(**dataclasses.asdict(config.codec)), config.model.text_dim)
     features = FeatureMaker(encoders, shape=Shape(), task_names=source.task_names)
-    defaults = dict(
-      row_shape=RowShape.from_config(config.rows, context_mode(config)), rows_per_batch=4, seed=1, num_packing_bins=8
+    return make_loader(
+      [source],
+      features,
+      row_shape=row_shape or RowShape.from_config(config.rows, context_mode(config)),
+      layout=BatchLayout(num_rows=4),
+      seed=seed,
+      ownership=ownership,
+      options=LoaderOptions(num_packing_bins=8, **options),
     )
-    return make_loader([source], features, **defaults | options)
 
   def batches(self, loader, count):
     out = [next(loader) for _ in range(count)]
@@ -187,11 +194,10 @@ class TestLoader:
         [NumberedSentences(40)],
         NumberFeatures(),
         row_shape=RowShape(num_tokens=12, num_text_tokens=1, num_slots=1),
-        rows_per_batch=10,
+        layout=BatchLayout(num_rows=10),
         seed=0,
-        own_rows=range(5 * process, 5 * process + 5),
-        num_streams=2,
-        num_packing_bins=5,
+        ownership=RowOwnership(own=range(5 * process, 5 * process + 5), order=range(10)),
+        options=LoaderOptions(num_streams=2, num_packing_bins=5),
       )
       seen += [int(row[0, 0]) for batch in self.batches(loader, 4) for row in batch.tokens]
     assert sorted(seen) == list(range(40))
@@ -199,25 +205,25 @@ class TestLoader:
   def test_with_fixed_streams_batches_do_not_depend_on_processes(self, tiny_config):
     whole = self.batches(self.loader(tiny_config, num_streams=2), 3)
     halves = [
-      self.batches(self.loader(tiny_config, num_streams=2, own_rows=rows), 3) for rows in (range(2), range(2, 4))
+      self.batches(self.loader(tiny_config, num_streams=2, ownership=RowOwnership(own=rows, order=range(4))), 3)
+      for rows in (range(2), range(2, 4))
     ]
     for batch, first, second in zip(whole, *halves):
       self.assert_equal(batch, jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second))
     with pytest.raises(UserError, match=r"config\.rows\.streams = 3 does not divide the 4 rows of a batch"):
       self.loader(tiny_config, num_streams=3)
 
-  def numbered(self, process=0, count=1, streams=0, rows=6, sources=None, **options):
+  def numbered(self, process=0, count=1, streams=0, rows=6, sources=None, weights=None, **options):
     """Six rows of a batch on all processes, each of one sentence that is its number."""
     return make_loader(
       sources or [NumberedSentences(1000)],
       NumberFeatures(),
       row_shape=RowShape(num_tokens=12, num_text_tokens=1, num_slots=1),
-      rows_per_batch=rows,
+      layout=BatchLayout(num_rows=rows),
       seed=0,
-      own_rows=range(rows // count * process, rows // count * (process + 1)),
-      num_packing_bins=5,
-      num_streams=streams or count,
-      **options,
+      weights=weights,
+      ownership=RowOwnership(own=range(rows // count * process, rows // count * (process + 1)), order=range(rows)),
+      options=LoaderOptions(num_packing_bins=5, num_streams=streams or count, **options),
     )
 
   def sentences(self, loaders, batches=3):
@@ -298,10 +304,10 @@ class TestLoader:
         [NumberedSentences(40), NumberedSentences(7)],
         NumberFeatures(),
         row_shape=RowShape(num_tokens=36, num_text_tokens=3, num_slots=3),
-        rows_per_batch=2,
+        layout=BatchLayout(num_rows=2),
         seed=1,
         weights=[2.0, 1.0],
-        num_threads=num_threads,
+        options=LoaderOptions(num_threads=num_threads),
       )
       return self.batches(loader, 6)
 

@@ -170,8 +170,8 @@ class TestPrepare:
   def test_processes_share_the_work(self, tmp_path, monkeypatch):
     config = self.configure("pairs", tmp_path)
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    for name in ("sum_over_processes", "wait_for_processes"):
-      monkeypatch.setattr(f"univid_jax.data.prepare.{name}", lambda value: value)
+    for name in ("prepare.wait_for_processes", "sources.base.sum_over_processes"):
+      monkeypatch.setattr(f"univid_jax.data.{name}", lambda value: value)
     counts = []
     for process in (0, 1):
       monkeypatch.setattr("jax.process_index", lambda process=process: process)

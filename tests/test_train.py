@@ -31,7 +31,7 @@ from univid_jax.checkpoints.run_parts import create_model, open_encoders, transf
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_step
 from univid_jax.checkpoints.usage import Usage
-from univid_jax.config.boundary import override
+from univid_jax.config.boundary import differences, override
 from univid_jax.config.presets import tiny, wan_1_3b
 from univid_jax.config.schema import OptimizerConfig
 from univid_jax.core import lock
@@ -354,7 +354,8 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_config, tiny_run, tm
 )
 def test_what_messages_advise_is_not_refused_in_a_run_that_has_begun(tiny_config, key, value):
   changed = override(tiny_config, {"mesh.data": 1, key: value})
-  check_same_run("run", RunRecord(tiny_config, "", ""), RunRecord(changed, "", ""))
+  assert key in [name for name, _, _ in differences(tiny_config, changed)]
+  check_same_run("run", RunRecord(tiny_config, "", ""), RunRecord(changed, "", ""))  # raises nothing
 
 
 class TestMovedFiles:
@@ -492,6 +493,8 @@ class TestValidation:
     message = r"^2 of .*, first .*m\.jsonl line 3: .* tokens, but a row holds only config\.rows\.num_tokens = 48"
     with pytest.raises(UserError, match=message):
       set_up_run(config, str(tmp_path / "refused"))
+    assert sum(message.startswith("dropped: ") for message in caplog.messages) == 2  # named, though it is an error
+    caplog.clear()
     config = override(config, {"data.allow_dropped": True})
     run = set_up_run(config, str(tmp_path / "run"))
     assert len(run.validation) == 2 and all("line 11" in sentence.record for sentence in run.validation)

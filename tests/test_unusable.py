@@ -1,5 +1,6 @@
 """Records that cannot be used: found by `prepare`, and left out or named when they become unusable later."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -23,8 +24,11 @@ from univid_jax.data import held_out
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.held_out import read_usable
 from univid_jax.data.prepare import prepare
+from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.data.rows.loader import TooLongError, make_loader
+from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
 from univid_jax.data.rows.packing import RowShape
+from univid_jax.data.sources import base
 from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.evaluation.sentences import plan_sentences
@@ -163,6 +167,21 @@ def test_what_another_process_cannot_encode_is_left_out_here(tmp_path, monkeypat
   monkeypatch.setattr(validation, "sum_over_processes", lambda failed: failed + next(elsewhere))
   found = validation.leave_out_unusable(sentences, features, ROWS, allow_dropped=True)
   assert [id(sentence) for sentence in found] == [id(sentences[0]), id(sentences[2])] and not caplog.messages
+  elsewhere = iter([0, 1, 0])
+  monkeypatch.setattr(base, "sum_over_processes", lambda num_dropped: num_dropped + 1)
+  with pytest.raises(UserError, match="another process found records that cannot be used; its log names them"):
+    validation.leave_out_unusable(sentences, features, ROWS, allow_dropped=False)
+
+
+def test_the_log_names_what_validation_cannot_use_also_if_that_is_an_error(tmp_path, caplog):
+  """Other processes refer to this log."""
+  config, path = write_data(tmp_path / "data", "pairs", PLAIN)
+  data = open_data(config)
+  sentences = [data.sources["pairs"][index] for index in range(3)]
+  path.unlink()
+  with pytest.raises(UserError, match="of the listed records cannot be used, first edges/"):
+    validation.leave_out_unusable(sentences, make_features(config, data, None), ROWS, allow_dropped=False)
+  assert any(message.startswith("dropped: edges/") and path.name in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,9 +195,9 @@ def test_files_that_vanish_while_training(tmp_path, caplog, kind):
       list(data.sources.values()),
       make_features(config, data, None),
       row_shape=ROWS,
-      rows_per_batch=2,
+      layout=BatchLayout(num_rows=2),
       seed=0,
-      allow_dropped=allowed,
+      options=LoaderOptions(allow_dropped=allowed),
     )
     if not allowed:
       message = rf"({RECORDS[kind]}).*cannot be used: .*[nN]o such .*{path.name}"
@@ -210,16 +229,16 @@ class FailingSource:
     return Sentence(clips=(clip,), roles=(Role.TARGET,), record=f"line {index}")
 
 
-def read_all(*errors: Exception, **options: Any) -> list[float]:
+def read_all(*errors: Exception, **ownership: Any) -> list[float]:
   """Returns one number of each sentence that fills a row, in order."""
   loader = make_loader(
     [FailingSource(*errors)],
     FeatureMaker(CountingEncoders(), shape=Shape(), task_names=[""]),
     row_shape=RowShape(num_tokens=4, num_text_tokens=8, num_slots=1),
-    rows_per_batch=20,
+    layout=BatchLayout(num_rows=20),
     seed=0,
-    allow_dropped=True,
-    **options,
+    ownership=dataclasses.replace(RowOwnership.whole(20), **ownership),
+    options=LoaderOptions(allow_dropped=True),
   )
   with closing(loader):
     return next(loader).tokens[:, 0, 0].tolist()
@@ -236,14 +255,14 @@ def test_processes_that_share_rows_fill_them_with_the_same(caplog):
     error.__cause__ = cause
     return error
 
-  undisturbed = read_all(shares_rows=True)
-  assert read_all(passing(), shares_rows=False) != undisturbed
-  assert read_all(passing(), shares_rows=True) == read_all(unreadable(passing()), shares_rows=True) == undisturbed
+  undisturbed = read_all(is_shared=True)
+  assert read_all(passing(), is_shared=False) != undisturbed
+  assert read_all(passing(), is_shared=True) == read_all(unreadable(passing()), is_shared=True) == undisturbed
   for errors in ([passing(), passing()], [unreadable(ValueError())] * 2):
     with pytest.raises(UserError, match=r"sentence 7 cannot be used: .*; it is not dropped, as another process"):
-      read_all(*errors, shares_rows=True)
+      read_all(*errors, is_shared=True)
   caplog.clear()
-  assert read_all(*[TooLongError("7 is too long")] * 2, shares_rows=True) != undisturbed
+  assert read_all(*[TooLongError("7 is too long")] * 2, is_shared=True) != undisturbed
   assert caplog.messages == ["dropped: sentence 7: 7 is too long"]
   with pytest.raises(UserError, match="it is not dropped, as another process that reads the same stream"):
     read_all(passing(), passing(), num_owners=2)  # which a single stream serves
@@ -260,7 +279,12 @@ def test_a_cache_that_cannot_be_written_drops_nothing(tmp_path, monkeypatch):
 
   monkeypatch.setattr(Path, "write_bytes", write_bytes)
   loader = make_loader(
-    list(data.sources.values()), features, row_shape=ROWS, rows_per_batch=2, seed=0, allow_dropped=True
+    list(data.sources.values()),
+    features,
+    row_shape=ROWS,
+    layout=BatchLayout(num_rows=2),
+    seed=0,
+    options=LoaderOptions(allow_dropped=True),
   )
   message = rf"cannot write to the cache: No space left on device: '{tmp_path}/cache/prompts"
   with pytest.raises(OSError, match=message):
@@ -284,7 +308,12 @@ def test_tfds_examples_that_are_damaged_while_training(tmp_path, caplog):
     features = make_features(config, data, None)
     caplog.clear()
     loader = make_loader(
-      list(data.sources.values()), features, row_shape=ROWS, rows_per_batch=2, seed=0, allow_dropped=allowed
+      list(data.sources.values()),
+      features,
+      row_shape=ROWS,
+      layout=BatchLayout(num_rows=2),
+      seed=0,
+      options=LoaderOptions(allow_dropped=allowed),
     )
     pair = r"train\.array_record-00000-of-00001__\d"
     message = (
@@ -310,7 +339,12 @@ def test_data_without_a_usable_sentence_ends(tmp_path, monkeypatch):
   shutil.rmtree(tmp_path / "data")
   features = make_features(config, data, None)
   loader = make_loader(
-    list(data.sources.values()), features, row_shape=ROWS, rows_per_batch=2, seed=0, allow_dropped=True
+    list(data.sources.values()),
+    features,
+    row_shape=ROWS,
+    layout=BatchLayout(num_rows=2),
+    seed=0,
+    options=LoaderOptions(allow_dropped=True),
   )
   with closing(loader), pytest.raises(UserError, match="cannot be used"):
     next(loader)

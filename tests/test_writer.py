@@ -83,7 +83,7 @@ def test_gifs_keep_their_rate_on_average(tmp_path: Path, fps: float):
 def test_gifs_that_are_slower_than_asked_for(tmp_path: Path, caplog, fps: float):
   write_clip(tmp_path / "clip.gif", numbered_frames(50), fps=fps)
   assert read_clip(tmp_path / "clip.gif").fps == pytest.approx(50)
-  warnings = ["clip.gif is slower than its 60 frames per second: a GIF shows at most 50; use .mp4"]
+  warnings = ["clip.gif is slower than its 60 frames per second: GIF allows at most 50; use .mp4"]
   assert [record.getMessage() for record in caplog.records] == (warnings if fps > 50 else [])
 
 

@@ -11,7 +11,6 @@ steps. Rerun the same command to resume; samples of other weights, configs or da
 import logging
 import shlex
 import sys
-from typing import Any
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
@@ -43,17 +42,14 @@ def main() -> None:
   enable_compilation_cache()
   import jax
 
-  import univid_jax
   from univid_jax.checkpoints.experts import split_weight
-  from univid_jax.checkpoints.origin import Origin
   from univid_jax.cli.evaluated_config import describe_config_differences, describe_ignored_overrides
-  from univid_jax.cli.sampling import group_loras
+  from univid_jax.cli.loading import load_model
   from univid_jax.data.fingerprint import check_not_trained
   from univid_jax.data.sources.open import open_data
   from univid_jax.evaluation import exact
   from univid_jax.evaluation.run import evaluate
   from univid_jax.inference.distillation_loras import add_distillation, read_distillation
-  from univid_jax.parallel.mesh import make_mesh
 
   config, workdir = CONFIG.value, WORKDIR.value
   if record is not None and CONFIG.is_given and jax.process_index() == 0:
@@ -67,20 +63,20 @@ def main() -> None:
     check_not_trained(workdir, data.held_out, allowed=config.data.allow_changed)
   folder = OUT.value or f"{workdir}/evaluation"
   loras = [split_weight(item) for item in LORA.value]
-  grouped = group_loras(loras)
   verify = VERIFICATION.verify_weights
   distillation = read_distillation(ACCELERATE.value, verify=verify) if ACCELERATE.value else None
-  sources = {"loras": loras, "quantize": QUANTIZE.value, **VERIFICATION.value}
-  if distillation:
-    sources |= {"distillation": distillation.files, "lora_steps": distillation.steps}
-  origin = Origin.resolve(CHECKPOINT.value or workdir, step=STEP.value, **sources)
-  # Each process has the whole model on its own devices, and its share of the sentences.
-  mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-  options: dict[str, Any] = {flag.name: flag.value for flag in (QUANTIZE, LORA_SKIP_UNMATCHED, OFFLOAD_INACTIVE)}
-  options |= {"step": origin.step, "lora_steps": origin.lora_steps, **VERIFICATION.value}
-  pipeline = univid_jax.load_pipeline(origin.checkpoint, lora=grouped, mesh=mesh, **options)
-  command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
   skip = LORA_SKIP_UNMATCHED.value
+  pipeline, origin = load_model(
+    CHECKPOINT.value or workdir,
+    step=STEP.value,
+    loras=loras,
+    distillation=distillation,
+    quantize=QUANTIZE.value,
+    verification=VERIFICATION.value,
+    lora_skip_unmatched=skip,
+    offload_inactive=OFFLOAD_INACTIVE.value,
+  )
+  command = f"`python -m univid_jax.evaluate {shlex.join(FLAGS.argv[1:])}`"
   accelerated = distillation and add_distillation(pipeline, distillation, skip_unmatched=skip)
   report = evaluate(pipeline, config, data=data, folder=folder, origin=origin, command=command, accelerated=accelerated)
   if report is None:  # not process 0

@@ -81,7 +81,7 @@ def _run(body: Callable[[], None], flags: CommandFlags, given: Sequence[str] | N
     print(f"error: {_message(error)}", file=sys.stderr)
     return 2
   if not hasattr(univid_jax, "__version__"):  # a namespace package: the folder of a clone, not the package in it
-    print("error: this folder holds a clone in univid_jax/, which hides the package: run it elsewhere", file=sys.stderr)
+    print("error: univid_jax/ in this folder shadows the installed package: run from another folder", file=sys.stderr)
     return 1
   supervisor = Supervisor()
   supervisor.can_continue = continues
@@ -103,7 +103,7 @@ def _run(body: Callable[[], None], flags: CommandFlags, given: Sequence[str] | N
 
 
 def _prepare_streams() -> None:
-  """Lets everything be printed: into nothing if a stream is closed, and names that are not UTF-8 with escapes."""
+  """Makes all output printable: discards it if a stream is closed, and escapes names that are not UTF-8."""
   for name in ("stdout", "stderr"):
     stream = getattr(sys, name)
     if stream is None:

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.text import list_first
 from univid_jax.evaluation.protocol import SECTIONS
 
 _NAMED = 4
@@ -18,7 +19,7 @@ def describe_ignored_overrides(overrides: Collection[str]) -> str | None:
   """Returns a line that names the keys, given on the command line, on which no evaluation depends; None without any."""
   if not (ignored := [f"config.{key}" for key in overrides if not _matters(key)]):
     return None
-  return f"without effect: {', '.join(ignored)}; a model is evaluated as it was trained"
+  return f"ignored: {', '.join(ignored)}; evaluation uses the run's own settings"
 
 
 def describe_config_differences(
@@ -40,8 +41,7 @@ def describe_config_differences(
   ]
   if not changes:
     return None
-  more = f" and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
   return (
     f"--config={name} is not the config of {workdir}, by which it is evaluated without --config: "
-    f"{', '.join(changes[:_NAMED])}{more}"
+    f"{list_first(changes, _NAMED)}"
   )

@@ -90,8 +90,8 @@ class CommandFlags:
   def accelerate(self, beginning: str = "A") -> flags.FlagHolder[list[str]]:
     kinds = " or ".join(DISTILLATIONS)
     help_text = (
-      f"{beginning} distillation LoRA next to the others, as PATH[:WEIGHT][:KIND], of the kind {kinds}. It decides "
-      "about solver, steps, shift and guidance. high=PATH,low=PATH are those of two experts."
+      f"{beginning} distillation LoRA next to the others, as PATH[:WEIGHT][:KIND], of the kind {kinds}. It sets "
+      "the solver, steps, shift and guidance. high=PATH,low=PATH are those of two experts."
     )
     return self.strings("accelerate", [], help_text)
 
@@ -238,7 +238,7 @@ class ConfigFlag:
   @property
   def default(self) -> str:
     """What is used without --config, for --help."""
-    return "that of the run in --workdir, else tiny" if self._of_run else "tiny"
+    return f"that of the run in --workdir, else {presets.DEFAULT}" if self._of_run else presets.DEFAULT
 
   def define(self, argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     """Defines flags for the overrides in a command line; returns the command line without --config."""
@@ -251,9 +251,9 @@ class ConfigFlag:
     if name is None and self._of_run:
       from univid_jax.checkpoints.run import read_run
 
-      if (record := read_run(_take(rest, "workdir")[0] or _default_workdir("tiny"))) is not None:
+      if (record := read_run(_take(rest, "workdir")[0] or _default_workdir(presets.DEFAULT))) is not None:
         return to_config_dict(record.config)
-    return load_config("tiny" if name is None else name)
+    return load_config(presets.DEFAULT if name is None else name)
 
   def read(self, values: flags.FlagValues) -> None:
     config = values["config"].value
@@ -323,10 +323,10 @@ class ProcessFlags:
 
   def __init__(self, command: CommandFlags):
     self.coordinator = command.string("coordinator", None, "HOST:PORT of process 0, for runs of several processes.")
-    help_text = "Number of processes, with --coordinator."
+    help_text = "Number of processes; together with --coordinator and --process_id."
     self.num_processes = command.integer("num_processes", None, help_text, lower_bound=1)
-    self.process_id = command.integer("process_id", None, "This process, from 0, with --coordinator.", lower_bound=0)
-    help_text = "Seconds without a sign of life after which a process counts as dead and the others end."
+    self.process_id = command.integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
+    help_text = "Seconds without a heartbeat after which a process counts as dead and the others end."
     self.heartbeat_seconds = command.integer("heartbeat_seconds", 60, help_text, lower_bound=5)
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from univid_jax.cli.requests import PreparedRequest, RequestRunner
 from univid_jax.cli.sampling import Request
+from univid_jax.core.text import plural
 from univid_jax.data.clips import context_shape
 from univid_jax.data.rows.packing import bucket_size
 from univid_jax.inference.jobs import infer_length
@@ -73,8 +74,7 @@ class QueryRunner:
     with tempfile.TemporaryDirectory() as scratch:
       outs = [dataclasses.replace(request, out=Path(scratch) / request.out.name) for request in requests]
       lines = list(dataclasses.replace(self, runner=self.runner.shorten()).run(outs))
-    kinds = f"{len(lines)} kind{'s' * (len(lines) > 1)} of queries"
-    return f"compiled the programs of {kinds}; nothing was sampled"
+    return f"compiled the programs of {plural(len(lines), 'kind')} of queries; nothing was sampled"
 
   def _group(self, requests: Sequence[Request]) -> Mapping[Shape, list[Request]]:
     groups: dict[Shape, list[Request]] = {}
@@ -126,7 +126,7 @@ class QueryRunner:
         kept += len(group) - done
         bar.update(steps * (len(group) - done))
     if kept:
-      yield f"kept {kept} result{'s' * (kept > 1)} of an earlier command"
+      yield f"kept {plural(kept, 'result')} of an earlier command"
 
   def _read(self, group: Sequence[Request], waiting: deque[PreparedRequest]) -> Iterator[np.ndarray]:
     """Yields the queries whose results are missing, and appends what belongs to them to `waiting`."""

@@ -26,6 +26,7 @@ from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import concatenate_clips
 from univid_jax.inference.jobs import infer_length
 from univid_jax.inference.preview import Preview
+from univid_jax.runtime.profiling import profiler_options
 
 log = logging.getLogger(__name__)
 
@@ -271,9 +272,7 @@ class RequestRunner:
     arguments = self._keywords(first, self._count_frames(clips)) | options.to_keywords()
     self.pipeline.sample([clip.frames for clip in clips], **arguments)  # compiles
     folder = request.out.parent / "profile"
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # Python's calls would crowd out everything else
-    with jax.profiler.trace(str(folder), profiler_options=options):
+    with jax.profiler.trace(str(folder), profiler_options=profiler_options()):
       with jax.profiler.TraceAnnotation("data"):
         clips = self.reader.read(request)
       with jax.profiler.TraceAnnotation("step"):

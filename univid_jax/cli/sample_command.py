@@ -31,7 +31,7 @@ class SampleCommand:
     )
     self._queries = command.strings("queries", [], "Several B for the same example pairs: clips, or a folder of clips.")
     self._batch_size = command.string(
-      "batch_size", "auto", "Most queries sampled together; auto: as keep the devices busy and fit in their memory."
+      "batch_size", "auto", "Maximum queries per batch; auto: as many as keep the devices busy and fit in memory."
     )
     self._first_frame = command.string(
       "first_frame", None, "An image: the first frame of B', for models that keep it (TI2V); --clips may then be empty."
@@ -83,7 +83,7 @@ class SampleCommand:
     if text == "auto":
       return None
     if not re.fullmatch(r"[1-9]\d*", text):
-      raise UsageError(f"--batch_size is auto or a number from 1 on, got {text!r}")
+      raise UsageError(f"--batch_size must be auto or a positive integer, got {text!r}")
     return int(text)
 
   def load(self) -> "tuple[Pipeline, Origin]":

@@ -34,7 +34,6 @@ class SamplingFlags:
     self._quantize = command.quantize()
     options = [
       command.dtype(),
-      self._quantize,
       self.merge_lora,
       command.lora_skip_unmatched(),
       command.choice("attention", None, list(Attention), "Default: what the model was trained with."),
@@ -112,10 +111,12 @@ class SamplingFlags:
 
   def check(self) -> None:
     """Raises UsageError if flags exclude each other, or one cannot be read."""
+    from univid_jax.cli import sampling
+
     if self.prompt.value is not None and self.task.value is not None:
       raise UsageError("--prompt and --task exclude each other")
     self._parse_size()
-    self._group_loras()
+    sampling.group_loras(self._split_loras())
 
   def check_steps(
     self, distillation: "DistillationLoRAs | None" = None, *, step_cache: "StepCache | None" = None
@@ -133,24 +134,18 @@ class SamplingFlags:
 
   def load(self, distillation: "DistillationLoRAs | None" = None) -> "tuple[Pipeline, Origin]":
     """Loads the model, on the devices of this process."""
-    import jax
+    from univid_jax.cli.loading import load_model
 
-    import univid_jax
-    from univid_jax.checkpoints.origin import Origin
-    from univid_jax.parallel.mesh import make_mesh
-
-    loras, grouped = self._group_loras()
-    verification = self.verification.value
-    sources = {"loras": loras, "quantize": self._quantize.value, **verification}
-    if distillation:
-      sources |= {"distillation": distillation.files, "lora_steps": distillation.steps}
-    origin = Origin.resolve(self.checkpoint.value, step=self._step.value, **sources)
-    loading: dict[str, Any] = {flag.name: flag.value for flag in self._loading}
-    mesh = make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-    loading |= {"lora": grouped, "accelerate": distillation, "mesh": mesh, **verification}
-    loading |= {"step": origin.step, "lora_steps": origin.lora_steps}
-    pipeline = univid_jax.load_pipeline(self.checkpoint.value, **loading)
-    return pipeline, origin
+    return load_model(
+      self.checkpoint.value,
+      step=self._step.value,
+      loras=self._split_loras(),
+      distillation=distillation,
+      quantize=self._quantize.value,
+      verification=self.verification.value,
+      accelerate=distillation,
+      **{flag.name: flag.value for flag in self._loading},
+    )
 
   def choose_prompt(self, pipeline: "Pipeline") -> str:
     from univid_jax.cli import sampling
@@ -174,13 +169,11 @@ class SamplingFlags:
       fps=self._fps.value,
     )
 
-  def _group_loras(self) -> tuple[list[tuple[str, float]], Any]:
-    """Returns the LoRAs as they were named, with their weights, and as `load_pipeline` takes them."""
+  def _split_loras(self) -> list[tuple[str, float]]:
+    """Returns the LoRAs as they were named, with their weights."""
     from univid_jax.checkpoints.experts import split_weight
-    from univid_jax.cli import sampling
 
-    loras = [split_weight(item) for item in self._lora.value]
-    return loras, sampling.group_loras(loras)
+    return [split_weight(item) for item in self._lora.value]
 
   def _parse_size(self) -> tuple[int, int] | None:
     from univid_jax.cli import sampling

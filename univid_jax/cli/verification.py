@@ -1,4 +1,4 @@
-"""Finds everything below a folder that carries checksums, and verifies it."""
+"""Finds and verifies everything below a folder that has checksums."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ class Findings:
     path: the folder or file.
     num_files: that have checksums.
     damaged: paths of damaged files, with what is wrong.
-    note: what else there is to say.
-    is_unverified: whether there should be checksums, but are none.
+    note: shown in parentheses.
+    is_unverified: whether checksums are missing that should be there.
   """
 
   path: epath.Path
@@ -42,7 +42,7 @@ class Findings:
 
 
 def verify(path: epath.PathLike, *, write: bool) -> Iterator[Findings]:
-  """Verifies checkpoints, converted bases, LoRAs and caches, each when its turn comes.
+  """Verifies checkpoints, converted bases, LoRAs and caches, lazily and one after another.
 
   Args:
     path: one of them, the name of a built-in base, or a folder that contains any number, such as a workdir.

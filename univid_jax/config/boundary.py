@@ -12,6 +12,7 @@ import ml_collections
 
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import parse_option
 
 
 def to_config_dict(config: RunConfig) -> ml_collections.ConfigDict:
@@ -112,11 +113,8 @@ def _build(kind: Any, value: Any, key: str) -> Any:
     if not isinstance(value, Mapping):
       raise UserError(f"{key} must be a mapping, got {value!r}")
     return {str(name): _build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
-  if issubclass(kind, enum.Enum):
-    try:
-      return kind(value)
-    except ValueError as error:
-      raise UserError(f"{key} must be one of {', '.join(map(str, kind))}, got {value!r}") from error
+  if issubclass(kind, enum.StrEnum):
+    return parse_option(kind, key, value)
   return _build_scalar(kind, value, key)
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from univid_jax.config.grids import ARCConfig, GridsConfig
 from univid_jax.config.section import MAX_COUNT, MAX_HOST_COUNT, Section
+from univid_jax.core.contexts import PAPER_CAMERA_CONTEXTS
 from univid_jax.core.dims import is_clip_length, nearest_clip_lengths
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle, TargetKind
@@ -96,12 +97,12 @@ class DataConfig(Section):
       tasks, grids and ARC have kinds of their own.
     depth_range: metres that white and black represent in images of depth; black itself is unknown.
     weights: how often each kind of data is drawn; 0 switches it off.
-    held_out: share of your rows or pairs that training does not see.
+    held_out: share of your records or pairs held out of training.
     test_pairs: a folder like `pairs` that is held out instead, with examples from the training pairs.
     allow_dropped: leave out records that cannot be used instead of stopping, held-out ones too. Where processes share
       rows, a file that cannot be read stops training all the same.
     allow_changed: resume a run although its data has changed since it started, or evaluate it on that data.
-    variants: sentences per row or pair that differ in context, direction and examples.
+    variants: sentences per record or pair that differ in context, direction and examples.
     num_threads: threads that read and encode, in each stream of rows.
     stream_processes: whether each stream of rows (`rows.streams`) is made in a process of its own, which uses one more
       core; for runs without a pre-trained autoencoder.
@@ -157,9 +158,7 @@ class DataConfig(Section):
   contexts: Mapping[str, float] = dataclasses.field(
     default_factory=lambda: {"I": 0.2, "II": 0.5, "III": 0.3, "IV": 0.0}
   )
-  animating_contexts: Mapping[str, float] = dataclasses.field(
-    default_factory=lambda: {"I": 0.5, "II": 0.0, "III": 0.0, "IV": 0.5}
-  )
+  animating_contexts: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(PAPER_CAMERA_CONTEXTS))
   num_clips: Mapping[str, float] = dataclasses.field(
     default_factory=lambda: {"clips_4": 1.0, "clips_6": 0.0, "clips_8": 0.0}
   )

@@ -31,7 +31,7 @@ class ModelConfig(Section):
     variant: name of a published model, which a base has to be; "" takes any base, or the numbers below without one.
     dim, ffn_dim, num_heads, num_layers, freq_dim, text_dim: shape of a model that is trained from scratch.
     rope_theta, rope_scale: base and scale of its rotary frequencies. A base, or `variant`, has its own shape and
-      frequencies; other values here are logged as without effect.
+      frequencies; other values here are logged as ignored.
     remat: what the backward pass recomputes.
     dtype: of activations and matrix products.
     param_dtype: of the stored base weights.

@@ -50,6 +50,7 @@ from univid_jax.config.schema import (
   SourceWeights,
   ValidationConfig,
 )
+from univid_jax.core.contexts import PAPER_CONTEXTS
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import (
   LearningRateSchedule,
@@ -60,8 +61,11 @@ from univid_jax.core.options import (
   TrainedExpert,
 )
 
+# The preset that commands use without --config.
+DEFAULT = "tiny"
 
-def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
+
+def get_config(preset: str = DEFAULT) -> ml_collections.ConfigDict:
   """Returns a preset for flags.
 
   Raises:
@@ -204,7 +208,7 @@ def wan_1_3b() -> RunConfig:
       # Fixed computed sentences, so that their latents can be cached.
       num_sentences=2000,
       tasks={name: float(name in ("scribble", "camera_movement")) for name in default.tasks},
-      contexts={"I": 0.3, "II": 0.3, "III": 0.4, "IV": 0.0},
+      contexts=PAPER_CONTEXTS,
     ),
     rows=RowsConfig(per_batch=0, num_tokens=37504, num_sentences=6, num_text_tokens=768, packing=Packing.BEST_FIT),
     flow=FlowConfig(stratified=False),

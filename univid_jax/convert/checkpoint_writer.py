@@ -27,6 +27,7 @@ from univid_jax.convert.sources import Release, SentencePiece
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
 from univid_jax.core.paths import make_absolute
+from univid_jax.core.text import list_first
 from univid_jax.models.quantized import QuantizationError
 
 NUM_THREADS = 4
@@ -154,8 +155,7 @@ def write_checkpoint(
 def describe_nonfinite(counts: Mapping[str, int]) -> str:
   """Describes the tensors with NaN or infinite numbers, which are given by name with their counts."""
   items = [f"{name} ({count:,})" for name, count in sorted(counts.items())]
-  more = f" and {len(items) - 8} more tensors" if len(items) > 8 else ""
-  return f"{sum(counts.values()):,} numbers are NaN or infinite, in {', '.join(items[:8])}{more}"
+  return f"{sum(counts.values()):,} numbers are NaN or infinite, in {list_first(items, 8)}"
 
 
 def _own_entries(release: Release) -> dict[str, Any]:

@@ -15,10 +15,14 @@ from flax import nnx
 
 from univid_jax.checkpoints.pretrained import abstract_component
 from univid_jax.core.errors import UserError
+from univid_jax.core.text import list_first
 from univid_jax.models.names import original_name
 from univid_jax.models.variants import DiTConfig
 
 Shape = tuple[int, ...]
+
+# Tensors of each kind that a message names.
+_NAMED = 12
 
 
 class Layout(enum.StrEnum):
@@ -143,11 +147,11 @@ def match_fills(
     out.append(dataclasses.replace(fill, absent=frozenset(absent)))
   problems = []
   if missing:
-    problems.append("missing: " + _list(_with_nearest(name, unused) for name in sorted(missing)))
+    problems.append("missing: " + list_first((_with_nearest(name, unused) for name in sorted(missing)), _NAMED))
   if unused:
-    problems.append("not used: " + _list(sorted(unused)))
+    problems.append("not used: " + list_first(sorted(unused), _NAMED))
   if wrong:
-    problems.append("wrong shape: " + _list(wrong))
+    problems.append("wrong shape: " + list_first(wrong, _NAMED))
   if problems:
     raise UserError("; ".join(problems))
   return out
@@ -155,11 +159,6 @@ def match_fills(
 
 def _squeeze(shape: Shape) -> Shape:
   return tuple(n for n in shape if n != 1)
-
-
-def _list(items: Iterable[str], limit: int = 12) -> str:
-  items = list(items)
-  return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
 def _with_nearest(name: str, others: Iterable[str]) -> str:

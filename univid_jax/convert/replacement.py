@@ -13,6 +13,7 @@ from univid_jax.checkpoints.lora.folder import LORA_FILE
 from univid_jax.checkpoints.run import read_run
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import is_remote, to_path
+from univid_jax.core.text import list_first
 
 _WEIGHTS = (
   "diffusion_pytorch_model*.safetensors",
@@ -116,8 +117,7 @@ def check_replaceable_folder(destination: epath.Path) -> None:
   if not names or any(kind.includes(names, complete=not is_remote(destination)) for kind in _KINDS):
     return
   strange = [name for name in names if not any(_matches(name, kind.markers + kind.others) for kind in _KINDS)] or names
-  listed = ", ".join(strange[:4]) + (f" and {len(strange) - 4} more" if len(strange) > 4 else "")
   raise UserError(
-    f"{destination} contains {listed}: --force replaces only empty folders and what univid-convert wrote; choose "
-    "another destination, or remove it yourself"
+    f"{destination} contains {list_first(strange, 4)}: --force replaces only empty folders and what univid-convert "
+    "wrote; choose another destination, or remove it yourself"
   )

@@ -37,9 +37,9 @@ def parse_json(text: str | bytes) -> Any:
     raise ValueError("it is nested too deeply") from error
 
 
-def format_json(values: Any, *, indent: int | None = None) -> str:
-  """Formats values as JSON, in which numbers that are not finite are null: JSON has no others."""
-  return json.dumps(_without_nonfinite(values), indent=indent, allow_nan=False)
+def format_json(values: Any) -> str:
+  """Formats values as indented JSON, in which numbers that are not finite are null: JSON has no others."""
+  return json.dumps(_without_nonfinite(values), indent=2, allow_nan=False)
 
 
 def _without_nonfinite(values: Any) -> Any:

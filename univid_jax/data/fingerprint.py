@@ -12,6 +12,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import SentenceSource
+from univid_jax.core.text import list_first
 
 FILE = "data.json"
 
@@ -137,8 +138,7 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         ("changed", {key for key, value in old["records"].items() if new["records"].get(key, value) != value}),
       ):
         if records and old["records"] and new["records"]:
-          more = f" and {len(records) - NAMED_CHANGES} more" if len(records) > NAMED_CHANGES else ""
-          parts.append(f"{verb}: {', '.join(sorted(records)[:NAMED_CHANGES])}{more}")
+          parts.append(f"{verb}: {list_first(sorted(records), NAMED_CHANGES)}")
       changes.append("; ".join(parts))
   return changes
 

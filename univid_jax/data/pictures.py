@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from univid_jax.core.numbers import ceil_div
 from univid_jax.core.sentence import Role, Sentence, read_frames
 
 COLUMNS = ("A", "A'", "B", "B' predicted", "B' true")
@@ -16,8 +17,8 @@ CAPTIONS: Mapping[str, str] = {
   "A": "example: before",
   "A'": "example: after",
   "B": "a new clip",
-  "B' predicted": "what the model makes of it",
-  "B' true": "what it should make",
+  "B' predicted": "the model's prediction",
+  "B' true": "the ground truth",
   "with swapped pairs": "shown another task's example",
 }
 
@@ -64,7 +65,7 @@ def sentence_animation(
     fps: frames per second.
   """
   count = max(len(clip) for _, clips in rows for clip in clips)
-  stride = -(-count // MAX_FRAMES)
+  stride = ceil_div(count, MAX_FRAMES)
   pictures = [
     _draw([(label, [[clip[min(time, len(clip) - 1)]] for clip in clips]) for label, clips in rows], columns, tile)
     for time in range(0, count, stride)

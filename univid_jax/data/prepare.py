@@ -7,7 +7,6 @@ conditions that training can ask for. What is cached was read when it was encode
 import dataclasses
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,13 +23,11 @@ from univid_jax.data.progress import Progress
 from univid_jax.data.rows.loader import check_lengths
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.rows.tokens import feature_names
-from univid_jax.data.sources.base import Dropped, drop, require_none_dropped
+from univid_jax.data.sources.base import Dropped, drop, report_dropped
 from univid_jax.data.sources.computed import ComputedSentences
 from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.sources.open import DataSources
-from univid_jax.runtime.processes import sum_over_processes, wait_for_processes
-
-log = logging.getLogger(__name__)
+from univid_jax.runtime.processes import wait_for_processes
 
 # What returns the key of a value, which may read a file, and what computes and stores the value.
 Item = tuple[Callable[[], str], Callable[[], object]]
@@ -98,11 +95,7 @@ def prepare(
   _check_rows(features, row_shape, sentences)
   encoders.release()
   dropped = tuple(sentences.dropped.values())
-  for each in dropped:
-    log.warning("dropped: %s", each)
-  if sum_over_processes(len(dropped)) and not dropped and not allow_dropped:
-    raise UserError("another process found records that cannot be used; its log names them")
-  require_none_dropped(dropped, allowed=allow_dropped)
+  report_dropped(dropped, allowed=allow_dropped)
   return PreparationReport(num_clips, num_encoded, dropped)
 
 

@@ -1,4 +1,4 @@
-"""How far a long task is: rate and time left, as a bar on a terminal, else as a line in the log every minute."""
+"""Progress of a long task: rate and time left, as a bar on a terminal, else as a line in the log every minute."""
 
 import collections
 import logging
@@ -17,8 +17,8 @@ WINDOW = 60.0
 class Progress:
   """Progress of a task that the processes share; process 0 shows its own.
 
-  The time left follows from the recent rate: what is done already, before a restart, is passed quickly and would
-  distort the mean.
+  The time left follows from the recent rate: what was done before a restart passes quickly and would distort the
+  mean.
 
   Args:
     description: of the task.

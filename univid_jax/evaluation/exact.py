@@ -1,21 +1,22 @@
 """Exact matches: how many grids are right in every cell, by family and split, and the score of the ARC benchmark."""
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from univid_jax.core.options import TargetKind
 from univid_jax.core.paths import atomic_write
+from univid_jax.core.text import plural
 from univid_jax.data.pictures import sentence_grid
 from univid_jax.data.tasks.grids.base import Grid
 from univid_jax.data.tasks.grids.rendering import Rendering
-from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, REPEATED, SWAPPED, Generated, SentenceInfo
+from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Generated, SentenceInfo, is_repetition
 from univid_jax.evaluation.kinds import score_grid
 from univid_jax.evaluation.metrics.grids import bootstrap_interval, grid_metrics, wilson_interval
-from univid_jax.evaluation.score import Score, scored_clips, target_kind
+from univid_jax.evaluation.score import Score, group_by, scored_clips, target_kind
 
 # What grids are compared with, and what the columns of the table are called.
 COLUMNS = {
@@ -36,7 +37,6 @@ ARC_ATTEMPTS = 2
 FAILURES_PER_GROUP = 2
 
 Scored = Sequence[tuple[SentenceInfo, Sequence[Score]]]
-Item = TypeVar("Item")
 
 
 def score_grids(generated: Generated, kinds: Mapping[str, TargetKind], rendering: Rendering) -> list[Score]:
@@ -68,10 +68,9 @@ def exact_report(scored: Scored, *, num_arc_tests: int = 0, num_left_out: int = 
   grids = [(info, scores) for info, scores in grids if scores]
   if not grids:
     return None
-  groups = _group(grids, [_group_name(info) for info, _ in grids])
   rows = [
     {"family": family, "split": split, "count": len(group), "scores": dict(_compare(group))}
-    for (family, split), group in groups.items()
+    for (family, split), group in group_by(grids, _group_name).items()
   ]
   report: dict[str, Any] = {"intervals": INTERVALS, "rows": rows}
   if arc := [(info, scores) for info, scores in grids if _params(info).get("arc_task")]:
@@ -91,18 +90,11 @@ def _group_name(info: SentenceInfo) -> tuple[str, str]:
   return _params(info).get("family", info.label), _params(info).get("split", "held out")
 
 
-def _group(items: Iterable[Item], names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[Item]]:
-  groups = collections.defaultdict(list)
-  for item, name in zip(items, names):
-    groups[name].append(item)
-  return dict(groups)
-
-
 def _compare(group: Scored) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields the names of predictions, controls and baselines, and their shares with intervals."""
   yield PREDICTION, _summarize([_mean_of_seeds(scores) for _, scores in group])
   for name in dict.fromkeys(score.name for _, scores in group for score in scores):
-    if name != PREDICTION and not name.startswith(REPEATED):
+    if name != PREDICTION and not is_repetition(name):
       yield name, _summarize([score.metrics for _, scores in group for score in scores if score.name == name])
   truths = [scores[0].counts["truth"] for _, scores in group]
   yield "most_frequent", _summarize(_answer_always(truths))
@@ -110,7 +102,7 @@ def _compare(group: Scored) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _attempts(scores: Sequence[Score]) -> list[Score]:
   """Returns the prediction, then its repetitions with other noise."""
-  return [score for score in scores if score.name == PREDICTION or score.name.startswith(REPEATED)]
+  return [score for score in scores if score.name == PREDICTION or is_repetition(score.name)]
 
 
 def _mean_of_seeds(scores: Sequence[Score]) -> dict[str, float]:
@@ -187,14 +179,14 @@ def describe_arc(arc: Mapping[str, Any]) -> str:
   """Describes the score of the ARC benchmark in a sentence, or says why there is none."""
   if arc["score"] is None:
     return (
-      f"ARC: {arc['sampled']} of {arc['tests']} tests were sampled, and the benchmark's score is of all: "
+      f"ARC: {arc['sampled']} of {arc['tests']} tests were sampled, but the benchmark's score needs all of them: "
       f"--config.eval.sentences_per_case={arc['tests']} samples those that can be used."
     )
   low, high = arc["interval"]
   left_out = f"; {arc['left_out']} of them do not fit the canvas and count as unsolved" if arc["left_out"] else ""
   return (
     f"ARC: {arc['solved']} of {arc['tasks']} tasks solved, {arc['score']:.1%} ({low:.1%} to {high:.1%}): every test is "
-    f"right in one of {arc['attempts']} attempt{'s' * (arc['attempts'] > 1)}{left_out}."
+    f"right in one of {plural(arc['attempts'], 'attempt')}{left_out}."
   )
 
 

@@ -23,7 +23,20 @@ from univid_jax.inference.sampler import Progress
 # The variants that are compared most; evaluation after training samples these alone.
 PREDICTION, SWAPPED = "prediction", "swapped"
 ACCELERATED = "accelerated"
-REPEATED = "seed_"  # prefix of the names of repetitions with other noise
+
+# Prefixes of the names of variants with another number of inference steps, and of repetitions with other noise. Samples
+# are stored by these names.
+_STEPS, _SEED = "steps_", "seed_"
+
+
+def steps_variant(num_steps: int) -> str:
+  """Returns the name of the variant with this number of inference steps."""
+  return f"{_STEPS}{num_steps}"
+
+
+def is_repetition(name: str) -> bool:
+  """Whether a variant is the prediction with other noise."""
+  return name.startswith(_SEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +124,8 @@ def make_variants(
     Variant(PREDICTION, steps, seed),
     Variant(SWAPPED, steps, seed, lambda number, sentence: replace_pairs(sentence, other_pairs[number]())),
     Variant("inverse", steps, seed, lambda _, sentence: show_inverse_task(sentence)),
-    *(Variant(f"steps_{more}", more, seed) for more in options.more_steps),
-    *(Variant(f"{REPEATED}{n}", steps, _noise_seed(options.seed, n)) for n in range(1, options.num_seeds)),
+    *(Variant(steps_variant(more), more, seed) for more in options.more_steps),
+    *(Variant(f"{_SEED}{n}", steps, _noise_seed(options.seed, n)) for n in range(1, options.num_seeds)),
     *([] if accelerated is None else [Variant(ACCELERATED, None, seed, pipeline=accelerated)]),
   ]
 

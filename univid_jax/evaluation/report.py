@@ -1,11 +1,10 @@
 """Reports of an evaluation: tables of scores by task, context and number of clips, as JSON, Markdown and pictures."""
 
-import collections
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -14,12 +13,13 @@ from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.json_files import format_json
 from univid_jax.core.paths import atomic_write
+from univid_jax.core.text import plural
 from univid_jax.data.pictures import COLUMNS, FPS, sentence_animation, sentence_grid
 from univid_jax.evaluation import exact, published
-from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Generated, SentenceInfo
+from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Generated, SentenceInfo, steps_variant
 from univid_jax.evaluation.kinds import Metrics
 from univid_jax.evaluation.metrics.image import psnr
-from univid_jax.evaluation.score import Score, Scorer, mean_metrics
+from univid_jax.evaluation.score import Score, Scorer, group_by, mean_metrics
 
 log = logging.getLogger(__name__)
 
@@ -36,17 +36,9 @@ DESCRIPTIONS = {
 }
 
 # The keys of eval.json, and the variants and baselines whose PSNR they hold.
-QUICK_KEYS = {
-  "psnr": PREDICTION,
-  "psnr_copy_b": "copy_b",
-  "psnr_copy_a2": "copy_a2",
-  "psnr_mean_a2": "mean_a2",
-  "psnr_codec": "codec",
-  "psnr_swapped": SWAPPED,
+QUICK_KEYS = {"psnr": PREDICTION} | {
+  f"psnr_{name}": name for name in ("copy_b", "copy_a2", "mean_a2", "codec", SWAPPED)
 }
-
-
-Scored = TypeVar("Scored")
 
 
 class Gallery:
@@ -104,8 +96,8 @@ class Gallery:
 
 def describe_count(report: Mapping[str, Any], num_sentences: int) -> str:
   """Says how many sentences were scored and, where these are variants of fewer pairs B, B', of how many."""
-  text, num_pairs = f"{num_sentences} sentence{'s' * (num_sentences > 1)}", report["held_out_pairs"]
-  return f"{text} of {num_pairs} held-out pair{'s' * (num_pairs > 1)}" if 2 * num_pairs <= num_sentences else text
+  text, num_pairs = plural(num_sentences, "sentence"), report["held_out_pairs"]
+  return f"{text} of {plural(num_pairs, 'held-out pair')}" if 2 * num_pairs <= num_sentences else text
 
 
 def quick_report(
@@ -124,7 +116,7 @@ def quick_report(
     return {key: round(means[name], 3) for key, name in QUICK_KEYS.items()} | {"count": len(group)}
 
   def by(key: Callable[[SentenceInfo], str]) -> dict[str, dict[str, float]]:
-    return {name: average(group) for name, group in _group(scored, key).items()}
+    return {name: average(group) for name, group in sorted(group_by(scored, key).items())}
 
   images = [item for item in scored if item[0].is_image]
   return {
@@ -154,7 +146,7 @@ def full_report(
   def by(key: Callable[[SentenceInfo], str]) -> dict[str, dict[str, Metrics]]:
     return {
       name: scorer.tabulate(score for _, scores in group for score in scores)
-      for name, group in _group(scored, key).items()
+      for name, group in sorted(group_by(scored, key).items())
     }
 
   return {
@@ -173,7 +165,7 @@ def full_report(
 
 def write_report(folder: epath.Path, report: Mapping[str, Any], gallery: Gallery, *, fps: float) -> None:
   """Writes report.json, report.md, grid.png, grid.webp (with `fps`, see `Gallery.draw`) and curves.png."""
-  write_text(folder / "report.json", format_json(report, indent=2) + "\n")
+  write_text(folder / "report.json", format_json(report) + "\n")
   write_text(folder / "report.md", markdown(report))
   gallery.draw(folder, with_swapped=True, fps=fps)
   with atomic_write(folder / "curves.png") as path:
@@ -191,13 +183,14 @@ def plot_curves(path: Path, report: Mapping[str, Any]) -> None:
     (by_context, report["by_context"], "context"),
     (by_num_clips, report["by_num_clips"], "clips in a sentence"),
   ):
-    for name in ("prediction", "swapped", "copy_b", "mean_a2"):
+    for name in (PREDICTION, SWAPPED, "copy_b", "mean_a2"):
       if name in overall:
         axes.plot(list(part), [rows[name]["psnr"] for rows in part.values()], marker="o", label=name)
     axes.set(xlabel=title, ylabel="PSNR (dB)")
   by_context.legend(fontsize=8)
-  steps = {report["config"]["eval"]["num_inference_steps"]: overall["prediction"]["psnr"]}
-  steps |= {int(name.removeprefix("steps_")): rows["psnr"] for name, rows in overall.items() if "steps_" in name}
+  options = report["config"]["eval"]
+  steps = {options["num_inference_steps"]: overall[PREDICTION]["psnr"]}
+  steps |= {number: overall[steps_variant(number)]["psnr"] for number in options["more_steps"]}
   by_steps.plot(sorted(steps), [steps[n] for n in sorted(steps)], marker="o")
   by_steps.set(xlabel="inference steps", ylabel="PSNR (dB)")
   for axes in (by_context, by_num_clips, by_steps):
@@ -244,7 +237,7 @@ def _descriptions(report: Mapping[str, Any]) -> list[str]:
   options = report["config"]["eval"]
   if options["num_seeds"] > 1:
     texts[PREDICTION] += f"; mean ± standard deviation over {options['num_seeds']} seeds"
-  texts |= {f"steps_{n}": f"the prediction with {n} inference step{'s' * (n > 1)}" for n in options["more_steps"]}
+  texts |= {steps_variant(n): f"the prediction with {plural(n, 'inference step')}" for n in options["more_steps"]}
   return [f"- **{name}**: {text}" for name, text in texts.items()]
 
 
@@ -256,16 +249,6 @@ def _exact_section(report: Mapping[str, Any]) -> list[str]:
   for key, title in (("grid", "Grids that are right in every cell:"), ("cell", "Cells that are right:")):
     lines += [title, "", *_table(*exact.table_rows(report, key)), ""]
   return [*lines, "The first wrong predictions of each family are in failures.png.", ""]
-
-
-def _group(
-  items: Iterable[tuple[SentenceInfo, Scored]], key: Callable[[SentenceInfo], str]
-) -> dict[str, list[tuple[SentenceInfo, Scored]]]:
-  """Groups sentences with their scores by a key, sorted."""
-  groups: dict[str, list[tuple[SentenceInfo, Scored]]] = collections.defaultdict(list)
-  for item in items:
-    groups[key(item[0])].append(item)
-  return dict(sorted(groups.items()))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

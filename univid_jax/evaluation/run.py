@@ -25,6 +25,8 @@ from univid_jax.evaluation.exact import Failures, exact_report, score_grids
 from univid_jax.evaluation.generate import (
   PREDICTION,
   SWAPPED,
+  Generated,
+  SentenceInfo,
   generate,
   generate_files,
   make_variants,
@@ -34,7 +36,7 @@ from univid_jax.evaluation.generate import (
 )
 from univid_jax.evaluation.protocol import open_samples_folder
 from univid_jax.evaluation.report import Gallery, full_report, quick_report, write_report, write_text
-from univid_jax.evaluation.score import Scorer, score_psnr
+from univid_jax.evaluation.score import Score, Scorer, score_psnr
 from univid_jax.evaluation.sentences import PlannedSentence, plan_other_pairs, plan_sentences
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.runtime.processes import wait_for_processes
@@ -66,24 +68,20 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
     return None
   variants = make_variants(config.eval, plan_other_pairs(config, sentences))
   variants = [variant for variant in variants if variant.name in (PREDICTION, SWAPPED)]
-  scored, exact, pairs, gallery = [], [], set(), Gallery()
   kinds, rendering = own_kinds(config.data), Rendering.from_config(config.data)
-  failures = Failures(rendering)
+  scored, results = [], _Results(rendering)
   with progress_bar(len(sentences)) as bar:
     for numbers in split_batches(len(sentences), config.eval.batch_size):
       for generated in generate(pipeline, sentences, variants, numbers).values():
         scored.append((generated.info, score_psnr(generated)))
-        exact.append((generated.info, score_grids(generated, kinds, rendering)))
-        pairs.add(generated.pair)
-        gallery.add(generated)
-        failures.add(generated, exact[-1][1])
+        results.add(generated, score_grids(generated, kinds, rendering))
       bar.update(len(numbers))
-  report = quick_report(config, scored, num_pairs=len(pairs))
-  if found := exact_report(exact, **_count_arc(data)):
+  report = quick_report(config, scored, num_pairs=len(results.pairs))
+  if found := exact_report(results.scored, **_count_arc(data)):
     report["exact"] = found
-  write_text(folder / EVAL_FILE, format_json(report, indent=2) + "\n")
-  gallery.draw(folder, with_swapped=False, fps=config.data.fps)
-  failures.draw(folder / "failures.png")
+  write_text(folder / EVAL_FILE, format_json(report) + "\n")
+  results.gallery.draw(folder, with_swapped=False, fps=config.data.fps)
+  results.failures.draw(folder / "failures.png")
   return report
 
 
@@ -139,23 +137,42 @@ def evaluate(
   wait_for_processes("samples are stored")
   if jax.process_index() > 0:
     return None
-  scored, pairs, gallery, failures = [], set(), Gallery(), Failures(Rendering.from_config(config.data))
+  results = _Results(Rendering.from_config(config.data))
   for generated in read_generated(samples, len(sentences)):
-    scored.append((generated.info, scorer(generated)))
-    pairs.add(generated.pair)
-    gallery.add(generated)
-    failures.add(generated, scored[-1][1])
+    results.add(generated, scorer(generated))
   reproduce = {
     "command": command,
     **origin.to_json(),
     "samples": str(samples.relative_to(folder)),
     "version": univid_jax.__version__,
   }
-  failures.draw(folder / "failures.png")
-  exact = exact_report(scored, **_count_arc(data))
-  report = full_report(config, scorer, scored, exact=exact, held_out_pairs=len(pairs), **reproduce)
-  write_report(folder, report, gallery, fps=config.data.fps)
+  results.failures.draw(folder / "failures.png")
+  exact = exact_report(results.scored, **_count_arc(data))
+  report = full_report(config, scorer, results.scored, exact=exact, held_out_pairs=len(results.pairs), **reproduce)
+  write_report(folder, report, results.gallery, fps=config.data.fps)
   return report
+
+
+class _Results:
+  """What reports and pictures need of the sentences so far.
+
+  Attributes:
+    scored: the scores of each sentence.
+    pairs: different pairs B, B' in them.
+    gallery: examples.
+    failures: grids that were predicted wrong.
+  """
+
+  def __init__(self, rendering: Rendering):
+    self.scored: list[tuple[SentenceInfo, list[Score]]] = []
+    self.pairs: set[frozenset[bytes]] = set()
+    self.gallery, self.failures = Gallery(), Failures(rendering)
+
+  def add(self, generated: Generated, scores: list[Score]) -> None:
+    self.scored.append((generated.info, scores))
+    self.pairs.add(generated.pair)
+    self.gallery.add(generated)
+    self.failures.add(generated, scores)
 
 
 def _announce(config: RunConfig, sentences: Sequence[PlannedSentence]) -> str:

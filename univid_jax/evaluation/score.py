@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,10 +11,13 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.options import TargetKind
 from univid_jax.data.target_kinds import COMPUTED_KINDS, own_kinds
 from univid_jax.evaluation.controls import baselines
-from univid_jax.evaluation.generate import PREDICTION, REPEATED, Generated, SentenceInfo
+from univid_jax.evaluation.generate import PREDICTION, Generated, SentenceInfo, is_repetition
 from univid_jax.evaluation.kinds import KIND_METRICS, Counts, KindOptions, Metrics
 from univid_jax.evaluation.metrics.clip_scores import CLIPScores
 from univid_jax.evaluation.metrics.image import SSIM_SIDE, psnr, rmse, ssim
+
+T = TypeVar("T")
+KeyT = TypeVar("KeyT", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Scorer:
     for score in scores:
       by_name[score.name].append(score)
     rows = {name: self._average(group) for name, group in by_name.items()}
-    repeats = [rows.pop(name) for name in list(rows) if name.startswith(REPEATED)]
+    repeats = [rows.pop(name) for name in list(rows) if is_repetition(name)]
     if repeats and PREDICTION in rows:
       runs = [rows[PREDICTION], *repeats]
       for name in [name for name in rows[PREDICTION] if name != "count"]:
@@ -122,6 +126,16 @@ class Scorer:
       if entry.pool and counts:
         metrics |= entry.pool(counts, self._options)
     return metrics | {"count": len(scores)}
+
+
+def group_by(
+  scored: Iterable[tuple[SentenceInfo, T]], key: Callable[[SentenceInfo], KeyT]
+) -> dict[KeyT, list[tuple[SentenceInfo, T]]]:
+  """Groups sentences with their scores by a key, in the order in which keys come first."""
+  groups = collections.defaultdict(list)
+  for info, scores in scored:
+    groups[key(info)].append((info, scores))
+  return dict(groups)
 
 
 def mean_metrics(items: Sequence[Mapping[str, float]]) -> Metrics:

@@ -40,7 +40,7 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
   """Plans `eval.sentences_per_case` held-out sentences per case; the result is empty if nothing is held out.
 
   A case of computed data is a combination of task, context and number of clips, and of grids of the split as well; a
-  case of other data is a task. Every held-out row or pair is used once before any is repeated.
+  case of other data is a task. Every held-out record or pair is used once before any is repeated.
   """
   per_case = config.eval.sentences_per_case
   sentences: list[PlannedSentence] = []

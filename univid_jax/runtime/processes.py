@@ -41,13 +41,13 @@ _SIGNS = (
 
 
 def count_cluster_processes() -> int:
-  """Returns how many processes the cluster has that JAX finds itself in; 1 outside of clusters.
+  """Counts the processes of the cluster that JAX detects; 1 outside of clusters.
 
   JAX knows TPU slices (of Google Cloud by their metadata server, which only machines with TPUs ask, and of GKE),
   SLURM's `srun`, Open MPI's `mpirun` and, with the package `kubernetes`, the pods of indexed Jobs.
 
   Raises:
-    UserError: this is a cluster that JAX knows, but does not describe itself as JAX expects.
+    UserError: JAX detects a cluster, but cannot read its description.
   """
   with _explain_detection():
     for cluster in clusters.ClusterEnv._cluster_types:
@@ -151,7 +151,7 @@ def _choose_devices() -> list[int] | None:
 
 
 def disconnect() -> None:
-  """Parts from the other processes; returns when all have called it."""
+  """Disconnects from the other processes; returns when all have called it."""
   jax.distributed.shutdown()
 
 
@@ -182,7 +182,7 @@ _PREFIX = "univid_jax/"
 
 
 def may_come_from_another_process(error: BaseException) -> bool:
-  """Returns whether an error may be the consequence of another process's end."""
+  """Returns whether another process's end may have caused an error."""
   return not isinstance(error, UserError) and any(sign in str(error) for sign in _SIGNS)
 
 

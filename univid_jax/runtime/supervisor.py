@@ -90,7 +90,7 @@ class Supervisor:
 
     Args:
       peers: the processes.
-      disconnect: parts this process from them; returns when all have called it.
+      disconnect: disconnects this process from them; returns when all have called it.
     """
     self._main.install()  # JAX has taken SIGTERM for its preemption service
     self._disconnect = disconnect
@@ -141,7 +141,7 @@ class Supervisor:
     return stop_signal.interrupt("; rerun the same command to continue" if self.can_continue else "")
 
   def _follow_peers(self, elapsed: float) -> None:
-    """Does as the other processes say, and watches whether they are alive."""
+    """Stops when the other processes do, and watches whether they are alive."""
     if self._peers is None:
       return
     peers = self._peers
@@ -188,7 +188,7 @@ class Supervisor:
     return self._main.claim_report()
 
   def finish(self) -> None:
-    """Waits until all processes have come here, and parts from them."""
+    """Waits until all processes have got here, and disconnects from them."""
     if self._peers is not None:
       self._peers.post(f"done/{self._peers.index}")
       while len(self._peers.collect("done")) < self._peers.count:
@@ -196,7 +196,7 @@ class Supervisor:
       self._part(self._peers)
 
   def leave(self, code: int, line: str) -> None:
-    """Parts from the other processes after an error or an interruption; may end this process at once.
+    """Disconnects from the other processes after an error or an interruption; may end this process at once.
 
     Args:
       code: exit code.

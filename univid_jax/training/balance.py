@@ -52,6 +52,18 @@ class WorkCounter:
     ]
     return self.layout.sum_work(np.array(work))
 
+  def count_used(self, *, tokens: float, attended: float, attended_text: float, targets: float) -> float:
+    """Returns the work of a whole batch, given its tokens without padding and the rest as in `step_flops`."""
+    return step_flops(
+      self.shape,
+      lora_rank=self.lora_rank,
+      tokens=tokens,
+      text_tokens=self.layout.num_rows * self.rows.num_text_tokens,
+      attended=attended,
+      attended_text=attended_text,
+      targets=targets,
+    )
+
   def balance(self, steps: Sequence[Mapping[str, np.ndarray]]) -> float:
     """Returns the mean work of a device over that of the slowest one, which the others wait for in each microbatch.
 

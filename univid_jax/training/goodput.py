@@ -126,12 +126,12 @@ class Goodput:
     return dict(self._totals)
 
   def keep(self) -> None:
-    """Writes the totals if that was long ago."""
+    """Writes the totals unless they were written recently."""
     if self._clock() - self._written >= WRITE_SECONDS:
       self._write()
 
   def keep_checkpoint(self, step: int) -> None:
-    """Writes the totals as those of a step that is saved."""
+    """Writes the totals, also as those of a saved step."""
     self._saved_step, self._checkpoints[step] = step, dict(self.seconds)
     self._checkpoints = dict(sorted(self._checkpoints.items())[-MAX_CHECKPOINTS:])
     self._write()

@@ -21,9 +21,9 @@ from univid_jax.core.protocols import Resumable
 from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.inference.distillation_loras import add_distillation, read_distillation
 from univid_jax.inference.pipeline import Pipeline
-from univid_jax.models.flops import step_flops
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.platform.chips import find_chip
+from univid_jax.runtime.profiling import profiler_options
 from univid_jax.runtime.supervisor import StopSignal, Supervisor
 from univid_jax.training.balance import WorkCounter
 from univid_jax.training.goodput import Activity, Goodput
@@ -111,11 +111,10 @@ class Summarize:
 
   def __init__(self, run: Run, bar: tqdm):
     config, mesh = run.config, run.mesh
-    self._shape, self._rank, self._bar = run.shape, config.lora.rank, bar
+    self._bar = bar
     layout = BatchLayout.from_config(config.rows, row_shards(mesh))
     self._work = WorkCounter(shape=run.shape, lora_rank=config.lora.rank, rows=config.rows, layout=layout)
     self._tokens = layout.num_rows * config.rows.num_tokens
-    self._text_tokens = layout.num_rows * config.rows.num_text_tokens
     chip = find_chip(mesh.devices.flat[0])
     self._peak = chip.flops * mesh.size if chip else None
     self._pending: list[dict[str, jax.Array]] = []
@@ -170,15 +169,7 @@ class Summarize:
     tokens = summary["fill_rate"] * self._tokens
     summary |= {"step_time": seconds, "tokens_per_second": tokens / seconds}
     if self._peak:
-      work = step_flops(
-        self._shape,
-        lora_rank=self._rank,
-        tokens=tokens,
-        text_tokens=self._text_tokens,
-        attended=attended,
-        attended_text=attended_text,
-        targets=targets,
-      )
+      work = self._work.count_used(tokens=tokens, attended=attended, attended_text=attended_text, targets=targets)
       summary["mfu"] = work / seconds / self._peak
     return summary
 
@@ -331,9 +322,7 @@ class Profile:
   def __call__(self, event: StepEvent) -> None:
     if event.step == self._start and not event.is_last:
       jax.block_until_ready(event.state)
-      options = jax.profiler.ProfileOptions()
-      options.python_tracer_level = 0  # Python's calls would crowd out everything else
-      jax.profiler.start_trace(self._folder, profiler_options=options)
+      jax.profiler.start_trace(self._folder, profiler_options=profiler_options())
       self._running = True
     elif self._running and (event.step == self._stop or event.is_last or event.stop_signal):
       jax.block_until_ready(event.state)

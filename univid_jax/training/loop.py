@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from univid_jax.core.options import AttentionBackend, OnDamaged, TrainedExpert
 from univid_jax.core.protocols import TrainStep
 from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.data.rows.loader import Loader, make_loader
+from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.experts import Transformer
@@ -33,7 +33,7 @@ from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.attention.api import best_backend
 from univid_jax.models.attention.sharded import rows_per_device
 from univid_jax.parallel.mesh import row_shards
-from univid_jax.parallel.sharding import own_rows, row_owners, rows_by_owner, shard_own_rows
+from univid_jax.parallel.sharding import shard_own_rows
 from univid_jax.platform.current import current_platform
 from univid_jax.runtime.processes import gather_arrays
 from univid_jax.runtime.supervisor import Supervisor, supervise
@@ -123,23 +123,26 @@ def train(
       start, started = int(state.step), time.monotonic()
       if start < config.num_steps:
         goodput.resume(start)
-      state = take_steps(run, state, step_fn, loader, checkpointer, goodput, profile_steps=profile_steps)
+      session = Session(run, loader, checkpointer, goodput)
+      state = take_steps(session, state, step_fn, profile_steps=profile_steps)
     if run.data.dropped:
       log.info("%d records of the data could not be used, first %s", len(run.data.dropped), run.data.dropped[0])
     return TrainResult(finish_run(run, state), config.num_steps - start, time.monotonic() - started)
 
 
-def take_steps(
-  run: Run,
-  state: TrainState,
-  step_fn: TrainStep,
-  loader: Loader,
-  checkpointer: Checkpointer,
-  goodput: Goodput,
-  *,
-  profile_steps: int,
-) -> TrainState:
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """A run that takes steps, and what it reads from and writes to."""
+
+  run: Run
+  loader: Loader
+  checkpointer: Checkpointer
+  goodput: Goodput
+
+
+def take_steps(session: Session, state: TrainState, step_fn: TrainStep, *, profile_steps: int) -> TrainState:
   """Takes the steps from the state's to the config's last, and calls the hooks after each."""
+  run, goodput = session.run, session.goodput
   config, start = run.config, int(state.step)
   writer = MetricsWriter(run.workdir, start_step=start) if jax.process_index() == 0 else None
   with (
@@ -148,17 +151,15 @@ def take_steps(
     supervise() as supervisor,
     progress_bar(start, config.num_steps) as bar,
   ):
-    hooks = make_hooks(
-      run, loader, checkpointer, writer, bar, supervisor, goodput, start=start, profile_steps=profile_steps
-    )
+    hooks = make_hooks(session, writer, bar, supervisor, start=start, profile_steps=profile_steps)
     with supervisor.stepping():
-      if start and checkpointer.val_loss(start) is None:
-        validate_again(hooks, StepEvent.create(config, start, state, {}), writer, checkpointer)
+      if start and session.checkpointer.val_loss(start) is None:
+        validate_again(hooks, StepEvent.create(config, start, state, {}), writer, session.checkpointer)
       metrics = None
       for step in range(start + 1, config.num_steps + 1):
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
           with jax.profiler.TraceAnnotation("data"), goodput.measure(Activity.WAITING):
-            batch = shard_own_rows(next(loader), run.mesh)
+            batch = shard_own_rows(next(session.loader), run.mesh)
           with jax.profiler.TraceAnnotation("step"), goodput.measure(Activity.STEPPING):
             previous, (state, metrics) = metrics, step_fn(state, run.frozen, batch)
             goodput.watch(metrics)
@@ -190,18 +191,10 @@ def validate_again(
 
 
 def make_hooks(
-  run: Run,
-  loader: Loader,
-  checkpointer: Checkpointer,
-  writer: MetricsWriter | None,
-  bar: tqdm,
-  supervisor: Supervisor,
-  goodput: Goodput,
-  *,
-  start: int,
-  profile_steps: int,
+  session: Session, writer: MetricsWriter | None, bar: tqdm, supervisor: Supervisor, *, start: int, profile_steps: int
 ) -> list[Hook]:
   """Returns what happens after each step, in order."""
+  run, goodput = session.run, session.goodput
   summarize = Summarize(run, bar)
   hooks: list[Hook] = [summarize]
   if run.config.validation.every_steps:
@@ -209,10 +202,14 @@ def make_hooks(
   hooks.append(MeasureGoodput(goodput))
   if writer is not None:
     hooks.append(WriteMetrics(writer))
-  hooks += [SaveCheckpoint(checkpointer, loader, goodput), ReportGoodput(goodput), StopOnSignal(run.config.num_steps)]
+  hooks += [
+    SaveCheckpoint(session.checkpointer, session.loader, goodput),
+    ReportGoodput(goodput),
+    StopOnSignal(run.config.num_steps),
+  ]
   if profile_steps:
     if start + PROFILE_AFTER >= run.config.num_steps:
-      log.warning("no profile: it leaves out the first %d steps, and no more are left", PROFILE_AFTER)
+      log.warning("no profile written: the first %d steps are skipped and none remain", PROFILE_AFTER)
     hooks.insert(0, Profile(run.workdir, first_step=start, num_steps=profile_steps))
   return hooks
 
@@ -221,26 +218,16 @@ def open_loader(run: Run) -> Loader:
   """Opens the endless stream of this process's rows of every batch."""
   config, data = run.config, run.data
   layout = BatchLayout.from_config(config.rows, row_shards(run.mesh))
-  num_rows, mesh = layout.num_rows, run.mesh
-  owners = set(row_owners(num_rows, mesh))
+  ownership = RowOwnership.from_mesh(layout.num_rows, run.mesh)
   return make_loader(
     list(data.sources.values()),
     run.features,
     row_shape=RowShape.from_config(config.rows, context_mode(config)),
-    rows_per_batch=num_rows,
-    seed=config.seed,
-    own_rows=own_rows(num_rows, mesh),
-    row_order=rows_by_owner(num_rows, mesh),
-    num_threads=config.data.num_threads,
-    num_packing_bins=config.rows.packing_bins,
-    packing=config.rows.packing,
     layout=layout,
-    num_streams=config.rows.streams or math.gcd(num_rows, len(owners)),
-    stream_processes=config.data.stream_processes,
+    seed=config.seed,
     weights=list(data.weights.values()),
-    allow_dropped=config.data.allow_dropped,
-    shares_rows=any(len(each) > 1 for each in owners),
-    num_owners=len(owners),
+    ownership=ownership,
+    options=LoaderOptions.from_config(config, ownership),
   )
 
 

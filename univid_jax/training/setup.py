@@ -233,7 +233,7 @@ def check_config(config: RunConfig) -> RunConfig:
   check_precision(config)
   if ignored := ignored_options(config):
     decider = config.init_from or config.model.variant
-    log.warning("without effect, as %s decides: %s", decider, ", ".join(ignored))
+    log.warning("ignored, because %s sets them: %s", decider, ", ".join(ignored))
   return with_stored_base(config)
 
 
@@ -250,8 +250,8 @@ def check_precision(config: RunConfig) -> None:
     )
   if model.param_dtype != "float32" and not config.lora.enabled:
     log.warning(
-      "config.model.param_dtype = %s, and all weights are trained: an update that is smaller than about a %dth of its "
-      "weight is lost; in float32 it is not",
+      "config.model.param_dtype = %s, and all weights are trained: updates below about 1/%d of a weight are rounded "
+      "away; use float32",
       model.param_dtype,
       round(3 / float(jnp.finfo(model.param_dtype).eps)),
     )
@@ -294,7 +294,7 @@ def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
       if not config.data.allow_changed:
         raise UserError(
           f"the data of {workdir} has changed since the run started: {'; '.join(changes)}; restore it, use another "
-          "--workdir, or go on with the changed data with --config.data.allow_changed=True"
+          "--workdir, or continue on the changed data with --config.data.allow_changed=True"
         )
       for change in changes:
         log.warning("the data of %s has changed: %s", workdir, change)
@@ -329,7 +329,8 @@ def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> Non
   changes = [change for change in different if change not in moved and not change[0].startswith(MAY_CHANGE)]
   if previous.base != current.base:
     changes.append(("the checksum of init_from", previous.base, current.base))
-  for key, before, after in changes:
+  if changes:
+    key, before, after = changes[0]
     raise UserError(
       f"{workdir} is a run with {key} = {before!r}, not {after!r}: use the same config or another --workdir"
     )

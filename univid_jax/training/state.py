@@ -175,13 +175,21 @@ def describe_training(config: RunConfig, mesh: Mesh) -> tuple[list[optax.Gradien
   if expert == TrainedExpert.BOTH:
     counts = ExpertSchedule.from_config(config).count_steps(config.num_steps)
   optimizers = [make_optimizer(config.optimizer, count) for count in counts]
-  options: dict[str, Any] = {"ema": config.ema_decay > 0, "lora": config.lora.enabled}
   if config.base.offload:
     require_host_memory(mesh, "config.base.offload")
-    options["offload"] = True
   if config.model.remat == RematPolicy.OFFLOAD:
     require_host_memory(mesh, "config.model.remat = offload")
-  specs = [StateSpec.for_model(lambda: create_model(config), optimizer, mesh, **options) for optimizer in optimizers]
+  specs = [
+    StateSpec.for_model(
+      lambda: create_model(config),
+      optimizer,
+      mesh,
+      ema=config.ema_decay > 0,
+      lora=config.lora.enabled,
+      offload=config.base.offload,
+    )
+    for optimizer in optimizers
+  ]
   return optimizers, specs[0] if len(specs) == 1 else StateSpec.join(expert, specs)
 
 

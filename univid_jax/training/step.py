@@ -1,7 +1,6 @@
 """The training step: a pure function over sharded state."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -125,8 +124,9 @@ def make_update(
     key: PRNGKeyArray,
   ) -> tuple[TrainState, Metrics]:
     num_sentences = jnp.maximum(jnp.sum(has_sentence(row)), 1)
-    grad_fn = functools.partial(_accumulate_gradients, loss_fn, microbatches=microbatches)
-    loss, grads = grad_fn(state.params, frozen, (row, noise, levels), num_sentences, key)
+    loss, grads = _accumulate_gradients(
+      loss_fn, state.params, frozen, (row, noise, levels), num_sentences, key, microbatches=microbatches
+    )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=loss)
     # optax types the results as any tree; they have the structure of the parameters.
     params = cast(Params, optax.apply_updates(state.params, updates))

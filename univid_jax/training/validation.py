@@ -1,8 +1,8 @@
 """Validation during training: a loss that is comparable from step to step, and previews."""
 
+import collections
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ from univid_jax.data.pictures import COLUMNS, concatenate_clips, sentence_grid
 from univid_jax.data.rows.loader import MakeFeatures, make_fitting
 from univid_jax.data.rows.packing import RowShape, pack_rows, take_rows
 from univid_jax.data.rows.tokens import feature_names
-from univid_jax.data.sources.base import Dropped, drop, indices_by_task, require_none_dropped
+from univid_jax.data.sources.base import Dropped, drop, indices_by_task, report_dropped
 from univid_jax.data.sources.open import DataSources
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.evaluation.generate import sample_targets
@@ -43,8 +43,6 @@ from univid_jax.runtime.processes import sum_over_processes
 from univid_jax.training.state import Params, StateSpec
 
 T = TypeVar("T")
-
-log = logging.getLogger(__name__)
 
 PREVIEWS_FOLDER = "previews"
 PREVIEW_FPS = 8
@@ -177,11 +175,7 @@ def leave_out_unusable(
       failed = True
     if not sum_over_processes(failed):
       usable.append(sentence)
-  if len(usable) < len(sentences) and not dropped and not allow_dropped:
-    raise UserError("another process found records that cannot be used; its log names them")
-  require_none_dropped(list(dropped), allowed=allow_dropped)
-  for each in dropped:
-    log.warning("dropped: %s", each)
+  report_dropped(list(dropped), allowed=allow_dropped)
   if sentences and not usable:
     raise UserError(f"none of the {len(sentences)} sentences to validate on can be used; the log names them")
   return usable
@@ -189,14 +183,15 @@ def leave_out_unusable(
 
 def take_turns(iterables: Iterable[Iterable[T]]) -> Iterator[T]:
   """Yields an item of each in turn, until all are exhausted."""
-  left = [iter(each) for each in iterables]
-  while left:
-    remaining = []
-    for each in left:
-      for item in itertools.islice(each, 1):
-        yield item
-        remaining.append(each)
-    left = remaining
+  waiting = collections.deque(iter(each) for each in iterables)
+  while waiting:
+    iterator = waiting.popleft()
+    try:
+      item = next(iterator)
+    except StopIteration:
+      continue
+    yield item
+    waiting.append(iterator)
 
 
 def write_previews(

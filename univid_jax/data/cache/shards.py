@@ -25,6 +25,7 @@ from etils import epath
 from univid_jax.core.bucket_files import copy_file, source_state
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.json_files import parse_json
+from univid_jax.core.numbers import round_up
 from univid_jax.core.paths import file_state, is_remote
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class Index:
   def write(self, path: Path) -> None:
     shards = [dataclasses.astuple(shard) for shard in self.shards]
     header = json.dumps({"num_records": len(self), "shards": shards}).encode()
-    header = header.ljust(-(-len(header) // 8) * 8)
+    header = header.ljust(round_up(len(header), 8))
     checksum = xxhash.xxh3_128()
     with path.open("wb") as file:
       columns = (np.ascontiguousarray(column).view(np.uint8).data for column in self._columns)
@@ -261,7 +262,9 @@ class Shards:
     log.warning(
       "%s %s: its %s records are computed again when they are needed; restore it, or let univid-prepare --pack replace "
       "it",
-      *(self.folder / shard.name, problem, f"{shard.num_records:,}"),
+      self.folder / shard.name,
+      problem,
+      f"{shard.num_records:,}",
     )
 
   def _open(self, shard: Shard) -> ShardReader:

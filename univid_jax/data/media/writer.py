@@ -150,7 +150,7 @@ def _write(
     Image.fromarray(frame).save(path)
   elif suffix == ".gif":
     if rate * SHORTEST_GIF_DELAY > 1000:
-      message = "%s is slower than its %g frames per second: a GIF shows at most 50; use .mp4"
+      message = "%s is slower than its %g frames per second: GIF allows at most 50; use .mp4"
       log.warning(message, target.name, rate)
     _write_gif(path, frames, num_frames=num_frames, fps=rate)
   elif suffix:

@@ -1,7 +1,6 @@
 """The input pipeline: from sentences to batches of packed rows. Its position is part of a checkpoint."""
 
 import dataclasses
-import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +12,13 @@ import numpy as np
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.options import Packing
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import SentenceSource, TransformerShape
 from univid_jax.core.sentence import Sentence
 from univid_jax.data.cache.entries import CacheWriteError
 from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.data.rows.grain_adapter import prefetch, prefetch_in_process
+from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
 from univid_jax.data.rows.packing import RowShape, join_rows
 from univid_jax.data.rows.streams import mix_sources, pack_batches
 from univid_jax.data.rows.tokens import UNITS, Features, Unit, feature_names
@@ -38,6 +37,7 @@ _LIMITS: Mapping[Unit, str] = {
   Unit.TARGET_TOKEN: "num_target_tokens",
 }
 
+DEFAULT_OPTIONS = LoaderOptions()
 
 # Consecutive unusable sentences after which the loader gives up.
 MAX_DROPPED_IN_A_ROW = 1000
@@ -64,20 +64,11 @@ def make_loader(
   make_features: MakeFeatures,
   *,
   row_shape: RowShape,
-  rows_per_batch: int,
+  layout: BatchLayout,
   seed: int,
-  own_rows: Sequence[int] | None = None,
-  row_order: Sequence[int] | None = None,
-  num_threads: int = 1,
-  num_packing_bins: int | None = None,
-  packing: Packing = Packing.FIRST_FIT,
-  layout: BatchLayout | None = None,
-  num_streams: int = 1,
-  stream_processes: bool = False,
   weights: Sequence[float] | None = None,
-  allow_dropped: bool = False,
-  shares_rows: bool = False,
-  num_owners: int = 1,
+  ownership: RowOwnership | None = None,
+  options: LoaderOptions = DEFAULT_OPTIONS,
 ) -> "Loader":
   """Returns an endless, deterministic stream of this process's rows of each batch.
 
@@ -85,49 +76,39 @@ def make_loader(
     sources: where sentences come from; several are mixed.
     make_features: encodes them.
     row_shape: capacity of a row.
-    rows_per_batch: of all processes.
+    layout: of a batch of all processes.
     seed: of the order, which changes every epoch.
-    own_rows: of this process, ascending numbers of rows of a batch; by default all.
-    row_order: in which streams fill the rows of a batch, so that few fill those of a process; by default ascending.
-    num_threads: threads per stream that read and encode sentences.
-    num_packing_bins: rows that are filled at the same time; by default two batches.
-    packing: which of them a sentence goes to, and which batch a row.
-    layout: of a batch, for balanced packing; by default each row has its own device.
-    num_streams: independent streams of rows, each with its share of the sentences; batches depend on it.
-    stream_processes: whether each stream is made in a process of its own; sources and encoder must be picklable.
     weights: how often each source is drawn; equal by default.
-    allow_dropped: leave out sentences that cannot be used, and log each once, instead of stopping.
-    shares_rows: whether other processes make the same rows. Processes that do, or read the same stream, leave out no
-      sentence that another one may have read: it is read once more, and what is wrong then raised.
-    num_owners: processes, or groups of those that share rows, that make the rows of a batch.
+    ownership: of the rows; by default all are this process's.
+    options: how sentences are read and packed.
 
   Raises:
     UserError: the streams do not divide; or, from the iterator, a sentence cannot be used: one of its clips cannot be
       read, or it is too long for a row. The message names the record and the file.
   """
   capacities = row_shape.capacities(feature_names(make_features.shape))
-  read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=SENTENCE_BUFFER)
-  layout = layout or BatchLayout(num_rows=rows_per_batch)
-  pack = functools.partial(
-    pack_batches, capacities=capacities, context_mode=row_shape.context_mode, packing=packing, seed=seed
-  )
+  read_options = grain.ReadOptions(num_threads=options.num_threads, prefetch_buffer_size=SENTENCE_BUFFER)
+  rows = ownership or RowOwnership.whole(layout.num_rows)
 
   def open_stream(index: int, count: int, num_rows: int) -> grain.DatasetIterator[PackedRow]:
-    is_shared = shares_rows or count % num_owners > 0
-    encode = functools.partial(EncodedSource, allow_dropped=allow_dropped, is_shared=is_shared)
-    encoded = [encode(source, make_features, capacities) for source in sources]
+    is_shared = rows.is_shared or count % rows.num_owners > 0
+    encoded = [
+      EncodedSource(source, make_features, capacities, allow_dropped=options.allow_dropped, is_shared=is_shared)
+      for source in sources
+    ]
     sentences = mix_sources(encoded, weights or [1.0] * len(encoded), seed=seed, index=index, count=count)
-    batches = pack(
-      sentences.to_iter_dataset(read_options), layout=layout.part(num_rows), num_bins=num_packing_bins or 2 * num_rows
+    batches = pack_batches(
+      sentences.to_iter_dataset(read_options),
+      capacities=capacities,
+      context_mode=row_shape.context_mode,
+      layout=layout.part(num_rows),
+      num_bins=options.num_packing_bins or 2 * num_rows,
+      packing=options.packing,
+      seed=seed,
     )
-    return iter((prefetch_in_process if stream_processes else prefetch)(batches, buffer_size=BATCH_BUFFER))
+    return iter((prefetch_in_process if options.stream_processes else prefetch)(batches, buffer_size=BATCH_BUFFER))
 
-  return Loader(
-    open_stream,
-    num_streams=num_streams,
-    own_rows=range(rows_per_batch) if own_rows is None else own_rows,
-    row_order=range(rows_per_batch) if row_order is None else row_order,
-  )
+  return Loader(open_stream, num_streams=options.num_streams, ownership=rows)
 
 
 class Loader:
@@ -139,7 +120,8 @@ class Loader:
 
   Args:
     open_stream: opens a stream, given its number, the number of all, and its rows of a batch.
-    num_streams, own_rows, row_order: see `make_loader`.
+    num_streams: see `LoaderOptions`.
+    ownership: of the rows.
   """
 
   def __init__(
@@ -147,11 +129,10 @@ class Loader:
     open_stream: Callable[[int, int, int], grain.DatasetIterator[PackedRow]],
     *,
     num_streams: int,
-    own_rows: Sequence[int],
-    row_order: Sequence[int],
+    ownership: RowOwnership,
   ):
-    self._open_stream, self._own_rows = open_stream, own_rows
-    self._open(num_streams, list(row_order))
+    self._open_stream, self._own_rows = open_stream, ownership.own
+    self._open(num_streams, list(ownership.order))
 
   def _open(self, num_streams: int, order: list[int]) -> None:
     if len(order) % num_streams:
@@ -233,7 +214,7 @@ class EncodedSource:
     source: of the sentences.
     make_features: encodes them.
     capacities: of a row, by feature.
-    allow_dropped: see `make_loader`.
+    allow_dropped: see `LoaderOptions`.
     is_shared: whether other processes read the same stream.
   """
 

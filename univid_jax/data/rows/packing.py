@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from univid_jax.config.schema import RowsConfig
 from univid_jax.core.errors import UserError
+from univid_jax.core.numbers import round_up
 from univid_jax.core.packed_row import UNIVID_CONTEXT, ContextMode, PackedRow
 from univid_jax.data.rows.tokens import IMAGE_FEATURES, SEGMENTED, UNITS, Features, Unit
 
@@ -66,7 +67,7 @@ def bucket_size(count: int) -> int:
   on TPUs computes together.
   """
   step = min(max(16, 2 ** (count.bit_length() - 5)), 1024)
-  return -(-count // step) * step
+  return round_up(count, step)
 
 
 def pack(sentences: Sequence[Features], shape: RowShape) -> PackedRow:

@@ -171,7 +171,7 @@ def _positions(
     start += gap + t
   if start > MAX_POSITION:
     clip_gap = max(gaps, default=0)
-    reason = f" with config.model.clip_gap = {clip_gap}" * bool(clip_gap)
+    reason = f" with config.model.clip_gap = {clip_gap}" if clip_gap else ""
     raise UserError(
       f"a sentence of {len(shapes)} clips{reason} is too long: it takes {start} latent frames, and the model has "
       f"positions for {MAX_POSITION}"

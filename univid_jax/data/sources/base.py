@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -14,6 +15,9 @@ from univid_jax.core.contexts import video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.protocols import SentenceSource
+from univid_jax.runtime.processes import sum_over_processes
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 GroupT = TypeVar("GroupT")
@@ -47,6 +51,19 @@ def require_none_dropped(dropped: Sequence[Dropped], *, allowed: bool) -> None:
       f"{len(dropped)} of the listed records cannot be used, first {dropped[0]}; fix them, or leave them out with "
       "--config.data.allow_dropped=True"
     )
+
+
+def report_dropped(dropped: Sequence[Dropped], *, allowed: bool) -> None:
+  """Logs the records that this process cannot use; all processes must call it.
+
+  Raises:
+    UserError: that is not allowed, and a process found some; only its own log names them.
+  """
+  for each in dropped:
+    log.warning("dropped: %s", each)
+  if sum_over_processes(len(dropped)) and not dropped and not allowed:
+    raise UserError("another process found records that cannot be used; its log names them")
+  require_none_dropped(dropped, allowed=allowed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

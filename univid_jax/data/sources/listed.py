@@ -1,4 +1,4 @@
-"""Sentences that someone has written down: lines of a table or of a manifest."""
+"""Sentences listed in a file: lines of a table or of a manifest."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ def forms_of_pairs(form: ClipFormat, kind: TargetKind, roles: Sequence[Role]) ->
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """A sentence that was written down.
+  """A line of a table or of a manifest.
 
   Attributes:
     name: of the line, for messages.
@@ -91,7 +91,7 @@ class ListedSentences:
     clips = make_clips(record.footage, lengths)
     reverse = record.lengths is None and rng.random() < self.options.reverse_probability
     if reverse:
-      clips = [clips[i ^ 1] for i in range(len(clips))]
+      clips = [clip for source, target in zip(clips[::2], clips[1::2], strict=True) for clip in (target, source)]
     prompt = "" if rng.random() < self.options.prompt_dropout else record.prompt
     return Sentence(
       clips=tuple(clips),

@@ -13,6 +13,7 @@ from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.core.protocols import SentenceSource
+from univid_jax.core.text import plural
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped
 from univid_jax.data.sources.computed import LazySentences, computed_identity, open_computed
@@ -71,7 +72,7 @@ class DataSources:
     for name, source in self.sources.items():
       log.info("data: %s, %s sentences, drawn with weight %g", name, f"{len(source):,}", self.weights[name])
       for change, count in _count_changes(source).most_common(REPORTED_CHANGES):
-        log.info("data: %s, %s: %s", name, f"{count:,} clip{'s' * (count > 1)}", change)
+        log.info("data: %s, %s: %s", name, plural(count, "clip"), change)
     for dropped in self.dropped:
       log.info("dropped: %s", dropped)
 
@@ -92,17 +93,17 @@ def open_data(config: RunConfig) -> DataSources:
     UserError: the config names no data, or data without a usable record.
   """
   data = config.data
-  kinds = _used_kinds(data)
-  opened = _open_listed(config, kinds)
-  if "arc" in kinds:
+  used = _used_data(data)
+  opened = _open_listed(config, used)
+  if "arc" in used:
     opened["arc"] = _open_arc(config)
-  if "computed" in kinds:
+  if "computed" in used:
     computed = open_computed(config, "train", seed=config.seed)
     dropped = [each for folder in computed.folders for each in folder.dropped]
     # Caching computed clips pays only with the encoders of a base.
     source = LazySentences(computed, computed_identity(config, computed)) if config.init_from else computed
     opened["computed"] = _Opened(*source.split(data.held_out), dropped)
-  if "grids" in kinds:
+  if "grids" in used:
     opened["grids"] = _Opened(*GridSentences.open(config).split(data.held_out), [])
   _warn_of_unknown_tasks(data, opened)
   return DataSources(
@@ -113,8 +114,8 @@ def open_data(config: RunConfig) -> DataSources:
   )
 
 
-def _used_kinds(data: DataConfig) -> list[str]:
-  """Returns the kinds of data that a config names and does not switch off.
+def _used_data(data: DataConfig) -> list[str]:
+  """Returns the names, as in `SourceWeights`, of the data that a config gives and does not switch off.
 
   Raises:
     UserError: there are none.
@@ -161,28 +162,28 @@ class _Opened:
   dropped: Sequence[Dropped]
 
 
-def _open_listed(config: RunConfig, kinds: Collection[str]) -> dict[str, _Opened]:
-  """Opens those of the kinds that consist of records; the order determines how they are mixed."""
+def _open_listed(config: RunConfig, used: Collection[str]) -> dict[str, _Opened]:
+  """Opens what is used and consists of records; the order determines how it is mixed."""
   data = config.data
   form, options = ClipFormat.from_config(data), DrawOptions.from_config(data, seed=config.seed)
-  targets = own_kinds(data)
+  kinds = own_kinds(data)
   opened = {}
-  if "metadata" in kinds:
-    source, dropped = open_metadata(copy_to_local(data.metadata), form, options, kind=targets.get("", TargetKind.IMAGE))
+  if "metadata" in used:
+    source, dropped = open_metadata(copy_to_local(data.metadata), form, options, kind=kinds.get("", TargetKind.IMAGE))
     opened["metadata"] = _hold_out("metadata", source, dropped, data.held_out)
-  if "pairs" in kinds:
-    source, dropped = open_pairs(copy_to_local(data.pairs), form, options, kinds=targets)
+  if "pairs" in used:
+    source, dropped = open_pairs(copy_to_local(data.pairs), form, options, kinds=kinds)
     if data.test_pairs:
-      test = open_pairs(copy_to_local(data.test_pairs), form, options, kinds=targets)
+      test = open_pairs(copy_to_local(data.test_pairs), form, options, kinds=kinds)
       opened["pairs"] = _with_test_set("pairs", source, dropped, test)
     else:
       opened["pairs"] = _hold_out("pairs", source, dropped, data.held_out)
-  if "manifest" in kinds:
-    source, dropped = open_manifest(copy_to_local(data.manifest), form, options, kinds=targets)
+  if "manifest" in used:
+    source, dropped = open_manifest(copy_to_local(data.manifest), form, options, kinds=kinds)
     opened["manifest"] = _hold_out("manifest", source, dropped, data.held_out)
-  if "tfds" in kinds:
+  if "tfds" in used:
     open_split = functools.partial(
-      open_tfds, data.tfds, form=form, options=options, depth_range=data.depth_range, kinds=targets
+      open_tfds, data.tfds, form=form, options=options, depth_range=data.depth_range, kinds=kinds
     )
     source, dropped = open_split(data.tfds.split)
     if data.tfds.test_split:

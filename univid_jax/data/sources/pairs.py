@@ -172,9 +172,9 @@ class PairSentences:
 
 
 def check_aligned(source: Footage, target: Footage, num_frames: int) -> None:
-  """Checks that source and target show the same: that their aspect ratios, frame rates and numbers of frames agree.
+  """Checks that the aspect ratios, frame rates and numbers of frames of source and target agree.
 
-  What has no rate, as folders and arrays, is never resampled: its frames are those of the other clip as long as that
+  Clips without a rate (folders, arrays) are never resampled: their frames match those of the other clip as long as that
   keeps its own rate. Where neither has one, they are taken frame by frame whatever `config.data.fps` says.
 
   Args:

@@ -16,6 +16,8 @@ from skimage.morphology import thin
 
 from univid_jax.core.options import DepthAlignment
 
+# In metres.
+SMALLEST_DEPTH = 1e-3
 ANGLES = (5.0, 11.25, 30.0)
 # Weight of precision against recall in the F-measure of salient objects (Achanta et al. 2009).
 BETA_SQUARED = 0.3
@@ -40,22 +42,21 @@ def align_depth(predicted: np.ndarray, truth: np.ndarray, *, how: DepthAlignment
   return predicted * scale + shift
 
 
-def depth_metrics(predicted: np.ndarray, truth: np.ndarray, *, smallest: float = 1e-3) -> dict[str, float]:
+def depth_metrics(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
   """Computes depth errors (Eigen et al. 2014).
 
   delta1 to delta3: fraction of pixels within a factor of 1.25, 1.25^2, 1.25^3; higher is better. abs_rel, sq_rel, rmse
   (metres), rmse_log, silog (100 times the standard deviation of the log ratio): lower is better.
 
   Args:
-    predicted: in metres; raised to `smallest`.
+    predicted: in metres; raised to `SMALLEST_DEPTH`.
     truth: in metres; 0, negative or not finite where it is unknown.
-    smallest: in metres.
   """
   valid = _is_known(truth)
   names = ("delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "silog")
   if not valid.any():
     return dict.fromkeys(names, math.nan)
-  p, t = np.maximum(np.nan_to_num(predicted[valid].astype(np.float64)), smallest), truth[valid].astype(np.float64)
+  p, t = np.maximum(np.nan_to_num(predicted[valid].astype(np.float64)), SMALLEST_DEPTH), truth[valid].astype(np.float64)
   ratio, logs = np.maximum(p / t, t / p), np.log(p) - np.log(t)
   spread = np.mean(logs**2) - np.mean(logs) ** 2
   values = (
@@ -180,14 +181,13 @@ def match_edges(predicted: np.ndarray, truth: np.ndarray, *, tolerance: float = 
   return int(np.sum(maximum_bipartite_matching(graph, perm_type="column") >= 0))
 
 
-def edge_counts(strength: np.ndarray, truth: np.ndarray, *, thresholds: int = 99, tolerance: float = 1.0) -> np.ndarray:
+def edge_counts(strength: np.ndarray, truth: np.ndarray, *, thresholds: int = 99) -> np.ndarray:
   """Counts matched, predicted and true edge pixels of an image at each threshold: int (thresholds, 3).
 
   Args:
     strength: of predicted edges, (H, W) in [0, 1]; thinned to lines of one pixel at each threshold.
     truth: edges, boolean (H, W); thinned.
     thresholds: number of thresholds, evenly spaced in (0, 1).
-    tolerance: in pixels.
   """
   lines = thin(truth.astype(bool))
   counts = np.zeros((thresholds, 3), np.int64)
@@ -198,7 +198,7 @@ def edge_counts(strength: np.ndarray, truth: np.ndarray, *, thresholds: int = 99
       counts[i] = counts[i - 1]
       continue
     found, previous = thin(edges), edges
-    counts[i] = match_edges(found, lines, tolerance=tolerance), found.sum(), lines.sum()
+    counts[i] = match_edges(found, lines), found.sum(), lines.sum()
   return counts
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Integer, UInt8
 
 from univid_jax.config.schema import DataConfig
 from univid_jax.core.dims import TEMPORAL_STRIDE
+from univid_jax.core.numbers import ceil_div
 from univid_jax.core.sentence import ClipRef
 from univid_jax.data.tasks.grids.base import Grid, Size
 
@@ -60,7 +61,7 @@ class Rendering:
       ValueError: a grid does not fit.
     """
     height, width = self.size
-    rows, columns = -(-height // self.cell), -(-width // self.cell)
+    rows, columns = ceil_div(height, self.cell), ceil_div(width, self.cell)
     cells = np.full((len(grids), rows, columns), len(self.palette))
     for inside, grid in zip(cells, grids):
       if not self.fits(grid.shape):

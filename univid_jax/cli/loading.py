@@ -1,0 +1,50 @@
+"""Loads the model that a command samples with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+import univid_jax
+from univid_jax.checkpoints.origin import Origin
+from univid_jax.cli.sampling import group_loras
+from univid_jax.inference.distillation_loras import DistillationLoRAs
+from univid_jax.inference.pipeline import Pipeline
+from univid_jax.parallel.mesh import make_mesh
+
+
+def load_model(
+  checkpoint: str,
+  *,
+  step: int | str | None,
+  loras: Sequence[tuple[str, float]],
+  distillation: DistillationLoRAs | None,
+  quantize: str | None,
+  verification: Mapping[str, Any],
+  **options: Any,
+) -> tuple[Pipeline, Origin]:
+  """Loads a model on the devices of this process, each of which has all of it and its share of the sentences.
+
+  Args:
+    checkpoint, step, quantize: see `load_pipeline`.
+    loras: with their weights, as they were named; see `group_loras`.
+    distillation: belongs to the origin; the model has it only if the options say so.
+    verification: see `VerificationFlags`.
+    **options: others of `load_pipeline`.
+  """
+  grouped = group_loras(loras)
+  sources: dict[str, Any] = {"loras": loras, "quantize": quantize, **verification}
+  if distillation:
+    sources |= {"distillation": distillation.files, "lora_steps": distillation.steps}
+  origin = Origin.resolve(checkpoint, step=step, **sources)
+  pipeline = univid_jax.load_pipeline(
+    checkpoint,
+    lora=grouped,
+    step=origin.step,
+    lora_steps=origin.lora_steps,
+    quantize=quantize,
+    mesh=make_mesh({"data": 1, "fsdp": -1}, jax.local_devices()),
+    **verification,
+    **options,
+  )
+  return pipeline, origin
