@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit, SolverName

@@ -1,7 +1,7 @@
 """Names of local files and folders that are being written, next to the name that they get when they are complete.
 
-`.partial-MACHINE-PID-START-RANDOM.NAME` becomes NAME; of a long NAME it has the end. It says which process writes it, so
-that anyone who finds it can tell whether that process was killed:
+`.partial-MACHINE-PID-START-RANDOM.NAME` becomes NAME; of a long NAME it has the end. It says which process writes it,
+so that anyone who finds it can tell whether that process was killed:
 
 - On the same machine the process exists or not.
 - On another machine, or on this one before it was restarted, nobody can say. It was killed if nothing has changed for
