@@ -88,9 +88,11 @@ def _read_rows(table: Path) -> Iterator[_Row]:
     header: list[str] | None = None
     try:
       for row in reader:
-        if row and header is None:
+        if not row:
+          pass
+        elif header is None:
           header = _check_header(table, row)
-        elif row:
+        else:
           values = dict(zip(header, row))
           surplus = [field for field in row[len(header) :] if field.strip()]
           missing = [name for name in COLUMNS if name not in values]
