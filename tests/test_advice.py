@@ -7,15 +7,16 @@ import jax
 import pytest
 
 from univid_jax import forecast as command
-from univid_jax.checkpoints.run_parts import longest_sentence
+from univid_jax.checkpoints.run_parts import longest_sentence, transformer_config
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny, wan22_a14b, wan22_ti2v_5b, wan_1_3b, wan_14b
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize, RematPolicy
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.planning import estimates
 from univid_jax.planning.advice import Machine, advise, describe, make_options, order, smaller_rows
-from univid_jax.planning.estimates import GPU_MARGIN, GPU_PEAK, estimate
+from univid_jax.planning.estimates import GPU_MARGIN, GPU_PEAK, ModelBytes, estimate
 from univid_jax.planning.forecasts import forecast
 from univid_jax.platform.chips import NAMES
 from univid_jax.training.memory import DoesNotFitError, Forecast
@@ -223,6 +224,40 @@ class TestOptions:
       return estimate(override(wan_14b(), changes), Machine(name="v6e").chip, ONE, is_tpu=True).block
 
     assert 0.68e9 < block({"base.offload": True}) - block({}) < 0.72e9
+
+  @pytest.mark.parametrize(
+    "name, ema_decay, param_dtype, expected",
+    [
+      ("adamw", 0.0, "float32", 4 + 4 * 2 + 4),
+      ("muon", 0.0, "float32", 4 + 4 * 1 + 4),
+      ("adamw", 0.9, "float32", 4 + 4 * 2 + 4 + 4),
+      ("adamw", 0.0, "bfloat16", 2 + 4 * 2 + 2),
+      ("muon", 0.9, "bfloat16", 2 + 4 * 1 + 4 + 2),
+    ],
+  )
+  def test_bytes_of_a_parameter(self, name, ema_decay, param_dtype, expected):
+    """Itself, two moments of AdamW's and one of Muon's, its average, and its gradient."""
+    changes = {"optimizer.name": name, "ema_decay": ema_decay, "model.param_dtype": param_dtype}
+    size = 1000 * jax.numpy.dtype(param_dtype).itemsize
+    sizes = ModelBytes(base=size, blocks=size, adapters=0, block=0.0, stored_block=0.0)
+    assert estimates._state_bytes(override(tiny(), changes), sizes) == 1000 * expected
+
+  def test_a_quarter_of_a_sentence_of_four_clips_are_targets(self, monkeypatch):
+    counts = []
+    monkeypatch.setattr(estimates, "step_flops", lambda *_, **given: counts.append(given) or 0)
+    estimates.step_operations(wan_1_3b())
+    assert all(each["targets"] * 4 == each["tokens"] == 31200 + 6240 for each in counts) and counts
+
+  def test_offloaded_blocks_come_for_the_forward_and_for_the_backward_pass(self, monkeypatch):
+    """Those of a device; at a byte per second, all that the device computes meanwhile is that much less to wait for."""
+    monkeypatch.setattr(estimates, "HOST_BANDWIDTH", 1.0)
+    sizes = ModelBytes(base=10**9, blocks=8 * 10**8, adapters=10**6, block=1e6, stored_block=1e6)
+    mesh, chip = {"data": 1, "fsdp": 2, "context": 1}, Machine(name="v5e").chip
+    (compute, offloaded, _), (_, resident, _) = (
+      estimates._seconds(config, transformer_config(config), sizes, chip, mesh, rows=2, is_tpu=True)
+      for config in (override(wan_14b(), {"base.offload": offload, "model.remat": "full"}) for offload in (True, False))
+    )
+    assert offloaded - resident == pytest.approx(2 * 8 * 10**8 / 2 - compute, rel=1e-9)
 
   def test_a_gpu_attends_to_all_of_a_row(self):
     """cuDNN and plain XLA skip no other sentences; the TPU's kernel does."""

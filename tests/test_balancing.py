@@ -3,7 +3,9 @@
 from contextlib import closing
 from itertools import chain, pairwise
 from typing import Any
+from unittest import mock
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,7 +16,9 @@ from tests.helpers import CAUSAL
 from tests.stand_ins import Shape
 from univid_jax.config.schema import RowsConfig
 from univid_jax.core.options import Packing
+from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.sentence import Sentence, reference_roles
+from univid_jax.data.rows import balancing
 from univid_jax.data.rows.balancing import BatchLayout, count_pairs, deal_rows
 from univid_jax.data.rows.loader import make_loader
 from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
@@ -102,6 +106,38 @@ def test_every_row_is_dealt_once_and_rows_of_similar_work_together(layout, batch
     np.testing.assert_allclose(of_devices, split.sum(-1).T)
     # The heaviest of the next rows goes to the device with the least: they never differ by more than one row's range.
     assert np.all(np.ptp(of_devices, axis=0) <= np.ptp(split, axis=(1, 2)) + 1e-9)
+
+
+def test_the_device_with_the_least_work_of_all_its_rows_gets_the_heaviest():
+  """After 10 and 9, and 2 and 8, they have 12 and 17."""
+  layout = BatchLayout(num_rows=6, rows_per_device=3)
+  work = np.array([10.0, 9.0, 8.0, 2.0, 1.5, 1.0])
+  assert work[deal_rows(work, layout)[0]].tolist() == [10, 2, 1.5, 9, 8, 1]
+
+
+@pytest.mark.parametrize("num_rows, expected", [(4, 4), (8, 4), (6, 2), (2, 2), (3, 1), (12, 4), (24, 4)])
+def test_rows_of_a_stream_that_are_computed_together_are_one_device_s(num_rows, expected):
+  """Streams have consecutive parts of a batch, devices four rows each."""
+  part = BatchLayout(num_rows=24, rows_per_device=4).part(num_rows)
+  devices = np.arange(24).reshape(-1, part.rows_per_device) // 4
+  assert (devices == devices[:, :1]).all() and num_rows % part.rows_per_device == 0
+  assert part.num_rows == num_rows and part.rows_per_device == expected
+
+
+def test_windows_have_their_batches_in_different_orders(monkeypatch):
+  """The same in all streams of a seed."""
+
+  def orders(seed):
+    rows = [mock.Mock(spec=PackedRow, work=work) for work in range(4)]
+    source = grain.MapDataset.source(rows).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0))
+    batches = iter(balancing.BalancedBatches(source, layout=BatchLayout(num_rows=1), window=4, seed=seed))
+    return [tuple(next(batches).work for _ in range(4)) for _ in range(10)]
+
+  monkeypatch.setattr(balancing, "count_pairs", lambda row: (np.array([float(row.work)]), np.zeros(1)))
+  monkeypatch.setattr(balancing, "join_rows", lambda rows: rows[0])
+  found = orders(3)
+  assert {tuple(sorted(order)) for order in found} == {(0, 1, 2, 3)} and len(set(found)) > 4
+  assert orders(3) == found != orders(4)
 
 
 # Not drawn by Hypothesis, which fails if anything uses `random` while it draws, as happened here under load.

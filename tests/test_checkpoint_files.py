@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import sys
 
 import ml_dtypes
@@ -13,6 +14,7 @@ import univid_jax
 from tests.checkpoint_files import (
   assert_converted,
   dequantize_gguf,
+  gguf_package,
   is_matrix,
   quantize_gguf,
   random_float8,
@@ -443,6 +445,17 @@ class TestGGUF:
     write_gguf(folder / "wan.gguf", tensors, {f"comfy.gguf.orig_shape.{name}": [3, 5]})
     with pytest.raises(UserError, match=r"orig_shape.patch_embedding.weight is \(3, 5\), but the tensor is"):
       read_all(folder / "wan.gguf")
+
+  @pytest.mark.parametrize("padding, start", [(15, 96), (16, 96), (17, 128)])
+  def test_the_data_begins_at_the_next_multiple_of_32(self, tmp_path, padding, start):
+    """Of 80 bytes of a header and as many as its only value has: a string."""
+    gguf_package()
+    header = struct.pack("<4sIQQ", b"GGUF", 3, 1, 1) + struct.pack("<Q3sIQ", 3, b"pad", 8, padding) + b"x" * padding
+    header += struct.pack("<Q1sIQIQ", 1, b"w", 1, 4, 0, 0)
+    assert len(header) == 80 + padding
+    numbers = np.arange(4, dtype=np.float32)
+    (tmp_path / "wan.gguf").write_bytes(header.ljust(start, b"\0") + numbers.tobytes())
+    assert open_tensors(tmp_path / "wan.gguf").read("w").tolist() == [0, 1, 2, 3]
 
   def test_without_the_package(self, folder, monkeypatch):
     file = write_gguf(folder / "wan.gguf", quantize_gguf(WEIGHTS, {}, rng()))

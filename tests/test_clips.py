@@ -21,6 +21,7 @@ from univid_jax.core.sentence import read_frames
 from univid_jax.data.cache.entries import Cache
 from univid_jax.data.clips import (
   ClipFormat,
+  ContextClip,
   Footage,
   frame_rate,
   identify_all,
@@ -51,6 +52,12 @@ class TestClips:
     assert ClipFormat(size=(16, 24), num_frames=5).resize(frames).min() == 200
     padded = ClipFormat(size=(16, 24), num_frames=5, fit=ClipFit.PAD).resize(frames)
     assert padded.shape == (1, 16, 24, 3) and padded[0, 8].min() == 200 and padded[0, 0].max() == 0
+
+  @pytest.mark.parametrize("shape, expected", [((110, 100), (32, 16)), ((100, 110), (16, 32))])
+  def test_the_nearest_size_is_that_which_crops_least(self, shape, expected):
+    """Shapes are compared by ratios: 1.1 to 2 is 0.55, and 0.5 to 1.1 less, though it is nearer by difference."""
+    for sizes in (((16, 32), (32, 16)), ((32, 16), (16, 32))):
+      assert ClipFormat(size=sizes[0], num_frames=5, buckets=sizes[1:]).for_shape(shape).size == expected
 
   def test_formats_from_the_config(self):
     changes = {"data.height": 16, "data.width": 24, "data.buckets": ["32x16"], "data.fit": "pad", "data.fps": 8}
@@ -158,6 +165,21 @@ class TestContext:
     form = ClipFormat(size=(16, 24), num_frames=5, buckets=((24, 16),))
     assert {clip.frames.shape for clip in read_context([wide, wide, tall], form)} == {(1, 24, 16, 3)}
 
+  def test_only_the_query_is_extended(self, tmp_path):
+    """Of 8 columns, half black: resized to 24 the other half begins at 12, extended still at 4."""
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:, 4:] = 255
+    Image.fromarray(half).save(tmp_path / "half.png")
+    clips = read_context([tmp_path / "half.png"] * 3, ClipFormat(size=(24, 24), num_frames=5), extend_query=True)
+    assert [int((clip.frames[0, 0, :, 0] > 127).argmax()) for clip in clips] == [12, 12, 4]
+
+  @pytest.mark.parametrize(
+    "rates, expected", [((24, None, 30), 30), ((24, 12, None), 24), ((None, 12, None), 12), ((None, None, None), None)]
+  )
+  def test_the_rate_is_the_query_s(self, rates, expected):
+    frames = np.zeros((1, 4, 4, 3), np.uint8)
+    assert frame_rate([ContextClip("", frames, fps, "", ()) for fps in rates]) == expected
+
   def test_clips_that_have_to_be_videos(self, tmp_path):
     video, image = write_video(tmp_path / "v.mp4", 12), write_image(tmp_path / "i.png")
     clips = read_context([video, video], FORM, videos=(False, True))
@@ -172,6 +194,15 @@ def test_cropping_keeps_the_aspect_ratio_and_the_centre():
   cropped = resize_and_crop(video, (20, 20))
   assert (cropped[:, :, 2:-2] == 200).all() and cropped.min() > 150
   assert resize_and_crop(video, (64, 32)).shape == (2, 64, 32, 3)
+
+
+@pytest.mark.parametrize("shape, size", [((2, 5), (2, 2)), ((5, 2), (2, 2)), ((6, 9), (4, 4)), ((9, 6), (5, 7))])
+def test_what_is_cropped_is_the_same_on_both_sides(shape, size):
+  frames = np.random.default_rng(0).integers(0, 256, (1, *shape, 3), np.uint8)
+  cropped = resize_and_crop(frames, size).astype(int)
+  for axis in (1, 2):
+    mirrored = resize_and_crop(np.flip(frames, axis), size)
+    assert np.abs(np.flip(mirrored, axis) - cropped).max() <= 1
 
 
 def test_any_size_fits_any_other():

@@ -346,6 +346,14 @@ class TestAddedLoss:
         self.save(checkpointer, step, val_loss)
     assert folders(tmp_path) == ["4", "8"] and find_step(tmp_path, "best") == 4
 
+  @pytest.mark.parametrize(
+    "losses, best", [({2: 0.3, 4: 0.5, 6: 0.3}, 6), ({2: 0.2, 4: 0.3}, 2), ({2: None, 4: 0.5}, 4), ({2: None}, None)]
+  )
+  def test_of_equal_ones_the_last_is_the_best(self, monkeypatch, losses, best):
+    monkeypatch.setattr(SavedCheckpoints, "steps", list(losses))
+    monkeypatch.setattr(SavedCheckpoints, "val_loss", lambda self, step: losses[step])
+    assert SavedCheckpoints("workdir").find_best() == best
+
   def test_that_is_not_finite_is_none(self, workdir):
     with contextlib.closing(Checkpointer(workdir)) as checkpointer:
       checkpointer.add_val_loss(4, float("nan"))

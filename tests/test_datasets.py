@@ -1,11 +1,13 @@
 """Data of one's own: what each reader accepts, and how it names what it cannot use."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import shutil
 from collections import Counter, UserList
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,11 +32,12 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle, TargetKind
 from univid_jax.core.sentence import Role, read_frames
 from univid_jax.data import joint_reading
-from univid_jax.data.clips import ClipFormat
+from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.fingerprint import describe_changes, find_shared, fingerprint
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.data.sources.pairs import check_aligned
 from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
@@ -361,6 +364,24 @@ class TestPairs:
     assert reason in str(dropped[:1])
     images, _ = open_pairs(str(tmp_path), FORM, draw_options(contexts={"II": 1.0, "I": 0.0}))
     assert len(images.pairs) == 2, "first frames show the same at any rate"
+
+  @pytest.mark.parametrize(
+    "lengths, num_frames, are_aligned",
+    [
+      ((5, 5), 9, True),
+      ((5, 8), 9, False),
+      ((5, 12), 9, False),
+      ((9, 12), 9, True),
+      ((1, 12), 9, True),
+      ((5, 12), 1, True),
+    ],
+  )
+  def test_lengths_of_a_pair(self, lengths, num_frames, are_aligned):
+    """Equal, or both long enough; an image goes with any video."""
+    for order in (lengths, lengths[::-1]):
+      clips = [mock.Mock(spec=Footage, size=(16, 16), fps=None, num_frames=count, form=FORM) for count in order]
+      with contextlib.nullcontext() if are_aligned else pytest.raises(UserError, match="of each are needed"):
+        check_aligned(*clips, num_frames)
 
   def test_what_has_no_rate_goes_with_any(self, pairs):
     for name in ("a", "b b", "c"):

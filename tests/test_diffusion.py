@@ -60,6 +60,20 @@ class TestSchedule:
     if stratified:
       assert np.all(np.diff(np.sort(np.asarray(ids).reshape(2000, 16), axis=1), axis=1) >= 60)
 
+  def test_a_range_has_its_lower_end_alone(self):
+    """Of 1, 0.999, ..., 0.001."""
+    flow = FlowMatching(shift=1.0, noise_range=(0.25, 0.5))
+    found = flow.training_sigmas()[flow._ids_in_range()]
+    np.testing.assert_allclose(found, np.arange(499, 249, -1) / 1000, rtol=1e-6)
+    assert flow.range_probability == 0.25
+
+  def test_bell_weights_are_those_of_diffsynth(self):
+    """A Gaussian around 500 with a standard deviation of 500, moved to a minimum of 0 and scaled to a mean of 1."""
+    weights = FlowMatching(shift=1.0).bell_weights()
+    timesteps = np.arange(1000, 0, -1)
+    bell = np.exp(-(((timesteps - 500) / 500) ** 2) / 2) - np.exp(-1 / 2)
+    np.testing.assert_allclose(weights, bell / bell.mean(), rtol=1e-4, atol=1e-6)
+
   @pytest.mark.parametrize("noise_range", [(0.0, math.inf), (0.0, 0.875), (0.875, math.inf)])
   def test_logit_normal_levels_are_stratified(self, noise_range):
     """Every sixteenth of the distribution has one of 16 levels, of those in the range; each level has all of it."""

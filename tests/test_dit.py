@@ -5,6 +5,7 @@ import functools
 import importlib
 import re
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from univid_jax.models import rope
 from univid_jax.models.attention import splash, xla
 from univid_jax.models.attention.api import attention
 from univid_jax.models.dit import REMAT_POLICIES, DiT, timestep_embedding
+from univid_jax.models.in_context import look_back
 from univid_jax.models.layers import normalize, param
 from univid_jax.models.rope import rotary_tables
 from univid_jax.models.variants import VARIANTS, DiTConfig
@@ -401,3 +403,32 @@ def test_parameters_are_drawn_from_the_keys_of_nnx():
     drawn, expected = run(create_ours), run(lambda rngs: jax.random.normal(rngs.params(), (2,), jnp.float32))
     np.testing.assert_array_equal(drawn, expected)
     assert len(np.unique(np.stack(drawn))) == 6
+
+
+def test_biases_look_back(monkeypatch):
+  """At each time a query's bias has the largest product with that of the key so many frames earlier, once rotated."""
+  monkeypatch.setattr(jax.nn.initializers, "orthogonal", lambda: lambda key, shape, dtype: np.ones(shape, dtype))
+  config = DiTConfig(dim=48, ffn_dim=8, num_heads=4, num_layers=1, freq_dim=8, text_dim=8)
+
+  def fake(**shapes):
+    return mock.Mock(**{name: nnx.Param(np.ones(shape, np.float32)) for name, shape in shapes.items()})
+
+  model, linear = mock.Mock(spec=DiT, config=config), functools.partial(fake, bias=(1, 48), kernel=(1, 1, 1))
+  model.blocks = fake(modulation=(1, 6, 48))
+  model.blocks.self_attn = mock.Mock(q=linear(), k=linear(), v=linear(), o=linear())
+  model.blocks.self_attn.norm_q = model.blocks.self_attn.norm_k = fake(scale=(1, 48))
+  model.blocks.ffn = mock.Mock(up=linear(), down=linear())
+  model.time_projection, model.patch_embedding = fake(kernel=(1, 1)), fake(kernel=(4, 48))
+  model.head = mock.Mock(head=fake(kernel=(1, 1)))
+  look_back(model, (0, 1, 3), rng=jax.random.key(0))
+
+  query, key = (
+    np.asarray(each.bias[...]).reshape(4, 6, 2).astype(np.float64).view(np.complex128)[..., 0]
+    for each in (model.blocks.self_attn.q, model.blocks.self_attn.k)
+  )
+  # Two of the six pairs of channels encode time, at frequencies of 10000**0 and 10000**-0.5; places are the same.
+  rotations = np.exp(1j * np.arange(7)[:, None] * np.array([1, 0.01, 0, 0, 0, 0]))
+  products = np.einsum("qhc, khc -> hqk", query * rotations[:, None], np.conj(key * rotations[:, None])).real
+  for head, distance in enumerate((0, 1, 3)):
+    assert (products[head, distance:].argmax(-1) == np.arange(7 - distance)).all()
+  assert np.all(products[3] == 0)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import weakref
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 
 from tests.helpers import GOLDENS22, golden, load, relative_error
 from univid_jax.checkpoints.tensor_files import open_tensors
+from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.codecs.tiling import Tiling, decode_tiled, encode_tiled
 from univid_jax.codecs.vae_config import AUTOENCODERS, VAEConfig
 from univid_jax.codecs.wan_vae import VAE, WanVAECodec
@@ -292,3 +294,21 @@ class TestStrictLoading:
     message = r"wrong shape: blocks\.1\.attn\.q\.weight is \(47, 48\) instead of \(48, 48\)"
     with pytest.raises(ValueError, match=message):
       self.load(self.weights | {"blocks.1.attn.q.weight": np.zeros((47, 48))})
+
+
+def test_everything_that_determines_latents_is_part_of_their_fingerprint():
+  def fingerprint(*, checksum="a", tiling=None, **config):
+    vae = dataclasses.replace(AUTOENCODERS["wan2.1"], **config)
+    checkpoint = mock.Mock(checksum=lambda component: checksum, config=lambda component: vae)
+    return PretrainedEncoders(checkpoint, make_mesh({}, jax.devices()[:1]), tiling=tiling).codec_fingerprint
+
+  found = [
+    fingerprint(),
+    fingerprint(checksum="b"),
+    fingerprint(latent_mean=(0.5,) * 16),
+    fingerprint(latent_std=(0.5,) * 16),
+    fingerprint(tiling=Tiling(size=32, overlap=8)),
+    fingerprint(tiling=Tiling(size=32, overlap=4)),
+    fingerprint(tiling=Tiling(size=16, overlap=8)),
+  ]
+  assert len(set(found)) == len(found) and fingerprint() == found[0]

@@ -31,7 +31,7 @@ from univid_jax.evaluation.controls import (
   show_inverse_task,
 )
 from univid_jax.evaluation.exact import score_grids
-from univid_jax.evaluation.generate import Generated, SentenceInfo, make_variants
+from univid_jax.evaluation.generate import Generated, SentenceInfo, _noise_seed, make_variants
 from univid_jax.evaluation.kinds import KIND_METRICS, KindOptions, unmix_colors
 from univid_jax.evaluation.metrics.dense import nearest_labels
 from univid_jax.evaluation.metrics.image import psnr
@@ -100,6 +100,17 @@ class TestControls:
     assert found["copy_b"].shape == (3, 4, 4, 3) and (found["copy_b"] == 9).all()
     assert found["copy_a2"][:, 0, 0, 0].tolist() == [10, 30, 30]
     assert found["mean_a2"].dtype == np.uint8 and (found["mean_a2"] == 20).all()
+
+  def test_the_mean_colour_is_rounded(self):
+    clips = [
+      np.array(greys, np.uint8)[:, None, None, None].repeat(3, axis=3) for greys in ([5], [0, 1, 1], [9], [5, 5])
+    ]
+    assert (baselines(clips)["mean_a2"] == 1).all()
+
+  def test_no_two_sentences_share_their_noise(self):
+    """Of up to 100,000 sentences and 10 repetitions; reports depend on the numbers."""
+    first = [_noise_seed(seed, repetition) for seed in (0, 1, 2) for repetition in range(10)]
+    assert first == [100_000 * number for number in range(30)]
 
   def test_swapped_pairs_are_of_another_task(self, tiny_config):
     planned = select(tiny_config)
@@ -353,6 +364,17 @@ class TestKinds:
     vectors = np.random.default_rng(0).normal(size=(1, 5, 5, 3))
     truth = normals_to_image(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
     assert score_kind(TargetKind.NORMALS, truth, truth)[0]["mean"] < 1
+    wrong = truth.copy()
+    wrong[:, 2:] = 255 - wrong[:, 2:]
+    assert score_kind(TargetKind.NORMALS, wrong, truth)[0]["mean"] > 90
+    truth[:, 2:] = 0  # unknown
+    assert score_kind(TargetKind.NORMALS, wrong, truth)[0]["mean"] < 1
+
+  def test_edges_are_what_is_drawn_in_at_least_half_of_the_ink(self):
+    truth = np.zeros((1, 16, 16, 3), np.uint8)
+    truth[:, 2:14, 3], truth[:, 2:14, 8], truth[:, 2:14, 12] = 255, 128, 120
+    _, counts = score_kind(TargetKind.EDGES, truth, truth)
+    assert (counts["edges"][:, 2] == 2 * 12).all()
 
   def test_segmentation_is_pooled(self, tmp_path, sklearn_metrics):
     """Labels are the nearest colours of a palette; over a data set, pixels are counted, not images averaged."""

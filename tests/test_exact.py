@@ -204,6 +204,12 @@ class TestCases:
         expected |= {(name, split, context) for split in splits}
     assert found == dict.fromkeys(expected, 2)
 
+  def test_every_case_has_its_own_seed(self):
+    """Reports depend on the numbers."""
+    config = override(grids(), {"eval.sentences_per_case": 2, "eval.seed": 7, "data.contexts": {"II": 1.0}})
+    cases = [planned.read.func.__self__ for planned in plan_sentences(config, open_data(config).held_out)]
+    assert [case.seed for case in cases] == [7000 + number // 2 for number in range(len(cases))] and len(cases) > 20
+
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):

@@ -92,6 +92,15 @@ class TestRendering:
     noisy = blurred + np.random.default_rng(0).normal(0, 25, blurred.shape)
     assert is_same(draws.decode(np.clip(noisy, 0, 255).astype(np.uint8))[0], states[0])
 
+  def test_only_the_inner_half_of_a_cell_counts(self):
+    """Around it, a quarter of the cell on each side may have any colour."""
+    draws, grid = rendering(32, 8), np.arange(16).reshape(4, 4) % 10
+    frame = draws.render([grid])
+    rest = np.arange(32) % 8
+    is_inner = (rest >= 2) & (rest < 6)
+    frame[:, ~(is_inner[:, None] & is_inner)] = draws.palette[3]
+    assert is_same(draws.decode(frame)[0], grid)
+
   def test_any_picture_is_read(self):
     for seed in range(10):
       noise = np.random.default_rng(seed).integers(0, 256, (1, 32, 32, 3), np.uint8)
@@ -192,6 +201,12 @@ class TestFamilies:
     states = cells.fall_in_steps(grid, 3, direction=direction)
     assert len(states) == 3 and is_same(states[-1], expected)
     assert all(sorted(state.flat) == sorted(grid.flat) for state in states)
+
+  def test_states_of_a_fall_are_evenly_spaced(self):
+    column = np.array([[1], [0], [0], [0], [0]])
+    for count, places in ((4, [1, 2, 3, 4]), (2, [2, 4]), (1, [4])):
+      states = cells.fall_in_steps(column, count, direction="down")
+      assert [int(state.argmax()) for state in states] == places
 
   def test_falling_cells_move_one_cell_per_tick(self):
     column = np.array([[1], [0], [2], [0], [0]])
@@ -496,6 +511,19 @@ class TestSentences:
       assert all(rule in found for rule in agree if rule != params) and all(rule in rules for rule in found)
       if name in ("translate", "automaton"):
         assert len(found) == len(agree) - (name == "automaton")
+
+  def test_sources_of_a_sentence_differ(self):
+    """What equals an earlier one or its own target is drawn again."""
+    trained = (np.full((2, 2), n % 9, np.int8) + (np.arange(4).reshape(2, 2) == n // 9) for n in range(36))
+    first, still, other = itertools.islice((grid for grid in trained if not is_held_out_grid(grid)), 3)
+    drawn = iter([first, still, other])
+    family = dataclasses.replace(
+      GRID_FAMILIES["recolor"],
+      make=lambda rng, size: next(drawn),
+      apply=lambda grid: grid if is_same(grid, still) else grid + 1,
+    )
+    found = only("recolor")._draw_pair(np.random.default_rng(0), family, (2, 2), {}, [first])
+    assert found is not None and is_same(found[0], other)
 
   def test_an_index_always_gives_the_same_sentence(self):
     source = GridSentences.open(CONFIG)

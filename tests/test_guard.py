@@ -50,6 +50,17 @@ class TestGuard:
     assert skipped == [MIN_NORMS + 2] and int(state.num_used) == len(steps) - 1
     assert run(steps, skip_norm=0.0)[0] != path
 
+  @pytest.mark.parametrize("before", [MIN_NORMS - 1, MIN_NORMS])
+  def test_how_many_norms_make_a_median(self, before):
+    path, _ = run([1.0] * before + [100.0], skip_norm=3.0)
+    assert (path[-1] == path[-2]) == (before == MIN_NORMS)
+
+  @pytest.mark.parametrize("later, is_bad", [(WINDOW // 2 - 1, True), (WINDOW // 2 + 1, False)])
+  def test_the_median_is_that_of_the_whole_window(self, later, is_bad):
+    """A norm of 3.5 is more than 2.5 times the median if that is 1, and less if it is 1.9."""
+    path, _ = run([1.0] * WINDOW + [1.9] * later + [3.5], skip_norm=2.5)
+    assert (path[-1] == path[-2]) == is_bad
+
   def test_the_window_moves_on(self):
     path, _ = run([1.0] * WINDOW + [1.9] * WINDOW + [3.5], skip_norm=2.0)
     assert path[-1] != path[-2]

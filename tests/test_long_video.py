@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -11,7 +12,10 @@ from tests.helpers import random_pipeline, relative_error
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.data.media.writer import write_clip
-from univid_jax.inference.long_video import VideoReader
+from univid_jax.inference import long_video, progress_file
+from univid_jax.inference.jobs import Job
+from univid_jax.inference.long_video import VideoReader, VideoSample
+from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.progress_file import ProgressFile
 from univid_jax.inference.windows import Windows
 from univid_jax.parallel.mesh import make_mesh
@@ -43,6 +47,104 @@ def test_windows_share_all_groups(num_frames, length, overlap):
     total[entries] += weights
   np.testing.assert_allclose(total, 1, atol=1e-6)
   assert all(length - 1 - (b - a) >= overlap for a, b in itertools.pairwise(windows.starts))
+
+
+def test_weights_fall_linearly_towards_the_end_of_a_window():
+  """Of five latent frames, two windows share two; the first latent frame of the second is its own."""
+  first, second = Windows(7, 5, (0, 2)).weights
+  np.testing.assert_allclose(first, [1, 1, 1, 2 / 3, 1 / 3])
+  np.testing.assert_allclose(second, [1, 1 / 3, 2 / 3, 1, 1])
+
+
+class RecordingPipeline:
+  """Latents and frames are filled with numbers that tell what they are of.
+
+  Those of frames are the first one's grey; the result of the n-th window consists of 100 + 10 n in latents, and of the
+  greys from 100 + 10 n on in frames.
+  """
+
+  def __init__(self):
+    self.encoders = mock.Mock(codec=mock.Mock(temporal_stride=4, latent_channels=3))
+    self.config = mock.Mock(takes_condition=False, patch_size=(1, 1, 1))
+    self.features, self.experts, self.joint_sampler = mock.Mock(), mock.Mock(), mock.Mock()
+    self.jobs: list[tuple[list[float], np.ndarray, bool]] = []
+
+  def latent_shape(self, shape):
+    return 1 + (shape[0] - 1) // 4, 2, 2
+
+  def encode(self, frames):
+    return np.full((1 + (len(frames) - 1) // 4, 2, 2, 3), frames[0, 0, 0, 0], np.float32)
+
+  def decode(self, latents):
+    greys = latents[0, 0, 0, 0] + np.arange(4 * len(latents) - 3, dtype=np.float32)
+    return greys[:, None, None, None] / 127.5 - np.ones((len(greys), 8, 8, 3), np.float32)
+
+  def pack_job(self, job, embeds):
+    return []
+
+  def decode_parts(self, latents):
+    return []
+
+  def sample_job(self, job, embeds, plan, *, progress):
+    return np.full((3, 2, 2, 3), 90 + 10 * len(self.jobs), np.float32)
+
+  def make_job(self, clips, noise, *, has_first_frame, **_):
+    self.jobs.append(([float(clip[0, 0, 0, 0]) for clip in clips], noise, has_first_frame))
+    return mock.Mock(spec=Job)
+
+
+def record_sampling(monkeypatch, *, num_frames, window_frames, carry_context):
+  """Returns the pipeline, a sample over a query whose greys number its frames, and the noise of all latent frames."""
+  pipeline = RecordingPipeline()
+  monkeypatch.setattr(long_video, "make_job", pipeline.make_job)
+  monkeypatch.setattr(long_video, "JointWindows", mock.Mock())
+  numbers = np.arange(num_frames, dtype=np.uint8)[:, None, None, None] + np.zeros((num_frames, 8, 8, 3), np.uint8)
+  video = VideoSample(
+    pipeline,
+    [np.full((1, 8, 8, 3), grey, np.uint8) for grey in (200, 201)],
+    VideoReader.from_frames(numbers),
+    embeds=[],
+    plan=mock.Mock(spec=SamplingPlan, sigmas=np.ones(1), step_cache=None),
+    window_frames=window_frames,
+    seed=5,
+    carry_context=carry_context,
+  )
+  key = jax.random.key(5)
+  noise = [jax.random.normal(jax.random.fold_in(key, t), (2, 2, 3)) for t in range(1 + (num_frames - 1) // 4)]
+  return pipeline, video, np.stack(noise)
+
+
+def test_what_each_window_in_turn_is_given(monkeypatch):
+  """The examples, the window before and its result, its own part of the query, and the last frame of that result."""
+  pipeline, video, noise = record_sampling(monkeypatch, num_frames=25, window_frames=9, carry_context=True)
+  greys = np.concatenate(list(video))[:, 0, 0, 0]
+  clips, noises, has_first_frame = zip(*pipeline.jobs)
+  assert list(clips) == [[200, 201, 0, 0], [200, 201, 0, 100, 8, 108, 0], [200, 201, 8, 110, 16, 118, 0]]
+  assert has_first_frame == (False, True, True)
+  for found, expected in zip(noises, (noise[0:3], noise[3:5], noise[5:7]), strict=True):
+    np.testing.assert_array_equal(found, expected)
+  assert greys.tolist() == [*range(100, 109), *range(111, 119), *range(121, 129)]
+
+
+def test_the_noise_of_windows_that_advance_together(monkeypatch):
+  """Each latent frame of the video has its own, which the first one of a window shares, wherever it is."""
+  pipeline, video, noise = record_sampling(monkeypatch, num_frames=33, window_frames=17, carry_context=False)
+  pipeline.joint_sampler.sample = lambda experts, joint, noise, *_, **__: given.append(noise) or noise
+  given: list[np.ndarray] = []
+  assert list(video) == [] and video.num_windows == 3
+  np.testing.assert_array_equal(given[0].reshape(-1, 2, 2, 3), noise[[*range(9), 2, 4]])
+
+
+@pytest.mark.parametrize("seconds, interval", [(0.5, 30.0), (4.0, 120.0)])
+def test_saving_takes_a_thirtieth_of_the_time_at_most(tmp_path: Path, monkeypatch, seconds, interval):
+  clock = [1000.0]
+  monkeypatch.setattr(progress_file, "time", mock.Mock(monotonic=lambda: clock[0]))
+  monkeypatch.setattr(progress_file.np, "savez", lambda *_, **__: clock.append(clock.pop() + seconds))
+  progress = ProgressFile(tmp_path / "state.npz", {})
+  progress.save({})
+  for passed, is_due in ((interval - 1, False), (interval, True)):
+    clock[0] = 1000 + seconds + passed
+    assert progress.is_due() == is_due
 
 
 def test_frames_after_the_end_repeat_the_last():

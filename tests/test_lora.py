@@ -241,6 +241,18 @@ class TestOnAModel:
     y = np.asarray(layer(jnp.ones((50, 1000))))
     assert abs(y.mean() / 1000 - 1) < 0.01 and y.std() > 10
 
+  def test_every_adapter_of_every_layer_has_its_own_dropout(self):
+    def adapter(*layers):
+      return {"lora": {"down": jnp.zeros((*layers, 4, 2)), "up": jnp.zeros((*layers, 2, 4))}}
+
+    adapters = {
+      "blocks": {"self_attn": {"q": adapter(3), "v": adapter(3)}, "ffn": {"up": adapter(3)}},
+      "time_projection": adapter(),
+    }
+    leaves = jax.tree_util.tree_leaves_with_path(with_dropout_keys(adapters, jax.random.key(0)))
+    keys = [jax.random.key_data(value).reshape(-1, 2) for path, value in leaves if path[-1].key == "key"]
+    assert len({tuple(key) for key in np.concatenate(keys).tolist()}) == 3 * 3 + 1
+
   def test_dropout_is_for_training_alone(self, base):
     """The model of a run is validated and sampled without it, and without its keys."""
 

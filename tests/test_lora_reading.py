@@ -50,9 +50,9 @@ def pair(name=Q, rank=2, **parts):
   return tensors | {f"{name}.{part}": value for part, value in parts.items()}
 
 
-def weight_change(change, weight=None):
+def weight_change(change, weight=None, strength=1.0):
   """Returns the change of a weight (out, in)."""
-  group, parts = change.kernel_parts(1.0)
+  group, parts = change.kernel_parts(strength)
   parts = {name: jnp.asarray(part) for name, part in parts.items()}
   weight = np.zeros(change.shape, np.float32) if weight is None else weight
   kernel = jnp.asarray(weight.reshape(len(weight), -1).T)
@@ -345,6 +345,24 @@ class TestRefused:
   def test_bad_arguments(self, lora, message, tmp_path):
     with pytest.raises(UserError, match=message):
       load_pipeline(str(tmp_path), lora)
+
+
+@pytest.mark.parametrize("alpha, scale", [({f"{Q}.alpha": np.array(6.0)}, 6 / 2), ({}, 1)])
+def test_two_products_of_lokr_are_scaled_by_the_rank_of_the_second(alpha, scale):
+  """As in ComfyUI, where that of w2 comes last; without an alpha it is 1."""
+  rng = np.random.default_rng(0)
+  shapes = {"w1_a": (2, 1), "w1_b": (1, 3), "w2_a": (4, 2), "w2_b": (2, 2)}
+  parts = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+  lora = lora_from({f"{Q}.lokr_{name}": value for name, value in parts.items()} | alpha)
+  expected = scale * np.kron(parts["w1_a"] @ parts["w1_b"], parts["w2_a"] @ parts["w2_b"])
+  np.testing.assert_allclose(weight_change(lora.changes["blocks.0.self_attn.q.weight"]), expected, rtol=1e-5)
+
+
+def test_the_weight_of_dora_scales_its_whole_change():
+  """Not what is added before columns are brought to their magnitudes."""
+  change = lora_from(pair(dora_scale=ones(8, 1))).changes["blocks.0.self_attn.q.weight"]
+  weight = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+  np.testing.assert_allclose(weight_change(change, weight, 0.5), 0.5 * weight_change(change, weight), rtol=1e-5)
 
 
 class TestTucker:

@@ -12,6 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from univid_jax.core.options import DepthAlignment
 from univid_jax.data.tasks.camera import camera_movement, camera_poses
+from univid_jax.evaluation.metrics import camera
 from univid_jax.evaluation.metrics.camera import camera_metrics, recover_pose, warp
 from univid_jax.evaluation.metrics.dense import (
   align_depth,
@@ -246,6 +247,15 @@ class TestCamera:
   def test_known_pose_is_recovered(self, pose):
     seen = np.clip(np.round(warp(self.photo.astype(float), np.array(pose))), 0, 255).astype(np.uint8)
     assert np.abs(recover_pose(seen, self.photo) - pose).max() < 0.01
+
+  def test_errors_of_a_pose_by_hand(self, monkeypatch):
+    """The zoom is 20 % too large, the angle 3 degrees; the shift is off by 6 of 40 columns and 8 of 30 rows."""
+    found = np.array([np.log(1.5 * 1.2), np.radians(10 + 3), 0.05 + 6 / 40, -0.02 - 8 / 30])
+    monkeypatch.setattr(camera, "recover_pose", lambda *_, **__: found)
+    clip = np.zeros((2, 30, 40, 3), np.uint8)
+    errors = camera_metrics(clip, clip[:1], [np.zeros(4), np.array([np.log(1.5), np.radians(10), 0.05, -0.02])])
+    assert errors["zoom_error"] == pytest.approx(20) and errors["angle_error"] == pytest.approx(3)
+    assert errors["shift_error"] == pytest.approx(100 * 10 / 50)
 
   def test_camera_task_follows_its_poses(self):
     params = {"zoom": 1.5, "angle": 12.0, "shift": [0.8, -0.5]}

@@ -80,6 +80,17 @@ def test_a_row_of_two_sentences_and_padding():
     pack([first, second], RowShape(num_tokens=20, num_text_tokens=6, num_slots=3))
 
 
+@pytest.mark.parametrize(
+  "limit, needed", [("num_tokens", 24), ("num_text_tokens", 8), ("num_slots", 2), ("num_targets", 12)]
+)
+def test_two_sentences_share_a_row_if_it_has_room_for_everything(limit, needed):
+  """Each has 12 tokens, 6 of them targets, and 4 text tokens, one of which is the padding of the prompt."""
+  sentences = [make_features((1, 1), prompt_length=3)[1]] * 2
+  for capacity, num_rows in ((needed, 1), (needed - 1, 2)):
+    shape = dataclasses.replace(RowShape(num_tokens=100, num_text_tokens=100, num_slots=100), **{limit: capacity})
+    assert len(pack_rows(sentences, shape)[0].tokens) == num_rows
+
+
 def test_packing_keeps_the_targets_of_every_sentence():
   lengths = [(2, 2, 2, 2), (1, 1, 1, 1), (1, 1, 2, 2), (1, 1, 1, 1), (1, 1, 2, 2), (1, 2, 1, 2)]
   made = [make_features(n, seed=i) for i, n in enumerate(lengths)]

@@ -27,7 +27,15 @@ from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.dit import DiT
 from univid_jax.models.layers import Linear, quantize_linears
 from univid_jax.models.lora import LORA
-from univid_jax.models.quantized import QTYPES, QuantizedKernel, dequantize, in_words, quantize, tile_size
+from univid_jax.models.quantized import (
+  QTYPES,
+  QuantizationError,
+  QuantizedKernel,
+  dequantize,
+  in_words,
+  quantize,
+  tile_size,
+)
 from univid_jax.models.variants import VARIANTS
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.memory import abstract_batch, compile_step
@@ -154,6 +162,14 @@ def test_words_hold_the_same_numbers(method, shape):
   assert words.numbers.dtype == (jnp.uint32 if can_pack else kernel.numbers.dtype)
   assert words.shape == kernel.shape and words.numbers.nbytes == kernel.numbers.nbytes
   np.testing.assert_array_equal(dequantize(words), dequantize(kernel))
+
+
+def test_the_error_of_a_layer_is_that_of_all_its_kernels():
+  """Relative: the root of the sum of squared errors, over that of squared weights."""
+  error = QuantizationError()
+  for layer, squares in ((1, (1.0, 100.0)), (0, (7.0, 4.0)), (0, (2.0, 32.0))):
+    error.add(layer, np.array(squares))
+  assert error.by_layer == pytest.approx([(9 / 36) ** 0.5, 0.1])
 
 
 def test_odd_numbers_of_inputs_have_no_nf4():

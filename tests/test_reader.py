@@ -20,6 +20,7 @@ from univid_jax.data.media import video_frames
 from univid_jax.data.media.decoding import StreamDecoder
 from univid_jax.data.media.h264 import _Bits
 from univid_jax.data.media.reader import is_foreign, probe, read_clip, read_parts
+from univid_jax.data.media.schedule import Schedule
 
 CASES = Path(__file__).parent / "cases" / "videos"
 TRUTH = json.loads((CASES / "truth.json").read_text())
@@ -70,6 +71,21 @@ def test_frames_are_shown_when_due_at_another_rate():
   assert read_numbers(clip.frames) == truth and clip.fps == 16
   assert probe(CASES / "vfr.mp4").count_at(16) == len(truth)
   assert read_numbers(read_clip(CASES / "vfr.mp4", 20, 17, fps=16.0).frames) == truth[20:37]
+
+
+@pytest.mark.parametrize("fps, ticks", [(24.0, 1000), (30.0, 1000), (60.0, 1000), (30_000 / 1001, 90_000)])
+def test_all_frames_count_at_their_own_rate(fps: float, ticks: int):
+  """Although times are rounded to ticks: at 30 frames per second and in milliseconds they are 33 and 67."""
+  for count in range(1, 40):
+    assert Schedule.regular(count, fps=fps, tick=Fraction(1, ticks)).count_at(fps) == count
+
+
+def test_the_last_frame_is_shown_to_its_end():
+  """Frames at 0 and 1 s, each for 1 s: at 1.25 frames per second there is one more, at 1.6 s, and none at 2.4 s."""
+  schedule = Schedule(np.array([0, 1]), last_duration=1, fps=1.0)
+  assert schedule.count_at(1.25) == 2 and schedule.select(0, 3, 1.25).tolist() == [0, 0, 1]
+  with pytest.raises(UserError, match="frame 3 is needed"):
+    schedule.select(0, 4, 1.25)
 
 
 def test_pixels_are_square():

@@ -6,12 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import random_pipeline, relative_error
+from tests.helpers import CAUSAL, random_pipeline, relative_error
 from univid_jax.config.boundary import override
+from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.rows.packing import bucket_size
+from univid_jax.data.rows.tokens import sentence_features
 from univid_jax.data.sources.open import open_data
 from univid_jax.evaluation.sentences import plan_sentences
-from univid_jax.inference.jobs import infer_length, pack_single
+from univid_jax.inference.jobs import infer_length, pack_jobs, pack_single
 from univid_jax.inference.sampler import PackedJobs
 from univid_jax.parallel.mesh import make_mesh
 
@@ -29,11 +31,33 @@ def held_out_sentences(config):
     ((1, 5, 1), 5),
     ((1, 1, 1, 1, 5), 5),
     ((1, 9, 1, 9, 1), 9),
+    ((1, 9, 9, 9, 5), 5),
+    ((9, 9, 1, 9, 1), 9),
     ((5,), 5),
   ],
 )
 def test_target_length_is_inferred(lengths, expected):
   assert infer_length(lengths) == expected
+
+
+def test_rows_of_a_batch_hold_several_sentences_and_the_longer_of_both_prompts():
+  """Beside one of 40 tokens and one of 8 there are three of 8 in a row; a prompt has one more token for its padding."""
+
+  def features(num_frames, prompt_length):
+    clip, embedding = np.zeros((num_frames, 2, 2, 3), np.float32), np.zeros((prompt_length, 5), np.float32)
+    sentence = Sentence(clips=(clip, clip), roles=reference_roles(2))
+    return sentence_features(sentence, patch_size=(1, 2, 2), prompt_embedding=embedding, text_len=512)
+
+  lengths = (20, 4, 4, 4, 4)
+  positive, negative = ([features(length, text) for length in lengths] for text in (0, 20))
+  noises = [np.zeros((length, 12), np.float32) for length in lengths]
+  for others in (None, negative):
+    packed = pack_jobs(positive, others, noises, context_mode=CAUSAL)
+    assert packed.row.tokens.shape[:2] == (2, 48)
+    assert sorted(packed.row.segment_ids.max(1)) == [2, 3]
+    if others:
+      assert packed.negative is not None and packed.negative.text.shape == packed.row.text.shape
+      assert (packed.negative.text_counts > 0).sum() == 5 * 21
 
 
 def test_batch_equals_single_samples(tiny_config):

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.photos import PhotoSource, moving_window
 from univid_jax.data.tasks import TASKS, masks
 from univid_jax.data.tasks.base import Task, draw_nothing
+from univid_jax.data.tasks.camera import camera_poses
 
 CLIP = np.zeros((1, 4, 4, 3), np.uint8)
 
@@ -103,6 +105,24 @@ class TestTasks:
     for seed in range(50):
       params = TASKS["camera_movement"].draw(np.random.default_rng(seed))
       assert TASKS["camera_movement"].apply(white, **params, num_frames=5).min() == 1
+
+  @pytest.mark.parametrize("size", [(32, 18), (18, 32), (16, 64), (24, 24)])
+  @pytest.mark.parametrize("angle", [-15.0, 15.0])
+  @pytest.mark.parametrize("shift", [(1.0, 1.0), (-1.0, 1.0)])
+  def test_the_corners_of_the_view_are_inside_the_frame(self, size, angle, shift):
+    height, width = size
+    corners = np.array([[width, height], [-width, height], [width, -height], [-width, -height]]) / 2
+    for log_zoom, radians, x, y in camera_poses(9, size, zoom=1.2, angle=angle, shift=shift):
+      cos, sin = np.cos(radians), np.sin(radians)
+      seen = corners @ np.array([[cos, -sin], [sin, cos]]) / np.exp(log_zoom) + [(0.5 + x) * width, (0.5 + y) * height]
+      assert np.all(seen >= -1e-9) and np.all(seen <= np.array([width, height]) + 1e-9)
+
+  def test_the_camera_moves_from_the_middle_by_a_share_of_what_the_zoom_allows(self):
+    """Halfway the zoom is 2, the root of 4, which leaves a quarter of the frame on each side; half of that is used."""
+    poses = camera_poses(3, (16, 24), zoom=4.0, angle=0.0, shift=(1.0, -0.4))
+    np.testing.assert_allclose(
+      poses, [[0, 0, 0, 0], [np.log(2), 0, 0.125, -0.05], [np.log(4), 0, 0.375, -0.15]], atol=1e-12
+    )
 
   def test_mask_of_a_square_is_without_specks_and_holes(self):
     square = np.zeros((2, 32, 32), np.float32)
@@ -279,6 +299,21 @@ class TestLazySentences:
       prompts.add(planned.prompt == "")
     assert len(keys) == sum(len(lazy[index].clips) for index in range(30)) and prompts == {True, False}
 
+  def test_dropping_prompts_changes_nothing_else(self):
+    options = dict(tasks={"invert": 1.0}, contexts={"II": 1.0}, prompt_style=PromptStyle.DETAILED)
+    whole, without = (computed(prompt_dropout=share, **options) for share in (0.0, 0.5))
+    pairs = [(whole[index], without[index]) for index in range(6)]
+    for one, other in pairs:
+      assert (one.task, one.context) == (other.task, other.context) and other.prompt in ("", one.prompt)
+      assert all(np.array_equal(a, b) for a, b in zip(one.clips, other.clips, strict=True))
+    assert {other.prompt == "" for _, other in pairs} == {True, False}
+
+  @pytest.mark.parametrize("reverse", [True, False])
+  def test_parameters_are_those_of_a_target_that_was_computed(self, reverse):
+    sentences = computed(tasks={"duotone": 1.0}, contexts={"II": 1.0}, reverse_probability=float(reverse))
+    params = [sentences[index].params for index in range(3)]
+    assert all((each is None) == reverse for each in params)
+
   def test_a_sentence_is_made_once(self, monkeypatch):
     made, make = [], ComputedSentences.__getitem__
 
@@ -303,6 +338,36 @@ class TestLazySentences:
     identities.append(identity(override(tiny(), base)))
     assert len(set(identities)) == len(identities)
     assert identity(override(tiny(), base | {"num_steps": 5})) == identities[-1]
+
+  @pytest.mark.parametrize(
+    "key, value, matters",
+    [
+      ("seed", 1, True),
+      ("data.height", 48, True),
+      ("data.width", 48, True),
+      ("data.num_frames", 9, True),
+      ("data.max_video_clips", 4, True),
+      ("data.fps", 8.0, True),
+      ("data.reverse_probability", 0.25, True),
+      ("data.bundled", False, True),
+      ("data.jitter", False, True),
+      ("data.tasks.flip", 1.5, True),
+      ("data.contexts.I", 0.5, True),
+      ("data.animating_contexts.IV", 0.75, True),
+      ("data.num_clips.clips_6", 0.5, True),
+      ("data.prompt", "detailed", False),
+      ("data.prompt_dropout", 0.5, False),
+      ("data.num_sentences", 7, False),
+      ("data.held_out", 0.5, False),
+      ("num_steps", 5, False),
+    ],
+  )
+  def test_the_identity_names_what_determines_clips(self, key, value, matters):
+    base = override(tiny(), {"data.folder": "clips"})
+    changed = override(base, {key: value})
+    assert changed != base
+    sentences = mock.Mock(spec=ComputedSentences, identify_files=lambda: ["hash of a file"])
+    assert (computed_identity(changed, sentences) != computed_identity(base, sentences)) == matters
 
 
 class TestFolders:

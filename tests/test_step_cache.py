@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,11 +12,14 @@ from hypothesis import strategies as st
 
 from tests.helpers import random_pipeline, relative_error
 from tests.test_sampling import held_out_sentences
+from univid_jax.cli.step_caches import parse_step_cache
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
+from univid_jax.core.packed_row import PackedRow
 from univid_jax.diffusion.guidance import Branch
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
+from univid_jax.inference import residuals
 from univid_jax.inference.jobs import pack_single
 from univid_jax.inference.plan import SamplingOptions, SamplingPlan
 from univid_jax.inference.ratio_tables import TableKey, read_table, require_tables, write_table
@@ -91,6 +95,35 @@ def test_invalid_settings_are_refused(options, message):
 def test_invalid_ranges_are_refused(options, message):
   with pytest.raises(UserError, match=message):
     SamplingPlan.from_options(SamplingOptions(**options))
+
+
+@pytest.mark.parametrize(
+  "text, settings",
+  [
+    ("magcache", {}),
+    ("magcache:0.24", {"threshold": 0.24}),
+    ("magcache:0.24:3", {"threshold": 0.24, "max_skip": 3}),
+    ("magcache:0.24:3:0.5", {"threshold": 0.24, "max_skip": 3, "retention": 0.5}),
+  ],
+)
+def test_settings_on_the_command_line(text, settings):
+  assert parse_step_cache(text) == StepCache(ratios=(), **settings)
+
+
+def test_a_ratio_is_the_mean_over_targets():
+  """Neither over what pads the list of target tokens nor over the context."""
+  row = PackedRow(
+    tokens=jnp.zeros((1, 4, 1)),
+    positions=jnp.zeros((1, 4, 3), jnp.int32),
+    segment_ids=jnp.array([[1, 1, 1, 0]]),
+    target_mask=jnp.array([[False, True, True, False]]),
+    targets=jnp.array([[1, 2, 4]]),
+    text=jnp.zeros((1, 1, 1)),
+    text_counts=jnp.ones((1, 1)),
+  )
+  now = jnp.array([[[3.0, 4.0], [6.0, 8.0], [60.0, 80.0]]])  # of magnitudes 5, 10 and, of padding, 100
+  before = jnp.array([[[0.0, 1.0], [4.0, 0.0], [1.0, 0.0]]])
+  assert float(residuals._magnitude_ratio(now, before, row)) == pytest.approx((5 / 1 + 10 / 4) / 2)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tests import commands
 from tests.commands import finish, free_port, run_command, start_command, start_python
 from tests.helpers import parameters
+from univid_jax.checkpoints import run_parts
 from univid_jax.checkpoints.checksums import find_damage, read_names
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.kinds import LoRALayer
@@ -44,7 +45,7 @@ from univid_jax.data.fingerprint import write_fingerprint
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.rows.packing import RowShape, pack, pack_rows
 from univid_jax.data.sources.open import open_data
-from univid_jax.diffusion.loss import sentence_losses
+from univid_jax.diffusion.loss import NoiseLevels, sentence_losses
 from univid_jax.inference.load import load_pipeline
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import shard_batch
@@ -53,6 +54,7 @@ from univid_jax.runtime.supervisor import StopSignal, Supervisor
 from univid_jax.training import hooks, loop, metrics_writer, validation
 from univid_jax.training import step as train_step
 from univid_jax.training.goodput import Goodput
+from univid_jax.training.guard import skip_bad_steps
 from univid_jax.training.loop import open_loader, restore_or_create_state, train
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.optimizer import make_optimizer, make_schedule
@@ -115,6 +117,102 @@ def test_muon_takes_the_epsilon_of_the_config(tiny_config):
   assert abs(steps[1]) < 0.6 * abs(steps[0])
 
 
+def adam(gradients, *, b1, b2, eps, clip_norm, nesterov):
+  """Yields what Kingma and Ba (2015), or NAdam (Dozat 2016), divide and multiply by the rate, in each step."""
+  first, second = np.zeros_like(gradients[0]), np.zeros_like(gradients[0])
+  for t, gradient in enumerate(gradients, start=1):
+    gradient = gradient * min(1, clip_norm / np.linalg.norm(gradient))
+    first, second = b1 * first + (1 - b1) * gradient, b2 * second + (1 - b2) * gradient**2
+    mean = first / (1 - b1**t)
+    if nesterov:
+      mean = b1 * first / (1 - b1 ** (t + 1)) + (1 - b1) * gradient / (1 - b1**t)
+    yield mean / (np.sqrt(second / (1 - b2**t)) + eps)
+
+
+@pytest.mark.parametrize("name", OptimizerName)
+def test_steps_are_those_of_the_literature(name):
+  """AdamW's, and beside Muon NAdam's at a rate of its own, without decay; the first gradient has a norm of 5."""
+  constants = dict(b1=0.8, b2=0.6, eps=0.05, clip_norm=1.0)
+  config = OptimizerConfig(
+    name=name,
+    learning_rate=0.1,
+    adam_learning_rate=0.01,
+    weight_decay=0.5,
+    warmup_steps=0,
+    schedule=LearningRateSchedule.CONSTANT,
+    **constants,
+  )
+  is_muon = name == OptimizerName.MUON
+  rate, decay = (0.01, 0.0) if is_muon else (0.1, 0.5)
+  optimizer = make_optimizer(config, 10)
+  params = {"bias": jnp.array([2.0, -1.0])}
+  state, expected = optimizer.init(params), np.array([2.0, -1.0])
+  gradients = [np.array(each) for each in ([3.0, 4.0], [0.1, -0.2], [-0.3, 0.2])]
+  for gradient, step in zip(gradients, adam(gradients, nesterov=is_muon, **constants), strict=True):
+    updates, state = optimizer.update({"bias": jnp.asarray(gradient, jnp.float32)}, state, params)
+    params = optax.apply_updates(params, updates)
+    expected = expected - rate * (step + decay * expected)
+    np.testing.assert_allclose(params["bias"], expected, rtol=1e-5)
+
+
+@pytest.fixture
+def update_of(monkeypatch):
+  """Returns a function that makes `make_update` of an optimizer for a loss and a gradient that are given."""
+
+  def make(optimizer, *, loss, gradient, **options):
+    monkeypatch.setattr(train_step, "_accumulate_gradients", lambda *_, **__: (jnp.float32(loss), gradient))
+    monkeypatch.setattr(train_step, "has_sentence", lambda row: jnp.ones((1, 1)))
+    monkeypatch.setattr(train_step, "_count", lambda row: {})
+    update = train_step.make_update(mock.Mock(spec=StateSpec), optimizer, **options)
+    return lambda state: update(
+      state, {}, mock.Mock(spec=PackedRow), jnp.zeros((1, 1, 1)), mock.Mock(spec=NoiseLevels), jax.random.key(0)
+    )[0]
+
+  return make
+
+
+@pytest.mark.parametrize("step, decay", [(0, 1 / 10), (8, 9 / 18), (890, 0.99), (10**6, 0.99)])
+def test_the_average_warms_up(update_of, step, decay):
+  """Its decay is min(decay, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage."""
+  optimizer = optax.sgd(1.0)
+  update = update_of(optimizer, loss=1.0, gradient={"w": jnp.float32(-1.0)}, ema_decay=0.99)
+  params = {"w": jnp.float32(3.0)}
+  state = TrainState(step=jnp.int32(step), params=params, ema={"w": jnp.float32(1.0)}, opt_state=optimizer.init(params))
+  found = update(state)
+  assert float(found.params["w"]) == 4 and int(found.step) == step + 1
+  assert float(found.ema["w"]) == pytest.approx(decay * 1 + (1 - decay) * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss, average", [(1.0, 0.5 * 1 + 0.5 * 4), (np.nan, 1.0)])
+def test_a_skipped_step_leaves_the_average(update_of, loss, average):
+  optimizer = skip_bad_steps(optax.sgd(1.0), skip_norm=0.0)
+  update = update_of(optimizer, loss=loss, gradient={"w": jnp.float32(-1.0)}, ema_decay=0.99)
+  params = {"w": jnp.float32(3.0)}
+  state = TrainState(step=jnp.int32(8), params=params, ema={"w": jnp.float32(1.0)}, opt_state=optimizer.init(params))
+  assert float(update(state).ema["w"]) == pytest.approx(average)
+
+
+def test_every_part_of_a_batch_has_its_own_dropout():
+  def loss(params, frozen, batch, num_sentences, key):
+    return jnp.sum(params["w"] * batch) * jax.random.uniform(key)
+
+  arguments = {"w": jnp.zeros(4)}, {}, jnp.eye(4), jnp.float32(4), jax.random.key(0)
+  _, gradient = train_step._accumulate_gradients(loss, *arguments, microbatches=4)
+  assert len(set(gradient["w"].tolist())) == 4
+
+
+def test_noise_depends_on_the_seed_and_the_step(tiny_config, monkeypatch):
+  keys = []
+  monkeypatch.setattr(train_step, "draw_noise", lambda key, row, flow: keys.append(key) or (None, None))
+  monkeypatch.setattr(train_step, "make_update", lambda *_, **__: lambda state, *_: (state, {}))
+  for seed in (0, 1):
+    take_step = train_step._make_step(override(tiny_config, {"seed": seed}), mock.Mock(spec=StateSpec), optax.sgd(1.0))
+    for step in (0, 1, 2, 0, 1, 2):
+      take_step(mock.Mock(spec=TrainState, step=jnp.int32(step)), {}, mock.Mock(spec=PackedRow))
+  found = [tuple(jax.random.key_data(key).tolist()) for key in keys]
+  assert found[:3] == found[3:6] and found[6:9] == found[9:] and len(set(found)) == 6
+
+
 def test_dropout_does_not_depend_on_the_noise_levels(tiny_config, monkeypatch):
   """Nor on the noise: their keys are those of `draw_noise`."""
   keys = []
@@ -136,6 +234,17 @@ def test_new_weights_are_not_the_noise_of_sampling():
   """Noise is drawn from the key of the seed: validation's from the run's, that of a sample from its own."""
   kernel = nnx.jit(lambda: create_model(tiny()))().patch_embedding.kernel[...]
   assert not np.allclose(kernel, jax.nn.initializers.orthogonal()(jax.random.key(tiny().seed), kernel.shape))
+
+
+def test_new_weights_depend_on_the_seed_and_adapters_not_on_the_key_of_the_model(tiny_config, monkeypatch):
+  """Weights and adapters drawn from one key would be correlated."""
+  monkeypatch.setattr(run_parts, "DiT", lambda *_, rngs, **__: keys.append(rngs.params.key[...]) or mock.MagicMock())
+  monkeypatch.setattr(run_parts, "attach", lambda *_, rngs: keys.append(rngs.params.key[...]))
+  monkeypatch.setattr(run_parts, "quantize_linears", lambda *_: None)
+  keys: list[jax.Array] = []
+  for seed in (5, 2**40 + 5, 7):
+    create_model(override(tiny_config, {"seed": seed, "lora.rank": 2, "model.look_back": ()}))
+  assert len(keys) == 6 and len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 6
 
 
 @pytest.mark.parametrize("num_tokens, backend", [(37_504, "cudnn"), (131_040, "xla")])

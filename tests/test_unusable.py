@@ -8,6 +8,7 @@ import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import av
 import numpy as np
@@ -24,6 +25,7 @@ from univid_jax.data import held_out
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.held_out import read_usable
 from univid_jax.data.prepare import prepare
+from univid_jax.data.rows import loader
 from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.data.rows.loader import TooLongError, make_loader
 from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
@@ -227,6 +229,23 @@ class FailingSource:
       raise self.errors.pop()
     clip = np.full((1, 16, 16, 3), index, np.uint8)
     return Sentence(clips=(clip,), roles=(Role.TARGET,), record=f"line {index}")
+
+
+def test_only_what_is_dropped_in_a_row_ends_a_run(monkeypatch):
+  """Two are allowed; sentence 2 is read between 0, 1 and 3, 4."""
+
+  def make(sentence, *_):
+    if sentence.record != "line 2":
+      raise UserError("damaged")
+    return mock.Mock(arrays=dict)
+
+  monkeypatch.setattr(loader, "MAX_DROPPED_IN_A_ROW", 2)
+  monkeypatch.setattr(loader, "make_fitting", make)
+  encoded = loader.EncodedSource(FailingSource(), mock.Mock(), {}, allow_dropped=True, is_shared=False)
+  assert [encoded[index] for index in (0, 1, 2, 3, 4, 2)] == [None, None, {}, None, None, {}]
+  assert encoded[5] is None and encoded[6] is None
+  with pytest.raises(UserError, match="line 8 cannot be used: damaged"):
+    encoded[8]
 
 
 def read_all(*errors: Exception, **ownership: Any) -> list[float]:

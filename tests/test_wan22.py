@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import weakref
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 import univid_jax
 from tests.helpers import GOLDENS, GOLDENS22, channels_last, golden, load_dit, parameters, relative_error
 from tests.test_meshes import one_gradient, packed_batch
+from univid_jax.checkpoints import run_parts
 from univid_jax.checkpoints.experts import find_expert, named_expert
 from univid_jax.checkpoints.info import read_info
 from univid_jax.checkpoints.lora.reading import read_lora
@@ -482,6 +484,13 @@ class TestExperts:
     assert model.find(float(np.nextafter(np.float32(above), np.float32(0)))) == 1
     assert model.guidance_scales(np.float64(3)) == model.guidance_scales(3) == (3.0, 3.0)
     assert model.guidance_scales((3, 4)) == (4.0, 3.0)
+
+  @pytest.mark.parametrize("expert, expected", [("low", [0.25, 0.5]), ("high", [0.875, 0.9])])
+  def test_validation_is_at_the_noise_levels_of_an_expert(self, monkeypatch, expert, expected):
+    shape = mock.Mock(spec=DiTConfig, expert_boundary=0.875)
+    monkeypatch.setattr(run_parts, "_transformer_config", lambda config, base: shape)
+    changes = {"model.expert": expert, "validation.sigmas": (0.25, 0.5, 0.875, 0.9)}
+    assert run_parts.validated_sigmas(override(tiny(), changes)) == expected
 
   def test_loras_belong_to_experts(self, experts, tmp_path):
     """By their metadata, by their name, or as asked; those of one expert leave the other as it was."""

@@ -19,6 +19,7 @@ from tests.commands import finish, start_python
 from tests.helpers import random_pipeline
 from tests.test_long_video import moving_video
 from tests.test_writer import write_video_with_sound
+from univid_jax.cli import whole_videos
 from univid_jax.cli.flags import UsageError
 from univid_jax.cli.requests import RequestRunner
 from univid_jax.cli.sampling import Request, SamplingArguments, plan_requests
@@ -27,6 +28,7 @@ from univid_jax.config.boundary import override
 from univid_jax.core.options import ClipFit
 from univid_jax.data.media.reader import read_clip
 from univid_jax.data.media.writer import write_clip
+from univid_jax.data.pictures import CLIP_GAP
 from univid_jax.inference.plan import SamplingOptions
 from univid_jax.inference.windows import Windows
 from univid_jax.parallel.mesh import make_mesh
@@ -213,6 +215,25 @@ def test_the_grid_of_a_video_that_stands_still(pipeline, clips, tmp_path, monkey
   assert len(read_clip(tmp_path / "out.gif").frames) == 25
   grid = read_clip(tmp_path / "out_grid.gif", 0, 50, fps=25.0).frames
   assert np.abs(grid[:, 8, -8].astype(int) - fades[:, 8, 8]).max() <= 8
+
+
+def test_the_grid_shows_the_same_time_of_all_clips(monkeypatch):
+  """In several blocks; what has ended repeats its last frame."""
+
+  def greys(first, count):
+    return np.arange(first, first + count, dtype=np.uint8)[:, None, None, None] + np.zeros((count, 4, 6, 3), np.uint8)
+
+  blocks = []
+  monkeypatch.setattr(whole_videos, "GRID_BLOCK", 2)
+  monkeypatch.setattr(whole_videos, "write_frames", lambda path, parts, **_: blocks.extend(parts))
+  query = mock.Mock(size=(4, 6), fps=None, read=lambda start, count: greys(100 + start, count))
+  query.footage.num_frames = 7
+  examples = [mock.Mock(frames=greys(10, 5)), mock.Mock(frames=greys(50, 1))]
+  video = whole_videos.WholeVideo(mock.Mock(), examples, query, {}, {})
+  video._write_grid(Path("grid.mp4"), io.BytesIO(greys(200, 7).tobytes()))
+  shown = np.concatenate(blocks)[:, 0, :: 6 + CLIP_GAP, 0]
+  expected = [10, 11, 12, 13, 14, 14, 14], [50] * 7, range(100, 107), range(200, 207)
+  np.testing.assert_array_equal(shown.T, [list(each) for each in expected])
 
 
 def _fail_after(patch: pytest.MonkeyPatch, place: str, calls: int) -> None:
