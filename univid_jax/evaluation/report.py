@@ -15,6 +15,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.json_files import format_json
 from univid_jax.core.paths import atomic_write
 from univid_jax.data.pictures import COLUMNS, FPS, sentence_animation, sentence_grid
+from univid_jax.data.sources.computed import HELD_OUT_CLIPS
 from univid_jax.evaluation import exact, published
 from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Generated, SentenceInfo
 from univid_jax.evaluation.kinds import Metrics
@@ -213,6 +214,9 @@ def write_text(path: epath.Path, text: str) -> None:
 def markdown(report: Mapping[str, Any]) -> str:
   """Formats a full report for people."""
   lines = ["# Evaluation", "", f"Held out: {describe_count(report, len(report['sentences']))}; {report['command']}", ""]
+  data = report["config"]["data"]
+  if data["folder"] and data["weights"]["computed"]:
+    lines += [f"Of computed tasks, {HELD_OUT_CLIPS}.", ""]
   lines += [*_descriptions(report), ""]
   for title, part in (
     ("All", {"all": report["overall"]}),
