@@ -3,8 +3,8 @@
   python -m univid_jax.forecast --config=PRESET [--config.KEY=VALUE ...] [--topology=v5e:2x4] [--of=sampling]
   python -m univid_jax.forecast --config=PRESET [--config.KEY=VALUE ...] --chip=v6e [--chips=4]
 
-Compiles the program for the devices of this machine, or for a TPU topology that need not be here (`pip install
-libtpu`). Weights need not be here. Exits with 1 if it does not fit.
+Compiles the program for the devices of this machine, or for a TPU topology that need not be here (extra
+`tpu`). Weights need not be here. Exits with 1 if it does not fit.
 
 With --chip it lists combinations of the base's storage, recomputation and mesh that fit, fastest first, each as a
 command. Only if none fits at the config's size does it try smaller rows and clips. For TPUs it compiles until three
