@@ -13,6 +13,7 @@ from tests.commands import finish, free_port, run_command, run_here, start_comma
 from tests.helpers import image_width
 from tests.stand_ins import CountingEncoders, Shape
 from tests.test_checksums import flip_bit
+from univid_jax.cli.preview import draw_preview
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
@@ -39,6 +40,17 @@ def metadata(tmp_path):
 @pytest.fixture
 def pairs(tmp_path):
   return write_pairs(tmp_path / "pairs")
+
+
+def test_the_preview_shows_all_kinds_of_data_and_tasks_in_turn(metadata, pairs, tmp_path, monkeypatch):
+  """In order of their numbers the first sentences are all of the first task."""
+  shown = []
+  monkeypatch.setattr("univid_jax.cli.preview.contact_sheet", lambda path, rows: (shown.extend(rows), path.touch()))
+  changes = {"data.metadata": str(metadata), "data.pairs": str(pairs), "data.folder": str(metadata / "train")}
+  draw_preview(open_data(override(tiny(), SMALL | changes | {"data.held_out": 0.0})), 9, str(tmp_path))
+  assert [name for name, _ in shown] == ["metadata", "pairs", "computed"] * 3
+  assert [sentence.task for name, sentence in shown if name == "pairs"] == ["depth map", "edges", "depth map"]
+  assert len({sentence.task for name, sentence in shown if name == "computed"}) == 3
 
 
 class TestOpenData:

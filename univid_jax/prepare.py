@@ -28,7 +28,8 @@ PROCESSES = FLAGS.processes()
 ALLOW_DROPPED = FLAGS.switch("allow_dropped", False, "Leave out rows that cannot be used.")
 QUICK = FLAGS.switch("quick", False, "Only look at the headers of files: decode and encode nothing.")
 VERIFICATION = FLAGS.verification(of_runs=False)
-PREVIEW = FLAGS.integer("preview", 0, "Only draw this many sentences, to WORKDIR/preview.png.", lower_bound=0)
+PREVIEW_HELP = "Only draw this many sentences, of all kinds of data and tasks in turn, to WORKDIR/preview.png."
+PREVIEW = FLAGS.integer("preview", 0, PREVIEW_HELP, lower_bound=0)
 PACK = FLAGS.switch("pack", False, "Pack the caches into shards afterwards, which are read before single files.")
 REMOVE_FILES = FLAGS.switch("remove_files", False, "With --pack: remove each file that can be read back from a shard.")
 
@@ -59,7 +60,7 @@ def main() -> None:
   if not PREVIEW.value and not QUICK.value:
     lines = encode(config, data, workdir)
   elif is_first and PREVIEW.value:
-    lines = [f"the first sentences, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}"]
+    lines = [f"sentences of all tasks in turn, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}"]
   else:
     unchecked = "frames, and the fit of sentences into rows"
     lines = [f"headers checked, {len(data.dropped)} records dropped; not checked: {unchecked}"]
