@@ -43,7 +43,7 @@ class TestClips:
     (context,) = read_context([path], form)
     assert np.array_equal(context.frames, read_frames(clip)) and context.fps == fps
     used = f"frames 0 to 4 of {footage.num_frames}"
-    resized = "32x48 resized to 16x24"
+    resized = "48 x 32 resized to 24 x 16 (width x height)"
     assert context.changes == (used, f"8 resampled to {fps:g} frames per second", resized)
 
   def test_crop_and_pad(self):
@@ -141,7 +141,7 @@ class TestClips:
       assert footage.describe_changes(5) == [
         "frames 2 to 6 of 15",
         "8 resampled to 4 frames per second",
-        f"36x64 resized to 16x24, 16 % {how}",
+        f"64 x 36 resized to 24 x 16 (width x height), 16 % {how}",
       ]
     assert open_footage(path, ClipFormat(size=(36, 64), num_frames=29)).describe_changes(30) == []
 

@@ -24,6 +24,7 @@ from univid_jax.core.options import Expert, Quantize, TrainedExpert
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import CodecShape, Encoders
 from univid_jax.core.seeds import random_key
+from univid_jax.core.wording import size_text
 from univid_jax.diffusion.flow import REFERENCE_TOKENS, FlowMatching
 from univid_jax.models.dit import DiT
 from univid_jax.models.in_context import look_back
@@ -256,7 +257,8 @@ def clip_tokens(config: RunConfig) -> int:
     try:
       tokens = latent_shape(clip, temporal_stride=codec.temporal_stride, spatial_stride=stride)
     except UserError as error:
-      raise UserError(f"config.data has clips of {height}x{width} pixels: {error}") from error
+      size = f"{size_text((height, width))} pixels (width x height)"
+      raise UserError(f"config.data has clips of {size}: {error}") from error
     longest = max(longest, math.prod(tokens))
   return longest
 

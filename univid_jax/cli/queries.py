@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from univid_jax.cli.requests import PreparedRequest, RequestRunner
 from univid_jax.cli.sampling import Request
+from univid_jax.core.wording import count_noun, size_text
 from univid_jax.data.clips import context_shape
 from univid_jax.data.rows.packing import bucket_size
 from univid_jax.inference.jobs import infer_length
@@ -111,9 +112,9 @@ class QueryRunner:
         if first is not None:
           job = sampler.make_job([clip.frames for clip in waiting[0].clips[:-1]], first)
           size = size or sampler.choose_size(job, largest, most=self.batch_size)
-          count, height, width = first.shape[:3]
-          text = "%d queries of %dx%d, %d frames each, %d at once"
-          log.info(text, len(group), height, width, count, size)
+          shown = f"{size_text(first.shape[1:3])} pixels (width x height)"
+          each = count_noun(len(first), "frame") + " each" * (len(group) > 1)
+          log.info("%s of %s, %s, %d at once", count_noun(len(group), "query", "queries"), shown, each, size)
           base = bar.n
 
           def show(sampled: float, base: int = base) -> None:

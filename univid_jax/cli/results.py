@@ -15,6 +15,7 @@ from typing import Any
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import atomic_write
+from univid_jax.core.wording import count_noun, size_text
 from univid_jax.data.media.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from univid_jax.data.media.writer import check_target
 from univid_jax.diffusion.step_cache import StepCache
@@ -83,8 +84,8 @@ def write_record(result: Path, record: Mapping[str, Any], files: Iterable[Path])
   text = _to_text({**record, FILES: _checksums(files)})
   with atomic_write(record_path(result)) as unfinished:
     unfinished.write_text(text, encoding="utf-8")
-  count = record["num_frames"]
-  return f"wrote {count} frame{'s' * (count > 1)} of {record['height']}x{record['width']}: {result}"
+  size = size_text((record["height"], record["width"]))
+  return f"wrote {count_noun(record['num_frames'], 'frame')} of {size} pixels (width x height): {result}"
 
 
 def is_finished(result: Path, record: Mapping[str, Any], files: Sequence[Path]) -> bool:

@@ -54,7 +54,7 @@ class SamplingFlags:
     self.task = command.string("task", None, help_text)
     self.negative_prompt = command.string("negative_prompt", "", "What guidance moves away from.")
     self._size = command.string(
-      "size", None, "HEIGHTxWIDTH in pixels, or input for that of B; default: as in training."
+      "size", None, "HEIGHTxWIDTH in pixels, the height first, or input for that of B; default: as in training."
     )
     help_text = "Frames of B', 4n + 1, and of videos in the context; default: as in training, or all of a longer B."
     self.num_frames = command.integer("num_frames", None, help_text, lower_bound=1)

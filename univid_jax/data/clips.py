@@ -22,6 +22,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
 from univid_jax.core.paths import file_state
 from univid_jax.core.sentence import ClipRef
+from univid_jax.core.wording import size_text
 from univid_jax.data.media.reader import ClipInfo, Frames, list_frames, probe, read_clip
 
 # Part of every key: raise it when the same file would give other pixels.
@@ -163,12 +164,13 @@ class Footage:
 
   def _describe_resizing(self) -> str:
     (height, width), (to_height, to_width) = self.size, self.form.size
+    shown, to = size_text(self.size), f"{size_text(self.form.size)} (width x height)"
     if self.form.extend:
-      return f"{height}x{width} extended to {to_height}x{to_width}"
+      return f"{shown} extended to {to}"
     stretch = (height / width) / (to_height / to_width)
     lost = round(100 * (1 - min(stretch, 1 / stretch)))
     how = "cropped" if self.form.fit == ClipFit.CROP else "padded with black"
-    return f"{height}x{width} resized to {to_height}x{to_width}" + (f", {lost} % {how}" if lost else "")
+    return f"{shown} resized to {to}" + (f", {lost} % {how}" if lost else "")
 
 
 class WatchedFile:

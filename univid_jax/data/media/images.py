@@ -104,7 +104,7 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
   try:
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
       if image.width * image.height > MAX_PIXELS:
-        raise UserError(f"images of {image.height}x{image.width} pixels are too large")
+        raise UserError(f"images of {image.width} x {image.height} pixels (width x height) are too large")
       if image.format == "AVIF":
         _reject_hdr(path)
       if isinstance(image, TiffImageFile):

@@ -15,6 +15,7 @@ from jaxtyping import Int, UInt8
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import is_lfs_pointer, require_local
+from univid_jax.core.wording import size_text
 from univid_jax.data.media.color import Frame
 from univid_jax.data.media.images import read_animation, read_image_frames
 from univid_jax.data.media.schedule import Schedule
@@ -271,5 +272,6 @@ def _stack(frames: Sequence[Frame]) -> Frames:
   """
   shapes = {frame.shape for frame in frames}
   if len(shapes) > 1:
-    raise UserError(f"its frames have different sizes: {', '.join(str(shape[:2]) for shape in sorted(shapes))}")
+    sizes = ", ".join(size_text(shape[:2]) for shape in sorted(shapes))
+    raise UserError(f"its frames have different sizes: {sizes} (width x height)")
   return np.stack(frames)

@@ -8,6 +8,7 @@ from av.video.frame import PictureType
 from jaxtyping import Int, UInt8
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.wording import size_text
 from univid_jax.data.media.color import Frame, FrameConverter
 from univid_jax.data.media.decoding import DecodedFrame, StreamDecoder, deinterlace, open_video, to_fraction
 from univid_jax.data.media.timeline import Timeline
@@ -96,11 +97,12 @@ class _Frames:
     if self.pixels is None:
       needed = len(self._indices) * frame.size
       if needed > MAX_BYTES:
-        height, width = frame.shape[:2]
-        raise UserError(f"{len(self._indices)} frames of {height}x{width} are {needed / 1e9:.0f} GB; read fewer")
+        frames = f"{len(self._indices)} frames of {size_text(frame.shape[:2])} pixels"
+        raise UserError(f"{frames} are {needed / 1e9:.0f} GB; read fewer")
       self.pixels = np.empty((len(self._indices), *frame.shape), np.uint8)
     if frame.shape != self.pixels.shape[1:]:
-      raise UserError(f"its frames have different sizes: {self.pixels.shape[1:3]} and {frame.shape[:2]}")
+      sizes = f"{size_text(self.pixels.shape[1:3])} and {size_text(frame.shape[:2])} (width x height)"
+      raise UserError(f"its frames have different sizes: {sizes}")
     begin, end = (np.searchsorted(self._indices, index, side=side) for side in ("left", "right"))
     self.pixels[begin:end] = frame
 
