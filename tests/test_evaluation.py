@@ -251,6 +251,16 @@ def test_figures(tmp_path):
   assert (tmp_path / "loss.png").stat().st_size > 1000 and (tmp_path / "grid.png").stat().st_size > 500
 
 
+@pytest.mark.parametrize("names", [("дом", "кот"), ("ώρα", "φως"), ("größe", "grüße")])
+def test_labels_may_have_other_letters_than_ascii(tmp_path, names):
+  """In Pillow's own font they are all the same box."""
+  image = np.zeros((1, 8, 8, 3), np.uint8)
+  for name in names:
+    sentence_grid(tmp_path / f"{name}.png", [(name, (image,) * 5)])
+  first, second = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in names)
+  assert (first < 128).any() and (first.shape != second.shape or (first != second).any())
+
+
 def shades(picture, *, row=0, tile=40):
   """Returns the grey of each tile in a row of a grid whose labels are empty."""
   line = np.asarray(picture.convert("L"), int)[HEADER + row * (tile + GAP) + tile // 2]
