@@ -310,6 +310,11 @@ def test_step_caching(trained, tmp_path, capfd):
     (["--clips={a},{a},{a}", "--grid=x.png"], 2, "--grid must be true or false, got 'x.png'"),
     (["--clips={a},{a},{a}", "--checkpoint=small", "--step=2"], 1, "small is a converted checkpoint, which has no s"),
     (["--clips={a},{a},{text}"], 1, "not a clip"),
+    # Before the model is loaded, of which step 77 is missing.
+    (["--clips={a},{a},{root}/no.png", "--step=77"], 1, "no such clip"),
+    (["--clips={a},{a}", "--queries={a},{root}/no.png", "--step=77"], 1, "no such clip"),
+    (["--clips={a},{a},{root}/a, b.png", "--step=77"], 1, "a name with a comma is written in double quotes within"),
+    (['--clips={a},{a},"{root}/a, b.png"', "--step=77"], 1, "no checkpoint of step 77"),
     (["--clips={a},{a},{a}", "--steps=0"], 2, "steps"),
     (["--clips={a},{a},{a}", "--solver=magic"], 2, "euler|unipc"),
     (["--clips={a},{a},{a}", "--size=480"], 2, "--size is HEIGHTxWIDTH"),
@@ -353,7 +358,8 @@ def test_step_caching(trained, tmp_path, capfd):
 )
 def test_wrong_arguments_of_sample(trained, tmp_path, capfd, arguments, code, message):
   root, _ = trained
-  Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+  for name in ("a.png", "a, b.png"):
+    Image.new("RGB", (20, 20)).save(tmp_path / name)
   (tmp_path / "notes.txt").write_text("hello")
   lora = GOLDENS / "tiny_wan" / "univid_lora.ckpt"
   if "--accelerate={lora}" in arguments:

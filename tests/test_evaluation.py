@@ -41,7 +41,7 @@ from univid_jax.evaluation.run import is_evaluated
 from univid_jax.evaluation.score import Score, Scorer
 from univid_jax.evaluation.sentences import plan_other_pairs, plan_sentences
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.training.metrics_writer import plot_loss
+from univid_jax.training.metrics_writer import join_short, plot_loss
 
 
 def fixed_origin(checksum: str = "abc", **names) -> Origin:
@@ -249,6 +249,19 @@ def test_figures(tmp_path):
   image, video = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((5, 8, 8, 3), np.uint8)
   sentence_grid(tmp_path / "grid.png", [("task\ncontext IV", (image, video, image, video, video))])
   assert (tmp_path / "loss.png").stat().st_size > 1000 and (tmp_path / "grid.png").stat().st_size > 500
+
+
+def test_a_point_of_few_steps_is_no_spike():
+  """Stopped at step 25 and resumed: that point is a mean over 5 steps, the next one over the other 5."""
+  points = [(10, 3.0), (20, 2.0), (25, 9.0), (30, 1.0), (40, 2.0)]
+  assert join_short(points) == [(10, 3.0), (20, 2.0), (30, 5.0), (40, 2.0)]
+  assert join_short(points[:3]) == points[:3] and join_short(points[:1]) == points[:1]
+
+
+def test_one_point_can_be_seen(tmp_path):
+  plot_loss(tmp_path / "loss.png", [(10, 2.0)])
+  colors = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).reshape(-1, 3)
+  assert (np.abs(colors.astype(int) - (31, 119, 180)).sum(axis=1) < 10).sum() > 150, "more than the line of the legend"
 
 
 @pytest.mark.parametrize("names", [("дом", "кот"), ("ώρα", "φως"), ("größe", "grüße")])

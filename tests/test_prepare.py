@@ -53,6 +53,12 @@ def test_the_preview_shows_all_kinds_of_data_and_tasks_in_turn(metadata, pairs, 
   assert len({sentence.task for name, sentence in shown if name == "computed"}) == 3
 
 
+def test_another_base_than_the_preset_is_for_is_refused_before_the_data_are_read(checkpoint, tmp_path, capfd):
+  arguments = [f"--config.init_from={checkpoint}", f"--config.data.pairs={tmp_path / 'missing'}"]
+  assert run_here("univid_jax.prepare", "--config=wan_1_3b", *arguments, f"--workdir={tmp_path / 'run'}") == 1
+  assert "another shape; --config.model.variant= takes the base's" in capfd.readouterr().err
+
+
 class TestOpenData:
   def test_all_kinds_of_data(self, metadata, pairs, tmp_path):
     changes = {"data.metadata": str(metadata), "data.pairs": str(pairs), "data.weights.pairs": 2.0}

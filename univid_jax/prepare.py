@@ -49,10 +49,13 @@ def main() -> None:
 
   from univid_jax.cli.preview import draw_preview
   from univid_jax.data.sources.open import open_data
+  from univid_jax.training.setup import check_config
 
   config, workdir = CONFIG.value, WORKDIR.value
   if ALLOW_DROPPED.value:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, allow_dropped=True))
+  if not PREVIEW.value and not QUICK.value:
+    config = check_config(config)  # before the files of the data are opened
   data = open_data(config)
   data.report()
   data.require_usable(config.data)
@@ -81,10 +84,9 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
   from univid_jax.data.features import caches_folder
   from univid_jax.parallel.mesh import make_mesh
   from univid_jax.runtime.processes import count_distinct, sum_over_processes
-  from univid_jax.training.setup import check_config, fill_caches, open_features
+  from univid_jax.training.setup import fill_caches, open_features
   from univid_jax.training.validation import select_sentences
 
-  config = check_config(config)
   with verified(config.init_from and locate(config.init_from), enabled=VERIFICATION.verify_weights):
     encoders = open_encoders(config, make_mesh(config.mesh))
   if PACK.value and not encoders.has_weights:

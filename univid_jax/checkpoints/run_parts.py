@@ -59,8 +59,8 @@ def _transformer_config(config: RunConfig, base: PretrainedCheckpoint | None) ->
     shape = base.config(trained_component(split_config(config)[0], base))
     if options.variant and shape != VARIANTS[options.variant]:
       raise UserError(
-        f"config.model.variant is {options.variant}, but the base {config.init_from} has another shape; leave "
-        "config.model.variant empty to take the base's"
+        f"config.model.variant is {options.variant}, but the base {config.init_from} has another shape; "
+        "--config.model.variant= takes the base's"
       )
     return shape
   if options.variant:

@@ -47,7 +47,7 @@ class SamplingFlags:
     self._loading = options
 
   def _define_sentence(self, command: CommandFlags, *, clips_required: bool) -> None:
-    help_text = "The context in order: A, A', B, or any odd number of clips."
+    help_text = "The context in order: A, A', B, or any odd number of clips; a name with a comma in double quotes."
     self.clips = command.strings("clips", None if clips_required else [], help_text, required=clips_required)
     self.prompt = command.string("prompt", None, "Text of the sentence; default: none.")
     help_text = "Use the prompt of this task: a task of training, or one of the paper, such as depth map."
