@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from tests.clip_files import write_image
+from tests.clip_files import write_image, write_pairs
 from tests.helpers import image_width, random_pipeline
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.boundary import override, to_json
@@ -185,8 +185,27 @@ class TestModes:
     config = override(tiny_config, {"eval.sentences_per_case": 0})
     pipeline = random_pipeline(config, make_mesh({"data": -1}))
     assert run.evaluate_quick(pipeline, config, tmp_path) is None and not (tmp_path / "eval.json").exists()
-    with pytest.raises(UserError, match="there is nothing to evaluate on"):
+    with pytest.raises(UserError, match=r"there is nothing to evaluate on: config\.eval\.sentences_per_case is 0$"):
       run.evaluate(pipeline, config, data=open_data(config), folder=tmp_path, origin=ORIGIN)
+
+
+def test_too_few_records_to_hold_any_out_are_counted(tmp_path):
+  """Three pairs of each of two tasks at 5 %."""
+  config = override(tiny(), {"data.pairs": str(write_pairs(tmp_path)), "data.num_frames": 5})
+  text = run.nothing_held_out(config, open_data(config))
+  assert text.startswith("there is nothing to evaluate on: 3 records of a task are too few to hold any out at ")
+  assert "config.data.held_out = 0.05, which takes 20: --config.data.held_out=0.34 holds out one; or name a" in text
+  held_out = open_data(override(config, {"data.held_out": 0.34})).held_out
+  assert len({record.name for record in held_out["pairs"].queries}) == 1
+  text = run.nothing_held_out(override(config, {"data.held_out": 0.0}), open_data(config))
+  assert "config.data.held_out is 0, and there is no test set" in text
+
+
+@pytest.mark.parametrize(
+  "name, shown", [("psnr", ["16.03", "11.80", "6.82"]), ("ssim", ["16.0340", "11.8000", "6.8180"])]
+)
+def test_the_numbers_of_a_column_have_the_same_decimals(name, shown):
+  assert [report._cell({name: value}, name) for value in (16.034, 11.8, 6.818)] == shown
 
 
 def test_variants_of_a_pair_are_one_pair():
@@ -317,7 +336,7 @@ def test_the_gallery_shows_every_task_before_it_repeats_one(tmp_path, monkeypatc
       gallery.add(dataclasses.replace(example, info=dataclasses.replace(example.info, context=context)))
   with caplog.at_level(logging.INFO):
     gallery.draw(epath.Path(tmp_path), with_swapped=False, fps=0.0)
-  assert "grid.png shows 8 of 12 combinations of task and context" in caplog.text
+  assert "grid.png shows 8 of 12 combinations of task and context; not " in caplog.text
   labels = [label.split("\n")[:2] for label, _ in drawn]
   assert labels == [[task, f"context {context}"] for task in "abcd" for context in ("I", "II")]
 

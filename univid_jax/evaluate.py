@@ -15,6 +15,7 @@ from typing import Any
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
+from univid_jax.core.wording import count_noun
 
 FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config(of_run=True)
@@ -89,7 +90,7 @@ def main() -> None:
     print(f"  {name:<10} PSNR {scores['psnr']:5.1f} dB   RMSE {scores['rmse']:6.2f}")
   for line in exact.summary(report["exact"]) if report["exact"] else []:
     print(f"  {line}")
-  print(f"{len(report['sentences'])} sentences: {folder}/report.md, report.json, pictures")
+  print(f"{count_noun(len(report['sentences']), 'sentence')}: {folder}/report.md, report.json, pictures")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.json_files import format_json
 from univid_jax.core.paths import atomic_write
+from univid_jax.core.wording import count_noun
 from univid_jax.data.pictures import COLUMNS, FPS, sentence_animation, sentence_grid
 from univid_jax.data.sources.computed import HELD_OUT_CLIPS
 from univid_jax.evaluation import exact, published
@@ -47,6 +48,9 @@ QUICK_KEYS = {
 }
 
 
+# Metrics in dB, levels of grey, degrees and hundredths; the others are shares and errors relative to one.
+TWO_DECIMALS = ("psnr", "rmse", "clip_i", "clip_t", "mean", "median")
+
 Scored = TypeVar("Scored")
 
 
@@ -74,7 +78,9 @@ class Gallery:
     columns = (*COLUMNS, "with swapped pairs") if with_swapped else COLUMNS
     keys = self._choose()
     if len(keys) < len(self._examples):
-      log.info("grid.png shows %d of %d combinations of task and context", len(keys), len(self._examples))
+      left_out = ", ".join(f"{task} in {context or '-'}" for task, context in sorted(self._examples.keys() - keys))
+      count = f"{len(keys)} of {len(self._examples)}"
+      log.info("grid.png shows %s combinations of task and context; not %s", count, left_out)
     with atomic_write(folder / "grid.png") as unfinished:
       sentence_grid(unfinished, self._rows(keys, with_swapped=with_swapped), columns=columns)
     if videos := [key for key in keys if len(self._examples[key].clips[-1]) > 1]:
@@ -98,7 +104,7 @@ class Gallery:
       generated = self._examples[task, context]
       clips = [*generated.clips[-4:-1], generated.samples[PREDICTION], generated.clips[-1]]
       score = psnr(generated.samples[PREDICTION], generated.clips[-1])
-      label = f"{task.replace('_', ' ')}\ncontext {context or '-'}\n{score:.1f} dB"
+      label = f"{task}\ncontext {context or '-'}\n{score:.1f} dB"
       rows.append((label, [*clips, generated.samples[SWAPPED]] if with_swapped else clips))
     return rows
 
@@ -232,7 +238,7 @@ def markdown(report: Mapping[str, Any]) -> str:
   for task, rows in report["by_task"].items():
     names = [name for name in rows[PREDICTION] if name != "count" and not name.endswith("_std")]
     cells = [(row, *(_cell(values, name) for name in names)) for row, values in rows.items()]
-    lines += [f"**{task}** ({rows[PREDICTION]['count']} sentences)", "", *_table(("", *names), cells), ""]
+    lines += [f"**{task}** ({count_noun(rows[PREDICTION]['count'], 'sentence')})", "", *_table(("", *names), cells), ""]
   lines += ["## Published results", "", published.SOURCE, ""]
   for columns, results in (
     (published.TRAINING_COLUMNS, published.TRAINING),
@@ -291,4 +297,4 @@ def _cell(values: Mapping[str, float], name: str) -> str:
   if name not in values:
     return "-"
   spread = f" ± {values[f'{name}_std']:.2g}" if f"{name}_std" in values else ""
-  return f"{values[name]:.4g}{spread}"
+  return f"{values[name]:.{2 if name in TWO_DECIMALS else 4}f}{spread}"

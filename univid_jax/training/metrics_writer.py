@@ -131,7 +131,7 @@ def join_short(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     points: step and mean since the step of the point before; the first since step 0.
   """
   lengths = np.diff([0, *(step for step, _ in points)])
-  usual = np.bincount(lengths[1:]).argmax() if len(points) > 1 else 0
+  usual = max(lengths, key=lambda length: (np.count_nonzero(lengths == length), length))
   joined, total, count = [], 0.0, 0
   for (step, value), length in zip(points, lengths, strict=True):
     total, count = total + length * value, count + int(length)
