@@ -162,7 +162,7 @@ class TestContext:
     video, image = write_video(tmp_path / "v.mp4", 12), write_image(tmp_path / "i.png")
     clips = read_context([video, video], FORM, videos=(False, True))
     assert [len(clip.frames) for clip in clips] == [1, 5]
-    with pytest.raises(UserError, match=r"i\.png has 1 frames, and 5 are needed here"):
+    with pytest.raises(UserError, match=r"i\.png has 1 frame, and 5 are needed here"):
       read_context([image], FORM, videos=(True,))
 
 

@@ -172,7 +172,10 @@ def trained(tmp_path_factory):
     ([], 1, "missing does not exist: expected a converted checkpoint, the workdir of a training run, or one of"),
   ],
 )
-def test_wrong_arguments_of_calibrate(tmp_path, capfd, arguments, code, message):
+def test_wrong_arguments_of_calibrate(tmp_path, monkeypatch, capfd, arguments, code, message):
+  monkeypatch.chdir(tmp_path)
+  for name in "abc":
+    Image.new("RGB", (20, 20)).save(f"{name}.png")
   missing = tmp_path / "missing"
   assert run_here("univid_jax.calibrate", f"--checkpoint={missing}", "--clips=a.png,b.png,c.png", *arguments) == code
   stderr = capfd.readouterr().err
@@ -312,7 +315,7 @@ def test_step_caching(trained, tmp_path, capfd):
     (["--clips={a},{a},{text}"], 1, "not a clip"),
     # Before the model is loaded, of which step 77 is missing.
     (["--clips={a},{a},{root}/no.png", "--step=77"], 1, "no such clip"),
-    (["--clips={a},{a}", "--queries={a},{root}/no.png", "--step=77"], 1, "no such clip"),
+    (["--clips={a},{a}", "--queries={a},{root}/no.png", "--step=77", "--out={root}/results"], 1, "no such clip"),
     (["--clips={a},{a},{root}/a, b.png", "--step=77"], 1, "a name with a comma is written in double quotes within"),
     (['--clips={a},{a},"{root}/a, b.png"', "--step=77"], 1, "no checkpoint of step 77"),
     (["--clips={a},{a},{a}", "--steps=0"], 2, "steps"),

@@ -54,7 +54,8 @@ def test_the_result_is_like_the_query(pipeline, clips, tmp_path, caplog, carry_c
   sampling = runner(pipeline, keep_size=True, copy_audio=True, carry_context=carry_context, grid=True)
   with caplog.at_level("INFO", "univid_jax"):
     line = sampling.run(Request((*clips[:2], str(tmp_path / "odd.mp4")), tmp_path / "out", needs_suffix=True))
-  assert line == f"wrote 50 frames of 22 x 18 pixels (width x height): {tmp_path / 'out.mp4'}"
+  paths = f"{tmp_path / 'out.mp4'} and {tmp_path / 'out_grid.mp4'}"
+  assert line == f"wrote 50 frames of 22 x 18 pixels (width x height): {paths}"
   out = read_clip(tmp_path / "out.mp4")
   assert out.frames.shape == (50, 18, 22, 3) and out.fps == pytest.approx(25)
   assert read_clip(tmp_path / "out_grid.mp4").frames.shape[0] == 50

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
+from univid_jax.core.wording import count_noun
 
 if TYPE_CHECKING:
   from univid_jax.config.schema import RunConfig
@@ -66,7 +67,7 @@ def main() -> None:
     lines = [f"sentences of all tasks in turn, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}"]
   else:
     unchecked = "frames, and the fit of sentences into rows"
-    lines = [f"headers checked, {len(data.dropped)} records dropped; not checked: {unchecked}"]
+    lines = [f"headers checked, {count_noun(len(data.dropped), 'record')} dropped; not checked: {unchecked}"]
   if is_first:
     print(*lines, sep="\n")
 
@@ -104,8 +105,10 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
   if features.caches is None:
     if not done.num_clips and not num_dropped:
       return ["the data is computed while training: there is nothing to prepare"]
-    return [f"{done.num_clips} clips can be read, {num_dropped} records dropped; they are encoded while training"]
-  line = f"{done.num_clips} clips are ready ({num_encoded} encoded now), {num_dropped} records dropped"
+    clips = count_noun(done.num_clips, "different clip")
+    return [f"{clips} can be read, {count_noun(num_dropped, 'record')} dropped; they are encoded while training"]
+  clips = f"{count_noun(done.num_clips, 'different clip')} {'is' if done.num_clips == 1 else 'are'}"
+  line = f"{clips} ready ({num_encoded} encoded now), {count_noun(num_dropped, 'record')} dropped"
   return [line, *map(str, packed)]
 
 

@@ -81,11 +81,13 @@ def write_record(result: Path, record: Mapping[str, Any], files: Iterable[Path])
     record: how it was made.
     files: all that was written, the result included.
   """
+  files = list(files)
   text = _to_text({**record, FILES: _checksums(files)})
   with atomic_write(record_path(result)) as unfinished:
     unfinished.write_text(text, encoding="utf-8")
   size = size_text((record["height"], record["width"]))
-  return f"wrote {count_noun(record['num_frames'], 'frame')} of {size} pixels (width x height): {result}"
+  paths = " and ".join(map(str, files))
+  return f"wrote {count_noun(record['num_frames'], 'frame')} of {size} pixels (width x height): {paths}"
 
 
 def is_finished(result: Path, record: Mapping[str, Any], files: Sequence[Path]) -> bool:

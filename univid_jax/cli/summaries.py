@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.wording import count_noun
 from univid_jax.data.sources.computed import HELD_OUT_CLIPS
 from univid_jax.evaluation import exact
 from univid_jax.evaluation.report import describe_count
@@ -80,7 +81,7 @@ def _next_steps(config: RunConfig, workdir: str) -> list[str]:
 
 
 def _steps(result: TrainResult) -> str:
-  return f"{result.steps_taken} steps in {result.seconds:.0f} s"
+  return f"{count_noun(result.steps_taken, 'step')} in {result.seconds:.0f} s"
 
 
 def _few_pairs(report: Mapping[str, Any], config: RunConfig) -> list[str]:

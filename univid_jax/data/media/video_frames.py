@@ -8,7 +8,7 @@ from av.video.frame import PictureType
 from jaxtyping import Int, UInt8
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.wording import size_text
+from univid_jax.core.wording import count_noun, size_text
 from univid_jax.data.media.color import Frame, FrameConverter
 from univid_jax.data.media.decoding import DecodedFrame, StreamDecoder, deinterlace, open_video, to_fraction
 from univid_jax.data.media.timeline import Timeline
@@ -181,7 +181,7 @@ class _Reading:
       if index not in self._origins:
         if not self._timeline.is_indexed and index >= self._num_shown:
           reason = f"; {self._timeline.defect}" if self._timeline.defect else ""
-          return f"it has {self._num_shown} frames, and frame {self._indices[-1]} is needed{reason}"
+          return f"it has {count_noun(self._num_shown, 'frame')}, and frame {self._indices[-1]} is needed{reason}"
         reason = next(iter(decoder.failures.values()), self._timeline.defect or "it is missing")
         return f"frame {index} cannot be decoded: {reason}"
       for number in self._origins[index]:

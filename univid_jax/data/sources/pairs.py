@@ -9,7 +9,7 @@ import numpy as np
 from univid_jax.core.contexts import CONTEXTS, limit_clips, make_sentence, video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence
-from univid_jax.core.wording import size_text
+from univid_jax.core.wording import count_noun, size_text
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import DrawOptions, Dropped, draw, group_indices, hold_out, printable
@@ -196,7 +196,8 @@ def check_aligned(source: Footage, target: Footage, num_frames: int) -> None:
     _check_rates(source, target)
   if 1 < short < min(num_frames, long):
     raise UserError(
-      f"the source has {source.num_frames} frames and the target {target.num_frames}; {num_frames} of each are needed"
+      f"the source has {count_noun(source.num_frames, 'frame')} and the target {target.num_frames}; {num_frames} of "
+      "each are needed"
     )
 
 
