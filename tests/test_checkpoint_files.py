@@ -460,7 +460,7 @@ class TestGGUF:
   def test_without_the_package(self, folder, monkeypatch):
     file = write_gguf(folder / "wan.gguf", quantize_gguf(WEIGHTS, {}, rng()))
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"need the package gguf: pip install 'univid_jax\[gguf\]'"):
+    with pytest.raises(UserError, match=r"need the package gguf: pip install -e .*\[gguf\]'"):
       find_release(file)
 
 

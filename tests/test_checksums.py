@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.kinds import LoRALayer
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
+from univid_jax.cli.verification import Findings
 from univid_jax.convert.commands import convert_any
 from univid_jax.core.errors import UserError
 from univid_jax.data.cache.entries import Cache
@@ -277,7 +279,7 @@ class TestCommand:
     out, error = capsys.readouterr()
     named = [line for line in out.splitlines() if line.startswith("DAMAGED ")]
     assert len(named) == 4 and all(any(str(path) in line for line in named) for path in chosen)
-    assert "4 of " in error and error.endswith("files are damaged\n")
+    assert "4 of " in error and error.endswith("files damaged\n")
 
   def test_loras_in_a_bucket(self, tmp_path, capsys):
     bucket = open_bucket("loras")
@@ -310,3 +312,8 @@ class TestCommand:
     assert run_verify(tmp_path) == 1 and "nothing in" in capsys.readouterr().err
     assert run_verify(tmp_path / "absent") == 1 and "no such file or folder" in capsys.readouterr().err
     assert run_verify() == 2
+
+
+@pytest.mark.parametrize("count, text", [(1, "1 of 1 file is intact"), (2, "2 of 2 files are intact")])
+def test_what_was_found_is_said_of_one_file_too(count, text):
+  assert str(Findings(path=epath.Path("here"), num_files=count)) == f"here: {text}"

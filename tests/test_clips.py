@@ -44,7 +44,7 @@ class TestClips:
     (context,) = read_context([path], form)
     assert np.array_equal(context.frames, read_frames(clip)) and context.fps == fps
     used = f"frames 0 to 4 of {footage.num_frames}"
-    resized = "32x48 resized to 16x24"
+    resized = "48 x 32 resized to 24 x 16 (width x height)"
     assert context.changes == (used, f"8 resampled to {fps:g} frames per second", resized)
 
   def test_crop_and_pad(self):
@@ -148,7 +148,7 @@ class TestClips:
       assert footage.describe_changes(5) == [
         "frames 2 to 6 of 15",
         "8 resampled to 4 frames per second",
-        f"36x64 resized to 16x24, 16 % {how}",
+        f"64 x 36 resized to 24 x 16 (width x height), 16 % {how}",
       ]
     assert open_footage(path, ClipFormat(size=(36, 64), num_frames=29)).describe_changes(30) == []
 
@@ -184,7 +184,7 @@ class TestContext:
     video, image = write_video(tmp_path / "v.mp4", 12), write_image(tmp_path / "i.png")
     clips = read_context([video, video], FORM, videos=(False, True))
     assert [len(clip.frames) for clip in clips] == [1, 5]
-    with pytest.raises(UserError, match=r"i\.png has 1 frames, and 5 are needed here"):
+    with pytest.raises(UserError, match=r"i\.png has 1 frame, and 5 are needed here"):
       read_context([image], FORM, videos=(True,))
 
 

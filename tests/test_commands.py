@@ -75,11 +75,15 @@ def test_a_port_that_is_in_use_is_named(capfd):
     (["--config.data.pair=x"], 2, "it has no key 'pair'; did you mean 'pairs'?"),
     ([CONFIG, "--config.data.weights.photos=0"], 2, "wrong override of the config: it has no key 'photos'"),
     ([CONFIG, "--config.data.foldr=x"], 2, "did you mean 'folder'?"),
-    ([CONFIG, "--config.num_steps=abc"], 2, "invalid literal for int"),
+    ([CONFIG, "--config.num_steps=abc"], 2, "--config.num_steps must be a whole number, got 'abc'"),
+    ([CONFIG, "--config.num_steps=10.5"], 2, "--config.num_steps must be a whole number, got '10.5'"),
+    ([CONFIG, "--config.optimizer.learning_rate=x"], 2, "--config.optimizer.learning_rate must be a number, got 'x'"),
+    ([CONFIG, "--config.data.bundled=maybe"], 2, "--config.data.bundled must be true or false, got 'maybe'"),
+    ([CONFIG, "--profile=abc"], 2, "--profile must be a whole number, got 'abc'"),
     ([CONFIG + ":huge"], 2, "unknown preset 'huge'; there are tiny"),
     (["--config=huge"], 2, "unknown preset 'huge'; there are tiny"),
     (["--config=missing.py"], 2, "no such config file: missing.py"),
-    ([CONFIG, "--confg.num_steps=3"], 2, "Unknown command line flag"),
+    ([CONFIG, "--confg.num_steps=3"], 2, "unknown flag --confg.num_steps: did you mean --config.num_steps?"),
     ([CONFIG, "--config.num_steps=-5"], 2, "config.num_steps must be at least 1, got -5"),
     ([CONFIG, f"--config.seed={2**63}"], 2, "config.seed must be from 0 to 2**63 - 2"),
     ([CONFIG, "--config.eval.num_inference_steps=1001"], 2, "config.eval.num_inference_steps must be from 1 to 1000"),
@@ -168,7 +172,10 @@ def trained(tmp_path_factory):
     ([], 1, "missing does not exist: expected a converted checkpoint, the workdir of a training run, or one of"),
   ],
 )
-def test_wrong_arguments_of_calibrate(tmp_path, capfd, arguments, code, message):
+def test_wrong_arguments_of_calibrate(tmp_path, monkeypatch, capfd, arguments, code, message):
+  monkeypatch.chdir(tmp_path)
+  for name in "abc":
+    Image.new("RGB", (20, 20)).save(f"{name}.png")
   missing = tmp_path / "missing"
   assert run_here("univid_jax.calibrate", f"--checkpoint={missing}", "--clips=a.png,b.png,c.png", *arguments) == code
   stderr = capfd.readouterr().err
@@ -303,9 +310,14 @@ def test_step_caching(trained, tmp_path, capfd):
   "arguments, code, message",
   [
     (["--clips={a},{a}"], 2, "an odd number of clips"),
-    (["--clips={a},{a},{a}", "--grid=x.png"], 2, "flag --grid=x.png: Non-boolean argument to boolean flag"),
+    (["--clips={a},{a},{a}", "--grid=x.png"], 2, "--grid must be true or false, got 'x.png'"),
     (["--clips={a},{a},{a}", "--checkpoint=small", "--step=2"], 1, "small is a converted checkpoint, which has no s"),
     (["--clips={a},{a},{text}"], 1, "not a clip"),
+    # Before the model is loaded, of which step 77 is missing.
+    (["--clips={a},{a},{root}/no.png", "--step=77"], 1, "no such clip"),
+    (["--clips={a},{a}", "--queries={a},{root}/no.png", "--step=77", "--out={root}/results"], 1, "no such clip"),
+    (["--clips={a},{a},{root}/a, b.png", "--step=77"], 1, "a name with a comma is written in double quotes within"),
+    (['--clips={a},{a},"{root}/a, b.png"', "--step=77"], 1, "no checkpoint of step 77"),
     (["--clips={a},{a},{a}", "--steps=0"], 2, "steps"),
     (["--clips={a},{a},{a}", "--solver=magic"], 2, "euler|unipc"),
     (["--clips={a},{a},{a}", "--size=480"], 2, "--size is HEIGHTxWIDTH"),
@@ -355,7 +367,8 @@ def test_step_caching(trained, tmp_path, capfd):
 )
 def test_wrong_arguments_of_sample(trained, tmp_path, capfd, arguments, code, message):
   root, _ = trained
-  Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+  for name in ("a.png", "a, b.png"):
+    Image.new("RGB", (20, 20)).save(tmp_path / name)
   (tmp_path / "notes.txt").write_text("hello")
   lora = GOLDENS / "tiny_wan" / "univid_lora.ckpt"
   if "--accelerate={lora}" in arguments:
@@ -374,6 +387,8 @@ def test_wrong_arguments_of_sample(trained, tmp_path, capfd, arguments, code, me
     ("sample", [], "give --checkpoint and --out; see --help"),
     ("sample", ["--checkpoint", "small"], "give --out; see --help"),
     ("calibrate", ["--checkpoint=small"], "give --clips; see --help"),
+    ("sample", ["--ckpt=small"], "unknown flag --ckpt: did you mean --checkpoint? --help lists all"),
+    ("sample", ["--checkpoint=small", "--zzz", "--out=x.png"], "unknown flag --zzz: --help lists all"),
   ],
 )
 def test_missing_flags_are_named_together(capfd, module, arguments, message):

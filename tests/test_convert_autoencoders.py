@@ -136,5 +136,8 @@ class TestShapeOfLatents:
 
   def test_sizes_divide_into_patches(self):
     config = override(tiny(), {"model.variant": "wan2.1-t2v-1.3b", "data.height": 64, "data.width": 72})
-    with pytest.raises(UserError, match=r"clips of 64x72 pixels: the width must be a multiple of 16, got 72; the near"):
+    with pytest.raises(
+      UserError,
+      match=r"clips of 72 x 64 pixels \(width x height\): the width must be a multiple of 16, got 72; the near",
+    ):
       check_rows(config)

@@ -1,6 +1,7 @@
 """Conversion of base weights: exact in both directions, all or nothing, and errors name what is wrong."""
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -204,6 +205,16 @@ class TestVerify:
     pytest.importorskip("diffusers", reason="needs the extra `parity`")
     text, equal = verify(str(RELEASE), str(tmp_path / "target"))
     assert equal and text.count("equal bit for bit") == 3 and text.count("against PyTorch") == 3, text
+    assert text.endswith(", bit for bit, and its outputs equal PyTorch's"), text
+
+  def test_the_verdict_says_what_was_not_compared(self, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "diffusers" else found(name))
+    text, equal = verify(str(RELEASE), str(tmp_path / "target"))
+    verdict = text.splitlines()[-1]
+    assert equal and text.count("not compared with PyTorch") == 4, text
+    assert "bit for bit; its outputs were not compared with PyTorch's, as diffusers is not installed" in verdict
+    assert "pip install -e" in verdict and "[parity]'" in verdict
 
   def test_different_source(self, converted, whole_release, monkeypatch):
     monkeypatch.setattr("univid_jax.convert.verify.OUTPUTS", {})  # compares tensors only
@@ -284,7 +295,7 @@ class TestDamaged:
     """safetensors files need no PyTorch; for others the error names the extra."""
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "96 tensors" in inspect(str(RELEASE / WEIGHTS))
-    with pytest.raises(UserError, match=r"needs PyTorch: pip install 'univid_jax\[convert\]'"):
+    with pytest.raises(UserError, match=r"needs PyTorch: pip install -e .*\[convert\]'"):
       inspect(str(RELEASE / "Wan2.1_VAE.pth"))
 
   def test_unknown_tensors(self, tmp_path):

@@ -338,7 +338,10 @@ class TestPairs:
     reasons = " | ".join(map(str, dropped))
     assert "must have one target.*, an image or a video, and has 0" in reasons
     assert "must have one source.*, an image or a video, and has 2" in reasons
-    assert "edges/b b: the source is 30x40 and the target 30x30: cropped to one size they would not be" in reasons
+    assert (
+      "edges/b b: the source is 40 x 30 and the target 30 x 30 (width x height): cropped to one size they would not be"
+      in reasons
+    )
     assert "exceeds limit" in reasons and "decompression bomb" in reasons.lower()
     assert "the source has 6 frames and the target 3; 5 of each are needed" in reasons
     assert "depth map: a task needs pairs of at least two names" in reasons
@@ -578,7 +581,7 @@ class TestManifest:
     ]
     rates = "fast.mp4 and slow.mp4: the source has 30 frames per second and the target 15: set config.data.fps"
     untimed = "slow.mp4 and untimed.npy: the source is resampled from 15 to config.data.fps = 10 frames per second"
-    aspect = "square.png and wide.png: the source is 40x40 and the target 32x48: cropped to one size they would not be"
+    aspect = "square.png and wide.png: the source is 40 x 40 and the target 48 x 32 (width x height): cropped"
     for fps, expected in ((0, {1: rates, 4: aspect}), (10, {3: untimed, 4: aspect})):
       sentences, dropped = self.write(tmp_path, *lines, form=dataclasses.replace(FORM, fps=fps))
       assert len(sentences.records) == 2

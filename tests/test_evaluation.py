@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from tests.clip_files import write_image
+from tests.clip_files import write_image, write_pairs
 from tests.helpers import image_width, random_pipeline
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.boundary import override, to_json
@@ -41,7 +41,7 @@ from univid_jax.evaluation.run import is_evaluated
 from univid_jax.evaluation.score import Score, Scorer
 from univid_jax.evaluation.sentences import plan_other_pairs, plan_sentences
 from univid_jax.parallel.mesh import make_mesh
-from univid_jax.training.metrics_writer import plot_loss
+from univid_jax.training.metrics_writer import join_short, plot_loss
 
 
 def fixed_origin(checksum: str = "abc", **names) -> Origin:
@@ -196,8 +196,27 @@ class TestModes:
     config = override(tiny_config, {"eval.sentences_per_case": 0})
     pipeline = random_pipeline(config, make_mesh({"data": -1}))
     assert run.evaluate_quick(pipeline, config, tmp_path) is None and not (tmp_path / "eval.json").exists()
-    with pytest.raises(UserError, match="there is nothing to evaluate on"):
+    with pytest.raises(UserError, match=r"there is nothing to evaluate on: config\.eval\.sentences_per_case is 0$"):
       run.evaluate(pipeline, config, data=open_data(config), folder=tmp_path, origin=ORIGIN)
+
+
+def test_too_few_records_to_hold_any_out_are_counted(tmp_path):
+  """Three pairs of each of two tasks at 5 %."""
+  config = override(tiny(), {"data.pairs": str(write_pairs(tmp_path)), "data.num_frames": 5})
+  text = run.nothing_held_out(config, open_data(config))
+  assert text.startswith("there is nothing to evaluate on: 3 records of a task are too few to hold any out at ")
+  assert "config.data.held_out = 0.05, which takes 20: --config.data.held_out=0.34 holds out one; or name a" in text
+  held_out = open_data(override(config, {"data.held_out": 0.34})).held_out
+  assert len({record.name for record in held_out["pairs"].queries}) == 1
+  text = run.nothing_held_out(override(config, {"data.held_out": 0.0}), open_data(config))
+  assert "config.data.held_out is 0, and there is no test set" in text
+
+
+@pytest.mark.parametrize(
+  "name, shown", [("psnr", ["16.03", "11.80", "6.82"]), ("ssim", ["16.0340", "11.8000", "6.8180"])]
+)
+def test_the_numbers_of_a_column_have_the_same_decimals(name, shown):
+  assert [report._cell({name: value}, name) for value in (16.034, 11.8, 6.818)] == shown
 
 
 def test_variants_of_a_pair_are_one_pair():
@@ -262,6 +281,29 @@ def test_figures(tmp_path):
   assert (tmp_path / "loss.png").stat().st_size > 1000 and (tmp_path / "grid.png").stat().st_size > 500
 
 
+def test_a_point_of_few_steps_is_no_spike():
+  """Stopped at step 25 and resumed: that point is a mean over 5 steps, the next one over the other 5."""
+  points = [(10, 3.0), (20, 2.0), (25, 9.0), (30, 1.0), (40, 2.0)]
+  assert join_short(points) == [(10, 3.0), (20, 2.0), (30, 5.0), (40, 2.0)]
+  assert join_short(points[:3]) == points[:3] and join_short(points[:1]) == points[:1]
+
+
+def test_one_point_can_be_seen(tmp_path):
+  plot_loss(tmp_path / "loss.png", [(10, 2.0)])
+  colors = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).reshape(-1, 3)
+  assert (np.abs(colors.astype(int) - (31, 119, 180)).sum(axis=1) < 10).sum() > 150, "more than the line of the legend"
+
+
+@pytest.mark.parametrize("names", [("дом", "кот"), ("ώρα", "φως"), ("größe", "grüße")])
+def test_labels_may_have_other_letters_than_ascii(tmp_path, names):
+  """In Pillow's own font they are all the same box."""
+  image = np.zeros((1, 8, 8, 3), np.uint8)
+  for name in names:
+    sentence_grid(tmp_path / f"{name}.png", [(name, (image,) * 5)])
+  first, second = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in names)
+  assert (first < 128).any() and (first.shape != second.shape or (first != second).any())
+
+
 def shades(picture, *, row=0, tile=40):
   """Returns the grey of each tile in a row of a grid whose labels are empty."""
   line = np.asarray(picture.convert("L"), int)[HEADER + row * (tile + GAP) + tile // 2]
@@ -305,7 +347,7 @@ def test_the_gallery_shows_every_task_before_it_repeats_one(tmp_path, monkeypatc
       gallery.add(dataclasses.replace(example, info=dataclasses.replace(example.info, context=context)))
   with caplog.at_level(logging.INFO):
     gallery.draw(epath.Path(tmp_path), with_swapped=False, fps=0.0)
-  assert "grid.png shows 8 of 12 combinations of task and context" in caplog.text
+  assert "grid.png shows 8 of 12 combinations of task and context; not " in caplog.text
   labels = [label.split("\n")[:2] for label, _ in drawn]
   assert labels == [[task, f"context {context}"] for task in "abcd" for context in ("I", "II")]
 

@@ -84,10 +84,10 @@ class TestForecast:
     whole = forecast_autoencoder(config, mesh, decoding=decoding)
     module = abstract_component("vae", shape)
     assert whole.weights == 4 * sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
-    assert whole.batch == 4 * (5 * 64 * 96 * 3 + 3 * 32 * 48 * 16) and "frames of 64x96" in str(whole)
+    assert whole.batch == 4 * (5 * 64 * 96 * 3 + 3 * 32 * 48 * 16) and "frames of 96 x 64 pixels" in str(whole)
     tiled = override(config, {"vae_tiling.size": 16, "vae_tiling.overlap": 1})
     tile = forecast_autoencoder(tiled, mesh, decoding=decoding)
-    assert tile.activations < 0.5 * whole.activations and "tiles of 32x32" in str(tile)
+    assert tile.activations < 0.5 * whole.activations and "tiles of 32 x 32 pixels" in str(tile)
 
   def test_text_encoder(self, tiny_config, monkeypatch):
     """Of a small shape; each device has its shard of the weights, in bfloat16."""
@@ -136,7 +136,7 @@ class TestForecast:
     "arguments, code, message",
     [
       ("--config=wan_1_3b --config.rows.num_tokens=20000", 1, "has 31200 tokens, config.rows.num_tokens is only 20000"),
-      ("--config=wan_1_3b --config.data.height=470", 1, "clips of 470x832 pixels"),
+      ("--config=wan_1_3b --config.data.height=470", 1, "clips of 832 x 470 pixels"),
       ("--config=tiny --config.base.offload=True", 2, "config.base.offload is for a frozen base"),
       ("--config=tiny --config.base.quantize=int8", 1, "a base in int8 cannot be trained"),
       ("--config=wan22_a14b --config.model.expert=both --config.lora.rank=0", 2, "is both, which trains LoRAs"),

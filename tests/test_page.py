@@ -109,7 +109,7 @@ def test_a_sample_and_the_command_that_reproduces_it(session, clips, tmp_path, m
   assert all(picture.shape == (512, 512, 3) for picture in pictures) and large.shape == (1, 512, 512, 3)
   assert np.array_equal(pictures[-1], large[0]), "the last estimate is the result"
   assert not np.array_equal(pictures[0], pictures[1])
-  assert result.text.startswith("B': image of 16x16, sampled in ")
+  assert result.text.startswith("B': image of 16 x 16, sampled in ")
   assert read_clip(result.pairs).frames.shape == (1, 520, 520, 3)
   query, sampled = (read_clip(folder / name).frames.astype(int) for name in ("B2_grid.png", "B2.png"))
   difference = np.abs(sampled - query[:, :, 40:56]).astype(np.uint8)
@@ -160,7 +160,7 @@ def test_whole_videos_report_their_steps(session, tmp_path):
     write_clip(tmp_path / name, frames[:count], fps=8)
   videos = [str(tmp_path / name) for name in ("a.mp4", "a.mp4", "b.mp4")]
   *statuses, result = session.sample(Choice(checkpoint="runs/it's one", steps=2), videos, folder_in(tmp_path))
-  assert statuses[-1].text.startswith("Step ") and result.text.startswith("B': video of 9 frames of 16x16")
+  assert statuses[-1].text.startswith("Step ") and result.text.startswith("B': video of 9 frames of 16 x 16")
   assert all(path.suffix == ".mp4" for path in (result.large, result.pairs, result.difference))
   assert len(read_clip(result.pairs).frames) == 9
 

@@ -308,3 +308,13 @@ class TestBadInput:
       pipe.sample([clip] * 3)
     with unchecked(), pytest.raises(ValueError, match=found):
       pipe.sample_video([clip] * 2, np.zeros((33, 32, 48, 3), np.uint8))
+
+
+def test_the_package_shows_its_public_names_alone():
+  names = {name for name in dir(univid_jax) if not name.startswith("__")}
+  assert names == {"Pipeline", "RunConfig", "load_pipeline", "read_clip", "write_clip"}
+
+
+def test_a_pipeline_says_what_it_is(checkpoint):
+  shown = repr(univid_jax.load_pipeline(str(checkpoint)))
+  assert shown.startswith("<Pipeline: ") and " layers of " in shown and shown.endswith(" attention>")

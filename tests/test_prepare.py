@@ -13,6 +13,7 @@ from tests.commands import finish, free_port, run_command, run_here, start_comma
 from tests.helpers import image_width
 from tests.stand_ins import CountingEncoders, Shape
 from tests.test_checksums import flip_bit
+from univid_jax.cli.preview import draw_preview
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
@@ -39,6 +40,23 @@ def metadata(tmp_path):
 @pytest.fixture
 def pairs(tmp_path):
   return write_pairs(tmp_path / "pairs")
+
+
+def test_the_preview_shows_all_kinds_of_data_and_tasks_in_turn(metadata, pairs, tmp_path, monkeypatch):
+  """In order of their numbers the first sentences are all of the first task."""
+  shown = []
+  monkeypatch.setattr("univid_jax.cli.preview.contact_sheet", lambda path, rows: (shown.extend(rows), path.touch()))
+  changes = {"data.metadata": str(metadata), "data.pairs": str(pairs), "data.folder": str(metadata / "train")}
+  draw_preview(open_data(override(tiny(), SMALL | changes | {"data.held_out": 0.0})), 9, str(tmp_path))
+  assert [name for name, _ in shown] == ["metadata", "pairs", "computed"] * 3
+  assert [sentence.task for name, sentence in shown if name == "pairs"] == ["depth map", "edges", "depth map"]
+  assert len({sentence.task for name, sentence in shown if name == "computed"}) == 3
+
+
+def test_another_base_than_the_preset_is_for_is_refused_before_the_data_are_read(checkpoint, tmp_path, capfd):
+  arguments = [f"--config.init_from={checkpoint}", f"--config.data.pairs={tmp_path / 'missing'}"]
+  assert run_here("univid_jax.prepare", "--config=wan_1_3b", *arguments, f"--workdir={tmp_path / 'run'}") == 1
+  assert "another shape; --config.model.variant= takes the base's" in capfd.readouterr().err
 
 
 class TestOpenData:
@@ -296,10 +314,10 @@ def test_from_data_to_a_lora_for_other_programs(checkpoint, metadata, tmp_path):
   ]
   done = run("univid_jax.prepare", *common)
   assert done.returncode == 0, done.stderr
-  assert "16 clips are ready (16 encoded now)" in done.stdout
+  assert "16 different clips are ready (16 encoded now)" in done.stdout
   flip_bit(next((tmp_path / "run" / "cache" / "latents").rglob("*.safetensors")))
   done = run("univid_jax.prepare", *common)
-  assert "16 clips are ready (1 encoded now)" in done.stdout
+  assert "16 different clips are ready (1 encoded now)" in done.stdout
   done = run("univid_jax.train", *common, "--config.num_steps=2")
   assert done.returncode == 0, done.stderr
   done = run("univid_jax.train", *common, "--config.num_steps=4")
@@ -336,7 +354,7 @@ def test_long_clips(checkpoint, tmp_path):
     f"--config.rows.num_tokens={4 * 21 * 2 * 2}",
   ]
   done = run("univid_jax.prepare", *common)
-  assert done.returncode == 0 and "clips are ready" in done.stdout, done.stderr
+  assert done.returncode == 0 and "different clips are ready" in done.stdout, done.stderr
   previews = ["--config.validation.every_steps=1", "--config.validation.sentences=1", "--config.validation.previews=1"]
   fast = ["--config.validation.num_inference_steps=1", "--config.eval.sentences_per_case=0", "--config.num_steps=1"]
   done = run("univid_jax.train", *common, *previews, *fast)
@@ -355,8 +373,8 @@ def test_packed_caches(checkpoint, metadata, tmp_path):
   arguments = ["univid_jax.prepare", *packing, *group, "--config.mesh.data=2"]
   both = [finish(each) for each in [start_command(*arguments, f"--process_id={index}") for index in (0, 1)]]
   assert [done.returncode for done in both] == [0, 0], both
-  assert "16 clips are ready (16 encoded now)" in both[0].stdout and "ready" not in both[1].stdout, both
-  assert re.search(r"entries are in \d shards \((\d+) packed now\), \1 files removed", both[0].stdout)
+  assert "16 different clips are ready (16 encoded now)" in both[0].stdout and "ready" not in both[1].stdout, both
+  assert re.search(r"entries are in \d shards \((\d+) packed now\), \1 files? removed", both[0].stdout)
   cache = tmp_path / "run" / "cache"
   assert not list(cache.rglob("*.safetensors"))
   shard = next((cache / "latents" / "shards").glob("*.array_record"))
@@ -365,9 +383,11 @@ def test_packed_caches(checkpoint, metadata, tmp_path):
   assert done.returncode == 0 and f"{shard}: record 0 is corrupt and is computed again" in done.stderr, done.stderr
   assert len(list(cache.rglob("*.safetensors"))) == 1
   done = run("univid_jax.prepare", *common, "--pack", "--remove_files")
-  assert "16 clips are ready (0 encoded now)" in done.stdout and "(1 packed now), 1 files removed" in done.stdout
+  assert (
+    "16 different clips are ready (0 encoded now)" in done.stdout and "(1 packed now), 1 file removed" in done.stdout
+  )
   done = run("univid_jax.prepare", *common)
-  assert "16 clips are ready (0 encoded now)" in done.stdout and "corrupt" not in done.stderr
+  assert "16 different clips are ready (0 encoded now)" in done.stdout and "corrupt" not in done.stderr
 
 
 ENCODE = """
@@ -421,7 +441,7 @@ def test_clips_of_a_folder_are_counted(tmp_path, capfd):
   where = [f"--config.data.folder={tmp_path / 'clips'}", f"--workdir={tmp_path / 'run'}"]
   assert run_here("univid_jax.prepare", "--config=tiny", *where) == 0
   stdout, stderr = capfd.readouterr()
-  assert stdout.startswith("2 clips can be read, 0 records dropped"), stdout
+  assert stdout.startswith("2 different clips can be read, 0 records dropped"), stdout
   assert f"{tmp_path / 'clips'}: 1 folder in it is left out, only its own files are read" in stderr
 
 
@@ -439,7 +459,7 @@ def test_two_processes(checkpoint, metadata, tmp_path):
   common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
   sizes = ["--config.num_steps=2", "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.validation.sentences=2"]
   sampling = ["--config.validation.num_inference_steps=1", "--config.eval.sentences_per_case=0"]
-  for command, expected in (("prepare", "16 clips are ready (16 encoded now)"), ("train", "2 steps in")):
+  for command, expected in (("prepare", "16 different clips are ready (16 encoded now)"), ("train", "2 steps in")):
     group = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
     arguments = [f"univid_jax.{command}", *SMALL_WAN, *common, *sizes, *sampling, *group]
     both = [finish(each) for each in [start_command(*arguments, f"--process_id={index}") for index in (0, 1)]]
@@ -456,6 +476,6 @@ def test_two_commands_fill_one_cache(checkpoint, metadata, tmp_path):
   both = [start_command("univid_jax.prepare", *SMALL_WAN, *data) for _ in range(2)]
   for process in both:
     out, error = process.communicate(timeout=300)
-    assert process.returncode == 0 and "16 clips are ready" in out, error
+    assert process.returncode == 0 and "16 different clips are ready" in out, error
   files = list((tmp_path / "run" / "cache" / "latents").rglob("*.*"))
   assert len(files) == 16 and all(path.suffix == ".safetensors" for path in files)

@@ -107,7 +107,10 @@ def test_files_are_those_of_single_requests(pipeline, files, tmp_path, caplog):
     lines = list(QueryRunner(runner).run(requests))
   assert len(lines) == 10 and all(line.startswith("wrote ") for line in lines)
   found = [message for message in caplog.messages if "at once" in message]
-  assert found == ["7 queries of 16x16, 1 frames each, 7 at once", "2 queries of 16x16, 5 frames each, 2 at once"]
+  assert found == [
+    "7 queries of 16 x 16 pixels (width x height), 1 frame each, 7 at once",
+    "2 queries of 16 x 16 pixels (width x height), 5 frames each, 2 at once",
+  ]
   for request in requests_for(files, tmp_path / "alone"):
     runner.run(request)
   batches, alone = contents(tmp_path / "batches"), contents(tmp_path / "alone")

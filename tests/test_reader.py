@@ -21,6 +21,7 @@ from univid_jax.data.media.decoding import StreamDecoder
 from univid_jax.data.media.h264 import _Bits
 from univid_jax.data.media.reader import is_foreign, probe, read_clip, read_parts
 from univid_jax.data.media.schedule import Schedule
+from univid_jax.data.media.writer import write_clip
 
 CASES = Path(__file__).parent / "cases" / "videos"
 TRUTH = json.loads((CASES / "truth.json").read_text())
@@ -490,3 +491,25 @@ def test_what_only_has_the_name_of_a_clip_is_refused(tmp_path: Path):
     for read in (probe, read_clip):
       with pytest.raises(UserError, match=f"cannot read .*{name}: .*{reason}"):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+  "content, name, message",
+  [
+    ("a.png", "clip.mp4", r"clip\.mp4: by its content it is a PNG, not \.mp4: rename it to \.png"),
+    ("a.mp4", "clip.png", r"clip\.png: by its content it is an MP4, not \.png: rename it to \.mp4"),
+    ("a.mp4", "clip.npy", r"clip\.npy: by its content it is an MP4, not \.npy: rename it to \.mp4"),
+    (b"<!DOCTYPE html><html>", "clip.webm", r"by its content it is a web page, not \.webm: convert it"),
+    (b"nonsense", "clip.mp4", r"not an intact MP4"),
+    (b"\0\0\0\x18ftypmp42", "clip.mp4", r"not an intact MP4"),
+  ],
+)
+def test_content_of_another_kind_than_the_suffix_is_named(tmp_path, content, name, message):
+  """FFmpeg and Pillow only say that they cannot read it."""
+  frames = np.zeros((1, 32, 32, 3), np.uint8)
+  if isinstance(content, str):
+    write_clip(tmp_path / content, frames)
+    content = (tmp_path / content).read_bytes()
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=message):
+    read_clip(tmp_path / name)

@@ -74,11 +74,11 @@ def test_changes_are_reported_once_and_recorded(tmp_path: Path, caplog):
   with caplog.at_level("INFO", "univid_jax"):
     for name in ("one", "two"):
       line = sampling.run(Request((image, image, video), tmp_path / name, needs_suffix=True))
-      assert line == f"wrote 17 frames of 24x16: {tmp_path / name}.mp4"
+      assert line == f"wrote 17 frames of 16 x 24 pixels (width x height): {tmp_path / name}.mp4"
   image_line, video_line = caplog.messages
   changes = ["frames 0 to 16 of 150", "8 resampled to 4 frames per second"]
-  assert video_line == f"{video}: {'; '.join([*changes, '36x24 resized to 24x16'])}"
-  assert image_line == f"{image}: 16x24 resized to 24x16, 56 % padded with black"
+  assert video_line == f"{video}: {'; '.join([*changes, '24 x 36 resized to 16 x 24 (width x height)'])}"
+  assert image_line == f"{image}: 24 x 16 resized to 16 x 24 (width x height), 56 % padded with black"
   record = json.loads((tmp_path / "two.json").read_text())["clips"][2]
   assert record["path"] == video and record["num_frames"] == 17 and record["changes"][:2] == changes
   frames = sampling.pipeline.contexts[0][2]
@@ -102,8 +102,8 @@ def test_what_training_has_not_shown_is_said_once(tmp_path: Path, caplog, monkey
   assert len(said(runner(keep_size=True), "input_size")) == 1
   form = choose_format(TRAINED, **AS_TRAINED | {"size": (40, 24), "num_frames": 5, "fit": "crop"})
   assert said(runner(form, num_frames=5), "one", "two") == [
-    "the model was not trained on this, expect worse results: 40x24 pixels instead of 16x24 or 24x16, 2.5 times as "
-    "many; 5 frames instead of 1 or 17"
+    "the model was not trained on this, expect worse results: 24 x 40 pixels (width x height) "
+    "instead of 24 x 16 or 16 x 24, 2.5 times as many; 5 frames instead of 1 or 17"
   ]
 
 

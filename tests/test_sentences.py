@@ -19,6 +19,7 @@ from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import draw
 from univid_jax.data.sources.computed import ComputedSentences, LazySentences, computed_identity, open_computed
 from univid_jax.data.sources.folder import FolderSource
+from univid_jax.data.sources.open import open_data
 from univid_jax.data.sources.photos import PhotoSource, moving_window
 from univid_jax.data.tasks import TASKS, masks
 from univid_jax.data.tasks.base import Task, draw_nothing
@@ -371,6 +372,20 @@ class TestLazySentences:
 
 
 class TestFolders:
+  def test_the_log_says_what_sentences_are_made_of(self, tmp_path, caplog):
+    """Bundled photographs join a folder, and are all that held-out sentences show: both surprise."""
+    write_clip(tmp_path / "a.png", CLIP)
+    caplog.set_level("INFO", "univid_jax")
+    open_data(override(tiny(), {"data.folder": str(tmp_path)})).report()
+    assert "made from your 1 file and 11 bundled photographs (config.data.bundled=False leaves these" in caplog.text
+    assert "held-out sentences show other bundled photographs, not the files of config.data.folder" in caplog.text
+    caplog.clear()
+    open_data(override(tiny(), {"data.folder": str(tmp_path), "data.bundled": False})).report()
+    assert "made from your 1 file; held-out" in caplog.text
+    caplog.clear()
+    open_data(tiny()).report()
+    assert "made from" not in caplog.text
+
   def test_videos_and_photos(self, tmp_path):
     folder = tmp_path / "my clips ü"
     ramp = np.broadcast_to(np.arange(12, dtype=np.uint8)[:, None, None, None] * 20, (12, 48, 64, 3))

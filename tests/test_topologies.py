@@ -58,7 +58,7 @@ def test_topologies_take_these_arguments():
 
 def test_without_libtpu(monkeypatch):
   monkeypatch.setitem(sys.modules, "libtpu", None)
-  with pytest.raises(UserError, match="pip install libtpu"):
+  with pytest.raises(UserError, match=r"libtpu: pip install -e .*\[tpu\]"):
     use_tpu_compiler()
 
 

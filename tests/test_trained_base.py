@@ -141,7 +141,7 @@ def test_it_is_calibrated(tmp_path, monkeypatch, capfd):
   Image.new("RGB", (60, 62), "red").save(clip)
   flags = ["--checkpoint=small", f"--clips={clip},{clip},{clip}", "--steps=3"]
   assert run_here("univid_jax.calibrate", *flags, "--size=input") == 0
-  assert f"{clip}: 62x60 extended to 64x64" in capfd.readouterr().err, "as univid-sample reads it"
+  assert f"{clip}: 60 x 62 extended to 64 x 64" in capfd.readouterr().err, "as univid-sample reads it"
 
 
 def test_the_base_in_the_package_follows_an_example():

@@ -61,14 +61,18 @@ def test_the_result_is_like_the_query(pipeline, clips, tmp_path, caplog, carry_c
   sampling = runner(pipeline, keep_size=True, copy_audio=True, carry_context=carry_context, grid=True)
   with caplog.at_level("INFO", "univid_jax"):
     line = sampling.run(Request((*clips[:2], str(tmp_path / "odd.mp4")), tmp_path / "out", needs_suffix=True))
-  assert line == f"wrote 50 frames of 18x22: {tmp_path / 'out.mp4'}"
+  paths = f"{tmp_path / 'out.mp4'} and {tmp_path / 'out_grid.mp4'}"
+  assert line == f"wrote 50 frames of 22 x 18 pixels (width x height): {paths}"
   out = read_clip(tmp_path / "out.mp4")
   assert out.frames.shape == (50, 18, 22, 3) and out.fps == pytest.approx(25)
   assert read_clip(tmp_path / "out_grid.mp4").frames.shape[0] == 50
-  assert f"{tmp_path / 'odd.mp4'}: 18x22 extended to 20x24" in caplog.messages or "extended" in caplog.text
+  assert f"{tmp_path / 'odd.mp4'}: 22 x 18 extended to 24 x 20" in caplog.messages or "extended" in caplog.text
   assert any("50 frames in" in message for message in caplog.messages)
   (warning,) = [message for message in caplog.messages if "not trained on this" in message]
-  assert "24x24 pixels instead of 16x16, 2.2 times as many; 25 frames per second instead of 8" in warning
+  assert (
+    "24 x 24 pixels (width x height) instead of 16 x 16, 2.2 times as many; 25 frames per second instead of 8"
+    in warning
+  )
   assert ("a given first frame, which only TI2V models know" in warning) == carry_context
   record = json.loads((tmp_path / "out.json").read_text())
   assert (record["num_frames"], record["height"], record["width"], record["fps"]) == (50, 18, 22, 25)
@@ -229,7 +233,7 @@ def test_the_grid_shows_the_same_time_of_all_clips(monkeypatch):
   query = mock.Mock(size=(4, 6), fps=None, read=lambda start, count: greys(100 + start, count))
   query.footage.num_frames = 7
   examples = [mock.Mock(frames=greys(10, 5)), mock.Mock(frames=greys(50, 1))]
-  video = whole_videos.WholeVideo(mock.Mock(), examples, query, {}, {})
+  video = whole_videos.WholeVideo(mock.Mock(), examples, query, SamplingArguments(), {}, carry_context=False)
   video._write_grid(Path("grid.mp4"), io.BytesIO(greys(200, 7).tobytes()))
   shown = np.concatenate(blocks)[:, 0, :: 6 + CLIP_GAP, 0]
   expected = [10, 11, 12, 13, 14, 14, 14], [50] * 7, range(100, 107), range(200, 207)

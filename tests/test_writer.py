@@ -65,6 +65,15 @@ def test_equal_frames_make_equal_bytes(tmp_path: Path, suffix: str):
   assert len(contents) == 1
 
 
+@pytest.mark.parametrize("fps, expected", [(None, 10), (20, 20)])
+def test_what_was_read_is_written_at_its_own_rate(tmp_path: Path, fps: float | None, expected: float):
+  write_clip(tmp_path / "source.mp4", numbered_frames(5), fps=10)
+  loaded = read_clip(tmp_path / "source.mp4")
+  write_clip(tmp_path / "clip.mp4", loaded, fps=fps)
+  found = read_clip(tmp_path / "clip.mp4")
+  assert found.fps == expected and found.frames.shape == loaded.frames.shape
+
+
 def test_images(tmp_path: Path):
   frame = numbered_frames(1)
   for suffix in (".png", ".jpg", ".webp", ".bmp", ".avif", ".tiff"):

@@ -30,4 +30,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-  return [*globals(), *_MODULES]
+  return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

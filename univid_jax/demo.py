@@ -17,6 +17,7 @@ from pathlib import Path
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.core.errors import UserError
+from univid_jax.core.installation import install_command
 
 FLAGS = CommandFlags(__doc__)
 CHECKPOINT = FLAGS.strings(
@@ -46,7 +47,7 @@ def main() -> None:
   try:
     import gradio  # noqa: F401
   except ModuleNotFoundError as error:
-    raise UserError("the demo needs Gradio: pip install 'univid_jax[demo]'") from error
+    raise UserError(f"the demo needs Gradio: {install_command('demo')}") from error
   from univid_jax.checkpoints.experts import split_weight
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.page import CSS, Page

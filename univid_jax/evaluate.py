@@ -14,6 +14,7 @@ import sys
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
+from univid_jax.core.text import count_noun
 
 FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config(of_run=True)
@@ -85,7 +86,7 @@ def main() -> None:
     print(f"  {name:<10} PSNR {scores['psnr']:5.1f} dB   RMSE {scores['rmse']:6.2f}")
   for line in exact.summary(report["exact"]) if report["exact"] else []:
     print(f"  {line}")
-  print(f"{len(report['sentences'])} sentences: {folder}/report.md, report.json, pictures")
+  print(f"{count_noun(len(report['sentences']), 'sentence')}: {folder}/report.md, report.json, pictures")
 
 
 if __name__ == "__main__":

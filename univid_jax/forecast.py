@@ -3,8 +3,8 @@
   python -m univid_jax.forecast --config=PRESET [--config.KEY=VALUE ...] [--topology=v5e:2x4] [--of=sampling]
   python -m univid_jax.forecast --config=PRESET [--config.KEY=VALUE ...] --chip=v6e [--chips=4]
 
-Compiles the program for the devices of this machine, or for a TPU topology that need not be here (`pip install
-libtpu`). Weights need not be here. Exits with 1 if it does not fit.
+Compiles the program for the devices of this machine, or for a TPU topology that need not be here (extra
+`tpu`). Weights need not be here. Exits with 1 if it does not fit.
 
 With --chip it lists combinations of the base's storage, recomputation and mesh that fit, fastest first, each as a
 command. Only if none fits at the config's size does it try smaller rows and clips. For TPUs it compiles until three
@@ -32,7 +32,7 @@ OF_HELP = (
 )
 OF = FLAGS.choice("of", "training", ["training", "sampling", "encoding", "decoding", "prompts"], OF_HELP)
 SAMPLING = FLAGS.switch("sampling", False, "Deprecated: --of=sampling.")
-CHIP = FLAGS.choice("chip", None, list(NAMES), f"Advise how to train on this kind of chip: {', '.join(NAMES)}.")
+CHIP = FLAGS.string("chip", None, f"Advise how to train on this kind of chip: {', '.join(NAMES)}.")
 CHIPS = FLAGS.integer("chips", 1, "Number of these chips.", lower_bound=1)
 
 
@@ -44,11 +44,25 @@ def main() -> None:
   if CHIP.value:
     if TOPOLOGY.value or what != "training":
       raise UsageError("--chip advises how to train: leave out --topology, --of and --sampling")
-    advise(CHIP.value)
+    advise(parse_chip(CHIP.value))
   elif FLAGS.given(["chips"]):
     raise UsageError("--chips is a number of --chip: say which")
   else:
     forecast(what)
+
+
+def parse_chip(text: str) -> str:
+  """Returns the name of a chip, whatever its case.
+
+  Raises:
+    UsageError: there is none of this name.
+  """
+  if (chip := text.lower()) not in NAMES:
+    raise UsageError(
+      f"--chip={text} is not known; there are {', '.join(NAMES)}. For another chip take one with as "
+      "much memory or a little less, or forecast on it, without --chip"
+    )
+  return chip
 
 
 def advise(chip: str) -> None:
@@ -65,7 +79,7 @@ def advise(chip: str) -> None:
   options = advice.advise(config, machine, compile_config, progress=log.info)
   print(advice.describe(options, machine, FLAGS.config_arguments, is_compiled=compile_config is not None))
   if config.model.variant and not config.init_from:
-    print("add your base and data: --config.init_from=CONVERTED --config.data.folder=DIR")
+    print("add your base and data: --config.init_from=CONVERTED --config.data.pairs=DATA")
 
 
 def forecast(what: str) -> None:

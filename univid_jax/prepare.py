@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
+from univid_jax.core.text import count_noun
 
 if TYPE_CHECKING:
   from univid_jax.config.schema import RunConfig
@@ -28,7 +29,8 @@ PROCESSES = FLAGS.processes()
 ALLOW_DROPPED = FLAGS.switch("allow_dropped", False, "Leave out records that cannot be used.")
 QUICK = FLAGS.switch("quick", False, "Only look at the headers of files: decode and encode nothing.")
 VERIFICATION = FLAGS.verification(of_runs=False)
-PREVIEW = FLAGS.integer("preview", 0, "Only draw this many sentences, to WORKDIR/preview.png.", lower_bound=0)
+PREVIEW_HELP = "Only draw this many sentences, of all kinds of data and tasks in turn, to WORKDIR/preview.png."
+PREVIEW = FLAGS.integer("preview", 0, PREVIEW_HELP, lower_bound=0)
 PACK = FLAGS.switch("pack", False, "Pack the caches into shards afterwards, which are read before single files.")
 REMOVE_FILES = FLAGS.switch("remove_files", False, "With --pack: remove each file that can be read back from a shard.")
 
@@ -48,10 +50,13 @@ def main() -> None:
 
   from univid_jax.cli.preview import draw_preview
   from univid_jax.data.sources.open import open_data
+  from univid_jax.training.setup import check_config
 
   config, workdir = CONFIG.value, WORKDIR.value
   if ALLOW_DROPPED.value:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, allow_dropped=True))
+  if not PREVIEW.value and not QUICK.value:
+    config = check_config(config)  # before the files of the data are opened
   data = open_data(config)
   data.report()
   data.require_usable(config.data)
@@ -59,10 +64,10 @@ def main() -> None:
   if not PREVIEW.value and not QUICK.value:
     lines = encode(config, data, workdir)
   elif is_first and PREVIEW.value:
-    lines = [f"the first sentences, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}"]
+    lines = [f"sentences of all tasks in turn, as the model sees them: {draw_preview(data, PREVIEW.value, workdir)}"]
   else:
     unchecked = "frames, and the fit of sentences into rows"
-    lines = [f"headers checked, {len(data.dropped)} records dropped; not checked: {unchecked}"]
+    lines = [f"headers checked, {count_noun(len(data.dropped), 'record')} dropped; not checked: {unchecked}"]
   if is_first:
     print(*lines, sep="\n")
 
@@ -80,10 +85,9 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
   from univid_jax.data.features import caches_folder
   from univid_jax.parallel.mesh import make_mesh
   from univid_jax.runtime.processes import count_distinct, sum_over_processes
-  from univid_jax.training.setup import check_config, fill_caches, open_features
+  from univid_jax.training.setup import fill_caches, open_features
   from univid_jax.training.validation import select_sentences
 
-  config = check_config(config)
   with verified(config.init_from and locate(config.init_from), enabled=VERIFICATION.verify_weights):
     encoders = open_encoders(config, make_mesh(config.mesh))
   if PACK.value and not encoders.has_weights:
@@ -101,8 +105,10 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
   if features.caches is None:
     if not done.num_clips and not num_dropped:
       return ["the data is computed while training: there is nothing to prepare"]
-    return [f"{done.num_clips} clips can be read, {num_dropped} records dropped; they are encoded while training"]
-  line = f"{done.num_clips} clips are ready ({num_encoded} encoded now), {num_dropped} records dropped"
+    clips = count_noun(done.num_clips, "different clip")
+    return [f"{clips} can be read, {count_noun(num_dropped, 'record')} dropped; they are encoded while training"]
+  clips = f"{count_noun(done.num_clips, 'different clip')} {'is' if done.num_clips == 1 else 'are'}"
+  line = f"{clips} ready ({num_encoded} encoded now), {count_noun(num_dropped, 'record')} dropped"
   return [line, *map(str, packed)]
 
 

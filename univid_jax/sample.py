@@ -12,6 +12,7 @@ With --queries=B1.mp4,B2.mp4 (or a folder), --clips are the example pairs alone,
 sampled in batches, which several processes share; results that are there already are kept.
 """
 
+import logging
 import sys
 
 from tqdm import tqdm
@@ -26,6 +27,8 @@ WARM_UP = FLAGS.switch("warm_up", False, "Compile the programs, for the compilat
 PROFILE = FLAGS.profile("OUT's folder")
 PROCESSES = FLAGS.processes()
 
+log = logging.getLogger("univid_jax.sample")  # also when run as __main__
+
 
 @app.command(FLAGS)
 def main() -> None:
@@ -39,11 +42,13 @@ def main() -> None:
   elif PROCESSES.coordinator.value is not None:
     raise UsageError("several processes share the queries of --queries, and there are none")
   enable_compilation_cache()
+  log.info("loading %s", SAMPLE.sampling.checkpoint.value)
   runner = SAMPLE.runner(*SAMPLE.load())
   if WARM_UP.value:
     print(SAMPLE.warm_up(runner, requests))
     return
   supervisor.current().can_continue = SAMPLE.has_queries or runner.find_whole(requests[0]) is not None
+  log.info("compiling with the first step: seconds if it is cached, else up to several minutes")
   for line in SAMPLE.run(runner, requests):
     tqdm.write(line)  # above the bar
   if PROFILE.value:

@@ -12,6 +12,7 @@ import sys
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.core.errors import UserError
+from univid_jax.core.text import count_noun
 
 FLAGS = CommandFlags(__doc__, max_arguments=1)
 WRITE = FLAGS.switch("write", False, "Add checksums to checkpoints and LoRA folders that have none.")
@@ -29,7 +30,7 @@ def main() -> None:
     findings.append(found)
   damaged = sum(len(found.damaged) for found in findings)
   if damaged:
-    raise UserError(f"{damaged} of {sum(found.num_files for found in findings)} files are damaged")
+    raise UserError(f"{damaged} of {count_noun(sum(found.num_files for found in findings), 'file')} damaged")
   if any(found.is_unverified for found in findings):
     raise UserError("not everything has checksums; --write adds them")
   if not findings:

@@ -16,6 +16,7 @@ import numpy as np
 
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo, numpy_dtype, read_bytes
 from univid_jax.core.errors import UserError
+from univid_jax.core.installation import install_command
 
 VERSIONS = (2, 3)
 
@@ -206,5 +207,5 @@ def _import_gguf() -> Any:
     import gguf
     import gguf.quants
   except ModuleNotFoundError as error:
-    raise UserError("GGUF files need the package gguf: pip install 'univid_jax[gguf]'") from error
+    raise UserError(f"GGUF files need the package gguf: {install_command('gguf')}") from error
   return gguf

@@ -24,6 +24,7 @@ from univid_jax.core.options import Expert, Quantize, TrainedExpert
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import CodecShape, Encoders
 from univid_jax.core.seeds import random_key
+from univid_jax.core.text import size_text
 from univid_jax.diffusion.flow import REFERENCE_TOKENS, FlowMatching
 from univid_jax.models.dit import DiT
 from univid_jax.models.in_context import look_back
@@ -58,8 +59,8 @@ def _transformer_config(config: RunConfig, base: PretrainedCheckpoint | None) ->
     shape = base.config(trained_component(split_config(config)[0], base))
     if options.variant and shape != VARIANTS[options.variant]:
       raise UserError(
-        f"config.model.variant is {options.variant}, but the base {config.init_from} has another shape; leave "
-        "config.model.variant empty to take the base's"
+        f"config.model.variant is {options.variant}, but the base {config.init_from} has another shape; "
+        "--config.model.variant= takes the base's"
       )
     return shape
   if options.variant:
@@ -256,7 +257,8 @@ def clip_tokens(config: RunConfig) -> int:
     try:
       tokens = latent_shape(clip, temporal_stride=codec.temporal_stride, spatial_stride=stride)
     except UserError as error:
-      raise UserError(f"config.data has clips of {height}x{width} pixels: {error}") from error
+      size = f"{size_text((height, width))} pixels (width x height)"
+      raise UserError(f"config.data has clips of {size}: {error}") from error
     longest = max(longest, math.prod(tokens))
   return longest
 

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from univid_jax.checkpoints.header_texts import merge_texts
 from univid_jax.core.errors import UserError, first_line
+from univid_jax.core.installation import install_command
 from univid_jax.core.json_files import parse_json, read_json_object
 from univid_jax.core.paths import is_lfs_pointer, resolve_inside
 
@@ -288,7 +289,7 @@ def require_torch(path: os.PathLike | str) -> Any:
   try:
     import torch
   except ModuleNotFoundError as error:
-    raise UserError(f"{path} is a PyTorch file and needs PyTorch: pip install 'univid_jax[convert]'") from error
+    raise UserError(f"{path} is a PyTorch file and needs PyTorch: {install_command('convert')}") from error
   return torch
 
 

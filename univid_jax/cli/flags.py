@@ -13,11 +13,13 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from univid_jax.cli.flag_errors import explain_flag, explain_override
+from univid_jax.cli.flag_groups import ProcessFlags, VerificationFlags
 from univid_jax.config import presets
-from univid_jax.config.boundary import find_keys, from_config_dict, to_config_dict
+from univid_jax.config.boundary import from_config_dict, to_config_dict
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import OnDamaged, Quantize
+from univid_jax.core.options import Quantize
 from univid_jax.diffusion.distillations import DISTILLATIONS
 
 # The file of presets in a clone; where it does not exist, its name means the packaged presets.
@@ -76,7 +78,8 @@ class CommandFlags:
   def workdir(self, purpose: str) -> "WorkdirFlag":
     """Defines --workdir of a command that has --config."""
     assert self._config, "the default workdir depends on the config"
-    self._workdir = WorkdirFlag(self.string("workdir", None, f"{purpose}; default: runs/NAME."), self._config)
+    help_text = f"{purpose}; default: runs/NAME of the config, as runs/tiny."
+    self._workdir = WorkdirFlag(self.string("workdir", None, help_text), self._config)
     return self._workdir
 
   def checkpoint(self) -> flags.FlagHolder[str]:
@@ -139,16 +142,17 @@ class CommandFlags:
       self._values.unparse_flags()
     for name in [name for name in self._values if name.startswith("config")]:
       delattr(self._values, name)
-    self._require(argv)
     try:
       rest = self._values.read_flags_from_files(list(argv), force_gnu=True)
       if self._config:
         rest = self._config.define(rest, self._values)
       self.arguments = self._values(rest)[1:]
     except flags.Error as error:
-      raise UserError(re.sub(r"\('(.*)', '.*'\)$", r"\1", str(error))) from error  # absl shows a pair as it is
+      if not isinstance(error, flags.UnrecognizedFlagError):  # whose mistyped name may be what is missing
+        self._require(argv)
+      raise UserError(explain_flag(error, self._names)) from error
     except (AttributeError, KeyError, TypeError) as error:
-      raise UserError(f"wrong override of the config: {_explain_override(error)}") from error
+      raise UserError(f"wrong override of the config: {explain_override(error)}") from error
     if self._config:
       self._config.read(self._values)
     if len(self.arguments) > self._max_arguments:
@@ -161,6 +165,12 @@ class CommandFlags:
     missing = [name for name in self._required if name not in given]
     if missing and "flagfile" not in given:
       raise UsageError(f"give {' and '.join(f'--{name}' for name in missing)}; see --help")
+
+  @property
+  def _names(self) -> list[str]:
+    """The flags, without the keys of the config."""
+    names = [name for name in self._values if len(name) > 1 and not name.startswith("config")]
+    return sorted([*names, "config"] if self._config else names)
 
   @property
   def config_arguments(self) -> list[str]:
@@ -194,7 +204,9 @@ class CommandFlags:
     if self._config:
       text = f"A preset ({', '.join(presets.PRESETS)}), or a file with get_config(), as FILE.py[:ARGUMENT]."
       yield from _describe("--config", f"{text} --config.KEY=VALUE overrides a value. Default: {self._config.default}.")
-    for name in sorted(name for name in self._values if len(name) > 1 and not name.startswith("config")):
+    for name in self._names:
+      if name == "config":
+        continue
       flag = self._values[name]
       default = f" Default: {flag.default}." if flag.default and not isinstance(flag.default, list) else ""
       text = re.sub(r"\.?;\s+repeat this option to specify a list of values", ". It can be repeated.", flag.help)
@@ -203,16 +215,6 @@ class CommandFlags:
 
 def _describe(name: str, text: str) -> list[str]:
   return [f"  {name}", *textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)]
-
-
-def _explain_override(error: Exception) -> str:
-  """Returns what ml_collections says, which quotes its messages up to twice, as plain text."""
-  text = str(error.args[0]).replace("\\n", "\n").replace("\\", "").strip("\"'")
-  key, hint = (text + "\n").split("\n", 1)
-  if " " in (key := key.strip("'")):
-    return text
-  similar = re.findall('Did you mean "(.*?)"', hint) or find_keys(key)
-  return f"it has no key {key!r}" + (f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "")
 
 
 class ConfigFlag:
@@ -316,35 +318,3 @@ class WorkdirFlag:
 def _default_workdir(name: str) -> str:
   """Returns the folder of a run whose config has this name."""
   return f"runs/{name}"
-
-
-class ProcessFlags:
-  """How the processes of one run find each other where JAX cannot tell; see `cli.distributed`."""
-
-  def __init__(self, command: CommandFlags):
-    self.coordinator = command.string("coordinator", None, "HOST:PORT of process 0, for runs of several processes.")
-    help_text = "Number of processes; together with --coordinator and --process_id."
-    self.num_processes = command.integer("num_processes", None, help_text, lower_bound=1)
-    self.process_id = command.integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
-    help_text = "Seconds without a heartbeat after which a process counts as dead and the others end."
-    self.heartbeat_seconds = command.integer("heartbeat_seconds", 60, help_text, lower_bound=5)
-
-
-class VerificationFlags:
-  """Whether weights are verified and, for commands that read checkpoints of runs, what a damaged one leads to."""
-
-  def __init__(self, command: CommandFlags, *, of_runs: bool):
-    help_text = "Compare weights with their checksums before they are used: on or off."
-    self._verify_weights = command.choice("verify_weights", "on", ["on", "off"], help_text)
-    if of_runs:
-      help_text = "If the latest checkpoint is damaged: fallback uses the newest that is intact, stop is an error."
-      self._on_damaged = command.choice("on_damaged_checkpoint", str(OnDamaged.FALLBACK), list(OnDamaged), help_text)
-
-  @property
-  def verify_weights(self) -> bool:
-    return self._verify_weights.value == "on"
-
-  @property
-  def value(self) -> dict[str, Any]:
-    """Keyword arguments of `load_pipeline` and others."""
-    return {"verify_weights": self.verify_weights, "on_damaged_checkpoint": OnDamaged(self._on_damaged.value)}

@@ -22,6 +22,7 @@ from univid_jax.cli.page_examples import NAMES, Example
 from univid_jax.cli.page_pictures import LARGE, MAX_FRAMES, SMALL, draw_views, show, show_key_frames
 from univid_jax.cli.sample_command import SampleCommand
 from univid_jax.core.errors import UserError
+from univid_jax.core.text import size_text
 from univid_jax.data.clips import ClipFormat, read_context
 from univid_jax.data.media.reader import probe, read_clip
 from univid_jax.inference.preview import Draw
@@ -282,7 +283,7 @@ def _collect(folder: Path, names: Sequence[str], command: str, seconds: float) -
     bundle.writestr("sample.sh", f"#!/bin/sh\n{command}\n")
   what = "image" if count == 1 else f"video of {count} frames"
   cut = f"; comparisons show its first {MAX_FRAMES}" if count > MAX_FRAMES else ""
-  text = f"B': {what} of {height}x{width}, sampled in {seconds:.1f} s{cut}"
+  text = f"B': {what} of {size_text(found.size)}, sampled in {seconds:.1f} s{cut}"
   return FinishedSample(text=text, large=large, **views, bundle=folder / "sample.zip", command=command)
 
 

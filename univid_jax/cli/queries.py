@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from univid_jax.cli.requests import PreparedRequest, RequestRunner
 from univid_jax.cli.sampling import Request
-from univid_jax.core.text import plural
+from univid_jax.core.text import count_noun, size_text
 from univid_jax.data.clips import context_shape
 from univid_jax.data.rows.packing import bucket_size
 from univid_jax.inference.jobs import infer_length
@@ -74,7 +74,7 @@ class QueryRunner:
     with tempfile.TemporaryDirectory() as scratch:
       outs = [dataclasses.replace(request, out=Path(scratch) / request.out.name) for request in requests]
       lines = list(dataclasses.replace(self, runner=self.runner.shorten()).run(outs))
-    return f"compiled the programs of {plural(len(lines), 'kind')} of queries; nothing was sampled"
+    return f"compiled the programs of {count_noun(len(lines), 'kind')} of queries; nothing was sampled"
 
   def _group(self, requests: Sequence[Request]) -> Mapping[Shape, list[Request]]:
     groups: dict[Shape, list[Request]] = {}
@@ -111,9 +111,9 @@ class QueryRunner:
         if first is not None:
           job = sampler.make_job([clip.frames for clip in waiting[0].clips[:-1]], first)
           size = size or sampler.choose_size(job, largest, most=self.batch_size)
-          count, height, width = first.shape[:3]
-          text = "%d queries of %dx%d, %d frames each, %d at once"
-          log.info(text, len(group), height, width, count, size)
+          shown = f"{size_text(first.shape[1:3])} pixels (width x height)"
+          each = count_noun(len(first), "frame") + " each" * (len(group) > 1)
+          log.info("%s of %s, %s, %d at once", count_noun(len(group), "query", "queries"), shown, each, size)
           base = bar.n
 
           def show(sampled: float, base: int = base) -> None:
@@ -126,7 +126,7 @@ class QueryRunner:
         kept += len(group) - done
         bar.update(steps * (len(group) - done))
     if kept:
-      yield f"kept {plural(kept, 'result')} of an earlier command"
+      yield f"kept {count_noun(kept, 'result')} of an earlier command"
 
   def _read(self, group: Sequence[Request], waiting: deque[PreparedRequest]) -> Iterator[np.ndarray]:
     """Yields the queries whose results are missing, and appends what belongs to them to `waiting`."""

@@ -15,7 +15,7 @@ from typing import Any
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import atomic_write
-from univid_jax.core.text import plural
+from univid_jax.core.text import count_noun, size_text
 from univid_jax.data.media.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from univid_jax.data.media.writer import check_target
 from univid_jax.diffusion.step_cache import StepCache
@@ -81,10 +81,13 @@ def write_record(result: Path, record: Mapping[str, Any], files: Iterable[Path])
     record: how it was made.
     files: all that was written, the result included.
   """
+  files = list(files)
   text = _to_text({**record, FILES: _checksums(files)})
   with atomic_write(record_path(result)) as unfinished:
     unfinished.write_text(text, encoding="utf-8")
-  return f"wrote {plural(record['num_frames'], 'frame')} of {record['height']}x{record['width']}: {result}"
+  size = size_text((record["height"], record["width"]))
+  paths = " and ".join(map(str, files))
+  return f"wrote {count_noun(record['num_frames'], 'frame')} of {size} pixels (width x height): {paths}"
 
 
 def is_finished(result: Path, record: Mapping[str, Any], files: Sequence[Path]) -> bool:

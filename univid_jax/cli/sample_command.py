@@ -54,6 +54,9 @@ class SampleCommand:
     self.sampling.check()
     self._parse_batch_size()
     clips, queries = self.sampling.clips.value or [], self._queries.value
+    first_frames = [self._first_frame.value] if self._first_frame.value else []
+    for paths in (clips, queries, first_frames):  # before they are counted, as a name may have been split at a comma
+      sampling.check_clips(paths)
     requests = sampling.plan_requests(clips, queries, self._out.value, first_frame=self._first_frame.value)
     sampling.check_outputs(requests, first_frame=self._first_frame.value, grid=self._grid.value)
     return requests

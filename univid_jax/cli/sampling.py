@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from univid_jax.core.options import ClipFit, PromptStyle, SolverName
 from univid_jax.core.paths import require_local, require_writable
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media.color import MAX_PIXELS
-from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign
+from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign, require_clip
 from univid_jax.data.prompts import PAPER_TARGETS, prompt_for
 from univid_jax.data.tasks import TASKS
 from univid_jax.inference.plan import SamplingOptions
@@ -264,6 +265,24 @@ def choose_format(
   if num_frames is not None and num_frames > 1:
     form = dataclasses.replace(form, num_frames=num_frames)
   return dataclasses.replace(form, fit=ClipFit(fit or form.fit), fps=form.fps if fps is None else fps)
+
+
+def check_clips(paths: Sequence[str]) -> None:
+  """Checks that the clips of a list are there, before a model is loaded.
+
+  Raises:
+    FileNotFoundError: one is not; the message says so if its name was split at a comma.
+    UserError: one has no name, or is in a bucket.
+  """
+  for index, path in enumerate(paths):
+    try:
+      require_clip(path)
+    except FileNotFoundError as error:
+      for first, second in itertools.pairwise(paths[max(index - 1, 0) : index + 2]):
+        if whole := next((name for name in (f"{first},{second}", f"{first}, {second}") if Path(name).exists()), None):
+          hint = f"a name with a comma is written in double quotes within the list, as '\"{whole}\",B.png'"
+          raise FileNotFoundError(f"{error}; {hint}") from error
+      raise
 
 
 def check_outputs(requests: Sequence[Request], *, first_frame: str | None = None, grid: bool = False) -> None:

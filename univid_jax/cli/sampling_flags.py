@@ -48,14 +48,14 @@ class SamplingFlags:
     self._loading = options
 
   def _define_sentence(self, command: CommandFlags, *, clips_required: bool) -> None:
-    help_text = "The context in order: A, A', B, or any odd number of clips."
+    help_text = "The context in order: A, A', B, or any odd number of clips; a name with a comma in double quotes."
     self.clips = command.strings("clips", None if clips_required else [], help_text, required=clips_required)
     self.prompt = command.string("prompt", None, "Text of the sentence; default: none.")
     help_text = "Use the prompt of this task: a task of training, or one of the paper, such as depth map."
     self.task = command.string("task", None, help_text)
     self.negative_prompt = command.string("negative_prompt", "", "What guidance moves away from.")
     self._size = command.string(
-      "size", None, "HEIGHTxWIDTH in pixels, or input for that of B; default: as in training."
+      "size", None, "HEIGHTxWIDTH in pixels, the height first, or input for that of B; default: as in training."
     )
     help_text = "Frames of B', 4n + 1, and of videos in the context; default: as in training, or all of a longer B."
     self.num_frames = command.integer("num_frames", None, help_text, lower_bound=1)

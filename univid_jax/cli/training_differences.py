@@ -7,6 +7,7 @@ from univid_jax import Pipeline
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.core.contexts import CONTEXTS, video_pattern
 from univid_jax.core.options import ClipFit, ModelType
+from univid_jax.core.text import size_text
 from univid_jax.data.clips import ContextClip
 from univid_jax.data.media.reader import probe
 
@@ -86,10 +87,10 @@ def _has_other_shape(path: str, size: tuple[int, int]) -> bool:
 
 def _describe_size(size: tuple[int, int], usage: Usage) -> str:
   """Returns a size next to those of training, and how many times as many pixels it has, which take at least as long."""
-  trained = " or ".join(f"{height}x{width}" for height, width in usage.sizes)
+  trained = " or ".join(map(size_text, usage.sizes))
   factor = math.prod(size) / max(map(math.prod, usage.sizes))
   more = f", {round(factor, 1):,g} times as many" if factor >= 1.5 else ""
-  return f"{size[0]}x{size[1]} pixels instead of {trained}{more}"
+  return f"{size_text(size)} pixels (width x height) instead of {trained}{more}"
 
 
 def _join(values: Sequence[object], word: str = "and") -> str:

@@ -12,6 +12,7 @@ from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX, DELETED_FOLDER
 from univid_jax.core.paths import is_remote
+from univid_jax.core.text import count_noun
 from univid_jax.data.cache import entries, shards
 
 
@@ -36,7 +37,8 @@ class Findings:
   def __str__(self) -> str:
     if self.is_unverified:
       return f"{self.path}: no checksums; --write adds them"
-    intact = f"{self.num_files - len(self.damaged)} of {self.num_files} files are intact"
+    verb = "is" if self.num_files == 1 else "are"
+    intact = f"{self.num_files - len(self.damaged)} of {count_noun(self.num_files, 'file')} {verb} intact"
     notes = f" ({self.note})" if self.note else ""
     return "\n".join([*(f"DAMAGED {line}" for line in self.damaged), f"{self.path}: {intact}{notes}"])
 

@@ -86,7 +86,7 @@ class DataConfig(Section):
   Attributes:
     bundled: whether computed tasks are applied to the photographs inside scikit-image.
     jitter: whether the colours of these photographs are varied.
-    folder: images and videos of your own for computed tasks.
+    folder: images and videos of your own for computed tasks, of training alone; `bundled` photographs join them.
     metadata: the reference's metadata.csv.
     pairs: a folder TASK/NAME/source.* and target.*.
     manifest: a JSONL file with one sentence per line.

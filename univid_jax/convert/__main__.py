@@ -37,7 +37,8 @@ FORCE = FLAGS.switch("force", False, "Replace DST, if it is empty or univid-conv
 ALLOW_MISSING = FLAGS.repeated("allow_missing", [], "An official name, with * and ?, that SRC may lack.")
 INSPECT = FLAGS.switch("inspect", False, "Only describe SRC.")
 LORA_SKIP_UNMATCHED = FLAGS.lora_skip_unmatched()
-VERIFY = FLAGS.switch("verify", False, "Convert unless DST exists, then compare it with SRC.")
+VERIFY_HELP = "Convert unless DST exists, then compare tensors, and with the extra `parity` outputs with PyTorch's."
+VERIFY = FLAGS.switch("verify", False, VERIFY_HELP)
 
 
 @app.command(FLAGS)

@@ -16,6 +16,7 @@ from univid_jax.convert.export import original_tensors
 from univid_jax.convert.identify import Source
 from univid_jax.convert.outputs import OUTPUTS
 from univid_jax.convert.sources import Release
+from univid_jax.core.installation import install_command
 from univid_jax.parallel.mesh import make_mesh
 
 # Relative L2 error between the outputs here and in PyTorch, both in float32.
@@ -43,7 +44,8 @@ def verify_release(
     if source.component in OUTPUTS and checkpoint.has(source.component)
   ]
   failures = sum(not equal for _, equal in results)
-  verdict = f"{failures} checks FAILED" if failures else f"{destination} equals its source, {release.variant}"
+  equal = f"{destination} equals its source, {release.variant}, {_describe_checks()}"
+  verdict = f"{failures} checks FAILED" if failures else equal
   return "\n".join([*(line for line, _ in results), f"verdict: {verdict}"]), not failures
 
 
@@ -83,13 +85,25 @@ def compare_outputs(source: Source, checkpoint: PretrainedCheckpoint) -> tuple[s
   line = f"{source.component}: output {_describe_values(ours)}"
   if not np.isfinite(ours).all():
     return f"{line}: FAILED, not finite", False
-  absent = [name for name in ("torch", "diffusers", "transformers") if importlib.util.find_spec(name) is None]
-  if absent:
-    return f"{line}; not compared with PyTorch: {', '.join(absent)} not installed", True
+  if _absent():
+    return f"{line}; not compared with PyTorch", True
   expected = outputs.theirs(source)
   error = float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
   equal = error <= TOLERANCE
   return f"{line}; error against PyTorch {error:.1e}, {'at most' if equal else 'FAILED, above'} {TOLERANCE:.0e}", equal
+
+
+def _absent() -> list[str]:
+  """Returns the packages that comparing outputs needs and that are not installed."""
+  return [name for name in ("torch", "diffusers", "transformers") if importlib.util.find_spec(name) is None]
+
+
+def _describe_checks() -> str:
+  """Says which comparisons a verdict rests on, and how to have the others."""
+  if not (absent := _absent()):
+    return "bit for bit, and its outputs equal PyTorch's"
+  missing = f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"
+  return f"bit for bit; its outputs were not compared with PyTorch's, as {missing}: {install_command('parity')}"
 
 
 def _describe_values(tensor: np.ndarray) -> str:

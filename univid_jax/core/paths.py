@@ -14,6 +14,7 @@ import fsspec
 from etils import epath
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.installation import install_command
 from univid_jax.core.unfinished import remove, unfinished_path
 
 # Holds only what can be recomputed or downloaded again.
@@ -146,7 +147,7 @@ def to_path(path: epath.PathLike) -> epath.Path:
       fsspec.get_filesystem_class(scheme)
     except ImportError as error:
       if scheme != "gs" or not importlib.util.find_spec("tensorflow"):  # which etils reads gs:// with, too
-        extra = ": pip install 'univid_jax[gcs]'" if scheme == "gs" else ""
+        extra = f": {install_command('gcs')}" if scheme == "gs" else ""
         raise UserError(f"{path}: {error}{extra}") from error
   return epath.Path(path)
 

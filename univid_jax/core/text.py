@@ -1,11 +1,11 @@
-"""Words and lists in messages."""
+"""How messages say numbers of things, lists of them, and sizes of pictures."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
-def plural(number: int, noun: str) -> str:
-  """Returns a number with its noun, as in "1 clip" and "1,200 clips"."""
-  return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def count_noun(count: int, noun: str, plural: str = "") -> str:
+  """Returns a number with its noun: "1 file", "2 files", "1,000 files"."""
+  return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def list_first(items: Iterable[str], limit: int) -> str:
@@ -13,3 +13,9 @@ def list_first(items: Iterable[str], limit: int) -> str:
   items = list(items)
   left = len(items) - limit
   return ", ".join(items[:limit]) + (f" and {left} more" if left > 0 else "")
+
+
+def size_text(size: Sequence[int]) -> str:
+  """Returns (height, width) as people read it, as viewers of pictures show it: "WIDTH x HEIGHT"."""
+  height, width = size
+  return f"{width} x {height}"

@@ -22,6 +22,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit
 from univid_jax.core.paths import file_state
 from univid_jax.core.sentence import ClipRef
+from univid_jax.core.text import count_noun, size_text
 from univid_jax.data.media.reader import ClipInfo, Frames, list_frames, probe, read_clip
 
 # Part of every key: raise it when the same file would give other pixels.
@@ -163,12 +164,13 @@ class Footage:
 
   def _describe_resizing(self) -> str:
     (height, width), (to_height, to_width) = self.size, self.form.size
+    shown, to = size_text(self.size), f"{size_text(self.form.size)} (width x height)"
     if self.form.extend:
-      return f"{height}x{width} extended to {to_height}x{to_width}"
+      return f"{shown} extended to {to}"
     stretch = (height / width) / (to_height / to_width)
     lost = round(100 * (1 - min(stretch, 1 / stretch)))
     how = "cropped" if self.form.fit == ClipFit.CROP else "padded with black"
-    return f"{height}x{width} resized to {to_height}x{to_width}" + (f", {lost} % {how}" if lost else "")
+    return f"{shown} resized to {to}" + (f", {lost} % {how}" if lost else "")
 
 
 class WatchedFile:
@@ -210,7 +212,7 @@ def open_footage(path: Path, form: ClipFormat, *, start: int = 0) -> Footage:
   found = probe(path)
   count = found.count_at(form.fps)
   if not 0 <= start < count:
-    raise UserError(f"{path} has {count} frames and cannot start at frame {start}")
+    raise UserError(f"{path} has {count_noun(count, 'frame')} and cannot start at frame {start}")
   return file_footage(path, found, form, start=start, num_frames=count - start)
 
 
@@ -283,7 +285,7 @@ def read_context(
     footage = file_footage(path, info, own, start=0, num_frames=info.count_at(form.fps))
     is_video = videos[index] if videos else None
     if is_video and footage.num_frames < form.num_frames:
-      raise UserError(f"{path} has {footage.num_frames} frames, and {form.num_frames} are needed here")
+      raise UserError(f"{path} has {count_noun(footage.num_frames, 'frame')}, and {form.num_frames} are needed here")
     count = 1 if is_video is False else _context_length(info, form)
     clip = footage.clip(count)
     fps = info.fps and (form.fps or info.fps)

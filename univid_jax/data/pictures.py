@@ -1,5 +1,6 @@
 """Pictures of sentences: their clips side by side, and one sentence below the other."""
 
+import functools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ CAPTIONS: Mapping[str, str] = {
 # Space between frames, and above them for the names of the columns, in pixels; between clips that are joined.
 GAP, HEADER = 6, 50
 CLIP_GAP = 4
+
+# Of letters in pixels: names of columns and labels of rows; captions.
+SIZES = (15, 11)
 
 # The most frames of an animation, the frame rate of one whose videos keep theirs, and what is added to the last frame's
 # time, in milliseconds.
@@ -78,29 +82,29 @@ def sentence_animation(
 def _draw(rows: Sequence[tuple[str, Sequence[Sequence[np.ndarray]]]], columns: Sequence[str], tile: int) -> Image.Image:
   """Draws the label of each row and, in each column, some frames from left to right."""
   strips = [[*clips] + [[]] * (len(columns) - len(clips)) for _, clips in rows]
-  fonts = [ImageFont.load_default(size=size) for size in (15, 11)]
   headers = [(name, CAPTIONS.get(name, "")) for name in columns]
   widths = [
-    max(*(_strip_width(line[i], tile) for line in strips), GAP + max(map(_text_width, headers[i], fonts)))
+    max(*(_strip_width(line[i], tile) for line in strips), GAP + max(map(_text_width, headers[i], SIZES)))
     for i in range(len(columns))
   ]
-  margin = 2 * GAP + max(_text_width(label, fonts[0]) for label, _ in rows)
-  size = (margin + sum(widths) + GAP * (len(columns) + 1), HEADER + (tile + GAP) * len(rows))
-  canvas = Image.new("RGB", size, "white")
+  margin = 2 * GAP + max(_text_width(label, SIZES[0]) for label, _ in rows)
+  shape = (margin + sum(widths) + GAP * (len(columns) + 1), HEADER + (tile + GAP) * len(rows))
+  canvas = Image.new("RGB", shape, "white")
   pen = ImageDraw.Draw(canvas)
   lefts = [margin + GAP * (i + 1) + sum(widths[:i]) for i in range(len(columns))]
   for left, width, header in zip(lefts, widths, headers):
-    for text, font, color, height in zip(header, fonts, ("black", "dimgrey"), (16, 35)):
-      pen.text((left + width / 2, height), text, fill=color, font=font, anchor="mm")
+    for text, size, color, height in zip(header, SIZES, ("black", "dimgrey"), (16, 35)):
+      pen.text((left + width / 2, height), text, fill=color, font=_font(text, size), anchor="mm")
   for index, ((label, _), line) in enumerate(zip(rows, strips)):
     top = HEADER + index * (tile + GAP)
-    pen.text((margin - GAP, top + tile / 2), label, fill="black", font=fonts[0], anchor="rm", align="right")
+    font = _font(label, SIZES[0])
+    pen.text((margin - GAP, top + tile / 2), label, fill="black", font=font, anchor="rm", align="right")
     for left, width, frames in zip(lefts, widths, line):
       x = left + (width - _strip_width(frames, tile)) // 2
       for frame in frames:
-        shape = (round(tile * frame.shape[1] / frame.shape[0]), tile)
-        canvas.paste(Image.fromarray(frame).resize(shape, Image.Resampling.NEAREST), (x, top))
-        x += shape[0] + 2
+        area = (round(tile * frame.shape[1] / frame.shape[0]), tile)
+        canvas.paste(Image.fromarray(frame).resize(area, Image.Resampling.NEAREST), (x, top))
+        x += area[0] + 2
   return canvas
 
 
@@ -135,7 +139,23 @@ def key_frames(clip: np.ndarray) -> list[np.ndarray]:
   return [clip[i] for i in sorted({0, len(clip) // 2, len(clip) - 1})]
 
 
-def _text_width(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
+@functools.cache
+def _load_font(size: int, *, is_ascii: bool) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+  """Loads Pillow's own font, which has ASCII alone, or DejaVu, smaller, as its letters are wider."""
+  if is_ascii:
+    return ImageFont.load_default(size=size)
+  import matplotlib  # takes a tenth of a second to import
+
+  return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 0.87 * size)
+
+
+def _font(text: str, size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+  """Returns a font that has the letters of a text: Latin, Greek, Cyrillic, ..."""
+  return _load_font(size, is_ascii=text.isascii())
+
+
+def _text_width(text: str, size: int) -> int:
+  font = _font(text, size)
   return round(max(font.getlength(line) for line in text.splitlines() or [""]))
 
 

@@ -9,7 +9,7 @@ from etils import epath
 
 from univid_jax.core.options import TargetKind
 from univid_jax.core.paths import atomic_write
-from univid_jax.core.text import plural
+from univid_jax.core.text import count_noun
 from univid_jax.data.pictures import sentence_grid
 from univid_jax.data.tasks.grids.base import Grid
 from univid_jax.data.tasks.grids.rendering import Rendering
@@ -186,7 +186,7 @@ def describe_arc(arc: Mapping[str, Any]) -> str:
   left_out = f"; {arc['left_out']} of them do not fit the canvas and count as unsolved" if arc["left_out"] else ""
   return (
     f"ARC: {arc['solved']} of {arc['tasks']} tasks solved, {arc['score']:.1%} ({low:.1%} to {high:.1%}): every test is "
-    f"right in one of {plural(arc['attempts'], 'attempt')}{left_out}."
+    f"right in one of {count_noun(arc['attempts'], 'attempt')}{left_out}."
   )
 
 

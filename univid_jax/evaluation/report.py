@@ -13,8 +13,9 @@ from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.json_files import format_json
 from univid_jax.core.paths import atomic_write
-from univid_jax.core.text import plural
+from univid_jax.core.text import count_noun
 from univid_jax.data.pictures import COLUMNS, FPS, sentence_animation, sentence_grid
+from univid_jax.data.sources.computed import HELD_OUT_CLIPS
 from univid_jax.evaluation import exact, published
 from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Generated, SentenceInfo, steps_variant
 from univid_jax.evaluation.kinds import Metrics
@@ -41,6 +42,12 @@ QUICK_KEYS = {"psnr": PREDICTION} | {
 }
 
 
+# Metrics in dB, levels of grey, degrees and hundredths; the others are shares and errors relative to one.
+TWO_DECIMALS = ("psnr", "rmse", "clip_i", "clip_t", "mean", "median")
+
+Scored = TypeVar("Scored")
+
+
 class Gallery:
   """Keeps the first sentence of each task and context, for a picture that shows as many tasks as fit."""
 
@@ -65,7 +72,9 @@ class Gallery:
     columns = (*COLUMNS, "with swapped pairs") if with_swapped else COLUMNS
     keys = self._choose()
     if len(keys) < len(self._examples):
-      log.info("grid.png shows %d of %d combinations of task and context", len(keys), len(self._examples))
+      left_out = ", ".join(f"{task} in {context or '-'}" for task, context in sorted(self._examples.keys() - keys))
+      count = f"{len(keys)} of {len(self._examples)}"
+      log.info("grid.png shows %s combinations of task and context; not %s", count, left_out)
     with atomic_write(folder / "grid.png") as unfinished:
       sentence_grid(unfinished, self._rows(keys, with_swapped=with_swapped), columns=columns)
     if videos := [key for key in keys if len(self._examples[key].clips[-1]) > 1]:
@@ -89,15 +98,15 @@ class Gallery:
       generated = self._examples[task, context]
       clips = [*generated.clips[-4:-1], generated.samples[PREDICTION], generated.clips[-1]]
       score = psnr(generated.samples[PREDICTION], generated.clips[-1])
-      label = f"{task.replace('_', ' ')}\ncontext {context or '-'}\n{score:.1f} dB"
+      label = f"{task}\ncontext {context or '-'}\n{score:.1f} dB"
       rows.append((label, [*clips, generated.samples[SWAPPED]] if with_swapped else clips))
     return rows
 
 
 def describe_count(report: Mapping[str, Any], num_sentences: int) -> str:
   """Says how many sentences were scored and, where these are variants of fewer pairs B, B', of how many."""
-  text, num_pairs = plural(num_sentences, "sentence"), report["held_out_pairs"]
-  return f"{text} of {plural(num_pairs, 'held-out pair')}" if 2 * num_pairs <= num_sentences else text
+  text, num_pairs = count_noun(num_sentences, "sentence"), report["held_out_pairs"]
+  return f"{text} of {count_noun(num_pairs, 'held-out pair')}" if 2 * num_pairs <= num_sentences else text
 
 
 def quick_report(
@@ -206,6 +215,9 @@ def write_text(path: epath.Path, text: str) -> None:
 def markdown(report: Mapping[str, Any]) -> str:
   """Formats a full report for people."""
   lines = ["# Evaluation", "", f"Held out: {describe_count(report, len(report['sentences']))}; {report['command']}", ""]
+  data = report["config"]["data"]
+  if data["folder"] and data["weights"]["computed"]:
+    lines += [f"Of computed tasks, {HELD_OUT_CLIPS}.", ""]
   lines += [*_descriptions(report), ""]
   for title, part in (
     ("All", {"all": report["overall"]}),
@@ -221,7 +233,7 @@ def markdown(report: Mapping[str, Any]) -> str:
   for task, rows in report["by_task"].items():
     names = [name for name in rows[PREDICTION] if name != "count" and not name.endswith("_std")]
     cells = [(row, *(_cell(values, name) for name in names)) for row, values in rows.items()]
-    lines += [f"**{task}** ({rows[PREDICTION]['count']} sentences)", "", *_table(("", *names), cells), ""]
+    lines += [f"**{task}** ({count_noun(rows[PREDICTION]['count'], 'sentence')})", "", *_table(("", *names), cells), ""]
   lines += ["## Published results", "", published.SOURCE, ""]
   for columns, results in (
     (published.TRAINING_COLUMNS, published.TRAINING),
@@ -237,7 +249,7 @@ def _descriptions(report: Mapping[str, Any]) -> list[str]:
   options = report["config"]["eval"]
   if options["num_seeds"] > 1:
     texts[PREDICTION] += f"; mean ± standard deviation over {options['num_seeds']} seeds"
-  texts |= {steps_variant(n): f"the prediction with {plural(n, 'inference step')}" for n in options["more_steps"]}
+  texts |= {steps_variant(n): f"the prediction with {count_noun(n, 'inference step')}" for n in options["more_steps"]}
   return [f"- **{name}**: {text}" for name, text in texts.items()]
 
 
@@ -270,4 +282,4 @@ def _cell(values: Mapping[str, float], name: str) -> str:
   if name not in values:
     return "-"
   spread = f" ± {values[f'{name}_std']:.2g}" if f"{name}_std" in values else ""
-  return f"{values[name]:.4g}{spread}"
+  return f"{values[name]:.{2 if name in TWO_DECIMALS else 4}f}{spread}"

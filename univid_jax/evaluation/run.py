@@ -5,6 +5,8 @@ control "swapped" alone, computes PSNR alone, and keeps no samples.
 """
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +19,11 @@ from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import format_json, parse_json
+from univid_jax.core.protocols import SentenceSource
+from univid_jax.core.text import count_noun
+from univid_jax.data.sources.listed import ListedSentences
 from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.data.sources.pairs import PairSentences
 from univid_jax.data.sources.readers.arc import ARCSentences
 from univid_jax.data.target_kinds import own_kinds
 from univid_jax.data.tasks.grids.rendering import Rendering
@@ -44,9 +50,6 @@ from univid_jax.runtime.processes import wait_for_processes
 log = logging.getLogger(__name__)
 
 EVAL_FILE = "eval.json"
-NOTHING_HELD_OUT = (
-  "there is nothing to evaluate on: config.eval.sentences_per_case is 0, or no data is held out (config.data.held_out)"
-)
 
 
 def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike) -> dict[str, Any] | None:
@@ -64,7 +67,7 @@ def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike
   data = open_data(config)
   sentences = plan_sentences(config, data.held_out)
   if not sentences:
-    log.warning(NOTHING_HELD_OUT)
+    log.warning("%s", nothing_held_out(config, data))
     return None
   variants = make_variants(config.eval, plan_other_pairs(config, sentences))
   variants = [variant for variant in variants if variant.name in (PREDICTION, SWAPPED)]
@@ -127,7 +130,7 @@ def evaluate(
   folder = epath.Path(folder)
   sentences = plan_sentences(config, data.held_out)
   if not sentences:
-    raise UserError(NOTHING_HELD_OUT)
+    raise UserError(nothing_held_out(config, data))
   log.info("%s", _announce(config, sentences))
   scorer = Scorer(config)  # a wrong palette is reported before hours of sampling
   kind = accelerated and accelerated.distillation
@@ -151,6 +154,32 @@ def evaluate(
   report = full_report(config, scorer, results.scored, exact=exact, held_out_pairs=len(results.pairs), **reproduce)
   write_report(folder, report, results.gallery, fps=config.data.fps)
   return report
+
+
+def nothing_held_out(config: RunConfig, data: DataSources) -> str:
+  """Says why there are no sentences to evaluate on, and how to have some."""
+  beginning = "there is nothing to evaluate on: "
+  if not config.eval.sentences_per_case:
+    return f"{beginning}config.eval.sentences_per_case is 0"
+  if not config.data.held_out:
+    return f"{beginning}config.data.held_out is 0, and there is no test set (config.data.test_pairs)"
+  largest = max(map(_largest_group, data.sources.values()), default=0)
+  at = f"{count_noun(largest, 'record')} of a task are too few to hold any out at config.data.held_out = "
+  needed = f"{config.data.held_out:.3g}, which takes {math.ceil(1 / config.data.held_out)}"
+  share = f"--config.data.held_out={math.ceil(100 / largest) / 100:g} holds out one; or " if largest > 2 else ""
+  return f"{beginning}{at}{needed}: {share}name a test set (config.data.test_pairs, tfds.test_split)"
+
+
+def _largest_group(source: SentenceSource) -> int:
+  """Returns the most records of which a share is held out together: of a task, and of pairs a size."""
+  groups: list[object] = []
+  if isinstance(source, PairSentences):
+    groups = [pair.group for pair in source.pairs]
+  elif isinstance(source, ListedSentences):
+    groups = [record.task for record in source.records]
+  elif isinstance(source, ARCSentences):
+    groups = [task.group for task in source.tasks]
+  return max(Counter(groups).values(), default=0)
 
 
 class _Results:
@@ -177,10 +206,11 @@ class _Results:
 
 def _announce(config: RunConfig, sentences: Sequence[PlannedSentence]) -> str:
   """Says how much will be sampled, and how to sample less."""
+  fewer = "--config.eval.sentences_per_case=N, or " if config.eval.sentences_per_case > 1 else ""
   num_cases = len({sentence.case for sentence in sentences})
   return (
-    f"evaluating {len(sentences):,} sentences, at most {config.eval.sentences_per_case:,} of each of {num_cases:,} "
-    "cases (task, context, number of clips); fewer: --config.eval.sentences_per_case=N, or weights of 0 for tasks"
+    f"evaluating {count_noun(len(sentences), 'sentence')}, at most {config.eval.sentences_per_case:,} of each of "
+    f"{num_cases:,} cases (task, context, number of clips); fewer: {fewer}weights of 0 for tasks"
   )
 
 

@@ -83,6 +83,10 @@ class Pipeline(EncodingPipeline):
     self.features = FeatureMaker(encoders, shape=config, task_names=(), clip_gap=self.usage.clip_gap)
     self.sampler, self.joint_sampler = Sampler(mesh), JointSampler(mesh)
 
+  def __repr__(self) -> str:
+    shape, (height, width) = f"{self.config.num_layers} layers of {self.config.dim}", self.size
+    return f"<Pipeline: {shape}, {width} x {height} pixels (width x height), {self.dtype}, {self.attention} attention>"
+
   @property
   def clip_format(self) -> ClipFormat:
     """The form of the clips that the model was trained on; the paper's if that is not known."""

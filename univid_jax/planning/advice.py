@@ -20,6 +20,7 @@ from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import Quantize, RematPolicy
+from univid_jax.core.text import count_noun
 from univid_jax.models.attention import splash
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.planning.estimates import GPU_MARGIN, HOST_BANDWIDTH, Estimate, estimate
@@ -98,11 +99,12 @@ class Option:
     return self.estimate.rows * self.config.rows.num_tokens / (4 * clip_tokens(self.config)) / self.estimate.seconds
 
   def __str__(self) -> str:
-    mesh = " x ".join(map(str, self.mesh.values()))
-    tokens, frames = self.config.rows.num_tokens, self.config.data.num_frames
-    base = f"{self.config.base.quantize}{' offloaded' if self.config.base.offload else ''}"
+    mesh = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
+    tokens, frames = self.config.rows.num_tokens, count_noun(self.config.data.num_frames, "frame")
+    stored = "not quantised" if self.config.base.quantize == Quantize.NONE else f"in {self.config.base.quantize}"
+    base = f"{stored}{', offloaded' if self.config.base.offload else ''}"
     parts = base, self.config.model.remat, mesh, tokens, frames
-    return "base {}, remat {}, mesh {}, rows of {} tokens, clips of {} frames".format(*parts)
+    return "base {}, remat {}, mesh {}, rows of {} tokens, clips of {}".format(*parts)
 
   def command(self, arguments: Sequence[str] = (), *, environment: str = "") -> str:
     """Returns the command that trains so, given the arguments of the command line that describe the config."""
@@ -303,7 +305,7 @@ def describe(options: Sequence[Option], machine: Machine, arguments: Sequence[st
   origin = f"the compiler's for {machine.name}"
   if not is_compiled:
     origin = (
-      f"estimated, activations with {GPU_MARGIN:.0%} on top; where a {machine.name} is present its compiler decides"
+      f"estimated, activations with {GPU_MARGIN:.0%} on top; run where the {machine.name} is, this asks its compiler"
     )
   seconds = "seconds are estimated from the chip's peaks, as if nothing overlapped"
   if any(option.config.base.offload for option in options if not option.problem):

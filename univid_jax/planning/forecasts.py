@@ -24,6 +24,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TrainedExpert
+from univid_jax.core.text import size_text
 from univid_jax.diffusion.guidance import Branch
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.inference.jobs import pack_in_bucket
@@ -141,7 +142,7 @@ def compile_autoencoder(config: RunConfig, mesh: Mesh, *, decoding: bool) -> tup
     weights=bytes_per_device(params),
     batch=bytes_per_device((clip, frames)),
     note=f"the autoencoder alone, on one device, with {'tiles' if config.vae_tiling.size else 'frames'} of "
-    f"{frames.shape[1]}x{frames.shape[2]}",
+    f"{size_text(frames.shape[1:3])} pixels (width x height)",
     **describe_program(compiled, mesh),
   )
 

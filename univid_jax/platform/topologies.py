@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.installation import install_command
 from univid_jax.platform.chips import Device
 
 
@@ -21,7 +22,7 @@ def use_tpu_compiler() -> None:
   try:
     library = importlib.resources.files("libtpu") / "libtpu.so"
   except ModuleNotFoundError as error:
-    raise UserError("compiling for a TPU needs its compiler: pip install libtpu") from error
+    raise UserError(f"compiling for a TPU needs its compiler, libtpu: {install_command('tpu')}") from error
   os.environ["TPU_LIBRARY_PATH"] = str(library)
   os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 

@@ -107,19 +107,38 @@ def plot_loss(path: Path, training: Sequence[tuple[int, float]], validation: Seq
   """Plots (step, loss) of the training, with a running mean, and of the validation."""
   from matplotlib.figure import Figure  # takes a third of a second to import
 
-  steps, losses = zip(*training)
+  steps, losses = zip(*join_short(training))
   figure = Figure(figsize=(7, 4), layout="constrained")
   axes = figure.subplots()
-  axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training")
   window = max(len(losses) // 20, 1)
   smooth = np.convolve(np.pad(losses, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
-  axes.plot(steps, smooth, color="tab:blue", label=f"mean of {window}" if window > 1 else None)
+  if window > 1:
+    axes.plot(steps, losses, color="cornflowerblue", alpha=0.6, linewidth=1, label="training")
+  label = f"training, mean of {window} points" if window > 1 else "training"
+  axes.plot(steps, smooth, color="tab:blue", marker="o" if len(steps) == 1 else None, label=label)
   if validation:
     axes.plot(*zip(*validation), color="tab:orange", marker="o", markersize=4, label="validation, fixed noise levels")
   axes.set(xlabel="step", ylabel="loss", yscale="log", title="loss")
   axes.grid(alpha=0.3, which="both")
   axes.legend()
   figure.savefig(path, dpi=120, format="png")
+
+
+def join_short(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+  """Joins means over fewer steps than most points, such as those around an interruption, with the points after them.
+
+  Args:
+    points: step and mean since the step of the point before; the first since step 0.
+  """
+  lengths = np.diff([0, *(step for step, _ in points)])
+  usual = max(lengths, key=lambda length: (np.count_nonzero(lengths == length), length))
+  joined, total, count = [], 0.0, 0
+  for (step, value), length in zip(points, lengths, strict=True):
+    total, count = total + length * value, count + int(length)
+    if count >= usual:
+      joined.append((step, float(total / count)))
+      total, count = 0.0, 0
+  return joined if not count or not joined else [*joined, (points[-1][0], float(total / count))]
 
 
 def _select_lines(text: str, *, last_step: int) -> list[str]:

@@ -20,6 +20,7 @@ from etils import epath
 from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write
+from univid_jax.core.text import count_noun
 from univid_jax.core.unfinished import is_unfinished
 from univid_jax.data.cache.entries import CacheWriteError, entry_path, is_entry
 from univid_jax.data.cache.shards import (
@@ -67,7 +68,7 @@ class Packed:
 
   def __str__(self) -> str:
     entries = f"{self.num_entries:,} entries are in {self.num_shards:,} shards ({self.num_packed:,} packed now)"
-    return f"{entries}, {self.num_removed:,} files removed"
+    return f"{entries}, {count_noun(self.num_removed, 'file')} removed"
 
 
 def repair_indices(folder: epath.PathLike) -> None:

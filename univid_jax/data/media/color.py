@@ -98,7 +98,7 @@ class FrameConverter:
       raise UserError(f"pixels of width {float(self.pixel_aspect):g} and height 1 are not plausible")
     width = max(round(frame.width * self.pixel_aspect), 1)
     if width * frame.height > MAX_PIXELS:
-      raise UserError(f"frames of {frame.height}x{width} pixels are too large")
+      raise UserError(f"frames of {width} x {frame.height} pixels (width x height) are too large")
     converted = self._reformatter.reformat(
       frame, format=pixel_format, width=width, interpolation=INTERPOLATION, threads=1
     )

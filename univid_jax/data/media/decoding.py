@@ -20,6 +20,7 @@ from av.video.stream import VideoStream
 
 from univid_jax.core.errors import UserError
 from univid_jax.data.media.color import MAX_PIXELS
+from univid_jax.data.media.content import describe_content
 from univid_jax.data.media.h264 import PictureReader
 
 # Containers of single files. Others, such as playlists, make FFmpeg open further files.
@@ -75,6 +76,8 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
   except FFmpegError as error:
     if isinstance(error, (FileNotFoundError, PermissionError)):
       raise
+    if found := describe_content(path):
+      raise UserError(found) from error
     raise UserError(f"not an intact MP4, MOV, MKV, WebM or AVI file ({error.strerror})") from error
   with container:
     streams = [stream for stream in container.streams.video if not stream.disposition & NOT_A_VIDEO]

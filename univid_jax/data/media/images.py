@@ -14,6 +14,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import file_state
 from univid_jax.data.media.color import MAX_PIXELS, TRANSFER_HLG, TRANSFER_PQ, Frame
+from univid_jax.data.media.content import describe_content
 from univid_jax.data.media.schedule import Schedule
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "AVIF", "TIFF")
@@ -104,7 +105,7 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
   try:
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
       if image.width * image.height > MAX_PIXELS:
-        raise UserError(f"images of {image.height}x{image.width} pixels are too large")
+        raise UserError(f"images of {image.width} x {image.height} pixels (width x height) are too large")
       if image.format == "AVIF":
         _reject_hdr(path)
       if isinstance(image, TiffImageFile):
@@ -115,6 +116,8 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
   except Image.UnidentifiedImageError as error:
     if _is_tiff(path):
       raise UserError(f"{READ_TIFFS}, and this one has unknown pixels, or is damaged") from error
+    if found := describe_content(path):
+      raise UserError(found) from error
     raise UserError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
   except Exception as error:  # plugins raise whatever their parsing of damaged data comes to
     raise UserError(str(error) or "damaged image") from error

@@ -15,7 +15,9 @@ from jaxtyping import Int, UInt8
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import is_lfs_pointer, require_local
+from univid_jax.core.text import size_text
 from univid_jax.data.media.color import Frame
+from univid_jax.data.media.content import describe_content
 from univid_jax.data.media.images import read_animation, read_image_frames
 from univid_jax.data.media.schedule import Schedule
 from univid_jax.data.media.timeline import read_timeline, scan_timeline
@@ -207,11 +209,23 @@ def _clip_path(path: str | os.PathLike) -> Path:
   return require_local(path)
 
 
+def require_clip(path: str | os.PathLike) -> Path:
+  """Returns the path of a file or folder that is there.
+
+  Raises:
+    FileNotFoundError: it is not.
+    UserError: it has no name, or is in a bucket.
+  """
+  path = _clip_path(path)
+  if not path.exists():
+    raise FileNotFoundError(f"no such clip: {path}")
+  return path
+
+
 @contextlib.contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
   """Adds the name of the file to errors, and refuses what is none."""
-  if not path.exists():
-    raise FileNotFoundError(f"no such clip: {path}")
+  require_clip(path)
   if not path.is_file() and not path.is_dir():  # reading a pipe waits for its writer
     raise UserError(f"cannot read {path}: it is neither a file nor a folder")
   if is_lfs_pointer(path):
@@ -256,7 +270,7 @@ def _map_array(path: Path) -> Frames:
   except OSError:
     raise
   except Exception as error:  # damaged headers are parsed as Python, with whatever errors that gives
-    raise UserError(f"not an intact .npy ({error})") from error
+    raise UserError(describe_content(path) or f"not an intact .npy ({error})") from error
   if not isinstance(array, np.ndarray):
     array.close()
     raise UserError("it is an .npz, an archive of arrays; save one array with np.save")
@@ -273,5 +287,6 @@ def _stack(frames: Sequence[Frame]) -> Frames:
   """
   shapes = {frame.shape for frame in frames}
   if len(shapes) > 1:
-    raise UserError(f"its frames have different sizes: {', '.join(str(shape[:2]) for shape in sorted(shapes))}")
+    sizes = ", ".join(size_text(shape[:2]) for shape in sorted(shapes))
+    raise UserError(f"its frames have different sizes: {sizes} (width x height)")
   return np.stack(frames)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.text import plural
+from univid_jax.core.text import count_noun
 
 # In seconds. Longer ticks, as in AVI, are intervals of frames.
 LARGEST_ROUNDING = Fraction(1, 1000)
@@ -89,7 +89,7 @@ class Schedule:
     if stop > most or start >= stop:
       at_rate = f" at {fps:g} frames per second" if rate else ""
       needed = start if num_frames is None else stop - 1
-      raise UserError(f"it has {plural(available, 'frame')}{at_rate}, and frame {needed} is needed")
+      raise UserError(f"it has {count_noun(available, 'frame')}{at_rate}, and frame {needed} is needed")
     if not rate:
       return np.arange(start, stop)
     due = [math.floor(index / rate + self._tolerance) for index in range(start, stop)]

@@ -8,6 +8,7 @@ from av.video.frame import PictureType
 from jaxtyping import Int, UInt8
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.text import count_noun, size_text
 from univid_jax.data.media.color import Frame, FrameConverter
 from univid_jax.data.media.decoding import DecodedFrame, StreamDecoder, deinterlace, open_video, to_fraction
 from univid_jax.data.media.timeline import Timeline
@@ -96,11 +97,12 @@ class _Frames:
     if self.pixels is None:
       needed = len(self._indices) * frame.size
       if needed > MAX_BYTES:
-        height, width = frame.shape[:2]
-        raise UserError(f"{len(self._indices)} frames of {height}x{width} are {needed / 1e9:.0f} GB; read fewer")
+        frames = f"{len(self._indices)} frames of {size_text(frame.shape[:2])} pixels"
+        raise UserError(f"{frames} are {needed / 1e9:.0f} GB; read fewer")
       self.pixels = np.empty((len(self._indices), *frame.shape), np.uint8)
     if frame.shape != self.pixels.shape[1:]:
-      raise UserError(f"its frames have different sizes: {self.pixels.shape[1:3]} and {frame.shape[:2]}")
+      sizes = f"{size_text(self.pixels.shape[1:3])} and {size_text(frame.shape[:2])} (width x height)"
+      raise UserError(f"its frames have different sizes: {sizes}")
     begin, end = (np.searchsorted(self._indices, index, side=side) for side in ("left", "right"))
     self.pixels[begin:end] = frame
 
@@ -179,7 +181,7 @@ class _Reading:
       if index not in self._origins:
         if not self._timeline.is_indexed and index >= self._num_shown:
           reason = f"; {self._timeline.defect}" if self._timeline.defect else ""
-          return f"it has {self._num_shown} frames, and frame {self._indices[-1]} is needed{reason}"
+          return f"it has {count_noun(self._num_shown, 'frame')}, and frame {self._indices[-1]} is needed{reason}"
         reason = next(iter(decoder.failures.values()), self._timeline.defect or "it is missing")
         return f"frame {index} cannot be decoded: {reason}"
       for number in self._origins[index]:

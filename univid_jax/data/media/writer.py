@@ -26,7 +26,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write, require_local
 from univid_jax.core.unfinished import remove_abandoned
 from univid_jax.data.media.decoding import open_video
-from univid_jax.data.media.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames
+from univid_jax.data.media.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames, LoadedClip
 from univid_jax.data.media.timeline import read_timeline
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,11 @@ def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
 
 
 def write_clip(
-  path: str | os.PathLike, frames: Frames, *, fps: float | None = None, audio_from: str | os.PathLike | None = None
+  path: str | os.PathLike,
+  frames: Frames | LoadedClip,
+  *,
+  fps: float | None = None,
+  audio_from: str | os.PathLike | None = None,
 ) -> None:
   """Writes frames in the format of the suffix.
 
@@ -89,13 +93,15 @@ def write_clip(
 
   Args:
     path: without a suffix it is a new or empty folder, for one PNG per frame.
-    frames: at least one.
-    fps: frame rate; Wan2.1's by default. Images, folders and arrays have none.
+    frames: at least one; or what `read_clip` returns, with its frame rate.
+    fps: frame rate; by default that of a clip from `read_clip`, else Wan2.1's. Images, folders and arrays have none.
     audio_from: a clip whose sound to copy, if it has any, as far as the frames last; formats without sound ignore it.
 
   Raises:
     UserError: see `check_target`; nothing is written then.
   """
+  if isinstance(frames, LoadedClip):
+    frames, fps = frames.frames, frames.fps if fps is None else fps
   write_frames(path, [frames], num_frames=len(frames), fps=fps, audio_from=audio_from)
 
 

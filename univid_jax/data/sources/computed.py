@@ -12,6 +12,7 @@ from univid_jax.core.contexts import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, limi
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames, reference_roles
+from univid_jax.core.text import count_noun
 from univid_jax.data.clips import identify_all
 from univid_jax.data.media.reader import Frames
 from univid_jax.data.prompts import prompt_for
@@ -23,6 +24,9 @@ from univid_jax.data.tasks.base import from_unit, to_unit
 
 # Part of the keys of lazy clips: raise it when the same config and seed give other pixels.
 COMPUTING_VERSION = 4
+
+# What the held-out sentences of runs with a folder show.
+HELD_OUT_CLIPS = "held-out sentences show other bundled photographs, not the files of config.data.folder"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,15 @@ class ComputedSentences:
   @property
   def _files(self) -> list[FolderClip]:
     return [clip for folder in self.folders for clip in folder.clips]
+
+  def describe_clips(self) -> str:
+    """Says what the sentences are made of if some of it is the user's; otherwise ""."""
+    if not self.folders:
+      return ""
+    own = count_noun(sum(map(len, self.folders)), "file")
+    num_photos = sum(len(source) for source in self.clips if isinstance(source, PhotoSource))
+    bundled = f" and {num_photos} bundled photographs (config.data.bundled=False leaves these out)"
+    return f"made from your {own}{bundled if num_photos else ''}; {HELD_OUT_CLIPS}"
 
   @property
   def folders(self) -> list[FolderSource]:
@@ -214,6 +227,10 @@ class LazySentences:
   def identify_records(self) -> dict[str, object]:
     """See `ComputedSentences.identify_records`."""
     return self.sentences.identify_records()
+
+  def describe_clips(self) -> str:
+    """See `ComputedSentences.describe_clips`."""
+    return self.sentences.describe_clips()
 
   def split(self, share: float) -> "tuple[LazySentences, ComputedSentences]":
     """See `ComputedSentences.split`."""

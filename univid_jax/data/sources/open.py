@@ -13,10 +13,10 @@ from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.core.protocols import SentenceSource
-from univid_jax.core.text import plural
+from univid_jax.core.text import count_noun
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped
-from univid_jax.data.sources.computed import LazySentences, computed_identity, open_computed
+from univid_jax.data.sources.computed import ComputedSentences, LazySentences, computed_identity, open_computed
 from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.sources.listed import ListedSentences
 from univid_jax.data.sources.pairs import PairSentences
@@ -71,8 +71,10 @@ class DataSources:
     """Logs what is used and what is dropped."""
     for name, source in self.sources.items():
       log.info("data: %s, %s sentences, drawn with weight %g", name, f"{len(source):,}", self.weights[name])
+      if isinstance(source, (ComputedSentences, LazySentences)) and (text := source.describe_clips()):
+        log.info("data: %s, %s", name, text)
       for change, count in _count_changes(source).most_common(REPORTED_CHANGES):
-        log.info("data: %s, %s: %s", name, plural(count, "clip"), change)
+        log.info("data: %s, %s: %s", name, count_noun(count, "clip"), change)
     for dropped in self.dropped:
       log.info("dropped: %s", dropped)
 

@@ -9,6 +9,7 @@ import numpy as np
 from univid_jax.core.contexts import CONTEXTS, limit_clips, make_sentence, video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence
+from univid_jax.core.text import count_noun, size_text
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import DrawOptions, Dropped, draw, group_indices, hold_out, printable
@@ -187,7 +188,7 @@ def check_aligned(source: Footage, target: Footage, num_frames: int) -> None:
   aspects = sorted(footage.size[1] / footage.size[0] for footage in (source, target))
   if aspects[1] > MAX_ASPECT_DIFFERENCE * aspects[0]:
     raise UserError(
-      f"the source is {source.size[0]}x{source.size[1]} and the target {target.size[0]}x{target.size[1]}: cropped to "
+      f"the source is {size_text(source.size)} and the target {size_text(target.size)} (width x height): cropped to "
       "one size they would not be aligned"
     )
   short, long = sorted((source.num_frames, target.num_frames))
@@ -195,7 +196,8 @@ def check_aligned(source: Footage, target: Footage, num_frames: int) -> None:
     _check_rates(source, target)
   if 1 < short < min(num_frames, long):
     raise UserError(
-      f"the source has {source.num_frames} frames and the target {target.num_frames}; {num_frames} of each are needed"
+      f"the source has {count_noun(source.num_frames, 'frame')} and the target {target.num_frames}; {num_frames} of "
+      "each are needed"
     )
 
 
@@ -227,10 +229,10 @@ def join_pairs(
   sentences = PairSentences(pairs, form, options)
   kept, dropped = [], list(dropped)
   for group, members in sentences.groups.items():
-    task, (height, width) = group
+    task, size = group
     if len({pair.name for pair in members}) < 2:
-      size = f" at {height}x{width}" if form.buckets else ""
-      dropped.append(Dropped(printable(task), f"a task needs pairs of at least two names{size}"))
+      where = f" at {size_text(size)} (width x height)" if form.buckets else ""
+      dropped.append(Dropped(printable(task), f"a task needs pairs of at least two names{where}"))
     elif not any(weight > 0 for weight in sentences.contexts[group].values()):
       reason = f"its pairs are too short for {form.num_frames} frames, and contexts of images have no weight"
       dropped.append(Dropped(printable(task), reason))

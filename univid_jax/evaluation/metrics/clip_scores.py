@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from univid_jax.core.errors import UserError
+from univid_jax.core.installation import install_command
+
 
 class CLIPScores:
   """Similarities in the embedding space of CLIP (Radford et al. 2021).
@@ -12,14 +15,14 @@ class CLIPScores:
     path: a CLIP model in the format of transformers, a folder or a name on the Hugging Face hub.
 
   Raises:
-    ModuleNotFoundError: the extra is not installed.
+    UserError: the extra is not installed.
   """
 
   def __init__(self, path: str):
     try:
       import transformers
     except ModuleNotFoundError as error:
-      raise ModuleNotFoundError("CLIP scores need PyTorch and transformers: pip install 'univid_jax[clip]'") from error
+      raise UserError(f"CLIP scores need PyTorch and transformers: {install_command('clip')}") from error
     self._model = transformers.CLIPModel.from_pretrained(path).eval()
     self._processor: Any = transformers.CLIPProcessor.from_pretrained(path)  # its stubs lack images and padding
     self._texts: dict[str, np.ndarray] = {}

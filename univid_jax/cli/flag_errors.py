@@ -1,0 +1,50 @@
+"""What is wrong with a command line, in words, from the exceptions of absl and ml_collections."""
+
+import difflib
+import re
+from collections.abc import Collection
+
+from absl import flags
+
+from univid_jax.config.boundary import find_keys
+
+# What converting a value says if it fails, and what was expected.
+_EXPECTED = (
+  ("invalid literal for int", "a whole number"),
+  ("could not convert string to float", "a number"),
+  ("Non-boolean argument", "true or false"),
+)
+# How similar the name of a flag is that is suggested for one that is unknown: ckpt and checkpoint are by 0.57.
+_SIMILARITY = 0.5
+
+
+def explain_flag(error: flags.Error, known: Collection[str]) -> str:
+  """Returns what is wrong with a flag.
+
+  Args:
+    error: from parsing the command line.
+    known: names of the flags that exist.
+  """
+  if isinstance(error, flags.UnrecognizedFlagError):
+    name, dot, rest = error.flagname.lstrip("-").partition(".")
+    similar = difflib.get_close_matches(name, known, n=1, cutoff=_SIMILARITY)
+    hint = f"did you mean --{similar[0]}{dot}{rest}? " if similar else ""
+    return f"unknown flag --{name}{dot}{rest}: {hint}--help lists all"
+  text = re.sub(r"\('(.*)', '.*'\)$", r"\1", str(error))  # absl shows a pair as it is
+  match = re.match(r"flag --([^=]+)=(.*?): (.+)", text, re.DOTALL)
+  for beginning, expected in _EXPECTED:
+    if match and match[3].startswith(beginning):
+      return f"--{match[1]} must be {expected}, got {match[2]!r}"
+  if match and match[3].endswith("must have a value other than None."):
+    return f"give --{match[1]}; see --help"
+  return text
+
+
+def explain_override(error: Exception) -> str:
+  """Returns what ml_collections says, which quotes its messages up to twice, as plain text."""
+  text = str(error.args[0]).replace("\\n", "\n").replace("\\", "").strip("\"'")
+  key, hint = (text + "\n").split("\n", 1)
+  if " " in (key := key.strip("'")):
+    return text
+  similar = re.findall('Did you mean "(.*?)"', hint) or find_keys(key)
+  return f"it has no key {key!r}" + (f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "")
