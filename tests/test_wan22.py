@@ -472,7 +472,7 @@ class TestExperts:
       check_base(config)
     check_base(override(config, {"model.expert": "low"}))
     for config in (override(tiny(), {"model.expert": "low"}), wan_1_3b()):
-      with pytest.raises(UserError, match=r"there is no base, .* needs: give config.init_from"):
+      with pytest.raises(UserError, match=r"needs a base: set config.init_from to a folder"):
         check_base(config)
 
   @pytest.mark.parametrize("boundary, above", [(0.9, 0.9), (0.875, 0.875)])

@@ -41,11 +41,8 @@ QUICK_KEYS = {"psnr": PREDICTION} | {
   f"psnr_{name}": name for name in ("copy_b", "copy_a2", "mean_a2", "codec", SWAPPED)
 }
 
-
 # Metrics in dB, levels of grey, degrees and hundredths; the others are shares and errors relative to one.
 TWO_DECIMALS = ("psnr", "rmse", "clip_i", "clip_t", "mean", "median")
-
-Scored = TypeVar("Scored")
 
 
 class Gallery:
