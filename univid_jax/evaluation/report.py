@@ -95,7 +95,7 @@ class Gallery:
       generated = self._examples[task, context]
       clips = [*generated.clips[-4:-1], generated.samples[PREDICTION], generated.clips[-1]]
       score = psnr(generated.samples[PREDICTION], generated.clips[-1])
-      label = f"{task}\ncontext {context or '-'}\n{score:.1f} dB"
+      label = f"{task.replace('_', ' ')}\ncontext {context or '-'}\n{score:.1f} dB"
       rows.append((label, [*clips, generated.samples[SWAPPED]] if with_swapped else clips))
     return rows
 

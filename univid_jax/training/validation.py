@@ -217,7 +217,7 @@ def write_previews(
   for index, sentence in enumerate(sentences):
     *context, truth = (read_frames(clip) for clip in sentence.clips)
     row = (*context[-3:], predictions[index], truth)
-    rows.append((f"{sentence.task}\ncontext {sentence.context or '-'}", row))
+    rows.append((f"{sentence.task.replace('_', ' ')}\ncontext {sentence.context or '-'}", row))
     if len(truth) > 1:
       with atomic_write(folder / f"step_{step:06d}_{index}.mp4") as path:
         write_clip(path, concatenate_clips(row), fps=PREVIEW_FPS)
