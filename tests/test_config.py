@@ -13,6 +13,7 @@ import pytest
 from tests.helpers import GOLDENS
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
 from univid_jax.checkpoints.run_parts import check_rows
+from univid_jax.checkpoints.usage import sentence_kinds
 from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json
 from univid_jax.config.presets import PRESETS, get_config, tiny, wan_1_3b
 from univid_jax.config.schema import RunConfig
@@ -158,6 +159,21 @@ def test_rows_are_as_long_as_the_numbers_of_clips_that_are_drawn_need():
   with pytest.raises(UserError, match="a sentence of 8 clips of context II has 128 tokens"):
     check_rows(override(longer, {"rows.num_tokens": 127, "data.max_video_clips": 4}))
   check_rows(override(longer, short | {"data.metadata": "folder"}))  # whose sentences have four clips
+  for more in ("data.folder", "data.pairs", "data.tfds.name"):
+    with pytest.raises(UserError, match="a sentence of 8 clips"):
+      check_rows(override(longer, short | {"data.metadata": "folder", more: "x"}))
+  with pytest.raises(UserError, match="a sentence of 8 clips"):
+    check_rows(override(longer, short | {"data.metadata": "folder", "data.grids.families.recolor": 1.0}))
+
+
+def test_contexts_and_counts_that_are_recorded():
+  only = {f"data.contexts.{name}": 0.0 for name in ("I", "III", "IV")}
+  six = {"data.num_clips.clips_4": 0.0, "data.num_clips.clips_6": 1.0}
+  config = override(tiny(), only | six | {"data.contexts.II": 1.0})
+  for given, counts in (([], (6,)), (["metadata"], (4,)), (["metadata", "pairs"], (4, 6))):
+    own = {f"data.{name}": "x" for name in given}
+    assert sentence_kinds(override(config, own).data) == (("II",), counts)
+  assert sentence_kinds(override(config, {"data.manifest": "x"}).data) == ((), ())
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ class TestMetadata:
     source, dropped = open_metadata(str(metadata), FORM, draw_options())
     assert [(record.footage[0].path.name, record.prompt) for record in source.records] == [("two.mp4", "x")]
     cut_off, left_out = dropped
-    assert cut_off.reason == "the record ends before the column text: an empty text needs a comma before it"
+    assert cut_off.reason == "the record ends before the column text: empty fields need their commas, too"
     assert left_out.record == "metadata.csv line 4 (three.mp4)"
     assert "no column for ' a dog': a text with commas needs quotes" in left_out.reason
     write_table(metadata, [("one é.mp4", "")])
@@ -318,12 +318,16 @@ class TestPairs:
   def test_kinds_of_tasks_that_do_not_exist_are_reported(self, pairs, metadata, caplog):
     data = {"data.pairs": str(pairs), "data.kinds": {"edges": "edges", "dept map": "depth"}}
     open_data(override(tiny(), data))
-    assert "config.data.kinds names dept map, but your tasks are depth map, edges" in caplog.text
+    assert "config.data.kinds: no usable record has the task dept map; your tasks are depth map, edges" in caplog.text
     caplog.clear()
     open_data(override(tiny(), data | {"data.kinds": {"edges": "edges"}}))
     assert not caplog.text
     open_data(override(tiny(), {"data.metadata": str(metadata), "data.kinds": {"depth": "depth"}}))
-    assert "config.data.kinds names depth, but your records have no task: their key is ''" in caplog.text
+    message = "config.data.kinds: no usable record has the task depth; your records have no task, their key is ''"
+    assert message in caplog.text
+    caplog.clear()
+    open_data(override(tiny(), {"data.kinds": {"depth": "depth"}}))
+    assert "no usable record" not in caplog.text, "there are no records"
 
   def test_unusable_pairs_are_named(self, pairs):
     (pairs / "edges" / "c" / "target.jpg").unlink()
@@ -548,6 +552,7 @@ class TestManifest:
       {"clips": [target, {"path": "v.mp4"}]},
       {"clips": [{"path": "v.mp4"}]},
       {"clips": [{"path": 7}]},
+      {"clips": [{**target, "start": -1}]},
     )
     expected = [
       "line 1",
@@ -560,6 +565,7 @@ class TestManifest:
       "targets must come last",
       "needs a target",
       "path must be a string, got 7",
+      "start must be at least 0, got -1",
     ]
     for record, message in zip(dropped, expected, strict=True):
       assert message in str(record)

@@ -207,7 +207,7 @@ def test_reference_roles():
   assert reference_roles(4) == (Role.CONTEXT, Role.CONTEXT, Role.CONTEXT, Role.TARGET)
 
 
-@pytest.mark.parametrize("steps, shift", [(1, 3.0), (2, 5.0), (3, 5.0), (12, 3.0)])
+@pytest.mark.parametrize("steps, shift", [(1, 3.0), (2, 5.0), (3, 1.0), (3, 5.0), (9, 1.0), (12, 3.0)])
 def test_unipc_equals_diffusers(steps, shift):
   """On a velocity that depends on place and timestep, against UniPCMultistepScheduler with flow sigmas."""
   torch = pytest.importorskip("torch", reason="needs the extra `parity`")

@@ -478,9 +478,9 @@ class TestSelection:
   """Which transformers get which LoRAs, and what is said of it."""
 
   @staticmethod
-  def request(trained_for, *, asked_for=None, seed=0):
+  def request(trained_for, *, asked_for=None, lora=None):
     metadata = {SOFTWARE: SOFTWARE_NAME, **Usage(expert=Expert(trained_for)).to_metadata()}
-    lora = dataclasses.replace(random_lora(seed=seed), metadata=metadata, source=f"{trained_for}.safetensors")
+    lora = dataclasses.replace(lora or random_lora(), metadata=metadata, source=f"{trained_for}.safetensors")
     return RequestedLoRA(lora, 1.0, asked_for)
 
   def test_experts_that_contradict_the_file_are_reported(self, caplog):
@@ -488,19 +488,28 @@ class TestSelection:
     crossed = [self.request("high", asked_for=TrainedExpert.LOW), self.request("low", asked_for=TrainedExpert.HIGH)]
     selected = select_loras(crossed, experts)
     assert [[lora.weights.source for lora in each] for each in selected] == [["low.safetensors"], ["high.safetensors"]]
-    assert "high.safetensors is for the high-noise expert, but is used for the low-noise one" in caplog.text
-    assert "low.safetensors is for the low-noise expert, but is used for the high-noise one" in caplog.text
+    assert "high.safetensors was trained for the high-noise expert, not for the low-noise one" in caplog.text
+    assert "low.safetensors was trained for the low-noise expert, not for the high-noise one" in caplog.text
     caplog.clear()
     for asked_for in (None, TrainedExpert.HIGH, TrainedExpert.BOTH):
       select_loras([self.request("high", asked_for=asked_for)], experts)
-    assert "but is used" not in caplog.text
+    # A name says it less surely than the user.
+    named = dataclasses.replace(random_lora(), source="style_high.safetensors")
+    select_loras([RequestedLoRA(named, 1.0, TrainedExpert.LOW)], experts)
+    assert "was trained for" not in caplog.text
 
   def test_an_expert_s_lora_on_a_model_without_experts_is_reported(self, caplog):
     assert len(select_loras([self.request("high")], [None])[0]) == 1
-    assert "high.safetensors was trained for the high-noise expert, the model is not one of two" in caplog.text
+    assert "high.safetensors was trained for the high-noise expert, but the model has no experts" in caplog.text
 
   def test_repetitions_are_reported(self, caplog):
-    warn_of_repetitions([self.request("high"), self.request("low", seed=1)])
+    """Not what agrees in one tensor alone, such as a bias that is 0."""
+    one, same, other = random_lora(), random_lora(), random_lora()
+    (*_, last), (first, *_) = sorted(other.changes), sorted(one.changes)
+    doubled = dataclasses.replace(other.changes[last], down=2 * other.changes[last].down)
+    other = dataclasses.replace(other, changes={**other.changes, last: doubled})
+    assert np.array_equal(one.changes[first].down, other.changes[first].down)
+    warn_of_repetitions([self.request("high", lora=one), self.request("low", lora=other)])
     assert not caplog.text
-    warn_of_repetitions([self.request("high"), self.request("low")])
+    warn_of_repetitions([self.request("high", lora=one), self.request("low", lora=same)])
     assert "high.safetensors and low.safetensors are the same LoRA: it is applied twice" in caplog.text

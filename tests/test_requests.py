@@ -42,7 +42,8 @@ class EchoPipeline(Pipeline):
   def latent_shape(self, shape):
     return latent_shape(shape, temporal_stride=4, spatial_stride=8)
 
-  def sample_video(self, examples, query, **options):
+  def sample_video(self, examples, query, *, carry_context, **options):
+    self.carried = carry_context
     steps = types.SimpleNamespace(num_steps=3, num_windows=3)
     frames = query.read(0, query.num_frames)
     self.contexts.append([*examples, frames])

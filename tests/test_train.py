@@ -1,5 +1,6 @@
 """Training runs: resumed bit-exactly, stopped cleanly, validated."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -480,13 +481,28 @@ class TestMovedFiles:
     with pytest.raises(UserError, match=f"is a run with {key} = '', not '/new/place'"):
       check_same_run(str(tmp_path), RunRecord(tiny_config, "", ""), after)
 
-  def test_base(self, tiny_config, tmp_path):
-    config = override(tiny_config, {"lora.rank": 2, "init_from": "old"})
-    moved = override(config, {"init_from": "new"})
-    check_same_run(str(tmp_path), RunRecord(config, "abc", ""), RunRecord(moved, "abc", ""))
-    for before, after in (("", ""), ("abc", "abd")):
-      with pytest.raises(UserError, match="is a run with init_from = 'old', not 'new'"):
-        check_same_run(str(tmp_path), RunRecord(config, before, ""), RunRecord(moved, after, ""))
+  def test_a_base_is_compared_by_its_transformer_alone_and_stays_in_place(self, tiny_config, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    config = override(tiny_config, {"lora.rank": 2, "init_from": str(tmp_path / "base")})
+    for name, is_same in (("link", True), ("base/../base/", True), ("copy", False)):
+      again = override(config, {"init_from": f"{tmp_path}/{name}"})
+      with contextlib.nullcontext() if is_same else pytest.raises(UserError, match="is a run with init_from = "):
+        check_same_run(str(tmp_path), RunRecord(config, "abc", ""), RunRecord(again, "abc", ""))
+    small, folder = (override(config, {"init_from": name}) for name in ("small", "./small"))
+    with pytest.raises(UserError, match=r"is a run with init_from = 'small', not '\./small'"):
+      check_same_run(str(tmp_path), RunRecord(small, "abc", ""), RunRecord(folder, "abc", ""))
+
+  @pytest.mark.long
+  def test_a_run_goes_on_with_moved_data(self, tiny_config, tmp_path):
+    TestChangedData().write(tmp_path / "data")
+    contexts = {f"data.contexts.{name}": float(name == "II") for name in ("I", "II", "III", "IV")}
+    changes = {"data.held_out": 0.0, "eval.sentences_per_case": 0, "num_steps": 2, **contexts}
+    config = override(tiny_config, changes | {"data.pairs": str(tmp_path / "data")})
+    train(config, str(tmp_path / "run"))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    again = override(config, {"data.pairs": str(tmp_path / "moved"), "num_steps": 3})
+    assert train(again, str(tmp_path / "run")).steps_taken == 1
 
 
 class TestChangedData:

@@ -55,7 +55,7 @@ def test_a_base_is_the_run_it_was_written_of(trained):
   assert scheduler_config(PretrainedCheckpoint.open(str(root / "base")))["flow_shift"] == 4.0
 
 
-def test_loras_are_trained_on_it_and_applied_to_it(trained, tmp_path):
+def test_loras_are_trained_on_it_and_applied_to_it(trained, tmp_path, caplog):
   root, config = trained
   tuned = override(config, {"init_from": str(root / "base"), "lora.rank": 2, "num_steps": 2})
   result = train(tuned, str(tmp_path / "run"))
@@ -65,6 +65,9 @@ def test_loras_are_trained_on_it_and_applied_to_it(trained, tmp_path):
   applied = load_pipeline(str(root / "base"), lora=str(tmp_path / "run" / "lora.safetensors"))
   jax.tree.map(np.testing.assert_array_equal, parameters(result.pipeline), parameters(applied))
   assert len(jax.tree.leaves(parameters(applied))) > len(jax.tree.leaves(frozen))
+  assert "are the same LoRA" not in caplog.text
+  load_pipeline(str(tmp_path / "run"), lora=str(tmp_path / "run" / "lora.safetensors"))
+  assert "lora.safetensors are the same LoRA: it is applied twice" in caplog.text
 
 
 def test_it_is_quantised_like_others(trained):

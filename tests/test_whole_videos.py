@@ -56,13 +56,16 @@ def clips(tmp_path: Path) -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize("carry_context", [False, True])
-def test_the_result_is_like_the_query(pipeline, clips, tmp_path, caplog, carry_context):
+def test_the_result_is_like_the_query(pipeline, clips, tmp_path, caplog, monkeypatch, carry_context):
   write_clip(tmp_path / "odd.mp4", moving_video(50, (18, 22)), fps=25)
+  sample = mock.Mock(wraps=pipeline.sample_video)
+  monkeypatch.setattr(pipeline, "sample_video", sample)
   sampling = runner(pipeline, keep_size=True, copy_audio=True, carry_context=carry_context, grid=True)
   with caplog.at_level("INFO", "univid_jax"):
     line = sampling.run(Request((*clips[:2], str(tmp_path / "odd.mp4")), tmp_path / "out", needs_suffix=True))
   paths = f"{tmp_path / 'out.mp4'} and {tmp_path / 'out_grid.mp4'}"
   assert line == f"wrote 50 frames of 22 x 18 pixels (width x height): {paths}"
+  assert sample.call_args.kwargs["carry_context"] == carry_context
   out = read_clip(tmp_path / "out.mp4")
   assert out.frames.shape == (50, 18, 22, 3) and out.fps == pytest.approx(25)
   assert read_clip(tmp_path / "out_grid.mp4").frames.shape[0] == 50

@@ -28,9 +28,9 @@ def load_model(
   Args:
     checkpoint, step, quantize: see `load_pipeline`.
     loras: with their weights, as they were named; see `group_loras`.
-    distillation: belongs to the origin; the model has it only if the options say so.
+    distillation: LoRAs that the origin records, whether the model gets them (`accelerate`) or not.
     verification: see `VerificationFlags`.
-    **options: others of `load_pipeline`.
+    **options: further ones of `load_pipeline`.
   """
   grouped = group_loras(loras)
   sources: dict[str, Any] = {"loras": loras, "quantize": quantize, **verification}

@@ -25,6 +25,7 @@ from univid_jax.data.media.reader import Frames, probe
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import concatenate_clips
 from univid_jax.inference.jobs import infer_length
+from univid_jax.inference.plan import SAMPLING_VERSION
 from univid_jax.inference.preview import Preview
 from univid_jax.runtime.profiling import profiler_options
 
@@ -205,6 +206,7 @@ class RequestRunner:
     height, width = size
     return {
       "version": univid_jax.__version__,
+      "sampling_version": SAMPLING_VERSION,
       **self.origin,
       "dtype": str(self.pipeline.dtype),
       "quantize": str(self.pipeline.experts.quantize),

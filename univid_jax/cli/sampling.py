@@ -201,8 +201,8 @@ def plan_requests(
     first_frame: of the result, if it is given; the context may then be empty.
 
   Raises:
-    UsageError: there is no context or no query, the result has no name or with queries that of a clip, an example pair
-      is incomplete, or two queries have the same name.
+    UsageError: there is no context or no query, the result is no file or folder or with queries that of a clip, an
+      example pair is incomplete, or two queries have the same name.
     UserError: `out` is in a bucket.
   """
   require_local(out)
@@ -212,7 +212,7 @@ def plan_requests(
     raise UsageError("--first_frame is that of one result: it excludes --queries")
   if not queries:
     if Path(out).name in ("", "..", "-") or (Path(out).exists() and not Path(out).is_file() and not Path(out).is_dir()):
-      raise UsageError(f"--out must be the name of a file or folder to write, got {out!r}")
+      raise UsageError(f"--out must name a file or folder, not standard output or a device, got {out!r}")
     if clips and len(clips) % 2 == 0:
       raise UsageError(f"--clips must be an odd number of clips (A, A', B), got {len(clips)}")
     is_folder = out.endswith("/") or Path(out).is_dir()

@@ -202,7 +202,8 @@ class _RemainingTime:
         self._first = taken, time.monotonic()
       return
     steps, seconds = taken - self._first[0], time.monotonic() - self._first[1]
-    if not self._said and (seconds >= 5 or steps >= 0.1 * (self._bar.total - self._first[0])):
+    is_tenth = steps >= 0.1 * (self._bar.total - self._first[0])
+    if not self._said and steps and (seconds >= 5 or (is_tenth and seconds >= 1)):
       self._said = True
       left = seconds / steps * (self._bar.total - taken)
       if left >= 120:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -77,10 +76,16 @@ class UniPC:
   def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Float[np.ndarray, "i"]:
     """Spaces levels like diffusers: from just below 1, where the signal is not yet 0."""
     times = np.linspace(1, 1 / NUM_TRAIN_TIMESTEPS, _check_steps(num_steps) + 1)[:-1]
-    return np.minimum(schedule.sigma(times), 1 - 1e-6).astype(np.float32)
+    levels = np.minimum(schedule.sigma(times), 1 - 1e-6)
+    rounded = levels.astype(np.float32)
+    # Rounding must not change the timestep.
+    change = _whole_times(rounded) - _whole_times(levels)
+    return np.where(change == 0, rounded, np.nextafter(rounded, np.where(change > 0, 0, 1).astype(np.float32)))
 
   def coefficients(self, sigmas: Float[np.ndarray, "i"]) -> Float[np.ndarray, "i w"]:
-    return np.concatenate(unipc_weights(sigmas.astype(np.float64)), axis=1).astype(np.float32)
+    """Returns the weights of `unipc_weights`, and the noise level of the model's timestep."""
+    weights = (*unipc_weights(sigmas.astype(np.float64)), _whole_times(sigmas)[:, None])
+    return np.concatenate(weights, axis=1).astype(np.float32)
 
   def init(self, noise: Tokens) -> UniPCState:
     # One buffer each, because the state of a step is donated.
@@ -88,8 +93,8 @@ class UniPC:
 
   def step(self, predict: VelocityFn, state: UniPCState, sigma: Number, coefficients: Weights) -> UniPCState:
     x, last, before, earlier = state
-    c, a = coefficients[:5], coefficients[5:]
-    clean = x - sigma * predict(x, jnp.floor(sigma * NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS)
+    c, a, level = coefficients[:5], coefficients[5:8], coefficients[8]
+    clean = x - sigma * predict(x, level)
     corrected = c[0] * x + c[1] * last + c[2] * before + c[3] * earlier + c[4] * clean
     return UniPCState(a[0] * corrected + a[1] * clean + a[2] * before, corrected, clean, before)
 
@@ -110,7 +115,7 @@ def check_sigmas(sigmas: Sequence[float], solver: Solver[Any]) -> Float[np.ndarr
   Raises:
     UserError: they do not descend strictly within (0, 1], or the solver cannot use them.
   """
-  if not solver.takes_sigmas:
+  if not getattr(solver, "takes_sigmas", False):  # your own may lack it
     raise UserError("sigmas are given to Euler's steps only: use the solver euler")
   levels = np.asarray(sigmas, np.float32)
   is_valid = levels.ndim == 1 and levels.size > 0 and levels[-1] > 0 and levels[0] <= 1 and (np.diff(levels) < 0).all()
@@ -141,6 +146,11 @@ def _check_steps(num_steps: int) -> int:
   if num_steps < 1:
     raise UserError(f"sampling takes at least 1 step, got {num_steps}")
   return num_steps
+
+
+def _whole_times(sigmas: Float[np.ndarray, "i"]) -> Float[np.ndarray, "i"]:
+  """Returns the noise levels of the timesteps of diffusers, which are whole numbers, float64."""
+  return np.floor(sigmas.astype(np.float64) * NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS
 
 
 def _uniform_times(num_steps: int) -> Float[np.ndarray, "i"]:

@@ -15,12 +15,11 @@ from univid_jax.config.schema import DataConfig, EvalConfig, RunConfig
 from univid_jax.core.paths import atomic_write
 from univid_jax.diffusion.distillations import Distillation
 from univid_jax.evaluation.sentences import PlannedSentence
+from univid_jax.inference.plan import SAMPLING_VERSION
 
 SAMPLES = "samples"
 FILE = "origin.json"
 
-# Raise it when the same weights, config and data give other samples, or their files change.
-SAMPLING_VERSION = 7
 
 # Sections of the config that samples depend on, given the model and the sentences.
 SECTIONS = ("data", "eval")

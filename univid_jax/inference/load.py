@@ -225,6 +225,7 @@ def _load_base(
   base: PretrainedCheckpoint, loras: Sequence[RequestedLoRA], options: _Options, *, dtype: DTypeLike
 ) -> tuple[Usage | None, list[Transformer]]:
   """Loads the transformers of a converted checkpoint one after another, and returns how their LoRAs are run."""
+  warn_of_repetitions(loras)
   selected = select_loras(loras, base.experts)
   pairs = list(zip(base.transformers, selected, strict=True))
   wanted = options.quantize or Quantize.NONE
@@ -263,6 +264,7 @@ def _load_run(
   base, parts = open_base(config), expert_configs(config)
   experts = base.experts if base else (None,)
   own = [RequestedLoRA(each) for each in restore_loras(saved, record, step=step)] if config.lora.enabled else []
+  warn_of_repetitions([*own, *loras])
   added = select_loras(loras, experts)
   checksums = [""] * len(experts)
   if base is not None and config.lora.enabled:
@@ -290,7 +292,6 @@ def _finish(
   config: DiTConfig, transformer: Transformer, loras: Sequence[RequestedLoRA], options: _Options, *, is_one_of_two: bool
 ) -> Transformer:
   """Adds LoRAs to a transformer and, if it is one of two and that is asked for, moves it to host memory."""
-  warn_of_repetitions(loras)
   merged, skip = options.merge_lora, options.lora_skip_unmatched
   transformer = add_to_transformer(config, transformer, loras, mesh=options.mesh, merged=merged, skip_unmatched=skip)
   return transformer.offload() if is_one_of_two and options.offload_inactive else transformer

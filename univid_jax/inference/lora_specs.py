@@ -128,10 +128,11 @@ def select_loras(loras: Sequence[RequestedLoRA], experts: Sequence[Expert | None
       raise UserError(
         f"{lora.weights.source} is meant for an expert ({lora.expert}), but the model has only one transformer"
       )
-    if list(experts) == [None] and lora.weights.usage and lora.weights.usage.expert:
-      log.warning("%s was trained for the %s-noise expert, the model is not one of two", lora.weights.source, own)
-    if own and lora.expert and own not in lora.expert.parts:
-      log.warning("%s is for the %s-noise expert, but is used for the %s-noise one", lora.weights.source, own, wanted)
+    trained_for = lora.weights.usage and lora.weights.usage.expert
+    if trained_for and list(experts) == [None]:
+      log.warning("%s was trained for the %s-noise expert, but the model has no experts", lora.weights.source, own)
+    if trained_for and lora.expert and trained_for not in lora.expert.parts:
+      log.warning("%s was trained for the %s-noise expert, not for the %s-noise one", lora.weights.source, own, wanted)
     places = [
       index
       for index, expert in enumerate(experts)
@@ -157,11 +158,14 @@ def warn_of_repetitions(loras: Sequence[RequestedLoRA]) -> None:
 
 
 def _is_same(a: LoRAWeights, b: LoRAWeights) -> bool:
-  """Returns whether two LoRAs are equal, by the names of all tensors and the values of one."""
+  """Returns whether two LoRAs change the same tensors by equal arrays."""
   if not a.changes or a.changes.keys() != b.changes.keys():
     return False
-  parts, others = (lora.changes[min(lora.changes)].parts() for lora in (a, b))
-  return parts.keys() == others.keys() and all(np.array_equal(parts[name], others[name]) for name in parts)
+  for name, change in a.changes.items():
+    parts, others = change.parts(), b.changes[name].parts()
+    if parts.keys() != others.keys() or not all(np.array_equal(parts[part], others[part]) for part in parts):
+      return False
+  return True
 
 
 def find_lora_expert(lora: LoRAWeights) -> Expert | None:

@@ -16,6 +16,9 @@ from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import check_sigmas, find_solver
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
 
+# Raise it when the same weights, options and clips give other samples, or the files of these change.
+SAMPLING_VERSION = 7
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
@@ -32,7 +35,7 @@ class SamplingOptions:
   @property
   def num_steps(self) -> int | None:
     """The number of steps that was asked for."""
-    return len(self.sigmas) if self.sigmas else self.num_inference_steps
+    return len(self.sigmas) if self.sigmas is not None else self.num_inference_steps
 
   def to_keywords(self) -> dict[str, Any]:
     """Returns the options as keywords of `Pipeline.sample`."""
@@ -87,7 +90,7 @@ class SamplingPlan:
     else:
       steps = options.num_inference_steps
       if steps is None:
-        steps = solver.fixed_steps or default_steps
+        steps = getattr(solver, "fixed_steps", None) or default_steps
       levels = _make_sigmas(solver, steps, default_shift if options.shift is None else options.shift)
     return cls(
       solver=solver,

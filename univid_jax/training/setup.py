@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Sequence
 
 import jax
@@ -320,12 +321,12 @@ def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> Non
         after,
         before,
       )
-  may_move = MAY_MOVE if read_fingerprint(workdir) else ()
-  if previous.base and previous.base == current.base:
-    may_move += ("init_from",)
-  moved = [change for change in different if change[0] in may_move and all(change[1:])]
-  for key, before, after in moved:
-    log.info("%s = %s instead of %s: its contents are compared", key, after, before)
+  has_records = read_fingerprint(workdir) is not None
+  moved = [
+    (key, before, after)
+    for key, before, after in different
+    if (key == "init_from" and _is_same_place(before, after)) or (key in MAY_MOVE and has_records and before and after)
+  ]
   changes = [change for change in different if change not in moved and not change[0].startswith(MAY_CHANGE)]
   if previous.base != current.base:
     changes.append(("the checksum of init_from", previous.base, current.base))
@@ -334,3 +335,10 @@ def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> Non
     raise UserError(
       f"{workdir} is a run with {key} = {before!r}, not {after!r}: use the same config or another --workdir"
     )
+  for key, before, after in moved:
+    log.info("%s was %s, is %s now", key, before, after)
+
+
+def _is_same_place(a: str, b: str) -> bool:
+  """Returns whether two names of a base lead to the same folder."""
+  return bool(a and b) and os.path.realpath(locate(a)) == os.path.realpath(locate(b))

@@ -264,7 +264,7 @@ def _describe_folding(lora: LoRAWeights, file_format: LoRAFormat, tensors: Mappi
 
 
 def _describe_dora(lora: LoRAWeights) -> str:
-  """Returns which changes ComfyUI, alone of those that read DoRA from files that are written, applies differently."""
+  """Returns how many DoRA changes ComfyUI applies differently; no other format that is written has DoRA."""
   count = sum(isinstance(change, DoRALayer) and change.axis == "out" for change in lora.changes.values())
   if not count:
     return ""

@@ -195,10 +195,12 @@ def list_frames(folder: Path) -> list[Path]:
   Raises:
     UserError: there are none, or one is a link to a file that does not exist.
   """
-  files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not is_foreign(file)]
+  with os.scandir(folder) as entries:  # which knows links without asking for each
+    found = {folder / entry.name: entry.is_symlink() for entry in entries}
+  files = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and not is_foreign(file)]
   if not files:
     raise UserError("no images in the folder")
-  if broken := [file.name for file in files if file.is_symlink() and not file.exists()]:
+  if broken := [file.name for file in files if found[file] and not file.exists()]:
     raise UserError(f"{min(broken)} is a link to a file that does not exist")
   return sorted(files, key=_natural_key)
 

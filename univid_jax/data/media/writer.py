@@ -24,7 +24,7 @@ from PIL import Image
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write, require_local
-from univid_jax.core.unfinished import remove_abandoned
+from univid_jax.core.unfinished import remove_abandoned, unfinished_path
 from univid_jax.data.media.decoding import open_video
 from univid_jax.data.media.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames, LoadedClip
 from univid_jax.data.media.timeline import read_timeline
@@ -66,7 +66,9 @@ def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
   path = require_local(path)
   with contextlib.suppress(FileNotFoundError, NotADirectoryError):
     if path.name:
-      path.lstat()  # raises if the name is too long
+      for each in (path, unfinished_path(path)):
+        with contextlib.suppress(FileNotFoundError):
+          each.lstat()  # raises if the name is too long
   suffix = path.suffix.lower()
   if suffix in IMAGE_SUFFIXES and num_frames not in (None, 1):
     raise UserError(f"cannot write {num_frames} frames to the image {path}: use .mp4, or NAME/ for a folder of PNGs")

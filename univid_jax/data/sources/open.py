@@ -200,12 +200,10 @@ def _warn_of_unknown_tasks(data: DataConfig, opened: Mapping[str, _Opened]) -> N
   """Warns of kinds for tasks that no record has: a misspelt name has its labels mixed by resizing."""
   own = [opened[name] for name in ("metadata", "pairs", "manifest", "tfds") if name in opened]
   names = {name for each in own for source in (each.training, each.held_out) for name in source.task_names}
-  if unknown := sorted(set(data.kinds) - names - {""}):
-    log.warning(
-      "config.data.kinds names %s, but %s",
-      " and ".join(unknown),
-      f"your tasks are {', '.join(sorted(names))}" if names else "your records have no task: their key is ''",
-    )
+  unknown = sorted(set(data.kinds) - names - {""})
+  if own and unknown:
+    there_are = f"your tasks are {', '.join(sorted(names))}" if names else "your records have no task, their key is ''"
+    log.warning("config.data.kinds: no usable record has the task %s; %s", " or ".join(unknown), there_are)
 
 
 def _open_arc(config: RunConfig) -> _Opened:

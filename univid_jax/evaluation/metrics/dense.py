@@ -217,14 +217,14 @@ def edge_metrics(counts: Sequence[np.ndarray]) -> dict[str, float]:
   best = stacked[np.arange(len(stacked)), [int(np.argmax(_f_measure(c))) for c in stacked]].sum(axis=0)
   precision, recall = _precision_recall(total)
   # As in the Berkeley benchmark (collect_eval_bdry.m): precision is interpolated between the recalls of the thresholds,
-  # and 0 outside of them, so that the AP of a map of one level, as of lines that are 0 or 1, is 0.
+  # and 0 outside of them. At a single recall, as of lines that are 0 or 1, there is no area.
   recalls, first = np.unique(recall, return_index=True)
   grid = np.linspace(0, 1, 101)
-  interpolated = np.interp(grid, recalls, precision[first], left=0, right=0) if len(recalls) > 1 else np.zeros(101)
+  area = np.interp(grid, recalls, precision[first], left=0, right=0).sum() / 100
   return {
     "ods": float(_f_measure(total).max()),
     "ois": float(_f_measure(best[None])[0]),
-    "ap": float(interpolated.sum() / 100),
+    "ap": float(area) if len(recalls) > 1 else math.nan,
   }
 
 

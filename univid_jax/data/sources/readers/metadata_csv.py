@@ -51,7 +51,7 @@ def open_metadata(
       if row.surplus:
         raise UserError(f"the header has no column for {row.surplus[0]!r}: a text with commas needs quotes around it")
       if row.missing:
-        raise UserError(f"the record ends before the column {row.missing[0]}: an empty text needs a comma before it")
+        raise UserError(f"the record ends before the column {row.missing[0]}: empty fields need their commas, too")
       found = _find(table.parent, row.file_name)
       if found in seen:
         raise UserError("the file is listed twice")
