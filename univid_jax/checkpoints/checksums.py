@@ -25,6 +25,7 @@ from etils import epath
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write, resolve_inside
+from univid_jax.core.text import list_first
 
 CHECKSUMS_FILE = "checksums.xxh128"
 # The entry that `seal_file` fills in, and its value until then.
@@ -58,8 +59,7 @@ class DamagedError(UserError):
     "sample, evaluate and demo",
   ):
     self.folder, self.damage = folder, tuple(damage)
-    more = f" and {len(damage) - 8} more" if len(damage) > 8 else ""
-    self.summary = f"{folder} is damaged: {', '.join(damage[:8])}{more}"
+    self.summary = f"{folder} is damaged: {list_first(damage, 8)}"
     super().__init__(f"{self.summary}; {advice}")
 
 

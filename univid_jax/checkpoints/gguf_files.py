@@ -17,6 +17,7 @@ import numpy as np
 from univid_jax.checkpoints.tensor_files import TensorFile, TensorInfo, numpy_dtype, read_bytes
 from univid_jax.core.errors import UserError
 from univid_jax.core.installation import install_command
+from univid_jax.core.numbers import round_up
 
 VERSIONS = (2, 3)
 
@@ -118,7 +119,7 @@ def _parse_header(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], TensorFi
   alignment = values.get("general.alignment", 32)
   if not isinstance(alignment, int) or alignment.bit_count() != 1:
     raise ValueError(f"its alignment is {alignment}, not a power of two")
-  start = -(-cursor.offset // alignment) * alignment
+  start = round_up(cursor.offset, alignment)
   return values, _make_tensors(path, entries, values, start=start, size=len(data))
 
 

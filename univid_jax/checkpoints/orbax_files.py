@@ -31,6 +31,7 @@ from flax import traverse_util
 
 from univid_jax.checkpoints.tensor_files import numpy_dtype
 from univid_jax.core.errors import UserError, first_line
+from univid_jax.core.numbers import ceil_div
 from univid_jax.core.params import ParamPath
 from univid_jax.core.paths import is_remote, make_absolute
 
@@ -194,7 +195,7 @@ def _create_array(url: str, path: ParamPath, shape: tuple[int, ...], dtype: str)
 
 def num_chunks(path: ParamPath, shape: tuple[int, ...], dtype: str) -> int:
   """Returns how many files `create_arrays` stores an array in."""
-  return math.prod(-(-size // chunk) for size, chunk in zip(shape, _chunk_shape(path, shape, dtype)))
+  return math.prod(ceil_div(size, chunk) for size, chunk in zip(shape, _chunk_shape(path, shape, dtype)))
 
 
 def _chunk_shape(path: ParamPath, shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:

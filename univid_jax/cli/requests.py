@@ -20,6 +20,7 @@ from univid_jax.cli.sampling import Request, SamplingArguments
 from univid_jax.cli.whole_videos import StepProgress, WholeQuery, WholeVideo, progress_path
 from univid_jax.core.options import SolverName
 from univid_jax.core.paths import require_writable
+from univid_jax.core.text import count_noun
 from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate
 from univid_jax.data.media.reader import Frames, probe
 from univid_jax.data.media.writer import write_clip
@@ -232,7 +233,7 @@ class RequestRunner:
       for index, request in enumerate(requests):
         out = Path(scratch) / f"{index}{'' if request.needs_suffix else request.out.suffix}"
         short.run(dataclasses.replace(request, out=out))
-    return f"compiled the programs of {len(requests)} result{'s' * (len(requests) > 1)}; nothing was sampled"
+    return f"compiled the programs of {count_noun(len(requests), 'result')}; nothing was sampled"
 
   def shorten(self) -> "RequestRunner":
     """Returns what uses all programs in as few steps as possible."""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from univid_jax import Pipeline
 from univid_jax.cli.results import remove_record
 from univid_jax.cli.sampling import SamplingArguments
+from univid_jax.core.numbers import round_up
 from univid_jax.core.paths import require_writable
 from univid_jax.data.clips import ClipFormat, ContextClip, Footage, file_footage
 from univid_jax.data.media.reader import Frames, probe, read_clip
@@ -215,5 +216,5 @@ class _RemainingTime:
 def padded_size(size: tuple[int, int], pipeline: Pipeline) -> tuple[int, int]:
   """Returns the least size, no smaller, that the model takes."""
   side = pipeline.encoders.codec.spatial_stride * pipeline.config.patch_size[1]
-  height, width = (-(-length // side) * side for length in size)
+  height, width = (round_up(length, side) for length in size)
   return height, width

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from univid_jax.core.numbers import ceil_div
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.sampler import with_targets
@@ -47,8 +48,8 @@ def choose_batch_size(pipeline: "Pipeline", rows: Sequence[PackedRow], plan: Sam
 
 def spread(count: int, most: int, shards: int) -> int:
   """Returns the size of equal batches, each at most `most` and a multiple of `shards`."""
-  batches = -(-count // max(most // shards * shards, shards))
-  return -(-count // (batches * shards)) * shards
+  batches = ceil_div(count, max(most // shards * shards, shards))
+  return ceil_div(count, batches * shards) * shards
 
 
 def step_memory(pipeline: "Pipeline", rows: Sequence[PackedRow], plan: SamplingPlan, size: int) -> int:

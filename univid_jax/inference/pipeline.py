@@ -1,8 +1,4 @@
-"""The Python interface of a model: encode, sample, decode.
-
-pipe = univid_jax.load_pipeline("runs/tiny")
-out = pipe.sample([a, a_prime, b], seed=0)   # uint8 clips (T, H, W, 3); out.frames is B'
-"""
+"""The Python interface of a model: encode, sample, decode."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -47,7 +43,7 @@ from univid_jax.models.variants import DiTConfig
 
 
 class Pipeline(EncodingPipeline):
-  """A transformer, or two experts, with the codec and the encoders.
+  """A transformer, or two experts, with the codec and the encoders; made by `univid_jax.load_pipeline`.
 
   Args:
     config: the transformer's shape.

@@ -19,6 +19,7 @@ from univid_jax.checkpoints.run_parts import check_rows, clip_tokens, codec_shap
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line
+from univid_jax.core.numbers import round_up
 from univid_jax.core.options import Quantize, RematPolicy
 from univid_jax.core.text import count_noun
 from univid_jax.models.attention import splash
@@ -278,7 +279,7 @@ def smaller_rows(config: RunConfig, machine: Machine) -> Iterator[Changes]:
     if (height, width) != sizes[0]:
       changes |= {"data.height": height, "data.width": width, "data.buckets": ()}
     tokens, _, _ = longest_sentence(override(config, changes))
-    levels.setdefault(-(-tokens // machine.block) * machine.block, changes)
+    levels.setdefault(round_up(tokens, machine.block), changes)
   for tokens, changes in sorted(levels.items(), reverse=True):
     if tokens < config.rows.num_tokens:
       yield {**changes, "rows.num_tokens": tokens}

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from flax import nnx, traverse_util
 
 from univid_jax.core.options import ModelType
+from univid_jax.core.text import list_first
 from univid_jax.models.dit import DiT
 from univid_jax.models.names import name_to_diffusers, original_name
 from univid_jax.models.variants import DiTConfig
@@ -128,8 +129,7 @@ def list_names(names: Iterable[str]) -> str:
   for name in names:
     groups[re.sub(r"blocks([._])\d+", r"blocks\1#", name)].append(name[:_MAX_NAME])
   texts = [f"{first} (and in {len(rest)} other blocks)" if rest else first for first, *rest in groups.values()]
-  more = f" and {len(texts) - _MAX_LISTED} more" if len(texts) > _MAX_LISTED else ""
-  return ", ".join(texts[:_MAX_LISTED]) + more
+  return list_first(texts, _MAX_LISTED)
 
 
 def _split(name: str) -> tuple[str, str | None]:

@@ -19,6 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
+from univid_jax.core.numbers import ceil_div, round_up
 from univid_jax.models.attention.intervals import all_keys, pad_tokens
 from univid_jax.models.attention.pieces import Piece, Ring, attend, clip_intervals, merge
 
@@ -88,7 +89,7 @@ class TokenBlocks:
 
   @classmethod
   def of(cls, num_queries: int, num_keys: int) -> "TokenBlocks":
-    return cls(min(BLOCK_Q, _round_up(num_queries, LANES)), min(BLOCK_KV, _round_up(num_keys, LANES)))
+    return cls(min(BLOCK_Q, round_up(num_queries, LANES)), min(BLOCK_KV, round_up(num_keys, LANES)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,7 @@ class SplashPieces:
 def split_keys(num_keys: int, block: int) -> list[tuple[int, int]]:
   """Returns first key and length of as few pieces as possible, of whole blocks and about equal size."""
   num_blocks = num_keys // block
-  num_pieces = -(-num_blocks // (MAX_KEYS // block))
+  num_pieces = ceil_div(num_blocks, MAX_KEYS // block)
   bounds = [block * (num_blocks * i // num_pieces) for i in range(num_pieces + 1)]
   return [(first, last - first) for first, last in itertools.pairwise(bounds)]
 
@@ -186,7 +187,7 @@ def split_gradient_keys(num_keys: int, block: int) -> Iterator[tuple[int, int, i
   first = 0
   for size_of_block in (GRADIENT_BLOCK_KV, block):
     num_blocks = (num_keys - first) // size_of_block
-    per_call = max(-(-num_blocks // MAX_GRADIENT_CALLS), 1)
+    per_call = max(ceil_div(num_blocks, MAX_GRADIENT_CALLS), 1)
     for done in range(0, num_blocks, per_call):
       size = min(per_call, num_blocks - done) * size_of_block
       yield first, size, size_of_block
@@ -288,7 +289,3 @@ def _next_visible(visible: Bool[Array, "query_blocks key_blocks"], axis: int) ->
 def _is_visible(interval: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
   """Returns whether a key is in an encoded interval."""
   return (key >= jax.lax.shift_right_logical(interval, INDEX_BITS)) & (key <= (interval & ((1 << INDEX_BITS) - 1)))
-
-
-def _round_up(n: int, multiple: int) -> int:
-  return -(-n // multiple) * multiple
