@@ -14,6 +14,7 @@ import skimage.data
 from flax import nnx
 
 from tests.helpers import GOLDENS22, golden, load, relative_error
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.codecs.tiling import Tiling, decode_tiled, encode_tiled
@@ -299,7 +300,7 @@ class TestStrictLoading:
 def test_everything_that_determines_latents_is_part_of_their_fingerprint():
   def fingerprint(*, checksum="a", tiling=None, **config):
     vae = dataclasses.replace(AUTOENCODERS["wan2.1"], **config)
-    checkpoint = mock.Mock(checksum=lambda component: checksum, config=lambda component: vae)
+    checkpoint = mock.Mock(spec=PretrainedCheckpoint, checksum=lambda component: checksum, config=lambda component: vae)
     return PretrainedEncoders(checkpoint, make_mesh({}, jax.devices()[:1]), tiling=tiling).codec_fingerprint
 
   found = [
