@@ -502,6 +502,10 @@ def test_what_only_has_the_name_of_a_clip_is_refused(tmp_path: Path):
     (b"<!DOCTYPE html><html>", "clip.webm", r"by its content it is a web page, not \.webm: convert it"),
     (b"nonsense", "clip.mp4", r"not an intact MP4"),
     (b"\0\0\0\x18ftypmp42", "clip.mp4", r"not an intact MP4"),
+    (b"\xff\xd8\xff" + bytes(200), "clip.jpeg", r"clip\.jpeg: (?!by its content)"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(80), "clip.apng", r"clip\.apng: (?!by its content)"),
+    (b"\x1aE\xdf\xa3" + bytes(80), "clip.webm", r"clip\.webm: (?!by its content)"),
+    (b"\0\0\0\x18ftypqt  ", "clip.m4v", r"clip\.m4v: (?!by its content)"),
   ],
 )
 def test_content_of_another_kind_than_the_suffix_is_named(tmp_path, content, name, message):

@@ -27,7 +27,7 @@ from univid_jax.data.held_out import read_usable
 from univid_jax.data.prepare import prepare
 from univid_jax.data.rows import loader
 from univid_jax.data.rows.balancing import BatchLayout
-from univid_jax.data.rows.loader import TooLongError, make_loader
+from univid_jax.data.rows.loader import Loader, TooLongError, make_loader
 from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources import base
@@ -95,6 +95,18 @@ RECORDS = {
   "manifest": r"m\.jsonl line 2",
   "folder": r"(computed )?sentence \d+|bad\.mp4",
 }
+
+
+def open_loader(data: DataSources, features: FeatureMaker, *, allow_dropped: bool) -> Loader:
+  """Opens batches of two rows."""
+  return make_loader(
+    list(data.sources.values()),
+    features,
+    row_shape=ROWS,
+    layout=BatchLayout(num_rows=2),
+    seed=0,
+    options=LoaderOptions(allow_dropped=allow_dropped),
+  )
 
 
 def make_features(config: RunConfig, data: DataSources, workdir: Path | None) -> FeatureMaker:
@@ -193,14 +205,7 @@ def test_files_that_vanish_while_training(tmp_path, caplog, kind):
     place_video(PLAIN, path, kind)
     data = open_data(config)
     path.unlink()
-    loader = make_loader(
-      list(data.sources.values()),
-      make_features(config, data, None),
-      row_shape=ROWS,
-      layout=BatchLayout(num_rows=2),
-      seed=0,
-      options=LoaderOptions(allow_dropped=allowed),
-    )
+    loader = open_loader(data, make_features(config, data, None), allow_dropped=allowed)
     if not allowed:
       message = rf"({RECORDS[kind]}).*cannot be used: .*[nN]o such .*{path.name}"
       with closing(loader), pytest.raises(UserError, match=message):
@@ -297,14 +302,7 @@ def test_a_cache_that_cannot_be_written_drops_nothing(tmp_path, monkeypatch):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
   monkeypatch.setattr(Path, "write_bytes", write_bytes)
-  loader = make_loader(
-    list(data.sources.values()),
-    features,
-    row_shape=ROWS,
-    layout=BatchLayout(num_rows=2),
-    seed=0,
-    options=LoaderOptions(allow_dropped=True),
-  )
+  loader = open_loader(data, features, allow_dropped=True)
   message = rf"cannot write to the cache: No space left on device: '{tmp_path}/cache/prompts"
   with pytest.raises(OSError, match=message):
     prepare(features, data, row_shape=ROWS, allow_dropped=True)
@@ -326,14 +324,7 @@ def test_tfds_examples_that_are_damaged_while_training(tmp_path, caplog):
     path.write_bytes(damaged)
     features = make_features(config, data, None)
     caplog.clear()
-    loader = make_loader(
-      list(data.sources.values()),
-      features,
-      row_shape=ROWS,
-      layout=BatchLayout(num_rows=2),
-      seed=0,
-      options=LoaderOptions(allow_dropped=allowed),
-    )
+    loader = open_loader(data, features, allow_dropped=allowed)
     pair = r"train\.array_record-00000-of-00001__\d"
     message = (
       rf"^x/{pair} with the examples {pair} cannot be used: example \d of scenes/1\.0\.0, split train cannot be read: "
@@ -357,14 +348,7 @@ def test_data_without_a_usable_sentence_ends(tmp_path, monkeypatch):
   data = open_data(config)
   shutil.rmtree(tmp_path / "data")
   features = make_features(config, data, None)
-  loader = make_loader(
-    list(data.sources.values()),
-    features,
-    row_shape=ROWS,
-    layout=BatchLayout(num_rows=2),
-    seed=0,
-    options=LoaderOptions(allow_dropped=True),
-  )
+  loader = open_loader(data, features, allow_dropped=True)
   with closing(loader), pytest.raises(UserError, match="cannot be used"):
     next(loader)
 
