@@ -163,9 +163,6 @@ class Numbers:
     clip = np.zeros((1, 2, 2, 1), np.float32)
     return Sentence(clips=(clip, clip), roles=reference_roles(2), task=str(index))
 
-  def split(self, share: float) -> "tuple[Numbers, Numbers]":
-    raise NotImplementedError(share)
-
 
 @dataclasses.dataclass(frozen=True)
 class Shape:

@@ -116,12 +116,6 @@ class LatentSentences:
     clips = tuple(np.ones((length, *self.size, 16), np.float32) for length in lengths)
     return Sentence(clips=clips, roles=reference_roles(4), context=context)
 
-  def split(self, share: float) -> tuple["LatentSentences", "LatentSentences"]:
-    count = int(share * len(self))
-    return dataclasses.replace(self, numbers=self.numbers[count:]), dataclasses.replace(
-      self, numbers=self.numbers[:count]
-    )
-
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows:

@@ -43,9 +43,6 @@ class NumberedSentences:
     clip = np.zeros((int(np.random.default_rng(index).integers(1, 1 + CAPACITY // 2)), 2, 2, 3), np.float32)
     return Sentence(clips=(clip, clip), roles=reference_roles(2), task=str(1 + index))
 
-  def split(self, share):
-    raise AssertionError
-
 
 class NumberedFeatures:
   """Features with a token for each latent frame, whose task id is the sentence's number."""

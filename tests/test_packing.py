@@ -131,9 +131,6 @@ class NumberedSentences:
     clip = np.zeros((1, 4, 6, 3), np.float32)
     return Sentence(clips=(clip, clip), roles=reference_roles(2), task=str(self.first + index))
 
-  def split(self, share):
-    raise AssertionError
-
 
 class NumberFeatures:
   """Features of one size whose tokens have the sentence's index as their value."""

@@ -91,7 +91,7 @@ class TestOpenData:
     config = override(tiny(), SMALL | {"data.metadata": str(metadata)})
     data = open_data(config)
     with caplog.at_level("INFO", "univid_jax"):
-      data.report()
+      data.report(config.data)
     assert "data: metadata, 6 sentences, drawn with weight 1" in caplog.text
     assert "dropped: metadata.csv line 3 (gone.mp4)" in caplog.text
     with pytest.raises(UserError, match=r"1 of the listed records cannot be used, first metadata\.csv line 3"):

@@ -13,7 +13,7 @@ from univid_jax.config.presets import get_config, tiny
 from univid_jax.core.contexts import make_sentence, video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
-from univid_jax.core.sentence import ClipRef, Role, Sentence
+from univid_jax.core.sentence import ClipRef, Role, Sentence, read_frames
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import draw
@@ -24,6 +24,8 @@ from univid_jax.data.sources.photos import PhotoSource, moving_window
 from univid_jax.data.tasks import TASKS, masks
 from univid_jax.data.tasks.base import Task, draw_nothing
 from univid_jax.data.tasks.camera import camera_poses
+from univid_jax.evaluation.sentences import plan_other_pairs, plan_sentences
+from univid_jax.training.validation import select_sentences
 
 CLIP = np.zeros((1, 4, 4, 3), np.uint8)
 
@@ -205,8 +207,9 @@ class TestComputedSentences:
       assert ours.random() == numpys.random()
 
   def test_held_out_sentences_show_held_out_photographs(self):
-    training, held_out = computed().split(0.1)
-    assert len(held_out) == 100 and held_out.seed != training.seed
+    data = open_data(tiny())
+    training, held_out = data.sources["computed"], data.held_out["computed"]
+    assert len(held_out) == len(training) and held_out.seed != training.seed
     photos, held_out_photos = (source.clips[0].photos for source in (training, held_out))
     assert len(held_out_photos) == 3 and not any(photo in photos for photo in held_out_photos)
     assert not held_out.clips[0].jitter
@@ -376,15 +379,43 @@ class TestFolders:
     """Bundled photographs join a folder, and are all that held-out sentences show: both surprise."""
     write_clip(tmp_path / "a.png", CLIP)
     caplog.set_level("INFO", "univid_jax")
-    open_data(override(tiny(), {"data.folder": str(tmp_path)})).report()
+
+    def report(changes):
+      config = override(tiny(), changes)
+      open_data(config).report(config.data)
+
+    report({"data.folder": str(tmp_path)})
     assert "made from your 1 file and 11 bundled photographs (config.data.bundled=False leaves these" in caplog.text
     assert "held-out sentences show other bundled photographs, not the files of config.data.folder" in caplog.text
     caplog.clear()
-    open_data(override(tiny(), {"data.folder": str(tmp_path), "data.bundled": False})).report()
-    assert "made from your 1 file; held-out" in caplog.text
+    report({"data.folder": str(tmp_path), "data.bundled": False})
+    assert "made from your 1 file\n" in caplog.text
     caplog.clear()
-    open_data(tiny()).report()
-    assert "made from" not in caplog.text
+    report({"data.folder": str(tmp_path), "data.test_folder": str(tmp_path)})
+    assert "held-out sentences show the files of config.data.test_folder" in caplog.text
+    assert "other bundled" not in caplog.text
+    caplog.clear()
+    report({})
+    assert "made from" not in caplog.text and "held-out" not in caplog.text
+
+  @pytest.mark.parametrize("changes", [{}, {"data.bundled": False}])
+  def test_held_out_sentences_show_the_files_of_a_test_folder(self, tmp_path, changes):
+    """Those alone: in validation, in evaluation, and in the example pairs of another task."""
+    for name, level in (("training", 50), ("test", 200)):
+      write_clip(tmp_path / name / "a.png", np.full((1, 16, 16, 3), level, np.uint8))
+    folders = {"data.folder": str(tmp_path / "training"), "data.test_folder": str(tmp_path / "test")}
+    tasks = {f"data.tasks.{name}": 0.0 for name in ("swap_channels", "duotone")}
+    config = override(tiny(), folders | tasks | changes | {"eval.sentences_per_case": 2, "validation.sentences": 3})
+    data = open_data(config)
+    planned = plan_sentences(config, data.held_out)
+    others = [read() for read in plan_other_pairs(config, planned)]
+    assert {sentence.task for sentence in others} == {"swap_channels"}
+    for sentence in (*select_sentences(data, config), *(each.read() for each in planned), *others):
+      assert all((read_frames(clip) == 200).all() for clip in sentence.clips[::2])
+
+  def test_a_test_folder_is_for_computed_tasks(self):
+    with pytest.raises(UserError, match=r"config\.data\.test_folder is for computed tasks, and there are none"):
+      override(tiny(), {"data.test_folder": "mine", "data.pairs": "pairs"})
 
   def test_videos_and_photos(self, tmp_path):
     folder = tmp_path / "my clips ü"

@@ -399,7 +399,7 @@ def test_pairs_of_a_manifest_have_one_length(tmp_path, caplog):
   lengths = [[clip.num_frames for clip in data.sources["manifest"][i].clips] for i in range(2)]
   assert lengths == [[17, 17, 9, 9], [17, 17, 9, 13]]
   with caplog.at_level("INFO", "univid_jax"):
-    data.report()
+    data.report(config.data)
   assert "data: manifest, 6 clips: frames 0 to 16 of 20" in caplog.text
   assert "data: manifest, 2 clips: frames 0 to 8 of 11" in caplog.text
 

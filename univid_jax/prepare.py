@@ -58,7 +58,7 @@ def main() -> None:
   if not PREVIEW.value and not QUICK.value:
     config = check_config(config)  # before the files of the data are opened
   data = open_data(config)
-  data.report()
+  data.report(config.data)
   data.require_usable(config.data)
   is_first = jax.process_index() == 0
   if not PREVIEW.value and not QUICK.value:

@@ -145,9 +145,7 @@ def sentence_kinds(data: DataConfig) -> tuple[tuple[str, ...], tuple[int, ...]]:
   """Returns the contexts and the numbers of clips of the sentences that are trained; empty if records list clips."""
   if data.manifest or data.arc.path:
     return (), ()
-  is_computed = data.weights.computed > 0 and bool(
-    data.folder or (data.bundled and not (data.metadata or data.pairs or data.tfds.name))
-  )
+  is_computed = data.weights.computed > 0 and data.has_computed
   animates = is_computed and data.tasks.get("camera_movement", 0) > 0
   weights = (data.contexts, data.animating_contexts if animates else {})
   contexts = sorted({name for part in weights for name, weight in part.items() if weight > 0})

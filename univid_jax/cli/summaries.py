@@ -6,7 +6,7 @@ from typing import Any
 
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.text import count_noun
-from univid_jax.data.sources.computed import HELD_OUT_CLIPS
+from univid_jax.data.sources.computed import describe_held_out
 from univid_jax.evaluation import exact
 from univid_jax.evaluation.report import describe_count
 from univid_jax.training.loop import TrainResult, lora_exports
@@ -53,7 +53,7 @@ def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig,
     *([_scores("images", report["image"], report)] if report["image"] else []),
     _scores("all", report["overall"], report),
     *_few_pairs(report, config),
-    *([f"  {HELD_OUT_CLIPS}"] if config.data.folder and config.data.weights.computed else []),
+    *(f"  {text}" for text in filter(None, [describe_held_out(config.data)])),
     f"  no better than a baseline: {', '.join(failed)}" if failed else "  every task is better than its baselines",
     *(f"  {line}" for line in (exact.summary(report["exact"]) if "exact" in report else [])),
     f"pictures    {workdir}/grid.png (A | A' | B | B' predicted | B' true), {workdir}/loss.png",

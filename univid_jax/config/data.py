@@ -87,6 +87,8 @@ class DataConfig(Section):
     bundled: whether computed tasks are applied to the photographs inside scikit-image.
     jitter: whether the colours of these photographs are varied.
     folder: images and videos of your own for computed tasks, of training alone; `bundled` photographs join them.
+    test_folder: images and videos of your own that held-out sentences of computed tasks show, instead of bundled
+      photographs.
     metadata: the reference's metadata.csv.
     pairs: a folder TASK/NAME/source.* and target.*.
     manifest: a JSONL file with one sentence per line.
@@ -130,6 +132,7 @@ class DataConfig(Section):
   bundled: bool = True
   jitter: bool = True
   folder: str = ""
+  test_folder: str = ""
   metadata: str = ""
   pairs: str = ""
   manifest: str = ""
@@ -202,6 +205,8 @@ class DataConfig(Section):
         raise UserError(
           f"config.data.{name} is a test set, and there is no training data for its examples: give config.data.{option}"
         )
+    if self.test_folder and not self.has_computed:
+      raise UserError("config.data.test_folder is for computed tasks, and there are none: give config.data.folder")
     self._check_grids()
     limit = self.max_video_clips
     self.require("max_video_clips", limit == 0 or (4 <= limit <= MAX_COUNT and limit % 2 == 0), "0, 4, 6, 8, ...")
@@ -214,6 +219,12 @@ class DataConfig(Section):
         f"config.data.grids.max_side = {needed} cells of {self.grids.cell} pixels do not fit into config.data.height "
         f"and width = {self.height}x{self.width}: at most {room} do"
       )
+
+  @property
+  def has_computed(self) -> bool:
+    """Whether there are computed tasks, if their weight is not 0: photographs alone give way to records of your own."""
+    has_records = any((self.metadata, self.pairs, self.manifest, self.tfds.name))
+    return bool(self.folder) or (self.bundled and not has_records)
 
   @property
   def sizes(self) -> tuple[tuple[int, int], ...]:

@@ -116,10 +116,6 @@ class SentenceSource(Protocol):
   def __len__(self) -> int: ...
   def __getitem__(self, index: int) -> Sentence: ...
 
-  def split(self, share: float) -> "tuple[SentenceSource, SentenceSource]":
-    """Returns the sentences to train on, and those held out."""
-    ...
-
 
 # Arrays of JAX; of NumPy where a state is too large for the devices.
 Tokens: TypeAlias = Float[Array | np.ndarray, "b l p"]

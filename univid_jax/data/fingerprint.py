@@ -112,7 +112,7 @@ def check_not_trained(workdir: epath.PathLike, held_out: Mapping[str, SentenceSo
   if not allowed:
     raise UserError(
       f"{text}: the data or config.data.held_out are others than in training; restore them, evaluate on other data "
-      "with --config.data.test_pairs, or go on with --config.data.allow_changed=True"
+      "with --config.data.test_pairs or test_folder, or go on with --config.data.allow_changed=True"
     )
   log.warning("%s", text)
 

@@ -279,7 +279,7 @@ def _images(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
 def _check_folders(data: DataSources, sentences: _Sentences) -> int:
   """Decodes the files from which sentences are computed at once; returns how many clips they are."""
   num_intact = 0
-  for source in data.sources.values():
+  for source in (*data.sources.values(), *data.held_out.values()):
     if isinstance(source, ComputedSentences):
       for folder in source.folders:
         num_intact += len(folder)

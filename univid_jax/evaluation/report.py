@@ -15,7 +15,7 @@ from univid_jax.core.json_files import format_json
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.text import count_noun
 from univid_jax.data.pictures import COLUMNS, FPS, sentence_animation, sentence_grid
-from univid_jax.data.sources.computed import HELD_OUT_CLIPS
+from univid_jax.data.sources.computed import describe_held_out
 from univid_jax.evaluation import exact, published
 from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Generated, SentenceInfo, steps_variant
 from univid_jax.evaluation.kinds import Metrics
@@ -164,6 +164,7 @@ def full_report(
     "sentences": [
       dataclasses.asdict(info) | {"scores": {score.name: score.metrics for score in scores}} for info, scores in scored
     ],
+    "held_out_clips": describe_held_out(config.data),
     "config": to_json(config),
     **reproduce,
   }
@@ -212,9 +213,8 @@ def write_text(path: epath.Path, text: str) -> None:
 def markdown(report: Mapping[str, Any]) -> str:
   """Formats a full report for people."""
   lines = ["# Evaluation", "", f"Held out: {describe_count(report, len(report['sentences']))}; {report['command']}", ""]
-  data = report["config"]["data"]
-  if data["folder"] and data["weights"]["computed"]:
-    lines += [f"Of computed tasks, {HELD_OUT_CLIPS}.", ""]
+  if report["held_out_clips"]:
+    lines += [f"Of computed tasks, {report['held_out_clips']}.", ""]
   lines += [*_descriptions(report), ""]
   for title, part in (
     ("All", {"all": report["overall"]}),

@@ -65,16 +65,17 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
 def plan_other_pairs(config: RunConfig, sentences: Sequence[PlannedSentence]) -> list[Callable[[], Sentence]]:
   """Returns for each sentence a function that reads one of another task, see `choose_other_tasks`.
 
-  If the data has no other task, it reads a sentence of a computed task on held-out photographs.
+  If the data has no other task, it reads a held-out sentence of a computed task.
   """
   seed = config.eval.seed
   others = choose_other_tasks([sentence.case for sentence in sentences], np.random.default_rng(seed))
+  held_out = functools.cache(functools.partial(open_computed, config, "held_out", seed=seed))
 
   def computed(index: int) -> Callable[[], Sentence]:
     case = sentences[index].case
     task = next(task for task in FALLBACK_TASKS if task != case.task)
     source = dataclasses.replace(
-      open_computed(config, "held_out", seed=seed),
+      held_out(),
       tasks={task: 1.0},
       contexts={case.context if case.context in CONTEXTS else "II": 1.0},
       num_clips={case.num_clips: 1.0},

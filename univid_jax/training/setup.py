@@ -78,6 +78,7 @@ MAY_CHANGE = (
 # Where data lies, which may change if there are records of what it contains, as `check_same_data` compares these.
 MAY_MOVE = (
   "data.folder",
+  "data.test_folder",
   "data.pairs",
   "data.test_pairs",
   "data.metadata",
@@ -180,7 +181,7 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
         "other processes cannot use; leave it off and run univid-prepare first"
       )
     data = open_data(config)
-    data.report()
+    data.report(config.data)
     data.require_usable(config.data)
   check_same_data(workdir, data, config)
   features = open_features(config, encoders, data, workdir)

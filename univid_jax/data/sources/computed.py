@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from univid_jax.config.schema import RunConfig
+from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.bucket_files import copy_to_local
 from univid_jax.core.contexts import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, limit_clips, make_sentence, video_pattern
 from univid_jax.core.errors import UserError
@@ -24,9 +24,6 @@ from univid_jax.data.tasks.base import from_unit, to_unit
 
 # Part of the keys of lazy clips: raise it when the same config and seed give other pixels.
 COMPUTING_VERSION = 4
-
-# What the held-out sentences of runs with a folder show.
-HELD_OUT_CLIPS = "held-out sentences show other bundled photographs, not the files of config.data.folder"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +96,7 @@ class ComputedSentences:
     own = count_noun(sum(map(len, self.folders)), "file")
     num_photos = sum(len(source) for source in self.clips if isinstance(source, PhotoSource))
     bundled = f" and {num_photos} bundled photographs (config.data.bundled=False leaves these out)"
-    return f"made from your {own}{bundled if num_photos else ''}; {HELD_OUT_CLIPS}"
+    return f"made from your {own}{bundled if num_photos else ''}"
 
   @property
   def folders(self) -> list[FolderSource]:
@@ -108,12 +105,6 @@ class ComputedSentences:
 
   def __len__(self) -> int:
     return self.num_sentences
-
-  def split(self, share: float) -> "tuple[ComputedSentences, ComputedSentences]":
-    """Returns these sentences, and others over the held-out photographs, with prompts, whatever the share."""
-    del share
-    photos = [PhotoSource.bundled("held_out")]
-    return self, dataclasses.replace(self, clips=photos, seed=self.seed + 1, prompt_dropout=0.0)
 
   def __getitem__(self, index: int) -> Sentence:
     rng, plan = self._plan(index)
@@ -232,10 +223,6 @@ class LazySentences:
     """See `ComputedSentences.describe_clips`."""
     return self.sentences.describe_clips()
 
-  def split(self, share: float) -> "tuple[LazySentences, ComputedSentences]":
-    """See `ComputedSentences.split`."""
-    return self, self.sentences.split(share)[1]
-
   def __getitem__(self, index: int) -> Sentence:
     plan, computation = self.sentences.plan(index), _Computation(self.sentences, index)
     clips = tuple(
@@ -279,16 +266,21 @@ def open_computed(config: RunConfig, split: Split, *, seed: int) -> ComputedSent
 
   Args:
     config: of the run.
-    split: the held-out sentences always show the bundled photographs.
+    split: held-out sentences show the files of `data.test_folder`, or else bundled photographs, and all have prompts.
     seed: of all draws.
+
+  Raises:
+    OSError, UserError: a folder is missing, or contains no clip that can be read.
   """
   data = config.data
+  trains = split == "train"
+  folder = data.folder if trains else data.test_folder
   clips: list[ClipSource] = []
-  if data.bundled or split == "held_out":
+  if data.bundled if trains else not folder:
     clips.append(PhotoSource.bundled(split, jitter=data.jitter))
-  if data.folder and split == "train":
+  if folder:
     side = 4 * max(data.height, data.width)
-    clips.append(FolderSource.open(copy_to_local(data.folder), side=side, fps=data.fps))
+    clips.append(FolderSource.open(copy_to_local(folder), side=side, fps=data.fps))
   return ComputedSentences(
     clips=clips,
     tasks=sort_weights(data.tasks),
@@ -300,10 +292,20 @@ def open_computed(config: RunConfig, split: Split, *, seed: int) -> ComputedSent
     max_video_clips=data.max_video_clips,
     reverse_probability=data.reverse_probability,
     prompt_style=data.prompt,
-    prompt_dropout=data.prompt_dropout,
+    prompt_dropout=data.prompt_dropout if trains else 0.0,
     num_sentences=data.num_sentences,
     seed=seed,
   )
+
+
+def describe_held_out(data: DataConfig) -> str:
+  """Says what the held-out sentences of computed tasks show if files of the user are concerned; otherwise ""."""
+  if not data.weights.computed or not data.has_computed:
+    return ""
+  if data.test_folder:
+    return "held-out sentences show the files of config.data.test_folder"
+  others = "held-out sentences show other bundled photographs, not the files of config.data.folder"
+  return f"{others} (config.data.test_folder names files of your own)" if data.folder else ""
 
 
 def computed_identity(config: RunConfig, sentences: ComputedSentences) -> str:

@@ -16,7 +16,13 @@ from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.text import count_noun
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped
-from univid_jax.data.sources.computed import ComputedSentences, LazySentences, computed_identity, open_computed
+from univid_jax.data.sources.computed import (
+  ComputedSentences,
+  LazySentences,
+  computed_identity,
+  describe_held_out,
+  open_computed,
+)
 from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.sources.listed import ListedSentences
 from univid_jax.data.sources.pairs import PairSentences
@@ -39,6 +45,14 @@ class HasPrompts(Protocol):
 
   @property
   def prompts(self) -> Mapping[str, str]: ...
+
+
+class SplittableSource(SentenceSource, Protocol):
+  """A source of which a share is held out."""
+
+  def split(self, share: float) -> tuple[SentenceSource, SentenceSource]:
+    """Returns the sentences to train on, and those held out."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +81,13 @@ class DataSources:
     sources = [source for source in self.sources.values() if isinstance(source, HasPrompts)]
     return {task: prompt for source in sources for task, prompt in source.prompts.items()}
 
-  def report(self) -> None:
+  def report(self, config: DataConfig) -> None:
     """Logs what is used and what is dropped."""
     for name, source in self.sources.items():
       log.info("data: %s, %s sentences, drawn with weight %g", name, f"{len(source):,}", self.weights[name])
-      if isinstance(source, (ComputedSentences, LazySentences)) and (text := source.describe_clips()):
-        log.info("data: %s, %s", name, text)
+      if isinstance(source, (ComputedSentences, LazySentences)):
+        for text in filter(None, (source.describe_clips(), describe_held_out(config))):
+          log.info("data: %s, %s", name, text)
       for change, count in _count_changes(source).most_common(REPORTED_CHANGES):
         log.info("data: %s, %s: %s", name, count_noun(count, "clip"), change)
     for dropped in self.dropped:
@@ -101,10 +116,11 @@ def open_data(config: RunConfig) -> DataSources:
     opened["arc"] = _open_arc(config)
   if "computed" in used:
     computed = open_computed(config, "train", seed=config.seed)
-    dropped = [each for folder in computed.folders for each in folder.dropped]
+    held_out = open_computed(config, "held_out", seed=config.seed + 1)
+    dropped = [each for folder in (*computed.folders, *held_out.folders) for each in folder.dropped]
     # Caching computed clips pays only with the encoders of a base.
     source = LazySentences(computed, computed_identity(config, computed)) if config.init_from else computed
-    opened["computed"] = _Opened(*source.split(data.held_out), dropped)
+    opened["computed"] = _Opened(source, held_out, dropped)
   if "grids" in used:
     opened["grids"] = _Opened(*GridSentences.open(config).split(data.held_out), [])
   _warn_of_unknown_tasks(data, opened)
@@ -124,7 +140,7 @@ def _used_data(data: DataConfig) -> list[str]:
   """
   given = {"metadata": data.metadata, "pairs": data.pairs, "manifest": data.manifest, "tfds": data.tfds.name}
   named = [name for name, value in given.items() if value]
-  if data.folder or (data.bundled and not named):
+  if data.has_computed:
     named.append("computed")
   if data.arc.enabled:
     named.append("arc")
@@ -218,7 +234,7 @@ def _open_arc(config: RunConfig) -> _Opened:
   return _Opened(training or dataclasses.replace(test, tasks=[]), test.as_test_set(), [*dropped, *test_dropped])
 
 
-def _hold_out(name: str, source: SentenceSource, dropped: Sequence[Dropped], share: float) -> _Opened:
+def _hold_out(name: str, source: SplittableSource, dropped: Sequence[Dropped], share: float) -> _Opened:
   _require_any(name, source, dropped)
   return _Opened(*source.split(share), dropped)
 
