@@ -238,7 +238,7 @@ class TestStoredConfigs:
     assert record.config.lora.enabled == bool(record.base)
 
   def test_round_trip(self, tmp_path):
-    record = RunRecord(override(tiny(), {"seed": 7}), "abc", "1.2.3")
+    record = RunRecord(override(tiny(), {"seed": 7}), "abc", "1.2.3", {"invert": "x"}, {"vae": "def"})
     write_run(tmp_path, record)
     assert read_run(tmp_path) == record
 

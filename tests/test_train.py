@@ -481,7 +481,18 @@ class TestMovedFiles:
     with pytest.raises(UserError, match=f"is a run with {key} = '', not '/new/place'"):
       check_same_run(str(tmp_path), RunRecord(tiny_config, "", ""), after)
 
-  def test_a_base_is_compared_by_its_transformer_alone_and_stays_in_place(self, tiny_config, tmp_path):
+  @pytest.mark.parametrize("part", ["", "vae", "configs", "tokenizer", "text_encoder is stored in"])
+  def test_a_base(self, tiny_config, part):
+    """A copy at another place is the same base; one that differs in any part is not."""
+    contents = {"transformer": "abc", "vae": "def", "configs": "0", "tokenizer": "1"}
+    before, after = (
+      RunRecord(override(tiny_config, {"lora.rank": 2, "init_from": path}), "abc", "", base_contents=each)
+      for path, each in (("old", contents), ("/new/place", contents | ({part: "other"} if part else {})))
+    )
+    with pytest.raises(UserError, match="is a run with init_from = ") if part else contextlib.nullcontext():
+      check_same_run("run", before, after)
+
+  def test_a_base_whose_contents_were_not_recorded_stays_in_place(self, tiny_config, tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "link").symlink_to("base")
     config = override(tiny_config, {"lora.rank": 2, "init_from": str(tmp_path / "base")})

@@ -1,6 +1,7 @@
 """Bases that this project trains from scratch: written, sampled with, trained on, and the one in the package."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from univid_jax.checkpoints.built_in import BUILT_IN, locate
 from univid_jax.checkpoints.info import is_checkpoint, read_info
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.run import RunRecord, write_run
+from univid_jax.checkpoints.run_parts import base_contents
 from univid_jax.cli.verification import verify
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import small
@@ -68,6 +70,18 @@ def test_loras_are_trained_on_it_and_applied_to_it(trained, tmp_path, caplog):
   assert "are the same LoRA" not in caplog.text
   load_pipeline(str(tmp_path / "run"), lora=str(tmp_path / "run" / "lora.safetensors"))
   assert "lora.safetensors are the same LoRA: it is applied twice" in caplog.text
+
+
+def test_a_copy_has_the_same_contents(trained, tmp_path):
+  root, config = trained
+  shutil.copytree(root / "base", tmp_path / "copy")
+  convert_any(str(root / "run"), str(tmp_path / "half"), dtype="bfloat16")
+  here, copy, half = (
+    base_contents(override(config, {"init_from": str(path)}))
+    for path in (root / "base", tmp_path / "copy", tmp_path / "half")
+  )
+  assert here == copy and {"transformer", "configs"} <= here.keys() and here != half
+  assert base_contents(config) == {}
 
 
 def test_it_is_quantised_like_others(trained):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,14 +11,11 @@ from univid_jax.checkpoints.checksums import digest_contents
 from univid_jax.checkpoints.experts import named_expert, split_expert
 from univid_jax.checkpoints.lora.scaling import find_config
 from univid_jax.checkpoints.lora.sidecar import sidecar_path
-from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_converted, require_no_step
+from univid_jax.checkpoints.pretrained import CONFIGS, TOKENIZER, PretrainedCheckpoint, is_converted, require_no_step
 from univid_jax.checkpoints.run import read_run, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_lora_steps, find_step
 from univid_jax.core.options import OnDamaged, Quantize, parse_option
-
-# Checksums of what is no weight, by their names among those of components.
-CONFIGS, TOKENIZER = "configs", "tokenizer"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +100,7 @@ class Origin:
       checksums["trained"] = self._digest_step(self.checkpoint, self.step)
     if base is not None:
       checkpoint = PretrainedCheckpoint.open(base)
-      checksums |= {name: checkpoint.checksum(name) for name in checkpoint.info.components}
-      checksums |= _digest_settings(checkpoint)
+      checksums |= checkpoint.checksums
       if checkpoint.transformers:
         method = checkpoint.quantization(checkpoint.transformers[0], Quantize(method or Quantize.NONE))
     if method and method != Quantize.NONE:
@@ -150,13 +144,3 @@ class Origin:
     steps = {"lora_steps": dict(self.lora_steps)} if self.lora_steps else {}
     return {"checkpoint": self.checkpoint, "step": self.step, **named, **steps, "checksums": dict(self.checksums)}
 
-
-def _digest_settings(checkpoint: PretrainedCheckpoint) -> dict[str, str]:
-  """Returns checksums of what determines samples besides the weights of a base: its configs and its tokenizer."""
-  info = checkpoint.info
-  configs = {name: dataclasses.asdict(checkpoint.config(name)) for name in info.components}
-  text = json.dumps({"components": configs, "codec": info.codec}, sort_keys=True)
-  digests = {CONFIGS: hashlib.sha256(text.encode()).hexdigest()}
-  if info.tokenizer is not None:
-    digests[TOKENIZER] = hashlib.sha256(checkpoint.tokenizer_path().read_bytes()).hexdigest()
-  return digests

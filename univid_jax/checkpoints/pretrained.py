@@ -10,6 +10,8 @@ DIR/checksums.xxh128  of all other files; written last
 
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -40,6 +42,9 @@ from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.sharding import parameter_shardings
 
 log = logging.getLogger(__name__)
+
+# Checksums of what is no weight, by their names among those of components.
+CONFIGS, TOKENIZER = "configs", "tokenizer"
 
 # The config and the module of each component.
 COMPONENTS: Mapping[str, tuple[type, type]] = {
@@ -158,6 +163,17 @@ class PretrainedCheckpoint:
   def checksum(self, component: str) -> str:
     """Returns the checksum of a component's tensors, before they were quantised."""
     return self.component(component).checksum
+
+  @functools.cached_property
+  def checksums(self) -> dict[str, str]:
+    """Checksums of everything that determines samples: of each component, of all configs and of the tokenizer."""
+    configs = {name: dataclasses.asdict(self.config(name)) for name in self.info.components}
+    text = json.dumps({"components": configs, "codec": self.info.codec}, sort_keys=True)
+    checksums = {name: self.checksum(name) for name in self.info.components}
+    checksums[CONFIGS] = hashlib.sha256(text.encode()).hexdigest()
+    if self.info.tokenizer is not None:
+      checksums[TOKENIZER] = hashlib.sha256(self.tokenizer_path().read_bytes()).hexdigest()
+    return checksums
 
   def quantization(self, component: str, wanted: Quantize = Quantize.NONE) -> Quantize:
     """Returns how a transformer's blocks are quantised when they are loaded.

@@ -45,19 +45,22 @@ class RunRecord:
     base: checksum of the transformer that training starts from, or of both experts, with a comma; "" without a base.
     version: of univid_jax that started or last resumed the run.
     prompts: of the tasks, as the run trains them; tasks whose records have prompts of their own are missing.
+    base_contents: checksums of all of the base, by which it is known wherever it lies; {} without a base, and of runs
+      of version 0.1.
   """
 
   config: RunConfig
   base: str
   version: str
   prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  base_contents: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_run(workdir: epath.PathLike, record: RunRecord) -> None:
   """Writes WORKDIR/config.json."""
   config = to_json(record.config)
   values = {**config, "base": record.base, OPTIONS_OF_BASE: config["base"], "version": record.version}
-  values["prompts"] = dict(record.prompts)
+  values |= {"prompts": dict(record.prompts), "base_contents": dict(record.base_contents)}
   with atomic_write(epath.Path(workdir) / CONFIG_FILE) as path:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
@@ -78,12 +81,14 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
     if not {"model", "data", "rows"} <= values.keys():
       return None  # of something else, for example of an official release
     base, version = values.pop("base", ""), values.pop("version", "unknown")
-    prompts = values.pop("prompts", {})
-    if not all(isinstance(text, str) for text in (base, version)) or not isinstance(prompts, dict):
-      raise ValueError("base and version must be text, and prompts an object")
+    prompts, contents = values.pop("prompts", {}), values.pop("base_contents", {})
+    if not all(isinstance(text, str) for text in (base, version)):
+      raise ValueError("base and version must be text")
+    if not all(isinstance(each, dict) for each in (prompts, contents)):
+      raise ValueError("prompts and base_contents must be objects")
     if OPTIONS_OF_BASE in values:
       values["base"] = values.pop(OPTIONS_OF_BASE)
-    return RunRecord(from_json(values), base, version, prompts)
+    return RunRecord(from_json(values), base, version, prompts, contents)
   except ValueError as error:
     raise UserError(f"{path} cannot be read by this version: {error}") from error
 

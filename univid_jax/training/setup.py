@@ -19,6 +19,7 @@ from univid_jax.checkpoints.checksums import verified
 from univid_jax.checkpoints.run import RunRecord, has_checkpoint, require_run
 from univid_jax.checkpoints.run_parts import (
   base_checksums,
+  base_contents,
   check_base,
   check_rows,
   codec_shape,
@@ -167,7 +168,8 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
   """
   config = check_config(config)
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-  record = RunRecord(config, ",".join(base_checksums(config)), univid_jax.__version__, {})
+  checksums = ",".join(base_checksums(config))
+  record = RunRecord(config, checksums, univid_jax.__version__, base_contents=base_contents(config))
   if has_checkpoint(workdir):
     check_same_run(workdir, require_run(workdir), record)  # before anything in the workdir changes
   mesh = make_mesh(config.mesh)
@@ -323,10 +325,12 @@ def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> Non
         before,
       )
   has_records = read_fingerprint(workdir) is not None
+  has_same_base = bool(previous.base_contents) and previous.base_contents == current.base_contents
   moved = [
     (key, before, after)
     for key, before, after in different
-    if (key == "init_from" and _is_same_place(before, after)) or (key in MAY_MOVE and has_records and before and after)
+    if (key == "init_from" and (has_same_base or _is_same_place(before, after)))
+    or (key in MAY_MOVE and has_records and before and after)
   ]
   changes = [change for change in different if change not in moved and not change[0].startswith(MAY_CHANGE)]
   if previous.base != current.base:
