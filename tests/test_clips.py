@@ -16,7 +16,7 @@ from tests.clip_files import FORM, read_greys, write_image, write_video
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import ClipFit
+from univid_jax.core.options import ClipFit, Resampling
 from univid_jax.core.sentence import read_frames
 from univid_jax.data.cache.entries import Cache
 from univid_jax.data.clips import (
@@ -83,7 +83,7 @@ class TestClips:
     assert key(path) == key(copy)
     square = ClipFormat(size=(16, 16), num_frames=5)
     padded = ClipFormat(size=(16, 24), num_frames=5, fit=ClipFit.PAD)
-    nearest = ClipFormat(size=(16, 24), num_frames=5, resample=Image.Resampling.NEAREST)
+    nearest = ClipFormat(size=(16, 24), num_frames=5, resample=Resampling.NEAREST)
     keys = [key(path), key(other), key(path, start=1), key(path, count=1)]
     keys += [key(path, form=form) for form in (square, padded, nearest)]
     assert len(set(keys)) == len(keys)
@@ -95,7 +95,7 @@ class TestClips:
       options = dict(name="", size=(4, 4), num_frames=9, form=FORM, identify=lambda: "x")
       return Footage(fps=fps, read=lambda count: np.zeros((count, 4, 4, 3)), **options).clip(5).key
 
-    assert key(8.0) == key(None) == "400f3158be5978e252c2d07146c9c02284575faca873a082a09ac602a4defc73"
+    assert key(8.0) == key(None) == "65f295ed9709cd0db12959d6fd19c05d76f4c7859df493625fc57c7b8b8de5cb"
 
   def test_a_changed_file_is_noticed(self, tmp_path):
     """Even if its size and its dates stay the same, as after `cp -p`."""

@@ -29,13 +29,13 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.config.schema import TFDSConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import PromptStyle, TargetKind
+from univid_jax.core.options import PromptStyle, Resampling, TargetKind
 from univid_jax.core.sentence import Role, read_frames
 from univid_jax.data import joint_reading
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.fingerprint import describe_changes, find_shared, fingerprint
 from univid_jax.data.media.writer import write_clip
-from univid_jax.data.sources.base import indices_by_task
+from univid_jax.data.sources.base import hold_out, indices_by_task
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.data.sources.pairs import check_aligned
 from univid_jax.data.sources.readers.jsonl import open_manifest
@@ -60,10 +60,10 @@ def pairs(tmp_path):
 class TestMetadata:
   def test_targets_are_resized_as_their_kind_asks(self, metadata):
     """Records of a table have no task, so that their kind is that of the empty one."""
-    for kinds, resample in (({}, Image.Resampling.BICUBIC), ({"": "depth"}, Image.Resampling.NEAREST)):
+    for kinds, resample in (({}, Resampling.BICUBIC), ({"": "depth"}, Resampling.NEAREST)):
       source = open_data(override(tiny(), {"data.metadata": str(metadata), "data.kinds": kinds})).sources["metadata"]
       found = [part.form.resample for part in source.records[0].footage]
-      assert found == [Image.Resampling.BICUBIC, resample] * 2
+      assert found == [Resampling.BICUBIC, resample] * 2
 
   def test_clips_are_quarters_of_the_file(self, metadata):
     """Each clip is the start of its quarter; all four contexts are drawn, with their lengths."""
@@ -300,17 +300,17 @@ class TestPairs:
       (pairs / "edges" / name / "target.jpg").unlink()
       Image.fromarray(board.astype(np.uint8)).save(pairs / "edges" / name / "target.png")
     colors = {}
-    for kind in (TargetKind.SEGMENTATION, TargetKind.EDGES):
+    for kind in (TargetKind.SEGMENTATION, TargetKind.IMAGE):
       sentences, _ = open_pairs(str(pairs), FORM, draw_options(contexts={"II": 1.0}), kinds={"edges": kind})
       targets = [sentence.clips[1] for sentence in map(sentences.__getitem__, range(8)) if sentence.task == "edges"]
       colors[kind] = len(np.unique(read_frames(targets[0])))
-    assert colors[TargetKind.SEGMENTATION] == 2 < colors[TargetKind.EDGES]
+    assert colors[TargetKind.SEGMENTATION] == 2 < colors[TargetKind.IMAGE]
 
   @pytest.mark.parametrize("name", ["outline", "scribble", "arc"])
   def test_tasks_that_are_called_like_built_in_ones_are_images(self, pairs, name):
     (pairs / "edges").rename(pairs / name)
     data = {"data.pairs": str(pairs), "data.height": 16, "data.width": 24, "data.contexts": {"II": 1.0}}
-    for kinds, resample in (({}, Image.Resampling.BICUBIC), ({name: "depth"}, Image.Resampling.NEAREST)):
+    for kinds, resample in (({}, Resampling.BICUBIC), ({name: "depth"}, Resampling.NEAREST)):
       config = override(tiny(), data | {"data.kinds": kinds})
       forms = {pair.target.form.resample for pair in open_data(config).sources["pairs"].pairs if pair.task == name}
       assert forms == {resample}
@@ -508,6 +508,11 @@ class TestWeights:
       open_data(override(tiny(), {"data.weights.computed": 0}))
 
 
+@pytest.mark.parametrize("share, count, held_out", [(0.29, 100, 29), (0.7, 90, 63), (0.34, 3, 1), (0.33, 3, 0)])
+def test_shares_that_floats_miss_are_held_out_whole(share, count, held_out):
+  assert len(hold_out(range(count), share, group=lambda _: 0)[1]) == held_out
+
+
 class TestManifest:
   def write(self, folder, *lines, form=FORM, **options):
     (folder / "m.jsonl").write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
@@ -624,7 +629,7 @@ class TestManifest:
     sentences, dropped = self.write(tmp_path, line, kinds={"labels": TargetKind.SEGMENTATION})
     (record,) = sentences.records
     assert not dropped and record.lengths == (5, 5, 9, 5)
-    mixes = [part.form.resample == Image.Resampling.BICUBIC for part in record.footage]
+    mixes = [part.form.resample == Resampling.BICUBIC for part in record.footage]
     assert mixes == [True, False, False, False]
 
   def test_null_is_absent(self, tmp_path):
@@ -684,6 +689,23 @@ class TestManifest:
     assert keeps == dict(
       zip([f"m.jsonl line {number}" for number in (1, 2, 3)], [[False, True, False, True], [False] * 4, [True]])
     )
+
+  @pytest.mark.parametrize("example, is_shown", [("t2", True), ("t3", False), ("s2", False)])
+  def test_held_out_targets_that_training_shows_are_counted(self, tmp_path, caplog, example, is_shown):
+    """Lines are held out, not clips: the third of five, whose target is an example of the first, or is not."""
+    for index in range(5):
+      for part in "st":
+        write_image(tmp_path / f"{part}{index}.png", shade=40 * index)
+    lines = [[f"s{i}", example if i == 0 else f"t{i}", f"s{i}", f"t{i}"] for i in range(5)]
+    clips = [
+      [{"path": f"{name}.png"} | ({"role": "target"} if k == 3 else {}) for k, name in enumerate(line)]
+      for line in lines
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps({"clips": each}) for each in clips))
+    config = override(tiny(), {"data.manifest": str(tmp_path / "m.jsonl"), "data.held_out": 0.2})
+    open_data(config).report(config.data)
+    text = "data: manifest, training shows the targets of 1 of the 1 held-out records in other records"
+    assert (text in caplog.text) == is_shown and ("held-out records" in caplog.text) == is_shown
 
 
 class TestTFDS:
@@ -835,7 +857,7 @@ class TestTFDS:
     _, dropped = self.open(data_dir, kind=TargetKind.NORMALS)
     assert str(dropped[0]).startswith("scenes 0: the feature 'labels': normals must be vectors in floating point")
     sentences, _ = self.open(data_dir, target="image", kind=TargetKind.IMAGE)
-    assert sentences.pairs[0].target.form.resample == Image.Resampling.BICUBIC
+    assert sentences.pairs[0].target.form.resample == Resampling.BICUBIC
     data = {"data.tfds": {"name": "scenes", "data_dir": data_dir, "task": "t", "source": "image", "target": "image"}}
     source = open_data(override(tiny(), data | {"data.kinds": {"t": "depth"}})).sources["tfds"]
-    assert {pair.target.form.resample for pair in source.pairs} == {Image.Resampling.NEAREST}, "pictures of depth"
+    assert {pair.target.form.resample for pair in source.pairs} == {Resampling.NEAREST}, "pictures of depth"

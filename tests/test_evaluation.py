@@ -396,7 +396,7 @@ class TestKinds:
     truth[:, :2] = 127
     truth[:, 3] = 0  # unknown
     found, _ = score_kind(TargetKind.DEPTH, truth, truth)
-    assert found["delta1"] == 1 and found["rmse"] == 0
+    assert found["delta1"] == 1 and found["rmse_m"] == 0
     wrong = truth.copy()
     wrong[:, 2] = 51  # 4.2 m instead of 1 m
     found, _ = score_kind(TargetKind.DEPTH, wrong, truth)
@@ -441,6 +441,34 @@ class TestKinds:
     jaccard = sklearn_metrics.jaccard_score(np.concatenate(labels[:2]), np.concatenate(labels[2:]), average="macro")
     assert row["miou"] == pytest.approx(jaccard)
     assert row["miou"] != pytest.approx(np.mean([score.metrics["miou"] for score in scores]))
+
+  def test_a_void_label_beyond_the_others_does_not_count(self):
+    """As of Pascal VOC: 21 labels, and borders of label 255."""
+    labels = np.random.default_rng(0).integers(0, 21, (1, 20, 20))
+    labels[:, ::7] = 255
+    truth = label_colors(labels)
+    predicted = truth.copy()
+    predicted[:, ::7] = label_colors(np.array(15))
+    options = {"num_labels": 21, "void_label": 255}
+    assert score_kind(TargetKind.SEGMENTATION, predicted, truth, **options)[0]["miou"] == 1
+    predicted[:, 1] = label_colors(np.array(0))
+    found, _ = score_kind(TargetKind.SEGMENTATION, predicted, truth, **options)
+    known = np.delete(labels[0], [0, 7, 14], axis=0)
+    known[1:] = -1
+    assert found["pixel_accuracy"] == pytest.approx(1 - np.sum(known[0] != 0) / (17 * 20))
+
+  @pytest.mark.parametrize("key, value", [("num_labels", 257), ("void_label", 256)])
+  def test_labels_that_the_palette_lacks(self, key, value):
+    with pytest.raises(UserError, match=rf"config\.eval\.{key} = {value}, but the palette has 256 colours"):
+      KindOptions.from_config(config_with(**{key: value}))
+
+  def test_metres_are_not_levels_of_grey(self):
+    """RMSE of depth does not replace that of the image, which is averaged over all tasks."""
+    truth = np.full((1, 16, 16, 3), 100, np.uint8)
+    generated = dataclasses.replace(as_generated(truth, task="rooms"), samples={"prediction": truth + np.uint8(51)})
+    scorer = Scorer(override(config_with(), {"data.kinds": {"rooms": "depth"}}))
+    (found,) = (score for score in scorer(generated) if score.name == "prediction")
+    assert found.metrics["rmse"] == 51 and found.metrics["rmse_m"] == pytest.approx(4 * 51 / 255)
 
   def test_label_maps_with_other_colors_are_an_error(self):
     """TFDS's label maps have the default palette."""

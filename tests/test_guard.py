@@ -13,7 +13,7 @@ from tests.helpers import parameters
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import DivergedError, UserError
 from univid_jax.training import guard
-from univid_jax.training.guard import MIN_NORMS, WINDOW, skip_bad_steps
+from univid_jax.training.guard import MIN_NORMS, WINDOW, global_norm, skip_bad_steps
 from univid_jax.training.loop import train
 
 
@@ -111,3 +111,9 @@ def test_a_diverged_run_stops(tiny_config, tmp_path, monkeypatch):
   values |= {"optimizer.warmup_steps": 0, "optimizer.clip_norm": 0.0, "num_steps": 5, "validation.every_steps": 0}
   with pytest.raises(DivergedError, match="2 steps in a row were skipped by step"):
     train(override(tiny_config, values), str(tmp_path))
+
+
+def test_norms_of_bfloat16_are_those_of_float32():
+  """In bfloat16 the sum of the squares of 400 such arrays stops growing at two thirds."""
+  tree = [jnp.ones(1000, jnp.bfloat16)] * 400
+  np.testing.assert_allclose(global_norm(tree), 400_000**0.5, rtol=1e-6)

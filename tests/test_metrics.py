@@ -81,7 +81,7 @@ class TestDepth:
       "delta3": 3 / 4,
       "abs_rel": sum(abs(a - b) / b for a, b in zip(p, t)) / 4,
       "sq_rel": sum((a - b) ** 2 / b for a, b in zip(p, t)) / 4,
-      "rmse": math.sqrt(sum((a - b) ** 2 for a, b in zip(p, t)) / 4),
+      "rmse_m": math.sqrt(sum((a - b) ** 2 for a, b in zip(p, t)) / 4),
       "rmse_log": math.sqrt(sum(x * x for x in logs) / 4),
       "silog": 100 * math.sqrt(sum(x * x for x in logs) / 4 - (sum(logs) / 4) ** 2),
     }
@@ -92,14 +92,14 @@ class TestDepth:
   def test_alignment(self):
     relative = np.where(np.isfinite(self.truth), (self.truth - 3) / 5, 0.3)
     aligned = align_depth(relative, self.truth, how=DepthAlignment.LEAST_SQUARES)
-    assert depth_metrics(aligned, self.truth)["rmse"] == pytest.approx(0, abs=1e-9)
+    assert depth_metrics(aligned, self.truth)["rmse_m"] == pytest.approx(0, abs=1e-9)
     aligned = align_depth(self.truth / 7, self.truth, how=DepthAlignment.MEDIAN)
     assert depth_metrics(aligned, self.truth)["abs_rel"] == pytest.approx(0, abs=1e-9)
     assert np.array_equal(align_depth(relative, self.truth, how=DepthAlignment.NONE), relative)
 
   def test_known_values(self):
     same = depth_metrics(self.truth, self.truth)
-    assert same["delta1"] == 1 and same["rmse"] == same["silog"] == 0
+    assert same["delta1"] == 1 and same["rmse_m"] == same["silog"] == 0
     assert depth_metrics(2 * self.truth, self.truth)["silog"] == pytest.approx(0, abs=1e-5)
     assert all(map(math.isnan, depth_metrics(self.truth, np.zeros((2, 3))).values()))
     assert depth_metrics(np.zeros((2, 3)), self.truth)["delta3"] == 0

@@ -1,5 +1,7 @@
 """Labels, depth and normals as colours, and back."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
-from univid_jax.data.clips import resize_and_crop
+from univid_jax.data.clips import resize_and_crop, resize_and_pad
 from univid_jax.data.target_kinds import (
   COMPUTED_KINDS,
   depth_to_image,
@@ -67,6 +69,31 @@ def test_resizing_labels_adds_no_colors():
   )
   colors = {tuple(color) for color in labels.reshape(-1, 3)}
   assert {tuple(color) for color in kept.reshape(-1, 3)} <= colors < {tuple(color) for color in mixed.reshape(-1, 3)}
+
+
+@pytest.mark.parametrize("fit", [resize_and_crop, resize_and_pad])
+@pytest.mark.parametrize("size", [(20, 24), (15, 24), (30, 70), (40, 48)])
+def test_resizing_edges_keeps_thin_lines(fit, size):
+  """A pixel is an edge where a pixel of an edge falls into it; without mixing, a pixel is the nearest one."""
+  frame = np.random.default_rng(0).random((40, 48)) < 0.05
+  edges = np.repeat(frame[None, ..., None] * np.uint8(255), 3, axis=-1)
+  found = fit(edges, size, resample=resampling(TargetKind.EDGES))
+  assert found.shape == (1, *size, 3) and set(np.unique(found)) == {0, 255}
+  choose = max if fit is resize_and_crop else min
+  scale = choose(length / own for length, own in zip(size, frame.shape))
+  height, width = (min(length, round(own * scale)) for length, own in zip(size, frame.shape))
+  expected = np.zeros((height, width), bool)
+  ys, xs = np.indices((height, width)) + 0.5
+  offsets = [(own - length / scale) / 2 for own, length in zip(frame.shape, (height, width))]
+  if scale >= 1:
+    expected = frame[(ys / scale + offsets[0]).astype(int), (xs / scale + offsets[1]).astype(int)]
+  else:
+    for y, x in np.argwhere(frame):
+      cell = [math.floor((place + 0.5 - offset) * scale) for place, offset in zip((y, x), offsets)]
+      if 0 <= cell[0] < height and 0 <= cell[1] < width:
+        expected[cell[0], cell[1]] = True
+  top, left = (size[0] - height) // 2, (size[1] - width) // 2
+  np.testing.assert_array_equal(found[0, top : top + height, left : left + width, 0] > 0, expected)
 
 
 def test_kinds_of_computed_configured_and_tfds_tasks():

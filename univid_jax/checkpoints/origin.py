@@ -143,4 +143,3 @@ class Origin:
     }
     steps = {"lora_steps": dict(self.lora_steps)} if self.lora_steps else {}
     return {"checkpoint": self.checkpoint, "step": self.step, **named, **steps, "checksums": dict(self.checksums)}
-

@@ -212,7 +212,7 @@ class EvalConfig(Section):
     depth_alignment: how depth is brought to the scale of the ground truth.
     palette: file with one line R G B per label; "" is Pascal VOC's palette.
     num_labels: labels of the palette that are used; 0 is all.
-    void_label: label that does not count; -1 for none.
+    void_label: label that does not count, beyond num_labels as well; -1 for none.
     clip_model: folder or name of a CLIP model for CLIP-T and CLIP-I; "" for neither.
   """
 

@@ -105,6 +105,14 @@ class SolverName(enum.StrEnum):
   DISTILLED = "distilled"  # the four steps of step-distilled models
 
 
+class Resampling(enum.StrEnum):
+  """How pixels of a larger or smaller clip come about."""
+
+  BICUBIC = "bicubic"  # as mixtures of the pixels around
+  NEAREST = "nearest"  # of the nearest one: depth, normals and labels must not be mixed
+  MAX = "max"  # as the brightest of those that fall into one: thin lines stay
+
+
 class ClipFit(enum.StrEnum):
   """How a clip is brought to the model's size."""
 

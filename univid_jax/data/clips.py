@@ -19,14 +19,14 @@ from PIL import Image
 from univid_jax.config.schema import DataConfig
 from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import ClipFit
+from univid_jax.core.options import ClipFit, Resampling
 from univid_jax.core.paths import file_state
 from univid_jax.core.sentence import ClipRef
 from univid_jax.core.text import count_noun, size_text
 from univid_jax.data.media.reader import ClipInfo, Frames, list_frames, probe, read_clip
 
 # Part of every key: raise it when the same file would give other pixels.
-READING_VERSION = 4
+READING_VERSION = 5
 
 # Threads that hash files, more than cores because storage may be slow to answer; and how many files they get at a time.
 _NUM_THREADS = 16
@@ -43,7 +43,7 @@ class ClipFormat:
     fit: how clips are brought to the size.
     fps: frame rate that videos are resampled to; 0 keeps theirs.
     buckets: further sizes; a clip goes to the size nearest to its aspect ratio.
-    resample: filter; NEAREST for labels, depth and normals, whose values must not be mixed.
+    resample: how pixels of another size come about.
     extend: whether clips are not resized but extended to the size, at the bottom and right, by repeating their edges.
   """
 
@@ -52,7 +52,7 @@ class ClipFormat:
   fit: ClipFit = ClipFit.CROP
   fps: float = 0.0
   buckets: tuple[tuple[int, int], ...] = ()
-  resample: Image.Resampling = Image.Resampling.BICUBIC
+  resample: Resampling = Resampling.BICUBIC
   extend: bool = False
 
   @classmethod
@@ -77,9 +77,7 @@ class ClipFormat:
     return resize(frames, self.size, resample=self.resample)
 
 
-def resize_and_crop(
-  frames: Frames, size: tuple[int, int], *, resample: Image.Resampling = Image.Resampling.BICUBIC
-) -> Frames:
+def resize_and_crop(frames: Frames, size: tuple[int, int], *, resample: Resampling = Resampling.BICUBIC) -> Frames:
   """Resizes frames, keeping their aspect ratio, until they cover (height, width), and crops the centre."""
   height, width = size
   if frames.shape[1:3] == (height, width):
@@ -88,13 +86,32 @@ def resize_and_crop(
   # Rounding may exceed the frame.
   box_height, box_width = min(height / scale, frames.shape[1]), min(width / scale, frames.shape[2])
   top, left = (frames.shape[1] - box_height) / 2, (frames.shape[2] - box_width) / 2
+  if resample is Resampling.MAX:
+    return _brightest(frames, (top, top + box_height, height), (left, left + box_width, width))
   box = (left, top, left + box_width, top + box_height)
-  return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), resample, box=box)) for frame in frames])
+  method = Image.Resampling[resample.name]
+  return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), method, box=box)) for frame in frames])
 
 
-def resize_and_pad(
-  frames: Frames, size: tuple[int, int], *, resample: Image.Resampling = Image.Resampling.BICUBIC
-) -> Frames:
+def _brightest(frames: Frames, *axes: tuple[float, float, int]) -> Frames:
+  """Resizes frames: each pixel becomes the brightest of those whose centres fall into it, or else the nearest.
+
+  Args:
+    frames: to resize.
+    *axes: of height and width, where what is shown starts and ends, and into how many pixels it is divided.
+  """
+  for axis, (start, end, count) in enumerate(axes, 1):
+    edges = np.linspace(start, end, count + 1)
+    if count > end - start:
+      nearest = ((edges[:-1] + edges[1:]) / 2).astype(int)
+      frames = frames.take(nearest, axis)
+      continue
+    first = np.ceil(edges - 0.5).astype(int).clip(0, frames.shape[axis])
+    frames = np.maximum.reduceat(frames.take(range(first[-1]), axis), first[:-1], axis)
+  return frames
+
+
+def resize_and_pad(frames: Frames, size: tuple[int, int], *, resample: Resampling = Resampling.BICUBIC) -> Frames:
   """Resizes frames, keeping their aspect ratio, until they fit into (height, width), and adds black bars."""
   height, width = size
   scale = min(height / frames.shape[1], width / frames.shape[2])
@@ -141,7 +158,7 @@ class Footage:
   def _identify(self, num_frames: int) -> str:
     form, span = self.form, (self.start, num_frames, self.form.fps if self.fps else 0.0)
     fit = "extend" if form.extend else form.fit.value
-    words = (READING_VERSION, self.identify(), span, form.size, fit, form.resample.name.lower())
+    words = (READING_VERSION, self.identify(), span, form.size, fit, form.resample.value)
     return hashlib.sha256(repr(words).encode()).hexdigest()
 
   def _read(self, num_frames: int) -> Frames:

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float, Integer, UInt8
-from PIL import Image
 
 from univid_jax.config.schema import DataConfig
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import TargetKind
+from univid_jax.core.options import Resampling, TargetKind
 from univid_jax.data.tasks.grids import GRID_FAMILIES
 from univid_jax.data.tasks.grids.base import ARC_TASK, GridSplit, task_name
 
@@ -38,9 +37,11 @@ def own_kinds(config: DataConfig) -> Mapping[str, TargetKind]:
   return {**of_tfds, **config.kinds}
 
 
-def resampling(kind: TargetKind) -> Image.Resampling:
-  """Returns the filter that resizes targets of a kind."""
-  return Image.Resampling.NEAREST if kind in _UNMIXED else Image.Resampling.BICUBIC
+def resampling(kind: TargetKind) -> Resampling:
+  """Returns how targets of a kind are resized."""
+  if kind is TargetKind.EDGES:
+    return Resampling.MAX
+  return Resampling.NEAREST if kind in _UNMIXED else Resampling.BICUBIC
 
 
 def label_colors(labels: Integer[np.ndarray, "*dims"]) -> UInt8[np.ndarray, "*dims 3"]:

@@ -52,13 +52,15 @@ class KindOptions:
     depth_range: metres that white and black represent.
     depth_alignment: how predicted depth is brought to the scale of the ground truth.
     palette: colours of the labels, uint8 (labels, 3).
-    void_label: label of the ground truth that does not count; -1 for none.
+    true_palette: the same of the ground truth, where a void label beyond these labels follows.
+    void_label: number of the label of the ground truth that does not count; -1 for none.
     rendering: how grids are drawn.
   """
 
   depth_range: tuple[float, float]
   depth_alignment: DepthAlignment
   palette: np.ndarray
+  true_palette: np.ndarray
   void_label: int
   rendering: Rendering
 
@@ -68,14 +70,21 @@ class KindOptions:
 
     Raises:
       FileNotFoundError: the file of the palette does not exist.
-      ValueError: it is not a palette.
+      UserError: it is not a palette, or lacks a label.
     """
     options = config.eval
+    colors = read_palette(options.palette)
+    num_labels, void = options.num_labels or len(colors), options.void_label
+    for key, needed in (("num_labels", num_labels), ("void_label", void + 1)):
+      if needed > len(colors):
+        raise UserError(f"config.eval.{key} = {getattr(options, key)}, but the palette has {len(colors)} colours")
+    is_beyond = void >= num_labels
     return cls(
       depth_range=config.data.depth_range,
       depth_alignment=options.depth_alignment,
-      palette=read_palette(options.palette)[: options.num_labels or None],
-      void_label=options.void_label,
+      palette=colors[:num_labels],
+      true_palette=np.concatenate([colors[:num_labels], colors[void : void + is_beyond]]),
+      void_label=num_labels if is_beyond else void,
       rendering=Rendering.from_config(config.data),
     )
 
@@ -121,15 +130,15 @@ def _score_normals(clip: np.ndarray, generated: Generated, options: KindOptions)
 
 def _score_segmentation(clip: np.ndarray, generated: Generated, options: KindOptions) -> tuple[Metrics, Counts]:
   """Raises UserError if the colours of the ground truth are not the palette's."""
-  truth, palette = generated.clips[-1], options.palette
-  labels, expected = nearest_labels(clip, palette), nearest_labels(truth, palette)
-  far = np.mean(np.abs(palette[expected].astype(int) - truth).max(-1) > PALETTE_DISTANCE)
+  truth = generated.clips[-1]
+  labels, expected = nearest_labels(clip, options.palette), nearest_labels(truth, options.true_palette)
+  far = np.mean(np.abs(options.true_palette[expected].astype(int) - truth).max(-1) > PALETTE_DISTANCE)
   if far > 1 - PALETTE_SHARE:
     raise UserError(
       f"{far:.0%} of the pixels in a label map of task {generated.info.task!r} have a colour that is not in the "
       "palette: set config.eval.palette to a file with the colour of each label"
     )
-  confusion = confusion_matrix(labels, expected, len(palette), void=options.void_label)
+  confusion = confusion_matrix(labels, expected, len(options.palette), void=options.void_label)
   counts = {"labels": confusion, "labels_matched": match_labels(confusion)}
   return _segmentation_metrics(counts, options), {name: csr_array(matrix) for name, matrix in counts.items()}
 

@@ -34,6 +34,11 @@ class GuardState(NamedTuple):
     return self.skipped_in_a_row > 0
 
 
+def global_norm(tree: optax.Params) -> Float[Array, ""]:
+  """Returns the L2 norm of a tree, in float32: sums of many small squares are lost in bfloat16."""
+  return optax.tree_utils.tree_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+
+
 def skip_bad_steps(optimizer: optax.GradientTransformation, *, skip_norm: float) -> optax.GradientTransformation:
   """Returns an optimizer that leaves parameters and its own state as they are in a bad step.
 
@@ -49,7 +54,7 @@ def skip_bad_steps(optimizer: optax.GradientTransformation, *, skip_norm: float)
     return GuardState(optimizer.init(params), jnp.full(WINDOW, jnp.nan), zero, zero)
 
   def update(updates: Any, state: Any, params: Any = None, *, loss: Array, **_: Any) -> tuple[Any, GuardState]:
-    norm = optax.tree_utils.tree_norm(updates)
+    norm = global_norm(updates)
     is_bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
     if skip_norm:
       is_bad |= (state.num_used >= MIN_NORMS) & (norm > skip_norm * jnp.nanmedian(state.norms))

@@ -21,7 +21,7 @@ from univid_jax.models.lora import join, with_dropout_keys
 from univid_jax.platform import cpu
 from univid_jax.platform.current import Platform
 from univid_jax.training.expert_schedule import ExpertSchedule
-from univid_jax.training.guard import GuardState
+from univid_jax.training.guard import GuardState, global_norm
 from univid_jax.training.state import Params, StateSpec, TrainState
 
 Metrics = dict[str, Array]
@@ -134,7 +134,7 @@ def make_update(
     if ema is not None:
       decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
       ema = cast(Params, optax.incremental_update(params, ema, 1 - decay))
-    metrics = {"loss": loss, "grad_norm": optax.tree_utils.tree_norm(grads), **_count(row)}
+    metrics = {"loss": loss, "grad_norm": global_norm(grads), **_count(row)}
     if isinstance(opt_state, GuardState):
       ema = jax.tree.map(lambda old, new: jnp.where(opt_state.has_skipped, old, new), state.ema, ema)
       metrics |= {"skipped": opt_state.has_skipped, "skipped_in_a_row": opt_state.skipped_in_a_row}

@@ -157,7 +157,7 @@ def _to_rgb(image: Image.Image, bits: int) -> Frame:
   if image.mode.startswith("I"):
     # 16-bit grey, which Pillow would clip at 255.
     values = np.asarray(image)
-    grey = (values.astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
+    grey = (values.astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
     if isinstance(transparent, int):
       grey[values == transparent] = 255
     return np.asarray(Image.fromarray(grey).convert("RGB"))

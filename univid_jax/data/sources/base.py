@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -191,7 +192,8 @@ def hold_out(
     groups.setdefault(group(item), []).append(item)
   kept, held_out = [], []
   for members in groups.values():
-    count = max(min(int(share * len(members)), len(members) - keep_at_least), 0)
+    wanted = math.floor(share * len(members) + 1e-9)  # 0.29 times 100 is a little less than 29
+    count = max(min(wanted, len(members) - keep_at_least), 0)
     chosen = {round((i + 0.5) * len(members) / count - 0.5) for i in range(count)}
     for i, item in enumerate(members):
       (held_out if i in chosen else kept).append(item)

@@ -102,3 +102,12 @@ class ListedSentences:
       reverse=reverse,
       record=record.name,
     )
+
+
+def count_shown_targets(held_out: ListedSentences, training: ListedSentences) -> int:
+  """Counts the held-out records of which a target is shown in training, by any record and in any role."""
+  shown = {(part.path, part.start) for record in training.records for part in record.footage}
+  return sum(
+    any(role == Role.TARGET and (part.path, part.start) in shown for part, role in zip(record.footage, record.roles))
+    for record in held_out.records
+  )

@@ -24,7 +24,7 @@ from univid_jax.data.sources.computed import (
   open_computed,
 )
 from univid_jax.data.sources.grids import GridSentences
-from univid_jax.data.sources.listed import ListedSentences
+from univid_jax.data.sources.listed import ListedSentences, count_shown_targets
 from univid_jax.data.sources.pairs import PairSentences
 from univid_jax.data.sources.readers.arc import open_arc
 from univid_jax.data.sources.readers.jsonl import open_manifest
@@ -90,6 +90,14 @@ class DataSources:
           log.info("data: %s, %s", name, text)
       for change, count in _count_changes(source).most_common(REPORTED_CHANGES):
         log.info("data: %s, %s: %s", name, count_noun(count, "clip"), change)
+      held_out = self.held_out.get(name)
+      are_listed = isinstance(source, ListedSentences) and isinstance(held_out, ListedSentences)
+      if are_listed and (count := count_shown_targets(held_out, source)):
+        log.warning(
+          "data: %s, training shows the targets of %d of the %d held-out records in other records: validation and "
+          "evaluation say little about others; config.data.pairs holds out pairs",
+          *(name, count, len(held_out.records)),
+        )
     for dropped in self.dropped:
       log.info("dropped: %s", dropped)
 

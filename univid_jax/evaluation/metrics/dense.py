@@ -45,15 +45,15 @@ def align_depth(predicted: np.ndarray, truth: np.ndarray, *, how: DepthAlignment
 def depth_metrics(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
   """Computes depth errors (Eigen et al. 2014).
 
-  delta1 to delta3: fraction of pixels within a factor of 1.25, 1.25^2, 1.25^3; higher is better. abs_rel, sq_rel, rmse
-  (metres), rmse_log, silog (100 times the standard deviation of the log ratio): lower is better.
+  delta1 to delta3: fraction of pixels within a factor of 1.25, 1.25^2, 1.25^3; higher is better. abs_rel, sq_rel,
+  rmse_m (metres), rmse_log, silog (100 times the standard deviation of the log ratio): lower is better.
 
   Args:
     predicted: in metres; raised to `SMALLEST_DEPTH`.
     truth: in metres; 0, negative or not finite where it is unknown.
   """
   valid = _is_known(truth)
-  names = ("delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "silog")
+  names = ("delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse_m", "rmse_log", "silog")
   if not valid.any():
     return dict.fromkeys(names, math.nan)
   p, t = np.maximum(np.nan_to_num(predicted[valid].astype(np.float64)), SMALLEST_DEPTH), truth[valid].astype(np.float64)
