@@ -266,6 +266,19 @@ def test_targets_are_checked_first(tmp_path: Path, monkeypatch):
   assert {path.name for path in tmp_path.iterdir()} == {"a.png", "link.png", "folder.png"}
 
 
+@pytest.mark.parametrize(
+  "out, needs_suffix", [("x" * 250 + ".mp4", False), ("x" * 250 + ".png", False), ("x" * 250, True)]
+)
+def test_names_of_files_beside_the_result_are_checked_first(tmp_path: Path, out, needs_suffix):
+  """The record's, and with --grid that of the whole sentence."""
+  request = Request(("a.png",), tmp_path / out, needs_suffix=needs_suffix)
+  with pytest.raises(OSError, match="File name too long"):
+    check_outputs([request], grid=True)
+  check_outputs([request])
+  with pytest.raises(OSError, match="File name too long"):
+    check_outputs([dataclasses.replace(request, out=request.out.with_name(f"x{out}"))])
+
+
 def test_results_of_queries_are_in_a_folder(tmp_path: Path):
   with pytest.raises(UsageError, match=r"--out is a folder of results, and 'out.PNG' is the name of one result"):
     plan_requests(["a.png"] * 2, ["b.png"], "out.PNG")

@@ -17,7 +17,7 @@ from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.text import count_noun, size_text
 from univid_jax.data.media.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from univid_jax.data.media.writer import check_target
+from univid_jax.data.media.writer import check_target, require_short_name
 from univid_jax.diffusion.step_cache import StepCache
 
 log = logging.getLogger(__name__)
@@ -49,15 +49,22 @@ def check_result(result: Path, inputs: Sequence[str], num_frames: int | None, *,
 
   Raises:
     UserError: it cannot be written, or would replace one of the inputs or a file that is no record; see `check_target`.
-    OSError: the name is too long.
+    OSError: its name, or that of a file next to it, is too long.
   """
   check_target(result, num_frames)
+  require_short_names(result, grid=grid)
   for path in [result, *([grid_path(result, num_frames)] if grid and num_frames else [])]:
     if any(path.exists() and Path(each).exists() and path.samefile(each) for each in inputs):
       raise UserError(f"cannot write {path}: it is one of the clips")
   path = record_path(result)
   if path.exists() and not (_read_record(path) or {}).keys() >= RECORD_KEYS:
     raise UserError(f"cannot write {result}: its record would replace {path.name}, which is another file")
+
+
+def require_short_names(result: Path, *, grid: bool) -> None:
+  """Raises OSError if the name of a result, of its record or of the whole sentence is too long."""
+  for path in [result, record_path(result), *(grid_path(result, num_frames) for num_frames in (1, 2) if grid)]:
+    require_short_name(path)
 
 
 def remove_record(result: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from univid_jax import Pipeline
 from univid_jax.checkpoints.experts import split_expert
 from univid_jax.cli.flags import UsageError
-from univid_jax.cli.results import check_result
+from univid_jax.cli.results import check_result, require_short_names
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle, SolverName
 from univid_jax.core.paths import require_local, require_writable
@@ -301,7 +301,9 @@ def check_outputs(requests: Sequence[Request], *, first_frame: str | None = None
   for request in requests:
     if grid and f"{request.out.name}_grid" in names:
       raise UsageError(f"with --grid the sentence of query {request.out.name!r} would replace another query's result")
-    if not request.needs_suffix:
-      check_result(request.out, [*request.clips, *([first_frame] if first_frame else [])], None)
+    if request.needs_suffix:
+      require_short_names(request.out.with_name(f"{request.out.name}.png"), grid=grid)
+    else:
+      check_result(request.out, [*request.clips, *([first_frame] if first_frame else [])], None, grid=grid)
   for folder in dict.fromkeys(request.out.parent for request in requests):
     require_writable(folder)

@@ -51,6 +51,13 @@ TARGETS = (
 )
 
 
+def require_short_name(path: Path) -> None:
+  """Raises OSError if the name of a file, or that under which it is written, is too long for the file system."""
+  for each in (path, unfinished_path(path)) if path.name else ():
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+      each.lstat()
+
+
 def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
   """Checks that `write_clip` can write this number of frames to a path, before time is spent on computing them.
 
@@ -64,11 +71,7 @@ def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
     OSError: the name is too long.
   """
   path = require_local(path)
-  with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-    if path.name:
-      for each in (path, unfinished_path(path)):
-        with contextlib.suppress(FileNotFoundError):
-          each.lstat()  # raises if the name is too long
+  require_short_name(path)
   suffix = path.suffix.lower()
   if suffix in IMAGE_SUFFIXES and num_frames not in (None, 1):
     raise UserError(f"cannot write {num_frames} frames to the image {path}: use .mp4, or NAME/ for a folder of PNGs")
