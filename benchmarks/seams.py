@@ -35,7 +35,7 @@ def changes(frames: np.ndarray) -> np.ndarray:
 @app.command(FLAGS)
 def main() -> None:
   from univid_jax import load_pipeline, read_clip
-  from univid_jax.data.clips import resize_and_crop
+  from univid_jax.data.resizing import resize_and_crop
   from univid_jax.data.sources.photos import PhotoSource
   from univid_jax.inference.windows import Windows
 

@@ -9,7 +9,7 @@ from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
-from univid_jax.data.clips import resize_and_crop, resize_and_pad
+from univid_jax.data.resizing import resize_and_crop, resize_and_pad
 from univid_jax.data.target_kinds import (
   COMPUTED_KINDS,
   depth_to_image,

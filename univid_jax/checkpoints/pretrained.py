@@ -175,6 +175,12 @@ class PretrainedCheckpoint:
       checksums[TOKENIZER] = hashlib.sha256(self.tokenizer_path().read_bytes()).hexdigest()
     return checksums
 
+  @property
+  def contents(self) -> dict[str, str]:
+    """What tells whether a folder at another place is a copy: `checksums`, and what components are quantised to."""
+    stored = {f"{name} is stored in": str(each.quantize) for name, each in self.info.components.items()}
+    return {**self.checksums, **{name: method for name, method in stored.items() if method != Quantize.NONE}}
+
   def quantization(self, component: str, wanted: Quantize = Quantize.NONE) -> Quantize:
     """Returns how a transformer's blocks are quantised when they are loaded.
 

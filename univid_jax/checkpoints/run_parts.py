@@ -345,12 +345,3 @@ def base_checksums(config: RunConfig) -> list[str]:
   if base is None:
     return [""]
   return [base.checksum(trained_component(part, base)) for part in split_config(config)]
-
-
-def base_contents(config: RunConfig) -> dict[str, str]:
-  """Returns checksums of all of the base of a run, and how it is stored; {} without a base."""
-  base = open_base(config)
-  if base is None:
-    return {}
-  stored = {f"{name} is stored in": each.quantize for name, each in base.info.components.items()}
-  return {**base.checksums, **{name: method for name, method in stored.items() if method != Quantize.NONE}}

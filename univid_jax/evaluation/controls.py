@@ -12,7 +12,7 @@ import numpy as np
 from univid_jax.core.contexts import CONTEXTS, video_pattern
 from univid_jax.core.pixels import to_uint8
 from univid_jax.core.sentence import Sentence, read_frames
-from univid_jax.data.clips import resize_and_crop
+from univid_jax.data.resizing import resize_and_crop
 from univid_jax.inference.pipeline import Pipeline
 
 

@@ -19,11 +19,11 @@ from univid_jax.checkpoints.checksums import verified
 from univid_jax.checkpoints.run import RunRecord, has_checkpoint, require_run
 from univid_jax.checkpoints.run_parts import (
   base_checksums,
-  base_contents,
   check_base,
   check_rows,
   codec_shape,
   context_mode,
+  open_base,
   open_encoders,
   split_config,
   transformer_config,
@@ -168,8 +168,8 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
   """
   config = check_config(config)
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-  checksums = ",".join(base_checksums(config))
-  record = RunRecord(config, checksums, univid_jax.__version__, base_contents=base_contents(config))
+  checksums, base = ",".join(base_checksums(config)), open_base(config)
+  record = RunRecord(config, checksums, univid_jax.__version__, base_contents=base.contents if base else {})
   if has_checkpoint(workdir):
     check_same_run(workdir, require_run(workdir), record)  # before anything in the workdir changes
   mesh = make_mesh(config.mesh)

@@ -90,14 +90,7 @@ class DataSources:
           log.info("data: %s, %s", name, text)
       for change, count in _count_changes(source).most_common(REPORTED_CHANGES):
         log.info("data: %s, %s: %s", name, count_noun(count, "clip"), change)
-      held_out = self.held_out.get(name)
-      are_listed = isinstance(source, ListedSentences) and isinstance(held_out, ListedSentences)
-      if are_listed and (count := count_shown_targets(held_out, source)):
-        log.warning(
-          "data: %s, training shows the targets of %d of the %d held-out records in other records: validation and "
-          "evaluation say little about others; config.data.pairs holds out pairs",
-          *(name, count, len(held_out.records)),
-        )
+      _warn_of_shown_targets(name, source, self.held_out.get(name))
     for dropped in self.dropped:
       log.info("dropped: %s", dropped)
 
@@ -165,6 +158,18 @@ def _used_data(data: DataConfig) -> list[str]:
       f"all data is switched off: config.data.weights.{' and '.join(named)} must not {'all ' * (len(named) > 1)}be 0"
     )
   return used
+
+
+def _warn_of_shown_targets(name: str, source: SentenceSource, held_out: SentenceSource | None) -> None:
+  """Warns of held-out lines of which other lines show the targets: lines are held out, not clips."""
+  if not (isinstance(source, ListedSentences) and isinstance(held_out, ListedSentences)):
+    return
+  if count := count_shown_targets(held_out, source):
+    log.warning(
+      "data: %s, training shows the targets of %d of the %d held-out records in other records: validation and "
+      "evaluation say little about others; config.data.pairs holds out pairs",
+      *(name, count, len(held_out.records)),
+    )
 
 
 def _count_changes(source: SentenceSource) -> Counter[str]:
