@@ -165,7 +165,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
   "arguments, code, message",
   [
-    (["--steps=5", "--sigmas=1,0.5"], 1, "sigmas replace num_inference_steps"),
+    (["--steps=5", "--sigmas=1,0.5"], 2, "--sigmas replace --steps"),
     (["--prompt=x", "--task=depth map"], 2, "--prompt and --task exclude each other"),
     (["--size=1"], 2, "--size is HEIGHTxWIDTH"),
     (["--negative_prompt=x"], 2, "--negative_prompt needs guidance"),
@@ -289,7 +289,7 @@ def test_step_caching(trained, tmp_path, capfd):
   assert f"there is no {workdir}/step_cache.json: run univid-calibrate" in capfd.readouterr().err
   assert run_here("univid_jax.calibrate", *common, *steps, "--seed=5") == 0
   out = capfd.readouterr().out
-  assert re.search(r"magcache:0.06  computes the blocks \d+ times instead of 11\n", out), out
+  assert re.search(r"magcache:0.06  computes the blocks in \d+ of 11 passes\n", out), out
   assert out.splitlines()[-1] == f"ratios: {workdir}/step_cache.json"
 
   assert sample("dense", *steps) == sample("zero", *steps, "--step_cache=magcache:0") == 0
@@ -326,19 +326,23 @@ def test_step_caching(trained, tmp_path, capfd):
     (["--clips={a},{a},{a}", "--steps=1000000000"], 2, "--steps"),
     (["--clips={a},{a},{a}", f"--seed={2**63}"], 2, "--seed"),
     (["--clips={a},{a},{a}", "--sigmas=1,x"], 2, "--sigmas are numbers, separated by commas, got '1,x'"),
-    (["--clips={a},{a},{a}", "--sigmas=0.5,1"], 1, "sigmas are noise levels that descend strictly"),
-    (["--clips={a},{a},{a}", "--sigmas=1,0.5", "--steps=2"], 1, "sigmas replace num_inference_steps"),
-    (["--clips={a},{a},{a}", "--solver=distilled", "--steps=9"], 1, "the solver distilled takes 4 steps, got 9"),
+    (["--clips={a},{a},{a}", "--sigmas=0.5,1"], 2, "--sigmas are noise levels that descend strictly"),
+    (["--clips={a},{a},{a}", "--sigmas=1,0.5", "--steps=2"], 2, "--sigmas replace --steps"),
+    (["--clips={a},{a},{a}", "--solver=distilled", "--steps=9"], 2, "the --solver distilled takes 4 steps, got 9"),
     (["--clips={a},{a},{a}", "--accelerate={a}:magic"], 1, "unknown kind of distillation 'magic'; there are lightx2v"),
-    (["--clips={a},{a},{a}", "--accelerate={lora}", "--steps=9"], 1, "contradicts the distillation lightx2v"),
+    (
+      ["--clips={a},{a},{a}", "--accelerate={lora}", "--steps=9"],
+      2,
+      "--steps contradicts the distillation lightx2v, which has --steps = 4",
+    ),
     (["--clips={a},{a},{a}", "--step_cache=teacache"], 2, "--step_cache is magcache[:THRESHOLD[:MAX_SKIP[:RETENT"),
     (["--clips={a},{a},{a}", "--step_cache=magcache:x"], 2, "--step_cache is magcache[:THRESHOLD[:MAX_SKIP[:RETENT"),
     (["--clips={a},{a},{a}", "--step_cache=magcache:-1"], 1, "the threshold of the step cache must be at least 0"),
     (["--clips={a},{a},{a}", "--guidance_range=1"], 2, "--guidance_range is two noise levels FROM,TO, got '1'"),
-    (["--clips={a},{a},{a}", "--guidance_range=0,1"], 1, "guidance_range needs guidance"),
+    (["--clips={a},{a},{a}", "--guidance_range=0,1"], 2, "--guidance_range needs guidance"),
     (["--clips={a},{a},{a}", "--negative_prompt=x"], 2, "--negative_prompt needs guidance: give a --guidance_scale"),
     (["--clips={a},{a},{a}", "--accelerate={lora}", "--negative_prompt=x"], 2, "guidance: leave it out with --accel"),
-    (["--clips={a},{a},{a}", "--accelerate={lora}", "--step_cache=magcache"], 1, "step_cache contradicts the distill"),
+    (["--clips={a},{a},{a}", "--accelerate={lora}", "--step_cache=magcache"], 2, "--step_cache contradicts the distill"),
     (["--clips={a},{a},{a}", "--guidance_scale=nan"], 1, "the guidance scale must be finite, got nan"),
     (["--clips={a},{a},{a}", "--out="], 2, "--out must name a file or folder"),
     (["--clips={a},{a},{a}", "--out=.."], 2, "--out must name a file or folder"),
@@ -357,7 +361,7 @@ def test_step_caching(trained, tmp_path, capfd):
       2,
       "several processes share the queries of --queries, and there are",
     ),
-    (["--clips={a},{a},{a}", "--num_frames=4"], 1, "4n + 1 frames, got 4; the nearest are 1 and 5"),
+    (["--clips={a},{a},{a}", "--num_frames=4"], 2, "--num_frames must be 4n + 1 (1 or 5), got 4"),
     (["--clips={a},{a},{a}", "--num_frames=5"], 1, "cannot write 5 frames to the image"),
     (["--clips={a},{a},{a}", "--checkpoint={root}"], 1, "neither a converted checkpoint (no checkpoint.json) nor"),
     (["--clips={a},{a},{a}", "--prompt=make it black"], 1, "a prompt needs a text encoder"),
@@ -387,6 +391,11 @@ def test_wrong_arguments_of_sample(trained, tmp_path, capfd, arguments, code, me
     ("sample", [], "give --checkpoint and --out; see --help"),
     ("sample", ["--checkpoint", "small"], "give --out; see --help"),
     ("calibrate", ["--checkpoint=small"], "give --clips; see --help"),
+    (
+      "sample",
+      ["--num_inference_steps=4"],
+      "unknown flag --num_inference_steps: did you mean --steps? --help lists all",
+    ),
     ("sample", ["--ckpt=small"], "unknown flag --ckpt: did you mean --checkpoint? --help lists all"),
     ("sample", ["--checkpoint=small", "--zzz", "--out=x.png"], "unknown flag --zzz: --help lists all"),
   ],

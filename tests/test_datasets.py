@@ -448,6 +448,53 @@ class TestPairs:
     write_image(tmp_path / "name" / "source.png")
     with pytest.raises(UserError, match=r"no pairs in .*; the level of tasks is missing"):
       open_pairs(str(tmp_path), FORM, draw_options())
+    with pytest.raises(
+      UserError, match=r"no pairs in .*; this is a pair itself, so name the folder .* two levels above"
+    ):
+      open_pairs(str(tmp_path / "name"), FORM, draw_options())
+
+  def test_a_task_without_pairs_is_named(self, pairs):
+    (pairs / "style").mkdir()
+    _, dropped = open_pairs(str(pairs), FORM, draw_options())
+    assert [str(each) for each in dropped] == ["style: the folder of a task has no folders of pairs"]
+
+  @pytest.mark.parametrize("short", [0, 1, 3])
+  def test_pairs_that_are_too_short_for_videos_are_reported(self, tmp_path, caplog, short):
+    """One of them makes images of the whole task: without a word that would be mistaken for training on videos."""
+    write_pairs(tmp_path)
+    shutil.rmtree(tmp_path / "edges")
+    for name in ("a", "b b", "c")[:short]:
+      for part in ("source", "target"):
+        write_video(tmp_path / "depth map" / name / f"{part}.mp4", 4)
+    contexts = {"data.contexts.I": 0.3, "data.contexts.II": 0.3, "data.contexts.III": 0.4}
+    config = override(tiny(), {"data.pairs": str(tmp_path), "data.num_frames": 5, **contexts})
+    data = open_data(config)
+    with caplog.at_level("INFO", "univid_jax"):
+      data.report(config.data)
+    found = {data.sources["pairs"][i].context for i in range(30)}
+    assert found == ({"II"} if short else {"I", "II", "III"})
+    are = "1 of its 3 pairs is" if short == 1 else f"{short} of its 3 pairs are"
+    text = f"context I or III, for whose videos {are} too short, such as a with 4 frames instead of 5"
+    assert (text in caplog.text) == bool(short) == ("has no sentences of context" in caplog.text)
+    assert ("frames 0 to 4" in caplog.text) != bool(short), "what is read of a video is said as it is"
+
+  def test_images_are_reported_quietly(self, pairs, caplog):
+    config = override(tiny(), {"data.pairs": str(pairs), "data.num_frames": 5})
+    open_data(config).report(config.data)
+    assert "its pairs are images" not in caplog.text
+    with caplog.at_level("INFO", "univid_jax"):
+      open_data(config).report(config.data)
+    assert "data: pairs, edges has no sentences of context I or III: its pairs are images" in caplog.text
+
+  def test_that_nothing_is_held_out_is_said_before_training(self, pairs, caplog):
+    config = override(tiny(), {"data.pairs": str(pairs), "data.num_frames": 5})
+    open_data(config).report(config.data)
+    assert "data: nothing to validate and evaluate on: 3 records of a task are too few" in caplog.text
+    assert "train with --config.data.held_out=0.34, which holds out one, or name a test set" in caplog.text
+    caplog.clear()
+    config = override(config, {"data.held_out": 0.34})
+    open_data(config).report(config.data)
+    assert "nothing to validate" not in caplog.text
 
   def test_held_out_pairs_are_only_queried(self, pairs):
     training, held_out = open_pairs(str(pairs), FORM, draw_options())[0].split(0.4)
@@ -706,6 +753,25 @@ class TestManifest:
     open_data(config).report(config.data)
     text = "data: manifest, training shows the targets of 1 of the 1 held-out records in other records"
     assert (text in caplog.text) == is_shown and ("held-out records" in caplog.text) == is_shown
+
+  @pytest.mark.parametrize(
+    "clip, reason", [({"start": 10}, "has 2 frames from 10 on, too few for a video"), ({}, None)]
+  )
+  def test_a_video_that_ends_early_is_no_image(self, tmp_path, clip, reason):
+    """Unless that was asked for: an image next to a video is a pair of context IV."""
+    write_video(tmp_path / "v.mp4", 12)
+    line = {"clips": [{"path": "v.mp4"} | clip, {"path": "v.mp4", "role": "target"}]}
+    sentences, dropped = self.write(tmp_path, line)
+    assert [part.reason for part in dropped] == (
+      [f"v.mp4 {reason}, and its pair is one: with num_frames = 1 it is an image"] if reason else []
+    )
+    line["clips"][0] |= {"num_frames": 1}
+    sentences, dropped = self.write(tmp_path, line)
+    assert not dropped and [clip.num_frames for clip in sentences[0].clips] == [1, 5]
+
+  def test_a_sentence_over_several_lines_is_explained(self, tmp_path):
+    _, dropped = self.write(tmp_path, '{"clips": [', '{"path": "v.mp4", "role": "target"}]}')
+    assert all("a line must be a whole sentence in JSON" in part.reason for part in dropped) and len(dropped) == 2
 
 
 class TestTFDS:

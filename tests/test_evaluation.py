@@ -205,7 +205,7 @@ def test_too_few_records_to_hold_any_out_are_counted(tmp_path):
   config = override(tiny(), {"data.pairs": str(write_pairs(tmp_path)), "data.num_frames": 5})
   text = run.nothing_held_out(config, open_data(config))
   assert text.startswith("there is nothing to evaluate on: 3 records of a task are too few to hold any out at ")
-  assert "config.data.held_out = 0.05, which takes 20: --config.data.held_out=0.34 holds out one; or name a" in text
+  assert "config.data.held_out = 0.05, which takes 20: train with --config.data.held_out=0.34, which holds out" in text
   held_out = open_data(override(config, {"data.held_out": 0.34})).held_out
   assert len({record.name for record in held_out["pairs"].queries}) == 1
   text = run.nothing_held_out(override(config, {"data.held_out": 0.0}), open_data(config))

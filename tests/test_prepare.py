@@ -94,7 +94,7 @@ class TestOpenData:
       data.report(config.data)
     assert "data: metadata, 6 sentences, drawn with weight 1" in caplog.text
     assert "dropped: metadata.csv line 3 (gone.mp4)" in caplog.text
-    with pytest.raises(UserError, match=r"1 of the listed records cannot be used, first metadata\.csv line 3"):
+    with pytest.raises(UserError, match=r"1 listed record cannot be used: metadata\.csv line 3"):
       data.require_usable(config.data)
     data.require_usable(dataclasses.replace(config.data, allow_dropped=True))
 
@@ -426,7 +426,7 @@ def test_unusable_records_end_the_command_unless_allowed(checkpoint, metadata, t
   common = [f"--config.init_from={checkpoint}", f"--config.data.metadata={metadata}", f"--workdir={tmp_path / 'run'}"]
   done = run("univid_jax.prepare", *common)
   assert done.returncode == 1
-  assert "1 of the listed records cannot be used, first metadata.csv line 3 (gone.mp4)" in done.stderr
+  assert "1 listed record cannot be used: metadata.csv line 3 (gone.mp4)" in done.stderr
   done = run("univid_jax.prepare", *common, "--allow_dropped")
   assert done.returncode == 0 and "dropped: metadata.csv line 3 (gone.mp4)" in done.stderr
   done = run("univid_jax.prepare", *common, "--allow_dropped", "--preview=2")

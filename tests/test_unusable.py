@@ -126,7 +126,7 @@ def test_prepare_finds_damaged_frames(tmp_path, caplog, kind, has_base):
   assert not data.dropped
   features = make_features(config, data, tmp_path if has_base else None)
   message = (
-    rf"of the listed records cannot be used, first ({RECORDS[kind]}).*{path.name}: frame \d+ (cannot|is damaged)"
+    rf"listed records? cannot be used(:|, the first is) ({RECORDS[kind]}).*{path.name}: frame \d+ (cannot|is damaged)"
   )
   with pytest.raises(UserError, match=message):
     prepare(features, data, row_shape=ROWS)
@@ -193,7 +193,7 @@ def test_the_log_names_what_validation_cannot_use_also_if_that_is_an_error(tmp_p
   data = open_data(config)
   sentences = [data.sources["pairs"][index] for index in range(3)]
   path.unlink()
-  with pytest.raises(UserError, match="of the listed records cannot be used, first edges/"):
+  with pytest.raises(UserError, match=r"listed records? cannot be used(:|, the first is) edges/"):
     validation.leave_out_unusable(sentences, make_features(config, data, None), ROWS, allow_dropped=False)
   assert any(message.startswith("dropped: edges/") and path.name in message for message in caplog.messages)
 
@@ -363,7 +363,7 @@ def test_prepare_finds_sentences_that_fit_no_row(tmp_path, has_base):
   data = open_data(config)
   features = make_features(config, data, tmp_path / "work" if has_base else None)
   small = RowShape(num_tokens=66, num_text_tokens=8, num_slots=2)
-  with pytest.raises(UserError, match=r"1 of .* m\.jsonl line 2: .*has 72 tokens, .*config\.rows\.num_tokens = 66"):
+  with pytest.raises(UserError, match=r"used: m\.jsonl line 2: a sentence.*has 72 tokens, .*config\.rows\.num_tokens = 66"):
     prepare(features, data, row_shape=small)
   assert len(prepare(features, data, row_shape=small, allow_dropped=True).dropped) == 1
   assert not prepare(features, data, row_shape=ROWS).dropped

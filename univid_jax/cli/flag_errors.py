@@ -14,6 +14,18 @@ _EXPECTED = (
   ("could not convert string to float", "a number"),
   ("Non-boolean argument", "true or false"),
 )
+# What others call our flags.
+_SYNONYMS = {
+  "num_inference_steps": "steps",
+  "image": "clips",
+  "video": "clips",
+  "height": "size",
+  "width": "size",
+  "model": "checkpoint",
+  "output": "out",
+  "lora_scale": "lora",
+  "enable_model_cpu_offload": "offload_inactive",
+}
 # How similar the name of a flag is that is suggested for one that is unknown: ckpt and checkpoint are by 0.57.
 _SIMILARITY = 0.5
 
@@ -27,7 +39,8 @@ def explain_flag(error: flags.Error, known: Collection[str]) -> str:
   """
   if isinstance(error, flags.UnrecognizedFlagError):
     name, dot, rest = error.flagname.lstrip("-").partition(".")
-    similar = difflib.get_close_matches(name, known, n=1, cutoff=_SIMILARITY)
+    similar = [same for same in [_SYNONYMS.get(name)] if same in known]
+    similar = similar or difflib.get_close_matches(name, known, n=1, cutoff=_SIMILARITY)
     hint = f"did you mean --{similar[0]}{dot}{rest}? " if similar else ""
     return f"unknown flag --{name}{dot}{rest}: {hint}--help lists all"
   text = re.sub(r"\('(.*)', '.*'\)$", r"\1", str(error))  # absl shows a pair as it is

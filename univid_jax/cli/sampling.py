@@ -285,12 +285,15 @@ def check_clips(paths: Sequence[str]) -> None:
       raise
 
 
-def check_outputs(requests: Sequence[Request], *, first_frame: str | None = None, grid: bool = False) -> None:
+def check_outputs(
+  requests: Sequence[Request], *, first_frame: str | None = None, num_frames: int | None = None, grid: bool = False
+) -> None:
   """Checks that the results can be written, before a model is loaded.
 
   Args:
     requests: what is sampled.
     first_frame: of the result, if it is given.
+    num_frames: of the result, if it is given.
     grid: whether the whole sentences are written, too.
 
   Raises:
@@ -304,6 +307,6 @@ def check_outputs(requests: Sequence[Request], *, first_frame: str | None = None
     if request.needs_suffix:
       require_short_names(request.out.with_name(f"{request.out.name}.png"), grid=grid)
     else:
-      check_result(request.out, [*request.clips, *([first_frame] if first_frame else [])], None, grid=grid)
+      check_result(request.out, [*request.clips, *([first_frame] if first_frame else [])], num_frames, grid=grid)
   for folder in dict.fromkeys(request.out.parent for request in requests):
     require_writable(folder)

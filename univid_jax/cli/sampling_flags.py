@@ -2,10 +2,14 @@
 
 import dataclasses
 import logging
+import re
 from typing import TYPE_CHECKING
 
 from univid_jax.cli.flags import CommandFlags, UsageError
+from univid_jax.core.dims import is_clip_length, nearest_clip_lengths
+from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit, SolverName
+from univid_jax.core.text import join_words
 
 if TYPE_CHECKING:
   from univid_jax import Pipeline
@@ -115,19 +119,27 @@ class SamplingFlags:
 
     if self.prompt.value is not None and self.task.value is not None:
       raise UsageError("--prompt and --task exclude each other")
+    count = self.num_frames.value
+    if count is not None and not is_clip_length(count):
+      raise UsageError(f"--num_frames must be 4n + 1 ({join_words(nearest_clip_lengths(count), 'or')}), got {count}")
     self._parse_size()
     sampling.group_loras(self._split_loras())
 
   def check_steps(
     self, distillation: "DistillationLoRAs | None" = None, *, step_cache: "StepCache | None" = None
   ) -> None:
-    """Raises UserError if what is asked of the steps contradicts itself or the distillation, or has no effect."""
+    """Raises UsageError if what is asked of the steps contradicts itself or the distillation, or has no effect."""
     import numpy as np
 
     from univid_jax.inference.plan import SamplingPlan
 
     options = dataclasses.replace(self.steps, step_cache=step_cache)
-    plan = SamplingPlan.from_options(options, distillation and distillation.kind)
+    try:
+      plan = SamplingPlan.from_options(options, distillation and distillation.kind)
+    except UserError as error:  # names Python's arguments
+      names = "|".join(options.to_keywords())
+      flags = re.sub(rf"\b({names})\b", r"--\1", str(error)).replace("--num_inference_steps", "--steps")
+      raise UsageError(flags) from error
     if self.negative_prompt.value and np.all(np.asarray(plan.guidance_scale) == 1):
       remedy = "leave it out with --accelerate" if distillation else "give a --guidance_scale other than 1"
       raise UsageError(f"--negative_prompt needs guidance: {remedy}")

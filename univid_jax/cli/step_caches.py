@@ -72,4 +72,4 @@ def describe_schedules(pipeline: Pipeline, plan: SamplingPlan, ratios: Sequence[
     skipped = 0 if steps is None else int((~steps).sum())
     thresholds.setdefault(total - skipped, threshold)
   for computed, threshold in thresholds.items():
-    yield f"--step_cache={METHOD}:{threshold:g}  computes the blocks {computed} times instead of {total}"
+    yield f"--step_cache={METHOD}:{threshold:g}  computes the blocks in {computed} of {total} passes"

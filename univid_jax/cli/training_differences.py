@@ -7,7 +7,7 @@ from univid_jax import Pipeline
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.core.contexts import CONTEXTS, video_pattern
 from univid_jax.core.options import ClipFit, ModelType
-from univid_jax.core.text import size_text
+from univid_jax.core.text import join_words, size_text
 from univid_jax.data.clips import ContextClip
 from univid_jax.data.media.reader import probe
 
@@ -47,12 +47,12 @@ def find_differences(
     found["size"] = _describe_size(size, usage)
   trained = sorted({1, usage.num_frames})
   if others := sorted({num_frames, *(len(clip.frames) for clip in clips)} - set(trained)):
-    found["frames"] = f"{_join(others)} frames instead of {' or '.join(map(str, trained))}"
+    found["frames"] = f"{join_words(others, 'and')} frames instead of {join_words(trained, 'or')}"
   found |= _compare_sentences(videos, usage)
   if fit != usage.fit and any(_has_other_shape(path, size) for path in fitted):
     found["fit"] = f"{_FITS[fit]} instead of {_FITS[usage.fit]}"
   if others := _other_rates([fps, *(clip.fps for clip in clips)], usage):
-    found["rate"] = f"{_join(others)} frames per second instead of {usage.fps:.5g}"
+    found["rate"] = f"{join_words(others, 'and')} frames per second instead of {usage.fps:.5g}"
   if has_first_frame and pipeline.config.model_type != ModelType.TI2V:
     found["first frame"] = "a given first frame, which only TI2V models know"
   return found
@@ -63,14 +63,14 @@ def _compare_sentences(videos: Sequence[bool], usage: Usage) -> dict[str, str]:
   count = len(videos)
   if usage.clip_counts and count not in usage.clip_counts:
     missing = " (there is no example pair)" if count < 4 else ""
-    return {"clips": f"{count} clips, the result included, instead of {_join(usage.clip_counts, 'or')}{missing}"}
+    return {"clips": f"{count} clips, the result included, instead of {join_words(usage.clip_counts, 'or')}{missing}"}
   if count < 4 or count % 2 or not usage.contexts:
     return {}
   trained = [video_pattern(name, count) for name in usage.contexts if name in CONTEXTS]
   if not trained or tuple(videos) in trained:
     return {}
   shown = ", ".join("video" if is_video else "image" for is_video in videos)
-  return {"context": f"a sentence of {shown} instead of those of context {_join(usage.contexts, 'or')}"}
+  return {"context": f"a sentence of {shown} instead of those of context {join_words(usage.contexts, 'or')}"}
 
 
 def _other_rates(rates: Sequence[float | None], usage: Usage) -> list[str]:
@@ -87,11 +87,7 @@ def _has_other_shape(path: str, size: tuple[int, int]) -> bool:
 
 def _describe_size(size: tuple[int, int], usage: Usage) -> str:
   """Returns a size next to those of training, and how many times as many pixels it has, which take at least as long."""
-  trained = " or ".join(map(size_text, usage.sizes))
+  trained = join_words(map(size_text, usage.sizes), "or")
   factor = math.prod(size) / max(map(math.prod, usage.sizes))
   more = f", {round(factor, 1):,g} times as many" if factor >= 1.5 else ""
   return f"{size_text(size)} pixels (width x height) instead of {trained}{more}"
-
-
-def _join(values: Sequence[object], word: str = "and") -> str:
-  return f" {word} ".join(map(str, values))

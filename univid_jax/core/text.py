@@ -15,6 +15,12 @@ def list_first(items: Iterable[str], limit: int) -> str:
   return ", ".join(items[:limit]) + (f" and {left} more" if left > 0 else "")
 
 
+def join_words(items: Iterable[object], word: str) -> str:
+  """Lists a few items: "a", "a or b", "a, b or c"."""
+  *others, last = map(str, items)
+  return f"{', '.join(others)} {word} {last}" if others else last
+
+
 def size_text(size: Sequence[int]) -> str:
   """Returns (height, width) as people read it, as viewers of pictures show it: "WIDTH x HEIGHT"."""
   height, width = size

@@ -12,7 +12,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import SentenceSource
-from univid_jax.core.text import list_first
+from univid_jax.core.text import count_noun, list_first
 
 FILE = "data.json"
 
@@ -108,7 +108,7 @@ def check_not_trained(workdir: epath.PathLike, held_out: Mapping[str, SentenceSo
   if not trained or not (shared := find_shared(trained, now)):
     return
   count = sum(source["num_records"] for source in now.values())
-  text = f"{workdir} was trained on {len(shared)} of the {count} records to evaluate on, such as {shared[0]}"
+  text = f"{workdir} was trained on {len(shared)} of {count_noun(count, 'record')} to evaluate on, such as {shared[0]}"
   if not allowed:
     raise UserError(
       f"{text}: the data or config.data.held_out are others than in training; restore them, evaluate on other data "

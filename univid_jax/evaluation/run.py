@@ -5,8 +5,6 @@ control "swapped" alone, computes PSNR alone, and keeps no samples.
 """
 
 import logging
-import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +17,8 @@ from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import format_json, parse_json
-from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.text import count_noun
-from univid_jax.data.sources.listed import ListedSentences
 from univid_jax.data.sources.open import DataSources, open_data
-from univid_jax.data.sources.pairs import PairSentences
 from univid_jax.data.sources.readers.arc import ARCSentences
 from univid_jax.data.target_kinds import own_kinds
 from univid_jax.data.tasks.grids.rendering import Rendering
@@ -158,28 +153,8 @@ def evaluate(
 
 def nothing_held_out(config: RunConfig, data: DataSources) -> str:
   """Says why there are no sentences to evaluate on, and how to have some."""
-  beginning = "there is nothing to evaluate on: "
-  if not config.eval.sentences_per_case:
-    return f"{beginning}config.eval.sentences_per_case is 0"
-  if not config.data.held_out:
-    return f"{beginning}config.data.held_out is 0, and there is no test set (config.data.test_pairs)"
-  largest = max(map(_largest_group, data.sources.values()), default=0)
-  at = f"{count_noun(largest, 'record')} of a task are too few to hold any out at config.data.held_out = "
-  needed = f"{config.data.held_out:.3g}, which takes {math.ceil(1 / config.data.held_out)}"
-  share = f"--config.data.held_out={math.ceil(100 / largest) / 100:g} holds out one; or " if largest > 2 else ""
-  return f"{beginning}{at}{needed}: {share}name a test set (config.data.test_pairs, tfds.test_split)"
-
-
-def _largest_group(source: SentenceSource) -> int:
-  """Returns the most records of which a share is held out together: of a task, and of pairs a size."""
-  groups: list[object] = []
-  if isinstance(source, PairSentences):
-    groups = [pair.group for pair in source.pairs]
-  elif isinstance(source, ListedSentences):
-    groups = [record.task for record in source.records]
-  elif isinstance(source, ARCSentences):
-    groups = [task.group for task in source.tasks]
-  return max(Counter(groups).values(), default=0)
+  reason = "config.eval.sentences_per_case is 0" if not config.eval.sentences_per_case else None
+  return f"there is nothing to evaluate on: {reason or data.explain_nothing_held_out(config.data)}"
 
 
 class _Results:

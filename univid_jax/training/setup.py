@@ -305,8 +305,8 @@ def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
     now = remember_trained(stored, now)
   if shared := find_shared(now, now):
     log.warning(
-      "%d held-out records are trained on as well, such as %s: validation and evaluation say little about others",
-      len(shared),
+      "%s of what is held out also in training, such as %s: validation and evaluation say little about others",
+      count_noun(len(shared), "record"),
       shared[0],
     )
   if jax.process_index() == 0 and stored != now:

@@ -114,6 +114,8 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
   except (FileNotFoundError, PermissionError, UserError):
     raise
   except Image.UnidentifiedImageError as error:
+    if not path.stat().st_size:
+      raise UserError("the file is empty") from error
     if _is_tiff(path):
       raise UserError(f"{READ_TIFFS}, and this one has unknown pixels, or is damaged") from error
     if found := describe_content(path):

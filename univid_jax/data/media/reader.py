@@ -208,7 +208,10 @@ def list_frames(folder: Path) -> list[Path]:
 def _clip_path(path: str | os.PathLike) -> Path:
   if not os.fspath(path):
     raise UserError("a clip needs a name, got an empty one")  # Path would make it the current folder
-  return require_local(path)
+  path = require_local(path)
+  if path.is_file() and not path.stat().st_size:
+    raise UserError(f"cannot read {path}: the file is empty")
+  return path
 
 
 def require_clip(path: str | os.PathLike) -> Path:

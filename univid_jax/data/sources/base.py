@@ -16,6 +16,7 @@ from univid_jax.core.contexts import video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.protocols import SentenceSource
+from univid_jax.core.text import count_noun
 from univid_jax.runtime.processes import sum_over_processes
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ class Dropped:
   reason: str
 
   def __str__(self) -> str:
-    return f"{self.record}: {self.reason}"
+    named = f"{self.record}: "
+    return self.reason if self.reason.startswith(named) else f"{named}{self.reason}"
 
 
 def printable(name: str) -> str:
@@ -48,8 +50,10 @@ def drop(record: str, error: Exception) -> Dropped:
 def require_none_dropped(dropped: Sequence[Dropped], *, allowed: bool) -> None:
   """Raises UserError if records were dropped and that is not allowed."""
   if dropped and not allowed:
+    them, first = ("it", ":") if len(dropped) == 1 else ("them", ", the first is")
+    count = count_noun(len(dropped), "listed record")
     raise UserError(
-      f"{len(dropped)} of the listed records cannot be used, first {dropped[0]}; fix them, or leave them out with "
+      f"{count} cannot be used{first} {dropped[0]}; fix {them}, or leave {them} out with "
       "--config.data.allow_dropped=True"
     )
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -26,7 +27,7 @@ from univid_jax.data.sources.computed import (
 from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.sources.listed import ListedSentences, count_shown_targets
 from univid_jax.data.sources.pairs import PairSentences
-from univid_jax.data.sources.readers.arc import open_arc
+from univid_jax.data.sources.readers.arc import ARCSentences, open_arc
 from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
@@ -90,9 +91,23 @@ class DataSources:
           log.info("data: %s, %s", name, text)
       for change, count in _count_changes(source).most_common(REPORTED_CHANGES):
         log.info("data: %s, %s: %s", name, count_noun(count, "clip"), change)
+      for text, has_videos in source.describe_left_out() if isinstance(source, PairSentences) else ():
+        log.log(logging.WARNING if has_videos else logging.INFO, "data: %s, %s", name, text)
       _warn_of_shown_targets(name, source, self.held_out.get(name))
+    if self.sources and not self.held_out:
+      log.warning("data: nothing to validate and evaluate on: %s", self.explain_nothing_held_out(config))
     for dropped in self.dropped:
       log.info("dropped: %s", dropped)
+
+  def explain_nothing_held_out(self, config: DataConfig) -> str:
+    """Says why no sentence is held out, and how to have some."""
+    if not config.held_out:
+      return "config.data.held_out is 0, and there is no test set (config.data.test_pairs)"
+    largest = max(map(_largest_group, self.sources.values()), default=0)
+    at = f"{count_noun(largest, 'record')} of a task are too few to hold any out at config.data.held_out = "
+    needed = f"{config.held_out:.3g}, which takes {math.ceil(1 / config.held_out)}"
+    share = f"train with --config.data.held_out={math.ceil(100 / largest) / 100:g}, which holds out one, or "
+    return f"{at}{needed}: {share if largest > 2 else ''}name a test set (config.data.test_pairs, tfds.test_split)"
 
   def require_usable(self, config: DataConfig) -> None:
     """Raises UserError if there is nothing to train on, or records were dropped and the config does not allow that."""
@@ -174,14 +189,26 @@ def _warn_of_shown_targets(name: str, source: SentenceSource, held_out: Sentence
 
 def _count_changes(source: SentenceSource) -> Counter[str]:
   """Counts what clips of the longest length differ in from their files."""
-  footage: list[Footage] = []
+  clips: list[tuple[Footage, int]] = []
   if isinstance(source, ListedSentences):
     footage = [part for record in source.records for part in record.footage]
+    clips = [(part, floor_clip_length(min(part.num_frames, part.form.num_frames))) for part in footage]
   elif isinstance(source, PairSentences):
-    footage = [part for pair in source.pairs for part in (pair.source, pair.target)]
-  images_alone = isinstance(source, PairSentences) and not source.options.has_videos
-  lengths = [1 if images_alone else floor_clip_length(min(part.num_frames, part.form.num_frames)) for part in footage]
-  return Counter(change for part, length in zip(footage, lengths) for change in part.describe_changes(length))
+    lengths = {group: source.form.num_frames if source.has_videos(group) else 1 for group in source.groups}
+    clips = [(part, lengths[pair.group]) for pair in source.pairs for part in (pair.source, pair.target)]
+  return Counter(change for part, length in clips for change in part.describe_changes(length))
+
+
+def _largest_group(source: SentenceSource) -> int:
+  """Returns the most records of which a share is held out together: of a task, and of pairs a size."""
+  groups: list[object] = []
+  if isinstance(source, PairSentences):
+    groups = [pair.group for pair in source.pairs]
+  elif isinstance(source, ListedSentences):
+    groups = [record.task for record in source.records]
+  elif isinstance(source, ARCSentences):
+    groups = [task.group for task in source.tasks]
+  return max(Counter(groups).values(), default=0)
 
 
 @dataclasses.dataclass(frozen=True)

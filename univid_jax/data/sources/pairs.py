@@ -9,7 +9,7 @@ import numpy as np
 from univid_jax.core.contexts import CONTEXTS, limit_clips, make_sentence, video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence
-from univid_jax.core.text import count_noun, size_text
+from univid_jax.core.text import count_noun, join_words, size_text
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import DrawOptions, Dropped, draw, group_indices, hold_out, printable
@@ -95,6 +95,36 @@ class PairSentences:
       }
       for group, pairs in self.groups.items()
     }
+
+  def has_videos(self, group: Group) -> bool:
+    """Returns whether any sentence of a group has videos; else first frames alone are used."""
+    used = [name for name, weight in self.contexts[group].items() if weight > 0]
+    return any(is_video for name in used for is_video in video_pattern(name, num_clips=4))
+
+  def describe_left_out(self) -> Iterator[tuple[str, bool]]:
+    """Yields for each group that lacks contexts with a weight what it lacks and why, and whether it has any videos."""
+    for group, pairs in self.groups.items():
+      left_out = [
+        name for name, weight in self.options.contexts.items() if weight > 0 and name not in self.contexts[group]
+      ]
+      short = [pair for pair in pairs if not all(pair.fits(name, self.form.num_frames) for name in left_out)]
+      if not short:
+        continue
+      lengths = {pair.name: min(pair.source.num_frames, pair.target.num_frames) for pair in short}
+      first = max(lengths, key=lengths.__getitem__)
+      contexts = f"{printable(group[0])} has no sentences of context {join_words(left_out, 'or')}"
+      has_videos = any(part.num_frames > 1 for pair in pairs for part in (pair.source, pair.target))
+      if has_videos:
+        few = "is too short" if len(short) == 1 else "are too short"
+        yield (
+          (
+            f"{contexts}, for whose videos {len(short)} of its {count_noun(len(pairs), 'pair')} {few}, such as "
+            f"{printable(first)} with {count_noun(lengths[first], 'frame')} instead of {self.form.num_frames}"
+          ),
+          True,
+        )
+      else:
+        yield f"{contexts}: its pairs are images", False
 
   @property
   def task_names(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ key whose value is null counts as absent. Clips 1 and 2, 3 and 4, ... are pairs,
 targets.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import PromptStyle, TargetKind
 from univid_jax.core.paths import resolve_inside
 from univid_jax.core.sentence import Role, check_roles
+from univid_jax.core.text import count_noun
 from univid_jax.data.clips import ClipFormat, Footage, open_footage
 from univid_jax.data.media.reader import probe
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable
@@ -73,7 +75,10 @@ def _parse(line: str) -> Mapping[str, Any]:
   Raises:
     ValueError: it is not JSON, or not a sentence.
   """
-  values = parse_json(line)
+  try:
+    values = parse_json(line)
+  except json.JSONDecodeError as error:
+    raise UserError(f"{error.msg} at character {error.pos + 1}; a line must be a whole sentence in JSON") from error
   if not isinstance(values, dict):
     raise UserError(f"a line must be an object with the keys {', '.join(KEYS)}")
   values = _require_keys(values, KEYS)
@@ -171,10 +176,15 @@ def _read_lengths(
     given = [count for other in clips[pair] if (count := other.get("num_frames", 1)) > 1 and is_clip_length(count)]
     shortest = min([longest[index], *(length for length in longest[pair] if length > 1)])
     count = clip.get("num_frames", given[0] if given and longest[index] > 1 else shortest)
+    if count == 1 < part.start + part.num_frames and "num_frames" not in clip and max(longest[pair]) > 1:
+      left = f"{count_noun(part.num_frames, 'frame')}{f' from {part.start} on' if part.start else ''}"
+      raise UserError(
+        f"{clip['path']} has {left}, too few for a video, and its pair is one: with num_frames = 1 it is an image"
+      )
     if not is_clip_length(count):
       raise UserError(f"{clip['path']}: a clip must have 1 or 4n + 1 frames, got num_frames {count}")
     if count > part.num_frames:
       whose = "" if "num_frames" in clip else " of the other clip of the pair"
-      raise UserError(f"{clip['path']} has {part.num_frames} frames, but num_frames{whose} is {count}")
+      raise UserError(f"{clip['path']} has {count_noun(part.num_frames, 'frame')}, but num_frames{whose} is {count}")
     lengths.append(count)
   return tuple(lengths)

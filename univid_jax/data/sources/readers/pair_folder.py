@@ -8,7 +8,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.data.clips import ClipFormat, open_footage
 from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign
-from univid_jax.data.sources.base import DrawOptions, Dropped, drop
+from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable
 from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
 from univid_jax.data.target_kinds import resampling
 
@@ -36,10 +36,15 @@ def open_pairs(
     raise FileNotFoundError(f"no such folder: {folder}")
   names = [name for task in _list_folders(root) for name in _list_folders(task)]
   if not names:
-    is_flat = any(next(path.glob("source.*"), None) for path in _list_folders(root))
-    hint = "; the level of tasks is missing, so move its folders into one with the task's name" if is_flat else ""
+    hint = ""
+    if next(root.glob("source.*"), None):
+      hint = "; this is a pair itself, so name the folder that contains those of the tasks, two levels above it"
+    elif any(next(path.glob("source.*"), None) for path in _list_folders(root)):
+      hint = "; the level of tasks is missing, so move its folders into one with the task's name"
     raise UserError(f"no pairs in {folder}: a pair is TASK/NAME/source.* and TASK/NAME/target.*{hint}")
-  pairs, dropped = [], []
+  pairs: list[Pair] = []
+  empty = [task.name for task in _list_folders(root) if not _list_folders(task)]
+  dropped = [Dropped(printable(name), "the folder of a task has no folders of pairs") for name in empty]
   for name in names:
     kind = (kinds or {}).get(name.parent.name, TargetKind.IMAGE)
     try:
