@@ -342,7 +342,11 @@ def test_step_caching(trained, tmp_path, capfd):
     (["--clips={a},{a},{a}", "--guidance_range=0,1"], 2, "--guidance_range needs guidance"),
     (["--clips={a},{a},{a}", "--negative_prompt=x"], 2, "--negative_prompt needs guidance: give a --guidance_scale"),
     (["--clips={a},{a},{a}", "--accelerate={lora}", "--negative_prompt=x"], 2, "guidance: leave it out with --accel"),
-    (["--clips={a},{a},{a}", "--accelerate={lora}", "--step_cache=magcache"], 2, "--step_cache contradicts the distill"),
+    (
+      ["--clips={a},{a},{a}", "--accelerate={lora}", "--step_cache=magcache"],
+      2,
+      "--step_cache contradicts the distill",
+    ),
     (["--clips={a},{a},{a}", "--guidance_scale=nan"], 1, "the guidance scale must be finite, got nan"),
     (["--clips={a},{a},{a}", "--out="], 2, "--out must name a file or folder"),
     (["--clips={a},{a},{a}", "--out=.."], 2, "--out must name a file or folder"),

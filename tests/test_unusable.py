@@ -363,7 +363,9 @@ def test_prepare_finds_sentences_that_fit_no_row(tmp_path, has_base):
   data = open_data(config)
   features = make_features(config, data, tmp_path / "work" if has_base else None)
   small = RowShape(num_tokens=66, num_text_tokens=8, num_slots=2)
-  with pytest.raises(UserError, match=r"used: m\.jsonl line 2: a sentence.*has 72 tokens, .*config\.rows\.num_tokens = 66"):
+  with pytest.raises(
+    UserError, match=r"used: m\.jsonl line 2: a sentence.*has 72 tokens, .*config\.rows\.num_tokens = 66"
+  ):
     prepare(features, data, row_shape=small)
   assert len(prepare(features, data, row_shape=small, allow_dropped=True).dropped) == 1
   assert not prepare(features, data, row_shape=ROWS).dropped
