@@ -73,7 +73,7 @@ class TestResuming:
     for _ in range(2):  # resumed again, without a change
       caplog.clear()
       self.resume(changed, tmp_path, monkeypatch)
-      assert "held-out records are trained on as well" in caplog.text
+      assert "of what is held out also in training" in caplog.text
     with pytest.raises(UserError, match="was trained on"):
       check_not_trained(tmp_path, open_data(config).held_out, allowed=False)
 

@@ -37,6 +37,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import TrainedExpert
 from univid_jax.core.protocols import Encoders
 from univid_jax.core.sentence import Sentence
+from univid_jax.core.text import count_noun
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.fingerprint import (
   describe_changes,
