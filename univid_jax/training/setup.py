@@ -306,7 +306,7 @@ def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
     now = remember_trained(stored, now)
   if shared := find_shared(now, now):
     log.warning(
-      "%s of what is held out also in training, such as %s: validation and evaluation say little about others",
+      "training sees %s of what is held out, such as %s: validation and evaluation say little about others",
       count_noun(len(shared), "record"),
       shared[0],
     )
