@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests import commands
-from tests.commands import finish, free_port, run_command, start_command, start_python
+from tests.commands import finish, free_port, run_command, run_here, start_command, start_python
 from tests.helpers import compile_plain_step, parameters
 from univid_jax.checkpoints import run_parts
 from univid_jax.checkpoints.checksums import find_damage, read_names
@@ -399,18 +399,38 @@ def test_a_clip_deleted_during_training_is_named(tmp_path):
   assert again.returncode == 0 and f"at step {step} of {step + 1}" in again.stderr, again.stderr
 
 
-def test_sigterm_saves_and_exits_with_75(tmp_path):
+def assert_stopped(workdir, code, stderr):
+  """Checks that a command was stopped by SIGTERM, and that the step that it names is saved."""
+  assert code == 75
+  message = stderr.strip().splitlines()[-1]
+  assert "stopped by SIGTERM at step" in message and message.endswith("rerun the same command to resume")
+  checkpointer = Checkpointer(str(workdir))
+  assert checkpointer.latest_step == int(message.split("step ")[1].split()[0])
+  checkpointer.close()
+
+
+def test_sigterm_saves_and_exits_with_75(tmp_path, monkeypatch, capfd):
+  write = MetricsWriter.write
+
+  def write_and_stop(self, step, summary):
+    write(self, step, summary)
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(loop, "compile_train_step", compile_plain_step)
+  monkeypatch.setattr(MetricsWriter, "write", write_and_stop)
+  arguments = "--config.num_steps=100000", "--config.validation.every_steps=0", f"--workdir={tmp_path}"
+  assert_stopped(tmp_path, run_here("univid_jax.train", *SMALL, *arguments), capfd.readouterr().err)
+
+
+@pytest.mark.long
+def test_a_process_that_gets_sigterm_saves_and_exits_with_75(tmp_path):
   process = start_command("univid_jax.train", *SMALL, "--config.num_steps=100000", f"--workdir={tmp_path}")
   while process.poll() is None and not ((tmp_path / "metrics.jsonl").exists() and count_metrics(tmp_path) >= 2):
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)
   _, stderr = process.communicate(timeout=60)
-  assert process.returncode == 75
-  message = stderr.strip().splitlines()[-1]
-  assert "stopped by SIGTERM at step" in message and message.endswith("rerun the same command to resume")
-  checkpointer = Checkpointer(str(tmp_path))
-  assert checkpointer.latest_step == int(message.split("step ")[1].split()[0])
-  checkpointer.close()
+  assert_stopped(tmp_path, process.returncode, stderr)
 
 
 def count_metrics(workdir):

@@ -55,7 +55,7 @@ def clips(tmp_path: Path) -> tuple[str, str, str]:
   return str(tmp_path / "a.mp4"), str(tmp_path / "a2.mp4"), str(tmp_path / "b.mov")
 
 
-@pytest.mark.parametrize("carry_context", [False, True])
+@pytest.mark.parametrize("carry_context", [pytest.param(False, marks=pytest.mark.long), True])
 def test_the_result_is_like_the_query(pipeline, clips, tmp_path, caplog, monkeypatch, carry_context):
   write_clip(tmp_path / "odd.mp4", moving_video(50, (18, 22)), fps=25)
   sample = mock.Mock(wraps=pipeline.sample_video)
