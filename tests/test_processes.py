@@ -365,6 +365,7 @@ class TestTwoProcesses:
       process.send_signal(signal.SIGCONT)
     assert [finish(process).returncode for process in processes] == [0, 0]
 
+  @pytest.mark.long
   def test_the_same_command_twice_leaves_the_first_alone(self, tmp_path):
     """Also with the port of the first: JAX would end both."""
     (process,) = start_loop(tmp_path)

@@ -288,7 +288,7 @@ def test_a_first_frame_at_the_size_of_the_query(pipeline, tmp_path, size):
   assert np.abs(np.load(tmp_path / "out.npy")[0] - shown).max() <= 1
 
 
-@pytest.mark.parametrize("guidance_range", [None, (0.0, 0.8)])
+@pytest.mark.parametrize("guidance_range", [pytest.param(None, marks=pytest.mark.long), (0.0, 0.8)])
 def test_warm_up_compiles_everything(tiny_config, clips, tmp_path, guidance_range):
   """Sampling afterwards compiles nothing, and nothing was written."""
   config = override(tiny_config, {"data.num_frames": 9})
