@@ -1,5 +1,6 @@
 """Shared by several tests: goldens, models with golden weights, relative errors."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,13 +22,15 @@ from univid_jax.checkpoints.run_parts import create_model, open_encoders, transf
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.config.schema import RunConfig
 from univid_jax.convert.layout import make_fills, match_fills
-from univid_jax.core.packed_row import ContextMode
+from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.params import ParamTree
 from univid_jax.core.unfinished import unfinished_path
 from univid_jax.inference.experts import OffloadedParams, Transformer
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.dit import DiT
 from univid_jax.models.variants import DiTConfig
+from univid_jax.training.state import TrainState
+from univid_jax.training.step import Metrics, TrainStep, _count
 
 
 class LazyPackage:
@@ -116,6 +120,25 @@ def random_pipeline(config: RunConfig, mesh: Mesh) -> Pipeline:
     mesh=mesh,
     usage=Usage.from_config(config),
   )
+
+
+def compile_plain_step(run: object) -> TrainStep:
+  """Stands in for `compile_train_step` where a run has to move, not to learn: compiling is most of a short run.
+
+  Its steps add a hundredth to every parameter and to the average of each; the loss is not finite if a parameter is not.
+  """
+
+  def add(x: jax.Array) -> jax.Array:
+    return jax.device_put(np.asarray(x) + np.asarray(0.01, x.dtype), x.sharding)
+
+  def step(state: TrainState, frozen: ParamTree, row: PackedRow) -> tuple[TrainState, Metrics]:
+    loss = jnp.float32(sum(float(np.sum(np.asarray(x, np.float32))) for x in jax.tree.leaves(state.params)))
+    number = jax.device_put(np.asarray(state.step) + np.int32(1), state.step.sharding)
+    params, ema = (jax.tree.map(add, params) for params in (state.params, state.ema))
+    moved = dataclasses.replace(state, step=number, params=params, ema=ema)
+    return moved, {"loss": loss, "grad_norm": jnp.float32(1), **_count(jax.tree.map(jnp.asarray, jax.device_get(row)))}
+
+  return step
 
 
 def left_by_killed(path: Path, *, machine: str | None = None) -> Path:

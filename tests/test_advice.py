@@ -136,7 +136,7 @@ class TestOptions:
     assert override(wan22_ti2v_5b(), small).data.sizes == ((480, 832),)
 
   def test_meshes_divide_rows_and_devices(self):
-    config = override(wan_14b(), {"rows.per_batch": 4})
+    config = override(wan_14b(), {"rows.per_batch": 4, "base.quantize": "int8"})  # one way to store the base
     options = list(make_options(config, Machine(name="v5e", count=16), {}))
     meshes = {tuple(option.mesh.values()) for option in options}
     assert (1, 4, 4) in meshes and (16, 1, 1) not in meshes
@@ -144,7 +144,7 @@ class TestOptions:
     assert all(option.estimate.rows == 4 for option in options)
 
   def test_streams_divide_rows(self):
-    config = override(wan_1_3b(), {"rows.streams": 4})
+    config = override(wan_1_3b(), {"rows.streams": 4, "base.quantize": "int8"})
     rows = {option.estimate.rows for option in make_options(config, Machine(name="h100", count=8), {})}
     assert rows == {4, 8}
 

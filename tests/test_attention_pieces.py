@@ -146,8 +146,8 @@ def test_heads_divide_over_groups_and_keys_travel_between_them(num_heads, group,
 @pytest.mark.parametrize(
   "num_heads, sizes",
   [
-    (3, {"context": 8}),
     (2, {"data": 2, "context": 4}),
+    pytest.param(3, {"context": 8}, marks=pytest.mark.long),
     pytest.param(8, {"context": 8}, marks=pytest.mark.long),
     pytest.param(4, {"context": 8}, marks=pytest.mark.long),
     pytest.param(4, {"tensor": 2, "context": 4}, marks=pytest.mark.long),

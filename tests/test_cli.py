@@ -275,12 +275,15 @@ class TestEnds:
     """An internal error with a loader, an event writer and checkpoints open."""
     script = textwrap.dedent("""
       import sys
+      from tests.helpers import compile_plain_step
       from univid_jax.checkpoints.run import Checkpointer
       from univid_jax.train import main
+      from univid_jax.training import loop
 
       def save(*args, **kwargs):
         raise ValueError("injected fault")
 
+      loop.compile_train_step = compile_plain_step
       Checkpointer.save = save
       sys.exit(main())
     """)

@@ -144,7 +144,8 @@ def test_parts_are_named_in_programs():
 
 
 @pytest.mark.parametrize(
-  "remat", [RematPolicy.ATTENTION, RematPolicy.DOTS, pytest.param(RematPolicy.FULL, marks=pytest.mark.long)]
+  "remat",
+  [RematPolicy.ATTENTION, *(pytest.param(x, marks=pytest.mark.long) for x in (RematPolicy.DOTS, RematPolicy.FULL))],
 )
 def test_remat_does_not_change_gradients(remat):
   for a, b in zip(gradient(remat), gradient(RematPolicy.NONE), strict=True):

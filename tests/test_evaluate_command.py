@@ -13,12 +13,14 @@ from PIL import Image
 
 from tests import commands
 from tests.commands import run_command, run_here, start_command
-from tests.helpers import image_width
+from tests.helpers import compile_plain_step, image_width
 from univid_jax import evaluate
 from univid_jax.cli.evaluated_config import describe_config_differences, describe_ignored_overrides
 from univid_jax.config import presets
 from univid_jax.config.boundary import override
+from univid_jax.evaluation import kinds
 from univid_jax.evaluation.metrics.image import psnr
+from univid_jax.training import loop
 
 TASKS = {"scribble": 1.0, "salient_object": 1.0, "camera_movement": 0.5, "duotone": 0.0, "swap_channels": 0.0}
 SMALL = (*commands.SMALL, *(f"--config.data.tasks.{name}={weight}" for name, weight in TASKS.items()))
@@ -34,7 +36,9 @@ def run(module, *arguments):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("evaluate") / "run"
-  assert run_here("univid_jax.train", *TRAINING, "--config.num_steps=3", f"--workdir={folder}") == 0
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "compile_train_step", compile_plain_step)
+    assert run_here("univid_jax.train", *TRAINING, "--config.num_steps=3", f"--workdir={folder}") == 0
   assert run_here("univid_jax.evaluate", *SMALL, *EVALUATION, f"--workdir={folder}") == 0
   return folder
 
@@ -153,8 +157,11 @@ def test_errors_are_one_clear_line(workdir, capfd, arguments, message):
   assert code != 0 and message in error.strip().splitlines()[-1] and "Traceback" not in error, error
 
 
-def test_the_config_is_that_of_the_run(workdir, report, tmp_path, capfd):
+def test_the_config_is_that_of_the_run(workdir, report, tmp_path, monkeypatch, capfd):
   """Unless one is given; single values of it can be changed."""
+  # Edges and poses, whose scores are not compared, take longer than all the rest.
+  monkeypatch.setattr(kinds, "edge_counts", lambda *_: np.ones((99, 3)))
+  monkeypatch.setattr(kinds, "camera_metrics", lambda *_, **__: {})
   folders = f"--workdir={workdir}", f"--out={tmp_path}"
   single = "--config.data.kinds={'scribble': 'edges'}", "--config.data.tasks.scribble=1"  # the default has neither
   assert run_here("univid_jax.evaluate", *folders, *EVALUATION, *single) == 0

@@ -74,7 +74,7 @@ class TestForecast:
     with pytest.raises(UserError, match=r"rows of 47 tokens do not divide over config\.mesh\.context = 2"):
       forecast(override(tiny_config, {"rows.num_tokens": 47}), make_mesh({"context": 2}, jax.devices()[:2]))
 
-  @pytest.mark.parametrize("decoding", [False, True])
+  @pytest.mark.parametrize("decoding", [pytest.param(False, marks=pytest.mark.long), True])
   def test_autoencoder(self, decoding, monkeypatch):
     """Of a small shape: no weights are needed, and a tile at a time is on the device."""
     shape = VAEConfig(dim=4, dim_mult=(1, 2), temporal_downsample=(True,), num_res_blocks=1)

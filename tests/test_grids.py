@@ -484,12 +484,16 @@ class TestSentences:
       rules = all_rules(name)
       if name == "automaton":
         rules = [{**rule, "color": sentence.params["color"]} for rule in rules]
-      pairs = [(a[0], b[1:] if len(b) > 1 else b) for a, b in zip(clips[::2], clips[1::2])]
+      *examples, (query, truth) = [(a[0], b[1:] if len(b) > 1 else b) for a, b in zip(clips[::2], clips[1::2])]
+
+      def follows(rule, grid, states):
+        return all(is_same(a, b) for a, b in zip(family.targets(grid, len(states), rule), states))
+
       answers, splits = set(), set()
       for rule in rules:
-        found = [family.targets(grid, len(states), rule) for grid, states in pairs]
-        if all(is_same(a, b) for got, (_, states) in zip(found[:-1], pairs) for a, b in zip(got, states)):
-          answers.add(b"".join(state.astype(np.int8).tobytes() for state in found[-1]))
+        if all(follows(rule, *example) for example in examples):
+          found = family.targets(query, len(truth), rule)
+          answers.add(b"".join(state.astype(np.int8).tobytes() for state in found))
           splits.add(family.is_held_out is not None and family.is_held_out(rule))
       assert len(answers) == 1 and len(splits) == 1
 

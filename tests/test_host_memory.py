@@ -67,7 +67,7 @@ def test_a_run_goes_on_with_its_base_elsewhere(tmp_path):
   assert losses(tmp_path / "run", {"num_steps": 4}) == expected
 
 
-@pytest.mark.parametrize("method", ["none", "int8"])
+@pytest.mark.parametrize("method", [pytest.param("none", marks=pytest.mark.long), "int8"])
 def test_matrices_of_blocks_are_in_the_memory_of_the_host(method):
   config = config_of(OFFLOAD | {"base.quantize": method})
   _, params = load_base(config, make_mesh({"fsdp": 4}, jax.devices()[:4]))

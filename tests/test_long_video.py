@@ -167,7 +167,7 @@ def test_one_window_is_a_sample(pipeline, solver, guidance_scale):
   assert np.abs(frames.astype(int) - alone.frames).max() <= 1
 
 
-@pytest.mark.parametrize("carry_context", [False, True])
+@pytest.mark.parametrize("carry_context", [pytest.param(False, marks=pytest.mark.long), True])
 def test_killed_and_resumed(pipeline, tmp_path: Path, monkeypatch, carry_context):
   """Another process goes on from the last saved state; the state of another command is not used."""
   a, query = moving_video(9), moving_video(30, seed=1)
@@ -231,7 +231,7 @@ def test_eight_devices_are_one(tiny_config, pipeline):
   assert relative_error(one, eight) <= 1e-2
 
 
-@pytest.mark.parametrize("attention", ["full", "context_causal"])
+@pytest.mark.parametrize("attention", [pytest.param("full", marks=pytest.mark.long), "context_causal"])
 def test_the_latents_are_a_fixed_point_of_overlap(tiny_config, attention):
   """A window's velocity is the model's on a sentence of its own clip; checked with a single step."""
   config = override(tiny_config, {"data.num_frames": 9, "model.attention": attention})

@@ -430,6 +430,7 @@ class TestFiles:
     )
 
 
+@pytest.mark.long
 def test_diffusers_gives_the_same_output(base, tmp_path, caplog):
   """diffusers loads the file without unmatched keys, although alpha differs from the rank, and predicts the same."""
   torch = pytest.importorskip("torch", reason="needs the extra `parity`")

@@ -154,7 +154,7 @@ class TestCases:
       assert_close(project(value), expected[name])
     assert relative_error(velocity(several[False]), velocity(several[True])) <= 2e-5
 
-  @pytest.mark.parametrize("merge", [True, False])
+  @pytest.mark.parametrize("merge", [pytest.param(True, marks=pytest.mark.long), False])
   def test_on_a_mesh(self, merge, load, several):
     spread = load(*SEVERAL, merge_lora=merge, mesh=make_mesh({"fsdp": 4, "tensor": 2}))
     assert any(not value.sharding.is_fully_replicated for value in jax.tree.leaves(parameters(spread)))

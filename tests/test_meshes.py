@@ -128,6 +128,7 @@ class TestMeshes:
     kernel = (spec.abstract_frozen if lora else spec.abstract.params)["blocks"]["ffn"]["up"]["kernel"]
     assert np.prod(kernel.sharding.shard_shape(kernel.shape)) * shards == kernel.size
 
+  @pytest.mark.long
   def test_microbatches_give_the_same_gradients(self, tiny_config, single):
     row, loss, grads = single(False)
     mesh = make_mesh(self.MESHES[0])  # whose state is compiled already

@@ -239,7 +239,10 @@ class TestLoader:
     parts = [self.batches(loader, batches) for loader in loaders]
     return [[int(row[0, 0]) for part in parts for row in part[step].tokens] for step in range(batches)]
 
-  @pytest.mark.parametrize("saved, streams", [(1, 0), (2, 0), (3, 0), (2, 3), (1, 6), (3, 2)])
+  @pytest.mark.parametrize(
+    "saved, streams",
+    [(3, 0), (2, 3), *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, 0), (2, 0), (1, 6), (3, 2)))],
+  )
   def test_other_processes_continue_the_streams(self, saved, streams):
     """A run that was saved by one to three processes goes on with the same batches on one to six."""
     loaders = [self.numbered(process, saved, streams) for process in range(saved)]
@@ -255,8 +258,20 @@ class TestLoader:
         loader.set_state(states)
       assert self.sentences(others) == expected, count
 
-  @pytest.mark.parametrize("weights", [None, [1.0, 3.0], [0.4, 0.6]])
-  @pytest.mark.parametrize("streams", [1, 2, 4, 8])
+  @pytest.mark.parametrize(
+    "streams, weights",
+    [
+      (1, [0.4, 0.6]),
+      (4, None),
+      (8, [1.0, 3.0]),
+      *(
+        pytest.param(streams, weights, marks=pytest.mark.long)
+        for streams in (1, 2, 4, 8)
+        for weights in (None, [1.0, 3.0], [0.4, 0.6])
+        if (streams, weights) not in [(1, [0.4, 0.6]), (4, None), (8, [1.0, 3.0])]
+      ),
+    ],
+  )
   def test_every_stream_mixes_the_sources_by_their_weights(self, streams, weights):
     """Each row is a sentence: those of a row of the batch, hence of a stream, come from both sources."""
     sources = [NumberedSentences(40), NumberedSentences(1000, first=100)]

@@ -166,7 +166,8 @@ def sample_with_diffusers(model, noise, contexts, guidance_scale, plan, settings
   return np.moveaxis(x[0].numpy(), 0, -1), np.reshape(computed, (len(plan.sigmas), -1)).T
 
 
-@pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.long), 3.0])
+@pytest.mark.long
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_step_cache(rng, guidance_scale, capsys):
   """MagCache: the ratios that both measure, the steps that both skip, and what they sample.
 

@@ -82,7 +82,7 @@ def test_sampling(pipe):
   assert np.abs(out.frames.astype(float) - (video + 1) * 127.5).max() <= 0.6
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
   "lora",
   [

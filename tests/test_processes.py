@@ -42,7 +42,7 @@ def reported(done):
 
 
 class TestSignals:
-  @pytest.mark.parametrize("mode", ["loop", "python", "compile", "destructor"])
+  @pytest.mark.parametrize("mode", ["loop", pytest.param("python", marks=pytest.mark.long), "compile", "destructor"])
   def test_sigterm_ends_a_command_with_75_wherever_it_is(self, tmp_path, mode):
     """In a loop at the next step; elsewhere at once, even where no Python runs, or where it ignores exceptions."""
     (process,) = start_loop(tmp_path, f"--mode={mode}")
@@ -365,6 +365,7 @@ class TestTwoProcesses:
       process.send_signal(signal.SIGCONT)
     assert [finish(process).returncode for process in processes] == [0, 0]
 
+  @pytest.mark.long
   def test_the_same_command_twice_leaves_the_first_alone(self, tmp_path):
     """Also with the port of the first: JAX would end both."""
     (process,) = start_loop(tmp_path)

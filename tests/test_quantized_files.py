@@ -121,7 +121,7 @@ class TestFiles:
 class TestFloat8Files:
   """8-bit files of ComfyUI are fp8 bases as they are."""
 
-  @pytest.mark.parametrize("scales", ["none", "one", "rows", "blocks"])
+  @pytest.mark.parametrize("scales", [pytest.param("none", marks=pytest.mark.long), "one", "rows", "blocks"])
   def test_are_taken_as_they_are(self, tmp_path, scales):
     random, tensors = np.random.default_rng(0), {}
     for name, value in WEIGHTS.items():

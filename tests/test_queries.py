@@ -99,6 +99,7 @@ def test_wrong_queries(pipeline):
     list(pipeline.sample_queries([], clips))
 
 
+@pytest.mark.long
 def test_files_are_those_of_single_requests(pipeline, files, tmp_path, caplog):
   """Images, videos, and a video longer than the model's clips; the bucket of each length has one program."""
   runner = RequestRunner(pipeline, pipeline.clip_format, STEPS, {}, grid=True)

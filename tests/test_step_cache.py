@@ -159,7 +159,7 @@ def test_a_single_guided_step(pipe, contexts):
   assert relative_error(cached, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("attention", ["full", "context_causal"])
+@pytest.mark.parametrize("attention", [pytest.param("full", marks=pytest.mark.long), "context_causal"])
 def test_threshold_0_and_measuring_change_nothing(tiny_config, pipe, contexts, attention):
   if attention == "full":
     pipe = random_pipeline(tiny_config, one_device())

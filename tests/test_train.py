@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests import commands
-from tests.commands import finish, free_port, run_command, start_command, start_python
-from tests.helpers import parameters
+from tests.commands import finish, free_port, run_command, run_here, start_command, start_python
+from tests.helpers import compile_plain_step, parameters
 from univid_jax.checkpoints import run_parts
 from univid_jax.checkpoints.checksums import find_damage, read_names
 from univid_jax.checkpoints.lora.formats import write_lora
@@ -41,12 +41,14 @@ from univid_jax.core.errors import DivergedError, Interrupted, UserError
 from univid_jax.core.lock import Lock
 from univid_jax.core.options import Attention, ContextTimestep, LearningRateSchedule, OptimizerName
 from univid_jax.core.packed_row import UNIVID_CONTEXT, PackedRow
+from univid_jax.core.sentence import Role, Sentence
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.fingerprint import write_fingerprint
 from univid_jax.data.media.writer import write_clip
-from univid_jax.data.rows.packing import RowShape, pack, pack_rows
+from univid_jax.data.rows.packing import RowShape, join_rows, pack, pack_rows
+from univid_jax.data.rows.tokens import sentence_features
 from univid_jax.data.sources.open import open_data
-from univid_jax.diffusion.loss import NoiseLevels, sentence_losses
+from univid_jax.diffusion.loss import NoiseLevels, has_sentence, sentence_losses
 from univid_jax.inference.load import load_pipeline
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import shard_batch
@@ -282,6 +284,37 @@ def test_parts_of_a_batch_are_summed_in_float32(parts):
   assert float(gradient["w"]) == pytest.approx(float(jnp.mean(rows.astype(jnp.float32))), rel=2**-8)
 
 
+def test_parts_of_a_batch_have_the_loss_and_the_gradient_of_the_whole(monkeypatch):
+  """Each row counts by the number of its sentences, of which parts have more and less."""
+  rng = np.random.default_rng(0)
+  clips = tuple(rng.normal(size=(2, 1, 2, 2, 3)).astype(np.float32))
+  features = sentence_features(
+    Sentence(clips=clips, roles=(Role.CONTEXT, Role.TARGET)),
+    patch_size=(1, 2, 2),
+    text_len=4,
+    prompt_embedding=np.zeros((1, 5), np.float32),
+  )
+  shape = RowShape(num_tokens=8, num_text_tokens=8, num_slots=4)
+  row = jax.tree.map(jnp.asarray, join_rows([pack([features] * count, shape) for count in (1, 4, 2, 3)]))
+
+  def losses(model, row, noise, sigmas):
+    return model["w"] * noise.mean((1, 2))[:, None] * has_sentence(row), None
+
+  monkeypatch.setattr(train_step, "nnx", mock.Mock(merge=lambda graph, params: params))
+  monkeypatch.setattr(train_step, "sentence_losses", losses)
+  optimizer, params = optax.sgd(1.0), {"w": jnp.float32(3.0)}
+  state = TrainState(step=jnp.int32(0), params=params, ema=None, opt_state=optimizer.init(params))
+  noise = jnp.asarray(rng.normal(size=row.tokens.shape).astype(np.float32))
+  levels = NoiseLevels(sigmas=jnp.ones((4, 4)), weights=jnp.asarray(rng.uniform(1, 2, (4, 4)), jnp.float32))
+  found = []
+  for parts in (1, 2, 4):
+    update = train_step.make_update(mock.Mock(spec=StateSpec, training_graph=None), optimizer, microbatches=parts)
+    moved, metrics = jax.jit(update)(state, {}, row, noise, levels, jax.random.key(0))
+    found.append([float(metrics["loss"]), float(moved.params["w"])])
+  used = np.asarray(levels.weights) * np.asarray(has_sentence(row)) * np.asarray(noise).mean((1, 2))[:, None]
+  np.testing.assert_allclose(found, [[3 * used.sum() / 10, 3 - used.sum() / 10]] * 3, rtol=1e-5)
+
+
 # A small run from the command line.
 SMALL = (
   *commands.SMALL,
@@ -399,18 +432,38 @@ def test_a_clip_deleted_during_training_is_named(tmp_path):
   assert again.returncode == 0 and f"at step {step} of {step + 1}" in again.stderr, again.stderr
 
 
-def test_sigterm_saves_and_exits_with_75(tmp_path):
+def assert_stopped(workdir, code, stderr):
+  """Checks that a command was stopped by SIGTERM, and that the step that it names is saved."""
+  assert code == 75
+  message = stderr.strip().splitlines()[-1]
+  assert "stopped by SIGTERM at step" in message and message.endswith("rerun the same command to resume")
+  checkpointer = Checkpointer(str(workdir))
+  assert checkpointer.latest_step == int(message.split("step ")[1].split()[0])
+  checkpointer.close()
+
+
+def test_sigterm_saves_and_exits_with_75(tmp_path, monkeypatch, capfd):
+  write = MetricsWriter.write
+
+  def write_and_stop(self, step, summary):
+    write(self, step, summary)
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(loop, "compile_train_step", compile_plain_step)
+  monkeypatch.setattr(MetricsWriter, "write", write_and_stop)
+  arguments = "--config.num_steps=9", "--config.validation.every_steps=0", f"--workdir={tmp_path}"
+  assert_stopped(tmp_path, run_here("univid_jax.train", *SMALL, *arguments), capfd.readouterr().err)
+
+
+@pytest.mark.long
+def test_a_process_that_gets_sigterm_saves_and_exits_with_75(tmp_path):
   process = start_command("univid_jax.train", *SMALL, "--config.num_steps=100000", f"--workdir={tmp_path}")
   while process.poll() is None and not ((tmp_path / "metrics.jsonl").exists() and count_metrics(tmp_path) >= 2):
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)
   _, stderr = process.communicate(timeout=60)
-  assert process.returncode == 75
-  message = stderr.strip().splitlines()[-1]
-  assert "stopped by SIGTERM at step" in message and message.endswith("rerun the same command to resume")
-  checkpointer = Checkpointer(str(tmp_path))
-  assert checkpointer.latest_step == int(message.split("step ")[1].split()[0])
-  checkpointer.close()
+  assert_stopped(tmp_path, process.returncode, stderr)
 
 
 def count_metrics(workdir):
@@ -803,10 +856,9 @@ def test_a_workdir_that_is_in_use_is_refused(tiny_config, tmp_path, monkeypatch)
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_ends_the_run(tiny_config, tmp_path, monkeypatch, what):
   """And does not replace the checkpoint before it: in the step whose gradient diverges the loss is still finite."""
-  compile_step = loop.compile_train_step
 
   def compile_diverging_step(run):
-    step_fn = compile_step(run)
+    step_fn = compile_plain_step(run)
 
     def diverge(state, *arguments):
       state, metrics = step_fn(state, *arguments)
@@ -819,7 +871,7 @@ def test_what_is_not_finite_ends_the_run(tiny_config, tmp_path, monkeypatch, wha
 
   monkeypatch.setattr(loop, "compile_train_step", compile_diverging_step)
   with pytest.raises(DivergedError, match=f"the {what} is not finite"):
-    train(override(tiny_config, {"checkpoint.every_steps": 2}), str(tmp_path))
+    train(override(tiny_config, {"checkpoint.every_steps": 2, "validation.every_steps": 0}), str(tmp_path))
   checkpointer = Checkpointer(str(tmp_path))
   assert checkpointer.latest_step == 2
   checkpointer.close()

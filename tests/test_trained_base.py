@@ -10,7 +10,7 @@ from etils import epath
 from PIL import Image
 
 from tests.commands import run_here
-from tests.helpers import parameters
+from tests.helpers import compile_plain_step, parameters
 from univid_jax.checkpoints import built_in
 from univid_jax.checkpoints.built_in import BUILT_IN, locate
 from univid_jax.checkpoints.info import is_checkpoint, read_info
@@ -27,6 +27,7 @@ from univid_jax.data.tasks.grids.base import GridSplit
 from univid_jax.data.tasks.grids.rendering import Rendering
 from univid_jax.inference.load import load_pipeline
 from univid_jax.inference.ratio_tables import TableKey, read_table, require_tables, write_table
+from univid_jax.training import loop
 from univid_jax.training.loop import train
 
 
@@ -37,7 +38,9 @@ def trained(tmp_path_factory, tiny_config):
   config = override(
     tiny_config, {"validation.every_steps": 0, "eval.sentences_per_case": 0, "model.clip_gap": 2, "flow.shift": 4.0}
   )
-  train(config, str(root / "run"))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "compile_train_step", compile_plain_step)
+    train(config, str(root / "run"))
   convert_any(str(root / "run"), str(root / "base"))
   return root, config
 
@@ -56,7 +59,8 @@ def test_a_base_is_the_run_it_was_written_of(trained):
   assert scheduler_config(PretrainedCheckpoint.open(str(root / "base")))["flow_shift"] == 4.0
 
 
-def test_loras_are_trained_on_it_and_applied_to_it(trained, tmp_path, caplog):
+def test_loras_are_trained_on_it_and_applied_to_it(trained, tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(loop, "compile_train_step", compile_plain_step)
   root, config = trained
   tuned = override(config, {"init_from": str(root / "base"), "lora.rank": 2, "num_steps": 2})
   result = train(tuned, str(tmp_path / "run"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import univid_jax
-from tests.helpers import GOLDENS, package_or_skip, parameters, random_pipeline
+from tests.helpers import GOLDENS, compile_plain_step, package_or_skip, parameters, random_pipeline
 from univid_jax.checkpoints.checksums import digest_contents
 from univid_jax.checkpoints.lora.folder import write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, write_lora
@@ -34,6 +34,7 @@ from univid_jax.inference.distillation_loras import read_distillation
 from univid_jax.inference.lora_specs import RequestedLoRA, lora_usage, read_loras
 from univid_jax.inference.plan import SamplingOptions
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training import loop
 from univid_jax.training.loop import train
 
 USAGE = Usage(
@@ -243,9 +244,10 @@ def test_a_sidecar_is_part_of_the_checksum(tmp_path):
   assert len({*sums, origins[2].checksums["lora 0"]}) == 3
 
 
-def test_the_step_of_a_lora_run_is_chosen_once(tiny_config, tmp_path):
+def test_the_step_of_a_lora_run_is_chosen_once(tiny_config, tmp_path, monkeypatch):
   """What it saves afterwards is neither loaded nor named as the origin of samples."""
-  changes = {"lora.rank": 2, "num_steps": 2, "checkpoint.every_steps": 1, "eval.sentences_per_case": 0}
+  monkeypatch.setattr(loop, "compile_train_step", compile_plain_step)
+  changes = {"lora.rank": 2, "num_steps": 2, "checkpoint.every_steps": 1, "validation.every_steps": 0}
   train(override(tiny_config, changes), run := str(tmp_path / "run"))
   folder = tmp_path / "run" / "checkpoints"
   newest = (folder / "2").rename(tmp_path / "2")

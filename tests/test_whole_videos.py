@@ -55,7 +55,7 @@ def clips(tmp_path: Path) -> tuple[str, str, str]:
   return str(tmp_path / "a.mp4"), str(tmp_path / "a2.mp4"), str(tmp_path / "b.mov")
 
 
-@pytest.mark.parametrize("carry_context", [False, True])
+@pytest.mark.parametrize("carry_context", [pytest.param(False, marks=pytest.mark.long), True])
 def test_the_result_is_like_the_query(pipeline, clips, tmp_path, caplog, monkeypatch, carry_context):
   write_clip(tmp_path / "odd.mp4", moving_video(50, (18, 22)), fps=25)
   sample = mock.Mock(wraps=pipeline.sample_video)
@@ -288,7 +288,7 @@ def test_a_first_frame_at_the_size_of_the_query(pipeline, tmp_path, size):
   assert np.abs(np.load(tmp_path / "out.npy")[0] - shown).max() <= 1
 
 
-@pytest.mark.parametrize("guidance_range", [None, (0.0, 0.8)])
+@pytest.mark.parametrize("guidance_range", [pytest.param(None, marks=pytest.mark.long), (0.0, 0.8)])
 def test_warm_up_compiles_everything(tiny_config, clips, tmp_path, guidance_range):
   """Sampling afterwards compiles nothing, and nothing was written."""
   config = override(tiny_config, {"data.num_frames": 9})
