@@ -44,6 +44,7 @@ log = logging.getLogger("univid_jax.demo")
 
 @app.command(FLAGS)
 def main() -> None:
+  require_free(HOST.value, PORT.value)  # before seconds of imports
   try:
     import gradio  # noqa: F401
   except ModuleNotFoundError as error:
@@ -53,7 +54,6 @@ def main() -> None:
   from univid_jax.cli.page import CSS, Page
   from univid_jax.cli.page_session import Offer, Session, find_checkpoints
 
-  require_free(HOST.value, PORT.value)
   enable_compilation_cache()
   offer = Offer(
     checkpoints=CHECKPOINT.value or find_checkpoints(),
