@@ -108,6 +108,11 @@ def make_clips(pipeline: Any) -> list[np.ndarray]:
   return [a, 255 - a, b]
 
 
+def negative_prompt(pipeline: Any) -> np.ndarray:
+  """Returns the embedding of one token, which differs from the null prompt, so that guidance has an effect."""
+  return np.ones((1, pipeline.config.text_dim), np.float32)
+
+
 def psnr(frames: np.ndarray, dense: np.ndarray) -> float:
   error = np.mean(np.square(frames.astype(np.float64) - dense))
   return float(10 * np.log10(255**2 / error)) if error else float("inf")
@@ -118,7 +123,7 @@ def race(pipeline: Any, clips: Sequence[np.ndarray], first: dict[str, Any], seco
   frames, seconds = {}, {"first": [], "second": []}
   for _ in range(1 + PAIRS.value):
     for name, options in (("first", first), ("second", second)):
-      frames[name] = pipeline.sample(clips, **options).frames
+      frames[name] = pipeline.sample(clips, **options, negative_prompt_embeds=negative_prompt(pipeline)).frames
       seconds[name].append(pipeline.sampler.seconds)
   (_, *one), (_, *two) = seconds.values()
   return {
@@ -141,7 +146,8 @@ def main() -> None:
     clips = make_clips(pipeline)
     dense = {"num_inference_steps": STEPS.value, "guidance_scale": GUIDANCE_SCALE.value}
     measurement = RatioMeasurement()
-    pipeline.sample(clips, **dense, seed=1, step_cache=measurement)
+    away = negative_prompt(pipeline)
+    pipeline.sample(clips, **dense, seed=1, step_cache=measurement, negative_prompt_embeds=away)
     for threshold in map(float, THRESHOLDS.value):
       cache = StepCache(ratios=measurement.table, threshold=threshold, max_skip=MAX_SKIP.value)
       plan = dataclasses.replace(pipeline.plan(**dense), step_cache=cache)

@@ -141,6 +141,13 @@ def compile_plain_step(run: object) -> TrainStep:
   return step
 
 
+def give_prompts(pipeline: Pipeline) -> Pipeline:
+  """Gives a pipeline without a text encoder one, of ones for each letter, so that negative prompts have an effect."""
+  dim = pipeline.config.text_dim
+  pipeline.encoders.embed_prompt = lambda text: np.ones((len(text), dim), np.float32)
+  return pipeline
+
+
 def left_by_killed(path: Path, *, machine: str | None = None) -> Path:
   """Returns the name of an unfinished file or folder whose process was killed, here or on another machine."""
   owner, dot, name = unfinished_path(path).name.partition(".partial-")[2].partition(".")

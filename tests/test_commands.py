@@ -196,7 +196,7 @@ def test_a_run_names_all_results(trained):
   assert image_width(root / "run" / "grid.png") > 500
 
 
-def test_sampling_real_files(trained, tmp_path):
+def test_sampling_real_files(trained, tmp_path, capfd):
   root, _ = trained
   rng = np.random.default_rng(0)
   write_clip(tmp_path / "a video.mp4", rng.integers(0, 256, (7, 50, 34, 3)).astype(np.uint8), fps=25)
@@ -213,7 +213,9 @@ def test_sampling_real_files(trained, tmp_path):
   assert read_clip(tmp_path / "out.png").frames.shape == (1, 16, 16, 3)
 
   inputs, out = f"--clips={a},{b},{a}", f"--out={tmp_path / 'out.npy'}"
+  capfd.readouterr()
   assert run_here("univid_jax.sample", *common, inputs, out, "--guidance_scale=2") == 0
+  assert capfd.readouterr().err.count("guidance has no effect: the negative prompt equals the prompt") == 1
   assert np.load(tmp_path / "out.npy").shape == (5, 16, 16, 3)
 
 

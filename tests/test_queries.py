@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.clip_files import write_video
 from tests.commands import SMALL, finish, free_port, run_command, start_command
-from tests.helpers import random_pipeline
+from tests.helpers import give_prompts, random_pipeline
 from univid_jax.cli.queries import QueryRunner
 from univid_jax.cli.requests import RequestRunner
 from univid_jax.cli.sampling import SamplingArguments, plan_requests
@@ -58,10 +58,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_batches_equal_single_samples(tiny_config, attention, solver, guidance_scale, devices):
   """In any order, with any size of the batches; also over several devices, and with a cached context."""
   config = override(tiny_config, {"model.attention": attention})
-  pipeline = random_pipeline(config, make_mesh({"data": -1}, jax.devices()[:devices]))
+  pipeline = give_prompts(random_pipeline(config, make_mesh({"data": -1}, jax.devices()[:devices])))
   rng = np.random.default_rng(0)
   a, a2, *queries = rng.integers(0, 256, (7, 1, 16, 16, 3)).astype(np.uint8)
-  options = dict(num_inference_steps=3, solver=solver, guidance_scale=guidance_scale, seed=5)
+  options = dict(num_inference_steps=3, solver=solver, guidance_scale=guidance_scale, negative_prompt="no", seed=5)
   alone = [pipeline.sample([a, a2, query], **options).latents for query in queries]
   for size, order in ((None, 1), (2, -1), (1, 1)):
     batch = [

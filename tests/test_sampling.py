@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import CAUSAL, random_pipeline, relative_error
+from tests.helpers import CAUSAL, give_prompts, random_pipeline, relative_error
 from univid_jax.config.boundary import override
+from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.rows.packing import bucket_size
 from univid_jax.data.rows.tokens import sentence_features
@@ -92,14 +93,15 @@ def test_batch_over_eight_devices_equals_one_at_a_time(tiny_config, attention, s
   contexts = [list(s.clips[:-1]) for s in chosen.values()]
   contexts = (contexts * 4)[:4]
   assert len(chosen) >= 3
-  options = dict(num_inference_steps=3, solver=solver, guidance_scale=guidance_scale)
+  pipeline, single = give_prompts(pipeline), give_prompts(single)
+  options = dict(num_inference_steps=3, solver=solver, guidance_scale=guidance_scale, negative_prompt="no")
   together = pipeline.sample_batch(contexts, seeds=[5, 6, 7, 8], **options)
   for clips, seed, sample in zip(contexts, (5, 6, 7, 8), together):
     alone = single.sample(clips, seed=seed, **options)
     assert relative_error(sample.latents, alone.latents) <= 1e-5
   with pytest.raises(ValueError, match="4 sentences, 4 prompts and 2 seeds"):
     pipeline.sample_batch(contexts, seeds=[1, 2])
-  with pytest.raises(TypeError, match="unexpected keyword argument 'stepss'"):
+  with pytest.raises(UserError, match="there is no option stepss"):
     pipeline.sample_batch(contexts, stepss=3)
 
 
@@ -120,7 +122,8 @@ def test_a_second_call_in_a_bucket_compiles_nothing(tiny_config, attention):
   )
   rng = np.random.default_rng(0)
   image, longer, long = (rng.integers(0, 256, (t, 16, 16, 3)).astype(np.uint8) for t in (1, 5, 9))
-  options = dict(num_inference_steps=2, guidance_scale=2.0)
+  pipeline = give_prompts(pipeline)
+  options = dict(num_inference_steps=2, guidance_scale=2.0, negative_prompt="no")
   pipeline.sample([image, longer, longer], **options)  # 5 latent frames for 8 or fewer tokens each
   programs = [pipeline.sampler.prepare, *pipeline.sampler._steps.values()]
   count = [program._cache_size() for program in programs]
@@ -128,7 +131,8 @@ def test_a_second_call_in_a_bucket_compiles_nothing(tiny_config, attention):
   assert [program._cache_size() for program in programs] == count
   out = pipeline.sample([image, image, long], **options)
   job = pipeline.make_job([image, image, long], None, 0)
-  rows = [pack_single(pipeline.make_features(job, pipeline.embed("")), context_mode=pipeline.context_mode)] * 2
+  features = [pipeline.make_features(job, pipeline.embed(text)) for text in ("", options.pop("negative_prompt"))]
+  rows = [pack_single(each, context_mode=pipeline.context_mode) for each in features]
   packed = PackedJobs(*rows, [(0, 1)], [job.noise])
   (tokens,) = pipeline.sampler.sample(pipeline.experts, packed, pipeline.plan(**options))
   expected = job.finish(tokens, pipeline.config.patch_size)

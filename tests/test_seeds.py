@@ -1,10 +1,14 @@
 """Random keys of seeds: all 64 bits count."""
 
+import ast
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import univid_jax
 from univid_jax.core.options import MAX_SEED
 from univid_jax.core.seeds import random_key
 
@@ -22,3 +26,13 @@ def test_small_seeds_are_those_of_jax(seed):
 
 def test_it_can_be_traced():
   assert jax.jit(lambda: random_key(2**40 + 1))() == random_key(2**40 + 1)
+
+
+@pytest.mark.parametrize("path", sorted(Path(univid_jax.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
+def test_draws_have_a_dtype(path):
+  """Else `jax_enable_x64` changes what a seed means."""
+  for call in ast.walk(ast.parse(path.read_text())):
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+      kind, words = call.func.attr, ast.unparse(call)
+      if words.startswith("jax.random.") and kind in ("normal", "uniform", "randint", "truncated_normal", "bernoulli"):
+        assert "jnp.float32" in words or "jnp.int32" in words, f"{path}:{call.lineno}"

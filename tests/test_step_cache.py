@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import random_pipeline, relative_error
+from tests.helpers import give_prompts, random_pipeline, relative_error
 from tests.test_sampling import held_out_sentences
 from univid_jax.cli.step_caches import parse_step_cache
 from univid_jax.config.boundary import override
@@ -129,7 +129,7 @@ def test_a_ratio_is_the_mean_over_targets():
 @pytest.fixture(scope="module")
 def pipe(tiny_config):
   """With a cached context; tests/test_parity.py compares full attention with diffusers."""
-  return random_pipeline(override(tiny_config, {"model.attention": "context_causal"}), one_device())
+  return give_prompts(random_pipeline(override(tiny_config, {"model.attention": "context_causal"}), one_device()))
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,8 @@ def contexts(tiny_config):
 
 
 def sample(pipe, clips, **options):
-  return pipe.sample(clips, **{"num_inference_steps": STEPS, "guidance_scale": 2.0, "seed": 3, **options}).latents
+  given = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "negative_prompt": "no", "seed": 3}
+  return pipe.sample(clips, **given | options).latents
 
 
 def measure(pipe, clips, **options):
@@ -162,7 +163,7 @@ def test_a_single_guided_step(pipe, contexts):
 @pytest.mark.parametrize("attention", [pytest.param("full", marks=pytest.mark.long), "context_causal"])
 def test_threshold_0_and_measuring_change_nothing(tiny_config, pipe, contexts, attention):
   if attention == "full":
-    pipe = random_pipeline(tiny_config, one_device())
+    pipe = give_prompts(random_pipeline(tiny_config, one_device()))
   expected = sample(pipe, contexts[0])
   table, latents = measure(pipe, contexts[0])
   assert relative_error(latents, expected) <= 1e-6
@@ -220,7 +221,7 @@ def test_skipped_steps_reuse_the_residual(pipe, contexts):
 
 def test_a_batch_of_packed_rows_equals_single_samples(pipe, contexts):
   cache = StepCache(ratios=measure(pipe, contexts[0])[0], threshold=10, max_skip=1)
-  options = dict(num_inference_steps=STEPS, guidance_scale=2.0, step_cache=cache)
+  options = dict(num_inference_steps=STEPS, guidance_scale=2.0, negative_prompt="no", step_cache=cache)
   together = pipe.sample_batch(contexts * 2, seeds=range(2 * len(contexts)), **options)
   for seed, (clips, out) in enumerate(zip(contexts, together)):
     assert relative_error(out.latents, pipe.sample(clips, seed=seed, **options).latents) <= 1e-5

@@ -9,20 +9,20 @@ import pytest
 from tests.clip_files import write_image
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.cli.training_differences import find_differences
-from univid_jax.core.options import ClipFit, ModelType
+from univid_jax.core.options import ClipFit
 from univid_jax.data.clips import ContextClip
 
 USAGE = Usage(sizes=((16, 24), (24, 16)), num_frames=17, fit=ClipFit.PAD, fps=8.0)
 
 
-def find(folder, *, usage=USAGE, model_type=ModelType.T2V, lengths=(17, 1), **changes):
+def find(folder, *, usage=USAGE, lengths=(17, 1), **changes):
   """Compares clips as in training, except for some changes."""
   clips = [
     ContextClip("", np.zeros((length, 1, 1, 3), np.uint8), 8.0 if length > 1 else None, "", ()) for length in lengths
   ]
-  pipeline = types.SimpleNamespace(usage=usage, config=types.SimpleNamespace(model_type=model_type))
+  pipeline = types.SimpleNamespace(usage=usage)
   fitted = [str(write_image(folder / "wide.png", size=(30, 60)))]
-  shown = dict(size=(24, 16), num_frames=17, fps=8.0, fit=ClipFit.PAD, fitted=fitted, videos=(), has_first_frame=False)
+  shown = dict(size=(24, 16), num_frames=17, fps=8.0, fit=ClipFit.PAD, fitted=fitted, videos=())
   return list(find_differences(pipeline, clips, **shown | changes).values())
 
 
@@ -43,8 +43,6 @@ def find(folder, *, usage=USAGE, model_type=ModelType.T2V, lengths=(17, 1), **ch
     ),
     ({"fps": 24000 / 1001}, ["23.976 frames per second instead of 8"]),
     ({"fps": None}, []),
-    ({"has_first_frame": True}, ["a given first frame, which only TI2V models know"]),
-    ({"has_first_frame": True, "model_type": ModelType.TI2V}, []),
   ],
 )
 def test_only_what_differs_is_found(tmp_path, changes, expected):

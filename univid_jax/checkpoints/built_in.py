@@ -1,12 +1,23 @@
 """Checkpoints inside the package: a name stands for the folder."""
 
 import importlib.resources
+import os
+from typing import Any
 
 from etils import epath
 
+from univid_jax.core.checks import describe_value
+from univid_jax.core.errors import UserError
 from univid_jax.core.paths import CACHE_FOLDER, to_path
 
 BUILT_IN = ("small",)
+
+
+def require_checkpoint(checkpoint: Any) -> None:
+  """Raises UserError unless a checkpoint is a name or a path."""
+  if not isinstance(checkpoint, str | os.PathLike) or not os.fspath(checkpoint):
+    names = ", ".join(BUILT_IN)
+    raise UserError(f"checkpoint must be a path, or a built-in base ({names}), got {describe_value(checkpoint)}")
 
 
 def locate(checkpoint: epath.PathLike) -> epath.Path:

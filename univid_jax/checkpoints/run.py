@@ -109,6 +109,10 @@ def require_run(workdir: epath.PathLike) -> RunRecord:
       "workdir of the same config"
     )
   if not epath.Path(workdir).exists():
+    if str(workdir) in BUILT_IN:
+      raise FileNotFoundError(
+        f"there is no folder {workdir}; the built-in base is the text {str(workdir)!r}, not a path"
+      )
     raise FileNotFoundError(
       f"{workdir} does not exist: expected a converted checkpoint, the workdir of a training run, or one of the "
       f"built-in bases: {', '.join(BUILT_IN)}"

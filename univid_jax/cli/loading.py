@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 import univid_jax
+from univid_jax.checkpoints.experts import split_expert
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.cli.sampling import group_loras
 from univid_jax.inference.distillation_loras import DistillationLoRAs
@@ -37,11 +38,12 @@ def load_model(
   if distillation:
     sources |= {"distillation": distillation.files, "lora_steps": distillation.steps}
   origin = Origin.resolve(checkpoint, step=step, **sources)
+  paths = {split_expert(path)[1] for path, _ in loras}
   pipeline = univid_jax.load_pipeline(
     checkpoint,
     lora=grouped,
     step=origin.step,
-    lora_steps=origin.lora_steps,
+    lora_steps={path: step for path, step in origin.lora_steps.items() if path in paths},
     quantize=quantize,
     mesh=make_mesh({"data": 1, "fsdp": -1}, jax.local_devices()),
     **verification,

@@ -145,7 +145,7 @@ class RequestRunner:
     size = probe(self.reader.shown_last(request)).size if self.keep_size else frames[-1].shape[1:3]
     fps = frame_rate(clips) if clips else None
     shown: dict[str, Any] = {"size": frames[-1].shape[1:3], "num_frames": count, "fps": fps}
-    self.reader.report_differences(request, clips, **shown, has_first_frame=first is not None)
+    self.reader.report_differences(request, clips, **shown)
     record = self._record([clip.describe() for clip in clips], num_frames=count, size=size, fps=fps)
     if first is not None:
       record["first_frame"] = first.describe()
@@ -184,7 +184,7 @@ class RequestRunner:
     num_frames = query.footage.num_frames
     check_result(path, request.clips, num_frames, grid=self.grid)
     shown: dict[str, Any] = {"size": query.footage.form.size, "num_frames": self.form.num_frames, "fps": query.fps}
-    self.reader.report_differences(request, examples, **shown, has_first_frame=self.carry_context)
+    self.reader.report_differences(request, examples, **shown)
     clips = [*(clip.describe() for clip in examples), query.describe()]
     record = self._record(clips, num_frames=num_frames, size=query.size, fps=query.fps)
     record |= {"carry_context": self.carry_context, "window_frames": self.form.num_frames}

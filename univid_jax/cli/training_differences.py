@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from univid_jax import Pipeline
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.core.contexts import CONTEXTS, video_pattern
-from univid_jax.core.options import ClipFit, ModelType
+from univid_jax.core.options import ClipFit
 from univid_jax.core.text import join_words, size_text
 from univid_jax.data.clips import ContextClip
 from univid_jax.data.media.reader import probe
@@ -24,7 +24,6 @@ def find_differences(
   fit: ClipFit,
   fitted: Sequence[str],
   videos: Sequence[bool],
-  has_first_frame: bool,
 ) -> dict[str, str]:
   """Returns what differs from the training of a model, by kind; nothing if it is not known how the model was trained.
 
@@ -37,7 +36,6 @@ def find_differences(
     fit: how clips are brought to the size.
     fitted: the files that are brought to it in this way; others are extended.
     videos: whether each clip of the sentence is a video, those of windows and the result included.
-    has_first_frame: whether the first frame of the result, or of its windows, is given.
   """
   usage = pipeline.usage
   found: dict[str, str] = {}
@@ -53,8 +51,6 @@ def find_differences(
     found["fit"] = f"{_FITS[fit]} instead of {_FITS[usage.fit]}"
   if others := _other_rates([fps, *(clip.fps for clip in clips)], usage):
     found["rate"] = f"{join_words(others, 'and')} frames per second instead of {usage.fps:.5g}"
-  if has_first_frame and pipeline.config.model_type != ModelType.TI2V:
-    found["first frame"] = "a given first frame, which only TI2V models know"
   return found
 
 

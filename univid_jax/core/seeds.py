@@ -1,15 +1,26 @@
 """Random keys from seeds."""
 
-import operator
 from typing import SupportsIndex
 
 import jax
 import numpy as np
 from jax import Array
 
+from univid_jax.core.checks import require_integer
+from univid_jax.core.options import MAX_SEED
+
+
+def check_seed(seed: SupportsIndex) -> int:
+  """Returns a seed; raises UserError if it is no whole number of 64 bits."""
+  return require_integer("seed", seed, -MAX_SEED - 1, MAX_SEED)
+
 
 def random_key(seed: SupportsIndex) -> Array:
-  """Returns the random key of a seed, all 64 bits of which count; `jax.random.key` takes the lower 32 alone."""
-  seed = operator.index(seed)
+  """Returns the random key of a seed, all 64 bits of which count; `jax.random.key` takes the lower 32 alone.
+
+  Raises:
+    UserError: it is no whole number of 64 bits.
+  """
+  seed = check_seed(seed)
   key, high = jax.random.key(seed % 2**32), (seed >> 32) % 2**32
   return jax.random.fold_in(key, np.uint32(high)) if high else key

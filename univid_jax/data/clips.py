@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from univid_jax.config.schema import DataConfig
+from univid_jax.core.checks import require_list
 from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, Resampling
@@ -229,7 +230,7 @@ class ContextClip:
 
 
 def read_context(
-  paths: Sequence[str | os.PathLike],
+  paths: Iterable[str | os.PathLike],
   form: ClipFormat,
   *,
   videos: Sequence[bool] | None = None,
@@ -247,8 +248,11 @@ def read_context(
     extend_query: whether the last clip is not resized, see `ClipFormat`.
 
   Raises:
-    OSError, UserError: a file is not a clip, or is too short where a video is wanted.
+    OSError, UserError: there are no paths, a file is not a clip, or is too short where a video is wanted.
   """
+  paths = require_list("paths", paths, "paths of clips")
+  if not paths:
+    raise UserError("paths must be those of one or more clips, got none")
   found = [probe(path) for path in paths]
   form = form.for_shape(found[-1].size)
   clips = []

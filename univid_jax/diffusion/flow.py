@@ -91,7 +91,7 @@ class FlowMatching:
     if self.objective == Objective.LOGIT_NORMAL:
       low, high = map(self._logit, self.noise_range)
       if self.stratified:
-        first, last = ndtr(low), ndtr(high)
+        first, last = ndtr(jnp.float32(low)), ndtr(jnp.float32(high))
         normal = ndtri(first + (last - first) * self._stratify(key, shape))
       else:
         normal = _truncated_normal(key, low, high, shape)
@@ -100,7 +100,8 @@ class FlowMatching:
       shift = self.shift * jnp.sqrt(jnp.maximum(num_tokens, 1) / self.reference_tokens)
       low, high = self.noise_range
       low, high = low / (shift - (shift - 1) * low), 1.0 if high > 1 else high / (shift - (shift - 1) * high)
-      u = low + (high - low) * (1 - self._draw(key, shape, NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS)
+      drawn = self._draw(key, shape, NUM_TRAIN_TIMESTEPS).astype(jnp.float32)
+      u = low + (high - low) * (1 - drawn / NUM_TRAIN_TIMESTEPS)
       return (shift * u / (1 + (shift - 1) * u)).astype(jnp.float32), one
     ids = self.sample_timestep_ids(key, shape)
     weights = jnp.asarray(self.bell_weights())[ids] if self.objective == Objective.DIFFSYNTH else one
@@ -133,14 +134,14 @@ class FlowMatching:
   def _draw(self, key: PRNGKeyArray, shape: tuple[int, ...], num: int) -> Int[Array, "..."]:
     """Draws from range(num), uniform; stratified if that is asked for."""
     if not self.stratified:
-      return jax.random.randint(key, shape, 0, num)
+      return jax.random.randint(key, shape, 0, num, jnp.int32)
     return jnp.minimum((self._stratify(key, shape) * num).astype(jnp.int32), num - 1)
 
   def _stratify(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Draws uniform numbers in [0, 1) that are spread evenly."""
     offset_key, order_key = jax.random.split(key)
     count = int(np.prod(shape))
-    u = (jnp.arange(count) / count + jax.random.uniform(offset_key)) % 1.0
+    u = (jnp.arange(count, dtype=jnp.float32) / count + jax.random.uniform(offset_key, dtype=jnp.float32)) % 1.0
     return jax.random.permutation(order_key, u).reshape(shape)
 
 

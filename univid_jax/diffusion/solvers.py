@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_STEPS, SolverName
 from univid_jax.core.protocols import NoiseSchedule, Number, Solver, Tokens, VelocityFn, Weights
@@ -133,9 +134,11 @@ def find_solver(solver: str | Solver[Any]) -> Solver[Any]:
   """Returns a solver by name, or the solver itself.
 
   Raises:
-    UserError: there is no solver of that name.
+    UserError: there is no solver of that name, or it is none.
   """
   if not isinstance(solver, str):
+    if isinstance(solver, type) or not all(callable(getattr(solver, name, None)) for name in ("sigmas", "step")):
+      raise UserError(f"solver must be one of {', '.join(SOLVERS)}, or your own, got {describe_value(solver)}")
     return solver
   if solver not in SOLVERS:
     raise UserError(f"unknown solver {solver!r}; there are {', '.join(SOLVERS)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from univid_jax.checkpoints.experts import describing_texts, split_expert, split_weight
 from univid_jax.checkpoints.trained import find_lora_steps
+from univid_jax.core.checks import require_list, require_text
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert
 from univid_jax.diffusion.distillations import Distillation, find_distillation, infer_distillation
@@ -49,14 +50,15 @@ def read_distillation(items: str | Sequence[str] | DistillationLoRAs, *, verify:
   """
   if isinstance(items, DistillationLoRAs):
     return items
-  items = [items] if isinstance(items, str) else list(items)
+  items = [items] if isinstance(items, str) else require_list("accelerate", items, "[EXPERT=]PATH[:WEIGHT][:KIND]")
   files, kinds, loras, steps = [], [], [], {}
   for item in items:
-    expert, text = split_expert(item)
+    expert, text = split_expert(require_text("each of accelerate", item))
     path, weight, name = split_distillation(text)
     kind = find_distillation(name) if name else None
-    steps |= find_lora_steps([path], verify=verify)
-    read = read_loras({expert: (path, weight)} if expert else (path, weight), verify=verify, steps=steps)
+    own = find_lora_steps([path], verify=verify)
+    read = read_loras({expert: (path, weight)} if expert else (path, weight), verify=verify, steps=own)
+    steps |= own
     files.append((f"{expert}={path}" if expert else path, weight))
     # The release's folder often says more than the file.
     texts = [text for lora in read for text in describing_texts(Path(path), lora.weights.metadata)]

@@ -12,6 +12,7 @@ from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.rows.packing import RowShape, assign_rows, bucket_size, join_rows, pack, places_of
 from univid_jax.data.rows.tokens import Features, patchify, unpatchify
+from univid_jax.inference.arguments import check_frames, check_image
 from univid_jax.inference.sampler import PackedJobs
 
 
@@ -85,25 +86,17 @@ def join_context(clips: Sequence[np.ndarray], first_frame: np.ndarray | None) ->
   """Returns what precedes a target: the clips of the context, then its own first frame as a clip, if it is given.
 
   Raises:
-    UserError: the number of clips is even, one is not uint8 (T, H, W, 3), or sizes differ.
+    UserError: the number of clips is even, one is not uint8 (T, H, W, 3), the frame is not (H, W, 3), or sizes differ.
   """
   if len(clips) % 2 == 0 and (clips or first_frame is None):
     raise UserError(f"the context must be an odd number of clips (A, A', B), got {len(clips)}")
   given = tuple(np.asarray(clip) if hasattr(clip, "__array__") else clip for clip in clips)
-  given += () if first_frame is None else (np.asarray(first_frame)[None],)
+  given += () if first_frame is None else (check_image("first_frame", first_frame)[None],)
   for clip in given:
     check_frames(clip)
   if len({clip.shape[1:3] for clip in given}) > 1:
     raise UserError(f"all clips must have the same size, got {[clip.shape[1:3] for clip in given]}")
   return given
-
-
-def check_frames(clip: object) -> None:
-  """Raises UserError unless a clip is frames, uint8 (T, H, W, 3)."""
-  shape, dtype = np.shape(clip) if isinstance(clip, np.ndarray) else None, getattr(clip, "dtype", None)
-  if shape is None or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
-    found = f"{dtype} {shape}" if shape is not None else type(clip).__name__
-    raise UserError(f"clips are uint8 arrays (T, H, W, 3), as univid_jax.read_clip(path).frames is, got {found}")
 
 
 def infer_length(lengths: Sequence[int]) -> int:

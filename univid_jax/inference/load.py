@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from univid_jax.checkpoints.built_in import locate
+from univid_jax.checkpoints.built_in import locate, require_checkpoint
 from univid_jax.checkpoints.checksums import verified
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_converted, require_no_step
 from univid_jax.checkpoints.run import RunRecord, require_run
@@ -28,6 +28,7 @@ from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.config.boundary import override
 from univid_jax.config.model import DTYPES
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.checks import require_flag
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, Quantize, parse_option
 from univid_jax.core.packed_row import ContextMode
@@ -48,7 +49,7 @@ from univid_jax.inference.partial import PartialPipeline
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.layers import quantize_linears
 from univid_jax.models.variants import DiTConfig
-from univid_jax.parallel.mesh import make_mesh
+from univid_jax.parallel.mesh import make_mesh, require_mesh
 from univid_jax.parallel.sharding import parameter_shardings
 
 # Wan2.2's own for T2V-A14B, where the paper's shift would leave little to the high-noise expert.
@@ -111,18 +112,18 @@ def load_pipeline(
 
   Args:
     checkpoint: a folder written by the converter, a workdir, or "small", the base in the package.
-    lora: a LoRA file of any trainer, a folder of PEFT or of this project, or a workdir: one or several, each with an
-      optional weight w. Where a LoRA alone makes W' of a tensor W, it adds w (W' - W). For a base with two experts
-      {"high": ..., "low": ...} (or "both"); else metadata or names must say it.
+    lora: a LoRA file of any trainer, a folder of PEFT or of this project, or a workdir: one or several, each PATH,
+      "PATH:w" or (PATH, w), with weight 1 by default. Where a LoRA alone makes W' of a tensor W, it adds w (W' - W).
+      For a base with two experts {"high": ..., "low": ...} (or "both"); else metadata or names must say it.
     dtype: of transformer and encoders; by default bfloat16, or that of the run; of a base that was trained from scratch
       float32.
     accelerate: a distillation LoRA, `[EXPERT=]PATH[:WEIGHT][:KIND]`, or one per expert; see
       `diffusion.distillations`.
-    lora_steps: checkpoints of the workdirs in `lora`, by path; by default the latest.
+    lora_steps: checkpoints of the workdirs in `lora`, by path as it is there; by default the latest.
     merge_lora: adds LoRAs to the weights instead of computing them separately.
     lora_skip_unmatched: leaves out, with a warning, tensors of LoRAs that have no counterpart in the base.
     offload_inactive: keeps the expert that is not in use in host memory.
-    mesh: the devices; by default all, with parameters sharded over them.
+    mesh: the devices, with the axes of `parallel.mesh.make_mesh`; by default all, with parameters sharded over them.
     attention, context_timestep: "full" or "context_causal", "target" or "zero"; by default those of training.
     quantize: "int8", "fp8" or "nf4", of the blocks' linear weights; by default as they are stored or were trained.
     step: checkpoint of a workdir: a number, "best" (the lowest validation loss) or None for the latest.
@@ -131,18 +132,20 @@ def load_pipeline(
 
   Raises:
     FileNotFoundError: there is no such checkpoint, run or LoRA.
-    UserError: an option is unknown or does not apply, one of these cannot be read or differs from its checksum
-      (DamagedError), or a LoRA is for another base.
+    UserError: an option is unknown, of another type or does not apply, one of these cannot be read or differs from its
+      checksum (DamagedError), or a LoRA is for another base.
   """
+  require_checkpoint(checkpoint)
+  verify_weights = require_flag("verify_weights", verify_weights)
   on_damaged = parse_option(OnDamaged, "on_damaged_checkpoint", on_damaged_checkpoint)
   attends, timestep = _parse_context(attention, context_timestep)
   options = _Options(
-    mesh=make_mesh({"data": 1, "fsdp": -1}) if mesh is None else mesh,
-    dtype=_parse_dtype(dtype) if dtype else None,
-    quantize=parse_option(Quantize, "quantize", quantize) if quantize else None,
-    merge_lora=merge_lora,
-    lora_skip_unmatched=lora_skip_unmatched,
-    offload_inactive=offload_inactive,
+    mesh=make_mesh({"data": 1, "fsdp": -1}) if mesh is None else require_mesh(mesh),
+    dtype=None if dtype is None else _parse_dtype(dtype),
+    quantize=None if quantize is None else parse_option(Quantize, "quantize", quantize),
+    merge_lora=require_flag("merge_lora", merge_lora),
+    lora_skip_unmatched=require_flag("lora_skip_unmatched", lora_skip_unmatched),
+    offload_inactive=require_flag("offload_inactive", offload_inactive),
     attention=attends,
     context_timestep=timestep,
   )
@@ -150,7 +153,7 @@ def load_pipeline(
   if is_base:
     require_no_step(checkpoint, step)
   loras = read_loras(lora, verify=verify_weights, steps=lora_steps)
-  distillation = read_distillation(accelerate, verify=verify_weights) if accelerate else None
+  distillation = None if accelerate in (None, [], ()) else read_distillation(accelerate, verify=verify_weights)
   loras += distillation.loras if distillation else ()
   kind = distillation and distillation.kind
   if is_base:

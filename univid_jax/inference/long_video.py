@@ -8,22 +8,25 @@ of the next, and the last frame of the result is its first frame.
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from univid_jax.core.checks import require_callables, require_integer
 from univid_jax.core.dims import pixel_frames
 from univid_jax.core.errors import UserError
 from univid_jax.core.pixels import to_uint8
-from univid_jax.core.seeds import random_key
+from univid_jax.core.seeds import check_seed, random_key
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media.reader import Frames, probe, read_clip
 from univid_jax.data.rows.tokens import patchify, unpatchify
+from univid_jax.inference.arguments import check_frames, list_clips
 from univid_jax.inference.encoding import require_finite
-from univid_jax.inference.jobs import Job, check_frames, make_job
+from univid_jax.inference.jobs import Job, make_job
 from univid_jax.inference.joint import JointWindows, WindowProgress
 from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.progress_file import ProgressFile
@@ -103,7 +106,7 @@ class VideoSample:
   def __init__(
     self,
     pipeline: "Pipeline",
-    examples: Sequence[Frames],
+    examples: Iterable[Frames],
     query: VideoReader,
     *,
     embeds: Sequence[np.ndarray],
@@ -114,6 +117,8 @@ class VideoSample:
     saved: ProgressFile | None = None,
     progress: WindowProgress | None = None,
   ):
+    examples = list_clips("examples", examples)
+    require_callables(progress=progress)
     if len(examples) % 2:
       raise UserError(f"the context must be an odd number of clips (A, A', B), got {len(examples) + 1}")
     if plan.step_cache is not None and not carry_context:
@@ -128,7 +133,7 @@ class VideoSample:
       raise UserError(f"all clips must have the same size, got {sorted(sizes)}")
     self._pipeline, self._examples, self._query, self._embeds = pipeline, examples, query, embeds
     self._first_clip = examples[0] if examples else first  # only an I2V base looks at it
-    self._plan, self._seed, self._saved, self._progress = plan, seed, saved, progress
+    self._plan, self._seed, self._saved, self._progress = plan, check_seed(seed), saved, progress
     self._carry_context = carry_context
     self._shape = pipeline.latent_shape((window_frames, *first.shape[1:3]))
     stride = pipeline.encoders.codec.temporal_stride
@@ -141,13 +146,15 @@ class VideoSample:
       count = math.ceil((self._windows.total - 1) / (length - 1))
       self._windows = Windows(1 + count * (length - 1), length, tuple(range(0, count * (length - 1), length - 1)))
     self.num_windows = len(self._windows.starts)
+    if carry_context and self.num_windows > 1:
+      pipeline.warn_of_first_frame()
     self.num_steps = self.num_windows * len(plan.sigmas)
 
   @classmethod
   def prepare(
     cls,
     pipeline: "Pipeline",
-    examples: Sequence[Frames],
+    examples: Iterable[Frames],
     query: Frames | VideoReader | str | os.PathLike,
     prompt: str = "",
     *,
@@ -169,17 +176,26 @@ class VideoSample:
       num_frames: of a window, 4n + 1; by default that of training.
       seed, carry_context, saved, progress: see the class.
       **options: of `Pipeline.plan`.
+
+    Raises:
+      OSError, UserError: the file cannot be read, or see the class and `Pipeline.sample`.
     """
+    examples = list_clips("examples", examples)
+    for clip in examples:
+      check_frames(clip)
     if isinstance(query, (str, os.PathLike)):
       query = VideoReader.open(query, pipeline.clip_format, size=examples[0].shape[1:3] if examples else None)
+    elif not isinstance(query, VideoReader):
+      check_frames(query)
+      query = VideoReader.from_frames(query)
     plan = pipeline.plan(**options)
     return cls(
       pipeline,
       examples,
-      query if isinstance(query, VideoReader) else VideoReader.from_frames(query),
+      query,
       embeds=pipeline.embed_branches(plan, prompt, negative_prompt),
       plan=plan,
-      window_frames=num_frames or pipeline.num_frames,
+      window_frames=pipeline.num_frames if num_frames is None else require_integer("num_frames", num_frames, 1),
       seed=seed,
       carry_context=carry_context,
       saved=saved,
@@ -202,7 +218,8 @@ class VideoSample:
   def _noise(self, latent_frame: int) -> Float[np.ndarray, "y x c"]:
     """Returns the noise of one latent frame of the video, whatever windows it is in."""
     key = jax.random.fold_in(random_key(self._seed), latent_frame)
-    return np.asarray(jax.random.normal(key, (*self._shape[1:], self._pipeline.encoders.codec.latent_channels)))
+    shape = *self._shape[1:], self._pipeline.encoders.codec.latent_channels
+    return np.asarray(jax.random.normal(key, shape, jnp.float32))
 
   def _window_noise(self, window: int) -> Float[np.ndarray, "t y x c"]:
     start = self._windows.starts[window]

@@ -5,14 +5,16 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from univid_jax.checkpoints.experts import LORA_EXPERTS, named_expert
+from univid_jax.checkpoints.experts import LORA_EXPERTS, named_expert, split_weight
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.trained import is_lora_run, read_run_loras
 from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
+from univid_jax.core.checks import describe_value, require_number
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, Expert, Quantize, TrainedExpert
 from univid_jax.core.paths import to_path
@@ -49,22 +51,35 @@ def read_loras(
     steps: of the checkpoints of workdirs, by path; by default the latest.
 
   Raises:
-    OSError, UserError: a file cannot be read, or `lora` has another form.
+    OSError, UserError: a file cannot be read, `lora` has another form, or a step is of none of its workdirs.
   """
-
-  def read(path: str) -> list[LoRAWeights]:
-    return _read(path, verify=verify, step=(steps or {}).get(path))
-
-  if not isinstance(lora, Mapping):
-    return [RequestedLoRA(each, weight) for path, weight in _parse(lora) for each in read(path)]
-  if unknown := set(lora) - set(LORA_EXPERTS):
+  by_expert = lora if isinstance(lora, Mapping) else {None: lora}
+  if unknown := set(by_expert) - {None, *LORA_EXPERTS}:
     raise UserError(f"LoRAs by expert have the keys {', '.join(LORA_EXPERTS)}, got {', '.join(map(str, unknown))}")
-  return [
-    request
-    for expert, specs in lora.items()
-    for path, weight in _parse(specs)
-    for request in _request(read(path), weight, TrainedExpert(expert))
-  ]
+  wanted = [(expert, *each) for expert, specs in by_expert.items() if specs is not None for each in _parse(specs)]
+  steps = _check_steps(steps, [path for _, path, _ in wanted])
+  requests: list[RequestedLoRA] = []
+  for expert, path, weight in wanted:
+    loras = _read(path, verify=verify, step=steps.get(path))
+    requests += (
+      [RequestedLoRA(each, weight) for each in loras]
+      if expert is None
+      else _request(loras, weight, TrainedExpert(expert))
+    )
+  return requests
+
+
+def _check_steps(steps: Any, paths: Sequence[str]) -> Mapping[str, int]:
+  """Returns steps by path; raises UserError if one of them is of no LoRA, or no step."""
+  if steps is None:
+    return {}
+  if not isinstance(steps, Mapping):
+    raise UserError(f"lora_steps must be a mapping from workdirs in lora to steps, got {describe_value(steps)}")
+  if unknown := [str(path) for path in steps if str(path) not in paths]:
+    raise UserError(
+      f"lora_steps has {', '.join(unknown)}, which is not in lora ({', '.join(paths) or 'there is none'})"
+    )
+  return {str(path): step for path, step in steps.items()}
 
 
 def _request(loras: Sequence[LoRAWeights], weight: float, expert: TrainedExpert) -> list[RequestedLoRA]:
@@ -78,6 +93,8 @@ def _request(loras: Sequence[LoRAWeights], weight: float, expert: TrainedExpert)
 def _read(path: str, *, verify: bool, step: int | None) -> list[LoRAWeights]:
   """Reads a LoRA, or those of both experts that a run has trained."""
   is_run = to_path(path).is_dir() and is_lora_run(path)
+  if step is not None and not is_run:
+    raise UserError(f"lora_steps has a step of {path}, which is not the workdir of a run with LoRA")
   loras = read_run_loras(path, step=step, verify=verify) if is_run else [read_lora(path, verify=verify)]
   for lora in loras:
     for note in lora.notes:
@@ -92,17 +109,29 @@ def _parse(lora: object) -> list[tuple[str, float]]:
     UserError: it is neither, or a weight is not finite.
   """
   match lora:
-    case None:
-      return []
-    case str() | os.PathLike() as path:
+    case str() as text if text:
+      return [_check_weight(*split_weight(text))]
+    case os.PathLike() as path:
       return [(os.fspath(path), 1.0)]
-    case (str() | os.PathLike() as path, int() | float() as weight):
-      if not math.isfinite(weight):
-        raise UserError(f"the weight of the LoRA {path} must be a finite number, got {weight}")
-      return [(os.fspath(path), float(weight))]
+    case (str() | os.PathLike() as path, weight) if not _is_spec(weight):
+      return [_check_weight(os.fspath(path), weight)]
     case list() | tuple() as specs:
       return [pair for spec in specs for pair in _parse(spec)]
-  raise UserError(f"a LoRA is a path or (path, weight), got {lora!r}")
+  raise UserError(f"a LoRA is a path, with a weight path:weight or (path, weight), got {describe_value(lora)}")
+
+
+def _is_spec(value: object) -> bool:
+  """Whether the second of two items is a LoRA too, not a weight, be it one in quotes."""
+  try:
+    return isinstance(value, os.PathLike | list | tuple) or (isinstance(value, str) and math.isnan(float(value)))
+  except ValueError:
+    return True
+
+
+def _check_weight(path: str, weight: Any) -> tuple[str, float]:
+  if not math.isfinite(number := require_number(f"the weight of the LoRA {path}", weight)):
+    raise UserError(f"the weight of the LoRA {path} must be a finite number, got {weight}")
+  return path, number
 
 
 def select_loras(loras: Sequence[RequestedLoRA], experts: Sequence[Expert | None]) -> list[list[RequestedLoRA]]:

@@ -1,44 +1,41 @@
 """The Python interface of a model: encode, sample, decode."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from univid_jax.checkpoints.usage import Usage
+from univid_jax.core.checks import require_callables, require_integer
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ContextTimestep, parse_option
+from univid_jax.core.options import Attention, ContextTimestep, ModelType, parse_option
 from univid_jax.core.packed_row import ContextMode, PackedRow
 from univid_jax.core.protocols import Encoders, Solver
 from univid_jax.core.seeds import random_key
-from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.clips import ClipFormat, read_context
 from univid_jax.data.features import FeatureMaker
-from univid_jax.data.rows.tokens import Features, unpatchify
+from univid_jax.data.rows.tokens import Features
 from univid_jax.diffusion.distillations import Distillation
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
+from univid_jax.inference.arguments import check_embedding, choose_prompt, list_clips, to_numpy
+from univid_jax.inference.batches import sample_batch
 from univid_jax.inference.encoding import EncodingPipeline, Sample
 from univid_jax.inference.experts import Experts, Transformer
-from univid_jax.inference.jobs import (
-  Job,
-  infer_length,
-  join_context,
-  make_job,
-  pack_in_bucket,
-  pack_jobs,
-  pack_single,
-  with_timesteps,
-)
+from univid_jax.inference.jobs import Job, infer_length, join_context, make_job, pack_in_bucket
 from univid_jax.inference.joint import JointSampler
 from univid_jax.inference.long_video import VideoReader, VideoSample
 from univid_jax.inference.plan import SamplingOptions, SamplingPlan
 from univid_jax.inference.preview import DrawnPreview, Preview
+from univid_jax.inference.prompts import embed_negative
 from univid_jax.inference.queries import sample_queries
 from univid_jax.inference.sampler import PackedJobs, Progress, Sampler
+from univid_jax.inference.velocity import predict_velocity
 from univid_jax.models.variants import DiTConfig
 
 
@@ -89,8 +86,12 @@ class Pipeline(EncodingPipeline):
     usage, (size, *buckets) = self.usage, self.usage.sizes
     return ClipFormat(size=size, num_frames=usage.num_frames, fit=usage.fit, fps=usage.fps, buckets=tuple(buckets))
 
-  def read_clips(self, paths: Sequence[str]) -> list[np.ndarray]:
-    """Reads files as the context of a sentence, as training reads images; see `data.clips.read_context`."""
+  def read_clips(self, paths: Iterable[str | os.PathLike[str]]) -> list[np.ndarray]:
+    """Reads files as the context of a sentence, as training reads images; see `data.clips.read_context`.
+
+    Raises:
+      OSError, UserError: there is no file, one is not a clip, or `paths` is a single path.
+    """
     return [clip.frames for clip in read_context(paths, self.clip_format)]
 
   @property
@@ -129,6 +130,9 @@ class Pipeline(EncodingPipeline):
   ) -> Float[np.ndarray, "t y x c"]:
     """Calls the transformer once and returns the velocity, float32.
 
+    It runs on the host and cannot be traced by jit, grad or vmap. What can be is the transformer itself, of an expert
+    in `experts.transformers`: `nnx.merge(expert.graph, expert.load())(row.tokens, timesteps, row)`, with a `PackedRow`.
+
     Args:
       latents: of a whole sentence, its clips concatenated in time.
       timestep: 0 to 1000, of all latents or of each latent frame; of two experts the largest chooses one.
@@ -137,23 +141,10 @@ class Pipeline(EncodingPipeline):
       clip_features: I2V's CLIP features of the first frame, (257, 1280).
 
     Raises:
-      ValueError: inputs of I2V are missing or not taken, timesteps do not fit, or the model has gaps between clips.
+      ValueError: an array has another shape than the model takes, inputs of I2V are missing or not taken, timesteps do
+        not fit, or the model has gaps between clips.
     """
-    if self.usage.clip_gap:
-      gap = f"clip_gap = {self.usage.clip_gap}"
-      raise UserError(f"the model was trained with {gap}, and latents do not say where clips begin: use sample")
-    if latents.shape[-1] != self.config.out_dim:
-      raise UserError(f"latents of this model have {self.config.out_dim} channels, got {latents.shape[-1]}")
-    job = Job(
-      Sentence(clips=(np.asarray(latents, np.float32),), roles=reference_roles(1)),
-      np.zeros((0, 0), np.float32),
-      None if condition is None else np.asarray(condition),
-      None if clip_features is None else np.asarray(clip_features),
-    )
-    row = pack_single(self.make_features(job, np.asarray(prompt_embeds)), context_mode=self.context_mode)
-    row, timesteps = with_timesteps(row, np.asarray(timestep, np.float32))
-    t, y, x = latents.shape[:3]
-    return unpatchify(self.sampler.predict(self.experts, row, timesteps)[0], (t, y, x), self.config.patch_size)
+    return predict_velocity(self, latents, timestep, prompt_embeds, condition, clip_features)
 
   def sample(
     self,
@@ -176,10 +167,11 @@ class Pipeline(EncodingPipeline):
     progress: Progress | None = None,
     preview: Preview | None = None,
   ) -> Sample:
-    """Generates the clip that completes a sentence.
+    """Generates the clip that completes a sentence. It runs on the host and cannot be traced, see `predict_velocity`.
 
     Args:
-      clips: the context in order (A, A', B and so on, an odd number), uint8 (T, H, W, 3), all of one size.
+      clips: the context in order (A, A', B and so on, an odd number), uint8 (T, H, W, 3), all of one size; a list or
+        any other iterable.
       prompt: its text; "" is the null prompt.
       num_frames: of the generated clip, 4n + 1; None infers it as contexts I to IV do.
       num_inference_steps: None takes the number of the model's evaluation, 50 for Wan's bases, or that of the solver.
@@ -198,8 +190,10 @@ class Pipeline(EncodingPipeline):
       preview: called likewise with a function that draws the current estimate, see `inference.preview`.
 
     Raises:
-      ValueError: an even number of clips, different sizes, no latents of these, or options that contradict each other.
+      ValueError: an even number of clips, different sizes, no latents of these, arguments of another type or range, or
+        options that contradict each other.
     """
+    clips = list_clips("clips", clips)
     plan = self.plan(
       num_inference_steps,
       guidance_scale=guidance_scale,
@@ -209,32 +203,34 @@ class Pipeline(EncodingPipeline):
       guidance_range=guidance_range,
       step_cache=step_cache,
     )
+    require_callables(progress=progress, preview=preview)
+    given = choose_prompt("prompt_embeds", prompt, prompt_embeds, self.config)
+    away = choose_prompt("negative_prompt_embeds", negative_prompt, negative_prompt_embeds, self.config)
+    embeds = self.embed_branches(plan, given, away)
     job = self.make_job(clips, num_frames, seed, latents, first_frame)
-    negative = negative_prompt if negative_prompt_embeds is None else negative_prompt_embeds
-    embeds = self.embed_branches(plan, prompt if prompt_embeds is None else prompt_embeds, negative)
     drawn = preview and DrawnPreview(preview, self.encoders.codec, join_context(clips, first_frame), job)
     return self.finish(self.sample_job(job, embeds, plan, progress=progress, preview=drawn))
 
   def sample_video(
-    self, examples: Sequence[np.ndarray], query: np.ndarray | VideoReader | str, prompt: str = "", **options: Any
+    self, examples: Iterable[np.ndarray], query: np.ndarray | VideoReader | str, prompt: str = "", **options: Any
   ) -> VideoSample:
     """Prepares to sample a whole video of any length, frames or a file; see `VideoSample.prepare`."""
     return VideoSample.prepare(self, examples, query, prompt, **options)
 
   def sample_queries(
-    self, examples: Sequence[np.ndarray], queries: Iterable[np.ndarray], prompt: str = "", **options: Any
+    self, examples: Iterable[np.ndarray], queries: Iterable[np.ndarray], prompt: str = "", **options: Any
   ) -> Iterator[Sample]:
     """Samples many queries, of one shape, after the same example pairs; see `inference.queries.sample_queries`."""
     return sample_queries(self, examples, queries, prompt, **options)
 
   def sample_batch(
     self,
-    batch: Sequence[Sequence[np.ndarray]],
-    prompts: Sequence[str] | None = None,
+    batch: Iterable[Iterable[np.ndarray]],
+    prompts: Iterable[str] | None = None,
     num_frames: int | None = None,
     *,
     negative_prompt: str = "",
-    seeds: Sequence[int] | None = None,
+    seeds: Iterable[int] | None = None,
     progress: Progress | None = None,
     **options: Any,
   ) -> list[Sample]:
@@ -243,7 +239,7 @@ class Pipeline(EncodingPipeline):
     Each result equals that of `sample` with the sentence's own seed, to rounding.
 
     Args:
-      batch: the context of each sentence.
+      batch: the context of each sentence; of none, the result is empty.
       prompts: one per sentence; null prompts by default.
       num_frames: see `sample`.
       negative_prompt: of all sentences.
@@ -254,24 +250,14 @@ class Pipeline(EncodingPipeline):
     Raises:
       ValueError: see `sample`; or the numbers of sentences, prompts and seeds differ.
     """
-    plan = self.plan(**options)
-    prompts = [""] * len(batch) if prompts is None else prompts
-    seeds = range(len(batch)) if seeds is None else seeds
-    if not len(batch) == len(prompts) == len(seeds):
-      raise ValueError(f"there are {len(batch)} sentences, {len(prompts)} prompts and {len(seeds)} seeds")
-    jobs = [self.make_job(clips, num_frames, seed) for clips, seed in zip(batch, seeds, strict=True)]
-    embeddings = {prompt: self.embed(prompt) for prompt in dict.fromkeys(prompts)}
-    positive = [self.make_features(job, embeddings[prompt]) for job, prompt in zip(jobs, prompts, strict=True)]
-    negative = None
-    if self.experts.are_guided(plan.guidance_scale):
-      embedding = self.embed(negative_prompt)
-      negative = [self.make_features(job, embedding) for job in jobs]
-    packed = pack_jobs(positive, negative, [job.noise for job in jobs], context_mode=self.context_mode)
-    return self.sample_rows(packed, jobs, plan, progress=progress)
+    return sample_batch(self, batch, prompts, num_frames, negative_prompt, seeds, progress, self.plan(**options))
 
   def plan(self, num_inference_steps: int | None = None, **options: Any) -> SamplingPlan:
-    """Returns the plan for options of `sample`, those of `SamplingOptions`."""
-    return self.make_plan(SamplingOptions(num_inference_steps=num_inference_steps, **options))
+    """Returns the plan for options of `sample`, those of `SamplingOptions`.
+
+    Raises UserError if there is no such option, or a value is invalid.
+    """
+    return self.make_plan(SamplingOptions.from_keywords(num_inference_steps=num_inference_steps, **options))
 
   def make_plan(self, options: SamplingOptions) -> SamplingPlan:
     """Returns the plan for options, given how the model was trained."""
@@ -288,21 +274,25 @@ class Pipeline(EncodingPipeline):
   ) -> Job:
     """Encodes the clips of a sentence and draws the noise of its target."""
     given = join_context(clips, first_frame)
-    num_frames = infer_length([len(clip) for clip in clips or given]) if num_frames is None else num_frames
-    shape = self.latent_shape((num_frames, *given[0].shape[1:3]))
+    if first_frame is not None:
+      self.warn_of_first_frame()
+    if num_frames is None:
+      num_frames = infer_length([len(clip) for clip in given[: len(clips) or 1]])
+    shape = self.latent_shape((require_integer("num_frames", num_frames, 1), *given[0].shape[1:3]))
     known = 0 if first_frame is None else 1
     if known == shape[0]:
       raise UserError(f"with a first frame, num_frames must be more than {num_frames}: nothing is left to generate")
     channels = self.encoders.codec.latent_channels
     if latents is None:
-      latents = jax.random.normal(random_key(seed), (*shape, channels))
-    elif latents.shape != (*shape, channels):
-      raise UserError(f"latents must have the target's shape {(*shape, channels)}, got {latents.shape}")
+      drawn = np.asarray(jax.random.normal(random_key(seed), (*shape, channels), jnp.float32))
+    else:
+      drawn = np.asarray(to_numpy("latents", latents), np.float32)
+    if drawn.shape != (*shape, channels):
+      raise UserError(f"latents must have the target's shape {(*shape, channels)}, got {drawn.shape}")
     # The latents of a first frame precede those of the target like another clip: time runs on from one to the other.
     target = np.zeros((shape[0] - known, *shape[1:], channels), np.float32)
     encoded = (*(self.encode(clip) for clip in given), target)
-    noise = np.asarray(latents, np.float32)[known:]
-    return make_job(encoded, noise, features=self.features, first_clip=given[0], has_first_frame=known > 0)
+    return make_job(encoded, drawn[known:], features=self.features, first_clip=given[0], has_first_frame=known > 0)
 
   def pack_job(self, job: Job, embeds: Sequence[np.ndarray]) -> list[PackedRow]:
     """Returns a row of the job's sentence for each prompt: the prompt and, with guidance, the negative prompt."""
@@ -324,14 +314,22 @@ class Pipeline(EncodingPipeline):
     (tokens,) = self.sampler.sample(self.experts, packed, plan, progress=progress, estimates=estimates)
     return job.finish(tokens, self.config.patch_size)
 
-  def embed(self, prompt: str | Float[Array | np.ndarray, "n d"]) -> np.ndarray:
-    """Returns the embedding of a prompt; an embedding stays as it is."""
-    return self.features.embed_prompt(prompt) if isinstance(prompt, str) else np.asarray(prompt)
+  def embed(self, prompt: str | Float[Array | np.ndarray, "n d"], name: str = "prompt") -> np.ndarray:
+    """Returns the embedding of a prompt, an argument of this name; an embedding stays as it is."""
+    if isinstance(prompt, str):
+      return self.features.embed_prompt(prompt)
+    return check_embedding(name, prompt, self.config, or_text=True)
 
   def embed_branches(self, plan: SamplingPlan, prompt: str | Any, negative_prompt: str | Any) -> list[np.ndarray]:
-    """Returns the embeddings of the prompt and, with guidance, of the negative prompt, see `embed`."""
-    is_guided = self.experts.are_guided(plan.guidance_scale)
-    return [self.embed(each) for each in ((prompt, negative_prompt) if is_guided else (prompt,))]
+    """Returns the embeddings of the prompt and, if guidance has an effect, of the negative prompt, see `embed`."""
+    embedding = self.embed(prompt)
+    away = embed_negative(self, plan, [embedding], negative_prompt)
+    return [embedding] if away is None else [embedding, away]
+
+  def warn_of_first_frame(self) -> None:
+    """Warns, once, that a clip of which the first frame is given is new to the model, unless it is of TI2V."""
+    if self.config.model_type != ModelType.TI2V:
+      self.warn_once("expect worse results with a given first frame, which only TI2V models know from their training")
 
   def make_features(self, job: Job, prompt_embedding: np.ndarray) -> Features:
     return job.assemble(self.features, prompt_embedding)

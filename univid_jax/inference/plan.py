@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from univid_jax.core.checks import describe_value, require_integer, require_list, require_number
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import SolverName
+from univid_jax.core.options import MAX_STEPS, SolverName
 from univid_jax.core.protocols import Solver
 from univid_jax.diffusion.distillations import Distillation
 from univid_jax.diffusion.flow import FlowMatching
@@ -22,7 +23,11 @@ SAMPLING_VERSION = 7
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-  """How a sample is to be integrated, see `Pipeline.sample`; None leaves the choice to the model."""
+  """How a sample is to be integrated, see `Pipeline.sample`; None leaves the choice to the model.
+
+  Raises:
+    UserError: a value is of another type, or out of range.
+  """
 
   num_inference_steps: int | None = None
   shift: float | None = None
@@ -31,6 +36,35 @@ class SamplingOptions:
   guidance_scale: float | Sequence[float] | None = None
   guidance_range: Sequence[float] | None = None
   step_cache: StepCache | RatioMeasurement | None = None
+
+  def __post_init__(self):
+    steps, levels, scale = self.num_inference_steps, self.sigmas, self.guidance_scale
+    if steps is not None:
+      self._set("num_inference_steps", require_integer("num_inference_steps", steps, 1, MAX_STEPS))
+    if self.shift is not None:
+      self._set("shift", require_number("shift", self.shift, is_positive=True))
+    if levels is not None:
+      self._set("sigmas", _numbers("sigmas", levels, "noise levels"))
+    if scale is not None:
+      self._set("guidance_scale", _number_or_numbers("guidance_scale", scale))
+    if self.guidance_range is not None:
+      self._set("guidance_range", _numbers("guidance_range", self.guidance_range, "two noise levels"))
+    if not isinstance(self.step_cache, StepCache | RatioMeasurement | None):
+      raise UserError(
+        "step_cache must be a StepCache with the ratios of a RatioMeasurement, or such a measurement (see "
+        f"univid_jax.diffusion.step_cache), got {describe_value(self.step_cache)}; names are for the command"
+      )
+
+  @classmethod
+  def from_keywords(cls, **options: Any) -> "SamplingOptions":
+    """Returns the options of a caller's keywords; raises UserError that lists all if there is no such option."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(set(options) - set(names)):
+      raise UserError(f"there is no option {', '.join(unknown)}; options of sampling here are {', '.join(names)}")
+    return cls(**options)
+
+  def _set(self, name: str, value: Any) -> None:
+    object.__setattr__(self, name, value)
 
   @property
   def num_steps(self) -> int | None:
@@ -131,9 +165,16 @@ class SamplingPlan:
 
 
 def _make_sigmas(solver: Solver[Any], num_steps: int, shift: float) -> Float[np.ndarray, "i"]:
-  if not shift > 0:
-    raise UserError(f"the shift of the noise levels must be positive, got {shift}")
   return solver.sigmas(FlowMatching(shift=shift), num_steps)
+
+
+def _numbers(name: str, values: Any, what: str) -> tuple[float, ...]:
+  return tuple(require_number(f"each of {name}", value) for value in require_list(name, values, what))
+
+
+def _number_or_numbers(name: str, value: Any) -> float | tuple[float, ...]:
+  is_list = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
+  return _numbers(name, value, "numbers") if is_list else require_number(name, value)
 
 
 def _check_range(levels: Sequence[float] | None, scale: float | Sequence[float] | None) -> tuple[float, float]:

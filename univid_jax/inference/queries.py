@@ -2,14 +2,17 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from univid_jax.core.checks import describe_value, require_callables, require_integer
 from univid_jax.core.errors import UserError
+from univid_jax.core.seeds import check_seed
 from univid_jax.core.sentence import read_frames
 from univid_jax.data.rows.packing import join_rows
+from univid_jax.inference.arguments import check_frames, list_clips
 from univid_jax.inference.batch_size import choose_batch_size, spread
 from univid_jax.inference.encoding import Sample
 from univid_jax.inference.jobs import Job
@@ -61,10 +64,9 @@ class QuerySampler:
     """Encodes the example pairs and a query.
 
     Raises:
-      UserError: there is no example pair, or see `Pipeline.sample`.
+      UserError: see `Pipeline.sample`, or there is no example pair.
     """
-    if not examples:
-      raise UserError("queries need the example pairs A, A'")
+    check_examples(examples)
     return self.pipeline.make_job([*examples, query], self.num_frames, self.seed)
 
   def choose_size(self, job: Job, count: int, most: int | None = None) -> int:
@@ -114,9 +116,19 @@ class QuerySampler:
     return dataclasses.replace(job, sentence=job.sentence.replace(clips=(*examples, encoded, target)))
 
 
+def check_examples(examples: Sequence[np.ndarray]) -> None:
+  """Raises UserError unless there are example pairs."""
+  if not examples:
+    raise UserError("queries need the example pairs A, A'")
+  if len(examples) % 2:
+    raise UserError(f"queries need example pairs A, A', an even number of clips, got {len(examples)}")
+  for clip in examples:
+    check_frames(clip)
+
+
 def sample_queries(
   pipeline: "Pipeline",
-  examples: Sequence[np.ndarray],
+  examples: Iterable[np.ndarray],
   queries: Iterable[np.ndarray],
   prompt: str = "",
   *,
@@ -141,17 +153,40 @@ def sample_queries(
     progress: called after each step with the number of queries that are sampled, with fractions for steps.
     **options: of `Pipeline.plan`.
 
-  Yields:
-    The results in order.
+  Returns:
+    An iterator over the results in order.
+
+  Raises:
+    UserError: there is no example pair, or see `Pipeline.sample`; of a query when it is read.
   """
+  pairs = list_clips("examples", examples)
+  check_examples(pairs)
+  require_callables(progress=progress)
+  if not isinstance(queries, Iterable) or isinstance(queries, str | Mapping):
+    raise UserError(f"queries must be clips, uint8 arrays (T, H, W, 3), got {describe_value(queries)}")
+  if batch_size is not None:
+    batch_size = require_integer("batch_size", batch_size, 1)
+  if num_frames is not None:
+    num_frames = require_integer("num_frames", num_frames, 1)
   sampler = QuerySampler.for_pipeline(
     pipeline,
-    SamplingOptions(**options),
+    SamplingOptions.from_keywords(**options),
     prompt=prompt,
     negative_prompt=negative_prompt,
     num_frames=num_frames,
-    seed=seed,
+    seed=check_seed(seed),
   )
+  return _sample_queries(sampler, pairs, queries, batch_size=batch_size, progress=progress)
+
+
+def _sample_queries(
+  sampler: QuerySampler,
+  examples: Sequence[np.ndarray],
+  queries: Iterable[np.ndarray],
+  *,
+  batch_size: int | None,
+  progress: QueryProgress | None,
+) -> Iterator[Sample]:
   rest = iter(queries)
   known = list(itertools.islice(rest, 1)) if batch_size else list(rest)
   if not known:

@@ -54,7 +54,7 @@ class LoRA(nnx.Module):
     del kernel  # adapters of other kinds depend on it
     x = x.astype(self.dtype)
     if self.key is not None:
-      kept = jax.random.bernoulli(self.key[...], 1 - self.dropout, x.shape)
+      kept = jax.random.bernoulli(self.key[...], jnp.float32(1 - self.dropout), x.shape)
       x = jnp.where(kept, x / (1 - self.dropout), 0)
     y = multiply_low_rank(x, self.down[...].astype(self.dtype), self.up[...].astype(self.dtype))
     return y if self.scale == 1 else y * jnp.asarray(self.scale, self.dtype)

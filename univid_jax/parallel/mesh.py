@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -10,6 +10,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 from univid_jax.platform.chips import Device
 
@@ -50,6 +51,17 @@ def make_mesh(sizes: MeshSizes | Mapping[str, int], devices: Sequence[Device] | 
   # Without split physical axes, which jax.make_mesh has for v5e alone, fsdp = 8 would not fit a v6e of 4 x 4.
   placed = mesh_utils.create_device_mesh(mesh_shape(sizes, len(devices)), devices, allow_split_physical_axes=True)
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def require_mesh(mesh: Any) -> Mesh:
+  """Returns a mesh; raises UserError if it is none, or lacks one of the axes that shard parameters and rows."""
+  if not isinstance(mesh, Mesh) or not set(AXES) <= set(mesh.axis_names):
+    found = f"one with {', '.join(map(str, mesh.axis_names))}" if isinstance(mesh, Mesh) else describe_value(mesh)
+    raise UserError(
+      f"mesh must be a jax.sharding.Mesh with the axes {', '.join(AXES)}, as univid_jax.parallel.mesh.make_mesh makes "
+      f"it, got {found}"
+    )
+  return mesh
 
 
 def local_mesh(mesh: Mesh, own: Sequence[Device] | None = None) -> Mesh:

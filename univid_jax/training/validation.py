@@ -72,7 +72,7 @@ class Validation:
     rows, _ = pack_rows(
       [make_features(sentence) for sentence in sentences], RowShape.from_config(config.rows, context_mode(config))
     )
-    noise = np.asarray(jax.random.normal(random_key(config.seed), rows.tokens.shape))
+    noise = np.asarray(jax.random.normal(random_key(config.seed), rows.tokens.shape, jnp.float32))
     size = config.rows.batch_size(row_shards(mesh)) // config.rows.microbatches
     self._batches = [
       shard_batch(jax.tree.map(lambda x, start=start: take_rows(x, start, size), (rows, noise)), mesh)

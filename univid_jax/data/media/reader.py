@@ -13,6 +13,7 @@ import numpy as np
 from av.error import FFmpegError
 from jaxtyping import Int, UInt8
 
+from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import is_lfs_pointer, require_local
 from univid_jax.core.text import size_text
@@ -206,6 +207,8 @@ def list_frames(folder: Path) -> list[Path]:
 
 
 def _clip_path(path: str | os.PathLike) -> Path:
+  if not isinstance(path, str | os.PathLike):
+    raise UserError(f"a clip is read from a path, got {describe_value(path)}")
   if not os.fspath(path):
     raise UserError("a clip needs a name, got an empty one")  # Path would make it the current folder
   path = require_local(path)

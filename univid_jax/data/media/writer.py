@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,14 +19,16 @@ from av.filter import Graph
 from av.packet import Packet
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
-from jaxtyping import UInt8
+from jaxtyping import Array, UInt8
 from PIL import Image
 
+from univid_jax.core.checks import require_number
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import atomic_write, require_local
 from univid_jax.core.unfinished import remove_abandoned, unfinished_path
 from univid_jax.data.media.decoding import open_video
-from univid_jax.data.media.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames, LoadedClip
+from univid_jax.data.media.frames import HasFrames, to_frames
+from univid_jax.data.media.reader import DEFAULT_FPS, IMAGE_SUFFIXES, Frames
 from univid_jax.data.media.timeline import read_timeline
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ CODECS = {
 # Without x264's macroblock tree, with which equal frames do not always make equal bytes.
 CODEC_OPTIONS = {"libx264": {"crf": "12", "mbtree": "0"}, "libvpx-vp9": {"crf": "18", "b": "0", "cpu-used": "4"}}
 ENCODERS = {"aac": "aac", "mp3": "libmp3lame", "opus": "libopus"}
+# Frame rates of videos; files express them as fractions.
+MIN_FPS, MAX_FPS = 0.001, 100_000
 # In ms: players show shorter delays of GIFs for 100 ms.
 SHORTEST_GIF_DELAY = 20
 TARGETS = (
@@ -85,7 +89,7 @@ def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
 
 def write_clip(
   path: str | os.PathLike,
-  frames: Frames | LoadedClip,
+  frames: Frames | UInt8[Array, "_T _H _W 3"] | Sequence[UInt8[np.ndarray, "H W 3"]] | HasFrames,
   *,
   fps: float | None = None,
   audio_from: str | os.PathLike | None = None,
@@ -93,20 +97,22 @@ def write_clip(
   """Writes frames in the format of the suffix.
 
   Videos are H.264 (VP9 in .webm), yuv420p, converted by the BT.709 matrix to limited range and tagged so. Odd sizes are
-  padded to even ones by repeating the last row or column. .npy and folders of PNGs are lossless. Nothing is at
-  `path` until everything is written; what killed processes have left of it is removed.
+  padded to even ones by repeating the last row or column. .npy and folders of PNGs are lossless. In a GIF equal frames
+  in a row become one that is shown longer, so that it may be read as fewer frames at another rate. Nothing is at `path`
+  until everything is written; what killed processes have left of it is removed.
 
   Args:
     path: without a suffix it is a new or empty folder, for one PNG per frame.
-    frames: at least one; or what `read_clip` returns, with its frame rate.
+    frames: at least one, an array or a list of them; or what `read_clip`, with its frame rate, or `sample` returns.
     fps: frame rate; by default that of a clip from `read_clip`, else Wan2.1's. Images, folders and arrays have none.
     audio_from: a clip whose sound to copy, if it has any, as far as the frames last; formats without sound ignore it.
 
   Raises:
-    UserError: see `check_target`; nothing is written then.
+    UserError: see `check_target`; frames are not uint8 (T, H, W, 3), or fps is out of range. Nothing is written then.
   """
-  if isinstance(frames, LoadedClip):
-    frames, fps = frames.frames, frames.fps if fps is None else fps
+  if isinstance(frames, HasFrames):
+    frames, fps = frames.frames, getattr(frames, "fps", None) if fps is None else fps
+  frames = to_frames(frames)
   write_frames(path, [frames], num_frames=len(frames), fps=fps, audio_from=audio_from)
 
 
@@ -127,8 +133,10 @@ def write_frames(
     fps, audio_from: see `write_clip`.
 
   Raises:
-    UserError: see `check_target`; nothing is written then.
+    UserError: see `check_target`, or fps is out of range; nothing is written then.
   """
+  if fps is not None and not MIN_FPS <= (fps := require_number("fps", fps, is_positive=True)) <= MAX_FPS:
+    raise UserError(f"fps must be from {MIN_FPS} to {MAX_FPS:,} frames per second, got {fps:g}")
   check_target(path, num_frames)
   path = Path(path)
   remove_abandoned(path)
@@ -150,7 +158,7 @@ def _write(
   parts = iter(blocks)
   first = next(parts)
   frames = _each_frame(itertools.chain([first], parts), num_frames)
-  rate = fps or DEFAULT_FPS
+  rate = DEFAULT_FPS if fps is None else fps
   if suffix == ".npy":
     array = np.lib.format.open_memmap(path, "w+", np.uint8, (num_frames, *first.shape[1:]))
     for index, frame in enumerate(frames):
@@ -176,8 +184,7 @@ def _write(
 def _each_frame(blocks: Iterable[Frames], num_frames: int) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
   count = 0
   for block in blocks:
-    if block.dtype != np.uint8 or block.ndim != 4 or block.shape[-1] != 3 or not block.size:
-      raise ValueError(f"frames are uint8 (T, H, W, 3), got {block.dtype} {block.shape}")
+    to_frames(block)
     count += len(block)
     yield from block
   if count != num_frames:

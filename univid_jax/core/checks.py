@@ -1,0 +1,80 @@
+"""Checks of what Python code passes to public functions; commands have those of their flags, configs those of keys."""
+
+import math
+import numbers
+import operator
+import os
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from univid_jax.core.errors import UserError
+
+
+def describe_value(value: object) -> str:
+  """Returns what a message says of a wrong value: dtype and shape of an array, else the value, shortened."""
+  shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+  return f"{dtype} {tuple(shape)}" if shape is not None and dtype is not None and shape else reprlib.repr(value)
+
+
+def require_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+  """Returns a whole number of any type, but no bool; raises UserError if it is none, or out of range."""
+  try:
+    number = None if isinstance(value, bool) else operator.index(value)
+  except TypeError:
+    number = None
+  if number is None or number < minimum or (maximum is not None and number > maximum):
+    limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+    raise UserError(f"{name} must be a whole number {limits}, got {describe_value(value)}")
+  return number
+
+
+def require_number(name: str, value: Any, *, is_positive: bool = False) -> float:
+  """Returns a number of any type, but no bool; raises UserError if it is none or, of positive ones, not finite."""
+  is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if not is_number and getattr(value, "shape", None) == ():  # an array without dims
+    is_number = np.asarray(value).dtype.kind in "iuf"
+  number = float(value) if is_number else math.nan
+  if not is_number or (is_positive and not 0 < number < math.inf):
+    raise UserError(f"{name} must be a {'positive ' if is_positive else ''}number, got {describe_value(value)}")
+  return number
+
+
+def require_flag(name: str, value: Any) -> bool:
+  """Returns True or False; raises UserError if it is anything else, which Python would also take for one of them."""
+  if not isinstance(value, bool | np.bool_):
+    raise UserError(f"{name} must be True or False, got {describe_value(value)}")
+  return bool(value)
+
+
+def require_text(name: str, value: Any) -> str:
+  """Returns text; raises UserError if it is none."""
+  if not isinstance(value, str):
+    raise UserError(f"{name} must be text, got {describe_value(value)}")
+  return value
+
+
+def require_callables(**functions: Callable[..., Any] | None) -> None:
+  """Raises UserError if an argument is neither a function nor None."""
+  for name, value in functions.items():
+    if value is not None and not callable(value):
+      raise UserError(f"{name} must be a function, got {describe_value(value)}")
+
+
+def require_list(name: str, values: Any, what: str) -> list[Any]:
+  """Returns the items of an iterable, which may be a generator.
+
+  Args:
+    name: of the argument.
+    values: the items; texts and paths, mappings and arrays without dims are none.
+    what: the items are, for the message.
+
+  Raises:
+    UserError: they are no iterable.
+  """
+  is_single = isinstance(values, (str, bytes, os.PathLike, Mapping)) or getattr(values, "shape", None) == ()
+  if is_single or not isinstance(values, Iterable):
+    raise UserError(f"{name} must be a list of {what}, got {describe_value(values)}")
+  return list(values)

@@ -1,0 +1,33 @@
+"""Frames to write, in the forms in which Python code has them."""
+
+from typing import Any
+
+import numpy as np
+from typing_extensions import Protocol, runtime_checkable
+
+from univid_jax.core.checks import describe_value
+from univid_jax.core.errors import UserError
+
+
+@runtime_checkable
+class HasFrames(Protocol):
+  """What has frames to write, uint8 (T, H, W, 3), and perhaps a frame rate `fps`: a clip that was read, or a sample."""
+
+  @property
+  def frames(self) -> np.ndarray: ...
+
+
+def to_frames(frames: Any) -> np.ndarray:
+  """Returns frames, for instance a list of them, as an array.
+
+  Raises:
+    UserError: they are not uint8 (T, H, W, 3), or none.
+  """
+  try:
+    array = np.asarray(frames)
+  except ValueError as error:
+    raise UserError(f"frames must be uint8 (T, H, W, 3), all of one size ({error})") from error
+  if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not array.size:
+    hint = "; a single image is frames[None]" if array.ndim == 3 else ""
+    raise UserError(f"frames must be uint8 (T, H, W, 3), got {describe_value(array if array.ndim else frames)}{hint}")
+  return array

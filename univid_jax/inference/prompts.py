@@ -1,0 +1,35 @@
+"""The prompt of a sentence and, with guidance, the negative prompt."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from univid_jax.diffusion.step_cache import RatioMeasurement
+from univid_jax.inference.plan import SamplingPlan
+
+if TYPE_CHECKING:
+  from univid_jax.inference.pipeline import Pipeline
+
+
+def embed_negative(
+  pipeline: "Pipeline", plan: SamplingPlan, prompts: Sequence[np.ndarray], negative_prompt: Any
+) -> np.ndarray | None:
+  """Returns the embedding of the negative prompt; None if there is no guidance or, with a warning, no effect of it.
+
+  Where all prompts are the negative prompt there is nothing to move away from. A measurement of ratios for step caches
+  computes it nevertheless, as they serve other prompts too.
+
+  Args:
+    pipeline: the model.
+    plan: what each step does.
+    prompts: embeddings of the prompts of all sentences.
+    negative_prompt: text, or an embedding.
+  """
+  if not pipeline.experts.are_guided(plan.guidance_scale):
+    return None
+  away = pipeline.embed(negative_prompt, "negative_prompt")
+  if not all(np.array_equal(prompt, away) for prompt in prompts):
+    return away
+  pipeline.warn_once("guidance has no effect: the negative prompt equals the prompt, so it is not computed")
+  return away if isinstance(plan.step_cache, RatioMeasurement) else None
