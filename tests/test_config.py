@@ -15,6 +15,8 @@ from tests.helpers import GOLDENS
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
 from univid_jax.checkpoints.run_parts import check_rows
 from univid_jax.checkpoints.usage import sentence_kinds
+from univid_jax.config import data as config_data
+from univid_jax.config import grids as config_grids
 from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json
 from univid_jax.config.presets import PRESETS, get_config, tiny, wan_1_3b
 from univid_jax.config.schema import DataConfig, ModelConfig, RunConfig
@@ -211,6 +213,17 @@ def test_numbers_convert_where_exact():
   assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)
   assert config.num_steps == 5 and isinstance(config.num_steps, int)
   assert config.model.remat is RematPolicy.DOTS
+
+
+def test_presets_do_not_draw_what_is_added_later(monkeypatch):
+  """Their runs go on when a task or a family of grids is added, as CONTRIBUTING.md describes it."""
+  before = {name: make() for name, make in PRESETS.items()}
+  monkeypatch.setattr(config_data, "_OTHER_TASKS", (*config_data._OTHER_TASKS, "new_task"))
+  monkeypatch.setattr(config_grids, "GRID_FAMILY_NAMES", (*config_grids.GRID_FAMILY_NAMES, "new_family"))
+  for name, make in PRESETS.items():
+    config = make()
+    assert config.data.tasks["new_task"] == config.data.grids.families["new_family"] == 0  # flags can change them
+    assert list(differences(before[name], config)) == []
 
 
 class TestPython:
