@@ -59,7 +59,8 @@ from univid_jax.training.guard import skip_bad_steps
 from univid_jax.training.loop import open_loader, restore_or_create_state, train
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.optimizer import make_optimizer, make_schedule
-from univid_jax.training.setup import check_same_data, check_same_run, set_up_run
+from univid_jax.training.same_run import check_same_data, check_same_run
+from univid_jax.training.setup import set_up_run
 from univid_jax.training.state import StateSpec, TrainState
 from univid_jax.training.validation import Validation, select_sentences
 

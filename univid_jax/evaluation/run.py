@@ -52,19 +52,22 @@ log = logging.getLogger(__name__)
 EVAL_FILE = "eval.json"
 
 
-def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike) -> dict[str, Any] | None:
+def evaluate_quick(
+  pipeline: Pipeline, config: RunConfig, folder: epath.PathLike, *, data: DataSources | None = None
+) -> dict[str, Any] | None:
   """Evaluates a trained model and writes eval.json, grid.png and, of videos, grid.webp.
 
   Args:
     pipeline: the model.
     config: of the run.
     folder: the workdir of the run.
+    data: of which the held-out part is used; by default what the config names.
 
   Returns:
     The contents of eval.json; None, with a warning, if nothing is held out.
   """
   folder = epath.Path(folder)
-  data = open_data(config)
+  data = open_data(config) if data is None else data
   sentences = plan_sentences(config, data.held_out)
   if not sentences:
     log.warning("%s", nothing_held_out(config, data))
@@ -164,6 +167,8 @@ def nothing_held_out(config: RunConfig, data: DataSources) -> str:
   if not config.data.held_out:
     return f"{beginning}config.data.held_out is 0, and there is no test set (config.data.test_pairs)"
   largest = max(map(_largest_group, data.sources.values()), default=0)
+  if not largest:
+    return f"{beginning}DataSources.held_out is empty"
   at = f"{count_noun(largest, 'record')} of a task are too few to hold any out at config.data.held_out = "
   needed = f"{config.data.held_out:.3g}, which takes {math.ceil(1 / config.data.held_out)}"
   share = f"--config.data.held_out={math.ceil(100 / largest) / 100:g} holds out one; or " if largest > 2 else ""

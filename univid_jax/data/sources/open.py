@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+
+from typing_extensions import Protocol, runtime_checkable
 
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.bucket_files import copy_to_local
@@ -15,7 +17,7 @@ from univid_jax.core.options import TargetKind
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.text import count_noun
 from univid_jax.data.clips import ClipFormat, Footage
-from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped
+from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped, require_source
 from univid_jax.data.sources.computed import (
   ComputedSentences,
   LazySentences,
@@ -57,10 +59,10 @@ class SplittableSource(SentenceSource, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DataSources:
-  """Where the sentences of a run come from.
+  """Where the sentences of a run come from: what a config names, or sources of your own.
 
   Attributes:
-    sources: training sentences by kind of data: metadata, pairs, manifest, tfds, arc, computed, grids.
+    sources: training sentences by kind of data: metadata, pairs, manifest, tfds, arc, computed, grids, or your names.
     weights: how often each source is drawn.
     dropped: records that cannot be used.
     held_out: sentences that training does not see, by kind of data; kinds without any are missing.
@@ -68,8 +70,16 @@ class DataSources:
 
   sources: Mapping[str, SentenceSource]
   weights: Mapping[str, float]
-  dropped: Sequence[Dropped]
-  held_out: Mapping[str, SentenceSource]
+  dropped: Sequence[Dropped] = ()
+  held_out: Mapping[str, SentenceSource] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    for name, source in (*self.sources.items(), *self.held_out.items()):
+      require_source(f"the data {name!r}", source)
+    for name in self.sources:
+      weight = self.weights.get(name)
+      if not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
+        raise UserError(f"the data {name!r} needs a weight above 0 in DataSources.weights, got {weight!r}")
 
   @property
   def task_names(self) -> tuple[str, ...]:
