@@ -65,14 +65,14 @@ from univid_jax.core.options import (
 DEFAULT = "tiny"
 
 # Presets name what they draw: a task or family that is added later has weight 0 in them, so that their runs go on.
-_FAMILIES = dict.fromkeys(
+_FAMILIES: Mapping[str, float] = dict.fromkeys(
   (
     *("recolor", "translate", "reorient", "gravity", "automaton", "count", "life", "outline", "fill", "largest"),
     *("maze", "hanoi", "sudoku"),
   ),
   1.0,
 )
-_SMALL_TASKS = (
+_SMALL_TASKS: Mapping[str, float] = (
   dict.fromkeys(("invert", "swap_channels", "duotone", "camera_movement"), 1.0)
   | dict.fromkeys(("salient_object", "inpainting", "colorization", "super_resolution", "deblurring", "denoising"), 0.5)
   | dict.fromkeys(("deraining", "low_light", "greyscale", "invert_brightness", "flip"), 0.5)
@@ -93,7 +93,7 @@ def get_config(preset: str = DEFAULT) -> ml_collections.ConfigDict:
 
 def _with_weights(names: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
   """Returns weights with all names, which flags can then change; those that have none get 0."""
-  return dict.fromkeys(names, 0.0) | weights
+  return {**dict.fromkeys(names, 0.0), **weights}
 
 
 def tiny() -> RunConfig:
@@ -129,7 +129,7 @@ def small() -> RunConfig:
   tasks over photographs; those with weight 0 are left to fine-tune it on. Clips of three latent frames precede that of
   a video, hence `look_back`.
   """
-  families = _FAMILIES | {"automaton": 2.0, "translate": 1.5, "hanoi": 0.5, "outline": 0.0}
+  families = {**_FAMILIES, "automaton": 2.0, "translate": 1.5, "hanoi": 0.5, "outline": 0.0}
   return RunConfig(
     name="small",
     num_steps=2336,
