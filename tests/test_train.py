@@ -476,6 +476,14 @@ def test_wrong_arguments_change_nothing(tmp_path, monkeypatch, config, workdir, 
   assert not list(tmp_path.iterdir())
 
 
+def test_fewer_heads_than_distances_say_what_to_set(tiny_config):
+  config = override(tiny_config, {"model.num_heads": 2})
+  with pytest.raises(UserError, match=r"set config\.model\.look_back to 2 distances or fewer, or to \(\)"):
+    describe_training(config, make_mesh(config.mesh))[1].create()
+  fewer = override(config, {"model.look_back": ()})
+  assert describe_training(fewer, make_mesh(config.mesh))[1].create().step == 0
+
+
 @pytest.mark.parametrize("changes", [{}, {"optimizer.name": "muon", "optimizer.on_bad_step": "skip"}])
 def test_a_step_promotes_no_dtypes(tiny_config, changes):
   """But for optax: so it can be part of a program with jax_numpy_dtype_promotion = strict."""
