@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from tests.helpers import GOLDENS
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
 from univid_jax.checkpoints.run_parts import check_rows
 from univid_jax.checkpoints.usage import sentence_kinds
+from univid_jax.config import data as config_data
+from univid_jax.config import grids as config_grids
 from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json
 from univid_jax.config.presets import PRESETS, get_config, tiny, wan_1_3b
-from univid_jax.config.schema import RunConfig
+from univid_jax.config.schema import DataConfig, ModelConfig, RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import RematPolicy
 from univid_jax.training.setup import check_config, check_precision, ignored_options
@@ -210,6 +213,69 @@ def test_numbers_convert_where_exact():
   assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)
   assert config.num_steps == 5 and isinstance(config.num_steps, int)
   assert config.model.remat is RematPolicy.DOTS
+
+
+def test_presets_do_not_draw_what_is_added_later(monkeypatch):
+  """Their runs go on when a task or a family of grids is added, as CONTRIBUTING.md describes it."""
+  before = {name: make() for name, make in PRESETS.items()}
+  monkeypatch.setattr(config_data, "_OTHER_TASKS", (*config_data._OTHER_TASKS, "new_task"))
+  monkeypatch.setattr(config_grids, "GRID_FAMILY_NAMES", (*config_grids.GRID_FAMILY_NAMES, "new_family"))
+  for name, make in PRESETS.items():
+    config = make()
+    assert config.data.tasks["new_task"] == config.data.grids.families["new_family"] == 0  # flags can change them
+    assert list(differences(before[name], config)) == []
+
+
+class TestPython:
+  """Configs that are built in Python, without flags or JSON."""
+
+  @pytest.mark.parametrize(
+    "make, message",
+    [
+      (lambda: RunConfig(num_steps="5"), "config.num_steps must be an integer, got '5'"),
+      (lambda: RunConfig(num_steps=5.5), "config.num_steps must be an integer, got 5.5"),
+      (lambda: RunConfig(seed=None), "config.seed must be an integer, got None"),
+      (lambda: RunConfig(seed=np.True_), "config.seed must be an integer, got True"),
+      (lambda: RunConfig(name=5), "config.name must be text, got 5"),
+      (lambda: RunConfig(ema_decay="0.9"), "config.ema_decay must be a number, got '0.9'"),
+      (lambda: RunConfig(data="photos"), "config.data must be a mapping, got 'photos'"),
+      (lambda: RunConfig(data={"heigth": 64}), "unknown key config.data.heigth; there are "),
+      (lambda: RunConfig(data={"height": "64"}), "config.data.height must be an integer, got '64'"),
+      (lambda: DataConfig(bundled="no"), "config.data.bundled must be True or False, got 'no'"),
+      (lambda: DataConfig(tasks={"invert": "1"}), "config.data.tasks.invert must be a number, got '1'"),
+      (lambda: DataConfig(tasks=["invert"]), "config.data.tasks must be a mapping, got ['invert']"),
+      (lambda: DataConfig(buckets="64x96"), "config.data.buckets must be a list, got '64x96'"),
+      (lambda: DataConfig(tfds={"name": 1}), "config.data.tfds.name must be text, got 1"),
+      (lambda: ModelConfig(remat="half"), "config.model.remat must be one of none, dots, attention, full, offload"),
+      (lambda: dataclasses.replace(tiny(), log_every=[1]), "config.log_every must be an integer, got [1]"),
+    ],
+  )
+  def test_types_are_checked(self, make, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+      make()
+
+  def test_what_stands_for_a_value_becomes_it(self):
+    values = {
+      "num_steps": np.int64(7),
+      "ema_decay": np.float32(0.5),
+      "init_from": Path("bases") / "mine",
+      "base": {"offload": np.False_},
+      "model": {"remat": "dots", "look_back": [1, np.int32(2)]},
+      "data": DataConfig(folder=Path("photos"), tasks={"invert": np.float64(1), "flip": 0}, buckets=["64x96"]),
+    }
+    config = RunConfig(**values)
+    assert config == override(tiny(), values)
+    assert json.loads(json.dumps(to_json(config))) == to_json(config)
+    assert (type(config.num_steps), type(config.ema_decay)) == (int, float)
+    assert (config.init_from, config.data.folder) == (str(Path("bases") / "mine"), "photos")
+    assert config.model.remat is RematPolicy.DOTS
+    assert (config.model.look_back, config.data.buckets) == ((1, 2), ("64x96",))
+
+  def test_a_mapping_of_the_caller_is_not_part_of_the_config(self):
+    tasks = {"invert": 1.0}
+    config = DataConfig(tasks=tasks)
+    tasks["invert"] = -1.0
+    assert config.tasks == {"invert": 1.0}
 
 
 def test_differences_name_keys():

@@ -52,6 +52,19 @@ def assert_refused(source, destination, message, **options):
   assert {path: path.read_bytes() for path in source.parent.rglob("*") if path.is_file()} == before
 
 
+def test_paths_may_be_those_of_pathlib(lora, tmp_path):
+  assert convert_any(lora, tmp_path / "out.safetensors", to="musubi").startswith(
+    f"wrote {tmp_path / 'out.safetensors'}"
+  )
+
+
+@pytest.mark.parametrize("source", ["a LoRA", "a release"])
+def test_unknown_dtypes_are_refused(lora, tmp_path, source):
+  with pytest.raises(UserError, match="dtype must be one of float32, bfloat16, float16, got 'fp8x'"):
+    convert_any(WAN if source == "a release" else lora, tmp_path / "out", dtype="fp8x")
+  assert not (tmp_path / "out").exists()
+
+
 class TestSource:
   def test_same(self, lora, tmp_path):
     assert_refused(lora, lora, r"lo\.safetensors is the source itself", to="diffusers")

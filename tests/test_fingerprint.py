@@ -11,7 +11,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.data.fingerprint import check_not_trained, find_shared, fingerprint, read_fingerprint, write_fingerprint
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.sources.open import open_data
-from univid_jax.training import setup
+from univid_jax.training import same_run
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_copies_under_another_name_are_found(config, tmp_path):
 
 class TestResuming:
   def resume(self, config, workdir, monkeypatch):
-    monkeypatch.setattr(setup, "has_checkpoint", lambda _: True)
-    setup.check_same_data(str(workdir), open_data(config), config)
+    monkeypatch.setattr(same_run, "has_checkpoint", lambda _: True)
+    same_run.check_same_data(str(workdir), open_data(config), config)
     return read_fingerprint(workdir)
 
   def test_a_run_that_did_not_record_held_out_data_does_from_now_on(self, config, tmp_path, monkeypatch):

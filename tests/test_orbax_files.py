@@ -147,3 +147,16 @@ def test_what_orbax_abandons_is_not_reported(monkeypatch, caplog):
     logger.error("Future exception was never retrieved", exc_info=(ValueError, error, None))
     logger.removeHandler(caplog.handler)
   assert {record.message for record in caplog.records} == {__file__}
+
+
+def test_the_hook_works_while_the_interpreter_exits(monkeypatch):
+  """Then Python has set the globals of modules to None."""
+  unraisable: list[SimpleNamespace] = []
+  with monkeypatch.context() as patch:
+    patch.setattr(sys, "unraisablehook", unraisable.append)
+    orbax_files.silence_orbax()
+    for name in vars(orbax_files):
+      if not name.startswith("__"):
+        patch.setattr(orbax_files, name, None)
+    sys.unraisablehook(args := SimpleNamespace(object=None, exc_value=ValueError()))
+  assert unraisable == [args]

@@ -1,5 +1,6 @@
 """Visual sentences: contexts, prompts, computed tasks and their natural clips."""
 
+import re
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -22,7 +23,7 @@ from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.sources.photos import PhotoSource, moving_window
 from univid_jax.data.tasks import TASKS, masks
-from univid_jax.data.tasks.base import Task, draw_nothing
+from univid_jax.data.tasks.base import Task, draw_nothing, from_unit, to_unit
 from univid_jax.data.tasks.camera import camera_poses
 from univid_jax.evaluation.sentences import plan_other_pairs, plan_sentences
 from univid_jax.training.validation import select_sentences
@@ -140,6 +141,52 @@ class TestTasks:
   def test_an_animating_task_is_not_reversible(self):
     with pytest.raises(ValueError, match="cannot be reversible"):
       Task(draw=draw_nothing, apply=lambda clip, num_frames: clip, animates=True)
+
+  @pytest.mark.parametrize(
+    "apply, got",
+    [
+      (lambda clip: clip[:, ::2, ::2], "float32 (1, 8, 8, 3)"),
+      (lambda clip: clip.mean(-1, keepdims=True), "float32 (1, 16, 16, 1)"),
+      (lambda clip: clip[0], "float32 (16, 16, 3)"),
+      (lambda clip: (clip * 255).astype(np.uint8), "uint8 (1, 16, 16, 3)"),
+      (lambda clip: None, "NoneType"),
+      (lambda clip: clip * np.nan, "values from nan to nan"),
+      (lambda clip: np.where(clip > clip.mean(), np.inf, clip), "values from "),
+      (lambda clip: clip * 0 + 255, "values from 255 to 255"),
+      (lambda clip: clip * 0 - 1, "values from -1 to -1"),
+    ],
+  )
+  @pytest.mark.parametrize("restores", [False, True])
+  def test_what_a_task_of_ones_own_returns_is_checked(self, monkeypatch, apply, got, restores):
+    monkeypatch.setitem(TASKS, "mine", Task(draw=draw_nothing, apply=apply, restores=restores))
+    expected = "apply of the task mine must return a NumPy array of floats of shape (1, 16, 16, 3), in [0, 1], got "
+    with pytest.raises(UserError, match=re.escape(expected + got)):
+      computed(tasks={"mine": 1.0}, contexts={"II": 1.0})[0]
+
+  @pytest.mark.parametrize("apply", [lambda clip: clip.astype(np.float64), lambda clip: 1.2 * clip - 0.1])
+  def test_what_leaves_the_range_a_little_is_clipped(self, monkeypatch, apply):
+    monkeypatch.setitem(TASKS, "mine", Task(draw=draw_nothing, apply=apply))
+    clip, target = computed(tasks={"mine": 1.0}, contexts={"II": 1.0})[0].clips[:2]
+    assert np.array_equal(target, from_unit(np.clip(apply(to_unit(clip)), 0, 1)))
+
+  def test_an_animating_task_returns_the_frames_that_it_is_asked_for(self, monkeypatch):
+    task = Task(draw=draw_nothing, apply=lambda clip, num_frames: clip, animates=True, reversible=False)
+    monkeypatch.setitem(TASKS, "mine", task)
+    with pytest.raises(UserError, match=re.escape("of shape (5, 16, 16, 3), in [0, 1], got float32 (1, 16, 16, 3)")):
+      computed(tasks={"mine": 1.0}, animating_contexts={"IV": 1.0})[0]
+
+  @pytest.mark.parametrize(
+    "params, error",
+    [
+      ({"strength": np.float32(0.5)}, "Object of type float32 is not JSON serializable"),
+      ({"colors": np.ones(3)}, "Object of type ndarray is not JSON serializable"),
+      (None, "it returns NoneType, not a mapping"),
+    ],
+  )
+  def test_parameters_of_a_task_of_ones_own_are_json(self, monkeypatch, params, error):
+    monkeypatch.setitem(TASKS, "mine", Task(draw=lambda rng: params, apply=lambda clip, **params: clip))
+    with pytest.raises(UserError, match=f"draw of the task mine must return JSON values by name, .*: {error}"):
+      computed(tasks={"mine": 1.0})[0]
 
 
 def computed(**options):

@@ -34,7 +34,7 @@ from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_step
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.config.boundary import differences, override
-from univid_jax.config.presets import tiny, wan_1_3b
+from univid_jax.config.presets import get_config, tiny, wan_1_3b
 from univid_jax.config.schema import OptimizerConfig
 from univid_jax.core import lock
 from univid_jax.core.errors import DivergedError, Interrupted, UserError
@@ -59,10 +59,13 @@ from univid_jax.training import step as train_step
 from univid_jax.training.goodput import Goodput
 from univid_jax.training.guard import skip_bad_steps
 from univid_jax.training.loop import open_loader, restore_or_create_state, train
+from univid_jax.training.memory import abstract_batch
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.optimizer import make_optimizer, make_schedule
-from univid_jax.training.setup import check_same_data, check_same_run, set_up_run
-from univid_jax.training.state import StateSpec, TrainState
+from univid_jax.training.same_run import check_same_data, check_same_run
+from univid_jax.training.setup import set_up_run
+from univid_jax.training.state import StateSpec, TrainState, describe_training
+from univid_jax.training.step import make_train_step
 from univid_jax.training.validation import Validation, select_sentences
 
 
@@ -502,6 +505,49 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_config, tiny_run, tm
     with pytest.raises(UserError, match=f"is a run with {message}"):
       train(override(tiny_config, changes), str(workdir))
   assert {path: path.read_bytes() for path in workdir.glob("*.json")} == before and workdir / "data.json" in before
+
+
+@pytest.mark.parametrize(
+  "config, workdir, options, message",
+  [
+    (None, "run", {}, "config must be a RunConfig, got NoneType: univid_jax.config.presets has some, such as tiny()"),
+    ({}, "run", {}, "config must be a RunConfig, got dict"),
+    ("tiny", "run", {}, "config must be a RunConfig, got str"),
+    (get_config("tiny"), "run", {}, "got ConfigDict: .* univid_jax.config.boundary.from_config_dict makes one"),
+    (tiny(), "", {}, "workdir must name a folder or a bucket, got ''"),
+    (tiny(), None, {}, "workdir must name a folder or a bucket, got None"),
+    (
+      *(tiny(), "run", {"on_damaged_checkpoint": "foo"}),
+      "on_damaged_checkpoint must be one of fallback, stop, got 'foo'",
+    ),
+  ],
+)
+def test_wrong_arguments_change_nothing(tmp_path, monkeypatch, config, workdir, options, message):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match=message):
+    train(config, workdir, **options)
+  assert not list(tmp_path.iterdir())
+
+
+def test_fewer_heads_than_distances_say_what_to_set(tiny_config):
+  config = override(tiny_config, {"model.num_heads": 2})
+  with pytest.raises(UserError, match=r"set config\.model\.look_back to 2 distances or fewer, or to \(\)"):
+    describe_training(config, make_mesh(config.mesh))[1].create()
+  fewer = override(config, {"model.look_back": ()})
+  assert describe_training(fewer, make_mesh(config.mesh))[1].create().step == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer.name": "muon", "optimizer.on_bad_step": "skip"}])
+def test_a_step_promotes_no_dtypes(tiny_config, changes):
+  """But for optax: so it can be part of a program with jax_numpy_dtype_promotion = strict."""
+  config = override(tiny_config, {"num_steps": 60, **changes})
+  mesh = make_mesh(config.mesh)
+  optimizers, spec = describe_training(config, mesh)
+  step_fn = make_train_step(config, spec, optimizers, mesh)
+  batch = abstract_batch(config, transformer_config(config), mesh)
+  with jax.numpy_dtype_promotion("strict"), jax.set_mesh(mesh):
+    state, metrics = jax.eval_shape(step_fn, spec.abstract, {}, batch)
+  assert metrics["loss"].dtype == jnp.float32 and state.step.dtype == jnp.int32
 
 
 @pytest.mark.parametrize(

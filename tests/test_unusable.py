@@ -223,6 +223,8 @@ def test_files_that_vanish_while_training(tmp_path, caplog, kind):
 class FailingSource:
   """Sentences, the reading of one of which fails a number of times."""
 
+  task_names = ()
+
   def __init__(self, *errors: Exception):
     self.errors = list(errors)
 

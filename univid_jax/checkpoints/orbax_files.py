@@ -11,13 +11,13 @@ Undocumented, and checked by tests/test_orbax_files.py:
 """
 
 import functools
-import inspect
 import logging
 import math
 import mmap
 import os
 import re
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -58,10 +58,12 @@ class _IgnoreAbandoned:
 
   def __init__(self, following: Callable[[Any], Any]):
     self._following = following
+    # Attributes, as it is called at the exit of the interpreter too, when the globals of the module are None.
+    self._coroutine, self._orbax = types.CoroutineType, _ORBAX
 
   def __call__(self, args: Any) -> None:
     is_closed = isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"
-    is_coroutine = inspect.iscoroutine(args.object) and _ORBAX in args.object.cr_code.co_filename
+    is_coroutine = isinstance(args.object, self._coroutine) and self._orbax in args.object.cr_code.co_filename
     if not (is_closed or is_coroutine):
       self._following(args)
 

@@ -1,18 +1,15 @@
 """Conversions between `RunConfig`, JSON and `ml_collections.ConfigDict`, which only the commands use."""
 
-import collections.abc
 import dataclasses
 import enum
-import functools
-import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
 
 from univid_jax.config.schema import RunConfig
+from univid_jax.config.section import convert
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import parse_option
 
 
 def to_config_dict(config: RunConfig) -> ml_collections.ConfigDict:
@@ -26,7 +23,7 @@ def from_config_dict(values: ml_collections.ConfigDict) -> RunConfig:
   Raises:
     UserError: a key is unknown or a value is invalid; the message names both.
   """
-  return _build(RunConfig, values.to_dict(), "config")
+  return convert(RunConfig, values.to_dict(), "config")
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
@@ -40,7 +37,7 @@ def from_json(values: Mapping[str, Any]) -> RunConfig:
   Raises:
     UserError: a key is unknown or a value is invalid.
   """
-  return _build(RunConfig, values, "config")
+  return convert(RunConfig, values, "config")
 
 
 def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
@@ -94,62 +91,3 @@ def _plain(value: Any, *, sequence: type) -> Any:
   if isinstance(value, (list, tuple)):
     return sequence(_plain(item, sequence=sequence) for item in value)
   return value.value if isinstance(value, enum.Enum) else value
-
-
-def _build(kind: Any, value: Any, key: str) -> Any:
-  """Converts a plain value to the type `kind`; `key` names it in errors."""
-  if dataclasses.is_dataclass(kind):
-    return _build_section(kind, value, key)
-  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-  if origin is tuple:
-    if not isinstance(value, (list, tuple)):
-      raise UserError(f"{key} must be a list, got {value!r}")
-    if arguments[-1] is Ellipsis:
-      return tuple(_build(arguments[0], item, key) for item in value)
-    if len(value) != len(arguments):
-      raise UserError(f"{key} must have {len(arguments)} values, got {value!r}")
-    return tuple(_build(part, item, key) for part, item in zip(arguments, value))
-  if origin is collections.abc.Mapping:
-    if not isinstance(value, Mapping):
-      raise UserError(f"{key} must be a mapping, got {value!r}")
-    return {str(name): _build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
-  if issubclass(kind, enum.StrEnum):
-    return parse_option(kind, key, value)
-  return _build_scalar(kind, value, key)
-
-
-def _build_section(kind: Any, values: Any, key: str) -> Any:
-  if not isinstance(values, Mapping):
-    raise UserError(f"{key} must be a mapping, got {values!r}")
-  types = _field_types(kind)
-  names = {field.name for field in dataclasses.fields(kind)}
-  unknown = sorted(set(values) - names)
-  if unknown:
-    raise UserError(f"unknown key {key}.{unknown[0]}; there are {', '.join(sorted(names))}")
-  return kind(**{name: _build(types[name], value, f"{key}.{name}") for name, value in values.items()})
-
-
-@functools.cache
-def _field_types(section: type) -> Mapping[str, Any]:
-  """Returns the types of the fields of a dataclass."""
-  return typing.get_type_hints(section)
-
-
-def _build_scalar(kind: type, value: Any, key: str) -> Any:
-  """Accepts an integer, or a float without a fraction, where the other is expected; never a bool for a number."""
-  names = {int: "an integer", float: "a number", str: "text", bool: "True or False"}
-  if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-    return value
-  if (
-    kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool) and _converts(value, kind)
-  ):
-    return kind(value)
-  raise UserError(f"{key} must be {names[kind]}, got {value!r}")
-
-
-def _converts(value: int | float, kind: type[int] | type[float]) -> bool:
-  """Returns whether a number is the same as another kind of number; infinity is no integer."""
-  try:
-    return kind(value) == value
-  except (OverflowError, ValueError):
-    return False

@@ -52,7 +52,7 @@ class SourceWeights(Section):
   arc: float = 1.0
   grids: float = 1.0
 
-  def __post_init__(self):
+  def check(self) -> None:
     for field in dataclasses.fields(self):
       self.require(field.name, 0 <= getattr(self, field.name) < math.inf, "at least 0, and finite")
 
@@ -170,7 +170,7 @@ class DataConfig(Section):
   prompt: PromptStyle = PromptStyle.NULL
   num_sentences: int = 1_000_000
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_at_least(1, "height", "width", "num_frames", "variants", "num_threads")
     self.require_at_least(1, "num_sentences", maximum=MAX_HOST_COUNT)
     self.require_at_least(0, "fps")

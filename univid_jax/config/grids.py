@@ -61,7 +61,7 @@ class GridsConfig(Section):
   palette: tuple[str, ...] = ARC_PALETTE
   padding: str = "#FFFFFF"
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_weights("families")
     for name in self.families:
       if name not in GRID_FAMILY_NAMES:
@@ -97,7 +97,7 @@ class ARCConfig(Section):
   test_path: str = ""
   max_examples: int = 0
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_at_least(0, "max_examples")
 
   @property

@@ -65,7 +65,7 @@ class ModelConfig(Section):
   clip_gap: int = 0
   look_back: tuple[int, ...] = (1, 2, 4)
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_at_least(1, "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim")
     self.require("clip_gap", 0 <= self.clip_gap < MAX_POSITION, f"from 0 to {MAX_POSITION - 1}")
     self.require_positive("rope_theta", "rope_scale")
@@ -105,7 +105,7 @@ class CodecConfig(Section):
   latent_channels: int = 16
   spatial_stride: int = 4
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_at_least(1, "latent_channels", "spatial_stride")
 
 
@@ -118,7 +118,7 @@ class TilingConfig(Section):
   size: int = 0
   overlap: int = 8
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_at_least(0, "size", "overlap")
     if self.size:
       self.require("overlap", 0 < self.overlap <= self.size // 2, f"from 1 to half of size = {self.size}")
@@ -144,7 +144,7 @@ class LoRAConfig(Section):
   dropout: float = 0.0
   rslora: bool = False
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_at_least(0, "rank")
     self.require_share("dropout")
     # The bounds of files, so that what a run writes can be read.

@@ -29,12 +29,12 @@ for a task (--config.data.contexts.I=1.0 ...), more shots (--config.data.num_cli
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import ml_collections
 
 from univid_jax.config.boundary import to_config_dict
-from univid_jax.config.grids import GRID_FAMILY_NAMES, GridsConfig
+from univid_jax.config.grids import GridsConfig
 from univid_jax.config.schema import (
   CheckpointConfig,
   CodecConfig,
@@ -64,6 +64,21 @@ from univid_jax.core.options import (
 # The preset that commands use without --config.
 DEFAULT = "tiny"
 
+# Presets name what they draw: a task or family that is added later has weight 0 in them, so that their runs go on.
+_FAMILIES: Mapping[str, float] = dict.fromkeys(
+  (
+    *("recolor", "translate", "reorient", "gravity", "automaton", "count", "life", "outline", "fill", "largest"),
+    *("maze", "hanoi", "sudoku"),
+  ),
+  1.0,
+)
+_SMALL_TASKS: Mapping[str, float] = (
+  dict.fromkeys(("invert", "swap_channels", "duotone", "camera_movement"), 1.0)
+  | dict.fromkeys(("salient_object", "inpainting", "colorization", "super_resolution", "deblurring", "denoising"), 0.5)
+  | dict.fromkeys(("deraining", "low_light", "greyscale", "invert_brightness", "flip"), 0.5)
+  | {"time_reversal": 0.2, "moving_object": 0.2}
+)
+
 
 def get_config(preset: str = DEFAULT) -> ml_collections.ConfigDict:
   """Returns a preset for flags.
@@ -74,6 +89,11 @@ def get_config(preset: str = DEFAULT) -> ml_collections.ConfigDict:
   if preset not in PRESETS:
     raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
   return to_config_dict(PRESETS[preset]())
+
+
+def _with_weights(names: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
+  """Returns weights with all names, which flags can then change; those that have none get 0."""
+  return {**dict.fromkeys(names, 0.0), **weights}
 
 
 def tiny() -> RunConfig:
@@ -96,7 +116,7 @@ def grids() -> RunConfig:
     data=DataConfig(
       bundled=False,
       contexts={"I": 0.1, "II": 0.7, "III": 0.1, "IV": 0.1},
-      grids=GridsConfig(families=dict.fromkeys(GRID_FAMILY_NAMES, 1.0)),
+      grids=GridsConfig(families=_with_weights(GridsConfig().families, _FAMILIES)),
     ),
     eval=EvalConfig(sentences_per_case=16, num_inference_steps=4),
   )
@@ -109,7 +129,7 @@ def small() -> RunConfig:
   tasks over photographs; those with weight 0 are left to fine-tune it on. Clips of three latent frames precede that of
   a video, hence `look_back`.
   """
-  families = dict.fromkeys(GRID_FAMILY_NAMES, 1.0) | {"automaton": 2.0, "translate": 1.5, "hanoi": 0.5, "outline": 0.0}
+  families = {**_FAMILIES, "automaton": 2.0, "translate": 1.5, "hanoi": 0.5, "outline": 0.0}
   return RunConfig(
     name="small",
     num_steps=2336,
@@ -121,11 +141,9 @@ def small() -> RunConfig:
       width=64,
       num_frames=9,
       num_sentences=100_000_000,
-      grids=GridsConfig(cell=8, families=families),
+      grids=GridsConfig(cell=8, families=_with_weights(GridsConfig().families, families)),
       weights=SourceWeights(computed=0.4, grids=0.6),
-      tasks=dict.fromkeys(DataConfig().tasks, 0.5)
-      | dict.fromkeys(("invert", "swap_channels", "duotone", "camera_movement"), 1.0)
-      | {"time_reversal": 0.2, "moving_object": 0.2, "scribble": 0.0},
+      tasks=_with_weights(DataConfig().tasks, _SMALL_TASKS),
       contexts={"I": 0.1, "II": 0.6, "III": 0.15, "IV": 0.15},
       num_clips={"clips_4": 0.7, "clips_6": 0.2, "clips_8": 0.1},
       reverse_probability=0.15,
@@ -155,7 +173,7 @@ def small_lora() -> RunConfig:
   yours, at 64x64 pixels.
   """
   base = small()
-  families = dict.fromkeys(GRID_FAMILY_NAMES, 0.0) | {"outline": 1.0}
+  families = _with_weights(GridsConfig().families, {"outline": 1.0})
   return dataclasses.replace(
     base,
     name="small_lora",

@@ -77,7 +77,7 @@ class RunConfig(Section):
   validation: ValidationConfig = ValidationConfig()
   eval: EvalConfig = EvalConfig()
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_at_least(1, "num_steps")
     self.require_at_least(1, "log_every", maximum=MAX_HOST_COUNT)
     self.require("seed", 0 <= self.seed <= MAX_RUN_SEED, "from 0 to 2**63 - 2")

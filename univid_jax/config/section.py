@@ -1,10 +1,19 @@
-"""The base of all parts of the config."""
+"""The base of all parts of the config: a section checks the types of its values, then the values themselves."""
 
+import collections.abc
+import dataclasses
 import enum
+import functools
 import math
-from typing import ClassVar
+import os
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import parse_option
 
 # For tokens, rows, steps and so on, which become 32-bit integers in arrays.
 MAX_COUNT = 2**31 - 1
@@ -13,13 +22,26 @@ MAX_HOST_COUNT = 10**12
 
 
 class Section:
-  """A part of the config that checks its values.
+  """A part of the config that checks its values, wherever they come from: flags, JSON or Python.
+
+  A subclass is a dataclass, and overrides `check` where types alone do not say what is valid.
 
   Attributes:
     KEY: prefix of its keys in error messages, with a trailing dot; "" for the root.
   """
 
   KEY: ClassVar[str] = ""
+
+  def __post_init__(self):
+    for name, kind in _field_types(type(self)).items():
+      value = getattr(self, name)
+      converted = convert(kind, value, f"config.{self.KEY}{name}")
+      if converted is not value:
+        object.__setattr__(self, name, converted)  # frozen for everyone else
+    self.check()
+
+  def check(self) -> None:
+    """Raises UserError for a value that is invalid, although its type is right."""
 
   def require(self, name: str, valid: bool, expected: str) -> None:
     """Raises UserError that names the key, its value and what is expected, unless `valid`."""
@@ -53,3 +75,73 @@ class Section:
       for key, weight in getattr(self, name).items():
         if not 0 <= weight < math.inf:
           raise UserError(f"config.{self.KEY}{name}.{key} must be at least 0, and finite, got {weight!r}")
+
+
+def convert(kind: Any, value: Any, key: str) -> Any:
+  """Converts a value to the type of a field; `key` names it in errors.
+
+  A section may be given as a mapping of its keys, an option as its name, a tuple as a list; a number as one of another
+  type if it stays the same, NumPy's included, and text as a path. A bool is no number.
+
+  Raises:
+    UserError: the value is of another type, or a key is unknown; the message names both.
+  """
+  if isinstance(value, np.generic):
+    value = value.item()
+  if dataclasses.is_dataclass(kind):
+    return value if isinstance(value, typing.cast(type, kind)) else _build_section(kind, value, key)
+  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+  if origin is tuple:
+    if not isinstance(value, (list, tuple)):
+      raise UserError(f"{key} must be a list, got {value!r}")
+    if arguments[-1] is Ellipsis:
+      return tuple(convert(arguments[0], item, key) for item in value)
+    if len(value) != len(arguments):
+      raise UserError(f"{key} must have {len(arguments)} values, got {value!r}")
+    return tuple(convert(part, item, key) for part, item in zip(arguments, value))
+  if origin is collections.abc.Mapping:
+    if not isinstance(value, Mapping):
+      raise UserError(f"{key} must be a mapping, got {value!r}")
+    return {str(name): convert(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+  if issubclass(kind, enum.StrEnum):
+    return parse_option(kind, key, value)
+  return _convert_scalar(kind, value, key)
+
+
+def _build_section(kind: Any, values: Any, key: str) -> Any:
+  if not isinstance(values, Mapping):
+    raise UserError(f"{key} must be a mapping, got {values!r}")
+  names = set(_field_types(kind))
+  unknown = sorted(set(map(str, values)) - names)
+  if unknown:
+    raise UserError(f"unknown key {key}.{unknown[0]}; there are {', '.join(sorted(names))}")
+  return kind(**values)
+
+
+@functools.cache
+def _field_types(section: Any) -> Mapping[str, Any]:
+  """Returns the types of the fields of a dataclass."""
+  types = typing.get_type_hints(section)
+  return {field.name: types[field.name] for field in dataclasses.fields(section)}
+
+
+def _convert_scalar(kind: type, value: Any, key: str) -> Any:
+  """Accepts an integer, or a float without a fraction, where the other is expected; never a bool for a number."""
+  names = {int: "an integer", float: "a number", str: "text", bool: "True or False"}
+  if kind is str and isinstance(value, os.PathLike):
+    value = os.fspath(value)
+  if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    return value
+  if (
+    kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool) and _converts(value, kind)
+  ):
+    return kind(value)
+  raise UserError(f"{key} must be {names[kind]}, got {value!r}")
+
+
+def _converts(value: int | float, kind: type[int] | type[float]) -> bool:
+  """Returns whether a number is the same as another kind of number; infinity is no integer."""
+  try:
+    return kind(value) == value
+  except (OverflowError, ValueError):
+    return False

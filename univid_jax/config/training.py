@@ -48,7 +48,7 @@ class RowsConfig(Section):
   streams: int = 0
   microbatches: int = 1
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_at_least(1, "num_tokens", "num_text_tokens", "num_sentences", "packing_bins", "microbatches")
     self.require_at_least(0, "per_batch", "num_target_tokens", "streams")
 
@@ -84,7 +84,7 @@ class FlowConfig(Section):
   stratified: bool = True
   objective: Objective = Objective.UNIVID
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_positive("shift")
 
 
@@ -119,7 +119,7 @@ class OptimizerConfig(Section):
   on_bad_step: OnBadStep = OnBadStep.STOP
   skip_norm: float = 0.0
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require("skip_norm", self.skip_norm == 0 or 1 < self.skip_norm < math.inf, "0, or above 1 and finite")
     if self.on_bad_step != OnBadStep.SKIP:
       self.require("skip_norm", self.skip_norm == 0, "0 unless config.optimizer.on_bad_step is skip")
@@ -139,7 +139,7 @@ class MeshConfig(Section):
   tensor: int = 1
   context: int = 1
 
-  def __post_init__(self):
+  def check(self) -> None:
     names = [field.name for field in dataclasses.fields(self)]
     for name in names:
       size = getattr(self, name)
@@ -159,7 +159,7 @@ class CheckpointConfig(Section):
   every_steps: int = 250
   keep: int = 2
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_at_least(1, "every_steps", "keep", maximum=MAX_HOST_COUNT)
 
 
@@ -186,7 +186,7 @@ class ValidationConfig(Section):
   num_inference_steps: int = 2
   accelerate: str = ""
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_at_least(0, "every_steps", maximum=MAX_HOST_COUNT)
     self.require_at_least(0, "previews")
     self.require_at_least(1, "sentences")
@@ -230,7 +230,7 @@ class EvalConfig(Section):
   void_label: int = -1
   clip_model: str = ""
 
-  def __post_init__(self):
+  def check(self) -> None:
     self.require_at_least(0, "sentences_per_case", "num_labels")
     self.require_at_least(1, "batch_size", "num_seeds")
     self.require("seed", 0 <= self.seed <= MAX_EVAL_SEED, "from 0 to 10**12")

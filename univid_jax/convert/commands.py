@@ -1,6 +1,7 @@
 """The operations of the command line: inspect what a path contains, convert it, verify a conversion."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +20,7 @@ from univid_jax.checkpoints.pretrained import describe_errors
 from univid_jax.checkpoints.run import RunRecord, read_run
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.checkpoints.trained import read_run_loras
+from univid_jax.config.model import DTYPES
 from univid_jax.convert.checkpoint_writer import describe_nonfinite, write_checkpoint
 from univid_jax.convert.destination import atomic_folder, check_destination, format_bytes
 from univid_jax.convert.export import LAYOUTS, export_checkpoint
@@ -67,8 +69,8 @@ def inspect(source: str) -> str:
 
 
 def convert_any(
-  source: str,
-  destination: str,
+  source: epath.PathLike,
+  destination: epath.PathLike,
   *,
   to: str = JAX,
   dtype: str | None = None,
@@ -96,6 +98,9 @@ def convert_any(
     UserError: the source is incomplete or cannot be converted to this target, or the destination may not be replaced.
     OSError: the destination exists, or the disk is too small.
   """
+  source, destination = os.fspath(source), os.fspath(destination)
+  if dtype and dtype not in DTYPES:
+    raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
   if destination in BUILT_IN:
     raise UserError(f"{destination} is the name of a base in the package: write to ./{destination} or another path")
   found = find_weights(source)

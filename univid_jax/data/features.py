@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -10,6 +11,7 @@ from jaxtyping import Float, UInt8
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.conditions import i2v_condition
 from univid_jax.core.contexts import CONTEXT_NAMES
+from univid_jax.core.errors import UserError
 from univid_jax.core.paths import to_path
 from univid_jax.core.pixels import to_float
 from univid_jax.core.protocols import Encoders, TransformerShape
@@ -76,6 +78,12 @@ class FeatureMaker:
     self.clip_gap = clip_gap
 
   def __call__(self, sentence: Sentence) -> Features:
+    """Returns the features of a sentence whose clips are pixels.
+
+    Raises:
+      OSError, UserError: a clip cannot be read, or is no pixels, or has another size than the others.
+    """
+    check_pixels(sentence.clips)
     latents = tuple(self.encode_clip(clip) for clip in sentence.clips)
     condition, image_features = self.image_inputs(sentence.clips[0], sum(map(len, latents)))
     return self.assemble(
@@ -158,6 +166,23 @@ class FeatureMaker:
       return self.encoders.embed_image(to_float(read_frames(first_clip)[0]))
 
     return _look_up(self.caches and self.caches.images, _key(first_clip), embed)
+
+
+def check_pixels(clips: Sequence[Any]) -> None:
+  """Raises UserError unless clips are pixels of one size: references, or uint8 frames."""
+  sizes = []
+  for number, clip in enumerate(clips, 1):
+    if isinstance(clip, ClipRef):
+      sizes.append(tuple(clip.size))
+      continue
+    is_array = isinstance(clip, np.ndarray)
+    if not (is_array and clip.dtype == np.uint8 and clip.ndim == 4 and clip.shape[-1] == 3):
+      got = f"{clip.dtype} {clip.shape}" if is_array else type(clip).__name__
+      raise UserError(f"clip {number} of a sentence must be frames, uint8 (T, H, W, 3), or a ClipRef, got {got}")
+    sizes.append(clip.shape[1:3])
+  if len(set(sizes)) > 1:
+    found = ", ".join(f"{height}x{width}" for height, width in sizes)
+    raise UserError(f"the clips of a sentence must have one size, got {found} (height x width)")
 
 
 def condition_key(first_clip: ClipRef, num_latent_frames: int) -> str:

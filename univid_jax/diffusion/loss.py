@@ -36,7 +36,7 @@ def has_sentence(row: PackedRow) -> Float[Array, "b s"]:
 
 def _targets_of_slots(row: PackedRow) -> Float[Array, "b l s"]:
   """Returns 1 for each target token and the slot of its sentence, else 0."""
-  return jax.nn.one_hot(row.segment_ids - 1, row.num_slots) * row.target_mask[..., None]
+  return jax.nn.one_hot(row.segment_ids - 1, row.num_slots) * row.target_mask[..., None].astype(jnp.float32)
 
 
 def sentence_losses(

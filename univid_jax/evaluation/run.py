@@ -47,19 +47,22 @@ log = logging.getLogger(__name__)
 EVAL_FILE = "eval.json"
 
 
-def evaluate_quick(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike) -> dict[str, Any] | None:
+def evaluate_quick(
+  pipeline: Pipeline, config: RunConfig, folder: epath.PathLike, *, data: DataSources | None = None
+) -> dict[str, Any] | None:
   """Evaluates a trained model and writes eval.json, grid.png and, of videos, grid.webp.
 
   Args:
     pipeline: the model.
     config: of the run.
     folder: the workdir of the run.
+    data: of which the held-out part is used; by default what the config names.
 
   Returns:
     The contents of eval.json; None, with a warning, if nothing is held out.
   """
   folder = epath.Path(folder)
-  data = open_data(config)
+  data = open_data(config) if data is None else data
   sentences = plan_sentences(config, data.held_out)
   if not sentences:
     log.warning("%s", nothing_held_out(config, data))

@@ -40,7 +40,9 @@ def look_back(model: DiT, frames: Sequence[int], *, rng: PRNGKeyArray) -> None:
   config = model.config
   if len(frames) > config.num_heads:
     raise UserError(
-      f"config.model.look_back has a distance for {len(frames)} heads, but config.model.num_heads is {config.num_heads}"
+      f"config.model.look_back has distances for {len(frames)} heads, but config.model.num_heads is "
+      f"{config.num_heads}: set config.model.look_back to {config.num_heads} distances or fewer, or to () for a plain "
+      "random start"
     )
   time_frequencies = rotary_frequencies(config.head_dim, theta=config.rope_theta, scale=config.rope_scale)[0]
   pairs = config.head_dim // 2

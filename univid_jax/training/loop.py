@@ -21,12 +21,13 @@ from univid_jax.checkpoints.trained import load_base, to_lora_weights
 from univid_jax.config.schema import RunConfig
 from univid_jax.core import lock
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import AttentionBackend, OnDamaged, TrainedExpert
+from univid_jax.core.options import AttentionBackend, OnDamaged, TrainedExpert, parse_option
 from univid_jax.core.protocols import TrainStep
 from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.data.rows.loader import Loader, make_loader
 from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
 from univid_jax.data.rows.packing import RowShape
+from univid_jax.data.sources.open import DataSources
 from univid_jax.inference.added_loras import add_loras
 from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
@@ -53,7 +54,7 @@ from univid_jax.training.hooks import (
 )
 from univid_jax.training.memory import ADVICE, abstract_batch, compile_step
 from univid_jax.training.metrics_writer import MetricsWriter
-from univid_jax.training.setup import Run, set_up_run
+from univid_jax.training.setup import Run, check_arguments, set_up_run
 from univid_jax.training.state import TrainState
 from univid_jax.training.step import make_train_step
 
@@ -82,8 +83,9 @@ class TrainResult:
 
 def train(
   config: RunConfig,
-  workdir: str,
+  workdir: epath.PathLike,
   *,
+  data: DataSources | None = None,
   profile_steps: int = 0,
   verify_weights: bool = True,
   on_damaged_checkpoint: OnDamaged = OnDamaged.FALLBACK,
@@ -93,6 +95,7 @@ def train(
   Args:
     config: of the run.
     workdir: a folder or a bucket.
+    data: sources of your own, the same whenever the run is resumed; by default those that the config names.
     profile_steps: number of steps to write a profiler trace of.
     verify_weights: compares every file of the base and of the checkpoint with its checksum before it is used.
     on_damaged_checkpoint: whether to resume from an older checkpoint if the latest is damaged, which is then renamed.
@@ -104,15 +107,15 @@ def train(
     Interrupted: SIGTERM or Ctrl-C arrived, and the state is saved; or another process of the run has ended.
     OSError: a file could not be read or a checkpoint not written.
   """
+  workdir = check_arguments(config, workdir)
+  on_damaged = parse_option(OnDamaged, "on_damaged_checkpoint", on_damaged_checkpoint)
   with (
     contextlib.closing(Goodput(workdir, writes=jax.process_index() == 0)) as goodput,
     lock.hold(workdir, process=jax.process_index()),
   ):
-    run = set_up_run(config, workdir, verify_weights=verify_weights)
+    run = set_up_run(config, workdir, data=data, verify_weights=verify_weights)
     loader = open_loader(run)
-    checkpointer = Checkpointer(
-      workdir, keep=config.checkpoint.keep, verify=verify_weights, on_damaged=on_damaged_checkpoint
-    )
+    checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep, verify=verify_weights, on_damaged=on_damaged)
     with close_all([loader, checkpointer]):
       state = restore_or_create_state(run, checkpointer, loader)
       if jax.process_index() == 0:
@@ -225,7 +228,7 @@ def open_loader(run: Run) -> Loader:
     row_shape=RowShape.from_config(config.rows, context_mode(config)),
     layout=layout,
     seed=config.seed,
-    weights=list(data.weights.values()),
+    weights=[data.weights[name] for name in data.sources],
     ownership=ownership,
     options=LoaderOptions.from_config(config, ownership),
   )

@@ -31,22 +31,12 @@ from univid_jax.checkpoints.run_parts import (
 )
 from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
 from univid_jax.codecs.dct import DCTCodec
-from univid_jax.config.boundary import differences
 from univid_jax.config.schema import CodecConfig, ModelConfig, RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TrainedExpert
 from univid_jax.core.protocols import Encoders
 from univid_jax.core.sentence import Sentence
-from univid_jax.core.text import count_noun
 from univid_jax.data.features import FeatureCaches, FeatureMaker
-from univid_jax.data.fingerprint import (
-  describe_changes,
-  find_shared,
-  fingerprint,
-  read_fingerprint,
-  remember_trained,
-  write_fingerprint,
-)
 from univid_jax.data.prepare import PreparationReport, prepare
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.open import DataSources, open_data
@@ -55,40 +45,11 @@ from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.lora import join
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training.same_run import check_same_data, check_same_run
 from univid_jax.training.state import Params, StateSpec, describe_training
 from univid_jax.training.validation import leave_out_unusable, select_sentences
 
 log = logging.getLogger(__name__)
-
-# Keys that may change when a run is resumed: how long, how often, and where it runs.
-MAY_CHANGE = (
-  "num_steps",
-  "log_every",
-  "checkpoint.",
-  "mesh.",
-  "rows.microbatches",
-  "model.remat",
-  "base.offload",
-  "model.attention_backend",
-  "eval.",
-  "validation.",
-  "data.allow_",
-  "data.num_threads",
-  "data.cache",
-)
-
-# Where data lies, which may change if there are records of what it contains, as `check_same_data` compares these.
-MAY_MOVE = (
-  "data.folder",
-  "data.test_folder",
-  "data.pairs",
-  "data.test_pairs",
-  "data.metadata",
-  "data.manifest",
-  "data.arc.path",
-  "data.arc.test_path",
-  "data.tfds.data_dir",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +115,15 @@ class Run:
     )
 
 
-def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) -> Run:
+def set_up_run(
+  config: RunConfig, workdir: epath.PathLike, *, data: DataSources | None = None, verify_weights: bool = True
+) -> Run:
   """Opens the data of a run, fills its caches and loads its base.
 
   Args:
     config: of the run.
     workdir: a folder or a bucket.
+    data: sources of your own; by default those that the config names.
     verify_weights: compares every file of the base with its checksum while the data is opened.
 
   Raises:
@@ -167,6 +131,7 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
     UserError: a value of the config is invalid for a run, or a record of the data cannot be used.
     OSError: a file cannot be read.
   """
+  workdir = check_arguments(config, workdir)
   config = check_config(config)
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   checksums, base = ",".join(base_checksums(config)), open_base(config)
@@ -183,7 +148,7 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
         "config.data.stream_processes is for bases without an autoencoder: latents are encoded on the devices, which "
         "other processes cannot use; leave it off and run univid-prepare first"
       )
-    data = open_data(config)
+    data = open_data(config) if data is None else data
     data.report(config.data)
     data.require_usable(config.data)
   check_same_data(workdir, data, config)
@@ -199,6 +164,22 @@ def set_up_run(config: RunConfig, workdir: str, *, verify_weights: bool = True) 
     base_graph, frozen = bases[0][0], config.model.expert.join_trees([params for _, params in bases])
   record = dataclasses.replace(record, prompts=data.prompts)
   return Run(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features, validation)
+
+
+def check_arguments(config: RunConfig, workdir: epath.PathLike) -> str:
+  """Returns the workdir as text.
+
+  Raises:
+    UserError: the config is none, or the workdir is not named.
+  """
+  if not isinstance(config, RunConfig):
+    raise UserError(
+      f"config must be a RunConfig, got {type(config).__name__}: univid_jax.config.presets has some, such as tiny(), "
+      "and univid_jax.config.boundary.from_config_dict makes one of a ConfigDict"
+    )
+  if not isinstance(workdir, (str, os.PathLike)) or not os.fspath(workdir):
+    raise UserError(f"workdir must name a folder or a bucket, got {workdir!r}")
+  return os.fspath(workdir)
 
 
 def ignored_options(config: RunConfig) -> list[str]:
@@ -285,66 +266,3 @@ def fill_caches(
     allow_dropped=config.data.allow_dropped,
     verify=verify,
   )
-
-
-def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
-  """Records what the data of a run consists of, and checks that it is what the run started with.
-
-  Raises:
-    UserError: the data has changed, and the config does not allow that.
-  """
-  stored, now = read_fingerprint(workdir), fingerprint(data.sources, data.held_out)
-  if stored and has_checkpoint(workdir):
-    if changes := describe_changes(stored, now):
-      if not config.data.allow_changed:
-        raise UserError(
-          f"the data of {workdir} has changed since the run started: {'; '.join(changes)}; restore it, use another "
-          "--workdir, or continue on the changed data with --config.data.allow_changed=True"
-        )
-      for change in changes:
-        log.warning("the data of %s has changed: %s", workdir, change)
-    now = remember_trained(stored, now)
-  if shared := find_shared(now, now):
-    log.warning(
-      "training sees %s of what is held out, such as %s: validation and evaluation say little about others",
-      count_noun(len(shared), "record"),
-      shared[0],
-    )
-  if jax.process_index() == 0 and stored != now:
-    write_fingerprint(workdir, now)
-
-
-def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> None:
-  """Raises UserError, naming the first key that differs, if a workdir belongs to another config."""
-  different = list(differences(previous.config, current.config))
-  for key, before, after in different:
-    if key in ("validation.sentences", "validation.sigmas"):
-      log.warning(
-        "%s = %s instead of %s: validation losses are not comparable with earlier ones, by which --step=best chooses",
-        key,
-        after,
-        before,
-      )
-  has_records = read_fingerprint(workdir) is not None
-  has_same_base = bool(previous.base_contents) and previous.base_contents == current.base_contents
-  moved = [
-    (key, before, after)
-    for key, before, after in different
-    if (key == "init_from" and (has_same_base or _is_same_place(before, after)))
-    or (key in MAY_MOVE and has_records and before and after)
-  ]
-  changes = [change for change in different if change not in moved and not change[0].startswith(MAY_CHANGE)]
-  if previous.base != current.base:
-    changes.append(("the checksum of init_from", previous.base, current.base))
-  if changes:
-    key, before, after = changes[0]
-    raise UserError(
-      f"{workdir} is a run with {key} = {before!r}, not {after!r}: use the same config or another --workdir"
-    )
-  for key, before, after in moved:
-    log.info("%s was %s, is %s now", key, before, after)
-
-
-def _is_same_place(a: str, b: str) -> bool:
-  """Returns whether two names of a base lead to the same folder."""
-  return bool(a and b) and os.path.realpath(locate(a)) == os.path.realpath(locate(b))

@@ -127,7 +127,8 @@ def make_update(
     loss, grads = _accumulate_gradients(
       loss_fn, state.params, frozen, (row, noise, levels), num_sentences, key, microbatches=microbatches
     )
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=loss)
+    with jax.numpy_dtype_promotion("standard"):  # on which optax relies
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=loss)
     # optax types the results as any tree; they have the structure of the parameters.
     params = cast(Params, optax.apply_updates(state.params, updates))
     ema = state.ema

@@ -22,7 +22,7 @@ from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
 from univid_jax.data.rows.packing import RowShape, join_rows
 from univid_jax.data.rows.streams import mix_sources, pack_batches
 from univid_jax.data.rows.tokens import UNITS, Features, Unit, feature_names
-from univid_jax.data.sources.base import drop
+from univid_jax.data.sources.base import drop, require_source
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +83,13 @@ def make_loader(
     options: how sentences are read and packed.
 
   Raises:
-    UserError: the streams do not divide; or, from the iterator, a sentence cannot be used: one of its clips cannot be
-      read, or it is too long for a row. The message names the record and the file.
+    UserError: there is no source, or an empty one; the streams do not divide; or, from the iterator, a sentence cannot
+      be used: one of its clips cannot be read, or it is too long for a row. The message names the record and the file.
   """
+  if isinstance(sources, SentenceSource) or not sources:
+    raise UserError(f"sources must be a list of one or more sources of sentences, got {type(sources).__name__}")
+  for source in sources:
+    require_source("a source", source)
   capacities = row_shape.capacities(feature_names(make_features.shape))
   read_options = grain.ReadOptions(num_threads=options.num_threads, prefetch_buffer_size=SENTENCE_BUFFER)
   rows = ownership or RowOwnership.whole(layout.num_rows)
@@ -163,17 +167,18 @@ class Loader:
     streams = {str(number): stream.get_state() for number, stream in self._streams.items()}
     return json.dumps({"num_streams": self._num_streams, "row_order": self._order, "streams": streams}).encode()
 
-  def set_state(self, states: Sequence[bytes]) -> None:
+  def set_state(self, states: Sequence[bytes] | bytes) -> None:
     """Continues at a saved position.
 
     Args:
-      states: of all processes that saved it, in order; also as version 0.1 saved them, as states of Grain's iterators.
+      states: of all processes that saved it, in order, or what `get_state` has returned if it was the only one; also as
+        version 0.1 saved them, as states of Grain's iterators.
 
     Raises:
       UserError: they are damaged, or the rows of a batch are others now and do not divide over the streams.
     """
     try:
-      saved = [parse_json(state) for state in states]
+      saved = [parse_json(state) for state in ([states] if isinstance(states, bytes) else states)]
       if "num_streams" in saved[0]:
         num_streams = saved[0]["num_streams"]
         positions = {int(number): state for each in saved for number, state in each["streams"].items()}
@@ -264,7 +269,7 @@ class EncodedSource:
     except CacheWriteError:
       raise
     except (UserError, OSError) as error:
-      return _Unusable(sentence.record if sentence else f"sentence {index}", error)
+      return _Unusable(sentence.record if sentence and sentence.record else f"sentence {index}", error)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,6 +172,17 @@ def group_indices(tasks: Sequence[str], variants: int) -> dict[str, Iterator[int
   return {task: indices(records) for task, records in groups.items()}
 
 
+def require_source(name: str, source: object) -> None:
+  """Raises UserError, which begins with `name`, unless something is a source with sentences."""
+  if not isinstance(source, SentenceSource):
+    raise UserError(
+      f"{name} must be a source of sentences, with task_names, len(source) and source[index], got "
+      f"{type(source).__name__}"
+    )
+  if not len(source):
+    raise UserError(f"{name} is empty: {type(source).__name__} has no sentence")
+
+
 def indices_by_task(source: SentenceSource) -> Mapping[str, Iterator[int]]:
   """Returns the indices of each task's sentences in order; one group where tasks are only known once they are read."""
   return source.indices_by_task() if isinstance(source, GroupsByTask) else {"": iter(range(len(source)))}

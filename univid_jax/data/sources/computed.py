@@ -20,7 +20,7 @@ from univid_jax.data.sources.base import draw, sort_weights
 from univid_jax.data.sources.folder import FolderClip, FolderSource
 from univid_jax.data.sources.photos import ClipSource, PhotoSource, Split
 from univid_jax.data.tasks import TASKS
-from univid_jax.data.tasks.base import from_unit, to_unit
+from univid_jax.data.tasks.base import check_draw, check_result, from_unit, to_unit
 
 # Part of the keys of lazy clips: raise it when the same config and seed give other pixels.
 COMPUTING_VERSION = 4
@@ -149,6 +149,7 @@ class ComputedSentences:
 
   def _compute(self, rng: np.random.Generator, plan: "Plan") -> Sentence:
     task = TASKS[plan.task]
+    check_draw(plan.task, task)
     params = task.draw(rng)
     lengths = plan.lengths(self.num_frames)
     pairs = []
@@ -157,7 +158,10 @@ class ComputedSentences:
     ):
       clip = source.clip(index, rng, num_frames=length, size=self.size)
       options = ({"num_frames": target_length} if task.animates else {}) | ({"pair": number} if task.varies else {})
-      target = from_unit(task.apply(to_unit(clip), **params, **options))
+      result = task.apply(to_unit(clip), **params, **options)
+      if number == 0:
+        check_result(plan.task, result, (target_length if task.animates else length, *self.size, 3))
+      target = from_unit(result)
       pairs.append((target, clip) if task.restores else (clip, target))
     reverse = task.reversible and rng.random() < self.reverse_probability
     sentence = make_sentence(pairs, reverse=reverse, prompt=plan.prompt, task=plan.task, context=plan.context)

@@ -6,7 +6,8 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+
+from typing_extensions import Protocol, runtime_checkable
 
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.bucket_files import copy_to_local
@@ -16,7 +17,7 @@ from univid_jax.core.options import TargetKind
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.text import count_noun
 from univid_jax.data.clips import ClipFormat, Footage
-from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped
+from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped, require_source
 from univid_jax.data.sources.computed import (
   ComputedSentences,
   LazySentences,
@@ -58,10 +59,10 @@ class SplittableSource(SentenceSource, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DataSources:
-  """Where the sentences of a run come from.
+  """Where the sentences of a run come from: what a config names, or sources of your own.
 
   Attributes:
-    sources: training sentences by kind of data: metadata, pairs, manifest, tfds, arc, computed, grids.
+    sources: training sentences by kind of data: metadata, pairs, manifest, tfds, arc, computed, grids, or your names.
     weights: how often each source is drawn.
     dropped: records that cannot be used.
     held_out: sentences that training does not see, by kind of data; kinds without any are missing.
@@ -69,8 +70,16 @@ class DataSources:
 
   sources: Mapping[str, SentenceSource]
   weights: Mapping[str, float]
-  dropped: Sequence[Dropped]
-  held_out: Mapping[str, SentenceSource]
+  dropped: Sequence[Dropped] = ()
+  held_out: Mapping[str, SentenceSource] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    for name, source in (*self.sources.items(), *self.held_out.items()):
+      require_source(f"the data {name!r}", source)
+    for name in self.sources:
+      weight = self.weights.get(name)
+      if not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
+        raise UserError(f"the data {name!r} needs a weight above 0 in DataSources.weights, got {weight!r}")
 
   @property
   def task_names(self) -> tuple[str, ...]:
@@ -104,6 +113,8 @@ class DataSources:
     if not config.held_out:
       return "config.data.held_out is 0, and there is no test set (config.data.test_pairs)"
     largest = max(map(_largest_group, self.sources.values()), default=0)
+    if not largest:
+      return "DataSources.held_out is empty"
     at = f"{count_noun(largest, 'record')} of a task are too few to hold any out at config.data.held_out = "
     needed = f"{config.held_out:.3g}, which takes {math.ceil(1 / config.held_out)}"
     share = f"train with --config.data.held_out={math.ceil(100 / largest) / 100:g}, which holds out one, or "

@@ -1,7 +1,5 @@
 """The computed tasks by name. To add one, write `draw` and `apply` functions and an entry here."""
 
-from collections.abc import Mapping
-
 from univid_jax.data.tasks.base import Task, draw_nothing
 from univid_jax.data.tasks.camera import camera_movement, draw_camera_movement, draw_flip, flip, reverse_time
 from univid_jax.data.tasks.masks import draw_mask_colors, moving_mask, salient_mask
@@ -30,7 +28,7 @@ from univid_jax.data.tasks.restoration import (
   shrink,
 )
 
-TASKS: Mapping[str, Task] = {
+TASKS: dict[str, Task] = {
   "greyscale": Task(draw=draw_nothing, apply=greyscale, prompt_name="greyscale version"),
   "invert": Task(draw=draw_nothing, apply=invert, prompt_name="negative"),
   "invert_brightness": Task(

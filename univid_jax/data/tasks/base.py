@@ -6,11 +6,15 @@ them. What they must not reveal, such as the noise in B, is drawn for every pair
 """
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
+
+from univid_jax.core.errors import UserError
 
 Params = Mapping[str, Any]
 UnitClip = Float[np.ndarray, "T H W 3"]
@@ -19,14 +23,19 @@ UnitClip = Float[np.ndarray, "T H W 3"]
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
+# How far values may be outside [0, 1], where they are clipped: resampling and noise exceed it by less.
+MAX_OVERSHOOT = 0.5
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
   """A computed task.
 
   Attributes:
-    draw: draws the parameters of a sentence.
-    apply: (clip, **parameters) to the target of the clip; an animating task also takes `num_frames`, and makes a video
-      of an image.
+    draw: draws the parameters of a sentence: JSON values by name (Python's numbers, not NumPy's), since an evaluation
+      stores them with its results.
+    apply: (clip, **parameters) to the target of the clip, which has the clip's shape; what leaves [0, 1] a little is
+      clipped. An animating task also takes `num_frames`, and makes a video of an image.
     reversible: whether the task with swapped pairs (A', A, B', B) is a task too.
     animates: whether the target of an image may be a video; such a task cannot be reversible.
     varies: whether `apply` also takes `pair`, the number of the pair, and draws what differs between them.
@@ -47,6 +56,41 @@ class Task:
   def __post_init__(self):
     if self.animates and self.reversible:
       raise ValueError("an animating task cannot be reversible: its inverse would make an image of a video")
+
+
+@functools.cache
+def check_draw(name: str, task: Task) -> None:
+  """Checks what `draw` of the task with a name returns: once, by drawing with a generator of its own.
+
+  Raises:
+    UserError: it does not return JSON values by name.
+  """
+  params = task.draw(np.random.default_rng(0))
+  try:
+    if not isinstance(params, Mapping):
+      raise TypeError(f"it returns {type(params).__name__}, not a mapping")
+    json.dumps(dict(params))
+  except (TypeError, ValueError) as error:
+    raise UserError(
+      f"draw of the task {name} must return JSON values by name, Python's numbers and not NumPy's: {error}"
+    ) from error
+
+
+def check_result(name: str, result: Any, shape: tuple[int, ...]) -> None:
+  """Checks what `apply` of the task with a name returns.
+
+  Raises:
+    UserError: it is no array of floats of this shape, or its values are not finite or far outside [0, 1].
+  """
+  got = ""
+  if not (isinstance(result, np.ndarray) and result.shape == shape and result.dtype.kind == "f"):
+    got = f"{result.dtype} {result.shape}" if isinstance(result, np.ndarray) else type(result).__name__
+  elif not (result.min() >= -MAX_OVERSHOOT and result.max() <= 1 + MAX_OVERSHOOT):  # NaN neither
+    got = f"values from {result.min():.4g} to {result.max():.4g}"
+  if got:
+    raise UserError(
+      f"apply of the task {name} must return a NumPy array of floats of shape {shape}, in [0, 1], got {got}"
+    )
 
 
 def draw_nothing(rng: np.random.Generator) -> Params:
