@@ -12,12 +12,14 @@ import univid_jax
 from tests.clip_files import write_image
 from tests.helpers import give_prompts
 from tests.typecheck import unchecked
+from univid_jax.core.checks import require_number
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_SEED, ModelType, Objective
 from univid_jax.data.media.reader import LoadedClip
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.inference.encoding import Sample
+from univid_jax.inference.long_video import VideoSample
 
 A, A2, B = (np.full((1, 64, 64, 3), grey, np.uint8) for grey in (10, 120, 240))
 CLIPS = [A, A2, B]
@@ -195,6 +197,33 @@ def test_inputs_of_a_velocity(pipe, name, value, message):
 def test_what_runs_on_the_host_cannot_be_traced(pipe, call):
   arguments = {"encode": (FRAMES,), "decode": (LATENTS,), "predict_velocity": (LATENTS, 5.0, np.zeros((0, 16)))}[call]
   refuse(lambda: jax.jit(getattr(pipe, call))(*arguments), "is traced", "nnx.merge(expert.graph, expert.load())")
+
+
+def test_a_sample_cannot_be_traced(pipe):
+  refuse(lambda: jax.jit(lambda clip: sample(pipe, [clip] * 3).latents)(B), "a clip is traced")
+  refuse(lambda: jax.jit(lambda scale: sample(pipe, guidance_scale=scale).latents)(2.0), "guidance_scale must be a num")
+
+
+def test_clips_of_jax_and_numbers_of_bfloat16(pipe):
+  """As `sample` takes them, so do its relatives."""
+  clips = [jnp.asarray(clip) for clip in CLIPS]
+  with unchecked():
+    (query,) = pipe.sample_queries(clips[:2], clips[2:], num_inference_steps=1)
+    video = pipe.sample_video(clips[:2], jnp.concatenate([clips[2]] * 9), num_inference_steps=1)
+    scaled = sample(pipe, guidance_scale=jnp.bfloat16(1), shift=np.float32(5))
+  assert np.array_equal(scaled.latents, sample(pipe, shift=5.0).latents)
+  np.testing.assert_allclose(query.latents, sample(pipe, CLIPS).latents, atol=1e-4)
+  assert isinstance(video, VideoSample)
+
+
+@pytest.mark.parametrize("value", [jnp.bfloat16(0.5), np.float16(0.5), jnp.asarray(0.5), 0.5, np.int8(1)])
+def test_numbers_of_any_type(value):
+  assert require_number("x", value) in (0.5, 1.0)
+
+
+@pytest.mark.parametrize("value", ["0.5", None, True, 10**400, jnp.ones(2), np.ndarray])
+def test_what_is_no_number(value):
+  refuse(lambda: require_number("x", value), "x must be a number, got ")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from univid_jax.core.sentence import Role, read_frames
 from univid_jax.data import joint_reading
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.fingerprint import describe_changes, find_shared, fingerprint
+from univid_jax.data.media.reader import read_clip
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.sources.base import hold_out, indices_by_task
 from univid_jax.data.sources.open import DataSources, open_data
@@ -453,10 +454,10 @@ class TestPairs:
     ):
       open_pairs(str(tmp_path / "name"), FORM, draw_options())
 
-  def test_a_task_without_pairs_is_named(self, pairs):
+  def test_a_task_without_pairs_is_named(self, pairs, caplog):
     (pairs / "style").mkdir()
     _, dropped = open_pairs(str(pairs), FORM, draw_options())
-    assert [str(each) for each in dropped] == ["style: the folder of a task has no folders of pairs"]
+    assert not dropped and "style is left out: the folder of a task, which has no folders of pairs" in caplog.text
 
   @pytest.mark.parametrize("short", [0, 1, 3])
   def test_pairs_that_are_too_short_for_videos_are_reported(self, tmp_path, caplog, short):
@@ -485,6 +486,24 @@ class TestPairs:
     with caplog.at_level("INFO", "univid_jax"):
       open_data(config).report(config.data)
     assert "data: pairs, edges has no sentences of context I or III: its pairs are images" in caplog.text
+
+  @pytest.mark.parametrize("part", ["source", "target"])
+  def test_tasks_that_make_videos_of_images_are_reported_quietly(self, pairs, caplog, part):
+    shutil.rmtree(pairs / "edges")
+    other = {"source": "target", "target": "source"}[part]
+    for folder in (pairs / "depth map").iterdir():
+      (folder / f"{part}.mp4").unlink()
+      Image.fromarray(read_clip(folder / f"{other}.mp4", 0, 1).frames[0]).save(folder / f"{part}.png")
+    config = override(tiny(), {"data.pairs": str(pairs), "data.num_frames": 5})
+    with caplog.at_level("INFO", "univid_jax"):
+      open_data(config).report(config.data)
+    (record,) = (record for record in caplog.records if "has no sentences" in record.message)
+    assert record.levelname == "INFO"
+    assert record.message.endswith(f"depth map has no sentences of context I or III: its {part}s are images")
+    shutil.copy(pairs / "depth map" / "a" / f"{other}.mp4", pairs / "depth map" / "a" / f"{part}.mp4")
+    (pairs / "depth map" / "a" / f"{part}.png").unlink()
+    open_data(config).report(config.data)
+    assert "for whose videos 2 of its 3 pairs are too short, such as b b with 1 frame instead of 5" in caplog.text
 
   def test_that_nothing_is_held_out_is_said_before_training(self, pairs, caplog):
     config = override(tiny(), {"data.pairs": str(pairs), "data.num_frames": 5})
@@ -768,6 +787,10 @@ class TestManifest:
     line["clips"][0] |= {"num_frames": 1}
     sentences, dropped = self.write(tmp_path, line)
     assert not dropped and [clip.num_frames for clip in sentences[0].clips] == [1, 5]
+    write_video(tmp_path / "short.mp4", 3)
+    line["clips"] = [{"path": "v.mp4", "num_frames": 1}, {"path": "short.mp4", "role": "target"}]
+    sentences, dropped = self.write(tmp_path, line)
+    assert not dropped and [clip.num_frames for clip in sentences[0].clips] == [1, 1], "next to an image it is one"
 
   def test_a_sentence_over_several_lines_is_explained(self, tmp_path):
     _, dropped = self.write(tmp_path, '{"clips": [', '{"path": "v.mp4", "role": "target"}]}')

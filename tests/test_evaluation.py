@@ -17,6 +17,7 @@ from univid_jax.config.presets import tiny
 from univid_jax.core.contexts import CONTEXTS
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
+from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.pictures import GAP, HEADER, sentence_animation, sentence_grid
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.target_kinds import label_colors, normals_to_image
@@ -39,7 +40,7 @@ from univid_jax.evaluation.protocol import open_samples_folder
 from univid_jax.evaluation.report import QUICK_KEYS
 from univid_jax.evaluation.run import is_evaluated
 from univid_jax.evaluation.score import Score, Scorer
-from univid_jax.evaluation.sentences import plan_other_pairs, plan_sentences
+from univid_jax.evaluation.sentences import _plan, plan_other_pairs, plan_sentences
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.metrics_writer import join_short, plot_loss
 
@@ -262,6 +263,21 @@ class TestSamplesFolder:
       folders.append(open_samples_folder(epath.Path(tmp_path), config, select(config), ORIGIN, write=False))
     assert folders[0] != folders[1]
 
+  def test_other_files_of_a_test_folder_give_other_samples(self, tiny_config, tmp_path):
+    folders = []
+    for shade in (0, 0, 100):
+      (tmp_path / "clips").mkdir(exist_ok=True)
+      write_image(tmp_path / "clips" / "a.png", shade=shade)
+      config = override(tiny_config, {"data.test_folder": str(tmp_path / "clips")})
+      folders.append(open_samples_folder(epath.Path(tmp_path), config, select(config), ORIGIN, write=False))
+    assert folders[0] == folders[1] != folders[2]
+
+  def test_other_arrays_give_other_samples(self):
+    """Of a source of one's own, whose clips need no keys."""
+    clips = [np.full((1, 8, 8, 3), shade, np.uint8) for shade in (0, 0, 1)]
+    found = [_plan(Sentence(clips=(clip,) * 4, roles=reference_roles(4))).identify() for clip in clips]
+    assert found[0] == found[1] != found[2]
+
 
 def test_an_evaluation_is_that_of_a_step_and_of_options(tiny_config, tmp_path):
   assert not is_evaluated(tiny_config, tmp_path)
@@ -460,7 +476,8 @@ class TestKinds:
   @pytest.mark.parametrize("key, value", [("num_labels", 257), ("void_label", 256)])
   def test_labels_that_the_palette_lacks(self, key, value):
     with pytest.raises(UserError, match=rf"config\.eval\.{key} = {value}, but the palette has 256 colours"):
-      KindOptions.from_config(config_with(**{key: value}))
+      KindOptions.from_config(override(config_with(**{key: value}), {"data.kinds": {"rooms": "segmentation"}}))
+    KindOptions.from_config(config_with(**{key: value}))  # without labels they do not matter
 
   def test_metres_are_not_levels_of_grey(self):
     """RMSE of depth does not replace that of the image, which is averaged over all tasks."""

@@ -124,8 +124,15 @@ class TestLoader:
 @pytest.mark.parametrize(
   "make, message",
   [
-    (lambda: DataSources({"mine": Negatives()}, {}), "the data 'mine' needs a weight above 0 in DataSources.weights"),
-    (lambda: DataSources({"mine": Negatives()}, {"mine": 0.0}), "the data 'mine' needs a weight above 0"),
+    (
+      lambda: DataSources({"mine": Negatives()}, {}),
+      r"DataSources.weights\['mine'\] must be a positive number, got None",
+    ),
+    (lambda: DataSources({"mine": Negatives()}, {"mine": 1.0, "his": 1.0}), "has 'his', which is none of its sources"),
+    (
+      lambda: DataSources({"mine": Negatives()}, {"mine": 0.0}),
+      r"DataSources.weights\['mine'\] must be a positive number, got 0.0",
+    ),
     (lambda: DataSources({"mine": [1]}, {"mine": 1.0}), "the data 'mine' must be a source of sentences"),
     (lambda: sources(count=0), "the data 'mine' is empty: Negatives has no sentence"),
   ],

@@ -725,7 +725,9 @@ class TestValidation:
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     changes = {"data.manifest": str(tmp_path / "m.jsonl"), "data.bundled": False, "data.held_out": 0.25}
     config = override(tiny_config, changes | {"validation.every_steps": 2, "validation.sentences": 6})
-    message = r"^2 of .*, first .*m\.jsonl line 3: .* tokens, but a row holds only config\.rows\.num_tokens = 48"
+    message = (
+      r"^2 listed records .* first is .*m\.jsonl line 3: .* tokens, but a row holds only config\.rows\.num_tokens = 48"
+    )
     with pytest.raises(UserError, match=message):
       set_up_run(config, str(tmp_path / "refused"))
     assert sum(message.startswith("dropped: ") for message in caplog.messages) == 2  # named, though it is an error

@@ -133,13 +133,13 @@ class SamplingFlags:
 
     from univid_jax.inference.plan import SamplingPlan
 
-    options = dataclasses.replace(self.steps, step_cache=step_cache)
     try:
+      options = dataclasses.replace(self.steps, step_cache=step_cache)
       plan = SamplingPlan.from_options(options, distillation and distillation.kind)
-    except UserError as error:  # names Python's arguments
-      names = "|".join(options.to_keywords())
-      flags = re.sub(rf"\b({names})\b", r"--\1", str(error)).replace("--num_inference_steps", "--steps")
-      raise UsageError(flags) from error
+    except UserError as error:
+      if isinstance(error, UsageError):
+        raise
+      raise UsageError(_name_flags(str(error))) from error
     if self.negative_prompt.value and np.all(np.asarray(plan.guidance_scale) == 1):
       remedy = "leave it out with --accelerate" if distillation else "give a --guidance_scale other than 1"
       raise UsageError(f"--negative_prompt needs guidance: {remedy}")
@@ -191,3 +191,12 @@ class SamplingFlags:
     from univid_jax.cli import sampling
 
     return sampling.parse_size(self._size.value) if self._size.value and not self.keep_size else None
+
+
+def _name_flags(message: str) -> str:
+  """Names flags in a message about arguments of Python, which stand at its beginning or after "replace" or "give a"."""
+  from univid_jax.inference.plan import SamplingOptions
+
+  names = "|".join(field.name for field in dataclasses.fields(SamplingOptions))
+  message = re.sub(rf"(^|\breplace |\bgive a )({names})\b", r"\1--\2", message)
+  return message.replace("--num_inference_steps", "--steps")

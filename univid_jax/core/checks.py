@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from univid_jax.core.errors import UserError
@@ -16,7 +17,7 @@ from univid_jax.core.errors import UserError
 def describe_value(value: object) -> str:
   """Returns what a message says of a wrong value: dtype and shape of an array, else the value, shortened."""
   shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-  return f"{dtype} {tuple(shape)}" if shape is not None and dtype is not None and shape else reprlib.repr(value)
+  return f"{dtype} {shape}" if isinstance(shape, tuple) and shape and dtype is not None else reprlib.repr(value)
 
 
 def require_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
@@ -33,11 +34,12 @@ def require_integer(name: str, value: Any, minimum: int, maximum: int | None = N
 
 def require_number(name: str, value: Any, *, is_positive: bool = False) -> float:
   """Returns a number of any type, but no bool; raises UserError if it is none or, of positive ones, not finite."""
-  is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-  if not is_number and getattr(value, "shape", None) == ():  # an array without dims
-    is_number = np.asarray(value).dtype.kind in "iuf"
-  number = float(value) if is_number else math.nan
-  if not is_number or (is_positive and not 0 < number < math.inf):
+  is_array = getattr(value, "shape", None) == () and jnp.issubdtype(value.dtype, jnp.number)  # bfloat16 is no Real
+  try:
+    number = float(value) if is_array or (isinstance(value, numbers.Real) and not isinstance(value, bool)) else None
+  except (OverflowError, TypeError):  # a tracer's error is a TypeError
+    number = None
+  if number is None or (is_positive and not 0 < number < math.inf):
     raise UserError(f"{name} must be a {'positive ' if is_positive else ''}number, got {describe_value(value)}")
   return number
 

@@ -16,7 +16,7 @@ from scipy.sparse import csr_array
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import DepthAlignment, TargetKind
-from univid_jax.data.target_kinds import image_to_depth, image_to_normals, known_pixels, read_palette
+from univid_jax.data.target_kinds import image_to_depth, image_to_normals, known_pixels, own_kinds, read_palette
 from univid_jax.data.tasks.camera import camera_poses
 from univid_jax.data.tasks.grids.rendering import STATE_FRAMES, Rendering
 from univid_jax.evaluation.generate import Generated
@@ -76,8 +76,11 @@ class KindOptions:
     colors = read_palette(options.palette)
     num_labels, void = options.num_labels or len(colors), options.void_label
     for key, needed in (("num_labels", num_labels), ("void_label", void + 1)):
-      if needed > len(colors):
-        raise UserError(f"config.eval.{key} = {getattr(options, key)}, but the palette has {len(colors)} colours")
+      if needed > len(colors) and TargetKind.SEGMENTATION in own_kinds(config.data).values():
+        raise UserError(
+          f"config.eval.{key} = {getattr(options, key)}, but the palette has {len(colors)} colours: add "
+          f"{'that of void' if key == 'void_label' else 'the others'}, or lower it"
+        )
     is_beyond = void >= num_labels
     return cls(
       depth_range=config.data.depth_range,

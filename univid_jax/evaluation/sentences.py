@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -10,7 +11,7 @@ import numpy as np
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.contexts import CONTEXTS, possible_counts
 from univid_jax.core.protocols import SentenceSource
-from univid_jax.core.sentence import ClipRef, Sentence
+from univid_jax.core.sentence import Clip, ClipRef, Sentence
 from univid_jax.data.held_out import read_usable
 from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.computed import ComputedSentences, open_computed
@@ -46,9 +47,11 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
   sentences: list[PlannedSentence] = []
   for source in held_out.values():
     if isinstance(source, ComputedSentences):
+      # Of bundled photographs the config says everything.
+      identify = functools.cache(source.identify_files) if source.folders else lambda: None
       for number, (case, only) in enumerate(_split_cases(config, source)):
         only = dataclasses.replace(only, seed=_case_seed(config.eval.seed, number))
-        sentences += [PlannedSentence(case, functools.partial(only.__getitem__, i)) for i in range(per_case)]
+        sentences += [PlannedSentence(case, functools.partial(only.__getitem__, i), identify) for i in range(per_case)]
     elif isinstance(source, GridSentences):
       for number, only in enumerate(source.cases()):
         only = dataclasses.replace(only, seed=_case_seed(config.eval.seed, number), by_reference=False)
@@ -88,12 +91,16 @@ def plan_other_pairs(config: RunConfig, sentences: Sequence[PlannedSentence]) ->
 
 def _plan(sentence: Sentence) -> PlannedSentence:
   def identify() -> object:
-    return sentence.prompt, [clip.key for clip in sentence.clips if isinstance(clip, ClipRef)]
+    return sentence.prompt, [_identify_clip(clip) for clip in sentence.clips]
 
   # Tasks of ARC differ from each other as others do.
   task = (sentence.params or {}).get("arc_task", sentence.task)
   case = Case(task, sentence.context, len(sentence.clips))
   return PlannedSentence(case, sentence.with_frames, identify)
+
+
+def _identify_clip(clip: Clip) -> str:
+  return clip.key if isinstance(clip, ClipRef) else hashlib.sha256(np.ascontiguousarray(clip).tobytes()).hexdigest()
 
 
 def _split_cases(config: RunConfig, source: ComputedSentences) -> Iterator[tuple[Case, ComputedSentences]]:

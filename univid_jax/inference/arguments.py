@@ -28,7 +28,7 @@ def to_numpy(name: str, value: Any, expected: str = "an array of numbers") -> np
     )
   try:
     array = np.asarray(value)
-  except ValueError:  # nested lists of different lengths
+  except (ValueError, TypeError, RuntimeError):  # lists of different lengths, and tensors that NumPy cannot hold
     array = None
   if array is None or not (_is_float(array.dtype) or np.issubdtype(array.dtype, np.integer)):
     raise UserError(f"{name} must be {expected}, got {describe_value(value)}")
@@ -37,7 +37,12 @@ def to_numpy(name: str, value: Any, expected: str = "an array of numbers") -> np
 
 def list_clips(name: str, clips: Any) -> list[Any]:
   """Returns the clips of an argument, which `check_frames` has yet to check; raises UserError if they are no list."""
-  return require_list(name, clips, "clips, uint8 arrays (T, H, W, 3)")
+  return [to_frames(clip) for clip in require_list(name, clips, "clips, uint8 arrays (T, H, W, 3)")]
+
+
+def to_frames(clip: Any) -> Any:
+  """Returns an array of any library as one of NumPy, and anything else as it is; raises UserError for tracers."""
+  return to_numpy("a clip", clip) if isinstance(clip, Tracer) or hasattr(clip, "__array__") else clip
 
 
 def check_frames(clip: object) -> None:

@@ -54,6 +54,8 @@ def read_distillation(items: str | Sequence[str] | DistillationLoRAs, *, verify:
   files, kinds, loras, steps = [], [], [], {}
   for item in items:
     expert, text = split_expert(require_text("each of accelerate", item))
+    if not text:
+      raise UserError("a LoRA of accelerate needs a path, got an empty one")
     path, weight, name = split_distillation(text)
     kind = find_distillation(name) if name else None
     own = find_lora_steps([path], verify=verify)

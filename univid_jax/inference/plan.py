@@ -174,7 +174,10 @@ def _numbers(name: str, values: Any, what: str) -> tuple[float, ...]:
 
 def _number_or_numbers(name: str, value: Any) -> float | tuple[float, ...]:
   is_list = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
-  return _numbers(name, value, "numbers") if is_list else require_number(name, value)
+  numbers = _numbers(name, value, "numbers") if is_list else require_number(name, value)
+  if not np.all(np.isfinite(numbers)):
+    raise UserError(f"{name} must be finite, got {', '.join(map(str, np.ravel(numbers)))}")
+  return numbers
 
 
 def _check_range(levels: Sequence[float] | None, scale: float | Sequence[float] | None) -> tuple[float, float]:
@@ -192,7 +195,7 @@ def _apply_distillation(options: SamplingOptions, distillation: Distillation) ->
   for name, value in options.to_keywords().items():
     fixed = getattr(distillation, name, None)
     if value is not None and (fixed is None or not np.all(np.asarray(value) == fixed)):
-      has = f"{name} = {fixed}" if fixed is not None else "a few steps of its own"
+      has = str(fixed) if fixed is not None else "a few steps of its own"
       raise UserError(f"{name} contradicts the distillation {distillation.name}, which has {has}: leave it out")
   return SamplingOptions(
     solver=distillation.solver,

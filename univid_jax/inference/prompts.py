@@ -29,7 +29,7 @@ def embed_negative(
   if not pipeline.experts.are_guided(plan.guidance_scale):
     return None
   away = pipeline.embed(negative_prompt, "negative_prompt")
-  if not all(np.array_equal(prompt, away) for prompt in prompts):
+  if isinstance(plan.step_cache, RatioMeasurement) or not all(np.array_equal(prompt, away) for prompt in prompts):
     return away
   pipeline.warn_once("guidance has no effect: the negative prompt equals the prompt, so it is not computed")
-  return away if isinstance(plan.step_cache, RatioMeasurement) else None
+  return None

@@ -11,6 +11,7 @@ from typing_extensions import Protocol, runtime_checkable
 
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.bucket_files import copy_to_local
+from univid_jax.core.checks import require_number
 from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
@@ -76,10 +77,10 @@ class DataSources:
   def __post_init__(self):
     for name, source in (*self.sources.items(), *self.held_out.items()):
       require_source(f"the data {name!r}", source)
+    if unknown := sorted(self.weights.keys() - self.sources.keys()):
+      raise UserError(f"DataSources.weights has {unknown[0]!r}, which is none of its sources")
     for name in self.sources:
-      weight = self.weights.get(name)
-      if not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
-        raise UserError(f"the data {name!r} needs a weight above 0 in DataSources.weights, got {weight!r}")
+      require_number(f"DataSources.weights[{name!r}]", self.weights.get(name), is_positive=True)
 
   @property
   def task_names(self) -> tuple[str, ...]:
@@ -100,8 +101,8 @@ class DataSources:
           log.info("data: %s, %s", name, text)
       for change, count in _count_changes(source).most_common(REPORTED_CHANGES):
         log.info("data: %s, %s: %s", name, count_noun(count, "clip"), change)
-      for text, has_videos in source.describe_left_out() if isinstance(source, PairSentences) else ():
-        log.log(logging.WARNING if has_videos else logging.INFO, "data: %s, %s", name, text)
+      for text, surprises in source.describe_left_out() if isinstance(source, PairSentences) else ():
+        log.log(logging.WARNING if surprises else logging.INFO, "data: %s, %s", name, text)
       _warn_of_shown_targets(name, source, self.held_out.get(name))
     if self.sources and not self.held_out:
       log.warning("data: nothing to validate and evaluate on: %s", self.explain_nothing_held_out(config))
@@ -110,11 +111,14 @@ class DataSources:
 
   def explain_nothing_held_out(self, config: DataConfig) -> str:
     """Says why no sentence is held out, and how to have some."""
-    if not config.held_out:
-      return "config.data.held_out is 0, and there is no test set (config.data.test_pairs)"
     largest = max(map(_largest_group, self.sources.values()), default=0)
     if not largest:
       return "DataSources.held_out is empty"
+    for key, value in (("test_pairs", config.test_pairs), ("tfds.test_split", config.tfds.test_split)):
+      if value:
+        return f"nothing of the test set, config.data.{key}, can be used"
+    if not config.held_out:
+      return "config.data.held_out is 0, and there is no test set (config.data.test_pairs)"
     at = f"{count_noun(largest, 'record')} of a task are too few to hold any out at config.data.held_out = "
     needed = f"{config.held_out:.3g}, which takes {math.ceil(1 / config.held_out)}"
     share = f"train with --config.data.held_out={math.ceil(100 / largest) / 100:g}, which holds out one, or "

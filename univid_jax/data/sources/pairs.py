@@ -102,29 +102,30 @@ class PairSentences:
     return any(is_video for name in used for is_video in video_pattern(name, num_clips=4))
 
   def describe_left_out(self) -> Iterator[tuple[str, bool]]:
-    """Yields for each group that lacks contexts with a weight what it lacks and why, and whether it has any videos."""
+    """Yields for each group which contexts with a weight it lacks, why, and whether that may surprise."""
     for group, pairs in self.groups.items():
-      left_out = [
-        name for name, weight in self.options.contexts.items() if weight > 0 and name not in self.contexts[group]
-      ]
-      short = [pair for pair in pairs if not all(pair.fits(name, self.form.num_frames) for name in left_out)]
-      if not short:
-        continue
-      lengths = {pair.name: min(pair.source.num_frames, pair.target.num_frames) for pair in short}
-      first = max(lengths, key=lengths.__getitem__)
-      contexts = f"{printable(group[0])} has no sentences of context {join_words(left_out, 'or')}"
-      has_videos = any(part.num_frames > 1 for pair in pairs for part in (pair.source, pair.target))
-      if has_videos:
-        few = "is too short" if len(short) == 1 else "are too short"
-        yield (
-          (
-            f"{contexts}, for whose videos {len(short)} of its {count_noun(len(pairs), 'pair')} {few}, such as "
-            f"{printable(first)} with {count_noun(lengths[first], 'frame')} instead of {self.form.num_frames}"
-          ),
-          True,
-        )
-      else:
-        yield f"{contexts}: its pairs are images", False
+      weights, kept = self.options.contexts, self.contexts[group]
+      left_out = [name for name, weight in weights.items() if weight > 0 and name not in kept]
+      if left_out:
+        reason, surprises = self._explain_left_out(pairs)
+        yield f"{printable(group[0])} has no sentences of context {join_words(left_out, 'or')}{reason}", surprises
+
+  def _explain_left_out(self, pairs: Sequence[Pair]) -> tuple[str, bool]:
+    """Returns why contexts are left out; that all sources, or all targets, are images does not surprise."""
+    lengths = {pair.name: (pair.source.num_frames, pair.target.num_frames) for pair in pairs}
+    short = {name: count for name, both in lengths.items() for count in both if 1 < count < self.form.num_frames}
+    if not short:
+      parts = {
+        part: sum(both[index] == 1 for both in lengths.values()) for index, part in enumerate(("sources", "targets"))
+      }
+      images = [part for part, count in parts.items() if count == len(lengths)]
+      if images and all(part in images or not count for part, count in parts.items()):
+        return f": its {'pairs' if len(images) > 1 else images[0]} are images", False
+      short = {name: 1 for name, both in lengths.items() if 1 in both}
+    first = max(short, key=short.__getitem__)
+    of_pairs = f"{len(short)} of its {count_noun(len(pairs), 'pair')} {'is' if len(short) == 1 else 'are'} too short"
+    frames = f"{count_noun(short[first], 'frame')} instead of {self.form.num_frames}"
+    return f", for whose videos {of_pairs}, such as {printable(first)} with {frames}", True
 
   @property
   def task_names(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Reads a folder of pairs: FOLDER/TASK/NAME/source.* and target.*, each an image, a video or a folder of frames."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable
 from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
 from univid_jax.data.target_kinds import resampling
+
+log = logging.getLogger(__name__)
 
 
 def open_pairs(
@@ -42,9 +45,10 @@ def open_pairs(
     elif any(next(path.glob("source.*"), None) for path in _list_folders(root)):
       hint = "; the level of tasks is missing, so move its folders into one with the task's name"
     raise UserError(f"no pairs in {folder}: a pair is TASK/NAME/source.* and TASK/NAME/target.*{hint}")
-  pairs: list[Pair] = []
-  empty = [task.name for task in _list_folders(root) if not _list_folders(task)]
-  dropped = [Dropped(printable(name), "the folder of a task has no folders of pairs") for name in empty]
+  for task in _list_folders(root):
+    if not _list_folders(task):
+      log.warning("%s is left out: the folder of a task, which has no folders of pairs", printable(str(task)))
+  pairs, dropped = [], []
   for name in names:
     kind = (kinds or {}).get(name.parent.name, TargetKind.IMAGE)
     try:
