@@ -186,9 +186,9 @@ class VideoSample:
     if isinstance(query, (str, os.PathLike)):
       query = VideoReader.open(query, pipeline.clip_format, size=examples[0].shape[1:3] if examples else None)
     elif not isinstance(query, VideoReader):
-      query = to_frames(query)
-      check_frames(query)
-      query = VideoReader.from_frames(query)
+      frames = to_frames(query)
+      check_frames(frames)
+      query = VideoReader.from_frames(frames)
     plan = pipeline.plan(**options)
     return cls(
       pipeline,
