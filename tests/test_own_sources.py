@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers import compile_plain_step
 from tests.typecheck import unchecked
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.run_parts import context_mode, open_encoders, transformer_config
@@ -151,8 +152,9 @@ def test_sources_are_drawn_by_their_own_weights(tiny_config, tmp_path, monkeypat
 
 
 class TestTraining:
-  def test_a_run_on_own_sources(self, tiny_config, tmp_path):
+  def test_a_run_on_own_sources(self, tiny_config, tmp_path, monkeypatch):
     """It is resumed on the same, and evaluated on what is held out."""
+    monkeypatch.setattr(loop, "compile_train_step", compile_plain_step)
     config = override(tiny_config, {"num_steps": 2, "validation.every_steps": 2, "validation.previews": 0})
     longer, workdir = override(config, {"num_steps": 4}), tmp_path / "run"
     assert train(config, workdir, data=sources(Identified)).steps_taken == 2
