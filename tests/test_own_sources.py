@@ -172,6 +172,13 @@ class TestTraining:
     with pytest.raises(UserError, match=r"there is nothing to evaluate on: DataSources\.held_out is empty"):
       evaluate(pipeline, longer, data=nothing, folder=tmp_path / "none", origin=Origin.resolve(str(workdir)))
 
+  @pytest.mark.parametrize("process", [0, 1])
+  def test_the_first_process_reports_what_all_see(self, tiny_config, tmp_path, monkeypatch, caplog, process):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    data = DataSources({"mine": Negatives()}, {"mine": 1.0})
+    setup.set_up_run(override(tiny_config, {"validation.every_steps": 0}), str(tmp_path), data=data)
+    assert ("data: nothing to validate and evaluate on" in caplog.text) == (process == 0)
+
   def test_wrong_sentences_are_named(self, tiny_config, tmp_path):
     data = sources(change=with_clips(lambda clips: tuple((clip / 255).astype(np.float32) for clip in clips)))
     with pytest.raises(UserError, match=r"must be frames, uint8 \(T, H, W, 3\), or a ClipRef, got float32"):

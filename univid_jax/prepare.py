@@ -58,9 +58,10 @@ def main() -> None:
   if not PREVIEW.value and not QUICK.value:
     config = check_config(config)  # before the files of the data are opened
   data = open_data(config)
-  data.report(config.data)
-  data.require_usable(config.data)
   is_first = jax.process_index() == 0
+  if is_first:  # it warns of what all processes see
+    data.report(config.data)
+  data.require_usable(config.data)
   if not PREVIEW.value and not QUICK.value:
     lines = encode(config, data, workdir)
   elif is_first and PREVIEW.value:

@@ -149,7 +149,8 @@ def set_up_run(
         "other processes cannot use; leave it off and run univid-prepare first"
       )
     data = open_data(config) if data is None else data
-    data.report(config.data)
+    if jax.process_index() == 0:  # it warns of what all processes see
+      data.report(config.data)
     data.require_usable(config.data)
   check_same_data(workdir, data, config)
   features = open_features(config, encoders, data, workdir)
