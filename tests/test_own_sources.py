@@ -83,11 +83,11 @@ class TestLoader:
       (with_clips(lambda clips: [1, 2, 3, 4]), "got int"),
       (
         with_clips(lambda clips: (clips[0][:, :8], *clips[1:])),
-        "the clips of a sentence must have one size, got 8x16, 16x16, 16x16, 16x16 (height x width)",
+        "the clips of a sentence must have one size, got 16 x 8, 16 x 16, 16 x 16, 16 x 16 (width x height)",
       ),
       (
         with_clips(lambda clips: (*clips[:3], ClipRef(lambda: "", lambda: clips[3], 1, (32, 16)))),
-        "the clips of a sentence must have one size, got 16x16, 16x16, 16x16, 32x16",
+        "the clips of a sentence must have one size, got 16 x 16, 16 x 16, 16 x 16, 16 x 32",
       ),
       (with_clips(lambda clips: tuple(clip[:, :14] for clip in clips)), "the height must be a multiple of 4, got 14"),
     ],

@@ -16,6 +16,7 @@ from univid_jax.core.paths import to_path
 from univid_jax.core.pixels import to_float
 from univid_jax.core.protocols import Encoders, TransformerShape
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames
+from univid_jax.core.text import size_text
 from univid_jax.data.cache.entries import Cache
 from univid_jax.data.rows.tokens import Features, sentence_features
 
@@ -181,8 +182,8 @@ def check_pixels(clips: Sequence[Any]) -> None:
       raise UserError(f"clip {number} of a sentence must be frames, uint8 (T, H, W, 3), or a ClipRef, got {got}")
     sizes.append(clip.shape[1:3])
   if len(set(sizes)) > 1:
-    found = ", ".join(f"{height}x{width}" for height, width in sizes)
-    raise UserError(f"the clips of a sentence must have one size, got {found} (height x width)")
+    found = ", ".join(map(size_text, sizes))
+    raise UserError(f"the clips of a sentence must have one size, got {found} (width x height)")
 
 
 def condition_key(first_clip: ClipRef, num_latent_frames: int) -> str:
