@@ -242,7 +242,6 @@ def sample_targets(
       num_frames=length,
       prompts=[sentences[number].prompt for number in numbers],
       num_inference_steps=num_inference_steps,
-      shift=None,
       seeds=[first_seed + number for number in numbers],
       progress=progress,
     )

@@ -34,14 +34,8 @@ def is_lora_folder(path: epath.PathLike) -> bool:
   return (to_path(path) / LORA_FILE).exists()
 
 
-def write_lora_folder(folder: epath.PathLike, lora: LoRAWeights, *, metadata: Mapping[str, Any] | None = None) -> None:
-  """Writes a LoRA into an existing folder.
-
-  Args:
-    folder: local or in a bucket.
-    lora: the LoRA.
-    metadata: entries to add to those of `LoRAWeights.file_metadata`.
-  """
+def write_lora_folder(folder: epath.PathLike, lora: LoRAWeights) -> None:
+  """Writes a LoRA into an existing folder, local or in a bucket."""
   folder = epath.Path(folder)
   check_complete(lora)
   tree: dict[str, Any] = {}
@@ -51,7 +45,7 @@ def write_lora_folder(folder: epath.PathLike, lora: LoRAWeights, *, metadata: Ma
   if others:
     tree["changes"] = {tensor.replace(".", "__"): _to_arrays(change) for tensor, change in others.items()}
   save_arrays(folder / "lora", tree)
-  info = {"format": FORMAT if others else 1, **lora.file_metadata(metadata or {}), "source_format": lora.format}
+  info = {"format": FORMAT if others else 1, **lora.file_metadata(), "source_format": lora.format}
   (folder / LORA_FILE).write_text(json.dumps(info, indent=2) + "\n")
   write_checksums(folder)
 
