@@ -13,6 +13,8 @@ from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import Expert, Quantize
 
 CHECKPOINT_FILE = "checkpoint.json"
+# Beside it, if it was measured; see `inference.ratio_tables`.
+STEP_CACHE_FILE = "step_cache.json"
 FORMAT = 1
 
 

