@@ -189,7 +189,7 @@ class TestPEFT:
     "config, message",
     [
       ("{", "is not valid JSON"),
-      ("[]", "is not a JSON object"),
+      ("[]", "must contain a JSON object, got list"),
       ({"r": 4, "lora_alpha": 8}, r"states rank 4 for blocks\.0\.ffn\.0, whose tensors have rank 2"),
       ({"r": 4, "rank_pattern": {"ffn.0": 3}}, "states rank 3"),
       ({"r": "2"}, "r must be a positive number, got '2'"),

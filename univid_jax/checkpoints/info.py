@@ -1,7 +1,6 @@
 """What checkpoint.json says: the contents of a checkpoint folder and their origin."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from etils import epath
 
 from univid_jax.checkpoints.built_in import locate
 from univid_jax.core.errors import UserError
-from univid_jax.core.json_files import parse_json
+from univid_jax.core.json_files import parse_json, write_json
 from univid_jax.core.options import Expert, Quantize
 
 CHECKPOINT_FILE = "checkpoint.json"
@@ -72,8 +71,7 @@ class CheckpointInfo:
   usage: Mapping[str, str] | None = None
 
   def write(self, folder: epath.PathLike) -> None:
-    values = {"format": FORMAT, **dataclasses.asdict(self)}
-    (epath.Path(folder) / CHECKPOINT_FILE).write_text(json.dumps(values, indent=2) + "\n")
+    write_json(epath.Path(folder) / CHECKPOINT_FILE, {"format": FORMAT, **dataclasses.asdict(self)})
 
 
 def is_checkpoint(folder: epath.PathLike) -> bool:

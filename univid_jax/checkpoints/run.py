@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -25,9 +24,9 @@ from univid_jax.checkpoints.saved import DELETED_FOLDER, SavedCheckpoints
 from univid_jax.config.boundary import from_json, to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line
-from univid_jax.core.json_files import parse_json
+from univid_jax.core.json_files import parse_json_object, write_json
 from univid_jax.core.options import OnDamaged
-from univid_jax.core.paths import atomic_write, to_path
+from univid_jax.core.paths import to_path
 from univid_jax.core.protocols import Resumable
 from univid_jax.runtime.processes import wait_for_processes
 
@@ -61,8 +60,7 @@ def write_run(workdir: epath.PathLike, record: RunRecord) -> None:
   config = to_json(record.config)
   values = {**config, "base": record.base, OPTIONS_OF_BASE: config["base"], "version": record.version}
   values |= {"prompts": dict(record.prompts), "base_contents": dict(record.base_contents)}
-  with atomic_write(epath.Path(workdir) / CONFIG_FILE) as path:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+  write_json(epath.Path(workdir) / CONFIG_FILE, values)
 
 
 def read_run(workdir: epath.PathLike) -> RunRecord | None:
@@ -74,12 +72,10 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
   path = to_path(workdir) / CONFIG_FILE
   if not path.exists():
     return None
+  values = parse_json_object(path.read_bytes(), source=path)
+  if not {"model", "data", "rows"} <= values.keys():
+    return None  # of something else, for example of an official release
   try:
-    values = parse_json(path.read_bytes())
-    if not isinstance(values, dict):
-      raise ValueError("it is not a JSON object")
-    if not {"model", "data", "rows"} <= values.keys():
-      return None  # of something else, for example of an official release
     base, version = values.pop("base", ""), values.pop("version", "unknown")
     prompts, contents = values.pop("prompts", {}), values.pop("base_contents", {})
     if not all(isinstance(text, str) for text in (base, version)):

@@ -5,7 +5,6 @@ A table is used for exactly the weights, noise levels, solver and guidance that 
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +14,7 @@ from univid_jax.checkpoints.built_in import measurements_folder
 from univid_jax.checkpoints.info import STEP_CACHE_FILE
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.core.errors import UserError
-from univid_jax.core.json_files import parse_json
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.json_files import parse_json, write_json
 from univid_jax.diffusion.solvers import SOLVERS
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.inference.plan import SamplingPlan
@@ -75,8 +73,7 @@ def write_table(checkpoint: epath.PathLike, key: TableKey, ratios: Sequence[Sequ
   path = measurements_folder(checkpoint) / STEP_CACHE_FILE
   table = {"key": dataclasses.asdict(key), "ratios": [list(part) for part in ratios]}
   tables = [each for each in _read_tables(path) if each["key"] != table["key"]]
-  with atomic_write(path) as unfinished:
-    unfinished.write_text(json.dumps({"version": VERSION, "tables": [*tables, table]}, indent=1) + "\n")
+  write_json(path, {"version": VERSION, "tables": [*tables, table]})
   return path
 
 

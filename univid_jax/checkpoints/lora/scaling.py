@@ -12,7 +12,7 @@ from etils import epath
 from univid_jax.checkpoints.tensor_files import is_tensor_file
 from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
-from univid_jax.core.json_files import parse_json
+from univid_jax.core.json_files import parse_json_object
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_STEM = "adapter_model"
@@ -119,14 +119,8 @@ def find_scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:
 
 
 def _read_scaling(source: str, text: bytes) -> PeftScaling:
-  try:
-    values = parse_json(text)
-  except ValueError as error:
-    raise UserError(f"{source} is not valid JSON: {error}") from error
-  if not isinstance(values, dict):
-    raise UserError(f"{source} is not a JSON object")
   # diffusers puts the name of the component in front of every key.
-  values = {key.removeprefix("transformer."): value for key, value in values.items()}
+  values = {key.removeprefix("transformer."): value for key, value in parse_json_object(text, source=source).items()}
   kind = str(values.get("peft_type") or "LORA")
   if kind not in _ALPHA_KEYS:
     raise UserError(f"{source}: adapters of peft_type {kind} are not supported, only {', '.join(_ALPHA_KEYS)}")
