@@ -188,6 +188,8 @@ def pack_jobs(
     context_mode=context_mode,
   )
   groups = assign_rows(positive, shape)
+  most = max(sum(len(positive[i].targets) for i in group) for group in groups)
+  shape = dataclasses.replace(shape, num_targets=bucket_size(most))
 
   def join(features: Sequence[Features]) -> PackedRow:
     return join_rows([pack([features[i] for i in group], shape) for group in groups])
