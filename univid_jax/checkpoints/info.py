@@ -44,7 +44,7 @@ class ComponentInfo:
   num_files: int
   checksum: str
   nonfinite: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  quantize: str = str(Quantize.NONE)
+  quantize: Quantize = Quantize.NONE
   quantize_errors: Sequence[float] = ()
 
 
@@ -96,7 +96,10 @@ def read_info(folder: epath.PathLike) -> CheckpointInfo:
     values = parse_json(path.read_bytes())
     if values.pop("format") != FORMAT:
       raise ValueError("it was written by another version of univid_jax")
-    components = {name: ComponentInfo(**component) for name, component in values.pop("components").items()}
+    components = {
+      name: ComponentInfo(**part | {"quantize": Quantize(part.get("quantize", Quantize.NONE))})
+      for name, part in values.pop("components").items()
+    }
     expert = values.pop("expert", None)
     return CheckpointInfo(components=components, expert=Expert(expert) if expert else None, **values)
   except (ValueError, KeyError, TypeError, AttributeError) as error:

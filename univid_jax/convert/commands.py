@@ -242,7 +242,7 @@ def _checkpoint_lines(info: CheckpointInfo) -> list[str]:
     dtypes = _describe_dtypes(part.dtypes)
     lines.append(f"{name}: {part.num_parameters:,} parameters, {dtypes}, from {part.source} ({part.layout})")
     if part.quantize != Quantize.NONE:
-      lines.append(f"  {describe_errors(Quantize(part.quantize), part.quantize_errors)}")
+      lines.append(f"  {describe_errors(part.quantize, part.quantize_errors)}")
     if part.nonfinite:
       lines.append(f"  {describe_nonfinite(part.nonfinite)}")
   return [*lines, f"tokenizer: {info.tokenizer or 'none'}"]
