@@ -19,7 +19,7 @@ from etils import epath
 from univid_jax.checkpoints.built_in import BUILT_IN
 from univid_jax.checkpoints.checksums import write_checksums
 from univid_jax.checkpoints.info import CHECKPOINT_FILE
-from univid_jax.checkpoints.orbax_files import restore_items, silence_orbax
+from univid_jax.checkpoints.orbax_files import read_positions, restore_items, silence_orbax
 from univid_jax.checkpoints.saved import DELETED_FOLDER, SavedCheckpoints
 from univid_jax.config.boundary import from_json, to_json
 from univid_jax.config.schema import RunConfig
@@ -241,7 +241,7 @@ class Checkpointer:
     def read(folder: epath.Path) -> tuple[Any, Any]:
       items = restore_items(folder, {"model": model, "training": training})
       try:
-        data.set_state(_read_positions(folder / "data"))
+        data.set_state(read_positions(folder / "data"))
       except Exception as error:  # whatever a damaged state makes the loader raise
         raise UserError(f"{folder / 'data'} holds no position in the data: {first_line(error)}") from error
       return items["model"], items["training"]
@@ -287,10 +287,3 @@ def _reason(error: Exception) -> str:
   if code := re.search(r"os_error_code='(\d+)'", text):  # of TensorStore, which names all the files above it
     return os.strerror(int(code[1]))
   return next((line for line in text.splitlines() if line), type(error).__name__)
-
-
-def _read_positions(folder: epath.Path) -> list[bytes]:
-  """Returns the position in the data that each process saved; Grain names the files process_INDEX-of-COUNT.json."""
-  files = {file.name: file for file in folder.glob("process_*-of-*.json")}
-  count = int(min(files, default="process_0-of-1.json").removesuffix(".json").rpartition("-")[2])
-  return [(folder / f"process_{index}-of-{count}.json").read_bytes() for index in range(count)]

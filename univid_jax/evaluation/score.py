@@ -68,8 +68,7 @@ class Scorer:
 
   Raises:
     FileNotFoundError: the file of the palette does not exist.
-    ModuleNotFoundError: CLIP scores need an extra that is not installed.
-    ValueError: the palette is malformed.
+    UserError: it is malformed, or CLIP scores need an extra that is not installed.
   """
 
   def __init__(self, config: RunConfig):
