@@ -1,5 +1,6 @@
 """What conversions replace: never their source, and with --force only what conversions write."""
 
+import dataclasses
 import json
 import sys
 
@@ -14,7 +15,7 @@ from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.kinds import LoRALayer
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.checkpoints.usage import Usage
+from univid_jax.checkpoints.usage import SOFTWARE, SOFTWARE_NAME, Usage
 from univid_jax.cli.verification import verify
 from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import FlowConfig, ModelConfig, RunConfig
@@ -183,7 +184,8 @@ class TestSidecar:
     usage = Usage.from_config(
       RunConfig(model=ModelConfig(attention=Attention.CONTEXT_CAUSAL), flow=FlowConfig(shift=3.5))
     )
-    write_lora(tmp_path / "source.safetensors", small_lora(), "comfyui", metadata={**usage.to_metadata(), "step": 7})
+    metadata = {SOFTWARE: SOFTWARE_NAME, **usage.to_metadata(), "step": "7"}
+    write_lora(tmp_path / "source.safetensors", dataclasses.replace(small_lora(), metadata=metadata), "comfyui")
     return tmp_path / "source.safetensors"
 
   def test_equals_a_safetensors_file(self, lora, tmp_path):

@@ -442,7 +442,7 @@ class TestAtomicWriting:
       finally:
         subprocess.run(["umount", str(mount)], check=True)
 
-    with pytest.raises(OSError, match=r"needs (.*) MB, .* has 0.20 MB free") as refusal:
+    with pytest.raises(OSError, match=r"needs (.*) MB, .* has 204.80 kB free") as refusal:
       convert(204800)
     assert convert(round(float(re.search(r"needs (.*?) MB", str(refusal.value))[1]) * 1e6) + 8192)
 

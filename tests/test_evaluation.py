@@ -18,7 +18,7 @@ from univid_jax.core.contexts import CONTEXTS
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.pictures import GAP, HEADER, sentence_animation, sentence_grid
+from univid_jax.data.pictures import GAP, HEADER, TILE, sentence_animation, sentence_grid
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.target_kinds import label_colors, normals_to_image
 from univid_jax.data.tasks.grids.rendering import Rendering
@@ -320,11 +320,11 @@ def test_labels_may_have_other_letters_than_ascii(tmp_path, names):
   assert (first < 128).any() and (first.shape != second.shape or (first != second).any())
 
 
-def shades(picture, *, row=0, tile=40):
+def shades(picture, *, row=0):
   """Returns the grey of each tile in a row of a grid whose labels are empty."""
-  line = np.asarray(picture.convert("L"), int)[HEADER + row * (tile + GAP) + tile // 2]
+  line = np.asarray(picture.convert("L"), int)[HEADER + row * (TILE + GAP) + TILE // 2]
   starts = np.flatnonzero((line < 250) & (np.roll(line, 1) >= 250))
-  return [line[start + tile // 2] for start in starts]
+  return [line[start + TILE // 2] for start in starts]
 
 
 def test_an_animation_has_all_frames(tmp_path):
@@ -333,7 +333,7 @@ def test_an_animation_has_all_frames(tmp_path):
   video = np.stack([np.full((8, 8, 3), shade, np.uint8) for shade in (0, 100, 200)])
   short = np.stack([np.full((8, 8, 3), shade, np.uint8) for shade in (20, 160)])
   rows = [("", (image, video, image, short, video))]
-  sentence_animation(tmp_path / "grid.webp", rows, tile=40, fps=10)
+  sentence_animation(tmp_path / "grid.webp", rows, fps=10)
   with Image.open(tmp_path / "grid.webp") as animation:
     assert animation.n_frames == 3 and animation.info["loop"] == 0
     for time, expected in enumerate(([60, 0, 60, 20, 0], [60, 100, 60, 160, 100], [60, 200, 60, 160, 200])):
@@ -344,7 +344,7 @@ def test_an_animation_has_all_frames(tmp_path):
 
 def test_an_animation_of_long_videos_skips_frames(tmp_path):
   video = np.zeros((81, 8, 8, 3), np.uint8) + 3 * np.arange(81, dtype=np.uint8)[:, None, None, None]
-  sentence_animation(tmp_path / "grid.webp", [("", (video,) * 5)], tile=40, fps=16)
+  sentence_animation(tmp_path / "grid.webp", [("", (video,) * 5)], fps=16)
   with Image.open(tmp_path / "grid.webp") as animation:
     assert animation.n_frames == 27
     animation.seek(1)

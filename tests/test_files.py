@@ -62,9 +62,9 @@ def test_what_cannot_be_written_is_named(tmp_path, monkeypatch):
     raise OSError(errno.ENOSPC, "the folder b needs more")
   assert error.value.filename is None
   for free, needed, expected in (
-    (5, 12_288, "needs 12.3 kB, and its disk has 5 bytes left"),
+    (5, 12_288, "needs 12.29 kB, and its disk has 5 bytes left"),
     (0, 1, "needs 1 bytes, and its disk has 0 bytes left"),
-    (999_900, 3 * 10**9, "needs 3.0 GB, and its disk has 999.9 kB left"),
+    (999_900, 3 * 10**9, "needs 3.00 GB, and its disk has 999.90 kB left"),
   ):
     monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: types.SimpleNamespace(free=free))
     with pytest.raises(OSError, match=f"the folder {tmp_path} {expected}"):

@@ -300,9 +300,11 @@ class TestFiles:
   def test_write_and_read(self, name, tmp_path):
     if name == "univid":
       pytest.importorskip("torch", reason="a .ckpt is a PyTorch file; needs the extra `convert`")
-    lora = random_lora(rank=4, alpha=8.0)  # alpha / rank is a power of 2, so that folding it is exact
+    metadata = {SOFTWARE: SOFTWARE_NAME, "base_model": "tiny", "step": "7"}
+    # alpha / rank is a power of 2, so that folding it is exact.
+    lora = dataclasses.replace(random_lora(rank=4, alpha=8.0), metadata=metadata)
     path = tmp_path / ("lora.ckpt" if name == "univid" else "lora.safetensors")
-    write_lora(path, lora, name, metadata={"base_model": "tiny", "step": 7})
+    write_lora(path, lora, name)
     back = read_lora(path)
     assert back.format == name and back.changes.keys() == lora.changes.keys()
     for key, layer in back.changes.items():
@@ -325,7 +327,7 @@ class TestFiles:
     for number, each in enumerate((lora, mixed)):
       folder = tmp_path / str(number)
       folder.mkdir()
-      write_lora_folder(folder, each, metadata={"step": 7})
+      write_lora_folder(folder, dataclasses.replace(each, metadata={SOFTWARE: SOFTWARE_NAME, "step": "7"}))
       back = read_lora(folder)
       assert back.format == "jax" and back.metadata["step"] == "7" and back.metadata["source_format"] == each.format
       assert back.changes.keys() == each.changes.keys()

@@ -189,7 +189,7 @@ class TestPEFT:
     "config, message",
     [
       ("{", "is not valid JSON"),
-      ("[]", "is not a JSON object"),
+      ("[]", "must contain a JSON object, got list"),
       ({"r": 4, "lora_alpha": 8}, r"states rank 4 for blocks\.0\.ffn\.0, whose tensors have rank 2"),
       ({"r": 4, "rank_pattern": {"ffn.0": 3}}, "states rank 3"),
       ({"r": "2"}, "r must be a positive number, got '2'"),
@@ -510,15 +510,15 @@ class TestBuckets:
   @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
   def test_files(self, bucket, name):
     """With their sidecars, and without that of a file of the same name that was there before."""
-    lora = lora_from(pair(alpha=np.array(1.0)))
-    write_lora(bucket / name, lora, "univid" if name.endswith(".ckpt") else "comfyui", metadata={"note": "first"})
+    lora = lora_from(pair(alpha=np.array(1.0)), {"software": "univid_jax 1", "step": "7"})
+    write_lora(bucket / name, lora, "univid" if name.endswith(".ckpt") else "comfyui")
     found = read_lora(bucket / name)
     same(found, lora)
     assert found.source == f"s3://bucket/loras/{name}" and "LoRA" in inspect(found.source)
-    assert found.metadata["note"] == "first"
+    assert found.metadata["step"] == "7"
     for path in bucket.glob("*.json"):
       path.unlink()
-      assert "note" not in read_lora(bucket / name).metadata
+      assert "step" not in read_lora(bucket / name).metadata
 
   def test_a_folder_of_peft_is_read_with_its_config(self, bucket, tmp_path):
     folder = write_adapter(tmp_path / "adapter", {"r": 2, "lora_alpha": 16})

@@ -4,19 +4,30 @@ If a test fails after an upgrade of Orbax or TensorStore, checkpoints may have b
 adapt that module before raising the upper bound in setup.cfg. If Orbax can write arrays in parts by then, use that.
 """
 
+import json
 import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import grain
 import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from univid_jax.checkpoints import orbax_files
-from univid_jax.checkpoints.orbax_files import create_arrays, num_chunks, open_arrays, restore_arrays, restore_items
+from univid_jax.checkpoints.orbax_files import (
+  METRICS_FILE,
+  create_arrays,
+  num_chunks,
+  open_arrays,
+  read_positions,
+  restore_arrays,
+  restore_items,
+)
 from univid_jax.core.errors import UserError
 
 SPECS = {
@@ -112,6 +123,18 @@ def test_items_read_one_by_one(tmp_path):
     manager.save(3, args=ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()}))
   restored = restore_items(tmp_path / "3", {"b": {"x": jax.ShapeDtypeStruct((6,), np.int32)}})
   assert restored.keys() == {"b"} and np.array_equal(restored["b"]["x"], items["b"]["x"])
+
+
+def test_metrics_and_positions(tmp_path):
+  data = iter(grain.MapDataset.range(5).to_iter_dataset())
+  assert next(data) == 0
+  options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["val_loss"])
+  with ocp.CheckpointManager(tmp_path, options=options, item_names=("data",)) as manager:
+    args = ocp.args.Composite(data=grain.checkpoint.CheckpointSave(data))
+    manager.save(3, args=args, metrics={"val_loss": 0.5})
+  assert json.loads((tmp_path / "3" / METRICS_FILE).read_bytes()) == {"val_loss": 0.5}
+  (position,) = read_positions(epath.Path(tmp_path / "3" / "data"))
+  assert json.loads(position) == data.get_state()
 
 
 def test_number_of_files(tmp_path, monkeypatch):

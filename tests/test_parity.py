@@ -17,6 +17,7 @@ from univid_jax.codecs.vae_config import AUTOENCODERS
 from univid_jax.codecs.wan_vae import VAE
 from univid_jax.convert.release_configs import diffusers_config
 from univid_jax.core.options import ModelType
+from univid_jax.data.rows.packing import target_indices
 from univid_jax.data.rows.tokens import patchify, unpatchify
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import SOLVERS
@@ -187,10 +188,8 @@ def test_step_cache(rng, guidance_scale, capsys):
   experts = Experts([Transformer(graph, nnx.to_pure_dict(params))], boundary=0.0)
   noise = rng.normal(size=(16, 3, 4, 6)).astype(np.float32)
   contexts = [rng.normal(size=(int(rng.integers(1, 30)), text_dim)).astype(np.float32) for _ in range(2)]
-  rows = [
-    jax.tree.map(np.asarray, dataclasses.replace(row, target_mask=np.ones(row.target_mask.shape, bool)))
-    for row in (row_of(noise, context) for context in contexts)
-  ]
+  rows = [jax.tree.map(np.asarray, row_of(noise, context)) for context in contexts]
+  rows = [dataclasses.replace(row, targets=target_indices(row.target_mask)) for row in rows]
   guided = guidance_scale != 1
   sampler = Sampler(make_mesh({}, devices=jax.devices()[:1]))
 

@@ -19,11 +19,13 @@ from univid_jax.convert.export import write_tensors
 from univid_jax.convert.layout import make_fills
 from univid_jax.convert.release_configs import official_config
 from univid_jax.core.conditions import i2v_condition
+from univid_jax.core.errors import UserError
 from univid_jax.core.options import ModelType
 from univid_jax.core.sentence import read_frames
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.rows.tokens import patchify
 from univid_jax.data.sources.open import open_data
+from univid_jax.inference.partial import PartialPipeline
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.loop import train
@@ -52,6 +54,15 @@ def one_device():
 @pytest.fixture(scope="module")
 def pipe(checkpoint):
   return univid_jax.load_pipeline(checkpoint, dtype="float32", mesh=one_device())
+
+
+def test_without_a_transformer_its_parts_are_errors(pipe):
+  partial = PartialPipeline(pipe.encoders, mesh=pipe.mesh, reason="there is no transformer")
+  lacking = vars(pipe).keys() - vars(partial).keys()
+  assert {"config", "experts", "features"} <= lacking
+  for name in lacking:
+    with pytest.raises(UserError, match="there is no transformer"):
+      getattr(partial, name)
 
 
 def sample(pipe, **options):

@@ -258,7 +258,7 @@ def test_targets_are_checked_first(tmp_path: Path, monkeypatch):
   with pytest.raises(UserError, match="cannot write 5 frames to the image"):
     sampling.run(Request((image,) * 3, tmp_path / "x.png"))
   monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 1000})())
-  with pytest.raises(OSError, match=r"the folder .* needs .*[1-9].* kB, and its disk has 1.0 kB left"):
+  with pytest.raises(OSError, match=r"the folder .* needs .*[1-9].* kB, and its disk has 1.00 kB left"):
     sampling.run(Request((image,) * 3, tmp_path / "x.mp4"))
   with pytest.raises(UserError, match="it is one of the clips"):
     runner().run(Request((image,) * 3, tmp_path / "a", needs_suffix=True))

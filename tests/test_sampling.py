@@ -1,5 +1,7 @@
 """Sampling: batches equal single samples, on one device or eight, and one step is one velocity."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from tests.helpers import CAUSAL, give_prompts, random_pipeline, relative_error
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence, reference_roles
-from univid_jax.data.rows.packing import bucket_size
+from univid_jax.data.rows.packing import bucket_size, target_indices
 from univid_jax.data.rows.tokens import sentence_features
 from univid_jax.data.sources.open import open_data
 from univid_jax.evaluation.sentences import plan_sentences
@@ -55,6 +57,7 @@ def test_rows_of_a_batch_hold_several_sentences_and_the_longer_of_both_prompts()
   for others in (None, negative):
     packed = pack_jobs(positive, others, noises, context_mode=CAUSAL)
     assert packed.row.tokens.shape[:2] == (2, 48)
+    assert np.array_equal(packed.row.targets, target_indices(packed.row.target_mask, 32)), "a bucket of at most 24"
     assert sorted(packed.row.segment_ids.max(1)) == [2, 3]
     if others:
       assert packed.negative is not None and packed.negative.text.shape == packed.row.text.shape
@@ -133,6 +136,7 @@ def test_a_second_call_in_a_bucket_compiles_nothing(tiny_config, attention):
   job = pipeline.make_job([image, image, long], None, 0)
   features = [pipeline.make_features(job, pipeline.embed(text)) for text in ("", options.pop("negative_prompt"))]
   rows = [pack_single(each, context_mode=pipeline.context_mode) for each in features]
+  rows = [dataclasses.replace(row, targets=target_indices(row.target_mask)) for row in rows]
   packed = PackedJobs(*rows, [(0, 1)], [job.noise])
   (tokens,) = pipeline.sampler.sample(pipeline.experts, packed, pipeline.plan(**options))
   expected = job.finish(tokens, pipeline.config.patch_size)

@@ -16,6 +16,7 @@ from univid_jax.cli.step_caches import parse_step_cache
 from univid_jax.config.boundary import override
 from univid_jax.core.errors import UserError
 from univid_jax.core.packed_row import PackedRow
+from univid_jax.data.rows.packing import target_indices
 from univid_jax.diffusion.guidance import Branch
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.diffusion.step_cache import RatioMeasurement, StepCache
@@ -189,10 +190,8 @@ def test_skipped_steps_reuse_the_residual(pipe, contexts):
 
   model = nnx.merge(pipe.experts.transformers[0].graph, pipe.experts.load(0))
   job = pipe.make_job(contexts[0], len(contexts[0][-1]), 0, noise)
-  rows = [
-    pack_single(pipe.make_features(job, prompt), context_mode=pipe.context_mode, with_targets=True)
-    for prompt in prompts
-  ]
+  rows = [pack_single(pipe.make_features(job, prompt), context_mode=pipe.context_mode) for prompt in prompts]
+  rows = [dataclasses.replace(row, targets=target_indices(row.target_mask)) for row in rows]
 
   @jax.jit
   def run(tokens, sigma, row, residual):

@@ -29,7 +29,7 @@ FLAGS.dtype()
 FLAGS.quantize()
 FLAGS.lora_skip_unmatched()
 FLAGS.offload_inactive()
-FLAGS.verification()
+FLAGS.run_verification()
 MODEL_FLAGS = (
   "dtype", "quantize", "lora_skip_unmatched", "offload_inactive", "verify_weights", "on_damaged_checkpoint"
 )  # fmt: skip

@@ -28,7 +28,7 @@ WORKDIR = FLAGS.workdir("Folder of the run")
 PROCESSES = FLAGS.processes()
 ALLOW_DROPPED = FLAGS.switch("allow_dropped", False, "Leave out records that cannot be used.")
 QUICK = FLAGS.switch("quick", False, "Only look at the headers of files: decode and encode nothing.")
-VERIFICATION = FLAGS.verification(of_runs=False)
+VERIFICATION = FLAGS.verification()
 PREVIEW_HELP = "Only draw this many sentences, of all kinds of data and tasks in turn, to WORKDIR/preview.png."
 PREVIEW = FLAGS.integer("preview", 0, PREVIEW_HELP, lower_bound=0)
 PACK = FLAGS.switch("pack", False, "Pack the caches into shards afterwards, which are read before single files.")

@@ -15,7 +15,7 @@ FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config()
 WORKDIR = FLAGS.workdir("Folder of the run")
 PROFILE = FLAGS.profile("WORKDIR/profile")
-VERIFICATION = FLAGS.verification()
+VERIFICATION = FLAGS.run_verification()
 PROCESSES = FLAGS.processes()
 
 

@@ -1,7 +1,6 @@
 """What checkpoint.json says: the contents of a checkpoint folder and their origin."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,10 +8,12 @@ from etils import epath
 
 from univid_jax.checkpoints.built_in import locate
 from univid_jax.core.errors import UserError
-from univid_jax.core.json_files import parse_json
+from univid_jax.core.json_files import parse_json, write_json
 from univid_jax.core.options import Expert, Quantize
 
 CHECKPOINT_FILE = "checkpoint.json"
+# Beside it, if it was measured; see `inference.ratio_tables`.
+STEP_CACHE_FILE = "step_cache.json"
 FORMAT = 1
 
 
@@ -43,7 +44,7 @@ class ComponentInfo:
   num_files: int
   checksum: str
   nonfinite: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  quantize: str = str(Quantize.NONE)
+  quantize: Quantize = Quantize.NONE
   quantize_errors: Sequence[float] = ()
 
 
@@ -70,8 +71,7 @@ class CheckpointInfo:
   usage: Mapping[str, str] | None = None
 
   def write(self, folder: epath.PathLike) -> None:
-    values = {"format": FORMAT, **dataclasses.asdict(self)}
-    (epath.Path(folder) / CHECKPOINT_FILE).write_text(json.dumps(values, indent=2) + "\n")
+    write_json(epath.Path(folder) / CHECKPOINT_FILE, {"format": FORMAT, **dataclasses.asdict(self)})
 
 
 def is_checkpoint(folder: epath.PathLike) -> bool:
@@ -96,7 +96,10 @@ def read_info(folder: epath.PathLike) -> CheckpointInfo:
     values = parse_json(path.read_bytes())
     if values.pop("format") != FORMAT:
       raise ValueError("it was written by another version of univid_jax")
-    components = {name: ComponentInfo(**component) for name, component in values.pop("components").items()}
+    components = {
+      name: ComponentInfo(**part | {"quantize": Quantize(part.get("quantize", Quantize.NONE))})
+      for name, part in values.pop("components").items()
+    }
     expert = values.pop("expert", None)
     return CheckpointInfo(components=components, expert=Expert(expert) if expert else None, **values)
   except (ValueError, KeyError, TypeError, AttributeError) as error:

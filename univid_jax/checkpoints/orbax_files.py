@@ -1,4 +1,4 @@
-"""Parameters on disk, as Orbax stores them: the only module that relies on details of Orbax's format.
+"""Parameters on disk, as Orbax stores them: the only module that relies on details of its format.
 
 Undocumented, and checked by tests/test_orbax_files.py:
 
@@ -7,6 +7,8 @@ Undocumented, and checked by tests/test_orbax_files.py:
 - A reader that does not know Orbax finds the arrays in these folders. `open_arrays` relies on it.
 - `CheckpointManager` stores each item in a folder of its name, which `StandardCheckpointer` reads. `restore_items`
   relies on it.
+- It stores metrics as JSON in `METRICS_FILE`, where `SavedCheckpoints` reads and adds the validation loss.
+- Grain's handler stores the position of each process in process_INDEX-of-COUNT.json. `read_positions` relies on it.
 - Orbax logs through absl, and abandons the other arrays if one fails. `silence_orbax` relies on how that shows.
 """
 
@@ -37,6 +39,8 @@ from univid_jax.core.paths import is_remote, make_absolute
 
 # Stacked layers and other arrays that are larger than this are stored in several chunks.
 CHUNK_BYTES = 64 << 20
+# In a checkpoint: where the validation loss is.
+METRICS_FILE = "metrics/metrics"
 
 _ORBAX = os.path.dirname(ocp.__file__)
 
@@ -121,6 +125,13 @@ def restore_items(folder: epath.PathLike, items: Mapping[str, Any]) -> Mapping[s
     UserError: they cannot be read.
   """
   return {name: restore_arrays(make_absolute(folder) / name, abstract) for name, abstract in items.items()}
+
+
+def read_positions(folder: epath.Path) -> list[bytes]:
+  """Returns the position in the data that each process saved, given the folder of the data."""
+  files = {file.name: file for file in folder.glob("process_*-of-*.json")}
+  count = int(min(files, default="process_0-of-1.json").removesuffix(".json").rpartition("-")[2])
+  return [(folder / f"process_{index}-of-{count}.json").read_bytes() for index in range(count)]
 
 
 def create_arrays(

@@ -37,7 +37,7 @@ class Origin:
   loras: Sequence[tuple[str, float]] = ()
   distillation: Sequence[tuple[str, float]] = ()
   lora_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  quantize: str | None = None
+  quantize: Quantize | None = None
   is_verified: bool = False
 
   @classmethod
@@ -79,7 +79,7 @@ class Origin:
       loras=tuple(loras),
       distillation=tuple(distillation or ()),
       lora_steps=steps | find_lora_steps(sorted(others), verify=verify_weights),
-      quantize=quantize,
+      quantize=None if quantize is None else parse_option(Quantize, "quantize", quantize),
       is_verified=verify_weights,
     )
 
@@ -102,7 +102,7 @@ class Origin:
       checkpoint = PretrainedCheckpoint.open(base)
       checksums |= checkpoint.checksums
       if checkpoint.transformers:
-        method = checkpoint.quantization(checkpoint.transformers[0], Quantize(method or Quantize.NONE))
+        method = checkpoint.quantization(checkpoint.transformers[0], method or Quantize.NONE)
     if method and method != Quantize.NONE:
       checksums["quantize"] = str(method)  # the checksums are those of the weights before
     named = [(f"lora {number}", lora) for number, lora in enumerate(self.loras)]

@@ -191,7 +191,7 @@ class PretrainedCheckpoint:
     Raises:
       UserError: they are stored quantised in another way.
     """
-    stored = Quantize(self.component(component).quantize)
+    stored = self.component(component).quantize
     if Quantize.NONE not in (stored, wanted) and stored != wanted:
       raise UserError(
         f"the {component} of {self.folder} is stored in {stored}, not {wanted}: convert the release with "
@@ -255,7 +255,7 @@ class PretrainedCheckpoint:
       return restore(self._weights(component), abstract)
     info = self.component(component)
     open_stored = functools.partial(self.open_arrays, component)
-    params, errors = read_layerwise(open_stored, abstract, stored=Quantize(info.quantize))
+    params, errors = read_layerwise(open_stored, abstract, stored=info.quantize)
     log.info("%s: %s", component, describe_errors(method, errors or info.quantize_errors))
     return params
 

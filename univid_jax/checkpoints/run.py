@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -20,14 +19,14 @@ from etils import epath
 from univid_jax.checkpoints.built_in import BUILT_IN
 from univid_jax.checkpoints.checksums import write_checksums
 from univid_jax.checkpoints.info import CHECKPOINT_FILE
-from univid_jax.checkpoints.orbax_files import restore_items, silence_orbax
+from univid_jax.checkpoints.orbax_files import read_positions, restore_items, silence_orbax
 from univid_jax.checkpoints.saved import DELETED_FOLDER, SavedCheckpoints
 from univid_jax.config.boundary import from_json, to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line
-from univid_jax.core.json_files import parse_json
+from univid_jax.core.json_files import parse_json_object, write_json
 from univid_jax.core.options import OnDamaged
-from univid_jax.core.paths import atomic_write, to_path
+from univid_jax.core.paths import to_path
 from univid_jax.core.protocols import Resumable
 from univid_jax.runtime.processes import wait_for_processes
 
@@ -61,8 +60,7 @@ def write_run(workdir: epath.PathLike, record: RunRecord) -> None:
   config = to_json(record.config)
   values = {**config, "base": record.base, OPTIONS_OF_BASE: config["base"], "version": record.version}
   values |= {"prompts": dict(record.prompts), "base_contents": dict(record.base_contents)}
-  with atomic_write(epath.Path(workdir) / CONFIG_FILE) as path:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+  write_json(epath.Path(workdir) / CONFIG_FILE, values)
 
 
 def read_run(workdir: epath.PathLike) -> RunRecord | None:
@@ -74,12 +72,10 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
   path = to_path(workdir) / CONFIG_FILE
   if not path.exists():
     return None
+  values = parse_json_object(path.read_bytes(), source=path)
+  if not {"model", "data", "rows"} <= values.keys():
+    return None  # of something else, for example of an official release
   try:
-    values = parse_json(path.read_bytes())
-    if not isinstance(values, dict):
-      raise ValueError("it is not a JSON object")
-    if not {"model", "data", "rows"} <= values.keys():
-      return None  # of something else, for example of an official release
     base, version = values.pop("base", ""), values.pop("version", "unknown")
     prompts, contents = values.pop("prompts", {}), values.pop("base_contents", {})
     if not all(isinstance(text, str) for text in (base, version)):
@@ -245,7 +241,7 @@ class Checkpointer:
     def read(folder: epath.Path) -> tuple[Any, Any]:
       items = restore_items(folder, {"model": model, "training": training})
       try:
-        data.set_state(_read_positions(folder / "data"))
+        data.set_state(read_positions(folder / "data"))
       except Exception as error:  # whatever a damaged state makes the loader raise
         raise UserError(f"{folder / 'data'} holds no position in the data: {first_line(error)}") from error
       return items["model"], items["training"]
@@ -291,10 +287,3 @@ def _reason(error: Exception) -> str:
   if code := re.search(r"os_error_code='(\d+)'", text):  # of TensorStore, which names all the files above it
     return os.strerror(int(code[1]))
   return next((line for line in text.splitlines() if line), type(error).__name__)
-
-
-def _read_positions(folder: epath.Path) -> list[bytes]:
-  """Returns the position in the data that each process saved; Grain names the files process_INDEX-of-COUNT.json."""
-  files = {file.name: file for file in folder.glob("process_*-of-*.json")}
-  count = int(min(files, default="process_0-of-1.json").removesuffix(".json").rpartition("-")[2])
-  return [(folder / f"process_{index}-of-{count}.json").read_bytes() for index in range(count)]

@@ -102,13 +102,14 @@ def trained_component(config: RunConfig, base: PretrainedCheckpoint) -> str:
     return "transformer"
   if Expert.UNKNOWN in experts:
     return experts[Expert.UNKNOWN]
-  if Expert(expert) not in experts:
+  (wanted,) = expert.experts
+  if wanted not in experts:
     found = next(iter(experts), None)
     raise UserError(
       f"config.model.expert is {expert}, but {config.init_from} "
       + (f"is the {found}-noise expert" if found else "has a transformer for all noise levels: set it to only")
     )
-  return experts[Expert(expert)]
+  return experts[wanted]
 
 
 def check_base(config: RunConfig) -> None:

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from univid_jax.checkpoints.checksums import DamagedError, find_damage, has_checksums, verified, write_checksums
+from univid_jax.checkpoints.orbax_files import METRICS_FILE
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import OnDamaged
@@ -19,8 +20,6 @@ from univid_jax.core.paths import atomic_write, is_remote, make_absolute
 from univid_jax.runtime.processes import count_distinct, sum_over_processes, wait_for_processes
 
 CHECKPOINTS_FOLDER = "checkpoints"
-# In a checkpoint: where Orbax keeps the validation loss.
-METRICS_FILE = "metrics/metrics"
 # Suffix of a checkpoint that was set aside because it is damaged.
 DAMAGED_SUFFIX = ".damaged"
 # Where checkpoints are moved to be deleted, next to the others, so that a kill leaves none half deleted under its name.

@@ -21,18 +21,24 @@ class ProcessFlags:
 
 
 class VerificationFlags:
-  """Whether weights are verified and, for commands that read checkpoints of runs, what a damaged one leads to."""
+  """Whether weights are verified."""
 
-  def __init__(self, command: "CommandFlags", *, of_runs: bool):
+  def __init__(self, command: "CommandFlags"):
     help_text = "Compare weights with their checksums before they are used: on or off."
     self._verify_weights = command.choice("verify_weights", "on", ["on", "off"], help_text)
-    if of_runs:
-      help_text = "If the latest checkpoint is damaged: fallback uses the newest that is intact, stop is an error."
-      self._on_damaged = command.choice("on_damaged_checkpoint", str(OnDamaged.FALLBACK), list(OnDamaged), help_text)
 
   @property
   def verify_weights(self) -> bool:
     return self._verify_weights.value == "on"
+
+
+class RunVerificationFlags(VerificationFlags):
+  """Also what a damaged checkpoint leads to, for commands that read those of runs."""
+
+  def __init__(self, command: "CommandFlags"):
+    super().__init__(command)
+    help_text = "If the latest checkpoint is damaged: fallback uses the newest that is intact, stop is an error."
+    self._on_damaged = command.choice("on_damaged_checkpoint", str(OnDamaged.FALLBACK), list(OnDamaged), help_text)
 
   @property
   def value(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from univid_jax.cli.flag_errors import explain_flag, explain_override
-from univid_jax.cli.flag_groups import ProcessFlags, VerificationFlags
+from univid_jax.cli.flag_groups import ProcessFlags, RunVerificationFlags, VerificationFlags
 from univid_jax.config import presets
 from univid_jax.config.boundary import from_config_dict, to_config_dict
 from univid_jax.config.schema import RunConfig
@@ -116,8 +116,11 @@ class CommandFlags:
   def step(self) -> flags.FlagHolder[str | None]:
     return self.string("step", None, "Checkpoint of a workdir: a step, or best; default: the latest.")
 
-  def verification(self, *, of_runs: bool = True) -> "VerificationFlags":
-    return VerificationFlags(self, of_runs=of_runs)
+  def verification(self) -> VerificationFlags:
+    return VerificationFlags(self)
+
+  def run_verification(self) -> RunVerificationFlags:
+    return RunVerificationFlags(self)
 
   def profile(self, folder: str) -> flags.FlagHolder[int]:
     help_text = f"Write a JAX profiler trace of this many steps to {folder}."

@@ -30,7 +30,7 @@ def load_model(
     checkpoint, step, quantize: see `load_pipeline`.
     loras: with their weights, as they were named; see `group_loras`.
     distillation: LoRAs that the origin records, whether the model gets them (`accelerate`) or not.
-    verification: see `VerificationFlags`.
+    verification: see `RunVerificationFlags`.
     **options: further ones of `load_pipeline`.
   """
   grouped = group_loras(loras)

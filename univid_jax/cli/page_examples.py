@@ -1,5 +1,6 @@
 """Examples for the demo page: photographs inside scikit-image, and grids."""
 
+import abc
 import dataclasses
 from pathlib import Path
 
@@ -21,14 +22,14 @@ LAST_SIDE = 0.75  # of what the last frame of a video shows, relative to the fir
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class Example(abc.ABC):
   """A task on two clips; `title` is for people."""
 
   title: str
 
+  @abc.abstractmethod
   def draw(self, size: tuple[int, int], num_frames: int) -> list[Frames]:
     """Draws A, A' and B, uint8 (T, H, W, 3), at a size; `num_frames` are those of a video."""
-    raise NotImplementedError
 
   def write(self, folder: Path, *, size: tuple[int, int], num_frames: int) -> list[Path]:
     """Writes A, A' and B into a folder, lossless if they are images."""

@@ -25,8 +25,9 @@ from univid_jax.data.clips import ClipFormat, ContextClip, frame_rate
 from univid_jax.data.media.reader import Frames, probe
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import concatenate_clips
+from univid_jax.diffusion.solvers import find_solver
 from univid_jax.inference.jobs import infer_length
-from univid_jax.inference.plan import SAMPLING_VERSION
+from univid_jax.inference.plan import SAMPLING_VERSION, SamplingOptions
 from univid_jax.inference.preview import Preview
 from univid_jax.runtime.profiling import profiler_options
 
@@ -247,7 +248,7 @@ class RequestRunner:
     """
     options = self.arguments.steps
     given = options.num_inference_steps
-    if given is None or options.solver == SolverName.DISTILLED or options.step_cache is not None:
+    if given is None or options.step_cache is not None or _fixed_steps(options):
       return given
 
     def kinds(count: int) -> set[tuple[int, bool, bool]]:
@@ -267,7 +268,7 @@ class RequestRunner:
     """
     clips = self.reader.read(request)
     options = self.arguments.steps
-    if options.sigmas or options.solver == SolverName.DISTILLED:  # which fix the number of steps
+    if options.sigmas or _fixed_steps(options):
       steps = self.num_steps
     else:
       options = dataclasses.replace(options, num_inference_steps=steps)
@@ -312,3 +313,8 @@ def _write_grid(path: Path, clips: Sequence[np.ndarray], fps: float | None) -> N
   """Writes clips side by side, next to `path`, as an image if all are, else as a video."""
   grid = concatenate_clips(clips)
   write_clip(grid_path(path, len(grid)), grid, fps=fps)
+
+
+def _fixed_steps(options: SamplingOptions) -> int | None:
+  """Returns the only number of steps that the solver takes; None if any will do."""
+  return find_solver(options.solver or SolverName.EULER).fixed_steps

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.json_files import parse_json
+from univid_jax.core.json_files import read_json_object
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.text import count_noun, size_text
 from univid_jax.data.media.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -108,10 +108,9 @@ def is_finished(result: Path, record: Mapping[str, Any], files: Sequence[Path]) 
 def _read_record(path: Path) -> dict[str, Any] | None:
   """Returns what a file holds; None if it is no JSON object."""
   try:
-    values = parse_json(path.read_bytes())
+    return read_json_object(path)
   except (OSError, ValueError):
     return None
-  return values if isinstance(values, dict) else None
 
 
 def _to_text(record: Mapping[str, Any]) -> str:

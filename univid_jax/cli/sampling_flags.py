@@ -32,7 +32,7 @@ class SamplingFlags:
 
   def _define_model(self, command: CommandFlags) -> None:
     self.checkpoint, self._lora, self._step = command.checkpoint(), command.lora(), command.step()
-    self.verification = command.verification()
+    self.verification = command.run_verification()
     help_text = "Add LoRAs to the weights: faster, equal up to rounding."
     self.merge_lora = command.switch("merge_lora", False, help_text)
     self._quantize = command.quantize()

@@ -8,11 +8,12 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.text import count_noun
 from univid_jax.data.sources.computed import describe_held_out
 from univid_jax.evaluation import exact
+from univid_jax.evaluation.candidates import Candidate
 from univid_jax.evaluation.report import describe_count
 from univid_jax.training.loop import TrainResult, lora_exports
 
-# What a prediction is compared with, and how it is called.
-BASELINES = {"copy_b": "copy of B", "copy_a2": "copy of A'", "mean_a2": "mean of A'"}
+# What a prediction has to be better than.
+BASELINES = (Candidate.COPY_B, Candidate.COPY_A2, Candidate.MEAN_A2)
 
 
 def complete(config: RunConfig, workdir: str) -> str:
@@ -97,6 +98,6 @@ def _few_pairs(report: Mapping[str, Any], config: RunConfig) -> list[str]:
 
 
 def _scores(name: str, scores: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-  shown = BASELINES | {"swapped": "swapped pair"}
+  shown = {name: name.label for name in BASELINES} | {Candidate.SWAPPED: "swapped pair"}
   others = [f"{text} {scores[f'psnr_{other}']:5.1f}" for other, text in shown.items()]
   return f"  {name:<9} {scores['psnr']:5.1f} dB   {'   '.join(others)}   ({describe_count(report, scores['count'])})"

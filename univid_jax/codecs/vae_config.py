@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 
 # Mean and standard deviation of each latent channel of the released weights of Wan2.1 and Wan2.2.
@@ -72,7 +73,7 @@ class VAEConfig:
       if len(values) != self.latent_channels or not all(least <= value <= MAX_STATISTIC for value in values):
         raise UserError(
           f"{name} of the autoencoder must be {self.latent_channels} numbers from {least:g} to {MAX_STATISTIC:g}, "
-          f"got {str(values)[:80]}"
+          f"got {describe_value(values)}"
         )
 
   @property

@@ -37,7 +37,8 @@ ARC_PALETTE = (
   "#7FDBFF",
   "#870C25",
 )
-_SMALLEST, _LARGEST = 3, 30
+# Height and width of a grid in cells.
+MIN_SIDE, MAX_SIDE = 3, 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,9 +68,9 @@ class GridsConfig(Section):
       if name not in GRID_FAMILY_NAMES:
         raise UserError(f"unknown family config.{self.KEY}families.{name}; there are {', '.join(GRID_FAMILY_NAMES)}")
     self.require_at_least(1, "cell")
-    self.require("min_side", _SMALLEST <= self.min_side <= _LARGEST, f"from {_SMALLEST} to {_LARGEST} cells")
+    self.require("min_side", MIN_SIDE <= self.min_side <= MAX_SIDE, f"from {MIN_SIDE} to {MAX_SIDE} cells")
     self.require(
-      "max_side", self.min_side <= self.max_side <= _LARGEST, f"from min_side = {self.min_side} to {_LARGEST} cells"
+      "max_side", self.min_side <= self.max_side <= MAX_SIDE, f"from min_side = {self.min_side} to {MAX_SIDE} cells"
     )
     colors = [color.upper() for color in (*self.palette, self.padding)]
     valid = all(re.fullmatch("#[0-9A-F]{6}", color) for color in colors)

@@ -226,7 +226,7 @@ def _write_component(folder: epath.Path, plan: ComponentPlan, bar: tqdm) -> Comp
     num_files=count_files(folder / source.component),
     num_parameters=sum(int(np.prod(fill.shape)) for fill in plan.fills),
     nonfinite=dict(sorted(nonfinite.items())),
-    quantize=str(plan.quantize),
+    quantize=plan.quantize,
     quantize_errors=errors.by_layer,
   )
 

@@ -22,7 +22,7 @@ from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.checkpoints.trained import read_run_loras
 from univid_jax.config.model import DTYPES
 from univid_jax.convert.checkpoint_writer import describe_nonfinite, write_checkpoint
-from univid_jax.convert.destination import atomic_folder, check_destination, format_bytes
+from univid_jax.convert.destination import atomic_folder, check_destination
 from univid_jax.convert.export import LAYOUTS, export_checkpoint
 from univid_jax.convert.identify import Source
 from univid_jax.convert.layout import Layout
@@ -34,6 +34,7 @@ from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, parse_option
 from univid_jax.core.paths import make_absolute, require_local, to_path
+from univid_jax.core.text import format_bytes
 
 # LoRAs are several if a run has trained both experts. A record is that of a run that trained the whole model.
 Found = CheckpointInfo | list[LoRAWeights] | RunRecord | Release
@@ -241,7 +242,7 @@ def _checkpoint_lines(info: CheckpointInfo) -> list[str]:
     dtypes = _describe_dtypes(part.dtypes)
     lines.append(f"{name}: {part.num_parameters:,} parameters, {dtypes}, from {part.source} ({part.layout})")
     if part.quantize != Quantize.NONE:
-      lines.append(f"  {describe_errors(Quantize(part.quantize), part.quantize_errors)}")
+      lines.append(f"  {describe_errors(part.quantize, part.quantize_errors)}")
     if part.nonfinite:
       lines.append(f"  {describe_nonfinite(part.nonfinite)}")
   return [*lines, f"tokenizer: {info.tokenizer or 'none'}"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from univid_jax.checkpoints.tensor_files import TensorInfo
 from univid_jax.codecs.vae_config import AUTOENCODERS, VAEConfig, find_autoencoder
+from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ModelType
 from univid_jax.models.clip import CLIPConfig
@@ -148,7 +149,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
     else:
       valid, expected = _is_size(value), f"an integer from 1 to {MAX_SIZE:,}"
     if not valid:
-      raise UserError(f"config.json has {key} = {repr(value)[:80]}, expected {expected}")
+      raise UserError(f"config.json has {key} = {describe_value(value)}, expected {expected}")
 
 
 def _is_positive(value: Any) -> bool:
@@ -178,7 +179,7 @@ def _vae_config(infos: Infos, values: Mapping[str, Any]) -> VAEConfig:
 def _numbers(values: Mapping[str, Any], key: str) -> tuple[float, ...]:
   numbers = values[key]
   if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
-    raise UserError(f"config.json has {key} = {repr(numbers)[:80]}, expected a list of numbers")
+    raise UserError(f"config.json has {key} = {describe_value(numbers)}, expected a list of numbers")
   return tuple(numbers)
 
 
@@ -186,7 +187,7 @@ def _text_encoder_config(infos: Infos, values: Mapping[str, Any]) -> UMT5Config:
   """Takes epsilon from transformers' config.json; everything else is in the tensors."""
   eps = values.get("layer_norm_epsilon", UMT5Config.eps)
   if not _is_positive(eps):
-    raise UserError(f"config.json has layer_norm_epsilon = {repr(eps)[:80]}, expected a positive number")
+    raise UserError(f"config.json has layer_norm_epsilon = {describe_value(eps)}, expected a positive number")
   embedding, bias = "token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"
   return UMT5Config(
     vocab_size=_dim(infos, embedding, 0),

@@ -10,6 +10,7 @@ from etils import epath
 from univid_jax.convert.replacement import check_replaceable_file, check_replaceable_folder
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import is_remote
+from univid_jax.core.text import format_bytes
 from univid_jax.core.unfinished import PREFIX, find_unfinished, find_writer, remove, remove_abandoned, unfinished_path
 
 # How libraries say that a disk is full; they raise errors of many types.
@@ -119,7 +120,3 @@ def _is_disk_full(error: BaseException | None) -> bool:
       return True
     error = error.__cause__ or error.__context__
   return False
-
-
-def format_bytes(count: int) -> str:
-  return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"

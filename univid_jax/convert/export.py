@@ -1,7 +1,6 @@
 """From a checkpoint folder back to PyTorch files, in the layout of the official release or of diffusers."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from univid_jax.convert.release_configs import (
   scheduler_config,
 )
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import write_json
 from univid_jax.core.options import Expert, Quantize
 from univid_jax.core.paths import require_local
 from univid_jax.models.names import name_to_diffusers
@@ -141,13 +141,13 @@ def export_checkpoint(
       path.parent.mkdir(exist_ok=True)
       write_tensors(path, part)
       if configs[component]:
-        _write_json(path.parent / "config.json", configs[component])
+        write_json(path.parent / "config.json", configs[component])
     for file in tokenizer:
       (folder / files.tokenizer).mkdir(parents=True, exist_ok=True)
       (folder / files.tokenizer / file.name).write_bytes(file.read_bytes())
     for name, make_values in files.others.items():
       (folder / name).parent.mkdir(exist_ok=True)
-      _write_json(folder / name, make_values(checkpoint))
+      write_json(folder / name, make_values(checkpoint))
 
 
 def _make_config(
@@ -244,8 +244,4 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     name = f"{path.stem}-{index + 1:05d}-of-{len(shards):05d}.safetensors"
     path.with_name(f"{index}-{path.name}").rename(path.with_name(name))
     weight_map |= dict.fromkeys(names, name)
-  _write_json(path.with_name(f"{path.name}.index.json"), {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(values, indent=2) + "\n")
+  write_json(path.with_name(f"{path.name}.index.json"), {"metadata": {"total_size": total}, "weight_map": weight_map})

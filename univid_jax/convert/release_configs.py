@@ -12,6 +12,7 @@ from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.vae_config import VAEConfig
 from univid_jax.config.schema import CodecConfig
 from univid_jax.convert.component_configs import default_model_type, infer_config
+from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ModelType
 from univid_jax.models.umt5 import UMT5Config
@@ -67,7 +68,7 @@ def read_own_entries(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     if usage := own.get("usage"):
       Usage.from_metadata(usage, source=source)
   except (AttributeError, TypeError, UserError) as error:
-    raise UserError(f"{source} has {_OWN_KEY} = {str(own)[:80]}: {error}") from error
+    raise UserError(f"{source} has {_OWN_KEY} = {describe_value(own)}: {error}") from error
   return {"codec": codec, "usage": usage}
 
 
@@ -90,7 +91,7 @@ def require_readable(component: str, config: Any, infos: Mapping[str, TensorInfo
     field.name for field in dataclasses.fields(config) if getattr(found, field.name) != getattr(config, field.name)
   ]
   if lost:
-    described = ", ".join(f"{name} = {str(getattr(config, name))[:40]}" for name in lost)
+    described = ", ".join(f"{name} = {describe_value(getattr(config, name))}" for name in lost)
     raise UserError(
       f"this layout cannot say that the {component} has {described}: what is written would be another model"
     )

@@ -8,9 +8,11 @@ from etils import epath
 
 from univid_jax.checkpoints.built_in import locate
 from univid_jax.checkpoints.checksums import CHECKSUMS_FILE
-from univid_jax.checkpoints.info import CHECKPOINT_FILE
+from univid_jax.checkpoints.info import CHECKPOINT_FILE, STEP_CACHE_FILE
 from univid_jax.checkpoints.lora.folder import LORA_FILE
 from univid_jax.checkpoints.run import read_run
+from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER
+from univid_jax.checkpoints.weights_file import SUFFIX
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import is_remote, to_path
 from univid_jax.core.text import list_first
@@ -45,8 +47,8 @@ class _Written:
 _CHECKPOINT = _Written(
   markers=(CHECKPOINT_FILE,),
   others=(
-    *("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", "tokenizer", "transformer.safetensors"),
-    *(CHECKSUMS_FILE, "step_cache.json"),
+    *("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", "tokenizer"),
+    *(f"transformer{SUFFIX}", CHECKSUMS_FILE, STEP_CACHE_FILE),
   ),
 )
 _LORA = _Written(markers=(LORA_FILE,), others=("lora", CHECKSUMS_FILE))
@@ -81,7 +83,7 @@ def check_apart(source: epath.PathLike, destination: epath.PathLike) -> None:
   if any(_is_inside(path, written) for path in (_resolve(here), str(place))):
     raise UserError(f"{destination} contains the source {source}: choose another destination")
   if _is_inside(written, _resolve(here)) and (
-    read_run(here) is None or _is_inside(written, _resolve(here / "checkpoints"))
+    read_run(here) is None or _is_inside(written, _resolve(here / CHECKPOINTS_FOLDER))
   ):
     raise UserError(f"{destination} is inside of the source {source}: choose another destination")
 

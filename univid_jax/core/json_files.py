@@ -1,11 +1,15 @@
-"""JSON: files that others wrote, read with a bound on their size and every fault in one line, and files for others."""
+"""JSON: reads what others wrote, with a bound on its size and every fault in one line, and writes files."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from univid_jax.core.errors import UserError
+from univid_jax.core.paths import atomic_write
 
 # The index of the largest model has 0.2 MB.
 MAX_BYTES = 64 << 20
@@ -20,12 +24,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
   """
   if (size := path.stat().st_size) > MAX_BYTES:
     raise UserError(f"{path} has {size:,} bytes; a JSON file of a model has at most {MAX_BYTES:,}")
+  return parse_json_object(path.read_bytes(), source=path)
+
+
+def parse_json_object(text: str | bytes, *, source: object) -> dict[str, Any]:
+  """Parses one JSON object; raises UserError for faults of any kind, which names the source."""
   try:
-    values = parse_json(path.read_bytes())
+    values = parse_json(text)
   except ValueError as error:
-    raise UserError(f"{path} is not valid JSON: {error}") from error
+    raise UserError(f"{source} is not valid JSON: {error}") from error
   if not isinstance(values, dict):
-    raise UserError(f"{path} must contain a JSON object, got {type(values).__name__}")
+    raise UserError(f"{source} must contain a JSON object, got {type(values).__name__}")
   return values
 
 
@@ -35,6 +44,12 @@ def parse_json(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=_make_object)
   except RecursionError as error:
     raise ValueError("it is nested too deeply") from error
+
+
+def write_json(path: epath.PathLike, values: Mapping[str, Any]) -> None:
+  """Writes an object as indented JSON; nothing appears, or is replaced, before it is complete."""
+  with atomic_write(path) as unfinished:
+    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def format_json(values: Any) -> str:

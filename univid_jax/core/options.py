@@ -69,6 +69,11 @@ class TrainedExpert(enum.StrEnum):
     """The transformers that are trained."""
     return (TrainedExpert.HIGH, TrainedExpert.LOW) if self == TrainedExpert.BOTH else (self,)
 
+  @property
+  def experts(self) -> tuple[Expert, ...]:
+    """The experts that are trained; none of a base with one transformer."""
+    return () if self == TrainedExpert.ONLY else tuple(map(Expert, self.parts))
+
   def split_tree(self, tree: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns what a tree holds for each of `parts`, as `join_trees` has put it together."""
     return tuple(tree[part] for part in self.parts) if len(self.parts) > 1 else (tree,)

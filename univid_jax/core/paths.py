@@ -15,12 +15,12 @@ from etils import epath
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.installation import install_command
+from univid_jax.core.text import format_bytes
 from univid_jax.core.unfinished import remove, unfinished_path
 
 # Holds only what can be recomputed or downloaded again.
 CACHE_FOLDER = "~/.cache/univid_jax"
 
-_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("bytes", 1))
 # Schemes of the buckets that etils reads.
 _SCHEMES = ("gs", "s3", "az", "hf")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -127,13 +127,8 @@ def require_writable(folder: str | os.PathLike, *, num_bytes: int = 0) -> None:
     raise type(error)(error.errno, f"cannot write to the folder {folder}: {error.strerror}") from error
   free = shutil.disk_usage(folder).free
   if free < num_bytes:
-    needed, left = _format_bytes(num_bytes), _format_bytes(free)
+    needed, left = format_bytes(num_bytes), format_bytes(free)
     raise OSError(errno.ENOSPC, f"the folder {folder} needs {needed}, and its disk has {left} left")
-
-
-def _format_bytes(count: int) -> str:
-  unit, size = next((unit, size) for unit, size in _UNITS if count >= size or size == 1)
-  return f"{count / size:,.1f} {unit}" if size > 1 else f"{count} bytes"
 
 
 def to_path(path: epath.PathLike) -> epath.Path:

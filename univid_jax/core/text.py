@@ -1,6 +1,8 @@
-"""How messages say numbers of things, lists of them, and sizes of pictures."""
+"""How messages say numbers of things and of bytes, lists of them, and sizes of pictures."""
 
 from collections.abc import Iterable, Sequence
+
+_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 
 def count_noun(count: int, noun: str, plural: str = "") -> str:
@@ -19,6 +21,12 @@ def join_words(items: Iterable[object], word: str) -> str:
   """Lists a few items: "a", "a or b", "a, b or c"."""
   *others, last = map(str, items)
   return f"{', '.join(others)} {word} {last}" if others else last
+
+
+def format_bytes(count: int) -> str:
+  """Returns a number of bytes in the largest unit that fits: "12.29 kB"."""
+  unit, size = next(((unit, size) for unit, size in _UNITS if count >= size), ("", 1))
+  return f"{count / size:,.2f} {unit}" if unit else f"{count} bytes"
 
 
 def size_text(size: Sequence[int]) -> str:

@@ -1,7 +1,6 @@
 """What the data of a run consists of, so that a run notices when it is resumed on other data."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -9,8 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from etils import epath
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.json_files import parse_json
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.json_files import parse_json, write_json
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.text import count_noun, list_first
 
@@ -167,8 +165,7 @@ def read_fingerprint(workdir: epath.PathLike) -> dict[str, Any] | None:
 
 def write_fingerprint(workdir: epath.PathLike, values: Mapping[str, Any]) -> None:
   """Writes WORKDIR/data.json."""
-  with atomic_write(epath.Path(workdir) / FILE) as path:
-    path.write_text(json.dumps(values, indent=1) + "\n")
+  write_json(epath.Path(workdir) / FILE, values)
 
 
 def _digest(identity: object) -> str:

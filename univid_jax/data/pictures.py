@@ -27,6 +27,9 @@ CAPTIONS: Mapping[str, str] = {
 GAP, HEADER = 6, 50
 CLIP_GAP = 4
 
+# Height of a frame in pixels.
+TILE = 96
+
 # Of letters in pixels: names of columns and labels of rows; captions.
 SIZES = (15, 11)
 
@@ -36,7 +39,7 @@ MAX_FRAMES, FPS, PAUSE = 33, 8.0, 1000
 
 
 def sentence_grid(
-  path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, columns: Sequence[str] = COLUMNS, tile: int = 96
+  path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, columns: Sequence[str] = COLUMNS
 ) -> None:
   """Draws one sentence per line; videos are represented by their first, middle and last frame.
 
@@ -44,18 +47,12 @@ def sentence_grid(
     path: of the PNG file.
     rows: label and clips (uint8 (T, H, W, 3)) of each sentence, at most as many clips as columns.
     columns: names of the clips.
-    tile: height of a frame in pixels.
   """
-  _draw([(label, [key_frames(clip) for clip in clips]) for label, clips in rows], columns, tile).save(path)
+  _draw([(label, [key_frames(clip) for clip in clips]) for label, clips in rows], columns).save(path)
 
 
 def sentence_animation(
-  path: Path,
-  rows: Sequence[tuple[str, Sequence[np.ndarray]]],
-  *,
-  columns: Sequence[str] = COLUMNS,
-  tile: int = 96,
-  fps: float = FPS,
+  path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, columns: Sequence[str] = COLUMNS, fps: float = FPS
 ) -> None:
   """Draws one sentence per line as an animation that repeats; shorter clips stay at their last frame.
 
@@ -65,13 +62,12 @@ def sentence_animation(
     path: of the WebP file.
     rows: label and clips (uint8 (T, H, W, 3)) of each sentence, at most as many clips as columns.
     columns: names of the clips.
-    tile: height of a frame in pixels.
     fps: frames per second.
   """
   count = max(len(clip) for _, clips in rows for clip in clips)
   stride = ceil_div(count, MAX_FRAMES)
   pictures = [
-    _draw([(label, [[clip[min(time, len(clip) - 1)]] for clip in clips]) for label, clips in rows], columns, tile)
+    _draw([(label, [[clip[min(time, len(clip) - 1)]] for clip in clips]) for label, clips in rows], columns)
     for time in range(0, count, stride)
   ]
   durations = [round(1000 * stride / fps)] * len(pictures)
@@ -79,16 +75,16 @@ def sentence_animation(
   pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, quality=90)
 
 
-def _draw(rows: Sequence[tuple[str, Sequence[Sequence[np.ndarray]]]], columns: Sequence[str], tile: int) -> Image.Image:
+def _draw(rows: Sequence[tuple[str, Sequence[Sequence[np.ndarray]]]], columns: Sequence[str]) -> Image.Image:
   """Draws the label of each row and, in each column, some frames from left to right."""
   strips = [[*clips] + [[]] * (len(columns) - len(clips)) for _, clips in rows]
   headers = [(name, CAPTIONS.get(name, "")) for name in columns]
   widths = [
-    max(*(_strip_width(line[i], tile) for line in strips), GAP + max(map(_text_width, headers[i], SIZES)))
+    max(*(_strip_width(line[i]) for line in strips), GAP + max(map(_text_width, headers[i], SIZES)))
     for i in range(len(columns))
   ]
   margin = 2 * GAP + max(_text_width(label, SIZES[0]) for label, _ in rows)
-  shape = (margin + sum(widths) + GAP * (len(columns) + 1), HEADER + (tile + GAP) * len(rows))
+  shape = (margin + sum(widths) + GAP * (len(columns) + 1), HEADER + (TILE + GAP) * len(rows))
   canvas = Image.new("RGB", shape, "white")
   pen = ImageDraw.Draw(canvas)
   lefts = [margin + GAP * (i + 1) + sum(widths[:i]) for i in range(len(columns))]
@@ -96,13 +92,13 @@ def _draw(rows: Sequence[tuple[str, Sequence[Sequence[np.ndarray]]]], columns: S
     for text, size, color, height in zip(header, SIZES, ("black", "dimgrey"), (16, 35)):
       pen.text((left + width / 2, height), text, fill=color, font=_font(text, size), anchor="mm")
   for index, ((label, _), line) in enumerate(zip(rows, strips)):
-    top = HEADER + index * (tile + GAP)
+    top = HEADER + index * (TILE + GAP)
     font = _font(label, SIZES[0])
-    pen.text((margin - GAP, top + tile / 2), label, fill="black", font=font, anchor="rm", align="right")
+    pen.text((margin - GAP, top + TILE / 2), label, fill="black", font=font, anchor="rm", align="right")
     for left, width, frames in zip(lefts, widths, line):
-      x = left + (width - _strip_width(frames, tile)) // 2
+      x = left + (width - _strip_width(frames)) // 2
       for frame in frames:
-        area = (round(tile * frame.shape[1] / frame.shape[0]), tile)
+        area = (round(TILE * frame.shape[1] / frame.shape[0]), TILE)
         canvas.paste(Image.fromarray(frame).resize(area, Image.Resampling.NEAREST), (x, top))
         x += area[0] + 2
   return canvas
@@ -159,5 +155,5 @@ def _text_width(text: str, size: int) -> int:
   return round(max(font.getlength(line) for line in text.splitlines() or [""]))
 
 
-def _strip_width(frames: Sequence[np.ndarray], tile: int) -> int:
-  return max(sum(round(tile * frame.shape[1] / frame.shape[0]) + 2 for frame in frames) - 2, 0)
+def _strip_width(frames: Sequence[np.ndarray]) -> int:
+  return max(sum(round(TILE * frame.shape[1] / frame.shape[0]) + 2 for frame in frames) - 2, 0)

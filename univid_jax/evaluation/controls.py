@@ -13,6 +13,7 @@ from univid_jax.core.contexts import CONTEXTS, video_pattern
 from univid_jax.core.pixels import to_uint8
 from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.data.resizing import resize_and_crop
+from univid_jax.evaluation.candidates import Candidate
 from univid_jax.inference.pipeline import Pipeline
 
 
@@ -64,9 +65,9 @@ def baselines(clips: Sequence[np.ndarray]) -> Mapping[str, np.ndarray]:
   """Returns the clips that a model must beat: copies of B and of A', and the mean colour of A'."""
   truth, (_, a2, b) = clips[-1], clips[-4:-1]
   return {
-    "copy_b": match_length(b, len(truth)),
-    "copy_a2": match_length(a2, len(truth)),
-    "mean_a2": np.broadcast_to(np.round(a2.mean(axis=(0, 1, 2))), truth.shape).astype(np.uint8),
+    Candidate.COPY_B: match_length(b, len(truth)),
+    Candidate.COPY_A2: match_length(a2, len(truth)),
+    Candidate.MEAN_A2: np.broadcast_to(np.round(a2.mean(axis=(0, 1, 2))), truth.shape).astype(np.uint8),
   }
 
 

@@ -13,21 +13,22 @@ from univid_jax.core.text import count_noun
 from univid_jax.data.pictures import sentence_grid
 from univid_jax.data.tasks.grids.base import Grid
 from univid_jax.data.tasks.grids.rendering import Rendering
-from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Generated, SentenceInfo, is_repetition
+from univid_jax.evaluation.candidates import Candidate
+from univid_jax.evaluation.generate import Generated, SentenceInfo, is_repetition
 from univid_jax.evaluation.kinds import score_grid
 from univid_jax.evaluation.metrics.grids import bootstrap_interval, grid_metrics, wilson_interval
 from univid_jax.evaluation.score import Score, group_by, scored_clips, target_kind
 
-# What grids are compared with, and what the columns of the table are called.
-COLUMNS = {
-  PREDICTION: "prediction",
-  ACCELERATED: "accelerated",
-  SWAPPED: "wrong examples",
-  "copy_b": "copy of B",
-  "copy_a2": "copy of A'",
-  "most_frequent": "most frequent answer",
-  "codec": "codec",
-}
+# What grids are compared with, in the order of the table's columns.
+COLUMNS = (
+  Candidate.PREDICTION,
+  Candidate.ACCELERATED,
+  Candidate.SWAPPED,
+  Candidate.COPY_B,
+  Candidate.COPY_A2,
+  Candidate.MOST_FREQUENT,
+  Candidate.CODEC,
+)
 INTERVALS = (
   "95 % intervals: Wilson's for grids, of as many trials as sentences whatever the seeds; bootstrap over sentences for "
   "cells."
@@ -92,17 +93,17 @@ def _group_name(info: SentenceInfo) -> tuple[str, str]:
 
 def _compare(group: Scored) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields the names of predictions, controls and baselines, and their shares with intervals."""
-  yield PREDICTION, _summarize([_mean_of_seeds(scores) for _, scores in group])
+  yield Candidate.PREDICTION, _summarize([_mean_of_seeds(scores) for _, scores in group])
   for name in dict.fromkeys(score.name for _, scores in group for score in scores):
-    if name != PREDICTION and not is_repetition(name):
+    if name != Candidate.PREDICTION and not is_repetition(name):
       yield name, _summarize([score.metrics for _, scores in group for score in scores if score.name == name])
   truths = [scores[0].counts["truth"] for _, scores in group]
-  yield "most_frequent", _summarize(_answer_always(truths))
+  yield Candidate.MOST_FREQUENT, _summarize(_answer_always(truths))
 
 
 def _attempts(scores: Sequence[Score]) -> list[Score]:
   """Returns the prediction, then its repetitions with other noise."""
-  return [score for score in scores if score.name == PREDICTION or is_repetition(score.name)]
+  return [score for score in scores if score.name == Candidate.PREDICTION or is_repetition(score.name)]
 
 
 def _mean_of_seeds(scores: Sequence[Score]) -> dict[str, float]:
@@ -157,7 +158,7 @@ def table_rows(report: Mapping[str, Any], key: str) -> tuple[list[str], list[lis
     key: "grid" or "cell".
   """
   names = [name for name in COLUMNS if any(name in row["scores"] for row in report["rows"])]
-  head = ["family", "split", "sentences", *(COLUMNS[name] for name in names)]
+  head = ["family", "split", "sentences", *(name.label for name in names)]
   rows = [
     [row["family"], row["split"], str(row["count"]), *(_percent(row["scores"].get(name), key) for name in names)]
     for row in report["rows"]
@@ -170,7 +171,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
   lines = []
   for split in dict.fromkeys(row["split"] for row in report["rows"]):
     rows = [row for row in report["rows"] if row["split"] == split]
-    shares = [f"{row['family']} {row['scores'][PREDICTION]['grid_accuracy']:.0%}" for row in rows]
+    shares = [f"{row['family']} {row['scores'][Candidate.PREDICTION]['grid_accuracy']:.0%}" for row in rows]
     lines.append(f"exact grids, {split}: {', '.join(shares)}")
   return lines + ([describe_arc(report["arc"])] if "arc" in report else [])
 
@@ -210,7 +211,7 @@ class Failures:
 
   def add(self, generated: Generated, scores: Sequence[Score]) -> None:
     for score in scores:
-      if score.name == PREDICTION and score.kind is TargetKind.GRID and score.metrics["grid_accuracy"] < 1:
+      if score.name == Candidate.PREDICTION and score.kind is TargetKind.GRID and score.metrics["grid_accuracy"] < 1:
         examples = self._examples[_group_name(generated.info)]
         if len(examples) < FAILURES_PER_GROUP:
           examples.append((generated, score.metrics["cell_accuracy"]))
@@ -220,7 +221,7 @@ class Failures:
     rows = []
     for (family, split), examples in self._examples.items():
       for generated, cells in examples:
-        predicted = generated.samples[PREDICTION]
+        predicted = generated.samples[Candidate.PREDICTION]
         clips = [*generated.clips[-4:-1], predicted, self._rendering.render(self._rendering.decode(predicted))]
         rows.append((f"{family}\n{split}\n{cells:.0%} of the cells", [*clips, generated.clips[-1]]))
     if not rows:

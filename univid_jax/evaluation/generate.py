@@ -15,14 +15,11 @@ from tqdm import tqdm
 from univid_jax.config.schema import EvalConfig
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.sentence import Sentence, read_frames
+from univid_jax.evaluation.candidates import Candidate
 from univid_jax.evaluation.controls import replace_pairs, round_trip, show_inverse_task
 from univid_jax.evaluation.sentences import PlannedSentence
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.inference.sampler import Progress
-
-# The variants that are compared most; evaluation after training samples these alone.
-PREDICTION, SWAPPED = "prediction", "swapped"
-ACCELERATED = "accelerated"
 
 # Prefixes of the names of variants with another number of inference steps, and of repetitions with other noise. Samples
 # are stored by these names.
@@ -121,12 +118,12 @@ def make_variants(
   """
   steps, seed = options.num_inference_steps, _noise_seed(options.seed)
   return [
-    Variant(PREDICTION, steps, seed),
-    Variant(SWAPPED, steps, seed, lambda number, sentence: replace_pairs(sentence, other_pairs[number]())),
-    Variant("inverse", steps, seed, lambda _, sentence: show_inverse_task(sentence)),
+    Variant(Candidate.PREDICTION, steps, seed),
+    Variant(Candidate.SWAPPED, steps, seed, lambda number, sentence: replace_pairs(sentence, other_pairs[number]())),
+    Variant(Candidate.INVERSE, steps, seed, lambda _, sentence: show_inverse_task(sentence)),
     *(Variant(steps_variant(more), more, seed) for more in options.more_steps),
     *(Variant(f"{_SEED}{n}", steps, _noise_seed(options.seed, n)) for n in range(1, options.num_seeds)),
-    *([] if accelerated is None else [Variant(ACCELERATED, None, seed, pipeline=accelerated)]),
+    *([] if accelerated is None else [Variant(Candidate.ACCELERATED, None, seed, pipeline=accelerated)]),
   ]
 
 
@@ -242,7 +239,6 @@ def sample_targets(
       num_frames=length,
       prompts=[sentences[number].prompt for number in numbers],
       num_inference_steps=num_inference_steps,
-      shift=None,
       seeds=[first_seed + number for number in numbers],
       progress=progress,
     )

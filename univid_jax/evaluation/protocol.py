@@ -12,7 +12,7 @@ import univid_jax
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import DataConfig, EvalConfig, RunConfig
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.json_files import write_json
 from univid_jax.diffusion.distillations import Distillation
 from univid_jax.evaluation.sentences import PlannedSentence
 from univid_jax.inference.plan import SAMPLING_VERSION
@@ -55,8 +55,7 @@ def open_samples_folder(
   name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
   samples = folder / SAMPLES / name
   if write:
-    with atomic_write(samples / FILE) as path:
-      path.write_text(json.dumps({"origin": origin.to_json(), **values}, indent=2) + "\n")
+    write_json(samples / FILE, {"origin": origin.to_json(), **values})
   return samples
 
 

@@ -17,28 +17,18 @@ from univid_jax.core.text import count_noun
 from univid_jax.data.pictures import COLUMNS, FPS, sentence_animation, sentence_grid
 from univid_jax.data.sources.computed import describe_held_out
 from univid_jax.evaluation import exact, published
-from univid_jax.evaluation.generate import ACCELERATED, PREDICTION, SWAPPED, Generated, SentenceInfo, steps_variant
+from univid_jax.evaluation.candidates import Candidate
+from univid_jax.evaluation.generate import Generated, SentenceInfo, steps_variant
 from univid_jax.evaluation.kinds import Metrics
 from univid_jax.evaluation.metrics.image import psnr
 from univid_jax.evaluation.score import Score, Scorer, group_by, mean_metrics
 
 log = logging.getLogger(__name__)
 
-# What the rows of the tables are, as report.md explains them.
-DESCRIPTIONS = {
-  PREDICTION: "the model's prediction",
-  SWAPPED: "the model, shown example pairs of another task: does it read them?",
-  "inverse": "the model, shown the inverse task: A', A instead of A, A'",
-  ACCELERATED: "the model with a distillation LoRA, sampled in few steps",
-  "copy_b": "a copy of B",
-  "copy_a2": "a copy of A'",
-  "mean_a2": "the mean colour of A'",
-  "codec": "the ground truth, encoded and decoded: the upper bound",
-}
-
 # The keys of eval.json, and the variants and baselines whose PSNR they hold.
-QUICK_KEYS = {"psnr": PREDICTION} | {
-  f"psnr_{name}": name for name in ("copy_b", "copy_a2", "mean_a2", "codec", SWAPPED)
+QUICK_KEYS = {"psnr": Candidate.PREDICTION} | {
+  f"psnr_{name}": name
+  for name in (Candidate.COPY_B, Candidate.COPY_A2, Candidate.MEAN_A2, Candidate.CODEC, Candidate.SWAPPED)
 }
 
 # Metrics in dB, levels of grey, degrees and hundredths; the others are shares and errors relative to one.
@@ -93,10 +83,10 @@ class Gallery:
     rows = []
     for task, context in keys:
       generated = self._examples[task, context]
-      clips = [*generated.clips[-4:-1], generated.samples[PREDICTION], generated.clips[-1]]
-      score = psnr(generated.samples[PREDICTION], generated.clips[-1])
+      clips = [*generated.clips[-4:-1], generated.samples[Candidate.PREDICTION], generated.clips[-1]]
+      score = psnr(generated.samples[Candidate.PREDICTION], generated.clips[-1])
       label = f"{task.replace('_', ' ')}\ncontext {context or '-'}\n{score:.1f} dB"
-      rows.append((label, [*clips, generated.samples[SWAPPED]] if with_swapped else clips))
+      rows.append((label, [*clips, generated.samples[Candidate.SWAPPED]] if with_swapped else clips))
     return rows
 
 
@@ -190,13 +180,13 @@ def plot_curves(path: Path, report: Mapping[str, Any]) -> None:
     (by_context, report["by_context"], "context"),
     (by_num_clips, report["by_num_clips"], "clips in a sentence"),
   ):
-    for name in (PREDICTION, SWAPPED, "copy_b", "mean_a2"):
+    for name in (Candidate.PREDICTION, Candidate.SWAPPED, Candidate.COPY_B, Candidate.MEAN_A2):
       if name in overall:
         axes.plot(list(part), [rows[name]["psnr"] for rows in part.values()], marker="o", label=name)
     axes.set(xlabel=title, ylabel="PSNR (dB)")
   by_context.legend(fontsize=8)
   options = report["config"]["eval"]
-  steps = {options["num_inference_steps"]: overall[PREDICTION]["psnr"]}
+  steps = {options["num_inference_steps"]: overall[Candidate.PREDICTION]["psnr"]}
   steps |= {number: overall[steps_variant(number)]["psnr"] for number in options["more_steps"]}
   by_steps.plot(sorted(steps), [steps[n] for n in sorted(steps)], marker="o")
   by_steps.set(xlabel="inference steps", ylabel="PSNR (dB)")
@@ -228,9 +218,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += _exact_section(report["exact"])
   lines += ["## All metrics by task", ""]
   for task, rows in report["by_task"].items():
-    names = [name for name in rows[PREDICTION] if name != "count" and not name.endswith("_std")]
+    averages = rows[Candidate.PREDICTION]
+    names = [name for name in averages if name != "count" and not name.endswith("_std")]
     cells = [(row, *(_cell(values, name) for name in names)) for row, values in rows.items()]
-    lines += [f"**{task}** ({count_noun(rows[PREDICTION]['count'], 'sentence')})", "", *_table(("", *names), cells), ""]
+    lines += [f"**{task}** ({count_noun(averages['count'], 'sentence')})", "", *_table(("", *names), cells), ""]
   lines += ["## Published results", "", published.SOURCE, ""]
   for columns, results in (
     (published.TRAINING_COLUMNS, published.TRAINING),
@@ -242,10 +233,10 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def _descriptions(report: Mapping[str, Any]) -> list[str]:
   """Explains the rows of the tables, one list item each."""
-  texts = {name: text for name, text in DESCRIPTIONS.items() if name in report["overall"]}
+  texts: dict[str, str] = {name: name.description for name in Candidate if name in report["overall"]}
   options = report["config"]["eval"]
   if options["num_seeds"] > 1:
-    texts[PREDICTION] += f"; mean ± standard deviation over {options['num_seeds']} seeds"
+    texts[Candidate.PREDICTION] += f"; mean ± standard deviation over {options['num_seeds']} seeds"
   texts |= {steps_variant(n): f"the prediction with {count_noun(n, 'inference step')}" for n in options["more_steps"]}
   return [f"- **{name}**: {text}" for name, text in texts.items()]
 
@@ -269,7 +260,7 @@ def _psnr_table(part: Mapping[str, Mapping[str, Metrics]]) -> list[str]:
   return _table(
     ("", *names, "sentences"),
     [
-      (key, *(_cell(rows.get(name, {}), "psnr") for name in names), str(rows[PREDICTION]["count"]))
+      (key, *(_cell(rows.get(name, {}), "psnr") for name in names), str(rows[Candidate.PREDICTION]["count"]))
       for key, rows in part.items()
     ],
   )

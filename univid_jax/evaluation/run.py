@@ -22,10 +22,9 @@ from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.data.sources.readers.arc import ARCSentences
 from univid_jax.data.target_kinds import own_kinds
 from univid_jax.data.tasks.grids.rendering import Rendering
+from univid_jax.evaluation.candidates import Candidate
 from univid_jax.evaluation.exact import Failures, exact_report, score_grids
 from univid_jax.evaluation.generate import (
-  PREDICTION,
-  SWAPPED,
   Generated,
   SentenceInfo,
   generate,
@@ -68,7 +67,7 @@ def evaluate_quick(
     log.warning("%s", nothing_held_out(config, data))
     return None
   variants = make_variants(config.eval, plan_other_pairs(config, sentences))
-  variants = [variant for variant in variants if variant.name in (PREDICTION, SWAPPED)]
+  variants = [variant for variant in variants if variant.name in (Candidate.PREDICTION, Candidate.SWAPPED)]
   kinds, rendering = own_kinds(config.data), Rendering.from_config(config.data)
   scored, results = [], _Results(rendering)
   with progress_bar(len(sentences)) as bar:

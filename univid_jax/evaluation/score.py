@@ -10,8 +10,9 @@ import numpy as np
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.options import TargetKind
 from univid_jax.data.target_kinds import COMPUTED_KINDS, own_kinds
+from univid_jax.evaluation.candidates import Candidate
 from univid_jax.evaluation.controls import baselines
-from univid_jax.evaluation.generate import PREDICTION, Generated, SentenceInfo, is_repetition
+from univid_jax.evaluation.generate import Generated, SentenceInfo, is_repetition
 from univid_jax.evaluation.kinds import KIND_METRICS, Counts, KindOptions, Metrics
 from univid_jax.evaluation.metrics.clip_scores import CLIPScores
 from univid_jax.evaluation.metrics.image import SSIM_SIDE, psnr, rmse, ssim
@@ -39,7 +40,7 @@ class Score:
 
 def scored_clips(generated: Generated) -> dict[str, np.ndarray]:
   """Returns every clip that is compared with the ground truth: samples by variant, then baselines."""
-  return {**generated.samples, **baselines(generated.clips), "codec": generated.codec}
+  return {**generated.samples, **baselines(generated.clips), Candidate.CODEC: generated.codec}
 
 
 def score_psnr(generated: Generated) -> dict[str, float]:
@@ -67,8 +68,7 @@ class Scorer:
 
   Raises:
     FileNotFoundError: the file of the palette does not exist.
-    ModuleNotFoundError: CLIP scores need an extra that is not installed.
-    ValueError: the palette is malformed.
+    UserError: it is malformed, or CLIP scores need an extra that is not installed.
   """
 
   def __init__(self, config: RunConfig):
@@ -98,13 +98,13 @@ class Scorer:
       by_name[score.name].append(score)
     rows = {name: self._average(group) for name, group in by_name.items()}
     repeats = [rows.pop(name) for name in list(rows) if is_repetition(name)]
-    if repeats and PREDICTION in rows:
-      runs = [rows[PREDICTION], *repeats]
-      for name in [name for name in rows[PREDICTION] if name != "count"]:
+    if repeats and Candidate.PREDICTION in rows:
+      runs = [rows[Candidate.PREDICTION], *repeats]
+      for name in [name for name in rows[Candidate.PREDICTION] if name != "count"]:
         values = [run[name] for run in runs if name in run]
-        rows[PREDICTION][name] = float(np.mean(values))
+        rows[Candidate.PREDICTION][name] = float(np.mean(values))
         if len(values) > 1:
-          rows[PREDICTION][f"{name}_std"] = float(np.std(values, ddof=1))
+          rows[Candidate.PREDICTION][f"{name}_std"] = float(np.std(values, ddof=1))
     return rows
 
   def _image_metrics(self, clip: np.ndarray, generated: Generated) -> Metrics:

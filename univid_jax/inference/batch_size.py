@@ -10,7 +10,6 @@ import numpy as np
 from univid_jax.core.numbers import ceil_div
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.inference.plan import SamplingPlan
-from univid_jax.inference.sampler import with_targets
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.sharding import bytes_per_device, shard_batch
 from univid_jax.platform.machine_memory import available_memory
@@ -56,7 +55,7 @@ def step_memory(pipeline: "Pipeline", rows: Sequence[PackedRow], plan: SamplingP
   """Returns the bytes on each device that a step needs besides the weights, by the compiler's figures."""
   mesh, experts = pipeline.mesh, pipeline.experts
   graph, params = experts.transformers[0].graph, experts.load(0)
-  batch = jax.tree.map(lambda x: np.repeat(x, size, axis=0), [with_targets(row) for row in rows])
+  batch = jax.tree.map(lambda x: np.repeat(x, size, axis=0), rows)
   with jax.set_mesh(mesh):
     placed = shard_batch(batch, mesh)
     branches = [jax.eval_shape(lambda params, row: pipeline.sampler.prepare(graph, params, row), params, row)

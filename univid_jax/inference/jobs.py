@@ -128,20 +128,15 @@ def pack_in_bucket(features: Features, *, context_mode: ContextMode) -> PackedRo
   return row if context_mode.zero_timestep else dataclasses.replace(row, modulation_ids=None)
 
 
-def pack_single(features: Features, *, context_mode: ContextMode, with_targets: bool = False) -> PackedRow:
+def pack_single(features: Features, *, context_mode: ContextMode) -> PackedRow:
   """Packs one sentence without padding: the row needs only those intervals and timesteps that its mode demands.
 
   Args:
     features: of the sentence.
     context_mode: see `PackedRow`.
-    with_targets: whether the row lists its target tokens.
   """
   shape = RowShape(
-    num_tokens=len(features.tokens),
-    num_text_tokens=len(features.text),
-    num_slots=1,
-    num_targets=len(features.targets) if with_targets else None,
-    context_mode=context_mode,
+    num_tokens=len(features.tokens), num_text_tokens=len(features.text), num_slots=1, context_mode=context_mode
   )
   row = dataclasses.replace(pack([features], shape), text_intervals=None, image_intervals=None)
   if not context_mode.causal:
@@ -193,6 +188,8 @@ def pack_jobs(
     context_mode=context_mode,
   )
   groups = assign_rows(positive, shape)
+  most = max(sum(len(positive[i].targets) for i in group) for group in groups)
+  shape = dataclasses.replace(shape, num_targets=bucket_size(most))
 
   def join(features: Sequence[Features]) -> PackedRow:
     return join_rows([pack([features[i] for i in group], shape) for group in groups])

@@ -30,7 +30,6 @@ from univid_jax.inference.jobs import Job, make_job
 from univid_jax.inference.joint import JointWindows, WindowProgress
 from univid_jax.inference.plan import SamplingPlan
 from univid_jax.inference.progress_file import ProgressFile
-from univid_jax.inference.sampler import with_targets
 from univid_jax.inference.windows import Windows
 
 if TYPE_CHECKING:
@@ -237,7 +236,7 @@ class VideoSample:
     examples = [self._pipeline.encode(clip) for clip in self._examples]
     queries = [self._pipeline.encode(self._read_window(window)) for window in range(self.num_windows)]
     job = self._make_job([*examples, queries[0]], self._window_noise(0))
-    template = [with_targets(row) for row in self._pipeline.pack_job(job, self._embeds)]
+    template = self._pipeline.pack_job(job, self._embeds)
     joint = JointWindows(windows, template, [patchify(query, patch_size) for query in queries])
     positions = [*range(windows.total), *windows.starts[1:]]
     noise = np.stack([patchify(self._noise(position)[None], patch_size) for position in positions])

@@ -86,8 +86,7 @@ def _request(loras: Sequence[LoRAWeights], weight: float, expert: TrainedExpert)
   """Requests a LoRA for an expert; of a run that trained both, only that expert's."""
   if len(loras) == 1:
     return [RequestedLoRA(loras[0], weight, expert)]
-  wanted = [str(part) for part in expert.parts]
-  return [RequestedLoRA(lora, weight) for lora in loras if lora.usage and str(lora.usage.expert) in wanted]
+  return [RequestedLoRA(lora, weight) for lora in loras if lora.usage and lora.usage.expert in expert.experts]
 
 
 def _read(path: str, *, verify: bool, step: int | None) -> list[LoRAWeights]:
@@ -147,7 +146,7 @@ def select_loras(loras: Sequence[RequestedLoRA], experts: Sequence[Expert | None
   selected: list[list[RequestedLoRA]] = [[] for _ in experts]
   for lora in loras:
     own = find_lora_expert(lora.weights)
-    wanted = lora.expert or own
+    wanted = lora.expert.experts if lora.expert else (own,) if own else ()
     if len(experts) > 1 and not wanted:
       raise UserError(
         f"nothing says whether {lora.weights.source} is for the high-noise or the low-noise expert: put high or low in "
@@ -160,16 +159,19 @@ def select_loras(loras: Sequence[RequestedLoRA], experts: Sequence[Expert | None
     trained_for = lora.weights.usage and lora.weights.usage.expert
     if trained_for and list(experts) == [None]:
       log.warning("%s was trained for the %s-noise expert, but the model has no experts", lora.weights.source, own)
-    if trained_for and lora.expert and trained_for not in lora.expert.parts:
-      log.warning("%s was trained for the %s-noise expert, not for the %s-noise one", lora.weights.source, own, wanted)
+    if trained_for and lora.expert and trained_for not in wanted:
+      log.warning(
+        "%s was trained for the %s-noise expert, not for the %s-noise one", lora.weights.source, own, lora.expert
+      )
     places = [
       index
       for index, expert in enumerate(experts)
-      if not wanted or wanted in (TrainedExpert.BOTH, expert) or expert in (None, Expert.UNKNOWN)
+      if not wanted or expert in wanted or expert in (None, Expert.UNKNOWN)
     ]
     if not places:
       raise UserError(
-        f"{lora.weights.source} is for the {wanted}-noise expert, but the model is the {experts[0]}-noise one"
+        f"{lora.weights.source} is for the {lora.expert or own}-noise expert, but the model is the "
+        f"{experts[0]}-noise one"
       )
     for index in places:
       selected[index].append(lora)

@@ -124,7 +124,7 @@ class SamplingPlan:
     else:
       steps = options.num_inference_steps
       if steps is None:
-        steps = getattr(solver, "fixed_steps", None) or default_steps
+        steps = getattr(solver, "fixed_steps", None) or default_steps  # your own may lack it
       levels = _make_sigmas(solver, steps, default_shift if options.shift is None else options.shift)
     return cls(
       solver=solver,

@@ -5,22 +5,20 @@ A table is used for exactly the weights, noise levels, solver and guidance that 
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from univid_jax.checkpoints.built_in import measurements_folder
+from univid_jax.checkpoints.info import STEP_CACHE_FILE
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.core.errors import UserError
-from univid_jax.core.json_files import parse_json
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.json_files import parse_json, write_json
 from univid_jax.diffusion.solvers import SOLVERS
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.inference.plan import SamplingPlan
 
-FILE = "step_cache.json"
 VERSION = 1
 
 
@@ -72,17 +70,16 @@ def write_table(checkpoint: epath.PathLike, key: TableKey, ratios: Sequence[Sequ
     OSError: the file cannot be written.
     UserError: the file that exists is damaged.
   """
-  path = measurements_folder(checkpoint) / FILE
+  path = measurements_folder(checkpoint) / STEP_CACHE_FILE
   table = {"key": dataclasses.asdict(key), "ratios": [list(part) for part in ratios]}
   tables = [each for each in _read_tables(path) if each["key"] != table["key"]]
-  with atomic_write(path) as unfinished:
-    unfinished.write_text(json.dumps({"version": VERSION, "tables": [*tables, table]}, indent=1) + "\n")
+  write_json(path, {"version": VERSION, "tables": [*tables, table]})
   return path
 
 
 def require_tables(checkpoint: epath.PathLike) -> None:
   """Raises UserError if nothing was measured for the models of a checkpoint, or the file is damaged."""
-  path = measurements_folder(checkpoint) / FILE
+  path = measurements_folder(checkpoint) / STEP_CACHE_FILE
   if not _read_tables(path):
     raise UserError(f"the step cache needs ratios, but there is no {path}: run univid-calibrate with the same flags")
 
@@ -93,7 +90,7 @@ def read_table(checkpoint: epath.PathLike, key: TableKey) -> list[list[float]]:
   Raises:
     UserError: there are none, or the file is damaged.
   """
-  path = measurements_folder(checkpoint) / FILE
+  path = measurements_folder(checkpoint) / STEP_CACHE_FILE
   tables = _read_tables(path)
   for table in tables:
     if table["key"] == dataclasses.asdict(key):

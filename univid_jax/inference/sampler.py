@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import Solver, Tokens
-from univid_jax.data.rows.packing import bucket_size, select_target_tokens, take_rows, target_indices
+from univid_jax.data.rows.packing import select_target_tokens, take_rows
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from univid_jax.diffusion.guidance import Branch, guide
 from univid_jax.inference.experts import Experts
@@ -36,7 +36,7 @@ class PackedJobs:
   """Packed sentences to sample.
 
   Attributes:
-    row: the rows with their prompts, as NumPy arrays.
+    row: the rows with their prompts, as NumPy arrays; they list their targets.
     negative: the same rows with the negative prompts; None samples without guidance.
     places: (row, segment id) of each sentence.
     noises: the initial noise of each sentence's target, (tokens, p).
@@ -102,8 +102,7 @@ class Sampler:
     Raises:
       UserError: see `Experts.guidance_scales`.
     """
-    row, noise = with_targets(packed.row), _scatter_noise(packed)
-    negative = None if packed.negative is None else with_targets(packed.negative)
+    row, negative, noise = packed.row, packed.negative, _scatter_noise(packed)
     shards = row_shards(self._mesh)
     batch = rows_per_batch or (shards if len(noise) > 1 else 1)
     solved = []
@@ -200,13 +199,6 @@ def extrapolate(
     return after
   level, following = sigmas
   return after + (after - before) * (following / (level - following))
-
-
-def with_targets(row: PackedRow) -> PackedRow:
-  """Returns the row with the indices of its target tokens, padded to a bucket."""
-  count = int(np.asarray(row.target_mask).sum(axis=1).max())
-  count = min(bucket_size(count), row.target_mask.shape[1])
-  return dataclasses.replace(row, targets=target_indices(np.asarray(row.target_mask), count))
 
 
 def _scatter_noise(packed: PackedJobs) -> Float[np.ndarray, "b l p"]:

@@ -83,7 +83,7 @@ class DiT(nnx.Module):
     attention_backend: AttentionBackend = AttentionBackend.AUTO,
     rngs: nnx.Rngs,
   ):
-    self.config, self.dtype, self.remat = config, dtype, RematPolicy(remat)
+    self.config, self.dtype, self.remat = config, dtype, remat
     linear = functools.partial(Linear, param_dtype=param_dtype, rngs=rngs)
     mlp = functools.partial(MLP, param_dtype=param_dtype, rngs=rngs)
     self.patch_embedding = linear(config.patch_volume * config.in_dim, config.dim, dims=(None, "embed"), dtype=dtype)

@@ -40,7 +40,7 @@ class KeyValueCache:
   keys_and_values: KeysAndValues
   targets: Int[Array, "b q"]
 
-  def with_targets(self, keys: Float[Array, "b q h k"], values: Float[Array, "b q h k"]) -> KeysAndValues:
+  def append(self, keys: Float[Array, "b q h k"], values: Float[Array, "b q h k"]) -> KeysAndValues:
     """Returns the keys and values of the whole row, with the given ones for its targets."""
     cached_keys, cached_values = self.keys_and_values
     return put_tokens(keys, self.targets, into=cached_keys), put_tokens(values, self.targets, into=cached_values)
@@ -93,7 +93,7 @@ class SelfAttention(nnx.Module):
     k = rotate(project_to_heads(self.k, x, self.num_heads, self.norm_k), *rope)
     v = project_to_heads(self.v, x, self.num_heads)
     if cache is not None:
-      k, v = cache.with_targets(k, v)
+      k, v = cache.append(k, v)
     if queries is not None:
       assert row.targets is not None
       x, cos, sin = (take_tokens(value, row.targets) for value in (x, *rope))

@@ -10,7 +10,6 @@ did after the checkpoint that its restart resumes from is lost.
 import concurrent.futures
 import contextlib
 import enum
-import json
 import logging
 import math
 import time
@@ -20,8 +19,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from univid_jax.core.json_files import parse_json
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.json_files import parse_json, write_json
 
 GOODPUT_FILE = "goodput.json"
 # A kill hides at most this much of what it costs.
@@ -153,8 +151,8 @@ class Goodput:
     values = {"seconds": _round(self.seconds), "checkpoints": {}}
     values["checkpoints"] = {str(step): _round(totals) for step, totals in self._checkpoints.items()}
     # A full disk ends a run that has to save, not one that has saved.
-    with contextlib.suppress(OSError), atomic_write(self._path) as path:
-      path.write_text(json.dumps(values, indent=1) + "\n")
+    with contextlib.suppress(OSError):
+      write_json(self._path, values)
     self._written = self._clock()
 
   def __str__(self) -> str:

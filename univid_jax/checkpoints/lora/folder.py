@@ -6,7 +6,6 @@ FOLDER/lora/       arrays; in blocks/ and others/ low-rank changes of Linears by
 FOLDER/checksums.xxh128   of all other files; written last
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from univid_jax.checkpoints.lora.kinds import Change, LoRALayer
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.orbax_files import restore_arrays, save_arrays
 from univid_jax.core.errors import UserError
-from univid_jax.core.json_files import parse_json
+from univid_jax.core.json_files import parse_json_object, write_json
 from univid_jax.core.paths import to_path
 
 LORA_FILE = "lora.json"
@@ -34,14 +33,8 @@ def is_lora_folder(path: epath.PathLike) -> bool:
   return (to_path(path) / LORA_FILE).exists()
 
 
-def write_lora_folder(folder: epath.PathLike, lora: LoRAWeights, *, metadata: Mapping[str, Any] | None = None) -> None:
-  """Writes a LoRA into an existing folder.
-
-  Args:
-    folder: local or in a bucket.
-    lora: the LoRA.
-    metadata: entries to add to those of `LoRAWeights.file_metadata`.
-  """
+def write_lora_folder(folder: epath.PathLike, lora: LoRAWeights) -> None:
+  """Writes a LoRA into an existing folder, local or in a bucket."""
   folder = epath.Path(folder)
   check_complete(lora)
   tree: dict[str, Any] = {}
@@ -51,8 +44,8 @@ def write_lora_folder(folder: epath.PathLike, lora: LoRAWeights, *, metadata: Ma
   if others:
     tree["changes"] = {tensor.replace(".", "__"): _to_arrays(change) for tensor, change in others.items()}
   save_arrays(folder / "lora", tree)
-  info = {"format": FORMAT if others else 1, **lora.file_metadata(metadata or {}), "source_format": lora.format}
-  (folder / LORA_FILE).write_text(json.dumps(info, indent=2) + "\n")
+  info = {"format": FORMAT if others else 1, **lora.file_metadata(), "source_format": lora.format}
+  write_json(folder / LORA_FILE, info)
   write_checksums(folder)
 
 
@@ -64,12 +57,11 @@ def read_lora_folder(folder: epath.PathLike) -> LoRAWeights:
     UserError: its contents cannot be read.
   """
   folder = epath.Path(folder)
-  try:
-    info = parse_json((folder / LORA_FILE).read_bytes())
-    if not isinstance(info, dict) or info.get("format", 1) not in range(1, FORMAT + 1):
-      raise ValueError(f"expected format 1 to {FORMAT}: it is damaged, or a newer univid_jax wrote it")
-  except ValueError as error:
-    raise UserError(f"{folder / LORA_FILE} is not valid JSON of this project: {error}") from error
+  info = parse_json_object((folder / LORA_FILE).read_bytes(), source=folder / LORA_FILE)
+  if info.get("format", 1) not in range(1, FORMAT + 1):
+    raise UserError(
+      f"{folder / LORA_FILE} has another format than 1 to {FORMAT}: it is damaged, or a newer univid_jax wrote it"
+    )
   changes: dict[str, Change] = {}
   try:
     for group, modules in restore_arrays(folder / "lora").items():

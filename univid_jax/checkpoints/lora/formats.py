@@ -4,7 +4,6 @@ import dataclasses
 import enum
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -50,7 +49,7 @@ def _no_metadata(lora: LoRAWeights) -> dict[str, str]:
 
 def _musubi_metadata(lora: LoRAWeights) -> dict[str, str]:
   modules = {_MUSUBI_MODULES[type(change)] for change in lora.changes.values()} or {"lora_wan"}
-  rank_and_alpha = lora.file_metadata({})
+  rank_and_alpha = lora.file_metadata()
   return {
     "ss_network_module": f"networks.{modules.pop()}",
     "ss_network_dim": rank_and_alpha["rank"],
@@ -200,21 +199,13 @@ def check_suffix(path: epath.PathLike, to: str) -> None:
     raise UserError(f"a {to} LoRA file must be named *{' or *'.join(suffixes)}, got {path}")
 
 
-def write_lora(
-  path: epath.PathLike,
-  lora: LoRAWeights,
-  to: str,
-  *,
-  metadata: Mapping[str, Any] | None = None,
-  dtype: str | None = None,
-) -> str:
+def write_lora(path: epath.PathLike, lora: LoRAWeights, to: str, *, dtype: str | None = None) -> str:
   """Writes a LoRA file, and its sidecar if it has one; nothing appears, or is replaced, before both are complete.
 
   Args:
     path: local or in a bucket; ends in one of the format's suffixes.
     lora: the LoRA.
     to: name of a format in `FORMATS`.
-    metadata: header entries to add to those of `LoRAWeights.file_metadata`.
     dtype: of the written tensors but alpha; by default their own, or float32 where that would round what is folded.
 
   Returns:
@@ -227,7 +218,7 @@ def write_lora(
   check_suffix(path, to)
   tensors = lora_tensors(lora, to, dtype=dtype)
   note = "; ".join(filter(None, (_describe_folding(lora, file_format, tensors), _describe_dora(lora))))
-  entries = {**lora.file_metadata(metadata or {}), **SCALE_OF_ONE, SEAL: OPEN_SEAL}
+  entries = {**lora.file_metadata(), **SCALE_OF_ONE, SEAL: OPEN_SEAL}
   if path.suffix.lower() == ".ckpt":
     require_torch(path)
     # Published in reverse order: a kill between the two leaves no sidecar without a file.

@@ -10,8 +10,9 @@ from typing import Any
 from etils import epath
 
 from univid_jax.checkpoints.tensor_files import is_tensor_file
+from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
-from univid_jax.core.json_files import parse_json
+from univid_jax.core.json_files import parse_json_object
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_STEM = "adapter_model"
@@ -118,14 +119,8 @@ def find_scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:
 
 
 def _read_scaling(source: str, text: bytes) -> PeftScaling:
-  try:
-    values = parse_json(text)
-  except ValueError as error:
-    raise UserError(f"{source} is not valid JSON: {error}") from error
-  if not isinstance(values, dict):
-    raise UserError(f"{source} is not a JSON object")
   # diffusers puts the name of the component in front of every key.
-  values = {key.removeprefix("transformer."): value for key, value in values.items()}
+  values = {key.removeprefix("transformer."): value for key, value in parse_json_object(text, source=source).items()}
   kind = str(values.get("peft_type") or "LORA")
   if kind not in _ALPHA_KEYS:
     raise UserError(f"{source}: adapters of peft_type {kind} are not supported, only {', '.join(_ALPHA_KEYS)}")
@@ -150,11 +145,11 @@ def _read_scaling(source: str, text: bytes) -> PeftScaling:
 def _read_patterns(source: str, key: str, values: Mapping[str, Any]) -> dict[re.Pattern[str], float]:
   entries = values.get(key) or {}
   if not isinstance(entries, dict):
-    raise UserError(f"{source}: {key} must be an object, got {entries!r}")
+    raise UserError(f"{source}: {key} must be an object, got {describe_value(entries)}")
   patterns = {}
   for text, value in entries.items():
     if len(text) > _MAX_PATTERN or len(re.findall(r"[*+?{]", text)) > _MAX_QUANTIFIERS or re.search(r"\)[*+{]", text):
-      raise UserError(f"{source}: the pattern {text[:80]!r} in {key} is too complex")
+      raise UserError(f"{source}: the pattern {describe_value(text)} in {key} is too complex")
     try:
       with warnings.catch_warnings():
         warnings.simplefilter("error")  # of patterns whose meaning will change
@@ -167,5 +162,5 @@ def _read_patterns(source: str, key: str, values: Mapping[str, Any]) -> dict[re.
 
 def _number(source: str, key: str, value: object) -> float:
   if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-    raise UserError(f"{source}: {key} must be a positive number, got {repr(value)[:80]}")
+    raise UserError(f"{source}: {key} must be a positive number, got {describe_value(value)}")
   return float(value)

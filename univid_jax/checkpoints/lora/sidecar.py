@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from univid_jax.core.errors import UserError
-from univid_jax.core.json_files import parse_json
+from univid_jax.core.json_files import read_json_object
 
 _Path = TypeVar("_Path", bound=PurePath)
 
@@ -25,13 +24,7 @@ def read_sidecar(path: Path) -> dict[str, str]:
   sidecar = sidecar_path(path)
   if not sidecar.exists():
     return {}
-  try:
-    values = parse_json(sidecar.read_bytes())
-  except ValueError as error:
-    raise UserError(f"{sidecar} is not valid JSON: {error}") from error
-  if not isinstance(values, dict):
-    raise UserError(f"{sidecar} must contain an object")
-  return {key: value for key, value in values.items() if isinstance(value, str)}
+  return {key: value for key, value in read_json_object(sidecar).items() if isinstance(value, str)}
 
 
 def sidecar_path(path: _Path) -> _Path:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import univid_jax
 from univid_jax.checkpoints.lora.kinds import Change
@@ -94,8 +93,8 @@ class LoRAWeights:
       [f"LoRA ({self.format}), {len(self.changes)} tensors in {self.num_layers} blocks: {', '.join(kinds)}", *numbers]
     )
 
-  def file_metadata(self, extra: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the text entries to store with the weights: version, rank, alpha, targets, base, step, and `extra`."""
+  def file_metadata(self) -> dict[str, str]:
+    """Returns the text entries to store with the weights: version, rank, alpha, targets, base and step."""
     values = {
       SOFTWARE: f"{SOFTWARE_NAME} {univid_jax.__version__}",
       "rank": _join_numbers(self.ranks, separator=","),
@@ -104,7 +103,7 @@ class LoRAWeights:
     }
     is_own = self.metadata.get(SOFTWARE, "").startswith(SOFTWARE_NAME)
     kept = {key: self.metadata[key] for key in _KEPT_METADATA if is_own and key in self.metadata}
-    return {**values, **{key: str(value) for key, value in {**kept, **extra}.items() if value is not None}}
+    return {**values, **kept}
 
 
 def _join_numbers(values: Iterable[int | float], *, separator: str = ", ", limit: int | None = None) -> str:

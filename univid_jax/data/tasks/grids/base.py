@@ -19,7 +19,6 @@ Params = Mapping[str, Any]
 
 NUM_COLORS = 10
 BACKGROUND = 0
-MIN_SIDE, MAX_SIDE = 3, 30
 
 # The task of all sentences of the ARC benchmark, whose rules have no names.
 ARC_TASK = "arc"
