@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 
 import univid_jax
 from tests.clip_files import write_image
-from tests.helpers import give_prompts
+from tests.helpers import give_prompts, random_pipeline
 from tests.typecheck import unchecked
+from univid_jax.config import presets
+from univid_jax.config.boundary import override
 from univid_jax.core.checks import require_number
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_SEED, ModelType, Objective
@@ -20,14 +22,22 @@ from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import Euler
 from univid_jax.inference.encoding import Sample
 from univid_jax.inference.long_video import VideoSample
+from univid_jax.parallel.mesh import make_mesh
 
 A, A2, B = (np.full((1, 64, 64, 3), grey, np.uint8) for grey in (10, 120, 240))
 CLIPS = [A, A2, B]
 
 
+def make_pipeline():
+  """Makes one for clips of the size of `small`, with one narrow layer."""
+  narrow = {"dim": 32, "ffn_dim": 32, "num_heads": 1, "num_layers": 1, "look_back": ()}
+  config = override(presets.small(), {f"model.{key}": value for key, value in narrow.items()})
+  return random_pipeline(config, make_mesh({}, devices=jax.devices()[:1]))
+
+
 @pytest.fixture(scope="module")
 def pipe():
-  return univid_jax.load_pipeline("small")
+  return make_pipeline()
 
 
 def refuse(call, *messages):
@@ -128,14 +138,14 @@ def test_guidance_without_effect_is_not_computed(pipe, caplog):
 
 
 def test_guidance_with_effect(caplog):
-  pipe = give_prompts(univid_jax.load_pipeline("small"))
+  pipe = give_prompts(make_pipeline())
   plain, guided = (sample(pipe, guidance_scale=scale, negative_prompt="no").latents for scale in (1.0, 3.0))
   assert not np.array_equal(plain, guided) and not caplog.records
 
 
 @pytest.mark.parametrize("model_type", [ModelType.T2V, ModelType.TI2V])
 def test_a_first_frame_is_new_to_all_but_ti2v(monkeypatch, caplog, model_type):
-  pipe = univid_jax.load_pipeline("small")
+  pipe = make_pipeline()
   object.__setattr__(pipe, "config", type(pipe.config)(**{**vars(pipe.config), "model_type": model_type}))
   for _ in range(2):
     pipe.make_job([np.repeat(clip, 5, 0) for clip in CLIPS], None, 0, first_frame=B[0])

@@ -29,6 +29,15 @@ def test_videos_come_back(tmp_path: Path, suffix: str, size: tuple[int, int]):
   assert read_numbers(clip.frames) == list(range(9))
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi", ".webm"])
+def test_other_readers_see_frames_in_their_order(tmp_path: Path, suffix: str):
+  """By the times in the file, which must not jump back."""
+  write_clip(tmp_path / f"clip{suffix}", numbered_frames(20), fps=10)
+  with av.open(str(tmp_path / f"clip{suffix}")) as container:
+    times = [frame.time for frame in container.decode(video=0)]
+  np.testing.assert_allclose(np.diff(times), 0.1, atol=1e-3)
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm"])
 def test_videos_are_tagged(tmp_path: Path, suffix: str):
   """With what they are converted to, whatever their size."""

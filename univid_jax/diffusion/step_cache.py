@@ -1,8 +1,9 @@
 """Step caching: steps that reuse what the transformer's blocks added to the hidden states in an earlier step.
 
-MagCache (Ma et al. 2025, arXiv 2506.09045), equal to diffusers' `MagCacheConfig`. The magnitude of that residual
-changes from step to step by ratios that hardly depend on the sample. They are measured once, so which steps are
-computed is known before sampling starts, and no program contains a decision.
+MagCache (Ma et al. 2025, arXiv 2506.09045), as diffusers' `MagCacheConfig` does it, which also skips a step whose error
+is exactly the threshold. The magnitude of that residual changes from step to step by ratios that hardly depend on the
+sample. They are measured once, so which steps are computed is known before sampling starts, and no program contains a
+decision.
 """
 
 import dataclasses

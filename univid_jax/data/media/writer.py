@@ -44,6 +44,8 @@ CODECS = {
 }
 # Without x264's macroblock tree, with which equal frames do not always make equal bytes.
 CODEC_OPTIONS = {"libx264": {"crf": "12", "mbtree": "0"}, "libvpx-vp9": {"crf": "18", "b": "0", "cpu-used": "4"}}
+# Without frames that depend on later ones: AVI stores the order of decoding, not when a frame is shown.
+AVI_OPTIONS = {"bf": "0"}
 ENCODERS = {"aac": "aac", "mp3": "libmp3lame", "opus": "libopus"}
 # Frame rates of videos; files express them as fractions.
 MIN_FPS, MAX_FPS = 0.001, 100_000
@@ -210,13 +212,15 @@ def _write_video(
 ) -> None:
   height, width = size
   rate = Fraction(fps).limit_denominator(1001)
-  codec, audio_codec = CODECS[path.suffix.lower()]
+  suffix = path.suffix.lower()
+  codec, audio_codec = CODECS[suffix]
   # The index goes first, so that browsers play before they have loaded everything.
-  is_mp4 = path.suffix.lower() in (".mp4", ".m4v", ".mov")
+  is_mp4 = suffix in (".mp4", ".m4v", ".mov")
   # Matroska's identifiers are random otherwise.
   options = {"movflags": "+faststart"} if is_mp4 else {"fflags": "+bitexact"}
   with av.open(f"file:{path}", "w", options=options) as container:
-    stream = container.add_stream(codec, rate=rate, options=CODEC_OPTIONS[codec])
+    codec_options = CODEC_OPTIONS[codec] | (AVI_OPTIONS if suffix == ".avi" else {})
+    stream = container.add_stream(codec, rate=rate, options=codec_options)
     assert isinstance(stream, VideoStream)
     stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
     context = stream.codec_context
