@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -831,6 +832,18 @@ class TestMetrics:
   def test_after_damage(self, tmp_path, damage):
     rows = self.resume(tmp_path, b'{"step": 1, "loss": 1.0}\n' + damage + b'{"step": 2, "loss": 2.0}\n{"st', 2, [3])
     assert [row["step"] for row in rows] == [1, 2, 3]
+
+  def test_an_error_keeps_its_text(self, tmp_path):
+    """That of a bucket may have no number; a write to a full disk names no file, so the workdir is named."""
+    writer = MetricsWriter(tmp_path, start_step=0)
+    for error, message in (
+      (OSError("quota exceeded: gs://b/run"), "^quota exceeded: gs://b/run$"),
+      (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), f"No space left on device: '{tmp_path}'"),
+      (OSError(errno.EIO, os.strerror(errno.EIO), "/x/events"), "Input/output error: '/x/events'"),
+    ):
+      writer._board.write.side_effect = error
+      with pytest.raises(OSError, match=message):
+        writer.write(1, {"loss": 1.0})
 
   def test_a_kill_while_it_is_trimmed_loses_nothing(self, tmp_path, monkeypatch):
     """The lines after the checkpoint are dropped in a new file that replaces the old one."""

@@ -46,7 +46,9 @@ class MetricsWriter:
           file.write(self._lines[-1])
       self._board.write(step, metrics)
     except OSError as error:
-      raise type(error)(error.errno, error.strerror, str(self._folder)) from error
+      if error.errno and error.filename is None:  # a write itself names no file; one of a bucket may have no number
+        error.filename = str(self._folder)
+      raise
 
   def add(self, step: int, metrics: Mapping[str, float]) -> None:
     """Adds metrics to the last step that was written, if it is this one; raises OSError."""
