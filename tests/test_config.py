@@ -57,6 +57,8 @@ def test_unknown_preset():
     ("lora.dropout", -0.1, r"config.lora.dropout must be from 0 to 1 \(exclusive\), got -0.1"),
     ("optimizer.schedule", "spiral", "config.optimizer.schedule must be one of constant, cosine, linear"),
     ("flow.shift", 0.0, "config.flow.shift must be positive, got 0.0"),
+    ("flow.shift", 2000.0, "config.flow.shift must be at most 1000, got 2000.0"),
+    ("data.fps", 20_000, "config.data.fps must be at most 10000, got 20000.0"),
     ("flow.objective", "best", "config.flow.objective must be one of univid, diffsynth"),
     ("validation.sigmas", (), "config.validation.sigmas must be one or more noise levels above 0 and at most 1"),
     ("validation.sentences", 0, "config.validation.sentences must be at least 1, got 0"),

@@ -8,7 +8,7 @@ from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.dims import MAX_POSITION, is_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.options import MAX_STEPS, Attention, ClipFit, ContextTimestep, Expert, Quantize
+from univid_jax.core.options import MAX_FPS, MAX_SHIFT, MAX_STEPS, Attention, ClipFit, ContextTimestep, Expert, Quantize
 
 # The entry that identifies files of this project; those of others may use the same names for other things.
 SOFTWARE = "software"
@@ -224,8 +224,8 @@ def _parse_clip_gap(text: str) -> int:
 
 def _parse_shift(text: str) -> float:
   shift = float(text)
-  if not 0 < shift < 1000:
-    raise ValueError("it must be a positive number")
+  if not 0 < shift <= MAX_SHIFT:
+    raise ValueError(f"it must be above 0 and at most {MAX_SHIFT:g}")
   return shift
 
 
@@ -238,8 +238,8 @@ def _parse_steps(text: str) -> int:
 
 def _parse_fps(text: str) -> float:
   fps = float(text)
-  if not 0 <= fps < 10_000:
-    raise ValueError("it must be a rate, or 0")
+  if not 0 <= fps <= MAX_FPS:
+    raise ValueError(f"it must be from 0 to {MAX_FPS:g}")
   return fps
 
 

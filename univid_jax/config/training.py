@@ -8,6 +8,7 @@ from univid_jax.config.section import MAX_COUNT, MAX_HOST_COUNT, Section
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import (
   MAX_EVAL_SEED,
+  MAX_SHIFT,
   MAX_STEPS,
   DepthAlignment,
   LearningRateSchedule,
@@ -86,6 +87,7 @@ class FlowConfig(Section):
 
   def check(self) -> None:
     self.require_positive("shift")
+    self.require("shift", self.shift <= MAX_SHIFT, f"at most {MAX_SHIFT:g}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
