@@ -303,12 +303,14 @@ class TestStoredConfigs:
     (tmp_path / "config.json").write_text((GOLDENS / "configs" / f"{name}.json").read_text())
     record = read_run(tmp_path)
     assert record is not None and record.version == "0.1.0"
-    assert record.config.lora.enabled == bool(record.base)
+    assert record.config.lora.enabled == any(record.base)
 
-  def test_round_trip(self, tmp_path):
-    record = RunRecord(override(tiny(), {"seed": 7}), "abc", "1.2.3", {"invert": "x"}, {"vae": "def"})
+  @pytest.mark.parametrize("base", [("",), ("abc",), ("abc", "def")])
+  def test_round_trip(self, tmp_path, base):
+    record = RunRecord(override(tiny(), {"seed": 7}), base, "1.2.3", {"invert": "x"}, {"vae": "def"})
     write_run(tmp_path, record)
     assert read_run(tmp_path) == record
+    assert json.loads((tmp_path / "config.json").read_bytes())["base"] == ",".join(base)
 
   def test_missing_keys_take_defaults(self):
     values = to_json(tiny())
@@ -330,7 +332,7 @@ class TestStoredConfigs:
 
   def test_a_kill_while_it_is_written_loses_nothing(self, tmp_path, monkeypatch):
     """A new file replaces the old one."""
-    record = RunRecord(tiny(), base="", version="1")
+    record = RunRecord(tiny(), base=("",), version="1")
     write_run(tmp_path, record)
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
       patch.setattr(Path, "replace", mock.Mock(side_effect=InterruptedError))

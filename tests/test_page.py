@@ -205,7 +205,7 @@ def test_runs_are_found(tmp_path, monkeypatch, tiny_config):
   for name in ("empty", "trained", "other"):
     (tmp_path / "runs" / name).mkdir(parents=True)
     if name != "other":
-      write_run(tmp_path / "runs" / name, RunRecord(tiny_config, "", ""))
+      write_run(tmp_path / "runs" / name, RunRecord(tiny_config, ("",), ""))
   (tmp_path / "runs" / "trained" / "checkpoints" / "5" / "model").mkdir(parents=True)
   (tmp_path / "runs" / "notes.txt").write_text("none of these")
   assert find_checkpoints() == ["small", "runs/trained"]

@@ -565,7 +565,7 @@ def test_a_step_promotes_no_dtypes(tiny_config, changes):
 def test_what_messages_advise_is_not_refused_in_a_run_that_has_begun(tiny_config, key, value):
   changed = override(tiny_config, {"mesh.data": 1, key: value})
   assert key in [name for name, _, _ in differences(tiny_config, changed)]
-  check_same_run("run", RunRecord(tiny_config, "", ""), RunRecord(changed, "", ""))  # raises nothing
+  check_same_run("run", RunRecord(tiny_config, ("",), ""), RunRecord(changed, ("",), ""))  # raises nothing
 
 
 class TestMovedFiles:
@@ -573,20 +573,20 @@ class TestMovedFiles:
 
   @pytest.mark.parametrize("key", ["data.pairs", "data.arc.path"])
   def test_data(self, tiny_config, tmp_path, key):
-    before, after = (RunRecord(override(tiny_config, {key: path}), "", "") for path in ("old", "/new/place"))
+    before, after = (RunRecord(override(tiny_config, {key: path}), ("",), "") for path in ("old", "/new/place"))
     with pytest.raises(UserError, match=f"is a run with {key} = 'old', not '/new/place'"):
       check_same_run(str(tmp_path), before, after)
     write_fingerprint(tmp_path, {"pairs": {"num_records": 1, "checksum": "x", "records": {}}})
     check_same_run(str(tmp_path), before, after)
     with pytest.raises(UserError, match=f"is a run with {key} = '', not '/new/place'"):
-      check_same_run(str(tmp_path), RunRecord(tiny_config, "", ""), after)
+      check_same_run(str(tmp_path), RunRecord(tiny_config, ("",), ""), after)
 
   @pytest.mark.parametrize("part", ["", "vae", "configs", "tokenizer", "text_encoder is stored in"])
   def test_a_base(self, tiny_config, part):
     """A copy at another place is the same base; one that differs in any part is not."""
     contents = {"transformer": "abc", "vae": "def", "configs": "0", "tokenizer": "1"}
     before, after = (
-      RunRecord(override(tiny_config, {"lora.rank": 2, "init_from": path}), "abc", "", base_contents=each)
+      RunRecord(override(tiny_config, {"lora.rank": 2, "init_from": path}), ("abc",), "", base_contents=each)
       for path, each in (("old", contents), ("/new/place", contents | ({part: "other"} if part else {})))
     )
     with pytest.raises(UserError, match="is a run with init_from = ") if part else contextlib.nullcontext():
@@ -599,10 +599,10 @@ class TestMovedFiles:
     for name, is_same in (("link", True), ("base/../base/", True), ("copy", False)):
       again = override(config, {"init_from": f"{tmp_path}/{name}"})
       with contextlib.nullcontext() if is_same else pytest.raises(UserError, match="is a run with init_from = "):
-        check_same_run(str(tmp_path), RunRecord(config, "abc", ""), RunRecord(again, "abc", ""))
+        check_same_run(str(tmp_path), RunRecord(config, ("abc",), ""), RunRecord(again, ("abc",), ""))
     small, folder = (override(config, {"init_from": name}) for name in ("small", "./small"))
     with pytest.raises(UserError, match=r"is a run with init_from = 'small', not '\./small'"):
-      check_same_run(str(tmp_path), RunRecord(small, "abc", ""), RunRecord(folder, "abc", ""))
+      check_same_run(str(tmp_path), RunRecord(small, ("abc",), ""), RunRecord(folder, ("abc",), ""))
 
   @pytest.mark.long
   def test_a_run_goes_on_with_moved_data(self, tiny_config, tmp_path):

@@ -339,9 +339,10 @@ def base_encoders(
   return PretrainedEncoders(base, mesh, dtype=dtype, tiling=tiling)
 
 
-def base_checksums(config: RunConfig) -> list[str]:
-  """Returns the checksum of each transformer that training starts from; "" without a base."""
+def base_checksums(config: RunConfig) -> tuple[str, ...]:
+  """Returns the checksum of each transformer that training starts from: of one, or of both experts; "" without a base.
+  """
   base = open_base(config)
   if base is None:
-    return [""]
-  return [base.checksum(trained_component(part, base)) for part in split_config(config)]
+    return ("",)
+  return tuple(base.checksum(trained_component(part, base)) for part in split_config(config))

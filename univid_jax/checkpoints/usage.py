@@ -31,7 +31,7 @@ class Usage:
     num_frames: of a video.
     fit, fps: see `DataConfig`.
     base_model: name or shape of the base; "" if it is not known.
-    base_checksum: of the base's transformer; "" without a base.
+    base_checksum: of the base's transformer; "" without a base, and of both experts together.
     base_quantize: how the base was quantised in training.
     prompts: of the tasks.
     contexts: which clips are videos, see `core.contexts`; empty if it is not known, as of records that list clips.

@@ -134,8 +134,8 @@ def set_up_run(
   workdir = check_arguments(config, workdir)
   config = check_config(config)
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-  checksums, base = ",".join(base_checksums(config)), open_base(config)
-  record = RunRecord(config, checksums, univid_jax.__version__, base_contents=base.contents if base else {})
+  base = open_base(config)
+  record = RunRecord(config, base_checksums(config), univid_jax.__version__, base_contents=base.contents if base else {})
   if has_checkpoint(workdir):
     check_same_run(workdir, require_run(workdir), record)  # before anything in the workdir changes
   mesh = make_mesh(config.mesh)
