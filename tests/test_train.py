@@ -855,6 +855,43 @@ class TestMetrics:
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines
 
 
+def read_events(path):
+  """Returns the events in a file of TensorBoard's: each between its length with a checksum, and another checksum."""
+  from tensorboardX.proto import event_pb2
+
+  data, events = path.read_bytes(), []
+  while data:
+    length = int.from_bytes(data[:8], "little")
+    events.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+    data = data[16 + length :]
+  return events
+
+
+def test_tensorboard_shows_each_step_once(tmp_path, monkeypatch):
+  """A resumed run begins its file with the start of a session, from whose step on viewers drop earlier files."""
+  monkeypatch.setattr(metrics_writer, "plot_loss", lambda path, *_: path.touch())
+  folder, shown = tmp_path / "tensorboard", {}
+  for number, (start, steps) in enumerate(((0, (1, 2, 3)), (1, (2,)))):
+    writer = MetricsWriter(tmp_path, start_step=start)
+    for step in steps:
+      writer.write(step, {"loss": step + number / 2, "mfu": 0.5})
+    writer.add(steps[-1], {"val_loss": 0.25})
+    writer.close()
+    [path] = folder.glob("events.out.tfevents.*")
+    version, session, *events = read_events(path.rename(folder / f"run_{number}"))
+    assert version.file_version == "brain.Event:2"
+    assert (session.session_log.status, session.step) == (session.session_log.START, start + 1)
+    shown = {key: value for key, value in shown.items() if key[1] < session.step}
+    for event in events:
+      [value] = event.summary.value
+      assert (value.tag, event.step) not in shown and abs(event.wall_time - time.time()) < 60
+      shown[value.tag, event.step] = value.simple_value
+  assert shown == {
+    **{("loss", 1): 1.0, ("loss", 2): 2.5, ("mfu", 1): 0.5, ("mfu", 2): 0.5},
+    ("val_loss", 2): 0.25,
+  }
+
+
 @pytest.mark.long
 def test_a_signal_during_validation_saves_at_once(tiny_config, tmp_path, monkeypatch):
   """Validation may take longer than a preempted machine has; the resumed run makes up for it."""
