@@ -18,6 +18,11 @@ class CodecShape(Protocol):
   """How the latents of a clip relate to its pixels; see `core.dims.latent_shape`."""
 
   @property
+  def has_weights(self) -> bool:
+    """Whether it is an autoencoder; else it decodes in less time than a step takes."""
+    ...
+
+  @property
   def latent_channels(self) -> int: ...
   @property
   def temporal_stride(self) -> int: ...

@@ -30,7 +30,6 @@ from univid_jax.checkpoints.run_parts import (
   with_stored_base,
 )
 from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
-from univid_jax.codecs.dct import DCTCodec
 from univid_jax.config.schema import CodecConfig, ModelConfig, RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TrainedExpert
@@ -204,7 +203,7 @@ def ignored_options(config: RunConfig) -> list[str]:
         ignored.append(f"config.{section}.{name} = {value} (it is {getattr(holds, name)})")
   if config.init_from and config.model.look_back not in ((), ModelConfig().look_back):
     ignored.append(f"config.model.look_back = {config.model.look_back} (for new weights only)")
-  if config.vae_tiling.size and isinstance(codec, DCTCodec):
+  if config.vae_tiling.size and not codec.has_weights:
     ignored.append(f"config.vae_tiling.size = {config.vae_tiling.size} (for autoencoders only)")
   return ignored
 
