@@ -14,7 +14,6 @@ import pytest
 from tests.helpers import GOLDENS
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
 from univid_jax.checkpoints.run_parts import check_rows
-from univid_jax.checkpoints.usage import sentence_kinds
 from univid_jax.config import data as config_data
 from univid_jax.config import grids as config_grids
 from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json
@@ -168,17 +167,8 @@ def test_rows_are_as_long_as_the_numbers_of_clips_that_are_drawn_need():
     with pytest.raises(UserError, match="a sentence of 8 clips"):
       check_rows(override(longer, short | {"data.metadata": "folder", more: "x"}))
   with pytest.raises(UserError, match="a sentence of 8 clips"):
-    check_rows(override(longer, short | {"data.metadata": "folder", "data.grids.families.recolor": 1.0}))
-
-
-def test_contexts_and_counts_that_are_recorded():
-  only = {f"data.contexts.{name}": 0.0 for name in ("I", "III", "IV")}
-  six = {"data.num_clips.clips_4": 0.0, "data.num_clips.clips_6": 1.0}
-  config = override(tiny(), only | six | {"data.contexts.II": 1.0})
-  for given, counts in (([], (6,)), (["metadata"], (4,)), (["metadata", "pairs"], (4, 6))):
-    own = {f"data.{name}": "x" for name in given}
-    assert sentence_kinds(override(config, own).data) == (("II",), counts)
-  assert sentence_kinds(override(config, {"data.manifest": "x"}).data) == ((), ())
+    check_rows(override(longer, short | {"data.metadata": "folder", "data.grids.families.life": 1.0}))
+  check_rows(override(longer, short | {"data.metadata": "folder", "data.grids.families.recolor": 1.0}))  # images
 
 
 @pytest.mark.parametrize(

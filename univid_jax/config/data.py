@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from univid_jax.config.grids import ARCConfig, GridsConfig
 from univid_jax.config.section import MAX_COUNT, MAX_HOST_COUNT, Section
-from univid_jax.core.contexts import PAPER_CAMERA_CONTEXTS
+from univid_jax.core.contexts import PAPER_CAMERA_CONTEXTS, Motion
 from univid_jax.core.dims import is_clip_length, nearest_clip_lengths
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_FPS, ClipFit, PromptStyle, TargetKind
@@ -77,6 +77,14 @@ _OTHER_TASKS = (
   "flip",
   "time_reversal",
 )
+
+
+# Of the computed tasks for which it is not `OPTIONAL`; `data.tasks` takes it from here.
+TASK_MOTIONS: Mapping[str, Motion] = {
+  "camera_movement": Motion.ANIMATES,
+  "moving_object": Motion.NEEDED,
+  "time_reversal": Motion.NEEDED,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
