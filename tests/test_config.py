@@ -32,6 +32,24 @@ def test_conversions_are_lossless(preset):
   assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 
+@pytest.mark.parametrize(
+  "stored, files",
+  [
+    ("", ()),
+    ("high=a:0.5,low=b", ("high=a:0.5", "low=b")),
+    (["high=a", "low=b"], ("high=a", "low=b")),
+    (Path("a"), ("a",)),
+    ([], ()),
+  ],
+)
+def test_a_distillation_may_be_stored_as_text(stored, files):
+  """As by earlier versions."""
+  config = override(tiny(), {"validation.accelerate": stored})
+  assert config.validation.accelerate == files and from_json(to_json(config)) == config
+  with pytest.raises(UserError, match="config.validation.accelerate must be text, got 5"):
+    override(tiny(), {"validation.accelerate": ["a", 5]})
+
+
 def test_unknown_preset():
   with pytest.raises(UserError, match="unknown preset 'huge'; there are tiny, grids, small, small_lora, wan_1_3b"):
     get_config("huge")

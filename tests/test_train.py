@@ -55,7 +55,7 @@ from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import shard_batch
 from univid_jax.platform.current import Platform
 from univid_jax.runtime.supervisor import StopSignal, Supervisor
-from univid_jax.training import hooks, loop, metrics_writer, validation
+from univid_jax.training import hooks, loop, metrics_writer, setup, validation
 from univid_jax.training import step as train_step
 from univid_jax.training.goodput import Goodput
 from univid_jax.training.guard import skip_bad_steps
@@ -646,6 +646,26 @@ class TestChangedData:
     assert train(allowed, workdir).steps_taken == 1 and message in caplog.text
     assert "seconds if it is cached, else half a minute to several minutes" in caplog.text
     assert train(override(more, {"num_steps": 4}), workdir).steps_taken == 1, "it is the run's data now"
+
+
+class TestDistillationOfPreviews:
+  """It is read before data is opened, with the verification of the command."""
+
+  def test_a_wrong_path_fails_at_the_start(self, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "open_data", lambda config: pytest.fail("the data is opened first"))
+    config = override(tiny_config, {"validation.accelerate": str(tmp_path / "none:lightx2v")})
+    with pytest.raises(FileNotFoundError, match="none"):
+      set_up_run(config, str(tmp_path / "run"))
+    with pytest.raises(pytest.fail.Exception):  # without validation nothing is read
+      set_up_run(override(config, {"validation.every_steps": 0}), str(tmp_path / "run"))
+
+  @pytest.mark.parametrize("verify", [True, False])
+  def test_verification(self, tiny_config, tmp_path, monkeypatch, verify):
+    read = mock.Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(setup, "read_distillation", read)
+    with pytest.raises(InterruptedError):
+      set_up_run(override(tiny_config, {"validation.accelerate": "a,b"}), str(tmp_path), verify_weights=verify)
+    read.assert_called_once_with(("a", "b"), verify=verify)
 
 
 def test_what_is_written(tiny_run):

@@ -39,6 +39,7 @@ from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.prepare import PreparationReport, prepare
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.inference.distillation_loras import DistillationLoRAs, read_distillation
 from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.lora import join
@@ -68,6 +69,7 @@ class Run:
     data: where sentences come from.
     features: encodes sentences, with its caches filled.
     validation: the sentences to validate on, if the run validates.
+    distillation: that previews are sampled with, if any.
   """
 
   record: RunRecord
@@ -82,6 +84,7 @@ class Run:
   data: DataSources
   features: FeatureMaker
   validation: Sequence[Sentence]
+  distillation: DistillationLoRAs | None
 
   @property
   def config(self) -> RunConfig:
@@ -123,7 +126,7 @@ def set_up_run(
     config: of the run.
     workdir: a folder or a bucket.
     data: sources of your own; by default those that the config names.
-    verify_weights: compares every file of the base with its checksum while the data is opened.
+    verify_weights: compares every file of the base with its checksum while the data is opened, and those of previews.
 
   Raises:
     DamagedError: a file of the base differs from its checksum.
@@ -137,6 +140,8 @@ def set_up_run(
   record = RunRecord(config, base_checksums(config), univid_jax.__version__, base_contents=base.contents if base else {})
   if has_checkpoint(workdir):
     check_same_run(workdir, require_run(workdir), record)  # before anything in the workdir changes
+  files = config.validation.accelerate if config.validation.every_steps else ()
+  distillation = read_distillation(files, verify=verify_weights) if files else None
   mesh = make_mesh(config.mesh)
   with verified(config.init_from and locate(config.init_from), enabled=verify_weights):
     shape = transformer_config(config)
@@ -163,7 +168,10 @@ def set_up_run(
     bases = [load_base(part, mesh) for part in split_config(config)]
     base_graph, frozen = bases[0][0], config.model.expert.join_trees([params for _, params in bases])
   record = dataclasses.replace(record, prompts=data.prompts)
-  return Run(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features, validation)
+  return Run(
+    *(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features, validation),
+    distillation,
+  )
 
 
 def check_arguments(config: RunConfig, workdir: epath.PathLike) -> str:
