@@ -46,7 +46,7 @@ def test_a_distillation_may_be_stored_as_text(stored, files):
   """As by earlier versions."""
   config = override(tiny(), {"validation.accelerate": stored})
   assert config.validation.accelerate == files and from_json(to_json(config)) == config
-  with pytest.raises(UserError, match="config.validation.accelerate must be text, got 5"):
+  with pytest.raises(UserError, match=r"config\.validation\.accelerate must be text, got 5"):
     override(tiny(), {"validation.accelerate": ["a", 5]})
 
 

@@ -82,9 +82,11 @@ def test_errors_of_buckets_are_os_errors(monkeypatch):
   with pytest.raises(RuntimeError), atomic_write(path):
     raise RuntimeError  # of the block itself
   monkeypatch.setattr(Bucket, "_open", fail)
-  with pytest.raises(OSError, match="^s3://bucket/x/a.txt: RuntimeError: Service Unavailable$") as error:
-    with atomic_write(path) as unfinished:
-      unfinished.touch()
+  with (
+    pytest.raises(OSError, match=r"^s3://bucket/x/a\.txt: RuntimeError: Service Unavailable$") as error,
+    atomic_write(path) as unfinished,
+  ):
+    unfinished.touch()
   assert isinstance(error.value.__cause__, RuntimeError)
   with pytest.raises(RuntimeError), bucket_errors("a.txt"):  # on a disk
     fail()

@@ -906,10 +906,7 @@ def test_tensorboard_shows_each_step_once(tmp_path, monkeypatch):
       [value] = event.summary.value
       assert (value.tag, event.step) not in shown and abs(event.wall_time - time.time()) < 60
       shown[value.tag, event.step] = value.simple_value
-  assert shown == {
-    **{("loss", 1): 1.0, ("loss", 2): 2.5, ("mfu", 1): 0.5, ("mfu", 2): 0.5},
-    ("val_loss", 2): 0.25,
-  }
+  assert shown == {**{("loss", 1): 1.0, ("loss", 2): 2.5, ("mfu", 1): 0.5, ("mfu", 2): 0.5}, ("val_loss", 2): 0.25}
 
 
 @pytest.mark.long

@@ -341,8 +341,7 @@ def base_encoders(
 
 
 def base_checksums(config: RunConfig) -> tuple[str, ...]:
-  """Returns the checksum of each transformer that training starts from: of one, or of both experts; "" without a base.
-  """
+  """Returns the checksum of each transformer that training starts from; one "" without a base."""
   base = open_base(config)
   if base is None:
     return ("",)

@@ -137,7 +137,9 @@ def set_up_run(
   config = check_config(config)
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   base = open_base(config)
-  record = RunRecord(config, base_checksums(config), univid_jax.__version__, base_contents=base.contents if base else {})
+  record = RunRecord(
+    config, base_checksums(config), univid_jax.__version__, base_contents=base.contents if base else {}
+  )
   if has_checkpoint(workdir):
     check_same_run(workdir, require_run(workdir), record)  # before anything in the workdir changes
   files = config.validation.accelerate if config.validation.every_steps else ()

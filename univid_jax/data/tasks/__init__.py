@@ -47,17 +47,11 @@ TASKS: dict[str, Task] = {
   "deraining": Task(draw=draw_rain, apply=add_rain, varies=True, restores=True, prompt_name="version without rain"),
   "flip": Task(draw=draw_flip, apply=flip, prompt_name="mirrored version"),
   "time_reversal": Task(
-    draw=draw_nothing,
-    apply=reverse_time,
-    motion=TASK_MOTIONS["time_reversal"],
-    prompt_name="version played backwards",
+    draw=draw_nothing, apply=reverse_time, motion=TASK_MOTIONS["time_reversal"], prompt_name="version played backwards"
   ),
   "salient_object": Task(draw=draw_mask_colors, apply=salient_mask, prompt_name="salient object map"),
   "moving_object": Task(
-    draw=draw_mask_colors,
-    apply=moving_mask,
-    motion=TASK_MOTIONS["moving_object"],
-    prompt_name="moving object map",
+    draw=draw_mask_colors, apply=moving_mask, motion=TASK_MOTIONS["moving_object"], prompt_name="moving object map"
   ),
   "camera_movement": Task(
     draw=draw_camera_movement,
