@@ -30,8 +30,8 @@ class CountingEncoders:
   has_weights = has_text_encoder = True
   codec_fingerprint = prompt_fingerprint = image_fingerprint = "counting"
 
-  def __init__(self, num_parallel=1):
-    self.num_parallel = num_parallel
+  def __init__(self, num_parallel=1, temporal_stride=4):
+    self.num_parallel, self.temporal_stride = num_parallel, temporal_stride
     self.calls = collections.Counter()
     self.loaded: set[str] = set()
     self.most_loaded = 0
@@ -39,7 +39,11 @@ class CountingEncoders:
   @property
   def codec(self):
     self._load("codec")
-    return _CountingCodec(self.calls, num_parallel=self.num_parallel)
+    return self.codec_shape
+
+  @property
+  def codec_shape(self):
+    return _CountingCodec(self.calls, num_parallel=self.num_parallel, temporal_stride=self.temporal_stride)
 
   def tokenize(self, text):
     raise AssertionError("no test tokenizes")
@@ -69,10 +73,11 @@ class _CountingCodec:
   temporal_stride: int = 4
   spatial_stride: int = 4
   num_parallel: int = 1
+  has_weights: bool = True
 
   def encode(self, frames):
     self.calls["clip"] += 1
-    return np.asarray(frames, np.float32)[::4, ::4, ::4].copy()
+    return np.asarray(frames, np.float32)[:: self.temporal_stride, ::4, ::4].copy()
 
   def encode_many(self, clips):
     assert 0 < len(clips) <= self.num_parallel and len({x.shape for x in clips}) == 1

@@ -248,6 +248,28 @@ class TestFlags:
       assert command(f"--config={path}") == 2
       assert message in capfd.readouterr().err
 
+  @pytest.mark.parametrize(
+    "key, text, expected",
+    [
+      ("validation.accelerate", "a.safetensors:0.5:lightx2v", ("a.safetensors:0.5:lightx2v",)),
+      ("validation.accelerate", "high=/x/a b.st,low=/x/b.st", ("high=/x/a b.st", "low=/x/b.st")),
+      ("validation.accelerate", "('a', 'b')", ("a", "b")),
+      ("validation.accelerate", "", ()),
+      ("validation.accelerate", "()", ()),
+      ("data.buckets", "480x832,832x480", ("480x832", "832x480")),
+      ("data.buckets", "('480x832',)", ("480x832",)),
+      ("lora.targets", "q,ffn.0", ("q", "ffn.0")),
+      ("validation.sigmas", "0.5,1", (0.5, 1)),
+    ],
+  )
+  @pytest.mark.parametrize("separate", [False, True])
+  def test_lists_need_no_quotes(self, key, text, expected, separate):
+    command = Command()
+    words = [f"--config.{key}", text] if separate else [f"--config.{key}={text}"]
+    assert command(*words, "--config.seed=3") == 0 and command.config.value.seed == 3
+    section, _, name = key.partition(".")
+    assert getattr(getattr(command.config.value, section), name) == expected
+
   def test_words_and_flags_in_any_order(self):
     flags = CommandFlags("", max_arguments=2)
     to = flags.string("to", None, "")

@@ -14,7 +14,6 @@ import pytest
 from tests.helpers import GOLDENS
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
 from univid_jax.checkpoints.run_parts import check_rows
-from univid_jax.checkpoints.usage import sentence_kinds
 from univid_jax.config import data as config_data
 from univid_jax.config import grids as config_grids
 from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json
@@ -31,6 +30,24 @@ def test_conversions_are_lossless(preset):
   assert from_config_dict(get_config(preset)) == config
   assert from_config_dict(to_config_dict(config)) == config
   assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+@pytest.mark.parametrize(
+  "stored, files",
+  [
+    ("", ()),
+    ("high=a:0.5,low=b", ("high=a:0.5", "low=b")),
+    (["high=a", "low=b"], ("high=a", "low=b")),
+    (Path("a"), ("a",)),
+    ([], ()),
+  ],
+)
+def test_a_distillation_may_be_stored_as_text(stored, files):
+  """As by earlier versions."""
+  config = override(tiny(), {"validation.accelerate": stored})
+  assert config.validation.accelerate == files and from_json(to_json(config)) == config
+  with pytest.raises(UserError, match=r"config\.validation\.accelerate must be text, got 5"):
+    override(tiny(), {"validation.accelerate": ["a", 5]})
 
 
 def test_unknown_preset():
@@ -57,6 +74,8 @@ def test_unknown_preset():
     ("lora.dropout", -0.1, r"config.lora.dropout must be from 0 to 1 \(exclusive\), got -0.1"),
     ("optimizer.schedule", "spiral", "config.optimizer.schedule must be one of constant, cosine, linear"),
     ("flow.shift", 0.0, "config.flow.shift must be positive, got 0.0"),
+    ("flow.shift", 2000.0, "config.flow.shift must be at most 1000, got 2000.0"),
+    ("data.fps", 20_000, "config.data.fps must be at most 10000, got 20000.0"),
     ("flow.objective", "best", "config.flow.objective must be one of univid, diffsynth"),
     ("validation.sigmas", (), "config.validation.sigmas must be one or more noise levels above 0 and at most 1"),
     ("validation.sentences", 0, "config.validation.sentences must be at least 1, got 0"),
@@ -166,17 +185,8 @@ def test_rows_are_as_long_as_the_numbers_of_clips_that_are_drawn_need():
     with pytest.raises(UserError, match="a sentence of 8 clips"):
       check_rows(override(longer, short | {"data.metadata": "folder", more: "x"}))
   with pytest.raises(UserError, match="a sentence of 8 clips"):
-    check_rows(override(longer, short | {"data.metadata": "folder", "data.grids.families.recolor": 1.0}))
-
-
-def test_contexts_and_counts_that_are_recorded():
-  only = {f"data.contexts.{name}": 0.0 for name in ("I", "III", "IV")}
-  six = {"data.num_clips.clips_4": 0.0, "data.num_clips.clips_6": 1.0}
-  config = override(tiny(), only | six | {"data.contexts.II": 1.0})
-  for given, counts in (([], (6,)), (["metadata"], (4,)), (["metadata", "pairs"], (4, 6))):
-    own = {f"data.{name}": "x" for name in given}
-    assert sentence_kinds(override(config, own).data) == (("II",), counts)
-  assert sentence_kinds(override(config, {"data.manifest": "x"}).data) == ((), ())
+    check_rows(override(longer, short | {"data.metadata": "folder", "data.grids.families.life": 1.0}))
+  check_rows(override(longer, short | {"data.metadata": "folder", "data.grids.families.recolor": 1.0}))  # images
 
 
 @pytest.mark.parametrize(
@@ -301,12 +311,14 @@ class TestStoredConfigs:
     (tmp_path / "config.json").write_text((GOLDENS / "configs" / f"{name}.json").read_text())
     record = read_run(tmp_path)
     assert record is not None and record.version == "0.1.0"
-    assert record.config.lora.enabled == bool(record.base)
+    assert record.config.lora.enabled == any(record.base)
 
-  def test_round_trip(self, tmp_path):
-    record = RunRecord(override(tiny(), {"seed": 7}), "abc", "1.2.3", {"invert": "x"}, {"vae": "def"})
+  @pytest.mark.parametrize("base", [("",), ("abc",), ("abc", "def")])
+  def test_round_trip(self, tmp_path, base):
+    record = RunRecord(override(tiny(), {"seed": 7}), base, "1.2.3", {"invert": "x"}, {"vae": "def"})
     write_run(tmp_path, record)
     assert read_run(tmp_path) == record
+    assert json.loads((tmp_path / "config.json").read_bytes())["base"] == ",".join(base)
 
   def test_missing_keys_take_defaults(self):
     values = to_json(tiny())
@@ -328,7 +340,7 @@ class TestStoredConfigs:
 
   def test_a_kill_while_it_is_written_loses_nothing(self, tmp_path, monkeypatch):
     """A new file replaces the old one."""
-    record = RunRecord(tiny(), base="", version="1")
+    record = RunRecord(tiny(), base=("",), version="1")
     write_run(tmp_path, record)
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
       patch.setattr(Path, "replace", mock.Mock(side_effect=InterruptedError))

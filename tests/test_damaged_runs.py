@@ -432,7 +432,7 @@ def test_adding_checksums(workdir, caplog, capsys):
 
 def test_the_origin_of_samples(workdir, tiny_config, monkeypatch):
   """It follows from the content alone. What `load_pipeline` compares with checksums is not read a second time."""
-  write_run(workdir, RunRecord(tiny_config, "", "test"))
+  write_run(workdir, RunRecord(tiny_config, ("",), "test"))
   hashed = []
   monkeypatch.setattr(checksums, "hash_file", lambda path: (hashed.append(path), hash_file(path))[1])
 

@@ -201,7 +201,7 @@ def test_previews_and_evaluation_of_a_lora_run(tiny_config, tmp_path):
       "data.tasks.invert": 1.0,
       "validation.every_steps": 1,
       "validation.previews": 1,
-      "validation.accelerate": path,
+      "validation.accelerate": (path,),
       "eval.sentences_per_case": 0,
     },
   )

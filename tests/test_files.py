@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 
+from tests.stand_ins import Bucket, open_bucket
 from univid_jax.checkpoints import layerwise
 from univid_jax.checkpoints.info import read_info
 from univid_jax.checkpoints.lora.folder import read_lora_folder
 from univid_jax.checkpoints.run import read_run
 from univid_jax.checkpoints.tensor_files import find_tensor_files, open_tensors, save_safetensors
 from univid_jax.core.errors import UserError, first_line
-from univid_jax.core.paths import atomic_write, is_remote, make_absolute, require_writable, walk_files
+from univid_jax.core.paths import atomic_write, bucket_errors, is_remote, make_absolute, require_writable, walk_files
 
 
 def test_bucket_paths_are_unchanged(tmp_path, monkeypatch):
@@ -69,6 +70,26 @@ def test_what_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: types.SimpleNamespace(free=free))
     with pytest.raises(OSError, match=f"the folder {tmp_path} {expected}"):
       require_writable(tmp_path, num_bytes=needed)
+
+
+def test_errors_of_buckets_are_os_errors(monkeypatch):
+  """The libraries of buckets raise other exceptions, too, such as gcsfs's HttpError."""
+  path = open_bucket("x") / "a.txt"
+
+  def fail(*args, **kwargs):
+    raise RuntimeError("Service Unavailable\n503")
+
+  with pytest.raises(RuntimeError), atomic_write(path):
+    raise RuntimeError  # of the block itself
+  monkeypatch.setattr(Bucket, "_open", fail)
+  with (
+    pytest.raises(OSError, match=r"^s3://bucket/x/a\.txt: RuntimeError: Service Unavailable$") as error,
+    atomic_write(path) as unfinished,
+  ):
+    unfinished.touch()
+  assert isinstance(error.value.__cause__, RuntimeError)
+  with pytest.raises(RuntimeError), bucket_errors("a.txt"):  # on a disk
+    fail()
 
 
 def test_atomic_writes_at_once(tmp_path):

@@ -80,7 +80,7 @@ def write_fingerprint(folder: Path) -> None:
 
 
 def write_config(folder: Path) -> None:
-  write_run(folder, RunRecord(tiny(), "", "0"))
+  write_run(folder, RunRecord(tiny(), ("",), "0"))
 
 
 def write_lora(case: str) -> Callable[[Path], object]:

@@ -151,6 +151,58 @@ class TestOwner:
       assert not heard.is_set()
 
 
+class HttpError(Exception):
+  """As gcsfs raises after its retries: no OSError."""
+
+
+class TestFailingBucket:
+  """What a bucket's library raises may be no OSError."""
+
+  @pytest.fixture
+  def failures(self, monkeypatch):
+    """The names of the operations that fail."""
+    names = set()
+    files = fsspec.filesystem("memory")
+
+    def failing(name, operation):
+      def call(*args, **kwargs):
+        if name in names:
+          raise HttpError("Service Unavailable, 503")
+        return operation(*args, **kwargs)
+
+      return call
+
+    for name in ("pipe_file", "cat_file", "rm_file"):
+      monkeypatch.setattr(files, name, failing(name, getattr(files, name)))
+    return names
+
+  @pytest.mark.parametrize("file", ["remote"], indirect=True)
+  def test_the_heartbeat_goes_on(self, file, tmp_path, failures):
+    heard = threading.Event()
+    with hold(tmp_path, on_loss=lambda message: heard.set()):
+      for name in ("cat_file", "pipe_file"):
+        failures.add(name)
+        time.sleep(0.1)
+        failures.clear()
+        count = Owner.decode(file.read()).count
+        wait_until(lambda count=count: Owner.decode(file.read()).count > count)
+      write_owner(file)  # and the loss of the lock is heard of
+      assert heard.wait(5)
+
+  @pytest.mark.parametrize("file", ["remote"], indirect=True)
+  @pytest.mark.parametrize("name", ["cat_file", "rm_file"])
+  def test_a_release_that_fails_is_no_error(self, file, tmp_path, failures, name):
+    with hold(tmp_path):
+      failures.add(name)
+
+  @pytest.mark.parametrize("file", ["remote"], indirect=True)
+  def test_a_lock_that_cannot_be_written_is_an_os_error(self, file, tmp_path, failures):
+    failures.add("pipe_file")
+    with pytest.raises(OSError, match=r"\.lock-0: HttpError: Service Unavailable, 503") as error:
+      Lock(tmp_path).acquire()
+    assert isinstance(error.value.__cause__, HttpError)
+
+
 def wait_until(condition, seconds=10.0):
   end = time.monotonic() + seconds
   while not condition():

@@ -19,6 +19,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.rows.packing import RowShape, pack
 from univid_jax.data.rows.tokens import sentence_features
+from univid_jax.inference import added_loras
 from univid_jax.parallel.mesh import make_mesh
 
 CASES = Path(__file__).parent / "cases" / "lora"
@@ -159,6 +160,12 @@ class TestCases:
     spread = load(*SEVERAL, merge_lora=merge, mesh=make_mesh({"fsdp": 4, "tensor": 2}))
     assert any(not value.sharding.is_fully_replicated for value in jax.tree.leaves(parameters(spread)))
     assert relative_error(velocity(spread), velocity(several[merge])) <= 2e-5
+
+  def test_tensors_of_one_shape_share_a_program(self, load):
+    """The file has 16 biases, norms and modulations per block and others, of some six shapes."""
+    added_loras._add.clear_cache()
+    load(("distill_diff", 1.0))
+    assert 0 < added_loras._add._cache_size() < 10
 
   def test_bfloat16(self, load, base):
     """Merged parameters keep their dtype. Unmerged, kernels do; biases, norms and modulation are exact in float32."""

@@ -2,6 +2,7 @@
 
 import shlex
 import threading
+import types
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import random_pipeline
+from tests.typecheck import unchecked
 from univid_jax import sample
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.run import RunRecord, write_run
@@ -25,6 +27,7 @@ from univid_jax.core.pixels import to_float
 from univid_jax.data.media.reader import read_clip
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import concatenate_clips
+from univid_jax.inference import preview
 from univid_jax.inference.preview import apply_colors, fit_colors
 from univid_jax.inference.sampler import extrapolate
 from univid_jax.parallel.mesh import make_mesh
@@ -205,7 +208,7 @@ def test_runs_are_found(tmp_path, monkeypatch, tiny_config):
   for name in ("empty", "trained", "other"):
     (tmp_path / "runs" / name).mkdir(parents=True)
     if name != "other":
-      write_run(tmp_path / "runs" / name, RunRecord(tiny_config, "", ""))
+      write_run(tmp_path / "runs" / name, RunRecord(tiny_config, ("",), ""))
   (tmp_path / "runs" / "trained" / "checkpoints" / "5" / "model").mkdir(parents=True)
   (tmp_path / "runs" / "notes.txt").write_text("none of these")
   assert find_checkpoints() == ["small", "runs/trained"]
@@ -218,6 +221,17 @@ def test_estimates_extrapolate_straight_flows():
   before, after, last = ((1 - level) * clean + level * noise for level in levels)
   assert np.allclose(extrapolate(before, after, levels[:2]), clean, atol=1e-5)
   assert extrapolate(after, last, levels[2:]) is last, "after the last step the level is 0"
+
+
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_what_decodes_cheaply_draws_previews(has_weights, monkeypatch):
+  """Any codec that says it has no weights; those of autoencoders would take too long."""
+  monkeypatch.setattr(preview, "apply_colors", lambda colors, latents: "colours")
+  codec = types.SimpleNamespace(has_weights=has_weights, decode=lambda latents: "decoded")
+  with unchecked():
+    drawn = preview.DrawnPreview(lambda taken, draw: None, codec, (), None)
+    vars(drawn)["_colors"] = None
+    assert drawn._draw(np.zeros((1, 2, 2, 3))) == ("colours" if has_weights else "decoded")
 
 
 def test_colors_are_fitted_to_the_context():

@@ -125,9 +125,9 @@ I2V22 = Shape(takes_condition=True)
 class TestPrepare:
   """After `prepare`, training features need no encoder."""
 
-  def open(self, config, workdir, shape, num_parallel=1):
+  def open(self, config, workdir, shape, **options):
     config = override(config, {"init_from": "base", "data.prompt": "detailed", "data.prompt_dropout": 0.3})
-    encoders = CountingEncoders(num_parallel)
+    encoders = CountingEncoders(**options)
     data = open_data(config)
     caches = FeatureCaches.open(config, encoders, workdir)
     features = FeatureMaker(encoders, shape=shape, task_names=data.task_names, caches=caches)
@@ -155,6 +155,16 @@ class TestPrepare:
         assert (made.condition is not None) == shape.takes_condition
         assert (made.image_features is not None) == shape.takes_image_features
     assert not encoders.calls and not encoders.loaded
+
+  @pytest.mark.parametrize("stride", [1, 2])
+  def test_conditions_have_the_frames_of_the_codec(self, tmp_path, stride):
+    """That has another stride than the published ones; the conditions of their stride would be of no use."""
+    encoders, data, features = self.open(self.configure("pairs", tmp_path), tmp_path, I2V22, temporal_stride=stride)
+    prepare(features, data, row_shape=RowShape(num_tokens=2000, num_text_tokens=8, num_slots=2))
+    encoders.calls.clear()
+    for index in range(len(data.sources["pairs"])):
+      features(data.sources["pairs"][index])
+    assert not encoders.calls
 
   def test_the_features_are_those_without_caches(self, tmp_path):
     encoders, data, features = self.open(self.configure("pairs", tmp_path), tmp_path, I2V)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from univid_jax.config.boundary import from_config_dict, override
 from univid_jax.config.presets import get_config, tiny
-from univid_jax.core.contexts import make_sentence, video_pattern
+from univid_jax.core.contexts import Motion, make_sentence, video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import ClipRef, Role, Sentence, read_frames
@@ -140,7 +140,7 @@ class TestTasks:
 
   def test_an_animating_task_is_not_reversible(self):
     with pytest.raises(ValueError, match="cannot be reversible"):
-      Task(draw=draw_nothing, apply=lambda clip, num_frames: clip, animates=True)
+      Task(draw=draw_nothing, apply=lambda clip, num_frames: clip, motion=Motion.ANIMATES)
 
   @pytest.mark.parametrize(
     "apply, got",
@@ -170,7 +170,7 @@ class TestTasks:
     assert np.array_equal(target, from_unit(np.clip(apply(to_unit(clip)), 0, 1)))
 
   def test_an_animating_task_returns_the_frames_that_it_is_asked_for(self, monkeypatch):
-    task = Task(draw=draw_nothing, apply=lambda clip, num_frames: clip, animates=True, reversible=False)
+    task = Task(draw=draw_nothing, apply=lambda clip, num_frames: clip, motion=Motion.ANIMATES, reversible=False)
     monkeypatch.setitem(TASKS, "mine", task)
     with pytest.raises(UserError, match=re.escape("of shape (5, 16, 16, 3), in [0, 1], got float32 (1, 16, 16, 3)")):
       computed(tasks={"mine": 1.0}, animating_contexts={"IV": 1.0})[0]

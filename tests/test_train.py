@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -54,7 +55,7 @@ from univid_jax.parallel.mesh import make_mesh
 from univid_jax.parallel.sharding import shard_batch
 from univid_jax.platform.current import Platform
 from univid_jax.runtime.supervisor import StopSignal, Supervisor
-from univid_jax.training import hooks, loop, metrics_writer, validation
+from univid_jax.training import hooks, loop, metrics_writer, setup, validation
 from univid_jax.training import step as train_step
 from univid_jax.training.goodput import Goodput
 from univid_jax.training.guard import skip_bad_steps
@@ -564,7 +565,7 @@ def test_a_step_promotes_no_dtypes(tiny_config, changes):
 def test_what_messages_advise_is_not_refused_in_a_run_that_has_begun(tiny_config, key, value):
   changed = override(tiny_config, {"mesh.data": 1, key: value})
   assert key in [name for name, _, _ in differences(tiny_config, changed)]
-  check_same_run("run", RunRecord(tiny_config, "", ""), RunRecord(changed, "", ""))  # raises nothing
+  check_same_run("run", RunRecord(tiny_config, ("",), ""), RunRecord(changed, ("",), ""))  # raises nothing
 
 
 class TestMovedFiles:
@@ -572,20 +573,20 @@ class TestMovedFiles:
 
   @pytest.mark.parametrize("key", ["data.pairs", "data.arc.path"])
   def test_data(self, tiny_config, tmp_path, key):
-    before, after = (RunRecord(override(tiny_config, {key: path}), "", "") for path in ("old", "/new/place"))
+    before, after = (RunRecord(override(tiny_config, {key: path}), ("",), "") for path in ("old", "/new/place"))
     with pytest.raises(UserError, match=f"is a run with {key} = 'old', not '/new/place'"):
       check_same_run(str(tmp_path), before, after)
     write_fingerprint(tmp_path, {"pairs": {"num_records": 1, "checksum": "x", "records": {}}})
     check_same_run(str(tmp_path), before, after)
     with pytest.raises(UserError, match=f"is a run with {key} = '', not '/new/place'"):
-      check_same_run(str(tmp_path), RunRecord(tiny_config, "", ""), after)
+      check_same_run(str(tmp_path), RunRecord(tiny_config, ("",), ""), after)
 
   @pytest.mark.parametrize("part", ["", "vae", "configs", "tokenizer", "text_encoder is stored in"])
   def test_a_base(self, tiny_config, part):
     """A copy at another place is the same base; one that differs in any part is not."""
     contents = {"transformer": "abc", "vae": "def", "configs": "0", "tokenizer": "1"}
     before, after = (
-      RunRecord(override(tiny_config, {"lora.rank": 2, "init_from": path}), "abc", "", base_contents=each)
+      RunRecord(override(tiny_config, {"lora.rank": 2, "init_from": path}), ("abc",), "", base_contents=each)
       for path, each in (("old", contents), ("/new/place", contents | ({part: "other"} if part else {})))
     )
     with pytest.raises(UserError, match="is a run with init_from = ") if part else contextlib.nullcontext():
@@ -598,10 +599,10 @@ class TestMovedFiles:
     for name, is_same in (("link", True), ("base/../base/", True), ("copy", False)):
       again = override(config, {"init_from": f"{tmp_path}/{name}"})
       with contextlib.nullcontext() if is_same else pytest.raises(UserError, match="is a run with init_from = "):
-        check_same_run(str(tmp_path), RunRecord(config, "abc", ""), RunRecord(again, "abc", ""))
+        check_same_run(str(tmp_path), RunRecord(config, ("abc",), ""), RunRecord(again, ("abc",), ""))
     small, folder = (override(config, {"init_from": name}) for name in ("small", "./small"))
     with pytest.raises(UserError, match=r"is a run with init_from = 'small', not '\./small'"):
-      check_same_run(str(tmp_path), RunRecord(small, "abc", ""), RunRecord(folder, "abc", ""))
+      check_same_run(str(tmp_path), RunRecord(small, ("abc",), ""), RunRecord(folder, ("abc",), ""))
 
   @pytest.mark.long
   def test_a_run_goes_on_with_moved_data(self, tiny_config, tmp_path):
@@ -645,6 +646,26 @@ class TestChangedData:
     assert train(allowed, workdir).steps_taken == 1 and message in caplog.text
     assert "seconds if it is cached, else half a minute to several minutes" in caplog.text
     assert train(override(more, {"num_steps": 4}), workdir).steps_taken == 1, "it is the run's data now"
+
+
+class TestDistillationOfPreviews:
+  """It is read before data is opened, with the verification of the command."""
+
+  def test_a_wrong_path_fails_at_the_start(self, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "open_data", lambda config: pytest.fail("the data is opened first"))
+    config = override(tiny_config, {"validation.accelerate": str(tmp_path / "none:lightx2v")})
+    with pytest.raises(FileNotFoundError, match="none"):
+      set_up_run(config, str(tmp_path / "run"))
+    with pytest.raises(pytest.fail.Exception):  # without validation nothing is read
+      set_up_run(override(config, {"validation.every_steps": 0}), str(tmp_path / "run"))
+
+  @pytest.mark.parametrize("verify", [True, False])
+  def test_verification(self, tiny_config, tmp_path, monkeypatch, verify):
+    read = mock.Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(setup, "read_distillation", read)
+    with pytest.raises(InterruptedError):
+      set_up_run(override(tiny_config, {"validation.accelerate": "a,b"}), str(tmp_path), verify_weights=verify)
+    read.assert_called_once_with(("a", "b"), verify=verify)
 
 
 def test_what_is_written(tiny_run):
@@ -832,6 +853,18 @@ class TestMetrics:
     rows = self.resume(tmp_path, b'{"step": 1, "loss": 1.0}\n' + damage + b'{"step": 2, "loss": 2.0}\n{"st', 2, [3])
     assert [row["step"] for row in rows] == [1, 2, 3]
 
+  def test_an_error_keeps_its_text(self, tmp_path):
+    """That of a bucket may have no number; a write to a full disk names no file, so the workdir is named."""
+    writer = MetricsWriter(tmp_path, start_step=0)
+    for error, message in (
+      (OSError("quota exceeded: gs://b/run"), "^quota exceeded: gs://b/run$"),
+      (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), f"No space left on device: '{tmp_path}'"),
+      (OSError(errno.EIO, os.strerror(errno.EIO), "/x/events"), "Input/output error: '/x/events'"),
+    ):
+      writer._board.write.side_effect = error
+      with pytest.raises(OSError, match=message):
+        writer.write(1, {"loss": 1.0})
+
   def test_a_kill_while_it_is_trimmed_loses_nothing(self, tmp_path, monkeypatch):
     """The lines after the checkpoint are dropped in a new file that replaces the old one."""
     lines = b'{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n'
@@ -840,6 +873,40 @@ class TestMetrics:
     with pytest.raises(InterruptedError):
       MetricsWriter(tmp_path, start_step=1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+
+
+def read_events(path):
+  """Returns the events in a file of TensorBoard's: each between its length with a checksum, and another checksum."""
+  from tensorboardX.proto import event_pb2
+
+  data, events = path.read_bytes(), []
+  while data:
+    length = int.from_bytes(data[:8], "little")
+    events.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+    data = data[16 + length :]
+  return events
+
+
+def test_tensorboard_shows_each_step_once(tmp_path, monkeypatch):
+  """A resumed run begins its file with the start of a session, from whose step on viewers drop earlier files."""
+  monkeypatch.setattr(metrics_writer, "plot_loss", lambda path, *_: path.touch())
+  folder, shown = tmp_path / "tensorboard", {}
+  for number, (start, steps) in enumerate(((0, (1, 2, 3)), (1, (2,)))):
+    writer = MetricsWriter(tmp_path, start_step=start)
+    for step in steps:
+      writer.write(step, {"loss": step + number / 2, "mfu": 0.5})
+    writer.add(steps[-1], {"val_loss": 0.25})
+    writer.close()
+    [path] = folder.glob("events.out.tfevents.*")
+    version, session, *events = read_events(path.rename(folder / f"run_{number}"))
+    assert version.file_version == "brain.Event:2"
+    assert (session.session_log.status, session.step) == (session.session_log.START, start + 1)
+    shown = {key: value for key, value in shown.items() if key[1] < session.step}
+    for event in events:
+      [value] = event.summary.value
+      assert (value.tag, event.step) not in shown and abs(event.wall_time - time.time()) < 60
+      shown[value.tag, event.step] = value.simple_value
+  assert shown == {**{("loss", 1): 1.0, ("loss", 2): 2.5, ("mfu", 1): 0.5, ("mfu", 2): 0.5}, ("val_loss", 2): 0.25}
 
 
 @pytest.mark.long

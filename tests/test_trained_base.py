@@ -106,7 +106,7 @@ def test_dtype_and_damage(trained, tmp_path):
 def test_runs_on_a_base_are_not_written(trained, tmp_path):
   root, config = trained
   tmp_path.joinpath("run").mkdir()
-  write_run(tmp_path / "run", RunRecord(override(config, {"init_from": str(root / "base")}), "", "0.2.0"))
+  write_run(tmp_path / "run", RunRecord(override(config, {"init_from": str(root / "base")}), ("",), "0.2.0"))
   with pytest.raises(UserError, match=r"trained the whole of .*base"):
     convert_any(str(tmp_path / "run"), str(tmp_path / "again"))
 

@@ -25,9 +25,11 @@ from univid_jax.cli.sampling import SamplingArguments, resolve_steps, task_promp
 from univid_jax.cli.sampling_flags import SamplingFlags
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
+from univid_jax.config.section import MAX_COUNT
 from univid_jax.convert.commands import convert_any, inspect
+from univid_jax.core.dims import MAX_POSITION
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ClipFit, ContextTimestep, Expert, Quantize
+from univid_jax.core.options import MAX_FPS, MAX_SHIFT, MAX_STEPS, Attention, ClipFit, ContextTimestep, Expert, Quantize
 from univid_jax.data.clips import ClipFormat
 from univid_jax.inference import lora_specs
 from univid_jax.inference.distillation_loras import read_distillation
@@ -110,6 +112,33 @@ def test_it_is_that_of_the_run():
   )
   read = Usage.from_metadata({"software": "univid_jax 1", **usage.to_metadata()}, source="")
   assert read == usage and read.is_known
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"flow.shift": 5e-324, "data.fps": 5e-324, "eval.num_inference_steps": 1, "data.num_frames": 1},
+    {"flow.shift": MAX_SHIFT, "data.fps": MAX_FPS, "eval.num_inference_steps": MAX_STEPS},
+    {"model.clip_gap": MAX_POSITION - 1, "data.num_frames": MAX_COUNT // 4 * 4 - 3},
+    {"data.buckets": [f"{MAX_COUNT}x1"], "data.num_clips": {f"clips_{MAX_COUNT - 1}": 1.0}},
+    {"name": ' "ü"\n', "model.context_timestep": "zero", "lora.rank": 1, "base.quantize": "nf4"},
+  ],
+  ids=str,
+)
+def test_what_a_config_accepts_can_be_read_again(changes):
+  config = override(tiny(), changes)
+  usage = Usage.from_config(config, base_model=config.name, prompts={"\u2028": '"\n'}, expert=Expert.LOW)
+  assert Usage.from_metadata({"software": "univid_jax 1", **usage.to_metadata()}, source="") == usage
+
+
+@pytest.mark.parametrize(
+  "field, text, message",
+  [("shift", "2000", "above 0 and at most 1000"), ("fps", "20000", "from 0 to 10000"), ("fps", "-1", "from 0 to")],
+)
+def test_headers_out_of_range_name_the_range(field, text, message):
+  metadata = {"software": "univid_jax 1", **USAGE.to_metadata(), field: text}
+  with pytest.raises(UserError, match=f"the header of a has {field} = '{text}': it must be {message}"):
+    Usage.from_metadata(metadata, source="a")
 
 
 def test_files_of_earlier_versions_do_not_say_what_their_training_saw():

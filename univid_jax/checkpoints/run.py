@@ -41,7 +41,7 @@ class RunRecord:
 
   Attributes:
     config: of the run.
-    base: checksum of the transformer that training starts from, or of both experts, with a comma; "" without a base.
+    base: checksum of each transformer that training starts from, see `base_checksums`; the file joins them with commas.
     version: of univid_jax that started or last resumed the run.
     prompts: of the tasks, as the run trains them; tasks whose records have prompts of their own are missing.
     base_contents: checksums of all of the base, by which it is known wherever it lies; {} without a base, and of runs
@@ -49,7 +49,7 @@ class RunRecord:
   """
 
   config: RunConfig
-  base: str
+  base: tuple[str, ...]
   version: str
   prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
   base_contents: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -58,7 +58,7 @@ class RunRecord:
 def write_run(workdir: epath.PathLike, record: RunRecord) -> None:
   """Writes WORKDIR/config.json."""
   config = to_json(record.config)
-  values = {**config, "base": record.base, OPTIONS_OF_BASE: config["base"], "version": record.version}
+  values = {**config, "base": ",".join(record.base), OPTIONS_OF_BASE: config["base"], "version": record.version}
   values |= {"prompts": dict(record.prompts), "base_contents": dict(record.base_contents)}
   write_json(epath.Path(workdir) / CONFIG_FILE, values)
 
@@ -84,7 +84,7 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
       raise ValueError("prompts and base_contents must be objects")
     if OPTIONS_OF_BASE in values:
       values["base"] = values.pop(OPTIONS_OF_BASE)
-    return RunRecord(from_json(values), base, version, prompts, contents)
+    return RunRecord(from_json(values), tuple(base.split(",")), version, prompts, contents)
   except ValueError as error:
     raise UserError(f"{path} cannot be read by this version: {error}") from error
 

@@ -10,14 +10,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
-from univid_jax.checkpoints.usage import sentence_kinds
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders, PretrainedEncoders
 from univid_jax.codecs.tiling import Tiling
 from univid_jax.codecs.vae_config import find_autoencoder
 from univid_jax.config.boundary import override
+from univid_jax.config.drawn import DrawnSentences
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.contexts import CONTEXTS, possible_counts, video_pattern
+from univid_jax.core.contexts import CONTEXTS, video_pattern
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, TrainedExpert
@@ -267,19 +267,20 @@ def clip_tokens(config: RunConfig) -> int:
 def longest_sentence(config: RunConfig) -> tuple[int, str, int]:
   """Returns the tokens, context and number of clips of the longest sentence that a config draws.
 
-  Records that list their clips may be longer: of them four clips, of any context, count.
+  Records that list their clips may be longer: of them four clips, of any context, count, and of ARC four images.
 
   Raises:
     UserError: clips do not divide into patches; the message names the nearest valid sizes.
   """
   clip = {True: clip_tokens(config), False: clip_tokens(override(config, {"data.num_frames": 1}))}
-  contexts, counts = sentence_kinds(config.data)
-  weights = dict.fromkeys(counts or (4,), 1.0)
-  return max(
-    (sum(clip[is_video] for is_video in video_pattern(context, count)), context, count)
-    for context in contexts or CONTEXTS
-    for count in possible_counts(weights, context, config.data.max_video_clips)
-  )
+  drawn = DrawnSentences.from_config(config.data)
+  listed = [(context, 4) for context in CONTEXTS] if drawn.lists_contexts or not drawn.kinds else []
+
+  def count_tokens(context: str, count: int) -> int:
+    first, second, *query = (clip[is_video] for is_video in video_pattern(context, num_clips=4))
+    return (count // 2 - 1) * (first + second) + sum(query)
+
+  return max((count_tokens(context, count), context, count) for context, count in (*drawn.kinds, *listed))
 
 
 def check_rows(config: RunConfig) -> None:
@@ -340,9 +341,9 @@ def base_encoders(
   return PretrainedEncoders(base, mesh, dtype=dtype, tiling=tiling)
 
 
-def base_checksums(config: RunConfig) -> list[str]:
-  """Returns the checksum of each transformer that training starts from; "" without a base."""
+def base_checksums(config: RunConfig) -> tuple[str, ...]:
+  """Returns the checksum of each transformer that training starts from; one "" without a base."""
   base = open_base(config)
   if base is None:
-    return [""]
-  return [base.checksum(trained_component(part, base)) for part in split_config(config)]
+    return ("",)
+  return tuple(base.checksum(trained_component(part, base)) for part in split_config(config))

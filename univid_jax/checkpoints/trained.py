@@ -120,10 +120,8 @@ def to_lora_weights(record: RunRecord, params: ParamTree, *, step: int) -> list[
 
 def _split_record(record: RunRecord) -> list[RunRecord]:
   """Returns the records of the runs that would each train one of the experts that a run trains."""
-  configs, checksums = split_config(record.config), record.base.split(",")
-  return [
-    dataclasses.replace(record, config=config, base=base) for config, base in zip(configs, checksums, strict=True)
-  ]
+  parts = zip(split_config(record.config), record.base, strict=True)
+  return [dataclasses.replace(record, config=config, base=(checksum,)) for config, checksum in parts]
 
 
 def run_usage(record: RunRecord) -> Usage:
@@ -136,7 +134,7 @@ def run_usage(record: RunRecord) -> Usage:
     context_timestep=context_mode(config).timestep,
     expert=Expert(expert) if expert in (TrainedExpert.HIGH, TrainedExpert.LOW) else None,
     base_model=base.info.variant if base else config.model.variant or config.name,
-    base_checksum=record.base,
+    base_checksum=record.base[0] if len(record.base) == 1 else "",
     prompts=record.prompts,
   )
 

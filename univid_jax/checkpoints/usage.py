@@ -4,11 +4,12 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 
-from univid_jax.config.schema import DataConfig, RunConfig
+from univid_jax.config.drawn import DrawnSentences
+from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import MAX_POSITION, is_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.options import MAX_STEPS, Attention, ClipFit, ContextTimestep, Expert, Quantize
+from univid_jax.core.options import MAX_FPS, MAX_SHIFT, MAX_STEPS, Attention, ClipFit, ContextTimestep, Expert, Quantize
 
 # The entry that identifies files of this project; those of others may use the same names for other things.
 SOFTWARE = "software"
@@ -31,7 +32,7 @@ class Usage:
     num_frames: of a video.
     fit, fps: see `DataConfig`.
     base_model: name or shape of the base; "" if it is not known.
-    base_checksum: of the base's transformer; "" without a base.
+    base_checksum: of the base's transformer; "" without a base, and of both experts together.
     base_quantize: how the base was quantised in training.
     prompts: of the tasks.
     contexts: which clips are videos, see `core.contexts`; empty if it is not known, as of records that list clips.
@@ -71,7 +72,7 @@ class Usage:
   ) -> "Usage":
     """Returns that of a run, whose context tokens had a timestep that also depends on its base."""
     data = config.data
-    contexts, clip_counts = sentence_kinds(data)
+    drawn = DrawnSentences.from_config(data)
     return cls(
       attention=config.model.attention,
       context_timestep=context_timestep,
@@ -87,8 +88,8 @@ class Usage:
       base_checksum=base_checksum,
       base_quantize=config.base.quantize,
       prompts=dict(prompts or {}),
-      contexts=contexts,
-      clip_counts=clip_counts,
+      contexts=drawn.contexts,
+      clip_counts=drawn.clip_counts,
     )
 
   def to_metadata(self) -> dict[str, str]:
@@ -139,22 +140,6 @@ class Usage:
       causal = values.get("attention") == Attention.CONTEXT_CAUSAL
       values["context_timestep"] = ContextTimestep.ZERO if causal else ContextTimestep.TARGET
     return cls(**values, is_known="sizes" in values)
-
-
-def sentence_kinds(data: DataConfig) -> tuple[tuple[str, ...], tuple[int, ...]]:
-  """Returns the contexts and the numbers of clips of the sentences that are trained; empty if records list clips."""
-  if data.manifest or data.arc.path:
-    return (), ()
-  is_computed = data.weights.computed > 0 and data.has_computed
-  animates = is_computed and data.tasks.get("camera_movement", 0) > 0
-  weights = (data.contexts, data.animating_contexts if animates else {})
-  contexts = sorted({name for part in weights for name, weight in part.items() if weight > 0})
-  counts = {4} if data.metadata else set()
-  if not data.metadata or is_computed or data.pairs or data.tfds.name or data.grids.enabled:
-    counts |= {count for count, weight in data.clip_counts.items() if weight > 0}
-  if data.max_video_clips:
-    counts |= {min(count, data.max_video_clips) for count in counts}
-  return tuple(contexts), tuple(sorted(counts))
 
 
 ENTRIES = tuple(field.name for field in dataclasses.fields(Usage))
@@ -224,8 +209,8 @@ def _parse_clip_gap(text: str) -> int:
 
 def _parse_shift(text: str) -> float:
   shift = float(text)
-  if not 0 < shift < 1000:
-    raise ValueError("it must be a positive number")
+  if not 0 < shift <= MAX_SHIFT:
+    raise ValueError(f"it must be above 0 and at most {MAX_SHIFT:g}")
   return shift
 
 
@@ -238,8 +223,8 @@ def _parse_steps(text: str) -> int:
 
 def _parse_fps(text: str) -> float:
   fps = float(text)
-  if not 0 <= fps < 10_000:
-    raise ValueError("it must be a rate, or 0")
+  if not 0 <= fps <= MAX_FPS:
+    raise ValueError(f"it must be from 0 to {MAX_FPS:g}")
   return fps
 
 

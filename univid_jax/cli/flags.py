@@ -1,5 +1,6 @@
 """Flags of the commands; those that several commands share are defined here, once."""
 
+import ast
 import functools
 import os
 import re
@@ -249,7 +250,9 @@ class ConfigFlag:
     """Defines flags for the overrides in a command line; returns the command line without --config."""
     name, rest = _take(argv, "config")
     self.is_given = name is not None
-    config_flags.DEFINE_config_dict("config", self._load(name, rest), flag_values=values, sys_argv=rest)
+    config = self._load(name, rest)
+    rest = _quote_lists(rest, config)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
     return rest
 
   def _load(self, name: str | None, rest: Sequence[str]) -> ml_collections.ConfigDict:
@@ -276,6 +279,32 @@ def _take(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     else:
       rest.append(word)
   return found, rest
+
+
+def _quote_lists(words: Sequence[str], config: ml_collections.ConfigDict) -> list[str]:
+  """Returns a command line in which A,B for a tuple of a config is ('A', 'B'), which ml_collections understands."""
+  quoted, values = list(words), {"config": config.to_dict()}
+  for index, word in enumerate(words):
+    flag, equals, text = word.partition("=")
+    value: Any = values
+    for part in flag.lstrip("-").split("."):
+      value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, tuple):
+      continue
+    if equals and not _is_literal(text):
+      quoted[index] = f"{flag}={tuple(text.split(','))}"
+    elif not equals and index + 1 < len(words) and not _is_literal(words[index + 1]):
+      quoted[index + 1] = str(tuple(words[index + 1].split(",")))
+  return quoted
+
+
+def _is_literal(text: str) -> bool:
+  """Returns whether a text is a literal of Python."""
+  try:
+    ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return False
+  return True
 
 
 def load_config(name: str) -> ml_collections.ConfigDict:

@@ -49,6 +49,10 @@ class DCTCodec:
   temporal_stride: int = TEMPORAL_STRIDE
 
   @property
+  def has_weights(self) -> bool:
+    return False
+
+  @property
   def num_parallel(self) -> int:
     """How many clips `encode_many` encodes at the same time."""
     return 1

@@ -38,7 +38,7 @@ class PlainEncoders:
   has_weights = has_text_encoder = False
 
   def __init__(self, codec: Codec, text_dim: int):
-    self.codec, self.text_dim = codec, text_dim
+    self.codec, self.codec_shape, self.text_dim = codec, codec, text_dim
     self.codec_fingerprint, self.prompt_fingerprint, self.image_fingerprint = repr(codec), "null prompt", "no images"
 
   def tokenize(self, text: str) -> Int[np.ndarray, "n"]:
@@ -146,9 +146,13 @@ class PretrainedEncoders:
     return self._codec.get()
 
   @property
+  def codec_shape(self) -> VAEConfig:
+    return self._checkpoint.config("vae")
+
+  @property
   def codec_fingerprint(self) -> str:
     """Identifies everything that determines latents, besides the pixels."""
-    config: VAEConfig = self._checkpoint.config("vae")
+    config = self.codec_shape
     published = find_autoencoder(config.latent_channels)
     statistics = config.latent_mean, config.latent_std
     own = "" if statistics == (published.latent_mean, published.latent_std) else f" {statistics}"

@@ -82,6 +82,10 @@ class VAEConfig:
     return "2.2" if self.level_shortcuts else "2.1"
 
   @property
+  def has_weights(self) -> bool:
+    return True
+
+  @property
   def spatial_stride(self) -> int:
     return self.patch_size * 2 ** (len(self.dim_mult) - 1)
 

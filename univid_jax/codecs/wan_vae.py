@@ -190,6 +190,8 @@ class WanVAECodec:
     tiling: how large frames are cut, or None.
   """
 
+  has_weights = True
+
   def __init__(
     self,
     config: VAEConfig,

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from univid_jax.config.grids import ARCConfig, GridsConfig
 from univid_jax.config.section import MAX_COUNT, MAX_HOST_COUNT, Section
-from univid_jax.core.contexts import PAPER_CAMERA_CONTEXTS
+from univid_jax.core.contexts import PAPER_CAMERA_CONTEXTS, Motion
 from univid_jax.core.dims import is_clip_length, nearest_clip_lengths
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import ClipFit, PromptStyle, TargetKind
+from univid_jax.core.options import MAX_FPS, ClipFit, PromptStyle, TargetKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,14 @@ _OTHER_TASKS = (
   "flip",
   "time_reversal",
 )
+
+
+# Of the computed tasks for which it is not `OPTIONAL`; `data.tasks` takes it from here.
+TASK_MOTIONS: Mapping[str, Motion] = {
+  "camera_movement": Motion.ANIMATES,
+  "moving_object": Motion.NEEDED,
+  "time_reversal": Motion.NEEDED,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,6 +182,7 @@ class DataConfig(Section):
     self.require_at_least(1, "height", "width", "num_frames", "variants", "num_threads")
     self.require_at_least(1, "num_sentences", maximum=MAX_HOST_COUNT)
     self.require_at_least(0, "fps")
+    self.require("fps", self.fps <= MAX_FPS, f"at most {MAX_FPS:g}")
     self.require_share("held_out")
     self.require_share("reverse_probability", "prompt_dropout", closed=True)
     nearest = " or ".join(map(str, nearest_clip_lengths(self.num_frames)))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from univid_jax.config.section import Section
+from univid_jax.core.contexts import Motion
 from univid_jax.core.errors import UserError
 
 GRID_FAMILY_NAMES = (
@@ -23,6 +24,12 @@ GRID_FAMILY_NAMES = (
   "hanoi",
   "sudoku",
 )
+
+# Families whose steps make a video; the others are images. What `GridFamily.evolve` says, where it cannot be imported.
+_FAMILIES_WITH_STEPS = ("gravity", "automaton", "life", "maze")
+FAMILY_MOTIONS: Mapping[str, Motion] = {
+  name: Motion.ANIMATES if name in _FAMILIES_WITH_STEPS else Motion.NONE for name in GRID_FAMILY_NAMES
+}
 
 # Black, blue, red, green, yellow, grey, magenta, orange, light blue, maroon: the colours of arcprize.org.
 ARC_PALETTE = (

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import os
 from typing import ClassVar
 
 from univid_jax.config.section import MAX_COUNT, MAX_HOST_COUNT, Section
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import (
   MAX_EVAL_SEED,
+  MAX_SHIFT,
   MAX_STEPS,
   DepthAlignment,
   LearningRateSchedule,
@@ -86,6 +88,7 @@ class FlowConfig(Section):
 
   def check(self) -> None:
     self.require_positive("shift")
+    self.require("shift", self.shift <= MAX_SHIFT, f"at most {MAX_SHIFT:g}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,8 +176,8 @@ class ValidationConfig(Section):
     sigmas: noise levels at which it is measured.
     previews: sentences of which samples are written.
     num_inference_steps: of these samples.
-    accelerate: distillation LoRA that these samples are made with, as of the flag --accelerate; it replaces
-      num_inference_steps. "" for none.
+    accelerate: files of the distillation LoRA that these samples are made with, each as of the flag --accelerate; it
+      replaces num_inference_steps. Text is taken as a list with commas.
   """
 
   KEY: ClassVar[str] = "validation."
@@ -184,7 +187,14 @@ class ValidationConfig(Section):
   sigmas: tuple[float, ...] = (0.3, 0.6, 0.9)
   previews: int = 6
   num_inference_steps: int = 2
-  accelerate: str = ""
+  accelerate: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    files = [self.accelerate] if isinstance(self.accelerate, str | os.PathLike) else self.accelerate
+    if isinstance(files, list | tuple) and all(isinstance(file, str | os.PathLike) for file in files):
+      parts = tuple(part for file in files for part in os.fspath(file).split(",") if part)
+      object.__setattr__(self, "accelerate", parts)
+    super().__post_init__()
 
   def check(self) -> None:
     self.require_at_least(0, "every_steps", maximum=MAX_HOST_COUNT)

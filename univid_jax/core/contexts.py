@@ -1,5 +1,6 @@
 """How clips become visual sentences: contexts, numbers of clips and reversal, as in the UniVid paper."""
 
+import enum
 from collections.abc import Mapping, Sequence
 
 from univid_jax.core.errors import UserError
@@ -13,10 +14,39 @@ CONTEXTS: Mapping[str, tuple[tuple[bool, bool], tuple[bool, bool]]] = {
   "IV": ((False, True), (False, True)),
 }
 CONTEXT_NAMES = tuple(CONTEXTS)
+VIDEOS, IMAGES = "I", "II"
 
 # The paper's weights, for tasks in general and for camera movement.
 PAPER_CONTEXTS: Mapping[str, float] = {"I": 0.3, "II": 0.3, "III": 0.4, "IV": 0.0}
 PAPER_CAMERA_CONTEXTS: Mapping[str, float] = {"I": 0.5, "II": 0.0, "III": 0.0, "IV": 0.5}
+
+
+class Motion(enum.StrEnum):
+  """Which clips of a task may be videos, and so the contexts that its sentences can have."""
+
+  OPTIONAL = "optional"  # both of a pair, or none
+  ANIMATES = "animates"  # both or none, or only the target: the task makes a video of an image
+  NEEDED = "needed"  # all are
+  NONE = "none"  # none is
+
+  def context_of(self, drawn: str) -> str:
+    """Returns the context of a sentence for which one was drawn."""
+    if self == Motion.NEEDED:
+      return VIDEOS
+    if self == Motion.NONE or (self == Motion.OPTIONAL and drawn == "IV"):
+      return IMAGES
+    return drawn
+
+
+def possible_contexts(weights: Mapping[str, float], motion: Motion) -> dict[str, float]:
+  """Returns the weights of the contexts that the sentences of a task have, given those that are drawn."""
+  if motion == Motion.NONE:
+    return {IMAGES: 1.0}
+  possible: dict[str, float] = {}
+  for drawn, weight in weights.items():
+    context = motion.context_of(drawn)
+    possible[context] = possible.get(context, 0.0) + weight
+  return possible
 
 
 def video_pattern(context: str, num_clips: int) -> tuple[bool, ...]:
@@ -35,7 +65,7 @@ def video_pattern(context: str, num_clips: int) -> tuple[bool, ...]:
 
 def limit_clips(num_clips: int, context: str, max_video_clips: int) -> int:
   """Returns how many clips a sentence has: at most `max_video_clips` (0: any number) if some of them are videos."""
-  has_videos = any(video_pattern(context, num_clips))
+  has_videos = any(video_pattern(context, num_clips=4))
   return min(num_clips, max_video_clips) if has_videos and max_video_clips else num_clips
 
 

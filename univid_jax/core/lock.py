@@ -31,7 +31,7 @@ from etils import epath
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.paths import is_remote, to_path
+from univid_jax.core.paths import bucket_errors, is_remote, to_path
 from univid_jax.core.process_identity import ProcessIdentity
 
 log = logging.getLogger(__name__)
@@ -104,22 +104,26 @@ class LocalLockFile:
 
 
 class RemoteLockFile:
-  """An object in a bucket."""
+  """An object in a bucket; all errors are OSErrors, as those of a disk."""
 
   def __init__(self, url: str):
+    self._url = url
     self._files, self._path = fsspec.core.url_to_fs(url)
 
   def create(self, data: bytes) -> None:
-    self._files.pipe_file(self._path, data, mode="create")
+    with bucket_errors(self._url):
+      self._files.pipe_file(self._path, data, mode="create")
 
   def read(self) -> bytes:
-    return self._files.cat_file(self._path)
+    with bucket_errors(self._url):
+      return self._files.cat_file(self._path)
 
   def write(self, data: bytes) -> None:
-    self._files.pipe_file(self._path, data)
+    with bucket_errors(self._url):
+      self._files.pipe_file(self._path, data)
 
   def delete(self) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError), bucket_errors(self._url):
       self._files.rm_file(self._path)
 
 

@@ -12,6 +12,9 @@ MAX_RUN_SEED = MAX_SEED - 1
 MAX_EVAL_SEED = 10**12
 # Maximum steps of a solver: Wan2.1's training has this number of noise levels.
 MAX_STEPS = 1000
+# Of noise levels; the largest in use is 12. A LoRA file with more is damaged, and so for frames per second.
+MAX_SHIFT = 1000.0
+MAX_FPS = 10_000.0
 # alpha / rank of a LoRA, or with rsLoRA alpha / sqrt(rank). Real ones are 0.01 to 100.
 MAX_LORA_SCALE = 1e4
 

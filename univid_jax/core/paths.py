@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 from etils import epath
 
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.installation import install_command
 from univid_jax.core.text import format_bytes
 from univid_jax.core.unfinished import remove, unfinished_path
@@ -35,12 +35,15 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
   a bucket. For what a killed process leaves see `core.unfinished`.
   """
   path = to_path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  with bucket_errors(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
   if is_remote(path):
     with tempfile.TemporaryDirectory() as folder:
       local = Path(folder) / path.name
       yield local
-      path.write_bytes(local.read_bytes())
+      contents = local.read_bytes()
+      with bucket_errors(path):
+        path.write_bytes(contents)
     return
   local = unfinished_path(Path(path))
   try:
@@ -52,6 +55,24 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
     raise
   finally:
     remove(local)
+
+
+@contextlib.contextmanager
+def bucket_errors(path: epath.PathLike) -> Iterator[None]:
+  """Raises an OSError in place of what a bucket's library raises, which often is none: HttpError of gcsfs, errors of
+  sign-in and of aiohttp. So what handles the errors of a disk handles those of a bucket.
+
+  Args:
+    path: that the block reads or writes; nothing happens to errors of local ones.
+  """
+  try:
+    yield
+  except OSError:
+    raise
+  except Exception as error:
+    if not is_remote(path):
+      raise
+    raise OSError(f"{path}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def file_state(path: str | os.PathLike) -> tuple[int, ...]:

@@ -18,6 +18,11 @@ class CodecShape(Protocol):
   """How the latents of a clip relate to its pixels; see `core.dims.latent_shape`."""
 
   @property
+  def has_weights(self) -> bool:
+    """Whether it is an autoencoder; else it decodes in less time than a step takes."""
+    ...
+
+  @property
   def latent_channels(self) -> int: ...
   @property
   def temporal_stride(self) -> int: ...
@@ -90,6 +95,11 @@ class Encoders(Protocol):
   def text_dim(self) -> int: ...
   @property
   def codec(self) -> Codec: ...
+  @property
+  def codec_shape(self) -> CodecShape:
+    """That of the codec, which is not loaded for it."""
+    ...
+
   @property
   def codec_fingerprint(self) -> str: ...
   @property

@@ -265,7 +265,8 @@ def _clips(encoder: _ClipEncoder, sentences: _Sentences) -> Iterator[Item]:
 def _conditions(features: FeatureMaker, sentences: _Sentences) -> Iterator[Item]:
   for sentence in sentences:
     if clips := _references(sentence):
-      count = sum(latent_frames(clip.num_frames) for clip in clips)
+      stride = features.encoders.codec_shape.temporal_stride
+      count = sum(latent_frames(clip.num_frames, temporal_stride=stride) for clip in clips)
       key = functools.partial(condition_key, clips[0], count)
       yield key, functools.partial(features.encode_condition, clips[0], count)
 

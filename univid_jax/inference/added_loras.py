@@ -1,5 +1,6 @@
 """Adds LoRAs to the weights of a transformer."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.sharding import Mesh
+from jax.typing import ArrayLike, DTypeLike
 
 from univid_jax.checkpoints.lora.stacking import stack_loras
 from univid_jax.checkpoints.lora.weights import LoRAWeights
@@ -40,6 +42,12 @@ def add_to_transformer(
     )
   )
   return changed.offload() if transformer.is_offloaded else changed
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _add(x: ArrayLike, diff: ArrayLike, *, dtype: DTypeLike) -> jax.Array:
+  """Adds in float32. Tensors of one shape share a program."""
+  return (jnp.asarray(x, jnp.float32) + diff).astype(dtype)
 
 
 def add_loras(
@@ -77,11 +85,7 @@ def add_loras(
   shapes = {path: value.shape for path, value in leaves.items() if LORA not in path}
   changes = stack_loras(loras, config, shapes, skip_unmatched=skip_unmatched)
   for path, diff in changes.others.items():
-    base = leaves[path]
-    add = jax.jit(
-      lambda x, diff, dtype=base.dtype if merged else jnp.float32: (x.astype(jnp.float32) + diff).astype(dtype)
-    )
-    leaves[path] = add(base, diff)
+    leaves[path] = _add(leaves[path], diff, dtype=leaves[path].dtype if merged else jnp.float32)
   module = nnx.eval_shape(lambda: nnx.merge(graph, params))
   attach_changes(module, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), changes.kernels))
   shardings = traverse_util.flatten_dict(parameter_shardings(module, mesh, kind=LoRAParam))

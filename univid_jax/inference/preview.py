@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from univid_jax.codecs.dct import DCTCodec
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.pixels import to_float, to_uint8
 from univid_jax.core.protocols import Codec
@@ -53,7 +52,7 @@ class DrawnPreview:
     return estimates
 
   def _draw(self, latents: Float[np.ndarray, "t y x c"]) -> Float[np.ndarray, "_T _H _W 3"]:
-    return self.codec.decode(latents) if isinstance(self.codec, DCTCodec) else apply_colors(self._colors, latents)
+    return apply_colors(self._colors, latents) if self.codec.has_weights else self.codec.decode(latents)
 
   @functools.cached_property
   def _colors(self) -> Float[np.ndarray, "d 3"]:

@@ -20,6 +20,7 @@ import jax
 from etils import epath
 
 from univid_jax.core.json_files import parse_json, write_json
+from univid_jax.core.paths import bucket_errors
 
 GOODPUT_FILE = "goodput.json"
 # A kill hides at most this much of what it costs.
@@ -138,7 +139,9 @@ class Goodput:
     if not self._writes or not self._path.exists():
       return _zeros(), {}
     try:
-      values = parse_json(self._path.read_bytes())
+      with bucket_errors(self._path):
+        contents = self._path.read_bytes()
+      values = parse_json(contents)
       checkpoints = {int(step): _parse(totals) for step, totals in values["checkpoints"].items()}
       return _parse(values["seconds"]), checkpoints
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -19,7 +19,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import DivergedError
 from univid_jax.core.protocols import Resumable
 from univid_jax.data.rows.balancing import BatchLayout
-from univid_jax.inference.distillation_loras import add_distillation, read_distillation
+from univid_jax.inference.distillation_loras import add_distillation
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.parallel.mesh import row_shards
 from univid_jax.platform.chips import find_chip
@@ -190,8 +190,7 @@ class Validate:
     self._run, self._summarize, self._supervisor, self._goodput = run, summarize, supervisor, goodput
     self._options = run.config.validation
     self._pipeline: Pipeline | None = None
-    files = self._options.accelerate.split(",") if self._options.accelerate else None
-    self._distillation = read_distillation(files) if files else None
+    self._distillation = run.distillation
     self._sentences = run.validation
     if not run.data.held_out:
       log.info("validation: too little data to hold any out, so the loss is on training sentences")

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.paths import atomic_write, is_remote
+from univid_jax.core.paths import atomic_write, bucket_errors, is_remote
 
 # How long TensorBoard events stay in memory.
 FLUSH_SECONDS = 30
@@ -40,13 +40,17 @@ class MetricsWriter:
     self._lines.append(json.dumps({"step": step, **metrics}) + "\n")
     try:
       if is_remote(self._path):  # objects in a bucket cannot be appended to
-        self._path.write_text("".join(self._lines))
+        with bucket_errors(self._path):
+          self._path.write_text("".join(self._lines))
       else:
         with self._path.open("a") as file:
           file.write(self._lines[-1])
-      self._board.write(step, metrics)
+      with bucket_errors(self._path):
+        self._board.write(step, metrics)
     except OSError as error:
-      raise type(error)(error.errno, error.strerror, str(self._folder)) from error
+      if error.errno and error.filename is None:  # a write itself names no file; one of a bucket may have no number
+        error.filename = str(self._folder)
+      raise
 
   def add(self, step: int, metrics: Mapping[str, float]) -> None:
     """Adds metrics to the last step that was written, if it is this one; raises OSError."""

@@ -102,7 +102,7 @@ def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> Non
   ]
   changes = [change for change in different if change not in moved and not change[0].startswith(MAY_CHANGE)]
   if previous.base != current.base:
-    changes.append(("the checksum of init_from", previous.base, current.base))
+    changes.append(("the checksum of init_from", *map(" and ".join, (previous.base, current.base))))
   if changes:
     key, before, after = changes[0]
     raise UserError(

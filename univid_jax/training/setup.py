@@ -30,7 +30,6 @@ from univid_jax.checkpoints.run_parts import (
   with_stored_base,
 )
 from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
-from univid_jax.codecs.dct import DCTCodec
 from univid_jax.config.schema import CodecConfig, ModelConfig, RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TrainedExpert
@@ -40,6 +39,7 @@ from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.prepare import PreparationReport, prepare
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.inference.distillation_loras import DistillationLoRAs, read_distillation
 from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.lora import join
@@ -69,6 +69,7 @@ class Run:
     data: where sentences come from.
     features: encodes sentences, with its caches filled.
     validation: the sentences to validate on, if the run validates.
+    distillation: that previews are sampled with, if any.
   """
 
   record: RunRecord
@@ -83,6 +84,7 @@ class Run:
   data: DataSources
   features: FeatureMaker
   validation: Sequence[Sentence]
+  distillation: DistillationLoRAs | None
 
   @property
   def config(self) -> RunConfig:
@@ -124,7 +126,7 @@ def set_up_run(
     config: of the run.
     workdir: a folder or a bucket.
     data: sources of your own; by default those that the config names.
-    verify_weights: compares every file of the base with its checksum while the data is opened.
+    verify_weights: compares every file of the base with its checksum while the data is opened, and those of previews.
 
   Raises:
     DamagedError: a file of the base differs from its checksum.
@@ -134,10 +136,14 @@ def set_up_run(
   workdir = check_arguments(config, workdir)
   config = check_config(config)
   epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-  checksums, base = ",".join(base_checksums(config)), open_base(config)
-  record = RunRecord(config, checksums, univid_jax.__version__, base_contents=base.contents if base else {})
+  base = open_base(config)
+  record = RunRecord(
+    config, base_checksums(config), univid_jax.__version__, base_contents=base.contents if base else {}
+  )
   if has_checkpoint(workdir):
     check_same_run(workdir, require_run(workdir), record)  # before anything in the workdir changes
+  files = config.validation.accelerate if config.validation.every_steps else ()
+  distillation = read_distillation(files, verify=verify_weights) if files else None
   mesh = make_mesh(config.mesh)
   with verified(config.init_from and locate(config.init_from), enabled=verify_weights):
     shape = transformer_config(config)
@@ -164,7 +170,10 @@ def set_up_run(
     bases = [load_base(part, mesh) for part in split_config(config)]
     base_graph, frozen = bases[0][0], config.model.expert.join_trees([params for _, params in bases])
   record = dataclasses.replace(record, prompts=data.prompts)
-  return Run(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features, validation)
+  return Run(
+    *(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features, validation),
+    distillation,
+  )
 
 
 def check_arguments(config: RunConfig, workdir: epath.PathLike) -> str:
@@ -204,7 +213,7 @@ def ignored_options(config: RunConfig) -> list[str]:
         ignored.append(f"config.{section}.{name} = {value} (it is {getattr(holds, name)})")
   if config.init_from and config.model.look_back not in ((), ModelConfig().look_back):
     ignored.append(f"config.model.look_back = {config.model.look_back} (for new weights only)")
-  if config.vae_tiling.size and isinstance(codec, DCTCodec):
+  if config.vae_tiling.size and not codec.has_weights:
     ignored.append(f"config.vae_tiling.size = {config.vae_tiling.size} (for autoencoders only)")
   return ignored
 

@@ -5,6 +5,7 @@ published atomically: several processes may fill one cache, and a killed one lea
 packed into shards, see `shards`.
 """
 
+import errno
 import hashlib
 import logging
 import re
@@ -72,7 +73,8 @@ class Cache:
         path.write_bytes(seal_entry(body))
     except OSError as error:
       reason = error.strerror or str(error)
-      raise CacheWriteError(error.errno, f"cannot write to the cache: {reason}", str(self.path(key))) from error
+      number = error.errno or errno.EIO  # an error of a bucket may have none
+      raise CacheWriteError(number, f"cannot write to the cache: {reason}", str(self.path(key))) from error
 
   def get_or_compute(self, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
     """Returns the value; computes and stores it if necessary, and raises CacheWriteError if it cannot be stored."""

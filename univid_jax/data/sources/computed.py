@@ -8,7 +8,14 @@ import numpy as np
 
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.bucket_files import copy_to_local
-from univid_jax.core.contexts import PAPER_CAMERA_CONTEXTS, PAPER_CONTEXTS, limit_clips, make_sentence, video_pattern
+from univid_jax.core.contexts import (
+  PAPER_CAMERA_CONTEXTS,
+  PAPER_CONTEXTS,
+  limit_clips,
+  make_sentence,
+  possible_contexts,
+  video_pattern,
+)
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames, reference_roles
@@ -116,11 +123,7 @@ class ComputedSentences:
 
   def contexts_of(self, task: str) -> Mapping[str, float]:
     """Returns the weights of the contexts that the sentences of a task have."""
-    weights: dict[str, float] = {}
-    for drawn, weight in self._drawn_contexts(task).items():
-      context = _possible_context(task, drawn)
-      weights[context] = weights.get(context, 0.0) + weight
-    return weights
+    return possible_contexts(self._drawn_contexts(task), TASKS[task].motion)
 
   def _drawn_contexts(self, task: str) -> Mapping[str, float]:
     return self.animating_contexts if TASKS[task].animates else self.contexts
@@ -128,7 +131,7 @@ class ComputedSentences:
   def sentence(self, rng: np.random.Generator, *, task: str, context: str) -> Sentence:
     """Draws a sentence of a task and context."""
     prompt = prompt_for(TASKS[task].prompt_name, self.prompt_style)
-    context = _possible_context(task, context)
+    context = TASKS[task].motion.context_of(context)
     return self._compute(rng, Plan(task, context, self._draw_count(rng, context), prompt))
 
   def _draw_count(self, rng: np.random.Generator, context: str) -> int:
@@ -139,7 +142,7 @@ class ComputedSentences:
     """Returns the plan of a sentence, and the random generator that goes on to draw its clips."""
     rng = np.random.default_rng((self.seed, int(index)))
     task = draw(rng, self.tasks)
-    context = _possible_context(task, draw(rng, self._drawn_contexts(task)))
+    context = TASKS[task].motion.context_of(draw(rng, self._drawn_contexts(task)))
     num_clips = self._draw_count(rng, context)
     prompt = prompt_for(TASKS[task].prompt_name, self.prompt_style)
     # A stream of its own, so that dropping prompts changes nothing else.
@@ -171,13 +174,6 @@ class ComputedSentences:
     everything = [(source, index) for source in self.clips for index in range(len(source))]
     chosen = rng.choice(len(everything), size=count, replace=len(everything) < count)
     return [everything[i] for i in chosen]
-
-
-def _possible_context(task: str, context: str) -> str:
-  """Returns the context that a sentence gets instead of one that its task cannot have."""
-  if TASKS[task].videos_only:
-    return "I"
-  return "II" if context == "IV" and not TASKS[task].animates else context
 
 
 @dataclasses.dataclass(frozen=True)

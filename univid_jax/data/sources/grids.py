@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.contexts import limit_clips, possible_counts, video_pattern
+from univid_jax.core.contexts import limit_clips, possible_contexts, possible_counts, video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import Sentence, reference_roles
@@ -25,8 +25,6 @@ from univid_jax.data.tasks.grids.base import (
 )
 from univid_jax.data.tasks.grids.rendering import STATE_FRAMES, Rendering
 
-# Families without time are images.
-IMAGES = "II"
 # Draws until grids are suitable; more than a hundredth of this was never seen.
 MAX_TRIES = 10_000
 
@@ -131,9 +129,8 @@ class GridSentences:
 
   def contexts_of(self, family: str) -> Mapping[str, float]:
     """Returns the contexts of a family with a positive weight."""
-    if GRID_FAMILIES[family].evolve is None:
-      return {IMAGES: 1.0}
-    return {name: weight for name, weight in sorted(self.contexts.items()) if weight > 0}
+    possible = possible_contexts(self.contexts, GRID_FAMILIES[family].motion)
+    return {name: weight for name, weight in sorted(possible.items()) if weight > 0}
 
   def __getitem__(self, index: int) -> Sentence:
     rng = np.random.default_rng((self.seed, int(index)))

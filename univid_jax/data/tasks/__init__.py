@@ -1,5 +1,6 @@
 """The computed tasks by name. To add one, write `draw` and `apply` functions and an entry here."""
 
+from univid_jax.config.data import TASK_MOTIONS
 from univid_jax.data.tasks.base import Task, draw_nothing
 from univid_jax.data.tasks.camera import camera_movement, draw_camera_movement, draw_flip, flip, reverse_time
 from univid_jax.data.tasks.masks import draw_mask_colors, moving_mask, salient_mask
@@ -46,11 +47,17 @@ TASKS: dict[str, Task] = {
   "deraining": Task(draw=draw_rain, apply=add_rain, varies=True, restores=True, prompt_name="version without rain"),
   "flip": Task(draw=draw_flip, apply=flip, prompt_name="mirrored version"),
   "time_reversal": Task(
-    draw=draw_nothing, apply=reverse_time, videos_only=True, prompt_name="version played backwards"
+    draw=draw_nothing, apply=reverse_time, motion=TASK_MOTIONS["time_reversal"], prompt_name="version played backwards"
   ),
   "salient_object": Task(draw=draw_mask_colors, apply=salient_mask, prompt_name="salient object map"),
-  "moving_object": Task(draw=draw_mask_colors, apply=moving_mask, videos_only=True, prompt_name="moving object map"),
+  "moving_object": Task(
+    draw=draw_mask_colors, apply=moving_mask, motion=TASK_MOTIONS["moving_object"], prompt_name="moving object map"
+  ),
   "camera_movement": Task(
-    draw=draw_camera_movement, apply=camera_movement, reversible=False, animates=True, prompt_name="camera movement"
+    draw=draw_camera_movement,
+    apply=camera_movement,
+    reversible=False,
+    motion=TASK_MOTIONS["camera_movement"],
+    prompt_name="camera movement",
   ),
 }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from univid_jax.core.contexts import Motion
 from univid_jax.core.errors import UserError
 
 Params = Mapping[str, Any]
@@ -36,25 +37,32 @@ class Task:
     apply: (clip, **parameters) to the target of the clip, which has the clip's shape; what leaves [0, 1] a little is
       clipped. An animating task also takes `num_frames`, and makes a video of an image.
     reversible: whether the task with swapped pairs (A', A, B', B) is a task too.
-    animates: whether the target of an image may be a video; such a task cannot be reversible.
+    motion: which clips may be videos. Of an animating task the target of an image may be one; it cannot be reversible.
     varies: whether `apply` also takes `pair`, the number of the pair, and draws what differs between them.
     restores: whether `apply` makes the source and the natural clip is the target.
-    videos_only: whether the task is meaningless for images.
     prompt_name: what the paper's detailed prompt calls the target.
   """
 
   draw: Callable[[np.random.Generator], Params]
   apply: Callable[..., UnitClip]
   reversible: bool = True
-  animates: bool = False
+  motion: Motion = Motion.OPTIONAL
   varies: bool = False
   restores: bool = False
-  videos_only: bool = False
   prompt_name: str = ""
 
   def __post_init__(self):
     if self.animates and self.reversible:
       raise ValueError("an animating task cannot be reversible: its inverse would make an image of a video")
+
+  @property
+  def animates(self) -> bool:
+    return self.motion == Motion.ANIMATES
+
+  @property
+  def videos_only(self) -> bool:
+    """Whether the task is meaningless for images."""
+    return self.motion == Motion.NEEDED
 
 
 # Names and identities of the tasks whose `draw` was checked.

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
+from univid_jax.core.contexts import Motion
+
 Grid = Integer[np.ndarray, "_h _w"]
 Size = tuple[int, int]
 Params = Mapping[str, Any]
@@ -74,6 +76,10 @@ class GridFamily:
   size: Size | None = None
   splits_by_target: bool = False
   prompt_name: str = ""
+
+  @property
+  def motion(self) -> Motion:
+    return Motion.NONE if self.evolve is None else Motion.ANIMATES
 
   def targets(self, source: Grid, num_steps: int, params: Params) -> list[Grid]:
     """Returns the states that follow a source: the target of an image is one, that of a video one per step.
