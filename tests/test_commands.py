@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.commands import SMALL, run_command, run_here
-from tests.helpers import GOLDENS, image_width, package_or_skip
+from tests.helpers import GOLDENS, compile_plain_step, image_width, package_or_skip
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.kinds import Difference
 from univid_jax.checkpoints.lora.weights import LoRAWeights
@@ -21,6 +21,7 @@ from univid_jax.checkpoints.run import read_run
 from univid_jax.checkpoints.run_parts import transformer_config
 from univid_jax.data.media.reader import read_clip
 from univid_jax.data.media.writer import write_clip
+from univid_jax.training import loop
 
 CONFIG, *_ = SMALL
 COMMANDS = {
@@ -148,11 +149,11 @@ def trained(tmp_path_factory):
   for i in range(2):
     frames = rng.integers(0, 256, (8, 6, 8, 3)).astype(np.uint8).repeat(8, axis=1).repeat(8, axis=2)
     write_clip(root / "clips" / f"{i}.mp4", frames)
-  with contextlib.redirect_stdout(io.StringIO()) as stdout:
+  with contextlib.redirect_stdout(io.StringIO()) as stdout, pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "compile_train_step", compile_plain_step)
     code = run_here(
       "univid_jax.train",
       *SMALL,
-      "--config.optimizer.name=muon",  # as in the config
       "--config.num_steps=3",
       "--config.validation.every_steps=0",
       "--config.eval.sentences_per_case=1",

@@ -148,6 +148,7 @@ def test_commands_know_it_by_its_name(tmp_path, monkeypatch, caplog):
   assert {path.name for path in tmp_path.iterdir()} == {"cache", "release"}
 
 
+@pytest.mark.long
 def test_it_is_calibrated(tmp_path, monkeypatch, capfd):
   monkeypatch.setattr(built_in, "CACHE_FOLDER", str(tmp_path / "cache"))
   Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
