@@ -13,7 +13,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from univid_jax.cli.flag_errors import explain_flag, explain_override
+from univid_jax.cli.flag_errors import check_overrides, explain_flag
 from univid_jax.cli.flag_groups import ProcessFlags, VerificationFlags
 from univid_jax.config import presets
 from univid_jax.config.boundary import from_config_dict, to_config_dict
@@ -151,8 +151,10 @@ class CommandFlags:
       if not isinstance(error, flags.UnrecognizedFlagError):  # whose mistyped name may be what is missing
         self._require(argv)
       raise UserError(explain_flag(error, self._names)) from error
-    except (AttributeError, KeyError, TypeError) as error:
-      raise UserError(f"wrong override of the config: {explain_override(error)}") from error
+    except UserError:
+      raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+      raise UserError(f"wrong override of the config: {error}") from error
     if self._config:
       self._config.read(self._values)
     if len(self.arguments) > self._max_arguments:
@@ -246,7 +248,9 @@ class ConfigFlag:
     """Defines flags for the overrides in a command line; returns the command line without --config."""
     name, rest = _take(argv, "config")
     self.is_given = name is not None
-    config_flags.DEFINE_config_dict("config", self._load(name, rest), flag_values=values, sys_argv=rest)
+    config = self._load(name, rest)
+    check_overrides(config, rest)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
     return rest
 
   def _load(self, name: str | None, rest: Sequence[str]) -> ml_collections.ConfigDict:
