@@ -166,7 +166,7 @@ def _name_expert(destination: str, lora: LoRAWeights) -> str:
 
 
 def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, dtype: str | None, force: bool) -> str:
-  """Writes a LoRA; returns what else there is to say, see `write_lora`."""
+  """Writes a LoRA; returns what else there is to say: see `write_lora`, and whether only this project has its base."""
   if to != JAX and to not in FORMATS:
     raise UserError(f"{source} contains a LoRA, which cannot be converted to {to}; use {JAX}, {', '.join(FORMATS)}")
   converted = lora.astype(dtype) if dtype else lora
@@ -180,7 +180,10 @@ def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, 
   path = epath.Path(destination)
   for file in (path, sidecar_path(path)) if path.suffix.lower() == ".ckpt" else (path,):
     check_destination(file, needed=needed, force=force, is_file=True)
-  return write_lora(path, lora, to, dtype=dtype)
+  notes = [write_lora(path, lora, to, dtype=dtype)]
+  if lora.usage and lora.usage.has_own_base:
+    notes.append(f"only univid_jax can use it: no other program can load its base, {lora.usage.base_model}")
+  return "; ".join(filter(None, notes))
 
 
 def verify(source: str, destination: str, *, allow_missing: Sequence[str] = ()) -> tuple[str, bool]:
