@@ -323,7 +323,7 @@ def test_labels_may_have_other_letters_than_ascii(tmp_path, names):
 def shades(picture, *, row=0, tile=40):
   """Returns the grey of each tile in a row of a grid whose labels are empty."""
   line = np.asarray(picture.convert("L"), int)[HEADER + row * (tile + GAP) + tile // 2]
-  starts = np.flatnonzero((line < 250) & (np.roll(line, 1) >= 250))
+  starts = np.flatnonzero((line < 250) & (np.roll(line, 1) >= 250))  # of the lines around them
   return [line[start + tile // 2] for start in starts]
 
 
@@ -366,6 +366,37 @@ def test_the_gallery_shows_every_task_before_it_repeats_one(tmp_path, monkeypatc
   assert "grid.png shows 8 of 12 combinations of task and context; not " in caplog.text
   labels = [label.split("\n")[:2] for label, _ in drawn]
   assert labels == [[task, f"context {context}"] for task in "abcd" for context in ("I", "II")]
+
+
+@pytest.mark.parametrize(
+  "arriving, shown",
+  [
+    ([("a", range(32))], [("a", range(8))]),
+    ([("a", [0, 0, 1])], [("a", range(2))]),
+    ([("a", range(32)), ("b", range(32))], [("a", range(4)), ("b", range(4))]),
+    ([("a", [0]), ("b", range(9)), ("c", [0, 1])], [("a", [0]), ("b", range(5)), ("c", [0, 1])]),
+    ([(task, range(2)) for task in "abcdefghij"], [(task, [0]) for task in "abcdefgh"]),
+  ],
+)
+def test_the_gallery_shows_more_sentences_of_few_tasks(tmp_path, monkeypatch, arriving, shown):
+  """Each with another B; the tasks share the rows."""
+  drawn = []
+  monkeypatch.setattr(report, "sentence_grid", lambda path, rows, **options: (path.touch(), drawn.extend(rows)))
+  gallery = report.Gallery()
+  for task, shades in arriving:
+    for shade in shades:
+      gallery.add(as_generated(np.full((1, 8, 8, 3), shade, np.uint8), task=task))
+  gallery.draw(epath.Path(tmp_path), with_swapped=False, fps=0.0)
+  rows = [(label[0], clips[2].max()) for label, clips in drawn]
+  assert rows == [(task, shade) for task, shades in shown for shade in shades]
+
+
+def test_white_frames_have_an_outline(tmp_path):
+  white = np.full((1, 8, 8, 3), 255, np.uint8)
+  sentence_grid(tmp_path / "grid.png", [("", (white,) * 5)], tile=40)
+  line = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))[HEADER + 20]
+  edges = np.flatnonzero(line < 255)
+  assert len(edges) == 10 and (np.diff(edges)[::2] == 41).all()
 
 
 def test_the_gallery_animates_videos_alone(tmp_path, monkeypatch):

@@ -46,15 +46,22 @@ TWO_DECIMALS = ("psnr", "rmse", "clip_i", "clip_t", "mean", "median")
 
 
 class Gallery:
-  """Keeps the first sentence of each task and context, for a picture that shows as many tasks as fit."""
+  """Keeps sentences for a picture: one of each task and context that fits, and others that show another B."""
 
   MAX_ROWS = 8
 
   def __init__(self):
-    self._examples: dict[tuple[str, str], Generated] = {}
+    self._examples: dict[tuple[str, str], list[Generated]] = {}
 
   def add(self, generated: Generated) -> None:
-    self._examples.setdefault((generated.info.label, generated.info.context), generated)
+    """Keeps the first sentence of a task and context; further ones only while there are rows for them."""
+    shown = self._examples.setdefault((generated.info.label, generated.info.context), [])
+    if any(np.array_equal(generated.clips[-2][0], other.clips[-2][0]) for other in shown):
+      return
+    shown.append(generated)
+    most = max(self._examples.values(), key=len)
+    if sum(map(len, self._examples.values())) > self.MAX_ROWS and len(most) > 1:
+      most.pop()
 
   def draw(self, folder: epath.Path, *, with_swapped: bool, fps: float) -> None:
     """Draws A, A', B, the prediction, the ground truth and, if wanted, the prediction with swapped pairs.
@@ -72,11 +79,12 @@ class Gallery:
       left_out = ", ".join(f"{task} in {context or '-'}" for task, context in sorted(self._examples.keys() - keys))
       count = f"{len(keys)} of {len(self._examples)}"
       log.info("grid.png shows %s combinations of task and context; not %s", count, left_out)
+    shown = [generated for key in keys for generated in self._examples[key]]
     with atomic_write(folder / "grid.png") as unfinished:
-      sentence_grid(unfinished, self._rows(keys, with_swapped=with_swapped), columns=columns)
-    if videos := [key for key in keys if len(self._examples[key].clips[-1]) > 1]:
+      sentence_grid(unfinished, _gallery_rows(shown, with_swapped=with_swapped), columns=columns)
+    if videos := [generated for generated in shown if len(generated.clips[-1]) > 1]:
       with atomic_write(folder / "grid.webp") as unfinished:
-        rows = self._rows(videos, with_swapped=with_swapped)
+        rows = _gallery_rows(videos, with_swapped=with_swapped)
         sentence_animation(unfinished, rows, columns=columns, fps=fps or FPS)
     else:
       (folder / "grid.webp").unlink(missing_ok=True)
@@ -88,16 +96,16 @@ class Gallery:
       by_task.setdefault(task, []).append(context)
     return sorted(sorted(self._examples, key=lambda key: (by_task[key[0]].index(key[1]), key[0]))[: self.MAX_ROWS])
 
-  def _rows(self, keys: Sequence[tuple[str, str]], *, with_swapped: bool) -> list[tuple[str, list[np.ndarray]]]:
-    """Returns labels and clips."""
-    rows = []
-    for task, context in keys:
-      generated = self._examples[task, context]
-      clips = [*generated.clips[-4:-1], generated.samples[PREDICTION], generated.clips[-1]]
-      score = psnr(generated.samples[PREDICTION], generated.clips[-1])
-      label = f"{task.replace('_', ' ')}\ncontext {context or '-'}\n{score:.1f} dB"
-      rows.append((label, [*clips, generated.samples[SWAPPED]] if with_swapped else clips))
-    return rows
+
+def _gallery_rows(shown: Sequence[Generated], *, with_swapped: bool) -> list[tuple[str, list[np.ndarray]]]:
+  """Returns labels and clips."""
+  rows = []
+  for generated in shown:
+    clips = [*generated.clips[-4:-1], generated.samples[PREDICTION], generated.clips[-1]]
+    score, info = psnr(generated.samples[PREDICTION], generated.clips[-1]), generated.info
+    label = f"{info.label.replace('_', ' ')}\ncontext {info.context or '-'}\n{score:.1f} dB"
+    rows.append((label, [*clips, generated.samples[SWAPPED]] if with_swapped else clips))
+  return rows
 
 
 def describe_count(report: Mapping[str, Any], num_sentences: int) -> str:
