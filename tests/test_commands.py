@@ -65,6 +65,10 @@ def test_a_port_that_is_in_use_is_named(monkeypatch, capfd):
     assert run_here("univid_jax.demo", f"--port={port}") == 1
   expected = f"error: port {port} is in use: choose another one with --port, or 0 for a free one\n"
   assert capfd.readouterr().err == expected
+  assert run_here("univid_jax.demo", "--port=0") == 1
+  assert capfd.readouterr().err.startswith(
+    "loading small; the address of the page follows\nerror: the demo needs Gradio"
+  )
   assert run_here("univid_jax.demo", "--host=192.0.2.1") == 1
   assert "error: cannot listen on port 7860 of --host=192.0.2.1: " in capfd.readouterr().err
 

@@ -61,7 +61,9 @@ def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
   for word in argv:
     match = re.match(r"--?(?:no)?config\.([^=[]*)", word)  # [...] is up to ml_collections
     group, value = "config", config
-    for name in match[1].split(".") if match else ():
+    if match is None:
+      continue
+    for name in match[1].split("."):
       if not isinstance(value, ConfigDict):
         raise UserError(f"unknown key config.{match[1]}; {group} is a value, not a group of keys")
       if name not in value:
