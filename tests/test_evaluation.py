@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -160,8 +161,26 @@ def results(tiny_config, tmp_path_factory):
     run.evaluate_quick(pipeline, config, folder)
   run.evaluate(pipeline, config, data=open_data(config), folder=folder / "evaluation", origin=ORIGIN)
   assert image_width(folder / "grid.png") > 500 and image_width(folder / "grid.webp") > 500
+  shown = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "evaluation" / "report.md").read_text())
+  assert shown == ["grid.png", "grid.webp", "curves.png"]
   quick, full = (json.loads((folder / name).read_text()) for name in ("eval.json", "evaluation/report.json"))
   return config, quick, quick_scores, full
+
+
+@pytest.mark.parametrize(
+  "tasks, kinds, expected",
+  [
+    (["invert", "duotone reversed"], {}, []),
+    (["scribble"], {}, ["scribble"]),
+    (["my_edges", "Depth"], {"my_edges": "edges"}, ["depth", "edges (BIPED)", "depth (NYUv2)", "depth (NYUv2)"]),
+    (["mine", "camera_movement"], {"mine": "normals", "other": "depth"}, ["camera", "normals (NYUv2)"]),
+  ],
+)
+def test_published_results_are_those_of_the_tasks(tasks, kinds, expected):
+  data = {"tfds": {"task": "other", "kind": "image"}, "kinds": kinds}
+  lines = report._published_section({"by_task": dict.fromkeys(tasks), "config": {"data": data}})
+  rows = [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("| ")]
+  assert [row for row in rows if row] == expected and bool(lines) == bool(expected)
 
 
 class TestModes:

@@ -36,6 +36,9 @@ DESCRIPTIONS = {
   "codec": "the ground truth, encoded and decoded: the upper bound",
 }
 
+# What report.md shows, where they exist.
+PICTURES = ("grid.png", "grid.webp", "failures.png", "curves.png")
+
 # The keys of eval.json, and the variants and baselines whose PSNR they hold.
 QUICK_KEYS = {"psnr": PREDICTION} | {
   f"psnr_{name}": name for name in ("copy_b", "copy_a2", "mean_a2", "codec", SWAPPED)
@@ -181,10 +184,10 @@ def full_report(
 def write_report(folder: epath.Path, report: Mapping[str, Any], gallery: Gallery, *, fps: float) -> None:
   """Writes report.json, report.md, grid.png, grid.webp (with `fps`, see `Gallery.draw`) and curves.png."""
   write_text(folder / "report.json", format_json(report) + "\n")
-  write_text(folder / "report.md", markdown(report))
   gallery.draw(folder, with_swapped=True, fps=fps)
   with atomic_write(folder / "curves.png") as path:
     plot_curves(path, report)
+  write_text(folder / "report.md", markdown(report, [name for name in PICTURES if (folder / name).exists()]))
 
 
 def plot_curves(path: Path, report: Mapping[str, Any]) -> None:
@@ -218,12 +221,12 @@ def write_text(path: epath.Path, text: str) -> None:
     unfinished.write_text(text)
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-  """Formats a full report for people."""
+def markdown(report: Mapping[str, Any], pictures: Iterable[str] = ()) -> str:
+  """Formats a full report for people, with pictures that are next to it."""
   lines = ["# Evaluation", "", f"Held out: {describe_count(report, len(report['sentences']))}; {report['command']}", ""]
   if report["held_out_clips"]:
     lines += [f"Of computed tasks, {report['held_out_clips']}.", ""]
-  lines += [*_descriptions(report), ""]
+  lines += [*_descriptions(report), "", *(f"![{name}]({name})\n" for name in pictures)]
   for title, part in (
     ("All", {"all": report["overall"]}),
     ("By task", report["by_task"]),
@@ -239,13 +242,22 @@ def markdown(report: Mapping[str, Any]) -> str:
     names = [name for name in rows[PREDICTION] if name != "count" and not name.endswith("_std")]
     cells = [(row, *(_cell(values, name) for name in names)) for row, values in rows.items()]
     lines += [f"**{task}** ({count_noun(rows[PREDICTION]['count'], 'sentence')})", "", *_table(("", *names), cells), ""]
-  lines += ["## Published results", "", published.SOURCE, ""]
+  return "\n".join([*lines, *_published_section(report)])
+
+
+def _published_section(report: Mapping[str, Any]) -> list[str]:
+  """Formats the paper's results on the tasks of a report; empty if it has none."""
+  data = report["config"]["data"]
+  kinds = {data["tfds"]["task"]: data["tfds"]["kind"], **data["kinds"]}
+  names = [*report["by_task"], *(kind for task, kind in kinds.items() if task in report["by_task"])]
+  tables = []
   for columns, results in (
     (published.TRAINING_COLUMNS, published.TRAINING),
     (published.BENCHMARK_COLUMNS, published.BENCHMARKS),
   ):
-    lines += [*_table(("", "", *columns), [(row.task, row.metric, *row.values) for row in results]), ""]
-  return "\n".join([*lines, published.FOOTNOTES, ""])
+    if rows := published.select_results(results, names):
+      tables += [*_table(("", "", *columns), [(row.task, row.metric, *row.values) for row in rows]), ""]
+  return ["## Published results", "", published.SOURCE, "", *tables, published.FOOTNOTES, ""] if tables else []
 
 
 def _descriptions(report: Mapping[str, Any]) -> list[str]:
