@@ -51,6 +51,11 @@ def test_help(module):
   assert f"python -m {usage}" in done.stdout and COMMANDS[module] in done.stdout
 
 
+def test_a_workdir_that_cannot_be_created_is_named(capfd):
+  assert run_here("univid_jax.train", "--workdir=/proc/foo") == 1
+  assert capfd.readouterr().err == "error: cannot create the folder /proc/foo\n"
+
+
 def test_the_default_config_of_an_evaluation_is_that_of_the_run(capfd):
   for module, default in (("evaluate", "that of the run in --workdir, else tiny"), ("train", "tiny")):
     assert run_here(f"univid_jax.{module}", "--help") == 0
