@@ -51,6 +51,33 @@ def test_help(module):
   assert f"python -m {usage}" in done.stdout and COMMANDS[module] in done.stdout
 
 
+def test_commands_are_spelled_as_they_were_called(monkeypatch, capfd):
+  """In --help, hints and errors."""
+  for program, spelling in (("/venv/bin/univid-verify", "univid-verify"), ("x.py", "python -m univid_jax.verify")):
+    monkeypatch.setattr(sys, "argv", [program])
+    assert run_here("univid_jax.verify", "--help") == 0 and f"\n  {spelling} " in capfd.readouterr().out
+    assert run_here("univid_jax.verify") == 2 and f"give a path: {spelling} PATH" in capfd.readouterr().err
+
+
+def test_help_lists_flags_as_they_are_defined(capfd):
+  """Those that are required are marked; what all commands have comes last."""
+  assert run_here("univid_jax.sample", "--help") == 0
+  flags = re.findall(r"^  --(.*)$", capfd.readouterr().out, re.MULTILINE)
+  assert flags[:2] == ["checkpoint (required)", "lora"] and "out (required)" in flags
+  assert flags[-2:] == ["[no]help", "verbosity"]
+
+
+def test_help_says_where_the_keys_of_the_config_are(capfd):
+  assert run_here("univid_jax.train", "--help") == 0
+  text = " ".join(capfd.readouterr().out.split())
+  assert "All keys: docs/reference/config.md" in text
+  code = re.search(r'python -c "(.*?)"', text)
+  assert code
+  with contextlib.redirect_stdout(io.StringIO()) as stdout:
+    exec(code[1].replace("PRESET", "tiny"))
+  assert "learning_rate: " in stdout.getvalue()
+
+
 def test_a_workdir_that_cannot_be_created_is_named(capfd):
   assert run_here("univid_jax.train", "--workdir=/proc/foo") == 1
   assert capfd.readouterr().err == "error: cannot create the folder /proc/foo\n"

@@ -20,8 +20,14 @@ from univid_jax.config.boundary import from_config_dict, to_config_dict
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
+from univid_jax.core.program import spell_commands
 from univid_jax.diffusion.distillations import DISTILLATIONS
 
+# Where the keys of the config are listed.
+KEYS_HELP = (
+  "All keys: docs/reference/config.md; those of a preset with their values: "
+  "python -c \"from univid_jax.config import presets; print(presets.get_config('PRESET'))\"."
+)
 # The file of presets in a clone; where it does not exist, its name means the packaged presets.
 PRESETS_FILE = os.path.join("configs", "video_tasks.py")
 
@@ -200,19 +206,20 @@ class CommandFlags:
 
   def help(self) -> str:
     """Returns the text of --help."""
-    return "\n".join([self._usage.strip(), "", "flags:", *self._describe_flags()])
+    return "\n".join([spell_commands(self._usage.strip()), "", "flags:", *self._describe_flags()])
 
   def _describe_flags(self) -> Iterator[str]:
     if self._config:
       text = f"A preset ({', '.join(presets.PRESETS)}), or a file with get_config(), as FILE.py[:ARGUMENT]."
-      yield from _describe("--config", f"{text} --config.KEY=VALUE overrides a value. Default: {self._config.default}.")
-    for name in self._names:
-      if name == "config":
-        continue
+      text += f" --config.KEY=VALUE overrides a value. Default: {self._config.default}. {KEYS_HELP}"
+      yield from _describe("--config", text)
+    defined = [name for name in self._values if name in self._names and name != "config"]
+    for name in sorted(defined, key=lambda name: name in ("help", "verbosity")):  # as defined, these last
       flag = self._values[name]
       default = f" Default: {flag.default}." if flag.default and not isinstance(flag.default, list) else ""
       text = re.sub(r"\.?;\s+repeat this option to specify a list of values", ". It can be repeated.", flag.help)
-      yield from _describe(f"--{'[no]' if flag.boolean else ''}{name}", f"{text}{default}")
+      required = " (required)" if name in self._required else ""
+      yield from _describe(f"--{'[no]' if flag.boolean else ''}{name}{required}", f"{text}{default}")
 
 
 def _describe(name: str, text: str) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from univid_jax.checkpoints.run_parts import open_base
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.program import spell_commands
 from univid_jax.core.text import count_noun
 from univid_jax.data.sources.computed import describe_held_out
 from univid_jax.evaluation import exact
@@ -36,7 +37,7 @@ def trained(result: TrainResult, config: RunConfig, workdir: str) -> str:
       ]
     )
   clips = "--clips=A.mp4,A2.mp4,B.mp4 --out=B2.mp4"
-  return "\n".join([*lines, "next:", f"  python -m univid_jax.sample --checkpoint={folder} {clips}"])
+  return spell_commands("\n".join([*lines, "next:", f"  python -m univid_jax.sample --checkpoint={folder} {clips}"]))
 
 
 def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig, workdir: str) -> str:
@@ -67,7 +68,7 @@ def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig,
     f"checkpoints {workdir}/checkpoints",
     *_next_steps(config, workdir),
   ]
-  return "\n".join(lines)
+  return spell_commands("\n".join(lines))
 
 
 def _next_steps(config: RunConfig, workdir: str) -> list[str]:
