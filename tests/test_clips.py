@@ -141,6 +141,20 @@ class TestClips:
     assert [read_greys(clips[name]) for name in "abc"] == [[8, 16], [16, 8], [8, 16]]
     assert clips["a"].key == clips["c"].key != clips["b"].key
 
+  def test_transparency_is_described(self, tmp_path):
+    """Only where there is some; not an alpha channel without, nor in other clips than images."""
+    form, pixels = ClipFormat(size=(16, 16), num_frames=5), np.full((16, 16, 4), 255, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "opaque.png")
+    pixels[0, 0, 3] = 254
+    for name in ("clear.png", "clear.webp"):
+      Image.fromarray(pixels).save(tmp_path / name, lossless=True)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png", transparency=255)
+    np.save(tmp_path / "array.npy", pixels[None, ..., :3])
+    found = {path.name: clip.changes for path in tmp_path.iterdir() for clip in read_context([path], form)}
+    white = ("transparent pixels are white",)
+    transparent = dict.fromkeys(("clear.png", "clear.webp", "grey.png"), white)
+    assert found == {"opaque.png": (), "array.npy": ()} | transparent
+
   def test_changes_are_described_with_numbers(self, tmp_path):
     path = write_video(tmp_path / "v.mp4", 30, size=(36, 64))
     for fit, how in ((ClipFit.CROP, "cropped"), (ClipFit.PAD, "padded with black")):

@@ -52,6 +52,38 @@ def test_help(module):
   assert f"python -m {usage}" in done.stdout and COMMANDS[module] in done.stdout
 
 
+def test_commands_are_spelled_as_they_were_called(monkeypatch, capfd):
+  """In --help, hints and errors."""
+  for program, spelling in (("/venv/bin/univid-verify", "univid-verify"), ("x.py", "python -m univid_jax.verify")):
+    monkeypatch.setattr(sys, "argv", [program])
+    assert run_here("univid_jax.verify", "--help") == 0 and f"\n  {spelling} " in capfd.readouterr().out
+    assert run_here("univid_jax.verify") == 2 and f"give a path: {spelling} PATH" in capfd.readouterr().err
+
+
+def test_help_lists_flags_as_they_are_defined(capfd):
+  """Those that are required are marked; what all commands have comes last."""
+  assert run_here("univid_jax.sample", "--help") == 0
+  flags = re.findall(r"^  --(.*)$", capfd.readouterr().out, re.MULTILINE)
+  assert flags[:2] == ["checkpoint (required)", "lora"] and "out (required)" in flags
+  assert flags[-2:] == ["[no]help", "verbosity"]
+
+
+def test_help_says_where_the_keys_of_the_config_are(capfd):
+  assert run_here("univid_jax.train", "--help") == 0
+  text = " ".join(capfd.readouterr().out.split())
+  assert "All keys: docs/reference/config.md" in text
+  code = re.search(r'python -c "(.*?)"', text)
+  assert code
+  with contextlib.redirect_stdout(io.StringIO()) as stdout:
+    exec(code[1].replace("PRESET", "tiny"))
+  assert "learning_rate: " in stdout.getvalue()
+
+
+def test_a_workdir_that_cannot_be_created_is_named(capfd):
+  assert run_here("univid_jax.train", "--workdir=/proc/foo") == 1
+  assert capfd.readouterr().err == "error: cannot create the folder /proc/foo\n"
+
+
 def test_the_default_config_of_an_evaluation_is_that_of_the_run(capfd):
   for module, default in (("evaluate", "that of the run in --workdir, else tiny"), ("train", "tiny")):
     assert run_here(f"univid_jax.{module}", "--help") == 0
@@ -66,6 +98,10 @@ def test_a_port_that_is_in_use_is_named(monkeypatch, capfd):
     assert run_here("univid_jax.demo", f"--port={port}") == 1
   expected = f"error: port {port} is in use: choose another one with --port, or 0 for a free one\n"
   assert capfd.readouterr().err == expected
+  assert run_here("univid_jax.demo", "--port=0") == 1
+  assert capfd.readouterr().err.startswith(
+    "loading small; the address of the page follows\nerror: the demo needs Gradio"
+  )
   assert run_here("univid_jax.demo", "--host=192.0.2.1") == 1
   assert "error: cannot listen on port 7860 of --host=192.0.2.1: " in capfd.readouterr().err
 
@@ -73,11 +109,21 @@ def test_a_port_that_is_in_use_is_named(monkeypatch, capfd):
 @pytest.mark.parametrize(
   "arguments, code, message",
   [
-    ([CONFIG, "--config.num_step=3"], 2, "did you mean 'num_steps'?"),
-    (["--config.learning_rate=-1"], 2, "no key 'learning_rate'; did you mean 'optimizer.learning_rate'?"),
-    (["--config.data.pair=x"], 2, "it has no key 'pair'; did you mean 'pairs'?"),
-    ([CONFIG, "--config.data.weights.photos=0"], 2, "wrong override of the config: it has no key 'photos'"),
-    ([CONFIG, "--config.data.foldr=x"], 2, "did you mean 'folder'?"),
+    (
+      [CONFIG, "--config.num_step=3"],
+      2,
+      "unknown key config.num_step; did you mean config.num_steps? There are base, ",
+    ),
+    (["--config.learning_rate=-1"], 2, "key config.learning_rate; did you mean config.optimizer.learning_rate?"),
+    (["--config.tasks.invert=1"], 2, "unknown key config.tasks; did you mean config.data.tasks?"),
+    (["--config.data.pair=x"], 2, "unknown key config.data.pair; did you mean config.data.pairs?"),
+    ([CONFIG, "--config.data.weights.photos=0"], 2, "key config.data.weights.photos; there are arc, computed, "),
+    ([CONFIG, "--config.data.tasks.sepia=1.0"], 2, "unknown key config.data.tasks.sepia; there are camera_movement, "),
+    ([CONFIG, "--config.data.kinds.mine=depth"], 2, "set all of it, as --config.data.kinds=\"{'mine': ...}\""),
+    ([CONFIG, "--config.data.num_clips.4=1"], 2, "unknown key config.data.num_clips.4; there are clips_4, "),
+    ([CONFIG, "--config.model.dim.x=1"], 2, "config.model.dim is a value, not a group of keys"),
+    ([CONFIG, "--config.data.buckets[=1"], 2, "wrong override of the config: Could not parse 'data.buckets['"),
+    ([CONFIG, "--config.data.foldr=x"], 2, "did you mean config.data.folder?"),
     ([CONFIG, "--config.num_steps=abc"], 2, "--config.num_steps must be a whole number, got 'abc'"),
     ([CONFIG, "--config.num_steps=10.5"], 2, "--config.num_steps must be a whole number, got '10.5'"),
     ([CONFIG, "--config.optimizer.learning_rate=x"], 2, "--config.optimizer.learning_rate must be a number, got 'x'"),

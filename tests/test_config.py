@@ -249,7 +249,7 @@ class TestPython:
       (lambda: RunConfig(name=5), "config.name must be text, got 5"),
       (lambda: RunConfig(ema_decay="0.9"), "config.ema_decay must be a number, got '0.9'"),
       (lambda: RunConfig(data="photos"), "config.data must be a mapping, got 'photos'"),
-      (lambda: RunConfig(data={"heigth": 64}), "unknown key config.data.heigth; there are "),
+      (lambda: RunConfig(data={"heigth": 64}), "unknown key config.data.heigth; did you mean config.data.height? "),
       (lambda: RunConfig(data={"height": "64"}), "config.data.height must be an integer, got '64'"),
       (lambda: DataConfig(bundled="no"), "config.data.bundled must be True or False, got 'no'"),
       (lambda: DataConfig(tasks={"invert": "1"}), "config.data.tasks.invert must be a number, got '1'"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -160,8 +161,26 @@ def results(tiny_config, tmp_path_factory):
     run.evaluate_quick(pipeline, config, folder)
   run.evaluate(pipeline, config, data=open_data(config), folder=folder / "evaluation", origin=ORIGIN)
   assert image_width(folder / "grid.png") > 500 and image_width(folder / "grid.webp") > 500
+  shown = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "evaluation" / "report.md").read_text())
+  assert shown == ["grid.png", "grid.webp", "curves.png"]
   quick, full = (json.loads((folder / name).read_text()) for name in ("eval.json", "evaluation/report.json"))
   return config, quick, quick_scores, full
+
+
+@pytest.mark.parametrize(
+  "tasks, kinds, expected",
+  [
+    (["invert", "duotone reversed"], {}, []),
+    (["scribble"], {}, ["scribble"]),
+    (["my_edges", "Depth"], {"my_edges": "edges"}, ["depth", "edges (BIPED)", "depth (NYUv2)", "depth (NYUv2)"]),
+    (["mine", "camera_movement"], {"mine": "normals", "other": "depth"}, ["camera", "normals (NYUv2)"]),
+  ],
+)
+def test_published_results_are_those_of_the_tasks(tasks, kinds, expected):
+  data = {"tfds": {"task": "other", "kind": "image"}, "kinds": kinds}
+  lines = report._published_section({"by_task": dict.fromkeys(tasks), "config": {"data": data}})
+  rows = [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("| ")]
+  assert [row for row in rows if row] == expected and bool(lines) == bool(expected)
 
 
 class TestModes:
@@ -323,7 +342,7 @@ def test_labels_may_have_other_letters_than_ascii(tmp_path, names):
 def shades(picture, *, row=0):
   """Returns the grey of each tile in a row of a grid whose labels are empty."""
   line = np.asarray(picture.convert("L"), int)[HEADER + row * (TILE + GAP) + TILE // 2]
-  starts = np.flatnonzero((line < 250) & (np.roll(line, 1) >= 250))
+  starts = np.flatnonzero((line < 250) & (np.roll(line, 1) >= 250))  # of the lines around them
   return [line[start + TILE // 2] for start in starts]
 
 
@@ -366,6 +385,37 @@ def test_the_gallery_shows_every_task_before_it_repeats_one(tmp_path, monkeypatc
   assert "grid.png shows 8 of 12 combinations of task and context; not " in caplog.text
   labels = [label.split("\n")[:2] for label, _ in drawn]
   assert labels == [[task, f"context {context}"] for task in "abcd" for context in ("I", "II")]
+
+
+@pytest.mark.parametrize(
+  "arriving, shown",
+  [
+    ([("a", range(32))], [("a", range(8))]),
+    ([("a", [0, 0, 1])], [("a", range(2))]),
+    ([("a", range(32)), ("b", range(32))], [("a", range(4)), ("b", range(4))]),
+    ([("a", [0]), ("b", range(9)), ("c", [0, 1])], [("a", [0]), ("b", range(5)), ("c", [0, 1])]),
+    ([(task, range(2)) for task in "abcdefghij"], [(task, [0]) for task in "abcdefgh"]),
+  ],
+)
+def test_the_gallery_shows_more_sentences_of_few_tasks(tmp_path, monkeypatch, arriving, shown):
+  """Each with another B; the tasks share the rows."""
+  drawn = []
+  monkeypatch.setattr(report, "sentence_grid", lambda path, rows, **options: (path.touch(), drawn.extend(rows)))
+  gallery = report.Gallery()
+  for task, shades in arriving:
+    for shade in shades:
+      gallery.add(as_generated(np.full((1, 8, 8, 3), shade, np.uint8), task=task))
+  gallery.draw(epath.Path(tmp_path), with_swapped=False, fps=0.0)
+  rows = [(label[0], clips[2].max()) for label, clips in drawn]
+  assert rows == [(task, shade) for task, shades in shown for shade in shades]
+
+
+def test_white_frames_have_an_outline(tmp_path):
+  white = np.full((1, 8, 8, 3), 255, np.uint8)
+  sentence_grid(tmp_path / "grid.png", [("", (white,) * 5)], tile=40)
+  line = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))[HEADER + 20]
+  edges = np.flatnonzero(line < 255)
+  assert len(edges) == 10 and (np.diff(edges)[::2] == 41).all()
 
 
 def test_the_gallery_animates_videos_alone(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """The demo page's server side, without a browser: what it samples, shows and offers. See also test_demo.py."""
 
+import inspect
+import logging
 import shlex
 import threading
 import types
@@ -18,7 +20,9 @@ from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.run import RunRecord, write_run
 from univid_jax.cli import page_session
 from univid_jax.cli.page_examples import EXAMPLES
+from univid_jax.cli.page_messages import short_paths
 from univid_jax.cli.page_pictures import arrange, enlarge, read_grid, show_key_frames, subtract
+from univid_jax.cli.page_prompts import offered_tasks
 from univid_jax.cli.page_session import Choice, FinishedSample, Offer, Session, Status, find_checkpoints
 from univid_jax.cli.sample_command import SampleCommand
 from univid_jax.codecs.dct import DCTCodec
@@ -96,6 +100,52 @@ def test_choices_become_the_flags_of_sample():
   assert both.sample_flags() == ["--prompt=--help 'me', now", "--seed=0"]
   with pytest.raises(UserError, match="choose one of the checkpoints runs/one, runs/two, not '/etc'"):
     Choice(checkpoint="/etc").model_flags(OFFER)
+
+
+def test_only_tasks_whose_prompts_a_model_knows_are_offered(checkpoint, monkeypatch):
+  """Not those of others, nor any to models that take no prompts."""
+  assert offered_tasks(["small"], {"invert": ""}) is None and offered_tasks([checkpoint], {}) is None
+  monkeypatch.setattr("univid_jax.checkpoints.pretrained.PretrainedCheckpoint.has", lambda self, name: True)
+  assert offered_tasks([checkpoint], {"my_task": "Do it.", "other": ""}) == ["my task"]
+  known = offered_tasks([checkpoint], {})
+  assert known and {"depth map", "invert", "colorization"} <= set(known) and len(known) == len(set(known)) < 30
+  assert not {"negative", "colour version"} & set(known), "other names of the same prompts"
+  assert offered_tasks(["/missing"], {}) == known
+  assert offered_tasks([checkpoint, "/missing"], {"my_task": "Do it."})[:1] == ["my task"]
+
+
+def test_messages_name_clips_without_the_folders_of_the_page(tmp_path, monkeypatch):
+  lines = []
+  handler = logging.Handler()
+  handler.emit = lambda record: lines.append(record.getMessage())
+  monkeypatch.setattr(logging.getLogger("univid_jax"), "handlers", [handler])
+  log = logging.getLogger("univid_jax.test")
+  with short_paths(tmp_path):
+    log.warning("%s: resized; not %s", tmp_path / "tmpx" / "A.png", "/other/B.png")
+  log.warning("%s", tmp_path / "tmpx" / "A.png")
+  assert lines == ["A.png: resized; not /other/B.png", f"{tmp_path / 'tmpx' / 'A.png'}"]
+
+
+def test_errors_of_the_page_are_one_line_and_its_parameters_have_names(session, tmp_path, caplog):
+  gr = pytest.importorskip("gradio")
+  from univid_jax.cli import page
+
+  upload = gr.File(file_types=["image", "video"])
+  page._shorten_errors(upload)
+  (tmp_path / "bad.png").write_text("no image")
+  shown = page.Page(session[0], tmp_path)
+  for wrong in (
+    lambda: next(shown._sample(None, None, None)),
+    lambda: next(shown._show_clip(str(tmp_path / "bad.png"))),
+    lambda: upload.preprocess(gr.FileData(path=__file__)),
+  ):
+    caplog.clear()
+    with pytest.raises(gr.Error) as caught:
+      wrong()
+    assert not caught.value.print_exception and str(tmp_path) not in caught.value.message
+    assert caplog.messages == [f"shown on the page: {caught.value.message}"]
+  named = page._name_parameters(lambda *values: iter(values), ["a", "seed"])
+  assert list(inspect.signature(named).parameters) == ["a", "seed"] and list(named(1, 2)) == [1, 2]
 
 
 def test_a_sample_and_the_command_that_reproduces_it(session, clips, tmp_path, monkeypatch, capfd):

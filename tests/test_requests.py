@@ -104,7 +104,8 @@ def test_what_training_has_not_shown_is_said_once(tmp_path: Path, caplog, monkey
   form = choose_format(TRAINED, **AS_TRAINED | {"size": (40, 24), "num_frames": 5, "fit": "crop"})
   assert said(runner(form, num_frames=5), "one", "two") == [
     "the model was not trained on this, expect worse results: 24 x 40 pixels (width x height) "
-    "instead of 24 x 16 or 16 x 24, 2.5 times as many; 5 frames instead of 1 or 17"
+    "instead of 24 x 16 or 16 x 24, 2.5 times as many, "
+    "which take at least 2.5 times as long; 5 frames instead of 1 or 17"
   ]
 
 
@@ -264,6 +265,24 @@ def test_targets_are_checked_first(tmp_path: Path, monkeypatch):
     runner().run(Request((image,) * 3, tmp_path / "a", needs_suffix=True))
   assert not sampling.pipeline.contexts
   assert {path.name for path in tmp_path.iterdir()} == {"a.png", "link.png", "folder.png"}
+
+
+@pytest.mark.parametrize(
+  "lengths, is_refused",
+  [((1, 1, 9), True), ((9, 9, 9), True), ((1, 9, 9), True), ((9, 9, 1), False), ((9, 1, 9), False), ((1, 1, 3), False)],
+)
+def test_an_image_cannot_be_the_result_of_a_video(tmp_path: Path, lengths, is_refused):
+  """Known before the model is loaded, unless the model decides about the length."""
+  for name, length in zip("abc", lengths):
+    np.save(tmp_path / f"{name}.npy", np.zeros((length, 16, 16, 3), np.uint8))
+  request = Request(tuple(str(tmp_path / f"{name}.npy") for name in "abc"), tmp_path / "odd.png")
+  if is_refused:
+    with pytest.raises(UserError, match=r"cannot write a video to the image .*odd\.png: use \.mp4"):
+      check_outputs([request])
+  else:
+    check_outputs([request])
+  check_outputs([request], num_frames=1)
+  check_outputs([dataclasses.replace(request, out=tmp_path / "even.mp4")])
 
 
 @pytest.mark.parametrize(

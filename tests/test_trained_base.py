@@ -103,12 +103,26 @@ def test_dtype_and_damage(trained, tmp_path):
     load_pipeline(str(tmp_path / "half"), verify_weights=False)
 
 
+def test_a_layout_that_cannot_hold_a_run_is_refused_at_once(trained, tmp_path):
+  """Not with the advice to convert it to jax, from where it cannot be written either."""
+  root, config = trained
+  write_run(tmp_path, RunRecord(override(config, {"model.rope_scale": 1.5}), "", "0.2.0"))
+  for source in (str(tmp_path), str(root / "run")):
+    with pytest.raises(UserError, match=r"in the layout diffusers: this layout cannot say .* rope_") as caught:
+      convert_any(source, str(tmp_path / "out"), to="diffusers")
+    assert "jax first" not in str(caught.value)
+  with pytest.raises(UserError, match="convert it to jax first, and the result to original"):
+    convert_any(str(root / "run"), str(tmp_path / "out"), to="original")
+
+
 def test_runs_on_a_base_are_not_written(trained, tmp_path):
   root, config = trained
   tmp_path.joinpath("run").mkdir()
   write_run(tmp_path / "run", RunRecord(override(config, {"init_from": str(root / "base")}), ("",), "0.2.0"))
   with pytest.raises(UserError, match=r"trained the whole of .*base"):
     convert_any(str(tmp_path / "run"), str(tmp_path / "again"))
+  with pytest.raises(UserError, match=r"trained the whole of .*base"):
+    convert_any(str(tmp_path / "run"), str(tmp_path / "again"), to="diffusers")
 
 
 def test_a_built_in_name_wins_over_a_folder(trained, tmp_path, monkeypatch):

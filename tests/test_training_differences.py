@@ -33,13 +33,22 @@ def find(folder, *, usage=USAGE, lengths=(17, 1), **changes):
     ({"num_frames": 1, "lengths": (1, 1)}, []),
     ({"num_frames": 5}, ["5 frames instead of 1 or 17"]),
     ({"lengths": (9, 5, 17)}, ["5 and 9 frames instead of 1 or 17"]),
-    ({"size": (32, 48)}, ["48 x 32 pixels (width x height) instead of 24 x 16 or 16 x 24, 4 times as many"]),
+    (
+      {"size": (32, 48)},
+      [
+        "48 x 32 pixels (width x height) instead of 24 x 16 or 16 x 24, 4 times as many, "
+        "which take at least 4 times as long"
+      ],
+    ),
     ({"size": (16, 16)}, ["16 x 16 pixels (width x height) instead of 24 x 16 or 16 x 24"]),
     ({"fit": ClipFit.CROP}, ["cropped instead of padded with black"]),
     ({"fit": ClipFit.CROP, "fitted": []}, []),
     (
       {"fit": ClipFit.CROP, "size": (30, 60)},
-      ["60 x 30 pixels (width x height) instead of 24 x 16 or 16 x 24, 4.7 times as many"],
+      [
+        "60 x 30 pixels (width x height) instead of 24 x 16 or 16 x 24, 4.7 times as many, "
+        "which take at least 4.7 times as long"
+      ],
     ),
     ({"fps": 24000 / 1001}, ["23.976 frames per second instead of 8"]),
     ({"fps": None}, []),

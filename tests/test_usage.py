@@ -19,6 +19,7 @@ from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.tensor_files import save_safetensors
 from univid_jax.checkpoints.usage import Usage, merge_usages
+from univid_jax.cli import summaries
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.cli.requests import RequestRunner
 from univid_jax.cli.sampling import SamplingArguments, resolve_steps, task_prompt
@@ -37,7 +38,7 @@ from univid_jax.inference.lora_specs import RequestedLoRA, lora_usage, read_lora
 from univid_jax.inference.plan import SamplingOptions
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training import loop
-from univid_jax.training.loop import train
+from univid_jax.training.loop import TrainResult, train
 
 USAGE = Usage(
   attention=Attention.CONTEXT_CAUSAL,
@@ -145,6 +146,26 @@ def test_files_of_earlier_versions_do_not_say_what_their_training_saw():
   """Their sizes and lengths are the defaults, with which nothing may be compared."""
   read = Usage.from_metadata({"software": "univid_jax 0.1.0", "attention": "full", "base_model": "x"}, source="")
   assert read is not None and not read.is_known
+
+
+OWN_BASE_NOTE = "; only univid_jax can use it: no other program can load its base, small"
+
+
+def test_only_this_project_can_use_a_lora_of_its_own_base(tmp_path):
+  for name, note in (("small", OWN_BASE_NOTE), ("wan2.2-ti2v-5b", ""), ("custom", ""), ("", "")):
+    path = tmp_path / "lora.safetensors"
+    write_lora(path, make_lora(), "comfyui", metadata={"base_model": name})
+    for to in ("musubi", "jax"):
+      written = convert_any(str(path), str(tmp_path / f"{name}_{to}.safetensors"), to=to)
+      assert written.partition(")")[2] == (note if to == "musubi" else "")
+
+
+def test_a_run_proposes_exports_that_others_can_use(checkpoint):
+  """Not those of a LoRA whose base no other program can load."""
+  result = TrainResult(make_pipeline=lambda: pytest.fail("it was loaded"), steps_taken=3, seconds=1.0)
+  for base, proposes in (("small", False), (checkpoint, True)):
+    text = summaries.trained(result, override(tiny(), {"init_from": base, "lora.rank": 2}), "runs/x")
+    assert "runs/x/lora.safetensors" in text and ("--to=diffusers" in text) is ("ComfyUI" in text) is proposes
 
 
 @pytest.fixture(scope="module")

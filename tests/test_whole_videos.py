@@ -73,8 +73,8 @@ def test_the_result_is_like_the_query(pipeline, clips, tmp_path, caplog, monkeyp
   assert any("50 frames in" in message for message in caplog.messages)
   (warning,) = [message for message in caplog.messages if "not trained on this" in message]
   assert (
-    "24 x 24 pixels (width x height) instead of 16 x 16, 2.2 times as many; 25 frames per second instead of 8"
-    in warning
+    "24 x 24 pixels (width x height) instead of 16 x 16, 2.2 times as many, "
+    "which take at least 2.2 times as long; 25 frames per second instead of 8" in warning
   )
   assert any("a given first frame, which only TI2V" in message for message in caplog.messages) == carry_context
   record = json.loads((tmp_path / "out.json").read_text())

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from univid_jax.checkpoints.built_in import BUILT_IN
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.core.errors import UserError
@@ -45,6 +46,7 @@ log = logging.getLogger("univid_jax.demo")
 @app.command(FLAGS)
 def main() -> None:
   require_free(HOST.value, PORT.value)  # before seconds of imports
+  log.info("loading %s; the address of the page follows", (CHECKPOINT.value or BUILT_IN)[0])
   try:
     import gradio  # noqa: F401
   except ModuleNotFoundError as error:
@@ -52,6 +54,7 @@ def main() -> None:
   from univid_jax.checkpoints.experts import split_weight
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.page import CSS, Page
+  from univid_jax.cli.page_messages import short_paths
   from univid_jax.cli.page_session import Offer, Session, find_checkpoints
 
   enable_compilation_cache()
@@ -63,7 +66,7 @@ def main() -> None:
   )
   session = Session(offer)
   session.open(session.first_choice())
-  with tempfile.TemporaryDirectory(prefix="univid_") as folder:
+  with tempfile.TemporaryDirectory(prefix="univid_") as folder, short_paths(Path(folder)):
     page = Page(session, Path(folder)).build()
     page.queue(max_size=MAX_QUEUE.value, default_concurrency_limit=1)
     _, address, _ = page.launch(

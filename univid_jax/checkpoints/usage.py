@@ -10,6 +10,7 @@ from univid_jax.core.dims import MAX_POSITION, is_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import MAX_FPS, MAX_SHIFT, MAX_STEPS, Attention, ClipFit, ContextTimestep, Expert, Quantize
+from univid_jax.models.variants import VARIANTS
 
 # The entry that identifies files of this project; those of others may use the same names for other things.
 SOFTWARE = "software"
@@ -91,6 +92,11 @@ class Usage:
       contexts=drawn.contexts,
       clip_counts=drawn.clip_counts,
     )
+
+  @property
+  def has_own_base(self) -> bool:
+    """Whether this project trained the base, which no other program can load, as far as its name tells."""
+    return self.base_model not in ("", "custom", *VARIANTS)
 
   def to_metadata(self) -> dict[str, str]:
     """Returns text entries for the header of a file."""

@@ -36,6 +36,7 @@ import univid_jax
 from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.core.errors import Interrupted, UserError, first_line
 from univid_jax.core.paths import is_remote
+from univid_jax.core.program import spell_commands
 from univid_jax.runtime.supervisor import Supervisor
 
 # Conditions of the machine that come without a file name.
@@ -136,7 +137,7 @@ class _Handler(logging.Handler):
   """Writes plain lines to stderr, above progress bars."""
 
   def emit(self, record: logging.LogRecord) -> None:
-    tqdm.write(self.format(record), file=sys.stderr)
+    tqdm.write(spell_commands(self.format(record)), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -209,4 +210,4 @@ def _message(error: object) -> str:
   message = error
   if isinstance(error, OSError) and error.strerror:
     message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-  return " ".join(str(message).split())
+  return spell_commands(" ".join(str(message).split()))

@@ -2,11 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from univid_jax.config.boundary import find_keys
+from univid_jax.config.section import describe_unknown
+from univid_jax.core.errors import UserError
 
 # What converting a value says if it fails, and what was expected.
 _EXPECTED = (
@@ -53,11 +56,16 @@ def explain_flag(error: flags.Error, known: Collection[str]) -> str:
   return text
 
 
-def explain_override(error: Exception) -> str:
-  """Returns what ml_collections says, which quotes its messages up to twice, as plain text."""
-  text = str(error.args[0]).replace("\\n", "\n").replace("\\", "").strip("\"'")
-  key, hint = (text + "\n").split("\n", 1)
-  if " " in (key := key.strip("'")):
-    return text
-  similar = re.findall('Did you mean "(.*?)"', hint) or find_keys(key)
-  return f"it has no key {key!r}" + (f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "")
+def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
+  """Raises UserError if a command line overrides a key that the config lacks."""
+  for word in argv:
+    match = re.match(r"--?(?:no)?config\.([^=[]*)", word)  # [...] is up to ml_collections
+    group, value = "config", config
+    if match is None:
+      continue
+    for name in match[1].split("."):
+      if not isinstance(value, ConfigDict):
+        raise UserError(f"unknown key config.{match[1]}; {group} is a value, not a group of keys")
+      if name not in value:
+        raise UserError(describe_unknown(group, name, value, elsewhere=find_keys(name)))
+      group, value = f"{group}.{name}", value[name]

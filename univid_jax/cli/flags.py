@@ -14,15 +14,21 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from univid_jax.cli.flag_errors import explain_flag, explain_override
+from univid_jax.cli.flag_errors import check_overrides, explain_flag
 from univid_jax.cli.flag_groups import ProcessFlags, RunVerificationFlags, VerificationFlags
 from univid_jax.config import presets
 from univid_jax.config.boundary import from_config_dict, to_config_dict
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
+from univid_jax.core.program import spell_commands
 from univid_jax.diffusion.distillations import DISTILLATIONS
 
+# Where the keys of the config are listed.
+KEYS_HELP = (
+  "All keys: docs/reference/config.md; those of a preset with their values: "
+  "python -c \"from univid_jax.config import presets; print(presets.get_config('PRESET'))\"."
+)
 # The file of presets in a clone; where it does not exist, its name means the packaged presets.
 PRESETS_FILE = os.path.join("configs", "video_tasks.py")
 
@@ -155,8 +161,10 @@ class CommandFlags:
       if not isinstance(error, flags.UnrecognizedFlagError):  # whose mistyped name may be what is missing
         self._require(argv)
       raise UserError(explain_flag(error, self._names)) from error
-    except (AttributeError, KeyError, TypeError) as error:
-      raise UserError(f"wrong override of the config: {explain_override(error)}") from error
+    except UserError:
+      raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+      raise UserError(f"wrong override of the config: {error}") from error
     if self._config:
       self._config.read(self._values)
     if len(self.arguments) > self._max_arguments:
@@ -202,19 +210,20 @@ class CommandFlags:
 
   def help(self) -> str:
     """Returns the text of --help."""
-    return "\n".join([self._usage.strip(), "", "flags:", *self._describe_flags()])
+    return "\n".join([spell_commands(self._usage.strip()), "", "flags:", *self._describe_flags()])
 
   def _describe_flags(self) -> Iterator[str]:
     if self._config:
       text = f"A preset ({', '.join(presets.PRESETS)}), or a file with get_config(), as FILE.py[:ARGUMENT]."
-      yield from _describe("--config", f"{text} --config.KEY=VALUE overrides a value. Default: {self._config.default}.")
-    for name in self._names:
-      if name == "config":
-        continue
+      text += f" --config.KEY=VALUE overrides a value. Default: {self._config.default}. {KEYS_HELP}"
+      yield from _describe("--config", text)
+    defined = [name for name in self._values if name in self._names and name != "config"]
+    for name in sorted(defined, key=lambda name: name in ("help", "verbosity")):  # as defined, these last
       flag = self._values[name]
       default = f" Default: {flag.default}." if flag.default and not isinstance(flag.default, list) else ""
       text = re.sub(r"\.?;\s+repeat this option to specify a list of values", ". It can be repeated.", flag.help)
-      yield from _describe(f"--{'[no]' if flag.boolean else ''}{name}", f"{text}{default}")
+      required = " (required)" if name in self._required else ""
+      yield from _describe(f"--{'[no]' if flag.boolean else ''}{name}{required}", f"{text}{default}")
 
 
 def _describe(name: str, text: str) -> list[str]:
@@ -251,6 +260,7 @@ class ConfigFlag:
     name, rest = _take(argv, "config")
     self.is_given = name is not None
     config = self._load(name, rest)
+    check_overrides(config, rest)
     rest = _quote_lists(rest, config)
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
     return rest

@@ -2,17 +2,21 @@
 
 import contextlib
 import dataclasses
+import inspect
+import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from univid_jax.cli.page_examples import EXAMPLES
+from univid_jax.cli.page_prompts import offered_tasks
 from univid_jax.cli.page_session import Choice, FinishedSample, Session, Status
-from univid_jax.cli.sampling import known_prompts
 from univid_jax.core.options import MAX_SEED
+
+log = logging.getLogger(__name__)
 
 TITLES = ("A", "A'", "B")
 INTRODUCTION = """# Visual sentences
@@ -47,10 +51,10 @@ class Viewer:
   video: gr.Video
 
   @classmethod
-  def create(cls, label: str, *, style: str, height: int | None = None) -> "Viewer":
-    options: dict[str, Any] = {"label": label, "height": height, "elem_classes": style, "interactive": False}
-    image = gr.Image(visible=True, buttons=["fullscreen"], **options)
-    return cls(image, gr.Video(visible=False, autoplay=True, loop=True, buttons=[], **options))
+  def create(cls, image_label: str, video_label: str, *, style: str, height: int | None = None) -> "Viewer":
+    options: dict[str, Any] = {"height": height, "elem_classes": style, "interactive": False}
+    image = gr.Image(label=image_label, visible=True, buttons=["fullscreen"], **options)
+    return cls(image, gr.Video(label=video_label, visible=False, autoplay=True, loop=True, buttons=[], **options))
 
   @property
   def parts(self) -> list[Any]:
@@ -99,7 +103,12 @@ class Page:
         "(...values) => { document.querySelector('.outcome').scrollIntoView({block: 'nearest'}); return values; }"
       )
       options: dict[str, Any] = {"show_progress": "hidden", "api_name": "sample", "js": scroll}
-      event = button.click(self._sample, [*files, *choice], outputs, **options)
+      names = [
+        *NAMES_OF_CLIPS,
+        *NAMES_OF_CHOICES,
+        *(f"lora_{i + 1}_weight" for i in range(len(self._session.offer.loras))),
+      ]
+      event = button.click(_name_parameters(self._sample, names), [*files, *choice], outputs, **options)
       stop.click(None, cancels=[event], api_visibility="private")
     return page
 
@@ -108,9 +117,10 @@ class Page:
     with gr.Row(elem_classes="clips", equal_height=False):
       for title in TITLES:
         with gr.Column(min_width=100):
-          viewers.append(Viewer.create(title, style="clip", height=150))
+          viewers.append(Viewer.create(title, title, style="clip", height=150))
           options: dict[str, Any] = {"label": title, "show_label": False, "elem_classes": "file", "height": 110}
           files.append(gr.File(file_types=["image", "video"], type="filepath", **options))
+          _shorten_errors(files[-1])
     return files, viewers
 
   def _build_examples(self) -> gr.Gallery:
@@ -130,10 +140,11 @@ class Page:
     kind = pipeline.distillation
     steps_of = f": {kind.num_inference_steps} steps ({kind.name})" if kind else ""
     fast = gr.Checkbox(first.accelerated, label=f"Accelerate{steps_of}", visible=bool(offer.distillation))
-    takes_prompts = many or pipeline.encoders.has_text_encoder
+    tasks = offered_tasks(offer.checkpoints, pipeline.usage.prompts)
+    takes_prompts = tasks is not None
     with gr.Accordion("Prompt, steps and seed" if takes_prompts else "Steps and seed", open=False):
       with gr.Row(visible=takes_prompts):
-        task = gr.Dropdown([("no prompt", ""), *known_prompts(pipeline.usage.prompts)], value="", label="Task prompt")
+        task = gr.Dropdown([("no prompt", ""), *(tasks or [])], value="", label="Task prompt")
         prompt = gr.Textbox("", label="or one of your own", max_lines=3)
       steps = gr.Slider(0, 100, value=0, step=1, label="Steps (0: the model's own)", interactive=not first.accelerated)
       with gr.Row():
@@ -144,22 +155,23 @@ class Page:
 
   def _build_result(self) -> list[Any]:
     """Builds what `_sample` yields."""
-    status = gr.Markdown("Choose A, A' and B, or an example.")
+    status = gr.Markdown("Choose A, A' and B, or an example.", label="Status")
     views = {}
     with gr.Tabs():
-      for name, title in (("large", "B'"), ("pairs", "Side by side"), ("difference", "Difference of B and B'")):
+      for name, title in (("large", "B'"), ("pairs", "Side by side"), ("difference", "Difference from B")):
         with gr.Tab(title):
-          views[name] = Viewer.create(title, style="result")
+          # The labels name the outputs for programs, too.
+          views[name] = Viewer.create(f"{title} (image)", f"{title} (video)", style="result")
     download = gr.DownloadButton("Download with clips and command", visible=False)
     options: dict[str, Any] = {"show_label": False, "interactive": False, "visible": False, "wrap_lines": True}
-    command = gr.Code(language="shell", lines=1, elem_classes="command", **options)
+    command = gr.Code(label="Command", language="shell", lines=1, elem_classes="command", **options)
     return [status, *(part for view in views.values() for part in view.parts), download, command]
 
   def _show_clip(self, path: str | None) -> Iterator[list[Any]]:
     if path is None:
       yield Viewer.show(None)
       return
-    with tempfile.TemporaryDirectory(dir=self._folder) as scratch, _shown_errors(scratch):
+    with tempfile.TemporaryDirectory(dir=self._folder) as scratch, _shown_errors(scratch, str(Path(path).parent)):
       yield Viewer.show(self._session.show(path, Path(scratch)))
 
   def _load_example(self, selected: gr.SelectData) -> Iterator[list[str]]:
@@ -168,7 +180,7 @@ class Page:
 
   def _sample(self, a: str | None, a2: str | None, b: str | None, *values: Any) -> Iterator[list[Any]]:
     if a is None or a2 is None or b is None:
-      raise gr.Error("Choose files for A, A' and B, or an example.")
+      raise _page_error("Choose files for A, A' and B, or an example.")
     with tempfile.TemporaryDirectory(dir=self._folder) as scratch, _shown_errors(scratch):
       try:
         for event in self._session.sample(_choose(*values), (a, a2, b), Path(scratch)):
@@ -176,6 +188,11 @@ class Page:
       except (ValueError, OSError):
         yield _show_event(Status("Nothing was sampled."))
         raise
+
+
+# What `Page._sample` gets: the clips, and the values of `_choose`; weights of LoRAs follow.
+NAMES_OF_CLIPS = ("a", "a2", "b")
+NAMES_OF_CHOICES = ("checkpoint", "accelerate", "task", "prompt", "steps", "seed", "num_frames")
 
 
 def _choose(
@@ -216,9 +233,42 @@ def _show_event(event: Status | FinishedSample) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _shown_errors(folder: str) -> Iterator[None]:
-  """Shows users' errors on the page, without the folder of the files."""
+def _shown_errors(*folders: str) -> Iterator[None]:
+  """Shows users' errors on the page, without the folders of the files."""
   try:
     yield
   except (ValueError, OSError) as error:
-    raise gr.Error(str(error).replace(f"{folder}/", ""), print_exception=False) from error
+    text = str(error)
+    for folder in folders:
+      text = text.replace(f"{folder}/", "")
+    raise _page_error(text) from error
+
+
+def _page_error(text: str) -> gr.Error:
+  """Returns an error for the page to show, after a line in the log; Gradio prints no traceback of it."""
+  log.warning("shown on the page: %s", text)
+  return gr.Error(text, print_exception=False)
+
+
+def _shorten_errors(file: gr.File) -> None:
+  """Makes errors of an upload one line in the log; a subclass would do so, too, but Gradio writes a file next to it."""
+  preprocess = file.preprocess
+
+  def check(payload: Any) -> Any:
+    try:
+      return preprocess(payload)
+    except gr.Error as error:
+      raise _page_error(error.message) from error
+
+  file.preprocess = check
+
+
+def _name_parameters(function: Callable[..., Iterator[Any]], names: Sequence[str]) -> Callable[..., Iterator[Any]]:
+  """Returns a function whose parameters have these names, which Gradio's API shows."""
+
+  def call(*values: Any) -> Iterator[Any]:
+    yield from function(*values)
+
+  parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+  call.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+  return call

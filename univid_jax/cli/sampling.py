@@ -18,7 +18,8 @@ from univid_jax.core.options import ClipFit, PromptStyle, SolverName
 from univid_jax.core.paths import require_local, require_writable
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media.color import MAX_PIXELS
-from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign, require_clip
+from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign, probe, require_clip
+from univid_jax.data.media.writer import check_target
 from univid_jax.data.prompts import PAPER_TARGETS, prompt_for
 from univid_jax.data.tasks import TASKS
 from univid_jax.inference.plan import SamplingOptions
@@ -285,6 +286,17 @@ def check_clips(paths: Sequence[str]) -> None:
       raise
 
 
+def _becomes_video(clips: Sequence[str]) -> bool:
+  """Returns whether a result certainly has several frames, whatever the model: B has, and the target of its example."""
+  try:
+    found = [probe(path) for path in clips[-3:]]
+  except (OSError, UserError):
+    return False  # which is reported when they are read
+  # Not short videos, which a model may resample to a single frame.
+  videos = [info.num_frames >= 5 and (info.duration is None or info.duration >= 1) for info in found]
+  return videos[-1] and (len(found) < 3 or videos[-2] or all(info.num_frames == 1 for info in found[:-1]))
+
+
 def check_outputs(
   requests: Sequence[Request], *, first_frame: str | None = None, num_frames: int | None = None, grid: bool = False
 ) -> None:
@@ -308,5 +320,7 @@ def check_outputs(
       require_short_names(request.out.with_name(f"{request.out.name}.png"), grid=grid)
     else:
       check_result(request.out, [*request.clips, *([first_frame] if first_frame else [])], num_frames, grid=grid)
+      if num_frames is None and first_frame is None:
+        check_target(request.out, None, is_video=_becomes_video(request.clips))
   for folder in dict.fromkeys(request.out.parent for request in requests):
     require_writable(folder)

@@ -4,7 +4,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from univid_jax.checkpoints.run_parts import open_base
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.program import spell_commands
 from univid_jax.core.text import count_noun
 from univid_jax.data.sources.computed import describe_held_out
 from univid_jax.evaluation import exact
@@ -27,12 +29,16 @@ def trained(result: TrainResult, config: RunConfig, workdir: str) -> str:
   folder = shlex.quote(workdir)
   if config.lora.enabled:
     files = ", ".join(f"{workdir}/{name}" for name in lora_exports(config))
-    lines += [
-      f"LoRA for ComfyUI and diffusers: {files}; in other formats:",
-      f"  python -m univid_jax.convert {folder} OUT.safetensors --to=diffusers|comfyui|musubi|univid",
-    ]
+    lines += (
+      [f"LoRA: {files}"]
+      if _has_own_base(config)
+      else [
+        f"LoRA for ComfyUI and diffusers: {files}; in other formats:",
+        f"  python -m univid_jax.convert {folder} OUT.safetensors --to=diffusers|comfyui|musubi|univid",
+      ]
+    )
   clips = "--clips=A.mp4,A2.mp4,B.mp4 --out=B2.mp4"
-  return "\n".join([*lines, "next:", f"  python -m univid_jax.sample --checkpoint={folder} {clips}"])
+  return spell_commands("\n".join([*lines, "next:", f"  python -m univid_jax.sample --checkpoint={folder} {clips}"]))
 
 
 def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig, workdir: str) -> str:
@@ -63,7 +69,7 @@ def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig,
     f"checkpoints {workdir}/checkpoints",
     *_next_steps(config, workdir),
   ]
-  return "\n".join(lines)
+  return spell_commands("\n".join(lines))
 
 
 def _next_steps(config: RunConfig, workdir: str) -> list[str]:
@@ -71,10 +77,13 @@ def _next_steps(config: RunConfig, workdir: str) -> list[str]:
   folder = shlex.quote(workdir)
   sample = f"  python -m univid_jax.sample --checkpoint={folder} --clips=A.png,A2.png,B.png --out=B2.png"
   if config.lora.enabled:
+    evaluate = f"  python -m univid_jax.evaluate --workdir={folder}"
+    if _has_own_base(config):
+      return ["next: sample from your own files, or evaluate with all metrics and controls:", sample, evaluate]
     return [
       "next: sample from your own files, evaluate with all metrics and controls, or export the LoRA:",
       sample,
-      f"  python -m univid_jax.evaluate --workdir={folder}",
+      evaluate,
       f"  python -m univid_jax.convert {folder} OUT.safetensors --to=diffusers|comfyui|musubi|univid",
     ]
   other = "runs/mine" if workdir.rstrip("/") != "runs/mine" else "runs/other"
@@ -83,6 +92,12 @@ def _next_steps(config: RunConfig, workdir: str) -> list[str]:
     sample,
     f"  python -m univid_jax.train --config={config.name} --config.data.folder=DIR --workdir={other}",
   ]
+
+
+def _has_own_base(config: RunConfig) -> bool:
+  """Returns whether a LoRA is that of a base that this project trained, for which no other program has a use."""
+  base = open_base(config)
+  return base is None or base.info.codec is not None
 
 
 def _steps(result: TrainResult) -> str:

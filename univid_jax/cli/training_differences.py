@@ -85,5 +85,6 @@ def _describe_size(size: tuple[int, int], usage: Usage) -> str:
   """Returns a size next to those of training, and how many times as many pixels it has, which take at least as long."""
   trained = join_words(map(size_text, usage.sizes), "or")
   factor = math.prod(size) / max(map(math.prod, usage.sizes))
-  more = f", {round(factor, 1):,g} times as many" if factor >= 1.5 else ""
+  times = f"{round(factor, 1):,g} times as"
+  more = f", {times} many, which take at least {times} long" if factor >= 1.5 else ""
   return f"{size_text(size)} pixels (width x height) instead of {trained}{more}"

@@ -70,8 +70,10 @@ def differences(before: RunConfig, after: RunConfig) -> Iterator[tuple[str, Any,
 
 
 def find_keys(name: str) -> list[str]:
-  """Returns the dotted keys of the default config whose last part is `name`."""
-  return [key for key, _ in _leaves(to_json(RunConfig())) if key.rpartition(".")[2] == name]
+  """Returns the full keys of values and groups of the default config whose last part is `name`."""
+  keys = [key for key, _ in _leaves(to_json(RunConfig()), "config")]
+  groups = dict.fromkeys(key.rpartition(".")[0] for key in keys)
+  return [key for key in [*groups, *keys] if key.rpartition(".")[2] == name]
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

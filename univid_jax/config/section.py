@@ -2,12 +2,13 @@
 
 import collections.abc
 import dataclasses
+import difflib
 import enum
 import functools
 import math
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -114,8 +115,26 @@ def _build_section(kind: Any, values: Any, key: str) -> Any:
   names = set(_field_types(kind))
   unknown = sorted(set(map(str, values)) - names)
   if unknown:
-    raise UserError(f"unknown key {key}.{unknown[0]}; there are {', '.join(sorted(names))}")
+    raise UserError(describe_unknown(key, unknown[0], sorted(names)))
   return kind(**values)
+
+
+def describe_unknown(group: str, name: str, names: Iterable[str], *, elsewhere: Sequence[str] = ()) -> str:
+  """Returns what is wrong with a key that a group lacks, with similar keys and those that exist.
+
+  Args:
+    group: its full key.
+    name: of the unknown key in the group.
+    names: of the group's keys.
+    elsewhere: full keys of that name in other groups, suggested if the group has none that is similar.
+  """
+  names = list(names)
+  similar = [f"{group}.{each}" for each in difflib.get_close_matches(name, names)[:1]] or elsewhere
+  question = f"did you mean {' or '.join(similar)}? " if similar else ""
+  existing = (
+    f"there are {', '.join(names)}" if names else f"it is empty: set all of it, as --{group}=\"{{'{name}': ...}}\""
+  )
+  return f"unknown key {group}.{name}; {question}{existing[0].upper() if question else existing[0]}{existing[1:]}"
 
 
 @functools.cache

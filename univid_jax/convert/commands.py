@@ -18,17 +18,18 @@ from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.pretrained import describe_errors
 from univid_jax.checkpoints.run import RunRecord, read_run
+from univid_jax.checkpoints.run_parts import transformer_config
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.checkpoints.trained import read_run_loras
 from univid_jax.config.model import DTYPES
 from univid_jax.convert.checkpoint_writer import describe_nonfinite, write_checkpoint
 from univid_jax.convert.destination import atomic_folder, check_destination
-from univid_jax.convert.export import LAYOUTS, export_checkpoint
+from univid_jax.convert.export import LAYOUTS, check_layout, export_checkpoint
 from univid_jax.convert.identify import Source
 from univid_jax.convert.layout import Layout
 from univid_jax.convert.replacement import check_apart
 from univid_jax.convert.sources import Release, find_release
-from univid_jax.convert.trained_base import write_trained_base
+from univid_jax.convert.trained_base import require_from_scratch, write_trained_base
 from univid_jax.convert.verify import verify_release
 from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
@@ -121,8 +122,12 @@ def convert_any(
     export_checkpoint(source, destination, Layout(to), dtype=dtype, force=force)
     return f"wrote {destination} in the layout of {'the official release' if to == Layout.ORIGINAL else to}"
   if isinstance(found, RunRecord):
+    require_from_scratch(source, found)
     if to != JAX:
-      raise UserError(f"{source} is a run that trained a model from scratch; convert it to {JAX} first")
+      check_layout(source, transformer_config(found.config), Layout(to))
+      raise UserError(
+        f"{source} is a run that trained a model from scratch; convert it to {JAX} first, and the result to {to}"
+      )
     info = write_trained_base(source, found, destination, dtype=dtype, force=force)
     return f"wrote {destination}: {_describe_model(info)} ({_describe_sizes(info)})"
   if to != JAX:
@@ -162,7 +167,7 @@ def _name_expert(destination: str, lora: LoRAWeights) -> str:
 
 
 def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, dtype: str | None, force: bool) -> str:
-  """Writes a LoRA; returns what else there is to say, see `write_lora`."""
+  """Writes a LoRA; returns what else there is to say: see `write_lora`, and whether only this project has its base."""
   if to != JAX and to not in FORMATS:
     raise UserError(f"{source} contains a LoRA, which cannot be converted to {to}; use {JAX}, {', '.join(FORMATS)}")
   converted = lora.astype(dtype) if dtype else lora
@@ -176,7 +181,10 @@ def _convert_lora(lora: LoRAWeights, source: str, destination: str, *, to: str, 
   path = epath.Path(destination)
   for file in (path, sidecar_path(path)) if path.suffix.lower() == ".ckpt" else (path,):
     check_destination(file, needed=needed, force=force, is_file=True)
-  return write_lora(path, lora, to, dtype=dtype)
+  notes = [write_lora(path, lora, to, dtype=dtype)]
+  if lora.usage and lora.usage.has_own_base:
+    notes.append(f"only univid_jax can use it: no other program can load its base, {lora.usage.base_model}")
+  return "; ".join(filter(None, notes))
 
 
 def verify(source: str, destination: str, *, allow_missing: Sequence[str] = ()) -> tuple[str, bool]:

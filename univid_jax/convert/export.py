@@ -28,6 +28,7 @@ from univid_jax.core.json_files import write_json
 from univid_jax.core.options import Expert, Quantize
 from univid_jax.core.paths import require_local
 from univid_jax.models.names import name_to_diffusers
+from univid_jax.models.variants import DiTConfig
 
 # Size of a shard, and with it the memory that writing one takes.
 SHARD_BYTES = 5 << 30
@@ -127,7 +128,10 @@ def export_checkpoint(
   for component in checkpoint.info.components:
     if component in weights:
       original = original_tensors(checkpoint, component)
-      configs[component] = _make_config(checkpoint, component, layout, original.infos)
+      config = checkpoint.config(component)
+      configs[component] = _make_config(checkpoint.folder, component, config, layout, original.infos)
+      if component == "transformer":
+        configs[component] |= own_entries(checkpoint.info)
       names = {name: files.rename(component, name) for name in original.infos}
       tensors[component] = LazyTensors(original.rename(names), dtype)
     else:
@@ -150,17 +154,24 @@ def export_checkpoint(
       write_json(folder / name, make_values(checkpoint))
 
 
+def check_layout(source: epath.PathLike, config: DiTConfig, layout: Layout) -> None:
+  """Raises UserError if a layout cannot hold the config of a transformer; `source` names it in the message."""
+  fills = make_fills("transformer", config)
+  infos = {name: TensorInfo(fill.original_shape, "float32") for fill in fills for name in fill.names}
+  _make_config(source, "transformer", config, layout, infos)
+
+
 def _make_config(
-  checkpoint: PretrainedCheckpoint, component: str, layout: Layout, infos: Mapping[str, TensorInfo]
+  source: epath.PathLike, component: str, config: Any, layout: Layout, infos: Mapping[str, TensorInfo]
 ) -> dict[str, Any]:
   """Returns the config.json next to a component's weights, {} if it has none; raises UserError if it loses values."""
-  config, make_values = checkpoint.config(component), LAYOUTS[layout].configs.get(component)
+  make_values = LAYOUTS[layout].configs.get(component)
   values = make_values(config) if make_values else {}
   try:
     require_readable(component, config, infos, values)
   except UserError as error:
-    raise UserError(f"{checkpoint.folder} cannot be written in the layout {layout}: {error}") from error
-  return values | (own_entries(checkpoint.info) if component == "transformer" else {})
+    raise UserError(f"{source} cannot be written in the layout {layout}: {error}") from error
+  return values
 
 
 def original_tensors(checkpoint: PretrainedCheckpoint, component: str) -> TensorFile:

@@ -24,6 +24,15 @@ from univid_jax.core.errors import UserError
 from univid_jax.parallel.mesh import make_mesh
 
 
+def require_from_scratch(workdir: epath.PathLike, record: RunRecord) -> None:
+  """Raises UserError if a run has trained a base, of which a folder would lack the other parts."""
+  if base := record.config.init_from:
+    raise UserError(
+      f"{workdir} is a run that trained the whole of {base}, whose other parts are not copied: use the workdir itself "
+      "as the checkpoint"
+    )
+
+
 def write_trained_base(
   workdir: epath.PathLike, record: RunRecord, destination: epath.PathLike, *, dtype: str | None, force: bool
 ) -> CheckpointInfo:
@@ -41,11 +50,7 @@ def write_trained_base(
     OSError: the destination exists, or the disk is too small.
   """
   config = record.config
-  if config.init_from:
-    raise UserError(
-      f"{workdir} is a run that trained the whole of {config.init_from}, whose other parts are not copied: use the "
-      "workdir itself as the checkpoint"
-    )
+  require_from_scratch(workdir, record)
   saved = SavedCheckpoints(workdir, model_only=True)
   _, params = restore_transformer(saved, config, make_mesh({"data": 1, "fsdp": -1}))
   stored = numpy_dtype(dtype or config.model.param_dtype)

@@ -85,7 +85,10 @@ class LocalLockFile:
 
   def _open_new(self) -> io.FileIO:
     while True:
-      self._path.parent.mkdir(parents=True, exist_ok=True)
+      try:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+      except FileNotFoundError as error:  # as of /proc
+        raise FileNotFoundError(error.errno, f"cannot create the folder {self._path.parent}") from error
       with contextlib.suppress(FileNotFoundError):  # another process has removed its empty folder meanwhile
         return self._path.open("xb", buffering=0)
 

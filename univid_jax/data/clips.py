@@ -23,7 +23,7 @@ from univid_jax.core.options import ClipFit, Resampling
 from univid_jax.core.paths import file_state
 from univid_jax.core.sentence import ClipRef
 from univid_jax.core.text import count_noun, size_text
-from univid_jax.data.media.reader import ClipInfo, Frames, list_frames, probe, read_clip
+from univid_jax.data.media.reader import ClipInfo, Frames, list_frames, probe, read_clip, shows_transparency
 from univid_jax.data.resizing import resize_and_crop, resize_and_pad
 
 # Part of every key: raise it when the same file would give other pixels.
@@ -265,8 +265,11 @@ def read_context(
     count = 1 if is_video is False else _context_length(info, form)
     clip = footage.clip(count)
     fps = info.fps and (form.fps or info.fps)
-    changes = tuple(footage.describe_changes(count))
-    clips.append(ContextClip(str(path), clip.read(), fps, footage.identify(), changes))
+    changes = [
+      *footage.describe_changes(count),
+      *(["transparent pixels are white"] if shows_transparency(path) else []),
+    ]
+    clips.append(ContextClip(str(path), clip.read(), fps, footage.identify(), tuple(changes)))
   return clips
 
 

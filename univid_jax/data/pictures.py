@@ -26,6 +26,8 @@ CAPTIONS: Mapping[str, str] = {
 # Space between frames, and above them for the names of the columns, in pixels; between clips that are joined.
 GAP, HEADER = 6, 50
 CLIP_GAP = 4
+# The colour of the line around frames.
+FRAME = (200, 200, 200)
 
 # Height of a frame in pixels.
 TILE = 96
@@ -99,6 +101,7 @@ def _draw(rows: Sequence[tuple[str, Sequence[Sequence[np.ndarray]]]], columns: S
       x = left + (width - _strip_width(frames)) // 2
       for frame in frames:
         area = (round(TILE * frame.shape[1] / frame.shape[0]), TILE)
+        pen.rectangle((x - 1, top - 1, x + area[0], top + TILE), outline=FRAME)  # or white frames would vanish
         canvas.paste(Image.fromarray(frame).resize(area, Image.Resampling.NEAREST), (x, top))
         x += area[0] + 2
   return canvas

@@ -1,6 +1,7 @@
 """Results of the UniVid paper (arXiv 2509.21760), as its tables print them."""
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 
 SOURCE = "UniVid, arXiv 2509.21760; measured on the authors' test sets, which are not public: not directly comparable."
 
@@ -43,6 +44,16 @@ BENCHMARKS = (
     ("30.76 / 13.73; 24.70 / 45.10 / 65.98", "29.84 / 13.52; 25.22 / 45.57 / 67.53"),
   ),
 )
+
+# What names of tasks, or of kinds of targets, contain if a row is about them, by the first word of the row.
+_STEMS = {"edges": "edge", "normals": "normal", "salient": "salien"}
+
+
+def select_results(results: Iterable[PublishedResult], names: Sequence[str]) -> list[PublishedResult]:
+  """Returns the rows about tasks or kinds of targets with these names."""
+  words = [(row, row.task.split()[0]) for row in results]
+  return [row for row, word in words if any(_STEMS.get(word, word) in name.lower() for name in names)]
+
 
 FOOTNOTES = (
   "(1) The paper reports the same number for depth. (2) 29 times lower than for the same task trained separately. "

@@ -25,6 +25,9 @@ from univid_jax.evaluation.score import Score, Scorer, group_by, mean_metrics
 
 log = logging.getLogger(__name__)
 
+# What report.md shows, where they exist.
+PICTURES = ("grid.png", "grid.webp", "failures.png", "curves.png")
+
 # The keys of eval.json, and the variants and baselines whose PSNR they hold.
 QUICK_KEYS = {"psnr": Candidate.PREDICTION} | {
   f"psnr_{name}": name
@@ -36,15 +39,22 @@ TWO_DECIMALS = ("psnr", "rmse", "clip_i", "clip_t", "mean", "median")
 
 
 class Gallery:
-  """Keeps the first sentence of each task and context, for a picture that shows as many tasks as fit."""
+  """Keeps sentences for a picture: one of each task and context that fits, and others that show another B."""
 
   MAX_ROWS = 8
 
   def __init__(self):
-    self._examples: dict[tuple[str, str], Generated] = {}
+    self._examples: dict[tuple[str, str], list[Generated]] = {}
 
   def add(self, generated: Generated) -> None:
-    self._examples.setdefault((generated.info.label, generated.info.context), generated)
+    """Keeps the first sentence of a task and context; further ones only while there are rows for them."""
+    shown = self._examples.setdefault((generated.info.label, generated.info.context), [])
+    if any(np.array_equal(generated.clips[-2][0], other.clips[-2][0]) for other in shown):
+      return
+    shown.append(generated)
+    most = max(self._examples.values(), key=len)
+    if sum(map(len, self._examples.values())) > self.MAX_ROWS and len(most) > 1:
+      most.pop()
 
   def draw(self, folder: epath.Path, *, with_swapped: bool, fps: float) -> None:
     """Draws A, A', B, the prediction, the ground truth and, if wanted, the prediction with swapped pairs.
@@ -62,11 +72,12 @@ class Gallery:
       left_out = ", ".join(f"{task} in {context or '-'}" for task, context in sorted(self._examples.keys() - keys))
       count = f"{len(keys)} of {len(self._examples)}"
       log.info("grid.png shows %s combinations of task and context; not %s", count, left_out)
+    shown = [generated for key in keys for generated in self._examples[key]]
     with atomic_write(folder / "grid.png") as unfinished:
-      sentence_grid(unfinished, self._rows(keys, with_swapped=with_swapped), columns=columns)
-    if videos := [key for key in keys if len(self._examples[key].clips[-1]) > 1]:
+      sentence_grid(unfinished, _gallery_rows(shown, with_swapped=with_swapped), columns=columns)
+    if videos := [generated for generated in shown if len(generated.clips[-1]) > 1]:
       with atomic_write(folder / "grid.webp") as unfinished:
-        rows = self._rows(videos, with_swapped=with_swapped)
+        rows = _gallery_rows(videos, with_swapped=with_swapped)
         sentence_animation(unfinished, rows, columns=columns, fps=fps or FPS)
     else:
       (folder / "grid.webp").unlink(missing_ok=True)
@@ -78,16 +89,16 @@ class Gallery:
       by_task.setdefault(task, []).append(context)
     return sorted(sorted(self._examples, key=lambda key: (by_task[key[0]].index(key[1]), key[0]))[: self.MAX_ROWS])
 
-  def _rows(self, keys: Sequence[tuple[str, str]], *, with_swapped: bool) -> list[tuple[str, list[np.ndarray]]]:
-    """Returns labels and clips."""
-    rows = []
-    for task, context in keys:
-      generated = self._examples[task, context]
-      clips = [*generated.clips[-4:-1], generated.samples[Candidate.PREDICTION], generated.clips[-1]]
-      score = psnr(generated.samples[Candidate.PREDICTION], generated.clips[-1])
-      label = f"{task.replace('_', ' ')}\ncontext {context or '-'}\n{score:.1f} dB"
-      rows.append((label, [*clips, generated.samples[Candidate.SWAPPED]] if with_swapped else clips))
-    return rows
+
+def _gallery_rows(shown: Sequence[Generated], *, with_swapped: bool) -> list[tuple[str, list[np.ndarray]]]:
+  """Returns labels and clips."""
+  rows = []
+  for generated in shown:
+    clips = [*generated.clips[-4:-1], generated.samples[Candidate.PREDICTION], generated.clips[-1]]
+    score, info = psnr(generated.samples[Candidate.PREDICTION], generated.clips[-1]), generated.info
+    label = f"{info.label.replace('_', ' ')}\ncontext {info.context or '-'}\n{score:.1f} dB"
+    rows.append((label, [*clips, generated.samples[Candidate.SWAPPED]] if with_swapped else clips))
+  return rows
 
 
 def describe_count(report: Mapping[str, Any], num_sentences: int) -> str:
@@ -163,10 +174,10 @@ def full_report(
 def write_report(folder: epath.Path, report: Mapping[str, Any], gallery: Gallery, *, fps: float) -> None:
   """Writes report.json, report.md, grid.png, grid.webp (with `fps`, see `Gallery.draw`) and curves.png."""
   write_text(folder / "report.json", format_json(report) + "\n")
-  write_text(folder / "report.md", markdown(report))
   gallery.draw(folder, with_swapped=True, fps=fps)
   with atomic_write(folder / "curves.png") as path:
     plot_curves(path, report)
+  write_text(folder / "report.md", markdown(report, [name for name in PICTURES if (folder / name).exists()]))
 
 
 def plot_curves(path: Path, report: Mapping[str, Any]) -> None:
@@ -200,12 +211,12 @@ def write_text(path: epath.Path, text: str) -> None:
     unfinished.write_text(text)
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-  """Formats a full report for people."""
+def markdown(report: Mapping[str, Any], pictures: Iterable[str] = ()) -> str:
+  """Formats a full report for people, with pictures that are next to it."""
   lines = ["# Evaluation", "", f"Held out: {describe_count(report, len(report['sentences']))}; {report['command']}", ""]
   if report["held_out_clips"]:
     lines += [f"Of computed tasks, {report['held_out_clips']}.", ""]
-  lines += [*_descriptions(report), ""]
+  lines += [*_descriptions(report), "", *(f"![{name}]({name})\n" for name in pictures)]
   for title, part in (
     ("All", {"all": report["overall"]}),
     ("By task", report["by_task"]),
@@ -222,13 +233,22 @@ def markdown(report: Mapping[str, Any]) -> str:
     names = [name for name in averages if name != "count" and not name.endswith("_std")]
     cells = [(row, *(_cell(values, name) for name in names)) for row, values in rows.items()]
     lines += [f"**{task}** ({count_noun(averages['count'], 'sentence')})", "", *_table(("", *names), cells), ""]
-  lines += ["## Published results", "", published.SOURCE, ""]
+  return "\n".join([*lines, *_published_section(report)])
+
+
+def _published_section(report: Mapping[str, Any]) -> list[str]:
+  """Formats the paper's results on the tasks of a report; empty if it has none."""
+  data = report["config"]["data"]
+  kinds = {data["tfds"]["task"]: data["tfds"]["kind"], **data["kinds"]}
+  names = [*report["by_task"], *(kind for task, kind in kinds.items() if task in report["by_task"])]
+  tables = []
   for columns, results in (
     (published.TRAINING_COLUMNS, published.TRAINING),
     (published.BENCHMARK_COLUMNS, published.BENCHMARKS),
   ):
-    lines += [*_table(("", "", *columns), [(row.task, row.metric, *row.values) for row in results]), ""]
-  return "\n".join([*lines, published.FOOTNOTES, ""])
+    if rows := published.select_results(results, names):
+      tables += [*_table(("", "", *columns), [(row.task, row.metric, *row.values) for row in rows]), ""]
+  return ["## Published results", "", published.SOURCE, "", *tables, published.FOOTNOTES, ""] if tables else []
 
 
 def _descriptions(report: Mapping[str, Any]) -> list[str]:

@@ -75,6 +75,14 @@ def read_image_frames(path: Path, indices: Sequence[int]) -> list[Frame]:
   return [frames[index] for index in indices]
 
 
+def is_transparent(path: Path) -> bool:
+  """Returns whether pixels of an image, or of an animation's first frame, are transparent, and so become white."""
+  with _open_image(path) as image:
+    if not image.has_transparency_data or image.mode.startswith("I"):
+      return False
+    return bool((np.asarray(image.convert("RGBA").getchannel("A")) < 255).any())
+
+
 @functools.lru_cache(maxsize=65536)
 def _read_animation(path: Path, state: tuple[int, ...]) -> Animation:
   """Reads sizes and delays; `state` is an argument so that a changed file is read again."""

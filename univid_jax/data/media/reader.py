@@ -19,7 +19,7 @@ from univid_jax.core.paths import is_lfs_pointer, require_local
 from univid_jax.core.text import size_text
 from univid_jax.data.media.color import Frame
 from univid_jax.data.media.content import describe_content
-from univid_jax.data.media.images import read_animation, read_image_frames
+from univid_jax.data.media.images import is_transparent, read_animation, read_image_frames
 from univid_jax.data.media.schedule import Schedule
 from univid_jax.data.media.timeline import read_timeline, scan_timeline
 from univid_jax.data.media.video_frames import read_video_frames
@@ -188,6 +188,13 @@ def probe(path: str | os.PathLike) -> ClipInfo:
         raise UserError(timeline.defect or "its frames cannot be counted")
       return ClipInfo(timeline.size, timeline.schedule)
     raise UserError(f"it is not a clip: a clip is {CLIP_KINDS}")
+
+
+def shows_transparency(path: str | os.PathLike) -> bool:
+  """Returns whether an image file has transparent pixels, which `read_clip` shows over white; False for other clips."""
+  path = _clip_path(path)
+  with _named_errors(path):
+    return path.suffix.lower() in (*ANIMATION_SUFFIXES, *IMAGE_SUFFIXES) and not path.is_dir() and is_transparent(path)
 
 
 def list_frames(folder: Path) -> list[Path]:

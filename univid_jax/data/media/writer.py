@@ -64,12 +64,13 @@ def require_short_name(path: Path) -> None:
       each.lstat()
 
 
-def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
+def check_target(path: str | os.PathLike, num_frames: int | None, *, is_video: bool = False) -> None:
   """Checks that `write_clip` can write this number of frames to a path, before time is spent on computing them.
 
   Args:
     path: see `write_clip`.
     num_frames: None if it is not known yet.
+    is_video: whether there are several, even if it is not known how many.
 
   Raises:
     UserError: the path is in a bucket, the suffix is unknown, there is a folder of this name, or several frames are to
@@ -79,8 +80,9 @@ def check_target(path: str | os.PathLike, num_frames: int | None) -> None:
   path = require_local(path)
   require_short_name(path)
   suffix = path.suffix.lower()
-  if suffix in IMAGE_SUFFIXES and num_frames not in (None, 1):
-    raise UserError(f"cannot write {num_frames} frames to the image {path}: use .mp4, or NAME/ for a folder of PNGs")
+  if suffix in IMAGE_SUFFIXES and (is_video or num_frames not in (None, 1)):
+    what = "a video" if num_frames is None else f"{num_frames} frames"
+    raise UserError(f"cannot write {what} to the image {path}: use .mp4, or NAME/ for a folder of PNGs")
   if suffix and suffix not in (*IMAGE_SUFFIXES, *CODECS, ".gif", ".npy"):
     raise UserError(f"cannot write {path}: use {TARGETS}")
   if path.is_dir() and suffix:
