@@ -17,6 +17,7 @@ from univid_jax.config.boundary import override
 from univid_jax.core.checks import require_number
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_SEED, ModelType, Objective
+from univid_jax.core.text import describe_value
 from univid_jax.data.media.reader import LoadedClip
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import Euler
@@ -234,6 +235,10 @@ def test_numbers_of_any_type(value):
 @pytest.mark.parametrize("value", ["0.5", None, True, 10**400, jnp.ones(2), np.ndarray])
 def test_what_is_no_number(value):
   refuse(lambda: require_number("x", value), "x must be a number, got ")
+
+
+def test_options_are_shown_as_users_write_them():
+  assert describe_value(ModelType.T2V) == "'t2v'" and describe_value(np.zeros((2, 3))) == "float64 (2, 3)"
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,9 @@ class TestFlags:
       ("validation.accelerate", "()", ()),
       ("data.buckets", "480x832,832x480", ("480x832", "832x480")),
       ("data.buckets", "('480x832',)", ("480x832",)),
+      ("validation.accelerate", "123", ("123",)),
       ("lora.targets", "q,ffn.0", ("q", "ffn.0")),
+      ("lora.targets", "q, k,", ("q", "k")),
       ("validation.sigmas", "0.5,1", (0.5, 1)),
     ],
   )

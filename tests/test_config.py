@@ -328,8 +328,8 @@ class TestStoredConfigs:
   @pytest.mark.parametrize(
     "content, message",
     [
-      ("{", "cannot be read"),
-      ("[]", "cannot be read"),
+      ("{", "is not valid JSON"),
+      ("[]", "must contain a JSON object"),
       ('{"model": {}, "data": {}, "rows": {}, "new": 1}', "unknown key config.new"),
     ],
   )

@@ -412,10 +412,10 @@ def test_the_gallery_shows_more_sentences_of_few_tasks(tmp_path, monkeypatch, ar
 
 def test_white_frames_have_an_outline(tmp_path):
   white = np.full((1, 8, 8, 3), 255, np.uint8)
-  sentence_grid(tmp_path / "grid.png", [("", (white,) * 5)], tile=40)
-  line = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))[HEADER + 20]
+  sentence_grid(tmp_path / "grid.png", [("", (white,) * 5)])
+  line = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))[HEADER + TILE // 2]
   edges = np.flatnonzero(line < 255)
-  assert len(edges) == 10 and (np.diff(edges)[::2] == 41).all()
+  assert len(edges) == 10 and (np.diff(edges)[::2] == TILE + 1).all()
 
 
 def test_the_gallery_animates_videos_alone(tmp_path, monkeypatch):

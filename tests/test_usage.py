@@ -154,7 +154,7 @@ OWN_BASE_NOTE = "; only univid_jax can use it: no other program can load its bas
 def test_only_this_project_can_use_a_lora_of_its_own_base(tmp_path):
   for name, note in (("small", OWN_BASE_NOTE), ("wan2.2-ti2v-5b", ""), ("custom", ""), ("", "")):
     path = tmp_path / "lora.safetensors"
-    write_lora(path, make_lora(), "comfyui", metadata={"base_model": name})
+    write_lora(path, make_lora(dataclasses.replace(USAGE, base_model=name)), "comfyui")
     for to in ("musubi", "jax"):
       written = convert_any(str(path), str(tmp_path / f"{name}_{to}.safetensors"), to=to)
       assert written.partition(")")[2] == (note if to == "musubi" else "")

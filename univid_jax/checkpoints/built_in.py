@@ -6,9 +6,9 @@ from typing import Any
 
 from etils import epath
 
-from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import CACHE_FOLDER, to_path
+from univid_jax.core.text import describe_value
 
 BUILT_IN = ("small",)
 

@@ -2,14 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from absl import flags
-from ml_collections import ConfigDict
-
-from univid_jax.config.boundary import find_keys
-from univid_jax.config.section import describe_unknown
-from univid_jax.core.errors import UserError
 
 # What converting a value says if it fails, and what was expected.
 _EXPECTED = (
@@ -54,18 +49,3 @@ def explain_flag(error: flags.Error, known: Collection[str]) -> str:
   if match and match[3].endswith("must have a value other than None."):
     return f"give --{match[1]}; see --help"
   return text
-
-
-def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
-  """Raises UserError if a command line overrides a key that the config lacks."""
-  for word in argv:
-    match = re.match(r"--?(?:no)?config\.([^=[]*)", word)  # [...] is up to ml_collections
-    group, value = "config", config
-    if match is None:
-      continue
-    for name in match[1].split("."):
-      if not isinstance(value, ConfigDict):
-        raise UserError(f"unknown key config.{match[1]}; {group} is a value, not a group of keys")
-      if name not in value:
-        raise UserError(describe_unknown(group, name, value, elsewhere=find_keys(name)))
-      group, value = f"{group}.{name}", value[name]

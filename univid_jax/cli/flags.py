@@ -1,6 +1,5 @@
 """Flags of the commands; those that several commands share are defined here, once."""
 
-import ast
 import functools
 import os
 import re
@@ -14,8 +13,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from univid_jax.cli.flag_errors import check_overrides, explain_flag
+from univid_jax.cli.flag_errors import explain_flag
 from univid_jax.cli.flag_groups import ProcessFlags, RunVerificationFlags, VerificationFlags
+from univid_jax.cli.overrides import check_overrides, quote_lists
 from univid_jax.config import presets
 from univid_jax.config.boundary import from_config_dict, to_config_dict
 from univid_jax.config.schema import RunConfig
@@ -261,7 +261,7 @@ class ConfigFlag:
     self.is_given = name is not None
     config = self._load(name, rest)
     check_overrides(config, rest)
-    rest = _quote_lists(rest, config)
+    rest = quote_lists(rest)
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
     return rest
 
@@ -289,32 +289,6 @@ def _take(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     else:
       rest.append(word)
   return found, rest
-
-
-def _quote_lists(words: Sequence[str], config: ml_collections.ConfigDict) -> list[str]:
-  """Returns a command line in which A,B for a tuple of a config is ('A', 'B'), which ml_collections understands."""
-  quoted, values = list(words), {"config": config.to_dict()}
-  for index, word in enumerate(words):
-    flag, equals, text = word.partition("=")
-    value: Any = values
-    for part in flag.lstrip("-").split("."):
-      value = value.get(part) if isinstance(value, dict) else None
-    if not isinstance(value, tuple):
-      continue
-    if equals and not _is_literal(text):
-      quoted[index] = f"{flag}={tuple(text.split(','))}"
-    elif not equals and index + 1 < len(words) and not _is_literal(words[index + 1]):
-      quoted[index + 1] = str(tuple(words[index + 1].split(",")))
-  return quoted
-
-
-def _is_literal(text: str) -> bool:
-  """Returns whether a text is a literal of Python."""
-  try:
-    ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return False
-  return True
 
 
 def load_config(name: str) -> ml_collections.ConfigDict:

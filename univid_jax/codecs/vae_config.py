@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
+from univid_jax.core.text import describe_value
 
 # Mean and standard deviation of each latent channel of the released weights of Wan2.1 and Wan2.2.
 # fmt: off

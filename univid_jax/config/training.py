@@ -177,7 +177,7 @@ class ValidationConfig(Section):
     previews: sentences of which samples are written.
     num_inference_steps: of these samples.
     accelerate: files of the distillation LoRA that these samples are made with, each as of the flag --accelerate; it
-      replaces num_inference_steps. Text is taken as a list with commas.
+      replaces num_inference_steps. Text is taken as a list with commas, but in a ConfigDict, which keeps to its types.
   """
 
   KEY: ClassVar[str] = "validation."

@@ -7,9 +7,9 @@ from typing import Any
 
 from univid_jax.checkpoints.tensor_files import TensorInfo
 from univid_jax.codecs.vae_config import AUTOENCODERS, VAEConfig, find_autoencoder
-from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ModelType
+from univid_jax.core.text import describe_value
 from univid_jax.models.clip import CLIPConfig
 from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import DiTConfig

@@ -12,9 +12,9 @@ from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.vae_config import VAEConfig
 from univid_jax.config.schema import CodecConfig
 from univid_jax.convert.component_configs import default_model_type, infer_config
-from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ModelType
+from univid_jax.core.text import describe_value
 from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import DiTConfig
 

@@ -4,7 +4,6 @@ import math
 import numbers
 import operator
 import os
-import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,12 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from univid_jax.core.errors import UserError
-
-
-def describe_value(value: object) -> str:
-  """Returns what a message says of a wrong value: dtype and shape of an array, else the value, shortened."""
-  shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-  return f"{dtype} {shape}" if isinstance(shape, tuple) and shape and dtype is not None else reprlib.repr(value)
+from univid_jax.core.text import describe_value
 
 
 def require_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:

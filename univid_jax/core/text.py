@@ -1,5 +1,7 @@
-"""How messages say numbers of things and of bytes, lists of them, and sizes of pictures."""
+"""How messages say numbers of things and of bytes, lists of them, sizes of pictures, and wrong values."""
 
+import enum
+import reprlib
 from collections.abc import Iterable, Sequence
 
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
@@ -33,3 +35,10 @@ def size_text(size: Sequence[int]) -> str:
   """Returns (height, width) as people read it, as viewers of pictures show it: "WIDTH x HEIGHT"."""
   height, width = size
   return f"{width} x {height}"
+
+
+def describe_value(value: object) -> str:
+  """Returns what a message says of a wrong value: dtype and shape of an array, else the value, shortened."""
+  value = value.value if isinstance(value, enum.Enum) else value
+  shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+  return f"{dtype} {shape}" if isinstance(shape, tuple) and shape and dtype is not None else reprlib.repr(value)

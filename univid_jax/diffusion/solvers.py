@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_STEPS, SolverName
 from univid_jax.core.protocols import NoiseSchedule, Number, Solver, Tokens, VelocityFn, Weights
+from univid_jax.core.text import describe_value
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from univid_jax.core.checks import describe_value, require_list
+from univid_jax.core.checks import require_list
 from univid_jax.core.errors import UserError
+from univid_jax.core.text import describe_value
 from univid_jax.models.variants import DiTConfig
 
 # How far rounding takes float frames out of [-1, 1].

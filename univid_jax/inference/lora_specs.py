@@ -14,10 +14,11 @@ from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.trained import is_lora_run, read_run_loras
 from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
-from univid_jax.core.checks import describe_value, require_number
+from univid_jax.core.checks import require_number
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, Expert, Quantize, TrainedExpert
 from univid_jax.core.paths import to_path
+from univid_jax.core.text import describe_value
 
 LoRASpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 LoRASpecs = LoRASpec | Sequence[LoRASpec]

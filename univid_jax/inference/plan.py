@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from univid_jax.core.checks import describe_value, require_integer, require_list, require_number
+from univid_jax.core.checks import require_integer, require_list, require_number
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_STEPS, SolverName
 from univid_jax.core.protocols import Solver
+from univid_jax.core.text import describe_value
 from univid_jax.diffusion.distillations import Distillation
 from univid_jax.diffusion.flow import FlowMatching
 from univid_jax.diffusion.solvers import check_sigmas, find_solver

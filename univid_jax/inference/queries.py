@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from univid_jax.core.checks import describe_value, require_callables, require_integer
+from univid_jax.core.checks import require_callables, require_integer
 from univid_jax.core.errors import UserError
 from univid_jax.core.seeds import check_seed
 from univid_jax.core.sentence import read_frames
+from univid_jax.core.text import describe_value
 from univid_jax.data.rows.packing import join_rows
 from univid_jax.inference.arguments import check_frames, list_clips
 from univid_jax.inference.batch_size import choose_batch_size, spread

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence, reference_roles
+from univid_jax.core.text import describe_value
 from univid_jax.data.rows.tokens import unpatchify
 from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from univid_jax.inference.arguments import check_embedding, check_latents, to_numpy

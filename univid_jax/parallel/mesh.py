@@ -10,8 +10,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
+from univid_jax.core.text import describe_value
 from univid_jax.platform.chips import Device
 
 # The axis that shards the tokens of a row. Its name is that of the config key, config.mesh.context.

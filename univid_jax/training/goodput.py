@@ -136,10 +136,12 @@ class Goodput:
     self._write()
 
   def _read(self) -> tuple[Totals, dict[int, Totals]]:
-    if not self._writes or not self._path.exists():
+    if not self._writes:
       return _zeros(), {}
     try:
       with bucket_errors(self._path):
+        if not self._path.exists():
+          return _zeros(), {}
         contents = self._path.read_bytes()
       values = parse_json(contents)
       checkpoints = {int(step): _parse(totals) for step, totals in values["checkpoints"].items()}

@@ -59,7 +59,8 @@ class MetricsWriter:
       self._lines[-1] = json.dumps(last | dict(metrics)) + "\n"
       with atomic_write(self._path) as path:
         path.write_text("".join(self._lines))
-      self._board.write(step, metrics)
+      with bucket_errors(self._path):
+        self._board.write(step, metrics)
 
   @functools.cached_property
   def _board(self) -> "_Board":

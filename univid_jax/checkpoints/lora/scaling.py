@@ -10,9 +10,9 @@ from typing import Any
 from etils import epath
 
 from univid_jax.checkpoints.tensor_files import is_tensor_file
-from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json_object
+from univid_jax.core.text import describe_value
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_STEM = "adapter_model"

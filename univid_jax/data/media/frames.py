@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from typing_extensions import Protocol, runtime_checkable
 
-from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
+from univid_jax.core.text import describe_value
 
 
 @runtime_checkable

@@ -13,10 +13,9 @@ import numpy as np
 from av.error import FFmpegError
 from jaxtyping import Int, UInt8
 
-from univid_jax.core.checks import describe_value
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import is_lfs_pointer, require_local
-from univid_jax.core.text import size_text
+from univid_jax.core.text import describe_value, size_text
 from univid_jax.data.media.color import Frame
 from univid_jax.data.media.content import describe_content
 from univid_jax.data.media.images import is_transparent, read_animation, read_image_frames

@@ -17,13 +17,13 @@ import numpy as np
 
 from univid_jax.config.grids import MAX_SIDE
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.checks import describe_value
 from univid_jax.core.contexts import make_sentence
 from univid_jax.core.errors import UserError
 from univid_jax.core.installation import install_command
 from univid_jax.core.json_files import read_json_object
 from univid_jax.core.paths import walk_files
 from univid_jax.core.sentence import Sentence
+from univid_jax.core.text import describe_value
 from univid_jax.data.media.reader import is_foreign
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop, hold_out
