@@ -162,7 +162,7 @@ ANY_URL = {
 @pytest.mark.parametrize("name", ANY_URL)
 @pytest.mark.parametrize("url", OTHER)
 def test_other_urls(bucket, name, url):
-  with pytest.raises(UserError, match=f"^{url}: paths are local or in a bucket"):
+  with pytest.raises(UserError, match=rf"^(config\.data\.\w+: )?{url}: paths are local or in a bucket"):
     ANY_URL[name](url)
   assert not list(Path().iterdir())
 
@@ -174,7 +174,8 @@ def test_a_package_that_is_missing(bucket, name, monkeypatch):
 
   monkeypatch.setattr("fsspec.get_filesystem_class", refuse)
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-  with pytest.raises(UserError, match=r"^gs://b/x: Please install gcsfs .*: pip install -e .*\[gcs\]'"):
+  message = r"^(config\.data\.pairs: )?gs://b/x: Please install gcsfs .*: pip install -e .*\[gcs\]'"
+  with pytest.raises(UserError, match=message):
     ANY_URL[name]("gs://b/x")
 
 

@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
+from univid_jax.core.errors import UserError
 from univid_jax.core.options import DepthAlignment
 from univid_jax.data.tasks.camera import camera_movement, camera_poses
 from univid_jax.evaluation.metrics import camera
@@ -279,6 +280,8 @@ def test_clip_scores(tmp_path):
   transformers = pytest.importorskip("transformers", reason="needs the extra `clip`")
   from univid_jax.evaluation.metrics.clip_scores import CLIPScores
 
+  with pytest.raises(UserError, match="nowhere is no CLIP model in the format of transformers"):
+    CLIPScores(str(tmp_path / "nowhere"))
   torch.manual_seed(0)
   config = transformers.CLIPConfig(
     text_config=dict(

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +15,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.clip_files import write_image, write_table, write_tfds, write_video
+from tests.clip_files import write_image, write_pairs, write_table, write_tfds, write_video
 from tests.stand_ins import CountingEncoders, Shape
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
@@ -33,8 +34,10 @@ from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources import base
 from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.evaluation.score import Scorer
 from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.training import validation
+from univid_jax.training.setup import set_up_run
 from univid_jax.training.validation import select_sentences
 
 CASES = Path(__file__).parent / "cases" / "videos"
@@ -449,3 +452,17 @@ def test_what_is_no_file_in_a_folder_is_named(tmp_path):
   (tmp_path / "frames.png").mkdir()
   dropped = FolderSource.open(str(tmp_path), side=16).dropped
   assert [each.record for each in dropped] == ["gone.png", "loop.png", "pipe.mp4"]
+
+
+@pytest.mark.parametrize("path", ["nowhere", "ftp://bucket/file"])
+def test_paths_that_cannot_be_read_are_named_with_their_key(tmp_path, path):
+  path = path if "://" in path else str(tmp_path / path)
+  data = [f"data.{name}" for name in ("folder", "test_folder", "metadata", "pairs", "manifest", "arc.path")]
+  openers = dict.fromkeys([*data, "data.arc.test_path", "data.test_pairs"], open_data)
+  openers |= dict.fromkeys(["init_from", "validation.accelerate"], lambda config: set_up_run(config, tmp_path / "run"))
+  openers["eval.palette"] = Scorer
+  write_pairs(tmp_path / "pairs")
+  for key, opener in openers.items():
+    training = {"data.pairs": str(tmp_path / "pairs")} if key == "data.test_pairs" else {}
+    with pytest.raises((UserError, OSError), match=rf"config\.{re.escape(key)}: .*{re.escape(path)}"):
+      opener(override(tiny(), training | {key: [path] if key == "validation.accelerate" else path}))

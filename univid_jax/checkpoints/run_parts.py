@@ -19,7 +19,7 @@ from univid_jax.config.drawn import DrawnSentences
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.contexts import CONTEXTS, video_pattern
 from univid_jax.core.dims import latent_shape
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, name_key
 from univid_jax.core.options import Expert, Quantize, TrainedExpert
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import CodecShape, Encoders
@@ -39,7 +39,8 @@ WAN21_PIXELS_PER_TOKEN = 16
 
 def open_base(config: RunConfig) -> PretrainedCheckpoint | None:
   """Opens the base of a run, which reads its checkpoint.json; None if the run starts from scratch."""
-  return PretrainedCheckpoint.open(config.init_from) if config.init_from else None
+  with name_key("init_from"):
+    return PretrainedCheckpoint.open(config.init_from) if config.init_from else None
 
 
 def transformer_config(config: RunConfig) -> DiTConfig:

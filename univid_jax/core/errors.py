@@ -1,5 +1,8 @@
 """Exceptions with a meaning for the commands: errors that a user can fix, and runs that were stopped."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
   """A wrong value, file or combination that the user can fix; the message says what, where and how.
@@ -31,6 +34,24 @@ class Interrupted(KeyboardInterrupt):
   def __init__(self, message: str, exit_code: int = 75):
     super().__init__(message)
     self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def name_key(key: str) -> Iterator[None]:
+  """Names a key of the config in errors about the file or folder that it gives, unless they name it already.
+
+  Args:
+    key: without "config.".
+  """
+  try:
+    yield
+  except (UserError, OSError) as error:  # stays the same one, whose type and number callers may handle
+    if f"config.{key}" not in str(error):
+      if isinstance(error, OSError) and error.strerror:
+        error.strerror = f"config.{key}: {error.strerror}"
+      else:
+        error.args = (f"config.{key}: {error}",)
+    raise
 
 
 def first_line(error: BaseException) -> str:

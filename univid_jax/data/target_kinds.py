@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 import numpy as np
-from etils import epath
 from jaxtyping import Bool, Float, Integer, UInt8
 
 from univid_jax.config.schema import DataConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Resampling, TargetKind
+from univid_jax.core.paths import to_path
 from univid_jax.data.tasks.grids import GRID_FAMILIES
 from univid_jax.data.tasks.grids.base import ARC_TASK, GridSplit, task_name
 
@@ -61,12 +61,14 @@ def read_palette(path: str) -> UInt8[np.ndarray, "labels 3"]:
   """Reads the colours of labels from a text file with one line "R G B" per label; "" returns Pascal VOC's 256 colours.
 
   Raises:
-    UserError: the file has another form.
+    OSError: the file cannot be read.
+    UserError: it has another form.
   """
   if not path:
     return label_colors(np.arange(_VOC_LABELS))
-  lines = [line.replace(",", " ").split() for line in epath.Path(path).read_text().splitlines() if line.strip()]
+  file = to_path(path)
   try:
+    lines = [line.replace(",", " ").split() for line in file.read_text().splitlines() if line.strip()]
     colors = np.atleast_2d(np.array(lines, int))
   except ValueError as error:
     raise UserError(f"{path} is not a palette, one line R G B per label: {error}") from error

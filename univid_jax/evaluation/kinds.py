@@ -14,7 +14,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, name_key
 from univid_jax.core.options import DepthAlignment, TargetKind
 from univid_jax.data.target_kinds import image_to_depth, image_to_normals, known_pixels, own_kinds, read_palette
 from univid_jax.data.tasks.camera import camera_poses
@@ -73,7 +73,8 @@ class KindOptions:
       UserError: it is not a palette, or lacks a label.
     """
     options = config.eval
-    colors = read_palette(options.palette)
+    with name_key("eval.palette"):
+      colors = read_palette(options.palette)
     num_labels, void = options.num_labels or len(colors), options.void_label
     for key, needed in (("num_labels", num_labels), ("void_label", void + 1)):
       if needed > len(colors) and TargetKind.SEGMENTATION in own_kinds(config.data).values():

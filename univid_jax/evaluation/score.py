@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.errors import name_key
 from univid_jax.core.options import TargetKind
 from univid_jax.data.target_kinds import COMPUTED_KINDS, own_kinds
 from univid_jax.evaluation.candidates import Candidate
@@ -68,12 +69,13 @@ class Scorer:
 
   Raises:
     FileNotFoundError: the file of the palette does not exist.
-    UserError: it is malformed, or CLIP scores need an extra that is not installed.
+    UserError: it is malformed, there is no such CLIP model, or the extra that CLIP scores need is not installed.
   """
 
   def __init__(self, config: RunConfig):
     self._kinds, self._options = own_kinds(config.data), KindOptions.from_config(config)
-    self._clip_scores = CLIPScores(config.eval.clip_model) if config.eval.clip_model else None
+    with name_key("eval.clip_model"):
+      self._clip_scores = CLIPScores(config.eval.clip_model) if config.eval.clip_model else None
 
   def __call__(self, generated: Generated) -> list[Score]:
     """Scores all clips of a sentence."""

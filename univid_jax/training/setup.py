@@ -31,7 +31,7 @@ from univid_jax.checkpoints.run_parts import (
 )
 from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
 from univid_jax.config.schema import CodecConfig, ModelConfig, RunConfig
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, name_key
 from univid_jax.core.options import TrainedExpert
 from univid_jax.core.protocols import Encoders
 from univid_jax.core.sentence import Sentence
@@ -143,7 +143,8 @@ def set_up_run(
   if has_checkpoint(workdir):
     check_same_run(workdir, require_run(workdir), record)  # before anything in the workdir changes
   files = config.validation.accelerate if config.validation.every_steps else ()
-  distillation = read_distillation(files, verify=verify_weights) if files else None
+  with name_key("validation.accelerate"):
+    distillation = read_distillation(files, verify=verify_weights) if files else None
   mesh = make_mesh(config.mesh)
   with verified(config.init_from and locate(config.init_from), enabled=verify_weights):
     shape = transformer_config(config)

@@ -16,7 +16,7 @@ from univid_jax.core.contexts import (
   possible_contexts,
   video_pattern,
 )
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, name_key
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames, reference_roles
 from univid_jax.core.text import count_noun
@@ -280,7 +280,8 @@ def open_computed(config: RunConfig, split: Split, *, seed: int) -> ComputedSent
     clips.append(PhotoSource.bundled(split, jitter=data.jitter))
   if folder:
     side = 4 * max(data.height, data.width)
-    clips.append(FolderSource.open(copy_to_local(folder), side=side, fps=data.fps))
+    with name_key("data.folder" if trains else "data.test_folder"):
+      clips.append(FolderSource.open(copy_to_local(folder), side=side, fps=data.fps))
   return ComputedSentences(
     clips=clips,
     tasks=sort_weights(data.tasks),

@@ -13,7 +13,7 @@ from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.bucket_files import copy_to_local
 from univid_jax.core.checks import require_number
 from univid_jax.core.dims import floor_clip_length
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, name_key
 from univid_jax.core.options import TargetKind
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.text import count_noun
@@ -242,17 +242,21 @@ def _open_listed(config: RunConfig, used: Collection[str]) -> dict[str, _Opened]
   kinds = own_kinds(data)
   opened = {}
   if "metadata" in used:
-    source, dropped = open_metadata(copy_to_local(data.metadata), form, options, kind=kinds.get("", TargetKind.IMAGE))
+    with name_key("data.metadata"):
+      source, dropped = open_metadata(copy_to_local(data.metadata), form, options, kind=kinds.get("", TargetKind.IMAGE))
     opened["metadata"] = _hold_out("metadata", source, dropped, data.held_out)
   if "pairs" in used:
-    source, dropped = open_pairs(copy_to_local(data.pairs), form, options, kinds=kinds)
+    with name_key("data.pairs"):
+      source, dropped = open_pairs(copy_to_local(data.pairs), form, options, kinds=kinds)
     if data.test_pairs:
-      test = open_pairs(copy_to_local(data.test_pairs), form, options, kinds=kinds)
+      with name_key("data.test_pairs"):
+        test = open_pairs(copy_to_local(data.test_pairs), form, options, kinds=kinds)
       opened["pairs"] = _with_test_set("pairs", source, dropped, test)
     else:
       opened["pairs"] = _hold_out("pairs", source, dropped, data.held_out)
   if "manifest" in used:
-    source, dropped = open_manifest(copy_to_local(data.manifest), form, options, kinds=kinds)
+    with name_key("data.manifest"):
+      source, dropped = open_manifest(copy_to_local(data.manifest), form, options, kinds=kinds)
     opened["manifest"] = _hold_out("manifest", source, dropped, data.held_out)
   if "tfds" in used:
     open_split = functools.partial(
@@ -280,11 +284,13 @@ def _warn_of_unknown_tasks(data: DataConfig, opened: Mapping[str, _Opened]) -> N
 def _open_arc(config: RunConfig) -> _Opened:
   """Opens tasks of ARC; those of a test set need no training data, since they bring their own examples."""
   data = config.data
-  training, dropped = open_arc(copy_to_local(data.arc.path), config) if data.arc.path else (None, [])
+  with name_key("data.arc.path"):
+    training, dropped = open_arc(copy_to_local(data.arc.path), config) if data.arc.path else (None, [])
   if not data.arc.test_path:
     assert training is not None
     return _hold_out("arc.path", training, dropped, data.held_out)
-  test, test_dropped = open_arc(copy_to_local(data.arc.test_path), config)
+  with name_key("data.arc.test_path"):
+    test, test_dropped = open_arc(copy_to_local(data.arc.test_path), config)
   _require_any("arc.test_path", test, test_dropped)
   return _Opened(training or dataclasses.replace(test, tasks=[]), test.as_test_set(), [*dropped, *test_dropped])
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from univid_jax.core.errors import UserError
+from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.installation import install_command
 
 
@@ -15,7 +15,7 @@ class CLIPScores:
     path: a CLIP model in the format of transformers, a folder or a name on the Hugging Face hub.
 
   Raises:
-    UserError: the extra is not installed.
+    UserError: the extra is not installed, or there is no such model.
   """
 
   def __init__(self, path: str):
@@ -23,8 +23,11 @@ class CLIPScores:
       import transformers
     except ModuleNotFoundError as error:
       raise UserError(f"CLIP scores need PyTorch and transformers: {install_command('clip')}") from error
-    self._model = transformers.CLIPModel.from_pretrained(path).eval()
-    self._processor: Any = transformers.CLIPProcessor.from_pretrained(path)  # its stubs lack images and padding
+    try:
+      self._model = transformers.CLIPModel.from_pretrained(path).eval()
+      self._processor: Any = transformers.CLIPProcessor.from_pretrained(path)  # its stubs lack images and padding
+    except (OSError, ValueError) as error:
+      raise UserError(f"{path} is no CLIP model in the format of transformers: {first_line(error)}") from error
     self._texts: dict[str, np.ndarray] = {}
 
   def clip_t(self, clip: np.ndarray, text: str) -> float:
