@@ -14,6 +14,9 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.config.section import describe_unknown
 from univid_jax.core.errors import UserError
 
+# Brackets around a whole list. [qk] without a comma is a pattern.
+_BRACKETED = re.compile(r"\s*(?:\(([^()]*)\)|\[([^][]*,[^][]*)\])\s*")
+
 
 def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
   """Raises UserError if a command line overrides a key that the config lacks."""
@@ -33,7 +36,8 @@ def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
 
 
 def quote_lists(argv: Sequence[str]) -> list[str]:
-  """Returns a command line in which A,B for a list of text in the config is ('A', 'B'), as ml_collections wants it."""
+  """Returns a command line in which A,B for a list of text in the config is ('A', 'B'), as ml_collections wants it; so
+  are (A,B) and [A,B]."""
   quoted = list(argv)
   for index, word in enumerate(argv):
     if word == "--":
@@ -63,4 +67,6 @@ def _quote_list(text: str) -> str:
       return text
   except (ValueError, SyntaxError):
     pass
+  if bracketed := _BRACKETED.fullmatch(text):
+    text = bracketed[1] or bracketed[2]
   return str(tuple(part.strip() for part in text.split(",") if part.strip()))
