@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
@@ -286,6 +287,14 @@ class TestPython:
     config = DataConfig(tasks=tasks)
     tasks["invert"] = -1.0
     assert config.tasks == {"invert": 1.0}
+
+  @pytest.mark.parametrize("kind", [dict, types.MappingProxyType])
+  def test_overrides_do_not_change_the_mappings_of_the_caller(self, kind):
+    tasks = {"invert": 1.0}
+    data = {"height": 64, "tasks": tasks}
+    config = override(tiny(), {"data": kind(data), "data.width": 96, "data.tasks.flip": 2.0})
+    assert (config.data.height, config.data.width, config.data.tasks) == (64, 96, {"invert": 1.0, "flip": 2.0})
+    assert (data, tasks) == ({"height": 64, "tasks": {"invert": 1.0}}, {"invert": 1.0})
 
 
 def test_differences_name_keys():

@@ -43,6 +43,8 @@ def from_json(values: Mapping[str, Any]) -> RunConfig:
 def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
   """Returns the config with other values, by dotted key: `override(config, {"model.dim": 64})`.
 
+  Keys may be within values before them: `{"data.tasks": tasks, "data.tasks.invert": 1}` does not change `tasks`.
+
   Raises:
     UserError: a key is unknown or a value is invalid.
   """
@@ -50,8 +52,9 @@ def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
   for key, value in values.items():
     branch, *rest = tree, *key.split(".")
     for part in rest[:-1]:
-      if not isinstance(branch.get(part), dict):
+      if not isinstance(branch.get(part), Mapping):
         raise UserError(f"unknown key config.{key}")
+      branch[part] = dict(branch[part])  # it may be the caller's
       branch = branch[part]
     branch[rest[-1]] = value
   return from_json(tree)
