@@ -9,24 +9,37 @@ from PIL import Image
 import univid_jax
 from tests.commands import run_here
 from tests.helpers import GOLDENS
-from tests.stand_ins import open_bucket
+from tests.stand_ins import Bucket, open_bucket
 from tests.test_convert_destinations import small_lora
 from univid_jax.checkpoints.built_in import locate
+from univid_jax.checkpoints.checksums import digest_contents, read_names
+from univid_jax.checkpoints.lora.folder import read_lora_folder
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
+from univid_jax.checkpoints.run import require_run
+from univid_jax.checkpoints.trained import is_lora_run
 from univid_jax.cli.sampling import plan_requests
 from univid_jax.cli.verification import verify
+from univid_jax.codecs.tokenizer import Tokenizer
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.convert.commands import convert_any, inspect
+from univid_jax.convert.destination import check_destination
 from univid_jax.core import bucket_files
+from univid_jax.core.bucket_files import copy_file, copy_to_local, source_state
 from univid_jax.core.errors import UserError
 from univid_jax.core.lock import hold
 from univid_jax.core.paths import to_path
+from univid_jax.data.cache.entries import Cache
+from univid_jax.data.cache.shard_writer import pack_caches, repair_indices
 from univid_jax.data.features import caches_folder
+from univid_jax.data.fingerprint import read_fingerprint
 from univid_jax.data.sources.open import open_data
+from univid_jax.data.target_kinds import read_palette
+from univid_jax.evaluation.generate import read_generated
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.training.metrics_writer import MetricsWriter
 
 WAN = GOLDENS / "tiny_wan"
 # URLs that are not of a bucket.
@@ -98,6 +111,54 @@ class TestWritten:
     with hold(bucket / "run"):
       assert (bucket / "run" / ".lock-0").exists()
     assert not (bucket / "run" / ".lock-0").exists()
+
+
+def find_cached(url):
+  return "key" in Cache(url, "weights")
+
+
+def pack(url):
+  repair_indices(url)
+  pack_caches(url)
+
+
+# What reads paths that may be in a bucket.
+READERS = {
+  "file": copy_file,
+  "folder": copy_to_local,
+  "state": source_state,
+  "checksums": lambda url: digest_contents(url, listed_in=None),
+  "listed checksums": read_names,
+  "LoRA": read_lora,
+  "LoRA folder": read_lora_folder,
+  "LoRA run": is_lora_run,
+  "base": PretrainedCheckpoint.open,
+  "run": require_run,
+  "inspection": inspect,
+  "verification": lambda url: list(verify(url, write=False)),
+  "destination": lambda url: check_destination(url, needed=1, force=True),
+  "data": lambda url: open_data(override(tiny(), {"data.pairs": url})),
+  "fingerprint": read_fingerprint,
+  "tokenizer": Tokenizer,
+  "palette": read_palette,
+  "cache": find_cached,
+  "packing": pack,
+  "metrics": lambda url: MetricsWriter(url, start_step=0),
+  "samples": lambda url: next(read_generated(to_path(url), 1)),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_errors_of_buckets_are_os_errors(bucket, monkeypatch, name):
+  """Also where a library raises others; commands show them in one line."""
+
+  def fail(*args, **kwargs):
+    raise RuntimeError("Service Unavailable\n503")
+
+  for method in ("_open", "info", "ls", "exists", "isfile", "isdir", "modified"):
+    monkeypatch.setattr(Bucket, method, fail)
+  with pytest.raises(OSError, match=r"s3://bucket/x/y.*: RuntimeError: Service Unavailable$"):
+    READERS[name](str(bucket / "y"))
 
 
 LOCAL = "is in a bucket: give a path on this machine"

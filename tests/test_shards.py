@@ -18,7 +18,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.lock import hold
 from univid_jax.core.unfinished import unfinished_path
 from univid_jax.data.cache import shard_writer, shards
-from univid_jax.data.cache.entries import Cache, CacheWriteError
+from univid_jax.data.cache.entries import Cache, CacheError
 from univid_jax.data.cache.shard_writer import pack_caches, repair_indices
 from univid_jax.data.cache.shards import Index, Shard, Shards
 
@@ -128,7 +128,7 @@ class TestPack:
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, before[1]))
     try:
-      with pytest.raises(CacheWriteError, match=r"cannot write a shard to .*/latents/shards: .*File too large"):
+      with pytest.raises(CacheError, match=r"cannot write a shard to .*/latents/shards: .*File too large"):
         pack(tmp_path, remove_files=True)
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 
 from tests.clip_files import write_image, write_pairs, write_table, write_tfds, write_video
-from tests.stand_ins import CountingEncoders, Shape
+from tests.stand_ins import Bucket, CountingEncoders, Shape, open_bucket
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny
 from univid_jax.config.schema import RunConfig
+from univid_jax.core import bucket_files
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Role, Sentence, read_frames
 from univid_jax.data import held_out
+from univid_jax.data.cache.entries import CacheError
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.held_out import read_usable
 from univid_jax.data.prepare import prepare
@@ -312,6 +314,26 @@ def test_a_cache_that_cannot_be_written_drops_nothing(tmp_path, monkeypatch):
   with pytest.raises(OSError, match=message):
     prepare(features, data, row_shape=ROWS, allow_dropped=True)
   with closing(loader), pytest.raises(OSError, match="cannot write to the cache: No space left on device"):
+    next(loader)
+
+
+def test_a_cache_that_cannot_be_read_drops_nothing(tmp_path, monkeypatch):
+  """Nor for a bucket that does not answer."""
+  config, _ = write_data(tmp_path / "data", "folder", PLAIN)
+  monkeypatch.setattr(bucket_files, "CACHE_FOLDER", str(tmp_path / "copies"))
+  config = override(config, {"init_from": "base", "data.cache": str(open_bucket("cache"))})
+  data = open_data(config)
+  features = make_features(config, data, tmp_path)
+  prepare(features, data, row_shape=ROWS)
+
+  def fail(*args, **kwargs):
+    raise RuntimeError("Service Unavailable")
+
+  monkeypatch.setattr(Bucket, "_open", fail)
+  message = "cannot read the cache: s3://bucket/cache/.*: RuntimeError: Service Unavailable"
+  with pytest.raises(CacheError, match=message):
+    prepare(features, data, row_shape=ROWS, allow_dropped=True, verify=True)
+  with closing(open_loader(data, features, allow_dropped=True)) as loader, pytest.raises(CacheError, match=message):
     next(loader)
 
 

@@ -24,7 +24,7 @@ import xxhash
 from etils import epath
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import atomic_write, resolve_inside
+from univid_jax.core.paths import atomic_write, bucket_errors, resolve_inside
 from univid_jax.core.text import list_first
 
 CHECKSUMS_FILE = "checksums.xxh128"
@@ -94,7 +94,8 @@ def write_checksums(folder: epath.PathLike) -> int:
 
 
 def has_checksums(folder: epath.PathLike) -> bool:
-  return (epath.Path(folder) / CHECKSUMS_FILE).exists()
+  with bucket_errors(folder):
+    return (epath.Path(folder) / CHECKSUMS_FILE).exists()
 
 
 def read_names(folder: epath.PathLike) -> list[str]:
@@ -202,7 +203,9 @@ def digest_contents(path: epath.PathLike, *, listed_in: epath.PathLike | None) -
   path, listed = epath.Path(path), {}
   if listed_in is not None and has_checksums(listed_in):
     listed = {str(epath.Path(listed_in) / name): value for name, value in (_read_checksums(listed_in) or {}).items()}
-  names = sorted(_list_files(path)) if path.is_dir() else [""]
+  with bucket_errors(path):
+    is_folder = path.is_dir()
+  names = sorted(_list_files(path)) if is_folder else [""]
   files = [path / name if name else path for name in names]
   with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
     values = pool.map(lambda file: listed.get(str(file)) or hash_file(file), files)
@@ -212,15 +215,17 @@ def digest_contents(path: epath.PathLike, *, listed_in: epath.PathLike | None) -
 def hash_file(path: epath.PathLike) -> str:
   """Returns the XXH3 of a file's contents: 128 bits in hexadecimal."""
   checksum = xxhash.xxh3_128()
-  with epath.Path(path).open("rb") as file:
+  with bucket_errors(path), epath.Path(path).open("rb") as file:
     _hash_rest(file, checksum)
   return checksum.hexdigest()
 
 
 def _list_files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
   """Yields the names of the files that get checksums."""
-  for path in folder.iterdir():
-    if path.is_dir():
+  with bucket_errors(folder):
+    paths = [(path, path.is_dir()) for path in folder.iterdir()]
+  for path, is_folder in paths:
+    if is_folder:
       yield from _list_files(path, f"{prefix}{path.name}/")
     elif not path.name.endswith(CHECKSUMS_FILE):  # nor what a killed process has left of one
       yield prefix + path.name
@@ -228,7 +233,8 @@ def _list_files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
 
 def _read_checksums(folder: epath.PathLike) -> dict[str, str] | None:
   """Reads checksums by file name; returns None if the list is damaged."""
-  contents = (epath.Path(folder) / CHECKSUMS_FILE).read_bytes()
+  with bucket_errors(folder):
+    contents = (epath.Path(folder) / CHECKSUMS_FILE).read_bytes()
   end = contents.rfind(b"\n", 0, -1) + 1
   if contents[end:] != _last_line(contents[:end]):
     return None

@@ -16,6 +16,7 @@ from univid_jax.checkpoints.run import read_run, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_lora_steps, find_step
 from univid_jax.core.options import OnDamaged, Quantize, parse_option
+from univid_jax.core.paths import bucket_errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,8 +111,10 @@ class Origin:
     named += [(f"accelerator {number}", lora) for number, lora in enumerate(self.distillation)]
     for name, (path, weight) in named:
       expert, file = split_expert(path)
-      beside = find_config(epath.Path(file)), sidecar_path(epath.Path(file))  # which also say how it is applied
-      digests = [self._digest_lora(file), *(self._digest(each) for each in beside if each and each.is_file())]
+      with bucket_errors(file):
+        beside = find_config(epath.Path(file)), sidecar_path(epath.Path(file))  # which also say how it is applied
+        present = [each for each in beside if each and each.is_file()]
+      digests = [self._digest_lora(file), *map(self._digest, present)]
       if "transformer_2" in checksums:  # the name may decide, so that moving the file changes the model
         expert = expert or named_expert(file)
       checksums[name] = f"{expert or ''} {' + '.join(digests)} x {weight:g}".strip()

@@ -33,6 +33,7 @@ from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.wan_vae import VAE, VAEConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize
+from univid_jax.core.paths import bucket_errors
 from univid_jax.models.clip import CLIPConfig, CLIPVision
 from univid_jax.models.dit import DiT
 from univid_jax.models.layers import quantize_linears
@@ -172,7 +173,8 @@ class PretrainedCheckpoint:
     checksums = {name: self.checksum(name) for name in self.info.components}
     checksums[CONFIGS] = hashlib.sha256(text.encode()).hexdigest()
     if self.info.tokenizer is not None:
-      checksums[TOKENIZER] = hashlib.sha256(self.tokenizer_path().read_bytes()).hexdigest()
+      with bucket_errors(path := self.tokenizer_path()):
+        checksums[TOKENIZER] = hashlib.sha256(path.read_bytes()).hexdigest()
     return checksums
 
   @property
@@ -274,7 +276,7 @@ class PretrainedCheckpoint:
     if self._is_file(component):
       return
     folder = self.folder / component
-    found, expected = count_files(folder) if folder.exists() else 0, self.component(component).num_files
+    found, expected = count_files(folder), self.component(component).num_files
     if found != expected:
       raise UserError(f"{folder} has {found} files instead of {expected}: convert the release again")
 
@@ -304,5 +306,7 @@ def describe_errors(method: Quantize, errors: Sequence[float]) -> str:
 
 
 def count_files(folder: epath.Path) -> int:
-  """Counts the files in a folder and its subfolders."""
-  return sum(count_files(path) if path.is_dir() else 1 for path in folder.iterdir())
+  """Counts the files in a folder and its subfolders; 0 if there is none."""
+  with bucket_errors(folder):
+    paths = [(path, path.is_dir()) for path in folder.iterdir()] if folder.exists() else []
+  return sum(count_files(path) if is_folder else 1 for path, is_folder in paths)

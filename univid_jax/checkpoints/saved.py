@@ -16,7 +16,7 @@ from univid_jax.checkpoints.orbax_files import METRICS_FILE
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import OnDamaged
-from univid_jax.core.paths import atomic_write, is_remote, make_absolute
+from univid_jax.core.paths import atomic_write, bucket_errors, is_remote, make_absolute
 from univid_jax.runtime.processes import count_distinct, sum_over_processes, wait_for_processes
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -58,7 +58,8 @@ class SavedCheckpoints:
   @property
   def steps(self) -> list[int]:
     """The steps of all finished checkpoints, ascending."""
-    return sorted(ocp.utils.checkpoint_steps(self.parent)) if self.parent.exists() else []
+    with bucket_errors(self.parent):
+      return sorted(ocp.utils.checkpoint_steps(self.parent)) if self.parent.exists() else []
 
   def folder(self, step: int) -> epath.Path:
     return self.parent / str(step)
@@ -76,10 +77,12 @@ class SavedCheckpoints:
     """Reads the validation loss of a checkpoint; returns None if it was not measured or is not finite."""
     folder = self.folder(step)
     with verified(folder, enabled=self._verify and has_checksums(folder), select=_is_about_checkpoint):
-      if not (folder / METRICS_FILE).exists():
-        return None
+      with bucket_errors(folder):
+        if not (folder / METRICS_FILE).exists():
+          return None
+        contents = (folder / METRICS_FILE).read_bytes()
       try:
-        loss = float(parse_json((folder / METRICS_FILE).read_bytes())["val_loss"])
+        loss = float(parse_json(contents)["val_loss"])
       except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(folder, [f"{METRICS_FILE} (no validation loss)"]) from error
     return loss if math.isfinite(loss) else None

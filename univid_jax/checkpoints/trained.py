@@ -24,7 +24,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, OnDamaged, TrainedExpert
 from univid_jax.core.params import ParamTree
-from univid_jax.core.paths import to_path
+from univid_jax.core.paths import bucket_errors, to_path
 from univid_jax.models.lora import LoRAParam
 from univid_jax.models.offload import offload_blocks, put_in_words
 from univid_jax.parallel.mesh import make_mesh
@@ -77,8 +77,10 @@ def restore_transformer(
 
 
 def is_lora_run(path: epath.PathLike) -> bool:
-  """Returns whether a folder is the workdir of a LoRA run."""
-  record = read_run(path)
+  """Returns whether a path is the workdir of a LoRA run."""
+  with bucket_errors(path):
+    is_folder = to_path(path).is_dir()
+  record = read_run(path) if is_folder else None
   return record is not None and record.config.lora.enabled
 
 
@@ -149,7 +151,7 @@ def find_step(
 
 def find_lora_steps(paths: Iterable[str], *, verify: bool = True) -> dict[str, int]:
   """Returns the newest step whose model is intact of each path that is the workdir of a LoRA run; see `find_step`."""
-  return {path: find_step(path, None, verify=verify) for path in paths if to_path(path).is_dir() and is_lora_run(path)}
+  return {path: find_step(path, None, verify=verify) for path in paths if is_lora_run(path)}
 
 
 def _restore_model(saved: SavedCheckpoints, step: int | str | None, abstract: Any) -> tuple[int, Any]:

@@ -11,7 +11,7 @@ from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX, DELETED_FOLDER
-from univid_jax.core.paths import is_remote
+from univid_jax.core.paths import bucket_errors, is_remote
 from univid_jax.core.text import count_noun
 from univid_jax.data.cache import entries, shards
 
@@ -54,18 +54,22 @@ def verify(path: epath.PathLike, *, write: bool) -> Iterator[Findings]:
     FileNotFoundError: there is no such path.
   """
   path = locate(path)
-  if not path.exists():
+  with bucket_errors(path):
+    exists, is_folder = path.exists(), path.is_dir()
+    has_sidecar = not is_folder and sidecar_path(path).exists()
+  if not exists:
     raise FileNotFoundError(f"no such file or folder: {path}")
-  if not path.is_dir():
-    yield from _verify_files([path, sidecar_path(path)] if sidecar_path(path).exists() else [path])
+  if not is_folder:
+    yield from _verify_files([path, sidecar_path(path)] if has_sidecar else [path])
   elif has_checksums(path) or is_checkpoint(path) or is_lora_folder(path) or _is_run_checkpoint(path):
     yield _verify_folder(path, write=write)
   else:
-    inside = sorted(path.iterdir())
-    yield from _verify_files([other for other in inside if not other.is_dir()])
-    for folder in inside:
+    with bucket_errors(path):
+      inside = [(each, each.is_dir()) for each in sorted(path.iterdir())]
+    yield from _verify_files([each for each, is_folder in inside if not is_folder])
+    for folder in (each for each, is_folder in inside if is_folder):
       is_deleted = folder.name == DELETED_FOLDER and _is_in_checkpoints(folder)
-      if folder.is_dir() and DAMAGED_SUFFIX not in folder.name and not is_deleted:
+      if DAMAGED_SUFFIX not in folder.name and not is_deleted:
         yield from verify(folder, write=write)
 
 
@@ -101,7 +105,8 @@ def _verify_files(paths: list[epath.Path]) -> Iterator[Findings]:
 def _find_damage(path: epath.Path) -> str | None:
   """Returns what is wrong with a file, "" if nothing; None if it carries no checksum."""
   try:
-    return _check_file(path)
+    with bucket_errors(path):
+      return _check_file(path)
   except OSError as error:
     return f"cannot be read: {error.strerror or error}"
 

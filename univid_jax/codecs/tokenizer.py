@@ -14,6 +14,7 @@ from etils import epath
 from jaxtyping import Int
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.paths import bucket_errors
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,10 @@ class Tokenizer:
   """
 
   def __init__(self, path: str | os.PathLike, *, max_length: int = 512):
-    if not epath.Path(path).exists():
-      raise FileNotFoundError(f"no such tokenizer: {path}")
-    contents = epath.Path(path).read_bytes()
+    with bucket_errors(path):
+      if not epath.Path(path).exists():
+        raise FileNotFoundError(f"no such tokenizer: {path}")
+      contents = epath.Path(path).read_bytes()
     self.sha256 = hashlib.sha256(contents).hexdigest()
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(contents.decode())

@@ -9,7 +9,7 @@ from etils import epath
 
 from univid_jax.convert.replacement import check_replaceable_file, check_replaceable_folder
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import is_remote
+from univid_jax.core.paths import bucket_errors, is_remote
 from univid_jax.core.text import format_bytes
 from univid_jax.core.unfinished import PREFIX, find_unfinished, find_writer, remove, remove_abandoned, unfinished_path
 
@@ -35,9 +35,10 @@ def check_destination(destination: epath.PathLike, *, needed: int, force: bool, 
   if not is_remote(destination):
     destination.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(Path(destination).resolve())
-  if destination.exists() and not force:
-    raise FileExistsError(f"{destination} already exists; --force replaces it")
-  (check_replaceable_file if is_file else check_replaceable_folder)(destination)
+  with bucket_errors(destination):
+    if destination.exists() and not force:
+      raise FileExistsError(f"{destination} already exists; --force replaces it")
+    (check_replaceable_file if is_file else check_replaceable_folder)(destination)
   if is_remote(destination):
     return
   free = shutil.disk_usage(destination.parent).free
@@ -61,9 +62,10 @@ def atomic_folder(destination: epath.PathLike, *, needed: int, force: bool) -> I
   destination = epath.Path(destination)
   check_destination(destination, needed=needed, force=force)
   if is_remote(destination):
-    if destination.exists():
-      destination.rmtree() if destination.is_dir() else destination.unlink()
-    destination.mkdir(parents=True)
+    with bucket_errors(destination):
+      if destination.exists():
+        destination.rmtree() if destination.is_dir() else destination.unlink()
+      destination.mkdir(parents=True)
     yield destination
     return
   target = Path(destination).resolve()

@@ -18,7 +18,7 @@ import fsspec
 from etils import epath
 from tqdm import tqdm
 
-from univid_jax.core.paths import CACHE_FOLDER, atomic_write, is_remote, to_path
+from univid_jax.core.paths import CACHE_FOLDER, atomic_write, bucket_errors, is_remote, to_path
 from univid_jax.core.unfinished import is_abandoned, is_unfinished
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,15 @@ def copy_to_local(path: str) -> str:
 
   Raises:
     FileNotFoundError: there is no such file or folder.
+    OSError: the bucket cannot be read.
   """
   if not path or not is_remote(path):
     return path
+  with bucket_errors(path):
+    return _copy_folder(path)
+
+
+def _copy_folder(path: str) -> str:
   wanted = to_path(path)
   _forget_listings(path)
   if not wanted.exists():
@@ -61,15 +67,17 @@ def copy_file(path: epath.PathLike, *, folder: str = "data") -> Path:
 
   Raises:
     FileNotFoundError: there is no such file.
+    OSError: the bucket cannot be read.
   """
   if not is_remote(path):
     return Path(path)
   source, copy = to_path(path), _copy_path(path, folder)
-  _forget_listings(path)
-  if not _is_current(copy, source_state(source)):
-    with _locked(copy):
-      if not _is_current(copy, source_state(source)):  # another process may have copied it meanwhile
-        _copy(source, copy)
+  with bucket_errors(path):
+    _forget_listings(path)
+    if not _is_current(copy, source_state(source)):
+      with _locked(copy):
+        if not _is_current(copy, source_state(source)):  # another process may have copied it meanwhile
+          _copy(source, copy)
   return copy
 
 
@@ -78,12 +86,14 @@ def source_state(path: epath.PathLike) -> tuple[int, int]:
 
   Raises:
     FileNotFoundError: there is no such file.
+    OSError: the bucket cannot be read.
   """
-  status = epath.Path(path).stat()
-  modified = status.mtime * 1_000_000_000  # etils knows whole seconds, and nothing of S3's
-  with contextlib.suppress(ImportError, NotImplementedError):  # TensorFlow reads gs:// without gcsfs
-    files, name = fsspec.core.url_to_fs(str(path))
-    modified = round(files.modified(name).timestamp() * 1_000_000) * 1000
+  with bucket_errors(path):
+    status = epath.Path(path).stat()
+    modified = status.mtime * 1_000_000_000  # etils knows whole seconds, and nothing of S3's
+    with contextlib.suppress(ImportError, NotImplementedError):  # TensorFlow reads gs:// without gcsfs
+      files, name = fsspec.core.url_to_fs(str(path))
+      modified = round(files.modified(name).timestamp() * 1_000_000) * 1000
   return status.length, modified
 
 

@@ -60,14 +60,14 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
 @contextlib.contextmanager
 def bucket_errors(path: epath.PathLike) -> Iterator[None]:
   """Raises an OSError in place of what a bucket's library raises, which often is none: HttpError of gcsfs, errors of
-  sign-in and of aiohttp. So what handles the errors of a disk handles those of a bucket.
+  sign-in and of aiohttp. So what handles the errors of a disk handles those of a bucket. A UserError passes.
 
   Args:
     path: that the block reads or writes; nothing happens to errors of local ones.
   """
   try:
     yield
-  except OSError:
+  except (OSError, UserError):
     raise
   except Exception as error:
     if not is_remote(path):

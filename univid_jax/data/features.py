@@ -129,7 +129,7 @@ class FeatureMaker:
     """Encodes clips of one shape, at most the codec's `num_parallel`, into the cache, which there must be.
 
     Raises:
-      CacheWriteError: a value cannot be stored.
+      CacheError: a value cannot be stored.
     """
     assert self.caches is not None
     for clip, latents in zip(clips, self.encoders.codec.encode_many(list(map(to_float, frames)))):

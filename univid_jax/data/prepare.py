@@ -17,7 +17,7 @@ from univid_jax.core.dims import latent_frames
 from univid_jax.core.errors import UserError
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
-from univid_jax.data.cache.entries import Cache, CacheWriteError
+from univid_jax.data.cache.entries import Cache, CacheError
 from univid_jax.data.features import FeatureMaker, condition_key
 from univid_jax.data.progress import Progress
 from univid_jax.data.rows.loader import check_lengths
@@ -72,7 +72,7 @@ def prepare(
 
   Raises:
     UserError: a record cannot be used; all others are encoded first.
-    CacheWriteError: a cache cannot be written.
+    CacheError: a cache cannot be written or read.
   """
   num_encoded = 0
   sentences, caches, encoders = _Sentences(data, held_out), features.caches, features.encoders
@@ -222,7 +222,7 @@ def _fill(sentences: _Sentences, cache: Cache | None, items: Iterable[Item], *, 
         try:
           compute()
           computed += 1
-        except CacheWriteError:
+        except CacheError:
           raise
         except (OSError, UserError) as error:
           sentences.drop(error)
@@ -314,5 +314,7 @@ def _check_rows(features: FeatureMaker, row_shape: RowShape, sentences: _Sentenc
       targets = sum(length for length, role in zip(lengths, sentence.roles) if role == Role.TARGET)
       counts = {"tokens": sum(lengths), "targets": targets, "text": texts[sentence.prompt]}
       check_lengths(sentence, counts, capacities)
+    except CacheError:
+      raise
     except (OSError, UserError) as error:
       sentences.drop(UserError(f"{sentence.record}: {error}"))

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Integer, UInt8
 from univid_jax.config.schema import DataConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Resampling, TargetKind
-from univid_jax.core.paths import to_path
+from univid_jax.core.paths import bucket_errors, to_path
 from univid_jax.data.tasks.grids import GRID_FAMILIES
 from univid_jax.data.tasks.grids.base import ARC_TASK, GridSplit, task_name
 
@@ -68,7 +68,9 @@ def read_palette(path: str) -> UInt8[np.ndarray, "labels 3"]:
     return label_colors(np.arange(_VOC_LABELS))
   file = to_path(path)
   try:
-    lines = [line.replace(",", " ").split() for line in file.read_text().splitlines() if line.strip()]
+    with bucket_errors(path):
+      text = file.read_text()
+    lines = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
     colors = np.atleast_2d(np.array(lines, int))
   except ValueError as error:
     raise UserError(f"{path} is not a palette, one line R G B per label: {error}") from error

@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from univid_jax.config.schema import EvalConfig
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.paths import atomic_write, bucket_errors
 from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.evaluation.candidates import Candidate
 from univid_jax.evaluation.controls import replace_pairs, round_trip, show_inverse_task
@@ -183,7 +183,9 @@ def generate_files(
   batches = split_batches(len(sentences), batch_size)[jax.process_index() :: jax.process_count()]
   with progress_bar(sum(map(len, batches))) as bar:
     for numbers in batches:
-      if not all(sample_path(folder, number).exists() for number in numbers):
+      with bucket_errors(folder):
+        is_stored = all(sample_path(folder, number).exists() for number in numbers)
+      if not is_stored:
         for number, generated in generate(pipeline, sentences, variants, numbers).items():
           _write(sample_path(folder, number), generated)
       bar.update(len(numbers))
@@ -196,7 +198,9 @@ def read_generated(folder: epath.Path, num_sentences: int) -> Iterator[Generated
     FileNotFoundError: one is missing.
   """
   for number in range(num_sentences):
-    with np.load(io.BytesIO(sample_path(folder, number).read_bytes())) as file:
+    with bucket_errors(path := sample_path(folder, number)):
+      contents = path.read_bytes()
+    with np.load(io.BytesIO(contents)) as file:
       clips = [file[f"clip_{i}"] for i in range(sum(name.startswith("clip_") for name in file))]
       samples = {name.removeprefix("sample_"): file[name] for name in file if name.startswith("sample_")}
       yield Generated(SentenceInfo(**json.loads(str(file["info"]))), clips, file["codec"], samples)

@@ -17,6 +17,7 @@ from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import format_json, parse_json
+from univid_jax.core.paths import bucket_errors
 from univid_jax.core.text import count_noun
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.data.sources.readers.arc import ARCSentences
@@ -88,7 +89,9 @@ def evaluate_quick(
 def is_evaluated(config: RunConfig, folder: epath.PathLike) -> bool:
   """Returns whether the eval.json of a run is of its last step, by the options of the config."""
   try:
-    report = parse_json((epath.Path(folder) / EVAL_FILE).read_bytes())
+    with bucket_errors(folder):
+      contents = (epath.Path(folder) / EVAL_FILE).read_bytes()
+    report = parse_json(contents)
     return report["steps"] == config.num_steps and report["eval"] == to_json(config)["eval"]
   except (OSError, ValueError, TypeError, KeyError):  # there is none, or one of an earlier version
     return False

@@ -17,7 +17,6 @@ from univid_jax.checkpoints.usage import Usage, describe_mismatch, merge_usages
 from univid_jax.core.checks import require_number
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Attention, ContextTimestep, Expert, Quantize, TrainedExpert
-from univid_jax.core.paths import to_path
 from univid_jax.core.text import describe_value
 
 LoRASpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
@@ -92,7 +91,7 @@ def _request(loras: Sequence[LoRAWeights], weight: float, expert: TrainedExpert)
 
 def _read(path: str, *, verify: bool, step: int | None) -> list[LoRAWeights]:
   """Reads a LoRA, or those of both experts that a run has trained."""
-  is_run = to_path(path).is_dir() and is_lora_run(path)
+  is_run = is_lora_run(path)
   if step is not None and not is_run:
     raise UserError(f"lora_steps has a step of {path}, which is not the workdir of a run with LoRA")
   loras = read_run_loras(path, step=step, verify=verify) if is_run else [read_lora(path, verify=verify)]

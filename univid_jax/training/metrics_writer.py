@@ -28,7 +28,8 @@ class MetricsWriter:
   def __init__(self, workdir: epath.PathLike, *, start_step: int):
     self._folder = epath.Path(workdir)
     self._path = self._folder / "metrics.jsonl"
-    text = self._path.read_bytes().decode(errors="replace") if self._path.exists() else ""
+    with bucket_errors(self._path):
+      text = self._path.read_bytes().decode(errors="replace") if self._path.exists() else ""
     self._lines = _select_lines(text, last_step=start_step)
     if "".join(self._lines) != text:
       with atomic_write(self._path) as path:  # a run that is killed here has lost nothing

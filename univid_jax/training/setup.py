@@ -33,6 +33,7 @@ from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
 from univid_jax.config.schema import CodecConfig, ModelConfig, RunConfig
 from univid_jax.core.errors import UserError, name_key
 from univid_jax.core.options import TrainedExpert
+from univid_jax.core.paths import bucket_errors
 from univid_jax.core.protocols import Encoders
 from univid_jax.core.sentence import Sentence
 from univid_jax.data.features import FeatureCaches, FeatureMaker
@@ -135,7 +136,8 @@ def set_up_run(
   """
   workdir = check_arguments(config, workdir)
   config = check_config(config)
-  epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+  with bucket_errors(workdir):
+    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   base = open_base(config)
   record = RunRecord(
     config, base_checksums(config), univid_jax.__version__, base_contents=base.contents if base else {}

@@ -22,7 +22,7 @@ from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.seeds import random_key
 from univid_jax.core.sentence import Sentence, read_frames
-from univid_jax.data.cache.entries import CacheWriteError
+from univid_jax.data.cache.entries import CacheError
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.held_out import read_usable
 from univid_jax.data.media.writer import write_clip
@@ -159,7 +159,7 @@ def leave_out_unusable(
     allow_dropped: leave out and log those that a process cannot use.
 
   Raises:
-    CacheWriteError: a cache cannot be written.
+    CacheError: a cache cannot be written or read.
     UserError: a sentence cannot be used and that is not allowed, or none can.
   """
   capacities = row_shape.capacities(feature_names(make_features.shape))
@@ -168,7 +168,7 @@ def leave_out_unusable(
     failed = False
     try:
       make_fitting(sentence, make_features, capacities)
-    except CacheWriteError:
+    except CacheError:
       raise
     except (OSError, UserError) as error:
       dropped[drop(sentence.record, error)] = None  # once, as a record may be several sentences

@@ -22,12 +22,13 @@ from univid_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from univid_jax.core.bucket_files import copy_file, copy_to_local
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_LORA_SCALE
-from univid_jax.core.paths import is_remote
+from univid_jax.core.paths import bucket_errors, is_remote
 
 
 def is_peft_folder(path: epath.PathLike) -> bool:
   """Returns whether a path is a folder that PEFT wrote."""
-  return (epath.Path(path) / CONFIG_FILE).is_file()
+  with bucket_errors(path):
+    return (epath.Path(path) / CONFIG_FILE).is_file()
 
 
 def read_lora(path: epath.PathLike, *, verify: bool = True) -> LoRAWeights:
@@ -45,7 +46,8 @@ def read_lora(path: epath.PathLike, *, verify: bool = True) -> LoRAWeights:
   if is_lora_folder(path) or has_checksums(path):
     with verified(path, enabled=verify):
       return read_lora_folder(path)
-  local = _local_copy(path) if is_remote(path) else Path(path)
+  with bucket_errors(path):
+    local = _local_copy(path) if is_remote(path) else Path(path)
   if is_peft_folder(local):
     found = find_adapter(epath.Path(local))
     if found is None:

@@ -5,17 +5,18 @@ published atomically: several processes may fill one cache, and a killed one lea
 packed into shards, see `shards`.
 """
 
+import contextlib
 import errno
 import hashlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from etils import epath
 from safetensors.numpy import load, save
 
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.paths import atomic_write, bucket_errors
 from univid_jax.data.cache.shards import FOLDER, Shards, seal_entry, unseal_entry
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,9 @@ ENCODING_VERSION = 1
 _NAME = "value"  # of the one array in a file
 
 
-class CacheWriteError(OSError):
-  """A value cannot be stored, for example because the disk is full; what it was computed from is not to blame."""
+class CacheError(OSError):
+  """A value cannot be stored or read, for example because the disk is full or a bucket does not answer; what it was
+  computed from is not to blame."""
 
 
 class Cache:
@@ -52,32 +54,33 @@ class Cache:
 
   def __contains__(self, key: str) -> bool:
     digest = self._digest(key)
-    return digest in self._shards or entry_path(self.folder, digest).exists() or digest in self._newer_shards()
+    with self._errors("read"):
+      return digest in self._shards or self._has_file(key) or digest in self._newer_shards()
 
   def get(self, key: str) -> np.ndarray | None:
-    """Returns the value, or None if it is missing or, as the log says once, corrupt."""
+    """Returns the value, or None if it is missing or, as the log says once, corrupt.
+
+    Raises:
+      CacheError: it cannot be read.
+    """
     digest = self._digest(key)
-    body = self._shards.read(digest)
-    if body is None:
-      body = self._read_file(key)
-    if body is None:
-      body = self._newer_shards().read(digest)
+    with self._errors("read"):
+      body = self._shards.read(digest)
+      if body is None:
+        body = self._read_file(key)
+      if body is None:
+        body = self._newer_shards().read(digest)
     # Not a .npy, whose header several threads cannot parse at once, see `data.media.reader._HEADER_LOCK`.
     return None if body is None else load(bytes(body))[_NAME]
 
   def put(self, key: str, value: np.ndarray) -> None:
-    """Stores a value; raises CacheWriteError if that is not possible."""
+    """Stores a value; raises CacheError if that is not possible."""
     body = save({_NAME: np.ascontiguousarray(value)})
-    try:
-      with atomic_write(self.path(key)) as path:
-        path.write_bytes(seal_entry(body))
-    except OSError as error:
-      reason = error.strerror or str(error)
-      number = error.errno or errno.EIO  # an error of a bucket may have none
-      raise CacheWriteError(number, f"cannot write to the cache: {reason}", str(self.path(key))) from error
+    with self._errors("write to", self.path(key)), atomic_write(self.path(key)) as path:
+      path.write_bytes(seal_entry(body))
 
   def get_or_compute(self, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Returns the value; computes and stores it if necessary, and raises CacheWriteError if it cannot be stored."""
+    """Returns the value; computes and stores it if necessary, and raises CacheError if it cannot be stored."""
     value = self.get(key)
     if value is None:
       value = compute()
@@ -87,10 +90,27 @@ class Cache:
   def _digest(self, key: str) -> bytes:
     return hashlib.sha256(f"{ENCODING_VERSION}|{self.fingerprint}|{key}".encode()).digest()
 
+  @contextlib.contextmanager
+  def _errors(self, action: str, path: epath.Path | None = None) -> Iterator[None]:
+    """Raises CacheError in place of other OSErrors, about a path or the one that they name."""
+    try:
+      yield
+    except OSError as error:
+      reason = error.strerror or str(error)
+      number = error.errno or errno.EIO  # an error of a bucket may have none
+      raise CacheError(
+        number, f"cannot {action} the cache: {reason}", str(path or error.filename or self.folder)
+      ) from error
+
+  def _has_file(self, key: str) -> bool:
+    with bucket_errors(path := self.path(key)):
+      return path.exists()
+
   def _read_file(self, key: str) -> bytes | None:
     path = self.path(key)
     try:
-      body = unseal_entry(path.read_bytes())
+      with bucket_errors(path):
+        body = unseal_entry(path.read_bytes())
     except FileNotFoundError:
       return None
     if body is None and key not in self._reported:

@@ -19,10 +19,10 @@ from etils import epath
 
 from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.paths import atomic_write, bucket_errors
 from univid_jax.core.text import count_noun
 from univid_jax.core.unfinished import is_unfinished
-from univid_jax.data.cache.entries import CacheWriteError, entry_path, is_entry
+from univid_jax.data.cache.entries import CacheError, entry_path, is_entry
 from univid_jax.data.cache.shards import (
   FOLDER,
   INDEX_FILE,
@@ -82,9 +82,8 @@ def repair_indices(folder: epath.PathLike) -> None:
   if jax.process_index() == 0:
     for name in CACHE_NAMES:
       shards = epath.Path(folder) / name / FOLDER
-      if shards.exists():
-        _remove_unfinished(shards)
-        _update_index(shards)
+      _remove_unfinished(shards)
+      _update_index(shards)
   wait_for_processes("indices of shards are repaired")
 
 
@@ -104,7 +103,7 @@ def pack_caches(
     What all processes packed.
 
   Raises:
-    CacheWriteError: a shard cannot be written.
+    CacheError: a shard cannot be written.
   """
   caches = [epath.Path(folder) / name for name in CACHE_NAMES]
   own = {cache: list(_own_digests(cache)) for cache in caches}
@@ -132,8 +131,9 @@ def _own_digests(cache: epath.Path) -> Iterator[bytes]:
   """Yields the digests of the files that fall to this process."""
   for number in range(jax.process_index(), 256, jax.process_count()):
     subfolder = cache / f"{number:02x}"
-    if subfolder.exists():
-      yield from (bytes.fromhex(path.stem) for path in sorted(subfolder.iterdir()) if is_entry(path))
+    with bucket_errors(subfolder):
+      paths = sorted(subfolder.iterdir()) if subfolder.exists() else []
+    yield from (bytes.fromhex(path.stem) for path in paths if is_entry(path))
 
 
 def _unpacked(
@@ -145,7 +145,8 @@ def _unpacked(
     progress.update(position, num_yielded)
     if shards.read(digest) is None:
       path = entry_path(cache, digest)
-      entry = path.read_bytes()
+      with bucket_errors(path):
+        entry = path.read_bytes()
       if unseal_entry(entry) is None:
         log.warning("%s is corrupt and is not packed", path)
         continue
@@ -160,7 +161,8 @@ def _remove_packed(cache: epath.Path, digests: list[bytes]) -> int:
     for position, digest in enumerate(digests):
       progress.update(position, num_removed)
       if shards.read(digest) is not None:
-        entry_path(cache, digest).unlink(missing_ok=True)
+        with bucket_errors(path := entry_path(cache, digest)):
+          path.unlink(missing_ok=True)
         num_removed += 1
   return num_removed
 
@@ -177,7 +179,7 @@ def write_shards(
   Several processes may write to one folder at the same time. The index is not changed.
 
   Raises:
-    CacheWriteError: a shard cannot be written.
+    CacheError: a shard cannot be written.
   """
   number = 1 + max(map(_number, _list_shards(folder)), default=-1)
   entries, num_records = iter(entries), 0
@@ -207,7 +209,7 @@ def _write_shard(path: Path, entries: Iterable[tuple[bytes, bytes]], *, max_byte
         break
     writer.close()
   except RuntimeError as error:  # of array_record
-    raise CacheWriteError(f"cannot write a shard to {path.parent}: {error}") from error
+    raise CacheError(f"cannot write a shard to {path.parent}: {error}") from error
   with path.open("rb") as file:
     os.fsync(file.fileno())  # the files may be removed next
   return bytes(keys)
@@ -230,11 +232,12 @@ def _update_index(folder: epath.Path) -> None:
 
 def _describe(path: epath.Path) -> tuple[Shard, bytes] | None:
   """Returns a shard and its keys, which are read from it if their own file is damaged; None if both are."""
-  try:
-    keys = unseal_entry(_keys_path(path).read_bytes())
-  except FileNotFoundError:
-    keys = None
-  num_bytes = path.stat().length
+  with bucket_errors(path):
+    try:
+      keys = unseal_entry(_keys_path(path).read_bytes())
+    except FileNotFoundError:
+      keys = None
+    num_bytes = path.stat().length
   if keys is None:
     try:
       records = list(ShardReader(copy_file(path, folder=FOLDER)))
@@ -251,12 +254,10 @@ def _describe(path: epath.Path) -> tuple[Shard, bytes] | None:
 
 def _list_shards(folder: epath.Path) -> list[epath.Path]:
   """Returns the complete shards in the order in which they were written."""
-  if not folder.exists():
-    return []
+  with bucket_errors(folder):
+    paths = list(folder.iterdir()) if folder.exists() else []
   names = rf"\d{{6,}}-[0-9a-f]{{16}}{re.escape(SHARD_SUFFIX)}"
-  return sorted(
-    (path for path in folder.iterdir() if re.fullmatch(names, path.name)), key=lambda p: (_number(p), p.name)
-  )
+  return sorted((path for path in paths if re.fullmatch(names, path.name)), key=lambda p: (_number(p), p.name))
 
 
 def _number(shard: epath.Path) -> int:
@@ -272,6 +273,7 @@ def _remove_unfinished(folder: epath.Path) -> None:
 
   Nobody else writes shards as long as all processes hold their locks.
   """
-  for path in folder.iterdir():
-    if is_unfinished(path.name) or (path.suffix == KEYS_SUFFIX and not path.with_suffix(SHARD_SUFFIX).exists()):
-      path.unlink(missing_ok=True)
+  with bucket_errors(folder):
+    for path in folder.iterdir() if folder.exists() else ():
+      if is_unfinished(path.name) or (path.suffix == KEYS_SUFFIX and not path.with_suffix(SHARD_SUFFIX).exists()):
+        path.unlink(missing_ok=True)

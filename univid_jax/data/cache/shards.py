@@ -26,7 +26,7 @@ from univid_jax.core.bucket_files import copy_file, source_state
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.numbers import round_up
-from univid_jax.core.paths import file_state, is_remote
+from univid_jax.core.paths import bucket_errors, file_state, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +247,8 @@ class Shards:
     usable = self._are_usable.get(shard.name)
     if usable is None:
       try:
-        size = (self.folder / shard.name).stat().length
+        with bucket_errors(path := self.folder / shard.name):
+          size = path.stat().length
         problem = "" if size == shard.num_bytes else f"has {size:,} of {shard.num_bytes:,} bytes"
       except FileNotFoundError:
         problem = "is missing"
@@ -307,12 +308,14 @@ def find_damage(path: epath.Path) -> str | None:
     return None
   if path.name == INDEX_FILE:
     try:
-      missing = [shard for shard in Shards(path.parent).index.shards if not (path.parent / shard.name).exists()]
+      with bucket_errors(path):
+        missing = [shard for shard in Shards(path.parent).index.shards if not (path.parent / shard.name).exists()]
     except UserError:
       return "checksum differs"
     return f"{len(missing)} of its shards are missing, first {missing[0].name}" if missing else ""
   if path.suffix == KEYS_SUFFIX:
-    return "" if unseal_entry(path.read_bytes()) is not None else "checksum differs"
+    with bucket_errors(path):
+      return "" if unseal_entry(path.read_bytes()) is not None else "checksum differs"
   if path.suffix != SHARD_SUFFIX:
     return None
   try:

@@ -15,7 +15,7 @@ from univid_jax.core.json_files import parse_json
 from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.protocols import SentenceSource, TransformerShape
 from univid_jax.core.sentence import Sentence
-from univid_jax.data.cache.entries import CacheWriteError
+from univid_jax.data.cache.entries import CacheError
 from univid_jax.data.rows.balancing import BatchLayout
 from univid_jax.data.rows.grain_adapter import prefetch, prefetch_in_process
 from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
@@ -266,7 +266,7 @@ class EncodedSource:
     try:
       sentence = self._source[index]
       return make_fitting(sentence, self._make_features, self._capacities).arrays()
-    except CacheWriteError:
+    except CacheError:
       raise
     except (UserError, OSError) as error:
       return _Unusable(sentence.record if sentence and sentence.record else f"sentence {index}", error)
@@ -289,7 +289,7 @@ def make_fitting(sentence: Sentence, make_features: MakeFeatures, capacities: Ma
     capacities: of a row, by feature.
 
   Raises:
-    CacheWriteError: a cache cannot be written, for which the sentence is not to blame.
+    CacheError: a cache cannot be written or read, for which the sentence is not to blame.
     OSError, UserError: a clip cannot be read.
     TooLongError: the sentence does not fit.
   """
