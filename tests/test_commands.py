@@ -370,6 +370,18 @@ def test_step_caching(trained, tmp_path, capfd):
     (["--clips={a},{a}", "--queries={a},{root}/no.png", "--step=77", "--out={root}/results"], 1, "no such clip"),
     (["--clips={a},{a},{root}/a, b.png", "--step=77"], 1, "a name with a comma is written in double quotes within"),
     (['--clips={a},{a},"{root}/a, b.png"', "--step=77"], 1, "no checkpoint of step 77"),
+    (
+      ["--clips={a},{a},{a}", "--step=77", "--size=32x33"],
+      2,
+      "--size=32x33: the width must be a multiple of 8, got 33",
+    ),
+    (["--clips={a},{a},{a}", "--step=77", "--size=4x32"], 2, "multiple of 8, got 4; the nearest are 8"),
+    (["--clips={a},{a},{a}", "--step=77", "--guidance_scale=2,3"], 2, "--guidance_scale must be one number, got 2"),
+    (
+      ["--clips={a},{a},{a}", "--checkpoint=small", "--step=2", "--size=32x33"],
+      2,
+      "--size=32x33: the width must be a ",
+    ),
     (["--clips={a},{a},{a}", "--steps=0"], 2, "steps"),
     (["--clips={a},{a},{a}", "--solver=magic"], 2, "euler|unipc"),
     (["--clips={a},{a},{a}", "--size=480"], 2, "--size is HEIGHTxWIDTH"),

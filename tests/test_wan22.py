@@ -25,6 +25,7 @@ from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.run_parts import check_base, context_mode, make_flow, split_config, transformer_config
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.checkpoints.trained import read_run_loras
+from univid_jax.cli.model_shape import ModelShape
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny, wan22_a14b, wan22_i2v_a14b, wan22_ti2v_5b, wan_1_3b
 from univid_jax.convert.commands import convert_any, inspect, verify
@@ -407,6 +408,15 @@ class TestExperts:
     assert relative_error(swapped.latents, out.latents) > 1e-3
     with pytest.raises(UserError, match="guidance_scale must be one number, or two for low and high noise, got 3"):
       pipe.sample(clips, guidance_scale=(3.0, 4.0, 5.0), **options)
+
+  def test_configs_tell_what_experts_take(self, experts):
+    shape = ModelShape.read(experts[1])
+    shape.check_size((32, 48))
+    with pytest.raises(UserError, match="the height must be a multiple of 16, got 40; the nearest are 32 and 48"):
+      shape.check_size((40, 48))
+    shape.check_guidance((3.0, 4.0))
+    with pytest.raises(UserError, match="guidance_scale must be one number, or two for low and high noise, got 3"):
+      shape.check_guidance((3.0, 4.0, 5.0))
 
   @pytest.mark.parametrize("kind", ["one sentence", pytest.param("a whole video", marks=pytest.mark.long)])
   def test_an_inactive_expert_leaves_the_devices_before_the_other_comes(self, experts, monkeypatch, kind):

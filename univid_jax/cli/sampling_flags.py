@@ -145,9 +145,10 @@ class SamplingFlags:
       raise UsageError(f"--negative_prompt needs guidance: {remedy}")
 
   def load(self, distillation: "DistillationLoRAs | None" = None) -> "tuple[Pipeline, Origin]":
-    """Loads the model, on the devices of this process."""
+    """Loads the model, on the devices of this process, after checking what its configs tell about size and guidance."""
     from univid_jax.cli.loading import load_model
 
+    self._check_shape()
     return load_model(
       self.checkpoint.value,
       step=self._step.value,
@@ -158,6 +159,25 @@ class SamplingFlags:
       accelerate=distillation,
       **{flag.name: flag.value for flag in self._loading},
     )
+
+  def _check_shape(self) -> None:
+    """Raises UsageError if the size or the guidance scales are not for this model, as far as its configs tell."""
+    from univid_jax.cli.model_shape import ModelShape
+
+    size, scale = self._parse_size(), self.steps.guidance_scale
+    shape = ModelShape.read(self.checkpoint.value) if size or scale is not None else None
+    if shape is None:
+      return
+    try:
+      if scale is not None:
+        shape.check_guidance(scale)
+    except UserError as error:
+      raise UsageError(_name_flags(str(error))) from error
+    try:
+      if size:
+        shape.check_size(size)
+    except UserError as error:
+      raise UsageError(f"--size={self._size.value}: {error}") from error
 
   def choose_prompt(self, pipeline: "Pipeline") -> str:
     from univid_jax.cli import sampling

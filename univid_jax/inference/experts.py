@@ -102,23 +102,28 @@ class Experts:
     return quantization_of(self.transformers[0].values)
 
   def guidance_scales(self, scale: float | Sequence[float]) -> tuple[float, ...]:
-    """Returns the guidance scale of each transformer.
-
-    Args:
-      scale: one, or those of the low-noise and the high-noise expert, in this order.
-
-    Raises:
-      UserError: there are two, but only one transformer, or another number; or one is not finite.
-    """
-    scales = tuple(np.atleast_1d(np.asarray(scale, np.float64)).tolist())
-    count = len(self.transformers)
-    if len(scales) not in (1, count):
-      expected = "one number" if count == 1 else "one number, or two for low and high noise"
-      raise UserError(f"guidance_scale must be {expected}, got {len(scales)}")
-    if not all(map(math.isfinite, scales)):
-      raise UserError(f"the guidance scale must be finite, got {', '.join(map(str, scales))}")
-    return scales * count if len(scales) == 1 else scales[::-1]
+    """Returns the guidance scale of each transformer, see `split_guidance`."""
+    return split_guidance(scale, len(self.transformers))
 
   def are_guided(self, scale: float | Sequence[float]) -> bool:
     """Whether a guidance scale, see `guidance_scales`, needs the negative prompt."""
     return set(self.guidance_scales(scale)) != {1.0}
+
+
+def split_guidance(scale: float | Sequence[float], count: int) -> tuple[float, ...]:
+  """Returns the guidance scale of each of `count` transformers.
+
+  Args:
+    scale: one, or those of the low-noise and the high-noise expert, in this order.
+    count: of transformers.
+
+  Raises:
+    UserError: there are two, but only one transformer, or another number; or one is not finite.
+  """
+  scales = tuple(np.atleast_1d(np.asarray(scale, np.float64)).tolist())
+  if len(scales) not in (1, count):
+    expected = "one number" if count == 1 else "one number, or two for low and high noise"
+    raise UserError(f"guidance_scale must be {expected}, got {len(scales)}")
+  if not all(map(math.isfinite, scales)):
+    raise UserError(f"the guidance scale must be finite, got {', '.join(map(str, scales))}")
+  return scales * count if len(scales) == 1 else scales[::-1]

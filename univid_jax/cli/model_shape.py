@@ -1,0 +1,54 @@
+"""What the configs of a model say about it, before its weights are loaded."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_converted
+from univid_jax.checkpoints.run import require_run
+from univid_jax.checkpoints.run_parts import codec_shape, open_base, split_config, transformer_config
+from univid_jax.config.schema import ModelConfig, RunConfig
+from univid_jax.core.dims import latent_shape
+from univid_jax.core.errors import UserError
+from univid_jax.core.options import TrainedExpert
+from univid_jax.inference.experts import split_guidance
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+  """What limits how a model can be sampled.
+
+  Attributes:
+    num_transformers: 2 for experts.
+    patch_pixels: pixels along each side of a patch.
+  """
+
+  num_transformers: int
+  patch_pixels: int
+
+  @classmethod
+  def read(cls, checkpoint: str) -> "ModelShape | None":
+    """Reads that of a converted checkpoint or a run; None if they cannot be read, as loading them reports."""
+    with contextlib.suppress(UserError, OSError):
+      config = _read_config(checkpoint)
+      base, (part, *_) = open_base(config), split_config(config)
+      count = len(base.transformers) if base else 1
+      return cls(count, codec_shape(part).spatial_stride * transformer_config(part).patch_size[1])
+    return None
+
+  def check_size(self, size: tuple[int, int]) -> None:
+    """Raises UserError if frames of a height and width do not divide into patches."""
+    latent_shape((1, *size), temporal_stride=1, spatial_stride=self.patch_pixels)
+
+  def check_guidance(self, scale: float | Sequence[float]) -> None:
+    """Raises UserError if there are two guidance scales for one transformer, or more."""
+    split_guidance(scale, self.num_transformers)
+
+
+def _read_config(checkpoint: str) -> RunConfig:
+  """Returns the config of a run, or one that would train a converted checkpoint."""
+  if not is_converted(checkpoint):
+    return require_run(checkpoint).config
+  has_two = len(PretrainedCheckpoint.open(checkpoint).transformers) > 1
+  expert = TrainedExpert.HIGH if has_two else TrainedExpert.ONLY
+  return RunConfig(init_from=checkpoint, model=ModelConfig(expert=expert))
