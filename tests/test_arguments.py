@@ -12,6 +12,7 @@ import univid_jax
 from tests.clip_files import write_image
 from tests.helpers import give_prompts, random_pipeline
 from tests.typecheck import unchecked
+from univid_jax.checkpoints.origin import Origin
 from univid_jax.config import presets
 from univid_jax.config.boundary import override
 from univid_jax.core.checks import require_number
@@ -337,7 +338,8 @@ def test_arguments_of_loading(options, message):
 
 @pytest.mark.parametrize("checkpoint", [None, 5, ["small"], ""])
 def test_a_checkpoint_is_a_name_or_a_path(checkpoint):
-  refuse(lambda: univid_jax.load_pipeline(checkpoint), "checkpoint must be a path, or a built-in base (small), got")
+  for call in (univid_jax.load_pipeline, Origin.resolve):
+    refuse(lambda call=call: call(checkpoint), "checkpoint must be a path, or a built-in base (small), got")
 
 
 def test_a_path_is_no_built_in_base(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.clip_files import write_image, write_pairs
 from tests.helpers import image_width, random_pipeline
+from tests.typecheck import unchecked
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.boundary import override, to_json
 from univid_jax.config.presets import tiny
@@ -211,6 +212,27 @@ class TestModes:
     assert quick["image"]["psnr"] == pytest.approx(np.mean(images), abs=1e-3) and quick["image"]["count"] == len(images)
     assert quick["overall"]["psnr_codec"] > 30
     assert quick["held_out_pairs"] <= len(quick_scores)
+
+  @pytest.mark.parametrize(
+    "name, value, message",
+    [
+      ("config", {}, "config must be a RunConfig, got dict: univid_jax.config.presets has some"),
+      ("pipeline", None, "pipeline must be a Pipeline, got NoneType: univid_jax.load_pipeline returns one"),
+      ("folder", None, "folder must name a folder or a bucket, got None"),
+      ("data", {}, "data must be a DataSources, got dict: open_data of univid_jax.data.sources.open"),
+      ("origin", None, r"origin must be an Origin, got NoneType: univid_jax.checkpoints.origin.Origin.resolve\(CHECKP"),
+      ("accelerated", "x", "accelerated must be a Pipeline, got str"),
+    ],
+  )
+  def test_wrong_arguments(self, tiny_config, tmp_path, name, value, message):
+    pipeline, data = random_pipeline(tiny_config, make_mesh({"data": -1})), open_data(tiny_config)
+    arguments = {"pipeline": pipeline, "config": tiny_config, "data": data, "folder": tmp_path / "out"} | {name: value}
+    with unchecked(), pytest.raises(UserError, match=message):
+      run.evaluate(**{"origin": ORIGIN} | arguments)
+    if name not in ("origin", "accelerated"):
+      with unchecked(), pytest.raises(UserError, match=message):
+        run.evaluate_quick(**arguments)
+    assert not list(tmp_path.iterdir())
 
   def test_nothing_held_out(self, tiny_config, tmp_path):
     config = override(tiny_config, {"eval.sentences_per_case": 0})

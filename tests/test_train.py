@@ -522,6 +522,10 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_config, tiny_run, tm
       *(tiny(), "run", {"on_damaged_checkpoint": "foo"}),
       "on_damaged_checkpoint must be one of fallback, stop, got 'foo'",
     ),
+    (tiny(), "run", {"profile_steps": "x"}, "profile_steps must be a whole number of at least 0, got 'x'"),
+    (tiny(), "run", {"profile_steps": -1}, "profile_steps must be a whole number of at least 0, got -1"),
+    (tiny(), "run", {"verify_weights": "no"}, "verify_weights must be True or False, got 'no'"),
+    (tiny(), "run", {"data": {}}, "data must be a DataSources, got dict: open_data .* returns those of a config"),
   ],
 )
 def test_wrong_arguments_change_nothing(tmp_path, monkeypatch, config, workdir, options, message):

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from univid_jax.checkpoints.built_in import require_checkpoint
 from univid_jax.checkpoints.checksums import digest_contents
 from univid_jax.checkpoints.experts import named_expert, split_expert
 from univid_jax.checkpoints.lora.scaling import find_config
@@ -60,9 +61,10 @@ class Origin:
 
     Raises:
       FileNotFoundError: there is no such checkpoint, run or step.
-      UserError: a converted checkpoint is given with a step, or `on_damaged_checkpoint` is unknown.
+      UserError: the checkpoint is no path, a converted one is given with a step, or `on_damaged_checkpoint` is unknown.
       DamagedError: the checkpoint of the step is damaged.
     """
+    require_checkpoint(checkpoint)
     on_damaged = parse_option(OnDamaged, "on_damaged_checkpoint", on_damaged_checkpoint)
     found = None
     if is_converted(checkpoint):

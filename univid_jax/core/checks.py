@@ -52,6 +52,20 @@ def require_text(name: str, value: Any) -> str:
   return value
 
 
+def require_folder(name: str, value: Any) -> str:
+  """Returns the path of a folder or a bucket as text; raises UserError if it is none, or empty."""
+  if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    raise UserError(f"{name} must name a folder or a bucket, got {describe_value(value)}")
+  return os.fspath(value)
+
+
+def require_instance(name: str, value: Any, kind: type, hint: str) -> None:
+  """Raises UserError, with a hint at how to make one, if a value is no instance of a class."""
+  if not isinstance(value, kind):
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    raise UserError(f"{name} must be {article} {kind.__name__}, got {type(value).__name__}: {hint}")
+
+
 def require_callables(**functions: Callable[..., Any] | None) -> None:
   """Raises UserError if an argument is neither a function nor None."""
   for name, value in functions.items():

@@ -15,11 +15,12 @@ import univid_jax
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
+from univid_jax.core.checks import require_folder, require_instance
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import format_json, parse_json
 from univid_jax.core.paths import bucket_errors
 from univid_jax.core.text import count_noun
-from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.data.sources.open import DataSources, open_data, require_config, require_sources
 from univid_jax.data.sources.readers.arc import ARCSentences
 from univid_jax.data.target_kinds import own_kinds
 from univid_jax.data.tasks.grids.rendering import Rendering
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 
 EVAL_FILE = "eval.json"
 
+_PIPELINE_HINT = "univid_jax.load_pipeline returns one, and so does the result of train, as its pipeline"
+
 
 def evaluate_quick(
   pipeline: Pipeline, config: RunConfig, folder: epath.PathLike, *, data: DataSources | None = None
@@ -60,9 +63,13 @@ def evaluate_quick(
 
   Returns:
     The contents of eval.json; None, with a warning, if nothing is held out.
+
+  Raises:
+    UserError: an argument has another type.
   """
-  folder = epath.Path(folder)
+  folder = _check_arguments(pipeline, config, folder)
   data = open_data(config) if data is None else data
+  require_sources(data)
   sentences = plan_sentences(config, data.held_out)
   if not sentences:
     log.warning("%s", nothing_held_out(config, data))
@@ -125,9 +132,13 @@ def evaluate(
     The contents of report.json; None on all processes but the first.
 
   Raises:
-    UserError: nothing is held out.
+    UserError: nothing is held out, or an argument has another type.
   """
-  folder = epath.Path(folder)
+  folder = _check_arguments(pipeline, config, folder)
+  require_sources(data)
+  require_instance("origin", origin, Origin, "univid_jax.checkpoints.origin.Origin.resolve(CHECKPOINT) returns it")
+  if accelerated is not None:
+    require_instance("accelerated", accelerated, Pipeline, _PIPELINE_HINT)
   sentences = plan_sentences(config, data.held_out)
   if not sentences:
     raise UserError(nothing_held_out(config, data))
@@ -154,6 +165,13 @@ def evaluate(
   report = full_report(config, scorer, results.scored, exact=exact, held_out_pairs=len(results.pairs), **reproduce)
   write_report(folder, report, results.gallery, fps=config.data.fps)
   return report
+
+
+def _check_arguments(pipeline: Pipeline, config: RunConfig, folder: epath.PathLike) -> epath.Path:
+  """Returns the folder; raises UserError if an argument has another type."""
+  require_instance("pipeline", pipeline, Pipeline, _PIPELINE_HINT)
+  require_config(config)
+  return epath.Path(require_folder("folder", folder))
 
 
 def nothing_held_out(config: RunConfig, data: DataSources) -> str:

@@ -20,6 +20,7 @@ from univid_jax.checkpoints.run_parts import context_mode
 from univid_jax.checkpoints.trained import load_base, to_lora_weights
 from univid_jax.config.schema import RunConfig
 from univid_jax.core import lock
+from univid_jax.core.checks import require_integer
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import AttentionBackend, OnDamaged, TrainedExpert, parse_option
 from univid_jax.core.protocols import TrainStep
@@ -101,13 +102,15 @@ def train(
     on_damaged_checkpoint: whether to resume from an older checkpoint if the latest is damaged, which is then renamed.
 
   Raises:
-    UserError: the config is invalid for a run, or the workdir belongs to another config or is in use.
+    UserError: an argument has another type, the config is invalid for a run, or the workdir belongs to another config
+      or is in use.
     DivergedError: the loss or the gradient is not finite, or too many steps in a row were skipped; the last checkpoint
       is from before.
     Interrupted: SIGTERM or Ctrl-C arrived, and the state is saved; or another process of the run has ended.
     OSError: a file could not be read or a checkpoint not written.
   """
-  workdir = check_arguments(config, workdir)
+  workdir = check_arguments(config, workdir, data=data, verify_weights=verify_weights)
+  profile_steps = require_integer("profile_steps", profile_steps, 0)
   on_damaged = parse_option(OnDamaged, "on_damaged_checkpoint", on_damaged_checkpoint)
   with (
     contextlib.closing(Goodput(workdir, writes=jax.process_index() == 0)) as goodput,

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Sequence
 
 import jax
@@ -31,6 +30,7 @@ from univid_jax.checkpoints.run_parts import (
 )
 from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
 from univid_jax.config.schema import CodecConfig, ModelConfig, RunConfig
+from univid_jax.core.checks import require_flag, require_folder
 from univid_jax.core.errors import UserError, name_key
 from univid_jax.core.options import TrainedExpert
 from univid_jax.core.paths import bucket_errors
@@ -39,7 +39,7 @@ from univid_jax.core.sentence import Sentence
 from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.prepare import PreparationReport, prepare
 from univid_jax.data.rows.packing import RowShape
-from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.data.sources.open import DataSources, open_data, require_config, require_sources
 from univid_jax.inference.distillation_loras import DistillationLoRAs, read_distillation
 from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
@@ -134,7 +134,7 @@ def set_up_run(
     UserError: a value of the config is invalid for a run, or a record of the data cannot be used.
     OSError: a file cannot be read.
   """
-  workdir = check_arguments(config, workdir)
+  workdir = check_arguments(config, workdir, data=data, verify_weights=verify_weights)
   config = check_config(config)
   with bucket_errors(workdir):
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
@@ -179,20 +179,19 @@ def set_up_run(
   )
 
 
-def check_arguments(config: RunConfig, workdir: epath.PathLike) -> str:
+def check_arguments(
+  config: RunConfig, workdir: epath.PathLike, *, data: DataSources | None, verify_weights: bool
+) -> str:
   """Returns the workdir as text.
 
   Raises:
-    UserError: the config is none, or the workdir is not named.
+    UserError: an argument of `set_up_run` has another type, or the workdir is not named.
   """
-  if not isinstance(config, RunConfig):
-    raise UserError(
-      f"config must be a RunConfig, got {type(config).__name__}: univid_jax.config.presets has some, such as tiny(), "
-      "and univid_jax.config.boundary.from_config_dict makes one of a ConfigDict"
-    )
-  if not isinstance(workdir, (str, os.PathLike)) or not os.fspath(workdir):
-    raise UserError(f"workdir must name a folder or a bucket, got {workdir!r}")
-  return os.fspath(workdir)
+  require_config(config)
+  if data is not None:
+    require_sources(data)
+  require_flag("verify_weights", verify_weights)
+  return require_folder("workdir", workdir)
 
 
 def ignored_options(config: RunConfig) -> list[str]:

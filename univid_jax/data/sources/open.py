@@ -6,12 +6,13 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from typing_extensions import Protocol, runtime_checkable
 
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.bucket_files import copy_to_local
-from univid_jax.core.checks import require_number
+from univid_jax.core.checks import require_instance, require_number
 from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError, name_key
 from univid_jax.core.options import TargetKind
@@ -131,6 +132,18 @@ class DataSources:
     require_none_dropped(self.dropped, allowed=config.allow_dropped)
 
 
+def require_config(config: Any) -> None:
+  """Raises UserError if what should be a config is something else, such as a ConfigDict."""
+  hint = "univid_jax.config.presets has some, such as tiny(), and univid_jax.config.boundary.from_config_dict makes one"
+  require_instance("config", config, RunConfig, f"{hint} of a ConfigDict")
+
+
+def require_sources(data: Any) -> None:
+  """Raises UserError if what should be sources of data is something else."""
+  hint = "open_data of univid_jax.data.sources.open returns those of a config, DataSources(...) are your own"
+  require_instance("data", data, DataSources, hint)
+
+
 def open_data(config: RunConfig) -> DataSources:
   """Opens all data that a config names, and checks every record.
 
@@ -138,8 +151,9 @@ def open_data(config: RunConfig) -> DataSources:
 
   Raises:
     OSError: a file or folder is missing or unreadable.
-    UserError: the config names no data, or data without a usable record.
+    UserError: the config is none, or names no data, or data without a usable record.
   """
+  require_config(config)
   data = config.data
   used = _used_data(data)
   opened = _open_listed(config, used)
