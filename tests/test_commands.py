@@ -364,7 +364,12 @@ def test_step_caching(trained, tmp_path, capfd):
     (["--clips={a},{a}"], 2, "an odd number of clips"),
     (["--clips={a},{a},{a}", "--grid=x.png"], 2, "--grid must be true or false, got 'x.png'"),
     (["--clips={a},{a},{a}", "--checkpoint=small", "--step=2"], 1, "small is a converted checkpoint, which has no s"),
-    (["--clips={a},{a},{text}"], 1, "not a clip"),
+    (["--clips={a},{a},{text}", "--step=77"], 1, "not a clip"),
+    (
+      ["--clips={a},{a}", "--queries={root}/q", "--step=77", "--out={root}/results"],
+      1,
+      "2 clips cannot be read ({root}/q/bad.mp4, {root}/q/empty.mp4): cannot read {root}/q/bad.mp4: not an intact MP4",
+    ),
     # Before the model is loaded, of which step 77 is missing.
     (["--clips={a},{a},{root}/no.png", "--step=77"], 1, "no such clip"),
     (["--clips={a},{a}", "--queries={a},{root}/no.png", "--step=77", "--out={root}/results"], 1, "no such clip"),
@@ -443,6 +448,10 @@ def test_wrong_arguments_of_sample(trained, tmp_path, capfd, arguments, code, me
   for name in ("a.png", "a, b.png"):
     Image.new("RGB", (20, 20)).save(tmp_path / name)
   (tmp_path / "notes.txt").write_text("hello")
+  (tmp_path / "q").mkdir()
+  Image.new("RGB", (20, 20)).save(tmp_path / "q" / "a.png")
+  (tmp_path / "q" / "bad.mp4").write_text("nonsense")
+  (tmp_path / "q" / "empty.mp4").touch()
   lora = GOLDENS / "tiny_wan" / "univid_lora.ckpt"
   if "--accelerate={lora}" in arguments:
     package_or_skip("torch", reason="a .ckpt is a PyTorch file; needs the extra `convert`")
@@ -450,7 +459,7 @@ def test_wrong_arguments_of_sample(trained, tmp_path, capfd, arguments, code, me
   common = [f"--checkpoint={root / 'run'}", f"--out={tmp_path / 'out.png'}"]
   assert run_here("univid_jax.sample", *common, *(argument.format(**names) for argument in arguments)) == code
   stderr = capfd.readouterr().err
-  assert message in stderr and "Traceback" not in stderr and "internal error" not in stderr, stderr
+  assert message.format(**names) in stderr and "Traceback" not in stderr and "internal error" not in stderr, stderr
   assert not (tmp_path / "out.png").exists()
 
 

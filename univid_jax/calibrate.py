@@ -24,7 +24,7 @@ def main() -> None:
   from univid_jax.checkpoints.built_in import BUILT_IN, measurements_folder
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.context_reader import ContextReader
-  from univid_jax.cli.sampling import Request, SamplingArguments, check_clips
+  from univid_jax.cli.sampling import Request, SamplingArguments, check_clips, check_readable
   from univid_jax.cli.step_caches import describe_schedules, measure_ratios
   from univid_jax.core.paths import require_writable
   from univid_jax.inference.ratio_tables import TableKey, write_table
@@ -33,6 +33,7 @@ def main() -> None:
   SAMPLING.check()
   SAMPLING.check_steps()
   check_clips(SAMPLING.clips.value)
+  check_readable(SAMPLING.clips.value)
   folder = measurements_folder(SAMPLING.checkpoint.value)
   if SAMPLING.checkpoint.value in BUILT_IN or os.path.isdir(folder):  # else in a bucket, or missing: loading reports it
     require_writable(folder)

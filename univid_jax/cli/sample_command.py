@@ -48,7 +48,7 @@ class SampleCommand:
     )
 
   def plan_requests(self) -> "list[Request]":
-    """Returns what to sample, after checking that the results can be written."""
+    """Returns what to sample, after checking that the clips can be read and the results be written."""
     from univid_jax.cli import sampling
 
     self.sampling.check()
@@ -61,6 +61,7 @@ class SampleCommand:
     sampling.check_outputs(
       requests, first_frame=self._first_frame.value, num_frames=self.sampling.num_frames.value, grid=self._grid.value
     )
+    sampling.check_readable([*(path for request in requests for path in request.clips), *first_frames])
     return requests
 
   @property

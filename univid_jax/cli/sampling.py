@@ -5,7 +5,7 @@ import difflib
 import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from univid_jax.cli.results import check_result, require_short_names
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle, SolverName
 from univid_jax.core.paths import require_local, require_writable
+from univid_jax.core.text import list_first
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media.color import MAX_PIXELS
 from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign, probe, require_clip
@@ -284,6 +285,24 @@ def check_clips(paths: Sequence[str]) -> None:
           hint = f"a name with a comma is written in double quotes within the list, as '\"{whole}\",B.png'"
           raise FileNotFoundError(f"{error}; {hint}") from error
       raise
+
+
+def check_readable(paths: Iterable[str]) -> None:
+  """Checks that clips can be read, as far as their headers tell, before a model is loaded.
+
+  Raises:
+    OSError, UserError: some cannot; the message names them.
+  """
+  errors: dict[str, Exception] = {}
+  for path in dict.fromkeys(paths):
+    try:
+      probe(path)
+    except (OSError, UserError) as error:
+      errors[path] = error
+  if len(errors) > 1:
+    raise UserError(f"{len(errors)} clips cannot be read ({list_first(errors, 8)}): {next(iter(errors.values()))}")
+  for error in errors.values():
+    raise error
 
 
 def _becomes_video(clips: Sequence[str]) -> bool:
