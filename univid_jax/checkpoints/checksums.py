@@ -24,7 +24,7 @@ import xxhash
 from etils import epath
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import atomic_write, bucket_errors, resolve_inside
+from univid_jax.core.paths import atomic_write, bucket_errors, is_remote, resolve_inside
 from univid_jax.core.text import list_first
 
 CHECKSUMS_FILE = "checksums.xxh128"
@@ -188,6 +188,8 @@ def _check_file(folder: epath.Path, name: str, checksum: str) -> str | None:
   except FileNotFoundError:
     return f"{name} (missing, but has a checksum)"
   except OSError as error:
+    if is_remote(folder):
+      raise  # the bucket does not answer, which says nothing about the file
     return f"{name} (no checksum: {error.strerror or error})"
   return None if found == checksum else f"{name} (checksum differs)"
 
