@@ -12,7 +12,7 @@ from tests.helpers import GOLDENS
 from tests.stand_ins import Bucket, open_bucket
 from tests.test_convert_destinations import small_lora
 from univid_jax.checkpoints.built_in import locate
-from univid_jax.checkpoints.checksums import digest_contents, read_names
+from univid_jax.checkpoints.checksums import digest_contents, read_names, verified, write_checksums
 from univid_jax.checkpoints.lora.folder import read_lora_folder
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.reading import read_lora
@@ -30,7 +30,7 @@ from univid_jax.core import bucket_files
 from univid_jax.core.bucket_files import copy_file, copy_to_local, source_state
 from univid_jax.core.errors import UserError
 from univid_jax.core.lock import hold
-from univid_jax.core.paths import to_path
+from univid_jax.core.paths import bucket_errors, to_path
 from univid_jax.data.cache.entries import Cache
 from univid_jax.data.cache.shard_writer import pack_caches, repair_indices
 from univid_jax.data.features import caches_folder
@@ -157,8 +157,30 @@ def test_errors_of_buckets_are_os_errors(bucket, monkeypatch, name):
 
   for method in ("_open", "info", "ls", "exists", "isfile", "isdir", "modified"):
     monkeypatch.setattr(Bucket, method, fail)
-  with pytest.raises(OSError, match=r"s3://bucket/x/y.*: RuntimeError: Service Unavailable$"):
+  with pytest.raises(OSError, match=r"RuntimeError: Service Unavailable: 's3://bucket/x/y.*'$"):
     READERS[name](str(bucket / "y"))
+
+
+@pytest.mark.parametrize("error, found", [(OSError("Forbidden"), OSError), (FileNotFoundError("x"), FileNotFoundError)])
+def test_errors_without_a_path_get_one(bucket, error, found):
+  with pytest.raises(found, match=f"{error}: '{bucket}'") as raised, bucket_errors(bucket):
+    raise error
+  assert raised.value.filename == str(bucket) and raised.value.errno
+
+
+def test_a_bucket_that_does_not_answer_is_no_damage(bucket, monkeypatch):
+  (bucket / "x.bin").write_bytes(b"1")
+  write_checksums(bucket)
+  read = Bucket._open
+
+  def fail(self, path, *args, **kwargs):
+    if path.endswith(".bin"):
+      raise RuntimeError("503")
+    return read(self, path, *args, **kwargs)
+
+  monkeypatch.setattr(Bucket, "_open", fail)
+  with pytest.raises(OSError, match="RuntimeError: 503"), verified(bucket, enabled=True):
+    pass
 
 
 LOCAL = "is in a bucket: give a path on this machine"

@@ -83,7 +83,7 @@ def test_errors_of_buckets_are_os_errors(monkeypatch):
     raise RuntimeError  # of the block itself
   monkeypatch.setattr(Bucket, "_open", fail)
   with (
-    pytest.raises(OSError, match=r"^s3://bucket/x/a\.txt: RuntimeError: Service Unavailable$") as error,
+    pytest.raises(OSError, match=r"RuntimeError: Service Unavailable: 's3://bucket/x/a\.txt'$") as error,
     atomic_write(path) as unfinished,
   ):
     unfinished.touch()

@@ -330,7 +330,7 @@ def test_a_cache_that_cannot_be_read_drops_nothing(tmp_path, monkeypatch):
     raise RuntimeError("Service Unavailable")
 
   monkeypatch.setattr(Bucket, "_open", fail)
-  message = "cannot read the cache: s3://bucket/cache/.*: RuntimeError: Service Unavailable"
+  message = "cannot read the cache: RuntimeError: Service Unavailable: 's3://bucket/cache/.*'"
   with pytest.raises(CacheError, match=message):
     prepare(features, data, row_shape=ROWS, allow_dropped=True, verify=True)
   with closing(open_loader(data, features, allow_dropped=True)) as loader, pytest.raises(CacheError, match=message):

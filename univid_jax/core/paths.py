@@ -59,20 +59,27 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def bucket_errors(path: epath.PathLike) -> Iterator[None]:
-  """Raises an OSError in place of what a bucket's library raises, which often is none: HttpError of gcsfs, errors of
-  sign-in and of aiohttp. So what handles the errors of a disk handles those of a bucket. A UserError passes.
+  """Raises an OSError with a number and a path in place of what a bucket's library raises, which often is none or has
+  neither: HttpError of gcsfs, errors of sign-in and of aiohttp. So what handles the errors of a disk handles those of a
+  bucket. A UserError passes.
 
   Args:
     path: that the block reads or writes; nothing happens to errors of local ones.
   """
   try:
     yield
-  except (OSError, UserError):
+  except UserError:
     raise
   except Exception as error:
     if not is_remote(path):
       raise
-    raise OSError(f"{path}: {type(error).__name__}: {first_line(error)}") from error
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    if not isinstance(error, OSError):
+      raise OSError(errno.EIO, reason, str(path)) from error
+    if not error.errno and f"{str(path).partition(':')[0]}://" not in str(error):
+      number = errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EIO
+      error.errno, error.strerror, error.filename = number, reason, str(path)  # keeps the class, which callers handle
+    raise
 
 
 def file_state(path: str | os.PathLike) -> tuple[int, ...]:

@@ -100,7 +100,7 @@ def is_evaluated(config: RunConfig, folder: epath.PathLike) -> bool:
       contents = (epath.Path(folder) / EVAL_FILE).read_bytes()
     report = parse_json(contents)
     return report["steps"] == config.num_steps and report["eval"] == to_json(config)["eval"]
-  except (OSError, ValueError, TypeError, KeyError):  # there is none, or one of an earlier version
+  except (FileNotFoundError, ValueError, TypeError, KeyError):  # there is none, or one of an earlier version
     return False
 
 

@@ -229,9 +229,9 @@ class Shards:
     shard, position = found
     try:
       reader = self._open(shard)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:  # it may vanish from a bucket
       self._are_usable[shard.name] = False
-      self._report(shard, f"is damaged ({first_line(error)})")
+      self._report(shard, "is missing" if isinstance(error, OSError) else f"is damaged ({first_line(error)})")
       return None
     try:
       body = unseal_record(reader.read(position), digest)
