@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from univid_jax import forecast as command
-from univid_jax.checkpoints.run_parts import longest_sentence, transformer_config
+from univid_jax.checkpoints.run_parts import transformer_config
+from univid_jax.checkpoints.sentence_lengths import longest_sentence
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny, wan22_a14b, wan22_ti2v_5b, wan_1_3b, wan_14b

@@ -1,5 +1,8 @@
 """Which paths may be in a bucket, as docs/formats.md lists them, and what those are told that may not."""
 
+import contextlib
+import json
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,8 @@ from univid_jax.checkpoints.checksums import digest_contents, read_names, verifi
 from univid_jax.checkpoints.lora.folder import read_lora_folder
 from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.reading import read_lora
-from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
-from univid_jax.checkpoints.run import require_run
+from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, count_files
+from univid_jax.checkpoints.run import RunRecord, require_run, write_run
 from univid_jax.checkpoints.trained import is_lora_run
 from univid_jax.cli.sampling import plan_requests
 from univid_jax.cli.verification import verify
@@ -29,18 +32,23 @@ from univid_jax.convert.destination import check_destination
 from univid_jax.core import bucket_files
 from univid_jax.core.bucket_files import copy_file, copy_to_local, source_state
 from univid_jax.core.errors import UserError
+from univid_jax.core.json_files import write_json
 from univid_jax.core.lock import hold
 from univid_jax.core.paths import bucket_errors, to_path
+from univid_jax.data.cache import shard_writer
 from univid_jax.data.cache.entries import Cache
 from univid_jax.data.cache.shard_writer import pack_caches, repair_indices
-from univid_jax.data.features import caches_folder
-from univid_jax.data.fingerprint import read_fingerprint
+from univid_jax.data.features import CACHE_NAMES, caches_folder
+from univid_jax.data.fingerprint import read_fingerprint, write_fingerprint
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.target_kinds import read_palette
-from univid_jax.evaluation.generate import read_generated
+from univid_jax.evaluation.generate import SentenceInfo, read_generated
+from univid_jax.evaluation.run import is_evaluated
+from univid_jax.inference.ratio_tables import TableKey, read_table, write_table
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.metrics_writer import MetricsWriter
 
+PACKAGE = str(Path(univid_jax.__file__).parent)
 WAN = GOLDENS / "tiny_wan"
 # URLs that are not of a bucket.
 OTHER = "https://host/x", "memory://x", "file:///x"
@@ -161,6 +169,77 @@ def test_errors_of_buckets_are_os_errors(bucket, monkeypatch, name):
     READERS[name](str(bucket / "y"))
 
 
+def use_run(folder):
+  write_run(folder, RunRecord(tiny(), (), "0"))
+  write_fingerprint(folder, {})
+  write_checksums(folder)
+  write_json(folder / "eval.json", {"steps": 1})
+  assert read_fingerprint(folder) == {} and not is_evaluated(tiny(), folder) and not is_lora_run(folder)
+  assert count_files(folder) == 7 and require_run(folder).version == "0"
+  list(verify(str(folder), write=False))
+
+
+def use_cache(folder):
+  name = folder / CACHE_NAMES[0]
+  for key in "ab":
+    Cache(name, "weights").put(key, np.zeros(3))
+  repair_indices(folder)
+  assert pack_caches(folder, remove_files=True).num_removed == 2
+  cache = Cache(name, "weights")
+  assert "a" in cache and cache.get("b") is not None and cache.get("c") is None
+  list(verify(str(name), write=False))
+
+
+def use_files(folder):
+  key = TableKey(
+    weights={}, solver="", sigmas=[1], guidance_scales=[], guidance_range=[0, 1], attention="", context_timestep=""
+  )
+  write_table(folder, key, [[1.0]])
+  assert read_table(folder, key) == [[1.0]] and len(read_palette(str(folder / "palette.txt"))) == 1
+  convert_any(str(folder / "lo.safetensors"), str(folder / "musubi.safetensors"), to="musubi", force=True)
+  assert "LoRA" in inspect(str(folder / "lo.safetensors"))
+  next(read_generated(folder, 1))
+
+
+def place_of_call():
+  """Returns the lines of the package and of `use_...` that the caller runs in."""
+  frames = (frame for frame, _ in traceback.walk_stack(None))
+  return tuple(f"{frame.f_code.co_filename}:{frame.f_lineno}" for frame in frames if PACKAGE in frame.f_code.co_filename
+               or frame.f_code.co_name.startswith("use_"))  # fmt: skip
+
+
+@pytest.mark.parametrize("use", [use_run, use_cache, use_files])
+def test_any_call_of_a_bucket_may_fail(bucket, lora, monkeypatch, use):
+  """With an error that is no OSError; nothing goes on as if the bucket were empty."""
+  places, failing = dict.fromkeys([()]), None
+
+  def wrap(method):
+    def call(*args, **kwargs):
+      places[place := place_of_call()] = None
+      if place == failing:
+        raise RuntimeError("503")
+      return method(*args, **kwargs)
+
+    return call
+
+  def run():
+    folder = open_bucket("x")
+    upload(lora, folder / "lo.safetensors")
+    (folder / "palette.txt").write_text("0 0 0")
+    with (folder / "00000.npz").open("wb") as file:
+      np.savez(file, info=json.dumps(dict.fromkeys(SentenceInfo.__annotations__)), codec=0)
+    use(folder)
+
+  monkeypatch.setattr(shard_writer, "CACHE_NAMES", CACHE_NAMES[:1])
+  for name in ("_open", "info", "ls", "modified", "rm", "rm_file"):
+    monkeypatch.setattr(Bucket, name, wrap(getattr(Bucket, name)))
+  run()
+  for place in list(places)[1:]:  # the first is of the test itself
+    failing = place
+    with contextlib.suppress(OSError):
+      run()
+
+
 @pytest.mark.parametrize("error, found", [(OSError("Forbidden"), OSError), (FileNotFoundError("x"), FileNotFoundError)])
 def test_errors_without_a_path_get_one(bucket, error, found):
   with pytest.raises(found, match=f"{error}: '{bucket}'") as raised, bucket_errors(bucket):
@@ -181,6 +260,12 @@ def test_a_bucket_that_does_not_answer_is_no_damage(bucket, monkeypatch):
   monkeypatch.setattr(Bucket, "_open", fail)
   with pytest.raises(OSError, match="RuntimeError: 503"), verified(bucket, enabled=True):
     pass
+
+
+def test_what_is_no_palette(bucket):
+  (bucket / "palette.txt").write_bytes(b"\xff\xfe")
+  with pytest.raises(UserError, match=r"palette\.txt is not a palette"):
+    read_palette(str(bucket / "palette.txt"))
 
 
 LOCAL = "is in a bucket: give a path on this machine"

@@ -460,7 +460,7 @@ def test_wrong_arguments_of_sample(trained, tmp_path, capfd, arguments, code, me
   assert run_here("univid_jax.sample", *common, *(argument.format(**names) for argument in arguments)) == code
   stderr = capfd.readouterr().err
   assert message.format(**names) in stderr and "Traceback" not in stderr and "internal error" not in stderr, stderr
-  assert not (tmp_path / "out.png").exists()
+  assert not (tmp_path / "out.png").exists() and not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(

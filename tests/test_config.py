@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers import GOLDENS
 from univid_jax.checkpoints.run import RunRecord, read_run, write_run
-from univid_jax.checkpoints.run_parts import check_rows
+from univid_jax.checkpoints.sentence_lengths import check_rows
 from univid_jax.config import data as config_data
 from univid_jax.config import grids as config_grids
 from univid_jax.config.boundary import differences, from_config_dict, from_json, override, to_config_dict, to_json

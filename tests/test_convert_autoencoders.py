@@ -10,7 +10,8 @@ import pytest
 from tests.helpers import GOLDENS, GOLDENS22
 from univid_jax.checkpoints.info import read_info
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, component_config
-from univid_jax.checkpoints.run_parts import check_rows, codec_shape
+from univid_jax.checkpoints.run_parts import codec_shape
+from univid_jax.checkpoints.sentence_lengths import check_rows
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.codecs.encoders import PretrainedEncoders
 from univid_jax.codecs.vae_config import AUTOENCODERS

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from univid_jax.checkpoints.run_parts import check_rows, longest_sentence
+from univid_jax.checkpoints.sentence_lengths import check_rows, longest_sentence
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.config.boundary import override
 from univid_jax.config.data import TASK_MOTIONS

@@ -16,7 +16,7 @@ from univid_jax.checkpoints.info import read_info
 from univid_jax.checkpoints.lora.folder import read_lora_folder
 from univid_jax.checkpoints.run import read_run
 from univid_jax.checkpoints.tensor_files import find_tensor_files, open_tensors, save_safetensors
-from univid_jax.core.errors import UserError, first_line
+from univid_jax.core.errors import UserError, first_line, name_key
 from univid_jax.core.paths import atomic_write, bucket_errors, is_remote, make_absolute, require_writable, walk_files
 
 
@@ -101,6 +101,22 @@ def test_atomic_writes_at_once(tmp_path):
       second.write_text("second")
     assert path.read_text() == "second"
   assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+  "error, expected",
+  [
+    (UserError("no depth"), "config.data.pairs: no depth"),
+    (UserError("there is no file named config.json"), "config.data.pairs: there is no file named config.json"),
+    (FileNotFoundError(2, "No such file", "a/config.x"), "[Errno 2] config.data.pairs: No such file: 'a/config.x'"),
+    (UserError("config.data.pairs has no pair"), "config.data.pairs has no pair"),
+    (UserError("needs config.data.fps"), "needs config.data.fps"),
+  ],
+)
+def test_errors_name_their_key_once(error, expected):
+  with pytest.raises(type(error)) as raised, name_key("data.pairs"):
+    raise error
+  assert str(raised.value) == expected
 
 
 @pytest.mark.parametrize(

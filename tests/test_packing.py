@@ -10,7 +10,8 @@ import pytest
 
 from tests.helpers import CAUSAL
 from tests.stand_ins import Shape
-from univid_jax.checkpoints.run_parts import check_rows, context_mode
+from univid_jax.checkpoints.run_parts import context_mode
+from univid_jax.checkpoints.sentence_lengths import check_rows
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders
 from univid_jax.config.boundary import override

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from tests.helpers import GOLDENS
 from univid_jax import load_pipeline
-from univid_jax.checkpoints import pretrained, run_parts
+from univid_jax.checkpoints import pretrained, run_parts, sentence_lengths
 from univid_jax.checkpoints.info import CHECKPOINT_FILE, is_checkpoint
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
@@ -138,7 +138,7 @@ def test_damaged_or_missing_description(folder, tmp_path):
     run_parts.with_stored_base,
     run_parts.make_flow,
     run_parts.codec_shape,
-    run_parts.clip_tokens,
+    sentence_lengths.clip_tokens,
     run_parts.base_checksums,
     lambda config: nnx.eval_shape(lambda: run_parts.create_model(config)),
   ],

@@ -292,6 +292,10 @@ def test_processes_that_share_rows_fill_them_with_the_same(caplog):
   for errors in ([passing(), passing()], [unreadable(ValueError())] * 2):
     with pytest.raises(UserError, match=r"sentence 7 cannot be used: .*; it is not dropped, as another process"):
       read_all(*errors, is_shared=True)
+  assert read_all(CacheError("full"), is_shared=True) == undisturbed
+  for errors, is_shared in (([CacheError("full")], False), ([CacheError("full"), CacheError("full")], True)):
+    with pytest.raises(CacheError, match="full"):
+      read_all(*errors, is_shared=is_shared)
   caplog.clear()
   assert read_all(*[TooLongError("7 is too long")] * 2, is_shared=True) != undisturbed
   assert caplog.messages == ["dropped: sentence 7: 7 is too long"]

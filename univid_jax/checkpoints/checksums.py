@@ -24,7 +24,7 @@ import xxhash
 from etils import epath
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import atomic_write, bucket_errors, is_remote, resolve_inside
+from univid_jax.core.paths import atomic_write, bucket_errors, exists, is_folder, is_remote, resolve_inside
 from univid_jax.core.text import list_first
 
 CHECKSUMS_FILE = "checksums.xxh128"
@@ -94,8 +94,7 @@ def write_checksums(folder: epath.PathLike) -> int:
 
 
 def has_checksums(folder: epath.PathLike) -> bool:
-  with bucket_errors(folder):
-    return (epath.Path(folder) / CHECKSUMS_FILE).exists()
+  return exists(epath.Path(folder) / CHECKSUMS_FILE)
 
 
 def read_names(folder: epath.PathLike) -> list[str]:
@@ -205,9 +204,7 @@ def digest_contents(path: epath.PathLike, *, listed_in: epath.PathLike | None) -
   path, listed = epath.Path(path), {}
   if listed_in is not None and has_checksums(listed_in):
     listed = {str(epath.Path(listed_in) / name): value for name, value in (_read_checksums(listed_in) or {}).items()}
-  with bucket_errors(path):
-    is_folder = path.is_dir()
-  names = sorted(_list_files(path)) if is_folder else [""]
+  names = sorted(_list_files(path)) if is_folder(path) else [""]
   files = [path / name if name else path for name in names]
   with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
     values = pool.map(lambda file: listed.get(str(file)) or hash_file(file), files)
@@ -225,9 +222,9 @@ def hash_file(path: epath.PathLike) -> str:
 def _list_files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
   """Yields the names of the files that get checksums."""
   with bucket_errors(folder):
-    paths = [(path, path.is_dir()) for path in folder.iterdir()]
-  for path, is_folder in paths:
-    if is_folder:
+    paths = list(folder.iterdir())
+  for path in paths:
+    if is_folder(path):
       yield from _list_files(path, f"{prefix}{path.name}/")
     elif not path.name.endswith(CHECKSUMS_FILE):  # nor what a killed process has left of one
       yield prefix + path.name

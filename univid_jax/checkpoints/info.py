@@ -10,7 +10,7 @@ from univid_jax.checkpoints.built_in import locate
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json, write_json
 from univid_jax.core.options import Expert, Quantize
-from univid_jax.core.paths import bucket_errors
+from univid_jax.core.paths import bucket_errors, exists
 
 CHECKPOINT_FILE = "checkpoint.json"
 # Beside it, if it was measured; see `inference.ratio_tables`.
@@ -77,8 +77,7 @@ class CheckpointInfo:
 
 def is_checkpoint(folder: epath.PathLike) -> bool:
   """Returns whether a path, or the name of a built-in checkpoint, is a complete checkpoint folder."""
-  with bucket_errors(folder):
-    return (locate(folder) / CHECKPOINT_FILE).exists()
+  return exists(locate(folder) / CHECKPOINT_FILE)
 
 
 def read_info(folder: epath.PathLike) -> CheckpointInfo:
@@ -89,12 +88,12 @@ def read_info(folder: epath.PathLike) -> CheckpointInfo:
     UserError: the file is damaged or has a newer format.
   """
   path = locate(folder) / CHECKPOINT_FILE
+  if not exists(path):
+    raise FileNotFoundError(
+      f"no {CHECKPOINT_FILE} in {folder}: it is not a converted checkpoint; "
+      "create one with python -m univid_jax.convert SRC DST"
+    )
   with bucket_errors(path):
-    if not path.exists():
-      raise FileNotFoundError(
-        f"no {CHECKPOINT_FILE} in {folder}: it is not a converted checkpoint; "
-        "create one with python -m univid_jax.convert SRC DST"
-      )
     contents = path.read_bytes()
   try:
     values = parse_json(contents)

@@ -17,7 +17,7 @@ from univid_jax.checkpoints.run import read_run, require_run
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_lora_steps, find_step
 from univid_jax.core.options import OnDamaged, Quantize, parse_option
-from univid_jax.core.paths import bucket_errors
+from univid_jax.core.paths import bucket_errors, is_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class Origin:
       expert, file = split_expert(path)
       with bucket_errors(file):
         beside = find_config(epath.Path(file)), sidecar_path(epath.Path(file))  # which also say how it is applied
-        present = [each for each in beside if each and each.is_file()]
+        present = [each for each in beside if each and is_file(each)]
       digests = [self._digest_lora(file), *map(self._digest, present)]
       if "transformer_2" in checksums:  # the name may decide, so that moving the file changes the model
         expert = expert or named_expert(file)

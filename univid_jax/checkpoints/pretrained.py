@@ -33,7 +33,7 @@ from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.wan_vae import VAE, VAEConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize
-from univid_jax.core.paths import bucket_errors
+from univid_jax.core.paths import bucket_errors, exists, is_folder
 from univid_jax.models.clip import CLIPConfig, CLIPVision
 from univid_jax.models.dit import DiT
 from univid_jax.models.layers import quantize_linears
@@ -307,6 +307,8 @@ def describe_errors(method: Quantize, errors: Sequence[float]) -> str:
 
 def count_files(folder: epath.Path) -> int:
   """Counts the files in a folder and its subfolders; 0 if there is none."""
+  if not exists(folder):
+    return 0
   with bucket_errors(folder):
-    paths = [(path, path.is_dir()) for path in folder.iterdir()] if folder.exists() else []
-  return sum(count_files(path) if is_folder else 1 for path, is_folder in paths)
+    paths = list(folder.iterdir())
+  return sum(count_files(path) if is_folder(path) else 1 for path in paths)

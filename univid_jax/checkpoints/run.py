@@ -26,7 +26,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.json_files import parse_json_object, write_json
 from univid_jax.core.options import OnDamaged
-from univid_jax.core.paths import bucket_errors, to_path
+from univid_jax.core.paths import bucket_errors, exists, to_path
 from univid_jax.core.protocols import Resumable
 from univid_jax.runtime.processes import wait_for_processes
 
@@ -70,9 +70,9 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
     UserError: it is damaged, or has keys that this version does not know.
   """
   path = to_path(workdir) / CONFIG_FILE
+  if not exists(path):
+    return None
   with bucket_errors(path):
-    if not path.exists():
-      return None
     contents = path.read_bytes()
   values = parse_json_object(contents, source=path)
   if not {"model", "data", "rows"} <= values.keys():
@@ -106,9 +106,7 @@ def require_run(workdir: epath.PathLike) -> RunRecord:
       f"{workdir} has checkpoints, but no {CONFIG_FILE}, which describes them: restore it from a copy, or from another "
       "workdir of the same config"
     )
-  with bucket_errors(workdir):
-    exists = epath.Path(workdir).exists()
-  if not exists:
+  if not exists(workdir):
     if str(workdir) in BUILT_IN:
       raise FileNotFoundError(
         f"there is no folder {workdir}; the built-in base is the text {str(workdir)!r}, not a path"

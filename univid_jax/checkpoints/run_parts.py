@@ -15,16 +15,12 @@ from univid_jax.codecs.encoders import PlainEncoders, PretrainedEncoders
 from univid_jax.codecs.tiling import Tiling
 from univid_jax.codecs.vae_config import find_autoencoder
 from univid_jax.config.boundary import override
-from univid_jax.config.drawn import DrawnSentences
 from univid_jax.config.schema import RunConfig
-from univid_jax.core.contexts import CONTEXTS, video_pattern
-from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError, name_key
 from univid_jax.core.options import Expert, Quantize, TrainedExpert
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import CodecShape, Encoders
 from univid_jax.core.seeds import random_key
-from univid_jax.core.text import size_text
 from univid_jax.diffusion.flow import REFERENCE_TOKENS, FlowMatching
 from univid_jax.models.dit import DiT
 from univid_jax.models.in_context import look_back
@@ -33,8 +29,8 @@ from univid_jax.models.lora import attach
 from univid_jax.models.umt5 import UMT5Config
 from univid_jax.models.variants import VARIANTS, DiTConfig
 
-# Along each side: the autoencoder's stride times the patch.
-WAN21_PIXELS_PER_TOKEN = 16
+# Pixels along each side of a patch: the autoencoder's stride times the patch's.
+WAN21_PATCH_PIXELS = 16
 
 
 def open_base(config: RunConfig) -> PretrainedCheckpoint | None:
@@ -192,8 +188,7 @@ def make_flow(config: RunConfig) -> FlowMatching:
   """
   reference, base = REFERENCE_TOKENS, open_base(config)
   if base is not None or config.model.variant:
-    pixels_per_token = _codec_shape(config, base).spatial_stride * _transformer_config(config, base).patch_size[1]
-    reference = reference * WAN21_PIXELS_PER_TOKEN**2 // pixels_per_token**2
+    reference = reference * WAN21_PATCH_PIXELS**2 // _patch_strides(config, base)[1] ** 2
   return FlowMatching.from_config(config.flow, noise_range=_noise_range(config, base), reference_tokens=reference)
 
 
@@ -227,6 +222,16 @@ def _codec_shape(config: RunConfig, base: PretrainedCheckpoint | None) -> CodecS
   return find_autoencoder(_transformer_config(config, base).out_dim)
 
 
+def patch_strides(config: RunConfig) -> tuple[int, int]:
+  """Returns the frames per latent frame, and the pixels along each side of a patch; see `codec_shape`."""
+  return _patch_strides(config, open_base(config))
+
+
+def _patch_strides(config: RunConfig, base: PretrainedCheckpoint | None) -> tuple[int, int]:
+  codec = _codec_shape(config, base)
+  return codec.temporal_stride, codec.spatial_stride * _transformer_config(config, base).patch_size[1]
+
+
 def text_encoder_shape(config: RunConfig) -> UMT5Config:
   """Returns the shape of the text encoder, from configs alone: of the base's, or of the published models'.
 
@@ -243,59 +248,6 @@ def text_encoder_shape(config: RunConfig) -> UMT5Config:
   if base is None and not config.model.variant:
     raise UserError("a model from scratch has no text encoder: its only prompt is the null prompt")
   return UMT5Config()
-
-
-def clip_tokens(config: RunConfig) -> int:
-  """Returns the tokens of a clip of a config, of the largest of its sizes.
-
-  Raises:
-    UserError: clips do not divide into patches; the message names the nearest valid sizes.
-  """
-  base = open_base(config)
-  codec, (_, patch_side, _) = _codec_shape(config, base), _transformer_config(config, base).patch_size
-  stride, longest = codec.spatial_stride * patch_side, 0
-  for height, width in config.data.sizes:
-    clip = (config.data.num_frames, height, width)
-    try:
-      tokens = latent_shape(clip, temporal_stride=codec.temporal_stride, spatial_stride=stride)
-    except UserError as error:
-      size = f"{size_text((height, width))} pixels (width x height)"
-      raise UserError(f"config.data has clips of {size}: {error}") from error
-    longest = max(longest, math.prod(tokens))
-  return longest
-
-
-def longest_sentence(config: RunConfig) -> tuple[int, str, int]:
-  """Returns the tokens, context and number of clips of the longest sentence that a config draws.
-
-  Records that list their clips may be longer: of them four clips, of any context, count, and of ARC four images.
-
-  Raises:
-    UserError: clips do not divide into patches; the message names the nearest valid sizes.
-  """
-  clip = {True: clip_tokens(config), False: clip_tokens(override(config, {"data.num_frames": 1}))}
-  drawn = DrawnSentences.from_config(config.data)
-  listed = [(context, 4) for context in CONTEXTS] if drawn.lists_contexts or not drawn.kinds else []
-
-  def count_tokens(context: str, count: int) -> int:
-    first, second, *query = (clip[is_video] for is_video in video_pattern(context, num_clips=4))
-    return (count // 2 - 1) * (first + second) + sum(query)
-
-  return max((count_tokens(context, count), context, count) for context, count in (*drawn.kinds, *listed))
-
-
-def check_rows(config: RunConfig) -> None:
-  """Checks that clips divide into patches, and that the longest sentence that the config draws fits into a row.
-
-  Raises:
-    UserError: they do not; the message names the nearest valid sizes, or the tokens needed.
-  """
-  tokens, context, count = longest_sentence(config)
-  if tokens > config.rows.num_tokens:
-    raise UserError(
-      f"a sentence of {count} clips of context {context} has {tokens} tokens, config.rows.num_tokens is only "
-      f"{config.rows.num_tokens}"
-    )
 
 
 def create_model(config: RunConfig, *, adapters: bool = True) -> DiT:

@@ -16,7 +16,7 @@ from univid_jax.checkpoints.orbax_files import METRICS_FILE
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import OnDamaged
-from univid_jax.core.paths import atomic_write, bucket_errors, is_remote, make_absolute
+from univid_jax.core.paths import atomic_write, bucket_errors, exists, is_folder, is_remote, make_absolute
 from univid_jax.runtime.processes import count_distinct, sum_over_processes, wait_for_processes
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -59,7 +59,7 @@ class SavedCheckpoints:
   def steps(self) -> list[int]:
     """The steps of all finished checkpoints, ascending."""
     with bucket_errors(self.parent):
-      return sorted(ocp.utils.checkpoint_steps(self.parent)) if self.parent.exists() else []
+      return sorted(ocp.utils.checkpoint_steps(self.parent)) if exists(self.parent) else []
 
   def folder(self, step: int) -> epath.Path:
     return self.parent / str(step)
@@ -77,10 +77,10 @@ class SavedCheckpoints:
     """Reads the validation loss of a checkpoint; returns None if it was not measured or is not finite."""
     folder = self.folder(step)
     with verified(folder, enabled=self._verify and has_checksums(folder), select=_is_about_checkpoint):
-      with bucket_errors(folder):
-        if not (folder / METRICS_FILE).exists():
-          return None
-        contents = (folder / METRICS_FILE).read_bytes()
+      if not exists(file := folder / METRICS_FILE):
+        return None
+      with bucket_errors(file):
+        contents = file.read_bytes()
       try:
         loss = float(parse_json(contents)["val_loss"])
       except (ValueError, KeyError, TypeError) as error:
@@ -303,6 +303,6 @@ def _is_own_share(name: str) -> bool:
 
 def _size(folder: epath.Path) -> int:
   """Returns the size of all files in a folder, in bytes."""
-  if not folder.exists():
+  if not exists(folder):
     return 0
-  return sum(_size(path) if path.is_dir() else path.stat().length for path in folder.iterdir())
+  return sum(_size(path) if is_folder(path) else path.stat().length for path in folder.iterdir())

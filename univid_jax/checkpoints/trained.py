@@ -24,7 +24,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, OnDamaged, TrainedExpert
 from univid_jax.core.params import ParamTree
-from univid_jax.core.paths import bucket_errors, to_path
+from univid_jax.core.paths import is_folder
 from univid_jax.models.lora import LoRAParam
 from univid_jax.models.offload import offload_blocks, put_in_words
 from univid_jax.parallel.mesh import make_mesh
@@ -78,9 +78,7 @@ def restore_transformer(
 
 def is_lora_run(path: epath.PathLike) -> bool:
   """Returns whether a path is the workdir of a LoRA run."""
-  with bucket_errors(path):
-    is_folder = to_path(path).is_dir()
-  record = read_run(path) if is_folder else None
+  record = read_run(path) if is_folder(path) else None
   return record is not None and record.config.lora.enabled
 
 

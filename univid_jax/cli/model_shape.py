@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, is_converted
 from univid_jax.checkpoints.run import require_run
-from univid_jax.checkpoints.run_parts import codec_shape, open_base, split_config, transformer_config
+from univid_jax.checkpoints.run_parts import open_base, patch_strides, split_config
 from univid_jax.config.schema import ModelConfig, RunConfig
 from univid_jax.core.dims import latent_shape
 from univid_jax.core.errors import UserError
@@ -33,7 +33,7 @@ class ModelShape:
       config = _read_config(checkpoint)
       base, (part, *_) = open_base(config), split_config(config)
       count = len(base.transformers) if base else 1
-      return cls(count, codec_shape(part).spatial_stride * transformer_config(part).patch_size[1])
+      return cls(count, patch_strides(part)[1])
     return None
 
   def check_size(self, size: tuple[int, int]) -> None:

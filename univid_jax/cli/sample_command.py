@@ -58,10 +58,10 @@ class SampleCommand:
     for paths in (clips, queries, first_frames):  # before they are counted, as a name may have been split at a comma
       sampling.check_clips(paths)
     requests = sampling.plan_requests(clips, queries, self._out.value, first_frame=self._first_frame.value)
-    sampling.check_outputs(
+    sampling.check_readable([*(path for request in requests for path in request.clips), *first_frames])
+    sampling.check_outputs(  # which makes the folder of results
       requests, first_frame=self._first_frame.value, num_frames=self.sampling.num_frames.value, grid=self._grid.value
     )
-    sampling.check_readable([*(path for request in requests for path in request.clips), *first_frames])
     return requests
 
   @property

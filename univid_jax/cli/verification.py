@@ -11,7 +11,7 @@ from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX, DELETED_FOLDER
-from univid_jax.core.paths import bucket_errors, is_remote
+from univid_jax.core.paths import bucket_errors, exists, is_folder, is_remote
 from univid_jax.core.text import count_noun
 from univid_jax.data.cache import entries, shards
 
@@ -54,20 +54,18 @@ def verify(path: epath.PathLike, *, write: bool) -> Iterator[Findings]:
     FileNotFoundError: there is no such path.
   """
   path = locate(path)
-  with bucket_errors(path):
-    exists, is_folder = path.exists(), path.is_dir()
-    has_sidecar = not is_folder and sidecar_path(path).exists()
-  if not exists:
+  if not exists(path):
     raise FileNotFoundError(f"no such file or folder: {path}")
-  if not is_folder:
-    yield from _verify_files([path, sidecar_path(path)] if has_sidecar else [path])
+  if not is_folder(path):
+    yield from _verify_files([path, sidecar_path(path)] if exists(sidecar_path(path)) else [path])
   elif has_checksums(path) or is_checkpoint(path) or is_lora_folder(path) or _is_run_checkpoint(path):
     yield _verify_folder(path, write=write)
   else:
     with bucket_errors(path):
-      inside = [(each, each.is_dir()) for each in sorted(path.iterdir())]
-    yield from _verify_files([each for each, is_folder in inside if not is_folder])
-    for folder in (each for each, is_folder in inside if is_folder):
+      inside = sorted(path.iterdir())
+    folders = [each for each in inside if is_folder(each)]
+    yield from _verify_files([each for each in inside if each not in folders])
+    for folder in folders:
       is_deleted = folder.name == DELETED_FOLDER and _is_in_checkpoints(folder)
       if DAMAGED_SUFFIX not in folder.name and not is_deleted:
         yield from verify(folder, write=write)
@@ -116,7 +114,7 @@ def _check_file(path: epath.Path) -> str | None:
     intact = entries.is_intact(path)
   elif path.suffix.lower() == ".safetensors":
     intact = check_seal(path)
-  elif path.name.lower().endswith(".ckpt.json") and path.with_suffix("").exists():
+  elif path.name.lower().endswith(".ckpt.json") and exists(path.with_suffix("")):
     intact = check_seal(path, path.with_suffix(""))
   else:
     return shards.find_damage(path)

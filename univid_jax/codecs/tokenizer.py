@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Int
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import bucket_errors
+from univid_jax.core.paths import bucket_errors, exists
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ class Tokenizer:
   """
 
   def __init__(self, path: str | os.PathLike, *, max_length: int = 512):
+    if not exists(path):
+      raise FileNotFoundError(f"no such tokenizer: {path}")
     with bucket_errors(path):
-      if not epath.Path(path).exists():
-        raise FileNotFoundError(f"no such tokenizer: {path}")
       contents = epath.Path(path).read_bytes()
     self.sha256 = hashlib.sha256(contents).hexdigest()
     try:

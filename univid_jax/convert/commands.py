@@ -34,7 +34,7 @@ from univid_jax.convert.verify import verify_release
 from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, parse_option
-from univid_jax.core.paths import bucket_errors, make_absolute, require_local, to_path
+from univid_jax.core.paths import is_file, make_absolute, require_local, to_path
 from univid_jax.core.text import format_bytes
 
 # LoRAs are several if a run has trained both experts. A record is that of a run that trained the whole model.
@@ -59,10 +59,8 @@ def find_weights(source: str) -> Found:
     return read_info(source)
   if (record := read_run(path)) is not None:
     return read_run_loras(path) if record.config.lora.enabled else record
-  with bucket_errors(path):
-    is_file = path.is_file()
-  is_file = is_file and is_lora(open_tensors(copy_file(path)).infos)
-  if is_file or is_lora_folder(path) or is_peft_folder(path):
+  is_lora_file = is_file(path) and is_lora(open_tensors(copy_file(path)).infos)
+  if is_lora_file or is_lora_folder(path) or is_peft_folder(path):
     return [read_lora(source)]
   return find_release(require_local(source))
 

@@ -9,7 +9,7 @@ from etils import epath
 
 from univid_jax.convert.replacement import check_replaceable_file, check_replaceable_folder
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import bucket_errors, is_remote
+from univid_jax.core.paths import bucket_errors, exists, is_folder, is_remote
 from univid_jax.core.text import format_bytes
 from univid_jax.core.unfinished import PREFIX, find_unfinished, find_writer, remove, remove_abandoned, unfinished_path
 
@@ -35,9 +35,9 @@ def check_destination(destination: epath.PathLike, *, needed: int, force: bool, 
   if not is_remote(destination):
     destination.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(Path(destination).resolve())
+  if exists(destination) and not force:
+    raise FileExistsError(f"{destination} already exists; --force replaces it")
   with bucket_errors(destination):
-    if destination.exists() and not force:
-      raise FileExistsError(f"{destination} already exists; --force replaces it")
     (check_replaceable_file if is_file else check_replaceable_folder)(destination)
   if is_remote(destination):
     return
@@ -63,8 +63,8 @@ def atomic_folder(destination: epath.PathLike, *, needed: int, force: bool) -> I
   check_destination(destination, needed=needed, force=force)
   if is_remote(destination):
     with bucket_errors(destination):
-      if destination.exists():
-        destination.rmtree() if destination.is_dir() else destination.unlink()
+      if exists(destination):
+        destination.rmtree() if is_folder(destination) else destination.unlink()
       destination.mkdir(parents=True)
     yield destination
     return

@@ -14,7 +14,7 @@ from univid_jax.checkpoints.run import read_run
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER
 from univid_jax.checkpoints.weights_file import SUFFIX
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import is_remote, to_path
+from univid_jax.core.paths import exists, is_folder, is_remote, to_path
 from univid_jax.core.text import list_first
 
 _WEIGHTS = (
@@ -99,7 +99,7 @@ def _is_inside(path: str, folder: str) -> bool:
 
 def check_replaceable_file(destination: epath.Path) -> None:
   """Raises UserError if a folder is where a file is to be written."""
-  if destination.is_dir():
+  if is_folder(destination):
     raise UserError(f"{destination} is a folder, and a file is to be written: name a file, or one in {destination}/")
 
 
@@ -111,9 +111,9 @@ def check_replaceable_folder(destination: epath.Path) -> None:
   Raises:
     UserError: it is a file, or has contents of another kind, which are named.
   """
-  if not destination.exists():
+  if not exists(destination):
     return
-  if not destination.is_dir():
+  if not is_folder(destination):
     raise UserError(f"{destination} is a file, and a folder is to be written: choose another destination")
   names = sorted(path.name for path in destination.iterdir() if not path.name.startswith(_FOREIGN))
   if not names or any(kind.includes(names, complete=not is_remote(destination)) for kind in _KINDS):

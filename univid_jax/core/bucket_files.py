@@ -18,7 +18,7 @@ import fsspec
 from etils import epath
 from tqdm import tqdm
 
-from univid_jax.core.paths import CACHE_FOLDER, atomic_write, bucket_errors, is_remote, to_path
+from univid_jax.core.paths import CACHE_FOLDER, atomic_write, bucket_errors, exists, is_folder, is_remote, to_path
 from univid_jax.core.unfinished import is_abandoned, is_unfinished
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,9 @@ def copy_to_local(path: str) -> str:
 def _copy_folder(path: str) -> str:
   wanted = to_path(path)
   _forget_listings(path)
-  if not wanted.exists():
+  if not exists(wanted):
     raise FileNotFoundError(f"no such file or folder: {path}")
-  root = wanted if wanted.is_dir() else wanted.parent
+  root = wanted if is_folder(wanted) else wanted.parent
   copy = _copy_path(root, "data")
   with _locked(copy):
     files = {copy / file.relative_to(root): file for file in _walk_files(root)}
@@ -153,7 +153,7 @@ def _locked(copy: Path) -> Iterator[None]:
 
 def _walk_files(folder: epath.Path) -> Iterator[epath.Path]:
   for path in sorted(folder.iterdir()):
-    if path.is_dir():
+    if is_folder(path):
       yield from _walk_files(path)
     else:
       yield path

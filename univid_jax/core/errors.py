@@ -1,6 +1,7 @@
 """Exceptions with a meaning for the commands: errors that a user can fix, and runs that were stopped."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 
@@ -38,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def name_key(key: str) -> Iterator[None]:
-  """Names a key of the config in errors about the file or folder that it gives, unless they name it already.
+  """Names a key of the config in errors about the file or folder that it gives, unless they name one already.
 
   Args:
     key: without "config.".
@@ -46,7 +47,7 @@ def name_key(key: str) -> Iterator[None]:
   try:
     yield
   except (UserError, OSError) as error:  # stays the same one, whose type and number callers may handle
-    if f"config.{key}" not in str(error):
+    if not re.search(r"(?<![\w./])config\.(?!json\b)\w", str(error)):
       if isinstance(error, OSError) and error.strerror:
         error.strerror = f"config.{key}: {error.strerror}"
       else:

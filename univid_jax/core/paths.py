@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fsspec
 from etils import epath
+from etils.epath.stat_utils import StatResult
 
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.installation import install_command
@@ -80,6 +81,39 @@ def bucket_errors(path: epath.PathLike) -> Iterator[None]:
       number = errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EIO
       error.errno, error.strerror, error.filename = number, reason, str(path)  # keeps the class, which callers handle
     raise
+
+
+def exists(path: epath.PathLike) -> bool:
+  """Returns whether there is something at a path.
+
+  The methods of etils and fsspec take a bucket that does not answer for an empty one; this function, `is_folder` and
+  `is_file` raise OSError.
+  """
+  return epath.Path(path).exists() if not is_remote(path) else _find_status(path) is not None
+
+
+def is_folder(path: epath.PathLike) -> bool:
+  """Returns whether there is a folder at a path; see `exists`."""
+  if not is_remote(path):
+    return epath.Path(path).is_dir()
+  status = _find_status(path)
+  return status is not None and status.is_directory
+
+
+def is_file(path: epath.PathLike) -> bool:
+  """Returns whether there is a file at a path; see `exists`."""
+  if not is_remote(path):
+    return epath.Path(path).is_file()
+  status = _find_status(path)
+  return status is not None and not status.is_directory
+
+
+def _find_status(path: epath.PathLike) -> StatResult | None:
+  with bucket_errors(path):
+    try:
+      return to_path(path).stat()
+    except FileNotFoundError:
+      return None
 
 
 def file_state(path: str | os.PathLike) -> tuple[int, ...]:

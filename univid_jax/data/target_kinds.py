@@ -69,8 +69,8 @@ def read_palette(path: str) -> UInt8[np.ndarray, "labels 3"]:
   file = to_path(path)
   try:
     with bucket_errors(path):
-      text = file.read_text()
-    lines = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
+      contents = file.read_bytes()
+    lines = [line.replace(",", " ").split() for line in contents.decode().splitlines() if line.strip()]
     colors = np.atleast_2d(np.array(lines, int))
   except ValueError as error:
     raise UserError(f"{path} is not a palette, one line R G B per label: {error}") from error

@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from univid_jax.config.schema import EvalConfig
-from univid_jax.core.paths import atomic_write, bucket_errors
+from univid_jax.core.paths import atomic_write, bucket_errors, exists
 from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.evaluation.candidates import Candidate
 from univid_jax.evaluation.controls import replace_pairs, round_trip, show_inverse_task
@@ -183,8 +183,7 @@ def generate_files(
   batches = split_batches(len(sentences), batch_size)[jax.process_index() :: jax.process_count()]
   with progress_bar(sum(map(len, batches))) as bar:
     for numbers in batches:
-      with bucket_errors(folder):
-        is_stored = all(sample_path(folder, number).exists() for number in numbers)
+      is_stored = all(exists(sample_path(folder, number)) for number in numbers)
       if not is_stored:
         for number, generated in generate(pipeline, sentences, variants, numbers).items():
           _write(sample_path(folder, number), generated)

@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 
-from univid_jax.checkpoints.run_parts import check_rows, clip_tokens, codec_shape, longest_sentence, with_stored_base
+from univid_jax.checkpoints.run_parts import codec_shape, with_stored_base
+from univid_jax.checkpoints.sentence_lengths import check_rows, clip_tokens, longest_sentence
 from univid_jax.config.boundary import override
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line

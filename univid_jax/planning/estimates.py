@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from univid_jax.checkpoints.run_parts import clip_tokens, create_model, transformer_config
+from univid_jax.checkpoints.run_parts import create_model, transformer_config
+from univid_jax.checkpoints.sentence_lengths import clip_tokens
 from univid_jax.config.schema import BaseConfig, LoRAConfig, ModelConfig, RunConfig
 from univid_jax.core.options import AttentionBackend, OptimizerName, Quantize, RematPolicy
 from univid_jax.models.attention import xla

@@ -11,13 +11,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from univid_jax.checkpoints.pretrained import abstract_component, abstract_parameters
 from univid_jax.checkpoints.run_parts import (
-  check_rows,
   codec_shape,
   context_mode,
   create_model,
   text_encoder_shape,
   transformer_config,
 )
+from univid_jax.checkpoints.sentence_lengths import check_rows
 from univid_jax.codecs.vae_config import VAEConfig
 from univid_jax.codecs.wan_vae import VAE, jit_method
 from univid_jax.config.schema import RunConfig

@@ -20,7 +20,7 @@ import jax
 from etils import epath
 
 from univid_jax.core.json_files import parse_json, write_json
-from univid_jax.core.paths import bucket_errors
+from univid_jax.core.paths import bucket_errors, exists
 
 GOODPUT_FILE = "goodput.json"
 # A kill hides at most this much of what it costs.
@@ -139,9 +139,9 @@ class Goodput:
     if not self._writes:
       return _zeros(), {}
     try:
+      if not exists(self._path):
+        return _zeros(), {}
       with bucket_errors(self._path):
-        if not self._path.exists():
-          return _zeros(), {}
         contents = self._path.read_bytes()
       values = parse_json(contents)
       checkpoints = {int(step): _parse(totals) for step, totals in values["checkpoints"].items()}

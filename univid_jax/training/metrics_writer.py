@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.paths import atomic_write, bucket_errors, is_remote
+from univid_jax.core.paths import atomic_write, bucket_errors, exists, is_remote
 
 # How long TensorBoard events stay in memory.
 FLUSH_SECONDS = 30
@@ -29,7 +29,7 @@ class MetricsWriter:
     self._folder = epath.Path(workdir)
     self._path = self._folder / "metrics.jsonl"
     with bucket_errors(self._path):
-      text = self._path.read_bytes().decode(errors="replace") if self._path.exists() else ""
+      text = self._path.read_bytes().decode(errors="replace") if exists(self._path) else ""
     self._lines = _select_lines(text, last_step=start_step)
     if "".join(self._lines) != text:
       with atomic_write(self._path) as path:  # a run that is killed here has lost nothing

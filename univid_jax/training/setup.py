@@ -19,7 +19,6 @@ from univid_jax.checkpoints.run import RunRecord, has_checkpoint, require_run
 from univid_jax.checkpoints.run_parts import (
   base_checksums,
   check_base,
-  check_rows,
   codec_shape,
   context_mode,
   open_base,
@@ -28,6 +27,7 @@ from univid_jax.checkpoints.run_parts import (
   transformer_config,
   with_stored_base,
 )
+from univid_jax.checkpoints.sentence_lengths import check_rows
 from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
 from univid_jax.config.schema import CodecConfig, ModelConfig, RunConfig
 from univid_jax.core.checks import require_flag, require_folder

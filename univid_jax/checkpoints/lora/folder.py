@@ -22,7 +22,7 @@ from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.orbax_files import restore_arrays, save_arrays
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json_object, write_json
-from univid_jax.core.paths import bucket_errors, to_path
+from univid_jax.core.paths import bucket_errors, exists, to_path
 
 LORA_FILE = "lora.json"
 FORMAT = 2  # 1 has no changes/
@@ -30,8 +30,7 @@ FORMAT = 2  # 1 has no changes/
 
 def is_lora_folder(path: epath.PathLike) -> bool:
   """Returns whether a path is a complete LoRA folder."""
-  with bucket_errors(path):
-    return (to_path(path) / LORA_FILE).exists()
+  return exists(to_path(path) / LORA_FILE)
 
 
 def write_lora_folder(folder: epath.PathLike, lora: LoRAWeights) -> None:

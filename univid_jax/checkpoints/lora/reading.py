@@ -22,13 +22,12 @@ from univid_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from univid_jax.core.bucket_files import copy_file, copy_to_local
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_LORA_SCALE
-from univid_jax.core.paths import bucket_errors, is_remote
+from univid_jax.core.paths import exists, is_file, is_folder, is_remote
 
 
 def is_peft_folder(path: epath.PathLike) -> bool:
   """Returns whether a path is a folder that PEFT wrote."""
-  with bucket_errors(path):
-    return (epath.Path(path) / CONFIG_FILE).is_file()
+  return is_file(epath.Path(path) / CONFIG_FILE)
 
 
 def read_lora(path: epath.PathLike, *, verify: bool = True) -> LoRAWeights:
@@ -46,8 +45,7 @@ def read_lora(path: epath.PathLike, *, verify: bool = True) -> LoRAWeights:
   if is_lora_folder(path) or has_checksums(path):
     with verified(path, enabled=verify):
       return read_lora_folder(path)
-  with bucket_errors(path):
-    local = _local_copy(path) if is_remote(path) else Path(path)
+  local = _local_copy(path) if is_remote(path) else Path(path)
   if is_peft_folder(local):
     found = find_adapter(epath.Path(local))
     if found is None:
@@ -63,15 +61,15 @@ def read_lora(path: epath.PathLike, *, verify: bool = True) -> LoRAWeights:
 def _local_copy(path: epath.PathLike) -> Path:
   """Copies a LoRA in a bucket with what belongs to it: the sidecar of a file, all of a folder of PEFT."""
   remote = epath.Path(path)
-  if any((folder / CONFIG_FILE).exists() for folder in (remote, remote.parent)):
+  if any(exists(folder / CONFIG_FILE) for folder in (remote, remote.parent)):
     return Path(copy_to_local(str(path)))
-  if remote.is_dir():
+  if is_folder(remote):
     raise UserError(f"{path} is a folder without lora.json or {CONFIG_FILE}: pass the LoRA file itself")
-  if not remote.exists():
+  if not exists(remote):
     raise FileNotFoundError(f"no such file or folder: {path}")
   copy = copy_file(path)
   for name in (sidecar_path(remote).name, CONFIG_FILE):
-    if (neighbour := remote.with_name(name)).exists():
+    if exists(neighbour := remote.with_name(name)):
       copy_file(neighbour)
     else:
       copy.with_name(name).unlink(missing_ok=True)  # of what was there before

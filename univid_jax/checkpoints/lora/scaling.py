@@ -12,6 +12,7 @@ from etils import epath
 from univid_jax.checkpoints.tensor_files import is_tensor_file
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json_object
+from univid_jax.core.paths import is_file
 from univid_jax.core.text import describe_value
 
 CONFIG_FILE = "adapter_config.json"
@@ -100,7 +101,7 @@ def find_adapter(folder: epath.Path) -> epath.Path | None:
 def find_config(path: epath.Path) -> epath.Path | None:
   """Returns PEFT's config of a file of weights, if there is one next to it."""
   config = path.parent / CONFIG_FILE
-  if not config.is_file():
+  if not is_file(config):
     return None
   return config if path.stem == ADAPTER_STEM or find_adapter(path.parent) == path else None
 

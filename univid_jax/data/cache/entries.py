@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import load, save
 
-from univid_jax.core.paths import atomic_write, bucket_errors
+from univid_jax.core.paths import atomic_write, bucket_errors, exists
 from univid_jax.data.cache.shards import FOLDER, Shards, seal_entry, unseal_entry
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Cache:
   def __contains__(self, key: str) -> bool:
     digest = self._digest(key)
     with self._errors("read"):
-      return digest in self._shards or self._has_file(key) or digest in self._newer_shards()
+      return digest in self._shards or exists(self.path(key)) or digest in self._newer_shards()
 
   def get(self, key: str) -> np.ndarray | None:
     """Returns the value, or None if it is missing or, as the log says once, corrupt.
@@ -101,10 +101,6 @@ class Cache:
       raise CacheError(
         number, f"cannot {action} the cache: {reason}", str(path or error.filename or self.folder)
       ) from error
-
-  def _has_file(self, key: str) -> bool:
-    with bucket_errors(path := self.path(key)):
-      return path.exists()
 
   def _read_file(self, key: str) -> bytes | None:
     path = self.path(key)

@@ -19,7 +19,7 @@ from etils import epath
 
 from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import atomic_write, bucket_errors
+from univid_jax.core.paths import atomic_write, bucket_errors, exists
 from univid_jax.core.text import count_noun
 from univid_jax.core.unfinished import is_unfinished
 from univid_jax.data.cache.entries import CacheError, entry_path, is_entry
@@ -132,7 +132,7 @@ def _own_digests(cache: epath.Path) -> Iterator[bytes]:
   for number in range(jax.process_index(), 256, jax.process_count()):
     subfolder = cache / f"{number:02x}"
     with bucket_errors(subfolder):
-      paths = sorted(subfolder.iterdir()) if subfolder.exists() else []
+      paths = sorted(subfolder.iterdir()) if exists(subfolder) else []
     yield from (bytes.fromhex(path.stem) for path in paths if is_entry(path))
 
 
@@ -255,7 +255,7 @@ def _describe(path: epath.Path) -> tuple[Shard, bytes] | None:
 def _list_shards(folder: epath.Path) -> list[epath.Path]:
   """Returns the complete shards in the order in which they were written."""
   with bucket_errors(folder):
-    paths = list(folder.iterdir()) if folder.exists() else []
+    paths = list(folder.iterdir()) if exists(folder) else []
   names = rf"\d{{6,}}-[0-9a-f]{{16}}{re.escape(SHARD_SUFFIX)}"
   return sorted((path for path in paths if re.fullmatch(names, path.name)), key=lambda p: (_number(p), p.name))
 
@@ -274,6 +274,6 @@ def _remove_unfinished(folder: epath.Path) -> None:
   Nobody else writes shards as long as all processes hold their locks.
   """
   with bucket_errors(folder):
-    for path in folder.iterdir() if folder.exists() else ():
-      if is_unfinished(path.name) or (path.suffix == KEYS_SUFFIX and not path.with_suffix(SHARD_SUFFIX).exists()):
+    for path in folder.iterdir() if exists(folder) else ():
+      if is_unfinished(path.name) or (path.suffix == KEYS_SUFFIX and not exists(path.with_suffix(SHARD_SUFFIX))):
         path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from univid_jax.core.bucket_files import copy_file, source_state
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.numbers import round_up
-from univid_jax.core.paths import bucket_errors, file_state, is_remote
+from univid_jax.core.paths import bucket_errors, exists, file_state, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -308,14 +308,12 @@ def find_damage(path: epath.Path) -> str | None:
     return None
   if path.name == INDEX_FILE:
     try:
-      with bucket_errors(path):
-        missing = [shard for shard in Shards(path.parent).index.shards if not (path.parent / shard.name).exists()]
+      missing = [shard for shard in Shards(path.parent).index.shards if not exists(path.parent / shard.name)]
     except UserError:
       return "checksum differs"
     return f"{len(missing)} of its shards are missing, first {missing[0].name}" if missing else ""
   if path.suffix == KEYS_SUFFIX:
-    with bucket_errors(path):
-      return "" if unseal_entry(path.read_bytes()) is not None else "checksum differs"
+    return "" if unseal_entry(path.read_bytes()) is not None else "checksum differs"
   if path.suffix != SHARD_SUFFIX:
     return None
   try:

@@ -244,6 +244,8 @@ class EncodedSource:
     found = self._encode(index)
     if isinstance(found, _Unusable) and self._is_shared:
       found = self._encode(index)
+    if isinstance(found, _Unusable) and isinstance(found.error, CacheError):
+      raise found.error  # the sentence is not to blame
     if not isinstance(found, _Unusable):
       self._dropped_in_a_row = 0
       return found
@@ -266,8 +268,6 @@ class EncodedSource:
     try:
       sentence = self._source[index]
       return make_fitting(sentence, self._make_features, self._capacities).arrays()
-    except CacheError:
-      raise
     except (UserError, OSError) as error:
       return _Unusable(sentence.record if sentence and sentence.record else f"sentence {index}", error)
 

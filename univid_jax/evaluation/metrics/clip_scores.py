@@ -15,7 +15,7 @@ class CLIPScores:
     path: a CLIP model in the format of transformers, a folder or a name on the Hugging Face hub.
 
   Raises:
-    UserError: the extra is not installed, or there is no such model.
+    UserError: the extra is not installed, there is no such model, or the hub does not answer.
   """
 
   def __init__(self, path: str):
@@ -27,7 +27,7 @@ class CLIPScores:
       self._model = transformers.CLIPModel.from_pretrained(path).eval()
       self._processor: Any = transformers.CLIPProcessor.from_pretrained(path)  # its stubs lack images and padding
     except (OSError, ValueError) as error:
-      raise UserError(f"{path} is no CLIP model in the format of transformers: {first_line(error)}") from error
+      raise UserError(f"transformers cannot load {path} as a CLIP model: {first_line(error)}") from error
     self._texts: dict[str, np.ndarray] = {}
 
   def clip_t(self, clip: np.ndarray, text: str) -> float:
