@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from univid_jax.data.clips import (
   resize_and_crop,
 )
 from univid_jax.data.media.reader import read_clip
+from univid_jax.data.media.schedule import Schedule
 
 
 class TestClips:
@@ -93,9 +95,10 @@ class TestClips:
 
     def key(fps):
       options = dict(name="", size=(4, 4), num_frames=9, form=FORM, identify=lambda: "x")
-      return Footage(fps=fps, read=lambda count: np.zeros((count, 4, 4, 3)), **options).clip(5).key
+      schedule = fps and Schedule.regular(9, fps=fps, tick=Fraction(1, 1000))
+      return Footage(schedule=schedule, read=lambda count: np.zeros((count, 4, 4, 3)), **options).clip(5).key
 
-    assert key(8.0) == key(None) == "65f295ed9709cd0db12959d6fd19c05d76f4c7859df493625fc57c7b8b8de5cb"
+    assert key(8.0) == key(None) == "f0671e921b5f87ef1f8453198f80e29df053c8200cb888f9c7826851a3cbdfa9"
 
   def test_a_changed_file_is_noticed(self, tmp_path):
     """Even if its size and its dates stay the same, as after `cp -p`."""

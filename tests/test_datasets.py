@@ -358,6 +358,7 @@ class TestPairs:
       ((30, 15), 0, "the source has 30 frames per second and the target 15: set config.data.fps"),
       ((30, 15), 15, ""),
       ((30, 30000 / 1001), 0, ""),
+      ((30, 30000 / 1001), 30, ""),
     ],
   )
   def test_rates_of_a_pair(self, tmp_path, rates, fps, reason):
@@ -387,7 +388,10 @@ class TestPairs:
   def test_lengths_of_a_pair(self, lengths, num_frames, are_aligned):
     """Equal, or both long enough; an image goes with any video."""
     for order in (lengths, lengths[::-1]):
-      clips = [mock.Mock(spec=Footage, size=(16, 16), fps=None, num_frames=count, form=FORM) for count in order]
+      clips = [
+        mock.Mock(spec=Footage, size=(16, 16), fps=None, is_resampled=False, num_frames=count, form=FORM)
+        for count in order
+      ]
       with contextlib.nullcontext() if are_aligned else pytest.raises(UserError, match="of each are needed"):
         check_aligned(*clips, num_frames)
 
@@ -412,6 +416,8 @@ class TestPairs:
         "and the target has no rate and cannot be: set config.data.fps=0, or make a vid",
       ),
       (("source.npy", "target.mp4"), 30, ""),
+      (("source.npy", "target.mp4"), 30000 / 1001, ""),
+      (("source.npy", "target.mp4"), 29.8, "the target is resampled from 30 to config.data.fps = 29.8 frames per"),
       (("source.npy", "target.mp4"), 0, ""),
       (("source.npy", "target.npy"), 10, ""),
     ],

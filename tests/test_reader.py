@@ -1,9 +1,11 @@
 """Files as people have them are read as players show them, or rejected by name and reason."""
 
 import json
+import math
 import os
 import re
 import tracemalloc
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -79,6 +81,83 @@ def test_all_frames_count_at_their_own_rate(fps: float, ticks: int):
   """Although times are rounded to ticks: at 30 frames per second and in milliseconds they are 33 and 67."""
   for count in range(1, 40):
     assert Schedule.regular(count, fps=fps, tick=Fraction(1, ticks)).count_at(fps) == count
+
+
+NTSC = 1000 / 1001
+# Of MP4 in exact times, of Matroska and WebM, and of MP4 made of them.
+TICKS = Fraction(1, 30_000), Fraction(1, 1000), Fraction(1, 90_000)
+# Of phones.
+LONG_TICK = Fraction(1, 600)
+
+
+def schedules(count: int, fps: float) -> Iterator[Schedule]:
+  """Those of equal videos in different containers."""
+  yield Schedule.regular(count, fps=fps, tick=TICKS[0])
+  yield Schedule.regular(count, fps=fps, tick=LONG_TICK)
+  for tick in TICKS[1:]:
+    times = np.round(np.arange(count) * 1000 / fps).astype(int)  # milliseconds
+    yield Schedule(times * round(TICKS[1] / tick), round(1 / (Fraction(fps) * tick)), tick, fps)
+
+
+@pytest.mark.parametrize(
+  "own, fps, step",
+  [
+    (24 * NTSC, 24.0, 1),
+    (24 * NTSC, 23.976, 1),
+    (24.0, 24 * NTSC, 1),
+    (30 * NTSC, 30.0, 1),
+    (60 * NTSC, 30.0, 2),
+    (60.0, 15 * NTSC, 4),
+    (48 * NTSC, 16.0, 3),
+    (30.0, 30 * NTSC, 1),
+  ],
+)
+def test_rates_that_hardly_differ_are_the_same(own: float, fps: float, step: int):
+  """No frame is repeated or left out on the way, whatever times are rounded to."""
+  for schedule in schedules(2001, own):
+    assert schedule.select(0, None, fps).tolist() == list(range(0, 2001, step))
+    count = schedule.count_at(fps)
+    assert count == len(range(0, 2001, step)) and schedule.rate_at(fps) == pytest.approx(own / step, rel=1e-12)
+    assert schedule.select(5, 7, fps).tolist() == list(range(5 * step, 12 * step, step))
+    assert schedule.part_at(step, 10 * step, fps) == (1, 9)
+    assert schedule.shows_all_at(fps) == (step == 1)
+    schedule.select(0, count, fps)
+    with pytest.raises(UserError, match="is needed"):
+      schedule.select(0, count + 1, fps)
+
+
+@pytest.mark.parametrize("own", [24 * NTSC, 30 * NTSC, 30.0, 25.0])
+@pytest.mark.parametrize("fps", [16.0, 11.0, 40.0])
+def test_containers_show_the_same_at_another_rate(own: float, fps: float):
+  due = [math.floor(Fraction(index) * Fraction(own).limit_denominator(1001) / int(fps)) for index in range(400)]
+  for schedule in schedules(1500, own):
+    assert schedule.select(0, 400, fps).tolist() == due and schedule.rate_at(fps) == fps
+
+
+@pytest.mark.parametrize("own, fps, expected", [(24.0, 48.0, 24 * 2), (25 * NTSC, 50.0, 50 * NTSC)])
+def test_frames_are_repeated_evenly(own: float, fps: float, expected: float):
+  for schedule in schedules(900, own):
+    assert schedule.select(0, None, fps).tolist() == [index // 2 for index in range(1799)]
+    assert schedule.select(0, 1800, fps).tolist() == [index // 2 for index in range(1800)]
+    assert schedule.rate_at(fps) == pytest.approx(expected, rel=1e-12)
+
+
+def test_frames_that_come_a_little_early_or_late_are_kept():
+  """As in videos of phones; at a rate that differs, their times decide."""
+  late = np.random.default_rng(0).integers(0, 7, 500)
+  schedule = Schedule(np.arange(500) * 100 // 3 + late, 33, Fraction(1, 1000), 30.0)
+  assert schedule.shows_all_at(30 * NTSC) and schedule.select(0, None, 30.0).tolist() == list(range(500))
+  assert schedule.select(0, None, 15.0).tolist() == list(range(0, 500, 2))
+  due = np.searchsorted(schedule.times - schedule.times[0], np.arange(250) * 62.5 + 0.5, side="right") - 1
+  assert schedule.select(0, 250, 16.0).tolist() == due.tolist() and schedule.rate_at(16.0) == 16
+
+
+def test_rates_that_differ_and_vary_are_resampled():
+  regular = Schedule.regular(500, fps=24.0, tick=TICKS[0])
+  assert not regular.shows_all_at(24.2) and regular.rate_at(24.2) == 24.2 and regular.count_at(24.2) == 504
+  varying = Schedule(np.delete(np.arange(0, 5010, 10), 250), 10, Fraction(1, 240), 24.0)
+  assert not varying.shows_all_at(24.0) and varying.select(248, 4, 24.0).tolist() == [248, 249, 249, 250]
+  assert varying.shows_all_at(None) and Schedule.untimed(5).shows_all_at(24.0)
 
 
 def test_the_last_frame_is_shown_to_its_end():

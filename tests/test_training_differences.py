@@ -51,6 +51,7 @@ def find(folder, *, usage=USAGE, lengths=(17, 1), **changes):
       ],
     ),
     ({"fps": 24000 / 1001}, ["23.976 frames per second instead of 8"]),
+    ({"fps": 8 / 1.001}, []),
     ({"fps": None}, []),
   ],
 )

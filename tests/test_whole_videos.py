@@ -26,7 +26,7 @@ from univid_jax.cli.sampling import Request, SamplingArguments, plan_requests
 from univid_jax.cli.whole_videos import _RemainingTime
 from univid_jax.config.boundary import override
 from univid_jax.core.options import ClipFit
-from univid_jax.data.media.reader import read_clip
+from univid_jax.data.media.reader import probe, read_clip
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import CLIP_GAP
 from univid_jax.inference.plan import SamplingOptions
@@ -119,6 +119,10 @@ def test_sound_and_rate(pipeline, clips, tmp_path):
   runner(pipeline, video_fps=5.0).run(Request(clips, tmp_path / "slow.mp4"))
   slow = read_clip(tmp_path / "slow.mp4")
   assert slow.fps == pytest.approx(5) and len(slow.frames) == 10
+  rate, count = probe(clips[-1]).fps, probe(clips[-1]).num_frames
+  runner(pipeline, video_fps=rate * 1.001).run(Request(clips, tmp_path / "kept.mp4"))
+  kept = read_clip(tmp_path / "kept.mp4")
+  assert len(kept.frames) == count and kept.fps == pytest.approx(rate, rel=1e-4), "as long as the sound"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from univid_jax.core.options import ClipFit
 from univid_jax.core.text import join_words, size_text
 from univid_jax.data.clips import ContextClip
 from univid_jax.data.media.reader import probe
+from univid_jax.data.media.schedule import is_same_rate
 
 _FITS = {ClipFit.CROP: "cropped", ClipFit.PAD: "padded with black"}
 
@@ -71,8 +72,8 @@ def _compare_sentences(videos: Sequence[bool], usage: Usage) -> dict[str, str]:
 
 def _other_rates(rates: Sequence[float | None], usage: Usage) -> list[str]:
   """Returns the rates that are not that of training, if there was one."""
-  known = f"{usage.fps:.5g}"
-  return sorted({f"{rate:.5g}" for rate in rates if rate and usage.fps} - {known}, key=float)
+  known = usage.fps
+  return sorted({f"{rate:.5g}" for rate in rates if rate and known and not is_same_rate(rate, known)}, key=float)
 
 
 def _has_other_shape(path: str, size: tuple[int, int]) -> bool:

@@ -24,10 +24,11 @@ from univid_jax.core.paths import file_state
 from univid_jax.core.sentence import ClipRef
 from univid_jax.core.text import count_noun, size_text
 from univid_jax.data.media.reader import ClipInfo, Frames, list_frames, probe, read_clip, shows_transparency
+from univid_jax.data.media.schedule import Schedule
 from univid_jax.data.resizing import resize_and_crop, resize_and_pad
 
 # Part of every key: raise it when the same file would give other pixels.
-READING_VERSION = 5
+READING_VERSION = 6
 
 # Threads that hash files, more than cores because storage may be slow to answer; and how many files they get at a time.
 _NUM_THREADS = 16
@@ -85,7 +86,7 @@ class Footage:
   Attributes:
     name: for messages.
     size: height and width in pixels, before they are brought to the format's.
-    fps: frame rate before it is resampled to the format's; None for images, folders and arrays.
+    schedule: when frames of the file are shown; None for frames without times.
     num_frames: how many frames a clip can have, at the format's rate.
     form: of the clips, with one size.
     identify: returns a key of the content.
@@ -97,7 +98,7 @@ class Footage:
 
   name: str
   size: tuple[int, int]
-  fps: float | None
+  schedule: Schedule | None
   num_frames: int
   form: ClipFormat
   identify: Callable[[], str]
@@ -106,13 +107,28 @@ class Footage:
   require_unchanged: Callable[[], None] = lambda: None
   path: Path | None = None
 
+  @property
+  def fps(self) -> float | None:
+    """Frame rate of the file; None for images, folders and arrays."""
+    return self.schedule and self.schedule.fps
+
+  @property
+  def clip_fps(self) -> float | None:
+    """Frame rate of clips, see `read_clip`."""
+    return self.schedule and self.schedule.rate_at(self.form.fps)
+
+  @property
+  def is_resampled(self) -> bool:
+    """Whether frames may be repeated or left out."""
+    return self.schedule is not None and not self.schedule.shows_all_at(self.form.fps)
+
   def clip(self, num_frames: int) -> ClipRef:
     """Returns a clip of the first frames."""
     identify, read = functools.partial(self._identify, num_frames), functools.partial(self._read, num_frames)
     return ClipRef(identify, read, num_frames, self.form.size)
 
   def _identify(self, num_frames: int) -> str:
-    form, span = self.form, (self.start, num_frames, self.form.fps if self.fps else 0.0)
+    form, span = self.form, (self.start, num_frames, self.form.fps if self.is_resampled else 0.0)
     fit = "extend" if form.extend else form.fit.value
     words = (READING_VERSION, self.identify(), span, form.size, fit, form.resample.value)
     return hashlib.sha256(repr(words).encode()).hexdigest()
@@ -129,8 +145,8 @@ class Footage:
       last = self.start + num_frames - 1
       shown = f"frames {self.start} to {last}" if num_frames > 1 else f"frame {self.start}"
       changes.append(f"{shown} of {self.start + self.num_frames}")
-    if self.fps and self.form.fps and round(self.fps, 2) != round(self.form.fps, 2):
-      changes.append(f"{self.fps:.5g} resampled to {self.form.fps:.5g} frames per second")
+    if self.fps and self.clip_fps and round(self.fps, 2) != round(self.clip_fps, 2):
+      changes.append(f"{self.fps:.5g} resampled to {self.clip_fps:.5g} frames per second")
     if self.size != self.form.size:
       changes.append(self._describe_resizing())
     return changes
@@ -195,7 +211,7 @@ def file_footage(path: Path, found: ClipInfo, form: ClipFormat, *, start: int, n
   return Footage(
     name=str(path),
     size=found.size,
-    fps=found.fps,
+    schedule=found.schedule,
     num_frames=num_frames,
     form=form.for_shape(found.size),
     identify=file.identify,
@@ -264,12 +280,11 @@ def read_context(
       raise UserError(f"{path} has {count_noun(footage.num_frames, 'frame')}, and {form.num_frames} are needed here")
     count = 1 if is_video is False else _context_length(info, form)
     clip = footage.clip(count)
-    fps = info.fps and (form.fps or info.fps)
     changes = [
       *footage.describe_changes(count),
       *(["transparent pixels are white"] if shows_transparency(path) else []),
     ]
-    clips.append(ContextClip(str(path), clip.read(), fps, footage.identify(), tuple(changes)))
+    clips.append(ContextClip(str(path), clip.read(), footage.clip_fps, footage.identify(), tuple(changes)))
   return clips
 
 

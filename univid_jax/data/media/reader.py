@@ -100,8 +100,10 @@ def read_clip(
     path: an image, a video, a folder of frames in natural order, or a .npy; see CLIP_KINDS.
     start: the first frame, counted at `fps` if that is given.
     num_frames: of the clip; None reads to the end, which is the beginning of the last frame.
-    fps: frame rate: frame n is the one shown (start + n) / fps seconds after the first; None keeps each frame once.
-      Folders, arrays and images have no times, and ignore it.
+    fps: frame rate: frame n is the one shown (start + n) / fps seconds after the first; None keeps each frame once. A
+      rate that is at most 0.2 % from fps, or from a multiple or fraction of it, is kept, or divided by a whole number:
+      23.976 for 24, 29.97 of 59.94 for 30; not one that varies so much that a frame may be missing. Folders, arrays and
+      images have no times, and ignore it.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -123,7 +125,7 @@ def read_clip(
     if suffix in ANIMATION_SUFFIXES or suffix in IMAGE_SUFFIXES:
       schedule = read_animation(path).schedule
       frames = _stack(read_image_frames(path, schedule.select(start, num_frames, fps).tolist()))
-      return LoadedClip(frames, schedule.fps and (fps or schedule.fps))
+      return LoadedClip(frames, schedule.rate_at(fps))
     if suffix in VIDEO_SUFFIXES:
       return _read_video(path, start, num_frames, fps)
     raise UserError(f"it is not a clip: a clip is {CLIP_KINDS}")
@@ -253,18 +255,18 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 def _read_video(path: Path, start: int, num_frames: int | None, fps: float | None) -> LoadedClip:
-  timeline = read_timeline(path)
+  timeline, rate = read_timeline(path), None
   if timeline.schedule is None and num_frames is not None and fps is None:
     # No need to count all frames: reading notices when they end.
-    indices = np.arange(start, start + num_frames)
+    indices, rate = np.arange(start, start + num_frames), timeline.fps
   else:
     timeline = scan_timeline(path)
     assert timeline.schedule is not None
-    indices = timeline.schedule.select(start, num_frames, fps)
+    indices, rate = timeline.schedule.select(start, num_frames, fps), timeline.schedule.rate_at(fps)
   if num_frames is None and timeline.defect:
     raise UserError(timeline.defect)
   frames = read_video_frames(path, timeline, indices)
-  return LoadedClip(frames, timeline.fps and (fps or timeline.fps))
+  return LoadedClip(frames, rate)
 
 
 def _natural_key(path: Path) -> list[int | str]:

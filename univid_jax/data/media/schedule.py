@@ -1,6 +1,7 @@
 """When the frames of a clip are shown, and which of them make a clip at another frame rate."""
 
 import dataclasses
+import functools
 import math
 from fractions import Fraction
 
@@ -12,6 +13,9 @@ from univid_jax.core.text import count_noun
 
 # In seconds. Longer ticks, as in AVI, are intervals of frames.
 LARGEST_ROUNDING = Fraction(1, 1000)
+
+# Of two frame rates that count as the same: NTSC's are slower by 1.001 than the whole numbers that they are called by.
+LARGEST_RATIO = Fraction(1002, 1000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +54,63 @@ class Schedule:
     """Seconds."""
     return float((self.last_time + self.last_duration) * self.tick) if self.fps else None
 
+  def rate_at(self, fps: float | None) -> float | None:
+    """Returns the rate of the frames that are read at a frame rate: a multiple or fraction of the clip's own if one is
+    near enough, so that no single frame is repeated or left out.
+    """
+    if not fps or not self.fps:
+      return self.fps
+    spacing = self._spacing(fps)
+    return self.fps / float(spacing) if spacing is not None and 1 in spacing.as_integer_ratio() else fps
+
+  def shows_all_at(self, fps: float | None) -> bool:
+    """Returns whether each frame is read once at a frame rate."""
+    return not fps or not self.fps or self._spacing(fps) == 1
+
+  def _spacing(self, fps: float) -> Fraction | None:
+    """Returns how many frames lie between two that are read at a frame rate; None if their times decide."""
+    assert self.fps
+    spacing = _to_fraction(self.fps) / _to_fraction(fps)
+    nearest = Fraction(round(spacing)) if spacing > 1 else 1 / Fraction(round(1 / spacing))
+    if is_same_rate(spacing, nearest):
+      return nearest if self._is_steady else None
+    return spacing if self._is_regular else None
+
+  @functools.cached_property
+  def _is_regular(self) -> bool:
+    """Whether frames follow each other at `fps`, up to the rounding of their times."""
+    rounding = max(1.0, float(LARGEST_ROUNDING / self.tick))
+    return self._deviation(self._interval) <= (rounding if rounding < self._interval / 4 else 0) + 1e-6
+
+  @functools.cached_property
+  def _is_steady(self) -> bool:
+    """Whether none is missing of frames that follow each other at about `fps`, though their times vary a little."""
+    count, largest = len(self.times) - 1, self._interval / 4
+    is_at_rate = abs(self.last_time - count * self._interval) <= max(largest, self.last_time * float(LARGEST_RATIO - 1))
+    return self._is_regular or (is_at_rate and self._deviation(self.last_time / count) < largest)
+
   @property
-  def _tolerance(self) -> Fraction:
-    """Ticks before its time from which a frame counts as shown: times are rounded to ticks, if those are short."""
-    return min(Fraction(1, 2), LARGEST_ROUNDING / self.tick)
+  def _interval(self) -> float:
+    """Ticks between frames at `fps`."""
+    assert self.fps
+    return 1 / (self.fps * float(self.tick))
+
+  def _deviation(self, interval: float) -> float:
+    """Returns by how many ticks frames are too early or late, as a range, if they are to be an interval apart."""
+    return float(np.ptp(self.times - self.times[0] - np.arange(len(self.times)) * interval))
+
+  def _timing(self, fps: float) -> "_Timing":
+    assert self.fps
+    spacing = self._spacing(fps)
+    if spacing is not None:
+      rest = (self.last_duration * self.tick - LARGEST_ROUNDING) * _to_fraction(self.fps)
+      return _Timing(np.arange(len(self.times)), rest, Fraction(0), 1 / spacing)
+    tolerance = min(Fraction(1, 2), LARGEST_ROUNDING / self.tick)
+    return _Timing(self.times - self.times[0], Fraction(self.last_duration), tolerance, _to_fraction(fps) * self.tick)
 
   def count_at(self, fps: float | None) -> int:
     """Returns how many frames the clip has at a frame rate until its last frame begins; None is the clip's own."""
-    if not fps or not self.fps:
-      return len(self.times)
-    return math.floor((self.last_time + self._tolerance) * Fraction(fps) * self.tick) + 1
+    return self._timing(fps).count if fps and self.fps else len(self.times)
 
   def part_at(self, first: int, stop: int, fps: float | None) -> tuple[int, int]:
     """Returns the part of the clip that shows the frames `first` to `stop - 1`, at a frame rate.
@@ -69,10 +120,9 @@ class Schedule:
     """
     if not fps or not self.fps:
       return first, stop - first
-    rate = Fraction(fps) * self.tick
-    times = (self.times - self.times[0]).tolist()
-    start = math.ceil((times[first] - self._tolerance) * rate) if first else 0
-    return start, math.floor((times[stop - 1] + self._tolerance) * rate) + 1 - start
+    timing = self._timing(fps)
+    start = math.ceil((int(timing.times[first]) - timing.tolerance) * timing.rate) if first else 0
+    return start, timing.count_until(stop - 1) - start
 
   def select(self, start: int, num_frames: int | None, fps: float | None) -> Int[np.ndarray, "m"]:
     """Returns the positions of the frames that `read_clip` reads, sorted.
@@ -80,17 +130,51 @@ class Schedule:
     Raises:
       UserError: there are too few frames.
     """
-    available = most = self.count_at(fps)
-    rate = Fraction(fps) * self.tick if fps and self.fps else None
-    if rate:
+    timing = self._timing(fps) if fps and self.fps else None
+    available = most = timing.count if timing else len(self.times)
+    if timing:
       # The last frame is still shown for a while, so more may be asked for.
-      most = max(available, math.ceil((self.last_time + self.last_duration) * rate))
+      most = max(available, math.ceil((int(timing.times[-1]) + timing.last_duration) * timing.rate))
     stop = available if num_frames is None else start + num_frames
     if stop > most or start >= stop:
-      at_rate = f" at {fps:g} frames per second" if rate else ""
+      at_rate = f" at {fps:g} frames per second" if timing else ""
       needed = start if num_frames is None else stop - 1
       raise UserError(f"it has {count_noun(available, 'frame')}{at_rate}, and frame {needed} is needed")
-    if not rate:
+    if not timing:
       return np.arange(start, stop)
-    due = [math.floor(index / rate + self._tolerance) for index in range(start, stop)]
-    return np.searchsorted(self.times - self.times[0], due, side="right") - 1
+    due = [math.floor(index / timing.rate + timing.tolerance) for index in range(start, stop)]
+    return np.searchsorted(timing.times, due, side="right") - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Timing:
+  """Times of frames as they are read at a frame rate, in ticks, or in frames of a regular clip.
+
+  Attributes:
+    times: from 0 on.
+    last_duration: of the last frame.
+    tolerance: before its time from which a frame counts as shown: times are rounded to ticks, if those are short.
+    rate: frames that are read per unit of time.
+  """
+
+  times: Int[np.ndarray, "n"]
+  last_duration: Fraction
+  tolerance: Fraction
+  rate: Fraction
+
+  @property
+  def count(self) -> int:
+    return self.count_until(-1)
+
+  def count_until(self, position: int) -> int:
+    """Returns how many frames are read until one begins."""
+    return math.floor((int(self.times[position]) + self.tolerance) * self.rate) + 1
+
+
+def is_same_rate(rate: float | Fraction, other: float | Fraction) -> bool:
+  """Returns whether a clip of one frame rate is read as it is where another rate is asked for."""
+  return max(rate, other) <= LARGEST_RATIO * min(rate, other)
+
+
+def _to_fraction(rate: float) -> Fraction:
+  return Fraction(rate).limit_denominator(1_000_000)

@@ -11,6 +11,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence
 from univid_jax.core.text import count_noun, join_words, size_text
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
+from univid_jax.data.media.schedule import is_same_rate
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import DrawOptions, Dropped, draw, group_indices, hold_out, printable
 
@@ -241,10 +242,12 @@ def _check_rates(source: Footage, target: Footage) -> None:
         f"the source has {source.fps:.5g} frames per second and the target {target.fps:.5g}: set config.data.fps, to "
         "which both are resampled"
       )
-  elif (rate := source.fps or target.fps) and resampled and _differ(rate, resampled):
+  elif source.is_resampled or target.is_resampled:
     timed, untimed = ("source", "target") if source.fps else ("target", "source")
+    rate = source.fps or target.fps or resampled
+    origin = "a varying rate" if is_same_rate(rate, resampled) else f"{rate:.5g}"
     raise UserError(
-      f"the {timed} is resampled from {rate:.5g} to config.data.fps = {resampled:.5g} frames per second, and the "
+      f"the {timed} is resampled from {origin} to config.data.fps = {resampled:.5g} frames per second, and the "
       f"{untimed} has no rate and cannot be: set config.data.fps=0, or make a video of the {untimed}"
     )
 

@@ -17,7 +17,8 @@ from univid_jax.core.options import TargetKind
 from univid_jax.core.text import count_noun
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.media.color import blend_over_white
-from univid_jax.data.media.reader import Frames, LoadedClip, probe, read_clip
+from univid_jax.data.media.reader import Frames, probe, read_clip
+from univid_jax.data.media.schedule import Schedule
 from univid_jax.data.sources.base import DrawOptions, Dropped, drop
 from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
 from univid_jax.data.target_kinds import depth_to_image, label_colors, normals_to_image, resampling
@@ -130,44 +131,44 @@ class _Feature:
 
   def open(self, values: Mapping[str, Any], form: ClipFormat) -> Footage:
     """Returns the footage of the feature whose example has these values."""
-    clip = self._to_clip(values, form.fps)
-    _, height, width, _ = clip.frames.shape
-    digest = _hash_frames(clip.frames)
+    frames, schedule = self._read_frames(values, form.fps)
+    _, height, width, _ = frames.shape
+    digest = _hash_frames(frames)
     return Footage(
       name=f"{self.name} of example {self.example.index}",
       size=(height, width),
-      fps=clip.fps,
-      num_frames=len(clip.frames),
+      schedule=schedule,
+      num_frames=len(frames),
       form=form.for_shape((height, width)),
       identify=lambda: digest,
       read=lambda count: self._read(digest, form.fps)[:count],
     )
 
   def _read(self, digest: str, fps: float) -> Frames:
-    frames = self._to_clip(self.example.read(), fps).frames
+    frames, _ = self._read_frames(self.example.read(), fps)
     if _hash_frames(frames) != digest:
       raise UserError(f"{self.example} changed while it was in use: start again")
     return frames
 
-  def _to_clip(self, values: Mapping[str, Any], fps: float) -> LoadedClip:
-    """Returns the frames, resampled to a rate unless it is 0, and the rate before that; only mp4s have one."""
+  def _read_frames(self, values: Mapping[str, Any], fps: float) -> tuple[Frames, Schedule | None]:
+    """Returns the frames, resampled to a rate unless it is 0, and the schedule before that; only mp4s have one."""
     value = values[self.name]
     try:
       if isinstance(value, bytes):
         if self.kind in _VALUES:
           raise UserError(f"an mp4 holds pictures, not {self.kind}: {_AS_PICTURES.format(kind=self.kind)}")
         return _read_video(value, fps)
-      return LoadedClip(to_frames(value, self.kind, self.depth_range))
+      return to_frames(value, self.kind, self.depth_range), None
     except UserError as error:
       raise UserError(f"the feature {self.name!r}: {error}") from error
 
 
-def _read_video(content: bytes, fps: float) -> LoadedClip:
-  """Reads an mp4, see `_Feature._to_clip`."""
+def _read_video(content: bytes, fps: float) -> tuple[Frames, Schedule]:
+  """Reads an mp4, see `_Feature._read_frames`."""
   with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
     file.write(content)
     file.flush()
-    return LoadedClip(read_clip(file.name, fps=fps or None).frames, probe(file.name).fps)
+    return read_clip(file.name, fps=fps or None).frames, probe(file.name).schedule
 
 
 def _hash_frames(frames: Frames) -> str:
