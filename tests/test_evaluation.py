@@ -30,11 +30,12 @@ from univid_jax.evaluation.controls import (
   baselines,
   choose_other_tasks,
   match_length,
+  replace_pairs,
   round_trip,
   show_inverse_task,
 )
 from univid_jax.evaluation.exact import score_grids
-from univid_jax.evaluation.generate import Generated, SentenceInfo, _noise_seed, make_variants
+from univid_jax.evaluation.generate import Generated, SentenceInfo, _noise_seed, make_variants, sample_targets
 from univid_jax.evaluation.kinds import KIND_METRICS, KindOptions, unmix_colors
 from univid_jax.evaluation.metrics.dense import nearest_labels
 from univid_jax.evaluation.metrics.image import psnr
@@ -127,6 +128,15 @@ class TestControls:
       assert [len(clip) for clip in sentence.clips] != [1] * 4 or any(
         np.array_equal(swapped.clips[1], other.clips[1]) and other.task != sentence.task for other in sentences
       )
+
+  def test_swapped_pairs_of_another_size_are_resized(self):
+    """The other sentence's are grey and white, twice as large and longer than this one's black ones."""
+    sizes = (5, 16, 0), (9, 32, 100), (9, 32, 255)
+    own, *others = (np.full((count, side, 2 * side, 3), level, np.uint8) for count, side, level in sizes)
+    sentences = [Sentence(clips=clips, roles=reference_roles(4)) for clips in ((own,) * 4, (*others, own, own))]
+    swapped = replace_pairs(*sentences).clips
+    assert [clip.shape for clip in swapped] == [own.shape] * 4
+    assert [int(clip.mean()) for clip in swapped] == [100, 255, 0, 0]
 
   def test_without_another_task_pairs_are_of_a_computed_task(self, tiny_config):
     cases = [Case("x", "II", 4), Case("x", "I", 4), Case("y", "I", 6)]
@@ -285,7 +295,7 @@ class TestSamplesFolder:
     assert folder == open_folder(override(tiny_config, {"flow.shift": 3.0, "model.dtype": "bfloat16"}))
     assert folder == open_folder(override(tiny_config, {"data.prompt_dropout": 0.5})), "held-out prompts are kept"
     assert folder == open_folder(origin=fixed_origin(checkpoint="elsewhere", step=9))
-    changes = {"data.height": 32, "eval.seed": 9, "eval.num_inference_steps": 3}
+    changes = {"data.height": 32, "data.fps": 12.0, "eval.seed": 9, "eval.num_inference_steps": 3}
     folders = [folder, open_folder(origin=fixed_origin("f00"))]
     folders += [open_folder(override(tiny_config, {key: value})) for key, value in changes.items()]
     assert len(set(folders)) == len(folders)
@@ -606,3 +616,17 @@ class TestTables:
     rows = Scorer(config_with()).tabulate(scores)
     assert rows.keys() == {"prediction", "swapped"} and rows["swapped"] == {"psnr": 5.0, "count": 1}
     assert rows["prediction"] == {"psnr": 11.0, "psnr_std": pytest.approx(2**0.5), "count": 1}
+
+
+def test_the_noise_of_a_sentence_depends_on_its_number():
+  """Sentences of other lengths, which are sampled apart, change nothing."""
+  frames, found = {n: np.zeros((n, 16, 16, 3), np.uint8) for n in (1, 5)}, []
+
+  class Stub:
+    def sample_batch(self, batch, *, num_frames, seeds, **_):
+      found.append((num_frames, seeds))
+      return []
+
+  sentences = {k: Sentence(clips=(frames[n],) * 4, roles=reference_roles(4)) for k, n in ((0, 1), (1, 5), (2, 1))}
+  sample_targets(Stub(), sentences, num_inference_steps=1, first_seed=7)
+  assert found == [(1, [7, 9]), (5, [8])]

@@ -563,6 +563,8 @@ class TestSentences:
         assert np.array_equal(lazy.read(), clip)
         assert keys.setdefault(lazy.key, clip.tobytes()) == clip.tobytes()
     assert len(keys) == len(set(keys.values())) > 60
+    cells = np.arange(6)
+    assert rendering(64, 8).clip([cells.reshape(2, 3)]).key != rendering(64, 8).clip([cells.reshape(3, 2)]).key
     larger = dataclasses.replace(by_reference, rendering=rendering(64, 8))
     assert larger[0].clips[0].key != by_reference[0].clips[0].key
     assert GridSentences.open(override(CONFIG, {"init_from": "base"})).by_reference

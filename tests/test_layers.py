@@ -8,11 +8,13 @@ from flax import nnx
 
 from tests.helpers import relative_error
 from univid_jax.config.schema import LoRAConfig
-from univid_jax.core.options import Quantize, RematPolicy
+from univid_jax.core.options import ModelType, Quantize, RematPolicy
 from univid_jax.models import lora
 from univid_jax.models.dit import REMAT_POLICIES
+from univid_jax.models.dit_blocks import ImageEmbedding
 from univid_jax.models.layers import Linear, RMSNorm, quantize_linears
 from univid_jax.models.quantized import QuantizedKernel, dequantize
+from univid_jax.models.variants import DiTConfig
 
 HEADS, WIDTH = 6, 8
 
@@ -72,6 +74,25 @@ def test_heads_come_from_the_product_itself(linear):
   assert f"f32[2,5,{HEADS},{WIDTH}] = dot_general" in program
   program = str(jax.make_jaxpr(linear.from_heads)(jnp.ones((2, 5, HEADS, WIDTH))))
   assert "dimension_numbers=(([2, 3], [0, 1]), ([], []))" in program
+
+
+def test_adapters_start_within_the_bound_of_their_inputs():
+  """As in PEFT: `down` is uniform within 1 / sqrt(64), whatever the rank."""
+  kernel = nnx.Param(jnp.zeros((64, 8)), dims=("embed", None))
+  for rank in (4, 16):
+    down = np.asarray(lora.LoRA(kernel, LoRAConfig(rank=rank), dtype=jnp.float32, rngs=nnx.Rngs(0)).down[...])
+    assert down.shape == (64, rank) and 0.12 < np.abs(down).max() <= 0.125
+    assert down.std() == pytest.approx(0.125 / np.sqrt(3), rel=0.1)
+
+
+def test_norms_of_image_features_are_pytorchs():
+  """Their epsilon is that of nn.LayerNorm, 1e-5, and not the transformer's: it shows in weak features."""
+  config = DiTConfig(dim=4, ffn_dim=4, num_heads=1, num_layers=1, model_type=ModelType.I2V, image_dim=6)
+  embedding = ImageEmbedding(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+  for norm, size in ((embedding.norm_in, 6), (embedding.norm_out, 4)):
+    x = 1e-3 * np.arange(size, dtype=np.float64)
+    expected = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+    np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, rtol=1e-4)
 
 
 def test_a_norm_over_heads_is_that_over_their_channels_side_by_side():

@@ -215,6 +215,15 @@ class TestOnAModel:
         expected = lora.changes[name].up @ lora.changes[name].down * 5 / 3
       np.testing.assert_allclose(update, expected, atol=1e-5)
 
+  @pytest.mark.parametrize("rslora, scale", [(False, 8 / 4), (True, 8 / 2)])
+  def test_adapters_keep_the_scale_of_their_training(self, rslora, scale):
+    """Alpha over the rank, or over its root: of 8 and rank 4, 2 or 4."""
+    rng = np.random.default_rng(0)
+    down, up = (rng.normal(size=size).astype(np.float32) for size in ((6, 4), (4, 5)))
+    lora = unstack_lora({"head": {"head": {"lora": {"down": down, "up": up}}}}, alpha=8.0, rslora=rslora)
+    change = lora.changes["head.head.weight"]
+    np.testing.assert_allclose(change.alpha / change.rank * change.up @ change.down, scale * (down @ up).T, rtol=1e-4)
+
   def test_new_adapters_change_nothing(self, base):
     model = nnx.clone(base)
     names = attach(model, LoRAConfig(rank=4, targets=("q", "ffn.0", "head.head")), rngs=nnx.Rngs(0))

@@ -209,6 +209,15 @@ class TestPEFT:
     with pytest.raises(UserError, match=rf"adapter_config\.json.*{message}"):
       read_lora(write_adapter(tmp_path, config))
 
+  @pytest.mark.parametrize(
+    "pattern, matches", [("ffn.0", True), ("0", True), ("blocks.0.ffn.0", True), ("fn.0", False), ("blocks.0", False)]
+  )
+  def test_patterns_are_of_whole_words_at_the_end(self, tmp_path, pattern, matches):
+    """As PEFT reads them: v is not the end of to_v."""
+    config = {"r": 2, "lora_alpha": 16, "alpha_pattern": {pattern: 4}}
+    (change,) = read_lora(write_adapter(tmp_path, config)).changes.values()
+    assert weight_change(change).max() == (4 if matches else 16)
+
   @pytest.mark.parametrize("other", ["adapter_model.bin", "._adapter_model.safetensors", "optimizer.pt"])
   def test_other_files_in_the_folder(self, tmp_path, other):
     """The config belongs to the adapter, whatever lies beside it."""

@@ -15,6 +15,7 @@ from univid_jax.core.options import DepthAlignment
 from univid_jax.data.tasks.camera import camera_movement, camera_poses
 from univid_jax.evaluation.metrics import camera
 from univid_jax.evaluation.metrics.camera import camera_metrics, recover_pose, warp
+from univid_jax.evaluation.metrics.clip_scores import CLIPScores
 from univid_jax.evaluation.metrics.dense import (
   align_depth,
   confusion_matrix,
@@ -97,6 +98,14 @@ class TestDepth:
     aligned = align_depth(self.truth / 7, self.truth, how=DepthAlignment.MEDIAN)
     assert depth_metrics(aligned, self.truth)["abs_rel"] == pytest.approx(0, abs=1e-9)
     assert np.array_equal(align_depth(relative, self.truth, how=DepthAlignment.NONE), relative)
+
+  @pytest.mark.parametrize("how", [DepthAlignment.LEAST_SQUARES, DepthAlignment.MEDIAN])
+  def test_alignment_looks_at_pixels_of_known_depth_alone(self, how):
+    """What is predicted where the truth is 0, negative or not finite changes nothing elsewhere."""
+    truth = np.array([1.0, 2.0, 4.0, 8.0, 0.0, 0.0, -1.0, np.nan])
+    for rest in ([0.1] * 4, [50.0, 70.0, 90.0, 11.0]):
+      aligned = align_depth(np.array([0.5, 1.0, 2.0, 4.0, *rest]), truth, how=how)
+      np.testing.assert_allclose(aligned[:4], truth[:4])
 
   def test_known_values(self):
     same = depth_metrics(self.truth, self.truth)
@@ -184,6 +193,7 @@ class TestSaliency:
     assert (
       saliency_metrics(1 - full, full) == saliency_metrics(full, empty) == {"iou": 0.0, "f_measure": 0.0, "mae": 1.0}
     )
+    assert saliency_metrics(full / 2, full)["iou"] == saliency_metrics(full, full / 2)["iou"] == 1
 
 
 def most_pairs(a, b, tolerance):
@@ -212,6 +222,12 @@ class TestEdges:
     line[5, 2:10] = True
     assert match_edges(np.roll(line, 1, axis=0), line) == 8 and match_edges(np.roll(line, 2, axis=0), line) == 0
     assert match_edges(~line & False, line) == 0
+
+  def test_a_threshold_is_reached(self):
+    """As in the Berkeley benchmark: of 1/4, 1/2 and 3/4 a strength of 1/2 is found at the first two."""
+    truth = np.zeros((16, 16), bool)
+    truth[5, 2:14] = True
+    assert edge_counts(truth * 0.5, truth, thresholds=3).tolist() == [[12, 12, 12], [12, 12, 12], [0, 0, 12]]
 
   def test_scores_by_hand(self):
     truth = np.zeros((2, 16, 16), bool)
@@ -259,6 +275,14 @@ class TestCamera:
     assert errors["zoom_error"] == pytest.approx(20) and errors["angle_error"] == pytest.approx(3)
     assert errors["shift_error"] == pytest.approx(100 * 10 / 50)
 
+  @pytest.mark.parametrize("length", [1, 4])
+  def test_a_frame_is_compared_with_that_of_the_same_time(self, monkeypatch, length):
+    """Of a source that is an image with this; the camera stands still."""
+    source = clip(0, (length, 12, 16, 3))
+    monkeypatch.setattr(camera, "recover_pose", lambda *_, **__: np.zeros(4))
+    predicted = source if length > 1 else source.repeat(4, axis=0)
+    assert camera_metrics(predicted, source, np.zeros((4, 4)))["warped_psnr"] == 100
+
   def test_camera_task_follows_its_poses(self):
     params = {"zoom": 1.5, "angle": 12.0, "shift": [0.8, -0.5]}
     moved = (camera_movement(self.photo[None] / np.float32(255), **params, num_frames=5) * 255 + 0.5).astype(np.uint8)
@@ -274,12 +298,17 @@ class TestCamera:
     assert still["zoom_error"] > 10 and still["angle_error"] > 5 and still["warped_psnr"] > 30
 
 
+def test_clips_are_compared_by_all_their_frames(monkeypatch):
+  """Embeddings (1, 0) and (0, 1) have their mean between them, and (0, 1) is 45 degrees from it."""
+  monkeypatch.setattr(CLIPScores, "_embed_frames", lambda _, clip: clip)
+  scores, mixed, one = object.__new__(CLIPScores), np.eye(2), np.array([[0.0, 1.0], [0.0, 1.0]])
+  assert scores.clip_i(mixed, one) == scores.clip_i(one, mixed) == pytest.approx(math.sqrt(0.5))
+
+
 def test_clip_scores(tmp_path):
   """Similarities equal those of CLIP's own forward pass, with random weights."""
   torch = pytest.importorskip("torch", reason="needs the extra `clip`")
   transformers = pytest.importorskip("transformers", reason="needs the extra `clip`")
-  from univid_jax.evaluation.metrics.clip_scores import CLIPScores
-
   with pytest.raises(UserError, match=r"transformers cannot load .*nowhere as a CLIP model: "):
     CLIPScores(str(tmp_path / "nowhere"))
   torch.manual_seed(0)

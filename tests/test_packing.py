@@ -92,6 +92,15 @@ def test_two_sentences_share_a_row_if_it_has_room_for_everything(limit, needed):
     assert len(pack_rows(sentences, shape)[0].tokens) == num_rows
 
 
+def test_every_sentence_of_a_row_has_its_image_features():
+  features = make_features((1, 1))[1]
+  images = [np.full((257, 2), number, np.float32) for number in (1, 2)]
+  sentences = [dataclasses.replace(features, image_features=image) for image in images]
+  row = pack(sentences, RowShape(num_tokens=30, num_text_tokens=2, num_slots=3))
+  np.testing.assert_array_equal(row.image_features[0], np.concatenate([*images, np.zeros((257, 2))]))
+  np.testing.assert_array_equal(row.image_intervals[0], [[0, 257]] * 12 + [[257, 514]] * 12 + [[0, 0]] * 6)
+
+
 def test_packing_keeps_the_targets_of_every_sentence():
   lengths = [(2, 2, 2, 2), (1, 1, 1, 1), (1, 1, 2, 2), (1, 1, 1, 1), (1, 1, 2, 2), (1, 2, 1, 2)]
   made = [make_features(n, seed=i) for i, n in enumerate(lengths)]
@@ -303,15 +312,17 @@ class TestLoader:
       other.set_state([state])
 
   def test_positions_of_version_0_1_are_read(self):
-    """It saved the state of Grain's iterator: of one stream, or of several that were mixed."""
+    """It saved the state of Grain's iterator: of one stream, or of several that were mixed. No process is as far as
+    another, so that their order matters."""
 
     def plain(loader):
       return list(json.loads(loader.get_state())["streams"].values())
 
     for processes, streams in ((1, 1), (2, 2), (1, 3), (2, 6)):
       loaders = [self.numbered(process, processes, streams) for process in range(processes)]
-      for loader in loaders:
-        next(loader)
+      for number, loader in enumerate(loaders):
+        for _ in range(1 + number):
+          next(loader)
       old = [{"parents": plain(x), "index": 6, "stop": False} if streams > processes else plain(x)[0] for x in loaders]
       expected, again = self.sentences(loaders), self.numbered()
       again.set_state([json.dumps(state).encode() for state in old])

@@ -19,6 +19,7 @@ from av.video.reformatter import ColorRange
 from tests.numbered_videos import encode_video, numbered_frames, read_numbers
 from univid_jax.core.errors import UserError
 from univid_jax.data.media import video_frames
+from univid_jax.data.media.color import FrameConverter
 from univid_jax.data.media.decoding import StreamDecoder
 from univid_jax.data.media.h264 import _Bits
 from univid_jax.data.media.reader import is_foreign, probe, read_clip, read_parts
@@ -192,6 +193,25 @@ def test_parts_are_the_same_as_in_the_whole(name: str):
   whole = read_clip(CASES / name).frames
   for start in (0, 1, 5, len(whole) - 3):
     np.testing.assert_array_equal(read_clip(CASES / name, start, 3).frames, whole[start : start + 3])
+
+
+def test_parts_of_interlaced_videos_begin_like_the_whole(tmp_path: Path):
+  """A frame needs the one before it to be deinterlaced, also if it is a key frame."""
+  frames = np.random.default_rng(0).integers(0, 256, (24, 48, 64, 3), np.uint8)
+  options = {"x264-params": "tff=1:scenecut=0", "crf": "1"}
+  encode_video(tmp_path / "video.mkv", frames, options=options, gop=6, bframes=0)
+  whole = read_clip(tmp_path / "video.mkv").frames
+  for start in (6, 7, 12):
+    np.testing.assert_array_equal(read_clip(tmp_path / "video.mkv", start, 2).frames, whole[start : start + 2])
+
+
+def test_the_rate_is_that_of_the_frames(tmp_path: Path):
+  """Whatever a header says: every 20th frame is lost of a video of 25 frames per second."""
+  times = [number + number // 20 for number in range(40)]
+  encode_video(tmp_path / "video.mkv", numbered_frames(40), times=times, bframes=0)
+  with av.open(str(tmp_path / "video.mkv")) as container:
+    assert container.streams.video[0].average_rate == 25
+  assert probe(tmp_path / "video.mkv").fps == pytest.approx(25 * 39 / 40)
 
 
 @pytest.mark.parametrize("name", ["plain.mp4", "bframes_mpeg4.avi", "animated.gif", "cover.png"])
@@ -413,6 +433,19 @@ def test_grey_has_the_range_that_it_is_tagged_with(
   frames = read_clip(path).frames
   np.testing.assert_array_equal(frames, np.broadcast_to(expected[:, None, None, None], frames.shape))
   np.testing.assert_array_equal(np.concatenate(read_parts(path, [(0, 1), (1, 2)])), frames)
+
+
+@pytest.mark.parametrize(
+  "size, is_hd", [((576, 720), False), ((578, 720), True), ((544, 1278), False), ((544, 1280), True)]
+)
+def test_untagged_colours_are_those_of_the_size(size: tuple[int, int], is_hd: bool):
+  """By BT.601 up to 576 lines of less than 1280 pixels, and else by BT.709; Y'CbCr is (120, 100, 160)."""
+  planes = np.repeat(np.array([120, 100, 160], np.uint8), np.prod(size)).reshape(3, *size)
+  pixels = FrameConverter().convert(av.VideoFrame.from_ndarray(planes, format="yuv444p"))
+  grey = 255 / 219 * (120 - 16)
+  red, green_blue, green_red, blue = (1.793, 0.213, 0.533, 2.112) if is_hd else (1.596, 0.392, 0.813, 2.017)
+  expected = grey + red * 32, grey + green_blue * 28 - green_red * 32, grey - blue * 28
+  np.testing.assert_allclose(pixels[size[0] // 2, size[1] // 2], expected, atol=1)
 
 
 def test_unusual_colours_are_named(tmp_path: Path):

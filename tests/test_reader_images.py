@@ -96,6 +96,29 @@ def test_photos_are_upright(tmp_path: Path):
   assert frame[40:, 28:].mean() > 245  # what was above on the right is below on the right
 
 
+@pytest.mark.parametrize(
+  "orientation, turn",
+  [
+    (1, lambda x: x),
+    (2, np.fliplr),
+    (3, lambda x: np.rot90(x, 2)),
+    (4, np.flipud),
+    (5, lambda x: x.swapaxes(0, 1)),
+    (6, lambda x: np.rot90(x, -1)),
+    (7, lambda x: np.rot90(x, 2).swapaxes(0, 1)),
+    (8, np.rot90),
+  ],
+)
+def test_sizes_are_those_of_upright_photos(tmp_path: Path, orientation: int, turn):
+  image = Image.fromarray(numbered_frames(1)[0])
+  exif = image.getexif()
+  exif[EXIF_ORIENTATION] = orientation
+  image.save(tmp_path / "photo.png", exif=exif)
+  expected = turn(numbered_frames(1)[0])
+  np.testing.assert_array_equal(read_clip(tmp_path / "photo.png").frames[0], expected)
+  assert probe(tmp_path / "photo.png").size == expected.shape[:2]
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "avif"])
 def test_animations_keep_their_delays(tmp_path: Path, suffix: str):
   path = tmp_path / f"animation.{suffix}"
@@ -204,6 +227,26 @@ def test_schedules():
   assert held.select(3, 3, 32.0).tolist() == [1, 2, 2]
   with pytest.raises(UserError, match="it has 5 frames at 32 frames per second, and frame 6 is needed"):
     held.select(3, 4, 32.0)
+
+
+def test_frames_are_not_shown_before_their_time():
+  """Only rounding to ticks is allowed for: a frame at 3,050 of 90,000 ticks is not shown yet at 1/30.2 s, or 2,980."""
+  varying = Schedule(np.array([0, 3050, 7000]), 3000, Fraction(1, 90_000), 30.0)
+  assert varying.select(0, 4, 30.2).tolist() == [0, 0, 1, 2]
+
+
+def test_times_at_a_rate_that_is_no_whole_number():
+  """A frame takes 1,001 of 30,000 ticks, so that a million take 1,001 s longer than at 30 frames per second."""
+  times = Schedule.regular(1001, fps=30_000 / 1001, tick=Fraction(1, 30_000)).times
+  np.testing.assert_array_equal(times, 1001 * np.arange(1001))
+
+
+def test_blending_over_white_rounds():
+  levels, alphas = np.meshgrid(np.arange(256), np.arange(256))
+  pixels = np.stack([levels, levels, levels, alphas], axis=-1).astype(np.uint8)
+  share = alphas / 255
+  expected = np.rint(levels * share + 255 * (1 - share))
+  np.testing.assert_array_equal(color.blend_over_white(pixels), expected[..., None].repeat(3, axis=-1))
 
 
 @pytest.mark.parametrize("is_hlg", [False, True])

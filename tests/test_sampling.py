@@ -17,7 +17,7 @@ from univid_jax.data.rows.tokens import sentence_features
 from univid_jax.data.sources.open import open_data
 from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.inference.jobs import infer_length, pack_jobs, pack_single
-from univid_jax.inference.sampler import PackedJobs
+from univid_jax.inference.sampler import PackedJobs, extrapolate
 from univid_jax.parallel.mesh import make_mesh
 
 
@@ -153,3 +153,10 @@ def test_one_step_is_one_velocity(tiny_config):
   out = pipeline.sample(clips[:-1], num_inference_steps=1, latents=noise)
   assert np.abs(velocity).mean() > 0.1
   np.testing.assert_allclose(out.latents, noise - velocity, atol=1e-5)
+
+
+def test_an_estimate_is_where_the_velocity_leads():
+  """From 1 at noise level 0.8 with the velocity 2: 0.2 at the level 0.4, and -0.6 at 0."""
+  before, after = np.full((1, 2, 3), 1.0), np.full((1, 2, 3), 0.2)
+  np.testing.assert_allclose(extrapolate(before, after, np.array([0.8, 0.4])), -0.6)
+  np.testing.assert_array_equal(extrapolate(before, after, np.array([0.8])), after)

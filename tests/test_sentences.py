@@ -7,6 +7,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import scipy
 from PIL import Image
 
 from univid_jax.config.boundary import from_config_dict, override
@@ -22,8 +23,8 @@ from univid_jax.data.sources.computed import ComputedSentences, LazySentences, c
 from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.open import open_data
 from univid_jax.data.sources.photos import PhotoSource, moving_window
-from univid_jax.data.tasks import TASKS, masks
-from univid_jax.data.tasks.base import Task, draw_nothing, from_unit, to_unit
+from univid_jax.data.tasks import TASKS, masks, restoration
+from univid_jax.data.tasks.base import Task, check_draw, draw_nothing, from_unit, to_unit
 from univid_jax.data.tasks.camera import camera_poses
 from univid_jax.evaluation.sentences import plan_other_pairs, plan_sentences
 from univid_jax.training.validation import select_sentences
@@ -128,6 +129,32 @@ class TestTasks:
       poses, [[0, 0, 0, 0], [np.log(2), 0, 0.125, -0.05], [np.log(4), 0, 0.375, -0.15]], atol=1e-12
     )
 
+  def test_what_moves_is_found_where_it_is_although_the_camera_pans(self):
+    scene = scipy.ndimage.gaussian_filter(np.random.default_rng(0).uniform(0, 1, (40, 120)), 1)
+    scene = 0.8 * (scene - scene.min()) / np.ptp(scene)
+    grey, is_object = np.stack([scene[:, 20 + 4 * t :][:, :64] for t in range(5)]), np.zeros((5, 40, 64), bool)
+    for t in range(5):
+      is_object[t, 16:26, 10 + 9 * t :][:, :10] = True
+    clip = np.where(is_object, 1, grey)[..., None].repeat(3, axis=-1).astype(np.float32)
+    found = masks.moving_mask(clip, object_color=(1, 1, 1), background=(0, 0, 0))[..., 0] > 0.5
+    shares = (found & is_object).sum(axis=(1, 2)) / (found | is_object).sum(axis=(1, 2))
+    assert shares.min() > 0.5
+
+  def test_resolution_is_reduced_along_both_sides(self):
+    """By a factor of 3 columns of 3 pixels stay, and the lines of every 3 become even."""
+    columns, lines = np.tile([0, 0, 0, 1, 1, 1], 8), np.tile([0, 0, 1], 4)
+    for pattern, remains in ((np.tile(columns, (12, 1)), True), (np.tile(lines[:, None], (1, 48)), False)):
+      clip = np.broadcast_to(pattern[None, ..., None], (1, 12, 48, 3)).astype(np.float32)
+      assert (restoration.shrink(clip, factor=3).std() > 0.2) == remains
+
+  def test_the_radius_of_a_blur_is_a_share_of_the_height(self):
+    point = np.zeros((1, 32, 64, 3), np.float32)
+    point[0, 16, 32] = 1
+    spread = restoration.blur(point, radius=0.0625)[0, ..., 0]
+    for axis, middle in ((0, 16), (1, 32)):
+      weights = spread.sum(axis=1 - axis)
+      assert np.sqrt(weights @ (np.arange(len(weights)) - middle) ** 2) == pytest.approx(2, rel=0.02)
+
   def test_mask_of_a_square_is_without_specks_and_holes(self):
     square = np.zeros((2, 32, 32), np.float32)
     square[:, 8:24, 8:24] = 1
@@ -187,6 +214,14 @@ class TestTasks:
     monkeypatch.setitem(TASKS, "mine", Task(draw=lambda rng: params, apply=lambda clip, **params: clip))
     with pytest.raises(UserError, match=f"draw of the task mine must return JSON values by name, .*: {error}"):
       computed(tasks={"mine": 1.0})[0]
+
+
+def test_every_task_of_a_name_is_checked():
+  """Also where it lies in memory where one lay that was right."""
+  for _ in range(10):
+    check_draw("mine", Task(draw=lambda rng: {"s": 0.5}, apply=lambda clip, s: clip))
+    with pytest.raises(UserError, match="must return JSON values"):
+      check_draw("mine", Task(draw=lambda rng: {"s": np.float32(0.5)}, apply=lambda clip, s: clip))
 
 
 def computed(**options):
@@ -479,6 +514,14 @@ class TestFolders:
     assert source.clip(1, np.random.default_rng(0), num_frames=5, size=(16, 16)).shape == (5, 16, 16, 3)
     assert len(FolderSource.open(str(folder), side=24, fps=8.0).clips) == 2
     assert FolderSource.open(str(folder), side=24, fps=8.0).clips[0].num_frames == 6
+
+  def test_clips_reach_from_the_first_to_the_last_frame(self, tmp_path):
+    levels = np.arange(0, 180, 30, dtype=np.uint8)
+    np.save(tmp_path / "a.npy", np.broadcast_to(levels[:, None, None, None], (6, 16, 16, 3)))
+    source = FolderSource.open(str(tmp_path), side=24)
+    rng = np.random.default_rng(0)
+    clips = [source.clip(0, rng, num_frames=5, size=(8, 8)) for _ in range(20)]
+    assert {tuple(clip[:, 0, 0, 0].tolist()) for clip in clips} == {(0, 30, 60, 90, 120), (30, 60, 90, 120, 150)}
 
   def test_frames_are_kept_within_bounds(self, tmp_path, monkeypatch, caplog):
     """Kept or not, windows show the same."""

@@ -214,6 +214,9 @@ def test_skipped_steps_reuse_the_residual(pipe, contexts):
       velocities.append(np.asarray(velocity))
     velocity = velocities[1] + 2.0 * (velocities[0] - velocities[1])
     tokens = tokens + velocity * (levels[i + 1] - levels[i])
+  whole, residual = run(tokens, np.float32(0.5), rows[0], None)
+  reused, _ = run(tokens, np.float32(0.5), rows[0], residual)
+  assert relative_error(reused, whole) <= 1e-5, "of the same step, the residual stands for the blocks"
   assert relative_error(ours, job.finish(np.asarray(tokens)[mask], pipe.config.patch_size)) <= 1e-5
   assert relative_error(ours, sample(pipe, contexts[0], **given)) > 1e-4
 

@@ -40,7 +40,7 @@ from univid_jax.config.schema import OptimizerConfig
 from univid_jax.core import lock
 from univid_jax.core.errors import DivergedError, Interrupted, UserError
 from univid_jax.core.lock import Lock
-from univid_jax.core.options import Attention, ContextTimestep, LearningRateSchedule, OptimizerName
+from univid_jax.core.options import Attention, ContextTimestep, LearningRateSchedule, OptimizerName, TrainedExpert
 from univid_jax.core.packed_row import UNIVID_CONTEXT, PackedRow
 from univid_jax.core.sentence import Role, Sentence
 from univid_jax.data.features import FeatureMaker
@@ -1036,3 +1036,18 @@ def test_two_processes_equal_one(tmp_path):
   two_lora, one_lora = (read_lora(tmp_path / name / "lora.safetensors") for name in ("two", "one"))
   for name, layer in one_lora.changes.items():
     np.testing.assert_allclose(two_lora.changes[name].up, layer.up, atol=1e-6)
+
+
+def test_losses_of_tasks_and_contexts_have_their_names():
+  """Entry 0 is of sentences without a task or context; what has no sentence has no loss."""
+  validation = object.__new__(Validation)
+  validation._mesh, validation._tasks, validation._expert = make_mesh({"data": 8}), ("a", "b"), TrainedExpert.ONLY
+  validation._sigmas, validation._batches = [[0.5]], [()]
+  sums = [np.array(values) for values in ([1.0, 2, 9], [0.0, 3, 4, 0, 5], [1.0, 1, 3], [0.0, 1, 2, 0, 2])]
+  validation._sum_losses = lambda *_: sums
+  metrics = validation({}, {})
+  assert metrics["val_loss"] == metrics["val_loss/sigma_0.5"] == pytest.approx(12 / 5)
+  names = {"task_a": 2, "task_b": 3, "context_I": 3, "context_II": 2, "context_IV": 2.5}
+  assert {name: value for name, value in metrics.items() if "_" in name.partition("/")[2] and "sigma" not in name} == {
+    f"val_loss/{name}": value for name, value in names.items()
+  }

@@ -65,8 +65,8 @@ class Task:
     return self.motion == Motion.NEEDED
 
 
-# Names and identities of the tasks whose `draw` was checked.
-_checked: set[tuple[str, int]] = set()
+# The tasks whose `draw` was checked, by name; kept, since a task may get the identity of one that is gone.
+_checked: dict[str, Task] = {}
 
 
 def check_draw(name: str, task: Task) -> None:
@@ -75,7 +75,7 @@ def check_draw(name: str, task: Task) -> None:
   Raises:
     UserError: it does not return JSON values by name.
   """
-  if (name, id(task)) in _checked:
+  if _checked.get(name) is task:
     return
   params = task.draw(np.random.default_rng(0))
   try:
@@ -86,7 +86,7 @@ def check_draw(name: str, task: Task) -> None:
     raise UserError(
       f"draw of the task {name} must return JSON values by name, Python's numbers and not NumPy's: {error}"
     ) from error
-  _checked.add((name, id(task)))
+  _checked[name] = task
 
 
 def check_result(name: str, result: Any, shape: tuple[int, ...]) -> None:
