@@ -271,6 +271,7 @@ class TestScalingTable:
     )
     assert row_sentences(plain) == (31200, 6240) and row_sentences(long) == (131040,)
     assert row_sentences(override(plain, {"data.num_frames": 9, "rows.num_tokens": 40000})) == (18720, 18720)
+    assert row_sentences(override(plain, {"rows.num_sentences": 1})) == (31200,)
     assert (long.data.num_frames, long.data.fit, long.mesh.context) == (81, "crop", 4)
     for wrong, message in (("rows.num_tokens", "takes KEY=VALUE"), ("rows.tokens=1", "tokens")):
       with pytest.raises(UserError, match=message):

@@ -599,6 +599,17 @@ class TestKinds:
     for task in ("outline", "maze", "arc"):
       assert not score_grids(as_generated(truth, task=task), {}, Rendering.from_config(tiny().data))
 
+  def test_salient_objects_have_the_colours_of_their_sentence(self):
+    """Black on white, where a white object on black would be the opposite."""
+    truth = np.full((1, 8, 8, 3), 255, np.uint8)
+    truth[:, 2:5, 2:5] = 0
+    colors = {"background": (1, 1, 1), "object_color": (0, 0, 0)}
+    empty, options = np.full_like(truth, 255), KindOptions.from_config(config_with())
+    score = KIND_METRICS[TargetKind.SALIENCY].score
+    for clip, f_measure in ((truth, 1), (empty, 0)):
+      metrics, _ = score(clip, as_generated(truth, colors, task="salient_object"), options)
+      assert metrics["f_measure"] == pytest.approx(f_measure, abs=1e-6)
+
   def test_unmix_colors(self):
     clip = np.array([[0, 0, 0], [255, 255, 255], [51, 51, 51]], np.uint8)
     np.testing.assert_allclose(unmix_colors(clip, (0, 0, 0), (1, 1, 1)), [0, 1, 0.2], atol=1e-6)

@@ -256,6 +256,9 @@ class TestEdges:
     assert edge_metrics([edge_counts(gradual, truth)])["ap"] == pytest.approx(area, abs=1e-6)
     assert edge_metrics([edge_counts(np.zeros((10, 10)), truth)])["ods"] == 0
     assert math.isnan(edge_metrics([])["ods"])
+    # Half of the edges at precision 1, all at 1/2: no precision is known of fewer.
+    found = edge_metrics([np.array([[5, 5, 10], [10, 20, 10]])])
+    assert found["ap"] == pytest.approx(np.linspace(1, 0.5, 51).sum() / 100, abs=1e-6)
 
 
 class TestCamera:
