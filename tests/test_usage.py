@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -17,10 +19,12 @@ from univid_jax.checkpoints.lora.kinds import LoRALayer
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.origin import Origin
+from univid_jax.checkpoints.run import RunRecord, write_run
 from univid_jax.checkpoints.tensor_files import save_safetensors
 from univid_jax.checkpoints.usage import Usage, merge_usages
 from univid_jax.cli import summaries
 from univid_jax.cli.flags import CommandFlags
+from univid_jax.cli.model_shape import ModelShape
 from univid_jax.cli.requests import RequestRunner
 from univid_jax.cli.sampling import SamplingArguments, resolve_steps, task_prompt
 from univid_jax.cli.sampling_flags import SamplingFlags
@@ -166,6 +170,27 @@ def test_a_run_proposes_exports_that_others_can_use(checkpoint):
   for base, proposes in (("small", False), (checkpoint, True)):
     text = summaries.trained(result, override(tiny(), {"init_from": base, "lora.rank": 2}), "runs/x")
     assert "runs/x/lora.safetensors" in text and ("--to=diffusers" in text) is ("ComfyUI" in text) is proposes
+
+
+@pytest.mark.parametrize(
+  "prompts, has_task", [({"a": "x", "b": "y"}, True), ({"a": "x", "b": "x"}, False), ({"a": ""}, False), ({}, False)]
+)
+def test_a_run_of_several_prompts_proposes_to_name_a_task(tmp_path, prompts, has_task):
+  write_run(tmp_path, RunRecord(tiny(), (), "0", prompts))
+  result = TrainResult(make_pipeline=lambda: pytest.fail("it was loaded"), steps_taken=3, seconds=1.0)
+  assert summaries.trained(result, tiny(), str(tmp_path)).endswith("--out=B2.mp4" + " --task=NAME" * has_task)
+
+
+def test_a_missing_tokenizer_is_named_before_the_model_is_loaded(tmp_path, checkpoint):
+  folder = shutil.copytree(checkpoint, tmp_path / "base")
+  ModelShape.read(str(folder)).check_tokenizer()
+  info = json.loads((folder / "checkpoint.json").read_text())
+  info["components"]["text_encoder"] = info["components"]["transformer"]
+  (folder / "checkpoint.json").write_text(json.dumps(info))
+  flags = SamplingFlags(command := CommandFlags(None), clips_required=False)
+  command.parse(["univid-sample", f"--checkpoint={folder}"])
+  with mock.patch("univid_jax.cli.loading.load_model"), pytest.raises(UserError, match="has no tokenizer: convert a"):
+    flags.load()
 
 
 @pytest.fixture(scope="module")
@@ -337,13 +362,43 @@ def test_prompts_of_tasks():
     task_prompt("camera_movment", trained)
 
 
-def test_a_task_that_was_trained_without_a_prompt_changes_nothing_and_says_so(caplog):
+@pytest.mark.parametrize(
+  "given, prompts, has_text_encoder, expected, logged",
+  [
+    (["--task=edges"], {"edges": ""}, True, "", "--task=edges changes nothing"),
+    (["--task=edges"], {"edges": "z"}, True, "z", ""),
+    ([], {"edges": "z"}, True, "z", "prompt: 'z', that of training; --prompt= samples without one"),
+    ([], {"edges": "z", "more edges": "z"}, True, "z", "prompt: 'z', that of training"),
+    ([], {"edges": "z", "depth": "y"}, True, "", ""),
+    ([], {"edges": "z", "depth": ""}, True, "", ""),
+    ([], {"edges": "z"}, False, "", ""),
+    ([], {"edges": ""}, True, "", ""),
+    ([], {}, True, "", ""),
+    (["--prompt="], {"edges": "z"}, True, "", ""),
+    (["--prompt=x"], {"edges": "z"}, True, "x", ""),
+  ],
+)
+def test_the_prompt_is_that_of_training(caplog, given, prompts, has_text_encoder, expected, logged):
   caplog.set_level("INFO")
   command = CommandFlags(None)
   flags = SamplingFlags(command, clips_required=False)
-  command.parse(["univid-sample", "--checkpoint=x", "--task=edges"])
-  pipeline = types.SimpleNamespace(usage=dataclasses.replace(USAGE, prompts={"edges": ""}))
-  assert flags.choose_prompt(pipeline) == "" and "--task=edges changes nothing" in caplog.text
+  command.parse(["univid-sample", "--checkpoint=x", *given])
+  encoders = types.SimpleNamespace(has_text_encoder=has_text_encoder)
+  pipeline = types.SimpleNamespace(usage=dataclasses.replace(USAGE, prompts=prompts), encoders=encoders)
+  assert flags.choose_prompt(pipeline) == expected
+  assert logged in caplog.text and bool(caplog.text) == bool(logged)
+
+
+@pytest.mark.parametrize(
+  "prompts, is_new", [({"edges": "z", "depth": "y"}, True), ({"edges": "z", "depth": ""}, False)]
+)
+def test_a_null_prompt_that_training_did_not_have_is_reported_once(tiny_config, caplog, prompts, is_new):
+  pipeline = random_pipeline(tiny_config, make_mesh({}, jax.devices()[:1]))
+  pipeline.usage = dataclasses.replace(USAGE, prompts=prompts)
+  for name in ("negative_prompt", "prompt", "prompt"):
+    pipeline.embed("", name)
+  message = "the prompt is empty, and those of training were not: it had 2 tasks (depth, edges); --task=NAME, or "
+  assert [line[: len(message)] for line in caplog.messages] == [message] * is_new
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,12 @@ class ModelShape:
   Attributes:
     num_transformers: 2 for experts.
     patch_pixels: pixels along each side of a patch.
+    base: what prompts are embedded with; None for a model from scratch.
   """
 
   num_transformers: int
   patch_pixels: int
+  base: PretrainedCheckpoint | None
 
   @classmethod
   def read(cls, checkpoint: str) -> "ModelShape | None":
@@ -33,12 +35,17 @@ class ModelShape:
       config = _read_config(checkpoint)
       base, (part, *_) = open_base(config), split_config(config)
       count = len(base.transformers) if base else 1
-      return cls(count, patch_strides(part)[1])
+      return cls(count, patch_strides(part)[1], base)
     return None
 
   def check_size(self, size: tuple[int, int]) -> None:
     """Raises UserError if frames of a height and width do not divide into patches."""
     latent_shape((1, *size), temporal_stride=1, spatial_stride=self.patch_pixels)
+
+  def check_tokenizer(self) -> None:
+    """Raises UserError if there is a text encoder, but no tokenizer, which every prompt needs, the null prompt, too."""
+    if self.base is not None and self.base.has("text_encoder"):
+      self.base.tokenizer_path()
 
   def check_guidance(self, scale: float | Sequence[float]) -> None:
     """Raises UserError if there are two guidance scales for one transformer, or more."""

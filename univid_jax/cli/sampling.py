@@ -180,6 +180,16 @@ def task_prompt(task: str, trained: Mapping[str, str]) -> str:
   raise UserError(f"--task={task} is not known{hint} Use --prompt for a text of your own. Tasks: {tasks}")
 
 
+def only_prompt(trained: Mapping[str, str]) -> str:
+  """Returns the prompt that all tasks of training have; "" if they have none, or several."""
+  prompts = set(trained.values())
+  if len(prompts) != 1 or prompts == {""}:
+    return ""
+  (prompt,) = prompts
+  log.info("prompt: %r, that of training; --prompt= samples without one", prompt)
+  return prompt
+
+
 def known_prompts(trained: Mapping[str, str]) -> dict[str, str]:
   """Returns the prompts of all tasks by name, those of training first; names have spaces."""
   targets = {key: value.prompt_name for key, value in TASKS.items()}

@@ -54,7 +54,8 @@ class SamplingFlags:
   def _define_sentence(self, command: CommandFlags, *, clips_required: bool) -> None:
     help_text = "The context in order: A, A', B, or any odd number of clips; a name with a comma in double quotes."
     self.clips = command.strings("clips", None if clips_required else [], help_text, required=clips_required)
-    self.prompt = command.string("prompt", None, "Text of the sentence; default: none.")
+    help_text = "Text of the sentence; default: that of training, if all its tasks had the same, else none."
+    self.prompt = command.string("prompt", None, help_text)
     help_text = "Use the prompt of this task: a task of training, or one of the paper, such as depth map."
     self.task = command.string("task", None, help_text)
     self.negative_prompt = command.string("negative_prompt", "", "What guidance moves away from.")
@@ -161,13 +162,19 @@ class SamplingFlags:
     )
 
   def _check_shape(self) -> None:
-    """Raises UsageError if the size or the guidance scales are not for this model, as far as its configs tell."""
+    """Checks, as far as the model's configs tell, that it can be sampled in this way.
+
+    Raises:
+      UsageError: the size or the guidance scales are not for this model.
+      UserError: its tokenizer is missing.
+    """
     from univid_jax.cli.model_shape import ModelShape
 
     size, scale = self._parse_size(), self.steps.guidance_scale
-    shape = ModelShape.read(self.checkpoint.value) if size or scale is not None else None
+    shape = ModelShape.read(self.checkpoint.value)
     if shape is None:
       return
+    shape.check_tokenizer()
     try:
       if scale is not None:
         shape.check_guidance(scale)
@@ -180,10 +187,13 @@ class SamplingFlags:
       raise UsageError(f"--size={self._size.value}: {error}") from error
 
   def choose_prompt(self, pipeline: "Pipeline") -> str:
+    """Returns the prompt that is given, or the one that the model was trained with, if there is only one."""
     from univid_jax.cli import sampling
 
+    if self.prompt.value is not None:
+      return self.prompt.value
     if self.task.value is None:
-      return self.prompt.value or ""
+      return sampling.only_prompt(pipeline.usage.prompts) if pipeline.encoders.has_text_encoder else ""
     prompt = sampling.task_prompt(self.task.value, pipeline.usage.prompts)
     if not prompt:
       log.info("--task=%s changes nothing: the model was trained on this task without a prompt", self.task.value)

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from univid_jax.checkpoints.run import read_run
 from univid_jax.checkpoints.run_parts import open_base
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.program import spell_commands
@@ -37,7 +38,9 @@ def trained(result: TrainResult, config: RunConfig, workdir: str) -> str:
         f"  python -m univid_jax.convert {folder} OUT.safetensors --to=diffusers|comfyui|musubi|univid",
       ]
     )
-  clips = "--clips=A.mp4,A2.mp4,B.mp4 --out=B2.mp4"
+  record = read_run(workdir)
+  has_prompts = record is not None and len({*record.prompts.values()} - {""}) > 1
+  clips = "--clips=A.mp4,A2.mp4,B.mp4 --out=B2.mp4" + " --task=NAME" * has_prompts
   return spell_commands("\n".join([*lines, "next:", f"  python -m univid_jax.sample --checkpoint={folder} {clips}"]))
 
 

@@ -32,7 +32,7 @@ from univid_jax.inference.joint import JointSampler
 from univid_jax.inference.long_video import VideoReader, VideoSample
 from univid_jax.inference.plan import SamplingOptions, SamplingPlan
 from univid_jax.inference.preview import DrawnPreview, Preview
-from univid_jax.inference.prompts import embed_negative
+from univid_jax.inference.prompts import embed_negative, warn_of_null_prompt
 from univid_jax.inference.queries import sample_queries
 from univid_jax.inference.sampler import PackedJobs, Progress, Sampler
 from univid_jax.inference.velocity import predict_velocity
@@ -317,6 +317,8 @@ class Pipeline(EncodingPipeline):
   def embed(self, prompt: str | Float[Array | np.ndarray, "n d"], name: str = "prompt") -> np.ndarray:
     """Returns the embedding of a prompt, an argument of this name; an embedding stays as it is."""
     if isinstance(prompt, str):
+      if not prompt and name == "prompt":
+        warn_of_null_prompt(self)
       return self.features.embed_prompt(prompt)
     return check_embedding(name, prompt, self.config, or_text=True)
 

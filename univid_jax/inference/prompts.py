@@ -5,11 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from univid_jax.core.text import count_noun, list_first
 from univid_jax.diffusion.step_cache import RatioMeasurement
 from univid_jax.inference.plan import SamplingPlan
 
 if TYPE_CHECKING:
   from univid_jax.inference.pipeline import Pipeline
+
+
+def warn_of_null_prompt(pipeline: "Pipeline") -> None:
+  """Warns, once, that a sentence has no prompt, if those of training had."""
+  trained = pipeline.usage.prompts
+  if trained and all(trained.values()):
+    pipeline.warn_once(
+      f"the prompt is empty, and those of training were not: it had {count_noun(len(trained), 'task')} "
+      f"({list_first(sorted(trained), 4)}); --task=NAME, or prompt=pipeline.usage.prompts[NAME], takes that of a task"
+    )
 
 
 def embed_negative(
