@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from tests.helpers import GOLDENS
 from tests.stand_ins import open_bucket
+from univid_jax.checkpoints.built_in import locate
 from univid_jax.checkpoints.experts import check_commas, split_loras, split_weight
 from univid_jax.checkpoints.lora.folder import write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, lora_tensors, write_lora
@@ -330,6 +332,13 @@ class TestRefused:
     path.write_bytes(data)
     with pytest.raises(UserError, match="is not a complete safetensors file"):
       read_lora(path)
+
+  def test_models_are_no_loras(self, tmp_path):
+    path = GOLDENS / "tiny_wan" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=r"is a whole model, not a LoRA: convert it with .* give DST as the checkpoint"):
+      read_lora(path)
+    with pytest.raises(UserError, match="small is a converted checkpoint, not a LoRA: give it as the checkpoint"):
+      read_lora(locate("small"))
 
   def test_folder_of_something_else(self, tmp_path):
     with pytest.raises(UserError, match=r"is a folder without lora\.json or adapter_config\.json"):
