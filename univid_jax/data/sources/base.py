@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +27,21 @@ NAMED_TOO_LONG = 4
 
 T = TypeVar("T")
 GroupT = TypeVar("GroupT")
+
+
+def report_texts(folder: str, texts: Sequence[Path]) -> None:
+  """Warns of files beside clips that look like prompts, which are not read."""
+  if texts:
+    log.warning(
+      "%s: %s not read, such as %s: prompts are made of the names of tasks, as config.data.prompt says; those of your "
+      "own are in config.data.manifest",
+      *(folder, "1 text file is" if len(texts) == 1 else f"{len(texts)} text files are", printable(str(texts[0]))),
+    )
+
+
+def is_text(path: Path) -> bool:
+  """Returns whether a file beside a clip may be its prompt, as other trainers have them."""
+  return path.suffix.lower() in (".txt", ".caption")
 
 
 class TooLongError(UserError):
