@@ -358,7 +358,7 @@ class TestRefused:
 
   def test_a_list_that_was_split_at_a_decimal_comma(self, tmp_path):
     for items in (["a:1.5", "high=x:0", "5"], ["x:0", "5:lightx2v"]):
-      with pytest.raises(UserError, match="a weight has a decimal point, as in (high=)?x:0.5"):
+      with pytest.raises(UserError, match=r"a weight has a decimal point, as in (high=)?x:0.5"):
         check_commas(items)
     for name in ("x:0", "5"):  # names that exist are no weights
       (tmp_path / name).touch()

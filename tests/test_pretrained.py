@@ -139,9 +139,17 @@ def test_damaged_or_missing_description(folder, tmp_path):
   [
     ("goldens/tiny_wan", "contains weights: convert it with", "contains weights: convert it with"),
     ("goldens22/tiny_wan22_a14b", "contains weights: convert it with", "contains weights: convert it with"),
-    ("cases/lora/loha.safetensors", "contains a LoRA: give its base as the ch", "contains a LoRA: training starts from"),
+    (
+      "cases/lora/loha.safetensors",
+      "contains a LoRA: give its base as the ch",
+      "contains a LoRA: training starts from",
+    ),
     ("cases/lora/peft_folder", "it is a LoRA: give its base as the checkpoint", "it is a LoRA: training starts from"),
-    ("Wan-AI/Wan2.1-T2V-1.3B", r"\(hf download Wan-AI/Wan2.1-T2V-1.3B --local", r"convert it \(python -m univid_jax.conv"),
+    (
+      "Wan-AI/Wan2.1-T2V-1.3B",
+      r"\(hf download Wan-AI/Wan2.1-T2V-1.3B --local",
+      r"convert it \(python -m univid_jax.conv",
+    ),
     ("runs/tiny", "one of the built-in bases: small$", r"no checkpoint.json\); create one with"),
   ],
 )
@@ -156,7 +164,10 @@ def test_what_is_no_checkpoint_is_named(monkeypatch, path, as_checkpoint, as_bas
 @pytest.mark.parametrize(
   "values, message",
   [
-    ({"lora.rank": 2, "init_from": "wan"}, "run that trained a LoRA on wan: name its base instead, as only the same run"),
+    (
+      {"lora.rank": 2, "init_from": "wan"},
+      "run that trained a LoRA on wan: name its base instead, as only the same run",
+    ),
     ({"init_from": "wan"}, "run that trained all of wan, which is no base: only the same run continues it: --workdir="),
     ({}, r"it is the workdir of a run: python -m univid_jax.convert .* DST makes a base of it"),
   ],

@@ -63,7 +63,9 @@ def test_a_base_is_the_run_it_was_written_of(trained):
 def test_loras_are_trained_on_it_and_applied_to_it(trained, tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(loop, "compile_train_step", compile_plain_step)
   root, config = trained
-  tuned = override(config, {"init_from": str(root / "base"), "lora.rank": 2, "num_steps": 2, "checkpoint.every_steps": 1})
+  tuned = override(
+    config, {"init_from": str(root / "base"), "lora.rank": 2, "num_steps": 2, "checkpoint.every_steps": 1}
+  )
   result = train(tuned, str(tmp_path / "run"))
   for name in ("cache", "lora_high.safetensors"):
     assert not (tmp_path / "run" / name).exists()  # the codec costs nothing, so nothing is cached
@@ -86,7 +88,7 @@ def test_a_step_is_one_of_a_run(trained, tmp_path, capfd):
   root, _ = trained
   convert_any(str(root / "run"), str(tmp_path / "again"), step="4")
   assert read_info(tmp_path / "again").components == read_info(root / "base").components
-  with pytest.raises(FileNotFoundError, match="no checkpoint of step 3 in .*; there are 4"):
+  with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 in .*; there are 4"):
     convert_any(str(root / "run"), str(tmp_path / "out"), step="3")
   for source in (str(root / "base"), "small"):
     with pytest.raises(UserError, match=f"--step=4 is for the workdirs of runs, and {source} is none: leave it out"):

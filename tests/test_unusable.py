@@ -308,7 +308,9 @@ def test_limits_of_rows_that_are_too_small_are_named_once(tmp_path, caplog):
   config, _ = write_data(tmp_path / "data", "pairs", PLAIN)
   data = open_data(config)
   features, rows = make_features(config, data, None), dataclasses.replace(ROWS, num_tokens=10)
-  with pytest.raises(UserError, match=r"listed records cannot be used, .*; set config.rows.num_tokens to (\d+), or") as all_:
+  with pytest.raises(
+    UserError, match=r"listed records cannot be used, .*; set config.rows.num_tokens to (\d+), or"
+  ) as all_:
     prepare(features, data, row_shape=rows)
   needed = int(re.findall(r"num_tokens to (\d+)", str(all_.value))[0])
   assert not prepare(features, data, row_shape=dataclasses.replace(rows, num_tokens=needed)).dropped
@@ -319,7 +321,9 @@ def test_limits_of_rows_that_are_too_small_are_named_once(tmp_path, caplog):
   )
   caplog.clear()
   errors = [TooLongError(f"{needed}", key="config.rows.num_text_tokens", needed=needed) for needed in (9, 7, 5, 5, 5)]
-  with pytest.raises(UserError, match=r"6 .* set config.rows.num_text_tokens to 9 and fix the others, or leave them out"):
+  with pytest.raises(
+    UserError, match=r"6 .* set config.rows.num_text_tokens to 9 and fix the others, or leave them out"
+  ):
     base.report_dropped([base.drop("x", error) for error in (*errors, OSError("gone"))], allowed=False)
   assert [message.partition(",")[0] for message in caplog.messages] == [
     "dropped: x: gone",

@@ -96,8 +96,8 @@ def parse_lora(file: TensorFile) -> LoRAWeights:
     if what := unsupported(name):
       if what == WHOLE_WEIGHTS and not is_lora(file.infos):
         raise UserError(
-          f"{file.path} is a whole model, not a LoRA: convert it with python -m univid_jax.convert {file.path} DST, and "
-          "give DST as the checkpoint"
+          f"{file.path} is a whole model, not a LoRA: convert it with python -m univid_jax.convert {file.path} DST, "
+          "and give DST as the checkpoint"
         )
       raise UserError(f"{file.path} contains {what}, which are not supported: {list_names([name])}")
     found = parse_name(name)
