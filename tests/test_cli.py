@@ -16,6 +16,9 @@ from tests.commands import SMALL, finish, free_port, start_command, start_python
 from univid_jax.cli import app
 from univid_jax.cli.compilation import enable_compilation_cache
 from univid_jax.cli.flags import CommandFlags
+from univid_jax.cli.path_flags import PATH_KEYS
+from univid_jax.config.boundary import to_json
+from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import DivergedError, Interrupted, UserError
 
 COMMANDS = ("train", "prepare", "sample", "evaluate", "forecast", "demo", "convert.__main__")
@@ -288,6 +291,38 @@ class TestFlags:
     with pytest.raises(UserError, match="unexpected argument 'c'"):
       flags.parse(["command", "a", "b", "c"])
     assert to.value is None  # nothing remains of an earlier command line
+
+  def test_home_is_expanded_in_paths(self, monkeypatch, tmp_path):
+    """Shells expand ~ only where a word begins, not in --NAME=~/x; ./~ and buckets stay as they are."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = CommandFlags("", max_arguments=3)
+    path, lora = flags.path("out", None, ""), flags.lora()
+    flags.parse(["command", "~/a", "./~/b", "gs://c", "--out=~/x y/", "--lora=~/a:0.5,high=~/b,small,gs://c/~"])
+    assert list(flags.arguments) == [f"{tmp_path}/a", "./~/b", "gs://c"] and path.value == f"{tmp_path}/x y/"
+    assert lora.value == [f"{tmp_path}/a:0.5", f"high={tmp_path}/b", "small", "gs://c/~"]
+
+  def test_home_is_expanded_in_the_config(self, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.py").write_text(
+      "from univid_jax.config.presets import get_config as preset\n"
+      "def get_config():\n  config = preset()\n  config.data.pairs = '~/pairs'\n  return config\n"
+    )
+    command = Command()
+    words = ["--config.init_from=small", "--config.validation.accelerate=high=~/a:0.5,b", "--workdir=~/run"]
+    assert command("--config=~/own.py", *words) == 0 and command.workdir.value == f"{tmp_path}/run"
+    config = command.config.value
+    assert (config.init_from, config.data.pairs) == ("small", f"{tmp_path}/pairs")
+    assert config.validation.accelerate == (f"high={tmp_path}/a:0.5", "b")
+
+  def test_keys_that_are_paths(self):
+    """All whose default is empty, but for names; new ones have to be added."""
+
+    def empty(values, prefix=""):
+      for name, value in values.items():
+        yield from empty(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name] * (value == "")
+
+    names = {"model.variant", "data.tfds.name", "data.tfds.task", "data.tfds.test_split"}
+    assert {*empty(to_json(RunConfig())), "validation.accelerate"} == {*PATH_KEYS, *names}
 
 
 def test_the_compilation_cache_respects_jax_variables(monkeypatch):

@@ -372,6 +372,7 @@ def test_step_caching(trained, tmp_path, capfd):
     ),
     # Before the model is loaded, of which step 77 is missing.
     (["--clips={a},{a},{root}/no.png", "--step=77"], 1, "no such clip"),
+    (["--clips={a},{a},{root}/A.png", "--step=77"], 1, "/A.png; {root} has a.png, in other upper and lower case"),
     (["--clips={a},{a}", "--queries={a},{root}/no.png", "--step=77", "--out={root}/results"], 1, "no such clip"),
     (["--clips={a},{a},{root}/a, b.png", "--step=77"], 1, "a name with a comma is written in double quotes within"),
     (['--clips={a},{a},"{root}/a, b.png"', "--step=77"], 1, "no checkpoint of step 77"),

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 from collections import Counter, UserList
 from types import SimpleNamespace
@@ -440,6 +441,21 @@ class TestPairs:
     images, dropped = open_pairs(str(tmp_path), form, draw_options(contexts={"II": 1.0}))
     assert len(images.pairs) == 2 and not dropped, "first frames show the same at any rate"
 
+  def test_names_are_in_lower_case(self, pairs):
+    (pairs / "edges" / "c" / "target.jpg").rename(pairs / "edges" / "c" / "TARGET.JPG")
+    _, dropped = open_pairs(str(pairs), FORM, draw_options())
+    assert "has 0; the name is in lower case, so rename TARGET.JPG" in " ".join(map(str, dropped))
+
+  def test_texts_that_are_not_read_are_named(self, pairs, caplog):
+    for name in ("README.txt", "edges/notes.txt"):
+      (pairs / name).touch()
+    open_pairs(str(pairs), FORM, draw_options())
+    assert "text file" not in caplog.text
+    for name in ("edges/a/prompt.txt", "edges/c.caption"):
+      (pairs / name).touch()
+    open_pairs(str(pairs), FORM, draw_options())
+    assert f"{pairs}: 2 text files are not read, such as {pairs}/edges/c.caption: prompts are made of" in caplog.text
+
   def test_names_with_line_breaks(self, pairs):
     shutil.move(pairs / "edges" / "a", pairs / "edges" / "a\na")
     shutil.move(pairs / "edges" / "b b", pairs / "edges" / "b\nb")
@@ -648,6 +664,26 @@ class TestManifest:
     ]
     for record, message in zip(dropped, expected, strict=True):
       assert message in str(record)
+
+  @pytest.mark.parametrize(
+    "name, reason",
+    [
+      ("caf\u00e9.png", "has this name with its accents in another Unicode form"),
+      ("Cafe\u0301/x.png", "in other upper and lower case"),
+      ("clips\\a.png", "folders in a path are separated by /, not by a backslash"),
+      ("b.png", "no such clip: .*/b.png$"),
+    ],
+  )
+  def test_files_of_nearly_the_name(self, tmp_path, name, reason):
+    write_image(tmp_path / "cafe\u0301.png")  # as macOS has it
+    (tmp_path / "cafe\u0301").mkdir()
+    clips = [{"path": name}, {"path": name, "role": "target"}]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"clips": clips}))
+    _, (dropped,) = open_manifest(str(tmp_path / "m.jsonl"), FORM, draw_options())
+    assert re.search(reason, dropped.reason), dropped
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{name},x\n")
+    _, (dropped,) = open_metadata(str(tmp_path), FORM, draw_options())
+    assert re.search(reason.replace("clip:", "file:"), dropped.reason), dropped
 
   def test_pairs_that_are_not_aligned_are_named(self, tmp_path):
     """As those of a folder of pairs are; first frames show the same at any rate."""

@@ -505,10 +505,12 @@ class TestSelection:
     caplog.clear()
     for asked_for in (None, TrainedExpert.HIGH, TrainedExpert.BOTH):
       select_loras([self.request("high", asked_for=asked_for)], experts)
-    # A name says it less surely than the user.
     named = dataclasses.replace(random_lora(), source="style_high.safetensors")
-    select_loras([RequestedLoRA(named, 1.0, TrainedExpert.LOW)], experts)
-    assert "was trained for" not in caplog.text
+    select_loras([RequestedLoRA(named, 1.0, TrainedExpert.BOTH)], experts)
+    assert "expert, not for" not in caplog.text
+    # A name says it less surely than the user, who may have taken one for the other.
+    assert select_loras([RequestedLoRA(named, 1.0, TrainedExpert.LOW)], experts)[1]
+    assert "style_high.safetensors has the name of one for the high-noise expert, not for the low-noise" in caplog.text
 
   def test_an_expert_s_lora_on_a_model_without_experts_is_reported(self, caplog):
     assert len(select_loras([self.request("high")], [None])[0]) == 1

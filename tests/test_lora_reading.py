@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from tests.helpers import GOLDENS
 from tests.stand_ins import open_bucket
-from univid_jax.checkpoints.experts import split_weight
+from univid_jax.checkpoints.built_in import locate
+from univid_jax.checkpoints.experts import check_commas, split_loras, split_weight
 from univid_jax.checkpoints.lora.folder import write_lora_folder
 from univid_jax.checkpoints.lora.formats import FORMATS, lora_tensors, write_lora
 from univid_jax.checkpoints.lora.kinds import DoRALayer
@@ -340,6 +342,13 @@ class TestRefused:
     with pytest.raises(UserError, match="is not a complete safetensors file"):
       read_lora(path)
 
+  def test_models_are_no_loras(self, tmp_path):
+    path = GOLDENS / "tiny_wan" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=r"is a whole model, not a LoRA: convert it with .* give DST as the checkpoint"):
+      read_lora(path)
+    with pytest.raises(UserError, match="small is a converted checkpoint, not a LoRA: give it as the checkpoint"):
+      read_lora(locate("small"))
+
   def test_folder_of_something_else(self, tmp_path):
     with pytest.raises(UserError, match=r"is a folder without lora\.json or adapter_config\.json"):
       read_lora(tmp_path)
@@ -349,11 +358,21 @@ class TestRefused:
     [
       (("x.safetensors", float("nan")), r"the weight of the LoRA x\.safetensors must be a finite number, got nan"),
       ([split_weight("x.safetensors:inf")], r"must be a finite number, got inf"),
+      ("x:0,5", r"^x:0,5: a weight has a decimal point, as in x:0\.5; commas separate LoRAs"),
     ],
   )
   def test_bad_arguments(self, lora, message, tmp_path):
     with pytest.raises(UserError, match=message):
       load_pipeline(str(tmp_path), lora)
+
+  def test_a_list_that_was_split_at_a_decimal_comma(self, tmp_path):
+    for items in (["a:1.5", "high=x:0", "5"], ["x:0", "5:lightx2v"]):
+      with pytest.raises(UserError, match=r"a weight has a decimal point, as in (high=)?x:0.5"):
+        check_commas(items)
+    for name in ("x:0", "5"):  # names that exist are no weights
+      (tmp_path / name).touch()
+    path = str(tmp_path / "x:0")
+    assert split_loras([path, "5"]) == [(path, 1), ("5", 1)] and split_loras(["a:0", "b"]) == [("a", 0), ("b", 1)]
 
 
 @pytest.mark.parametrize("alpha, scale", [({f"{Q}.alpha": np.array(6.0)}, 6 / 2), ({}, 1)])

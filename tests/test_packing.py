@@ -179,7 +179,10 @@ class TestLoader:
   @pytest.mark.parametrize(
     "limits, message",
     [
-      (dict(num_tokens=10), r"has \d+ tokens, but a row holds only config.rows.num_tokens = 10"),
+      (
+        dict(num_tokens=10),
+        r"has \d+ tokens, but a row holds only config.rows.num_tokens = 10; set config.rows.num_tokens to at least \d+",
+      ),
       (dict(num_targets=2), r"has \d+ targets, but a row holds only config.rows.num_target_tokens = 2"),
     ],
   )

@@ -15,7 +15,11 @@ from univid_jax.checkpoints import pretrained, run_parts, sentence_lengths
 from univid_jax.checkpoints.info import CHECKPOINT_FILE, is_checkpoint
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
-from univid_jax.config.presets import small_lora
+from univid_jax.checkpoints.run import RunRecord, require_run, write_run
+from univid_jax.checkpoints.run_parts import open_base
+from univid_jax.config.boundary import override
+from univid_jax.config.presets import small_lora, tiny
+from univid_jax.config.schema import RunConfig
 from univid_jax.convert.commands import convert_any
 from univid_jax.core.errors import UserError
 from univid_jax.models.dit import DiT
@@ -128,6 +132,50 @@ def test_damaged_or_missing_description(folder, tmp_path):
   assert not is_checkpoint(tmp_path)
   with pytest.raises(FileNotFoundError, match="not a converted checkpoint"):
     PretrainedCheckpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "path, as_checkpoint, as_base",
+  [
+    ("goldens/tiny_wan", "contains weights: convert it with", "contains weights: convert it with"),
+    ("goldens22/tiny_wan22_a14b", "contains weights: convert it with", "contains weights: convert it with"),
+    (
+      "cases/lora/loha.safetensors",
+      "contains a LoRA: give its base as the ch",
+      "contains a LoRA: training starts from",
+    ),
+    ("cases/lora/peft_folder", "it is a LoRA: give its base as the checkpoint", "it is a LoRA: training starts from"),
+    (
+      "Wan-AI/Wan2.1-T2V-1.3B",
+      r"\(hf download Wan-AI/Wan2.1-T2V-1.3B --local",
+      r"convert it \(python -m univid_jax.conv",
+    ),
+    ("runs/tiny", "one of the built-in bases: small$", r"no checkpoint.json\); create one with"),
+  ],
+)
+def test_what_is_no_checkpoint_is_named(monkeypatch, path, as_checkpoint, as_base):
+  monkeypatch.chdir(GOLDENS.parent)
+  with pytest.raises(FileNotFoundError, match=as_checkpoint):
+    require_run(path)
+  with pytest.raises(FileNotFoundError, match=f"^config.init_from: {path} is not .*{as_base}"):
+    open_base(RunConfig(init_from=path))
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    (
+      {"lora.rank": 2, "init_from": "wan"},
+      "run that trained a LoRA on wan: name its base instead, as only the same run",
+    ),
+    ({"init_from": "wan"}, "run that trained all of wan, which is no base: only the same run continues it: --workdir="),
+    ({}, r"it is the workdir of a run: python -m univid_jax.convert .* DST makes a base of it"),
+  ],
+)
+def test_a_run_is_no_base(tmp_path, values, message):
+  write_run(tmp_path, RunRecord(override(tiny(), values), ("",), "0.2.0"))
+  with pytest.raises(FileNotFoundError, match=message):
+    open_base(RunConfig(init_from=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -539,6 +539,15 @@ class TestFolders:
       windows.append([source.clip(i % 2, rng, num_frames=5, size=(16, 16)) for i in range(6)])
     assert np.array_equal(windows[0], windows[1]) and np.array_equal(windows[0], windows[2])
 
+  def test_texts_that_are_not_read_are_named(self, tmp_path, caplog):
+    write_clip(tmp_path / "a.png", np.zeros((1, 16, 16, 3), np.uint8))
+    (tmp_path / "README.txt").touch()
+    FolderSource.open(str(tmp_path), side=24)
+    assert not caplog.text
+    (tmp_path / "a.txt").touch()
+    FolderSource.open(str(tmp_path), side=24)
+    assert f"{tmp_path}: 1 text file is not read, such as {tmp_path}/a.txt: prompts are made of the" in caplog.text
+
   def test_damaged_and_changed_files(self, tmp_path):
     for name in ("a.mp4", "b.mp4", "c.mp4"):
       write_clip(tmp_path / name, np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3)).astype(np.uint8))

@@ -57,8 +57,10 @@ from univid_jax.platform.current import Platform
 from univid_jax.runtime.supervisor import StopSignal, Supervisor
 from univid_jax.training import hooks, loop, metrics_writer, setup, validation
 from univid_jax.training import step as train_step
+from univid_jax.training.expert_schedule import ExpertSchedule
 from univid_jax.training.goodput import Goodput
-from univid_jax.training.guard import skip_bad_steps
+from univid_jax.training.guard import GuardState, skip_bad_steps
+from univid_jax.training.learning_rates import LearningRates, schedule_factor
 from univid_jax.training.loop import open_loader, restore_or_create_state, train
 from univid_jax.training.memory import abstract_batch
 from univid_jax.training.metrics_writer import MetricsWriter
@@ -82,6 +84,45 @@ def test_schedules():
   np.testing.assert_allclose([overlapping(20), overlapping(60), overlapping(100)], [1, 0.5, 0])
   assert float(make(LearningRateSchedule.CONSTANT)(99)) == 1
   assert float(make(LearningRateSchedule.COSINE)(55)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("schedule", LearningRateSchedule)
+@pytest.mark.parametrize("warmup, decay", [(0, 0.5), (10, 0.0), (20, 0.9), (50, 1.0)])
+def test_rates_on_the_host_are_those_of_the_devices(schedule, warmup, decay):
+  config = OptimizerConfig(warmup_steps=warmup, decay_fraction=decay, schedule=schedule)
+  on_devices = jax.vmap(make_schedule(config, 40))(jnp.arange(45))
+  np.testing.assert_allclose([schedule_factor(config, 40, count) for count in range(45)], on_devices, atol=1e-6)
+
+
+class TestLearningRates:
+  CONFIG = OptimizerConfig(learning_rate=0.1, warmup_steps=0, decay_fraction=1.0)
+
+  @staticmethod
+  def state(opt_state=None):
+    return TrainState(step=jnp.zeros((), jnp.int32), params={}, ema=None, opt_state=opt_state)
+
+  def test_the_rate_is_that_of_the_step_taken(self):
+    rates = LearningRates(self.CONFIG, 10, TrainedExpert.ONLY, None)
+    assert [rates.of_last_step(step, self.state()) for step in (1, 6, 10)] == pytest.approx([0.1, 0.05, 0.01])
+
+  def test_skipped_steps_do_not_count(self):
+    rates, count = LearningRates(self.CONFIG, 10, TrainedExpert.ONLY, None), jnp.zeros((), jnp.int32)
+    states = [self.state(GuardState({}, jnp.zeros(64), count + used, count)) for used in (0, 1, 3)]
+    assert [rates.of_last_step(6, state) for state in states] == [None, pytest.approx(0.1), pytest.approx(0.08)]
+
+  def test_each_expert_has_its_own_schedule(self):
+    rates = LearningRates(self.CONFIG, 1000, TrainedExpert.BOTH, ExpertSchedule(500))
+    state = self.state({"high": {}, "low": {}})
+    assert [rates.of_last_step(step, state) for step in (1, 2, 999, 1000)] == pytest.approx([0.1, 0.1, 2e-4, 2e-4])
+
+  def test_another_number_of_steps_moves_the_schedule(self):
+    rates = LearningRates(OptimizerConfig(learning_rate=0.01), 3200, TrainedExpert.ONLY, None)
+    line = rates.describe_change(1600, 1600, self.state())
+    assert line and "for 3200 steps now, not 1600: it was 1.25e-05 and is 0.01 from step 1601 on" in line
+    assert rates.describe_change(3200, 1600, self.state()) is None
+    assert rates.describe_change(1600, 0, self.state()) is None
+    constant = dataclasses.replace(rates.optimizer, schedule=LearningRateSchedule.CONSTANT)
+    assert dataclasses.replace(rates, optimizer=constant).describe_change(1600, 1600, self.state()) is None
 
 
 def test_muon_updates_only_matrices_of_blocks(tiny_config):
@@ -649,6 +690,7 @@ class TestChangedData:
         check_same_data(str(tmp_path / "other"), open_data(more), more)
     allowed = override(more, {"data.allow_changed": True})
     assert train(allowed, workdir).steps_taken == 1 and message in caplog.text
+    assert "the learning rate is scheduled for 3 steps now, not 2" in caplog.text
     assert "seconds if it is cached, else half a minute to several minutes" in caplog.text
     assert train(override(more, {"num_steps": 4}), workdir).steps_taken == 1, "it is the run's data now"
 
@@ -673,7 +715,7 @@ class TestDistillationOfPreviews:
     read.assert_called_once_with(("a", "b"), verify=verify)
 
 
-def test_what_is_written(tiny_run):
+def test_what_is_written(tiny_config, tiny_run):
   workdir, result = tiny_run
   assert result.steps_taken == 4
   assert [row["step"] for row in read_metrics(workdir)] == [1, 2, 3, 4]
@@ -681,6 +723,9 @@ def test_what_is_written(tiny_run):
     0 < row["fill_rate"] <= 1 and 0 < row["balance"] <= 1 and row["sentences"] >= 8 and np.isfinite(row["loss"])
     for row in read_metrics(workdir)
   )
+  optimizer = tiny_config.optimizer
+  rates = [optimizer.learning_rate * schedule_factor(optimizer, 4, count) for count in range(4)]
+  assert [row["learning_rate"] for row in read_metrics(workdir)] == rates
   assert (workdir / "loss.png").stat().st_size > 1000 and any((workdir / "tensorboard").iterdir())
   assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4"]
 

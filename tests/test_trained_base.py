@@ -14,6 +14,7 @@ from tests.helpers import compile_plain_step, parameters
 from univid_jax.checkpoints import built_in
 from univid_jax.checkpoints.built_in import BUILT_IN, locate
 from univid_jax.checkpoints.info import is_checkpoint, read_info
+from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.run import RunRecord, write_run
 from univid_jax.cli.verification import verify
@@ -62,7 +63,9 @@ def test_a_base_is_the_run_it_was_written_of(trained):
 def test_loras_are_trained_on_it_and_applied_to_it(trained, tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(loop, "compile_train_step", compile_plain_step)
   root, config = trained
-  tuned = override(config, {"init_from": str(root / "base"), "lora.rank": 2, "num_steps": 2})
+  tuned = override(
+    config, {"init_from": str(root / "base"), "lora.rank": 2, "num_steps": 2, "checkpoint.every_steps": 1}
+  )
   result = train(tuned, str(tmp_path / "run"))
   for name in ("cache", "lora_high.safetensors"):
     assert not (tmp_path / "run" / name).exists()  # the codec costs nothing, so nothing is cached
@@ -73,6 +76,26 @@ def test_loras_are_trained_on_it_and_applied_to_it(trained, tmp_path, monkeypatc
   assert "are the same LoRA" not in caplog.text
   load_pipeline(str(tmp_path / "run"), lora=str(tmp_path / "run" / "lora.safetensors"))
   assert "lora.safetensors are the same LoRA: it is applied twice" in caplog.text
+  loras = []
+  for step in ("1", "2"):
+    convert_any(str(tmp_path / "run"), str(path := tmp_path / f"{step}.safetensors"), to="comfyui", step=step)
+    loras.append(read_lora(path))
+  assert [lora.metadata["step"] for lora in loras] == ["1", "2"]
+  assert not np.array_equal(*(next(iter(lora.changes.values())).up for lora in loras))
+
+
+def test_a_step_is_one_of_a_run(trained, tmp_path, capfd):
+  root, _ = trained
+  convert_any(str(root / "run"), str(tmp_path / "again"), step="4")
+  assert read_info(tmp_path / "again").components == read_info(root / "base").components
+  with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 in .*; there are 4"):
+    convert_any(str(root / "run"), str(tmp_path / "out"), step="3")
+  for source in (str(root / "base"), "small"):
+    with pytest.raises(UserError, match=f"--step=4 is for the workdirs of runs, and {source} is none: leave it out"):
+      inspect(source, step="4")
+  assert run_here("univid_jax.convert.__main__", root / "run", tmp_path / "out", "--step=best") == 1
+  assert "no finished checkpoint with a validation loss" in capfd.readouterr().err
+  assert run_here("univid_jax.convert.__main__", "a", "b", "--verify", "--step=4") == 2
 
 
 def test_a_copy_has_the_same_contents(trained, tmp_path):

@@ -303,6 +303,36 @@ def test_processes_that_share_rows_fill_them_with_the_same(caplog):
     read_all(passing(), passing(), num_owners=2)  # which a single stream serves
 
 
+def test_limits_of_rows_that_are_too_small_are_named_once(tmp_path, caplog):
+  """Not hundreds of sentences, and with the value that the longest of them needs."""
+  config, _ = write_data(tmp_path / "data", "pairs", PLAIN)
+  data = open_data(config)
+  features, rows = make_features(config, data, None), dataclasses.replace(ROWS, num_tokens=10)
+  with pytest.raises(
+    UserError, match=r"listed records cannot be used, .*; set config.rows.num_tokens to (\d+), or"
+  ) as all_:
+    prepare(features, data, row_shape=rows)
+  needed = int(re.findall(r"num_tokens to (\d+)", str(all_.value))[0])
+  assert not prepare(features, data, row_shape=dataclasses.replace(rows, num_tokens=needed)).dropped
+  assert prepare(features, data, row_shape=dataclasses.replace(rows, num_tokens=needed - 1), allow_dropped=True).dropped
+  assert len(caplog.messages) == 2 and all(
+    re.match(rf"dropped: \d+ sentences that do not fit into a row, the longest is .* has {needed} tokens, ", message)
+    for message in caplog.messages
+  )
+  caplog.clear()
+  errors = [TooLongError(f"{needed}", key="config.rows.num_text_tokens", needed=needed) for needed in (9, 7, 5, 5, 5)]
+  with pytest.raises(
+    UserError, match=r"6 .* set config.rows.num_text_tokens to 9 and fix the others, or leave them out"
+  ):
+    base.report_dropped([base.drop("x", error) for error in (*errors, OSError("gone"))], allowed=False)
+  assert [message.partition(",")[0] for message in caplog.messages] == [
+    "dropped: x: gone",
+    "dropped: 5 sentences that do not fit into a row",
+  ]
+  read_all(*errors[:2], is_shared=True)
+  assert caplog.messages[2:] == ["dropped: sentence 7: 9"]
+
+
 def test_a_cache_that_cannot_be_written_drops_nothing(tmp_path, monkeypatch):
   """The records are not to blame for a full disk, also where they may be dropped."""
   config, _ = write_data(tmp_path / "data", "folder", PLAIN)

@@ -21,7 +21,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.installation import install_command
 
 FLAGS = CommandFlags(__doc__)
-CHECKPOINT = FLAGS.strings(
+CHECKPOINT = FLAGS.paths(
   "checkpoint", [], "Checkpoints or workdirs to choose from; the first is loaded at start. Default: small and runs/*."
 )
 LORA, ACCELERATE = FLAGS.lora(), FLAGS.accelerate()
@@ -51,7 +51,7 @@ def main() -> None:
     import gradio  # noqa: F401
   except ModuleNotFoundError as error:
     raise UserError(f"the demo needs Gradio: {install_command('demo')}") from error
-  from univid_jax.checkpoints.experts import split_weight
+  from univid_jax.checkpoints.experts import split_loras
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.page import CSS, Page
   from univid_jax.cli.page_messages import short_paths
@@ -60,7 +60,7 @@ def main() -> None:
   enable_compilation_cache()
   offer = Offer(
     checkpoints=CHECKPOINT.value or find_checkpoints(),
-    loras=[split_weight(item) for item in LORA.value],
+    loras=split_loras(LORA.value),
     distillation=ACCELERATE.value,
     flags=FLAGS.given(MODEL_FLAGS),
   )

@@ -19,12 +19,12 @@ from univid_jax.core.text import count_noun
 FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config(of_run=True)
 WORKDIR = FLAGS.workdir("The training run to evaluate")
-CHECKPOINT = FLAGS.string("checkpoint", None, "A converted checkpoint to evaluate instead of the workdir's model.")
+CHECKPOINT = FLAGS.path("checkpoint", None, "A converted checkpoint to evaluate instead of the workdir's model.")
 LORA, LORA_SKIP_UNMATCHED = FLAGS.lora(), FLAGS.lora_skip_unmatched()
 ACCELERATE = FLAGS.accelerate("Adds the row `accelerated` to the report, sampled with this: a")
 STEP, VERIFICATION, OFFLOAD_INACTIVE = FLAGS.step(), FLAGS.run_verification(), FLAGS.offload_inactive()
 QUANTIZE = FLAGS.quantize()
-OUT = FLAGS.string("out", None, "Folder of the results; default: WORKDIR/evaluation.")
+OUT = FLAGS.path("out", None, "Folder of the results; default: WORKDIR/evaluation.")
 PROCESSES = FLAGS.processes()
 
 log = logging.getLogger("univid_jax.evaluate")
@@ -43,7 +43,7 @@ def main() -> None:
   enable_compilation_cache()
   import jax
 
-  from univid_jax.checkpoints.experts import split_weight
+  from univid_jax.checkpoints.experts import split_loras
   from univid_jax.cli.evaluated_config import describe_config_differences, describe_ignored_overrides
   from univid_jax.cli.loading import load_model
   from univid_jax.data.fingerprint import check_not_trained
@@ -63,7 +63,7 @@ def main() -> None:
   if not CHECKPOINT.value:
     check_not_trained(workdir, data.held_out, allowed=config.data.allow_changed)
   folder = OUT.value or f"{workdir}/evaluation"
-  loras = [split_weight(item) for item in LORA.value]
+  loras = split_loras(LORA.value)
   verify = VERIFICATION.verify_weights
   distillation = read_distillation(ACCELERATE.value, verify=verify) if ACCELERATE.value else None
   skip = LORA_SKIP_UNMATCHED.value

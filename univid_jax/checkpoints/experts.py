@@ -3,11 +3,13 @@
 Also how the user names the files for them: [EXPERT=]PATH[:WEIGHT].
 """
 
+import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, ModelType, TrainedExpert
 from univid_jax.models.variants import VARIANTS, DiTConfig
 
@@ -66,14 +68,39 @@ def split_expert(text: str) -> tuple[TrainedExpert | None, str]:
 
 
 def split_weight(text: str) -> tuple[str, float]:
-  """Splits [EXPERT=]PATH[:WEIGHT]; the weight is 1 by default, and of a path that exists no part is a weight."""
+  """Splits [EXPERT=]PATH[:WEIGHT]; the weight is 1 by default, and of a path that exists no part is a weight.
+
+  Raises:
+    UserError: the weight has a decimal comma.
+  """
   path, _, weight = text.rpartition(":")
   if not path or os.path.exists(split_expert(text)[1]):
     return text, 1.0
   try:
     return path, float(weight)
   except ValueError:
+    if re.fullmatch(r"[+-]?\d*,\d+", weight):
+      raise _decimal_comma(text) from None
     return text, 1.0
+
+
+def split_loras(items: Sequence[str]) -> list[tuple[str, float]]:
+  """Splits each item of a list with `split_weight`; raises like it and `check_commas`."""
+  check_commas(items)
+  return [split_weight(item) for item in items]
+
+
+def check_commas(items: Sequence[str]) -> None:
+  """Raises UserError if a list of LoRAs was split at the decimal comma of a weight."""
+  for first, second in itertools.pairwise(items):
+    is_split = re.search(r":[+-]?\d*$", first) and re.fullmatch(r"\d+(:\w+)?", second)
+    if is_split and not os.path.exists(split_expert(first)[1]) and not os.path.exists(second):
+      raise _decimal_comma(f"{first},{second}")
+
+
+def _decimal_comma(text: str) -> UserError:
+  path, _, weight = text.rpartition(",")
+  return UserError(f"{text}: a weight has a decimal point, as in {path}.{weight}; commas separate LoRAs")
 
 
 def named_expert(path: str) -> Expert | None:

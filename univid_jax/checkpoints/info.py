@@ -89,10 +89,7 @@ def read_info(folder: epath.PathLike) -> CheckpointInfo:
   """
   path = locate(folder) / CHECKPOINT_FILE
   if not exists(path):
-    raise FileNotFoundError(
-      f"no {CHECKPOINT_FILE} in {folder}: it is not a converted checkpoint; "
-      "create one with python -m univid_jax.convert SRC DST"
-    )
+    raise FileNotFoundError(f"{folder} is not a converted checkpoint (no {CHECKPOINT_FILE})")
   with bucket_errors(path):
     contents = path.read_bytes()
   try:

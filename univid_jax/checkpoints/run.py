@@ -19,6 +19,7 @@ from etils import epath
 from univid_jax.checkpoints.built_in import BUILT_IN
 from univid_jax.checkpoints.checksums import write_checksums
 from univid_jax.checkpoints.info import CHECKPOINT_FILE
+from univid_jax.checkpoints.mistaken import describe_mistaken
 from univid_jax.checkpoints.orbax_files import read_positions, restore_items, silence_orbax
 from univid_jax.checkpoints.saved import DELETED_FOLDER, SavedCheckpoints
 from univid_jax.config.boundary import from_json, to_json
@@ -113,11 +114,12 @@ def require_run(workdir: epath.PathLike) -> RunRecord:
       )
     raise FileNotFoundError(
       f"{workdir} does not exist: expected a converted checkpoint, the workdir of a training run, or one of the "
-      f"built-in bases: {', '.join(BUILT_IN)}"
+      f"built-in bases: {', '.join(BUILT_IN)}{describe_mistaken(workdir, use_of_lora='')}"
     )
+  use_of_lora = "give its base as the checkpoint, and it as a LoRA"
   raise FileNotFoundError(
     f"{workdir} is neither a converted checkpoint (no {CHECKPOINT_FILE}) nor the workdir of a training run (no "
-    f"{CONFIG_FILE})"
+    f"{CONFIG_FILE} of one){describe_mistaken(workdir, use_of_lora=use_of_lora)}"
   )
 
 

@@ -9,7 +9,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from univid_jax.checkpoints.mistaken import describe_mistaken
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
+from univid_jax.checkpoints.run import read_run
 from univid_jax.codecs.dct import DCTCodec
 from univid_jax.codecs.encoders import PlainEncoders, PretrainedEncoders
 from univid_jax.codecs.tiling import Tiling
@@ -34,9 +36,35 @@ WAN21_PATCH_PIXELS = 16
 
 
 def open_base(config: RunConfig) -> PretrainedCheckpoint | None:
-  """Opens the base of a run, which reads its checkpoint.json; None if the run starts from scratch."""
+  """Opens the base of a run, which reads its checkpoint.json; None if the run starts from scratch.
+
+  Raises:
+    FileNotFoundError: it is no converted checkpoint; the message says what it is, and what to do.
+    UserError: see `PretrainedCheckpoint.open`.
+  """
+  if not config.init_from:
+    return None
   with name_key("init_from"):
-    return PretrainedCheckpoint.open(config.init_from) if config.init_from else None
+    try:
+      return PretrainedCheckpoint.open(config.init_from)
+    except FileNotFoundError as error:
+      raise FileNotFoundError(f"{error}{_explain_no_base(config.init_from)}") from error
+
+
+def _explain_no_base(path: str) -> str:
+  """Returns the end of a message about a path that is no base: what it is instead, and what to do."""
+  record = read_run(path)
+  if record is None:
+    advice = "training starts from a base, to which it adds a new LoRA; name the base"
+    hint = describe_mistaken(path, use_of_lora=advice)
+    return hint or "; create one with python -m univid_jax.convert SRC DST"
+  own = f"only the same run continues it: --workdir={path} with a larger config.num_steps"
+  if record.config.lora.enabled:
+    base = record.config.init_from or "random weights"
+    return f"; it is the workdir of a run that trained a LoRA on {base}: name its base instead, as {own}"
+  if record.config.init_from:
+    return f"; it is the workdir of a run that trained all of {record.config.init_from}, which is no base: {own}"
+  return f"; it is the workdir of a run: python -m univid_jax.convert {path} DST makes a base of it"
 
 
 def transformer_config(config: RunConfig) -> DiTConfig:

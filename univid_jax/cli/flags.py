@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from univid_jax.cli.flag_errors import explain_flag
 from univid_jax.cli.flag_groups import ProcessFlags, RunVerificationFlags, VerificationFlags
 from univid_jax.cli.overrides import check_overrides, quote_lists
+from univid_jax.cli.path_flags import define_path, define_paths, expand_config, expand_home
 from univid_jax.config import presets
 from univid_jax.config.boundary import from_config_dict, to_config_dict
 from univid_jax.config.schema import RunConfig
@@ -42,12 +43,12 @@ class CommandFlags:
 
   They live in a namespace of their own instead of `absl.flags.FLAGS`, so that the modules of several commands can be
   imported together, and importing one changes no global state. A command defines its flags with `string`, `strings`
-  (separated by commas), `repeated`, `switch`, `integer`, `number` and `choice`, which are absl's `DEFINE_...`, and
-  shared flags with the other methods.
+  (separated by commas), `repeated`, `switch`, `integer`, `number` and `choice`, which are absl's `DEFINE_...`, with
+  `path` and `paths`, in which ~ is expanded, and shared flags with the other methods.
 
   Args:
     usage: the text of --help above the flags.
-    max_arguments: words besides the flags that the command takes.
+    max_arguments: words besides the flags that the command takes, which are paths.
 
   Attributes:
     arguments: these words, after `parse`.
@@ -65,6 +66,8 @@ class CommandFlags:
     self._required: list[str] = []
     self.string = functools.partial(self._define, flags.DEFINE_string)
     self.strings = functools.partial(self._define, flags.DEFINE_list)
+    self.path = functools.partial(self._define, define_path)
+    self.paths = functools.partial(self._define, define_paths)
     self.repeated = functools.partial(flags.DEFINE_multi_string, flag_values=self._values)
     self.switch = functools.partial(flags.DEFINE_bool, flag_values=self._values)
     self.integer = functools.partial(flags.DEFINE_integer, flag_values=self._values)
@@ -86,16 +89,16 @@ class CommandFlags:
     """Defines --workdir of a command that has --config."""
     assert self._config, "the default workdir depends on the config"
     help_text = f"{purpose}; default: runs/NAME of the config, as runs/tiny."
-    self._workdir = WorkdirFlag(self.string("workdir", None, help_text), self._config)
+    self._workdir = WorkdirFlag(self.path("workdir", None, help_text), self._config)
     return self._workdir
 
   def checkpoint(self) -> flags.FlagHolder[str]:
     help_text = "A converted checkpoint, the workdir of a training run, or small, the base in the package."
-    return self.string("checkpoint", None, help_text, required=True)
+    return self.path("checkpoint", None, help_text, required=True)
 
   def lora(self) -> flags.FlagHolder[list[str]]:
     help_text = "LoRA files or folders, separated by commas; PATH:WEIGHT sets a weight, high=PATH an expert."
-    return self.strings("lora", [], help_text)
+    return self.paths("lora", [], help_text)
 
   def accelerate(self, beginning: str = "A") -> flags.FlagHolder[list[str]]:
     kinds = " or ".join(DISTILLATIONS)
@@ -103,7 +106,7 @@ class CommandFlags:
       f"{beginning} distillation LoRA next to the others, as PATH[:WEIGHT][:KIND], of the kind {kinds}. It sets "
       "the solver, steps, shift and guidance. high=PATH,low=PATH are those of two experts."
     )
-    return self.strings("accelerate", [], help_text)
+    return self.paths("accelerate", [], help_text)
 
   def offload_inactive(self):
     help_text = "Keep only the expert that is in use in device memory, of a base with two."
@@ -156,7 +159,7 @@ class CommandFlags:
       rest = self._values.read_flags_from_files(list(argv), force_gnu=True)
       if self._config:
         rest = self._config.define(rest, self._values)
-      self.arguments = self._values(rest)[1:]
+      self.arguments = list(map(expand_home, self._values(rest)[1:]))
     except flags.Error as error:
       if not isinstance(error, flags.UnrecognizedFlagError):  # whose mistyped name may be what is missing
         self._require(argv)
@@ -269,14 +272,14 @@ class ConfigFlag:
     if name is None and self._of_run:
       from univid_jax.checkpoints.run import read_run
 
-      if (record := read_run(_take(rest, "workdir")[0] or _default_workdir(presets.DEFAULT))) is not None:
+      if (record := read_run(expand_home(_take(rest, "workdir")[0] or _default_workdir(presets.DEFAULT)))) is not None:
         return to_config_dict(record.config)
-    return load_config(presets.DEFAULT if name is None else name)
+    return load_config(presets.DEFAULT if name is None else expand_home(name))
 
   def read(self, values: flags.FlagValues) -> None:
     config = values["config"].value
     assert isinstance(config, ml_collections.ConfigDict)
-    self._value = from_config_dict(config)
+    self._value = expand_config(from_config_dict(config))
 
 
 def _take(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:

@@ -29,14 +29,14 @@ class SampleCommand:
       None,
       "magcache[:THRESHOLD[:MAX_SKIP[:RETENTION]]], by default 0.12, 2 and 0.2: skip steps, after univid-calibrate.",
     )
-    self._queries = command.strings("queries", [], "Several B for the same example pairs: clips, or a folder of clips.")
+    self._queries = command.paths("queries", [], "Several B for the same example pairs: clips, or a folder of clips.")
     self._batch_size = command.string(
       "batch_size", "auto", "Maximum queries per batch; auto: as many as keep the devices busy and fit in memory."
     )
-    self._first_frame = command.string(
+    self._first_frame = command.path(
       "first_frame", None, "An image: the first frame of B', for models that keep it (TI2V); --clips may then be empty."
     )
-    self._out = command.string(
+    self._out = command.path(
       "out", None, "The result: .png, .mp4 (or another video), .npy, or FOLDER/ for PNGs.", required=True
     )
     self._grid = command.switch("grid", False, "Also write A | A' | B | B' side by side, with _grid in its name.")

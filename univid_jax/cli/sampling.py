@@ -15,7 +15,7 @@ from univid_jax.cli.flags import UsageError
 from univid_jax.cli.results import check_result, require_short_names
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, PromptStyle, SolverName
-from univid_jax.core.paths import require_local, require_writable
+from univid_jax.core.paths import explain_missing, require_local, require_writable
 from univid_jax.core.text import list_first
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media.color import MAX_PIXELS
@@ -294,7 +294,7 @@ def check_clips(paths: Sequence[str]) -> None:
         if whole := next((name for name in (f"{first},{second}", f"{first}, {second}") if Path(name).exists()), None):
           hint = f"a name with a comma is written in double quotes within the list, as '\"{whole}\",B.png'"
           raise FileNotFoundError(f"{error}; {hint}") from error
-      raise
+      raise FileNotFoundError(f"{error}{explain_missing(path)}") from error
 
 
 def check_readable(paths: Iterable[str]) -> None:

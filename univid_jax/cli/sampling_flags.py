@@ -53,7 +53,7 @@ class SamplingFlags:
 
   def _define_sentence(self, command: CommandFlags, *, clips_required: bool) -> None:
     help_text = "The context in order: A, A', B, or any odd number of clips; a name with a comma in double quotes."
-    self.clips = command.strings("clips", None if clips_required else [], help_text, required=clips_required)
+    self.clips = command.paths("clips", None if clips_required else [], help_text, required=clips_required)
     help_text = "Text of the sentence; default: that of training, if all its tasks had the same, else none."
     self.prompt = command.string("prompt", None, help_text)
     help_text = "Use the prompt of this task: a task of training, or one of the paper, such as depth map."
@@ -213,9 +213,9 @@ class SamplingFlags:
 
   def _split_loras(self) -> list[tuple[str, float]]:
     """Returns the LoRAs as they were named, with their weights."""
-    from univid_jax.checkpoints.experts import split_weight
+    from univid_jax.checkpoints.experts import split_loras
 
-    return [split_weight(item) for item in self._lora.value]
+    return split_loras(self._lora.value)
 
   def _parse_size(self) -> tuple[int, int] | None:
     from univid_jax.cli import sampling

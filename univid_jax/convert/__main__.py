@@ -1,13 +1,13 @@
 """Converts weights between PyTorch's Wan and this project.
 
   python -m univid_jax.convert SRC DST [--to=jax|original|diffusers|comfyui|musubi|univid] [--dtype=DTYPE]
-                                      [--quantize=int8|fp8|nf4]
+                                      [--quantize=int8|fp8|nf4] [--step=STEP|best]
   python -m univid_jax.convert --inspect SRC
   python -m univid_jax.convert --verify SRC DST
 
 SRC is the folder of an official release or of diffusers, a file of one or more components (ComfyUI's, GGUF, ...), a
-LoRA file of any trainer, a folder of PEFT, or this project's checkpoint folder, LoRA folder, or workdir of a LoRA run.
-Its type is inferred from tensor names and shapes.
+LoRA file of any trainer, a folder of PEFT, or this project's checkpoint folder, LoRA folder, or workdir of a run, of
+which --step chooses a checkpoint. Its type is inferred from tensor names and shapes.
 """
 
 import sys
@@ -36,7 +36,7 @@ QUANTIZE = FLAGS.choice(
 FORCE = FLAGS.switch("force", False, "Replace DST, if it is empty or univid-convert wrote it.")
 ALLOW_MISSING = FLAGS.repeated("allow_missing", [], "An official name, with * and ?, that SRC may lack.")
 INSPECT = FLAGS.switch("inspect", False, "Only describe SRC.")
-LORA_SKIP_UNMATCHED = FLAGS.lora_skip_unmatched()
+LORA_SKIP_UNMATCHED, STEP = FLAGS.lora_skip_unmatched(), FLAGS.step()
 VERIFY_HELP = "Convert unless DST exists, then compare tensors, and with the extra `parity` outputs with PyTorch's."
 VERIFY = FLAGS.switch("verify", False, VERIFY_HELP)
 
@@ -46,18 +46,20 @@ def main() -> None:
   names = ("SRC",) if INSPECT.value else ("SRC", "DST")
   if len(FLAGS.arguments) != len(names):
     raise UsageError(f"expected {' and '.join(names)}, got {len(FLAGS.arguments)} arguments; see --help")
+  if VERIFY.value and STEP.value is not None:
+    raise UsageError("--verify compares releases, which have no steps: leave out --step")
   from univid_jax.convert import commands
 
   source, *destination = FLAGS.arguments
   if INSPECT.value:
-    print(commands.inspect(source))
+    print(commands.inspect(source, step=STEP.value))
   elif VERIFY.value:
     text, is_right = commands.verify(source, *destination, allow_missing=ALLOW_MISSING.value)
     print(text)
     if not is_right:
       raise UserError("the conversion is NOT right; see above")
   else:
-    options = {flag.name: flag.value for flag in (TO, DTYPE, QUANTIZE, FORCE, ALLOW_MISSING, LORA_SKIP_UNMATCHED)}
+    options = {flag.name: flag.value for flag in (TO, DTYPE, QUANTIZE, FORCE, ALLOW_MISSING, LORA_SKIP_UNMATCHED, STEP)}
     print(commands.convert_any(source, *destination, **options))
 
 

@@ -34,7 +34,7 @@ from univid_jax.convert.verify import verify_release
 from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize, parse_option
-from univid_jax.core.paths import is_file, make_absolute, require_local, to_path
+from univid_jax.core.paths import exists, is_file, make_absolute, require_local, to_path
 from univid_jax.core.text import format_bytes
 
 # LoRAs are several if a run has trained both experts. A record is that of a run that trained the whole model.
@@ -47,27 +47,34 @@ OWN_FORMAT = "this project's format"
 log = logging.getLogger(__name__)
 
 
-def find_weights(source: str) -> Found:
+def find_weights(source: str, *, step: int | str | None = None) -> Found:
   """Identifies what a path contains: a checkpoint of this project, a LoRA, or a release of PyTorch files.
 
+  Args:
+    source: the path, or the name of a built-in base.
+    step: checkpoint of a workdir: a number, "best" or None for the latest.
+
   Raises:
-    OSError: there are no weights.
-    UserError: they are damaged or of an unsupported model.
+    OSError: there are no weights, or no checkpoint of this step.
+    UserError: they are damaged or of an unsupported model, or a step is given, but no workdir.
   """
-  path = to_path(source)
-  if is_checkpoint(source):
+  path, is_base = to_path(source), is_checkpoint(source)
+  record = None if is_base else read_run(path)
+  if step is not None and record is None and (is_base or exists(path)):
+    raise UserError(f"--step={step} is for the workdirs of runs, and {source} is none: leave it out")
+  if is_base:
     return read_info(source)
-  if (record := read_run(path)) is not None:
-    return read_run_loras(path) if record.config.lora.enabled else record
+  if record is not None:
+    return read_run_loras(path, step=step) if record.config.lora.enabled else record
   is_lora_file = is_file(path) and is_lora(open_tensors(copy_file(path)).infos)
   if is_lora_file or is_lora_folder(path) or is_peft_folder(path):
     return [read_lora(source)]
   return find_release(require_local(source))
 
 
-def inspect(source: str) -> str:
-  """Describes what a path contains, in several lines; raises like `find_weights`."""
-  return _describe(source, find_weights(source))
+def inspect(source: str, *, step: int | str | None = None) -> str:
+  """Describes what a path contains, in several lines; arguments and errors are those of `find_weights`."""
+  return _describe(source, find_weights(source, step=step))
 
 
 def convert_any(
@@ -80,11 +87,12 @@ def convert_any(
   force: bool = False,
   allow_missing: Sequence[str] = (),
   lora_skip_unmatched: bool = False,
+  step: int | str | None = None,
 ) -> str:
   """Converts what a path contains.
 
   Args:
-    source: see `find_weights`.
+    source, step: see `find_weights`.
     destination: the new folder or LoRA file; of the LoRAs of two experts each gets _high or _low added to its name.
     to: "jax", a layout in `export.LAYOUTS` for base weights, or a format in `lora.formats.FORMATS` for LoRAs.
     dtype: of the written weights; that of the source by default.
@@ -105,7 +113,7 @@ def convert_any(
     raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
   if destination in BUILT_IN:
     raise UserError(f"{destination} is the name of a base in the package: write to ./{destination} or another path")
-  found = find_weights(source)
+  found = find_weights(source, step=step)
   log.info(_describe(source, found))
   method = parse_option(Quantize, "quantize", quantize) if quantize else Quantize.NONE
   if method != Quantize.NONE and (to != JAX or not isinstance(found, Release)):
@@ -128,7 +136,7 @@ def convert_any(
       raise UserError(
         f"{source} is a run that trained a model from scratch; convert it to {JAX} first, and the result to {to}"
       )
-    info = write_trained_base(source, found, destination, dtype=dtype, force=force)
+    info = write_trained_base(source, found, destination, step=step, dtype=dtype, force=force)
     return f"wrote {destination}: {_describe_model(info)} ({_describe_sizes(info)})"
   if to != JAX:
     raise UserError(f"{source} contains PyTorch weights; convert them to {JAX} first, and the result to {to}")

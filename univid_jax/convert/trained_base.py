@@ -34,25 +34,32 @@ def require_from_scratch(workdir: epath.PathLike, record: RunRecord) -> None:
 
 
 def write_trained_base(
-  workdir: epath.PathLike, record: RunRecord, destination: epath.PathLike, *, dtype: str | None, force: bool
+  workdir: epath.PathLike,
+  record: RunRecord,
+  destination: epath.PathLike,
+  *,
+  step: int | str | None,
+  dtype: str | None,
+  force: bool,
 ) -> CheckpointInfo:
-  """Writes the latest model of a run, with its codec and how it has to be run.
+  """Writes the model of a run, with its codec and how it has to be run.
 
   Args:
     workdir: of the run.
     record: of the run.
     destination: the new folder, local or in a bucket.
+    step: of its checkpoint; the latest by default.
     dtype: of the stored parameters; that of the run by default.
     force: whether to replace an existing destination.
 
   Raises:
     UserError: the run has a base, which is not copied; or its checkpoint is damaged.
-    OSError: the destination exists, or the disk is too small.
+    OSError: the destination exists, the disk is too small, or there is no checkpoint of this step.
   """
   config = record.config
   require_from_scratch(workdir, record)
   saved = SavedCheckpoints(workdir, model_only=True)
-  _, params = restore_transformer(saved, config, make_mesh({"data": 1, "fsdp": -1}))
+  _, params = restore_transformer(saved, config, make_mesh({"data": 1, "fsdp": -1}), step=step)
   stored = numpy_dtype(dtype or config.model.param_dtype)
   flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(params))
   arrays = {path: cast(".".join(path), np.asarray(value), stored) for path, value in flat.items()}

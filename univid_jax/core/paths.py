@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import functools
 import importlib.util
 import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -144,6 +146,42 @@ def resolve_inside(folder: str | os.PathLike, name: str) -> Path:
   if not name or "\0" in name or os.path.isabs(path) or path.split(os.sep)[0] in (os.curdir, os.pardir):
     raise UserError(f"{name!r} must be a path inside {folder}: put the file there, or a link to it")
   return Path(folder) / path
+
+
+def explain_missing(path: str | os.PathLike) -> str:
+  """Returns the end of a message about a local file that is missing: "; ..." if one beside it has nearly its name."""
+  missing = Path(path)
+  while not missing.parent.is_dir() and missing != missing.parent:
+    missing = missing.parent
+  if "\\" in missing.name:
+    return "; folders in a path are separated by /, not by a backslash"
+  try:
+    names = _names_by_folded(missing.parent, missing.parent.stat().st_mtime_ns).get(_fold(missing.name))
+  except OSError:
+    return ""
+  if not names or missing.name in names:  # a link that leads nowhere
+    return ""
+  if any(_compose(name) == _compose(missing.name) for name in names):
+    return f"; {missing.parent} has this name with its accents in another Unicode form (NFC or NFD): rename one of them"
+  return f"; {missing.parent} has {names[0]}, in other upper and lower case"
+
+
+@functools.lru_cache(maxsize=4)
+def _names_by_folded(folder: Path, modified: int) -> dict[str, list[str]]:
+  """Returns the names in a folder by their folded form; cached, as a table may name many files that are missing."""
+  del modified
+  names: dict[str, list[str]] = {}
+  for name in sorted(os.listdir(folder)):
+    names.setdefault(_fold(name), []).append(name)
+  return names
+
+
+def _compose(name: str) -> str:
+  return unicodedata.normalize("NFC", name)
+
+
+def _fold(name: str) -> str:
+  return _compose(name).casefold()
 
 
 def walk_files(folder: Path, *, is_left_out: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:

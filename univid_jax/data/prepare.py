@@ -23,7 +23,7 @@ from univid_jax.data.progress import Progress
 from univid_jax.data.rows.loader import check_lengths
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.rows.tokens import feature_names
-from univid_jax.data.sources.base import Dropped, drop, report_dropped
+from univid_jax.data.sources.base import Dropped, TooLongError, drop, report_dropped
 from univid_jax.data.sources.computed import ComputedSentences
 from univid_jax.data.sources.grids import GridSentences
 from univid_jax.data.sources.open import DataSources
@@ -316,5 +316,7 @@ def _check_rows(features: FeatureMaker, row_shape: RowShape, sentences: _Sentenc
       check_lengths(sentence, counts, capacities)
     except CacheError:
       raise
+    except TooLongError as error:
+      sentences.drop(TooLongError(f"{sentence.record}: {error}", key=error.key, needed=error.needed))
     except (OSError, UserError) as error:
       sentences.drop(UserError(f"{sentence.record}: {error}"))

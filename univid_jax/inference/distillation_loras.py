@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from univid_jax.checkpoints.experts import describing_texts, split_expert, split_weight
+from univid_jax.checkpoints.experts import check_commas, describing_texts, split_expert, split_weight
 from univid_jax.checkpoints.trained import find_lora_steps
 from univid_jax.core.checks import require_list, require_text
 from univid_jax.core.errors import UserError
@@ -51,9 +51,10 @@ def read_distillation(items: str | Sequence[str] | DistillationLoRAs, *, verify:
   if isinstance(items, DistillationLoRAs):
     return items
   items = [items] if isinstance(items, str) else require_list("accelerate", items, "[EXPERT=]PATH[:WEIGHT][:KIND]")
+  check_commas([require_text("each of accelerate", item) for item in items])
   files, kinds, loras, steps = [], [], [], {}
   for item in items:
-    expert, text = split_expert(require_text("each of accelerate", item))
+    expert, text = split_expert(item)
     if not text:
       raise UserError("a LoRA of accelerate needs a path, got an empty one")
     path, weight, name = split_distillation(text)

@@ -159,10 +159,9 @@ def select_loras(loras: Sequence[RequestedLoRA], experts: Sequence[Expert | None
     trained_for = lora.weights.usage and lora.weights.usage.expert
     if trained_for and list(experts) == [None]:
       log.warning("%s was trained for the %s-noise expert, but the model has no experts", lora.weights.source, own)
-    if trained_for and lora.expert and trained_for not in wanted:
-      log.warning(
-        "%s was trained for the %s-noise expert, not for the %s-noise one", lora.weights.source, own, lora.expert
-      )
+    if lora.expert and own and own not in wanted:
+      says = "was trained for" if trained_for else "has the name of one for"
+      log.warning("%s %s the %s-noise expert, not for the %s-noise one", lora.weights.source, says, own, lora.expert)
     places = [
       index
       for index, expert in enumerate(experts)

@@ -28,6 +28,7 @@ from univid_jax.runtime.supervisor import StopSignal, Supervisor
 from univid_jax.training.balance import WorkCounter
 from univid_jax.training.goodput import Activity, Goodput
 from univid_jax.training.guard import MAX_SKIPPED_IN_A_ROW
+from univid_jax.training.learning_rates import LearningRates
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.setup import Run
 from univid_jax.training.state import Params, TrainState
@@ -105,13 +106,14 @@ class Hook(Protocol):
 class Summarize:
   """Averages metrics since the last summary, measures speed, and stops a run whose loss or gradient is not finite.
 
-  Runs before a checkpoint is saved, so that a bad state never replaces a good checkpoint. Adds `step_time` in seconds,
-  `tokens_per_second` without padding, `balance` and, if the chip's peak is known, the model FLOPs utilisation `mfu`.
+  Runs before a checkpoint is saved, so that a bad state never replaces a good checkpoint. Adds `learning_rate`, see
+  `LearningRates.of_last_step`, `step_time` in seconds, `tokens_per_second` without padding, `balance` and, if the
+  chip's peak is known, the model FLOPs utilisation `mfu`.
   """
 
   def __init__(self, run: Run, bar: tqdm):
     config, mesh = run.config, run.mesh
-    self._bar = bar
+    self._bar, self._rates = bar, LearningRates.from_config(config)
     layout = BatchLayout.from_config(config.rows, row_shards(mesh))
     self._work = WorkCounter(shape=run.shape, lora_rank=config.lora.rank, rows=config.rows, layout=layout)
     self._tokens = layout.num_rows * config.rows.num_tokens
@@ -141,6 +143,8 @@ class Summarize:
     self._pending.clear()
     self.restart_clock()
     event.summary |= self._measure(summary, seconds)
+    if (rate := self._rates.of_last_step(event.step, event.state)) is not None:
+      event.summary["learning_rate"] = rate
     self._bar.set_postfix_str(_describe(event.summary), refresh=False)
 
   def _average(self, step: int, values: list[dict[str, np.ndarray]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from etils import epath
 from tqdm import tqdm
 
 from univid_jax.checkpoints.lora.formats import write_lora
-from univid_jax.checkpoints.run import Checkpointer, write_run
+from univid_jax.checkpoints.run import Checkpointer, read_run, write_run
 from univid_jax.checkpoints.run_parts import context_mode
 from univid_jax.checkpoints.trained import load_base, to_lora_weights
 from univid_jax.config.schema import RunConfig
@@ -53,6 +53,7 @@ from univid_jax.training.hooks import (
   Validate,
   WriteMetrics,
 )
+from univid_jax.training.learning_rates import LearningRates
 from univid_jax.training.memory import ADVICE, abstract_batch, compile_step
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.setup import Run, check_arguments, set_up_run
@@ -122,6 +123,7 @@ def train(
     with close_all([loader, checkpointer]):
       state = restore_or_create_state(run, checkpointer, loader)
       if jax.process_index() == 0:
+        report_schedule(run, state)
         write_run(workdir, run.record)
       loader.start_prefetch()  # makes the first batches while the step compiles
       with goodput.measure(Activity.COMPILING):
@@ -257,6 +259,15 @@ def restore_or_create_state(run: Run, checkpointer: Checkpointer, loader: Loader
   if config.lora.enabled or not config.init_from:
     return spec.create()
   return spec.create(load_base(config, run.mesh)[1])
+
+
+def report_schedule(run: Run, state: TrainState) -> None:
+  """Logs what becomes of the learning rate of a run that is resumed with another number of steps."""
+  previous = read_run(run.workdir)
+  if previous is not None:
+    rates = LearningRates.from_config(run.config)
+    if line := rates.describe_change(previous.config.num_steps, int(state.step), state):
+      log.info("%s", line)
 
 
 def compile_train_step(run: Run) -> TrainStep:

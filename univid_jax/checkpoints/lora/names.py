@@ -60,13 +60,14 @@ _ENDING = re.compile("|".join(f"(?P<p{i}>{ending})" for i, ending in enumerate(_
 # The tensor of its module that a part changes; other parts change the weight.
 TARGETS: Mapping[str, str] = {"up_bias": ".bias", "diff_b": ".bias", "diff_m": ".modulation"}
 
+WHOLE_WEIGHTS = "whole weights (PEFT's modules_to_save), not changes of them"
 _UNSUPPORTED: Mapping[str, str] = {
   r"\.(oft_|boft_)": "OFT factors",
   r"\.(vera_lambda_|vblora_|ia3_|glora_)": "factors of VeRA, VB-LoRA, IA3 or GLoRA",
   r"\.(a1|a2|b1|b2)\.weight$": "GLoRA factors",
   r"\.(set_weight|reshape_weight)$": "weights that replace or reshape those of the base",
   r"\.lora_A.*\.bias$": "biases of the first matrix",
-  r"\.(weight|bias)$": "whole weights (PEFT's modules_to_save), not changes of them",
+  r"\.(weight|bias)$": WHOLE_WEIGHTS,
 }
 
 # Tensors of a whole file that are no weights: musubi's LoKr has its factor, see `building`.

@@ -11,10 +11,19 @@ import numpy as np
 from etils import epath
 
 from univid_jax.checkpoints.checksums import has_checksums, require_seal, verified
+from univid_jax.checkpoints.info import is_checkpoint
 from univid_jax.checkpoints.lora.building import PartsError, build_changes
 from univid_jax.checkpoints.lora.folder import is_lora_folder, read_lora_folder
 from univid_jax.checkpoints.lora.kinds import Change
-from univid_jax.checkpoints.lora.names import MARKERS, TARGETS, list_names, parse_name, unsupported
+from univid_jax.checkpoints.lora.names import (
+  MARKERS,
+  TARGETS,
+  WHOLE_WEIGHTS,
+  is_lora,
+  list_names,
+  parse_name,
+  unsupported,
+)
 from univid_jax.checkpoints.lora.scaling import CONFIG_FILE, PeftScaling, find_adapter, find_scaling
 from univid_jax.checkpoints.lora.sidecar import read_sidecar, sidecar_path
 from univid_jax.checkpoints.lora.weights import SCALE_OF_ONE, LoRAWeights
@@ -22,7 +31,7 @@ from univid_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from univid_jax.core.bucket_files import copy_file, copy_to_local
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_LORA_SCALE
-from univid_jax.core.paths import exists, is_file, is_folder, is_remote
+from univid_jax.core.paths import exists, is_file, is_folder, is_remote, to_path
 
 
 def is_peft_folder(path: epath.PathLike) -> bool:
@@ -42,6 +51,8 @@ def read_lora(path: epath.PathLike, *, verify: bool = True) -> LoRAWeights:
     FileNotFoundError: the path or its weights do not exist.
     UserError: the contents are not a LoRA for Wan's transformers, damaged, or of an unsupported kind.
   """
+  if is_checkpoint(to_path(path)):  # a path, even if it is called like a built-in base
+    raise UserError(f"{path} is a converted checkpoint, not a LoRA: give it as the checkpoint")
   if is_lora_folder(path) or has_checksums(path):
     with verified(path, enabled=verify):
       return read_lora_folder(path)
@@ -83,6 +94,11 @@ def parse_lora(file: TensorFile) -> LoRAWeights:
   unmatched, formats = [], set()
   for name in (name for name in file.infos if name not in MARKERS):
     if what := unsupported(name):
+      if what == WHOLE_WEIGHTS and not is_lora(file.infos):
+        raise UserError(
+          f"{file.path} is a whole model, not a LoRA: convert it with python -m univid_jax.convert {file.path} DST, "
+          "and give DST as the checkpoint"
+        )
       raise UserError(f"{file.path} contains {what}, which are not supported: {list_names([name])}")
     found = parse_name(name)
     if found is None:

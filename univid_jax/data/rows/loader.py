@@ -22,7 +22,7 @@ from univid_jax.data.rows.loader_options import LoaderOptions, RowOwnership
 from univid_jax.data.rows.packing import RowShape, join_rows
 from univid_jax.data.rows.streams import mix_sources, pack_batches
 from univid_jax.data.rows.tokens import UNITS, Features, Unit, feature_names
-from univid_jax.data.sources.base import drop, require_source
+from univid_jax.data.sources.base import TooLongError, drop, require_source
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,6 @@ DEFAULT_OPTIONS = LoaderOptions()
 
 # Consecutive unusable sentences after which the loader gives up.
 MAX_DROPPED_IN_A_ROW = 1000
-
-
-class TooLongError(UserError):
-  """A sentence does not fit into a row."""
 
 
 @runtime_checkable
@@ -252,14 +248,16 @@ class EncodedSource:
     self._dropped_in_a_row += 1
     record, error = found.record, found.error
     if not self._allow_dropped or self._dropped_in_a_row > MAX_DROPPED_IN_A_ROW:
-      raise UserError(f"{record} cannot be used: {error}") from error
+      remedy = f"; set {error.key} to at least {error.needed}" if isinstance(error, TooLongError) else ""
+      raise UserError(f"{record} cannot be used: {error}{remedy}") from error
     if self._is_shared and not isinstance(error, TooLongError):
       raise UserError(
         f"{record} cannot be used: {error}; it is not dropped, as another process that reads the same stream may have "
         "read it"
       ) from error
-    if str(error) not in self._reported:  # once for each file, not for each sentence with it
-      self._reported.add(str(error))
+    reason = (error.key if isinstance(error, TooLongError) else "") or str(error)
+    if reason not in self._reported:  # once for each file or limit, not for each sentence with it
+      self._reported.add(reason)
       log.warning("dropped: %s", drop(record, error))
     return None
 
@@ -314,5 +312,7 @@ def check_lengths(sentence: Sentence, lengths: Mapping[str, int], capacities: Ma
     if key and lengths.get(name, 0) > capacity:
       raise TooLongError(
         f"a sentence (task {sentence.task or 'unnamed'}, context {sentence.context or 'unnamed'}) has "
-        f"{lengths[name]} {name}, but a row holds only config.rows.{key} = {capacity}"
+        f"{lengths[name]} {name}, but a row holds only config.rows.{key} = {capacity}",
+        key=f"config.rows.{key}",
+        needed=lengths[name],
       )

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -21,16 +22,56 @@ from univid_jax.runtime.processes import sum_over_processes
 
 log = logging.getLogger(__name__)
 
+# Of more records that are too long for a row, only the longest is named.
+NAMED_TOO_LONG = 4
+
 T = TypeVar("T")
 GroupT = TypeVar("GroupT")
 
 
+def report_texts(folder: str, texts: Sequence[Path]) -> None:
+  """Warns of files beside clips that look like prompts, which are not read."""
+  if texts:
+    log.warning(
+      "%s: %s not read, such as %s: prompts are made of the names of tasks, as config.data.prompt says; those of your "
+      "own are in config.data.manifest",
+      *(folder, "1 text file is" if len(texts) == 1 else f"{len(texts)} text files are", printable(str(texts[0]))),
+    )
+
+
+def is_text(path: Path) -> bool:
+  """Returns whether a file beside a clip may be its prompt, as other trainers have them."""
+  return path.suffix.lower() in (".txt", ".caption")
+
+
+class TooLongError(UserError):
+  """A sentence does not fit into a row.
+
+  Args:
+    message: says so.
+    key: of the config, that would have to be larger.
+    needed: the least value with which the sentence fits.
+  """
+
+  def __init__(self, message: str, *, key: str = "", needed: int = 0):
+    super().__init__(message)
+    self.key, self.needed = key, needed
+
+
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-  """A record that cannot be used, and why."""
+  """A record that cannot be used, and why.
+
+  Attributes:
+    record: its name.
+    reason: why.
+    key, needed: what it needs of the config, if nothing else is wrong; see `TooLongError`.
+  """
 
   record: str
   reason: str
+  key: str = ""
+  needed: int = 0
 
   def __str__(self) -> str:
     named = f"{self.record}: "
@@ -44,7 +85,8 @@ def printable(name: str) -> str:
 
 def drop(record: str, error: Exception) -> Dropped:
   """Returns a record that an error made unusable; its name and the message are one line each."""
-  return Dropped(printable(record), printable(str(error)))
+  key, needed = (error.key, error.needed) if isinstance(error, TooLongError) else ("", 0)
+  return Dropped(printable(record), printable(str(error)), key, needed)
 
 
 def require_none_dropped(dropped: Sequence[Dropped], *, allowed: bool) -> None:
@@ -52,10 +94,21 @@ def require_none_dropped(dropped: Sequence[Dropped], *, allowed: bool) -> None:
   if dropped and not allowed:
     them, first = ("it", ":") if len(dropped) == 1 else ("them", ", the first is")
     count = count_noun(len(dropped), "listed record")
+    remedies = [f"set {key} to {group[0].needed}" for key, group in _too_long(dropped).items()]
+    remedies += [f"fix {them if not remedies else 'the others'}"] if any(not each.key for each in dropped) else []
     raise UserError(
-      f"{count} cannot be used{first} {dropped[0]}; fix {them}, or leave {them} out with "
+      f"{count} cannot be used{first} {dropped[0]}; {' and '.join(remedies)}, or leave {them} out with "
       "--config.data.allow_dropped=True"
     )
+
+
+def _too_long(dropped: Sequence[Dropped]) -> dict[str, list[Dropped]]:
+  """Returns the records that do not fit into a row by the key that would have to be larger, the longest first."""
+  groups: dict[str, list[Dropped]] = {}
+  for each in dropped:
+    if each.key:
+      groups.setdefault(each.key, []).append(each)
+  return {key: sorted(group, key=lambda each: -each.needed) for key, group in groups.items()}
 
 
 def report_dropped(dropped: Sequence[Dropped], *, allowed: bool) -> None:
@@ -64,8 +117,12 @@ def report_dropped(dropped: Sequence[Dropped], *, allowed: bool) -> None:
   Raises:
     UserError: that is not allowed, and a process found some; only its own log names them.
   """
+  many = {key: group for key, group in _too_long(dropped).items() if len(group) > NAMED_TOO_LONG}
   for each in dropped:
-    log.warning("dropped: %s", each)
+    if each.key not in many:
+      log.warning("dropped: %s", each)
+  for longest, *others in many.values():
+    log.warning("dropped: %d sentences that do not fit into a row, the longest is %s", len(others) + 1, longest)
   if sum_over_processes(len(dropped)) and not dropped and not allowed:
     raise UserError("another process found records that cannot be used; its log names them")
   require_none_dropped(dropped, allowed=allowed)

@@ -11,7 +11,7 @@ from PIL import Image
 from univid_jax.core.errors import UserError
 from univid_jax.data.clips import WatchedFile
 from univid_jax.data.media.reader import CLIP_KINDS, CLIP_SUFFIXES, Frames, is_foreign, probe, read_clip
-from univid_jax.data.sources.base import Dropped, drop
+from univid_jax.data.sources.base import Dropped, drop, is_text, report_texts
 from univid_jax.data.sources.photos import crop_box, moving_window
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class FolderSource:
       raise FileNotFoundError(f"no such folder: {folder}")
     paths = sorted(path for path in root.iterdir() if not is_foreign(path))
     folders = {path for path in paths if path.is_dir()}
+    texts = [path for path in paths if is_text(path)]
     paths = [path for path in paths if path.suffix.lower() in CLIP_SUFFIXES and path not in folders]
     clips: list[FolderClip] = []
     dropped: list[Dropped] = []
@@ -97,6 +98,8 @@ class FolderSource:
     if folders:
       what = "1 folder in it is" if len(folders) == 1 else f"{len(folders)} folders in it are"
       log.warning("%s: %s left out, only its own files are read", folder, what)
+    stems = {path.stem for path in paths}
+    report_texts(folder, [path for path in texts if path.stem in stems])
     if kept < total:
       log.warning(
         "the decoded frames of %s are %.1f GB, of which %.1f GB are kept in memory: the other clips are decoded each "

@@ -18,7 +18,7 @@ from univid_jax.core.dims import floor_clip_length, is_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import PromptStyle, TargetKind
-from univid_jax.core.paths import resolve_inside
+from univid_jax.core.paths import explain_missing, resolve_inside
 from univid_jax.core.sentence import Role, check_roles
 from univid_jax.core.text import count_noun
 from univid_jax.data.clips import ClipFormat, Footage, open_footage
@@ -133,7 +133,7 @@ def _make_record(
   kinds: Mapping[str, TargetKind],
 ) -> Record:
   clips, task = values["clips"], values.get("task", "")
-  paths = [resolve_inside(root, clip["path"]) for clip in clips]
+  paths = [_find(root, clip["path"]) for clip in clips]
   form = form.for_shape(probe(paths[0]).size)  # one size for the whole sentence
   roles = tuple(_read_role(clip) for clip in clips)
   check_roles(len(clips), roles)
@@ -143,6 +143,13 @@ def _make_record(
   lengths = _read_lengths(clips, footage, roles, form)
   _check_pairs(clips, footage, roles, lengths)
   return Record(name, tuple(footage), roles, prompt, task, lengths)
+
+
+def _find(root: Path, name: str) -> Path:
+  path = resolve_inside(root, name)
+  if not path.exists():
+    raise FileNotFoundError(f"no such clip: {path}{explain_missing(path)}")
+  return path
 
 
 def _check_pairs(

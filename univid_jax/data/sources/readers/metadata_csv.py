@@ -8,7 +8,7 @@ from pathlib import Path
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle, TargetKind
-from univid_jax.core.paths import resolve_inside
+from univid_jax.core.paths import explain_missing, resolve_inside
 from univid_jax.core.sentence import reference_roles
 from univid_jax.data.clips import ClipFormat, file_footage
 from univid_jax.data.media.reader import probe
@@ -122,7 +122,7 @@ def _find(root: Path, name: str) -> Path:
     path = resolve_inside(folder, name)
     if path.exists():
       return path
-  raise FileNotFoundError(f"no such file: {root / name}")
+  raise FileNotFoundError(f"no such file: {root / name}{explain_missing(root / name)}")
 
 
 def _make_record(name: str, path: Path, text: str, form: ClipFormat, kind: TargetKind) -> Record:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
 from univid_jax.data.clips import ClipFormat, open_footage
 from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign
-from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable
+from univid_jax.data.sources.base import DrawOptions, Dropped, drop, is_text, printable, report_texts
 from univid_jax.data.sources.pairs import Pair, PairSentences, check_aligned, join_pairs
 from univid_jax.data.target_kinds import resampling
 
@@ -49,12 +49,17 @@ def open_pairs(
     if not _list_folders(task):
       log.warning("%s is left out: the folder of a task, which has no folders of pairs", printable(str(task)))
   pairs, dropped = [], []
+  own = set(names)
+  texts = [file for task in _list_folders(root) for file in task.iterdir() if is_text(file) and task / file.stem in own]
   for name in names:
     kind = (kinds or {}).get(name.parent.name, TargetKind.IMAGE)
     try:
-      pairs.append(_open_pair(name, form, kind, num_frames=form.num_frames if options.has_videos else 1))
+      files = sorted(name.iterdir())
+      texts += filter(is_text, files)
+      pairs.append(_open_pair(name, files, form, kind, num_frames=form.num_frames if options.has_videos else 1))
     except (OSError, ValueError) as error:
       dropped.append(drop(f"{name.parent.name}/{name.name}", error))
+  report_texts(folder, texts)
   return join_pairs(pairs, dropped, form, options)
 
 
@@ -62,20 +67,19 @@ def _list_folders(folder: Path) -> list[Path]:
   return sorted(path for path in folder.iterdir() if path.is_dir() and not is_foreign(path))
 
 
-def _open_pair(folder: Path, form: ClipFormat, kind: TargetKind, *, num_frames: int) -> Pair:
-  source = open_footage(_find_only(folder, "source"), form)
+def _open_pair(folder: Path, files: Sequence[Path], form: ClipFormat, kind: TargetKind, *, num_frames: int) -> Pair:
+  source = open_footage(_find_only(folder, files, "source"), form)
   target_form = dataclasses.replace(source.form, resample=resampling(kind))  # of the same size
-  target = open_footage(_find_only(folder, "target"), target_form)
+  target = open_footage(_find_only(folder, files, "target"), target_form)
   check_aligned(source, target, num_frames)
   return Pair(folder.parent.name, folder.name, source, target, source.form.size)
 
 
-def _find_only(folder: Path, stem: str) -> Path:
-  found = [
-    path
-    for path in sorted(folder.iterdir())
-    if path.stem == stem and (path.is_dir() or path.suffix.lower() in CLIP_SUFFIXES)
-  ]
+def _find_only(folder: Path, files: Sequence[Path], stem: str) -> Path:
+  clips = [path for path in files if path.is_dir() or path.suffix.lower() in CLIP_SUFFIXES]
+  found = [path for path in clips if path.stem == stem]
   if len(found) != 1:
-    raise UserError(f"{folder} must have one {stem}.*, an image or a video, and has {len(found)}")
+    other = next((path.name for path in clips if not found and path.stem.lower() == stem), None)
+    hint = f"; the name is in lower case, so rename {other}" if other else ""
+    raise UserError(f"{folder} must have one {stem}.*, an image or a video, and has {len(found)}{hint}")
   return found[0]
