@@ -25,8 +25,9 @@ from univid_jax.checkpoints.usage import Usage, merge_usages
 from univid_jax.cli import summaries
 from univid_jax.cli.flags import CommandFlags
 from univid_jax.cli.model_shape import ModelShape
+from univid_jax.cli.prompts import task_prompt
 from univid_jax.cli.requests import RequestRunner
-from univid_jax.cli.sampling import SamplingArguments, resolve_steps, task_prompt
+from univid_jax.cli.sampling import SamplingArguments, resolve_steps
 from univid_jax.cli.sampling_flags import SamplingFlags
 from univid_jax.config.boundary import override
 from univid_jax.config.presets import tiny

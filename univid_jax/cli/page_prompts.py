@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint
 from univid_jax.checkpoints.run import read_run
 from univid_jax.checkpoints.run_parts import open_base
-from univid_jax.cli.sampling import known_prompts
+from univid_jax.cli.prompts import known_prompts
 from univid_jax.core.errors import UserError
 from univid_jax.core.paths import to_path
 

@@ -1,11 +1,10 @@
 """Sampling from files: which clips belong together, and what is written for each of them."""
 
 import dataclasses
-import difflib
 import itertools
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,13 @@ from univid_jax.checkpoints.experts import split_expert
 from univid_jax.cli.flags import UsageError
 from univid_jax.cli.results import check_result, require_short_names
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import ClipFit, PromptStyle, SolverName
+from univid_jax.core.options import ClipFit, SolverName
 from univid_jax.core.paths import explain_missing, require_local, require_writable
 from univid_jax.core.text import list_first
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media.color import MAX_PIXELS
 from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign, probe, require_clip
 from univid_jax.data.media.writer import check_target
-from univid_jax.data.prompts import PAPER_TARGETS, prompt_for
-from univid_jax.data.tasks import TASKS
 from univid_jax.inference.plan import SamplingOptions
 
 log = logging.getLogger(__name__)
@@ -159,45 +156,6 @@ def parse_size(text: str) -> tuple[int, int]:
   if height * width > MAX_PIXELS:
     raise UsageError(f"--size={text} is more than {MAX_PIXELS:,} pixels")
   return height, width
-
-
-def task_prompt(task: str, trained: Mapping[str, str]) -> str:
-  """Returns the prompt that a model was trained with for a task, or the paper's detailed prompt of a known task.
-
-  Args:
-    task: its name, with spaces or underscores.
-    trained: prompts of the tasks that the model was trained on.
-
-  Raises:
-    UserError: there is no such task; the message names the nearest.
-  """
-  name, known = task.strip().replace("_", " "), known_prompts(trained)
-  if name in known:
-    return known[name]
-  nearest = difflib.get_close_matches(name, known, n=1)
-  hint = f": did you mean {nearest[0]!r}?" if nearest else "."
-  tasks = ", ".join(sorted(known))
-  raise UserError(f"--task={task} is not known{hint} Use --prompt for a text of your own. Tasks: {tasks}")
-
-
-def only_prompt(trained: Mapping[str, str]) -> str:
-  """Returns the prompt that all tasks of training have; "" if they have none, or several."""
-  prompts = set(trained.values())
-  if len(prompts) != 1 or prompts == {""}:
-    return ""
-  (prompt,) = prompts
-  log.info("prompt: %r, that of training; --prompt= samples without one", prompt)
-  return prompt
-
-
-def known_prompts(trained: Mapping[str, str]) -> dict[str, str]:
-  """Returns the prompts of all tasks by name, those of training first; names have spaces."""
-  targets = {key: value.prompt_name for key, value in TASKS.items()}
-  targets |= {target: target for target in (*targets.values(), *PAPER_TARGETS)}
-  prompts = {name.replace("_", " "): text for name, text in trained.items()}
-  for name, target in targets.items():
-    prompts.setdefault(name.replace("_", " "), prompt_for(target, PromptStyle.DETAILED))
-  return prompts
 
 
 def plan_requests(

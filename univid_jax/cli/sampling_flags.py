@@ -188,13 +188,13 @@ class SamplingFlags:
 
   def choose_prompt(self, pipeline: "Pipeline") -> str:
     """Returns the prompt that is given, or the one that the model was trained with, if there is only one."""
-    from univid_jax.cli import sampling
+    from univid_jax.cli.prompts import only_prompt, task_prompt
 
     if self.prompt.value is not None:
       return self.prompt.value
     if self.task.value is None:
-      return sampling.only_prompt(pipeline.usage.prompts) if pipeline.encoders.has_text_encoder else ""
-    prompt = sampling.task_prompt(self.task.value, pipeline.usage.prompts)
+      return only_prompt(pipeline.usage.prompts) if pipeline.encoders.has_text_encoder else ""
+    prompt = task_prompt(self.task.value, pipeline.usage.prompts)
     if not prompt:
       log.info("--task=%s changes nothing: the model was trained on this task without a prompt", self.task.value)
     return prompt
