@@ -4,6 +4,7 @@ import contextlib
 import json
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests.commands import run_here
 from tests.helpers import GOLDENS
 from tests.stand_ins import Bucket, open_bucket
 from tests.test_convert_destinations import small_lora
+from univid_jax.checkpoints import saved
 from univid_jax.checkpoints.built_in import locate
 from univid_jax.checkpoints.checksums import digest_contents, read_names, verified, write_checksums
 from univid_jax.checkpoints.lora.folder import read_lora_folder
@@ -21,6 +23,7 @@ from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.pretrained import PretrainedCheckpoint, count_files
 from univid_jax.checkpoints.run import RunRecord, require_run, write_run
+from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import is_lora_run
 from univid_jax.cli.sampling import plan_requests
 from univid_jax.cli.verification import verify
@@ -176,7 +179,8 @@ def use_run(folder):
   write_json(folder / "eval.json", {"steps": 1})
   assert read_fingerprint(folder) == {} and not is_evaluated(tiny(), folder) and not is_lora_run(folder)
   assert count_files(folder) == 7 and require_run(folder).version == "0"
-  list(verify(str(folder), write=False))
+  (found, *_) = verify(str(folder), write=False)
+  assert found.num_files and not found.is_unverified and not found.damaged
 
 
 def use_cache(folder):
@@ -260,6 +264,14 @@ def test_a_bucket_that_does_not_answer_is_no_damage(bucket, monkeypatch):
   monkeypatch.setattr(Bucket, "_open", fail)
   with pytest.raises(OSError, match="RuntimeError: 503"), verified(bucket, enabled=True):
     pass
+
+
+def test_checkpoints_of_a_bucket_that_does_not_answer_are_not_none(bucket, monkeypatch):
+  monkeypatch.setattr(saved, "make_absolute", to_path)  # which allows gs:// alone
+  assert SavedCheckpoints(str(bucket)).steps == []
+  monkeypatch.setattr(Bucket, "info", mock.Mock(side_effect=RuntimeError("503")))
+  with pytest.raises(OSError, match="RuntimeError: 503"):
+    SavedCheckpoints(str(bucket)).steps  # noqa: B018
 
 
 def test_what_is_no_palette(bucket):

@@ -7,7 +7,6 @@ import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -32,7 +31,6 @@ from univid_jax.data.clips import (
   resize_and_crop,
 )
 from univid_jax.data.media.reader import read_clip
-from univid_jax.data.media.schedule import Schedule
 from univid_jax.data.media.writer import write_clip
 
 
@@ -111,8 +109,7 @@ class TestClips:
 
     def key(fps):
       options = dict(name="", size=(4, 4), num_frames=9, form=FORM, identify=lambda: "x")
-      schedule = fps and Schedule.regular(9, fps=fps, tick=Fraction(1, 1000))
-      return Footage(schedule=schedule, read=lambda count: np.zeros((count, 4, 4, 3)), **options).clip(5).key
+      return Footage(fps=fps, clip_fps=fps, read=lambda count: np.zeros((count, 4, 4, 3)), **options).clip(5).key
 
     assert key(8.0) == key(None) == "f0671e921b5f87ef1f8453198f80e29df053c8200cb888f9c7826851a3cbdfa9"
 

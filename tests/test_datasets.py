@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter, UserList
+from fractions import Fraction
 from types import SimpleNamespace
 from unittest import mock
 
@@ -33,9 +34,10 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle, Resampling, TargetKind
 from univid_jax.core.sentence import Role, read_frames
 from univid_jax.data import joint_reading
-from univid_jax.data.clips import ClipFormat, Footage
+from univid_jax.data.clips import ClipFormat, Footage, resampling_to
 from univid_jax.data.fingerprint import describe_changes, find_shared, fingerprint
 from univid_jax.data.media.reader import read_clip
+from univid_jax.data.media.schedule import Schedule
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.sources.base import hold_out, indices_by_task
 from univid_jax.data.sources.listed import count_shown_targets
@@ -376,6 +378,35 @@ class TestPairs:
     assert reason in str(dropped[:1])
     images, _ = open_pairs(str(tmp_path), FORM, draw_options(contexts={"II": 1.0, "I": 0.0}))
     assert len(images.pairs) == 2, "first frames show the same at any rate"
+
+  @pytest.mark.parametrize(
+    "own, start, message",
+    [
+      ((24000 / 1001, 30.0), 0, ""),
+      ((24000 / 1001, 24000 / 1001), 2400, ""),
+      ((30.0, 25.0), 2400, ""),
+      ((24000 / 1001, 30.0), 400, ""),
+      (
+        (24000 / 1001, 30.0),
+        2400,
+        "read at 23.976 and 24 .*, and frame 2409 .* 2.4 frames .*: set config.data.fps=23.976",
+      ),
+      ((30.0, 24.04), 2400, "read at 24 and 24.04 .* set config.data.fps=24.04"),
+    ],
+  )
+  def test_clips_that_drift_apart_are_refused(self, own, start, message):
+    """A rate that hardly differs is kept, and after thousands of frames differs by some."""
+    schedules = [Schedule.regular(5000, fps=rate, tick=Fraction(1, 120_000)) for rate in own]
+    clips = [
+      mock.Mock(
+        spec=Footage, size=(16, 16), num_frames=900, start=start, form=form, **resampling_to(schedule, form.fps)
+      )
+      for form in [dataclasses.replace(FORM, fps=24.0)]
+      for schedule in schedules
+    ]
+    for pair in (clips, clips[::-1]):
+      with contextlib.nullcontext() if not message else pytest.raises(UserError, match=message):
+        check_aligned(*pair, 9)
 
   @pytest.mark.parametrize(
     "lengths, num_frames, are_aligned",

@@ -111,6 +111,7 @@ def test_atomic_writes_at_once(tmp_path):
     (FileNotFoundError(2, "No such file", "a/config.x"), "[Errno 2] config.data.pairs: No such file: 'a/config.x'"),
     (UserError("config.data.pairs has no pair"), "config.data.pairs has no pair"),
     (UserError("needs config.data.fps"), "needs config.data.fps"),
+    (UserError("no folder config.d/pairs"), "config.data.pairs: no folder config.d/pairs"),
   ],
 )
 def test_errors_name_their_key_once(error, expected):

@@ -158,6 +158,7 @@ def test_rates_that_differ_and_vary_are_resampled():
   assert not regular.shows_all_at(24.2) and regular.rate_at(24.2) == 24.2 and regular.count_at(24.2) == 504
   varying = Schedule(np.delete(np.arange(0, 5010, 10), 250), 10, Fraction(1, 240), 24.0)
   assert not varying.shows_all_at(24.0) and varying.select(248, 4, 24.0).tolist() == [248, 249, 249, 250]
+  assert regular.select(0, None, 1e-9).tolist() == [0] and varying.count_at(1e-9) == 1
   assert varying.shows_all_at(None) and Schedule.untimed(5).shows_all_at(24.0)
 
 

@@ -120,6 +120,14 @@ def test_it_is_that_of_the_run():
   assert read == usage and read.is_known
 
 
+@pytest.mark.parametrize("key", ["manifest", "metadata"])
+def test_prompts_of_records_are_remembered(key):
+  usage = Usage.from_config(override(tiny(), {f"data.{key}": "x"}), prompts={"x": "y"})
+  assert usage.own_prompts and merge_usages([("a", Usage()), ("b", usage)])[0].own_prompts
+  assert Usage.from_metadata({"software": "univid_jax 1", **usage.to_metadata()}, source="") == usage
+  assert not Usage.from_config(override(tiny(), {f"data.{key}": "x", f"data.weights.{key}": 0.0})).own_prompts
+
+
 @pytest.mark.parametrize(
   "changes",
   [
@@ -180,6 +188,9 @@ def test_a_run_of_several_prompts_proposes_to_name_a_task(tmp_path, prompts, has
   write_run(tmp_path, RunRecord(tiny(), (), "0", prompts))
   result = TrainResult(make_pipeline=lambda: pytest.fail("it was loaded"), steps_taken=3, seconds=1.0)
   assert summaries.trained(result, tiny(), str(tmp_path)).endswith("--out=B2.mp4" + " --task=NAME" * has_task)
+  if not has_task:
+    manifest = override(tiny(), {"data.manifest": "x"})
+    assert summaries.trained(result, manifest, str(tmp_path)).endswith("--out=B2.mp4 --prompt=TEXT")
 
 
 def test_a_missing_tokenizer_is_named_before_the_model_is_loaded(tmp_path, checkpoint):
@@ -373,6 +384,7 @@ def test_prompts_of_tasks():
     ([], {"edges": "z", "depth": "y"}, True, "", ""),
     ([], {"edges": "z", "depth": ""}, True, "", ""),
     ([], {"edges": "z"}, False, "", ""),
+    (["--lora=own"], {"edges": "z"}, True, "", ""),
     ([], {"edges": ""}, True, "", ""),
     ([], {}, True, "", ""),
     (["--prompt="], {"edges": "z"}, True, "", ""),
@@ -385,7 +397,8 @@ def test_the_prompt_is_that_of_training(caplog, given, prompts, has_text_encoder
   flags = SamplingFlags(command, clips_required=False)
   command.parse(["univid-sample", "--checkpoint=x", *given])
   encoders = types.SimpleNamespace(has_text_encoder=has_text_encoder)
-  pipeline = types.SimpleNamespace(usage=dataclasses.replace(USAGE, prompts=prompts), encoders=encoders)
+  usage = dataclasses.replace(USAGE, prompts=prompts, own_prompts=given == ["--lora=own"])
+  pipeline = types.SimpleNamespace(usage=usage, encoders=encoders)
   assert flags.choose_prompt(pipeline) == expected
   assert logged in caplog.text and bool(caplog.text) == bool(logged)
 
@@ -398,8 +411,13 @@ def test_a_null_prompt_that_training_did_not_have_is_reported_once(tiny_config, 
   pipeline.usage = dataclasses.replace(USAGE, prompts=prompts)
   for name in ("negative_prompt", "prompt", "prompt"):
     pipeline.embed("", name)
-  message = "the prompt is empty, and those of training were not: it had 2 tasks (depth, edges); --task=NAME, or "
+  message = "the prompt is empty, and those of training were not; it had 2 tasks (depth, edges): --task=NAME, or "
   assert [line[: len(message)] for line in caplog.messages] == [message] * is_new
+  caplog.clear()
+  pipeline.usage = dataclasses.replace(USAGE, prompts={}, own_prompts=True)
+  pipeline.embed("")
+  assert caplog.messages[0].endswith("not; lines of its manifest or table may have had their own: --prompt=TEXT takes "
+                                     "one like theirs")  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class Usage:
     base_checksum: of the base's transformer; "" without a base, and of both experts together.
     base_quantize: how the base was quantised in training.
     prompts: of the tasks.
+    own_prompts: whether records may have had others, of their own.
     contexts: which clips are videos, see `core.contexts`; empty if it is not known, as of records that list clips.
     clip_counts: numbers of clips of a sentence, the target included; empty if they are not known.
     expert: HIGH or LOW if it was trained for one expert, else None.
@@ -54,6 +55,7 @@ class Usage:
   base_model: str = ""
   base_checksum: str = ""
   prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  own_prompts: bool = False
   contexts: tuple[str, ...] = ()
   clip_counts: tuple[int, ...] = ()
   expert: Expert | None = None
@@ -89,6 +91,7 @@ class Usage:
       base_checksum=base_checksum,
       base_quantize=config.base.quantize,
       prompts=dict(prompts or {}),
+      own_prompts=drawn.lists_prompts,
       contexts=drawn.contexts,
       clip_counts=drawn.clip_counts,
     )
@@ -116,6 +119,7 @@ class Usage:
       "expert": str(self.expert or ""),
       **({"contexts": " ".join(self.contexts)} if self.contexts else {}),
       **({"clip_counts": " ".join(map(str, self.clip_counts))} if self.clip_counts else {}),
+      **({"own_prompts": "true"} if self.own_prompts else {}),
       **({} if self.base_quantize == Quantize.NONE else {"base_quantize": str(self.base_quantize)}),
     }
 
@@ -166,7 +170,7 @@ def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, lis
   if not usages:
     return None, []
   (first, chosen), *others = usages
-  prompts: dict[str, str] = dict(chosen.prompts)
+  prompts, own_prompts = dict(chosen.prompts), any(usage.own_prompts for _, usage in usages)
   notes = []
   for name, usage in others:
     for field in ("attention", "context_timestep"):
@@ -181,7 +185,7 @@ def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, lis
       values = [getattr(each, field) for each in (chosen, usage)]
       if values[0] != values[1]:
         notes.append(f"{first} was trained with {field} {values[0]}, which is used, and {name} with {values[1]}")
-  return dataclasses.replace(chosen, prompts=prompts), notes
+  return dataclasses.replace(chosen, prompts=prompts, own_prompts=own_prompts), notes
 
 
 def _format(number: float) -> str:
@@ -260,6 +264,7 @@ _PARSERS = {
   "base_model": str,
   "base_checksum": str,
   "prompts": _parse_prompts,
+  "own_prompts": lambda text: text == "true",
   "expert": _parse_expert,
   "base_quantize": Quantize,
   "contexts": lambda text: tuple(text.split()),

@@ -4,6 +4,7 @@ import difflib
 import logging
 from collections.abc import Mapping
 
+from univid_jax.checkpoints.usage import Usage
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.data.prompts import PAPER_TARGETS, prompt_for
@@ -31,10 +32,10 @@ def task_prompt(task: str, trained: Mapping[str, str]) -> str:
   raise UserError(f"--task={task} is not known{hint} Use --prompt for a text of your own. Tasks: {tasks}")
 
 
-def only_prompt(trained: Mapping[str, str]) -> str:
-  """Returns the prompt that all tasks of training have; "" if they have none, or several."""
-  prompts = set(trained.values())
-  if len(prompts) != 1 or prompts == {""}:
+def only_prompt(usage: Usage) -> str:
+  """Returns the prompt that all sentences of training had; "" if they had none, or perhaps several."""
+  prompts = set(usage.prompts.values())
+  if len(prompts) != 1 or prompts == {""} or usage.own_prompts:
     return ""
   (prompt,) = prompts
   log.info("prompt: %r, that of training; --prompt= samples without one", prompt)

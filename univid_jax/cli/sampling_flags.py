@@ -193,7 +193,7 @@ class SamplingFlags:
     if self.prompt.value is not None:
       return self.prompt.value
     if self.task.value is None:
-      return only_prompt(pipeline.usage.prompts) if pipeline.encoders.has_text_encoder else ""
+      return only_prompt(pipeline.usage) if pipeline.encoders.has_text_encoder else ""
     prompt = task_prompt(self.task.value, pipeline.usage.prompts)
     if not prompt:
       log.info("--task=%s changes nothing: the model was trained on this task without a prompt", self.task.value)

@@ -6,6 +6,7 @@ from typing import Any
 
 from univid_jax.checkpoints.run import read_run
 from univid_jax.checkpoints.run_parts import open_base
+from univid_jax.config.drawn import DrawnSentences
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.program import spell_commands
 from univid_jax.core.text import count_noun
@@ -38,10 +39,16 @@ def trained(result: TrainResult, config: RunConfig, workdir: str) -> str:
         f"  python -m univid_jax.convert {folder} OUT.safetensors --to=diffusers|comfyui|musubi|univid",
       ]
     )
-  record = read_run(workdir)
-  has_prompts = record is not None and len({*record.prompts.values()} - {""}) > 1
-  clips = "--clips=A.mp4,A2.mp4,B.mp4 --out=B2.mp4" + " --task=NAME" * has_prompts
+  clips = f"--clips=A.mp4,A2.mp4,B.mp4 --out=B2.mp4{_prompt_flag(config, workdir)}"
   return spell_commands("\n".join([*lines, "next:", f"  python -m univid_jax.sample --checkpoint={folder} {clips}"]))
+
+
+def _prompt_flag(config: RunConfig, workdir: str) -> str:
+  """Returns the flag without which a sentence would have another prompt than in training; "" if none is needed."""
+  record = read_run(workdir)
+  if record is not None and len({*record.prompts.values()} - {""}) > 1:
+    return " --task=NAME"
+  return " --prompt=TEXT" if DrawnSentences.from_config(config.data).lists_prompts else ""
 
 
 def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig, workdir: str) -> str:

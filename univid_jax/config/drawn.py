@@ -22,17 +22,21 @@ class DrawnSentences:
     kinds: of the sentences that are known.
     lists_contexts: whether there are records that list their clips, with contexts of their own.
     lists_counts: whether there are records with numbers of clips of their own: these, and tasks of ARC.
+    lists_prompts: whether there are records that may have prompts of their own: lines of manifests and tables.
   """
 
   kinds: frozenset[Kind]
   lists_contexts: bool
   lists_counts: bool
+  lists_prompts: bool
 
   @classmethod
   def from_config(cls, data: DataConfig) -> "DrawnSentences":
     """Returns those that are trained; raises UserError if there is no such context."""
-    manifest, arc = _is_used(data, "manifest"), _is_used(data, "arc")
-    return cls(frozenset(_kinds(data)), lists_contexts=manifest, lists_counts=manifest or arc)
+    manifest, arc, table = (_is_used(data, name) for name in ("manifest", "arc", "metadata"))
+    return cls(
+      frozenset(_kinds(data)), lists_contexts=manifest, lists_counts=manifest or arc, lists_prompts=manifest or table
+    )
 
   @property
   def contexts(self) -> tuple[str, ...]:

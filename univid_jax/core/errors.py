@@ -47,7 +47,7 @@ def name_key(key: str) -> Iterator[None]:
   try:
     yield
   except (UserError, OSError) as error:  # stays the same one, whose type and number callers may handle
-    if not re.search(r"(?<![\w./])config\.(?!json\b)\w", str(error)):
+    if not re.search(r"(?<![\w./])config\.([a-z_]+\.[a-z_]|init_from)", str(error)):
       if isinstance(error, OSError) and error.strerror:
         error.strerror = f"config.{key}: {error.strerror}"
       else:

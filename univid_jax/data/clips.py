@@ -86,7 +86,9 @@ class Footage:
   Attributes:
     name: for messages.
     size: height and width in pixels, before they are brought to the format's.
-    schedule: when frames of the file are shown; None for frames without times.
+    fps: frame rate of the file; None for images, folders and arrays.
+    clip_fps: frame rate of clips, see `read_clip`.
+    is_resampled: whether frames may be repeated or left out.
     num_frames: how many frames a clip can have, at the format's rate.
     form: of the clips, with one size.
     identify: returns a key of the content.
@@ -98,7 +100,6 @@ class Footage:
 
   name: str
   size: tuple[int, int]
-  schedule: Schedule | None
   num_frames: int
   form: ClipFormat
   identify: Callable[[], str]
@@ -106,21 +107,9 @@ class Footage:
   start: int = 0
   require_unchanged: Callable[[], None] = lambda: None
   path: Path | None = None
-
-  @property
-  def fps(self) -> float | None:
-    """Frame rate of the file; None for images, folders and arrays."""
-    return self.schedule and self.schedule.fps
-
-  @property
-  def clip_fps(self) -> float | None:
-    """Frame rate of clips, see `read_clip`."""
-    return self.schedule and self.schedule.rate_at(self.form.fps)
-
-  @property
-  def is_resampled(self) -> bool:
-    """Whether frames may be repeated or left out."""
-    return self.schedule is not None and not self.schedule.shows_all_at(self.form.fps)
+  fps: float | None = None
+  clip_fps: float | None = None
+  is_resampled: bool = False
 
   def clip(self, num_frames: int) -> ClipRef:
     """Returns a clip of the first frames."""
@@ -145,11 +134,15 @@ class Footage:
       last = self.start + num_frames - 1
       shown = f"frames {self.start} to {last}" if num_frames > 1 else f"frame {self.start}"
       changes.append(f"{shown} of {self.start + self.num_frames}")
-    if self.fps and self.clip_fps and round(self.fps, 2) != round(self.clip_fps, 2):
-      changes.append(f"{self.fps:.5g} resampled to {self.clip_fps:.5g} frames per second")
+    if self.fps and self.is_resampled:
+      changes.append(f"{self._describe_rate()} resampled to {self.clip_fps:.5g} frames per second")
     if self.size != self.form.size:
       changes.append(self._describe_resizing())
     return changes
+
+  def _describe_rate(self) -> str:
+    varies = self.fps and self.clip_fps and round(self.fps, 2) == round(self.clip_fps, 2)
+    return "a varying rate" if varies else f"{self.fps:.5g}"
 
   def _describe_resizing(self) -> str:
     (height, width), (to_height, to_width) = self.size, self.form.size
@@ -205,13 +198,19 @@ def open_footage(path: Path, form: ClipFormat, *, start: int = 0) -> Footage:
   return file_footage(path, found, form, start=start, num_frames=count - start)
 
 
+def resampling_to(schedule: Schedule, fps: float) -> dict[str, Any]:
+  """Returns the arguments of `Footage` that say how a file is read at a frame rate."""
+  read_at, is_resampled = schedule.rate_at(fps), not schedule.shows_all_at(fps)
+  return {"fps": schedule.fps, "clip_fps": read_at, "is_resampled": is_resampled}
+
+
 def file_footage(path: Path, found: ClipInfo, form: ClipFormat, *, start: int, num_frames: int) -> Footage:
   """Returns part of a file that was probed already, see `open_footage`."""
   file = WatchedFile(path)
   return Footage(
     name=str(path),
     size=found.size,
-    schedule=found.schedule,
+    **resampling_to(found.schedule, form.fps),
     num_frames=num_frames,
     form=form.for_shape(found.size),
     identify=file.identify,

@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 
 def warn_of_null_prompt(pipeline: "Pipeline") -> None:
   """Warns, once, that a sentence has no prompt, if those of training had."""
-  trained = pipeline.usage.prompts
-  if trained and all(trained.values()):
-    pipeline.warn_once(
-      f"the prompt is empty, and those of training were not: it had {count_noun(len(trained), 'task')} "
-      f"({list_first(sorted(trained), 4)}); --task=NAME, or prompt=pipeline.usage.prompts[NAME], takes that of a task"
-    )
+  trained, own = pipeline.usage.prompts, pipeline.usage.own_prompts
+  if (not trained and not own) or not all(trained.values()):
+    return
+  remedies = []
+  if trained:
+    tasks = f"{count_noun(len(trained), 'task')} ({list_first(sorted(trained), 4)})"
+    remedies.append(f"it had {tasks}: --task=NAME, or prompt=pipeline.usage.prompts[NAME], takes that of a task")
+  if own:
+    remedies.append("lines of its manifest or table may have had their own: --prompt=TEXT takes one like theirs")
+  pipeline.warn_once(f"the prompt is empty, and those of training were not; {'; '.join(remedies)}")
 
 
 def embed_negative(

@@ -262,7 +262,7 @@ def _read_video(path: Path, start: int, num_frames: int | None, fps: float | Non
   else:
     timeline = scan_timeline(path)
     assert timeline.schedule is not None
-    indices, rate = timeline.schedule.select(start, num_frames, fps), timeline.schedule.rate_at(fps)
+    indices, rate = timeline.schedule.select(start, num_frames, fps), timeline.fps and timeline.schedule.rate_at(fps)
   if num_frames is None and timeline.defect:
     raise UserError(timeline.defect)
   frames = read_video_frames(path, timeline, indices)

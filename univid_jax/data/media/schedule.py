@@ -14,7 +14,8 @@ from univid_jax.core.text import count_noun
 # In seconds. Longer ticks, as in AVI, are intervals of frames.
 LARGEST_ROUNDING = Fraction(1, 1000)
 
-# Of two frame rates that count as the same: NTSC's are slower by 1.001 than the whole numbers that they are called by.
+# Of two frame rates that count as the same when frames are chosen: those of NTSC are slower by 1.001 than the whole
+# numbers that they are called by.
 LARGEST_RATIO = Fraction(1002, 1000)
 
 
@@ -177,4 +178,4 @@ def is_same_rate(rate: float | Fraction, other: float | Fraction) -> bool:
 
 
 def _to_fraction(rate: float) -> Fraction:
-  return Fraction(rate).limit_denominator(1_000_000)
+  return Fraction(rate).limit_denominator(1_000_000) or Fraction(rate)

@@ -225,7 +225,7 @@ def check_aligned(source: Footage, target: Footage, num_frames: int) -> None:
     )
   short, long = sorted((source.num_frames, target.num_frames))
   if min(short, num_frames) > 1:
-    _check_rates(source, target)
+    _check_rates(source, target, num_frames)
   if 1 < short < min(num_frames, long):
     raise UserError(
       f"the source has {count_noun(source.num_frames, 'frame')} and the target {target.num_frames}; {num_frames} of "
@@ -233,7 +233,7 @@ def check_aligned(source: Footage, target: Footage, num_frames: int) -> None:
     )
 
 
-def _check_rates(source: Footage, target: Footage) -> None:
+def _check_rates(source: Footage, target: Footage, num_frames: int) -> None:
   """Raises UserError if frame n of one video is not frame n of the other."""
   resampled = source.form.fps
   if source.fps and target.fps:
@@ -242,6 +242,8 @@ def _check_rates(source: Footage, target: Footage) -> None:
         f"the source has {source.fps:.5g} frames per second and the target {target.fps:.5g}: set config.data.fps, to "
         "which both are resampled"
       )
+    elif resampled:
+      _check_drift(source, target, num_frames)
   elif source.is_resampled or target.is_resampled:
     timed, untimed = ("source", "target") if source.fps else ("target", "source")
     rate = source.fps or target.fps or resampled
@@ -249,6 +251,19 @@ def _check_rates(source: Footage, target: Footage) -> None:
     raise UserError(
       f"the {timed} is resampled from {origin} to config.data.fps = {resampled:.5g} frames per second, and the "
       f"{untimed} has no rate and cannot be: set config.data.fps=0, or make a video of the {untimed}"
+    )
+
+
+def _check_drift(source: Footage, target: Footage, num_frames: int) -> None:
+  """Raises UserError if one video keeps a rate that hardly differs from that to which the other is resampled, and the
+  clips begin so late that their frames are apart all the same."""
+  slow, fast = sorted((source.clip_fps or 0.0, target.clip_fps or 0.0))
+  kept = slow if slow != source.form.fps else fast
+  last = max(source.start, target.start) + num_frames
+  if last * (1 - slow / fast) > 0.5:
+    raise UserError(
+      f"source and target are read at {slow:.5g} and {fast:.5g} frames per second, and frame {last} of one is "
+      f"{last * (1 - slow / fast):.1f} frames from that of the other: set config.data.fps={kept:.6g}"
     )
 
 

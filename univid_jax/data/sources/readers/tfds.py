@@ -15,7 +15,7 @@ from univid_jax.config.schema import TFDSConfig
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.options import TargetKind
 from univid_jax.core.text import count_noun
-from univid_jax.data.clips import ClipFormat, Footage
+from univid_jax.data.clips import ClipFormat, Footage, resampling_to
 from univid_jax.data.media.color import blend_over_white
 from univid_jax.data.media.reader import Frames, probe, read_clip
 from univid_jax.data.media.schedule import Schedule
@@ -137,11 +137,11 @@ class _Feature:
     return Footage(
       name=f"{self.name} of example {self.example.index}",
       size=(height, width),
-      schedule=schedule,
       num_frames=len(frames),
       form=form.for_shape((height, width)),
       identify=lambda: digest,
       read=lambda count: self._read(digest, form.fps)[:count],
+      **(resampling_to(schedule, form.fps) if schedule else {}),
     )
 
   def _read(self, digest: str, fps: float) -> Frames:
