@@ -478,8 +478,9 @@ class TestPairs:
     assert "has 0; the name is in lower case, so rename TARGET.JPG" in " ".join(map(str, dropped))
 
   def test_texts_that_are_not_read_are_named(self, pairs, caplog):
-    for name in ("README.txt", "edges/notes.txt"):
+    for name in ("README.txt", "edges/notes.txt", "edges/a/._prompt.txt", "edges/a/LICENSE.txt"):
       (pairs / name).touch()
+    (pairs / "edges" / "b b" / "prompt.txt").mkdir()
     open_pairs(str(pairs), FORM, draw_options())
     assert "text file" not in caplog.text
     for name in ("edges/a/prompt.txt", "edges/c.caption"):

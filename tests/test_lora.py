@@ -511,6 +511,10 @@ class TestSelection:
     # A name says it less surely than the user, who may have taken one for the other.
     assert select_loras([RequestedLoRA(named, 1.0, TrainedExpert.LOW)], experts)[1]
     assert "style_high.safetensors has the name of one for the high-noise expert, not for the low-noise" in caplog.text
+    caplog.clear()
+    for name in ("ultra_high_definition", "high_motion", "high/style", "high_to_low"):
+      request = RequestedLoRA(dataclasses.replace(named, source=f"{name}.safetensors"), 1.0, TrainedExpert.LOW)
+      assert select_loras([request], experts)[1] and not caplog.text
 
   def test_an_expert_s_lora_on_a_model_without_experts_is_reported(self, caplog):
     assert len(select_loras([self.request("high")], [None])[0]) == 1

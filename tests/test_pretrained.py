@@ -1,6 +1,7 @@
 """Checkpoint folders: components are found, loaded, and reported if they are missing or damaged."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -139,11 +140,13 @@ def test_damaged_or_missing_description(folder, tmp_path):
   [
     ("goldens/tiny_wan", "contains weights: convert it with", "contains weights: convert it with"),
     ("goldens22/tiny_wan22_a14b", "contains weights: convert it with", "contains weights: convert it with"),
+    ("cases/lora/loha.safetensors", "; it is a LoRA: give its base as the ch", "it is a LoRA: training starts from"),
     (
-      "cases/lora/loha.safetensors",
-      "contains a LoRA: give its base as the ch",
-      "contains a LoRA: training starts from",
+      "cases/lora",
+      r"; cases/lora/.*\.safetensors is a LoRA: give its",
+      r"cases/lora/.*\.safetensors is a LoRA: training",
     ),
+    ("goldens/umt5.weights.safetensors", r"no config.json of one\)$", r"no checkpoint.json\); create one with"),
     ("cases/lora/peft_folder", "it is a LoRA: give its base as the checkpoint", "it is a LoRA: training starts from"),
     (
       "Wan-AI/Wan2.1-T2V-1.3B",
@@ -161,9 +164,23 @@ def test_what_is_no_checkpoint_is_named(monkeypatch, path, as_checkpoint, as_bas
     open_base(RunConfig(init_from=path))
 
 
+def test_a_checkpoint_inside_of_a_folder_is_named(tmp_path, folder):
+  shutil.copytree(folder, tmp_path / "all" / "base")
+  for open_it in (require_run, lambda path: open_base(RunConfig(init_from=path))):
+    with pytest.raises(FileNotFoundError, match=f"; name the folder in it, {tmp_path}/all/base"):
+      open_it(str(tmp_path / "all"))
+
+
+def test_an_other_config_is_no_run(tmp_path):
+  (tmp_path / "config.json").write_text("[")
+  with pytest.raises(FileNotFoundError, match="is not a converted checkpoint"):
+    open_base(RunConfig(init_from=str(tmp_path)))
+
+
 @pytest.mark.parametrize(
   "values, message",
   [
+    ({"lora.rank": 2}, "run that trained a LoRA on random weights: only the same run"),
     (
       {"lora.rank": 2, "init_from": "wan"},
       "run that trained a LoRA on wan: name its base instead, as only the same run",

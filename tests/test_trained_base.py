@@ -90,6 +90,8 @@ def test_a_step_is_one_of_a_run(trained, tmp_path, capfd):
   assert read_info(tmp_path / "again").components == read_info(root / "base").components
   with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 in .*; there are 4"):
     convert_any(str(root / "run"), str(tmp_path / "out"), step="3")
+  with pytest.raises(FileNotFoundError, match="no checkpoint of step 3 in "):
+    inspect(str(root / "run"), step="3")
   for source in (str(root / "base"), "small"):
     with pytest.raises(UserError, match=f"--step=4 is for the workdirs of runs, and {source} is none: leave it out"):
       inspect(source, step="4")

@@ -116,6 +116,15 @@ def named_expert(path: str) -> Expert | None:
   return Expert(found.pop()) if len(found) == 1 else None
 
 
+def surely_named_expert(path: str) -> Expert | None:
+  """Returns the expert that the name of a LoRA's file says beyond doubt: high_noise, or high as its last word."""
+  stem = Path(path).stem
+  found = {
+    match[1].lower() for match in (_NOISE.search(stem), re.search(r"(?<![a-z])(high|low)$", stem, re.I)) if match
+  }
+  return Expert(found.pop()) if len(found) == 1 else None
+
+
 def may_be_expert(path: Path, metadata: Mapping[str, str], variant: str) -> bool:
   """Returns whether a transformer without a sign of Wan2.2 could still be one of its experts."""
   return variant in SAME_TENSORS and not any(_VERSION.search(text) for text in describing_texts(path, metadata))

@@ -1,7 +1,9 @@
 """The parts of a run that depend on its base: shapes of transformer and latents, a model to train, the encoders."""
 
+import contextlib
 import dataclasses
 import math
+import shlex
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,18 +55,22 @@ def open_base(config: RunConfig) -> PretrainedCheckpoint | None:
 
 def _explain_no_base(path: str) -> str:
   """Returns the end of a message about a path that is no base: what it is instead, and what to do."""
-  record = read_run(path)
+  record = None
+  with contextlib.suppress(UserError):  # it has a config.json of something else
+    record = read_run(path)
   if record is None:
     advice = "training starts from a base, to which it adds a new LoRA; name the base"
     hint = describe_mistaken(path, use_of_lora=advice)
     return hint or "; create one with python -m univid_jax.convert SRC DST"
-  own = f"only the same run continues it: --workdir={path} with a larger config.num_steps"
-  if record.config.lora.enabled:
-    base = record.config.init_from or "random weights"
+  source, base = shlex.quote(path), record.config.init_from
+  own = f"only the same run continues it: --workdir={source} with a larger config.num_steps"
+  if record.config.lora.enabled and base:
     return f"; it is the workdir of a run that trained a LoRA on {base}: name its base instead, as {own}"
-  if record.config.init_from:
-    return f"; it is the workdir of a run that trained all of {record.config.init_from}, which is no base: {own}"
-  return f"; it is the workdir of a run: python -m univid_jax.convert {path} DST makes a base of it"
+  if record.config.lora.enabled:
+    return f"; it is the workdir of a run that trained a LoRA on random weights: {own}"
+  if base:
+    return f"; it is the workdir of a run that trained all of {base}, which is no base: {own}"
+  return f"; it is the workdir of a run: python -m univid_jax.convert {source} DST makes a base of it"
 
 
 def transformer_config(config: RunConfig) -> DiTConfig:

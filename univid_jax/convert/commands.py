@@ -20,7 +20,7 @@ from univid_jax.checkpoints.pretrained import describe_errors
 from univid_jax.checkpoints.run import RunRecord, read_run
 from univid_jax.checkpoints.run_parts import transformer_config
 from univid_jax.checkpoints.tensor_files import open_tensors
-from univid_jax.checkpoints.trained import read_run_loras
+from univid_jax.checkpoints.trained import find_step, read_run_loras
 from univid_jax.config.model import DTYPES
 from univid_jax.convert.checkpoint_writer import describe_nonfinite, write_checkpoint
 from univid_jax.convert.destination import atomic_folder, check_destination
@@ -64,8 +64,12 @@ def find_weights(source: str, *, step: int | str | None = None) -> Found:
     raise UserError(f"--step={step} is for the workdirs of runs, and {source} is none: leave it out")
   if is_base:
     return read_info(source)
+  if record is not None and record.config.lora.enabled:
+    return read_run_loras(path, step=step)
   if record is not None:
-    return read_run_loras(path, step=step) if record.config.lora.enabled else record
+    if step is not None:
+      find_step(path, step)
+    return record
   is_lora_file = is_file(path) and is_lora(open_tensors(copy_file(path)).infos)
   if is_lora_file or is_lora_folder(path) or is_peft_folder(path):
     return [read_lora(source)]

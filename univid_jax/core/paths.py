@@ -151,11 +151,11 @@ def resolve_inside(folder: str | os.PathLike, name: str) -> Path:
 def explain_missing(path: str | os.PathLike) -> str:
   """Returns the end of a message about a local file that is missing: "; ..." if one beside it has nearly its name."""
   missing = Path(path)
-  while not missing.parent.is_dir() and missing != missing.parent:
-    missing = missing.parent
-  if "\\" in missing.name:
-    return "; folders in a path are separated by /, not by a backslash"
   try:
+    while not missing.parent.is_dir() and missing != missing.parent:
+      missing = missing.parent
+    if "\\" in missing.name:
+      return "; folders in a path are separated by /, not by a backslash"
     names = _names_by_folded(missing.parent, missing.parent.stat().st_mtime_ns).get(_fold(missing.name))
   except OSError:
     return ""
@@ -166,7 +166,7 @@ def explain_missing(path: str | os.PathLike) -> str:
   return f"; {missing.parent} has {names[0]}, in other upper and lower case"
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def _names_by_folded(folder: Path, modified: int) -> dict[str, list[str]]:
   """Returns the names in a folder by their folded form; cached, as a table may name many files that are missing."""
   del modified

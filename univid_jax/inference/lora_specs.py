@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from univid_jax.checkpoints.experts import LORA_EXPERTS, named_expert, split_weight
+from univid_jax.checkpoints.experts import LORA_EXPERTS, named_expert, split_weight, surely_named_expert
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.trained import is_lora_run, read_run_loras
@@ -159,9 +159,10 @@ def select_loras(loras: Sequence[RequestedLoRA], experts: Sequence[Expert | None
     trained_for = lora.weights.usage and lora.weights.usage.expert
     if trained_for and list(experts) == [None]:
       log.warning("%s was trained for the %s-noise expert, but the model has no experts", lora.weights.source, own)
-    if lora.expert and own and own not in wanted:
+    said = trained_for or surely_named_expert(lora.weights.source)
+    if lora.expert and said and said not in wanted:
       says = "was trained for" if trained_for else "has the name of one for"
-      log.warning("%s %s the %s-noise expert, not for the %s-noise one", lora.weights.source, says, own, lora.expert)
+      log.warning("%s %s the %s-noise expert, not for the %s-noise one", lora.weights.source, says, said, lora.expert)
     places = [
       index
       for index, expert in enumerate(experts)

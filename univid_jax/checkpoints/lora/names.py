@@ -11,7 +11,7 @@ TARGETS      the tensor of a module that a part changes
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from flax import nnx, traverse_util
@@ -95,9 +95,14 @@ class Part(NamedTuple):
   format: str
 
 
-def is_lora(names: Iterable[str]) -> bool:
+def is_lora(names: Collection[str]) -> bool:
   """Returns whether tensor names are those of a LoRA or one of its relatives."""
   return any(part != "alpha" for _, part in map(_split, names) if part)
+
+
+def is_transformer(names: Collection[str]) -> bool:
+  """Returns whether tensor names are those of a whole transformer of any layout: it alone embeds embedded texts."""
+  return any("text_embed" in name and name.endswith(".weight") for name in names) and not is_lora(names)
 
 
 def parse_name(name: str) -> Part | None:

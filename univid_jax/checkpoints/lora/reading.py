@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from univid_jax.checkpoints.lora.names import (
   MARKERS,
   TARGETS,
   WHOLE_WEIGHTS,
-  is_lora,
+  is_transformer,
   list_names,
   parse_name,
   unsupported,
@@ -94,10 +95,10 @@ def parse_lora(file: TensorFile) -> LoRAWeights:
   unmatched, formats = [], set()
   for name in (name for name in file.infos if name not in MARKERS):
     if what := unsupported(name):
-      if what == WHOLE_WEIGHTS and not is_lora(file.infos):
+      if what == WHOLE_WEIGHTS and is_transformer(file.infos):
         raise UserError(
-          f"{file.path} is a whole model, not a LoRA: convert it with python -m univid_jax.convert {file.path} DST, "
-          "and give DST as the checkpoint"
+          f"{file.path} is a whole model, not a LoRA: convert it with python -m univid_jax.convert "
+          f"{shlex.quote(str(file.path))} DST, and give DST as the checkpoint"
         )
       raise UserError(f"{file.path} contains {what}, which are not supported: {list_names([name])}")
     found = parse_name(name)

@@ -18,6 +18,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.text import count_noun
+from univid_jax.data.media.reader import is_foreign
 from univid_jax.runtime.processes import sum_over_processes
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ def report_texts(folder: str, texts: Sequence[Path]) -> None:
 
 
 def is_text(path: Path) -> bool:
-  """Returns whether a file beside a clip may be its prompt, as other trainers have them."""
-  return path.suffix.lower() in (".txt", ".caption")
+  """Returns whether a path beside a clip may be its prompt, as other trainers have them."""
+  return path.suffix.lower() in (".txt", ".caption") and not is_foreign(path) and path.is_file()
 
 
 class TooLongError(UserError):

@@ -122,7 +122,8 @@ def _find(root: Path, name: str) -> Path:
     path = resolve_inside(folder, name)
     if path.exists():
       return path
-  raise FileNotFoundError(f"no such file: {root / name}{explain_missing(root / name)}")
+  hint = explain_missing(root / name) or explain_missing(root / "train" / name)
+  raise FileNotFoundError(f"no such file: {root / name}{hint}")
 
 
 def _make_record(name: str, path: Path, text: str, form: ClipFormat, kind: TargetKind) -> Record:

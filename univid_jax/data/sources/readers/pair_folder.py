@@ -55,7 +55,7 @@ def open_pairs(
     kind = (kinds or {}).get(name.parent.name, TargetKind.IMAGE)
     try:
       files = sorted(name.iterdir())
-      texts += filter(is_text, files)
+      texts += [file for file in files if file.stem in ("prompt", "source", "target", name.name) and is_text(file)]
       pairs.append(_open_pair(name, files, form, kind, num_frames=form.num_frames if options.has_videos else 1))
     except (OSError, ValueError) as error:
       dropped.append(drop(f"{name.parent.name}/{name.name}", error))
