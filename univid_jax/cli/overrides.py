@@ -14,8 +14,9 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.config.section import describe_unknown
 from univid_jax.core.errors import UserError
 
-# Brackets around a whole list. [qk] without a comma is a pattern.
-_BRACKETED = re.compile(r"\s*(?:\(([^()]*)\)|\[([^][]*,[^][]*)\])\s*")
+# Brackets around a whole list, in whose items there may be brackets: [[qk],v]. [qk] without a comma is a pattern.
+_ITEMS = r"(?:[^][]|\[[^][]*\])*"
+_BRACKETED = re.compile(rf"\s*(?:\(([^()]*)\)|\[({_ITEMS},{_ITEMS})\])\s*")
 
 
 def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
@@ -69,4 +70,5 @@ def _quote_list(text: str) -> str:
     pass
   if bracketed := _BRACKETED.fullmatch(text):
     text = bracketed[1] or bracketed[2]
-  return str(tuple(part.strip() for part in text.split(",") if part.strip()))
+  parts = (part.strip().strip("'\"") for part in text.split(","))
+  return str(tuple(part for part in parts if part))
