@@ -36,7 +36,9 @@ def report_texts(folder: str, texts: Sequence[Path]) -> None:
     log.warning(
       "%s: %s not read, such as %s: prompts are made of the names of tasks, as config.data.prompt says; those of your "
       "own are in config.data.manifest",
-      *(folder, "1 text file is" if len(texts) == 1 else f"{len(texts)} text files are", printable(str(texts[0]))),
+      folder,
+      "1 text file is" if len(texts) == 1 else f"{len(texts)} text files are",
+      printable(str(texts[0])),
     )
 
 
