@@ -12,7 +12,7 @@ from etils import epath
 from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.json_files import format_json
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.paths import atomic_write, write_text
 from univid_jax.core.text import count_noun
 from univid_jax.data.pictures import COLUMNS, FPS, sentence_animation, sentence_grid
 from univid_jax.data.sources.computed import describe_held_out
@@ -204,11 +204,6 @@ def plot_curves(path: Path, report: Mapping[str, Any]) -> None:
   for axes in (by_context, by_num_clips, by_steps):
     axes.grid(alpha=0.3)
   figure.savefig(path, dpi=110, format="png")
-
-
-def write_text(path: epath.Path, text: str) -> None:
-  with atomic_write(path) as unfinished:
-    unfinished.write_text(text)
 
 
 def markdown(report: Mapping[str, Any], pictures: Iterable[str] = ()) -> str:
