@@ -71,6 +71,11 @@ class CheckpointInfo:
   codec: Mapping[str, Any] | None = None
   usage: Mapping[str, str] | None = None
 
+  @property
+  def has_both_experts(self) -> bool:
+    """Whether there are two transformers, the experts of Wan2.2 A14B."""
+    return "transformer_2" in self.components
+
   def write(self, folder: epath.PathLike) -> None:
     write_json(epath.Path(folder) / CHECKPOINT_FILE, {"format": FORMAT, **dataclasses.asdict(self)})
 

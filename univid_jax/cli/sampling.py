@@ -15,7 +15,7 @@ from univid_jax.cli.results import check_result, require_short_names
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, SolverName
 from univid_jax.core.paths import explain_missing, require_local, require_writable
-from univid_jax.core.text import list_first
+from univid_jax.core.text import count_noun, is_or_are, list_first
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media.color import MAX_PIXELS
 from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign, probe, require_clip
@@ -215,7 +215,7 @@ def _list_queries(folder: Path) -> list[str]:
     only = f", but folders, such as {min(folders)}: name one of clips, or list those of frames" if folders else ""
     raise UsageError(f"no clips in --queries={folder}{only}")
   if folders:
-    what = "1 folder in it is" if len(folders) == 1 else f"{len(folders)} folders in it are"
+    what = f"{count_noun(len(folders), 'folder')} in it {is_or_are(len(folders))}"
     log.warning("--queries=%s: %s left out; to sample folders of frames, name each of them", folder, what)
   return clips
 

@@ -118,7 +118,7 @@ def export_checkpoint(
   """
   require_local(destination)
   checkpoint, files = PretrainedCheckpoint.open(source), LAYOUTS[layout]
-  weights = {**files.weights, **(files.experts if checkpoint.has("transformer_2") else {})}
+  weights = {**files.weights, **(files.experts if checkpoint.info.has_both_experts else {})}
   if checkpoint.info.expert in (Expert.HIGH, Expert.LOW):  # its folder says which
     weights["transformer"] = files.experts.get(
       "transformer" if checkpoint.info.expert == Expert.HIGH else "transformer_2", weights["transformer"]

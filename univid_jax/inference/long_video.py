@@ -6,7 +6,6 @@ of the next, and the last frame of the result is its first frame.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from jaxtyping import Float
 from univid_jax.core.checks import require_callables, require_integer
 from univid_jax.core.dims import pixel_frames
 from univid_jax.core.errors import UserError
+from univid_jax.core.numbers import ceil_div
 from univid_jax.core.pixels import to_uint8
 from univid_jax.core.seeds import check_seed, random_key
 from univid_jax.data.clips import ClipFormat
@@ -142,7 +142,7 @@ class VideoSample:
     overlap = 0 if carry_context else (length - 1) // 2
     self._windows = Windows.spread(query.num_frames, length=length, temporal_stride=stride, overlap=overlap)
     if carry_context:  # windows follow each other without overlap; the last one goes on after the end
-      count = math.ceil((self._windows.total - 1) / (length - 1))
+      count = ceil_div(self._windows.total - 1, length - 1)
       self._windows = Windows(1 + count * (length - 1), length, tuple(range(0, count * (length - 1), length - 1)))
     self.num_windows = len(self._windows.starts)
     if carry_context and self.num_windows > 1:

@@ -17,7 +17,7 @@ from univid_jax.core.contexts import video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.protocols import SentenceSource
-from univid_jax.core.text import count_noun
+from univid_jax.core.text import count_noun, is_or_are
 from univid_jax.data.media.reader import is_foreign
 from univid_jax.runtime.processes import sum_over_processes
 
@@ -37,7 +37,7 @@ def report_texts(folder: str, texts: Sequence[Path]) -> None:
       "%s: %s not read, such as %s: prompts are made of the names of tasks, as config.data.prompt says; those of your "
       "own are in config.data.manifest",
       folder,
-      "1 text file is" if len(texts) == 1 else f"{len(texts)} text files are",
+      f"{count_noun(len(texts), 'text file')} {is_or_are(len(texts))}",
       printable(str(texts[0])),
     )
 
