@@ -27,7 +27,7 @@ Parts = Mapping[str, np.ndarray]
 log = logging.getLogger(__name__)
 
 # Names of the published models by width, for error messages.
-_MODEL_NAMES = {1536: "1.3B", 5120: "14B"}
+_MODEL_NAMES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
 
 
 class Target(NamedTuple):
