@@ -36,10 +36,10 @@ from univid_jax.evaluation.generate import (
   read_generated,
   split_batches,
 )
-from univid_jax.evaluation.protocol import open_samples_folder
 from univid_jax.evaluation.report import Gallery, full_report, quick_report, write_report
 from univid_jax.evaluation.score import Score, Scorer, score_psnr
 from univid_jax.evaluation.sentences import PlannedSentence, plan_other_pairs, plan_sentences
+from univid_jax.evaluation.stored_samples import open_samples_folder
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.runtime.processes import wait_for_processes
 

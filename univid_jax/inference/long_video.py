@@ -24,7 +24,7 @@ from univid_jax.core.seeds import check_seed, random_key
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media.reader import Frames, probe, read_clip
 from univid_jax.data.rows.tokens import patchify, unpatchify
-from univid_jax.inference.arguments import check_frames, list_clips, to_frames
+from univid_jax.inference.arguments import as_numpy_clip, check_frames, list_clips
 from univid_jax.inference.encoding import require_finite
 from univid_jax.inference.jobs import Job, make_job
 from univid_jax.inference.joint import JointWindows, WindowProgress
@@ -185,7 +185,7 @@ class VideoSample:
     if isinstance(query, (str, os.PathLike)):
       query = VideoReader.open(query, pipeline.clip_format, size=examples[0].shape[1:3] if examples else None)
     elif not isinstance(query, VideoReader):
-      frames = to_frames(query)
+      frames = as_numpy_clip(query)
       check_frames(frames)
       query = VideoReader.from_frames(frames)
     plan = pipeline.plan(**options)

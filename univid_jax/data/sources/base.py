@@ -138,7 +138,8 @@ class DrawOptions:
   Attributes:
     contexts: weights by name.
     num_clips: weights by number of clips.
-    max_video_clips, reverse_probability, prompt, prompt_dropout, variants: see `DataConfig`.
+    max_video_clips, reverse_probability, prompt_dropout, variants: see `DataConfig`.
+    prompt_style: `DataConfig.prompt`.
     seed: of all draws.
   """
 
@@ -146,7 +147,7 @@ class DrawOptions:
   num_clips: Mapping[int, float]
   max_video_clips: int
   reverse_probability: float
-  prompt: PromptStyle
+  prompt_style: PromptStyle
   prompt_dropout: float
   variants: int
   seed: int
@@ -167,7 +168,7 @@ class DrawOptions:
       num_clips=sort_weights(config.clip_counts),
       max_video_clips=config.max_video_clips,
       reverse_probability=config.reverse_probability,
-      prompt=config.prompt,
+      prompt_style=config.prompt,
       prompt_dropout=config.prompt_dropout,
       variants=config.variants,
       seed=seed,

@@ -142,7 +142,7 @@ class PairSentences:
     return {task: self._prompt(task) for task in self.task_names}
 
   def _prompt(self, task: str) -> str:
-    return prompt_for(task.replace("_", " "), self.options.prompt)
+    return prompt_for(task.replace("_", " "), self.options.prompt_style)
 
   def identify_records(self) -> dict[str, object]:
     """See `IdentifiesRecords`: the pairs that are queried."""

@@ -139,7 +139,7 @@ def _make_record(
   check_roles(len(clips), roles)
   forms = forms_of_pairs(form, kinds.get(task, TargetKind.IMAGE), roles)
   footage = [open_footage(path, own, start=clip.get("start", 0)) for path, own, clip in zip(paths, forms, clips)]
-  prompt = "" if options.prompt == PromptStyle.NULL else values.get("prompt", "")
+  prompt = "" if options.prompt_style == PromptStyle.NULL else values.get("prompt", "")
   lengths = _read_lengths(clips, footage, roles, form)
   _check_pairs(clips, footage, roles, lengths)
   return Record(name, tuple(footage), roles, prompt, task, lengths)
