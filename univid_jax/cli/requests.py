@@ -181,8 +181,8 @@ class RequestRunner:
     for clip in examples:
       self.reader.report(clip.path, clip.changes)
     self.reader.report(str(query.footage.path), query.footage.describe_changes(query.footage.num_frames))
-    path = request.out.with_name(request.out.name + ".mp4") if request.needs_suffix else request.out
     num_frames = query.footage.num_frames
+    path = request.path_for(num_frames)
     check_result(path, request.clips, num_frames, grid=self.grid)
     shown: dict[str, Any] = {"size": query.footage.form.size, "num_frames": self.form.num_frames, "fps": query.fps}
     self.reader.report_differences(request, examples, **shown)
@@ -299,12 +299,9 @@ class RequestRunner:
 
   def _choose_path(self, request: Request, like: Frames, count: int) -> Path:
     """Returns the path of a result of `count` frames of the size of a clip, after checking that it can be written."""
-    path = request.out
-    if request.needs_suffix:
-      path = path.with_name(path.name + (".png" if count == 1 else ".mp4"))
+    path = request.path_for(count)
     self.pipeline.latent_shape((count, *like.shape[1:]))
-    inputs = [*request.clips, *([self.first_frame] if self.first_frame else [])]
-    check_result(path, inputs, count, grid=self.grid)
+    check_result(path, request.inputs(self.first_frame), count, grid=self.grid)
     require_writable(path.parent, num_bytes=count * like[0].size)
     return path
 

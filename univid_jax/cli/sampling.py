@@ -39,6 +39,16 @@ class Request:
   out: Path
   needs_suffix: bool = False
 
+  def path_for(self, num_frames: int) -> Path:
+    """Returns the path of a result of as many frames."""
+    if not self.needs_suffix:
+      return self.out
+    return self.out.with_name(self.out.name + (".png" if num_frames == 1 else ".mp4"))
+
+  def inputs(self, first_frame: str | None) -> list[str]:
+    """Returns the clips, and the first frame of the result if it is given."""
+    return [*self.clips, *([first_frame] if first_frame else [])]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingArguments:
@@ -304,9 +314,9 @@ def check_outputs(
     if grid and f"{request.out.name}_grid" in names:
       raise UsageError(f"with --grid the sentence of query {request.out.name!r} would replace another query's result")
     if request.needs_suffix:
-      require_short_names(request.out.with_name(f"{request.out.name}.png"), grid=grid)
+      require_short_names(request.path_for(1), grid=grid)
     else:
-      check_result(request.out, [*request.clips, *([first_frame] if first_frame else [])], num_frames, grid=grid)
+      check_result(request.out, request.inputs(first_frame), num_frames, grid=grid)
       if num_frames is None and first_frame is None:
         check_target(request.out, None, is_video=_becomes_video(request.clips))
   for folder in dict.fromkeys(request.out.parent for request in requests):

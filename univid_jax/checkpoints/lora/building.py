@@ -123,7 +123,10 @@ def _build_lokr(parts: Parts, alpha_of: AlphaOf) -> LoKrLayer:
     w2 = [_tucker(parts["lokr_t2"], w2[0], w2[1]) * np.float32(_number(alpha) / len(w2[1]))]
     alpha = float(len(w1[1])) if len(w1) == 2 else None
   for factor in (w1, w2):
-    _product_shape(factor[0], factor[1]) if len(factor) == 2 else _check_matrix(factor[0])
+    if len(factor) == 2:
+      _product_shape(factor[0], factor[1])
+    else:
+      _check_matrix(factor[0])
   return LoKrLayer(tuple(w1), tuple(w2), alpha)
 
 
