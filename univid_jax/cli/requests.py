@@ -39,7 +39,7 @@ class PreparedRequest:
   """A request whose clips are read.
 
   Attributes:
-    request: it.
+    request: what to sample.
     clips: the context.
     first: first frame of the result, if it is given.
     path: of the result.
@@ -137,7 +137,7 @@ class RequestRunner:
       return None
     return query.cut(form.num_frames + 4) if self.is_warm_up else query
 
-  def prepare(self, request: Request) -> "PreparedRequest":
+  def prepare(self, request: Request) -> PreparedRequest:
     """Reads the clips of a request, and checks that the result can be written."""
     clips, first = self.reader.read(request), self.reader.read_first_frame(request)
     count = self._count_frames(clips)
@@ -152,7 +152,7 @@ class RequestRunner:
       record["first_frame"] = first.describe()
     return PreparedRequest(request, clips, first, path, record)
 
-  def finish(self, prepared: "PreparedRequest", frames: Frames) -> str:
+  def finish(self, prepared: PreparedRequest, frames: Frames) -> str:
     """Writes the result of a request that was prepared; returns a line that describes it."""
     path, record, request = prepared.path, prepared.record, prepared.request
     sampled, fps = frames[:, : record["height"], : record["width"]], record["fps"]
@@ -163,7 +163,7 @@ class RequestRunner:
     return write_record(path, record, self._files(path, record))
 
   def has_finished(self, path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether an earlier command has written this very result."""
+    """Returns whether an earlier command has written this very result."""
     return is_finished(path, record, self._files(path, record))
 
   def _files(self, path: Path, record: Mapping[str, Any]) -> list[Path]:

@@ -96,7 +96,7 @@ def write_record(result: Path, record: Mapping[str, Any], files: Iterable[Path])
 
 
 def is_finished(result: Path, record: Mapping[str, Any], files: Sequence[Path]) -> bool:
-  """Whether an earlier command has written this very result, with all of these files."""
+  """Returns whether an earlier command has written this very result, with all of these files."""
   if not record_path(result).is_file() or not all(path.exists() for path in files):
     return False
   written = _read_record(record_path(result)) or {}

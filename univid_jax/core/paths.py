@@ -144,7 +144,7 @@ def file_state(path: str | os.PathLike) -> tuple[int, ...]:
 
 
 def is_lfs_pointer(path: str | os.PathLike) -> bool:
-  """Whether a file is what Git leaves in place of a file that Git LFS has not downloaded."""
+  """Returns whether a file is what Git leaves in place of a file that Git LFS has not downloaded."""
   path = Path(path)
   if not path.is_file() or path.stat().st_size > 1024:
     return False

@@ -32,7 +32,7 @@ def steps_variant(num_steps: int) -> str:
 
 
 def is_repetition(name: str) -> bool:
-  """Whether a variant is the prediction with other noise."""
+  """Returns whether a variant is the prediction with other noise."""
   return name.startswith(_SEED)
 
 

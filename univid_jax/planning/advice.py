@@ -172,7 +172,7 @@ def order(options: Iterable[Option]) -> list[Option]:
 
 
 def _replaces(option: Option, other: Option) -> bool:
-  """Whether two options differ only in how the base is stored, the first one more precisely."""
+  """Returns whether two options differ only in how the base is stored, the first one more precisely."""
   return (option.mesh, option.config.model.remat) == (other.mesh, other.config.model.remat) and _imprecision(
     option
   ) < _imprecision(other)

@@ -86,7 +86,7 @@ class ClipInfo:
 
 
 def is_foreign(path: str | os.PathLike) -> bool:
-  """Whether a file or folder is none of the user's: hidden, or left by an operating system or tool (`._a.mp4`)."""
+  """Returns whether a file or folder is none of the user's: hidden, or left by a system or tool (`._a.mp4`)."""
   name = os.path.basename(os.fspath(path))
   return name.startswith(".") or name.lower() in FOREIGN_NAMES
 

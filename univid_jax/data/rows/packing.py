@@ -35,7 +35,7 @@ class RowShape:
 
   @classmethod
   def from_config(cls, rows: RowsConfig, context_mode: ContextMode) -> "RowShape":
-    """Returns that of a run's rows."""
+    """Returns the capacity of a run's rows."""
     return cls(
       num_tokens=rows.num_tokens,
       num_text_tokens=rows.num_text_tokens,
