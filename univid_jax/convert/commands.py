@@ -47,7 +47,7 @@ OWN_FORMAT = "this project's format"
 log = logging.getLogger(__name__)
 
 
-def find_weights(source: str, *, step: int | str | None = None) -> Found:
+def find_weights(source: str, *, step: int | str | None) -> Found:
   """Identifies what a path contains: a checkpoint of this project, a LoRA, or a release of PyTorch files.
 
   Args:

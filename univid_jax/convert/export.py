@@ -99,7 +99,7 @@ LAYOUTS: Mapping[str, ReleaseFiles] = {
 
 
 def export_checkpoint(
-  source: epath.PathLike, destination: epath.PathLike, layout: Layout, *, dtype: str | None = None, force: bool = False
+  source: epath.PathLike, destination: epath.PathLike, layout: Layout, *, dtype: str | None, force: bool
 ) -> None:
   """Writes the weights of a checkpoint folder as a release of PyTorch files.
 
@@ -107,7 +107,7 @@ def export_checkpoint(
     source: the checkpoint folder.
     destination: the new folder, local.
     layout: of the release.
-    dtype: of the written tensors; as stored by default.
+    dtype: of the written tensors; None is as stored.
     force: whether to replace an existing destination.
 
   Raises:

@@ -24,9 +24,7 @@ from univid_jax.parallel.mesh import make_mesh
 TOLERANCE = 1e-4
 
 
-def verify_release(
-  release: Release, destination: epath.PathLike, *, allow_missing: Sequence[str] = ()
-) -> tuple[str, bool]:
+def verify_release(release: Release, destination: epath.PathLike, *, allow_missing: Sequence[str]) -> tuple[str, bool]:
   """Compares a checkpoint folder with the release that it was converted from.
 
   Returns:

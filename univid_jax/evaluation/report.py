@@ -206,7 +206,7 @@ def plot_curves(path: Path, report: Mapping[str, Any]) -> None:
   figure.savefig(path, dpi=110, format="png")
 
 
-def markdown(report: Mapping[str, Any], pictures: Iterable[str] = ()) -> str:
+def markdown(report: Mapping[str, Any], pictures: Iterable[str]) -> str:
   """Formats a full report for people, with pictures that are next to it."""
   lines = ["# Evaluation", "", f"Held out: {describe_count(report, len(report['sentences']))}; {report['command']}", ""]
   if report["held_out_clips"]:

@@ -70,7 +70,7 @@ class QuerySampler:
     check_examples(examples)
     return self.pipeline.make_job([*examples, query], self.num_frames, self.seed)
 
-  def choose_size(self, job: Job, count: int, most: int | None = None) -> int:
+  def choose_size(self, job: Job, count: int, most: int | None) -> int:
     """Returns how many queries like that of a job are sampled together, if there are `count`.
 
     Args:

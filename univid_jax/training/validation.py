@@ -201,7 +201,7 @@ def write_previews(
   sentences: Sequence[Sentence],
   *,
   num_inference_steps: int | None,
-  progress: Progress | None = None,
+  progress: Progress | None,
 ) -> None:
   """Samples the sentences' targets and writes step_NNNNNN.png with all of them, and a video of each that is one.
 

@@ -168,7 +168,7 @@ def _stack(layers: Mapping[int | None, Parts], stack: tuple[int, ...]) -> dict[s
 
 
 def match_base(
-  lora: LoRAWeights, config: DiTConfig, targets: Mapping[str, Target], *, skip_unmatched: bool = False
+  lora: LoRAWeights, config: DiTConfig, targets: Mapping[str, Target], *, skip_unmatched: bool
 ) -> LoRAWeights:
   """Returns the changes that a base has a counterpart of.
 

@@ -87,10 +87,7 @@ def pack(sentences: Sequence[Features], shape: RowShape) -> PackedRow:
 
 
 def finish_rows(
-  packed: Mapping[str, np.ndarray],
-  segment_ids: Mapping[Unit, Integer[np.ndarray, "b _"]],
-  *,
-  context_mode: ContextMode = UNIVID_CONTEXT,
+  packed: Mapping[str, np.ndarray], segment_ids: Mapping[Unit, Integer[np.ndarray, "b _"]], *, context_mode: ContextMode
 ) -> PackedRow:
   """Derives everything that depends on the places of sentences in their rows.
 
