@@ -100,7 +100,7 @@ class QuerySampler:
 
   def _sample_batch(
     self, batch: Sequence[Job], *, size: int, done: int, progress: QueryProgress | None
-  ) -> Iterator[Sample]:
+  ) -> list[Sample]:
     def show(taken: int) -> None:
       if progress is not None:
         progress(done + len(batch) * taken / len(self.plan.sigmas))
