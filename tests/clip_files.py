@@ -22,7 +22,7 @@ def draw_options(**changes) -> DrawOptions:
     num_clips={4: 1.0},
     max_video_clips=0,
     reverse_probability=0.0,
-    prompt=PromptStyle.DETAILED,
+    prompt_style=PromptStyle.DETAILED,
     prompt_dropout=0.0,
     variants=8,
     seed=0,

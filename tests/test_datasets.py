@@ -46,7 +46,7 @@ from univid_jax.data.sources.pairs import check_aligned
 from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
-from univid_jax.data.sources.readers.tfds import open_tfds, to_frames
+from univid_jax.data.sources.readers.tfds import feature_to_frames, open_tfds
 from univid_jax.data.target_kinds import label_colors
 from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.training.validation import select_sentences
@@ -85,7 +85,7 @@ class TestMetadata:
     assert seen == {"I": [5, 5, 5, 5], "II": [1, 1, 1, 1], "III": [1, 1, 5, 5], "IV": [1, 5, 1, 5]}
 
   def test_reversal_and_dropped_prompts(self, metadata):
-    options = draw_options(reverse_probability=1.0, prompt=PromptStyle.NULL)
+    options = draw_options(reverse_probability=1.0, prompt_style=PromptStyle.NULL)
     reversed_sentences, _ = open_metadata(str(metadata / "metadata.csv"), FORM, options)
     assert [read_greys(clip)[0] for clip in reversed_sentences[0].clips] == [48, 0, 144, 96]
     assert {reversed_sentences[i].prompt for i in range(16)} == {""}
@@ -1002,7 +1002,7 @@ class TestTFDS:
 
   def test_features_become_frames(self):
     def frames(value, kind):
-      return to_frames(value, kind, (0.5, 10.0))
+      return feature_to_frames(value, kind, (0.5, 10.0))
 
     assert frames(np.zeros((4, 5), np.uint8), TargetKind.IMAGE).shape == (1, 4, 5, 3)
     assert frames(np.zeros((7, 4, 5, 3), np.uint8), TargetKind.IMAGE).shape == (7, 4, 5, 3)
@@ -1018,7 +1018,7 @@ class TestTFDS:
   def test_images_with_alpha_are_shown_over_white(self):
     pixels = np.array([[[10, 200, 30, 255], [10, 200, 30, 0], [0, 0, 0, 128]]], np.uint8)
     for value in (pixels, np.stack([pixels, pixels])):
-      for frame in to_frames(value, TargetKind.IMAGE, (0.5, 10.0)):
+      for frame in feature_to_frames(value, TargetKind.IMAGE, (0.5, 10.0)):
         assert frame.tolist() == [[[10, 200, 30], [255] * 3, [127] * 3]]
 
   @pytest.mark.parametrize(
@@ -1036,7 +1036,7 @@ class TestTFDS:
   )
   def test_features_of_another_form_are_refused(self, value, kind, message):
     with pytest.raises(UserError, match=message):
-      to_frames(value, TargetKind(kind), (0.5, 10.0))
+      feature_to_frames(value, TargetKind(kind), (0.5, 10.0))
 
   def test_refused_features_are_named(self, tmp_path):
     data_dir = write_tfds(tmp_path)

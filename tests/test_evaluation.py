@@ -39,11 +39,11 @@ from univid_jax.evaluation.generate import Generated, SentenceInfo, _noise_seed,
 from univid_jax.evaluation.kinds import KIND_METRICS, KindOptions, unmix_colors
 from univid_jax.evaluation.metrics.dense import nearest_labels
 from univid_jax.evaluation.metrics.image import psnr
-from univid_jax.evaluation.protocol import open_samples_folder
 from univid_jax.evaluation.report import QUICK_KEYS
 from univid_jax.evaluation.run import is_evaluated
 from univid_jax.evaluation.score import Score, Scorer
 from univid_jax.evaluation.sentences import _plan, plan_other_pairs, plan_sentences
+from univid_jax.evaluation.stored_samples import open_samples_folder
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training.metrics_writer import join_short, plot_loss
 

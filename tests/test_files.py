@@ -1,6 +1,7 @@
 """Local paths and paths in buckets; files of tensors by name; permissions of written files."""
 
 import errno
+import io
 import json
 import os
 import types
@@ -17,7 +18,15 @@ from univid_jax.checkpoints.lora.folder import read_lora_folder
 from univid_jax.checkpoints.run import read_run
 from univid_jax.checkpoints.tensor_files import find_tensor_files, open_tensors, save_safetensors
 from univid_jax.core.errors import UserError, first_line, name_key
-from univid_jax.core.paths import atomic_write, bucket_errors, is_remote, make_absolute, require_writable, walk_files
+from univid_jax.core.paths import (
+  atomic_write,
+  bucket_errors,
+  is_remote,
+  make_absolute,
+  require_writable,
+  walk_files,
+  write_text,
+)
 
 
 def test_bucket_paths_are_unchanged(tmp_path, monkeypatch):
@@ -41,6 +50,14 @@ def test_walking_follows_links_and_ends(tmp_path):
   names = [str(path.relative_to(folder)) for path in walk_files(folder, is_left_out=lambda path: path.name == ".git")]
   assert names == ["2.txt", "b/c/1.txt", "linked/4.txt", "linked/back/c/1.txt"]
   assert folder / ".git" / "3.txt" in set(walk_files(folder))
+
+
+def test_text_is_utf8_in_every_locale(tmp_path, monkeypatch):
+  monkeypatch.setattr(io, "text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")
+  with pytest.raises(UnicodeEncodeError):
+    (tmp_path / "a.txt").write_text("±")
+  write_text(tmp_path / "a.txt", "±")
+  assert (tmp_path / "a.txt").read_bytes() == "±".encode()
 
 
 def test_atomic_write(tmp_path):

@@ -427,10 +427,11 @@ class TestFiles:
     def layer(in_dim, out_dim):
       return LoRALayer(np.zeros((2, in_dim), np.float32), np.zeros((out_dim, 2), np.float32), 2.0)
 
-    refused(
-      {f"blocks.{i}.self_attn.q.weight": layer(5120, 5120) for i in range(40)},
-      r"needs a base with dim 5120 \(14B\) and at least 40 layers, the base has dim 24 and 3 layers",
-    )
+    for dim, name, count in ((1536, "1.3B", 30), (3072, "5B", 30), (5120, "14B", 40)):
+      refused(
+        {f"blocks.{i}.self_attn.q.weight": layer(dim, dim) for i in range(count)},
+        rf"needs a base with dim {dim} \({name}\) and at least {count} layers, the base has dim 24 and 3 layers",
+      )
     refused(random_lora(blocks=(7,)).changes, "at least 8 layers")
     refused(
       {"blocks.0.ffn.2.weight": layer(41, 24)},

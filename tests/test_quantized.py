@@ -33,6 +33,7 @@ from univid_jax.models.quantized import (
   QuantizedKernel,
   dequantize,
   in_words,
+  is_quantized,
   quantize,
   tile_size,
 )
@@ -108,7 +109,7 @@ class TestKernels:
     quantized = create_model(override(lora_config, {"base.quantize": str(method)}))
     lora, base = map(nnx.to_pure_dict, nnx.state(quantized, nnx.PathContains(LORA), ...))
     lora = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 8, lora)
-    exact = jax.tree.map(dequantize, base, is_leaf=lambda x: isinstance(x, QuantizedKernel))
+    exact = jax.tree.map(dequantize, base, is_leaf=is_quantized)
     spec = StateSpec.for_model(
       lambda: create_model(lora_config), optax.sgd(1.0), make_mesh({}, jax.devices()[:1]), ema=False, lora=True
     )
@@ -225,10 +226,6 @@ class TestMemory:
       for count in (4, 12)
     )
     assert many - few < 8 * 4 * (8 * 256**2 + 2 * 256 * 1024) / 4
-
-
-def is_quantized(x):
-  return isinstance(x, QuantizedKernel)
 
 
 @pytest.mark.long

@@ -21,7 +21,7 @@ from univid_jax.config.presets import wan_1_3b
 from univid_jax.convert.commands import convert_any, inspect, verify
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
-from univid_jax.models.quantized import QuantizedKernel, dequantize, quantize
+from univid_jax.models.quantized import dequantize, is_quantized, quantize
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.planning.advice import Machine, advise
 from univid_jax.training.loop import train
@@ -33,10 +33,6 @@ KERNEL = ("blocks", "ffn", "up", "kernel")
 
 def one_device():
   return make_mesh({}, devices=jax.devices()[:1])
-
-
-def is_quantized(x):
-  return isinstance(x, QuantizedKernel)
 
 
 def kernel_of(params):

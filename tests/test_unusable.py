@@ -23,10 +23,9 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core import bucket_files
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Role, Sentence, read_frames
-from univid_jax.data import held_out
+from univid_jax.data import usable
 from univid_jax.data.cache.entries import CacheError
 from univid_jax.data.features import FeatureCaches, FeatureMaker
-from univid_jax.data.held_out import read_usable
 from univid_jax.data.prepare import prepare
 from univid_jax.data.rows import loader
 from univid_jax.data.rows.balancing import BatchLayout
@@ -36,6 +35,7 @@ from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources import base
 from univid_jax.data.sources.folder import FolderSource
 from univid_jax.data.sources.open import DataSources, open_data
+from univid_jax.data.usable import read_usable
 from univid_jax.evaluation.score import Scorer
 from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.training import validation
@@ -169,12 +169,26 @@ def test_damaged_held_out_pairs_are_left_out_of_validation_and_evaluation(tmp_pa
     select_sentences(data, config)
 
 
+def test_training_sentences_to_validate_on_are_named_as_such(tmp_path, caplog):
+  """Nothing is held out."""
+  config, _ = write_data(tmp_path / "data", "pairs", PLAIN)
+  config = override(config, {"data.allow_dropped": True})
+  data = open_data(config)
+  assert not data.held_out
+  for target in (tmp_path / "data").rglob("target.mp4"):
+    shutil.copy(CORRUPT, target)
+    target.write_bytes(target.read_bytes()[:2000])
+  with pytest.raises(UserError, match=r"none of the \d+ training sentences can be read"):
+    select_sentences(data, config)
+  assert "dropped" in caplog.text and "held-out" not in caplog.text
+
+
 def test_what_another_process_cannot_read_is_left_out_here(monkeypatch):
   """Or processes would validate on different sentences."""
-  monkeypatch.setattr(held_out, "sum_over_processes", lambda failed: failed + next(elsewhere))
+  monkeypatch.setattr(usable, "sum_over_processes", lambda failed: failed + next(elsewhere))
   sentences = [Sentence(clips=(np.zeros((1, 2, 2, 3), np.uint8),), roles=(Role.TARGET,)) for _ in range(3)]
   elsewhere = iter([0, 1, 0])
-  found = read_usable([lambda s=s: s for s in sentences], allow_dropped=True)
+  found = read_usable([lambda s=s: s for s in sentences], "held-out", allow_dropped=True)
   assert [id(sentence) for sentence in found] == [id(sentences[0]), id(sentences[2])]
 
 

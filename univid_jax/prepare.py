@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from univid_jax.cli import app
 from univid_jax.cli.flags import CommandFlags, UsageError
-from univid_jax.core.text import count_noun
+from univid_jax.core.text import count_noun, is_or_are
 
 if TYPE_CHECKING:
   from univid_jax.config.schema import RunConfig
@@ -108,7 +108,7 @@ def encode(config: "RunConfig", data: "DataSources", workdir: str) -> list[str]:
       return ["the data is computed while training: there is nothing to prepare"]
     clips = count_noun(done.num_clips, "different clip")
     return [f"{clips} can be read, {count_noun(num_dropped, 'record')} dropped; they are encoded while training"]
-  clips = f"{count_noun(done.num_clips, 'different clip')} {'is' if done.num_clips == 1 else 'are'}"
+  clips = f"{count_noun(done.num_clips, 'different clip')} {is_or_are(done.num_clips)}"
   line = f"{clips} ready ({num_encoded} encoded now), {count_noun(num_dropped, 'record')} dropped"
   return [line, *map(str, packed)]
 

@@ -24,7 +24,16 @@ import xxhash
 from etils import epath
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import atomic_write, bucket_errors, exists, is_folder, is_remote, resolve_inside
+from univid_jax.core.paths import (
+  atomic_write,
+  bucket_errors,
+  exists,
+  is_folder,
+  is_remote,
+  read_bytes,
+  resolve_inside,
+  walk_files,
+)
 from univid_jax.core.text import list_first
 
 CHECKSUMS_FILE = "checksums.xxh128"
@@ -82,7 +91,7 @@ def combine_digests(digests: Mapping[str, str]) -> str:
 def write_checksums(folder: epath.PathLike) -> int:
   """Writes the checksums of all files in a folder and its subfolders; returns how many files there are."""
   folder = epath.Path(folder)
-  names = sorted(_list_files(folder))
+  names = _list_names(folder)
   with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
     checksums = pool.map(hash_file, [folder / name for name in names])
     lines = "".join(f"{checksum}  {name}\n" for checksum, name in zip(checksums, names)).encode()
@@ -204,7 +213,7 @@ def digest_contents(path: epath.PathLike, *, listed_in: epath.PathLike | None) -
   path, listed = epath.Path(path), {}
   if listed_in is not None and has_checksums(listed_in):
     listed = {str(epath.Path(listed_in) / name): value for name, value in (_read_checksums(listed_in) or {}).items()}
-  names = sorted(_list_files(path)) if is_folder(path) else [""]
+  names = _list_names(path) if is_folder(path) else [""]
   files = [path / name if name else path for name in names]
   with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
     values = pool.map(lambda file: listed.get(str(file)) or hash_file(file), files)
@@ -219,21 +228,15 @@ def hash_file(path: epath.PathLike) -> str:
   return checksum.hexdigest()
 
 
-def _list_files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-  """Yields the names of the files that get checksums."""
-  with bucket_errors(folder):
-    paths = list(folder.iterdir())
-  for path in paths:
-    if is_folder(path):
-      yield from _list_files(path, f"{prefix}{path.name}/")
-    elif not path.name.endswith(CHECKSUMS_FILE):  # nor what a killed process has left of one
-      yield prefix + path.name
+def _list_names(folder: epath.Path) -> list[str]:
+  """Returns the names of the files that get checksums, sorted."""
+  files = [file for file in walk_files(folder) if not file.name.endswith(CHECKSUMS_FILE)]  # nor an unfinished one
+  return sorted(str(file.relative_to(folder)) for file in files)
 
 
 def _read_checksums(folder: epath.PathLike) -> dict[str, str] | None:
   """Reads checksums by file name; returns None if the list is damaged."""
-  with bucket_errors(folder):
-    contents = (epath.Path(folder) / CHECKSUMS_FILE).read_bytes()
+  contents = read_bytes(epath.Path(folder) / CHECKSUMS_FILE)
   end = contents.rfind(b"\n", 0, -1) + 1
   if contents[end:] != _last_line(contents[:end]):
     return None

@@ -84,6 +84,11 @@ def split_weight(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
+def join_weight(path: str, weight: float) -> str:
+  """Returns PATH:WEIGHT, without a weight that is 1; `split_weight` inverts it."""
+  return path if weight == 1 else f"{path}:{weight:g}"
+
+
 def split_loras(items: Sequence[str]) -> list[tuple[str, float]]:
   """Splits each item of a list with `split_weight`; raises like it and `check_commas`."""
   check_commas(items)

@@ -10,7 +10,7 @@ from univid_jax.checkpoints.built_in import locate
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json, write_json
 from univid_jax.core.options import Expert, Quantize
-from univid_jax.core.paths import bucket_errors, exists
+from univid_jax.core.paths import exists, read_bytes
 
 CHECKPOINT_FILE = "checkpoint.json"
 # Beside it, if it was measured; see `inference.ratio_tables`.
@@ -71,6 +71,11 @@ class CheckpointInfo:
   codec: Mapping[str, Any] | None = None
   usage: Mapping[str, str] | None = None
 
+  @property
+  def has_both_experts(self) -> bool:
+    """Whether there are two transformers, the experts of Wan2.2 A14B."""
+    return "transformer_2" in self.components
+
   def write(self, folder: epath.PathLike) -> None:
     write_json(epath.Path(folder) / CHECKPOINT_FILE, {"format": FORMAT, **dataclasses.asdict(self)})
 
@@ -90,8 +95,7 @@ def read_info(folder: epath.PathLike) -> CheckpointInfo:
   path = locate(folder) / CHECKPOINT_FILE
   if not exists(path):
     raise FileNotFoundError(f"{folder} is not a converted checkpoint (no {CHECKPOINT_FILE})")
-  with bucket_errors(path):
-    contents = path.read_bytes()
+  contents = read_bytes(path)
   try:
     values = parse_json(contents)
     if values.pop("format") != FORMAT:

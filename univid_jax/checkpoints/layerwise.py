@@ -118,7 +118,7 @@ _squared_norms = jax.jit(squared_norms)
 
 
 def quantize_on_host(
-  kernel: np.ndarray, method: Quantize, float8: tuple[np.ndarray, np.ndarray] | None = None
+  kernel: np.ndarray, method: Quantize, float8: tuple[np.ndarray, np.ndarray] | None
 ) -> tuple[dict[ParamPath, np.ndarray], np.ndarray]:
   """Quantises a kernel on the CPU.
 

@@ -9,7 +9,7 @@ from etils import epath
 
 from univid_jax.checkpoints.built_in import require_checkpoint
 from univid_jax.checkpoints.checksums import digest_contents
-from univid_jax.checkpoints.experts import named_expert, split_expert
+from univid_jax.checkpoints.experts import join_weight, named_expert, split_expert
 from univid_jax.checkpoints.lora.scaling import find_config
 from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.pretrained import CONFIGS, TOKENIZER, PretrainedCheckpoint, is_converted, require_no_step
@@ -142,7 +142,7 @@ class Origin:
 
   def to_json(self) -> dict[str, Any]:
     named = {
-      name: [path if weight == 1 else f"{path}:{weight:g}" for path, weight in loras]
+      name: [join_weight(path, weight) for path, weight in loras]
       for name, loras in {"lora": self.loras, "accelerate": self.distillation}.items()
       if loras or name == "lora"
     }

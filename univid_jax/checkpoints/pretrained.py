@@ -33,7 +33,7 @@ from univid_jax.checkpoints.usage import Usage
 from univid_jax.codecs.wan_vae import VAE, VAEConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Expert, Quantize
-from univid_jax.core.paths import bucket_errors, exists, is_folder
+from univid_jax.core.paths import exists, read_bytes, walk_files
 from univid_jax.models.clip import CLIPConfig, CLIPVision
 from univid_jax.models.dit import DiT
 from univid_jax.models.layers import quantize_linears
@@ -173,8 +173,7 @@ class PretrainedCheckpoint:
     checksums = {name: self.checksum(name) for name in self.info.components}
     checksums[CONFIGS] = hashlib.sha256(text.encode()).hexdigest()
     if self.info.tokenizer is not None:
-      with bucket_errors(path := self.tokenizer_path()):
-        checksums[TOKENIZER] = hashlib.sha256(path.read_bytes()).hexdigest()
+      checksums[TOKENIZER] = hashlib.sha256(read_bytes(self.tokenizer_path())).hexdigest()
     return checksums
 
   @property
@@ -307,8 +306,4 @@ def describe_errors(method: Quantize, errors: Sequence[float]) -> str:
 
 def count_files(folder: epath.Path) -> int:
   """Counts the files in a folder and its subfolders; 0 if there is none."""
-  if not exists(folder):
-    return 0
-  with bucket_errors(folder):
-    paths = list(folder.iterdir())
-  return sum(count_files(path) if is_folder(path) else 1 for path in paths)
+  return sum(1 for _ in walk_files(folder)) if exists(folder) else 0

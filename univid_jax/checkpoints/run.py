@@ -27,7 +27,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError, first_line
 from univid_jax.core.json_files import parse_json_object, write_json
 from univid_jax.core.options import OnDamaged
-from univid_jax.core.paths import bucket_errors, exists, to_path
+from univid_jax.core.paths import exists, read_bytes, to_path
 from univid_jax.core.protocols import Resumable
 from univid_jax.runtime.processes import wait_for_processes
 
@@ -73,9 +73,7 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
   path = to_path(workdir) / CONFIG_FILE
   if not exists(path):
     return None
-  with bucket_errors(path):
-    contents = path.read_bytes()
-  values = parse_json_object(contents, source=path)
+  values = parse_json_object(read_bytes(path), source=path)
   if not {"model", "data", "rows"} <= values.keys():
     return None  # of something else, for example of an official release
   try:

@@ -16,7 +16,7 @@ from univid_jax.checkpoints.orbax_files import METRICS_FILE
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import OnDamaged
-from univid_jax.core.paths import atomic_write, bucket_errors, exists, is_folder, is_remote, make_absolute
+from univid_jax.core.paths import atomic_write, bucket_errors, exists, is_remote, make_absolute, read_bytes, walk_files
 from univid_jax.runtime.processes import count_distinct, sum_over_processes, wait_for_processes
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -79,8 +79,7 @@ class SavedCheckpoints:
     with verified(folder, enabled=self._verify and has_checksums(folder), select=_is_about_checkpoint):
       if not exists(file := folder / METRICS_FILE):
         return None
-      with bucket_errors(file):
-        contents = file.read_bytes()
+      contents = read_bytes(file)
       try:
         loss = float(parse_json(contents)["val_loss"])
       except (ValueError, KeyError, TypeError) as error:
@@ -305,4 +304,5 @@ def _size(folder: epath.Path) -> int:
   """Returns the size of all files in a folder, in bytes."""
   if not exists(folder):
     return 0
-  return sum(_size(path) if is_folder(path) else path.stat().length for path in folder.iterdir())
+  with bucket_errors(folder):
+    return sum(path.stat().length for path in walk_files(folder))

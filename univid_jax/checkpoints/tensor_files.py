@@ -146,7 +146,7 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
 
 
 def is_tensor_file(path: PurePath) -> bool:
-  """Whether the name is that of a file of tensors, which may be a shard."""
+  """Returns whether the name is that of a file of tensors, which may be a shard."""
   return path.suffix.lower() in SUFFIXES
 
 

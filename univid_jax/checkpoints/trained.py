@@ -59,7 +59,7 @@ def expert_configs(config: RunConfig) -> list[RunConfig]:
 
 
 def restore_transformer(
-  saved: SavedCheckpoints, config: RunConfig, mesh: Mesh, *, step: int | str | None = None
+  saved: SavedCheckpoints, config: RunConfig, mesh: Mesh, *, step: int | str | None
 ) -> tuple[nnx.GraphDef, ParamTree]:
   """Restores the transformer that a run trained whole.
 
@@ -95,7 +95,7 @@ def read_run_loras(workdir: epath.PathLike, *, step: int | str | None = None, ve
   return restore_loras(SavedCheckpoints(workdir, model_only=True, verify=verify), record, step=step)
 
 
-def restore_loras(saved: SavedCheckpoints, record: RunRecord, *, step: int | str | None = None) -> list[LoRAWeights]:
+def restore_loras(saved: SavedCheckpoints, record: RunRecord, *, step: int | str | None) -> list[LoRAWeights]:
   """Reads the LoRA of each transformer that a run trained; raises like `SavedCheckpoints.read`."""
   module = nnx.eval_shape(lambda: create_model(record.config))
   local = make_mesh({"data": -1}, jax.local_devices()[:1])
@@ -147,7 +147,7 @@ def find_step(
   return saved.read(step, lambda folder: None)[0]
 
 
-def find_lora_steps(paths: Iterable[str], *, verify: bool = True) -> dict[str, int]:
+def find_lora_steps(paths: Iterable[str], *, verify: bool) -> dict[str, int]:
   """Returns the newest step whose model is intact of each path that is the workdir of a LoRA run; see `find_step`."""
   return {path: find_step(path, None, verify=verify) for path in paths if is_lora_run(path)}
 

@@ -73,7 +73,7 @@ class Usage:
     base_checksum: str = "",
     prompts: Mapping[str, str] | None = None,
   ) -> "Usage":
-    """Returns that of a run, whose context tokens had a timestep that also depends on its base."""
+    """Returns how the model of a run has to be used; the timestep of context tokens also depends on its base."""
     data = config.data
     drawn = DrawnSentences.from_config(data)
     return cls(

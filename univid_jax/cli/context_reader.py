@@ -88,7 +88,7 @@ class ContextReader:
 
   def report_differences(self, request: Request, clips: Sequence[ContextClip], **shown: Any) -> None:
     """Reports what training has not shown the model, each kind of difference once; see `find_differences`."""
-    fitted = [*request.clips, *([self.first_frame] if self.first_frame else [])]
+    fitted = request.inputs(self.first_frame)
     videos = [len(clip.frames) > 1 for clip in clips]
     videos += [True] * (len(request.clips) - len(clips)) + [shown["num_frames"] > 1]  # a query in windows, the result
     if self.keep_size:

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.text import list_first
-from univid_jax.evaluation.protocol import SECTIONS
+from univid_jax.evaluation.stored_samples import SECTIONS
 
 _NAMED = 4
 

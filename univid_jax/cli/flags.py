@@ -108,7 +108,7 @@ class CommandFlags:
     )
     return self.paths("accelerate", [], help_text)
 
-  def offload_inactive(self):
+  def offload_inactive(self) -> flags.FlagHolder[bool]:
     help_text = "Keep only the expert that is in use in device memory, of a base with two."
     return self.switch("offload_inactive", False, help_text)
 
@@ -136,7 +136,7 @@ class CommandFlags:
     help_text = f"Write a JAX profiler trace of this many steps to {folder}."
     return self.integer("profile", 0, help_text, lower_bound=0)
 
-  def processes(self) -> "ProcessFlags":
+  def processes(self) -> ProcessFlags:
     return ProcessFlags(self)
 
   @property

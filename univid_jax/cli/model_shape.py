@@ -30,7 +30,7 @@ class ModelShape:
 
   @classmethod
   def read(cls, checkpoint: str) -> "ModelShape | None":
-    """Reads that of a converted checkpoint or a run; None if they cannot be read, as loading them reports."""
+    """Reads the shape of a converted checkpoint or a run; None if it cannot be read, as loading it reports."""
     with contextlib.suppress(UserError, OSError):
       config = _read_config(checkpoint)
       base, (part, *_) = open_base(config), split_config(config)

@@ -15,6 +15,7 @@ import numpy as np
 
 from univid_jax import Pipeline
 from univid_jax.checkpoints.built_in import BUILT_IN
+from univid_jax.checkpoints.experts import join_weight
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.checkpoints.run import has_checkpoint, read_run
 from univid_jax.cli.flags import CommandFlags
@@ -82,7 +83,7 @@ class Choice:
     if self.checkpoint not in offer.checkpoints:
       raise UserError(f"choose one of the checkpoints {', '.join(offer.checkpoints)}, not {self.checkpoint!r}")
     chosen = [(path, weight) for (path, _), weight in zip(offer.loras, self.lora_weights, strict=True) if weight]
-    loras = ",".join(path if weight == 1 else f"{path}:{weight:g}" for path, weight in chosen)
+    loras = ",".join(join_weight(path, weight) for path, weight in chosen)
     flags = [f"--checkpoint={self.checkpoint}", *offer.flags]
     flags += [f"--lora={loras}"] if loras else []
     return flags + ([f"--accelerate={','.join(offer.distillation)}"] if self.accelerated and offer.distillation else [])

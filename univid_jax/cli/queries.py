@@ -20,7 +20,7 @@ from univid_jax.core.text import count_noun, size_text
 from univid_jax.data.clips import context_shape
 from univid_jax.data.rows.packing import bucket_size
 from univid_jax.inference.jobs import infer_length
-from univid_jax.inference.queries import QuerySampler
+from univid_jax.inference.queries import QueryProgress, QuerySampler
 from univid_jax.runtime.processes import wait_for_processes
 
 log = logging.getLogger(__name__)
@@ -114,13 +114,8 @@ class QueryRunner:
           shown = f"{size_text(first.shape[1:3])} pixels (width x height)"
           each = count_noun(len(first), "frame") + " each" * (len(group) > 1)
           log.info("%s of %s, %s, %d at once", count_noun(len(group), "query", "queries"), shown, each, size)
-          base = bar.n
-
-          def show(sampled: float, base: int = base) -> None:
-            bar.update(base + round(sampled * steps) - bar.n)
-
           rest = itertools.chain([first], queries)
-          for sample in sampler.sample(job, rest, batch_size=size, progress=show):
+          for sample in sampler.sample(job, rest, batch_size=size, progress=_advance_from_here(bar, steps)):
             yield runner.finish(waiting.popleft(), sample.frames)
             done += 1
         kept += len(group) - done
@@ -135,6 +130,16 @@ class QueryRunner:
       if not self.runner.has_finished(prepared.path, prepared.record):
         waiting.append(prepared)
         yield prepared.clips[-1].frames
+
+
+def _advance_from_here(bar: tqdm, steps: int) -> QueryProgress:
+  """Returns what shows how many queries, of so many steps each, are sampled after those that a bar shows already."""
+  shown = bar.n
+
+  def show(sampled: float) -> None:
+    bar.update(shown + round(sampled * steps) - bar.n)
+
+  return show
 
 
 def _share(items: Sequence[T], process: int | None = None) -> Sequence[T]:

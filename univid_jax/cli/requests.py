@@ -39,7 +39,7 @@ class PreparedRequest:
   """A request whose clips are read.
 
   Attributes:
-    request: it.
+    request: what to sample.
     clips: the context.
     first: first frame of the result, if it is given.
     path: of the result.
@@ -137,7 +137,7 @@ class RequestRunner:
       return None
     return query.cut(form.num_frames + 4) if self.is_warm_up else query
 
-  def prepare(self, request: Request) -> "PreparedRequest":
+  def prepare(self, request: Request) -> PreparedRequest:
     """Reads the clips of a request, and checks that the result can be written."""
     clips, first = self.reader.read(request), self.reader.read_first_frame(request)
     count = self._count_frames(clips)
@@ -152,7 +152,7 @@ class RequestRunner:
       record["first_frame"] = first.describe()
     return PreparedRequest(request, clips, first, path, record)
 
-  def finish(self, prepared: "PreparedRequest", frames: Frames) -> str:
+  def finish(self, prepared: PreparedRequest, frames: Frames) -> str:
     """Writes the result of a request that was prepared; returns a line that describes it."""
     path, record, request = prepared.path, prepared.record, prepared.request
     sampled, fps = frames[:, : record["height"], : record["width"]], record["fps"]
@@ -163,7 +163,7 @@ class RequestRunner:
     return write_record(path, record, self._files(path, record))
 
   def has_finished(self, path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether an earlier command has written this very result."""
+    """Returns whether an earlier command has written this very result."""
     return is_finished(path, record, self._files(path, record))
 
   def _files(self, path: Path, record: Mapping[str, Any]) -> list[Path]:
@@ -181,8 +181,8 @@ class RequestRunner:
     for clip in examples:
       self.reader.report(clip.path, clip.changes)
     self.reader.report(str(query.footage.path), query.footage.describe_changes(query.footage.num_frames))
-    path = request.out.with_name(request.out.name + ".mp4") if request.needs_suffix else request.out
     num_frames = query.footage.num_frames
+    path = request.path_for(num_frames)
     check_result(path, request.clips, num_frames, grid=self.grid)
     shown: dict[str, Any] = {"size": query.footage.form.size, "num_frames": self.form.num_frames, "fps": query.fps}
     self.reader.report_differences(request, examples, **shown)
@@ -299,12 +299,9 @@ class RequestRunner:
 
   def _choose_path(self, request: Request, like: Frames, count: int) -> Path:
     """Returns the path of a result of `count` frames of the size of a clip, after checking that it can be written."""
-    path = request.out
-    if request.needs_suffix:
-      path = path.with_name(path.name + (".png" if count == 1 else ".mp4"))
+    path = request.path_for(count)
     self.pipeline.latent_shape((count, *like.shape[1:]))
-    inputs = [*request.clips, *([self.first_frame] if self.first_frame else [])]
-    check_result(path, inputs, count, grid=self.grid)
+    check_result(path, request.inputs(self.first_frame), count, grid=self.grid)
     require_writable(path.parent, num_bytes=count * like[0].size)
     return path
 

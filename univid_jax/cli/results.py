@@ -14,7 +14,7 @@ from typing import Any
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import read_json_object
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.paths import write_text
 from univid_jax.core.text import count_noun, size_text
 from univid_jax.data.media.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from univid_jax.data.media.writer import check_target, require_short_name
@@ -89,16 +89,14 @@ def write_record(result: Path, record: Mapping[str, Any], files: Iterable[Path])
     files: all that was written, the result included.
   """
   files = list(files)
-  text = _to_text({**record, FILES: _checksums(files)})
-  with atomic_write(record_path(result)) as unfinished:
-    unfinished.write_text(text, encoding="utf-8")
+  write_text(record_path(result), _to_text({**record, FILES: _checksums(files)}))
   size = size_text((record["height"], record["width"]))
   paths = " and ".join(map(str, files))
   return f"wrote {count_noun(record['num_frames'], 'frame')} of {size} pixels (width x height): {paths}"
 
 
 def is_finished(result: Path, record: Mapping[str, Any], files: Sequence[Path]) -> bool:
-  """Whether an earlier command has written this very result, with all of these files."""
+  """Returns whether an earlier command has written this very result, with all of these files."""
   if not record_path(result).is_file() or not all(path.exists() for path in files):
     return False
   written = _read_record(record_path(result)) or {}

@@ -15,7 +15,7 @@ from univid_jax.cli.results import check_result, require_short_names
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, SolverName
 from univid_jax.core.paths import explain_missing, require_local, require_writable
-from univid_jax.core.text import list_first
+from univid_jax.core.text import count_noun, is_or_are, list_first
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media.color import MAX_PIXELS
 from univid_jax.data.media.reader import CLIP_SUFFIXES, is_foreign, probe, require_clip
@@ -38,6 +38,16 @@ class Request:
   clips: tuple[str, ...]
   out: Path
   needs_suffix: bool = False
+
+  def path_for(self, num_frames: int) -> Path:
+    """Returns the path of a result of as many frames."""
+    if not self.needs_suffix:
+      return self.out
+    return self.out.with_name(self.out.name + (".png" if num_frames == 1 else ".mp4"))
+
+  def inputs(self, first_frame: str | None) -> list[str]:
+    """Returns the clips, and the first frame of the result if it is given."""
+    return [*self.clips, *([first_frame] if first_frame else [])]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,7 +225,7 @@ def _list_queries(folder: Path) -> list[str]:
     only = f", but folders, such as {min(folders)}: name one of clips, or list those of frames" if folders else ""
     raise UsageError(f"no clips in --queries={folder}{only}")
   if folders:
-    what = "1 folder in it is" if len(folders) == 1 else f"{len(folders)} folders in it are"
+    what = f"{count_noun(len(folders), 'folder')} in it {is_or_are(len(folders))}"
     log.warning("--queries=%s: %s left out; to sample folders of frames, name each of them", folder, what)
   return clips
 
@@ -304,9 +314,9 @@ def check_outputs(
     if grid and f"{request.out.name}_grid" in names:
       raise UsageError(f"with --grid the sentence of query {request.out.name!r} would replace another query's result")
     if request.needs_suffix:
-      require_short_names(request.out.with_name(f"{request.out.name}.png"), grid=grid)
+      require_short_names(request.path_for(1), grid=grid)
     else:
-      check_result(request.out, [*request.clips, *([first_frame] if first_frame else [])], num_frames, grid=grid)
+      check_result(request.out, request.inputs(first_frame), num_frames, grid=grid)
       if num_frames is None and first_frame is None:
         check_target(request.out, None, is_video=_becomes_video(request.clips))
   for folder in dict.fromkeys(request.out.parent for request in requests):

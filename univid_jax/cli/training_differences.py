@@ -77,7 +77,7 @@ def _other_rates(rates: Sequence[float | None], usage: Usage) -> list[str]:
 
 
 def _has_other_shape(path: str, size: tuple[int, int]) -> bool:
-  """Whether a file has another aspect ratio, so that fitting it to a size crops or pads it."""
+  """Returns whether a file has another aspect ratio, so that fitting it to a size crops or pads it."""
   height, width = probe(path).size
   return height * size[1] != width * size[0]
 

@@ -12,7 +12,7 @@ from univid_jax.checkpoints.lora.folder import is_lora_folder
 from univid_jax.checkpoints.lora.sidecar import sidecar_path
 from univid_jax.checkpoints.saved import CHECKPOINTS_FOLDER, DAMAGED_SUFFIX, DELETED_FOLDER
 from univid_jax.core.paths import bucket_errors, exists, is_folder, is_remote
-from univid_jax.core.text import count_noun
+from univid_jax.core.text import count_noun, is_or_are
 from univid_jax.data.cache import entries, shards
 
 
@@ -37,8 +37,8 @@ class Findings:
   def __str__(self) -> str:
     if self.is_unverified:
       return f"{self.path}: no checksums; --write adds them"
-    verb = "is" if self.num_files == 1 else "are"
-    intact = f"{self.num_files - len(self.damaged)} of {count_noun(self.num_files, 'file')} {verb} intact"
+    num_intact = self.num_files - len(self.damaged)
+    intact = f"{num_intact} of {count_noun(self.num_files, 'file')} {is_or_are(self.num_files)} intact"
     notes = f" ({self.note})" if self.note else ""
     return "\n".join([*(f"DAMAGED {line}" for line in self.damaged), f"{self.path}: {intact}{notes}"])
 

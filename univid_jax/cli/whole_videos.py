@@ -63,7 +63,7 @@ class WholeQuery:
     return cls(footage, footage.clip_fps, found.size if keep_size else form.size)
 
   def is_longer(self, context: Sequence[ContextClip], form: ClipFormat) -> bool:
-    """Whether the result is a video as long as the query, and the query longer than the model's clips."""
+    """Returns whether the result is a video as long as the query, and the query longer than the model's clips."""
     num_frames = form.num_frames
     lengths = [len(clip.frames) for clip in context]
     return 1 < num_frames < self.footage.num_frames and infer_length([*lengths, num_frames]) == num_frames

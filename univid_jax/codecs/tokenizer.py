@@ -10,11 +10,10 @@ from collections.abc import Sequence
 import ftfy
 import numpy as np
 import tokenizers
-from etils import epath
 from jaxtyping import Int
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import bucket_errors, exists
+from univid_jax.core.paths import exists, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +45,7 @@ class Tokenizer:
   def __init__(self, path: str | os.PathLike, *, max_length: int = 512):
     if not exists(path):
       raise FileNotFoundError(f"no such tokenizer: {path}")
-    with bucket_errors(path):
-      contents = epath.Path(path).read_bytes()
+    contents = read_bytes(path)
     self.sha256 = hashlib.sha256(contents).hexdigest()
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(contents.decode())

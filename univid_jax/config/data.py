@@ -205,12 +205,11 @@ class DataConfig(Section):
         f"config.data.tfds.kind = {self.tfds.kind} would also be that of the records of config.data.metadata and "
         "manifest that have no task: give config.data.tfds.task"
       )
-    for name, given, training in (
-      ("test_pairs", self.test_pairs, self.pairs),
-      ("tfds.test_split", self.tfds.test_split, self.tfds.name),
+    for name, given, option, training in (
+      ("test_pairs", self.test_pairs, "pairs", self.pairs),
+      ("tfds.test_split", self.tfds.test_split, "tfds.name", self.tfds.name),
     ):
       if given and not training:
-        option = "pairs" if name == "test_pairs" else "tfds.name"
         raise UserError(
           f"config.data.{name} is a test set, and there is no training data for its examples: give config.data.{option}"
         )

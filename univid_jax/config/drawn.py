@@ -32,7 +32,7 @@ class DrawnSentences:
 
   @classmethod
   def from_config(cls, data: DataConfig) -> "DrawnSentences":
-    """Returns those that are trained; raises UserError if there is no such context."""
+    """Returns the sentences that a run trains on; raises UserError if there is no such context."""
     manifest, arc, table = (_is_used(data, name) for name in ("manifest", "arc", "metadata"))
     return cls(
       frozenset(_kinds(data)), lists_contexts=manifest, lists_counts=manifest or arc, lists_prompts=manifest or table

@@ -105,17 +105,17 @@ def write_checkpoint(
   release: Release,
   destination: epath.PathLike,
   *,
-  dtype: str | None = None,
-  quantize: Quantize = Quantize.NONE,
-  allow_missing: Sequence[str] = (),
-  force: bool = False,
+  dtype: str | None,
+  quantize: Quantize,
+  allow_missing: Sequence[str],
+  force: bool,
 ) -> CheckpointInfo:
   """Converts a release to a checkpoint folder.
 
   Args:
     release: the release.
     destination: the new folder, local or in a bucket.
-    dtype: of the stored parameters; that of the source by default.
+    dtype: of the stored parameters; None is that of the source.
     quantize: storage of the linear weights of a transformer's blocks; float8_e4m3fn of the source becomes fp8 as it is,
       if its scales are of rows or of the whole matrix.
     allow_missing: patterns of official names that the release may lack; scales become 1, everything else 0.

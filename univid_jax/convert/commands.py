@@ -47,7 +47,7 @@ OWN_FORMAT = "this project's format"
 log = logging.getLogger(__name__)
 
 
-def find_weights(source: str, *, step: int | str | None = None) -> Found:
+def find_weights(source: str, *, step: int | str | None) -> Found:
   """Identifies what a path contains: a checkpoint of this project, a LoRA, or a release of PyTorch files.
 
   Args:
@@ -246,8 +246,7 @@ def _describe_model(found: CheckpointInfo | Release) -> str:
       f"the {found.expert}-noise expert" if found.expert != Expert.UNKNOWN else "one expert, high or low is not said"
     )
     return f"Wan2.2 A14B, {which}, {found.variant}"
-  both = found.has_both_experts if isinstance(found, Release) else "transformer_2" in found.components
-  if both:
+  if found.has_both_experts:
     return f"Wan2.2 A14B, both experts, {found.variant}"
   has_transformer = "transformer" in found.components if isinstance(found, CheckpointInfo) else found.transformer
   if not has_transformer:

@@ -64,7 +64,10 @@ def atomic_folder(destination: epath.PathLike, *, needed: int, force: bool) -> I
   if is_remote(destination):
     with bucket_errors(destination):
       if exists(destination):
-        destination.rmtree() if is_folder(destination) else destination.unlink()
+        if is_folder(destination):
+          destination.rmtree()
+        else:
+          destination.unlink()
       destination.mkdir(parents=True)
     yield destination
     return
@@ -97,7 +100,10 @@ def _remove_leftovers(destination: Path) -> None:
   _check_alone(destination)
   old = _old(destination)
   if old.exists():
-    remove(old) if destination.exists() else old.rename(destination)
+    if destination.exists():
+      remove(old)
+    else:
+      old.rename(destination)
 
 
 def _check_alone(destination: Path, own: Path | None = None) -> None:

@@ -99,7 +99,7 @@ LAYOUTS: Mapping[str, ReleaseFiles] = {
 
 
 def export_checkpoint(
-  source: epath.PathLike, destination: epath.PathLike, layout: Layout, *, dtype: str | None = None, force: bool = False
+  source: epath.PathLike, destination: epath.PathLike, layout: Layout, *, dtype: str | None, force: bool
 ) -> None:
   """Writes the weights of a checkpoint folder as a release of PyTorch files.
 
@@ -107,7 +107,7 @@ def export_checkpoint(
     source: the checkpoint folder.
     destination: the new folder, local.
     layout: of the release.
-    dtype: of the written tensors; as stored by default.
+    dtype: of the written tensors; None is as stored.
     force: whether to replace an existing destination.
 
   Raises:
@@ -118,7 +118,7 @@ def export_checkpoint(
   """
   require_local(destination)
   checkpoint, files = PretrainedCheckpoint.open(source), LAYOUTS[layout]
-  weights = {**files.weights, **(files.experts if checkpoint.has("transformer_2") else {})}
+  weights = {**files.weights, **(files.experts if checkpoint.info.has_both_experts else {})}
   if checkpoint.info.expert in (Expert.HIGH, Expert.LOW):  # its folder says which
     weights["transformer"] = files.experts.get(
       "transformer" if checkpoint.info.expert == Expert.HIGH else "transformer_2", weights["transformer"]

@@ -5,6 +5,7 @@ Formats are tables: SIGNATURES and NAMES for layouts, OTHER_VARIANTS and LEFT_OU
 
 import dataclasses
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,14 +57,14 @@ OTHER_VARIANTS = {
   "cam_injector": "camera",
 }
 
-# Tensors that Wan does not use, by the beginnings of their names in the file (after "!", of all others).
-LEFT_OUT: Mapping[tuple[str, Layout], Mapping[str, tuple[str, ...]]] = {
-  ("text_encoder", Layout.DIFFUSERS): {"the decoder": ("decoder.", "lm_head.")},
-  ("text_encoder", Layout.LLAMA_CPP): {"the decoder": ("dec.", "output.")},
-  ("image_encoder", Layout.ORIGINAL): {"the text tower": ("!visual.",)},
+# Tensors that Wan does not use: why, and what matches the beginnings of their names in the file.
+LEFT_OUT: Mapping[tuple[str, Layout], Mapping[str, str]] = {
+  ("text_encoder", Layout.DIFFUSERS): {"the decoder": r"(decoder|lm_head)\."},
+  ("text_encoder", Layout.LLAMA_CPP): {"the decoder": r"(dec|output)\."},
+  ("image_encoder", Layout.ORIGINAL): {"the text tower": r"(?!visual\.)"},
   ("image_encoder", Layout.DIFFUSERS): {
-    "the text tower": ("text_model.", "text_projection."),
-    "indices of positions": ("vision_model.embeddings.position_ids",),
+    "the text tower": r"text_(model|projection)\.",
+    "indices of positions": r"vision_model\.embeddings\.position_ids",
   },
 }
 
@@ -163,8 +164,8 @@ def _select_tensors(
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
   """Returns the official names of the tensors that Wan uses by their names in the file, and the others by reason."""
   left_out = {
-    reason: tuple(name for name in tensors.infos if any(_begins(name, start) for start in starts))
-    for reason, starts in LEFT_OUT.get((component, layout), {}).items()
+    reason: tuple(name for name in tensors.infos if re.match(pattern, name))
+    for reason, pattern in LEFT_OUT.get((component, layout), {}).items()
   }
   dropped = {name for names in left_out.values() for name in names}
   table = diffusers_table(component, tensors.infos)
@@ -182,10 +183,6 @@ def _select_tensors(
     else:
       names[copy] = convert(original)
   return names, left_out
-
-
-def _begins(name: str, start: str) -> bool:
-  return not name.startswith(start[1:]) if start.startswith("!") else name.startswith(start)
 
 
 def _unused_vision(names: Mapping[str, str]) -> set[str]:

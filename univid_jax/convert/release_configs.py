@@ -204,7 +204,7 @@ def model_index(checkpoint: PretrainedCheckpoint) -> dict[str, Any]:
   image = {name: [None, None] for name in ("image_encoder", "image_processor")} if takes_condition else {}
   return {
     "_class_name": "WanImageToVideoPipeline" if takes_condition else "WanPipeline",
-    "boundary_ratio": transformer.expert_boundary if transformer and checkpoint.has("transformer_2") else None,
+    "boundary_ratio": transformer.expert_boundary if transformer and checkpoint.info.has_both_experts else None,
     "expand_timesteps": transformer is not None and transformer.model_type == ModelType.TI2V,
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     "tokenizer": ["transformers", "T5TokenizerFast"] if checkpoint.info.tokenizer else [None, None],

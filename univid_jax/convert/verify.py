@@ -17,15 +17,14 @@ from univid_jax.convert.identify import Source
 from univid_jax.convert.outputs import OUTPUTS
 from univid_jax.convert.sources import Release
 from univid_jax.core.installation import install_command
+from univid_jax.core.text import is_or_are
 from univid_jax.parallel.mesh import make_mesh
 
 # Relative L2 error between the outputs here and in PyTorch, both in float32.
 TOLERANCE = 1e-4
 
 
-def verify_release(
-  release: Release, destination: epath.PathLike, *, allow_missing: Sequence[str] = ()
-) -> tuple[str, bool]:
+def verify_release(release: Release, destination: epath.PathLike, *, allow_missing: Sequence[str]) -> tuple[str, bool]:
   """Compares a checkpoint folder with the release that it was converted from.
 
   Returns:
@@ -102,7 +101,7 @@ def _describe_checks() -> str:
   """Says which comparisons a verdict rests on, and how to have the others."""
   if not (absent := _absent()):
     return "bit for bit, and its outputs equal PyTorch's"
-  missing = f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"
+  missing = f"{' and '.join(absent)} {is_or_are(len(absent))} not installed"
   return f"bit for bit; its outputs were not compared with PyTorch's, as {missing}: {install_command('parity')}"
 
 

@@ -18,7 +18,16 @@ import fsspec
 from etils import epath
 from tqdm import tqdm
 
-from univid_jax.core.paths import CACHE_FOLDER, atomic_write, bucket_errors, exists, is_folder, is_remote, to_path
+from univid_jax.core.paths import (
+  CACHE_FOLDER,
+  atomic_write,
+  bucket_errors,
+  exists,
+  is_folder,
+  is_remote,
+  to_path,
+  walk_files,
+)
 from univid_jax.core.unfinished import is_abandoned, is_unfinished
 
 log = logging.getLogger(__name__)
@@ -50,7 +59,7 @@ def _copy_folder(path: str) -> str:
   root = wanted if is_folder(wanted) else wanted.parent
   copy = _copy_path(root, "data")
   with _locked(copy):
-    files = {copy / file.relative_to(root): file for file in _walk_files(root)}
+    files = {copy / file.relative_to(root): file for file in walk_files(root)}
     _delete_others(copy, files)
     stale = [(target, file) for target, file in files.items() if not _is_current(target, source_state(file))]
     for target, file in tqdm(stale, desc=f"copying {root}", unit="file", disable=None if stale else True):
@@ -149,11 +158,3 @@ def _locked(copy: Path) -> Iterator[None]:
     except OSError as error:  # some network file systems have no locks; copies are atomic without them
       log.debug("%s is not locked: %s", copy, error)
     yield
-
-
-def _walk_files(folder: epath.Path) -> Iterator[epath.Path]:
-  for path in sorted(folder.iterdir()):
-    if is_folder(path):
-      yield from _walk_files(path)
-    else:
-      yield path

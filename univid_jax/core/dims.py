@@ -12,9 +12,8 @@ Dims of a single module have words for names. Names that begin with an underscor
 output where `t` are those of the input.
 """
 
-import math
-
 from univid_jax.core.errors import UserError
+from univid_jax.core.numbers import ceil_div
 
 # Rotary positions along each dim, as in Wan's code.
 MAX_POSITION = 1024
@@ -42,7 +41,7 @@ def nearest_clip_lengths(num_frames: int) -> tuple[int, int]:
 
 def latent_frames(num_frames: int, *, temporal_stride: int = TEMPORAL_STRIDE) -> int:
   """Returns how many latent frames encode a video, if it is extended to a whole number of them."""
-  return 1 + math.ceil((num_frames - 1) / temporal_stride)
+  return 1 + ceil_div(num_frames - 1, temporal_stride)
 
 
 def pixel_frames(num_latent_frames: int, *, temporal_stride: int = TEMPORAL_STRIDE) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.paths import write_text
 
 # The index of the largest model has 0.2 MB.
 MAX_BYTES = 64 << 20
@@ -48,8 +48,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def write_json(path: epath.PathLike, values: Mapping[str, Any]) -> None:
   """Writes an object as indented JSON; nothing appears, or is replaced, before it is complete."""
-  with atomic_write(path) as unfinished:
-    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+  write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def format_json(values: Any) -> str:

@@ -35,7 +35,7 @@ class ContextMode:
 
   @classmethod
   def from_options(cls, attention: Attention, timestep: ContextTimestep, *, default: ContextTimestep) -> "ContextMode":
-    """Returns that of two options.
+    """Returns the mode that two options select.
 
     Args:
       attention: what tokens attend to.

@@ -11,6 +11,7 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import fsspec
 from etils import epath
@@ -27,6 +28,8 @@ CACHE_FOLDER = "~/.cache/univid_jax"
 # Schemes of the buckets that etils reads.
 _SCHEMES = ("gs", "s3", "az", "hf")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+PathT = TypeVar("PathT", Path, epath.Path)
 
 
 @contextlib.contextmanager
@@ -58,6 +61,18 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
     raise
   finally:
     remove(local)
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+  """Writes UTF-8 text; nothing appears, or is replaced, before it is complete."""
+  with atomic_write(path) as unfinished:
+    unfinished.write_text(text, encoding="utf-8")
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+  """Returns the contents of a file; raises OSError, also for faults of a bucket."""
+  with bucket_errors(path):
+    return to_path(path).read_bytes()
 
 
 @contextlib.contextmanager
@@ -129,7 +144,7 @@ def file_state(path: str | os.PathLike) -> tuple[int, ...]:
 
 
 def is_lfs_pointer(path: str | os.PathLike) -> bool:
-  """Whether a file is what Git leaves in place of a file that Git LFS has not downloaded."""
+  """Returns whether a file is what Git leaves in place of a file that Git LFS has not downloaded."""
   path = Path(path)
   if not path.is_file() or path.stat().st_size > 1024:
     return False
@@ -184,12 +199,12 @@ def _fold(name: str) -> str:
   return _compose(name).casefold()
 
 
-def walk_files(folder: Path, *, is_left_out: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
+def walk_files(folder: PathT, *, is_left_out: Callable[[PathT], bool] = lambda path: False) -> Iterator[PathT]:
   """Yields the files in a folder and in its subfolders, sorted by path. Links to folders are followed, but not into a
   folder that they are in.
 
   Args:
-    folder: a local one.
+    folder: a local one, or one in a bucket.
     is_left_out: whether a file is not yielded, or a subfolder not searched.
 
   Raises:
@@ -198,16 +213,20 @@ def walk_files(folder: Path, *, is_left_out: Callable[[Path], bool] = lambda pat
   yield from sorted(_walk(folder, is_left_out, ()))
 
 
-def _walk(folder: Path, is_left_out: Callable[[Path], bool], above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-  status = folder.stat()
-  identity = status.st_dev, status.st_ino
-  if identity in above:
-    return
-  for path in folder.iterdir():
+def _walk(folder: PathT, is_left_out: Callable[[PathT], bool], above: tuple[tuple[int, int], ...]) -> Iterator[PathT]:
+  if not is_remote(folder):  # buckets have no links
+    status = os.stat(folder)
+    identity = status.st_dev, status.st_ino
+    if identity in above:
+      return
+    above = *above, identity
+  with bucket_errors(folder):
+    paths = list(folder.iterdir())
+  for path in paths:
     if is_left_out(path):
       continue
-    if path.is_dir():
-      yield from _walk(path, is_left_out, (*above, identity))
+    if is_folder(path):
+      yield from _walk(path, is_left_out, above)
     else:
       yield path
 

@@ -12,6 +12,11 @@ def count_noun(count: int, noun: str, plural: str = "") -> str:
   return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
+def is_or_are(count: int) -> str:
+  """Returns the verb of `count_noun`."""
+  return "is" if count == 1 else "are"
+
+
 def list_first(items: Iterable[str], limit: int) -> str:
   """Lists the first items, and says how many more there are."""
   items = list(items)

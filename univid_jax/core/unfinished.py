@@ -83,7 +83,10 @@ def remove_abandoned(path: Path) -> None:
 
 def remove(path: Path) -> None:
   """Removes a file or a folder, if it exists."""
-  shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def _last_change(path: Path) -> float:

@@ -9,7 +9,7 @@ from etils import epath
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json, write_json
-from univid_jax.core.paths import bucket_errors
+from univid_jax.core.paths import read_bytes
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.text import count_noun, list_first
 
@@ -150,9 +150,7 @@ def read_fingerprint(workdir: epath.PathLike) -> dict[str, Any] | None:
   """
   path = epath.Path(workdir) / FILE
   try:
-    with bucket_errors(path):
-      contents = path.read_bytes()
-    values = parse_json(contents)
+    values = parse_json(read_bytes(path))
     for source in values.values():
       if not (isinstance(source["num_records"], int) and isinstance(source["records"], dict) and source["checksum"]):
         raise ValueError("num_records must be a number, and records an object")

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Integer, UInt8
 from univid_jax.config.schema import DataConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Resampling, TargetKind
-from univid_jax.core.paths import bucket_errors, to_path
+from univid_jax.core.paths import read_bytes, to_path
 from univid_jax.data.tasks.grids import GRID_FAMILIES
 from univid_jax.data.tasks.grids.base import ARC_TASK, GridSplit, task_name
 
@@ -68,9 +68,7 @@ def read_palette(path: str) -> UInt8[np.ndarray, "labels 3"]:
     return label_colors(np.arange(_VOC_LABELS))
   file = to_path(path)
   try:
-    with bucket_errors(path):
-      contents = file.read_bytes()
-    lines = [line.replace(",", " ").split() for line in contents.decode().splitlines() if line.strip()]
+    lines = [line.replace(",", " ").split() for line in read_bytes(file).decode().splitlines() if line.strip()]
     colors = np.atleast_2d(np.array(lines, int))
   except ValueError as error:
     raise UserError(f"{path} is not a palette, one line R G B per label: {error}") from error

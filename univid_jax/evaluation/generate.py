@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from univid_jax.config.schema import EvalConfig
-from univid_jax.core.paths import atomic_write, bucket_errors, exists
+from univid_jax.core.paths import atomic_write, exists, read_bytes
 from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.evaluation.candidates import Candidate
 from univid_jax.evaluation.controls import replace_pairs, round_trip, show_inverse_task
@@ -32,7 +32,7 @@ def steps_variant(num_steps: int) -> str:
 
 
 def is_repetition(name: str) -> bool:
-  """Whether a variant is the prediction with other noise."""
+  """Returns whether a variant is the prediction with other noise."""
   return name.startswith(_SEED)
 
 
@@ -197,9 +197,7 @@ def read_generated(folder: epath.Path, num_sentences: int) -> Iterator[Generated
     FileNotFoundError: one is missing.
   """
   for number in range(num_sentences):
-    with bucket_errors(path := sample_path(folder, number)):
-      contents = path.read_bytes()
-    with np.load(io.BytesIO(contents)) as file:
+    with np.load(io.BytesIO(read_bytes(sample_path(folder, number)))) as file:
       clips = [file[f"clip_{i}"] for i in range(sum(name.startswith("clip_") for name in file))]
       samples = {name.removeprefix("sample_"): file[name] for name in file if name.startswith("sample_")}
       yield Generated(SentenceInfo(**json.loads(str(file["info"]))), clips, file["codec"], samples)

@@ -12,7 +12,7 @@ from etils import epath
 from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.json_files import format_json
-from univid_jax.core.paths import atomic_write
+from univid_jax.core.paths import atomic_write, write_text
 from univid_jax.core.text import count_noun
 from univid_jax.data.pictures import COLUMNS, FPS, sentence_animation, sentence_grid
 from univid_jax.data.sources.computed import describe_held_out
@@ -206,12 +206,7 @@ def plot_curves(path: Path, report: Mapping[str, Any]) -> None:
   figure.savefig(path, dpi=110, format="png")
 
 
-def write_text(path: epath.Path, text: str) -> None:
-  with atomic_write(path) as unfinished:
-    unfinished.write_text(text)
-
-
-def markdown(report: Mapping[str, Any], pictures: Iterable[str] = ()) -> str:
+def markdown(report: Mapping[str, Any], pictures: Iterable[str]) -> str:
   """Formats a full report for people, with pictures that are next to it."""
   lines = ["# Evaluation", "", f"Held out: {describe_count(report, len(report['sentences']))}; {report['command']}", ""]
   if report["held_out_clips"]:

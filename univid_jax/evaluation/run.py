@@ -18,7 +18,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.checks import require_folder, require_instance
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import format_json, parse_json
-from univid_jax.core.paths import bucket_errors
+from univid_jax.core.paths import read_bytes, write_text
 from univid_jax.core.text import count_noun
 from univid_jax.data.sources.open import DataSources, open_data, require_config, require_sources
 from univid_jax.data.sources.readers.arc import ARCSentences
@@ -36,10 +36,10 @@ from univid_jax.evaluation.generate import (
   read_generated,
   split_batches,
 )
-from univid_jax.evaluation.protocol import open_samples_folder
-from univid_jax.evaluation.report import Gallery, full_report, quick_report, write_report, write_text
+from univid_jax.evaluation.report import Gallery, full_report, quick_report, write_report
 from univid_jax.evaluation.score import Score, Scorer, score_psnr
 from univid_jax.evaluation.sentences import PlannedSentence, plan_other_pairs, plan_sentences
+from univid_jax.evaluation.stored_samples import open_samples_folder
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.runtime.processes import wait_for_processes
 
@@ -96,9 +96,7 @@ def evaluate_quick(
 def is_evaluated(config: RunConfig, folder: epath.PathLike) -> bool:
   """Returns whether the eval.json of a run is of its last step, by the options of the config."""
   try:
-    with bucket_errors(folder):
-      contents = (epath.Path(folder) / EVAL_FILE).read_bytes()
-    report = parse_json(contents)
+    report = parse_json(read_bytes(epath.Path(folder) / EVAL_FILE))
     return report["steps"] == config.num_steps and report["eval"] == to_json(config)["eval"]
   except (FileNotFoundError, ValueError, TypeError, KeyError):  # there is none, or one of an earlier version
     return False

@@ -12,10 +12,10 @@ from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.contexts import CONTEXTS, possible_counts
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.sentence import Clip, ClipRef, Sentence
-from univid_jax.data.held_out import read_usable
 from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.computed import ComputedSentences, open_computed
 from univid_jax.data.sources.grids import GridSentences
+from univid_jax.data.usable import read_usable
 from univid_jax.evaluation.controls import Case, choose_other_tasks
 
 # Computed tasks whose example pairs serve as control if the data has a single task.
@@ -61,7 +61,7 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
     else:
       for indices in indices_by_task(source).values():
         readers = [functools.partial(source.__getitem__, index) for index in itertools.islice(indices, per_case)]
-        sentences += map(_plan, read_usable(readers, allow_dropped=config.data.allow_dropped))
+        sentences += map(_plan, read_usable(readers, "held-out", allow_dropped=config.data.allow_dropped))
   return sentences
 
 

@@ -38,10 +38,10 @@ def to_numpy(name: str, value: Any, expected: str = "an array of numbers") -> np
 
 def list_clips(name: str, clips: Any) -> list[Any]:
   """Returns the clips of an argument, which `check_frames` has yet to check; raises UserError if they are no list."""
-  return [to_frames(clip) for clip in require_list(name, clips, "clips, uint8 arrays (T, H, W, 3)")]
+  return [as_numpy_clip(clip) for clip in require_list(name, clips, "clips, uint8 arrays (T, H, W, 3)")]
 
 
-def to_frames(clip: Any) -> Any:
+def as_numpy_clip(clip: Any) -> Any:
   """Returns an array of any library as one of NumPy, and anything else as it is; raises UserError for tracers."""
   return to_numpy("a clip", clip) if isinstance(clip, Tracer) or hasattr(clip, "__array__") else clip
 

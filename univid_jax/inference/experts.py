@@ -106,7 +106,7 @@ class Experts:
     return split_guidance(scale, len(self.transformers))
 
   def are_guided(self, scale: float | Sequence[float]) -> bool:
-    """Whether a guidance scale, see `guidance_scales`, needs the negative prompt."""
+    """Returns whether a guidance scale, see `guidance_scales`, needs the negative prompt."""
     return set(self.guidance_scales(scale)) != {1.0}
 
 

@@ -12,7 +12,7 @@ from univid_jax.core.sentence import Sentence, reference_roles
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.rows.packing import RowShape, assign_rows, bucket_size, join_rows, pack, places_of
 from univid_jax.data.rows.tokens import Features, patchify, unpatchify
-from univid_jax.inference.arguments import check_frames, check_image, to_frames
+from univid_jax.inference.arguments import as_numpy_clip, check_frames, check_image
 from univid_jax.inference.sampler import PackedJobs
 
 
@@ -90,7 +90,7 @@ def join_context(clips: Sequence[np.ndarray], first_frame: np.ndarray | None) ->
   """
   if len(clips) % 2 == 0 and (clips or first_frame is None):
     raise UserError(f"the context must be an odd number of clips (A, A', B), got {len(clips)}")
-  given = tuple(map(to_frames, clips))
+  given = tuple(map(as_numpy_clip, clips))
   given += () if first_frame is None else (check_image("first_frame", first_frame)[None],)
   for clip in given:
     check_frames(clip)

@@ -117,34 +117,38 @@ class JointSampler:
     guided = plan.guided_steps() & (len(joint.template) > 1)
     shape = noise.shape
 
+    def take_step(i: int, before: Any, call: Callable[..., Any], scale: np.float32) -> Any:
+      calls = itertools.count()
+
+      def predict(tokens, sigma):
+        number = next(calls)
+        begin, out = begun.pop((i, number), None) or (0, np.zeros(shape, np.float32))
+        velocities = self._predict(
+          joint,
+          tokens.reshape(shape),
+          lambda rows, noised: gather_arrays(call(rows, noised, sigma, scale)),
+          guided=bool(guided[i]),
+          begin=begin,
+        )
+        for window, velocity in velocities:
+          joint.add(window, velocity, into=out)
+          if progress is not None:
+            progress(i * len(joint.queries) + window + 1)
+          if saved is not None and saved.is_due():
+            place = np.array([number, window + 1])
+            saved.save({"step": np.array(i), "place": place, "velocity": out, **_name_leaves(before)})
+        return out.reshape(tokens.shape)
+
+      after = solver.step(predict, before, np.asarray(sigmas[i]), coefficients[i])
+      if saved is not None and i + 1 == len(sigmas):
+        saved.save({"step": np.array(i + 1), **_name_leaves(after)})
+      return after
+
     def advance(state: Any, steps: Iterable[int], index: int) -> Any:
       # The parameters must have no other reference: an offloaded expert leaves its devices when this returns.
       call = functools.partial(self._velocity, experts.transformers[index].graph, experts.load(index))
       for i in steps:
-        scale, calls = np.float32(scales[index]), itertools.count()
-
-        def predict(tokens, sigma, i=i, scale=scale, calls=calls, before=state):
-          number = next(calls)
-          begin, out = begun.pop((i, number), None) or (0, np.zeros(shape, np.float32))
-          velocities = self._predict(
-            joint,
-            tokens.reshape(shape),
-            lambda rows, noised: gather_arrays(call(rows, noised, sigma, scale)),
-            guided=bool(guided[i]),
-            begin=begin,
-          )
-          for window, velocity in velocities:
-            joint.add(window, velocity, into=out)
-            if progress is not None:
-              progress(i * len(joint.queries) + window + 1)
-            if saved is not None and saved.is_due():
-              place = np.array([number, window + 1])
-              saved.save({"step": np.array(i), "place": place, "velocity": out, **_name_leaves(before)})
-          return out.reshape(tokens.shape)
-
-        state = solver.step(predict, state, np.asarray(sigmas[i]), coefficients[i])
-        if saved is not None and i + 1 == len(sigmas):
-          saved.save({"step": np.array(i + 1), **_name_leaves(state)})
+        state = take_step(i, state, call, np.float32(scales[index]))
       return state
 
     first, begun, state = _restore(saved, solver.init(noise.reshape(1, -1, shape[-1])))

@@ -6,7 +6,6 @@ of the next, and the last frame of the result is its first frame.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,12 +18,13 @@ from jaxtyping import Float
 from univid_jax.core.checks import require_callables, require_integer
 from univid_jax.core.dims import pixel_frames
 from univid_jax.core.errors import UserError
+from univid_jax.core.numbers import ceil_div
 from univid_jax.core.pixels import to_uint8
 from univid_jax.core.seeds import check_seed, random_key
 from univid_jax.data.clips import ClipFormat
 from univid_jax.data.media.reader import Frames, probe, read_clip
 from univid_jax.data.rows.tokens import patchify, unpatchify
-from univid_jax.inference.arguments import check_frames, list_clips, to_frames
+from univid_jax.inference.arguments import as_numpy_clip, check_frames, list_clips
 from univid_jax.inference.encoding import require_finite
 from univid_jax.inference.jobs import Job, make_job
 from univid_jax.inference.joint import JointWindows, WindowProgress
@@ -142,7 +142,7 @@ class VideoSample:
     overlap = 0 if carry_context else (length - 1) // 2
     self._windows = Windows.spread(query.num_frames, length=length, temporal_stride=stride, overlap=overlap)
     if carry_context:  # windows follow each other without overlap; the last one goes on after the end
-      count = math.ceil((self._windows.total - 1) / (length - 1))
+      count = ceil_div(self._windows.total - 1, length - 1)
       self._windows = Windows(1 + count * (length - 1), length, tuple(range(0, count * (length - 1), length - 1)))
     self.num_windows = len(self._windows.starts)
     if carry_context and self.num_windows > 1:
@@ -185,7 +185,7 @@ class VideoSample:
     if isinstance(query, (str, os.PathLike)):
       query = VideoReader.open(query, pipeline.clip_format, size=examples[0].shape[1:3] if examples else None)
     elif not isinstance(query, VideoReader):
-      frames = to_frames(query)
+      frames = as_numpy_clip(query)
       check_frames(frames)
       query = VideoReader.from_frames(frames)
     plan = pipeline.plan(**options)

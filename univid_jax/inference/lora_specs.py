@@ -120,7 +120,7 @@ def _parse(lora: object) -> list[tuple[str, float]]:
 
 
 def _is_spec(value: object) -> bool:
-  """Whether the second of two items is a LoRA too, not a weight, be it one in quotes."""
+  """Returns whether the second of two items is a LoRA too, not a weight, be it one in quotes."""
   try:
     return isinstance(value, os.PathLike | list | tuple) or (isinstance(value, str) and math.isnan(float(value)))
   except ValueError:

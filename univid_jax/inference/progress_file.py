@@ -32,7 +32,7 @@ class ProgressFile:
     self._last_saved, self._seconds = time.monotonic(), 0.0
 
   def is_due(self) -> bool:
-    """Whether the last state was saved, or the file opened, a while ago."""
+    """Returns whether the last state was saved, or the file opened, a while ago."""
     return time.monotonic() - self._last_saved >= SAVE_SECONDS * max(1.0, self._seconds)
 
   def load(self) -> dict[str, np.ndarray]:

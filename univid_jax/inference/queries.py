@@ -70,7 +70,7 @@ class QuerySampler:
     check_examples(examples)
     return self.pipeline.make_job([*examples, query], self.num_frames, self.seed)
 
-  def choose_size(self, job: Job, count: int, most: int | None = None) -> int:
+  def choose_size(self, job: Job, count: int, most: int | None) -> int:
     """Returns how many queries like that of a job are sampled together, if there are `count`.
 
     Args:
@@ -95,17 +95,21 @@ class QuerySampler:
     """
     done, rest = 0, iter(queries)
     while batch := [self._replace_query(first, query) for query in itertools.islice(rest, batch_size)]:
-
-      def show(taken: int, done: int = done, count: int = len(batch)) -> None:
-        if progress is not None:
-          progress(done + count * taken / len(self.plan.sigmas))
-
-      rows = [self.pipeline.pack_job(job, self.embeds) for job in batch]
-      positive, *negative = (join_rows(branch) for branch in zip(*rows))
-      places = [(index, 1) for index in range(len(batch))]
-      packed = PackedJobs(positive, negative[0] if negative else None, places, [job.noise for job in batch])
-      yield from self.pipeline.sample_rows(packed, batch, self.plan, rows_per_batch=batch_size, progress=show)
+      yield from self._sample_batch(batch, size=batch_size, done=done, progress=progress)
       done += len(batch)
+
+  def _sample_batch(
+    self, batch: Sequence[Job], *, size: int, done: int, progress: QueryProgress | None
+  ) -> list[Sample]:
+    def show(taken: int) -> None:
+      if progress is not None:
+        progress(done + len(batch) * taken / len(self.plan.sigmas))
+
+    rows = [self.pipeline.pack_job(job, self.embeds) for job in batch]
+    positive, *negative = (join_rows(branch) for branch in zip(*rows))
+    places = [(index, 1) for index in range(len(batch))]
+    packed = PackedJobs(positive, negative[0] if negative else None, places, [job.noise for job in batch])
+    return self.pipeline.sample_rows(packed, batch, self.plan, rows_per_batch=size, progress=show)
 
   def _replace_query(self, job: Job, query: np.ndarray) -> Job:
     *examples, other, target = job.sentence.clips

@@ -15,7 +15,7 @@ from univid_jax.checkpoints.info import STEP_CACHE_FILE
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json, write_json
-from univid_jax.core.paths import bucket_errors, exists
+from univid_jax.core.paths import exists, read_bytes
 from univid_jax.diffusion.solvers import SOLVERS
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.inference.plan import SamplingPlan
@@ -108,8 +108,7 @@ def _read_tables(path: epath.Path) -> list[dict[str, Any]]:
   """Returns the tables in a file; none if there is no file."""
   if not exists(path):
     return []
-  with bucket_errors(path):
-    contents = path.read_bytes()
+  contents = read_bytes(path)
   try:
     values = parse_json(contents)
     for table in values["tables"]:

@@ -8,12 +8,12 @@ generated like the rest and then dropped.
 
 import dataclasses
 import functools
-import math
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from univid_jax.core.dims import latent_frames
+from univid_jax.core.numbers import ceil_div
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Windows:
     """
     total = max(latent_frames(num_frames, temporal_stride=temporal_stride), length)
     advance = max(length - 1 - overlap, 1)
-    count = 1 + math.ceil((total - length) / advance)
+    count = 1 + ceil_div(total - length, advance)
     starts = np.linspace(0, total - length, count).round().astype(int)
     return cls(total, length, tuple(starts.tolist()))
 

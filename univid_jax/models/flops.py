@@ -67,12 +67,7 @@ def step_flops(
 
 
 def _parts(
-  config: DiTConfig,
-  tokens: float,
-  text_tokens: float,
-  attended: float,
-  attended_text: float,
-  targets: float | None = None,
+  config: DiTConfig, tokens: float, text_tokens: float, attended: float, attended_text: float, targets: float | None
 ) -> tuple[float, float]:
   """Returns the operations of products with weights, and of attention."""
   d, f, layers = config.dim, config.ffn_dim, _layers(config, tokens, targets)

@@ -91,7 +91,7 @@ def attach(model: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs) -> list[str
   return sorted(matched)
 
 
-def linear_name(path: Iterable[Any], layer: int | None = None) -> str:
+def linear_name(path: Iterable[Any], layer: int | None) -> str:
   """Returns the official name of a Linear of the transformer; for stacked layers that of one layer."""
   return original_name("transformer", (*path, "kernel"), layer).removesuffix(".weight")
 

@@ -62,7 +62,7 @@ TABLES: Mapping[str, Rules] = {
 }
 
 
-def original_name(component: str, path: Iterable[object], layer: int | None = None) -> str:
+def original_name(component: str, path: Iterable[object], layer: int | None) -> str:
   """Returns the official name of a parameter; for stacked layers that of one layer."""
   name = ".".join(map(str, path))
   if layer is not None:

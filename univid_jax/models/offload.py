@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from univid_jax.models.quantized import QuantizedKernel, in_words
+from univid_jax.models.quantized import QuantizedKernel, in_words, is_quantized
 from univid_jax.parallel.host_memory import KIND
 
 
@@ -35,7 +35,7 @@ def describe_in_words(abstract: Mapping[str, Any]) -> dict[str, Any]:
       return x
     return dataclasses.replace(x, numbers=jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=sharding))
 
-  return {**abstract, "blocks": jax.tree.map(describe, abstract["blocks"], is_leaf=_is_quantized)}
+  return {**abstract, "blocks": jax.tree.map(describe, abstract["blocks"], is_leaf=is_quantized)}
 
 
 def put_in_words(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def put_in_words(params: Mapping[str, Any]) -> dict[str, Any]:
     return dataclasses.replace(x, numbers=numbers)
 
   described = describe_in_words(params)
-  return {**params, "blocks": jax.tree.map(convert, params["blocks"], described["blocks"], is_leaf=_is_quantized)}
+  return {**params, "blocks": jax.tree.map(convert, params["blocks"], described["blocks"], is_leaf=is_quantized)}
 
 
 def _words_of(kernel: QuantizedKernel) -> jax.Array:
@@ -71,7 +71,3 @@ def _divides(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> bool:
   except ValueError:
     return False
   return True
-
-
-def _is_quantized(x: Any) -> bool:
-  return isinstance(x, QuantizedKernel)

@@ -187,9 +187,14 @@ def _multiply_backward(
 multiply_quantized.defvjp(_multiply_forward, _multiply_backward)
 
 
+def is_quantized(x: object) -> bool:
+  """Returns whether a leaf of parameters is a quantised kernel; also says to `jax.tree` that it is a leaf."""
+  return isinstance(x, QuantizedKernel)
+
+
 def quantization_of(params: Any) -> Quantize:
   """Returns how the kernels among parameters are quantised."""
-  leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedKernel))
+  leaves = jax.tree.leaves(params, is_leaf=is_quantized)
   return next((x.method for x in leaves if isinstance(x, QuantizedKernel)), Quantize.NONE)
 
 

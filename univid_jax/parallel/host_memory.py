@@ -40,5 +40,5 @@ def fetch(tree: Tree) -> Tree:
 
 
 def is_on_host(x: Any) -> bool:
-  """Whether an array, or the description of one, is in the memory of the host."""
+  """Returns whether an array, or the description of one, is in the memory of the host."""
   return x.sharding.memory_kind == KIND

@@ -172,7 +172,7 @@ def order(options: Iterable[Option]) -> list[Option]:
 
 
 def _replaces(option: Option, other: Option) -> bool:
-  """Whether two options differ only in how the base is stored, the first one more precisely."""
+  """Returns whether two options differ only in how the base is stored, the first one more precisely."""
   return (option.mesh, option.config.model.remat) == (other.mesh, other.config.model.remat) and _imprecision(
     option
   ) < _imprecision(other)
@@ -291,9 +291,9 @@ def describe(options: Sequence[Option], machine: Machine, arguments: Sequence[st
   lines = []
   for number, option in enumerate([option for option in options if not option.problem], 1):
     expected = option.estimate
-    rows = f"{expected.rows} row{'s' if expected.rows > 1 else ''}"
     lines += [
-      f"{number}. {option}: {_gigabytes(option.memory, machine.memory)}; step of {rows} in about "
+      f"{number}. {option}: {_gigabytes(option.memory, machine.memory)}; step of "
+      f"{count_noun(expected.rows, 'row')} in about "
       f"{expected.seconds:.1f} s (compute {expected.compute:.1f}, memory {expected.memory:.1f}, network "
       f"{expected.network:.1f})",
       f"   {option.command(arguments, environment='' if machine.is_tpu else GPU_ENVIRONMENT)}",

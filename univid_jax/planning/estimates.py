@@ -25,7 +25,7 @@ from univid_jax.models.attention.api import best_backend
 from univid_jax.models.attention.sharded import Exchange
 from univid_jax.models.flops import step_flops
 from univid_jax.models.lora import LoRAParam
-from univid_jax.models.quantized import QuantizedKernel
+from univid_jax.models.quantized import is_quantized
 from univid_jax.models.variants import DiTConfig
 from univid_jax.platform.chips import Chip
 from univid_jax.platform.current import Platform
@@ -129,10 +129,7 @@ def _model_bytes(model: ModelConfig, base: BaseConfig, lora: LoRAConfig, **other
     leaves = [x for x in jax.tree.leaves(nnx.state(part, kind)) if len(x.shape) >= min_dims]
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
-  def is_kernel(x: object) -> bool:
-    return isinstance(x, QuantizedKernel)
-
-  kernels = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module.blocks, nnx.Param)), is_leaf=is_kernel)
+  kernels = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module.blocks, nnx.Param)), is_leaf=is_quantized)
   block = sum(math.prod(x.shape[1:]) for x in kernels) * jnp.dtype(model.dtype).itemsize
   blocks = count(module.blocks, nnx.Param, min_dims=3)
   return ModelBytes(

@@ -77,7 +77,7 @@ GPU_SHARE = 0.92
 
 
 def is_tpu(name: str) -> bool:
-  """Whether a chip of `NAMES` is a TPU, or else an NVIDIA GPU."""
+  """Returns whether a chip of `NAMES` is a TPU, or else an NVIDIA GPU."""
   return NAMES[name].startswith("TPU")
 
 

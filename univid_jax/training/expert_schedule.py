@@ -22,7 +22,7 @@ class ExpertSchedule:
 
   @classmethod
   def from_config(cls, config: RunConfig) -> "ExpertSchedule":
-    """Returns that of a run of both experts."""
+    """Returns the schedule of a run of both experts: each has its share of the noise levels."""
     high, low = (make_flow(part) for part in split_config(config))
     share = high.range_probability / (high.range_probability + low.range_probability)
     return cls(round(PERIOD * share))

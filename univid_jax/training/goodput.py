@@ -20,7 +20,7 @@ import jax
 from etils import epath
 
 from univid_jax.core.json_files import parse_json, write_json
-from univid_jax.core.paths import bucket_errors, exists
+from univid_jax.core.paths import exists, read_bytes
 
 GOODPUT_FILE = "goodput.json"
 # A kill hides at most this much of what it costs.
@@ -141,9 +141,7 @@ class Goodput:
     try:
       if not exists(self._path):
         return _zeros(), {}
-      with bucket_errors(self._path):
-        contents = self._path.read_bytes()
-      values = parse_json(contents)
+      values = parse_json(read_bytes(self._path))
       checkpoints = {int(step): _parse(totals) for step, totals in values["checkpoints"].items()}
       return _parse(values["seconds"]), checkpoints
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -152,7 +152,8 @@ class Summarize:
     used = [metrics for metrics in values if not metrics.get("skipped")]
     summary = {}
     for name in values[0]:
-      if found := used if name in ("loss", "grad_norm") else values:
+      found = used if name in ("loss", "grad_norm") else values
+      if found:
         summary[name] = float(np.mean([np.sum(metrics[name]) for metrics in found]))
     if "skipped" in summary:
       summary["skipped"] = float(len(values) - len(used))

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from univid_jax.core.json_files import parse_json
-from univid_jax.core.paths import atomic_write, bucket_errors, exists, is_remote
+from univid_jax.core.paths import atomic_write, bucket_errors, exists, is_remote, read_bytes, write_text
 
 # How long TensorBoard events stay in memory.
 FLUSH_SECONDS = 30
@@ -28,12 +28,10 @@ class MetricsWriter:
   def __init__(self, workdir: epath.PathLike, *, start_step: int):
     self._folder = epath.Path(workdir)
     self._path = self._folder / "metrics.jsonl"
-    with bucket_errors(self._path):
-      text = self._path.read_bytes().decode(errors="replace") if exists(self._path) else ""
+    text = read_bytes(self._path).decode(errors="replace") if exists(self._path) else ""
     self._lines = _select_lines(text, last_step=start_step)
     if "".join(self._lines) != text:
-      with atomic_write(self._path) as path:  # a run that is killed here has lost nothing
-        path.write_text("".join(self._lines))
+      write_text(self._path, "".join(self._lines))  # a run that is killed here has lost nothing
     self._start_step = start_step
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -42,9 +40,9 @@ class MetricsWriter:
     try:
       if is_remote(self._path):  # objects in a bucket cannot be appended to
         with bucket_errors(self._path):
-          self._path.write_text("".join(self._lines))
+          self._path.write_text("".join(self._lines), encoding="utf-8")
       else:
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
           file.write(self._lines[-1])
       with bucket_errors(self._path):
         self._board.write(step, metrics)
@@ -58,8 +56,7 @@ class MetricsWriter:
     last = json.loads(self._lines[-1]) if self._lines else {}
     if last.get("step") == step:
       self._lines[-1] = json.dumps(last | dict(metrics)) + "\n"
-      with atomic_write(self._path) as path:
-        path.write_text("".join(self._lines))
+      write_text(self._path, "".join(self._lines))
       with bucket_errors(self._path):
         self._board.write(step, metrics)
 

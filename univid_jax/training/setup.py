@@ -172,10 +172,20 @@ def set_up_run(
   if config.lora.enabled:
     bases = [load_base(part, mesh) for part in split_config(config)]
     base_graph, frozen = bases[0][0], config.model.expert.join_trees([params for _, params in bases])
-  record = dataclasses.replace(record, prompts=data.prompts)
   return Run(
-    *(record, workdir, mesh, shape, optimizers, spec, base_graph, frozen, encoders, data, features, validation),
-    distillation,
+    record=dataclasses.replace(record, prompts=data.prompts),
+    workdir=workdir,
+    mesh=mesh,
+    shape=shape,
+    optimizers=optimizers,
+    spec=spec,
+    base_graph=base_graph,
+    frozen=frozen,
+    encoders=encoders,
+    data=data,
+    features=features,
+    validation=validation,
+    distillation=distillation,
   )
 
 

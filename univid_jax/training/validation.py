@@ -24,7 +24,6 @@ from univid_jax.core.seeds import random_key
 from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.data.cache.entries import CacheError
 from univid_jax.data.features import FeatureMaker
-from univid_jax.data.held_out import read_usable
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.pictures import COLUMNS, concatenate_clips, sentence_grid
 from univid_jax.data.rows.loader import MakeFeatures, make_fitting
@@ -32,6 +31,7 @@ from univid_jax.data.rows.packing import RowShape, pack_rows, take_rows
 from univid_jax.data.rows.tokens import feature_names
 from univid_jax.data.sources.base import Dropped, drop, indices_by_task, report_dropped
 from univid_jax.data.sources.open import DataSources
+from univid_jax.data.usable import read_usable
 from univid_jax.diffusion.loss import sentence_losses
 from univid_jax.evaluation.generate import sample_targets
 from univid_jax.inference.pipeline import Pipeline
@@ -144,7 +144,7 @@ def select_sentences(data: DataSources, config: RunConfig) -> list[Sentence]:
 
   chosen = take_turns([readers(source) for source in sources.values()])
   selected = list(itertools.islice(chosen, config.validation.sentences))
-  return read_usable(selected, allow_dropped=config.data.allow_dropped)
+  return read_usable(selected, "held-out" if data.held_out else "training", allow_dropped=config.data.allow_dropped)
 
 
 def leave_out_unusable(
@@ -201,7 +201,7 @@ def write_previews(
   sentences: Sequence[Sentence],
   *,
   num_inference_steps: int | None,
-  progress: Progress | None = None,
+  progress: Progress | None,
 ) -> None:
   """Samples the sentences' targets and writes step_NNNNNN.png with all of them, and a video of each that is one.
 

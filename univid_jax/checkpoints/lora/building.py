@@ -31,14 +31,16 @@ class StoredKind:
   Attributes:
     name: for messages.
     prefixes: of its parts.
-    required: for each of its factors the alternatives, sets of parts.
+    required: of its parts.
     build: converts the parts.
+    has_products: each required part may also be a product, of two parts that end with _a and _b.
   """
 
   name: str
   prefixes: tuple[str, ...]
-  required: Sequence[Sequence[Sequence[str]]]
+  required: tuple[str, ...]
   build: Callable[[Parts, AlphaOf], Change]
+  has_products: bool = False
 
 
 def build_changes(tensor: str, parts: Parts, alpha_of: AlphaOf) -> dict[str, Change]:
@@ -55,8 +57,7 @@ def build_changes(tensor: str, parts: Parts, alpha_of: AlphaOf) -> dict[str, Cha
   kind = next((kind for kind in STORED_KINDS if any(part.startswith(kind.prefixes) for part in parts)), None)
   if kind is None:
     raise PartsError("has no matrices")
-  missing = [name for alternatives in kind.required for name in _missing(alternatives, parts)]
-  if missing:
+  if missing := _missing(kind, parts):
     raise PartsError(f"is incomplete: {kind.name} needs {' and '.join(missing)} too")
   strange = sorted(part for part in parts if part not in _COMMON and not part.startswith(kind.prefixes))
   if strange:
@@ -71,12 +72,14 @@ def build_changes(tensor: str, parts: Parts, alpha_of: AlphaOf) -> dict[str, Cha
   return changes
 
 
-def _missing(alternatives: Sequence[Sequence[str]], parts: Parts) -> list[str]:
-  """Returns the parts that none of the alternatives can do without; of an incomplete one those that it lacks."""
-  if any(parts.keys() >= set(names) for names in alternatives):
-    return []
-  started = (names for names in alternatives if parts.keys() & set(names))
-  return [name for name in next(started, alternatives[-1]) if name not in parts]
+def _missing(kind: StoredKind, parts: Parts) -> list[str]:
+  """Returns the required parts that are missing; of half a product the other half."""
+  missing = []
+  for part in kind.required:
+    halves = (f"{part}_a", f"{part}_b")
+    is_product = kind.has_products and part not in parts and any(half in parts for half in halves)
+    missing += [name for name in (halves if is_product else (part,)) if name not in parts]
+  return missing
 
 
 def _build_low_rank(parts: Parts, alpha_of: AlphaOf) -> LoRALayer:
@@ -123,7 +126,10 @@ def _build_lokr(parts: Parts, alpha_of: AlphaOf) -> LoKrLayer:
     w2 = [_tucker(parts["lokr_t2"], w2[0], w2[1]) * np.float32(_number(alpha) / len(w2[1]))]
     alpha = float(len(w1[1])) if len(w1) == 2 else None
   for factor in (w1, w2):
-    _product_shape(factor[0], factor[1]) if len(factor) == 2 else _check_matrix(factor[0])
+    if len(factor) == 2:
+      _product_shape(factor[0], factor[1])
+    else:
+      _check_matrix(factor[0])
   return LoKrLayer(tuple(w1), tuple(w2), alpha)
 
 
@@ -133,15 +139,10 @@ def _build_difference(parts: Parts, alpha_of: AlphaOf) -> Difference:
 
 
 STORED_KINDS: Sequence[StoredKind] = (
-  StoredKind("a low-rank pair", ("down", "up", "mid"), ((("down",),), (("up",),)), _build_low_rank),
-  StoredKind("LoHa", ("hada_",), tuple(((f"hada_{part}",),) for part in ("w1_a", "w1_b", "w2_a", "w2_b")), _build_loha),
-  StoredKind(
-    "LoKr",
-    ("lokr_",),
-    tuple(((f"lokr_{part}_a", f"lokr_{part}_b"), (f"lokr_{part}",)) for part in ("w1", "w2")),
-    _build_lokr,
-  ),
-  StoredKind("a difference", ("diff",), ((("diff",),),), _build_difference),
+  StoredKind("a low-rank pair", ("down", "up", "mid"), ("down", "up"), _build_low_rank),
+  StoredKind("LoHa", ("hada_",), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), _build_loha),
+  StoredKind("LoKr", ("lokr_",), ("lokr_w1", "lokr_w2"), _build_lokr, has_products=True),
+  StoredKind("a difference", ("diff",), ("diff",), _build_difference),
 )
 
 

@@ -22,7 +22,7 @@ from univid_jax.checkpoints.lora.weights import LoRAWeights
 from univid_jax.checkpoints.orbax_files import restore_arrays, save_arrays
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json_object, write_json
-from univid_jax.core.paths import bucket_errors, exists, to_path
+from univid_jax.core.paths import exists, read_bytes, to_path
 
 LORA_FILE = "lora.json"
 FORMAT = 2  # 1 has no changes/
@@ -57,9 +57,7 @@ def read_lora_folder(folder: epath.PathLike) -> LoRAWeights:
     UserError: its contents cannot be read.
   """
   folder = epath.Path(folder)
-  with bucket_errors(folder):
-    contents = (folder / LORA_FILE).read_bytes()
-  info = parse_json_object(contents, source=folder / LORA_FILE)
+  info = parse_json_object(read_bytes(folder / LORA_FILE), source=folder / LORA_FILE)
   if info.get("format", 1) not in range(1, FORMAT + 1):
     raise UserError(
       f"{folder / LORA_FILE} has another format than 1 to {FORMAT}: it is damaged, or a newer univid_jax wrote it"

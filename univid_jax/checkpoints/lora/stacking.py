@@ -27,7 +27,7 @@ Parts = Mapping[str, np.ndarray]
 log = logging.getLogger(__name__)
 
 # Names of the published models by width, for error messages.
-_MODEL_NAMES = {1536: "1.3B", 5120: "14B"}
+_MODEL_NAMES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
 
 
 class Target(NamedTuple):
@@ -168,7 +168,7 @@ def _stack(layers: Mapping[int | None, Parts], stack: tuple[int, ...]) -> dict[s
 
 
 def match_base(
-  lora: LoRAWeights, config: DiTConfig, targets: Mapping[str, Target], *, skip_unmatched: bool = False
+  lora: LoRAWeights, config: DiTConfig, targets: Mapping[str, Target], *, skip_unmatched: bool
 ) -> LoRAWeights:
   """Returns the changes that a base has a counterpart of.
 

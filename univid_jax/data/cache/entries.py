@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import load, save
 
-from univid_jax.core.paths import atomic_write, bucket_errors, exists
+from univid_jax.core.paths import atomic_write, exists, read_bytes
 from univid_jax.data.cache.shards import FOLDER, Shards, seal_entry, unseal_entry
 
 log = logging.getLogger(__name__)
@@ -105,8 +105,7 @@ class Cache:
   def _read_file(self, key: str) -> bytes | None:
     path = self.path(key)
     try:
-      with bucket_errors(path):
-        body = unseal_entry(path.read_bytes())
+      body = unseal_entry(read_bytes(path))
     except FileNotFoundError:
       return None
     if body is None and key not in self._reported:

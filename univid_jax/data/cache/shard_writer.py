@@ -19,7 +19,7 @@ from etils import epath
 
 from univid_jax.core.bucket_files import copy_file
 from univid_jax.core.errors import UserError
-from univid_jax.core.paths import atomic_write, bucket_errors, exists
+from univid_jax.core.paths import atomic_write, bucket_errors, exists, read_bytes
 from univid_jax.core.text import count_noun
 from univid_jax.core.unfinished import is_unfinished
 from univid_jax.data.cache.entries import CacheError, entry_path, is_entry
@@ -145,8 +145,7 @@ def _unpacked(
     progress.update(position, num_yielded)
     if shards.read(digest) is None:
       path = entry_path(cache, digest)
-      with bucket_errors(path):
-        entry = path.read_bytes()
+      entry = read_bytes(path)
       if unseal_entry(entry) is None:
         log.warning("%s is corrupt and is not packed", path)
         continue
@@ -232,11 +231,11 @@ def _update_index(folder: epath.Path) -> None:
 
 def _describe(path: epath.Path) -> tuple[Shard, bytes] | None:
   """Returns a shard and its keys, which are read from it if their own file is damaged; None if both are."""
+  try:
+    keys = unseal_entry(read_bytes(_keys_path(path)))
+  except FileNotFoundError:
+    keys = None
   with bucket_errors(path):
-    try:
-      keys = unseal_entry(_keys_path(path).read_bytes())
-    except FileNotFoundError:
-      keys = None
     num_bytes = path.stat().length
   if keys is None:
     try:

@@ -213,7 +213,7 @@ class StreamDecoder:
         yield DecodedFrame(frame, number, (number,))
 
   def is_leading(self, number: int) -> bool:
-    """Whether a frame is shown before the key frame that precedes it in the order of decoding."""
+    """Returns whether a frame is shown before the key frame that precedes it in the order of decoding."""
     if number == len(self.packets):  # the file could not be read further
       return False
     packet = self.packets[number]
@@ -232,7 +232,7 @@ class StreamDecoder:
     return None
 
   def lacks_references(self) -> bool:
-    """Whether all errors may be that frames name references before the first which they do not use."""
+    """Returns whether all errors may be that frames name references before the first which they do not use."""
     end = len(self.packets)
     return self.starts_open and not any(failed == end or self.packets[failed].key for failed in self.failures)
 

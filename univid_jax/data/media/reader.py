@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import enum
 import math
 import os
 import re
@@ -45,6 +46,15 @@ _HEADER_LOCK = threading.Lock()
 Frames = UInt8[np.ndarray, "_T _H _W 3"]
 
 
+class _Kind(enum.Enum):
+  """What a clip is read from; an image may be animated."""
+
+  FOLDER = enum.auto()
+  ARRAY = enum.auto()
+  IMAGE = enum.auto()
+  VIDEO = enum.auto()
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedClip:
   """Frames, and their number per second; None if the file has no frame rate."""
@@ -86,7 +96,7 @@ class ClipInfo:
 
 
 def is_foreign(path: str | os.PathLike) -> bool:
-  """Whether a file or folder is none of the user's: hidden, or left by an operating system or tool (`._a.mp4`)."""
+  """Returns whether a file or folder is none of the user's: hidden, or left by a system or tool (`._a.mp4`)."""
   name = os.path.basename(os.fspath(path))
   return name.startswith(".") or name.lower() in FOREIGN_NAMES
 
@@ -113,22 +123,23 @@ def read_clip(
   if start < 0 or (num_frames is not None and num_frames < 1) or (fps is not None and not 0 < fps < math.inf):
     raise UserError(f"start must be at least 0, num_frames and fps positive: got {start}, {num_frames} and {fps}")
   with _named_errors(path):
-    if path.is_dir():
-      files = list_frames(path)
-      indices = Schedule.untimed(len(files)).select(start, num_frames, fps)
-      return LoadedClip(_stack([read_image_frames(files[index], [0])[0] for index in indices]))
-    suffix = path.suffix.lower()
-    if suffix == ".npy":
-      array = _map_array(path)
-      indices = Schedule.untimed(len(array)).select(start, num_frames, fps)
-      return LoadedClip(np.array(array[indices[0] : indices[-1] + 1]))
-    if suffix in ANIMATION_SUFFIXES or suffix in IMAGE_SUFFIXES:
-      schedule = read_animation(path).schedule
-      frames = _stack(read_image_frames(path, schedule.select(start, num_frames, fps).tolist()))
-      return LoadedClip(frames, schedule.rate_at(fps))
-    if suffix in VIDEO_SUFFIXES:
-      return _read_video(path, start, num_frames, fps)
-    raise UserError(f"it is not a clip: a clip is {CLIP_KINDS}")
+    match _find_kind(path):
+      case _Kind.FOLDER:
+        files = list_frames(path)
+        indices = Schedule.untimed(len(files)).select(start, num_frames, fps)
+        return LoadedClip(_stack([read_image_frames(files[index], [0])[0] for index in indices]))
+      case _Kind.ARRAY:
+        array = _map_array(path)
+        indices = Schedule.untimed(len(array)).select(start, num_frames, fps)
+        return LoadedClip(np.array(array[indices[0] : indices[-1] + 1]))
+      case _Kind.IMAGE:
+        schedule = read_animation(path).schedule
+        frames = _stack(read_image_frames(path, schedule.select(start, num_frames, fps).tolist()))
+        return LoadedClip(frames, schedule.rate_at(fps))
+      case _Kind.VIDEO:
+        return _read_video(path, start, num_frames, fps)
+      case None:
+        raise UserError(f"it is not a clip: a clip is {CLIP_KINDS}")
 
 
 def read_parts(path: str | os.PathLike, spans: Sequence[tuple[int, int]], *, fps: float | None = None) -> list[Frames]:
@@ -143,7 +154,7 @@ def read_parts(path: str | os.PathLike, spans: Sequence[tuple[int, int]], *, fps
     FileNotFoundError, UserError: see `read_clip`.
   """
   path = _clip_path(path)
-  if len(spans) == 1 or path.is_dir() or path.suffix.lower() not in VIDEO_SUFFIXES or _is_animation(path):
+  if len(spans) == 1 or _find_kind(path) != _Kind.VIDEO:
     return [read_clip(path, start, count, fps).frames for start, count in spans]
   with _named_errors(path):
     timeline = scan_timeline(path)
@@ -160,10 +171,6 @@ def _take(frames: Frames, positions: Int[np.ndarray, "n"]) -> Frames:
   return frames[begin:end] if (np.diff(positions) == 1).all() else frames[positions]
 
 
-def _is_animation(path: Path) -> bool:
-  return path.suffix.lower() in ANIMATION_SUFFIXES
-
-
 def probe(path: str | os.PathLike) -> ClipInfo:
   """Inspects a file without decoding more than the first frames, unless its frames can only be counted by decoding.
 
@@ -173,29 +180,42 @@ def probe(path: str | os.PathLike) -> ClipInfo:
   """
   path = _clip_path(path)
   with _named_errors(path):
-    if path.is_dir():
-      files = list_frames(path)
-      return ClipInfo(read_animation(files[0]).size, Schedule.untimed(len(files)))
-    suffix = path.suffix.lower()
-    if suffix == ".npy":
-      array = _map_array(path)
-      return ClipInfo((array.shape[1], array.shape[2]), Schedule.untimed(len(array)))
-    if suffix in ANIMATION_SUFFIXES or suffix in IMAGE_SUFFIXES:
-      animation = read_animation(path)
-      return ClipInfo(animation.size, animation.schedule)
-    if suffix in VIDEO_SUFFIXES:
-      timeline = scan_timeline(path)
-      if timeline.defect or timeline.schedule is None:
-        raise UserError(timeline.defect or "its frames cannot be counted")
-      return ClipInfo(timeline.size, timeline.schedule)
-    raise UserError(f"it is not a clip: a clip is {CLIP_KINDS}")
+    match _find_kind(path):
+      case _Kind.FOLDER:
+        files = list_frames(path)
+        return ClipInfo(read_animation(files[0]).size, Schedule.untimed(len(files)))
+      case _Kind.ARRAY:
+        array = _map_array(path)
+        return ClipInfo((array.shape[1], array.shape[2]), Schedule.untimed(len(array)))
+      case _Kind.IMAGE:
+        animation = read_animation(path)
+        return ClipInfo(animation.size, animation.schedule)
+      case _Kind.VIDEO:
+        timeline = scan_timeline(path)
+        if timeline.defect or timeline.schedule is None:
+          raise UserError(timeline.defect or "its frames cannot be counted")
+        return ClipInfo(timeline.size, timeline.schedule)
+      case None:
+        raise UserError(f"it is not a clip: a clip is {CLIP_KINDS}")
 
 
 def shows_transparency(path: str | os.PathLike) -> bool:
   """Returns whether an image file has transparent pixels, which `read_clip` shows over white; False for other clips."""
   path = _clip_path(path)
   with _named_errors(path):
-    return path.suffix.lower() in (*ANIMATION_SUFFIXES, *IMAGE_SUFFIXES) and not path.is_dir() and is_transparent(path)
+    return _find_kind(path) == _Kind.IMAGE and is_transparent(path)
+
+
+def _find_kind(path: Path) -> _Kind | None:
+  """Returns the kind of a clip, as its suffix says; None if it is none."""
+  suffix = path.suffix.lower()
+  if path.is_dir():
+    return _Kind.FOLDER
+  if suffix == ".npy":
+    return _Kind.ARRAY
+  if suffix in ANIMATION_SUFFIXES or suffix in IMAGE_SUFFIXES:
+    return _Kind.IMAGE
+  return _Kind.VIDEO if suffix in VIDEO_SUFFIXES else None
 
 
 def list_frames(folder: Path) -> list[Path]:

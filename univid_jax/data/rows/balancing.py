@@ -28,7 +28,7 @@ class BatchLayout:
 
   @classmethod
   def from_config(cls, rows: RowsConfig, num_shards: int) -> "BatchLayout":
-    """Returns that of a run.
+    """Returns the layout of the batches of a run.
 
     Args:
       rows: its config.

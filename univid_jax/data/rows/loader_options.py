@@ -30,12 +30,12 @@ class RowOwnership:
 
   @classmethod
   def whole(cls, num_rows: int) -> "RowOwnership":
-    """Returns that of a single process, which makes all rows."""
+    """Returns the ownership of a single process, which makes all rows."""
     return cls(own=range(num_rows), order=range(num_rows))
 
   @classmethod
   def from_mesh(cls, num_rows: int, mesh: Mesh, process: int | None = None) -> "RowOwnership":
-    """Returns that of a process, by default this one, whose devices hold its rows."""
+    """Returns the ownership of a process, by default of this one: of the rows that its devices hold."""
     owners = set(row_owners(num_rows, mesh))
     return cls(
       own=own_rows(num_rows, mesh, process),
@@ -67,7 +67,7 @@ class LoaderOptions:
 
   @classmethod
   def from_config(cls, config: RunConfig, ownership: RowOwnership) -> "LoaderOptions":
-    """Returns those of a run; unless it names a number of streams, each owner of rows has one, if they divide."""
+    """Returns the options of a run; if it names no number of streams, each owner of rows has one, if they divide."""
     return cls(
       num_threads=config.data.num_threads,
       num_packing_bins=config.rows.packing_bins,

@@ -35,7 +35,7 @@ class RowShape:
 
   @classmethod
   def from_config(cls, rows: RowsConfig, context_mode: ContextMode) -> "RowShape":
-    """Returns that of a run's rows."""
+    """Returns the capacity of a run's rows."""
     return cls(
       num_tokens=rows.num_tokens,
       num_text_tokens=rows.num_text_tokens,
@@ -44,20 +44,16 @@ class RowShape:
       context_mode=context_mode,
     )
 
-  def capacity(self, unit: Unit) -> int | None:
-    """Returns how much of a unit a row can hold; None leaves the unit's features out."""
-    return {
+  def capacities(self, names: Iterable[str]) -> dict[str, int]:
+    """Returns the length of each of the named features in a row, without those that are left out."""
+    of_units = {
       Unit.TOKEN: self.num_tokens,
       Unit.TEXT_TOKEN: self.num_text_tokens,
       Unit.IMAGE_FEATURE: IMAGE_FEATURES * self.num_slots,
       Unit.TARGET_TOKEN: self.num_targets,
       Unit.SENTENCE: self.num_slots,
-    }[unit]
-
-  def capacities(self, names: Iterable[str]) -> dict[str, int]:
-    """Returns the length of each of the named features in a row, without those that are left out."""
-    capacities = {name: self.capacity(UNITS[name]) for name in names}
-    return {name: capacity for name, capacity in capacities.items() if capacity is not None}
+    }
+    return {name: capacity for name in names if (capacity := of_units[UNITS[name]]) is not None}
 
 
 def bucket_size(count: int) -> int:
@@ -91,10 +87,7 @@ def pack(sentences: Sequence[Features], shape: RowShape) -> PackedRow:
 
 
 def finish_rows(
-  packed: Mapping[str, np.ndarray],
-  segment_ids: Mapping[Unit, Integer[np.ndarray, "b _"]],
-  *,
-  context_mode: ContextMode = UNIVID_CONTEXT,
+  packed: Mapping[str, np.ndarray], segment_ids: Mapping[Unit, Integer[np.ndarray, "b _"]], *, context_mode: ContextMode
 ) -> PackedRow:
   """Derives everything that depends on the places of sentences in their rows.
 

@@ -17,7 +17,7 @@ from univid_jax.core.contexts import video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.protocols import SentenceSource
-from univid_jax.core.text import count_noun
+from univid_jax.core.text import count_noun, is_or_are
 from univid_jax.data.media.reader import is_foreign
 from univid_jax.runtime.processes import sum_over_processes
 
@@ -36,7 +36,9 @@ def report_texts(folder: str, texts: Sequence[Path]) -> None:
     log.warning(
       "%s: %s not read, such as %s: prompts are made of the names of tasks, as config.data.prompt says; those of your "
       "own are in config.data.manifest",
-      *(folder, "1 text file is" if len(texts) == 1 else f"{len(texts)} text files are", printable(str(texts[0]))),
+      folder,
+      f"{count_noun(len(texts), 'text file')} {is_or_are(len(texts))}",
+      printable(str(texts[0])),
     )
 
 
@@ -136,7 +138,8 @@ class DrawOptions:
   Attributes:
     contexts: weights by name.
     num_clips: weights by number of clips.
-    max_video_clips, reverse_probability, prompt, prompt_dropout, variants: see `DataConfig`.
+    max_video_clips, reverse_probability, prompt_dropout, variants: see `DataConfig`.
+    prompt_style: `DataConfig.prompt`.
     seed: of all draws.
   """
 
@@ -144,7 +147,7 @@ class DrawOptions:
   num_clips: Mapping[int, float]
   max_video_clips: int
   reverse_probability: float
-  prompt: PromptStyle
+  prompt_style: PromptStyle
   prompt_dropout: float
   variants: int
   seed: int
@@ -165,7 +168,7 @@ class DrawOptions:
       num_clips=sort_weights(config.clip_counts),
       max_video_clips=config.max_video_clips,
       reverse_probability=config.reverse_probability,
-      prompt=config.prompt,
+      prompt_style=config.prompt,
       prompt_dropout=config.prompt_dropout,
       variants=config.variants,
       seed=seed,

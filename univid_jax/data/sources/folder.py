@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from univid_jax.core.errors import UserError
+from univid_jax.core.text import count_noun, is_or_are
 from univid_jax.data.clips import WatchedFile
 from univid_jax.data.media.reader import CLIP_KINDS, CLIP_SUFFIXES, Frames, is_foreign, probe, read_clip
 from univid_jax.data.sources.base import Dropped, drop, is_text, report_texts
@@ -96,7 +97,7 @@ class FolderSource:
       reason = f", but folders, such as {min(folders)}{reason}" if folders else reason
       raise UserError(f"no images or videos in {folder}{reason}")
     if folders:
-      what = "1 folder in it is" if len(folders) == 1 else f"{len(folders)} folders in it are"
+      what = f"{count_noun(len(folders), 'folder')} in it {is_or_are(len(folders))}"
       log.warning("%s: %s left out, only its own files are read", folder, what)
     stems = {path.stem for path in paths}
     report_texts(folder, [path for path in texts if path.stem in stems])

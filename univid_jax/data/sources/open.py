@@ -212,7 +212,9 @@ def _warn_of_shown_targets(name: str, source: SentenceSource, held_out: Sentence
     log.warning(
       "data: %s, training shows the targets of %d of the %d held-out records in other records: validation and "
       "evaluation say little about others; config.data.pairs holds out pairs",
-      *(name, count, len(held_out.records)),
+      name,
+      count,
+      len(held_out.records),
     )
 
 

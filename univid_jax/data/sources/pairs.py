@@ -9,7 +9,7 @@ import numpy as np
 from univid_jax.core.contexts import CONTEXTS, limit_clips, make_sentence, video_pattern
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence
-from univid_jax.core.text import count_noun, join_words, size_text
+from univid_jax.core.text import count_noun, is_or_are, join_words, size_text
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.media.schedule import is_same_rate
 from univid_jax.data.prompts import prompt_for
@@ -124,7 +124,7 @@ class PairSentences:
         return f": its {'pairs' if len(images) > 1 else images[0]} are images", False
       short = {name: 1 for name, both in lengths.items() if 1 in both}
     first = max(short, key=short.__getitem__)
-    of_pairs = f"{len(short)} of its {count_noun(len(pairs), 'pair')} {'is' if len(short) == 1 else 'are'} too short"
+    of_pairs = f"{len(short)} of its {count_noun(len(pairs), 'pair')} {is_or_are(len(short))} too short"
     frames = f"{count_noun(short[first], 'frame')} instead of {self.form.num_frames}"
     return f", for whose videos {of_pairs}, such as {printable(first)} with {frames}", True
 
@@ -142,7 +142,7 @@ class PairSentences:
     return {task: self._prompt(task) for task in self.task_names}
 
   def _prompt(self, task: str) -> str:
-    return prompt_for(task.replace("_", " "), self.options.prompt)
+    return prompt_for(task.replace("_", " "), self.options.prompt_style)
 
   def identify_records(self) -> dict[str, object]:
     """See `IdentifiesRecords`: the pairs that are queried."""

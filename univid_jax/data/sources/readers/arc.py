@@ -88,7 +88,7 @@ class ARCSentences:
   @property
   def prompts(self) -> dict[str, str]:
     """The prompt of the task."""
-    return {ARC_TASK: prompt_for(PROMPT_NAME, self.options.prompt)}
+    return {ARC_TASK: prompt_for(PROMPT_NAME, self.options.prompt_style)}
 
   def __len__(self) -> int:
     return len(self._tests) if self.is_test_set else len(self.tasks) * self.options.variants
@@ -128,7 +128,7 @@ class ARCSentences:
     dropped = not self.is_test_set and rng.random() < self.options.prompt_dropout
     sentence = make_sentence(
       [(self.rendering.clip([source]), self.rendering.clip([target])) for source, target in pairs],
-      prompt="" if dropped else prompt_for(PROMPT_NAME, self.options.prompt),
+      prompt="" if dropped else prompt_for(PROMPT_NAME, self.options.prompt_style),
       task=ARC_TASK,
       context="II",
     )

@@ -139,7 +139,7 @@ def _make_record(
   check_roles(len(clips), roles)
   forms = forms_of_pairs(form, kinds.get(task, TargetKind.IMAGE), roles)
   footage = [open_footage(path, own, start=clip.get("start", 0)) for path, own, clip in zip(paths, forms, clips)]
-  prompt = "" if options.prompt == PromptStyle.NULL else values.get("prompt", "")
+  prompt = "" if options.prompt_style == PromptStyle.NULL else values.get("prompt", "")
   lengths = _read_lengths(clips, footage, roles, form)
   _check_pairs(clips, footage, roles, lengths)
   return Record(name, tuple(footage), roles, prompt, task, lengths)
@@ -184,7 +184,8 @@ def _read_lengths(
     shortest = min([longest[index], *(length for length in longest[pair] if length > 1)])
     count = clip.get("num_frames", given[0] if given and longest[index] > 1 else shortest)
     is_beside_video = any(length > 1 != other.get("num_frames") for length, other in zip(longest[pair], clips[pair]))
-    if count == 1 < part.start + part.num_frames and "num_frames" not in clip and is_beside_video:
+    of_video = part.start + part.num_frames > 1  # its file, of which too few may be left
+    if count == 1 and of_video and "num_frames" not in clip and is_beside_video:
       left = f"{count_noun(part.num_frames, 'frame')}{f' from {part.start} on' if part.start else ''}"
       raise UserError(
         f"{clip['path']} has {left}, too few for a video, and its pair is one: with num_frames = 1 it is an image"

@@ -59,7 +59,7 @@ def open_metadata(
       records.append(_make_record(name, found, row.text, form, kind))
     except (OSError, ValueError) as error:
       dropped.append(drop(name, error))
-  if options.prompt == PromptStyle.NULL:
+  if options.prompt_style == PromptStyle.NULL:
     records = [dataclasses.replace(record, prompt="") for record in records]
   return ListedSentences(records, form, options), dropped
 

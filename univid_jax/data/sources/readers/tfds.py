@@ -158,7 +158,7 @@ class _Feature:
         if self.kind in _VALUES:
           raise UserError(f"an mp4 holds pictures, not {self.kind}: {_AS_PICTURES.format(kind=self.kind)}")
         return _read_video(value, fps)
-      return to_frames(value, self.kind, self.depth_range), None
+      return feature_to_frames(value, self.kind, self.depth_range), None
     except UserError as error:
       raise UserError(f"the feature {self.name!r}: {error}") from error
 
@@ -178,7 +178,7 @@ def _hash_frames(frames: Frames) -> str:
   return digest.hexdigest()
 
 
-def to_frames(value: Any, kind: TargetKind, depth_range: tuple[float, float]) -> Frames:
+def feature_to_frames(value: Any, kind: TargetKind, depth_range: tuple[float, float]) -> Frames:
   """Converts a feature of a data set to frames.
 
   Args:

@@ -94,14 +94,14 @@ class GridFamily:
     return [self.apply(source, **params)]
 
 
-def is_one_in(count: int, value: object) -> bool:
-  """Returns whether a value is among the one in `count` that a hash selects; the same on every machine."""
-  return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") % count == 0
+def is_held_out_value(value: object) -> bool:
+  """Returns whether a value is among the one in `HELD_OUT_ONE_IN` that a hash selects; the same on every machine."""
+  return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
 def is_held_out_grid(grid: Grid) -> bool:
   """Returns whether a grid is never trained on."""
-  return is_one_in(HELD_OUT_ONE_IN, (grid.shape, grid.astype(np.int8).tobytes()))
+  return is_held_out_value((grid.shape, grid.astype(np.int8).tobytes()))
 
 
 def draw_colors(rng: np.random.Generator, count: int) -> list[int]:

@@ -6,16 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Integer
 
-from univid_jax.data.tasks.grids.base import (
-  BACKGROUND,
-  HELD_OUT_ONE_IN,
-  NUM_COLORS,
-  Grid,
-  Params,
-  Size,
-  draw_colors,
-  is_one_in,
-)
+from univid_jax.data.tasks.grids.base import BACKGROUND, NUM_COLORS, Grid, Params, Size, draw_colors, is_held_out_value
 
 MAX_OFFSET = 3
 
@@ -65,7 +56,7 @@ def recolor(grid: Grid, *, mapping: Sequence[tuple[int, int]]) -> Grid:
 
 
 def is_held_out_permutation(params: Params) -> bool:
-  return is_one_in(HELD_OUT_ONE_IN, [tuple(pair) for pair in params["mapping"]])
+  return is_held_out_value([tuple(pair) for pair in params["mapping"]])
 
 
 def draw_translation(rng: np.random.Generator, size: Size) -> Params:
@@ -94,7 +85,7 @@ def translate(grid: Grid, *, offset: Sequence[int], wraps: bool) -> Grid:
 
 
 def is_held_out_translation(params: Params) -> bool:
-  return is_one_in(HELD_OUT_ONE_IN, tuple(params["offset"]))
+  return is_held_out_value(tuple(params["offset"]))
 
 
 def other_translations(source: Grid, targets: Sequence[Grid], **params: object) -> Iterable[Params]:
@@ -233,7 +224,7 @@ def generations(grid: Grid, num_steps: int, **params) -> list[Grid]:
 
 
 def is_held_out_rule(params: Params) -> bool:
-  return is_one_in(HELD_OUT_ONE_IN, params["rule"])
+  return is_held_out_value(params["rule"])
 
 
 def other_rules(source: Grid, targets: Sequence[Grid], *, rule: int, color: int) -> Iterable[Params]:

@@ -3,7 +3,7 @@
 import numpy as np
 import scipy
 
-from univid_jax.data.tasks.grids.base import BACKGROUND, HELD_OUT_ONE_IN, Grid, Params, Size, draw_colors, is_one_in
+from univid_jax.data.tasks.grids.base import BACKGROUND, Grid, Params, Size, draw_colors, is_held_out_value
 
 # 4-connectivity, for `scipy.ndimage.label`.
 SIDES = scipy.ndimage.generate_binary_structure(2, 1)
@@ -103,7 +103,7 @@ def count_to_bar(grid: Grid, *, color: int, other: int) -> Grid:
 
 
 def is_held_out_counting(params: Params) -> bool:
-  return is_one_in(HELD_OUT_ONE_IN, (params["color"], params["other"]))
+  return is_held_out_value((params["color"], params["other"]))
 
 
 def _draw_box(rng: np.random.Generator, size: Size, *, smallest: int, largest: int) -> tuple[slice, slice]:

@@ -1,4 +1,4 @@
-"""Held-out sentences, without those that cannot be read."""
+"""Sentences to validate or evaluate on, without those that cannot be read."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -11,11 +11,12 @@ from univid_jax.runtime.processes import sum_over_processes
 log = logging.getLogger(__name__)
 
 
-def read_usable(readers: Sequence[Callable[[], Sentence]], *, allow_dropped: bool) -> list[Sentence]:
+def read_usable(readers: Sequence[Callable[[], Sentence]], kind: str, *, allow_dropped: bool) -> list[Sentence]:
   """Returns sentences, the same in every process; all processes must call it.
 
   Args:
     readers: each returns a sentence.
+    kind: what messages call the sentences: held-out or training.
     allow_dropped: also read every clip, and leave out and log the sentences that a process cannot read.
 
   Raises:
@@ -23,16 +24,16 @@ def read_usable(readers: Sequence[Callable[[], Sentence]], *, allow_dropped: boo
   """
   if not allow_dropped:
     return [read() for read in readers]
-  found = [_read(read) for read in readers]
+  found = [_read(read, kind) for read in readers]
   num_failed = [sum_over_processes(sentence is None) for sentence in found]
   usable = [sentence for sentence, count in zip(found, num_failed, strict=True) if sentence is not None and not count]
   if readers and not usable:
-    raise UserError(f"none of the {len(readers)} held-out sentences can be read; the log names them")
+    raise UserError(f"none of the {len(readers)} {kind} sentences can be read; the log names them")
   return usable
 
 
-def _read(read: Callable[[], Sentence]) -> Sentence | None:
-  record = "a held-out sentence"
+def _read(read: Callable[[], Sentence], kind: str) -> Sentence | None:
+  record = f"a {kind} sentence"
   try:
     sentence = read()
     record = sentence.record
