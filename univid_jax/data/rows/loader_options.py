@@ -67,7 +67,7 @@ class LoaderOptions:
 
   @classmethod
   def from_config(cls, config: RunConfig, ownership: RowOwnership) -> "LoaderOptions":
-    """Returns those of a run; unless it names a number of streams, each owner of rows has one, if they divide."""
+    """Returns a run's options; without a configured number of streams, each owner of rows has one, if they divide."""
     return cls(
       num_threads=config.data.num_threads,
       num_packing_bins=config.rows.packing_bins,
