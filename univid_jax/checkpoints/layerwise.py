@@ -83,7 +83,7 @@ def _read(source: Any, abstract: jax.ShapeDtypeStruct) -> Array:
 def _quantize_layers(source: Any, abstract: QuantizedKernel, errors: QuantizationError) -> QuantizedKernel:
   """Reads and quantises a stack of kernels, with only one of them in floats at a time."""
   final_shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  shardings = jax.tree.map(lambda x: x.with_memory_kind(None), final_shardings)  # on the device, even for a base in host memory
+  shardings = jax.tree.map(lambda x: x.with_memory_kind(None), final_shardings)  # also for a base in host memory
   num_layers, *shape = abstract.shape
   mesh = shardings.numbers.mesh
   layer_sharding = NamedSharding(mesh, PartitionSpec(*shardings.numbers.spec[1:]))

@@ -1,4 +1,4 @@
-"""Files of named tensors: safetensors, GGUF and PyTorch's, alone or in shards; headers first, tensors one at a time."""
+"""Files of named tensors: safetensors, GGUF and PyTorch's, single or in shards; tensors are read one at a time."""
 
 import dataclasses
 import os
