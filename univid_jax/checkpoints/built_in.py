@@ -1,4 +1,4 @@
-"""Checkpoints inside the package: a name stands for the folder."""
+"""Checkpoints inside the package, which are given by name instead of folder."""
 
 import importlib.resources
 import os
@@ -23,7 +23,7 @@ def require_checkpoint(checkpoint: Any) -> None:
 def locate(checkpoint: epath.PathLike) -> epath.Path:
   """Returns the folder of a built-in checkpoint, or else the path itself.
 
-  Names are strings: ./NAME is always a path, and so are objects of paths, which do not tell it from NAME.
+  Names are strings. ./NAME is always a path, and so are path objects, which normalise it to NAME.
   """
   if isinstance(checkpoint, str) and checkpoint in BUILT_IN:
     return epath.Path(str(importlib.resources.files("univid_jax") / "bases" / checkpoint))
@@ -31,7 +31,7 @@ def locate(checkpoint: epath.PathLike) -> epath.Path:
 
 
 def measurements_folder(checkpoint: epath.PathLike) -> epath.Path:
-  """Returns where to keep what is measured of a checkpoint: its folder, or a cache of the user for a built-in one."""
+  """Returns where to keep measurements of a checkpoint: its folder, or the user's cache for a built-in one."""
   if isinstance(checkpoint, str) and checkpoint in BUILT_IN:
     return epath.Path(CACHE_FOLDER).expanduser() / "bases" / checkpoint
   return epath.Path(checkpoint)

@@ -1,4 +1,4 @@
-"""Tensors in another dtype, without finite numbers that become infinite."""
+"""Conversion of tensors to another dtype that refuses to turn finite numbers into infinite ones."""
 
 import numpy as np
 
@@ -9,8 +9,8 @@ def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns a tensor in a dtype; the array itself if it has this dtype.
 
   Args:
-    name: of the tensor, for the error.
-    array: of any shape.
+    name: name of the tensor, for the error.
+    array: the tensor, of any shape.
     dtype: to convert to.
 
   Raises:

@@ -1,7 +1,7 @@
-"""Checksums: of weights, whatever files they are in, and of files, so that damage is noticed before they are used.
+"""Checksums of weights, independent of the files that hold them, and of files, so that damage is noticed before use.
 
-Tensors are identified by SHA-256. Files are checked with XXH3 (128 bits), which finds accidental changes at the speed
-of memory and is no protection against deliberate ones:
+Tensors are identified by SHA-256. Files are checked with XXH3 (128 bits), which detects accidental changes at memory
+speed, but does not protect against deliberate ones:
 
 FOLDER/checksums.xxh128   a line "CHECKSUM  NAME" per file, which `xxhsum --check` reads too, then one with the checksum
                           of these lines; written last and atomically
@@ -40,13 +40,13 @@ CHECKSUMS_FILE = "checksums.xxh128"
 # The entry that `seal_file` fills in, and its value until then.
 SEAL = "univid_checksum"
 OPEN_SEAL = f"xxh3_128:{'0' * 32}"
-# Either finds it, so that no flipped bit hides it.
+# Two patterns, so that no flipped bit hides it from both.
 _SEAL_PATTERNS = (rb'"%s": ?".{9}(.{32})"' % SEAL.encode(), rb"xxh3_128:(.{32})")
 
 log = logging.getLogger(__name__)
 
 _NUM_THREADS = 8
-# Fits into the second cache of a core: blocks of 4 MB take one and a half times as long.
+# Fits into a core's L2 cache: blocks of 4 MB take one and a half times as long.
 _BLOCK_BYTES = 1 << 18
 # Minimum number of bytes searched for a checksum.
 _START_BYTES = 1 << 20
@@ -57,7 +57,7 @@ class DamagedError(UserError):
 
   Attributes:
     summary: the message without advice.
-    damage: a text per file, which begins with its name in the folder.
+    damage: one text per file, which begins with its name in the folder.
   """
 
   def __init__(
@@ -75,7 +75,7 @@ class DamagedError(UserError):
 def tensor_digest(name: str, tensor: np.ndarray) -> str:
   """Returns the SHA-256 of a tensor's official name, dtype, shape and bytes.
 
-  Dims of size 1 are left out of the shape, because layouts differ in them.
+  Dims of size 1 are omitted from the shape, because layouts differ in them.
   """
   shape = tuple(n for n in tensor.shape if n != 1)
   sha = hashlib.sha256(f"{name} {tensor.dtype} {shape}\n".encode())
@@ -107,7 +107,7 @@ def has_checksums(folder: epath.PathLike) -> bool:
 
 
 def read_names(folder: epath.PathLike) -> list[str]:
-  """Returns the names of the files that have a checksum; [] if their list is damaged."""
+  """Returns the names of the files that have a checksum; [] if the list of checksums is damaged."""
   return list(_read_checksums(epath.Path(folder)) or ())
 
 
@@ -115,11 +115,11 @@ def find_damage(folder: epath.PathLike, select: Callable[[str], bool] = lambda n
   """Hashes files of a folder in threads.
 
   Args:
-    folder: has checksums.
-    select: tells by a file's name in the folder whether to hash it.
+    folder: a folder with checksums.
+    select: returns whether to hash a file, given its name in the folder.
 
   Returns:
-    What is wrong, see `DamagedError.damage`; files without a checksum are ignored.
+    The damage, see `DamagedError.damage`; files without a checksum are ignored.
   """
   with _hashing(folder, select) as wait:
     return wait()
@@ -131,11 +131,11 @@ def verified(
 ) -> Iterator[None]:
   """Verifies files of a folder while the block runs, for example while it loads them.
 
-  If a file is damaged, that is raised at the end of the block, also in place of an error that the block raised. A
-  folder without checksums gets a warning.
+  A damaged file is reported at the end of the block, even in place of an error that the block raised. A folder without
+  checksums causes a warning.
 
   Args:
-    folder: to verify; "" stands for none.
+    folder: the folder to verify; "" for none.
     enabled: whether to verify at all.
     select: see `find_damage`.
 
@@ -171,7 +171,7 @@ def _report_missing(folder: str) -> None:
 
 @contextlib.contextmanager
 def _hashing(folder: epath.PathLike, select: Callable[[str], bool]) -> Iterator[Callable[[], list[str]]]:
-  """Hashes files in the background; yields a function that waits and returns what is wrong."""
+  """Hashes files in the background; yields a function that waits for the result and returns the damage."""
   folder = epath.Path(folder)
   checksums = _read_checksums(folder)
   pool = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS)
@@ -197,7 +197,7 @@ def _check_file(folder: epath.Path, name: str, checksum: str) -> str | None:
     return f"{name} (missing, but has a checksum)"
   except OSError as error:
     if is_remote(folder):
-      raise  # the bucket does not answer, which says nothing about the file
+      raise  # a bucket that does not answer says nothing about the file
     return f"{name} (no checksum: {error.strerror or error})"
   return None if found == checksum else f"{name} (checksum differs)"
 
@@ -207,8 +207,8 @@ def digest_contents(path: epath.PathLike, *, listed_in: epath.PathLike | None) -
 
   Args:
     path: a file or a folder.
-    listed_in: `path`, or a folder that contains it, if its files were compared with its list of checksums: these are
-      taken, and the files are not read again. The result is the same.
+    listed_in: `path` or a folder that contains it, if its files were verified against its list of checksums: the listed
+      checksums are then used instead of reading the files again, with the same result.
   """
   path, listed = epath.Path(path), {}
   if listed_in is not None and has_checksums(listed_in):
@@ -253,13 +253,13 @@ def _last_line(lines: bytes) -> bytes:
 
 
 def seal_file(holder: Path, *files: Path) -> None:
-  """Writes the checksum of a file into itself.
+  """Writes the checksum of a file into the file.
 
-  The checksum is that of the file without it, followed by the other files.
+  It is the checksum of the file without this entry, followed by the other files.
 
   Args:
     holder: a new .safetensors file whose metadata has the entry SEAL: OPEN_SEAL, or a JSON file with this entry.
-    *files: described by the JSON file.
+    *files: the files that the JSON file describes.
   """
   start = _find_seal(epath.Path(holder))
   assert start is not None, f"{holder} has no place for a checksum"
@@ -270,7 +270,7 @@ def seal_file(holder: Path, *files: Path) -> None:
 
 
 def check_seal(holder: epath.PathLike, *files: epath.PathLike) -> bool | None:
-  """Returns whether files, local or in a bucket, equal the checksum that `seal_file` wrote; None if there is none."""
+  """Returns whether files, local or in a bucket, match the checksum that `seal_file` wrote; None if there is none."""
   holder = epath.Path(holder)
   start = _find_seal(holder)
   if start is None:
@@ -313,7 +313,7 @@ def _hash_rest(file: _Readable, checksum: xxhash.xxh3_128) -> None:
 
 
 def _find_seal(holder: epath.Path) -> int | None:
-  """Returns where in a file its checksum begins, also if the length of a header is damaged."""
+  """Returns where in a file its checksum begins, even if the length of the header is damaged."""
   with holder.open("rb") as file:
     start = file.read(_START_BYTES)
     length = holder.stat().length

@@ -1,6 +1,6 @@
-"""Experts of Wan2.2 A14B: transformers that only names tell from each other and, for T2V, from Wan2.1's 14B.
+"""Experts of Wan2.2 A14B: transformers that only names distinguish from each other and, for T2V, from Wan2.1's 14B.
 
-Also how the user names the files for them: [EXPERT=]PATH[:WEIGHT].
+Also parses how users name files for them: [EXPERT=]PATH[:WEIGHT].
 """
 
 import itertools
@@ -23,7 +23,7 @@ _VERSION = re.compile(r"wan[ _.-]*2[ _.-]?([12])(?!\d)", re.IGNORECASE)
 _NOISE = re.compile(r"(high|low)[ _.-]*noise", re.IGNORECASE)
 _BARE = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
 
-# What high and low also describe.
+# Nouns that high and low may describe instead.
 _OTHER_NOUN = re.compile(
   r"[ _.-]*(rank|quality|res|detail|contrast|key|light|speed|vram|step|lr|poly|angle)", re.IGNORECASE
 )
@@ -31,17 +31,17 @@ _OTHER_NOUN = re.compile(
 # Folders of diffusers' pipelines with two transformers.
 _DIFFUSERS_FOLDERS = {"transformer": Expert.HIGH, "transformer_2": Expert.LOW}
 
-# How many parts of a path are searched: Wan2.2-T2V-A14B/high_noise_model/diffusion_pytorch_model.safetensors.
+# Number of parts of a path that are searched: Wan2.2-T2V-A14B/high_noise_model/diffusion_pytorch_model.safetensors.
 _DEPTH = 3
-# Characters from which metadata are configs and prompts.
+# Length in characters from which metadata are configs or prompts.
 _LONG = 200
 
 
 def find_expert(path: Path, metadata: Mapping[str, str], config: DiTConfig) -> Expert | None:
-  """Returns which expert of Wan2.2 A14B a transformer is, None if it is of another model or nothing says it.
+  """Returns which expert of Wan2.2 A14B a transformer is; None if it is of another model or nothing identifies it.
 
   Args:
-    path: of its file. The file's own name counts more than those of its folders.
+    path: path of its file. The file's own name takes precedence over its folders'.
     metadata: the texts in the file's header.
     config: the transformer's shape.
   """
@@ -62,13 +62,13 @@ def find_expert(path: Path, metadata: Mapping[str, str], config: DiTConfig) -> E
 
 
 def split_expert(text: str) -> tuple[TrainedExpert | None, str]:
-  """Splits the name of an expert, or both, from the path of a LoRA: high=PATH; (None, PATH) if there is none."""
+  """Splits high=PATH, low=PATH or both=PATH of a LoRA into expert and path; (None, PATH) without an expert."""
   expert, equals, path = text.partition("=")
   return (TrainedExpert(expert), path) if equals and expert in LORA_EXPERTS else (None, text)
 
 
 def split_weight(text: str) -> tuple[str, float]:
-  """Splits [EXPERT=]PATH[:WEIGHT]; the weight is 1 by default, and of a path that exists no part is a weight.
+  """Splits [EXPERT=]PATH[:WEIGHT]; the weight is 1 by default, and no part of an existing path is a weight.
 
   Raises:
     UserError: the weight has a decimal comma.
@@ -90,7 +90,7 @@ def join_weight(path: str, weight: float) -> str:
 
 
 def split_loras(items: Sequence[str]) -> list[tuple[str, float]]:
-  """Splits each item of a list with `split_weight`; raises like it and `check_commas`."""
+  """Splits each item of a list with `split_weight`; raises like that and `check_commas`."""
   check_commas(items)
   return [split_weight(item) for item in items]
 
@@ -109,9 +109,9 @@ def _decimal_comma(text: str) -> UserError:
 
 
 def named_expert(path: str) -> Expert | None:
-  """Returns the expert that the name of a LoRA mentions, or else that of its folder; None if it could mean another.
+  """Returns the expert that the name of a LoRA, or else of its folder, mentions; None if that is ambiguous.
 
-  "low" of low_rank is not one, and a name with both words is of neither.
+  "low" in low_rank does not count, and a name with both words names neither.
   """
   name, folder = list(reversed(Path(path).absolute().parts))[:2]
   found = {match[1].lower() for match in _NOISE.finditer(name)}
@@ -122,7 +122,7 @@ def named_expert(path: str) -> Expert | None:
 
 
 def surely_named_expert(path: str) -> Expert | None:
-  """Returns the expert that the name of a LoRA's file says beyond doubt: high_noise, or high as its last word."""
+  """Returns the expert that the name of a LoRA's file states beyond doubt: high_noise, or high as its last word."""
   stem = Path(path).stem
   found = {
     match[1].lower() for match in (_NOISE.search(stem), re.search(r"(?<![a-z])(high|low)$", stem, re.I)) if match
@@ -131,11 +131,11 @@ def surely_named_expert(path: str) -> Expert | None:
 
 
 def may_be_expert(path: Path, metadata: Mapping[str, str], variant: str) -> bool:
-  """Returns whether a transformer without a sign of Wan2.2 could still be one of its experts."""
+  """Returns whether a transformer that nothing identifies as Wan2.2's could still be one of its experts."""
   return variant in SAME_TENSORS and not any(_VERSION.search(text) for text in describing_texts(path, metadata))
 
 
 def describing_texts(path: Path, metadata: Mapping[str, str]) -> Iterator[str]:
-  """Yields what may say which model a file is of: its name, those of its folders, short metadata; best first."""
+  """Yields texts that may identify a file's model, best first: its name, its folders' names, short metadata."""
   yield from list(reversed(path.absolute().parts))[:_DEPTH]
   yield from (value for _, value in sorted(metadata.items()) if len(value) < _LONG)

@@ -1,4 +1,4 @@
-"""GGUF files: the header's values, and tensors that are dequantised when they are read.
+"""GGUF files: the header's values, and tensors, which are dequantised when they are read.
 
 The package gguf dequantises. Its reader trusts the header, so that a damaged file makes it loop until memory is
 exhausted; therefore the header is parsed here.
@@ -21,22 +21,22 @@ from univid_jax.core.numbers import round_up
 
 VERSIONS = (2, 3)
 
-# Scalars of the header by their number: struct's format.
+# Format for `struct` of each type of scalar in the header.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
 # Types of tensors that are stored as they are; all others are quantised, and float32 when read.
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
-# Bounds the memory and the time that a damaged header costs. The largest vocabularies take some 10 MB.
+# Bounds the memory and time that a damaged header costs. The largest vocabularies take about 10 MB.
 _MAX_HEADER = 64 << 20
 
-# Where programs for ComfyUI store the shape of a tensor that they have reshaped before quantising it.
+# Prefix under which ComfyUI's converters store the shape of a tensor that they reshaped before quantising it.
 _SHAPE_KEY = "comfy.gguf.orig_shape."
 
 
 class _Cursor:
-  """Reads a header front to back; raises ValueError for everything that cannot be."""
+  """Reads a header front to back; raises ValueError for anything that cannot be read."""
 
   def __init__(self, data: mmap.mmap):
     self.data, self.offset = data, 0
@@ -134,11 +134,11 @@ def _make_tensors(
   """Checks where the data of each tensor is, and returns the tensors.
 
   Args:
-    path: of the file.
+    path: path of the file.
     entries: shape, name of the type, and offset of each tensor.
-    values: in the header.
-    start: of the data, from where offsets count.
-    size: of the file.
+    values: values in the header.
+    start: offset of the data in the file, relative to which offsets count.
+    size: size of the file.
   """
   infos, places, end, before = {}, {}, 0, "the header"
   for name, (shape, kind, offset) in sorted(entries.items(), key=lambda item: item[1][2]):
@@ -186,7 +186,7 @@ def _type_name(name: str, number: int) -> str:
 
 @functools.cache
 def _block(path: Path, kind: str) -> tuple[int, int]:
-  """Returns how many numbers a block of a type has, and its bytes; raises UserError if the type cannot be read."""
+  """Returns the numbers per block of a type, and its bytes; raises UserError if the type cannot be read."""
   gguf = _import_gguf()
   block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
   if kind not in _PLAIN:

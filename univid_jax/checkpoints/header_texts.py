@@ -1,4 +1,4 @@
-"""The texts in the headers of a model's shards, as those of one file."""
+"""Merges the texts in the headers of a model's shards, as if they were one file."""
 
 import json
 import logging
@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 def merge_texts(index: Path, shards: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
   """Returns the texts of all shards.
 
-  Of texts that differ, JSON objects are united, and the objects in them: each shard may describe its own layers. Others
-  are of one shard only, such as its hash, and are left out.
+  Texts that differ are merged if they are JSON objects, as are the objects in them: each shard may describe its own
+  layers. Others belong to one shard, such as its hash, and are left out.
 
   Args:
-    index: of the shards.
-    shards: texts by their names, by name of the shard.
+    index: path of the shards' index.
+    shards: texts by name, for each shard by name.
 
   Raises:
     UserError: two objects contradict each other, or one is damaged.

@@ -13,7 +13,7 @@ from univid_jax.core.options import Expert, Quantize
 from univid_jax.core.paths import exists, read_bytes
 
 CHECKPOINT_FILE = "checkpoint.json"
-# Beside it, if it was measured; see `inference.ratio_tables`.
+# Next to checkpoint.json, if ratios were measured; see `inference.ratio_tables`.
 STEP_CACHE_FILE = "step_cache.json"
 FORMAT = 1
 
@@ -25,13 +25,13 @@ class ComponentInfo:
   Attributes:
     config: the values of the component's config.
     source: the file it was converted from.
-    layout: of that file, see `convert.layout.Layout`.
+    layout: layout of that file, see `convert.layout.Layout`.
     dtypes: number of tensors by dtype.
-    num_tensors: of the official layout.
+    num_tensors: number of tensors in the official layout.
     num_parameters: numbers in them.
-    num_files: in the component's folder; 0 if it is in a file of its own, see `weights_file`.
-    checksum: of the tensors of the official layout, see `checksums`.
-    nonfinite: how many numbers are NaN or infinite, by official name of the tensor.
+    num_files: number of files in the component's folder; 0 if it is one file, see `weights_file`.
+    checksum: checksum of the tensors of the official layout, see `checksums`.
+    nonfinite: number of NaNs and infinities, by official name of the tensor.
     quantize: how the linear weights of a transformer's blocks are stored, see `Quantize`.
     quantize_errors: relative L2 error of each block's weights, if they are quantised.
   """
@@ -55,12 +55,12 @@ class CheckpointInfo:
 
   Attributes:
     variant: name of the published model with this shape, else "custom".
-    version: of the univid_jax that wrote it.
+    version: version of univid_jax that wrote it.
     components: by name.
     tokenizer: the tokenizer's file, relative to the folder, or None.
     expert: which expert of Wan2.2 A14B the only transformer is, if it is one.
     codec: the values of `CodecConfig` for a transformer that was trained with the codec without weights, else None.
-    usage: how a transformer that this project trained has to be run, as `Usage.to_metadata` says, else None.
+    usage: how a transformer that this project trained must be run, from `Usage.to_metadata`, else None.
   """
 
   variant: str

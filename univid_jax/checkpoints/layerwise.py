@@ -1,4 +1,4 @@
-"""Quantised kernels in files, one layer after another: whole stacks of them in floats never exist."""
+"""Quantised kernels in files, one layer after another: whole stacks in floats never exist."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from univid_jax.core.options import Quantize
 from univid_jax.core.params import ParamPath
 from univid_jax.models.quantized import QuantizationError, QuantizedKernel, quantize, squared_norms
 
-# The arrays of a quantised kernel are stored under its path and these names.
+# The arrays of a quantised kernel are stored under its path plus these names.
 PARTS = ("numbers", "scale")
 
 
@@ -26,12 +26,12 @@ def read_layerwise(
   *,
   stored: Quantize,
 ) -> tuple[dict[str, Any], list[float]]:
-  """Reads parameters, the kernels that are to be quantised layer by layer.
+  """Reads parameters; kernels that are to be quantised are read layer by layer.
 
   Args:
-    open_arrays: returns arrays of TensorStore by path.
+    open_arrays: returns TensorStore arrays by path.
     abstract: shapes, dtypes and shardings in nested dicts.
-    stored: how these kernels are stored.
+    stored: how the quantised kernels are stored.
 
   Returns:
     The parameters, and the relative L2 error of each layer if they are quantised now.
@@ -60,7 +60,7 @@ def read_layerwise(
 
 
 def _read(source: Any, abstract: jax.ShapeDtypeStruct) -> Array:
-  """Reads an array into its shards; what several devices share once."""
+  """Reads an array into its shards; parts that several devices hold are read once."""
   shape = tuple(source.shape)
   if shape != abstract.shape:
     raise UserError(f"{source.kvstore.path} is damaged: it has the shape {shape} instead of {abstract.shape}")
@@ -81,9 +81,9 @@ def _read(source: Any, abstract: jax.ShapeDtypeStruct) -> Array:
 
 
 def _quantize_layers(source: Any, abstract: QuantizedKernel, errors: QuantizationError) -> QuantizedKernel:
-  """Reads and quantises a stack of kernels, with one of them in floats at a time."""
+  """Reads and quantises a stack of kernels, with only one of them in floats at a time."""
   final_shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  shardings = jax.tree.map(lambda x: x.with_memory_kind(None), final_shardings)  # of a base in the host's memory, too
+  shardings = jax.tree.map(lambda x: x.with_memory_kind(None), final_shardings)  # also for a base in host memory
   num_layers, *shape = abstract.shape
   mesh = shardings.numbers.mesh
   layer_sharding = NamedSharding(mesh, PartitionSpec(*shardings.numbers.spec[1:]))
@@ -108,7 +108,7 @@ def _quantize_layers(source: Any, abstract: QuantizedKernel, errors: Quantizatio
 def describe_parts(
   path: ParamPath, shape: tuple[int, ...], method: Quantize
 ) -> dict[ParamPath, tuple[tuple[int, ...], str]]:
-  """Returns shape and dtype of each array that a quantised kernel is stored in, by its path."""
+  """Returns the shape and dtype of each array that stores a quantised kernel, by path."""
   kernel = jax.eval_shape(functools.partial(quantize, method=method), jax.ShapeDtypeStruct(shape, jnp.float32))
   return {(*path, part): (getattr(kernel, part).shape, str(getattr(kernel, part).dtype)) for part in PARTS}
 
@@ -124,8 +124,8 @@ def quantize_on_host(
 
   Args:
     kernel: (in_dim, out_dim).
-    method: what to.
-    float8: what the kernel is stored as, see `TensorFile.read_float8`; FP8 takes it as it is.
+    method: how to quantise it.
+    float8: the kernel as stored, see `TensorFile.read_float8`, which FP8 keeps unchanged.
 
   Returns:
     Arrays by name of the part, and the squared norms of the error and of the kernel.

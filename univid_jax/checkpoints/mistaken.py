@@ -1,4 +1,4 @@
-"""What is at a path where a converted checkpoint should be, so that messages say how to get one."""
+"""Identifies what is at a path instead of a converted checkpoint, so that messages say how to get one."""
 
 import contextlib
 import re
@@ -20,10 +20,10 @@ _RELEASE_NAME = re.compile(r"[\w.-]+/[\w.-]*wan[._-]?2[\w.-]*", re.IGNORECASE)
 
 
 def describe_mistaken(path: epath.PathLike, *, use_of_lora: str) -> str:
-  """Returns the end of a message about a path that is no converted checkpoint: what it is instead and what to do.
+  """Returns the end of a message about a path that is not a converted checkpoint: what it is, and what to do.
 
   Args:
-    path: local; nothing is known of what is in a bucket.
+    path: a local path; nothing is known about one in a bucket.
     use_of_lora: what to do with a LoRA.
 
   Returns:

@@ -7,9 +7,9 @@ Undocumented, and checked by tests/test_orbax_files.py:
 - A reader that does not know Orbax finds the arrays in these folders. `open_arrays` relies on it.
 - `CheckpointManager` stores each item in a folder of its name, which `StandardCheckpointer` reads. `restore_items`
   relies on it.
-- It stores metrics as JSON in `METRICS_FILE`, where `SavedCheckpoints` reads and adds the validation loss.
+- It stores metrics as JSON in `METRICS_FILE`, in which `SavedCheckpoints` reads and writes the validation loss.
 - Grain's handler stores the position of each process in process_INDEX-of-COUNT.json. `read_positions` relies on it.
-- Orbax logs through absl, and abandons the other arrays if one fails. `silence_orbax` relies on how that shows.
+- Orbax logs through absl, and abandons the other arrays if one fails. `silence_orbax` relies on the resulting errors.
 """
 
 import functools
@@ -37,32 +37,32 @@ from univid_jax.core.numbers import ceil_div
 from univid_jax.core.params import ParamPath
 from univid_jax.core.paths import is_remote, make_absolute
 
-# Stacked layers and other arrays that are larger than this are stored in several chunks.
+# Arrays larger than this, such as stacked layers, are stored in several chunks.
 CHUNK_BYTES = 64 << 20
-# In a checkpoint: where the validation loss is.
+# The file with the validation loss, in a checkpoint.
 METRICS_FILE = "metrics/metrics"
 
 _ORBAX = os.path.dirname(ocp.__file__)
 
 
 def silence_orbax() -> None:
-  """Drops what Orbax logs, and what it leaves behind after a failure, from now on.
+  """Suppresses from now on Orbax's logs, and the tracebacks that it leaves behind after a failure.
 
-  It raises every error as well, its warnings are for those who write code with it, and what it abandons prints a
-  traceback for every array: writes that find their event loop closed, results and coroutines that nobody awaits.
+  Orbax raises every error as well, its warnings are for programmers, and what it abandons prints a traceback for every
+  array: writes that find their event loop closed, results and coroutines that are never awaited.
   """
   _silence_logs()
-  # Not once and for all: whoever has replaced the hook may have given it back.
+  # Checked each time: code that replaced the hook may have restored the previous one.
   if not isinstance(sys.unraisablehook, _IgnoreAbandoned):
     sys.unraisablehook = _IgnoreAbandoned(sys.unraisablehook)
 
 
 class _IgnoreAbandoned:
-  """Replaces `sys.unraisablehook`, and passes on to it what is not Orbax's."""
+  """Replaces `sys.unraisablehook`, and passes on to the previous hook what is not Orbax's."""
 
   def __init__(self, following: Callable[[Any], Any]):
     self._following = following
-    # Attributes, as it is called at the exit of the interpreter too, when the globals of the module are None.
+    # Kept as attributes: it is also called at interpreter exit, when the module's globals are None.
     self._coroutine, self._orbax = types.CoroutineType, _ORBAX
 
   def __call__(self, args: Any) -> None:
@@ -95,7 +95,7 @@ def restore_arrays(folder: epath.PathLike, abstract: Any = None) -> Any:
   """Reads nested arrays; a process may do so alone.
 
   Args:
-    folder: written by `save_arrays` or through `create_arrays`, or of an item of a run's checkpoint.
+    folder: a folder written by `save_arrays` or through `create_arrays`, or that of an item of a run's checkpoint.
     abstract: shapes, dtypes and shardings of the result; as stored by default.
 
   Raises:
@@ -103,7 +103,7 @@ def restore_arrays(folder: epath.PathLike, abstract: Any = None) -> Any:
   """
   silence_orbax()
   index = jax.process_index()
-  # Else Orbax would wait for the other processes, in collectives that they may take for others.
+  # Otherwise Orbax would wait for the other processes, in collectives that may be matched with other ones.
   alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
   try:
     with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
@@ -118,7 +118,7 @@ def restore_items(folder: epath.PathLike, items: Mapping[str, Any]) -> Mapping[s
   """Reads some of the items of a run's checkpoint; a process may do so alone.
 
   Args:
-    folder: of the checkpoint.
+    folder: folder of the checkpoint.
     items: shapes, dtypes and shardings of each item by its name.
 
   Raises:
@@ -128,7 +128,7 @@ def restore_items(folder: epath.PathLike, items: Mapping[str, Any]) -> Mapping[s
 
 
 def read_positions(folder: epath.Path) -> list[bytes]:
-  """Returns the position in the data that each process saved, given the folder of the data."""
+  """Returns the position in the data that each process saved, given the folder of the item `data`."""
   files = {file.name: file for file in folder.glob("process_*-of-*.json")}
   count = int(min(files, default="process_0-of-1.json").removesuffix(".json").rpartition("-")[2])
   return [(folder / f"process_{index}-of-{count}.json").read_bytes() for index in range(count)]
@@ -139,12 +139,12 @@ def create_arrays(
 ) -> dict[ParamPath, Any]:
   """Creates a checkpoint whose arrays are written afterwards, layer by layer.
 
-  Orbax saves whole arrays only, which have up to 5.7 GB in the 14B model. So it saves zeros here, together with all its
+  Orbax saves whole arrays only, which have up to 5.7 GB in the 14B model. So here it saves zeros, with all of its
   metadata; then each array is created again, in chunks of one layer.
 
   Args:
-    folder: of the new checkpoint.
-    specs: shape and dtype of each array by its path; the first dim of arrays under `blocks` is that of layers.
+    folder: folder of the new checkpoint.
+    specs: shape and dtype of each array by its path; the first dim of arrays under `blocks` is the layer.
 
   Returns:
     TensorStore arrays of zeros by path.
@@ -160,8 +160,8 @@ def open_arrays(folder: epath.PathLike, paths: Iterable[ParamPath]) -> dict[Para
   """Opens arrays that were written through `create_arrays`, to read them layer by layer.
 
   Args:
-    folder: of the checkpoint. A chunk that is missing reads as zeros, so count its files first.
-    paths: of the arrays.
+    folder: folder of the checkpoint. A missing chunk reads as zeros, so count its files first.
+    paths: paths of the arrays.
 
   Returns:
     TensorStore arrays by path.
@@ -183,7 +183,7 @@ def _array_url(folder: epath.PathLike, path: ParamPath) -> str:
 
 
 def _virtual_zeros(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-  """Returns zeros that take no memory: private pages that are never written to are all the same page."""
+  """Returns zeros that take no memory: private pages that are never written to all map to one page."""
   nbytes = max(int(np.prod(shape)) * dtype.itemsize, 1)
   pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
   # JAX on CPUs refers to aligned NumPy memory and does not copy it.
@@ -201,7 +201,7 @@ def _create_array(url: str, path: ParamPath, shape: tuple[int, ...], dtype: str)
     "driver": "zarr",
     "kvstore": url,
     "metadata": metadata,
-    "store_data_equal_to_fill_value": True,  # Orbax takes an absent chunk for a lost one
+    "store_data_equal_to_fill_value": True,  # Orbax treats an absent chunk as lost
   }
   return ts.open(spec, create=True, delete_existing=True).result()
 
@@ -212,7 +212,7 @@ def num_chunks(path: ParamPath, shape: tuple[int, ...], dtype: str) -> int:
 
 
 def _chunk_shape(path: ParamPath, shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
-  """Returns one layer if layers are stacked; splits the first dim of what is larger than CHUNK_BYTES."""
+  """Returns the shape of a chunk: one layer of stacked layers; else the first dim is split above CHUNK_BYTES."""
   if path[0] == "blocks":
     return (1, *_chunk_shape(path[1:], shape[1:], dtype))
   row_bytes = int(np.prod(shape[1:])) * numpy_dtype(dtype).itemsize

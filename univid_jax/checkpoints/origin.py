@@ -1,4 +1,4 @@
-"""Where the weights of a model come from: what stored samples and reports are identified by."""
+"""Where the weights of a model come from, which identifies stored samples and reports."""
 
 import dataclasses
 import functools
@@ -26,12 +26,12 @@ class Origin:
 
   Attributes:
     checkpoint: a converted checkpoint or the workdir of a run, as the user named it.
-    step: of the workdir's checkpoint; None for a converted one.
+    step: step of the workdir's checkpoint; None for a converted one.
     loras: LoRAs on top with their weights, as the user named them.
-    distillation: distillation LoRAs on top of these, likewise; part of the model, or of one condition of an evaluation.
-    lora_steps: of the checkpoints of workdirs among the LoRAs, by path; for `load_pipeline`.
-    quantize: what the base is quantised to; None as it is stored.
-    is_verified: whether `load_pipeline` compares the weights with their checksums, so that these identify them.
+    distillation: distillation LoRAs on top of these, likewise; part of the model, or of one variant of an evaluation.
+    lora_steps: steps of the checkpoints of LoRAs that are workdirs, by path; for `load_pipeline`.
+    quantize: how the base is quantised; None if as stored.
+    is_verified: whether `load_pipeline` verifies the weights, so that their listed checksums identify them.
   """
 
   checkpoint: str
@@ -55,13 +55,14 @@ class Origin:
     verify_weights: bool = True,
     on_damaged_checkpoint: str = OnDamaged.FALLBACK,
   ) -> "Origin":
-    """Returns the origin of a model, with the number of the step that `step` stands for, and those of LoRA runs.
+    """Returns the origin of a model, with the number of the step that `step` means, and those of LoRA runs.
 
     Args: see `load_pipeline`; `lora_steps` are those of LoRAs that were read already.
 
     Raises:
       FileNotFoundError: there is no such checkpoint, run or step.
-      UserError: the checkpoint is no path, a converted one is given with a step, or `on_damaged_checkpoint` is unknown.
+      UserError: the checkpoint is not a path, a converted one is given with a step, or `on_damaged_checkpoint` is
+        unknown.
       DamagedError: the checkpoint of the step is damaged.
     """
     require_checkpoint(checkpoint)
@@ -71,7 +72,7 @@ class Origin:
       require_no_step(checkpoint, step)
     else:
       require_run(checkpoint)
-      # Only the choice of the newest intact one needs it now: what is loaded is verified then.
+      # Verified now only to choose the newest intact one: loading verifies the weights.
       verify = verify_weights and step in (None, "best")
       found = find_step(checkpoint, step, verify=verify, on_damaged=on_damaged)
     steps = dict(lora_steps or {})
@@ -90,7 +91,7 @@ class Origin:
   def checksums(self) -> Mapping[str, str]:
     """Checksums of everything that determines samples, by component; they do not depend on names.
 
-    Ask for them after `load_pipeline`: it has verified the files then, so that they are not read again.
+    Read this property after `load_pipeline`, which has then verified the files, so that they are not read again.
     """
     checksums: dict[str, str] = {}
     base: str | None = self.checkpoint
@@ -107,14 +108,14 @@ class Origin:
       if checkpoint.transformers:
         method = checkpoint.quantization(checkpoint.transformers[0], method or Quantize.NONE)
     if method and method != Quantize.NONE:
-      checksums["quantize"] = str(method)  # the checksums are those of the weights before
+      checksums["quantize"] = str(method)  # checksums are those of the weights before quantisation
     named = [(f"lora {number}", lora) for number, lora in enumerate(self.loras)]
-    # Stored samples and ratios are found by these names.
+    # Stored samples and ratios are looked up by these names.
     named += [(f"accelerator {number}", lora) for number, lora in enumerate(self.distillation)]
     for name, (path, weight) in named:
       expert, file = split_expert(path)
       with bucket_errors(file):
-        beside = find_config(epath.Path(file)), sidecar_path(epath.Path(file))  # which also say how it is applied
+        beside = find_config(epath.Path(file)), sidecar_path(epath.Path(file))  # these also determine how it is applied
         present = [each for each in beside if each and is_file(each)]
       digests = [self._digest_lora(file), *map(self._digest, present)]
       if "transformer_2" in checksums:  # the name may decide, so that moving the file changes the model
@@ -132,7 +133,7 @@ class Origin:
     return self._digest(epath.Path(path), epath.Path(path))
 
   def _digest(self, path: epath.Path, verified: epath.Path | None = None) -> str:
-    """Returns the checksum of a file or folder; `load_pipeline` verifies the folder `verified`, which contains it."""
+    """Returns the checksum of a file or folder inside the folder `verified`, which `load_pipeline` verifies."""
     return digest_contents(path, listed_in=verified if self.is_verified else None)
 
   @property

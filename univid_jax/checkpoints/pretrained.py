@@ -44,7 +44,7 @@ from univid_jax.parallel.sharding import parameter_shardings
 
 log = logging.getLogger(__name__)
 
-# Checksums of what is no weight, by their names among those of components.
+# Names, among those of components, under which checksums of other contents are listed.
 CONFIGS, TOKENIZER = "configs", "tokenizer"
 
 # The config and the module of each component.
@@ -58,7 +58,7 @@ COMPONENTS: Mapping[str, tuple[type, type]] = {
 
 
 def is_converted(checkpoint: str) -> bool:
-  """Returns whether a path or name is that of a converted checkpoint, even if its description is missing."""
+  """Returns whether a path or name is a converted checkpoint's, even if its description is missing."""
   return is_checkpoint(checkpoint) or has_checksums(checkpoint)
 
 
@@ -84,9 +84,9 @@ def abstract_component(component: str, config: Any, *, quantize: Quantize = Quan
 
   Args:
     component: a name in `COMPONENTS`.
-    config: of the component.
+    config: config of the component.
     quantize: how the linear weights of a transformer's blocks are stored.
-    **options: of the module (dtype, param_dtype, ...).
+    **options: options of the module (dtype, param_dtype, ...).
   """
   _, module_class = COMPONENTS[component]
 
@@ -132,7 +132,7 @@ class PretrainedCheckpoint:
 
   @property
   def transformers(self) -> tuple[str, ...]:
-    """The names of the transformers: of the only one, or of the high-noise and the low-noise expert."""
+    """The names of the transformers: the only one, or the high-noise and the low-noise expert."""
     return tuple(name for name in ("transformer", "transformer_2") if self.has(name))
 
   @property
@@ -144,7 +144,7 @@ class PretrainedCheckpoint:
 
   @property
   def usage(self) -> Usage | None:
-    """How the transformer has to be run, if this project trained it."""
+    """How the transformer must be run, if this project trained it."""
     return None if self.info.usage is None else Usage.from_metadata(self.info.usage, source=str(self.folder))
 
   def component(self, component: str) -> ComponentInfo:
@@ -167,7 +167,7 @@ class PretrainedCheckpoint:
 
   @functools.cached_property
   def checksums(self) -> dict[str, str]:
-    """Checksums of everything that determines samples: of each component, of all configs and of the tokenizer."""
+    """Checksums of everything that determines samples: each component, all configs and the tokenizer."""
     configs = {name: dataclasses.asdict(self.config(name)) for name in self.info.components}
     text = json.dumps({"components": configs, "codec": self.info.codec}, sort_keys=True)
     checksums = {name: self.checksum(name) for name in self.info.components}
@@ -178,7 +178,7 @@ class PretrainedCheckpoint:
 
   @property
   def contents(self) -> dict[str, str]:
-    """What tells whether a folder at another place is a copy: `checksums`, and what components are quantised to."""
+    """Identifies copies of the folder in other places: `checksums`, and how components are quantised."""
     stored = {f"{name} is stored in": str(each.quantize) for name, each in self.info.components.items()}
     return {**self.checksums, **{name: method for name, method in stored.items() if method != Quantize.NONE}}
 
@@ -187,10 +187,10 @@ class PretrainedCheckpoint:
 
     Args:
       component: its name.
-      wanted: what to quantise them to; NONE takes them as they are stored.
+      wanted: how to quantise them; NONE keeps them as stored.
 
     Raises:
-      UserError: they are stored quantised in another way.
+      UserError: they are stored in another quantisation.
     """
     stored = self.component(component).quantize
     if Quantize.NONE not in (stored, wanted) and stored != wanted:
@@ -219,17 +219,17 @@ class PretrainedCheckpoint:
 
     Args:
       component: its name.
-      mesh: the devices to load to.
+      mesh: the devices to load onto.
       dtype: of activations and matrix products.
       param_dtype: of the parameters; `dtype` by default.
-      quantize: what to quantise a transformer's blocks to, see `quantization`.
-      **options: of the module.
+      quantize: how to quantise a transformer's blocks, see `quantization`.
+      **options: options of the module.
 
     Returns:
       The module's graph, and its parameters in nested dicts.
 
     Raises:
-      UserError: the weights are damaged, or stored quantised in another way.
+      UserError: the weights are damaged, or stored in another quantisation.
     """
     options |= {"dtype": dtype, "param_dtype": dtype if param_dtype is None else param_dtype}
     module = abstract_component(
@@ -242,8 +242,7 @@ class PretrainedCheckpoint:
 
     Args:
       component: its name.
-      abstract: shapes, dtypes and shardings, see `abstract_parameters`; those of its quantised kernels as
-        `quantization` says.
+      abstract: shapes, dtypes and shardings, see `abstract_parameters`; quantised kernels as `quantization` says.
 
     Raises:
       UserError: the weights are damaged.
@@ -280,7 +279,7 @@ class PretrainedCheckpoint:
       raise UserError(f"{folder} has {found} files instead of {expected}: convert the release again")
 
   def _warn(self, component: str) -> None:
-    """Says what is unusual about weights that are about to be used."""
+    """Logs what is unusual about weights that are about to be used."""
     if nonfinite := self.component(component).nonfinite:
       first = min(nonfinite)
       log.warning(

@@ -32,7 +32,7 @@ from univid_jax.core.protocols import Resumable
 from univid_jax.runtime.processes import wait_for_processes
 
 CONFIG_FILE = "config.json"
-# The config's section `base`: the entry of this name is the base's checksum.
+# The entry for the config's section `base`, since the entry of that name is the base's checksum.
 OPTIONS_OF_BASE = "base_options"
 
 
@@ -43,9 +43,9 @@ class RunRecord:
   Attributes:
     config: of the run.
     base: checksum of each transformer that training starts from, see `base_checksums`; the file joins them with commas.
-    version: of univid_jax that started or last resumed the run.
-    prompts: of the tasks, as the run trains them; tasks whose records have prompts of their own are missing.
-    base_contents: checksums of all of the base, by which it is known wherever it lies; {} without a base, and of runs
+    version: version of univid_jax that started or last resumed the run.
+    prompts: prompts of the tasks, as the run trains them; tasks whose records have prompts of their own are missing.
+    base_contents: checksums of everything in the base, which identify it at any path; {} without a base, and for runs
       of version 0.1.
   """
 
@@ -65,7 +65,7 @@ def write_run(workdir: epath.PathLike, record: RunRecord) -> None:
 
 
 def read_run(workdir: epath.PathLike) -> RunRecord | None:
-  """Reads WORKDIR/config.json; returns None if there is none, or one that is not of a run.
+  """Reads WORKDIR/config.json; returns None if there is none, or if it is not a run's.
 
   Raises:
     UserError: it is damaged, or has keys that this version does not know.
@@ -75,7 +75,7 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
     return None
   values = parse_json_object(read_bytes(path), source=path)
   if not {"model", "data", "rows"} <= values.keys():
-    return None  # of something else, for example of an official release
+    return None  # it describes something else, for example an official release
   try:
     base, version = values.pop("base", ""), values.pop("version", "unknown")
     prompts, contents = values.pop("prompts", {}), values.pop("base_contents", {})
@@ -135,9 +135,9 @@ class Checkpointer:
 
   Args:
     workdir: of the run.
-    keep: number of checkpoints.
+    keep: number of checkpoints to keep.
     verify: whether a checkpoint is verified before it is restored.
-    on_damaged: what to do if the newest is damaged.
+    on_damaged: what to do if the newest checkpoint is damaged.
   """
 
   def __init__(
@@ -150,7 +150,7 @@ class Checkpointer:
 
   @functools.cached_property
   def _manager(self) -> ocp.CheckpointManager:
-    """Opened by the first save: it reads the metrics of every checkpoint, and the damaged are set aside by then."""
+    """The manager; opened by the first save, when damaged checkpoints, whose metrics it would read, are set aside."""
 
     def loss(metrics: Mapping[str, float]) -> float:
       return metrics["val_loss"] if math.isfinite(metrics["val_loss"]) else math.inf
@@ -158,7 +158,7 @@ class Checkpointer:
     policies = ocp.checkpoint_managers
     best = policies.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     kept = policies.AnyPreservationPolicy([policies.LatestN(self._keep), best])
-    # A new folder for each start: what could not be deleted may be a checkpoint of the same step.
+    # A new folder for each start: an undeleted leftover may be a checkpoint of the same step.
     deleted = f"{DELETED_FOLDER}/{uuid.uuid4().hex}"
     options = ocp.CheckpointManagerOptions(
       preservation_policy=kept, best_fn=loss, best_mode="min", todelete_subdir=deleted
@@ -184,10 +184,10 @@ class Checkpointer:
     return self._saved.val_loss(step)
 
   def save(self, step: int, *, model: Any, training: Any, data: Resumable, val_loss: float | None = None) -> None:
-    """Starts to save a step, unless it is saved already.
+    """Starts saving a step, unless it is saved already.
 
     Raises:
-      OSError: this save or the one before it failed.
+      OSError: this save or the previous one failed.
     """
     self.wait()
     if step == self.latest_step:
@@ -202,12 +202,12 @@ class Checkpointer:
     self._saving = self._pool.submit(self._finish, step)
 
   def add_val_loss(self, step: int, val_loss: float) -> None:
-    """Adds the validation loss to a step that was saved without; all processes of a run must call it.
+    """Adds the validation loss to a step that was saved without one; all processes of a run must call it.
 
     The checkpoint's checksums are renewed in the background.
 
     Raises:
-      OSError: it could not be written, or the save before it failed.
+      OSError: it could not be written, or the previous save failed.
     """
     self.wait()
     with self._explain_failure():
@@ -227,7 +227,7 @@ class Checkpointer:
       write_checksums(self._saved.folder(step))
 
   def restore(self, *, model: Any, training: Any, data: Resumable) -> tuple[Any, Any]:
-    """Restores the newest checkpoint that is intact and sets `data` to its position; sets damaged ones aside.
+    """Restores the newest intact checkpoint and sets `data` to its position; sets damaged ones aside.
 
     Args:
       model, training: shapes, dtypes and shardings of the items.
@@ -237,14 +237,14 @@ class Checkpointer:
       The items `model` and `training`, in their shards.
 
     Raises:
-      UserError: no checkpoint can be restored, or the newest is damaged and that stops the run.
+      UserError: no checkpoint can be restored, or the newest is damaged and `on_damaged` is STOP.
     """
 
     def read(folder: epath.Path) -> tuple[Any, Any]:
       items = restore_items(folder, {"model": model, "training": training})
       try:
         data.set_state(read_positions(folder / "data"))
-      except Exception as error:  # whatever a damaged state makes the loader raise
+      except Exception as error:  # a damaged state may make the loader raise anything
         raise UserError(f"{folder / 'data'} holds no position in the data: {first_line(error)}") from error
       return items["model"], items["training"]
 
@@ -267,7 +267,7 @@ class Checkpointer:
 
   @contextlib.contextmanager
   def _explain_failure(self) -> Iterator[None]:
-    """Turns the failure of a save, now or in the background, into one line that names the last good checkpoint."""
+    """Turns the failure of a save, here or in the background, into one line that names the last good checkpoint."""
     try:
       yield
     except Exception as error:
@@ -284,8 +284,8 @@ class Checkpointer:
 
 
 def _reason(error: Exception) -> str:
-  """Returns in a few words why something could not be written."""
+  """Describes in a few words why something could not be written."""
   text = str(error)
-  if code := re.search(r"os_error_code='(\d+)'", text):  # of TensorStore, which names all the files above it
+  if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's message is long: it names every file involved
     return os.strerror(int(code[1]))
   return next((line for line in text.splitlines() if line), type(error).__name__)

@@ -41,7 +41,7 @@ def open_base(config: RunConfig) -> PretrainedCheckpoint | None:
   """Opens the base of a run, which reads its checkpoint.json; None if the run starts from scratch.
 
   Raises:
-    FileNotFoundError: it is no converted checkpoint; the message says what it is, and what to do.
+    FileNotFoundError: it is not a converted checkpoint; the message says what it is, and what to do.
     UserError: see `PretrainedCheckpoint.open`.
   """
   if not config.init_from:
@@ -54,9 +54,9 @@ def open_base(config: RunConfig) -> PretrainedCheckpoint | None:
 
 
 def _explain_no_base(path: str) -> str:
-  """Returns the end of a message about a path that is no base: what it is instead, and what to do."""
+  """Returns the end of a message about a path that is not a base: what it is, and what to do."""
   record = None
-  with contextlib.suppress(UserError):  # it has a config.json of something else
+  with contextlib.suppress(UserError):  # its config.json describes something else
     record = read_run(path)
   if record is None:
     advice = "training starts from a base, to which it adds a new LoRA; name the base"
@@ -74,7 +74,7 @@ def _explain_no_base(path: str) -> str:
 
 
 def transformer_config(config: RunConfig) -> DiTConfig:
-  """Returns the transformer's shape: that of the base, of a published model, or the config's own.
+  """Returns the transformer's shape: the base's, a published model's, or the config's own.
 
   Raises:
     UserError: there is no such published model, or the base is another one.
@@ -112,7 +112,7 @@ def _transformer_config(config: RunConfig, base: PretrainedCheckpoint | None) ->
 
 
 def split_config(config: RunConfig) -> list[RunConfig]:
-  """Returns the configs of the runs that would each train one of the experts that a run trains."""
+  """Returns one config for each expert that a run trains, as if a run of its own trained it."""
   expert = config.model.expert
   return [config if part == expert else override(config, {"model.expert": str(part)}) for part in expert.parts]
 
@@ -144,10 +144,10 @@ def trained_component(config: RunConfig, base: PretrainedCheckpoint) -> str:
 
 
 def check_base(config: RunConfig) -> None:
-  """Checks that a run has the base that it needs, with the expert that is to be trained, which can be validated.
+  """Checks that a run has the base that it needs, with the expert to train, and noise levels to validate it at.
 
   Raises:
-    UserError: it has not; or see `trained_component` and `validated_sigmas`.
+    UserError: it does not; see also `trained_component` and `validated_sigmas`.
   """
   needs_base = {
     "config.model.expert": config.model.expert != TrainedExpert.ONLY,
@@ -166,10 +166,10 @@ def check_base(config: RunConfig) -> None:
 
 
 def _base_quantization(config: RunConfig, base: PretrainedCheckpoint | None) -> Quantize:
-  """Returns how the base of a run of one transformer is quantised: by the run, or already as it is stored.
+  """Returns how the base of a run of one transformer is quantised: by the run, or as stored.
 
   Raises:
-    UserError: it is trained, or is stored in another way.
+    UserError: the base is trained, or is stored in another quantisation.
   """
   method = config.base.quantize
   if base is not None:
@@ -183,16 +183,16 @@ def _base_quantization(config: RunConfig, base: PretrainedCheckpoint | None) -> 
 
 
 def with_stored_base(config: RunConfig) -> RunConfig:
-  """Returns a config that names the quantisation of its base, which may be that of the files.
+  """Returns a config that names the quantisation of its base, which may come from the stored files.
 
   Raises:
-    UserError: the base is trained, or is stored in another way.
+    UserError: the base is trained, or is stored in another quantisation.
   """
   return override(config, {"base.quantize": str(_base_quantization(split_config(config)[0], open_base(config)))})
 
 
 def validated_sigmas(config: RunConfig) -> list[float]:
-  """Returns the noise levels of validation that a run of one transformer trains; raises UserError if it is none."""
+  """Returns the validation noise levels that a run of one transformer trains; raises UserError if there are none."""
   return _validated_sigmas(config, open_base(config))
 
 
@@ -208,7 +208,7 @@ def _validated_sigmas(config: RunConfig, base: PretrainedCheckpoint | None) -> l
 
 
 def _noise_range(config: RunConfig, base: PretrainedCheckpoint | None) -> tuple[float, float]:
-  """Returns the noise levels [low, high) of the transformer that a run trains; 1 is never left out."""
+  """Returns the noise levels [low, high) of the transformer that a run trains; the upper range always includes 1."""
   boundary = _transformer_config(config, base).expert_boundary
   ranges = {TrainedExpert.HIGH: (boundary, math.inf), TrainedExpert.LOW: (0.0, boundary)}
   return ranges.get(config.model.expert, (0.0, math.inf))
@@ -217,8 +217,8 @@ def _noise_range(config: RunConfig, base: PretrainedCheckpoint | None) -> tuple[
 def make_flow(config: RunConfig) -> FlowMatching:
   """Returns how a run of one transformer draws noise levels.
 
-  RESOLUTION_SHIFT counts tokens, of which the autoencoder of TI2V makes a quarter; with a codec of this project it
-  counts them as with Wan2.1's.
+  RESOLUTION_SHIFT depends on the number of tokens, of which TI2V's autoencoder yields a quarter; with this project's
+  codec they are counted as with Wan2.1's.
   """
   reference, base = REFERENCE_TOKENS, open_base(config)
   if base is not None or config.model.variant:
@@ -237,7 +237,7 @@ def context_mode(config: RunConfig) -> ContextMode:
 
 
 def codec_shape(config: RunConfig) -> CodecShape:
-  """Returns the shape of latents, from configs alone: of the base's or a published model's codec, or the config's own.
+  """Returns the shape of the codec, from configs alone: the base's, a published model's, or the config's own.
 
   Raises:
     UserError: see `transformer_config`.
@@ -267,10 +267,10 @@ def _patch_strides(config: RunConfig, base: PretrainedCheckpoint | None) -> tupl
 
 
 def text_encoder_shape(config: RunConfig) -> UMT5Config:
-  """Returns the shape of the text encoder, from configs alone: of the base's, or of the published models'.
+  """Returns the shape of the text encoder, from configs alone: the base's, or the published models'.
 
   Raises:
-    UserError: a model that is trained from scratch has none, nor has a base that was.
+    UserError: the model, or its base, is trained from scratch and has no text encoder.
   """
   base = open_base(config)
   if base is not None and base.has("text_encoder"):
@@ -322,7 +322,7 @@ def open_encoders(config: RunConfig, mesh: Mesh) -> Encoders:
 def base_encoders(
   base: PretrainedCheckpoint, mesh: Mesh, *, dtype: DTypeLike, tiling: Tiling | None = None
 ) -> PlainEncoders | PretrainedEncoders:
-  """Returns a base's codec and encoders; for the arguments see `PretrainedEncoders`."""
+  """Returns a base's codec and encoders; arguments as for `PretrainedEncoders`."""
   if base.info.codec is not None:
     return PlainEncoders(DCTCodec(**base.info.codec), base.config("transformer").text_dim)
   return PretrainedEncoders(base, mesh, dtype=dtype, tiling=tiling)

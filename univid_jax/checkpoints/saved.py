@@ -1,4 +1,4 @@
-"""The finished checkpoints of a run: which there are, which are intact, and what they hold."""
+"""The finished checkpoints of a run: which exist, which are intact, and what they hold."""
 
 import json
 import logging
@@ -22,15 +22,15 @@ from univid_jax.runtime.processes import count_distinct, sum_over_processes, wai
 CHECKPOINTS_FOLDER = "checkpoints"
 # Suffix of a checkpoint that was set aside because it is damaged.
 DAMAGED_SUFFIX = ".damaged"
-# Where checkpoints are moved to be deleted, next to the others, so that a kill leaves none half deleted under its name.
+# Checkpoints are moved here, next to the others, to be deleted, so that a kill leaves none half deleted under its name.
 DELETED_FOLDER = "deleted"
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-# What sampling does not read (the optimizer's state) is verified if it is no larger: this takes no time, and a bit that
-# flips anywhere says that the disk cannot be trusted.
+# Up to this size, what sampling does not read (the optimizer's state) is verified, too: this takes no time, and a bit
+# flipped anywhere means that the disk cannot be trusted.
 _QUICK_BYTES = 1 << 30
 
 
@@ -39,9 +39,9 @@ class SavedCheckpoints:
 
   Args:
     workdir: of the run.
-    model_only: whether only the model will be read, not what training needs besides.
+    model_only: whether only the model will be read, not the rest that training needs.
     verify: whether checkpoints are verified before they are used.
-    on_damaged: what to do if the newest is damaged.
+    on_damaged: what to do if the newest checkpoint is damaged.
   """
 
   def __init__(
@@ -102,7 +102,7 @@ class SavedCheckpoints:
   def renew_checksums(self, step: int) -> None:
     """Renews the checksums of a checkpoint that has some, after `write_val_loss`; one process may call it.
 
-    If another file is damaged, they stay as they are, or nothing would tell.
+    If another file is damaged, they stay unchanged, or the damage would be hidden.
 
     Raises:
       OSError: they cannot be written.
@@ -120,9 +120,9 @@ class SavedCheckpoints:
 
     Args:
       step: its number, "best" for the lowest validation loss, or None for the newest that is intact.
-      read: reads what is needed from the checkpoint's folder, without waiting for other processes. Its UserError means
-        damage, unless the checksums say otherwise, or the error has no other cause than a UserError, which then is
-        raised.
+      read: reads what is needed from the checkpoint's folder, without waiting for other processes. A UserError that it
+        raises counts as damage, unless the checksums are right; but if the error's root cause is itself a UserError,
+        that one is raised.
 
     Returns:
       The number of the step, the same for all processes, and what `read` returned.
@@ -131,7 +131,7 @@ class SavedCheckpoints:
       FileNotFoundError: there is no such checkpoint.
       UserError: `step` is neither a number nor "best", the processes find different checkpoints, or the checkpoint
         cannot be read although it is intact.
-      DamagedError: the checkpoint is damaged for one of the processes; or all are, if `step` is None.
+      DamagedError: the checkpoint is damaged for one of the processes or, if `step` is None, all checkpoints are.
     """
     if step is not None:
       found = self._find(step)
@@ -158,7 +158,7 @@ class SavedCheckpoints:
     """Returns the steps of all finished checkpoints, ascending; all processes of a run must call it.
 
     Raises:
-      UserError: the processes find different ones.
+      UserError: the processes find different checkpoints.
     """
     steps = self.steps
     self._agree(steps, f"this one those of the steps {steps}")
@@ -172,7 +172,7 @@ class SavedCheckpoints:
       )
 
   def _find(self, step: int | str) -> int:
-    """Returns the number of a step that was asked for, the same for all processes."""
+    """Returns the number of a requested step, the same for all processes."""
     try:
       found = self._find_alone(step)
     except (FileNotFoundError, UserError) as error:
@@ -195,18 +195,18 @@ class SavedCheckpoints:
     return int(step)
 
   def _read(self, step: int, read: Callable[[epath.Path], T]) -> T:
-    """Reads a checkpoint in every process; if it is damaged for one of them, it is for all."""
+    """Reads a checkpoint in every process; damage in one of them counts for all."""
     folder = self.folder(step)
     try:
       value = self._read_alone(folder, read)
-    except Exception as error:  # of any type, or the other processes would wait for this one
+    except Exception as error:  # any type, or the other processes would wait for this one
       num_damaged, _ = _count_failed(error)
       if num_damaged and not isinstance(error, DamagedError):
         raise DamagedError(folder, [_ELSEWHERE]) from error
       raise
     num_damaged, num_failed = _count_failed(None)
     if num_failed:
-      del value  # makes room for that of an older checkpoint
+      del value  # makes room for an older checkpoint's
       if num_damaged:
         raise DamagedError(folder, [_ELSEWHERE])
       raise UserError(f"the checkpoint {folder} cannot be read by another process, which says why")
@@ -234,9 +234,9 @@ class SavedCheckpoints:
     return lambda name: not name.startswith("training/")
 
   def delete_outdated(self) -> None:
-    """Deletes what Orbax has moved to the folder of deleted checkpoints; one process may call it at a time.
+    """Deletes the checkpoints that Orbax has moved to DELETED_FOLDER; one process may call it at a time.
 
-    In a bucket, where it moves nothing, there is none.
+    Does nothing in a bucket, where Orbax moves nothing.
     """
     folder = self.parent / DELETED_FOLDER
     if is_remote(folder):
@@ -250,8 +250,8 @@ class SavedCheckpoints:
     """Renames damaged checkpoints, so that their steps can be saved again; all processes of a run must call it.
 
     Args:
-      used: step of the checkpoint that `read` has read: the newer ones are damaged. Of older ones, those are renamed
-        whose damage would keep Orbax from listing the others.
+      used: step of the checkpoint that `read` has read: newer ones are damaged. Older ones are renamed if their damage
+        would keep Orbax from listing the others.
     """
     if jax.process_index() == 0:
       for step in self.steps:
@@ -276,12 +276,12 @@ class SavedCheckpoints:
     return True
 
 
-# What is wrong with a checkpoint that is damaged for another process.
+# The damage that is reported for a checkpoint that is damaged for another process.
 _ELSEWHERE = "another process says where"
 
 
 def _count_failed(error: Exception | None) -> tuple[int, int]:
-  """Returns how many processes find a checkpoint damaged, and how many failed to read it; all must call it."""
+  """Returns how many processes found a checkpoint damaged, and how many failed to read it; all must call it."""
   return sum_over_processes(isinstance(error, DamagedError)), sum_over_processes(error is not None)
 
 

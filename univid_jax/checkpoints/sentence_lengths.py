@@ -1,4 +1,4 @@
-"""How long the sentences of a config are, in tokens, and whether they fit into its rows."""
+"""Lengths of a config's sentences in tokens, and whether they fit into its rows."""
 
 import math
 
@@ -13,7 +13,7 @@ from univid_jax.core.text import size_text
 
 
 def clip_tokens(config: RunConfig) -> int:
-  """Returns the tokens of a clip of a config, of the largest of its sizes.
+  """Returns the number of tokens of a clip of a config, at the largest of its sizes.
 
   Raises:
     UserError: clips do not divide into patches; the message names the nearest valid sizes.
@@ -31,9 +31,9 @@ def clip_tokens(config: RunConfig) -> int:
 
 
 def longest_sentence(config: RunConfig) -> tuple[int, str, int]:
-  """Returns the tokens, context and number of clips of the longest sentence that a config draws.
+  """Returns the number of tokens, context and number of clips of the longest sentence that a config draws.
 
-  Records that list their clips may be longer: of them four clips, of any context, count, and of ARC four images.
+  Records that list their clips may be longer: they count as four clips of any context, and ARC's as four images.
 
   Raises:
     UserError: clips do not divide into patches; the message names the nearest valid sizes.

@@ -1,4 +1,4 @@
-"""Files of named tensors: safetensors, GGUF and PyTorch's, alone or in shards; headers first, tensors one at a time."""
+"""Files of named tensors: safetensors, GGUF and PyTorch's, single or in shards; tensors are read one at a time."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)(\.safetensors|\.bin)$", re.IGNORECASE)
 _GGUF_SPLIT = re.compile(r"-(\d+)-of-(\d+)\.gguf$", re.IGNORECASE)
 
-# NumPy's dtype names by those of safetensors. PyTorch's are NumPy's after "torch.". Others are refused.
+# NumPy's dtype names by safetensors'. PyTorch's are NumPy's after "torch.". Other dtypes are refused.
 _SAFETENSORS_DTYPES = {
   "F64": "float64",
   "F32": "float32",
@@ -60,13 +60,13 @@ class TensorFile:
   """The named tensors of a file, or of all shards of an index.
 
   Attributes:
-    path: of the file or index.
+    path: path of the file or index.
     infos: shape and dtype by tensor name, as `read` returns it.
     read: reads a tensor by name.
     metadata: the texts in the header of a safetensors or GGUF file, or in those of all shards.
-    stored: by name, the types of tensors that `read` dequantises.
+    stored: types of the tensors that `read` dequantises, by name.
     read_float8: returns the float8_e4m3fn numbers of a matrix that `read` dequantises, and the float32 scales of its
-      rows (rows, 1), or None for what is stored in another way.
+      rows (rows, 1), or None if it is stored in another way.
   """
 
   path: Path
@@ -77,7 +77,7 @@ class TensorFile:
   read_float8: Callable[[str], tuple[np.ndarray, np.ndarray] | None] = lambda name: None
 
   def rename(self, names: Mapping[str, str]) -> "TensorFile":
-    """Returns the tensors under new names; `names` maps the old ones, and tensors that are not in it are dropped."""
+    """Returns the tensors under new names; `names` maps the old names, and tensors that it lacks are dropped."""
     old = {new: name for name, new in names.items()}
     return dataclasses.replace(
       self,
@@ -146,7 +146,7 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
 
 
 def is_tensor_file(path: PurePath) -> bool:
-  """Returns whether the name is that of a file of tensors, which may be a shard."""
+  """Returns whether a name is that of a file of tensors, which may be a shard."""
   return path.suffix.lower() in SUFFIXES
 
 
@@ -158,14 +158,14 @@ def _open_file(path: Path) -> TensorFile:
   if path.suffix.lower() == ".safetensors":
     return _open_safetensors(path)
   if path.suffix.lower() == ".gguf":
-    from univid_jax.checkpoints.gguf_files import open_gguf  # which imports this module
+    from univid_jax.checkpoints.gguf_files import open_gguf  # a cycle: it imports this module
 
     return open_gguf(path)
   return _open_torch(path)
 
 
 def _open_safetensors(path: Path) -> TensorFile:
-  with path.open("rb") as file:  # raises errors of the file system, which the library does not tell from damage
+  with path.open("rb") as file:  # raises file system errors, which the library does not distinguish from damage
     size = int.from_bytes(file.read(8), "little")
   try:
     with safe_open(path, framework="np") as checked:  # checks that data and header have their sizes, and offsets
@@ -189,7 +189,7 @@ def _open_safetensors(path: Path) -> TensorFile:
 
 
 def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
-  """Reads a part of a file, uint8 (count,); not mapped, so that a file that shrinks meanwhile is an error, not a crash.
+  """Reads a part of a file, uint8 (count,), without mapping it, so that a shrinking file raises an error, not a crash.
 
   Raises:
     OSError: the file is unreadable.
@@ -259,7 +259,7 @@ def _open_torch(path: Path) -> TensorFile:
 
 
 def _load_torch(path: Path) -> Any:
-  """Loads what a PyTorch file contains, tensors mapped into memory; runs no code of the file."""
+  """Loads the contents of a PyTorch file, with tensors mapped into memory; runs no code from the file."""
   import torch
 
   try:
@@ -267,7 +267,7 @@ def _load_torch(path: Path) -> Any:
       compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist())
   except zipfile.BadZipFile as error:
     raise UserError(f"{path} is not a complete PyTorch file (of PyTorch 1.6 or newer)") from error
-  if compressed:  # PyTorch never does; it could expand without bound
+  if compressed:  # PyTorch never compresses; the archive could expand without bound
     raise UserError(f"{path} is a compressed archive, which PyTorch never writes: save it again with torch.save")
   try:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -314,7 +314,7 @@ def find_tensor_files(folder: Path) -> list[Path]:
 def save_safetensors(
   path: Path, tensors: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-  """Writes a .safetensors file with the permissions of any new file; the library alone makes it private."""
+  """Writes a .safetensors file with the usual permissions of new files; the library would make it private."""
   path.touch()
   mode = path.stat().st_mode
   save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
@@ -335,5 +335,5 @@ def save_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
       return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
-  with path.open("wb") as file:  # given a path, PyTorch would store the name of a temporary file
+  with path.open("wb") as file:  # given a path, PyTorch would store the temporary file's name
     torch.save({name: convert(array) for name, array in tensors.items()}, file)

@@ -1,4 +1,4 @@
-"""What a run has trained, read from its workdir: to sample with, to export, or to train on."""
+"""The weights that a run trained, read from its workdir for sampling, export or further training."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ from univid_jax.parallel.mesh import make_mesh
 
 
 def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, ParamTree]:
-  """Loads the transformer that training starts from, without adapters: that of the base, else random from the seed."""
+  """Loads the transformer that training starts from, without adapters: the base's, or a random one from the seed."""
 
   def create() -> nnx.Module:
     return create_model(config, adapters=False)
@@ -51,7 +51,7 @@ def load_base(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, ParamTree]:
 
 
 def expert_configs(config: RunConfig) -> list[RunConfig]:
-  """Returns a config for each transformer of a run's model, trained or not, by which `load_base` loads it."""
+  """Returns a config for each transformer of a run's model, trained or not, with which `load_base` loads it."""
   base = open_base(config)
   if base is None or len(base.transformers) <= 1:
     return split_config(config)
@@ -61,13 +61,13 @@ def expert_configs(config: RunConfig) -> list[RunConfig]:
 def restore_transformer(
   saved: SavedCheckpoints, config: RunConfig, mesh: Mesh, *, step: int | str | None
 ) -> tuple[nnx.GraphDef, ParamTree]:
-  """Restores the transformer that a run trained whole.
+  """Restores the transformer of a run that trained all of its weights.
 
   Args:
     saved: the checkpoints of the run.
     config: of the run.
-    mesh: where the parameters go.
-    step: of the checkpoint, see `SavedCheckpoints.read`.
+    mesh: devices for the parameters.
+    step: step of the checkpoint, see `SavedCheckpoints.read`.
 
   Raises: like `SavedCheckpoints.read`.
   """
@@ -105,7 +105,7 @@ def restore_loras(saved: SavedCheckpoints, record: RunRecord, *, step: int | str
 
 
 def to_lora_weights(record: RunRecord, params: ParamTree, *, step: int) -> list[LoRAWeights]:
-  """Returns the trained adapters of each transformer as a LoRA that records its step and how it has to be run."""
+  """Returns the trained adapters of each transformer as a LoRA that records its step and how it must be run."""
   lora, loras = record.config.lora, []
   for part, adapters in zip(_split_record(record), record.config.model.expert.split_tree(params), strict=True):
     metadata = {
@@ -119,13 +119,13 @@ def to_lora_weights(record: RunRecord, params: ParamTree, *, step: int) -> list[
 
 
 def _split_record(record: RunRecord) -> list[RunRecord]:
-  """Returns the records of the runs that would each train one of the experts that a run trains."""
+  """Returns one record for each expert that a run trains, as if a run of its own trained it."""
   parts = zip(split_config(record.config), record.base, strict=True)
   return [dataclasses.replace(record, config=config, base=(checksum,)) for config, checksum in parts]
 
 
 def run_usage(record: RunRecord) -> Usage:
-  """Returns how the model of a run has to be run."""
+  """Returns how the model of a run must be run."""
   config = record.config
   base = open_base(config)
   expert = config.model.expert
@@ -148,7 +148,7 @@ def find_step(
 
 
 def find_lora_steps(paths: Iterable[str], *, verify: bool) -> dict[str, int]:
-  """Returns the newest step whose model is intact of each path that is the workdir of a LoRA run; see `find_step`."""
+  """Returns the newest step with an intact model for each path that is the workdir of a LoRA run; see `find_step`."""
   return {path: find_step(path, None, verify=verify) for path in paths if is_lora_run(path)}
 
 

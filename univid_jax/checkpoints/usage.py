@@ -1,4 +1,4 @@
-"""How a model was trained, and so has to be run. It travels with every LoRA that a run writes, in any format."""
+"""How a model was trained, and so must be run; stored with every LoRA that a run writes, in any format."""
 
 import dataclasses
 import json
@@ -12,35 +12,35 @@ from univid_jax.core.json_files import parse_json
 from univid_jax.core.options import MAX_FPS, MAX_SHIFT, MAX_STEPS, Attention, ClipFit, ContextTimestep, Expert, Quantize
 from univid_jax.models.variants import VARIANTS
 
-# The entry that identifies files of this project; those of others may use the same names for other things.
+# The entry that identifies files of this project; other software may use the same names for other things.
 SOFTWARE = "software"
 SOFTWARE_NAME = "univid_jax"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Usage:
-  """What sampling takes from training unless something else is asked for; the defaults are the paper's.
+  """Settings of training that sampling adopts unless told otherwise; the defaults are the paper's.
 
-  Of the base it only reports what differs.
+  Differences in the base are only reported.
 
   Attributes:
     attention: see `Attention`.
     context_timestep: see `ContextTimestep`; AUTO if it is not known.
     clip_gap: see `ModelConfig`.
-    shift: of the noise levels toward noise.
-    num_inference_steps: of evaluation.
+    shift: shift of the noise levels towards noise.
+    num_inference_steps: inference steps of evaluation.
     sizes: (height, width) in pixels: the size of clips, then the other buckets.
-    num_frames: of a video.
+    num_frames: frames of a video.
     fit, fps: see `DataConfig`.
     base_model: name or shape of the base; "" if it is not known.
-    base_checksum: of the base's transformer; "" without a base, and of both experts together.
+    base_checksum: checksum of the base's transformer; "" without a base, and for both experts together.
     base_quantize: how the base was quantised in training.
-    prompts: of the tasks.
-    own_prompts: whether records may have had others, of their own.
-    contexts: which clips are videos, see `core.contexts`; empty if it is not known, as of records that list clips.
+    prompts: prompts of the tasks.
+    own_prompts: whether records may have had prompts of their own.
+    contexts: which clips are videos, see `core.contexts`; empty if that is not known, as for records that list clips.
     clip_counts: numbers of clips of a sentence, the target included; empty if they are not known.
     expert: HIGH or LOW if it was trained for one expert, else None.
-    is_known: whether all values come from a training run; not of Wan's releases and of LoRA files of earlier versions.
+    is_known: whether all values come from a training run; False for Wan's releases and LoRA files of earlier versions.
   """
 
   attention: Attention = Attention.FULL
@@ -73,7 +73,7 @@ class Usage:
     base_checksum: str = "",
     prompts: Mapping[str, str] | None = None,
   ) -> "Usage":
-    """Returns how the model of a run has to be used; the timestep of context tokens also depends on its base."""
+    """Returns the usage of a run; `context_timestep` is an argument because it also depends on the base."""
     data = config.data
     drawn = DrawnSentences.from_config(data)
     return cls(
@@ -98,7 +98,7 @@ class Usage:
 
   @property
   def has_own_base(self) -> bool:
-    """Whether this project trained the base, which no other program can load, as far as its name tells."""
+    """Whether this project trained the base, judging by its name; no other program can load such a base."""
     return self.base_model not in ("", "custom", *VARIANTS)
 
   def to_metadata(self) -> dict[str, str]:
@@ -125,14 +125,14 @@ class Usage:
 
   @classmethod
   def from_metadata(cls, metadata: Mapping[str, str], *, source: str) -> "Usage | None":
-    """Reads the entries of a file; missing ones, as of earlier versions, have the defaults.
+    """Reads the entries of a file; missing ones, as in files of earlier versions, get the defaults.
 
     Args:
       metadata: text entries of the header.
-      source: of the file, for messages.
+      source: names the file in messages.
 
     Returns:
-      None for files of other software, and for LoRAs of others that were converted.
+      The usage; None for files of other software, and for converted LoRAs of other software.
 
     Raises:
       UserError: an entry is malformed.
@@ -146,7 +146,7 @@ class Usage:
           values[field] = parse(metadata[field])
         except (ValueError, TypeError, AttributeError) as error:
           raise UserError(f"the header of {source} has {field} = {metadata[field]!r}: {error}") from error
-    if "context_timestep" not in values:  # files of earlier versions, which knew Wan2.1 only
+    if "context_timestep" not in values:  # files of earlier versions, which supported only Wan2.1
       causal = values.get("attention") == Attention.CONTEXT_CAUSAL
       values["context_timestep"] = ContextTimestep.ZERO if causal else ContextTimestep.TARGET
     return cls(**values, is_known="sizes" in values)
@@ -156,16 +156,16 @@ ENTRIES = tuple(field.name for field in dataclasses.fields(Usage))
 
 
 def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, list[str]]:
-  """Returns how several LoRAs are run together: as the first was trained.
+  """Returns how several LoRAs are run together: in the way that the first was trained.
 
   Args:
-    usages: with the names of the LoRAs.
+    usages: names of the LoRAs, with their usages.
 
   Returns:
-    Their usage, None if there are none; and lines that describe where others differ from it.
+    Their common usage, None if there are none, and lines that describe where others differ from it.
 
   Raises:
-    UserError: they were trained with different attention, or timesteps of the context.
+    UserError: they were trained with different attention or context timesteps.
   """
   if not usages:
     return None, []
@@ -189,7 +189,7 @@ def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, lis
 
 
 def _format(number: float) -> str:
-  """Returns the shortest text that is read as the same number: 8, 0.1, 23.976023976023978."""
+  """Formats a number as the shortest text that is read as the same number: 8, 0.1, 23.976023976023978."""
   return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
@@ -273,7 +273,7 @@ _PARSERS = {
 
 
 def describe_mismatch(usage: Usage, checksum: str, *, source: str) -> str | None:
-  """Returns a line if a LoRA was trained on other weights than those of a base, else None."""
+  """Returns a line if a LoRA was trained on weights other than a base's, else None."""
   if not usage.base_checksum or not checksum or usage.base_checksum == checksum:
     return None
   name = f" ({usage.base_model})" if usage.base_model else ""

@@ -1,4 +1,4 @@
-"""The parameters of a small model in one safetensors file, under their paths with dots."""
+"""The parameters of a small model in one safetensors file, named by dotted paths."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ SUFFIX = ".safetensors"
 
 
 def save_arrays(path: epath.PathLike, tree: Mapping[str, Any]) -> None:
-  """Saves nested arrays of NumPy."""
+  """Saves nested NumPy arrays."""
   flat: dict[ParamPath, Any] = traverse_util.flatten_dict(dict(tree))
   arrays = {".".join(keys): np.ascontiguousarray(value) for keys, value in flat.items()}
   epath.Path(path).write_bytes(safetensors.numpy.save(arrays, metadata={}))
@@ -29,7 +29,7 @@ def restore_arrays(path: epath.PathLike, abstract: Mapping[str, Any]) -> dict[st
   """Reads nested arrays.
 
   Args:
-    path: written by `save_arrays`.
+    path: a file written by `save_arrays`.
     abstract: shapes, dtypes and shardings of the result.
 
   Raises:
@@ -46,7 +46,7 @@ def restore_arrays(path: epath.PathLike, abstract: Mapping[str, Any]) -> dict[st
 
 
 def open_arrays(path: epath.PathLike, paths: Iterable[ParamPath]) -> dict[ParamPath, Any]:
-  """Returns arrays as TensorStore's, as `orbax_files.open_arrays` does; raises like `restore_arrays`."""
+  """Opens arrays as TensorStore arrays, like `orbax_files.open_arrays`; raises like `restore_arrays`."""
   arrays = _read(path)
   return {keys: ts.array(_find(arrays, keys, path)) for keys in paths}
 

@@ -1,8 +1,8 @@
 """A codec without weights, which the default run uses in place of a VAE.
 
 A fixed orthonormal transform with the VAE's interface and structure in time: first a single frame, then groups of four.
-Blocks of pixels are converted to opponent colours and cosine coefficients (DCT-II), of which the strongest are kept.
-Methods accept NumPy or JAX arrays and return the same kind.
+It converts blocks of pixels to opponent colours and cosine coefficients (DCT-II), and keeps the strongest. Methods
+accept NumPy or JAX arrays and return the same kind.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ DC_VARIANCE = 0.66
 
 
 def log_variance(time: np.ndarray, row: np.ndarray, column: np.ndarray, color: np.ndarray) -> np.ndarray:
-  """Returns the logarithm of a coefficient's variance in natural clips, up to a constant, by its frequencies.
+  """Returns the logarithm of a coefficient's variance in natural clips, up to a constant, given its frequencies.
 
   Fitted to crops of photographs and slow camera movements over them. On other photographs the channels that it selects
   lose as little as those selected by measured variances.
@@ -35,7 +35,7 @@ def log_variance(time: np.ndarray, row: np.ndarray, column: np.ndarray, color: n
 
 @dataclasses.dataclass(frozen=True)
 class DCTCodec:
-  """Clips to latents and back, both linear.
+  """Converts clips to latents and back, both linearly.
 
   Attributes:
     latent_channels: coefficients kept per block. With stride 4, 16 channels give about 40 dB on images and 35 dB on
@@ -84,7 +84,7 @@ class DCTCodec:
     return _concatenate(first, self._from_blocks(latents[1:] @ video, self.temporal_stride))
 
   def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-    """Decodes latents like `decode`, one latent frame after the other."""
+    """Decodes latents like `decode`, one latent frame at a time."""
     image, video = self._synthesis
     for index, part in enumerate(latents[:, None]):
       yield self._from_blocks(part @ video, self.temporal_stride) if index else self._from_blocks(part @ image, 1)
@@ -102,11 +102,11 @@ class DCTCodec:
 
   @functools.cached_property
   def _analysis(self) -> tuple[np.ndarray, np.ndarray]:
-    """The matrices from the values of a frame's block, and of a group's block, to latent channels; float32.
+    """The matrices from the values of a frame's block and of a group's block to latent channels; float32.
 
-    A group's coefficients without motion have the same channels and scale as those of a frame, so that the latents of a
-    still video equal those of its image; motion has the remaining channels. Each coefficient is divided by the fourth
-    root of its variance, so that a model sees weak ones, yet strong ones dominate.
+    A group's motionless coefficients have the same channels and scale as a frame's, so that the latents of a still
+    video equal those of its image; motion gets the remaining channels. Each coefficient is divided by the fourth root
+    of its variance, so that weak ones are visible to a model, yet strong ones dominate.
     """
     frame, frame_scale, frame_order = self._ranked_basis(1)
     group, group_scale, group_order = self._ranked_basis(self.temporal_stride)
@@ -121,7 +121,7 @@ class DCTCodec:
 
   @functools.cached_property
   def _synthesis(self) -> tuple[np.ndarray, np.ndarray]:
-    """The matrices from latent channels to the values of a block; exact inverses, as the columns are orthogonal."""
+    """The matrices from latent channels to the values of a block; exact inverses, since the columns are orthogonal."""
     image, video = ((matrix / np.sum(matrix**2, axis=0)).T for matrix in self._analysis)
     return image, video
 

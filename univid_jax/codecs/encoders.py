@@ -1,6 +1,7 @@
 """The codec and the text and image encoders of a model, as other packages see them (`core.protocols.Encoders`).
 
-A model trained from scratch has no weights here (`PlainEncoders`); a pre-trained base has its own, loaded on first use.
+A model trained from scratch has encoders without weights (`PlainEncoders`); a pre-trained base has its own, loaded on
+first use.
 """
 
 import operator
@@ -30,7 +31,7 @@ from univid_jax.parallel.mesh import local_mesh, make_mesh
 
 
 class PlainEncoders:
-  """A codec without weights; no text and no images.
+  """A codec without weights; supports neither text nor images.
 
   The null prompt is the only one, and its embedding has no tokens.
   """
@@ -73,7 +74,7 @@ class ComponentSource(Protocol):
   def load(
     self, component: str, *, mesh: Mesh, dtype: DTypeLike, param_dtype: DTypeLike | None = None
   ) -> tuple[nnx.GraphDef, Any]:
-    """Loads a component into its shards; returns the module without its parameters, and these."""
+    """Loads a component into its shards; returns the module without its parameters, and the parameters."""
     ...
 
   def tokenizer_path(self) -> epath.PathLike:
@@ -109,8 +110,8 @@ class PretrainedEncoders:
 
   Args:
     checkpoint: holds the components.
-    mesh: the devices; text and image encoder are sharded over those of this process, which may use them alone; the
-      autoencoder runs on one of them, and encodes several clips on all.
+    mesh: the devices; text and image encoder are sharded over those of this process, which needs no other process to
+      use them; the autoencoder runs on one of them, and encodes several clips on all.
     dtype: of the text and image encoders; the autoencoder computes in float32.
     tiling: how the autoencoder cuts large frames, or None.
   """
@@ -137,7 +138,7 @@ class PretrainedEncoders:
 
   @property
   def text_len(self) -> int:
-    """The maximal number of tokens of a prompt: the transformer's, or Wan2.1's if the checkpoint has no transformer."""
+    """The maximum number of tokens in a prompt: the transformer's, or Wan2.1's if the checkpoint has no transformer."""
     has_transformer = self._checkpoint.has("transformer")
     return self._checkpoint.config("transformer").text_len if has_transformer else DiTConfig.text_len
 
@@ -151,7 +152,7 @@ class PretrainedEncoders:
 
   @property
   def codec_fingerprint(self) -> str:
-    """Identifies everything that determines latents, besides the pixels."""
+    """Identifies everything besides the pixels that determines latents."""
     config = self.codec_shape
     published = find_autoencoder(config.latent_channels)
     statistics = config.latent_mean, config.latent_std
@@ -160,7 +161,7 @@ class PretrainedEncoders:
 
   @property
   def prompt_fingerprint(self) -> str:
-    """Identifies everything that determines the embedding of a prompt, besides the text."""
+    """Identifies everything besides the text that determines the embedding of a prompt."""
     checksum, tokenizer = self._checkpoint.checksum("text_encoder"), self._tokenizer.get()
     own = self._describe_config("text_encoder", UMT5Config())
     return f"umt5 {checksum} {self._dtype} {tokenizer.max_length} {tokenizer.sha256}{own}"
@@ -174,7 +175,7 @@ class PretrainedEncoders:
     return f"clip {self._checkpoint.checksum('image_encoder')} {self._dtype}{own}"
 
   def _describe_config(self, component: str, published: Any) -> str:
-    """Returns what the checksum of a component's weights does not tell, "" if its config is the published one."""
+    """Returns a component's config, which the checksum of its weights does not cover; "" if it is the published one."""
     config = self._checkpoint.config(component)
     return "" if config == published else f" {config}"
 
@@ -211,7 +212,7 @@ class PretrainedEncoders:
     return Tokenizer(self._checkpoint.tokenizer_path(), max_length=self.text_len)
 
   def _load_encoder(self, component: str) -> Callable[..., np.ndarray]:
-    """Loads an encoder as a function from and to NumPy arrays: the caller may compute on other devices."""
+    """Loads an encoder as a function from and to NumPy arrays, since the caller may compute on other devices."""
     graph, params = self._checkpoint.load(component, mesh=self._mesh, dtype=self._dtype)
     run = jit_method(operator.call, graph)
 

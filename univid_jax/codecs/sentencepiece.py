@@ -1,6 +1,6 @@
 """SentencePiece models (spiece.model), converted to tokenizers.
 
-The schema is that of SentencePiece's sentencepiece_model.proto (Apache-2.0), as far as it is needed.
+The schema is the part that is needed of SentencePiece's sentencepiece_model.proto (Apache-2.0).
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from univid_jax.core.errors import UserError
 
-# Fields by message: name, number, type and default; "*" marks repeated fields, a capital the name of a message.
+# Fields by message: name, number, type and default; "*" marks repeated fields, a capitalised type is a message.
 _SCHEMA = {
   "Piece": [("text", 1, "string", ""), ("score", 2, "float", "0"), ("type", 3, "int32", "1")],
   "Trainer": [("model_type", 3, "int32", "1"), ("byte_fallback", 35, "bool", "false"), ("unk_id", 40, "int32", "0")],
@@ -29,7 +29,7 @@ _SPECIAL, _USER_DEFINED = (2, 3), 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnigramModel:
-  """What a Unigram model of SentencePiece says.
+  """The contents of a Unigram model of SentencePiece.
 
   Attributes:
     pieces: text, score and type of each token.
@@ -45,7 +45,7 @@ class UnigramModel:
 
   @classmethod
   def parse(cls, model: bytes) -> "UnigramModel":
-    """Parses the contents of a spiece.model; raises UserError if it is not one, or of another kind than Unigram."""
+    """Parses the contents of a spiece.model; raises UserError if it is not one, or not of the kind Unigram."""
     parsed = _message_class()()
     try:
       parsed.ParseFromString(model)
@@ -89,7 +89,7 @@ class UnigramModel:
       raise UserError("the SentencePiece model has no </s>, which ends the prompts of T5")
     try:
       tokenizer = tokenizers.Tokenizer(models.Unigram(vocabulary, self.unknown, self.byte_fallback))
-      # The map turns all white space into spaces; SentencePiece strips them and joins several.
+      # The map turns all white space into spaces; SentencePiece then strips and collapses them.
       tokenizer.normalizer = normalizers.Precompiled(self.charsmap) if self.charsmap else normalizers.Sequence([])
       tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]

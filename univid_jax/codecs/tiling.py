@@ -17,7 +17,7 @@ class Tiling:
 
   Attributes:
     size: side of a tile, in latents.
-    overlap: of neighbouring tiles, in latents; over it one tile fades into the other.
+    overlap: overlap of neighbouring tiles, in latents, over which one fades into the other.
   """
 
   size: int = 32
@@ -31,7 +31,7 @@ class Tiling:
     """Returns (start, length, weights) of the tiles along a side; the weights of all tiles sum to 1 everywhere.
 
     Args:
-      length: of the side, in latents.
+      length: length of the side, in latents.
       scale: weights per latent.
     """
     size = min(self.size, length)

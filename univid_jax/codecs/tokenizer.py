@@ -17,7 +17,7 @@ from univid_jax.core.paths import exists, read_bytes
 
 log = logging.getLogger(__name__)
 
-# Characters of what is left out of a text that a warning shows.
+# Maximum characters that a warning shows of the text that is left out.
 _SHOWN = 60
 
 
@@ -28,11 +28,11 @@ def clean(text: str) -> str:
 
 
 class Tokenizer:
-  """Text to token ids.
+  """Converts text to token ids.
 
   Args:
     path: the checkpoint's tokenizer.json.
-    max_length: the maximal number of tokens, end-of-text token included; longer texts are truncated, with a warning.
+    max_length: the maximum number of tokens, end-of-text token included; longer texts are truncated, with a warning.
 
   Attributes:
     sha256: of the file.
@@ -66,7 +66,7 @@ class Tokenizer:
     return np.array(encoding.ids, np.int32)
 
   def _report(self, text: str, overflowing: Sequence[tokenizers.Encoding]) -> None:
-    """Says what was left out of a text."""
+    """Warns of what was left out of a text."""
     pieces = [piece for part in overflowing for piece in zip(part.offsets, part.special_tokens_mask)]
     starts = [start for (start, _), is_special in pieces if not is_special]
     rest = text[starts[0] :].strip()

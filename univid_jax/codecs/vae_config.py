@@ -43,17 +43,17 @@ class VAEConfig:
 
   Attributes:
     dim: channels of the encoder at its highest resolution.
-    decoder_dim: those of the decoder; None for `dim`.
+    decoder_dim: the same for the decoder; None for `dim`.
     dim_mult: channels at each level, in multiples of dim.
-    num_res_blocks: per level of the encoder; the decoder has one more.
+    num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
     temporal_downsample: for each level but the last, whether the downsampling after it halves time too.
     patch_size: side of the squares of pixels that are folded into channels.
     level_shortcuts: whether a shortcut without parameters surrounds each level.
-    latent_channels: of the latents.
+    latent_channels: channels of the latents.
     latent_mean, latent_std: of each channel before normalisation.
 
   Raises:
-    UserError: mean or standard deviation are not one valid number per channel.
+    UserError: mean or standard deviation is not one valid number per channel.
   """
 
   dim: int = 96

@@ -22,14 +22,14 @@ from univid_jax.platform.current import Platform, current_platform
 
 
 class Caches:
-  """Frames that convolutions over time keep from one chunk to the next, in the order in which the convolutions run.
+  """Frames that convolutions over time carry from one chunk to the next, in the order in which the convolutions run.
 
   Attributes:
     written: the frames to keep for the next chunk.
   """
 
   def __init__(self, kept: Sequence[Array] | None):
-    """Starts a chunk with what the chunk before has written; None starts a clip."""
+    """Starts a chunk with the frames that the previous chunk has kept; None starts a clip."""
     self.is_first = kept is None
     self._kept = iter(kept or ())
     self.written: list[Array] = []
@@ -88,7 +88,7 @@ class Conv(Convolution):
 
 
 class CausalConv(Convolution):
-  """3 x 3 x 3 convolution in which a frame depends on itself and the two before."""
+  """3 x 3 x 3 convolution in which each frame depends on itself and the two before."""
 
   def __init__(self, in_dim: int, out_dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
     super().__init__(in_dim, out_dim, (3, 3, 3), padding=1, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -111,7 +111,7 @@ class ChannelNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-  """Twice norm, SiLU and convolution, and a shortcut."""
+  """Norm, SiLU and convolution, twice, with a shortcut around them."""
 
   def __init__(self, in_dim: int, out_dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
     norm = functools.partial(ChannelNorm, param_dtype=param_dtype, rngs=rngs)
@@ -130,7 +130,7 @@ class ResidualBlock(nnx.Module):
 
 
 class FrameAttention(nnx.Module):
-  """Attention of one head among the positions of each frame."""
+  """Attention with one head among the positions of each frame."""
 
   def __init__(self, dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
     conv = functools.partial(Conv, kernel=(1, 1, 1), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -139,7 +139,7 @@ class FrameAttention(nnx.Module):
     self.proj = conv(dim, dim)
 
   def __call__(self, x: Float[Array, "t y x c"], caches: Caches) -> Float[Array, "t y x c"]:
-    del caches  # takes part in the interface of all layers
+    del caches  # part of the common interface of layers
     q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(x.shape[0], -1, 1, 3 * x.shape[-1]), 3, axis=-1)
     return x + self.proj(attention(q, k, v).reshape(x.shape))
 
@@ -204,10 +204,10 @@ def middle_layers(dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: n
 
 @dataclasses.dataclass(frozen=True)
 class AverageShortcut:
-  """Reduces the input of a level to the shape of its output by means over blocks of frames x side x side positions.
+  """Reduces the input of a level to the shape of its output by averaging blocks of frames x side x side positions.
 
-  If the level multiplies channels, each channel becomes neighbouring ones, which are the means over parts of the block
-  in time. The first frame is preceded by zeros.
+  If the level multiplies channels, each channel becomes several adjacent ones, the means over parts of the block in
+  time. The first frame is preceded by zeros.
 
   Attributes:
     out_dim: channels of the output: those of the input, times a divisor of `frames`.
@@ -229,10 +229,10 @@ class AverageShortcut:
 
 @dataclasses.dataclass(frozen=True)
 class RepeatShortcut:
-  """Expands the input of a level to the shape of its output by repeating values in blocks of frames x side x side.
+  """Expands the input of a level to the shape of its output by repeating values over blocks of frames x side x side.
 
-  If the level divides channels, neighbouring ones become the rows of a block. Of the first block in time, which is one
-  frame of the clip, only the last frame remains.
+  If the level divides channels, adjacent ones become the rows of a block. Only the last frame of the first block in
+  time remains, since the block is one frame of the clip.
 
   Attributes:
     out_dim: channels of the output: those of the input, or those divided by `side`.
@@ -252,7 +252,7 @@ class RepeatShortcut:
 
 
 class Level(nnx.Module):
-  """The layers of one resolution and the resampling after them, with a shortcut around all of them."""
+  """The layers at one resolution and the resampling after them, with a shortcut around all of them."""
 
   def __init__(self, layers: Sequence[Layer], shortcut: AverageShortcut | RepeatShortcut | None):
     self.layers, self.shortcut = nnx.List(layers), shortcut
@@ -265,7 +265,7 @@ class Level(nnx.Module):
 
 
 def fold_pixels(x: Float[Array, "T H W c"], side: int) -> Float[Array, "T v w d"]:
-  """Makes squares of pixels into channels, ordered (channel, column, row)."""
+  """Folds squares of pixels into channels, ordered (channel, column, row)."""
   return rearrange(x, "t (y q) (x r) c -> t y x (c r q)", q=side, r=side)
 
 

@@ -44,7 +44,7 @@ from univid_jax.platform.chips import Device
 
 
 class Encoder(nnx.Module):
-  """Pixels to mean and log-variance of latents."""
+  """Maps pixels to the mean and log-variance of latents."""
 
   def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
     causal_conv = functools.partial(CausalConv, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -75,7 +75,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """Latents to pixels."""
+  """Maps latents to pixels."""
 
   def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
     causal_conv = functools.partial(CausalConv, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -110,13 +110,13 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-  """The autoencoder. Clips have no batch dim: they differ in length, and one keeps a device busy.
+  """The autoencoder. Clips have no batch dim: they differ in length, and a single one keeps a device busy.
 
   Args:
     config: the shape.
     dtype: of activations and convolutions.
     param_dtype: of the stored weights.
-    rngs: the stream `params`.
+    rngs: provides the stream `params`.
   """
 
   def __init__(
@@ -149,7 +149,7 @@ class VAE(nnx.Module):
   def decode_part(
     self, latents: Float[Array, "1 y x c"], kept: Sequence[Array] | None
   ) -> tuple[Float[Array, "T H W 3"], list[Array]]:
-    """Decodes the next latent frame of a clip, with what the one before has kept; None starts a clip."""
+    """Decodes the next latent frame of a clip with the frames kept from the one before; None starts a clip."""
     x = latents.astype(jnp.float32) * jnp.asarray(self.config.latent_std) + jnp.asarray(self.config.latent_mean)
     caches = Caches(kept)
     return self.decoder(self.conv2(x.astype(self.dtype)), caches).astype(jnp.float32), caches.written
@@ -158,7 +158,7 @@ class VAE(nnx.Module):
 def _run_in_chunks(
   module: Callable[[Array, Caches], Array], x: Float[Array, "t ..."], size: int
 ) -> Float[Array, "_t ..."]:
-  """Runs the first frame, then chunks of `size` frames, each with what the one before has kept."""
+  """Runs the first frame, then chunks of `size` frames, each with the frames kept from the one before."""
   caches = Caches(None)
   first = module(x[:1], caches)
   if len(x) == 1:
@@ -174,7 +174,7 @@ def _run_in_chunks(
 
 
 def jit_method(method: Callable[..., Any], graph: nnx.GraphDef) -> Any:
-  """Returns the program of a method of a module, a function of the parameters and of the method's arguments."""
+  """Returns a method of a module as a jitted function of the module's parameters and the method's arguments."""
   return jax.jit(lambda params, *inputs: method(nnx.merge(graph, params), *inputs))
 
 
@@ -185,8 +185,8 @@ class WanVAECodec:
     config: the autoencoder's shape.
     graph: the autoencoder without its parameters.
     params: its parameters.
-    mesh: the devices that hold them, and compute.
-    devices: encode several clips, one each; by default those of `mesh`.
+    mesh: the devices that hold the parameters and compute.
+    devices: devices that encode several clips, one each; by default those of `mesh`.
     tiling: how large frames are cut, or None.
   """
 
@@ -211,7 +211,7 @@ class WanVAECodec:
       run = jit_method(method, graph)
 
       def call(*inputs):
-        with jax.set_mesh(mesh):  # the caller may have set another
+        with jax.set_mesh(mesh):  # the caller may have set another mesh
           return run(params, *inputs)
 
       return call
@@ -249,10 +249,10 @@ class WanVAECodec:
 
   @functools.cached_property
   def _encode_on_all(self) -> Callable[[np.ndarray], Array]:
-    """Encodes as many clips as there are devices, each on one of them."""
+    """Encodes as many clips as there are devices, one on each."""
     mesh = make_mesh({"data": -1}, self._devices)
     params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
-    graph, each = self._graph, PartitionSpec("data")  # a function that holds `self` would keep what it caches alive
+    graph, each = self._graph, PartitionSpec("data")  # a function that refers to `self` would keep its caches alive
 
     def encode(params, batch):
       return VAE.encode(nnx.merge(graph, params), batch[0])[None]
@@ -273,7 +273,7 @@ class WanVAECodec:
     return decode_tiled(self._decode, latents, self._tiling, spatial_stride=self.spatial_stride)
 
   def decode_parts(self, latents: Float[np.ndarray, "t y x c"]) -> Iterator[Float[np.ndarray, "T H W 3"]]:
-    """Decodes latents like `decode`, one latent frame after the other, in memory that does not grow with the clip."""
+    """Decodes latents like `decode`, one latent frame at a time, in memory that does not grow with the clip."""
     kept: dict[int, list[Array]] = {}
 
     def decode(number: int, part: np.ndarray) -> Array:

@@ -13,7 +13,7 @@ from univid_jax.core.errors import UserError
 
 
 def to_config_dict(config: RunConfig) -> ml_collections.ConfigDict:
-  """Converts a config for flags, which override its values."""
+  """Converts a config to the ConfigDict whose values flags override."""
   return ml_collections.ConfigDict(_plain(config, sequence=tuple))
 
 
@@ -43,7 +43,8 @@ def from_json(values: Mapping[str, Any]) -> RunConfig:
 def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
   """Returns the config with other values, by dotted key: `override(config, {"model.dim": 64})`.
 
-  Keys may be within values before them: `{"data.tasks": tasks, "data.tasks.invert": 1}` does not change `tasks`.
+  A key may lie within the value of an earlier one: `{"data.tasks": tasks, "data.tasks.invert": 1}` does not change
+  `tasks`.
 
   Raises:
     UserError: a key is unknown or a value is invalid.
@@ -63,7 +64,7 @@ def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 def differences(before: RunConfig, after: RunConfig) -> Iterator[tuple[str, Any, Any]]:
   """Yields (key, value before, value after) for every value that differs, in the order of keys.
 
-  A weight of 0 equals none, as of a task that an earlier version did not have.
+  A weight of 0 equals a missing one, as for a task that an earlier version lacked.
   """
   values = [dict(_leaves(to_json(config))) for config in (before, after)]
   for key in sorted(values[0].keys() | values[1].keys()):
@@ -73,7 +74,7 @@ def differences(before: RunConfig, after: RunConfig) -> Iterator[tuple[str, Any,
 
 
 def find_keys(name: str) -> list[str]:
-  """Returns the full keys of values and groups of the default config whose last part is `name`."""
+  """Returns the full keys of the default config, groups included, whose last part is `name`."""
   keys = [key for key, _ in _leaves(to_json(RunConfig()), "config")]
   groups = dict.fromkeys(key.rpartition(".")[0] for key in keys)
   return [key for key in [*groups, *keys] if key.rpartition(".")[2] == name]
@@ -88,7 +89,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any, *, sequence: type) -> Any:
-  """Dataclasses and mappings as dicts, enums as strings, tuples as `sequence`."""
+  """Converts dataclasses and mappings to dicts, enums to strings, and tuples to `sequence`."""
   if dataclasses.is_dataclass(value):
     return {field.name: _plain(getattr(value, field.name), sequence=sequence) for field in dataclasses.fields(value)}
   if isinstance(value, Mapping):

@@ -18,8 +18,8 @@ class TFDSConfig(Section):
   """A TFDS data set of pairs.
 
   Attributes:
-    name: of the data set; "" for none.
-    split, data_dir: as TFDS takes them.
+    name: name of the data set; "" for none.
+    split, data_dir: arguments of TFDS.
     task: name given to the task.
     source, target: names of the features.
     kind: what the target's values represent.
@@ -79,7 +79,7 @@ _OTHER_TASKS = (
 )
 
 
-# Of the computed tasks for which it is not `OPTIONAL`; `data.tasks` takes it from here.
+# The motion of computed tasks where it is not `OPTIONAL`; `data.tasks` reads it from here.
 TASK_MOTIONS: Mapping[str, Motion] = {
   "camera_movement": Motion.ANIMATES,
   "moving_object": Motion.NEEDED,
@@ -92,9 +92,9 @@ class DataConfig(Section):
   """Where sentences come from and how they are drawn.
 
   Attributes:
-    bundled: whether computed tasks are applied to the photographs inside scikit-image.
+    bundled: whether computed tasks use the photographs that come with scikit-image.
     jitter: whether the colours of these photographs are varied.
-    folder: images and videos of your own for computed tasks, of training alone; `bundled` photographs join them.
+    folder: images and videos of your own for computed tasks, in training only; `bundled` photographs are added to them.
     test_folder: images and videos of your own that held-out sentences of computed tasks show, instead of bundled
       photographs.
     metadata: the reference's metadata.csv.
@@ -109,17 +109,17 @@ class DataConfig(Section):
     weights: how often each kind of data is drawn; 0 switches it off.
     held_out: share of your records or pairs held out of training.
     test_pairs: a folder like `pairs` that is held out instead, with examples from the training pairs.
-    allow_dropped: leave out records that cannot be used instead of stopping, held-out ones too. Where processes share
-      rows, a file that cannot be read stops training all the same.
-    allow_changed: resume a run although its data has changed since it started, or evaluate it on that data.
+    allow_dropped: leave out records that cannot be used, held-out ones too, instead of stopping. Where processes share
+      rows, a file that cannot be read still stops training.
+    allow_changed: resume a run, or evaluate it, although its data has changed since it started.
     variants: sentences per record or pair that differ in context, direction and examples.
     num_threads: threads that read and encode, in each stream of rows.
     stream_processes: whether each stream of rows (`rows.streams`) is made in a process of its own, which uses one more
       core; for runs without a pre-trained autoencoder.
-    buckets: further sizes, HEIGHTxWIDTH; a pair goes to the size nearest to the aspect ratio of its source.
-    fit: how clips are brought to the model's size.
+    buckets: further sizes, HEIGHTxWIDTH; a pair gets the size whose aspect ratio is nearest to its source's.
+    fit: how clips are adapted to the model's size.
     fps: frame rate that videos are resampled to; 0 keeps theirs.
-    prompt_dropout: share of sentences with the null prompt, in training alone.
+    prompt_dropout: share of sentences that get the null prompt, in training only.
     cache: folder of cached latents and prompt embeddings; WORKDIR/cache by default.
     height, width: of every clip, in pixels.
     num_frames: of a video clip, 4n + 1.
@@ -127,12 +127,12 @@ class DataConfig(Section):
     contexts: weights of the contexts I to IV.
     animating_contexts: the same for tasks that make a video of an image (camera movement).
     num_clips: weights of sentences with 4, 6 or 8 clips, under `clips_4` and so on.
-    max_video_clips: most clips of a sentence with videos, so that rows can be short; longer ones are shortened to it.
-      Records that list their clips keep them. 0 is no limit.
-    reverse_probability: share of sentences with swapped pairs, so that the task is inverted; of grids and ARC there are
-      none.
+    max_video_clips: the most clips that a sentence with videos has, so that rows can be short; more are cut. Records
+      that list their clips keep all of them. 0 is no limit.
+    reverse_probability: share of sentences with swapped pairs, so that the task is inverted; grids and ARC are never
+      reversed.
     prompt: style of the prompts.
-    num_sentences: computed sentences before the first is repeated.
+    num_sentences: computed sentences before they repeat.
   """
 
   KEY: ClassVar[str] = "data."
@@ -218,7 +218,7 @@ class DataConfig(Section):
     self._check_grids()
     limit = self.max_video_clips
     self.require("max_video_clips", limit == 0 or (4 <= limit <= MAX_COUNT and limit % 2 == 0), "0, 4, 6, 8, ...")
-    _ = self.sizes, self.clip_counts  # parsed once here, so that mistakes are found
+    _ = self.sizes, self.clip_counts  # parsed once here, so that mistakes are reported
 
   def _check_grids(self) -> None:
     room, needed = min(self.height, self.width) // self.grids.cell, self.grids.max_side
@@ -230,13 +230,13 @@ class DataConfig(Section):
 
   @property
   def has_computed(self) -> bool:
-    """Whether there are computed tasks, if their weight is not 0: photographs alone give way to records of your own."""
+    """Whether there are computed tasks, unless their weight is 0: bundled photographs give way to your own records."""
     has_records = any((self.metadata, self.pairs, self.manifest, self.tfds.name))
     return bool(self.folder) or (self.bundled and not has_records)
 
   @property
   def sizes(self) -> tuple[tuple[int, int], ...]:
-    """(height, width) of `height` and `width`, then of the buckets."""
+    """All sizes as (height, width): `height` and `width`, then the buckets."""
     sizes = [(self.height, self.width)]
     for text in self.buckets:
       height, _, width = text.partition("x")

@@ -13,15 +13,15 @@ Kind = tuple[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class DrawnSentences:
-  """The sentences that a config draws, as far as that does not depend on the data.
+  """The sentences that a config draws, as far as they do not depend on the data.
 
   Pairs and tables may lack contexts because their clips are too short. Tasks that code adds count as tasks of images
-  and videos, and a config that names no data, as of a forecast, as one of pairs.
+  and videos; a config that names no data, as for a forecast, counts as one of pairs.
 
   Attributes:
-    kinds: of the sentences that are known.
+    kinds: the known kinds of sentences.
     lists_contexts: whether there are records that list their clips, with contexts of their own.
-    lists_counts: whether there are records with numbers of clips of their own: these, and tasks of ARC.
+    lists_counts: whether there are records with numbers of clips of their own: the same, and tasks of ARC.
     lists_prompts: whether there are records that may have prompts of their own: lines of manifests and tables.
   """
 
@@ -32,7 +32,7 @@ class DrawnSentences:
 
   @classmethod
   def from_config(cls, data: DataConfig) -> "DrawnSentences":
-    """Returns the sentences that a run trains on; raises UserError if there is no such context."""
+    """Returns the sentences that are drawn in training; raises UserError for an unknown context."""
     manifest, arc, table = (_is_used(data, name) for name in ("manifest", "arc", "metadata"))
     return cls(
       frozenset(_kinds(data)), lists_contexts=manifest, lists_counts=manifest or arc, lists_prompts=manifest or table

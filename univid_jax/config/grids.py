@@ -25,7 +25,8 @@ GRID_FAMILY_NAMES = (
   "sudoku",
 )
 
-# Families whose steps make a video; the others are images. What `GridFamily.evolve` says, where it cannot be imported.
+# Families whose steps make a video; the others are images. Repeats what `GridFamily.evolve` says, which cannot be
+# imported here.
 _FAMILIES_WITH_STEPS = ("gravity", "automaton", "life", "maze")
 FAMILY_MOTIONS: Mapping[str, Motion] = {
   name: Motion.ANIMATES if name in _FAMILIES_WITH_STEPS else Motion.NONE for name in GRID_FAMILY_NAMES
@@ -50,10 +51,10 @@ MIN_SIDE, MAX_SIDE = 3, 30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GridsConfig(Section):
-  """Grid tasks, and how all grids are drawn, those of ARC included.
+  """Grid tasks, and how all grids are drawn, ARC's included.
 
   Attributes:
-    families: weights of the families; with none above 0 there are no grid tasks.
+    families: weights of the families; if all are 0 there are no grid tasks.
     min_side, max_side: range of a grid's height and width in cells, except for families of one size.
     cell: side of a cell in pixels.
     palette: ten colours #RRGGBB; the first is the background.
@@ -96,7 +97,7 @@ class ARCConfig(Section):
   Attributes:
     path: tasks to train on; "" for none.
     test_path: tasks that are held out; without it `data.held_out` of `path` is.
-    max_examples: example pairs that a sentence shows at most; 0 shows all.
+    max_examples: the most example pairs that a sentence shows; 0 shows all.
   """
 
   KEY: ClassVar[str] = "data.arc."

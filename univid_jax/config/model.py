@@ -26,22 +26,22 @@ class ModelConfig(Section):
   """The transformer.
 
   Attributes:
-    expert: which experts of Wan2.2 A14B are trained, each on its own noise levels: high, low or both; only for other
+    expert: which experts of Wan2.2 A14B are trained, each on its own noise levels: high, low or both; `only` for other
       bases.
-    variant: name of a published model, which a base has to be; "" takes any base, or the numbers below without one.
+    variant: name of a published model, which the base must be; "" takes any base or, without one, the numbers below.
     dim, ffn_dim, num_heads, num_layers, freq_dim, text_dim: shape of a model that is trained from scratch.
     rope_theta, rope_scale: base and scale of its rotary frequencies. A base, or `variant`, has its own shape and
-      frequencies; other values here are logged as ignored.
+      frequencies; values here that differ from the defaults are logged as ignored.
     remat: what the backward pass recomputes.
     dtype: of activations and matrix products.
     param_dtype: of the stored base weights.
-    attention: what tokens attend to.
+    attention: what each token attends to.
     context_timestep: of context tokens: that of their target, as in UniVid, or zero, as TI2V was trained.
     attention_backend: implementation of self-attention.
-    clip_gap: added to positions in time where a clip begins, so that it does not look like the continuation of the one
-      before (Video-As-Prompt); 0 lets time run on.
-    look_back: from-scratch initialisation: head i attends this many latent frames back, gaps included; () is the plain
-      random start.
+    clip_gap: added to positions in time where a clip begins, so that it does not look like a continuation of the clip
+      before (Video-As-Prompt); 0 adds none.
+    look_back: initialisation from scratch: head i attends to the frame this many latent frames back, gaps included; ()
+      is plain random initialisation.
   """
 
   KEY: ClassVar[str] = "model."
@@ -86,8 +86,8 @@ class BaseConfig(Section):
   """How the frozen base of a LoRA run is stored.
 
   Attributes:
-    quantize: how its blocks' linear weights are quantised when they are loaded; "none" takes them as they are stored.
-    offload: whether its blocks wait in the memory of the host, which each is copied from when it runs.
+    quantize: how its blocks' linear weights are quantised when they are loaded; "none" keeps them as they are stored.
+    offload: whether its blocks are kept in host memory, and each is copied to the device when it runs.
   """
 
   KEY: ClassVar[str] = "base."
@@ -98,7 +98,7 @@ class BaseConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodecConfig(Section):
-  """The weightless codec that is used without a base: coefficients kept per block, and the block's side in pixels."""
+  """The weightless codec, for runs without a base: coefficients kept per block, and the block's side in pixels."""
 
   KEY: ClassVar[str] = "codec."
 
@@ -111,7 +111,7 @@ class CodecConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TilingConfig(Section):
-  """How the autoencoder of a base cuts large frames: side of a tile and overlap, in latents; size 0 does not cut."""
+  """How the base's autoencoder cuts large frames: side of a tile and overlap, in latents; size 0 does not cut."""
 
   KEY: ClassVar[str] = "vae_tiling."
 
@@ -126,10 +126,10 @@ class TilingConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig(Section):
-  """Which Linears get adapters, and how strong they are.
+  """Which Linears get adapters, and the adapters' shape and scale.
 
   Attributes:
-    rank: of the update; 0 trains the whole model.
+    rank: rank of the update; 0 trains the whole model.
     alpha: the update is scaled by alpha / rank.
     targets: patterns (`fnmatch`) of official Linear names or of their ends: `q` matches every `....q`.
     dropout: share of the adapter inputs dropped in training.
@@ -147,7 +147,7 @@ class LoRAConfig(Section):
   def check(self) -> None:
     self.require_at_least(0, "rank")
     self.require_share("dropout")
-    # The bounds of files, so that what a run writes can be read.
+    # The bounds that files are read with, so that a run writes nothing that cannot be read.
     self.require("alpha", _MIN_ALPHA <= self.alpha < math.inf, "positive and finite")
     if self.enabled:
       divisor = "sqrt(rank)" if self.rslora else "rank"

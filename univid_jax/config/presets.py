@@ -13,7 +13,7 @@ small_lora: a LoRA on the base that the package ships, which knows other tasks; 
 
   python -m univid_jax.train --config=small_lora
 
-small: this base itself, in five minutes on an H100.
+small: trains this base itself, in five minutes on an H100.
 
 wan_1_3b, wan_14b, wan_i2v_14b: the paper's training, a LoRA on Wan2.1. They start from a converted checkpoint and take
 their sentences from your videos and images (computed tasks) or from pairs of your own.
@@ -21,8 +21,8 @@ their sentences from your videos and images (computed tasks) or from pairs of yo
   python -m univid_jax.train --config=wan_1_3b --config.init_from=wan_1_3b --config.data.folder=DIR \\
     --workdir=runs/mine
 
-wan22_ti2v_5b, wan22_a14b, wan22_i2v_a14b: the same on Wan2.2. Of A14B a run trains both experts, or with
---config.model.expert=high or low one.
+wan22_ti2v_5b, wan22_a14b, wan22_i2v_a14b: the same on Wan2.2. A run on A14B trains both experts, or one of them with
+--config.model.expert=high or low.
 
 The paper's recipes are one override away: one task (--config.data.tasks.NAME=1.0 and 0.0 for the others), one context
 for a task (--config.data.contexts.I=1.0 ...), more shots (--config.data.num_clips.clips_6=1.0).
@@ -64,7 +64,7 @@ from univid_jax.core.options import (
 # The preset that commands use without --config.
 DEFAULT = "tiny"
 
-# Presets name what they draw: a task or family that is added later has weight 0 in them, so that their runs go on.
+# Presets name what they draw: a task or family added later has weight 0 in them, so that their runs can be resumed.
 _FAMILIES: Mapping[str, float] = dict.fromkeys(
   (
     *("recolor", "translate", "reorient", "gravity", "automaton", "count", "life", "outline", "fill", "largest"),
@@ -92,7 +92,7 @@ def get_config(preset: str = DEFAULT) -> ml_collections.ConfigDict:
 
 
 def _with_weights(names: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
-  """Returns weights with all names, which flags can then change; those that have none get 0."""
+  """Returns weights for all names, so that flags can change them; a name without a weight gets 0."""
   return {**dict.fromkeys(names, 0.0), **weights}
 
 
@@ -106,9 +106,9 @@ def tiny() -> RunConfig:
 
 
 def grids() -> RunConfig:
-  """Trains the same model on all families of grid tasks, at 32x32 pixels with cells of 4.
+  """Trains the same model on all families of grid tasks, at 32x32 pixels with cells of 4 pixels.
 
-  Evaluation counts exact matches: each family with held-out rules, or grids, and with trained rules.
+  Evaluation counts exact matches: for each family with held-out rules, or held-out grids, and with trained rules.
   """
   return RunConfig(
     name="grids",
@@ -126,8 +126,8 @@ def small() -> RunConfig:
   """Trains the base that the package ships: 64x64 pixels, videos of 9 frames, 9 million parameters.
 
   Five minutes on an H100 with 16 cores, days on two cores. Six in ten sentences are grid tasks, the others computed
-  tasks over photographs; those with weight 0 are left to fine-tune it on. Clips of three latent frames precede that of
-  a video, hence `look_back`.
+  tasks over photographs; those with weight 0 are left for fine-tuning. A video clip has three latent frames, hence
+  `look_back`.
   """
   families = {**_FAMILIES, "automaton": 2.0, "translate": 1.5, "hanoi": 0.5, "outline": 0.0}
   return RunConfig(
@@ -169,8 +169,8 @@ def small() -> RunConfig:
 def small_lora() -> RunConfig:
   """Trains a LoRA on the base that the package ships, as the paper does on Wan: 20 pairs, five minutes on two cores.
 
-  The task is a family of grids that the base has never seen, from ten sentences of two pairs; with `data.pairs` it is
-  yours, at 64x64 pixels.
+  The task is a family of grids that the base has never seen, as ten sentences of two pairs; `data.pairs` replaces it
+  with a task of yours, at 64x64 pixels.
   """
   base = small()
   families = _with_weights(GridsConfig().families, {"outline": 1.0})
@@ -264,7 +264,7 @@ def wan_i2v_14b() -> RunConfig:
 
 
 def wan22_ti2v_5b() -> RunConfig:
-  """The same for Wan2.2-TI2V-5B, at 704x1280 and 480x832 and 24 fps: its autoencoder makes a quarter of the tokens.
+  """The same for Wan2.2-TI2V-5B, at 704x1280 and 480x832 and 24 fps: its autoencoder yields a quarter of the tokens.
 
   Context tokens have timestep 0, as clean latents had in the model's own training. A row holds a sentence of context I
   at 704x1280, or two at 480x832.

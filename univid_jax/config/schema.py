@@ -50,11 +50,11 @@ class RunConfig(Section):
 
   Attributes:
     name: names the default workdir, runs/NAME.
-    seed: of weights, data order and noise.
+    seed: seed of weights, data order and noise.
     num_steps: training steps.
     log_every: steps between lines of metrics.jsonl.
     init_from: a converted checkpoint to train on; "" trains from scratch with a weightless codec.
-    ema_decay: of the exponential moving average of the weights; 0 keeps none.
+    ema_decay: decay of the exponential moving average of the weights; 0 keeps none.
   """
 
   name: str = "tiny"
@@ -84,7 +84,7 @@ class RunConfig(Section):
     self.require_share("ema_decay")
     if self.base.offload and not self.lora.enabled:
       raise UserError("config.base.offload is for a frozen base: set config.lora.rank, or leave it off")
-    if self.base.offload and self.model.remat == RematPolicy.NONE:  # it would store every block on the device
+    if self.base.offload and self.model.remat == RematPolicy.NONE:  # the device would keep every block
       raise UserError(
         "config.base.offload needs a backward pass that copies blocks again: set config.model.remat to full, or to "
         "another policy than none"

@@ -1,4 +1,4 @@
-"""The base of all parts of the config: a section checks the types of its values, then the values themselves."""
+"""The base class of config sections: a section checks the types of its values, then the values themselves."""
 
 import collections.abc
 import dataclasses
@@ -16,16 +16,16 @@ import numpy as np
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import parse_option
 
-# For tokens, rows, steps and so on, which become 32-bit integers in arrays.
+# Maximum for tokens, rows, steps and so on, which become 32-bit integers in arrays.
 MAX_COUNT = 2**31 - 1
-# For numbers that stay on the host.
+# Maximum for numbers that stay on the host.
 MAX_HOST_COUNT = 10**12
 
 
 class Section:
-  """A part of the config that checks its values, wherever they come from: flags, JSON or Python.
+  """A part of the config that checks its values, whether they come from flags, JSON or Python.
 
-  A subclass is a dataclass, and overrides `check` where types alone do not say what is valid.
+  A subclass is a dataclass, and overrides `check` where types alone do not determine what is valid.
 
   Attributes:
     KEY: prefix of its keys in error messages, with a trailing dot; "" for the root.
@@ -38,7 +38,7 @@ class Section:
       value = getattr(self, name)
       converted = convert(kind, value, f"config.{self.KEY}{name}")
       if converted is not value:
-        object.__setattr__(self, name, converted)  # frozen for everyone else
+        object.__setattr__(self, name, converted)  # the dataclass is frozen for everyone else
     self.check()
 
   def check(self) -> None:
@@ -52,7 +52,7 @@ class Section:
       raise UserError(f"config.{self.KEY}{name} must be {expected}, got {value!r}")
 
   def require_at_least(self, minimum: float, *names: str, maximum: int = MAX_COUNT) -> None:
-    """Checks numbers; those that are not integers have no maximum but infinity."""
+    """Checks that values are at least `minimum` and, if they are integers, at most `maximum`."""
     for name in names:
       value = getattr(self, name)
       self.require(name, value >= minimum, f"at least {minimum:g}")
@@ -71,7 +71,7 @@ class Section:
       self.require(name, 0 <= value < 1 or (closed and value == 1), f"from 0 to 1{'' if closed else ' (exclusive)'}")
 
   def require_weights(self, *names: str) -> None:
-    """Checks mappings of weights: at least 0, and finite."""
+    """Checks that all weights in mappings are at least 0, and finite."""
     for name in names:
       for key, weight in getattr(self, name).items():
         if not 0 <= weight < math.inf:
@@ -81,8 +81,8 @@ class Section:
 def convert(kind: Any, value: Any, key: str) -> Any:
   """Converts a value to the type of a field; `key` names it in errors.
 
-  A section may be given as a mapping of its keys, an option as its name, a tuple as a list; a number as one of another
-  type if it stays the same, NumPy's included, and text as a path. A bool is no number.
+  A section may be given as a mapping of its keys, an option as its name, a tuple as a list; a number as another type
+  (NumPy's included) that holds the same value, and text as a path. A bool is not a number.
 
   Raises:
     UserError: the value is of another type, or a key is unknown; the message names both.
@@ -120,13 +120,13 @@ def _build_section(kind: Any, values: Any, key: str) -> Any:
 
 
 def describe_unknown(group: str, name: str, names: Iterable[str], *, elsewhere: Sequence[str] = ()) -> str:
-  """Returns what is wrong with a key that a group lacks, with similar keys and those that exist.
+  """Describes an unknown key of a group, with similar keys and those that exist.
 
   Args:
     group: its full key.
     name: of the unknown key in the group.
     names: of the group's keys.
-    elsewhere: full keys of that name in other groups, suggested if the group has none that is similar.
+    elsewhere: full keys of that name in other groups, suggested if the group has no similar one.
   """
   names = list(names)
   similar = [f"{group}.{each}" for each in difflib.get_close_matches(name, names)[:1]] or elsewhere
@@ -145,7 +145,7 @@ def _field_types(section: Any) -> Mapping[str, Any]:
 
 
 def _convert_scalar(kind: type, value: Any, key: str) -> Any:
-  """Accepts an integer, or a float without a fraction, where the other is expected; never a bool for a number."""
+  """Returns a value of the type; takes 1 for 1.0 and the reverse, but never a bool for a number."""
   names = {int: "an integer", float: "a number", str: "text", bool: "True or False"}
   if kind is str and isinstance(value, os.PathLike):
     value = os.fspath(value)
@@ -159,7 +159,7 @@ def _convert_scalar(kind: type, value: Any, key: str) -> Any:
 
 
 def _converts(value: int | float, kind: type[int] | type[float]) -> bool:
-  """Returns whether a number is the same as another kind of number; infinity is no integer."""
+  """Returns whether a number keeps its value as another type; infinity is no integer."""
   try:
     return kind(value) == value
   except (OverflowError, ValueError):

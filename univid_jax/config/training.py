@@ -25,17 +25,17 @@ class RowsConfig(Section):
   """Packed rows and batches.
 
   Attributes:
-    per_batch: rows of a batch on all devices; 0 is data x fsdp x microbatches.
+    per_batch: rows of a batch over all devices; 0 is data x fsdp x microbatches.
     num_tokens, num_sentences: capacity of a row.
     num_text_tokens: capacity for prompts, one token of padding per sentence included.
     num_target_tokens: capacity for targets; 0 is half of num_tokens.
     packing_bins: rows that are filled at the same time.
-    packing: which of them a sentence goes to. `balanced` also makes batches of rows of similar work, out of the
-      packing_bins rows of a stream, rounded down to whole batches but at least one; the more batches, the better.
+    packing: which of them a sentence goes to. `balanced` also groups rows of similar work into batches, from the
+      packing_bins rows of a stream, rounded down to whole batches but at least one; more batches balance better.
     streams: independent streams of rows; 0 is one per process, or per group of processes that share rows. With a fixed
       number, the rows of a batch do not depend on the number of processes; their order may.
-    microbatches: parts of a batch computed one after another, for less memory and, but for what lora.dropout drops, the
-      same result.
+    microbatches: parts of a batch computed one after another, for less memory and, apart from lora.dropout, the same
+      result.
   """
 
   KEY: ClassVar[str] = "rows."
@@ -59,7 +59,7 @@ class RowsConfig(Section):
     return self.num_target_tokens or self.num_tokens // 2
 
   def batch_size(self, num_shards: int) -> int:
-    """Returns the rows of a batch on all devices.
+    """Returns the number of rows of a batch over all devices.
 
     Args:
       num_shards: data x fsdp devices.
@@ -96,14 +96,14 @@ class OptimizerConfig(Section):
   """The optimizer and the schedule of its learning rate.
 
   Attributes:
-    learning_rate: peak; of Muon's matrices with `muon`.
+    learning_rate: peak; with `muon` for Muon's matrices only.
     adam_learning_rate: peak for all other parameters with `muon`.
-    weight_decay: of all parameters with `adamw`, of Muon's matrices alone with `muon`.
+    weight_decay: for all parameters with `adamw`, for Muon's matrices only with `muon`.
     clip_norm: global norm that gradients are clipped to; 0 does not clip.
     decay_fraction: share of the steps over which `linear` decays.
     on_bad_step: what happens if the loss or the gradient is not finite.
-    skip_norm: with on_bad_step = skip also skips steps whose gradient norm is above this many times the median of the
-      last ones; 0 does not.
+    skip_norm: with on_bad_step = skip, also skips steps whose gradient norm exceeds this multiple of the median of
+      recent ones; 0 skips none for its norm.
   """
 
   KEY: ClassVar[str] = "optimizer."
@@ -133,7 +133,7 @@ class OptimizerConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):
-  """Devices along each axis of the mesh; one may be -1 and takes the remaining devices."""
+  """Devices along each axis of the mesh; one axis may be -1, which takes the remaining devices."""
 
   KEY: ClassVar[str] = "mesh."
 
@@ -155,7 +155,7 @@ class MeshConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
-  """Steps between checkpoints, and how many of the latest are kept (the best is kept as well)."""
+  """Steps between checkpoints, and how many of the latest are kept (in addition to the best)."""
 
   KEY: ClassVar[str] = "checkpoint."
 
@@ -174,10 +174,10 @@ class ValidationConfig(Section):
     every_steps: 0 never validates.
     sentences: held-out sentences whose loss is measured.
     sigmas: noise levels at which it is measured.
-    previews: sentences of which samples are written.
-    num_inference_steps: of these samples.
-    accelerate: files of the distillation LoRA that these samples are made with, each as of the flag --accelerate; it
-      replaces num_inference_steps. Text is taken as a list with commas, but in a ConfigDict, which keeps to its types.
+    previews: number of sentences whose samples are written.
+    num_inference_steps: inference steps of these samples.
+    accelerate: files of the distillation LoRA that makes these samples, as for the flag --accelerate; it replaces
+      num_inference_steps. Text is read as a list with commas, except in a ConfigDict, which enforces its types.
   """
 
   KEY: ClassVar[str] = "validation."
@@ -214,15 +214,15 @@ class EvalConfig(Section):
 
   Attributes:
     sentences_per_case: sentences per task and context; 0 skips the evaluation after training.
-    num_inference_steps: of the samples.
-    seed: of sentences and noise.
+    num_inference_steps: inference steps of the samples.
+    seed: seed of sentences and noise.
     batch_size: sentences sampled together; an interrupted evaluation loses at most these.
     num_seeds: repetitions with other noise (full).
     more_steps: further numbers of inference steps to compare (full).
-    depth_alignment: how depth is brought to the scale of the ground truth.
+    depth_alignment: how predicted depth is aligned to the scale of the ground truth.
     palette: file with one line R G B per label; "" is Pascal VOC's palette.
     num_labels: labels of the palette that are used; 0 is all.
-    void_label: label that does not count, beyond num_labels as well; -1 for none.
+    void_label: label that does not count, even beyond num_labels; -1 for none.
     clip_model: folder or name of a CLIP model for CLIP-T and CLIP-I; "" for neither.
   """
 

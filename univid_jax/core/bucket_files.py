@@ -1,6 +1,6 @@
-"""Local copies of files in buckets, for what only reads local files.
+"""Local copies of files in buckets, for code that reads only local files.
 
-A copy has the size and the modification time of its source: it counts as long as both are equal, and is copied again
+A copy has the size and the modification time of its source: it is current while both are equal, and is copied again
 otherwise. Copies are below ~/.cache/univid_jax and may be deleted at any time.
 """
 
@@ -38,8 +38,8 @@ _BLOCK_BYTES = 1 << 22
 def copy_to_local(path: str) -> str:
   """Returns a local path to data: the path itself, or a copy of data in a bucket.
 
-  Copies a whole folder, or for a file everything in its folder, since tables refer to other files. What is no longer in
-  the bucket is deleted from the copy.
+  Copies a whole folder; of a file, everything in its folder, since tables refer to other files. Deletes from the copy
+  what is no longer in the bucket.
 
   Raises:
     FileNotFoundError: there is no such file or folder.
@@ -72,7 +72,7 @@ def copy_file(path: epath.PathLike, *, folder: str = "data") -> Path:
 
   Args:
     path: of the file.
-    folder: of the cache.
+    folder: subfolder of the cache for the copy.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -91,7 +91,7 @@ def copy_file(path: epath.PathLike, *, folder: str = "data") -> Path:
 
 
 def source_state(path: epath.PathLike) -> tuple[int, int]:
-  """Returns the size of a file in a bucket and its modification time in ns, which is 0 if the bucket does not tell.
+  """Returns the size of a file in a bucket and its modification time in ns, or 0 if the bucket does not report it.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -99,7 +99,7 @@ def source_state(path: epath.PathLike) -> tuple[int, int]:
   """
   with bucket_errors(path):
     status = epath.Path(path).stat()
-    modified = status.mtime * 1_000_000_000  # etils knows whole seconds, and nothing of S3's
+    modified = status.mtime * 1_000_000_000  # etils reports whole seconds, and for S3 nothing
     with contextlib.suppress(ImportError, NotImplementedError):  # TensorFlow reads gs:// without gcsfs
       files, name = fsspec.core.url_to_fs(str(path))
       modified = round(files.modified(name).timestamp() * 1_000_000) * 1000
@@ -125,7 +125,7 @@ def _is_current(copy: Path, state: tuple[int, int]) -> bool:
 
 
 def _copy(source: epath.Path, copy: Path) -> None:
-  """Copies a file; time and contents appear together. A source that is replaced meanwhile is copied again next time."""
+  """Copies a file, with its time, atomically; a source that is replaced meanwhile is copied again next time."""
   _, modified = source_state(source)
   with atomic_write(copy) as unfinished:
     with source.open("rb") as reading, unfinished.open("wb") as writing:
@@ -134,10 +134,10 @@ def _copy(source: epath.Path, copy: Path) -> None:
 
 
 def _delete_others(copy: Path, keep: dict[Path, epath.Path]) -> None:
-  """Deletes files and folders that the source does not have, before they are in the way of others of the same name."""
+  """Deletes files and folders that the source lacks, before new ones need their names."""
   for folder, _, names in os.walk(copy, topdown=False):
     for path in (Path(folder) / name for name in names):
-      # Others may be writing a file whose folder is also a part of what they copy.
+      # Spares files that other processes are writing: their copy may include this folder.
       if path not in keep and (not is_unfinished(path.name) or is_abandoned(path)):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -146,7 +146,7 @@ def _delete_others(copy: Path, keep: dict[Path, epath.Path]) -> None:
 
 @contextlib.contextmanager
 def _locked(copy: Path) -> Iterator[None]:
-  """Has the processes of a machine copy one at a time, so that later ones find the copy instead of making their own."""
+  """Lets the processes of a machine copy one at a time, so that later ones find the copy."""
   lock = Path(CACHE_FOLDER).expanduser() / "locks" / hashlib.sha256(str(copy).encode()).hexdigest()[:32]
   lock.parent.mkdir(parents=True, exist_ok=True)
   with lock.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Checks of what Python code passes to public functions; commands have those of their flags, configs those of keys."""
+"""Checks of arguments that Python code passes to public functions; flags and config keys have their own checks."""
 
 import math
 import numbers
@@ -15,7 +15,7 @@ from univid_jax.core.text import describe_value
 
 
 def require_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
-  """Returns a whole number of any type, but no bool; raises UserError if it is none, or out of range."""
+  """Returns a whole number of any type but bool; raises UserError if the value is not one, or is out of range."""
   try:
     number = None if isinstance(value, bool) else operator.index(value)
   except TypeError:
@@ -27,7 +27,10 @@ def require_integer(name: str, value: Any, minimum: int, maximum: int | None = N
 
 
 def require_number(name: str, value: Any, *, is_positive: bool = False) -> float:
-  """Returns a number of any type, but no bool; raises UserError if it is none or, of positive ones, not finite."""
+  """Returns a number of any type but bool as a float; raises UserError for anything else.
+
+  With `is_positive` the number must also be positive and finite.
+  """
   is_array = getattr(value, "shape", None) == () and jnp.issubdtype(value.dtype, jnp.number)  # bfloat16 is no Real
   try:
     number = float(value) if is_array or (isinstance(value, numbers.Real) and not isinstance(value, bool)) else None
@@ -39,28 +42,28 @@ def require_number(name: str, value: Any, *, is_positive: bool = False) -> float
 
 
 def require_flag(name: str, value: Any) -> bool:
-  """Returns True or False; raises UserError if it is anything else, which Python would also take for one of them."""
+  """Returns True or False; raises UserError for anything else, even if Python treats it as true or false."""
   if not isinstance(value, bool | np.bool_):
     raise UserError(f"{name} must be True or False, got {describe_value(value)}")
   return bool(value)
 
 
 def require_text(name: str, value: Any) -> str:
-  """Returns text; raises UserError if it is none."""
+  """Returns text; raises UserError if the value is not text."""
   if not isinstance(value, str):
     raise UserError(f"{name} must be text, got {describe_value(value)}")
   return value
 
 
 def require_folder(name: str, value: Any) -> str:
-  """Returns the path of a folder or a bucket as text; raises UserError if it is none, or empty."""
+  """Returns the path of a folder or a bucket as text; raises UserError if it is not a path, or empty."""
   if not isinstance(value, str | os.PathLike) or not os.fspath(value):
     raise UserError(f"{name} must name a folder or a bucket, got {describe_value(value)}")
   return os.fspath(value)
 
 
 def require_instance(name: str, value: Any, kind: type, hint: str) -> None:
-  """Raises UserError, with a hint at how to make one, if a value is no instance of a class."""
+  """Raises UserError, with a hint at how to get an instance, if a value is not an instance of a class."""
   if not isinstance(value, kind):
     article = "an" if kind.__name__[0] in "AEIOU" else "a"
     raise UserError(f"{name} must be {article} {kind.__name__}, got {type(value).__name__}: {hint}")
@@ -78,11 +81,11 @@ def require_list(name: str, values: Any, what: str) -> list[Any]:
 
   Args:
     name: of the argument.
-    values: the items; texts and paths, mappings and arrays without dims are none.
-    what: the items are, for the message.
+    values: the items; text, paths, mappings and arrays without dims are rejected.
+    what: names the items in the message.
 
   Raises:
-    UserError: they are no iterable.
+    UserError: the values are not such an iterable.
   """
   is_single = isinstance(values, (str, bytes, os.PathLike, Mapping)) or getattr(values, "shape", None) == ()
   if is_single or not isinstance(values, Iterable):

@@ -10,7 +10,7 @@ from univid_jax.core.protocols import Codec
 def i2v_condition(
   codec: Codec, image: Float[np.ndarray, "H W 3"], num_latent_frames: int
 ) -> Float[np.ndarray, "t y x v"]:
-  """Returns what an I2V model reads in addition to the latents of a sentence.
+  """Returns the channels that an I2V model reads in addition to the latents of a sentence.
 
   The first temporal_stride channels are a mask, 1 in the first latent frame; the others are the latents of a clip that
   shows the image and then grey. 20 channels with Wan2.1's autoencoder.

@@ -24,13 +24,13 @@ PAPER_CAMERA_CONTEXTS: Mapping[str, float] = {"I": 0.5, "II": 0.0, "III": 0.0, "
 class Motion(enum.StrEnum):
   """Which clips of a task may be videos, and so the contexts that its sentences can have."""
 
-  OPTIONAL = "optional"  # both of a pair, or none
-  ANIMATES = "animates"  # both or none, or only the target: the task makes a video of an image
-  NEEDED = "needed"  # all are
-  NONE = "none"  # none is
+  OPTIONAL = "optional"  # both clips of a pair, or neither
+  ANIMATES = "animates"  # both, neither, or only the target: the task makes a video of an image
+  NEEDED = "needed"  # all clips
+  NONE = "none"  # no clip
 
   def context_of(self, drawn: str) -> str:
-    """Returns the context of a sentence for which one was drawn."""
+    """Returns the context that a sentence gets when `drawn` was drawn."""
     if self == Motion.NEEDED:
       return VIDEOS
     if self == Motion.NONE or (self == Motion.OPTIONAL and drawn == "IV"):
@@ -39,7 +39,7 @@ class Motion(enum.StrEnum):
 
 
 def possible_contexts(weights: Mapping[str, float], motion: Motion) -> dict[str, float]:
-  """Returns the weights of the contexts that the sentences of a task have, given those that are drawn."""
+  """Returns the weights of the contexts that a task's sentences get, given the weights of those that are drawn."""
   if motion == Motion.NONE:
     return {IMAGES: 1.0}
   possible: dict[str, float] = {}
@@ -77,7 +77,7 @@ def possible_counts(num_clips: Mapping[int, float], context: str, max_video_clip
 def make_sentence(
   pairs: Sequence[tuple[Clip, Clip]], *, reverse: bool = False, prompt: str = "", task: str = "", context: str = ""
 ) -> Sentence:
-  """Joins (source, target) pairs to a sentence whose last clip is the target of the model.
+  """Joins (source, target) pairs into a sentence whose last clip is the target of the model.
 
   Args:
     pairs: example pairs, then the query pair.

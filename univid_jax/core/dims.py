@@ -8,8 +8,8 @@ d  embedding channel       e  channel of a feature      i  image feature, step o
 o  output of a Linear
 t, y, x  latent frame, row, column    c  latent channel    T, H, W  frames, height and width in pixels
 
-Dims of a single module have words for names. Names that begin with an underscore may differ in size: `_t` frames of the
-output where `t` are those of the input.
+Dims that only one module uses are named by words. Names that begin with an underscore may differ in size: `_t` for the
+output's frames where `t` is the input's.
 """
 
 from univid_jax.core.errors import UserError
@@ -18,8 +18,8 @@ from univid_jax.core.numbers import ceil_div
 # Rotary positions along each dim, as in Wan's code.
 MAX_POSITION = 1024
 
-# Frames per latent frame of every published codec, after the first one, which is a single frame. Lengths of clips
-# depend on it where the codec is not asked, since that would load it. Code that has a codec asks for its stride.
+# Frames per latent frame of every published codec, after the first one, which is a single frame. Code that must not
+# load a codec computes the lengths of clips from it; code that has a codec uses the codec's stride.
 TEMPORAL_STRIDE = 4
 
 
@@ -29,7 +29,7 @@ def is_clip_length(num_frames: int, *, temporal_stride: int = TEMPORAL_STRIDE) -
 
 
 def floor_clip_length(num_frames: int, *, temporal_stride: int = TEMPORAL_STRIDE) -> int:
-  """Returns the length of the longest clip in a video."""
+  """Returns the length of the longest clip that fits into a number of frames."""
   return (num_frames - 1) // temporal_stride * temporal_stride + 1
 
 
@@ -40,7 +40,7 @@ def nearest_clip_lengths(num_frames: int) -> tuple[int, int]:
 
 
 def latent_frames(num_frames: int, *, temporal_stride: int = TEMPORAL_STRIDE) -> int:
-  """Returns how many latent frames encode a video, if it is extended to a whole number of them."""
+  """Returns how many latent frames encode a video, rounded up to whole ones."""
   return 1 + ceil_div(num_frames - 1, temporal_stride)
 
 

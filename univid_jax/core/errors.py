@@ -11,7 +11,7 @@ class UserError(ValueError):
   The commands end in this message alone, without a traceback. In Python it is a ValueError like any other.
 
   Args:
-    message: becomes one line, as names and values in files may contain line breaks.
+    message: becomes one line, since names and values in files may contain line breaks.
   """
 
   def __init__(self, message: str):
@@ -23,7 +23,7 @@ class DivergedError(UserError, FloatingPointError):
 
 
 class Interrupted(KeyboardInterrupt):
-  """The command has to end: by a signal, with everything saved, or because another process of its run has ended.
+  """The command has to end: after a signal, with everything saved, or because another process of its run has ended.
 
   Like KeyboardInterrupt it may be raised anywhere in the main thread, and `except Exception` does not catch it.
 
@@ -39,14 +39,14 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def name_key(key: str) -> Iterator[None]:
-  """Names a key of the config in errors about the file or folder that it gives, unless they name one already.
+  """Names a config key in errors about the file or folder that it points to, unless they name one already.
 
   Args:
     key: without "config.".
   """
   try:
     yield
-  except (UserError, OSError) as error:  # stays the same one, whose type and number callers may handle
+  except (UserError, OSError) as error:  # edited in place: callers may handle its type and number
     if not re.search(r"(?<![\w./])config\.([a-z_]+\.[a-z_]|init_from)", str(error)):
       if isinstance(error, OSError) and error.strerror:
         error.strerror = f"config.{key}: {error.strerror}"

@@ -1,4 +1,4 @@
-"""Commands that install what is missing, as they work where they are printed: the package is not on PyPI."""
+"""Commands that add missing extras to this installation: the package is not on PyPI."""
 
 import json
 import shlex
@@ -11,7 +11,7 @@ PACKAGE = "univid_jax"
 
 
 def install_command(extra: str) -> str:
-  """Returns the command that adds an extra to this installation: of a clone, or from where pip had it."""
+  """Returns the command that adds an extra to this installation: from its clone, or from where pip got the package."""
   clone = Path(__file__).parents[2]
   if (clone / "setup.cfg").is_file():
     return _pip("." if clone == Path.cwd() else str(clone), extra, "-e ")
@@ -30,7 +30,7 @@ def _pip(source: str, extra: str, options: str = "") -> str:
 
 
 def _origin() -> dict[str, Any]:
-  """Returns where pip had the package from (PEP 610); empty if it does not say."""
+  """Returns where pip got the package from (PEP 610); empty if that is not recorded."""
   try:
     return json.loads(metadata.distribution(PACKAGE).read_text("direct_url.json") or "{}")
   except (metadata.PackageNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""JSON: reads what others wrote, with a bound on its size and every fault in one line, and writes files."""
+"""JSON: reads files of any origin, with a bound on their size and one-line errors, and writes files."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
   Raises:
     OSError: the file is missing or unreadable.
-    UserError: it is too large, not valid JSON, or not an object; an object in it has a key twice.
+    UserError: it is too large, not valid JSON or not an object, or an object in it has a key twice.
   """
   if (size := path.stat().st_size) > MAX_BYTES:
     raise UserError(f"{path} has {size:,} bytes; a JSON file of a model has at most {MAX_BYTES:,}")
@@ -28,7 +28,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(text: str | bytes, *, source: object) -> dict[str, Any]:
-  """Parses one JSON object; raises UserError for faults of any kind, which names the source."""
+  """Parses one JSON object; raises UserError that names the source for any fault."""
   try:
     values = parse_json(text)
   except ValueError as error:
@@ -39,7 +39,7 @@ def parse_json_object(text: str | bytes, *, source: object) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-  """Parses JSON; raises ValueError for faults of any kind, a key given twice and excessive nesting included."""
+  """Parses JSON; raises ValueError for any fault, duplicate keys and excessive nesting included."""
   try:
     return json.loads(text, object_pairs_hook=_make_object)
   except RecursionError as error:
@@ -52,7 +52,7 @@ def write_json(path: epath.PathLike, values: Mapping[str, Any]) -> None:
 
 
 def format_json(values: Any) -> str:
-  """Formats values as indented JSON, in which numbers that are not finite are null: JSON has no others."""
+  """Formats values as indented JSON, with null for numbers that are not finite, which JSON lacks."""
   return json.dumps(_without_nonfinite(values), indent=2, allow_nan=False)
 
 

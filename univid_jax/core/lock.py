@@ -1,15 +1,15 @@
 """Locks on folders, so that no two commands write to one workdir.
 
-A lock is a file with the host, process id and last heartbeat of its owner, which renews the heartbeat. Whoever finds it
-sees whether the owner is alive:
+A lock is a file with the host, process id and last heartbeat of its owner, which renews the heartbeat. A process that
+finds it can tell whether the owner is alive:
 
-- On the same machine the process exists or not, so a killed command can be rerun at once.
-- On another machine the heartbeat changes or not within `SILENCE`. No clocks are compared.
+- On the same machine: by whether the process exists, so a killed command can be rerun at once.
+- On another machine: by whether the heartbeat changes within `SILENCE`. No clocks are compared.
 
 The file is created exclusively: locally by the file system, in a bucket on the condition that there is no such object
-(gcsfs turns fsspec's mode "create" into ifGenerationMatch = 0). A stale lock is deleted and created again; whoever
-comes second fails. An owner that was suspended and has lost its lock finds another's token there, and is told by
-`on_loss`.
+(gcsfs turns fsspec's mode "create" into ifGenerationMatch = 0). A stale lock is deleted and created again; the slower
+of two processes fails. An owner that was suspended and lost its lock finds another token in the file, and `on_loss`
+reports it.
 """
 
 import contextlib
@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 
 # In seconds.
 BEAT = 15.0
-# Without a heartbeat the owner on another machine is dead after these. NFS may show files as they were a minute ago.
+# An owner on another machine counts as dead after this long without a heartbeat. NFS may show files a minute late.
 SILENCE = 90.0
-# How long an owner on this machine may take to exit, and the creator of a lock to fill it.
+# How long an owner on this machine may take to exit, and a new lock to be filled.
 PATIENCE = 5.0
 POLL = 0.5
 
-# Files have a fixed size, so that a heartbeat needs no room on a full disk.
+# Fixed, so that a heartbeat needs no more room on a full disk.
 SIZE = 512
 
 
@@ -53,11 +53,11 @@ class LockFile(Protocol):
   """The operations on the file."""
 
   def create(self, data: bytes) -> None:
-    """Raises FileExistsError if it exists."""
+    """Creates the file; raises FileExistsError if it exists."""
     ...
 
   def read(self) -> bytes:
-    """Raises FileNotFoundError if it does not exist."""
+    """Returns the contents; raises FileNotFoundError if the file does not exist."""
     ...
 
   def write(self, data: bytes) -> None: ...
@@ -66,7 +66,7 @@ class LockFile(Protocol):
 
 
 class LocalLockFile:
-  """On a file system; folders that are created for it and are still empty at the end are removed with it."""
+  """A file on a file system; deleting it also removes the folders that were created for it, if they are empty."""
 
   def __init__(self, path: Path):
     self._path = path
@@ -87,7 +87,7 @@ class LocalLockFile:
     while True:
       try:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-      except FileNotFoundError as error:  # as of /proc
+      except FileNotFoundError as error:  # for example in /proc
         raise FileNotFoundError(error.errno, f"cannot create the folder {self._path.parent}") from error
       with contextlib.suppress(FileNotFoundError):  # another process has removed its empty folder meanwhile
         return self._path.open("xb", buffering=0)
@@ -101,13 +101,13 @@ class LocalLockFile:
 
   def delete(self) -> None:
     self._path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # something is in it
+    with contextlib.suppress(OSError):  # not empty
       while self._created:
         self._created.pop(0).rmdir()
 
 
 class RemoteLockFile:
-  """An object in a bucket; all errors are OSErrors, as those of a disk."""
+  """An object in a bucket; all errors are OSErrors, as on a disk."""
 
   def __init__(self, url: str):
     self._url = url
@@ -132,13 +132,13 @@ class RemoteLockFile:
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-  """What a lock says.
+  """The contents of a lock file.
 
   Attributes:
-    process: that holds it.
-    token: tells this lock from all others.
+    process: the holder.
+    token: distinguishes this lock from all others.
     heartbeat: local time of the last heartbeat, for readers.
-    count: of heartbeats.
+    count: number of heartbeats.
   """
 
   process: ProcessIdentity
@@ -151,7 +151,7 @@ class Owner:
 
   @classmethod
   def decode(cls, data: bytes) -> "Owner | None":
-    """Returns None for a file that is not complete."""
+    """Returns the owner; None for an incomplete file."""
     try:
       values = parse_json(data)
       return cls(**{**values, "process": ProcessIdentity(**values["process"])})
@@ -163,8 +163,8 @@ class Lock:
   """A lock that this process holds.
 
   Args:
-    folder: that is locked; a folder or a bucket.
-    process: of a run of several processes; each has a lock of its own.
+    folder: the folder or bucket to lock.
+    process: index of this process in its run; each has its own lock.
     on_loss: called from another thread with a message if another process takes the lock.
   """
 
@@ -193,7 +193,7 @@ class Lock:
         is_replacement = True
         continue
       if is_replacement:
-        time.sleep(POLL)  # whoever has found the old lock at the same time may delete this one
+        time.sleep(POLL)  # another process that found the old lock may delete this one
       if not is_replacement or self._is_own():
         break
     self._beats.start()
@@ -295,7 +295,7 @@ def hold(folder: epath.PathLike, *, process: int = 0, on_loss: Callable[[str], N
 
 
 def release_all() -> None:
-  """Releases all locks of this process, just before it ends at once."""
+  """Releases all locks of this process, just before it exits without cleanup."""
   for lock in list(_held.values()):
     lock.release()
 

@@ -7,5 +7,5 @@ def ceil_div(number: int, divisor: int) -> int:
 
 
 def round_up(number: int, multiple: int) -> int:
-  """Returns the smallest multiple that is no less than the number."""
+  """Returns the smallest multiple of `multiple` that is at least `number`."""
   return ceil_div(number, multiple) * multiple

@@ -10,12 +10,12 @@ from univid_jax.core.errors import UserError
 MAX_SEED = 2**63 - 1
 MAX_RUN_SEED = MAX_SEED - 1
 MAX_EVAL_SEED = 10**12
-# Maximum steps of a solver: Wan2.1's training has this number of noise levels.
+# Maximum steps of a solver: Wan2.1's training has this many noise levels.
 MAX_STEPS = 1000
-# Of noise levels; the largest in use is 12. A LoRA file with more is damaged, and so for frames per second.
+# Maximum shift of noise levels; the largest in use is 12. A LoRA file with more is damaged; likewise frames per second.
 MAX_SHIFT = 1000.0
 MAX_FPS = 10_000.0
-# alpha / rank of a LoRA, or with rsLoRA alpha / sqrt(rank). Real ones are 0.01 to 100.
+# Maximum scale of a LoRA: alpha / rank, or with rsLoRA alpha / sqrt(rank). Real ones are 0.01 to 100.
 MAX_LORA_SCALE = 1e4
 
 
@@ -62,10 +62,10 @@ class Expert(enum.StrEnum):
 class TrainedExpert(enum.StrEnum):
   """Which transformer of the base is trained."""
 
-  ONLY = "only"  # that of a base with one
+  ONLY = "only"  # the only one of its base
   HIGH = "high"  # the high-noise expert of Wan2.2 A14B
   LOW = "low"  # the low-noise expert
-  BOTH = "both"  # one or the other in each step
+  BOTH = "both"  # one of the two in each step
 
   @property
   def parts(self) -> tuple["TrainedExpert", ...]:
@@ -74,32 +74,32 @@ class TrainedExpert(enum.StrEnum):
 
   @property
   def experts(self) -> tuple[Expert, ...]:
-    """The experts that are trained; none of a base with one transformer."""
+    """The experts that are trained; empty for a base with one transformer."""
     return () if self == TrainedExpert.ONLY else tuple(map(Expert, self.parts))
 
   def split_tree(self, tree: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Returns what a tree holds for each of `parts`, as `join_trees` has put it together."""
+    """Returns the subtree of each of `parts` from a tree that `join_trees` made."""
     return tuple(tree[part] for part in self.parts) if len(self.parts) > 1 else (tree,)
 
   def join_trees(self, trees: Sequence[Any]) -> Any:
-    """Returns one tree for what belongs to each of `parts`: by name if there are several, else the only one."""
+    """Returns one tree from the trees of `parts`: keyed by name if there are several, else the only one."""
     return dict(zip(map(str, self.parts), trees, strict=True)) if len(self.parts) > 1 else trees[0]
 
 
 class RematPolicy(enum.StrEnum):
-  """What the backward pass recomputes of a block."""
+  """Which parts of a block the backward pass recomputes."""
 
   NONE = "none"  # nothing
   DOTS = "dots"  # everything but attention and the products of Linears; adapters, too
   ATTENTION = "attention"  # everything but attention
   FULL = "full"  # everything
-  OFFLOAD = "offload"  # everything; what a block starts from waits in the memory of the host
+  OFFLOAD = "offload"  # everything; the inputs of blocks wait in host memory
 
 
 class Quantize(enum.StrEnum):
   """How the linear weights of the blocks of a frozen base are stored."""
 
-  NONE = "none"  # as floats; of a base that was converted quantised, as it is
+  NONE = "none"  # as floats; a base that was converted quantised stays so
   INT8 = "int8"  # 8 bits, a scale for every 64 inputs of an output
   FP8 = "fp8"  # float8_e4m3fn, a scale for every output
   NF4 = "nf4"  # 4 bits, QLoRA's NormalFloat, a scale for every 64 inputs of an output
@@ -114,11 +114,11 @@ class SolverName(enum.StrEnum):
 
 
 class Resampling(enum.StrEnum):
-  """How pixels of a larger or smaller clip come about."""
+  """How the pixels of a resized clip are computed."""
 
-  BICUBIC = "bicubic"  # as mixtures of the pixels around
-  NEAREST = "nearest"  # of the nearest one: depth, normals and labels must not be mixed
-  MAX = "max"  # as the brightest of those that fall into one: thin lines stay
+  BICUBIC = "bicubic"  # mixes the pixels around
+  NEAREST = "nearest"  # takes the nearest one: depth, normals and labels must not be mixed
+  MAX = "max"  # takes the brightest of those that fall into one: thin lines survive
 
 
 class ClipFit(enum.StrEnum):
@@ -150,7 +150,7 @@ class TargetKind(enum.StrEnum):
 
 
 class Packing(enum.StrEnum):
-  """Which open row a sentence goes to, and which batch a row."""
+  """Which open row a sentence goes to, and which batch a row goes to."""
 
   FIRST_FIT = "first_fit"  # the first one with room; rows are shuffled
   BEST_FIT = "best_fit"  # the fullest one with room; rows are shuffled
@@ -168,11 +168,11 @@ class Objective(enum.StrEnum):
 
 class OptimizerName(enum.StrEnum):
   ADAMW = "adamw"
-  MUON = "muon"  # on the matrices of self-attention and feed-forward; NAdam on everything else, adapters too
+  MUON = "muon"  # for the matrices of self-attention and feed-forward; NAdam for everything else, adapters included
 
 
 class OnBadStep(enum.StrEnum):
-  """What happens in a training step whose loss or gradient is not finite."""
+  """What happens after a training step whose loss or gradient is not finite."""
 
   STOP = "stop"  # the run ends; its last checkpoint is from before
   SKIP = "skip"  # nothing is updated
@@ -205,7 +205,7 @@ OptionT = TypeVar("OptionT", bound=enum.StrEnum)
 
 
 def parse_option(options: type[OptionT], name: str, value: str) -> OptionT:
-  """Returns the option with a value; raises UserError with all of them if there is none."""
+  """Returns the option with a value; raises UserError that lists all options if there is none."""
   try:
     return options(value)
   except ValueError as error:

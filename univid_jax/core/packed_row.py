@@ -1,4 +1,4 @@
-"""Packed rows: everything the model knows about the sentences it computes."""
+"""Packed rows: everything the model knows about the sentences it processes."""
 
 import dataclasses
 from typing import Any, no_type_check
@@ -55,7 +55,7 @@ class ContextMode:
     return ContextTimestep.ZERO if self.zero_timestep else ContextTimestep.TARGET
 
 
-# UniVid's: every token attends to its whole sentence and has the timestep of its target.
+# UniVid's mode: every token attends to its whole sentence and has the timestep of its target.
 UNIVID_CONTEXT = ContextMode()
 
 
@@ -125,8 +125,8 @@ class PackedRow:
     return dataclasses.replace(self, **taken, targets=None)
 
 
-# Names of the fields with one entry per token, in a fixed order: a set would give every process another program, which
-# the compilation cache does not know.
+# Names of the fields with one entry per token, in a fixed order: the order of a set would differ between processes, and
+# so would their programs, which would miss the compilation cache.
 TOKEN_FIELDS = tuple(field.name for field in dataclasses.fields(PackedRow) if field.metadata.get("per_token"))
 
 
@@ -140,5 +140,5 @@ def put_tokens(
   x: Shaped[Array, "b q ..."], indices: Int[Array, "b q"], into: Shaped[Array, "b l ..."]
 ) -> Shaped[Array, "b l ..."]:
   """Returns `into` with the tokens at `indices` replaced by `x`; the inverse of `take_tokens`."""
-  # By rows: with indices of rows beside those of tokens, devices would exchange the tokens of all rows.
+  # Mapped over rows: with row indices next to token indices, devices would exchange the tokens of all rows.
   return jax.vmap(lambda row, x, indices: row.at[indices].set(x, mode="drop"))(into, x.astype(into.dtype), indices)

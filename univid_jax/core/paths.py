@@ -38,7 +38,7 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
 
   Creates the parent folder. Nothing appears at `path` if the block raises. Several threads, processes and machines may
   write the same path: the last one wins. The block may make a folder, which replaces an empty one, unless `path` is in
-  a bucket. For what a killed process leaves see `core.unfinished`.
+  a bucket. `core.unfinished` handles what a killed process leaves.
   """
   path = to_path(path)
   with bucket_errors(path):
@@ -56,7 +56,7 @@ def atomic_write(path: epath.PathLike) -> Iterator[Path]:
     yield local
     local.replace(path)
   except OSError as error:
-    if error.filename is None and error.errno and error.strerror == os.strerror(error.errno):  # of a write
+    if error.filename is None and error.errno and error.strerror == os.strerror(error.errno):  # raised by a write
       error.filename = str(path)
     raise
   finally:
@@ -77,12 +77,11 @@ def read_bytes(path: epath.PathLike) -> bytes:
 
 @contextlib.contextmanager
 def bucket_errors(path: epath.PathLike) -> Iterator[None]:
-  """Raises an OSError with a number and a path in place of what a bucket's library raises, which often is none or has
-  neither: HttpError of gcsfs, errors of sign-in and of aiohttp. So what handles the errors of a disk handles those of a
-  bucket. A UserError passes.
+  """Turns what a bucket's library raises (HttpError of gcsfs, errors of sign-in and of aiohttp) into an OSError with a
+  number and a path, so that code that handles the errors of a disk handles those of a bucket. A UserError passes.
 
   Args:
-    path: that the block reads or writes; nothing happens to errors of local ones.
+    path: what the block reads or writes; if it is local, errors pass unchanged.
   """
   try:
     yield
@@ -103,7 +102,7 @@ def bucket_errors(path: epath.PathLike) -> Iterator[None]:
 def exists(path: epath.PathLike) -> bool:
   """Returns whether there is something at a path.
 
-  The methods of etils and fsspec take a bucket that does not answer for an empty one; this function, `is_folder` and
+  The methods of etils and fsspec report a bucket that does not answer as empty; this function, `is_folder` and
   `is_file` raise OSError.
   """
   return epath.Path(path).exists() if not is_remote(path) else _find_status(path) is not None
@@ -144,7 +143,7 @@ def file_state(path: str | os.PathLike) -> tuple[int, ...]:
 
 
 def is_lfs_pointer(path: str | os.PathLike) -> bool:
-  """Returns whether a file is what Git leaves in place of a file that Git LFS has not downloaded."""
+  """Returns whether a file is a pointer, left by Git in place of a file that Git LFS has not downloaded."""
   path = Path(path)
   if not path.is_file() or path.stat().st_size > 1024:
     return False
@@ -155,7 +154,7 @@ def resolve_inside(folder: str | os.PathLike, name: str) -> Path:
   """Returns the path of a file that is named in another file, relative to that file's folder.
 
   Raises:
-    UserError: it leads out of the folder.
+    UserError: the path leads out of the folder.
   """
   path = os.path.normpath(name)
   if not name or "\0" in name or os.path.isabs(path) or path.split(os.sep)[0] in (os.curdir, os.pardir):
@@ -164,7 +163,7 @@ def resolve_inside(folder: str | os.PathLike, name: str) -> Path:
 
 
 def explain_missing(path: str | os.PathLike) -> str:
-  """Returns the end of a message about a local file that is missing: "; ..." if one beside it has nearly its name."""
+  """Returns the end of a message about a missing local file: "; ..." if a file beside it has almost the same name."""
   missing = Path(path)
   try:
     while not missing.parent.is_dir() and missing != missing.parent:
@@ -174,7 +173,7 @@ def explain_missing(path: str | os.PathLike) -> str:
     names = _names_by_folded(missing.parent, missing.parent.stat().st_mtime_ns).get(_fold(missing.name))
   except OSError:
     return ""
-  if not names or missing.name in names:  # a link that leads nowhere
+  if not names or missing.name in names:  # a dangling link
     return ""
   if any(_compose(name) == _compose(missing.name) for name in names):
     return f"; {missing.parent} has this name with its accents in another Unicode form (NFC or NFD): rename one of them"
@@ -183,7 +182,7 @@ def explain_missing(path: str | os.PathLike) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _names_by_folded(folder: Path, modified: int) -> dict[str, list[str]]:
-  """Returns the names in a folder by their folded form; cached, as a table may name many files that are missing."""
+  """Returns the names in a folder by their folded form; cached, since a table may name many missing files."""
   del modified
   names: dict[str, list[str]] = {}
   for name in sorted(os.listdir(folder)):
@@ -205,7 +204,7 @@ def walk_files(folder: PathT, *, is_left_out: Callable[[PathT], bool] = lambda p
 
   Args:
     folder: a local one, or one in a bucket.
-    is_left_out: whether a file is not yielded, or a subfolder not searched.
+    is_left_out: returns whether to leave out a file, or a subfolder with its contents.
 
   Raises:
     OSError: a folder cannot be read.
@@ -235,7 +234,7 @@ def require_writable(folder: str | os.PathLike, *, num_bytes: int = 0) -> None:
   """Creates a local folder if necessary, and checks that files can be written to it.
 
   Raises:
-    OSError: they cannot, or the disk has less than `num_bytes` left.
+    OSError: they cannot be written, or the disk has less than `num_bytes` left.
   """
   folder = Path(folder)
   try:
@@ -254,13 +253,13 @@ def to_path(path: epath.PathLike) -> epath.Path:
   """Returns a path that is local or in a bucket.
 
   Raises:
-    UserError: it is another URL, or in a bucket whose package is not installed.
+    UserError: it is another kind of URL, or in a bucket whose package is not installed.
   """
   if scheme := _find_scheme(path):
     try:
       fsspec.get_filesystem_class(scheme)
     except ImportError as error:
-      if scheme != "gs" or not importlib.util.find_spec("tensorflow"):  # which etils reads gs:// with, too
+      if scheme != "gs" or not importlib.util.find_spec("tensorflow"):  # etils reads gs:// with it, too
         extra = f": {install_command('gcs')}" if scheme == "gs" else ""
         raise UserError(f"{path}: {error}{extra}") from error
   return epath.Path(path)
@@ -276,7 +275,7 @@ def _find_scheme(path: epath.PathLike) -> str:
 
 
 def make_absolute(path: epath.PathLike) -> epath.Path:
-  """Returns a path that Orbax reads and writes: an absolute one, or one in a bucket of Google's as it is.
+  """Returns a path for Orbax: a local one made absolute, a gs:// one unchanged.
 
   Raises:
     UserError: it is in another bucket.
@@ -290,10 +289,10 @@ def make_absolute(path: epath.PathLike) -> epath.Path:
 
 
 def require_local(path: str | os.PathLike) -> Path:
-  """Returns a path as pathlib's, which would take gs:// for the name of a local folder.
+  """Returns a local path as a pathlib.Path, which would take gs:// for the name of a local folder.
 
   Raises:
-    UserError: the path is in a bucket.
+    UserError: it is in a bucket.
   """
   if _find_scheme(path):
     raise UserError(f"{path} is in a bucket: give a path on this machine")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-# Orthonormal rows: brightness, red against blue, green against both.
+# Orthonormal rows: brightness, red minus blue, red and blue minus green.
 OPPONENT_COLORS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
 
 

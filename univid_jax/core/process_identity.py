@@ -14,13 +14,13 @@ NAMESPACE = Path("/proc/self/ns/pid")
 
 @dataclasses.dataclass(frozen=True)
 class ProcessIdentity:
-  """A process among all of all machines.
+  """A process, identified among those of all machines.
 
   Attributes:
     host: name of the machine.
-    pid: its number there.
-    space: what the number belongs to: two containers may share the name of a machine but not its processes.
-    start: when it began, in the kernel's ticks: numbers are given again. "" where /proc does not exist.
+    pid: its number on that machine.
+    space: the namespace of the number: two containers may share the name of a machine but not its processes.
+    start: when it began, in the kernel's ticks, since numbers are reused; "" where /proc does not exist.
   """
 
   host: str
@@ -42,7 +42,7 @@ class ProcessIdentity:
 
   @property
   def is_local(self) -> bool:
-    """Whether its number means the same process here."""
+    """Whether its number identifies the same process here."""
     return (self.host, self.space) == (socket.gethostname(), _space())
 
   @property
@@ -54,7 +54,7 @@ class ProcessIdentity:
       os.kill(self.pid, 0)
     except (ProcessLookupError, OverflowError):
       return True
-    except OSError:  # another user's, of which /proc may show nothing
+    except OSError:  # another user's process, which /proc may hide
       start = _start(self.pid)
       return bool(self.start and start) and start != self.start
     return bool(self.start) and _start(self.pid) != self.start
@@ -68,7 +68,7 @@ def _space() -> str:
 
 
 def _start(pid: int) -> str:
-  """Returns when a process began; "" if it ended, also if its parent has not asked for its exit code yet."""
+  """Returns when a process began; "" if it has ended, even if it is still a zombie."""
   with contextlib.suppress(OSError):
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return "" if fields[0] in "ZX" else fields[19]

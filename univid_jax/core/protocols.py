@@ -6,7 +6,8 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# Before Python 3.12 isinstance of typing's protocols evaluates properties, such as Encoders.codec, which loads weights.
+# Before Python 3.12, isinstance with typing's protocols evaluates properties, such as Encoders.codec, which loads
+# weights.
 from typing_extensions import Protocol, runtime_checkable
 
 from univid_jax.core.packed_row import PackedRow
@@ -19,7 +20,7 @@ class CodecShape(Protocol):
 
   @property
   def has_weights(self) -> bool:
-    """Whether it is an autoencoder; else it decodes in less time than a step takes."""
+    """Whether it is an autoencoder; one without weights decodes in less time than a step takes."""
     ...
 
   @property
@@ -52,7 +53,7 @@ class Codec(CodecShape, Protocol):
 
 @runtime_checkable
 class TransformerShape(Protocol):
-  """What data needs to know of a transformer."""
+  """What the data pipeline needs to know about a transformer."""
 
   @property
   def patch_size(self) -> tuple[int, int, int]: ...
@@ -79,16 +80,16 @@ class Resumable(Protocol):
 
 @runtime_checkable
 class Encoders(Protocol):
-  """A codec, and the embeddings of prompts and images; fingerprints identify everything that determines the results."""
+  """A codec, and the embeddings of prompts and images; fingerprints identify everything that determines its results."""
 
   @property
   def has_weights(self) -> bool:
-    """Whether what they compute is worth caching; else codec and null prompt cost nothing."""
+    """Whether the results are worth caching; without weights, codec and null prompt cost almost nothing."""
     ...
 
   @property
   def has_text_encoder(self) -> bool:
-    """Whether there are prompts; else the only one is the null prompt, which is empty."""
+    """Whether prompts are supported; else the only one is the null prompt, which has no tokens."""
     ...
 
   @property
@@ -97,7 +98,7 @@ class Encoders(Protocol):
   def codec(self) -> Codec: ...
   @property
   def codec_shape(self) -> CodecShape:
-    """That of the codec, which is not loaded for it."""
+    """The codec's shape, without loading the codec."""
     ...
 
   @property
@@ -127,12 +128,12 @@ class SentenceSource(Protocol):
   def __getitem__(self, index: int) -> Sentence: ...
 
 
-# Arrays of JAX; of NumPy where a state is too large for the devices.
+# JAX arrays; NumPy arrays where a state is too large for the devices.
 Tokens: TypeAlias = Float[Array | np.ndarray, "b l p"]
 Number: TypeAlias = Float[Array | np.ndarray, ""]
 Weights: TypeAlias = Float[Array | np.ndarray, "w"]
 
-# Noised tokens and their noise level to velocities.
+# Maps noised tokens and their noise level to velocities.
 VelocityFn = Callable[..., Tokens]
 
 
@@ -152,12 +153,12 @@ class Solver(Protocol[State]):
 
   @property
   def fixed_steps(self) -> int | None:
-    """The only number of steps that the solver takes; None if any number will do."""
+    """The only number of steps that the solver supports; None if it supports any."""
     ...
 
   @property
   def takes_sigmas(self) -> bool:
-    """Whether noise levels may be given instead of those of `sigmas`."""
+    """Whether noise levels other than those of `sigmas` may be given."""
     ...
 
   def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Float[np.ndarray, "i"]:
@@ -165,7 +166,7 @@ class Solver(Protocol[State]):
     ...
 
   def coefficients(self, sigmas: Float[np.ndarray, "i"]) -> Float[np.ndarray, "i w"]:
-    """Returns what each step needs, as numbers, so that one compiled step serves every schedule."""
+    """Returns the coefficients of each step as arrays, so that one compiled step serves every schedule."""
     ...
 
   def init(self, noise: Tokens) -> State: ...

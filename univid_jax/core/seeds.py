@@ -11,15 +11,15 @@ from univid_jax.core.options import MAX_SEED
 
 
 def check_seed(seed: SupportsIndex) -> int:
-  """Returns a seed; raises UserError if it is no whole number of 64 bits."""
+  """Returns a seed; raises UserError if it is not a whole number of 64 bits."""
   return require_integer("seed", seed, -MAX_SEED - 1, MAX_SEED)
 
 
 def random_key(seed: SupportsIndex) -> Array:
-  """Returns the random key of a seed, all 64 bits of which count; `jax.random.key` takes the lower 32 alone.
+  """Returns the random key of all 64 bits of a seed; `jax.random.key` takes only the lower 32.
 
   Raises:
-    UserError: it is no whole number of 64 bits.
+    UserError: the seed is not a whole number of 64 bits.
   """
   seed = check_seed(seed)
   key, high = jax.random.key(seed % 2**32), (seed >> 32) % 2**32

@@ -21,7 +21,7 @@ class ClipRef:
   """A clip that is read on demand.
 
   Attributes:
-    identify: returns `key`, which may take reading the file.
+    identify: returns `key`; may have to read the file.
     read: returns the frames, uint8 (T, H, W, 3).
     num_frames: T, known without reading.
     size: H and W, known without reading.
@@ -34,8 +34,8 @@ class ClipRef:
 
   @functools.cached_property
   def key(self) -> str:
-    """Identifies the content: derived from what the clip is made of and from every operation applied to it, never from
-    a path or a date.
+    """Identifies the content: derived from the source of the clip and every operation applied to it, never from a path
+    or a date.
 
     Raises:
       OSError, UserError: the file has vanished or changed.

@@ -1,4 +1,4 @@
-"""How messages say numbers of things and of bytes, lists of them, sizes of pictures, and wrong values."""
+"""Formatting for messages: counts, bytes, lists, sizes of pictures, and wrong values."""
 
 import enum
 import reprlib
@@ -18,7 +18,7 @@ def is_or_are(count: int) -> str:
 
 
 def list_first(items: Iterable[str], limit: int) -> str:
-  """Lists the first items, and says how many more there are."""
+  """Lists the first items, and how many more there are."""
   items = list(items)
   left = len(items) - limit
   return ", ".join(items[:limit]) + (f" and {left} more" if left > 0 else "")
@@ -37,13 +37,13 @@ def format_bytes(count: int) -> str:
 
 
 def size_text(size: Sequence[int]) -> str:
-  """Returns (height, width) as people read it, as viewers of pictures show it: "WIDTH x HEIGHT"."""
+  """Formats (height, width) as image viewers show it: "WIDTH x HEIGHT"."""
   height, width = size
   return f"{width} x {height}"
 
 
 def describe_value(value: object) -> str:
-  """Returns what a message says of a wrong value: dtype and shape of an array, else the value, shortened."""
+  """Describes a wrong value in a message: dtype and shape of an array, else the value, shortened."""
   value = value.value if isinstance(value, enum.Enum) else value
   shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
   return f"{dtype} {shape}" if isinstance(shape, tuple) and shape and dtype is not None else reprlib.repr(value)

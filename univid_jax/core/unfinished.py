@@ -1,11 +1,10 @@
 """Names of local files and folders that are being written, next to the name that they get when they are complete.
 
-`.partial-MACHINE-PID-START-RANDOM.NAME` becomes NAME; of a long NAME it has the end. It says which process writes it,
-so that anyone who finds it can tell whether that process was killed:
+`.partial-MACHINE-PID-START-RANDOM.NAME` becomes NAME; it keeps only the end of a long NAME. It names the process that
+writes it, so that another process can tell whether that one was killed:
 
-- On the same machine the process exists or not.
-- On another machine, or on this one before it was restarted, nobody can say. It was killed if nothing has changed for
-  `SILENCE` seconds.
+- On the same machine: by whether the process exists.
+- On another machine, or on this one before a reboot: it counts as killed if nothing has changed for `SILENCE` seconds.
 
 Objects in buckets appear as a whole and have no such names.
 """
@@ -24,21 +23,21 @@ from univid_jax.core.process_identity import ProcessIdentity
 
 PREFIX = ".partial-"
 SILENCE = 86_400.0
-# Of NAME; file systems allow 255 for all.
+# Maximum for NAME; file systems allow 255 for the whole name.
 MAX_NAME_BYTES = 190
 
 _NAME = re.compile(re.escape(PREFIX) + r"([0-9a-f]{8})-(\d+)-(\d*)-[0-9a-f]{8}\.(.+)")
 
 
 def unfinished_path(path: Path) -> Path:
-  """Returns a new path for what this process is about to write and then to rename to `path`."""
+  """Returns a new path that this process writes to and then renames to `path`."""
   process = ProcessIdentity.current()
   owner = f"{process.machine}-{process.pid}-{process.start}-{secrets.token_hex(4)}"
   return path.with_name(f"{PREFIX}{owner}.{_shorten(path.name)}")
 
 
 def _shorten(name: str) -> str:
-  """Returns the end of a name that is too long, with its suffix."""
+  """Shortens a name that is too long to its end, suffix included."""
   encoded = os.fsencode(name)
   if len(encoded) <= MAX_NAME_BYTES:
     return name
@@ -59,7 +58,7 @@ def find_unfinished(path: Path) -> list[Path]:
 
 
 def find_writer(path: Path) -> ProcessIdentity | None:
-  """Returns the process of this machine that writes, or wrote, an unfinished path; None for one of another machine."""
+  """Returns the process on this machine that writes, or wrote, an unfinished path; None if it is on another machine."""
   match, here = _NAME.fullmatch(path.name), ProcessIdentity.current()
   if match is None or match[1] != here.machine:
     return None
@@ -77,7 +76,7 @@ def remove_abandoned(path: Path) -> None:
   """Removes what killed processes have left of `path`."""
   for each in find_unfinished(path):
     if is_abandoned(each):
-      with contextlib.suppress(FileNotFoundError):  # another process removes it, too
+      with contextlib.suppress(FileNotFoundError):  # another process is removing it, too
         remove(each)
 
 

@@ -10,15 +10,15 @@ from univid_jax.core.options import SolverName
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation:
-  """A kind of distillation, with the only way of sampling that it was trained for.
+  """A kind of distillation, with the only sampling settings that it was trained for.
 
   Attributes:
-    name: of the kind.
-    solver: by name.
-    num_inference_steps: of the solver.
-    shift: of the noise levels toward noise.
-    guidance_scale: 1 is no guidance, which step-distilled models have learnt to do without.
-    pattern: regular expression of names and metadata of its files.
+    name: name of the kind.
+    solver: name of the solver.
+    num_inference_steps: steps of the solver.
+    shift: shift of the noise levels towards noise.
+    guidance_scale: 1 is no guidance, which step-distilled models do not need.
+    pattern: regular expression that matches names or metadata of its files.
   """
 
   name: str
@@ -31,7 +31,7 @@ class Distillation:
 
 # Both as LightX2V publishes them, also for both experts of Wan2.2 A14B: configs/distill/ and configs/wan22/
 # wan_moe_{t2v,i2v}_distill.json, https://github.com/ModelTC/LightX2V (Apache-2.0). Steps are Euler's, as in its
-# scheduler for Wan2.2; that for Wan2.1 draws new noise before every step, at the same levels.
+# scheduler for Wan2.2; its scheduler for Wan2.1 draws new noise before every step, at the same levels.
 DISTILLATIONS: Mapping[str, Distillation] = {
   kind.name: kind
   for kind in (
@@ -57,10 +57,10 @@ def find_distillation(name: str) -> Distillation:
 
 
 def infer_distillation(source: str, texts: Sequence[str]) -> Distillation:
-  """Returns the kind of a distillation LoRA by its name and metadata; `DEFAULT_DISTILLATION` if they say nothing.
+  """Infers the kind of a distillation LoRA from its name and metadata; `DEFAULT_DISTILLATION` if they name none.
 
   Args:
-    source: of the LoRA, for messages.
+    source: names the LoRA in messages.
     texts: its name and metadata.
 
   Raises:
@@ -74,5 +74,5 @@ def infer_distillation(source: str, texts: Sequence[str]) -> Distillation:
       f"{source} mentions {other[0]!r}, which is sampled in another way: if it is one of "
       f"{', '.join(DISTILLATIONS)} all the same, say so with PATH:KIND"
     )
-  # Some files mention both kinds, which are sampled alike.
+  # Some files mention both kinds, which are sampled in the same way.
   return found[0] if found else DEFAULT_DISTILLATION

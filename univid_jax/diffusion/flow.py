@@ -26,12 +26,13 @@ class FlowMatching:
   """The path x(sigma) = (1 - sigma) clean + sigma noise, whose velocity is noise - clean.
 
   Attributes:
-    shift: moves uniform times toward noise; 5 in UniVid, 3 in Wan2.1 at 480p.
+    shift: warps uniform times towards noise; 5 in UniVid, 3 in Wan2.1 at 480p.
     stratified: spreads the times of a batch evenly (each is still uniform), which makes the loss less noisy.
     objective: how training draws noise levels and weights their losses.
-    noise_range: noise levels [low, high) that training draws from, (low, high] with RESOLUTION_SHIFT, in the same
+    noise_range: noise levels [low, high) that training draws, or (low, high] with RESOLUTION_SHIFT, in the same
       proportions as without a range.
-    reference_tokens: target tokens of the paper's videos, whose shift RESOLUTION_SHIFT leaves unchanged.
+    reference_tokens: number of target tokens, that of the paper's videos, at which RESOLUTION_SHIFT leaves the shift
+      unchanged.
   """
 
   shift: float = 5.0
@@ -48,7 +49,7 @@ class FlowMatching:
     noise_range: tuple[float, float] = (0.0, math.inf),
     reference_tokens: int = REFERENCE_TOKENS,
   ) -> "FlowMatching":
-    """Returns the path of a config; see the attributes for what the config does not have."""
+    """Returns the path of a config; the arguments are attributes that a config does not have."""
     return cls(
       shift=config.shift,
       stratified=config.stratified,
@@ -61,7 +62,7 @@ class FlowMatching:
   def range_probability(self) -> float:
     """The probability that training without a range draws a noise level in it.
 
-    With RESOLUTION_SHIFT it depends on the sentence; this is that of the paper's videos.
+    With RESOLUTION_SHIFT it depends on the sentence; the value is for the paper's videos.
     """
     if self.objective == Objective.LOGIT_NORMAL:
       low, high = map(self._logit, self.noise_range)
@@ -83,7 +84,7 @@ class FlowMatching:
     """Draws noise levels for training; returns them and the weights of their losses.
 
     Args:
-      key: of the draw.
+      key: random key.
       num_tokens: target tokens of each sentence.
     """
     shape = num_tokens.shape
@@ -132,13 +133,13 @@ class FlowMatching:
     return math.log(u / (1 - u))
 
   def _draw(self, key: PRNGKeyArray, shape: tuple[int, ...], num: int) -> Int[Array, "..."]:
-    """Draws from range(num), uniform; stratified if that is asked for."""
+    """Draws uniformly from range(num), stratified if so configured."""
     if not self.stratified:
       return jax.random.randint(key, shape, 0, num, jnp.int32)
     return jnp.minimum((self._stratify(key, shape) * num).astype(jnp.int32), num - 1)
 
   def _stratify(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Draws uniform numbers in [0, 1) that are spread evenly."""
+    """Draws uniform numbers in [0, 1) that are spread evenly over the batch."""
     offset_key, order_key = jax.random.split(key)
     count = int(np.prod(shape))
     u = (jnp.arange(count, dtype=jnp.float32) / count + jax.random.uniform(offset_key, dtype=jnp.float32)) % 1.0

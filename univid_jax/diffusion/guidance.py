@@ -12,7 +12,7 @@ from univid_jax.core.protocols import VelocityFn
 from univid_jax.diffusion.loss import timestep_table
 from univid_jax.models.dit import DiT, KeyValueCache
 
-# A transformer as `DiT.__call__`: (tokens, timesteps, row[, cache]) to velocities.
+# A transformer, called like `DiT.__call__`: (tokens, timesteps, row[, cache]) to velocities.
 VelocityModel = Callable[..., Array]
 
 
@@ -23,7 +23,7 @@ class Branch:
 
   Attributes:
     row: sentences with their prompts.
-    cache: of a context-causal row; None recomputes the context in every step.
+    cache: that of a context-causal row; None recomputes the context in every step.
   """
 
   row: PackedRow
@@ -31,14 +31,14 @@ class Branch:
 
   @classmethod
   def create(cls, model: DiT, row: PackedRow) -> "Branch":
-    """Computes the context of a context-causal row once."""
+    """Creates a branch; computes the context of a context-causal row once."""
     cached = row.context_mode.causal and row.targets is not None
     return cls(row, model.encode_context(row) if cached else None)
 
   def velocity(
     self, model: VelocityModel, tokens: Float[Array, "b l p"], sigma: Float[Array, ""]
   ) -> Float[Array, "b l p"]:
-    """Predicts the velocity at a noise level, float32; the context of `tokens` is replaced by the clean one."""
+    """Predicts the velocity at a noise level, float32; replaces the context in `tokens` by the clean one."""
     row = self.row
     tokens = jnp.where(row.target_mask[..., None], tokens, row.tokens)
     timesteps = timestep_table(jnp.full((len(row.tokens), row.num_slots), sigma), row)
@@ -64,7 +64,7 @@ def guide(
     positive: the sentences with their prompts.
     negative: the same sentences with the negative prompts.
     negative_model: the transformer of this branch, if it differs.
-    guidance_scale: 1 follows the prompt alone; more moves away from the negative prompt.
+    guidance_scale: 1 follows only the prompt; larger values move away from the negative prompt.
   """
   if negative is None:
     return lambda tokens, sigma: positive.velocity(model, tokens, sigma)

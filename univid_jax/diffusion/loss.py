@@ -13,14 +13,14 @@ from univid_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS, FlowMatching, interpo
 
 
 def per_token(values: Float[Array, "b s"], row: PackedRow) -> Float[Array, "b l 1"]:
-  """Gives each token the value of its sentence; padding gets that of the first sentence."""
+  """Gives each token the value of its sentence; padding gets the first sentence's."""
   return jnp.take_along_axis(values, jnp.maximum(row.segment_ids - 1, 0), axis=1)[..., None]
 
 
 def timestep_table(sigmas: Float[Array, "b s"], row: PackedRow) -> Float[Array, "b m"]:
   """Returns timesteps (0 to 1000) by modulation slot.
 
-  The context of a sentence has the timestep of its target or 0, see `ContextMode`.
+  A sentence's context has the timestep of its target or 0, see `ContextMode`.
   """
   timesteps = sigmas * NUM_TRAIN_TIMESTEPS
   if row.modulation_ids is None:
@@ -35,7 +35,7 @@ def has_sentence(row: PackedRow) -> Float[Array, "b s"]:
 
 
 def _targets_of_slots(row: PackedRow) -> Float[Array, "b l s"]:
-  """Returns 1 for each target token and the slot of its sentence, else 0."""
+  """Returns a mask with 1 at each target token and the slot of its sentence."""
   return jax.nn.one_hot(row.segment_ids - 1, row.num_slots) * row.target_mask[..., None].astype(jnp.float32)
 
 
@@ -50,7 +50,7 @@ def sentence_losses(
   Args:
     model: predicts velocities, as `models.dit.DiT` does.
     row: the sentences, clean.
-    noise: standard normal; only that of target tokens is used.
+    noise: standard normal; used for target tokens only.
     sigmas: the noise level of each sentence.
 
   Returns:
@@ -75,7 +75,7 @@ class NoiseLevels:
 
   Attributes:
     sigmas: noise levels; 1 is pure noise.
-    weights: of the losses; 1 in UniVid.
+    weights: weights of the losses; 1 in UniVid.
   """
 
   sigmas: Float[Array, "b s"]

@@ -40,7 +40,7 @@ class Euler:
 class Distilled(Euler):
   """Euler steps over the few noise levels that step-distilled models are trained for: 1000, 750, 500 and 250.
 
-  These are places in the grid of 1,000 noise levels, counted from its clean end, as LightX2V publishes them
+  These are indices into the grid of 1,000 noise levels, counted from its clean end, as LightX2V publishes them
   (`WanStepDistillScheduler`, `denoising_step_list`, Apache-2.0). The published shift is 5.
   """
 
@@ -55,7 +55,7 @@ class Distilled(Euler):
 
 
 class UniPCState(NamedTuple):
-  """What UniPC of order 2 remembers: the tokens, the last corrected tokens, and the last two clean estimates."""
+  """State of UniPC of order 2: the tokens, the last corrected tokens, and the last two clean estimates."""
 
   tokens: Tokens
   corrected: Tokens
@@ -67,15 +67,15 @@ class UniPC:
   """UniPC of order 2 for flows (Zhao et al. 2023), equal to diffusers' UniPCMultistepScheduler.
 
   Each step corrects the last one with the new prediction, then predicts the next. Both are weighted sums of known
-  values; the weights depend on the noise levels alone. The model gets whole timesteps, as there. Wan's own code spaces
-  the levels slightly differently, from 0.999 to 0 before the shift.
+  values; the weights depend on the noise levels alone. The model gets whole timesteps, as in diffusers. Wan's own code
+  spaces the levels slightly differently, from 0.999 to 0 before the shift.
   """
 
   fixed_steps = None
   takes_sigmas = False
 
   def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Float[np.ndarray, "i"]:
-    """Spaces levels like diffusers: from just below 1, where the signal is not yet 0."""
+    """Spaces levels like diffusers: from just below 1, where the signal is not quite 0."""
     times = np.linspace(1, 1 / NUM_TRAIN_TIMESTEPS, _check_steps(num_steps) + 1)[:-1]
     levels = np.minimum(schedule.sigma(times), 1 - 1e-6)
     rounded = levels.astype(np.float32)
@@ -84,12 +84,12 @@ class UniPC:
     return np.where(change == 0, rounded, np.nextafter(rounded, np.where(change > 0, 0, 1).astype(np.float32)))
 
   def coefficients(self, sigmas: Float[np.ndarray, "i"]) -> Float[np.ndarray, "i w"]:
-    """Returns the weights of `unipc_weights`, and the noise level of the model's timestep."""
+    """Returns the weights of `unipc_weights`, and the noise level that gives the model's timestep."""
     weights = (*unipc_weights(sigmas.astype(np.float64)), _whole_times(sigmas)[:, None])
     return np.concatenate(weights, axis=1).astype(np.float32)
 
   def init(self, noise: Tokens) -> UniPCState:
-    # One buffer each, because the state of a step is donated.
+    # Separate buffers, because a step's state is donated.
     return UniPCState(noise, noise.copy(), noise.copy(), noise.copy())
 
   def step(self, predict: VelocityFn, state: UniPCState, sigma: Number, coefficients: Weights) -> UniPCState:
@@ -111,12 +111,12 @@ SOLVERS: Mapping[SolverName, Solver[Any]] = {
 
 
 def check_sigmas(sigmas: Sequence[float], solver: Solver[Any]) -> Float[np.ndarray, "i"]:
-  """Returns noise levels that were given instead of those of a schedule, float32.
+  """Checks noise levels that replace those of a schedule; returns them in float32.
 
   Raises:
     UserError: they do not descend strictly within (0, 1], or the solver cannot use them.
   """
-  if not getattr(solver, "takes_sigmas", False):  # your own may lack it
+  if not getattr(solver, "takes_sigmas", False):  # a user's solver may lack it
     raise UserError("sigmas are given to Euler's steps only: use the solver euler")
   levels = np.asarray(sigmas, np.float32)
   is_valid = levels.ndim == 1 and levels.size > 0 and levels[-1] > 0 and levels[0] <= 1 and (np.diff(levels) < 0).all()
@@ -134,7 +134,7 @@ def find_solver(solver: str | Solver[Any]) -> Solver[Any]:
   """Returns a solver by name, or the solver itself.
 
   Raises:
-    UserError: there is no solver of that name, or it is none.
+    UserError: there is no solver of that name, or the object is not a solver.
   """
   if not isinstance(solver, str):
     if isinstance(solver, type) or not all(callable(getattr(solver, name, None)) for name in ("sigmas", "step")):
@@ -152,7 +152,7 @@ def _check_steps(num_steps: int) -> int:
 
 
 def _whole_times(sigmas: Float[np.ndarray, "i"]) -> Float[np.ndarray, "i"]:
-  """Returns the noise levels of the timesteps of diffusers, which are whole numbers, float64."""
+  """Returns the noise levels of diffusers' timesteps, which are whole numbers, float64."""
   return np.floor(sigmas.astype(np.float64) * NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS
 
 
@@ -167,7 +167,7 @@ def unipc_weights(sigmas: Float[np.ndarray, "i"]) -> tuple[Float[np.ndarray, "i 
     sigmas: the noise level before each step, below 1; it is 0 after the last step.
 
   Returns:
-    The corrector's weights of (tokens, last corrected, last clean, earlier clean, this clean), and the predictor's of
+    The corrector's weights for (tokens, last corrected, last clean, earlier clean, this clean), and the predictor's for
     (corrected, this clean, last clean).
   """
   count = len(sigmas)

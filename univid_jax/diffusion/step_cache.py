@@ -1,9 +1,8 @@
-"""Step caching: steps that reuse what the transformer's blocks added to the hidden states in an earlier step.
+"""Step caching: steps reuse the residual, what the transformer's blocks added to the hidden states in an earlier step.
 
 MagCache (Ma et al. 2025, arXiv 2506.09045), as diffusers' `MagCacheConfig` does it, which also skips a step whose error
-is exactly the threshold. The magnitude of that residual changes from step to step by ratios that hardly depend on the
-sample. They are measured once, so which steps are computed is known before sampling starts, and no program contains a
-decision.
+is exactly the threshold. The residual's magnitude changes from step to step by ratios that hardly depend on the sample.
+They are measured once, so it is known before sampling which steps are computed, and no program contains a decision.
 """
 
 import dataclasses
@@ -22,10 +21,10 @@ class StepCache:
 
   Attributes:
     ratios: by branch (the prompt, then the negative prompt if there is guidance) and step: the mean over target tokens
-      of the residual's magnitude, relative to that of the step before; of a `RatioMeasurement`.
-    threshold: the sum of estimated errors since the last computed step stays below it; 0 skips nothing.
-    max_skip: steps that are skipped in a row at most, K in the paper.
-    retention: share of the steps, of each expert, that are always computed, at the beginning.
+      of the residual's magnitude, relative to the step before; from `RatioMeasurement`.
+    threshold: bound on the sum of estimated errors since the last computed step; 0 skips nothing.
+    max_skip: the most steps that are skipped in a row, K in the paper.
+    retention: share of each expert's steps, from its first on, that are always computed.
   """
 
   ratios: Sequence[Sequence[float]]
@@ -39,15 +38,15 @@ class StepCache:
   def computed_steps(
     self, branch: int, segments: Sequence[range], active: Bool[np.ndarray, "i"]
   ) -> Bool[np.ndarray, "i"]:
-    """Returns whether each step computes the blocks; those of steps in which the branch is not used count as computed.
+    """Returns whether each step computes the blocks; steps in which the branch is not used count as computed.
 
     Args:
-      branch: 0 of the prompt, 1 of the negative prompt.
+      branch: 0 for the prompt, 1 for the negative prompt.
       segments: the steps of each expert; residuals of one are not reused by the other.
       active: steps in which the branch is used. Residuals from before a gap are not reused.
 
     Raises:
-      UserError: there are no ratios of the branch, or of another number of steps.
+      UserError: there are no ratios for the branch, or they are for another number of steps.
     """
     if branch >= len(self.ratios) or len(self.ratios[branch]) != len(active):
       found = f"{len(self.ratios)} branches of {len(self.ratios[0]) if self.ratios else 0} steps"
@@ -72,8 +71,8 @@ class RatioMeasurement:
   """Takes the place of a `StepCache` in a sample that computes every step, and measures its ratios.
 
   Attributes:
-    ratios: those of the prompt and of the negative prompt, complete when the sample is; of several samples, or batches
-      of rows, the last.
+    ratios: those of the prompt and of the negative prompt, complete when the sample is; only those of the last of
+      several samples, or batches of rows.
     is_guided: whether the negative prompt was used in a step.
   """
 

@@ -1,14 +1,14 @@
-"""What an evaluation compares with the ground truth, by the names of its reports."""
+"""What an evaluation compares with the ground truth, under the names in its reports."""
 
 import enum
 
 
 class Candidate(enum.StrEnum):
-  """A variant of sampling or a baseline; variants with other numbers of steps and other noise have further names.
+  """A variant of sampling or a baseline; variants with other numbers of steps or other noise have further names.
 
   Attributes:
-    label: of a column.
-    description: as report.md explains it.
+    label: label of its column.
+    description: its explanation in report.md.
   """
 
   label: str

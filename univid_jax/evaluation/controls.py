@@ -1,7 +1,7 @@
-"""Controls and baselines: what a prediction is compared with.
+"""Controls and baselines, with which predictions are compared.
 
-A control is sampled: the model sees altered example pairs. A baseline needs no model: it is made of the sentence's own
-clips, at the length of the target. Sentences have at least the clips A, A', B, B'.
+A control is sampled: the model sees altered example pairs. A baseline needs no model: it is made from the sentence's
+own clips, at the length of the target. Sentences have at least the clips A, A', B, B'.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,13 @@ class Case(NamedTuple):
 
 
 def choose_other_tasks(cases: Sequence[Case], rng: np.random.Generator) -> list[int | None]:
-  """Chooses for each sentence one of another task, from which the control "swapped" takes the example pairs.
+  """Chooses for each sentence one of another task, whose example pairs the control "swapped" uses.
 
-  Candidates have as many clips and, if there are any, the same pattern of images and videos in the example pairs.
+  Candidates have the same number of clips and, if there are such, the same pattern of images and videos in the example
+  pairs.
 
   Returns:
-    The index of the chosen sentence; None if no other task has a sentence with as many clips.
+    The index of the chosen sentence; None if no other task has a sentence with the same number of clips.
   """
   patterns = [
     video_pattern(case.context, case.num_clips)[:-2] if case.context in CONTEXTS else case.context for case in cases
@@ -45,7 +46,7 @@ def choose_other_tasks(cases: Sequence[Case], rng: np.random.Generator) -> list[
 
 
 def replace_pairs(sentence: Sentence, other: Sentence) -> Sentence:
-  """Replaces the example pairs by those of another sentence, at the lengths and the size of its own clips."""
+  """Replaces the example pairs by another sentence's, at the lengths and size of the sentence's own clips."""
   size = read_frames(sentence.clips[0]).shape[1:3]
   pairs = tuple(
     resize_and_crop(match_length(read_frames(theirs), len(read_frames(own))), size)
@@ -77,5 +78,5 @@ def match_length(clip: np.ndarray, num_frames: int) -> np.ndarray:
 
 
 def round_trip(pipeline: Pipeline, clip: np.ndarray) -> np.ndarray:
-  """Encodes and decodes a clip, uint8 (T, H, W, 3): the upper bound of what the model can reach."""
+  """Encodes and decodes a clip, uint8 (T, H, W, 3): the upper bound of what the model can achieve."""
   return to_uint8(pipeline.decode(pipeline.encode(clip)))

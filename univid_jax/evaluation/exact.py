@@ -19,7 +19,7 @@ from univid_jax.evaluation.kinds import score_grid
 from univid_jax.evaluation.metrics.grids import bootstrap_interval, grid_metrics, wilson_interval
 from univid_jax.evaluation.score import Score, group_by, scored_clips, target_kind
 
-# What grids are compared with, in the order of the table's columns.
+# Candidates for grids, in the order of the table's columns.
 COLUMNS = (
   Candidate.PREDICTION,
   Candidate.ACCELERATED,
@@ -33,7 +33,7 @@ INTERVALS = (
   "95 % intervals: Wilson's for grids, of as many trials as sentences whatever the seeds; bootstrap over sentences for "
   "cells."
 )
-# The benchmark's number of answers per test, of which one must be right.
+# The benchmark's number of attempts per test, one of which must be right.
 ARC_ATTEMPTS = 2
 FAILURES_PER_GROUP = 2
 
@@ -41,10 +41,10 @@ Scored = Sequence[tuple[SentenceInfo, Sequence[Score]]]
 
 
 def score_grids(generated: Generated, kinds: Mapping[str, TargetKind], rendering: Rendering) -> list[Score]:
-  """Scores all clips of a sentence as grids alone, at little cost; returns nothing if its target is no grid.
+  """Scores all clips of a sentence as grids only, at little cost; returns [] if its target is not a grid.
 
   Args:
-    generated: the sentence with its samples.
+    generated: the sentence and its samples.
     kinds: see `target_kind`.
     rendering: how grids are drawn.
   """
@@ -62,8 +62,8 @@ def exact_report(scored: Scored, *, num_arc_tests: int = 0, num_left_out: int = 
 
   Args:
     scored: the scores of each sentence.
-    num_arc_tests: tests of ARC that are held out; without all of them there is no score.
-    num_left_out: tasks of ARC that do not fit the canvas; they count as unsolved.
+    num_arc_tests: number of held-out tests of ARC; there is a score only if all of them were sampled.
+    num_left_out: number of tasks of ARC that do not fit the canvas; they count as unsolved.
   """
   grids = [(info, [score for score in scores if score.kind is TargetKind.GRID]) for info, scores in scored]
   grids = [(info, scores) for info, scores in grids if scores]
@@ -87,12 +87,12 @@ def _params(info: SentenceInfo) -> Mapping[str, Any]:
 
 
 def _group_name(info: SentenceInfo) -> tuple[str, str]:
-  """Returns the family and the split; grids that others made have their task instead."""
+  """Returns family and split; for grids that are not computed here, the task instead."""
   return _params(info).get("family", info.label), _params(info).get("split", "held out")
 
 
 def _compare(group: Scored) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Yields the names of predictions, controls and baselines, and their shares with intervals."""
+  """Yields the names of candidates, and their shares with intervals."""
   yield Candidate.PREDICTION, _summarize([_mean_of_seeds(scores) for _, scores in group])
   for name in dict.fromkeys(score.name for _, scores in group for score in scores):
     if name != Candidate.PREDICTION and not is_repetition(name):
@@ -122,7 +122,7 @@ def _summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def _answer_always(truths: Sequence[Sequence[Grid]]) -> list[dict[str, float]]:
-  """Scores the one answer that is right most often, images and videos apart: no constant answer does better."""
+  """Scores the answer that is right most often, images and videos separately: no constant answer does better."""
   keys = [tuple((grid.shape, grid.tobytes()) for grid in truth) for truth in truths]
   best = {}
   for length in set(map(len, keys)):
@@ -132,7 +132,7 @@ def _answer_always(truths: Sequence[Sequence[Grid]]) -> list[dict[str, float]]:
 
 
 def _score_arc(scored: Scored, num_left_out: int) -> dict[str, Any]:
-  """Returns the score of the benchmark: a task is solved if one of two attempts is right, at each of its tests."""
+  """Returns the score of the benchmark: a task is solved if one of two attempts is right in each of its tests."""
   tests: dict[str, list[bool]] = collections.defaultdict(list)
   num_attempts = 0
   for info, scores in scored:
@@ -154,7 +154,7 @@ def table_rows(report: Mapping[str, Any], key: str) -> tuple[list[str], list[lis
   """Returns the head and the rows of a table.
 
   Args:
-    report: of `exact_report`.
+    report: result of `exact_report`.
     key: "grid" or "cell".
   """
   names = [name for name in COLUMNS if any(name in row["scores"] for row in report["rows"])]
@@ -167,7 +167,7 @@ def table_rows(report: Mapping[str, Any], key: str) -> tuple[list[str], list[lis
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
-  """Returns a line with the share of exact grids of each family, for every split, and one for ARC."""
+  """Returns a line per split with the share of exact grids of each family, and one for ARC."""
   lines = []
   for split in dict.fromkeys(row["split"] for row in report["rows"]):
     rows = [row for row in report["rows"] if row["split"] == split]

@@ -1,4 +1,4 @@
-"""Samples held-out sentences under every variant, and stores the frames: the part of an evaluation that takes time."""
+"""Samples held-out sentences under every variant and stores the frames, which takes most of an evaluation's time."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ from univid_jax.inference.pipeline import Pipeline
 from univid_jax.inference.sampler import Progress
 
 # Prefixes of the names of variants with another number of inference steps, and of repetitions with other noise. Samples
-# are stored by these names.
+# are stored under these names.
 _STEPS, _SEED = "steps_", "seed_"
 
 
@@ -44,10 +44,10 @@ class Variant:
     name: "prediction" (the sentence as it is), the controls "swapped" (example pairs of another task) and "inverse"
       (A', A instead of A, A'), "steps_N" (other number of inference steps), "seed_N" (other noise) or "accelerated"
       (with a distillation LoRA).
-    num_steps: inference steps; None if the model decides about them.
+    num_steps: inference steps; None lets the model decide.
     first_seed: seed of the first sentence's noise; the next sentence has the next seed.
     alter: given the number of a sentence and the sentence, returns the sentence that the model sees.
-    pipeline: another model than that of the other variants.
+    pipeline: model that replaces that of the other variants.
   """
 
   name: str
@@ -59,10 +59,10 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class SentenceInfo:
-  """What is known of a sentence besides its clips; see `core.sentence.Sentence`.
+  """Properties of a sentence besides its clips; see `core.sentence.Sentence`.
 
   Attributes:
-    num_frames: of each clip.
+    num_frames: frames of each clip.
   """
 
   task: str
@@ -92,7 +92,7 @@ class Generated:
     info: its task, context and so on.
     clips: context and ground truth, uint8 (T, H, W, 3).
     codec: the ground truth, encoded and decoded.
-    samples: by variant.
+    samples: samples by variant.
   """
 
   info: SentenceInfo
@@ -102,7 +102,7 @@ class Generated:
 
   @property
   def pair(self) -> frozenset[bytes]:
-    """Identifies the pair B, B', whatever its direction and its number of frames."""
+    """Identifies the pair B, B', regardless of direction and number of frames."""
     return frozenset(hashlib.sha256(clip[0].tobytes()).digest() for clip in self.clips[-2:])
 
 
@@ -174,9 +174,9 @@ def generate_files(
   """Samples all sentences into files and skips batches that are complete; several processes share the batches.
 
   Args:
-    pipeline: on this process's own devices.
-    sentences: of `plan_sentences`.
-    variants: of `make_variants`.
+    pipeline: the model, on this process's own devices.
+    sentences: result of `plan_sentences`.
+    variants: result of `make_variants`.
     folder: receives NNNNN.npz.
     batch_size: sentences sampled together.
   """
@@ -194,7 +194,7 @@ def read_generated(folder: epath.Path, num_sentences: int) -> Iterator[Generated
   """Reads the files of `generate_files` in order.
 
   Raises:
-    FileNotFoundError: one is missing.
+    FileNotFoundError: a file is missing.
   """
   for number in range(num_sentences):
     with np.load(io.BytesIO(read_bytes(sample_path(folder, number)))) as file:
@@ -219,12 +219,12 @@ def sample_targets(
   first_seed: int = 0,
   progress: Progress | None = None,
 ) -> dict[int, np.ndarray]:
-  """Samples the targets of sentences by number; those of one length together, because `sample_batch` takes one length.
+  """Samples targets by sentence number; those of one length together, because `sample_batch` takes one length.
 
   Args:
     pipeline: the model.
-    sentences: by number; the targets give the lengths alone.
-    num_inference_steps: steps of the solver; None if the model decides about them.
+    sentences: sentences by number; of their targets only the lengths are used.
+    num_inference_steps: steps of the solver; None lets the model decide.
     first_seed: seed of sentence 0's noise; the next sentence has the next seed.
     progress: see `Pipeline.sample_batch`.
 
@@ -250,7 +250,7 @@ def sample_targets(
 def _noise_seed(seed: int, repetition: int = 0) -> int:
   """Returns the seed of the first sentence's noise; no two of up to 100,000 sentences and 10 repetitions share one.
 
-  Reports depend on these numbers.
+  Changing these numbers changes reports.
   """
   return seed * 1_000_000 + repetition * 100_000
 

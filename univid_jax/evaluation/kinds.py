@@ -1,7 +1,7 @@
-"""Scores of what pixels represent: for every kind of target the metrics that its benchmarks use.
+"""Scores of what pixels represent: for every kind of target, the metrics that its benchmarks use.
 
 A new kind is an entry of `KIND_METRICS`: a function that scores one clip and, if the metric over a data set is not the
-mean over its clips, a function that computes it from counts of all clips.
+mean over its clips, a function that computes it from the counts of all clips.
 """
 
 import dataclasses
@@ -35,25 +35,25 @@ from univid_jax.evaluation.metrics.dense import (
 )
 from univid_jax.evaluation.metrics.grids import grid_metrics
 
-# Required of true label maps and grids: this share of the pixels is this close, in every channel, to its colour in the
+# True label maps and grids must have this share of pixels within this distance, in every channel, of a colour of the
 # palette.
 PALETTE_SHARE, PALETTE_DISTANCE = 0.9, 8
 
 Metrics = dict[str, float]
-# What adds up over a data set: counts by edge threshold, or sparse confusion matrices; of grids the truth.
+# Data that add up over a data set: counts by edge threshold, or sparse confusion matrices; for grids, the truth.
 Counts = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class KindOptions:
-  """How targets are read.
+  """How the pixels of targets are interpreted.
 
   Attributes:
     depth_range: metres that white and black represent.
-    depth_alignment: how predicted depth is brought to the scale of the ground truth.
+    depth_alignment: how predicted depth is aligned to the scale of the ground truth.
     palette: colours of the labels, uint8 (labels, 3).
-    true_palette: the same of the ground truth, where a void label beyond these labels follows.
-    void_label: number of the label of the ground truth that does not count; -1 for none.
+    true_palette: the same for the ground truth, with a void label beyond these labels appended.
+    void_label: label of the ground truth that does not count; -1 for none.
     rendering: how grids are drawn.
   """
 
@@ -70,7 +70,7 @@ class KindOptions:
 
     Raises:
       FileNotFoundError: the file of the palette does not exist.
-      UserError: it is not a palette, or lacks a label.
+      UserError: the file is not a palette, or lacks a label.
     """
     options = config.eval
     with name_key("eval.palette"):
@@ -98,7 +98,7 @@ class KindMetrics:
   """The metrics of a kind of target.
 
   Attributes:
-    score: scores a clip against the ground truth of its sentence: metrics, and counts to be pooled.
+    score: scores a clip against the ground truth of its sentence; returns metrics, and counts to be pooled.
     pool: computes metrics over a data set from the counts of its clips; None if they are means over clips.
   """
 
@@ -107,7 +107,7 @@ class KindMetrics:
 
 
 def unmix_colors(clip: np.ndarray, low: Sequence[float], high: Sequence[float]) -> np.ndarray:
-  """Recovers the weight with which two colours are mixed: 0 is `low`, 1 is `high`.
+  """Recovers the weights with which two colours are mixed: 0 is `low`, 1 is `high`.
 
   Args:
     clip: uint8 (..., 3).
@@ -133,7 +133,7 @@ def _score_normals(clip: np.ndarray, generated: Generated, options: KindOptions)
 
 
 def _score_segmentation(clip: np.ndarray, generated: Generated, options: KindOptions) -> tuple[Metrics, Counts]:
-  """Raises UserError if the colours of the ground truth are not the palette's."""
+  """Scores a label map; raises UserError if the colours of the ground truth are not the palette's."""
   truth = generated.clips[-1]
   labels, expected = nearest_labels(clip, options.palette), nearest_labels(truth, options.true_palette)
   far = np.mean(np.abs(options.true_palette[expected].astype(int) - truth).max(-1) > PALETTE_DISTANCE)
@@ -179,7 +179,7 @@ def _pool_edges(counts: Sequence[Counts], options: KindOptions) -> Metrics:
 
 
 def _score_camera(clip: np.ndarray, generated: Generated, options: KindOptions) -> tuple[Metrics, Counts]:
-  """Scores videos of the computed task, whose camera path is known; other clips have no metrics."""
+  """Scores videos of the computed task, whose camera path is known; other clips get no metrics."""
   params = generated.info.params
   if not params or len(clip) == 1:
     return {}, {}
@@ -192,7 +192,7 @@ def _score_grid(clip: np.ndarray, generated: Generated, options: KindOptions) ->
 
 
 def score_grid(clip: np.ndarray, generated: Generated, rendering: Rendering) -> tuple[Metrics, Counts]:
-  """Raises UserError if the ground truth is not drawn as grids are."""
+  """Scores a clip of grids; raises UserError if the ground truth is not rendered as grids."""
   predicted, truth = (rendering.decode(frames) for frames in (clip, generated.clips[-1]))
   shown = generated.clips[-1][::STATE_FRAMES].astype(int)
   drawn = np.concatenate([rendering.render([state]) for state in truth])

@@ -45,7 +45,7 @@ BENCHMARKS = (
   ),
 )
 
-# What names of tasks, or of kinds of targets, contain if a row is about them, by the first word of the row.
+# Part of the names of tasks, or kinds of targets, that a row is about, by the row's first word.
 _STEMS = {"edges": "edge", "normals": "normal", "salient": "salien"}
 
 

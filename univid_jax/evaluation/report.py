@@ -25,21 +25,21 @@ from univid_jax.evaluation.score import Score, Scorer, group_by, mean_metrics
 
 log = logging.getLogger(__name__)
 
-# What report.md shows, where they exist.
+# Pictures that report.md shows, if they exist.
 PICTURES = ("grid.png", "grid.webp", "failures.png", "curves.png")
 
-# The keys of eval.json, and the variants and baselines whose PSNR they hold.
+# The keys of eval.json, and the candidates whose PSNR they hold.
 QUICK_KEYS = {"psnr": Candidate.PREDICTION} | {
   f"psnr_{name}": name
   for name in (Candidate.COPY_B, Candidate.COPY_A2, Candidate.MEAN_A2, Candidate.CODEC, Candidate.SWAPPED)
 }
 
-# Metrics in dB, levels of grey, degrees and hundredths; the others are shares and errors relative to one.
+# Metrics in dB, levels of grey, degrees and hundredths; all others are shares, or errors relative to one.
 TWO_DECIMALS = ("psnr", "rmse", "clip_i", "clip_t", "mean", "median")
 
 
 class Gallery:
-  """Keeps sentences for a picture: one of each task and context that fits, and others that show another B."""
+  """Keeps sentences for a picture: one of each task and context, as far as they fit, then others with another B."""
 
   MAX_ROWS = 8
 
@@ -57,14 +57,14 @@ class Gallery:
       most.pop()
 
   def draw(self, folder: epath.Path, *, with_swapped: bool, fps: float) -> None:
-    """Draws A, A', B, the prediction, the ground truth and, if wanted, the prediction with swapped pairs.
+    """Draws A, A', B, the prediction, the ground truth and, optionally, the prediction with swapped pairs.
 
-    Writes grid.png, and grid.webp, an animation of those rows whose B' is a video.
+    Writes grid.png, and grid.webp, an animation of the rows whose B' is a video.
 
     Args:
-      folder: of the pictures; an outdated grid.webp is deleted.
-      with_swapped: whether to show that prediction.
-      fps: of the animation; 0 for its default.
+      folder: folder of the pictures; an outdated grid.webp in it is deleted.
+      with_swapped: whether to show the prediction with swapped pairs.
+      fps: frame rate of the animation; 0 for its default.
     """
     columns = (*COLUMNS, "with swapped pairs") if with_swapped else COLUMNS
     keys = self._choose()
@@ -91,7 +91,7 @@ class Gallery:
 
 
 def _gallery_rows(shown: Sequence[Generated], *, with_swapped: bool) -> list[tuple[str, list[np.ndarray]]]:
-  """Returns labels and clips."""
+  """Returns the label and clips of each row."""
   rows = []
   for generated in shown:
     clips = [*generated.clips[-4:-1], generated.samples[Candidate.PREDICTION], generated.clips[-1]]
@@ -102,7 +102,7 @@ def _gallery_rows(shown: Sequence[Generated], *, with_swapped: bool) -> list[tup
 
 
 def describe_count(report: Mapping[str, Any], num_sentences: int) -> str:
-  """Says how many sentences were scored and, where these are variants of fewer pairs B, B', of how many."""
+  """Describes how many sentences were scored and, if they are variants of fewer pairs B, B', of how many."""
   text, num_pairs = count_noun(num_sentences, "sentence"), report["held_out_pairs"]
   return f"{text} of {count_noun(num_pairs, 'held-out pair')}" if 2 * num_pairs <= num_sentences else text
 
@@ -113,9 +113,9 @@ def quick_report(
   """Returns the contents of eval.json.
 
   Args:
-    config: of the run.
+    config: config of the run.
     scored: for each sentence the PSNR by variant or baseline, see `score_psnr`.
-    num_pairs: different pairs B, B' in them.
+    num_pairs: number of different pairs B, B' among them.
   """
 
   def average(group: Sequence[tuple[SentenceInfo, Mapping[str, float]]]) -> dict[str, float]:
@@ -144,10 +144,10 @@ def full_report(
   """Returns the contents of report.json.
 
   Args:
-    config: of the evaluation.
-    scorer: that made the scores.
+    config: config of the evaluation.
+    scorer: the scorer that made the scores.
     scored: the scores of each sentence.
-    **reproduce: what else it takes to repeat the evaluation; must be JSON values.
+    **reproduce: whatever else is needed to repeat the evaluation, as JSON values.
   """
 
   def by(key: Callable[[SentenceInfo], str]) -> dict[str, dict[str, Metrics]]:
@@ -207,7 +207,7 @@ def plot_curves(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def markdown(report: Mapping[str, Any], pictures: Iterable[str]) -> str:
-  """Formats a full report for people, with pictures that are next to it."""
+  """Formats a full report as Markdown, with pictures next to it."""
   lines = ["# Evaluation", "", f"Held out: {describe_count(report, len(report['sentences']))}; {report['command']}", ""]
   if report["held_out_clips"]:
     lines += [f"Of computed tasks, {report['held_out_clips']}.", ""]

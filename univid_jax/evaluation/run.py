@@ -1,7 +1,7 @@
 """The evaluator: quick after training, full by `python -m univid_jax.evaluate`.
 
-Both use the same sentences, noise and sampling, so their numbers agree. Quick evaluation samples the prediction and the
-control "swapped" alone, computes PSNR alone, and keeps no samples.
+Both use the same sentences, noise and sampling, so their numbers agree. Quick evaluation samples only the prediction
+and the control "swapped", computes only PSNR, and keeps no samples.
 """
 
 import logging
@@ -53,13 +53,13 @@ _PIPELINE_HINT = "univid_jax.load_pipeline returns one, and so does the result o
 def evaluate_quick(
   pipeline: Pipeline, config: RunConfig, folder: epath.PathLike, *, data: DataSources | None = None
 ) -> dict[str, Any] | None:
-  """Evaluates a trained model and writes eval.json, grid.png and, of videos, grid.webp.
+  """Evaluates a trained model and writes eval.json, grid.png and, if there are videos, grid.webp.
 
   Args:
     pipeline: the model.
-    config: of the run.
+    config: config of the run.
     folder: the workdir of the run.
-    data: of which the held-out part is used; by default what the config names.
+    data: data whose held-out part is used; by default what the config names.
 
   Returns:
     The contents of eval.json; None, with a warning, if nothing is held out.
@@ -94,7 +94,7 @@ def evaluate_quick(
 
 
 def is_evaluated(config: RunConfig, folder: epath.PathLike) -> bool:
-  """Returns whether the eval.json of a run is of its last step, by the options of the config."""
+  """Returns whether the eval.json of a run is for its last step and the config's options."""
   try:
     report = parse_json(read_bytes(epath.Path(folder) / EVAL_FILE))
     return report["steps"] == config.num_steps and report["eval"] == to_json(config)["eval"]
@@ -112,17 +112,18 @@ def evaluate(
   command: str = "",
   accelerated: Pipeline | None = None,
 ) -> dict[str, Any] | None:
-  """Evaluates a model under all controls and metrics; continues if some of its samples are already stored.
+  """Evaluates a model with all controls and metrics; continues from samples that are already stored.
 
-  Writes samples/, report.json, report.md, grid.png, of videos grid.webp, and curves.png. Several processes share the
-  work. Samples are stored by what determines them, so those of other models, configs or data are kept, and not used.
+  Writes samples/, report.json, report.md, grid.png, grid.webp if there are videos, and curves.png. Several processes
+  share the work. Samples are stored by what determines them: those of other models, configs or data are kept, but not
+  used.
 
   Args:
     pipeline: the model, on this process's own devices.
-    config: of the evaluation.
-    data: of which the held-out part is used.
-    folder: of the results.
-    origin: of the model.
+    config: config of the evaluation.
+    data: data whose held-out part is used.
+    folder: folder of the results.
+    origin: origin of the model.
     command: how to repeat the evaluation, for the report.
     accelerated: the same model with a distillation LoRA, which becomes the row "accelerated".
 
@@ -173,19 +174,19 @@ def _check_arguments(pipeline: Pipeline, config: RunConfig, folder: epath.PathLi
 
 
 def nothing_held_out(config: RunConfig, data: DataSources) -> str:
-  """Says why there are no sentences to evaluate on, and how to have some."""
+  """Describes why there are no sentences to evaluate on, and how to get some."""
   reason = "config.eval.sentences_per_case is 0" if not config.eval.sentences_per_case else None
   return f"there is nothing to evaluate on: {reason or data.explain_nothing_held_out(config.data)}"
 
 
 class _Results:
-  """What reports and pictures need of the sentences so far.
+  """Collects what reports and pictures need from sentences.
 
   Attributes:
     scored: the scores of each sentence.
-    pairs: different pairs B, B' in them.
+    pairs: the different pairs B, B' in them.
     gallery: examples.
-    failures: grids that were predicted wrong.
+    failures: grids that were predicted wrongly.
   """
 
   def __init__(self, rendering: Rendering):
@@ -201,7 +202,7 @@ class _Results:
 
 
 def _announce(config: RunConfig, sentences: Sequence[PlannedSentence]) -> str:
-  """Says how much will be sampled, and how to sample less."""
+  """Describes how much will be sampled, and how to sample less."""
   fewer = "--config.eval.sentences_per_case=N, or " if config.eval.sentences_per_case > 1 else ""
   num_cases = len({sentence.case for sentence in sentences})
   return (
@@ -211,6 +212,6 @@ def _announce(config: RunConfig, sentences: Sequence[PlannedSentence]) -> str:
 
 
 def _count_arc(data: DataSources) -> dict[str, int]:
-  """Returns how many tests of ARC are held out, and how many tasks cannot be used, for `exact_report`."""
+  """Returns the arguments of `exact_report`: how many tests of ARC are held out, and how many tasks cannot be used."""
   sources = [source for source in data.held_out.values() if isinstance(source, ARCSentences)]
   return {"num_arc_tests": sum(map(len, sources)), "num_left_out": sum(source.num_dropped for source in sources)}

@@ -27,10 +27,10 @@ class Score:
   """The scores of one clip of one sentence.
 
   Attributes:
-    name: the variant or baseline that the clip is of.
-    metrics: of the whole clip.
+    name: the variant or baseline that the clip belongs to.
+    metrics: metrics of the whole clip.
     kind: what the target represents, if it has metrics of its own.
-    counts: what `KIND_METRICS[kind].pool` needs, and of a grid the truth.
+    counts: what `KIND_METRICS[kind].pool` needs; for a grid, the truth.
   """
 
   name: str
@@ -45,16 +45,16 @@ def scored_clips(generated: Generated) -> dict[str, np.ndarray]:
 
 
 def score_psnr(generated: Generated) -> dict[str, float]:
-  """Returns the PSNR of every clip, the part of the scores that costs nothing."""
+  """Returns the PSNR of every clip, the cheap part of the scores."""
   return {name: psnr(clip, generated.clips[-1]) for name, clip in scored_clips(generated).items()}
 
 
 def target_kind(info: SentenceInfo, kinds: Mapping[str, TargetKind]) -> TargetKind:
-  """Returns what a target represents; those of reversed sentences are natural images and videos, whatever the task.
+  """Returns what a target represents; reversed sentences have natural images and videos, whatever the task.
 
   Args:
-    info: of the sentence; only those of computed tasks, grids and ARC have parameters.
-    kinds: of the tasks of own data, see `own_kinds`.
+    info: the sentence's; only those of computed tasks, grids and ARC have parameters.
+    kinds: kinds of the tasks of the user's own data, see `own_kinds`.
   """
   if info.reverse:
     return TargetKind.IMAGE
@@ -69,7 +69,7 @@ class Scorer:
 
   Raises:
     FileNotFoundError: the file of the palette does not exist.
-    UserError: it is malformed, there is no such CLIP model, or the extra that CLIP scores need is not installed.
+    UserError: that file is malformed, there is no such CLIP model, or the extra that CLIP scores need is not installed.
   """
 
   def __init__(self, config: RunConfig):
@@ -90,7 +90,7 @@ class Scorer:
     return Score(name, metrics | extra, kind, counts)
 
   def tabulate(self, scores: Iterable[Score]) -> dict[str, Metrics]:
-    """Averages scores: metrics and `count` by variant or baseline.
+    """Averages scores; returns metrics and `count` by variant or baseline.
 
     With repetitions (`seed_N`) the row "prediction" is the mean over all of them, and METRIC_std their standard
     deviation; the repetitions have no rows of their own.
@@ -133,7 +133,7 @@ class Scorer:
 def group_by(
   scored: Iterable[tuple[SentenceInfo, T]], key: Callable[[SentenceInfo], KeyT]
 ) -> dict[KeyT, list[tuple[SentenceInfo, T]]]:
-  """Groups sentences with their scores by a key, in the order in which keys come first."""
+  """Groups sentences with their scores by a key, in the order in which keys first occur."""
   groups = collections.defaultdict(list)
   for info, scores in scored:
     groups[key(info)].append((info, scores))

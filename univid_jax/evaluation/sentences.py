@@ -1,4 +1,4 @@
-"""The sentences of an evaluation: held out, and the same number of them for every case."""
+"""Selects the sentences of an evaluation: held-out ones, the same number for every case."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ class PlannedSentence:
   Attributes:
     case: its task, context and number of clips.
     read: returns the sentence with its frames.
-    identify: returns what identifies its content besides the config: the keys of its clips, and its prompt.
+    identify: returns what identifies its content besides the config: the keys of its clips and its prompt.
   """
 
   case: Case
@@ -40,14 +40,14 @@ class PlannedSentence:
 def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) -> list[PlannedSentence]:
   """Plans `eval.sentences_per_case` held-out sentences per case; the result is empty if nothing is held out.
 
-  A case of computed data is a combination of task, context and number of clips, and of grids of the split as well; a
-  case of other data is a task. Every held-out record or pair is used once before any is repeated.
+  A case of computed data is a combination of task, context and number of clips, for grids also of split; a case of
+  other data is a task. Every held-out record or pair is used once before any is repeated.
   """
   per_case = config.eval.sentences_per_case
   sentences: list[PlannedSentence] = []
   for source in held_out.values():
     if isinstance(source, ComputedSentences):
-      # Of bundled photographs the config says everything.
+      # The config identifies bundled photographs completely.
       identify = functools.cache(source.identify_files) if source.folders else lambda: None
       for number, (case, only) in enumerate(_split_cases(config, source)):
         only = dataclasses.replace(only, seed=_case_seed(config.eval.seed, number))
@@ -66,7 +66,7 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
 
 
 def plan_other_pairs(config: RunConfig, sentences: Sequence[PlannedSentence]) -> list[Callable[[], Sentence]]:
-  """Returns for each sentence a function that reads one of another task, see `choose_other_tasks`.
+  """Returns, for each sentence, a function that reads one of another task, see `choose_other_tasks`.
 
   If the data has no other task, it reads a held-out sentence of a computed task.
   """
@@ -93,7 +93,7 @@ def _plan(sentence: Sentence) -> PlannedSentence:
   def identify() -> object:
     return sentence.prompt, [_identify_clip(clip) for clip in sentence.clips]
 
-  # Tasks of ARC differ from each other as others do.
+  # Each task of ARC counts as a task of its own.
   task = (sentence.params or {}).get("arc_task", sentence.task)
   case = Case(task, sentence.context, len(sentence.clips))
   return PlannedSentence(case, sentence.with_frames, identify)
@@ -106,7 +106,7 @@ def _identify_clip(clip: Clip) -> str:
 def _split_cases(config: RunConfig, source: ComputedSentences) -> Iterator[tuple[Case, ComputedSentences]]:
   """Yields every case with a positive weight, and the source restricted to it.
 
-  The order, on which seeds depend, is that of the default config, however the config was read: flags sort their keys.
+  The order, on which seeds depend, is always that of the default config, because flags sort their keys.
   """
   order = list(DataConfig().tasks)
   tasks = [task for task, weight in source.tasks.items() if weight > 0]
@@ -122,5 +122,5 @@ def _split_cases(config: RunConfig, source: ComputedSentences) -> Iterator[tuple
 
 
 def _case_seed(seed: int, number: int) -> int:
-  """Returns the seed of a case's sentences; distinct for up to 1,000 cases. Reports depend on these numbers."""
+  """Returns the seed of a case's sentences, distinct for up to 1,000 cases. Changing these numbers changes reports."""
   return seed * 1000 + number

@@ -1,4 +1,4 @@
-"""What determines stored samples. They are in a folder named after it, so a report never mixes those of two models."""
+"""What determines stored samples: their folder is named after it, so that a report never mixes two models."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ FILE = "origin.json"
 
 # Sections of the config that samples depend on, given the model and the sentences.
 SECTIONS = ("data", "eval")
-# Options in them that samples do not depend on.
+# Options in these sections that samples do not depend on.
 _SCORING = ("depth_alignment", "palette", "num_labels", "void_label", "clip_model")
 _READING = ("cache", "num_threads", "stream_processes", "allow_dropped", "prompt_dropout")
 
@@ -37,18 +37,18 @@ def open_samples_folder(
   distillation: Distillation | None = None,
   write: bool,
 ) -> epath.Path:
-  """Returns the folder for the samples of a model, which may hold some already.
+  """Returns the folder for the samples of a model, which may already hold some.
 
   Args:
-    folder: of the evaluation.
-    config: of the evaluation.
-    sentences: of the evaluation.
-    origin: of the model.
+    folder: folder of the evaluation.
+    config: config of the evaluation.
+    sentences: sentences of the evaluation.
+    origin: origin of the model.
     distillation: how samples with a distillation LoRA are made, if there are any.
     write: whether this process describes the samples in the folder.
   """
   values = _describe(config, sentences, origin)
-  if distillation is not None:  # under the name that stored samples are found by
+  if distillation is not None:  # under the name by which stored samples are looked up
     values["accelerator"] = {
       name: value for name, value in dataclasses.asdict(distillation).items() if name != "pattern"
     }
@@ -60,7 +60,7 @@ def open_samples_folder(
 
 
 def _describe(config: RunConfig, sentences: Sequence[PlannedSentence], origin: Origin) -> dict[str, Any]:
-  """Everything that determines samples, as JSON-compatible values."""
+  """Describes everything that determines samples, as JSON-compatible values."""
   values = to_json(
     dataclasses.replace(
       config, eval=_reset(config.eval, EvalConfig(), _SCORING), data=_reset(config.data, DataConfig(), _READING)

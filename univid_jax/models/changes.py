@@ -1,8 +1,8 @@
-"""Changes of weights that LoRA files contain: applied by the Linear that they belong to, or added to its kernel.
+"""Changes of weights from LoRA files, applied by the Linear that they belong to or merged into its kernel.
 
 Every kind is a few small factors, and only they are stored. A plain low-rank change maps the input through its two
-matrices. Other kinds form the change of the kernel whenever the layer runs: memory is that of the file, and the layer
-computes a second product of full size. Merging avoids it.
+matrices. Other kinds form the kernel's change whenever the layer runs: memory stays that of the file, but the layer
+computes a second product of full size, which merging avoids.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from univid_jax.models.lora import LoRAParam, multiply_low_rank
 Parts = Mapping[str, Array]
 Shapes = Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
 
-# Dims of a kernel, by which parts name theirs.
+# Names of a kernel's dims, which parts use for theirs.
 IN, OUT = "in", "out"
 
 
@@ -29,7 +29,7 @@ class ChangeKind:
   """A way to write a change of a kernel (in, out).
 
   Attributes:
-    dims: of each part.
+    dims: names of each part's dims.
     change: computes the change from the parts.
   """
 
@@ -52,7 +52,7 @@ CHANGE_KINDS: Mapping[str, ChangeKind] = {
   _LOKR: ChangeKind({"w1": (None, None), "w2": (None, None)}, lambda parts: jnp.kron(parts["w1"], parts["w2"])),
 }
 
-# DoRA, of any kind: the changed kernel has the norms `magnitude` along one of its axes.
+# DoRA, with any kind: along one axis the changed kernel has the norms `magnitude`.
 MAGNITUDES: Mapping[str, int] = {"magnitude_out": 0, "magnitude_in": 1}
 _DORA_DIMS = {"magnitude_out": (None, OUT), "magnitude_in": (IN, None), "weight": ()}
 
@@ -67,8 +67,8 @@ def kernel_change(group: str, parts: Parts, kernel: Float[Array, "i o"]) -> Floa
 
   Args:
     group: see `kind_of`.
-    parts: of its kind, scaled; for DoRA also a magnitude and the weight of the whole change.
-    kernel: of the base, one layer.
+    parts: those of its kind, scaled; for DoRA also a magnitude and the weight of the whole change.
+    kernel: the base's kernel, of one layer.
   """
   change = CHANGE_KINDS[kind_of(group)].change(parts)
   for name, axis in MAGNITUDES.items():
@@ -80,16 +80,16 @@ def kernel_change(group: str, parts: Parts, kernel: Float[Array, "i o"]) -> Floa
   return change
 
 
-# Where changes hold the adapter that their Linear had before, if it had one.
+# The attribute in which changes keep the adapter that their Linear had before, if any.
 INNER = "inner"
 
 
 class Changes(nnx.Module):
-  """Maps the input of a Linear to the output of the changes of its kernel, plus that of the adapter it had before.
+  """Maps the input of a Linear to the output of the changes of its kernel, plus that of the adapter that it had before.
 
   Args:
     groups: shapes of the parts by group, see `kernel_change`; stacked like the kernel.
-    linear: whose kernel they change.
+    linear: the Linear whose kernel they change.
   """
 
   def __init__(self, groups: Shapes, linear: Linear):
@@ -125,7 +125,7 @@ def attach_changes(model: nnx.Module, shapes: Mapping[tuple[str, ...], Shapes]) 
 
 
 def merge_changes(kernel: Float[Array, "*layers i o"], groups: Mapping[str, Parts]) -> Float[Array, "*layers i o"]:
-  """Adds changes to a kernel, in float32; stacked layers in place and one by one, so that temporary memory is small."""
+  """Adds changes to a kernel, in float32; stacked layers in place, one by one, to save temporary memory."""
 
   def merge_layer(kernel: Array, groups: Mapping[str, Parts]) -> Array:
     changes = [kernel_change(group, parts, kernel) for group, parts in groups.items()]

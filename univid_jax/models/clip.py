@@ -54,7 +54,7 @@ class Block(nnx.Module):
 
 
 class CLIPVision(nnx.Module):
-  """Images to features of all patches after the second to last block, as Wan2.1's I2V uses them.
+  """Maps images to features of all patches after the second to last block, as Wan2.1's I2V uses them.
 
   The last block and the layers after it are not part of the model, since their outputs are unused.
 
@@ -62,7 +62,7 @@ class CLIPVision(nnx.Module):
     config: the shape.
     dtype: of activations and matrix products.
     param_dtype: of the stored weights.
-    rngs: the stream `params`.
+    rngs: provides the stream `params`.
   """
 
   def __init__(self, config: CLIPConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
@@ -101,7 +101,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess(frame: Float[np.ndarray, "H W 3"], size: int) -> Float[np.ndarray, "side side 3"]:
-  """Resizes a frame in [-1, 1] to a square, ignoring its aspect ratio as Wan2.1 does, and normalises its colours."""
+  """Resizes a frame in [-1, 1] to a square, ignoring the aspect ratio as Wan2.1 does, and normalises its colours."""
   height, width = (_cubic_weights(length, size) for length in frame.shape[:2])
   resized = np.einsum("yH,HWc,xW->yxc", height, frame.astype(np.float32), width, optimize=True)
   return ((resized * 0.5 + 0.5 - np.array(MEAN)) / np.array(STD)).astype(np.float32)
@@ -110,8 +110,8 @@ def preprocess(frame: Float[np.ndarray, "H W 3"], size: int) -> Float[np.ndarray
 def _cubic_weights(length: int, size: int) -> Float[np.ndarray, "size length"]:
   """Returns the weights of PyTorch's bicubic interpolation along one side.
 
-  Cubic convolution with a = -0.75, pixels at their centres, edges repeated, no antialiasing; Pillow and JAX have
-  a = -0.5 and antialiasing.
+  Cubic convolution with a = -0.75, half-pixel centres, repeated edges and no antialiasing; Pillow and JAX use a = -0.5
+  and antialiasing.
   """
   a = -0.75
   half = np.float32(0.5)  # float32 rounds as PyTorch does

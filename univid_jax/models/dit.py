@@ -25,12 +25,12 @@ from univid_jax.models.rope import rotary_tables
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel import host_memory
 
-# Name of the hidden states that a block starts from, for policies of `jax.checkpoint`.
+# Name of a block's input hidden states, for `jax.checkpoint` policies.
 BLOCK_INPUT = "block_input"
 
 
 def _save_attention(primitive: Any, *args: Any, **params: Any) -> bool:
-  """Saves the results of attention, in a policy of `jax.checkpoint`."""
+  """Saves only the results of attention; a policy of `jax.checkpoint`."""
   return primitive.name == FORWARD_PRIMITIVE or _save_named(primitive, *args, **params)
 
 
@@ -50,7 +50,7 @@ REMAT_POLICIES: Mapping[RematPolicy, Callable[..., bool] | None] = {
     offload_dst=host_memory.KIND,
   ),
 }
-# Policies that keep little.
+# Policies that keep little memory of a block.
 LEAN_POLICIES = (RematPolicy.ATTENTION, RematPolicy.FULL, RematPolicy.OFFLOAD)
 
 
@@ -68,9 +68,9 @@ class DiT(nnx.Module):
     config: the shape.
     dtype: of activations and matrix products; modulation, norms, softmax and rotary positions are always float32.
     param_dtype: of the stored weights.
-    remat: what the backward pass recomputes of a block.
+    remat: which parts of a block the backward pass recomputes.
     attention_backend: of self-attention.
-    rngs: the stream `params`.
+    rngs: provides the stream `params`.
   """
 
   def __init__(
@@ -109,14 +109,14 @@ class DiT(nnx.Module):
       tokens: the row's latents as input to the model: context clean, targets noised.
       timesteps: the table that `row.modulation_ids` index, 0 to 1000; (b, 1) if they are None.
       row: positions, intervals, text and I2V's conditions; `row.tokens` is not used.
-      cache: from `encode_context`, if tokens and row hold the targets alone (`row.target_queries()`).
+      cache: from `encode_context`, if tokens and row hold only the targets (`row.target_queries()`).
 
     Returns:
       Velocities in the compute dtype, patches ordered like the tokens. If the row lists its targets, the velocities of
       other tokens are 0.
 
     Raises:
-      UserError: the row lacks a condition or image features that the model takes, or has what it does not take.
+      UserError: the row lacks a condition or image features that the model takes, or has one that it does not take.
     """
     time, _, x, _ = self._run(tokens, timesteps, row, cache, keep=False)
     return self._predict(_take_targets(x, row), time, row)
@@ -134,7 +134,7 @@ class DiT(nnx.Module):
 
     Args:
       tokens, timesteps, row, cache: see `__call__`.
-      residual: of another call, which replaces the blocks; None computes them.
+      residual: that of another call, which replaces the blocks; None computes them.
 
     Returns:
       The velocities of a call, and the residual of the targets if the row lists them, else of all tokens, in the
@@ -148,7 +148,7 @@ class DiT(nnx.Module):
     return self._predict(start + residual, self._embed_time(timesteps), row), residual
 
   def _predict(self, x: Float[Array, "b q d"], time: Float[Array, "b m d"], row: PackedRow) -> Float[Array, "b l p"]:
-    """Returns velocities from the last hidden states, of the targets if the row lists them."""
+    """Returns velocities from the last hidden states, which are the targets' if the row lists them."""
     if row.targets is None:
       return self.head(x, row, time)
     velocity = self.head(x, row.target_queries(), time)
@@ -162,7 +162,7 @@ class DiT(nnx.Module):
     """Computes the keys and values of the context, which do not depend on noise, in the compute dtype.
 
     Args:
-      row: context-causal, with the indices of its targets.
+      row: a context-causal row that lists its targets.
 
     Raises:
       ValueError: the row's context attends to its targets.
@@ -218,8 +218,8 @@ class DiT(nnx.Module):
       forms = (jax.checkpoint(form, policy=policy) for form in forms)
       return jax.lax.cond(index < self.config.num_layers - 1, *forms, x, layer), None
 
-    # The last block may compute the targets alone. The loop then contains both forms of a block, and what the backward
-    # pass keeps of either is stored for every layer, which is little with lean policies only.
+    # The last block may compute only the targets. The loop then contains both forms of a block, and stores what the
+    # backward pass needs of either for every layer, which is little only with lean policies.
     skips_context = row.targets is not None and not keep and self.remat in LEAN_POLICIES
     body = apply_block_or_last if skips_context else apply_block
     if self.remat != RematPolicy.NONE:
@@ -246,7 +246,7 @@ def _take_targets(x: Float[Array, "b l _d"], row: PackedRow) -> Float[Array, "b 
 
 
 def _apply_to_targets(block: Callable[..., Any], row: PackedRow, x: Float[Array, "b l d"], layer: nnx.State) -> Array:
-  """Applies a block to the targets of a row; the hidden states of its context stay as they are."""
+  """Applies a block to the targets of a row and leaves the hidden states of its context unchanged."""
   assert row.targets is not None
   targets, _ = block(x, layer, queries=row.target_queries())
   return put_tokens(targets, row.targets, into=x)

@@ -33,7 +33,7 @@ class KeyValueCache:
   """Keys and values of a context-causal row's context, computed once for all sampling steps.
 
   Attributes:
-    keys_and_values: of all tokens of the row, in every layer (n_layers, b, l, h, k) or in one.
+    keys_and_values: those of all tokens of the row, in every layer (n_layers, b, l, h, k) or in one.
     targets: indices of the target tokens in the row, padded with l.
   """
 
@@ -61,7 +61,7 @@ def spread_slots(table: Float[Array, "b m d"], row: PackedRow) -> Float[Array, "
 def project_to_heads(
   linear: Linear, x: Float[Array, "b l d"], num_heads: int, norm: RMSNorm | None = None
 ) -> Float[Array, "b l h k"]:
-  """Applies a Linear whose output is split into heads, and a norm over the channels of all heads."""
+  """Applies a Linear, splits its output into heads, and applies a norm over the channels of all heads."""
   y = linear.to_heads(x, num_heads)
   if linear.lora is not None and current_platform() == Platform.TPU:
     y = tpu.materialize(y)
@@ -89,7 +89,7 @@ class SelfAttention(nnx.Module):
     cache: KeyValueCache | None = None,
     queries: PackedRow | None = None,
   ) -> tuple[Float[Array, "b q d"], KeysAndValues]:
-    """See `Block`."""
+    """Returns the output and the keys and values; arguments as in `Block`."""
     k = rotate(project_to_heads(self.k, x, self.num_heads, self.norm_k), *rope)
     v = project_to_heads(self.v, x, self.num_heads)
     if cache is not None:
@@ -189,7 +189,7 @@ class Block(nnx.Module):
       time: modulation by slot.
       text: embedded prompts.
       image: embedded image features (I2V).
-      cache: keys and values of the context, if `row` holds the targets alone.
+      cache: keys and values of the context, if `row` holds only the targets.
       queries: `row.target_queries()` to compute the next hidden states of the targets only; the other tokens then serve
         as keys and values.
     """
@@ -251,7 +251,7 @@ class ImageEmbedding(nnx.Module):
 
 
 class Head(nnx.Module):
-  """Hidden states to velocities of patches, modulated by the timestep."""
+  """Maps hidden states to velocities of patches, modulated by the timestep."""
 
   def __init__(self, config: DiTConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
     self.eps = config.eps

@@ -1,4 +1,4 @@
-"""Operations of a forward pass and of a training step, by formula."""
+"""Numbers of operations of a forward pass and of a training step, by formula."""
 
 from univid_jax.models.variants import DiTConfig
 
@@ -18,10 +18,10 @@ def forward_flops(
 
   Args:
     config: the shape.
-    tokens: of latents.
-    text_tokens: of prompts.
-    attended: pairs of a query and a key it attends to; for full attention the sum of squares of the sentences' lengths.
-    attended_text: pairs of a query and a text token it attends to.
+    tokens: number of latent tokens.
+    text_tokens: number of prompt tokens.
+    attended: pairs of a query and a key that it attends to; for full attention, the sum of squared sentence lengths.
+    attended_text: pairs of a query and a text token that it attends to.
     targets: tokens whose velocity is computed, the only queries of the last block. None is all.
   """
   linear, attention = _parts(config, tokens, text_tokens, attended, attended_text, targets)
@@ -42,12 +42,12 @@ def step_flops(
   """Returns the operations of a training step: the model's own (for MFU), or those executed with full remat (for HFU).
 
   The backward pass takes twice the operations of the forward pass, except for the linear layers of a frozen base, which
-  take them once, as they have no gradients of weights. Adapters take r (in + out) per Linear and are always trained.
+  take as many, since they need no gradients of weights. Adapters take r (in + out) per Linear and are always trained.
 
   Args:
     config: the shape.
     tokens, text_tokens, attended, attended_text, targets: see `forward_flops`.
-    lora_rank: of adapters on all Linears of attention and feed-forward; 0 trains the whole model.
+    lora_rank: rank of adapters on all Linears of attention and feed-forward; 0 trains the whole model.
     recompute: whether to count the second forward pass of full remat.
   """
   linear, attention = _parts(config, tokens, text_tokens, attended, attended_text, targets)
@@ -81,5 +81,5 @@ def _parts(
 
 
 def _layers(config: DiTConfig, tokens: float, targets: float | None) -> float:
-  """Returns the layers, weighted by their share of queries: the last one has only those of the targets."""
+  """Returns the number of layers, weighted by their share of queries: the last one has only those of the targets."""
   return config.num_layers - (0 if targets is None else 1 - targets / tokens)

@@ -24,15 +24,15 @@ KERNEL_SCALE = 0.1
 def look_back(model: DiT, frames: Sequence[int], *, rng: PRNGKeyArray) -> None:
   """Makes heads of a fresh model attend to earlier frames; changes its weights in place.
 
-  Head i of every layer attends to the same position `frames[i]` latent frames earlier: it gets biases of queries and
-  keys that rotary positions align at that distance. Other heads get no bias. Random weights are scaled down so that the
+  Head i of every layer attends to the same position `frames[i]` latent frames earlier: it gets query and key biases
+  that rotary positions align at that distance. Other heads get no bias. Random weights are scaled down so that the
   biases dominate, gates start slightly open, and the output head is the transpose of the patch embedding, so that the
   noise in a token, which is most of its velocity, is copied to the output from the first step.
 
   Args:
-    model: with random weights.
-    frames: distance of each of the first heads, in latent frames.
-    rng: of the patch embedding.
+    model: a model with random weights.
+    frames: distances for the first heads, in latent frames.
+    rng: random key of the patch embedding.
 
   Raises:
     UserError: there are fewer heads than frames.

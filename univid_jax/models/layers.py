@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from univid_jax.core.options import Quantize
 from univid_jax.models.quantized import QuantizedKernel, dequantize, multiply, multiply_quantized, quantize
 
-# Name of the products of Linears, for policies of `jax.checkpoint`, to which some do not look like products: those with
-# quantised kernels, and of bfloat16 on CPUs, have gradients of their own.
+# Name of the products of Linears, for `jax.checkpoint` policies, which do not recognise all of them: those with
+# quantised kernels, and those in bfloat16 on CPUs, have custom gradients.
 PRODUCT_NAME = "product"
 
 Initializer = jax.nn.initializers.Initializer
@@ -31,14 +31,14 @@ def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], dtype, dims: 
 
 
 def _next_key(stream: nnx.RngStream) -> Array:
-  """Returns `stream()`. That compares shardings, for which JAX explains each time where a traced count comes from."""
+  """Returns what `stream()` does; that compares shardings, for which JAX explains where a traced count comes from."""
   key = jax.random.fold_in(stream.key.get_value(), stream.count.get_value())
   stream.count.set_value(stream.count.get_value() + 1)
   return key
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """GELU's tanh approximation, written with the logistic function, which is cheaper and equal."""
+  """Computes GELU's tanh approximation with the logistic function, which is equal and cheaper."""
   return x * jax.nn.sigmoid(2 * (2 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3))
 
 
@@ -46,7 +46,7 @@ class Linear(nnx.Module):
   """x W + b, with W (in_dim, out_dim), plus the output of an adapter if one is attached.
 
   Attributes:
-    kernel: W; quantised (see `quantize_linears`) it is dequantised in every call.
+    kernel: W; if quantised (see `quantize_linears`), it is dequantised in every call.
     lora: None, or what maps x and W to an output: `models.lora.LoRA` in training, `models.changes.Changes` of files.
   """
 
@@ -75,14 +75,14 @@ class Linear(nnx.Module):
   def to_heads(self, x: Float[Array, "... i"], num_heads: int) -> Float[Array, "... h k"]:
     """Returns the output with its channels split into heads.
 
-    The heads come from the product, with a kernel whose outputs are split: XLA on TPUs writes it in the layout that
-    attention reads, where splitting the result copies it (docs/benchmarks/tpu.md has figures). An adapter's output is
+    The product takes a kernel whose outputs are already split into heads: XLA on TPUs then writes the layout that
+    attention reads, whereas splitting the result copies it (docs/benchmarks/tpu.md has figures). An adapter's output is
     split afterwards.
     """
     return self._apply(x, x.shape[-1:], (num_heads, self.kernel.shape[-1] // num_heads))
 
   def from_heads(self, x: Float[Array, "... h k"]) -> Float[Array, "... o"]:
-    """Returns the output for channels that are split into heads, likewise; an adapter gets them side by side."""
+    """Returns the output for an input that is split into heads, likewise; an adapter gets the heads joined."""
     return self._apply(x, x.shape[-2:], self.kernel.shape[-1:])
 
   def _apply(

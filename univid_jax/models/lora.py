@@ -17,7 +17,7 @@ from univid_jax.models.names import original_name
 from univid_jax.platform import cpu
 from univid_jax.platform.current import Platform, current_platform
 
-# Where a Linear holds its adapter, and the last part of the names of adapters in nested parameters.
+# The attribute of a Linear that holds its adapter; also the last part of an adapter's path in nested parameters.
 LORA = "lora"
 
 
@@ -26,17 +26,17 @@ class LoRAParam(nnx.Variable):
 
 
 class DropoutKey(nnx.Variable):
-  """The random key of an adapter's dropout, new in every training step."""
+  """The random key of an adapter's dropout, replaced in every training step."""
 
 
 class LoRA(nnx.Module):
   """Maps the input of a Linear to its adapter's output; `down` starts random, `up` at zero, both float32.
 
   Args:
-    kernel: of the Linear, ([layers,] in_dim, out_dim); gives shapes and names of dims.
+    kernel: the Linear's, ([layers,] in_dim, out_dim); determines shapes and names of dims.
     config: rank, scale and dropout.
     dtype: of the matrix products.
-    rngs: the stream `params`.
+    rngs: provides the stream `params`.
   """
 
   def __init__(self, kernel: nnx.Variable, config: LoRAConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -106,7 +106,7 @@ def join(base: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remove_dropout(model: nnx.Module) -> None:
-  """Removes the dropout of adapters, which is for training alone."""
+  """Removes the dropout of adapters, which is for training only."""
   for _, module in nnx.iter_modules(model):
     if isinstance(module, LoRA):
       module.dropout, module.key = 0.0, None

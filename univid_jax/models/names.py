@@ -1,4 +1,4 @@
-"""Names of parameters: ours, and those of Wan's official files, of diffusers and others; a table per component."""
+"""Parameter names: ours, and those of Wan's official files, diffusers and others; a table per component."""
 
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -104,8 +104,8 @@ _TRANSFORMER_TO_DIFFUSERS = (
   ("^head.modulation$", "^scale_shift_table$"),
 )
 
-# How autoencoders number layers. Official files of Wan2.1 number them consecutively, diffusers the decoder's per level;
-# both number those of Wan2.2, whose levels have shortcuts, per level.
+# How layers of autoencoders are numbered. In Wan2.1, official files number them consecutively, diffusers the decoder's
+# per level; in Wan2.2, whose levels have shortcuts, both number them per level.
 _ENCODER_BLOCKS, _DECODER_BLOCKS, _LEVELS = 2, 3, 4
 
 _LEVELS_TO_DIFFUSERS = (
@@ -227,7 +227,7 @@ def name_to_diffusers(component: str, name: str) -> str:
 
 
 def _replace(name: str, part: str, other: str) -> str:
-  """Replaces a part of a name, both in the notation of `DIFFUSERS_TABLES`."""
+  """Replaces a part of a name by another, both in the notation of `DIFFUSERS_TABLES`."""
   pattern = re.escape(part.strip("^$")).replace(r"\#", r"(\d+)")
   pattern = ("^" if part.startswith("^") else "") + pattern + ("$" if part.endswith("$") else "")
   return re.sub(pattern, other.strip("^$").replace("#", r"\1"), name)

@@ -1,4 +1,4 @@
-"""Frozen blocks in the memory of the host, in a form that TPUs slice there without copying what they do not need."""
+"""Frozen blocks in host memory, in a form of which TPUs can copy a slice without copying the rest."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,9 +11,10 @@ from univid_jax.parallel.host_memory import KIND
 
 
 def offload_blocks(abstract: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns descriptions of a transformer's parameters with the matrices of its blocks in the memory of the host.
+  """Returns descriptions of a transformer's parameters with the matrices of its blocks in host memory.
 
-  Stacks of vectors stay on the devices: they are small, and TPUs cannot copy one of two bfloat16 numbers in a word.
+  Stacks of vectors stay on the devices: they are small, and TPUs cannot copy just one of the two bfloat16 numbers in a
+  word.
   """
 
   def move(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -24,7 +25,7 @@ def offload_blocks(abstract: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_in_words(abstract: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns descriptions of parameters with the quantised kernels of the blocks in words, where shards allow it."""
+  """Returns descriptions of parameters with the blocks' quantised kernels in words, where sharding allows it."""
 
   def describe(x: Any) -> Any:
     if not isinstance(x, QuantizedKernel):
@@ -41,7 +42,7 @@ def describe_in_words(abstract: Mapping[str, Any]) -> dict[str, Any]:
 def put_in_words(params: Mapping[str, Any]) -> dict[str, Any]:
   """Returns parameters as `describe_in_words` describes them, converting one kernel after another on the devices.
 
-  The bytes of a kernel are deleted when there are words of it, because there may be no room for two bases.
+  A kernel's bytes are deleted as soon as its words exist, because there may be no room for two bases.
   """
 
   def convert(x: Any, described: Any) -> Any:

@@ -1,7 +1,7 @@
 """Quantised kernels of frozen Linears: numbers in 4 or 8 bits, and scales.
 
-qwix computes them. Its `QArray` is stored as plain bytes, because compilers slice and store these as they are: XLA
-converts whole stacks of layers from 8-bit floats or 4-bit integers where the hardware lacks them.
+qwix computes them. Its `QArray` is stored as plain bytes, which compilers slice and store as they are: where the
+hardware lacks 8-bit floats or 4-bit integers, XLA would convert whole stacks of layers.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from univid_jax.core.options import Quantize
 from univid_jax.platform import cpu
 from univid_jax.platform.current import Platform, current_platform
 
-# As qwix names them.
+# The types as qwix names them.
 QTYPES: Mapping[Quantize, DTypeLike] = {Quantize.INT8: jnp.int8, Quantize.FP8: jnp.float8_e4m3fn, Quantize.NF4: "nf4"}
 
-# Inputs of a kernel that share a scale, at most. FP8 has its exponents, and one scale for each output.
+# Maximum inputs of a kernel that share a scale. FP8 has exponents, so one scale per output is enough.
 TILE = 64
 
 # The values of NF4's 16 codes: QLoRA (arXiv 2305.14314), appendix E.
@@ -47,10 +47,10 @@ class QuantizedKernel:
 
   Attributes:
     numbers: (*layers, in_dim, out_dim): int8, or the bits of float8_e4m3fn in uint8. NF4: (*layers, in_dim / 2,
-      out_dim), of each tile the codes of the first half in the lower bits, those of the second half in the upper bits.
-      A quarter as many uint32 in all three, if the kernel is stored `in_words`.
+      out_dim), for each tile the codes of the first half in the lower bits, those of the second half in the upper bits.
+      With any method, a quarter as many uint32 if the kernel is stored `in_words`.
     scale: (*layers, tiles, out_dim), float32.
-    method: how it is quantised.
+    method: how the kernel is quantised.
   """
 
   numbers: Array
@@ -75,7 +75,7 @@ def quantize(kernel: Float[Array, "*layers i o"], method: Quantize) -> Quantized
   """Quantises a kernel.
 
   Raises:
-    UserError: NF4 stores pairs of inputs, and their number is odd.
+    UserError: the method is NF4, which stores pairs of inputs, and their number is odd.
   """
   *layers, in_dim, out_dim = kernel.shape
   tile = in_dim if method == Quantize.FP8 else tile_size(in_dim)
@@ -102,7 +102,7 @@ def tile_size(in_dim: int) -> int:
 def in_words(kernel: QuantizedKernel) -> QuantizedKernel:
   """Returns the kernel with four numbers in a word; as it is, if its tiles do not divide into four.
 
-  TPUs slice stacks of words in the memory of the host. To slice one of bytes they copy all of it, for every slice.
+  TPUs can slice a stack of words in host memory; for every slice of a stack of bytes they copy all of it.
   """
   shape, size = kernel.numbers.shape, _rows_per_tile(kernel)
   if size % 4:
@@ -123,17 +123,17 @@ def _out_of_words(kernel: QuantizedKernel) -> QuantizedKernel:
 
 
 def _rows_per_tile(kernel: QuantizedKernel) -> int:
-  """Returns how many rows of numbers stand for a tile of inputs."""
+  """Returns how many rows of numbers hold a tile of inputs."""
   in_dim = kernel.shape[-2]
   return kernel.numbers.shape[-2] * tile_size(in_dim) // in_dim
 
 
 def dequantize(kernel: Float[Array, "..."] | QuantizedKernel) -> Float[Array, "..."]:
-  """Returns the kernel that a quantised one stands for, in float32; arrays as they are."""
+  """Returns the values of a quantised kernel, in float32; returns arrays as they are."""
   if not isinstance(kernel, QuantizedKernel):
     return kernel
   shape, num_tiles = kernel.shape, kernel.scale.shape[-2]
-  # Or XLA moves conversions of all layers out of their loop.
+  # Otherwise XLA moves the conversions of all layers out of their loop.
   numbers, scale = jax.lax.optimization_barrier((kernel.numbers, kernel.scale))
   kernel = QuantizedKernel(numbers, scale, kernel.method)
   if kernel.numbers.dtype == jnp.uint32:
@@ -147,7 +147,7 @@ def dequantize(kernel: Float[Array, "..."] | QuantizedKernel) -> Float[Array, ".
 
 
 def _decode_nf4(codes: Array) -> Array:
-  """Looks up the values of codes: as a tree of selections, because a TPU gathers one number after another."""
+  """Looks up the values of codes by a tree of selections, because a TPU gathers one number after another."""
   codes, values = codes.astype(jnp.int32), [jnp.float32(value) for value in NF4_VALUES]
   while len(values) > 1:
     values = [jnp.where(codes & 1, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
@@ -168,7 +168,7 @@ def multiply(
 def multiply_quantized(
   x: Float[Array, "..."], kernel: QuantizedKernel, in_shape: tuple[int, ...], out_shape: tuple[int, ...]
 ) -> Float[Array, "..."]:
-  """See `multiply`; the backward pass dequantises again, and takes the kernel for a constant."""
+  """Computes `multiply`; the backward pass dequantises again, and treats the kernel as a constant."""
   return multiply(x, dequantize(kernel), in_shape, out_shape)
 
 
@@ -206,7 +206,7 @@ class QuantizationError:
     self._lock = threading.Lock()
 
   def add(self, layer: int, squares: Float[np.ndarray, "2"]) -> None:
-    """Adds a kernel, see `squared_norms`."""
+    """Adds the result of `squared_norms` for a kernel."""
     with self._lock:
       self._squares[layer] = self._squares.get(layer, np.zeros(2)) + np.asarray(squares, np.float64)
 
@@ -217,6 +217,6 @@ class QuantizationError:
 
 
 def squared_norms(kernel: Float[Array, "i o"], quantized: QuantizedKernel) -> Float[Array, "2"]:
-  """Returns the squared norms of the error that quantisation makes in a kernel, and of the kernel."""
+  """Returns the squared norms of a kernel's quantisation error, and of the kernel."""
   kernel = kernel.astype(jnp.float32)
   return jnp.stack([jnp.sum(jnp.square(x)) for x in (dequantize(quantized) - kernel, kernel)])

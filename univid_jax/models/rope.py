@@ -30,9 +30,9 @@ def rotary_frequencies(head_dim: int, *, theta: float, scale: float) -> tuple[np
 def rotary_tables(
   positions: Int[Array | np.ndarray, "b l 3"], head_dim: int, *, theta: float = 10000.0, scale: float = 1.0
 ) -> RotaryTables:
-  """Returns the factors of `rotate`, float32: of each channel its cosine, and of its neighbour the signed sine.
+  """Returns the factors for `rotate`, float32: the cosine of each channel, and the signed sine for its neighbour.
 
-  Looked up in tables of MAX_POSITION entries that are computed in float64 on the host, as in the original.
+  They are looked up in tables of MAX_POSITION entries, computed in float64 on the host as in the original.
   """
   frequencies = rotary_frequencies(head_dim, theta=theta, scale=scale)
   angles = [np.arange(MAX_POSITION)[:, None] * np.repeat(f, 2) for f in frequencies]

@@ -31,14 +31,14 @@ class UMT5Config:
 def relative_buckets(length: int, num_buckets: int) -> np.ndarray:
   """Returns the bucket of each (query, key) distance, (length, length).
 
-  One bucket per distance up to num_buckets / 4, then a logarithmic scale up to MAX_DISTANCE; keys after the query have
-  their own buckets.
+  There is one bucket per distance up to num_buckets / 4, then a logarithmic scale up to MAX_DISTANCE; keys after the
+  query have their own buckets.
   """
   distance = np.arange(length)[None] - np.arange(length)[:, None]
   half = num_buckets // 2
   exact = half // 2
   size = np.abs(distance)
-  # float32 like the original, so that distances on the edge of a bucket are rounded to the same side.
+  # In float32 like the original, so that distances on the edge of a bucket are rounded to the same side.
   ratio = np.log(np.maximum(size, 1).astype(np.float32) / exact) / np.float32(np.log(MAX_DISTANCE / exact))
   far = np.minimum(exact + (ratio * (half - exact)).astype(np.int64), half - 1)
   return half * (distance > 0) + np.where(size < exact, size, far)
@@ -86,13 +86,13 @@ class Block(nnx.Module):
 
 
 class UMT5Encoder(nnx.Module):
-  """Token ids to prompt embeddings.
+  """Maps token ids to prompt embeddings.
 
   Args:
     config: the shape.
     dtype: of activations and matrix products; norms and softmax are float32.
     param_dtype: of the stored weights.
-    rngs: the stream `params`.
+    rngs: provides the stream `params`.
   """
 
   def __init__(self, config: UMT5Config, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):

@@ -16,7 +16,7 @@ class DiTConfig:
   Attributes:
     dim: embedding channels.
     ffn_dim: channels inside the feed-forward layers.
-    model_type: whether the model also takes an image condition.
+    model_type: what the model is conditioned on besides the prompt.
     in_dim, out_dim: channels of a latent as the model reads it, condition included, and of its velocity.
     freq_dim: channels of the sinusoidal timestep embedding.
     text_dim, text_len: channels of a prompt embedding, and its length including padding.

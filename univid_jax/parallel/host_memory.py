@@ -1,4 +1,4 @@
-"""Arrays that wait in the memory of the host, and that programs fetch to their devices when they need them."""
+"""Arrays in host memory, which programs fetch to their devices when they need them."""
 
 from typing import Any, TypeVar
 
@@ -7,21 +7,21 @@ from jax.sharding import Mesh
 
 from univid_jax.core.errors import UserError
 
-# JAX's name of memory of the host that devices can copy from while they compute.
+# JAX's name of the host memory that devices can copy from while they compute.
 KIND = "pinned_host"
-# The first version of JAX that can use it on several devices.
+# The first version of JAX that can use it with several devices.
 FIRST_VERSION = (0, 10, 2)
 
 Tree = TypeVar("Tree")
 
 
 def require_host_memory(mesh: Mesh, key: str) -> None:
-  """Checks that the devices of a mesh can use the memory of the host.
+  """Checks that the devices of a mesh can use host memory.
 
   Raises:
-    UserError: they cannot; the message names the key of a config that needs it.
+    UserError: they cannot; the message names `key`, the config key that needs it.
   """
-  if mesh.size > 1 and jax.__version_info__ < FIRST_VERSION:  # its partitioner fails
+  if mesh.size > 1 and jax.__version_info__ < FIRST_VERSION:  # the partitioner of older versions fails
     needed = ".".join(map(str, FIRST_VERSION))
     raise UserError(f"{key} on several devices needs JAX {needed}, this is {jax.__version__}")
   device = mesh.devices.flat[0]
@@ -30,7 +30,7 @@ def require_host_memory(mesh: Mesh, key: str) -> None:
 
 
 def fetch(tree: Tree) -> Tree:
-  """Copies what is in the memory of the host to the devices, within a program."""
+  """Copies what is in host memory to the devices, within a program."""
 
   def move(x: Any) -> Any:
     is_on_host = jax.typeof(x).memory_space == jax.memory.Space.Host
@@ -40,5 +40,5 @@ def fetch(tree: Tree) -> Tree:
 
 
 def is_on_host(x: Any) -> bool:
-  """Returns whether an array, or the description of one, is in the memory of the host."""
+  """Returns whether an array, or the description of one, is in host memory."""
   return x.sharding.memory_kind == KIND

@@ -14,7 +14,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.text import describe_value
 from univid_jax.platform.chips import Device
 
-# The axis that shards the tokens of a row. Its name is that of the config key, config.mesh.context.
+# The axis that shards the tokens of a row, named after the config key config.mesh.context.
 SEQUENCE = "context"
 AXES = ("data", "fsdp", "tensor", SEQUENCE)
 # Axes that shard the rows of a batch.
@@ -23,7 +23,7 @@ ROWS = ("data", "fsdp")
 
 @runtime_checkable
 class MeshSizes(Protocol):
-  """Devices along each axis; one may be -1 and takes the remaining devices. `config.mesh` is one."""
+  """Devices along each axis; one may be -1, which takes the remaining devices. `config.mesh` implements it."""
 
   @property
   def data(self) -> int: ...
@@ -36,11 +36,11 @@ class MeshSizes(Protocol):
 
 
 def make_mesh(sizes: MeshSizes | Mapping[str, int], devices: Sequence[Device] | None = None) -> Mesh:
-  """Makes a mesh over all devices, or those given; compilers choose the sharding of whatever is not annotated.
+  """Makes a mesh over all devices or those given; the compiler chooses the sharding of what is not annotated.
 
   Args:
-    sizes: by axis; axes that a mapping lacks have size 1.
-    devices: of one TPU slice, if TPUs.
+    sizes: size of each axis; axes that a mapping lacks have size 1.
+    devices: the devices; TPUs must be of one slice.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices, or the devices belong to several TPU slices.
@@ -48,13 +48,13 @@ def make_mesh(sizes: MeshSizes | Mapping[str, int], devices: Sequence[Device] | 
   devices = jax.devices() if devices is None else devices
   if len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) > 1:
     raise UserError("a mesh must be within one TPU slice, but the devices belong to several")
-  # Without split physical axes, which jax.make_mesh has for v5e alone, fsdp = 8 would not fit a v6e of 4 x 4.
+  # Without splitting physical axes, which jax.make_mesh does for v5e only, fsdp = 8 would not fit a v6e of 4 x 4.
   placed = mesh_utils.create_device_mesh(mesh_shape(sizes, len(devices)), devices, allow_split_physical_axes=True)
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def require_mesh(mesh: Any) -> Mesh:
-  """Returns a mesh; raises UserError if it is none, or lacks one of the axes that shard parameters and rows."""
+  """Returns a mesh; raises UserError if it is not one, or lacks an axis that shards parameters or rows."""
   if not isinstance(mesh, Mesh) or not set(AXES) <= set(mesh.axis_names):
     found = f"one with {', '.join(map(str, mesh.axis_names))}" if isinstance(mesh, Mesh) else describe_value(mesh)
     raise UserError(
@@ -65,13 +65,13 @@ def require_mesh(mesh: Any) -> Mesh:
 
 
 def local_mesh(mesh: Mesh, own: Sequence[Device] | None = None) -> Mesh:
-  """Returns the mesh, or if other processes have devices of it, one over this process's, with weights sharded over all.
+  """Returns the mesh or, if it has other processes' devices, an fsdp mesh over this process's devices.
 
-  What runs on it needs no other process, so each may compute something else.
+  Computations on it need no other process, so each process may compute something else.
 
   Args:
     mesh: of all processes.
-    own: the devices of a process that is described; default: of this one.
+    own: devices of the process, if it is only described; by default those of this process.
   """
   devices = [device for device in (jax.local_devices() if own is None else own) if device in mesh.devices.flat]
   return mesh if len(devices) == mesh.size else make_mesh({"fsdp": -1}, devices)
@@ -96,5 +96,5 @@ def mesh_shape(sizes: MeshSizes | Mapping[str, int], num_devices: int) -> tuple[
 
 
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
-  """Returns over how many groups of devices the rows of a batch are sharded; 1 on a mesh without these axes."""
+  """Returns how many groups of devices the rows of a batch are sharded over; 1 on a mesh without these axes."""
   return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)

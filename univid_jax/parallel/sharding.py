@@ -1,4 +1,4 @@
-"""From names of dims to axes of the mesh: one table for parameters, one for activations."""
+"""Mapping from names of dims to mesh axes: one table for parameters, one for activations."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +14,8 @@ from univid_jax.core.packed_row import TOKEN_FIELDS
 from univid_jax.parallel.host_memory import is_on_host
 from univid_jax.parallel.mesh import ROWS, SEQUENCE, row_shards
 
-# The axes that may shard a dim of a parameter. Those used are larger than 1, unused by its other dims, and divide it
-# together. The sequence axis is among them, or the devices that share a row would all hold the same weights.
+# The axes that may shard a dim of a parameter. Those used are larger than 1, not used by its other dims, and divide it
+# jointly. The sequence axis is included, since otherwise devices that share a row would all hold the same weights.
 PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {"embed": ("fsdp", SEQUENCE), "heads": ("tensor",), "mlp": ("tensor",)}
 
 BATCH = PartitionSpec(ROWS)
@@ -25,7 +25,7 @@ Tree = TypeVar("Tree")
 
 
 def parameter_spec(shape: Sequence[int], dims: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
-  """Returns the axes of each dim of a parameter; unnamed leading dims (stacked layers) are not sharded."""
+  """Returns the mesh axes of each dim of a parameter; unnamed leading dims (stacked layers) are not sharded."""
   dims = (None,) * (len(shape) - len(dims)) + tuple(dims)
   spec, used = [], set()
   for size, dim in zip(shape, dims):
@@ -40,7 +40,7 @@ def parameter_spec(shape: Sequence[int], dims: Sequence[str | None], mesh: Mesh)
 
 
 def parameter_shardings(model: nnx.Module, mesh: Mesh, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Any]:
-  """Returns the sharding of each parameter (or other kind of variable) of a model, abstract or not, in nested dicts."""
+  """Returns the shardings of a model's parameters (or other kind of variables), abstract or not, in nested dicts."""
 
   def sharding(variable: nnx.Variable) -> Any:
     dims = variable.get_metadata()["dims"]
@@ -52,7 +52,7 @@ def parameter_shardings(model: nnx.Module, mesh: Mesh, kind: type[nnx.Variable] 
 
 
 def row_owners(num_rows: int, mesh: Mesh) -> list[tuple[int, ...]]:
-  """Returns the processes whose devices hold each row of a batch, ascending; several where they share its tokens."""
+  """Returns the processes that hold each row of a batch, ascending; several where they share its tokens."""
   owners: list[set[int]] = [set() for _ in range(num_rows)]
   for device, (rows,) in NamedSharding(mesh, BATCH).devices_indices_map((num_rows,)).items():
     for row in range(num_rows)[rows]:
@@ -67,7 +67,7 @@ def own_rows(num_rows: int, mesh: Mesh, process: int | None = None) -> list[int]
 
 
 def rows_by_owner(num_rows: int, mesh: Mesh) -> list[int]:
-  """Returns the rows of a batch, those of the same processes together: of process 0 first."""
+  """Returns the rows of a batch, grouped by the processes that hold them: process 0's first."""
   return sorted(range(num_rows), key=row_owners(num_rows, mesh).__getitem__)
 
 
@@ -127,6 +127,6 @@ def _shard_rows(batch: Tree, mesh: Mesh, shards: Sequence[int]) -> Tree:
 
 
 def bytes_per_device(tree: Any, *, on_host: bool = False) -> int:
-  """Sums the bytes of arrays, or of their descriptions, on each device, or in the host's memory for each."""
+  """Sums the bytes of arrays, or of their descriptions, on each device, or in host memory per device."""
   leaves = [x for x in jax.tree.leaves(tree) if is_on_host(x) == on_host]
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

@@ -1,8 +1,8 @@
-"""Finds how a config can be trained on a kind of chip: the base's storage, what is recomputed, the mesh, the rows.
+"""Finds out how to train a config on a kind of chip: the base's storage, what is recomputed, the mesh, the rows.
 
-`advise` orders combinations by estimated speed (`planning.estimates`), drops those that certainly do not fit, and has
-the compiler decide about the others until a few fit. Of a GPU that is not here the estimate decides, with margins. Only
-if nothing fits at all does it look at smaller rows and clips.
+`advise` orders combinations by estimated speed (`planning.estimates`), drops those that certainly do not fit, and lets
+the compiler decide on the others until a few fit. For a GPU that is not present the estimate decides, with margins. It
+looks at smaller rows and clips only if nothing else fits.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ from univid_jax.training.memory import DoesNotFitError, Forecast
 Changes = Mapping[str, Any]
 
 GPU_ENVIRONMENT = f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}"
-# Share of the memory. An option that leaves less is tight: compilers' figures change with their version.
+# Share of the memory; an option that leaves less is tight, since compilers' figures change with their version.
 SPARE = 0.1
 GPU_BLOCK = 128  # tokens of a tile of cuDNN's attention
-# How many times the estimated seconds a step took where it was measured (docs/benchmarks/gpu.md).
+# Measured over estimated seconds of a step, where it was measured (docs/benchmarks/gpu.md).
 MEASURED = {"h100": 1.7}
-LEFT_OUT = 6  # lines about options that do not fit
-# Relative speed-up by which a base that is stored less precisely comes first.
+LEFT_OUT = 6  # maximum lines about options that do not fit
+# Relative speed-up that a less precisely stored base needs to come first.
 SPEEDUP = 0.1
 
 
@@ -49,8 +49,8 @@ class Machine:
   """Chips to train on.
 
   Attributes:
-    name: of the chip, in `chips.NAMES`.
-    count: of chips.
+    name: name of the chip, in `chips.NAMES`.
+    count: number of chips.
   """
 
   name: str
@@ -66,25 +66,25 @@ class Machine:
 
   @property
   def memory(self) -> float:
-    """Bytes that JAX may use of each chip."""
+    """Bytes of each chip's memory that JAX may use."""
     return self.chip.memory * (1 if self.is_tpu else GPU_SHARE)
 
   @property
   def block(self) -> int:
-    """Tokens that attention computes together, which rows are whole multiples of."""
+    """Tokens that attention computes together; rows are multiples of it."""
     return splash.BLOCK_KV if self.is_tpu else GPU_BLOCK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Option:
-  """A combination.
+  """A combination of settings, as `advise` considers it.
 
   Attributes:
-    changes: of the config.
-    config: with them.
+    changes: changes to the config.
+    config: the config with these changes.
     mesh: sizes of data, fsdp and context.
-    estimate: of a step.
-    memory: bytes of each device, from the compiler or the estimate.
+    estimate: estimate of a step.
+    memory: bytes on each device, from the compiler or the estimate.
     problem: why it does not fit; "" if it does.
   """
 
@@ -97,7 +97,7 @@ class Option:
 
   @property
   def sentences_per_s(self) -> float:
-    """Estimate, of sentences of context I."""
+    """Estimated speed, for sentences of context I."""
     return self.estimate.rows * self.config.rows.num_tokens / (4 * clip_tokens(self.config)) / self.estimate.seconds
 
   def __str__(self) -> str:
@@ -109,7 +109,7 @@ class Option:
     return "base {}, remat {}, mesh {}, rows of {} tokens, clips of {}".format(*parts)
 
   def command(self, arguments: Sequence[str] = (), *, environment: str = "") -> str:
-    """Returns the command that trains so, given the arguments of the command line that describe the config."""
+    """Returns the command that trains this option, given the command-line arguments that describe the config."""
     kept = [word for word in arguments if word.partition("=")[0].removeprefix("--config.") not in self.changes]
     changes = [f"--config.{key}={value}" for key, value in self.changes.items()]
     return " ".join(filter(None, [environment, "univid-train", shlex.join([*kept, *changes])]))
@@ -123,17 +123,17 @@ def advise(
   count: int = 3,
   progress: Callable[[str], None] = lambda _: None,
 ) -> list[Option]:
-  """Returns options in the order of estimated speed: those that were looked at, until `count` fit.
+  """Returns the options that were examined, by estimated speed, until `count` fit.
 
-  Of bases that are about equally fast the one that is stored most precisely comes first, and others are looked at only
-  where it leaves less than a tenth of the memory.
+  Of about equally fast bases, the most precisely stored one comes first; others are examined only where it leaves less
+  than a tenth of the memory.
 
   Args:
     config: of the run.
     machine: the chips.
-    compile_config: forecasts a config by the chip's compiler; None trusts the estimate, with its margin.
-    count: of options that fit.
-    progress: is told what is compiled.
+    compile_config: forecasts a config with the chip's compiler; None trusts the estimate, with its margin.
+    count: number of options that fit.
+    progress: called with a description of what is compiled.
 
   Raises:
     UserError: the config is not valid for any option, or nothing fits.
@@ -160,7 +160,7 @@ def advise(
 
 
 def order(options: Iterable[Option]) -> list[Option]:
-  """Sorts options, fastest first; one takes the place of any that differs in a less precise base and gains little."""
+  """Sorts options, fastest first; an option precedes those that differ only in a less precise base and gain little."""
   options = list(options)
 
   def place(option: Option) -> tuple[float, int]:
@@ -172,7 +172,7 @@ def order(options: Iterable[Option]) -> list[Option]:
 
 
 def _replaces(option: Option, other: Option) -> bool:
-  """Returns whether two options differ only in how the base is stored, the first one more precisely."""
+  """Returns whether two options differ only in how the base is stored, more precisely in the first."""
   return (option.mesh, option.config.model.remat) == (other.mesh, other.config.model.remat) and _imprecision(
     option
   ) < _imprecision(other)
@@ -244,17 +244,17 @@ def _value(config: RunConfig, key: str) -> object:
 
 
 def _storages(config: RunConfig) -> Sequence[Quantize]:
-  """Returns how the base may be stored; fp8 takes as much as int8 and is less precise."""
+  """Returns how the base may be stored; fp8 is left out, since it takes as much as int8 and is less precise."""
   if config.base.quantize != Quantize.NONE or not config.lora.enabled:
     return (config.base.quantize,)
   return (Quantize.NONE, Quantize.INT8, Quantize.NF4)
 
 
 def fsdp_sizes(count: int) -> list[int]:
-  """Returns sizes of fsdp, least traffic first: weights on every device, over eight, or over all.
+  """Returns sizes of fsdp, least traffic first: whole weights on every device, sharded over eight, or over all.
 
   Args:
-    count: of devices that do not share rows.
+    count: number of devices that do not share rows.
   """
   return [size for size in sorted({1, 8, count}) if count % size == 0]
 
@@ -268,7 +268,7 @@ def _meshes(count: int) -> Iterator[tuple[int, int, int]]:
 
 
 def smaller_rows(config: RunConfig, machine: Machine) -> Iterator[Changes]:
-  """Yields changes that make rows smaller, from none at all to a sentence of images."""
+  """Yields changes that make rows ever smaller, from no change to a sentence of images."""
   yield {}
   stride = codec_shape(config).temporal_stride
   levels: dict[int, Changes] = {}
@@ -287,7 +287,7 @@ def smaller_rows(config: RunConfig, machine: Machine) -> Iterator[Changes]:
 
 
 def describe(options: Sequence[Option], machine: Machine, arguments: Sequence[str], *, is_compiled: bool) -> str:
-  """Returns the options that fit, each with its command, and why others are left out, those that nearly fit first."""
+  """Describes the options that fit, each with its command, and why others are left out, those that nearly fit first."""
   lines = []
   for number, option in enumerate([option for option in options if not option.problem], 1):
     expected = option.estimate
@@ -318,10 +318,10 @@ def describe(options: Sequence[Option], machine: Machine, arguments: Sequence[st
 
 
 def find_compiler(machine: Machine) -> Callable[[RunConfig], Forecast] | None:
-  """Returns what forecasts a config by a machine's compiler; None for GPUs that are not here.
+  """Returns a function that forecasts a config with a machine's compiler; None for GPUs that are not present.
 
   Raises:
-    UserError: it is a TPU, and libtpu is not installed, or no slice has this number of chips.
+    UserError: the chips are TPUs, and libtpu is not installed or no slice has this number of chips.
   """
   if machine.is_tpu:
     topology = find_topology(machine.name, machine.count)

@@ -1,9 +1,8 @@
 """Estimates memory and time of a training step by formula, without compiling it.
 
-They order and prune what `planning.advice` looks at. What fits is decided by the compiler, and on an NVIDIA GPU that is
-not here by the estimate, which is calibrated on what was measured on one: an H100, 31,200 tokens through 8 blocks of
-the 1.3B's width (docs/benchmarks/gpu.md). That step was of one sentence, whose attention has no mask; what masks
-take is counted on top.
+Estimates order and prune the options of `planning.advice`. The compiler decides what fits; for an NVIDIA GPU that is
+not present the estimate does, calibrated on a measurement: an H100, 31,200 tokens through 8 blocks of the 1.3B's width
+(docs/benchmarks/gpu.md). That step had one sentence, whose attention has no mask; the cost of masks is added on top.
 """
 
 import dataclasses
@@ -30,19 +29,19 @@ from univid_jax.models.variants import DiTConfig
 from univid_jax.platform.chips import Chip
 from univid_jax.platform.current import Platform
 
-# What the backward pass of a block has in memory at its peak, in hidden states of all tokens, besides the block's own
-# weights. TPUs' compilers say 43 (the 1.3B, offloaded, jax 0.10.2) to 78 of the 1.3B, 44 to 93 of the 14B, and more
-# where tokens are sharded; the H100's says 51.
+# Peak memory of a block's backward pass besides the block's own weights, in hidden states of all tokens. TPU compilers
+# report 43 (the 1.3B, offloaded, jax 0.10.2) to 78 for the 1.3B, 44 to 93 for the 14B, and more where tokens are
+# sharded; the H100's reports 51.
 LEAST_PEAK = 43
 GPU_PEAK = 51
 # Relative margin of a GPU's activations: they are extrapolated from one shape.
 GPU_MARGIN = 0.15
-# Factor for what policies other than full and attention store, which has not been measured on a GPU.
+# Factor for what remat policies other than full and attention store, which has not been measured on a GPU.
 GPU_UNMEASURED = 2
 # How far the GPU compiler's own estimate of the same step fell short: 0.15 of 6.23 GiB.
 GPU_RUNTIME = 0.16e9
-# Bytes of a pair of tokens in cuDNN's attention: the mask, the same in 16 bits to add to logits, and the gradient of
-# that, which JAX computes whether it is needed or not. Not measured.
+# Bytes per pair of tokens in cuDNN's attention: the mask, the same in 16 bits to add to logits, and its gradient, which
+# JAX computes even if it is not needed. Not measured.
 MASK_BYTES = 1 + 2 + 2
 # Buffers of logits that plain XLA attention and its gradient need on a GPU: 16.7 GiB at 31,200 tokens and 12 heads.
 LOGITS = 12
@@ -50,7 +49,8 @@ LOGITS = 12
 TRAFFIC = 450
 # Bytes per second between a chip and the host's memory: an assumption, about half of PCIe's.
 HOST_BANDWIDTH = 16e9
-# Operations per weight of dequantisation, and the share of a chip's peak that is left for what is no matrix product.
+# Operations per weight of dequantisation, and the share of a chip's peak that operations other than matrix products
+# reach.
 DEQUANTIZATION = {Quantize.NONE: 0, Quantize.INT8: 4, Quantize.FP8: 4, Quantize.NF4: 40}
 VECTOR_SHARE = 1 / 32
 
@@ -62,11 +62,11 @@ class Estimate:
   Attributes:
     weights: bytes of parameters and of the optimizer.
     stored: bytes that the forward pass keeps for the backward pass.
-    block: bytes of the backward pass of a block at its peak, at least.
-    attention: of a GPU, bytes of the masks or logits of a block.
-    margin: of a GPU, bytes that are likely or possible on top.
+    block: lower bound on the bytes of a block's backward pass at its peak.
+    attention: on a GPU, bytes of the masks or logits of a block.
+    margin: on a GPU, bytes that are likely or possible on top.
     compute, memory, network: seconds at the chip's peaks.
-    rows: of a step, on all devices.
+    rows: rows of a step, on all devices.
   """
 
   weights: float
@@ -86,7 +86,7 @@ class Estimate:
 
   @property
   def total(self) -> float:
-    """Bytes that suffice by all that is known; of TPUs `least`."""
+    """Bytes that suffice as far as is known; on TPUs `least`."""
     return self.least + self.attention + self.margin
 
   @property
@@ -100,11 +100,11 @@ class ModelBytes:
   """Bytes of a model on one device.
 
   Attributes:
-    base: of its base.
-    blocks: of these the matrices of all blocks.
-    adapters: of its adapters.
-    block: of a block's kernels in the compute dtype.
-    stored_block: of the same as they are stored.
+    base: bytes of its base.
+    blocks: the part of them for the matrices of all blocks.
+    adapters: bytes of its adapters.
+    block: bytes of a block's kernels in the compute dtype.
+    stored_block: bytes of the same kernels as stored.
   """
 
   base: int
@@ -116,7 +116,7 @@ class ModelBytes:
 
 def model_bytes(config: RunConfig) -> ModelBytes:
   """Counts the bytes of a config's model."""
-  model = dataclasses.replace(config.model, remat=RematPolicy.FULL)  # which changes no weights
+  model = dataclasses.replace(config.model, remat=RematPolicy.FULL)  # remat changes no weights
   return _model_bytes(model, config.base, config.lora, codec=config.codec, init_from=config.init_from)
 
 
@@ -146,9 +146,9 @@ def estimate(config: RunConfig, chip: Chip, mesh: Mapping[str, int], *, is_tpu: 
 
   Args:
     config: of the run.
-    chip: of each device.
+    chip: the kind of each device.
     mesh: sizes of data, fsdp and context, which multiply to the number of devices.
-    is_tpu: or an NVIDIA GPU.
+    is_tpu: whether the chip is a TPU; else it is an NVIDIA GPU.
 
   Raises:
     UserError: the rows do not divide over the devices, or the config is not valid.
@@ -190,7 +190,7 @@ def _attention_bytes(config: RunConfig, shape: DiTConfig, rows: int, context: in
   Args:
     config: of the run.
     shape: of the transformer.
-    rows: that a device computes at once.
+    rows: rows that a device computes at once.
     context: devices that share a row.
   """
   tokens, exchange = config.rows.num_tokens, Exchange.of(context, shape.num_heads)
@@ -199,7 +199,7 @@ def _attention_bytes(config: RunConfig, shape: DiTConfig, rows: int, context: in
     mask_size = rows * tokens**2
     backend = best_backend(Platform.GPU, jnp.dtype(config.model.dtype), shape.head_dim, mask_size=mask_size)
   queries = tokens / exchange.ring
-  if backend == AttentionBackend.CUDNN:  # keys of a ring are gathered
+  if backend == AttentionBackend.CUDNN:  # the keys of a ring are gathered
     return MASK_BYTES * rows * queries * tokens
   logits = shape.num_heads / exchange.group * min(xla.OTHER_BLOCKS.queries, queries) * queries
   return 4 * LOGITS * min(logits, xla.LARGEST)
@@ -230,7 +230,7 @@ def _stored(config: RunConfig, shape: DiTConfig) -> float:
 
 
 def row_sentences(config: RunConfig) -> tuple[int, ...]:
-  """Returns the tokens of sentences that fill a row: of context I, and in what they leave those of images alone."""
+  """Returns the tokens of each sentence of a filled row: of context I, and in the space left over, of images alone."""
   left, found = config.rows.num_tokens, []
   for frames in (config.data.num_frames, 1):
     clips = dataclasses.replace(config.data, num_frames=frames)
@@ -242,11 +242,11 @@ def row_sentences(config: RunConfig) -> tuple[int, ...]:
 
 
 def step_operations(config: RunConfig, remat: RematPolicy | None = None, *, skips: bool = True) -> float:
-  """Returns the operations of a training step on a row of `row_sentences`, with what it recomputes.
+  """Returns the operations of a training step on a row of `row_sentences`, recomputation included.
 
   Args:
     config: of the run.
-    remat: another policy than the config's.
+    remat: policy that replaces the config's.
     skips: whether attention skips the other sentences of a row, as on TPUs.
   """
   shape, sentences = transformer_config(config), row_sentences(config)
@@ -259,7 +259,7 @@ def step_operations(config: RunConfig, remat: RematPolicy | None = None, *, skip
     "attended_text": tokens * text / len(sentences),
   }
   once, twice = (step_flops(shape, lora_rank=config.lora.rank, recompute=again, **counts) for again in (False, True))
-  attention = (shape.num_layers - 0.75) * 4 * counts["attended"] * shape.dim  # the last block is of the targets alone
+  attention = (shape.num_layers - 0.75) * 4 * counts["attended"] * shape.dim  # the last block computes only the targets
   again = {
     RematPolicy.OFFLOAD: twice - once,
     RematPolicy.FULL: twice - once,

@@ -1,4 +1,4 @@
-"""Forecasts the memory of training, sampling, encoding and decoding on a device, by the compiler."""
+"""Forecasts the memory of training, sampling, encoding and decoding on a device, with the compiler."""
 
 import dataclasses
 import operator
@@ -50,7 +50,7 @@ def forecast(config: RunConfig, mesh: Mesh) -> Forecast:
   """Forecasts the training of a config on each device of a mesh.
 
   Raises:
-    UserError: rows do not hold what `check_rows` demands.
+    UserError: the rows fail `check_rows`.
     DoesNotFitError: the compiler itself sees that it cannot fit.
   """
   return compile_training(config, mesh)[1]
@@ -67,7 +67,7 @@ def compile_training(config: RunConfig, mesh: Mesh) -> tuple[Any, Forecast]:
 def forecast_sampling(config: RunConfig, mesh: Mesh) -> Forecast:
   """Forecasts sampling one sentence of context I on each device, without codec and encoders.
 
-  Of a model with two experts, both are on the devices.
+  Both experts of a model with two are on the devices.
 
   Raises:
     UserError: it cannot fit, or the tokens of the sentence do not divide over the sequence axis.
@@ -111,12 +111,12 @@ def forecast_autoencoder(config: RunConfig, mesh: Mesh, *, decoding: bool) -> Fo
 
 
 def compile_autoencoder(config: RunConfig, mesh: Mesh, *, decoding: bool) -> tuple[jax.stages.Compiled, Forecast]:
-  """Compiles encoding or decoding one clip of a config on one device, alone; its weights need not be present.
+  """Compiles encoding or decoding one clip of a config on one device; its weights need not be present.
 
   Args:
-    config: of a run; with `vae_tiling` a tile at a time is on the device.
+    config: the config of a run; with `vae_tiling`, one tile at a time is on the device.
     mesh: its first device runs the autoencoder.
-    decoding: latents to frames, or frames to latents.
+    decoding: whether to decode latents to frames; else frames are encoded.
 
   Raises:
     UserError: it cannot fit, or the codec has no weights and needs no device.
@@ -153,14 +153,14 @@ def forecast_text_encoder(config: RunConfig, mesh: Mesh) -> Forecast:
 
 
 def compile_text_encoder(config: RunConfig, mesh: Mesh) -> tuple[jax.stages.Compiled, Forecast]:
-  """Compiles embedding a prompt, alone, with weights in bfloat16 that need not be present.
+  """Compiles embedding a prompt, with weights in bfloat16 that need not be present.
 
   Args:
     config: of a run on a base.
-    mesh: the devices; only those of one process embed together.
+    mesh: the devices; prompts are embedded on those of one process.
 
   Raises:
-    UserError: it cannot fit, or the config has no base and with it no text encoder.
+    UserError: it cannot fit, or the config has no base and thus no text encoder.
   """
   shape = text_encoder_shape(config)
   first, *_ = mesh.devices.flat
@@ -186,7 +186,7 @@ def clip_latents(config: RunConfig) -> tuple[int, int, int]:
 
 
 def _describe_sharding(mesh: Mesh, *, shards_tokens: bool) -> str:
-  """Says what of sampling is sharded over which axes; "" on one device."""
+  """Describes what is sharded over which axes in sampling; "" on one device."""
   if mesh.size == 1:
     return ""
   axes = [f"{axis} {size}" for axis, size in mesh.shape.items() if axis != "data" and size > 1]

@@ -1,4 +1,4 @@
-"""Makers' figures of the chips that JAX runs on."""
+"""Manufacturers' figures for the chips that JAX runs on."""
 
 import dataclasses
 import re
@@ -18,14 +18,14 @@ class Device(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A chip by its maker's figures.
+  """A chip, with its manufacturer's figures.
 
   Attributes:
     flops: dense operations per second in `dtype`.
-    memory: bytes; of v5e and v6e what their compiler calls available.
+    memory: bytes; for v5e and v6e, what their compiler reports as available.
     bandwidth: bytes per second from memory.
-    network: bytes per second to and from the other chips of a slice or machine, all links together.
-    dtype: used for training; bfloat16 if supported.
+    network: bytes per second to and from the other chips of a slice or machine, summed over links.
+    dtype: dtype for training; bfloat16 if supported.
   """
 
   flops: float
@@ -35,8 +35,8 @@ class Chip:
   dtype: str = "bfloat16"
 
 
-# By JAX's name of the device, or its beginning, longer ones first: PCIe and NVL cards are slower than SXM modules.
-# Sources: Google Cloud's TPU pages, NVIDIA's data sheets.
+# Chips by JAX's name of the device or a prefix of it, longer prefixes first: PCIe and NVL cards are slower than SXM
+# modules. Sources: Google Cloud's TPU pages, NVIDIA's data sheets.
 CHIPS: Mapping[str, Chip] = {
   "TPU v4": Chip(275e12, 34.4e9, 1228e9, 300e9),
   "TPU v5 lite": Chip(197e12, 16.9e9, 819e9, 200e9),
@@ -72,12 +72,12 @@ NAMES: Mapping[str, str] = {
 }
 
 
-# Share of a GPU's memory that JAX may use: by default it takes 0.75. The rest is for CUDA itself.
+# Share of a GPU's memory that JAX may use; its own default is 0.75. The rest is for CUDA itself.
 GPU_SHARE = 0.92
 
 
 def is_tpu(name: str) -> bool:
-  """Returns whether a chip of `NAMES` is a TPU, or else an NVIDIA GPU."""
+  """Returns whether a chip of `NAMES` is a TPU; the others are NVIDIA GPUs."""
   return NAMES[name].startswith("TPU")
 
 

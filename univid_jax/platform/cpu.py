@@ -1,6 +1,6 @@
-"""Computations for which XLA makes slow programs on CPUs, in forms that it compiles well.
+"""Computations that XLA compiles to slow programs on CPUs, in forms that it compiles well.
 
-Times are of two cores of an AMD EPYC, float32; docs/benchmarks/cpu.md has the details.
+Times are for float32 on two cores of an AMD EPYC; docs/benchmarks/cpu.md has the details.
 """
 
 import math
@@ -15,11 +15,10 @@ from jaxtyping import Array, Float
 def compiler_options(dtype: DTypeLike) -> dict[str, str]:
   """Returns the options to compile a training step with.
 
-  In float32, XLA's own matrix products instead of YNNPACK's, JAX's default in 0.10 to 0.12: the default run takes two
-  thirds of the time, a LoRA step on 4 blocks of the 1.3B 3.45 instead of 3.82 GiB. In bfloat16 YNNPACK's are two to
-  five times as fast where there is AMX. The option is experimental: tests/test_platform.py fails if an upgrade drops
-  it.
-  Benchmark: `python -m benchmarks.train_step --pairs=3`.
+  In float32 they select XLA's own matrix products instead of YNNPACK's, JAX's default in 0.10 to 0.12: the default run
+  takes two thirds of the time, and a LoRA step on 4 blocks of the 1.3B takes 3.45 instead of 3.82 GiB. In bfloat16,
+  YNNPACK's products are two to five times as fast where there is AMX. The option is experimental:
+  tests/test_platform.py fails if an upgrade drops it. Benchmark: `python -m benchmarks.train_step --pairs=3`.
   """
   return {} if jnp.dtype(dtype) == jnp.bfloat16 else {"xla_cpu_experimental_ynn_fusion_type": ""}
 
@@ -32,14 +31,15 @@ def conv_in_time(
   padding: int,
   zero_frames: int,
 ) -> Float[Array, "_t _y _x d"]:
-  """Convolves over (t, y, x) by sums of convolutions in the plane; see `codecs.vae_layers.Convolution`.
+  """Convolves over (t, y, x) by summing convolutions over (y, x); see `codecs.vae_layers.Convolution`.
 
   XLA's own convolutions over time take 2.4 times as long on a CPU: the autoencoder takes 12.4 s instead of 30.7 s to
   encode 5 frames of 240x416, 21.5 s instead of 51.8 s to decode them, and a tenth more memory.
   Benchmark: `python -m benchmarks.vae --mode=encode --frames=5 --height=240 --width=416`.
   """
   (time_stride, *plane_strides), sides = strides, ((padding, padding),) * 2
-  # Keeps XLA from computing early, and storing, whatever depends on the cached frames alone: a fifth more memory.
+  # Keeps XLA from computing early, and storing, what depends on the cached frames alone, which takes a fifth more
+  # memory.
   x = jax.lax.optimization_barrier(x)
 
   def convolve_frame(start: int) -> Array:
@@ -52,7 +52,7 @@ def conv_in_time(
     ]
     return sum(taps[1:], start=taps[0])
 
-  # Unrolled: a chunk has a few frames, and a loop over them takes more memory than the frames themselves.
+  # Unrolled: a chunk has few frames, and a loop over them takes more memory than the frames themselves.
   return jnp.concatenate(
     [convolve_frame(start) for start in range(-zero_frames, len(x) - len(kernel) + 1, time_stride)]
   )
@@ -85,8 +85,8 @@ project_up.defvjp(_project_up_forward, _project_up_backward)
 def tensordot(x: Float[Array, "..."], kernel: Float[Array, "..."], num_dims: int) -> Float[Array, "..."]:
   """Returns the product over the last num_dims dims of x and the first ones of a kernel, of one dtype.
 
-  Of bfloat16, matrices are multiplied and summed in float32, in the gradients too, and rounded afterwards: YNNPACK does
-  that with the instructions for it (AMX). Written otherwise, XLA converts both to float32 first.
+  bfloat16 matrices are multiplied and summed in float32, in the gradients too, and rounded afterwards, for which
+  YNNPACK uses AMX. Written otherwise, XLA converts both to float32 first.
   """
   if x.dtype != jnp.bfloat16:
     return jnp.tensordot(x, kernel, num_dims)

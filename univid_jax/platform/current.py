@@ -6,7 +6,7 @@ import jax
 
 
 class Platform(enum.StrEnum):
-  """A kind of device that has code of its own here."""
+  """A kind of device for which this package has code of its own."""
 
   CPU = "cpu"
   GPU = "gpu"  # NVIDIA

@@ -1,4 +1,4 @@
-"""The memory of the machine that a process may still take."""
+"""The memory of the machine that a process can still allocate."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from pathlib import Path
 def available_memory(root: Path = Path("/")) -> int | None:
   """Returns the bytes that can be allocated without swapping, page cache that can be dropped included.
 
-  On Linux that is MemAvailable, or what the control groups of the process leave if that is less; None elsewhere.
+  On Linux that is MemAvailable, or what the process's control groups leave if that is less; None elsewhere.
 
   Args:
-    root: of the file system.
+    root: root of the file system.
   """
   available = _read_table(root / "proc/meminfo").get("MemAvailable")
   if available is None:
@@ -20,7 +20,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def _left_by_groups(root: Path) -> Iterator[int]:
-  """Yields what each control group of the process with a limit has left, of versions 1 and 2."""
+  """Yields what is left in each control group (v1 or v2) of the process that has a limit."""
   groups = root / "sys/fs/cgroup"
   with contextlib.suppress(OSError):
     for line in (root / "proc/self/cgroup").read_text().splitlines():
@@ -31,7 +31,7 @@ def _left_by_groups(root: Path) -> Iterator[int]:
         names, mount = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), groups / "memory"
       else:
         continue
-      folder = mount / path.lstrip("/")  # does not exist in containers that see their own group as the mount
+      folder = mount / path.lstrip("/")  # missing in containers that see their own group as the mount
       for parent in (folder, *folder.parents):
         if (left := _left_by_group(parent, *names)) is not None:
           yield left
@@ -49,7 +49,7 @@ def _left_by_group(folder: Path, limit: str, used: str, reclaimable: str) -> int
 
 
 def _read_table(path: Path) -> dict[str, int]:
-  """Reads lines of a name and a number, in kB or in bytes; returns bytes, {} if there is no such file."""
+  """Reads lines of a name and a number, in kB or bytes; returns bytes by name, {} if there is no such file."""
   table: dict[str, int] = {}
   with contextlib.suppress(OSError):
     for line in path.read_text().splitlines():

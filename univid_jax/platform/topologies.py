@@ -1,4 +1,5 @@
-"""TPUs that need not be here: their compiler runs on a CPU. The only module that uses `jax.experimental.topologies`.
+"""Descriptions of TPUs that need not be present: their compiler runs on a CPU. The only module that uses
+`jax.experimental.topologies`.
 
 tests/test_topologies.py fails if an upgrade of JAX or libtpu changes what this relies on.
 """
@@ -37,7 +38,7 @@ SLICES: Mapping[str, Sequence[str]] = {"v5e": _TWO_DIMS, "v6e": _TWO_DIMS, "v5p"
 
 
 def find_topology(chip: str, num_chips: int) -> str:
-  """Returns the topology of the slice of a kind of chip, such as v5e, with a number of chips.
+  """Returns the topology of the slice with a number of chips of a kind, such as v5e.
 
   Raises:
     UserError: there is none; the message names the nearest.
@@ -57,7 +58,7 @@ def count_chips(topology: str) -> int:
   """Returns the chips of a topology, such as v5e:2x4.
 
   Raises:
-    UserError: it is none; the message names those that exist.
+    UserError: it is not a topology; the message names those that exist.
   """
   kind, _, size = topology.partition(":")
   if kind not in SLICES:
@@ -72,7 +73,7 @@ def describe_devices(topology: str) -> Sequence[Device]:
   """Returns descriptions of the chips of a topology that libtpu knows, such as v5e:2x4.
 
   Raises:
-    UserError: libtpu does not know it, or describes its devices otherwise than JAX does.
+    UserError: libtpu does not know it, or does not describe its devices as JAX does.
   """
   import jax  # after `use_tpu_compiler`
   from jax.experimental import topologies
@@ -86,7 +87,7 @@ def describe_devices(topology: str) -> Sequence[Device]:
     )
   if kind == "v4":
     raise UserError(f"{topology!r}: libtpu describes the two cores of a v4, which JAX joins on real ones; take v5p")
-  # libtpu takes 2 x 2 chips for a host, unless it is told that there are fewer.
+  # libtpu assumes 2 x 2 chips per host, unless it is told that there are fewer.
   options = {}
   if 1 in dims[:2]:
     options["chips_per_host_bounds"] = (*(min(length, 2) for length in dims[:2]), 1)
@@ -98,6 +99,6 @@ def describe_devices(topology: str) -> Sequence[Device]:
 
 
 def _parse_dims(size: str) -> list[int]:
-  """Returns the lengths in a size such as 2x4; [] if it is none."""
+  """Returns the lengths in a size such as 2x4; [] if it is not a size."""
   lengths = size.split("x")
   return [int(length) for length in lengths] if all(length.isdecimal() for length in lengths) else []

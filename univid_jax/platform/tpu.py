@@ -1,6 +1,6 @@
-"""Computations for which XLA makes slow programs on TPUs, in forms that it compiles well.
+"""Computations that XLA compiles to slow programs on TPUs, in forms that it compiles well.
 
-Figures are the TPU compiler's for a LoRA step of the 1.3B on one v5e chip, 37,504 tokens (docs/benchmarks/tpu.md).
+Figures are the TPU compiler's, for a LoRA step of the 1.3B on one v5e chip, 37,504 tokens (docs/benchmarks/tpu.md).
 Benchmark: `python -m benchmarks.scaling --presets=wan_1_3b --topologies=v5e:1x1 --contexts=1`.
 """
 
@@ -15,17 +15,17 @@ from jaxtyping import Array, Float
 def swap_pairs(x: Float[Array, "b l h k"]) -> Float[Array, "b l h k"]:
   """Swaps channels 2i and 2i + 1 by a product with zeros and ones, exact in x's dtype.
 
-  Channels are lanes of a TPU's registers, which change places in the matrix unit alone; a reshape or gather copies x
-  several times. With splash attention for the prompt it brought 9.46 to 7.78 billion cycles.
+  Channels are lanes of a TPU's registers, which only the matrix unit can permute; a reshape or gather copies x several
+  times. With splash attention for the prompt it reduced 9.46 to 7.78 billion cycles.
   """
   exchange = np.eye(x.shape[-1], dtype=x.dtype)[np.arange(x.shape[-1]) ^ 1]
   return jnp.einsum("blhk,kn->blhn", x, exchange, precision=jax.lax.Precision.HIGHEST)
 
 
 def materialize(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """Returns x behind a barrier, so that XLA adds up x once, in the layout of heads, for all that reads it.
+  """Returns x behind a barrier, so that XLA computes the sum x once, in the layout of heads, for all its readers.
 
-  Otherwise what reads a Linear's sum with its adapter's output (a norm reads it twice) computes the sum again: 7.18
+  Otherwise each reader of a Linear's output plus its adapter's (a norm reads it twice) computes the sum again: 7.18
   instead of 6.70 billion cycles (jax 0.10.2). Without an adapter it does not pay everywhere.
   """
   return jax.lax.optimization_barrier(x)
@@ -39,5 +39,5 @@ def repeat(x: Float[Array, "..."], times: Sequence[int]) -> Float[Array, "..."]:
   cycles, the repetition alone (2 frames, 88 x 160, 1024 channels, added to an array) 31 instead of 6.
   """
   padding = [(count - 1, count - 1) for count in times]
-  zero = np.zeros((), x.dtype)  # known when this is traced: JAX differentiates sums only
+  zero = np.zeros((), x.dtype)  # a constant at trace time: JAX differentiates window sums only
   return jax.lax.reduce_window(x, zero, jax.lax.add, times, (1,) * x.ndim, padding, base_dilation=times)

@@ -1,12 +1,12 @@
 """Interrupts the main thread on signals, and ends the process if that is not possible.
 
-A signal is noticed at once, also while the main thread waits for a device or a compiler: Python's handlers run only
-when the main thread runs Python, but the number of a signal is written to a socket that another thread reads.
+A signal is noticed at once, even while the main thread waits for a device or a compiler: Python's handlers run only
+when the main thread runs Python, but Python also writes the signal's number to a socket that another thread reads.
 
-A process ends through `os._exit` if the main thread cannot be interrupted, and after it was: an exception that comes
-within JAX may leave it in a state that crashes when the interpreter is torn down. Processes of a
-run also end this way instead of waiting for those that are gone (`runtime.supervisor`), as do the loader's processes
-when the one that they work for ends (`data.rows.grain_adapter`).
+A process ends through `os._exit` if the main thread cannot be interrupted, and also after it was: an exception raised
+within JAX may leave it in a state that crashes when the interpreter is torn down. Processes of a run also end this way
+instead of waiting for those that are gone (`runtime.supervisor`), as do the loader's processes when their parent ends
+(`data.rows.grain_adapter`).
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from univid_jax.core import lock
 from univid_jax.core.errors import Interrupted
 
-# In seconds: between ticks of the watch, for the main thread to notice an interrupt, and for it to clean up.
+# Seconds between ticks of the watch, for the main thread to notice an interrupt, and for it to clean up.
 TICK = 0.2
 NOTICE = 5.0
 CLEAN_UP = 20.0
@@ -37,11 +37,11 @@ class MainThread:
     on_signal: called with the name of a signal, from any thread.
     on_tick: called by the watch with the seconds since the last call, at most two ticks.
     before_exit: called before the process ends without the main thread.
-    has_watch: whether a thread watches; without one, signals are handled when the main thread runs Python.
+    has_watch: whether a thread watches for signals; without one, they are handled when the main thread runs Python.
 
   Attributes:
-    interrupt_error: what is raised in it, if anything.
-    was_interrupted: whether that was raised.
+    interrupt_error: the exception to raise in it, if any.
+    was_interrupted: whether it was raised.
   """
 
   def __init__(
@@ -77,7 +77,7 @@ class MainThread:
         self._is_listening = False
 
   def install(self) -> None:
-    """Takes the signals; again if a library has taken them."""
+    """Installs the signal handlers; again if a library has replaced them."""
     if threading.current_thread() is threading.main_thread():
       previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
       self._handlers = self._handlers or previous
@@ -91,12 +91,12 @@ class MainThread:
     self._watch_thread.start()
 
   def close(self, *, ignore_signals: bool = False) -> None:
-    """Gives the signals back, or ignores them from now on."""
+    """Restores the previous signal handlers, or ignores signals from now on."""
     self._is_closed.set()
     for number, handler in self._handlers.items():
       signal.signal(number, signal.SIG_IGN if ignore_signals else handler)
     if self._handlers and self._has_watch:
-      if sys.unraisablehook == self._raise_again:  # else a library has put its own on top
+      if sys.unraisablehook == self._raise_again:  # else a library has replaced it
         sys.unraisablehook = self._previous_hook
       signal.set_wakeup_fd(self._previous_sender)
       self._sender.close()  # wakes the watch
@@ -104,7 +104,7 @@ class MainThread:
       self._receiver.close()
 
   def interrupt(self, error: Interrupted) -> None:
-    """Raises an exception in the main thread, the first time; from any thread."""
+    """Raises an exception in the main thread, from any thread; only the first call has an effect."""
     with self._lock:
       if self.interrupt_error is None:
         self.interrupt_error = error
@@ -133,7 +133,7 @@ class MainThread:
     self.raise_interrupt()
 
   def _raise_again(self, ignored: Any) -> None:
-    """Notes that an interrupt came in a destructor or callback, where Python ignores exceptions."""
+    """Has an interrupt raised again that came in a destructor or callback, where Python ignores exceptions."""
     if isinstance(ignored.exc_value, Interrupted):
       self.was_interrupted = False
     else:
@@ -163,7 +163,7 @@ class MainThread:
 
 
 def exit_at_once(code: int) -> NoReturn:
-  """Ends the process without what Python and libraries do at exit."""
+  """Ends the process without the exit handlers of Python and libraries."""
   lock.release_all()
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):

@@ -1,8 +1,8 @@
 """What the processes of a run tell each other: that they are alive, and what ends the run.
 
 Every process has a thread that exchanges messages through JAX's coordination service, which process 0 hosts. Process 0
-notices that another one is silent; the others notice that process 0 is. Only time during which this process itself runs
-counts as silence, so that one that was suspended does not blame the others.
+notices when another is silent; the others notice when process 0 is. Silence counts only while this process itself runs,
+so that one that was suspended does not blame the others.
 """
 
 import collections
@@ -17,12 +17,12 @@ from univid_jax.core.process_identity import ProcessIdentity
 
 log = logging.getLogger(__name__)
 
-# In seconds: between messages, between messages while the run ends, and what counts as silence once a collective has
-# failed, which is a sign that a process has died.
+# Seconds between messages, between messages while the run ends, and of silence that count as death once a collective
+# has failed, which is a sign that a process has died.
 INTERVAL = 1.0
 QUICK_INTERVAL = 0.1
 SUSPICIOUS_SILENCE = 5.0
-# How long the others may take to introduce themselves, once all are connected.
+# Seconds that the others may take to introduce themselves, once all are connected.
 INTRODUCTION = 10.0
 
 ADVICE = "rerun the same command to resume"
@@ -33,7 +33,7 @@ class Store(Protocol):
   """Text by key that all processes share; every operation may raise or block when process 0 is gone."""
 
   def create(self, key: str, value: str) -> None:
-    """Keeps the value that exists."""
+    """Sets a value, unless the key has one."""
     ...
 
   def replace(self, key: str, value: str) -> None: ...
@@ -48,12 +48,12 @@ class Peers:
 
   Args:
     store: shared by all of them.
-    index, count: of this process, of all.
+    index, count: index of this process, number of all.
     heartbeat_seconds: silence after which a process is dead.
     is_cut_off: whether the connection to process 0 is lost.
 
   Attributes:
-    events: what was posted, by name, as of the last exchange.
+    events: events posted by any process, by name, as of the last exchange.
     dead: processes that `find_dead` has found.
   """
 
@@ -74,7 +74,7 @@ class Peers:
     self._identities: dict[int, ProcessIdentity] = {index: ProcessIdentity.current()}
     self._knows_identities = threading.Event()
     self._beats: Mapping[str, str] = {}
-    self._ended: dict[int, int] = {}  # the exchange before which that was seen
+    self._ended: dict[int, int] = {}  # the exchange before which the end was seen
     self._watched: dict[int, _Watched] = {}
     self._outbox: collections.deque[tuple[str, str]] = collections.deque()
     self._exchanges = 0
@@ -82,9 +82,9 @@ class Peers:
     self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
 
   def start(self) -> None:
-    """Starts the exchange; returns when processes can be named."""
+    """Starts the exchange; returns once the processes can be named."""
     identity = json.dumps(dataclasses.asdict(self._identities[self.index]))
-    # All are watched by process 0, which is watched by all.
+    # Process 0 watches all others, and they watch it.
     self._store.replace(f"identity/{self.index}" if self.index else "host/0", identity)
     self._thread.start()
     self._knows_identities.wait(timeout=INTRODUCTION)
@@ -96,7 +96,7 @@ class Peers:
     self._thread.join(timeout=SUSPICIOUS_SILENCE)
 
   def post(self, name: str, **values: Any) -> None:
-    """Tells everyone; of several events with one name the first counts."""
+    """Posts an event to all processes; of several with one name, the first counts."""
     self._outbox.append((f"event/{name}", json.dumps(values)))
     self._wake.set()
 
@@ -106,7 +106,7 @@ class Peers:
     return {int(name.removeprefix(prefix)): value for name, value in self.events.items() if name.startswith(prefix)}
 
   def describe(self, index: int) -> str:
-    """Returns "process INDEX", with its number and machine if they are known."""
+    """Returns "process INDEX", with its pid and host if they are known."""
     identity = self._identities.get(index)
     return f"process {index} ({identity.host}, pid {identity.pid})" if identity else f"process {index}"
 
@@ -133,7 +133,7 @@ class Peers:
     return None
 
   def _has_died(self, index: int) -> bool:
-    """Returns whether a process of this machine has ended without a farewell."""
+    """Returns whether a process on this machine has ended without a farewell."""
     identity = self._identities.get(index)
     if not (identity and identity.has_ended):
       return False
@@ -150,7 +150,7 @@ class Peers:
     while not self._stopped.is_set():
       try:
         self._exchange()
-      except Exception as error:  # of several types; lasting ones count as silence
+      except Exception as error:  # of various types; if they persist, they count as silence
         log.debug("no exchange with process 0: %s", error)
       is_quick = self.events or not self._knows_identities.is_set()
       self._wake.wait(QUICK_INTERVAL if is_quick else self._interval)

@@ -1,4 +1,4 @@
-"""What the processes of a run exchange: the only module with JAX's private and experimental APIs for that.
+"""Communication between the processes of a run; the only module that uses JAX's private and experimental APIs for it.
 
 Private, and checked by tests/test_parallel.py: the client of the coordination service, which stores text by key, and
 the detection of clusters.
@@ -20,13 +20,13 @@ from univid_jax.core.errors import UserError, first_line
 from univid_jax.runtime.peers import ADVICE, Peers
 from univid_jax.runtime.relay import Relay
 
-# Seconds that processes may start apart.
+# Seconds that may pass between the starts of processes.
 START_TIMEOUT = 300
 
-# JAX's own watchdog aborts a process with a stack trace; this is how much later than ours it reacts.
+# JAX's own watchdog aborts a process with a stack trace, so it reacts this many seconds later than ours.
 SECOND_WATCHDOG = 60
 
-# Parts of messages of errors that another process may have caused by its end.
+# Parts of the messages of errors that the end of another process may cause.
 _SIGNS = (
   "Gloo",
   "NCCL",
@@ -41,9 +41,9 @@ _SIGNS = (
 
 
 def count_cluster_processes() -> int:
-  """Counts the processes of the cluster that JAX detects; 1 outside of clusters.
+  """Returns the number of processes of the cluster that JAX detects; 1 outside of clusters.
 
-  JAX knows TPU slices (of Google Cloud by their metadata server, which only machines with TPUs ask, and of GKE),
+  JAX detects TPU slices (on Google Cloud by the metadata server, which only machines with TPUs ask, and on GKE),
   SLURM's `srun`, Open MPI's `mpirun` and, with the package `kubernetes`, the pods of indexed Jobs.
 
   Raises:
@@ -52,7 +52,7 @@ def count_cluster_processes() -> int:
   with _explain_detection():
     for cluster in clusters.ClusterEnv._cluster_types:
       if cluster.opt_in_only_method or (cluster is clusters.K8sCluster and _JOB_INDEX not in os.environ):
-        continue  # JAX needs the index; without one, as in a notebook's pod, it would ask for rights and then fail
+        continue  # JAX needs the index; without it, as in a notebook's pod, it would ask for permissions and then fail
       if cluster.is_env_present():
         return cluster.get_process_count()
   return 1
@@ -64,7 +64,7 @@ _JOB_INDEX = "JOB_COMPLETION_INDEX"
 
 @contextlib.contextmanager
 def _explain_detection() -> Iterator[None]:
-  """Raises UserError instead of whatever JAX and the libraries that it asks raise while they look at a cluster."""
+  """Turns whatever JAX and its libraries raise while they detect a cluster into a UserError."""
   try:
     yield
   except Exception as error:
@@ -87,12 +87,12 @@ def connect(
   """Joins the other processes of the run.
 
   Args:
-    coordinator: HOST:PORT of process 0; None in a cluster that JAX knows, as for the next two.
-    num_processes: of the run.
-    process_id: of this process.
+    coordinator: HOST:PORT of process 0; this and the next two are None in a cluster that JAX detects.
+    num_processes: number of processes of the run.
+    process_id: index of this process.
     heartbeat_seconds: silence after which a process counts as dead.
-    on_loss: called with a message, from another thread, if process 0 ends while this process waits for the others.
-      JAX would go on waiting.
+    on_loss: called with a message, from another thread, if process 0 ends while this process waits for the others. JAX
+      itself would keep waiting.
 
   Raises:
     UserError: they cannot be reached.
@@ -106,7 +106,7 @@ def connect(
   joined = threading.Event()
 
   def report_loss() -> None:
-    if not joined.is_set():  # later the peers do
+    if not joined.is_set():  # later the peers report it
       on_loss(f"process 0 at {coordinator} ended before all processes had joined; {ADVICE}")
 
   relay = Relay(coordinator, report_loss) if coordinator and process_id else None
@@ -116,7 +116,7 @@ def connect(
       num_processes,
       process_id,
       local_device_ids=devices,
-      cluster_detection_method="deactivate",  # it is done
+      cluster_detection_method="deactivate",  # already done
       initialization_timeout=START_TIMEOUT,
       heartbeat_timeout_seconds=2 * heartbeat_seconds + SECOND_WATCHDOG,
     )
@@ -137,8 +137,10 @@ def connect(
 
 
 def _choose_devices() -> list[int] | None:
-  """Returns the GPUs of this process as JAX chooses them: by JAX_LOCAL_DEVICE_IDS, or one for each of SLURM's or
-  Open MPI's processes on a machine; None for all."""
+  """Returns the GPUs of this process, chosen as JAX does; None for all.
+
+  They are those in JAX_LOCAL_DEVICE_IDS, or one for each process of SLURM or Open MPI on a machine.
+  """
   if given := os.environ.get("JAX_LOCAL_DEVICE_IDS"):
     if not all(device.strip().isdecimal() for device in given.split(",")):
       raise UserError(f"JAX_LOCAL_DEVICE_IDS must be numbers, separated by commas, got {given!r}")
@@ -182,7 +184,7 @@ _PREFIX = "univid_jax/"
 
 
 def may_come_from_another_process(error: BaseException) -> bool:
-  """Returns whether another process's end may have caused an error."""
+  """Returns whether the end of another process may have caused an error."""
   return not isinstance(error, UserError) and any(sign in str(error) for sign in _SIGNS)
 
 
@@ -203,7 +205,7 @@ def sum_over_processes(value: int) -> int:
 
 
 def count_distinct(values: Iterable[str]) -> int:
-  """Returns how many different texts all processes have; all processes must call it."""
+  """Returns how many different texts the processes have in total; all processes must call it."""
   hashes = [int.from_bytes(hashlib.blake2b(value.encode(), digest_size=4).digest()) >> 1 for value in set(values)]
   if jax.process_count() == 1:
     return len(hashes)

@@ -2,9 +2,9 @@
 
 When process 0 dies, the kernel closes its connections, and JAX's C++ client then aborts its own process within
 milliseconds, with a stack trace. That cannot be configured: `jax_enable_recoverability` does not cover the coordinator,
-and the callback that jaxlib would take instead cannot be called from Python (it is given a type without a binding). So
-the client connects to this relay in its own process, which keeps the connection open after the coordinator is gone and
-reports it, so that the command can end in a line that says what happened.
+and the callback that jaxlib accepts instead cannot be written in Python (its argument's type has no binding). So the
+client connects to this relay in its own process, which keeps the connection open after the coordinator is gone and
+reports the loss, so that the command can end with one line that says what happened.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ class Relay:
 
   Args:
     coordinator: HOST:PORT of process 0.
-    on_loss: called when the coordinator has closed a connection that this process still uses, from another thread.
+    on_loss: called from another thread when the coordinator has closed a connection that this process still uses.
 
   Attributes:
     address: HOST:PORT to connect to instead.
@@ -41,7 +41,7 @@ class Relay:
     self._server = socket.create_server(("127.0.0.1", 0))
     self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
     self.lost, self._on_loss = threading.Event(), on_loss
-    # gRPC would send even this connection to a proxy.
+    # gRPC would otherwise use a proxy even for this connection.
     excluded = os.environ.get(NO_PROXY) or os.environ.get("no_proxy") or ""
     os.environ[NO_PROXY] = f"{excluded},127.0.0.1".lstrip(",")
     self._start(self._accept)
@@ -54,7 +54,7 @@ class Relay:
   def _connect(self, client: socket.socket) -> None:
     coordinator = self._reach_coordinator()
     if coordinator is None:
-      client.close()  # the client tries again
+      client.close()  # the client retries
       return
     for end in (client, coordinator):
       end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -64,7 +64,7 @@ class Relay:
       try:
         _forward(client, coordinator)
         closed.set()
-      except _TargetLost:  # the client must not notice; the other thread does
+      except _TargetLost:  # the client must not notice; the other thread reports it
         _wait_for_end(client)
       with contextlib.suppress(OSError):
         coordinator.shutdown(socket.SHUT_RDWR)  # wakes the other thread
@@ -96,7 +96,7 @@ class Relay:
 
 
 class _TargetLost(Exception):
-  """What was read cannot be sent on."""
+  """The target of a connection is gone, so data cannot be forwarded."""
 
 
 def _forward(source: socket.socket, target: socket.socket) -> bool:
@@ -121,7 +121,7 @@ def _wait_for_end(source: socket.socket) -> None:
 
 
 def _receive(source: socket.socket) -> bytes:
-  """Returns what has arrived; nothing once the source is closed."""
+  """Returns the bytes that have arrived; b"" once the source is closed."""
   try:
     return source.recv(BUFFER)
   except OSError:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Collection
 
-# Instead of the number of points passed: outside of the loop.
+# Values of the number of points passed for a process outside of the loop.
 BEFORE, AFTER = -1, 1 << 60
 
 
@@ -11,7 +11,7 @@ class SafePoints:
   """The safe points that the loop of this process has passed.
 
   Attributes:
-    is_decided: whether it is settled where to stop.
+    is_decided: whether it has been decided where to stop.
     has_stopped: whether the loop has been told to.
   """
 
@@ -30,7 +30,7 @@ class SafePoints:
     self._move(AFTER)
 
   def abandon(self) -> None:
-    """Leaves the loop by an exception, even while processes agree on where to stop."""
+    """Leaves the loop because of an exception, even while processes are agreeing on where to stop."""
     self._progress = AFTER
 
   def reach(self) -> bool:
@@ -51,13 +51,13 @@ class SafePoints:
       return self._progress
 
   def decide(self, progress: Collection[int]) -> bool:
-    """Settles where to stop.
+    """Decides where to stop.
 
     Args:
-      progress: points that each process has passed.
+      progress: number of points that each process has passed.
 
     Returns:
-      Whether to stop at once: before all are in the loop no step is finished, and after it everything is saved.
+      Whether to stop at once: before all processes are in the loop no step is finished, and after it all is saved.
     """
     with self._condition:
       at_once = BEFORE in progress or self._progress == AFTER

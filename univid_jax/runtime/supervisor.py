@@ -2,13 +2,13 @@
 
 SIGTERM may come at any time, to one process or to all of them at different times. A loop whose work would be lost
 passes safe points and asks at each whether to stop (`Supervisor.stepping`). All processes of a run pass the same safe
-points, so they agree on one that none of them has passed yet, save there and exit together. Everywhere else nothing is
+points, so they agree on one that none of them has passed yet, save there and exit together. Everywhere else no work is
 lost, and the main thread is interrupted as by Ctrl-C. JAX's preemption service, behind
 `multihost_utils.reached_preemption_sync_point`, agrees on a step in the same way, but only on SIGTERM and only inside a
 loop, and it does not cover failures.
 
 At exit JAX waits for the other processes, and aborts if they are gone. So unless all of them leave together, a process
-ends without that.
+skips that exit.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from univid_jax.runtime.main_thread import CLEAN_UP, TICK, MainThread, exit_at_o
 from univid_jax.runtime.peers import SUSPICIOUS_SILENCE, Peers
 from univid_jax.runtime.safe_points import SafePoints
 
-# Seconds for the other processes to leave before process 0 closes the service through which they learn why.
+# Seconds that process 0 gives the others to leave before it closes the service through which they learn why.
 FAREWELL = 5.0
 
 EXIT_CODES = {"SIGTERM": 75, "SIGINT": 130}
@@ -33,14 +33,14 @@ class StopSignal:
 
   Attributes:
     name: SIGTERM or SIGINT.
-    origin: the process that got it, if that is another one.
+    origin: index of the process that received it, if not this one.
   """
 
   name: str
   origin: int | None = None
 
   def interrupt(self, result: str) -> Interrupted:
-    """Returns the exception that ends the command; `result` says where it stopped and what to do."""
+    """Returns the exception that ends the command; `result` completes its message: where it stopped, and what to do."""
     origin = "" if self.origin is None else f" to process {self.origin}"
     return Interrupted(f"stopped by {self.name}{origin}{result}", EXIT_CODES[self.name])
 
@@ -49,12 +49,12 @@ class Supervisor:
   """Watches over the command that runs in the main thread, and over the other processes of its run.
 
   Args:
-    has_watch: whether signals are also noticed while the main thread runs no Python.
+    has_watch: whether signals are noticed even while the main thread runs no Python.
 
   Attributes:
     stop_signal: why to stop, once `should_stop` has returned True.
-    can_continue: whether rerunning the command continues its work, which is said when a signal ends it.
-    resources: released when the command ends.
+    can_continue: whether rerunning the command continues its work; the message says so when a signal ends it.
+    resources: resources to release when the command ends.
   """
 
   def __init__(self, *, has_watch: bool = True):
@@ -81,7 +81,7 @@ class Supervisor:
       _current = outer
 
   def close(self, *, ignore_signals: bool = False) -> None:
-    """Releases the resources and gives the signals back, or ignores them from now on."""
+    """Releases the resources and restores the signal handlers, or ignores signals from now on."""
     self.resources.close()
     self._main.close(ignore_signals=ignore_signals)
 
@@ -92,14 +92,14 @@ class Supervisor:
       peers: the processes.
       disconnect: disconnects this process from them; returns when all have called it.
     """
-    self._main.install()  # JAX has taken SIGTERM for its preemption service
+    self._main.install()  # JAX has installed its own SIGTERM handler, for its preemption service
     self._disconnect = disconnect
     peers.start()
     self._peers = peers
 
   @contextlib.contextmanager
   def stepping(self) -> Iterator["Supervisor"]:
-    """Makes signals wait for the next safe point."""
+    """Defers signals to the next safe point within the block."""
     self._points.enter()
     try:
       yield self
@@ -121,7 +121,7 @@ class Supervisor:
     self._main.interrupt(_failure(message))
 
   def _receive(self, name: str) -> None:
-    """Reacts to a signal that this process got."""
+    """Handles a signal that this process received."""
     is_repeated, self._has_signal = self._has_signal, True
     if is_repeated:
       if name == "SIGINT":
@@ -133,7 +133,7 @@ class Supervisor:
       self._decide([self._points.freeze()])
 
   def _decide(self, progress: Collection[int]) -> None:
-    """Settles where to stop, given how many safe points each process has passed."""
+    """Decides where to stop, given how many safe points each process has passed."""
     if self._points.decide(progress) and self.stop_signal:
       self._main.interrupt(self._interrupt_idle(self.stop_signal))
 
@@ -141,7 +141,7 @@ class Supervisor:
     return stop_signal.interrupt("; rerun the same command to continue" if self.can_continue else "")
 
   def _follow_peers(self, elapsed: float) -> None:
-    """Stops when the other processes do, and watches whether they are alive."""
+    """Stops when the other processes do, and checks that they are alive."""
     if self._peers is None:
       return
     peers = self._peers
@@ -157,7 +157,7 @@ class Supervisor:
         self._decide([each["progress"] for each in progress.values()])
 
   def _find_end(self, peers: Peers, elapsed: float) -> Interrupted | None:
-    """Returns the exception for a run that another process has ended."""
+    """Returns the exception for a run that another process has ended; None if it goes on."""
     if "end" in peers.events:
       return _failure(peers.events["end"]["line"])
     if message := peers.find_dead(elapsed):
@@ -166,10 +166,10 @@ class Supervisor:
     return None
 
   def find_cause(self, error: BaseException, *, is_suspicious: bool) -> BaseException:
-    """Returns why the command ends: its own error, or that of another process; waits while that is not clear.
+    """Returns why the command ends: its own error or another process's; waits while that is unclear.
 
     Args:
-      error: of this process.
+      error: the error of this process.
       is_suspicious: whether the error looks like a consequence of another process's end.
     """
     if isinstance(error, Interrupted):
@@ -188,7 +188,7 @@ class Supervisor:
     return self._main.claim_report()
 
   def finish(self) -> None:
-    """Waits until all processes have got here, and disconnects from them."""
+    """Waits until all processes have called it, and disconnects from them."""
     if self._peers is not None:
       self._peers.post(f"done/{self._peers.index}")
       while len(self._peers.collect("done")) < self._peers.count:
@@ -200,7 +200,7 @@ class Supervisor:
 
     Args:
       code: exit code.
-      line: what the others report.
+      line: the message that the others report.
     """
     if self._peers is not None:
       has_stopped = self._points.is_decided and code in EXIT_CODES.values()
@@ -218,7 +218,7 @@ class Supervisor:
       self._peers.post("end", line=f"{self._peers.describe(self._peers.index)} failed: {message}")
 
   def _say_goodbye(self) -> bool:
-    """Returns whether all processes leave; process 0 waits for that, because it hosts their messages."""
+    """Leaves the run; returns whether all processes do. Process 0 waits for them, because it hosts their messages."""
     peers, together = self._peers, self._points.has_stopped
     if peers is None:
       return True

@@ -14,15 +14,15 @@ from univid_jax.models.variants import DiTConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkCounter:
-  """Counts the work of rows and of devices, in operations of a training step as for `mfu`.
+  """Counts the work of rows and devices, in operations of a training step as for `mfu`.
 
   Everything but attention is counted for padding too: rows have equal shapes.
 
   Attributes:
-    shape: of the transformer.
-    lora_rank: of its adapters; 0 trains it whole.
-    rows: of the run.
-    layout: of a batch.
+    shape: shape of the transformer.
+    lora_rank: rank of its adapters; 0 if the whole transformer is trained.
+    rows: the run's config of rows.
+    layout: layout of a batch.
   """
 
   shape: DiTConfig
@@ -33,7 +33,7 @@ class WorkCounter:
   def count(
     self, attended: Float[np.ndarray, "b"], attended_text: Float[np.ndarray, "b"]
   ) -> Float[np.ndarray, "devices microbatches"]:
-    """Returns the work of each device, given what the tokens of each row of a batch attend to.
+    """Returns the work of each device, given the pairs that attention computes for each row of a batch.
 
     Args:
       attended, attended_text: see `models.flops.forward_flops`.
@@ -53,7 +53,7 @@ class WorkCounter:
     return self.layout.sum_work(np.array(work))
 
   def count_used(self, *, tokens: float, attended: float, attended_text: float, targets: float) -> float:
-    """Returns the work of a whole batch, given its tokens without padding and the rest as in `step_flops`."""
+    """Returns the work of a whole batch without padding; arguments as for `step_flops`."""
     return step_flops(
       self.shape,
       lora_rank=self.lora_rank,
@@ -68,7 +68,7 @@ class WorkCounter:
     """Returns the mean work of a device over that of the slowest one, which the others wait for in each microbatch.
 
     Args:
-      steps: their metrics.
+      steps: the metrics of each step.
     """
     work = np.stack([self.count(step["attended"], step["attended_text"]) for step in steps])
     return float(work.mean(1).sum() / work.max(1).sum())

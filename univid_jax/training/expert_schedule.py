@@ -15,14 +15,14 @@ class ExpertSchedule:
   """Alternates between the experts, evenly, in proportion to the probability of their noise levels.
 
   Attributes:
-    num_high: of every `PERIOD` steps, how many train the high-noise expert.
+    num_high: how many of every `PERIOD` steps train the high-noise expert.
   """
 
   num_high: int
 
   @classmethod
   def from_config(cls, config: RunConfig) -> "ExpertSchedule":
-    """Returns the schedule of a run of both experts: each has its share of the noise levels."""
+    """Returns the schedule of a run that trains both experts."""
     high, low = (make_flow(part) for part in split_config(config))
     share = high.range_probability / (high.range_probability + low.range_probability)
     return cls(round(PERIOD * share))

@@ -1,10 +1,10 @@
-"""Goodput: what a run's time goes into, over all its restarts.
+"""Goodput: how a run spends its time, over all its restarts.
 
-At any moment a run does one thing. While a step runs on the devices that is stepping, whatever the host does meanwhile;
-otherwise it is what the main thread does or waits for. Steps run asynchronously, so a thread waits for each to end.
+At any moment a run has one activity: stepping while a step runs on the devices, whatever the host does meanwhile;
+otherwise what the main thread does or waits for. Steps run asynchronously, so a thread waits for each to end.
 
-The totals survive a kill in WORKDIR/goodput.json, which also has them as they were at recent checkpoints: what a run
-did after the checkpoint that its restart resumes from is lost.
+Totals survive a kill in WORKDIR/goodput.json, which also has them as of recent checkpoints: time after the checkpoint
+from which a restart resumes is lost.
 """
 
 import concurrent.futures
@@ -23,9 +23,9 @@ from univid_jax.core.json_files import parse_json, write_json
 from univid_jax.core.paths import exists, read_bytes
 
 GOODPUT_FILE = "goodput.json"
-# A kill hides at most this much of what it costs.
+# A kill hides at most this much of the time that it costs.
 WRITE_SECONDS = 10
-# Checkpoints whose totals are kept: more than a run has that keeps only the latest.
+# Checkpoints whose totals are kept: more than a run that keeps only the latest ones has.
 MAX_CHECKPOINTS = 100
 
 log = logging.getLogger(__name__)
@@ -36,11 +36,11 @@ class Activity(enum.StrEnum):
 
   STEPPING = "stepping"
   WAITING = "waiting for data"  # while no step runs
-  SAVING = "saving"  # what the loop waits for; most of a save happens while steps run
+  SAVING = "saving"  # only while the loop waits; most of a save happens while steps run
   COMPILING = "compiling"  # the training step
   VALIDATING = "validating"  # with previews
   STARTING = "starting"  # opening the data, loading or restoring weights
-  LOST = "lost to restarts"  # anything after the checkpoint that a restart resumed from
+  LOST = "lost to restarts"  # anything after the checkpoint from which a restart resumed
   OTHER = "other"
 
 
@@ -48,13 +48,13 @@ Totals = dict[Activity, float]
 
 
 class Goodput:
-  """Measures the activities of a process, from its creation on, in seconds.
+  """Measures the activities of a process in seconds, from the creation of this object on.
 
   Time counts as starting until `resume` is called.
 
   Args:
-    workdir: of the run.
-    writes: whether this process keeps the totals.
+    workdir: workdir of the run.
+    writes: whether this process writes the totals.
     clock: returns seconds.
   """
 
@@ -69,7 +69,7 @@ class Goodput:
     self._saved_step: int | None = None  # until the next step is taken
 
   def resume(self, step: int) -> None:
-    """Adds what the run did before, now that it is known which step it resumes from; 0 if it begins."""
+    """Adds the totals of the run before, now that the step from which it resumes is known; 0 if it starts."""
     latest, self._checkpoints = self._read()
     self._checkpoints = {saved: totals for saved, totals in self._checkpoints.items() if saved <= step}
     kept = self._checkpoints[max(self._checkpoints)] if self._checkpoints else _zeros()
@@ -82,7 +82,7 @@ class Goodput:
 
   @contextlib.contextmanager
   def measure(self, activity: Activity) -> Iterator[None]:
-    """Counts the time of a block as an activity; a block inside it may have another."""
+    """Counts the time of a block as an activity; nested blocks may count as others."""
     outer = self._activity
     self._enter(activity)
     try:
@@ -120,7 +120,7 @@ class Goodput:
 
   @property
   def seconds(self) -> Mapping[Activity, float]:
-    """Of each activity, over all restarts."""
+    """Seconds of each activity, over all restarts."""
     self._enter(self._activity)
     return dict(self._totals)
 
@@ -153,7 +153,7 @@ class Goodput:
       return
     values = {"seconds": _round(self.seconds), "checkpoints": {}}
     values["checkpoints"] = {str(step): _round(totals) for step, totals in self._checkpoints.items()}
-    # A full disk ends a run that has to save, not one that has saved.
+    # Only a save may end a run because the disk is full.
     with contextlib.suppress(OSError):
       write_json(self._path, values)
     self._written = self._clock()
@@ -168,8 +168,8 @@ class Goodput:
   def close(self) -> None:
     """Writes the totals, and ends the thread."""
     if self._saved_step is not None:
-      self.keep_checkpoint(self._saved_step)  # of what came after it, nothing is lost
-    elif self._is_resumed:  # else they lack what the run did before
+      self.keep_checkpoint(self._saved_step)  # nothing after it is lost
+    elif self._is_resumed:  # before that, they lack the totals of earlier starts
       self._write()
     self._watcher.shutdown(wait=False, cancel_futures=True)
 
@@ -179,7 +179,7 @@ def _zeros() -> Totals:
 
 
 def _parse(values: Mapping[str, Any]) -> Totals:
-  """Returns totals as a file has them; one that lacks an activity is of an older version."""
+  """Parses the totals in a file; one that lacks an activity is from an older version."""
   return {activity: float(values.get(activity, 0)) for activity in Activity}
 
 

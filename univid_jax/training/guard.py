@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-# Norms whose median is the usual one, and how many of them there have to be before a norm is too large.
+# Number of norms whose median counts as usual, and the minimum before a norm can be too large.
 WINDOW, MIN_NORMS = 64, 8
-# A run that skips as many steps one after another has diverged.
+# A run that skips this many steps in a row has diverged.
 MAX_SKIPPED_IN_A_ROW = 50
 
 
 class GuardState(NamedTuple):
-  """The state of a guarded optimizer: what the next decision depends on, so that a resumed run decides the same.
+  """The state of a guarded optimizer: everything the next decision depends on, so that a resumed run decides the same.
 
   Attributes:
-    inner: of the optimizer.
-    norms: of the last gradients that were used, a ring; NaN where there is none yet.
-    num_used: how many gradients were used.
-    skipped_in_a_row: how many steps before the next one were skipped.
+    inner: state of the optimizer.
+    norms: ring buffer of the norms of the last gradients that were used; NaN where there is none yet.
+    num_used: number of gradients that were used.
+    skipped_in_a_row: number of steps skipped since the last one that was not.
   """
 
   inner: Any
@@ -35,7 +35,7 @@ class GuardState(NamedTuple):
 
 
 def global_norm(tree: optax.Params) -> Float[Array, ""]:
-  """Returns the L2 norm of a tree, in float32: sums of many small squares are lost in bfloat16."""
+  """Returns the L2 norm of a tree, in float32, since bfloat16 would lose small squares in the sum."""
   return optax.tree_utils.tree_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
 
 
@@ -45,7 +45,7 @@ def skip_bad_steps(optimizer: optax.GradientTransformation, *, skip_norm: float)
   Its `update` takes the loss as an extra argument.
 
   Args:
-    optimizer: what to guard.
+    optimizer: the optimizer to guard.
     skip_norm: a gradient is bad if its norm exceeds this multiple of the median; 0 accepts all that are finite.
   """
 
@@ -66,5 +66,5 @@ def skip_bad_steps(optimizer: optax.GradientTransformation, *, skip_norm: float)
     no_updates = jax.tree.map(jnp.zeros_like, new_updates)
     return jax.tree.map(lambda bad, good: jnp.where(is_bad, bad, good), (no_updates, skipped), (new_updates, used))
 
-  # Its protocol wants all extra arguments to be optional.
+  # optax's protocol requires all extra arguments to be optional.
   return optax.GradientTransformationExtraArgs(init, cast(Any, update))

@@ -37,7 +37,7 @@ from univid_jax.training.validation import PREVIEWS_FOLDER, Validation, write_pr
 log = logging.getLogger(__name__)
 
 PROFILE_FOLDER = "profile"
-# The first steps of a process are not typical: they compile and fill caches.
+# The first steps of a process are not representative: they compile and fill caches.
 PROFILE_AFTER = 2
 
 
@@ -47,12 +47,12 @@ class StepEvent:
 
   Attributes:
     step: its number, from 1.
-    state: after the step.
-    metrics: of the step, on the devices.
+    state: the state after the step.
+    metrics: metrics of the step, on the devices.
     is_last: whether it is the last step of the run.
     logs, validates, is_checkpoint: what is due after this step.
-    stop_signal: the signal after which the run stops here; may come while it validates.
-    summary: means since the last summary; empty if nothing is due.
+    stop_signal: the signal because of which the run stops here; may arrive during validation.
+    summary: means since the last summary; empty if none is due.
   """
 
   step: int
@@ -106,8 +106,8 @@ class Hook(Protocol):
 class Summarize:
   """Averages metrics since the last summary, measures speed, and stops a run whose loss or gradient is not finite.
 
-  Runs before a checkpoint is saved, so that a bad state never replaces a good checkpoint. Adds `learning_rate`, see
-  `LearningRates.of_last_step`, `step_time` in seconds, `tokens_per_second` without padding, `balance` and, if the
+  Runs before a checkpoint is saved, so that a bad state never replaces a good checkpoint. Adds `learning_rate` (see
+  `LearningRates.of_last_step`), `step_time` in seconds, `tokens_per_second` without padding, `balance` and, if the
   chip's peak is known, the model FLOPs utilisation `mfu`.
   """
 
@@ -123,7 +123,7 @@ class Summarize:
     self.restart_clock()
 
   def restart_clock(self) -> None:
-    """Leaves out the time since the last summary."""
+    """Excludes the time since the last summary from the next."""
     self._since = time.monotonic()
 
   def __call__(self, event: StepEvent) -> None:
@@ -148,7 +148,7 @@ class Summarize:
     self._bar.set_postfix_str(_describe(event.summary), refresh=False)
 
   def _average(self, step: int, values: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Returns the means of metrics, of which a skipped step has no loss and no gradient; counts skipped steps."""
+    """Returns the means of metrics, without loss and gradient norm of skipped steps, and counts skipped steps."""
     used = [metrics for metrics in values if not metrics.get("skipped")]
     summary = {}
     for name in values[0]:
@@ -185,10 +185,10 @@ class Validate:
   A signal interrupts it, so that the state is saved in time.
 
   Args:
-    run: what is trained.
-    summarize: its clock leaves the validation out.
-    supervisor: is asked whether to go on.
-    goodput: of the run.
+    run: the run.
+    summarize: its clock excludes validation.
+    supervisor: decides whether to go on.
+    goodput: goodput of the run.
   """
 
   def __init__(self, run: Run, summarize: Summarize, supervisor: Supervisor, goodput: Goodput):
@@ -218,7 +218,7 @@ class Validate:
     self._summarize.restart_clock()
 
   def _go_on(self, part: int) -> None:
-    """Passes a safe point after each part of the work."""
+    """Passes a safe point after each part of the work; raises _Stopped if the run stops there."""
     del part
     if self._supervisor.should_stop():
       raise _Stopped
@@ -228,7 +228,7 @@ class Validate:
     if self._distillation is not None:
       fresh = add_distillation(fresh, self._distillation)
     self._pipeline = self._pipeline or fresh
-    self._pipeline.experts = fresh.experts  # of the same pipeline each time, so that its programs compile once
+    self._pipeline.experts = fresh.experts  # always in the same pipeline, so that its programs compile once
     write_previews(
       epath.Path(self._run.workdir) / PREVIEWS_FOLDER,
       step,
@@ -291,7 +291,7 @@ class SaveCheckpoint:
 
 
 class ReportGoodput:
-  """Logs what the run's time went into, when it ends or is stopped."""
+  """Logs how the run spent its time, when it ends or is stopped."""
 
   def __init__(self, goodput: Goodput):
     self._goodput = goodput

@@ -1,4 +1,4 @@
-"""The learning rate of a run's steps, computed on the host: that costs no program and waits for no device."""
+"""The learning rate of a run's steps, computed on the host, without compiling a program or waiting for a device."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from univid_jax.training.state import TrainState
 
 
 def schedule_factor(config: OptimizerConfig, num_steps: int, count: int) -> float:
-  """Returns what `optimizer.make_schedule` computes on the devices, for a number of steps taken before."""
+  """Returns what `optimizer.make_schedule` computes on the devices, after `count` steps."""
   warmup = config.warmup_steps
   if count < warmup:
     return count / warmup
@@ -26,12 +26,12 @@ def schedule_factor(config: OptimizerConfig, num_steps: int, count: int) -> floa
 
 @dataclasses.dataclass(frozen=True)
 class LearningRates:
-  """The rates of a run: those of `optimizer.learning_rate`, with which all others rise and fall.
+  """The learning rates of a run: those for `optimizer.learning_rate`, to which all others are proportional.
 
   Attributes:
-    optimizer: its config.
-    num_steps: of the run.
-    expert: what is trained.
+    optimizer: the config of the optimizer.
+    num_steps: number of steps of the run.
+    expert: which transformers are trained.
     alternation: which of two experts each step trains, if both are trained.
   """
 
@@ -47,11 +47,11 @@ class LearningRates:
     return cls(config.optimizer, config.num_steps, config.model.expert, alternation)
 
   def of_last_step(self, step: int, state: TrainState) -> float | None:
-    """Returns the rate of the last step; if it was skipped, that of the last one before that was not.
+    """Returns the rate of the last step or, if that was skipped, of the last one before that was not.
 
     Args:
       step: the number of steps taken, at least 1.
-      state: after them. It is read only if steps can be skipped, which the schedule does not count.
+      state: the state after them; read only if steps can be skipped, since the schedule does not count those.
 
     Returns:
       The rate; None if all steps were skipped.
@@ -61,12 +61,12 @@ class LearningRates:
     return self._rate(part, count - 1) if count else None
 
   def describe_change(self, num_steps: int, step: int, state: TrainState) -> str | None:
-    """Returns a line about a schedule that ends at another step since the run was resumed; None if none does.
+    """Returns a line about a schedule that ends at another step in a resumed run; None if it does not.
 
     Args:
-      num_steps: of the run before.
+      num_steps: number of steps of the run before.
       step: the number of steps taken.
-      state: after them.
+      state: the state after them.
     """
     is_constant = self.optimizer.schedule == LearningRateSchedule.CONSTANT
     if is_constant or num_steps == self.num_steps or not 0 < step < self.num_steps:
@@ -92,6 +92,6 @@ class LearningRates:
     return (step,) if self.alternation is None else self.alternation.count_steps(step)
 
   def _count_used(self, step: int, state: TrainState, part: int) -> int:
-    """Returns how many of the first steps have changed a transformer."""
+    """Returns how many of the first steps were not skipped and trained a transformer."""
     opt_state = self.expert.split_tree(state.opt_state)[part]
     return int(opt_state.num_used) if isinstance(opt_state, GuardState) else self._count_steps(step)[part]

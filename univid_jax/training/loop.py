@@ -69,8 +69,9 @@ class TrainResult:
 
   Attributes:
     make_pipeline: returns the trained model.
-    steps_taken: by this call; 0 if the run was complete already.
-    seconds: that they took, validation, saving and the export of a LoRA included, compilation of the step excluded.
+    steps_taken: number of steps that this call took; 0 if the run was already complete.
+    seconds: time that they took, including validation, saving and the export of a LoRA, excluding the step's
+      compilation.
   """
 
   make_pipeline: Callable[[], Pipeline]
@@ -79,7 +80,7 @@ class TrainResult:
 
   @functools.cached_property
   def pipeline(self) -> Pipeline:
-    """The trained model; of one of two experts with the other one, which is loaded for it."""
+    """The trained model; if only one of two experts was trained, the other one is loaded, too."""
     return self.make_pipeline()
 
 
@@ -95,18 +96,19 @@ def train(
   """Trains until `config.num_steps`, from the latest checkpoint in the workdir or else from the start.
 
   Args:
-    config: of the run.
+    config: config of the run.
     workdir: a folder or a bucket.
     data: sources of your own, the same whenever the run is resumed; by default those that the config names.
     profile_steps: number of steps to write a profiler trace of.
-    verify_weights: compares every file of the base and of the checkpoint with its checksum before it is used.
-    on_damaged_checkpoint: whether to resume from an older checkpoint if the latest is damaged, which is then renamed.
+    verify_weights: whether to compare every file of the base and of the checkpoint with its checksum before use.
+    on_damaged_checkpoint: whether to resume from an older checkpoint if the latest one, which is then renamed, is
+      damaged.
 
   Raises:
     UserError: an argument has another type, the config is invalid for a run, or the workdir belongs to another config
       or is in use.
     DivergedError: the loss or the gradient is not finite, or too many steps in a row were skipped; the last checkpoint
-      is from before.
+      is from before that.
     Interrupted: SIGTERM or Ctrl-C arrived, and the state is saved; or another process of the run has ended.
     OSError: a file could not be read or a checkpoint not written.
   """
@@ -140,7 +142,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-  """A run that takes steps, and what it reads from and writes to."""
+  """A run with its loader, checkpointer and goodput, as the loop uses them."""
 
   run: Run
   loader: Loader
@@ -149,7 +151,7 @@ class Session:
 
 
 def take_steps(session: Session, state: TrainState, step_fn: TrainStep, *, profile_steps: int) -> TrainState:
-  """Takes the steps from the state's to the config's last, and calls the hooks after each."""
+  """Takes steps from the state's to the config's last, and calls the hooks after each."""
   run, goodput = session.run, session.goodput
   config, start = run.config, int(state.step)
   writer = MetricsWriter(run.workdir, start_step=start) if jax.process_index() == 0 else None
@@ -171,7 +173,7 @@ def take_steps(session: Session, state: TrainState, step_fn: TrainStep, *, profi
           with jax.profiler.TraceAnnotation("step"), goodput.measure(Activity.STEPPING):
             previous, (state, metrics) = metrics, step_fn(state, run.frozen, batch)
             goodput.watch(metrics)
-            # Devices are at most two steps behind, so that a stop does not wait for more.
+            # Devices are at most two steps behind, so that stopping waits for no more.
             jax.block_until_ready(previous)
         signal = supervisor.stop_signal if supervisor.should_stop() else None
         event = StepEvent.create(config, step, state, metrics, signal)
@@ -183,10 +185,10 @@ def take_steps(session: Session, state: TrainState, step_fn: TrainStep, *, profi
 def validate_again(
   hooks: Sequence[Hook], event: StepEvent, writer: MetricsWriter | None, checkpointer: Checkpointer
 ) -> None:
-  """Makes up for a validation that a signal has prevented, before the run was resumed.
+  """Makes up for a validation that a signal prevented before the run was resumed.
 
   Raises:
-    Interrupted: another signal has prevented it; the next start makes up for it.
+    Interrupted: another signal prevented it; the next start makes up for it.
     OSError: the loss could not be written.
   """
   for hook in hooks:
@@ -240,7 +242,7 @@ def open_loader(run: Run) -> Loader:
 
 
 def restore_or_create_state(run: Run, checkpointer: Checkpointer, loader: Loader) -> TrainState:
-  """Restores the latest intact checkpoint and sets the loader to its position; without any creates a new state.
+  """Restores the latest intact checkpoint and sets the loader to its position; creates a new state if there is none.
 
   Raises:
     UserError: the checkpoint belongs to another config, or cannot be restored.
@@ -262,7 +264,7 @@ def restore_or_create_state(run: Run, checkpointer: Checkpointer, loader: Loader
 
 
 def report_schedule(run: Run, state: TrainState) -> None:
-  """Logs what becomes of the learning rate of a run that is resumed with another number of steps."""
+  """Logs how the learning rate changes in a run that is resumed with another number of steps."""
   previous = read_run(run.workdir)
   if previous is not None:
     rates = LearningRates.from_config(run.config)
@@ -271,7 +273,7 @@ def report_schedule(run: Run, state: TrainState) -> None:
 
 
 def compile_train_step(run: Run) -> TrainStep:
-  """Compiles the step for the run's batches, and logs the memory it needs and its attention."""
+  """Compiles the step for the run's batches, and logs its memory and attention backend."""
   config, mesh = run.config, run.mesh
   log.info("compiling the training step: seconds if it is cached, else half a minute to several minutes")
   step_fn = make_train_step(config, run.spec, run.optimizers, mesh)
@@ -282,7 +284,7 @@ def compile_train_step(run: Run) -> TrainStep:
 
 
 def attention_backend(run: Run) -> AttentionBackend:
-  """Returns what computes the self-attention of a run's batches."""
+  """Returns the backend that computes the self-attention of a run's batches."""
   config = run.config
   if config.model.attention_backend != AttentionBackend.AUTO:
     return config.model.attention_backend
@@ -293,7 +295,7 @@ def attention_backend(run: Run) -> AttentionBackend:
 
 
 def finish_run(run: Run, state: TrainState) -> Callable[[], Pipeline]:
-  """Exports the LoRA of a LoRA run; returns what makes the trained model, in which a LoRA is not merged."""
+  """Exports the LoRA of a LoRA run; returns a function that makes the trained model, with the LoRA unmerged."""
   if run.base_graph is None:
     return functools.partial(run.create_pipeline, state.model_params)
   loras = to_lora_weights(run.record, gather_arrays(state.model_params), step=run.config.num_steps)
@@ -308,7 +310,7 @@ def finish_run(run: Run, state: TrainState) -> Callable[[], Pipeline]:
 
 
 def lora_exports(config: RunConfig) -> list[str]:
-  """Returns the names of the files that a LoRA run exports: that of an expert says which."""
+  """Returns the names of the files that a LoRA run exports; the name of an expert's file says which it is."""
   return [
     "lora.safetensors" if part == TrainedExpert.ONLY else f"lora_{part}.safetensors"
     for part in config.model.expert.parts
@@ -330,7 +332,7 @@ def progress_bar(start: int, total: int) -> tqdm:
 
 @contextlib.contextmanager
 def close_all(parts: Sequence[Any]) -> Iterator[None]:
-  """Closes all parts on exit; if the block raised already, its error is the one that is reported."""
+  """Closes all parts on exit; if the block raised an error, that is the one reported."""
   try:
     yield
   finally:

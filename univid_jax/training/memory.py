@@ -1,4 +1,4 @@
-"""Compiles programs for devices that need not be there, and reads the memory that they take."""
+"""Compiles programs for devices that need not be present, and reads the memory that they take."""
 
 import dataclasses
 import re
@@ -30,18 +30,18 @@ ADVICE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forecast:
-  """Bytes on each device, and in the host's memory for each.
+  """Bytes on each device, and in host memory per device.
 
   Attributes:
-    weights: parameters, trained and frozen, and their moving average.
-    optimizer: its state.
-    batch: the rows; of the autoencoder the frames and latents.
-    activations: what else the program needs at its peak.
+    weights: parameters, trained and frozen, and the moving average.
+    optimizer: state of the optimizer.
+    batch: the rows; for the autoencoder, frames and latents.
+    activations: everything else that the program needs at its peak.
     cache: keys and values of the context, when sampling with a context-causal model.
-    host: what waits in the host's memory (`base.offload`, `model.remat=offload`); not part of the total.
+    host: arrays in host memory (`base.offload`, `model.remat=offload`); not part of the total.
     device: kind of the device.
     memory: capacity of the device; None if unknown.
-    note: what is whole on every device and what is not; "" where the mesh says it.
+    note: what is whole or sharded on the devices; "" where the mesh says it.
   """
 
   weights: int
@@ -72,7 +72,7 @@ class Forecast:
 
 
 class DoesNotFitError(UserError):
-  """The compiler refuses a program, because the devices have too little memory.
+  """The compiler refuses a program because the devices have too little memory.
 
   Attributes:
     temporaries: bytes that the program needs besides its inputs; None if the compiler does not say.
@@ -88,13 +88,13 @@ def compile_step(step: Any, spec: StateSpec, batch: PackedRow, mesh: Mesh) -> tu
   """Compiles a training step without running it, and reads the memory that it needs.
 
   Args:
-    step: of `make_train_step`.
-    spec: of the state.
+    step: result of `make_train_step`.
+    spec: description of the state.
     batch: shapes and shardings, see `abstract_batch`.
-    mesh: the devices, which may be a description of devices elsewhere.
+    mesh: the devices, which may be only described.
 
   Raises:
-    DoesNotFitError: the compiler itself sees that it cannot fit.
+    DoesNotFitError: the compiler itself finds that it cannot fit.
   """
   with jax.set_mesh(mesh):
     compiled = compile_program(step.lower(spec.abstract, spec.abstract_frozen, batch), ADVICE)
@@ -110,7 +110,7 @@ def compile_step(step: Any, spec: StateSpec, batch: PackedRow, mesh: Mesh) -> tu
 
 
 def compile_program(lowered: Any, advice: str) -> Any:
-  """Compiles a program; raises DoesNotFitError if the compiler itself sees that it cannot fit."""
+  """Compiles a program; raises DoesNotFitError if the compiler itself finds that it cannot fit."""
   try:
     return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -121,7 +121,7 @@ def compile_program(lowered: Any, advice: str) -> Any:
 
 
 def describe_program(compiled: Any, mesh: Mesh) -> dict[str, Any]:
-  """Returns the fields of a `Forecast` that a program and its devices give."""
+  """Returns the fields of a `Forecast` that follow from a program and its devices."""
   device = mesh.devices.flat[0]
   return {
     "activations": compiled.memory_analysis().temp_size_in_bytes,
@@ -137,7 +137,7 @@ def device_memory(device: Any) -> int | None:
     return int(chip.memory)
   try:
     return (device.memory_stats() or {}).get("bytes_limit")
-  except jax.errors.JaxRuntimeError:  # the device is only described
+  except jax.errors.JaxRuntimeError:  # the device is only a description
     return None
 
 

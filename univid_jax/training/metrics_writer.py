@@ -13,15 +13,15 @@ from etils import epath
 from univid_jax.core.json_files import parse_json
 from univid_jax.core.paths import atomic_write, bucket_errors, exists, is_remote, read_bytes, write_text
 
-# How long TensorBoard events stay in memory.
+# Seconds that TensorBoard events stay in memory.
 FLUSH_SECONDS = 30
 
 
 class MetricsWriter:
-  """Appends metrics per step; the file has each step once, in order, whatever ended the run before.
+  """Appends metrics by step; the file has each step once, in order, however the run ended before.
 
   Args:
-    workdir: gets metrics.jsonl, tensorboard/ and loss.png; a folder or a bucket.
+    workdir: folder or bucket for metrics.jsonl, tensorboard/ and loss.png.
     start_step: the step that the run starts from. What an earlier run wrote for later steps is dropped.
   """
 
@@ -47,12 +47,12 @@ class MetricsWriter:
       with bucket_errors(self._path):
         self._board.write(step, metrics)
     except OSError as error:
-      if error.errno and error.filename is None:  # a write itself names no file; one of a bucket may have no number
+      if error.errno and error.filename is None:  # an error of a write names no file; a bucket's may have no number
         error.filename = str(self._folder)
       raise
 
   def add(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Adds metrics to the last step that was written, if it is this one; raises OSError."""
+    """Adds metrics to a step if it is the last that was written; raises OSError."""
     last = json.loads(self._lines[-1]) if self._lines else {}
     if last.get("step") == step:
       self._lines[-1] = json.dumps(last | dict(metrics)) + "\n"
@@ -76,20 +76,20 @@ class MetricsWriter:
 
 
 class _Board:
-  """TensorBoard events, written at once: the thread of `tensorboardX.SummaryWriter` dies if the disk is full, and then
-  its queue blocks the run.
+  """TensorBoard events, written synchronously: the thread of `tensorboardX.SummaryWriter` dies if the disk is full, and
+  then its queue blocks the run.
   """
 
   def __init__(self, folder: epath.Path, *, first_step: int):
-    # Imported with the first metrics: where PyTorch is installed, tensorboardX imports it.
+    # Imported with the first metrics, since tensorboardX imports PyTorch where that is installed.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto import event_pb2
     from tensorboardX.summary import scalar
 
     folder.mkdir(parents=True, exist_ok=True)
-    self._messages: Any = event_pb2  # generated when it is imported
+    self._messages: Any = event_pb2  # generated on import
     self._writer, self._scalar = EventsWriter(str(folder / "events")), scalar
-    # Viewers drop what earlier files hold from this step on.
+    # Makes viewers drop what earlier files hold from this step on.
     start = self._messages.SessionLog(status=self._messages.SessionLog.START)
     self._writer.write_event(self._messages.Event(step=first_step, session_log=start))
     self._flushed = time.monotonic()
@@ -107,7 +107,7 @@ class _Board:
 
 
 def plot_loss(path: Path, training: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = ()) -> None:
-  """Plots (step, loss) of the training, with a running mean, and of the validation."""
+  """Plots (step, loss) of training, with a running mean, and of validation."""
   from matplotlib.figure import Figure  # takes a third of a second to import
 
   steps, losses = zip(*join_short(training))
@@ -131,7 +131,7 @@ def join_short(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
   """Joins means over fewer steps than most points, such as those around an interruption, with the points after them.
 
   Args:
-    points: step and mean since the step of the point before; the first since step 0.
+    points: step, and mean since the previous point's step; for the first, since step 0.
   """
   lengths = np.diff([0, *(step for step, _ in points)])
   usual = max(lengths, key=lambda length: (np.count_nonzero(lengths == length), length))
@@ -145,7 +145,7 @@ def join_short(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _select_lines(text: str, *, last_step: int) -> list[str]:
-  """Returns the lines up to a step; not those that are cut or that repeat a step."""
+  """Returns the lines up to a step, except those that are cut off or repeat a step."""
   lines, latest = [], -1
   for line in text.splitlines(keepends=True):
     step = _read_step(line)

@@ -29,7 +29,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
   """Returns the optimizer of a config: AdamW, or Muon on some matrices and NAdam on everything else.
 
-  It computes in float32. With `OnBadStep.SKIP` its `update` takes the loss, see `guard`.
+  It computes in float32. With `OnBadStep.SKIP` its `update` also takes the loss, see `guard`.
   """
   schedule = make_schedule(config, num_steps)
 
@@ -56,9 +56,9 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Has an optimizer compute in float32, and keep its state so, whatever the dtype of the parameters.
+  """Makes an optimizer compute in float32, and keep its state in it, whatever the dtype of the parameters.
 
-  In bfloat16 a second moment would never decay, as 0.999 of it is rounded to itself.
+  In bfloat16 a second moment would never decay, since 0.999 times it rounds to itself.
   """
 
   def convert(tree: Any) -> Any:
@@ -71,7 +71,7 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def select_muon_matrices(params: optax.Params) -> Any:
-  """Selects what Muon orthogonalises: the stacked (layers, in, out) matrices of self-attention and feed-forward."""
+  """Selects the parameters for Muon: the stacked (layers, in, out) matrices of self-attention and feed-forward."""
 
   def select(path: Any, value: Any) -> contrib.MuonDimensionNumbers | None:
     names = [key.key for key in path]

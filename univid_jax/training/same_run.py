@@ -1,4 +1,4 @@
-"""Whether a workdir belongs to a config and its data, so that a run is resumed as it was started."""
+"""Checks that a workdir belongs to a config and its data, so that a run is resumed as it was started."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ from univid_jax.data.sources.open import DataSources
 
 log = logging.getLogger(__name__)
 
-# Keys that may change when a run is resumed: how long, how often, and where it runs.
+# Keys that may change when a run is resumed: how long, how often and where things run.
 MAY_CHANGE = (
   "num_steps",
   "log_every",
@@ -40,7 +40,7 @@ MAY_CHANGE = (
   "data.cache",
 )
 
-# Where data lies, which may change if there are records of what it contains, as `check_same_data` compares these.
+# Paths of data, which may change if the contents are on record, since `check_same_data` compares these.
 MAY_MOVE = (
   "data.folder",
   "data.test_folder",
@@ -55,7 +55,7 @@ MAY_MOVE = (
 
 
 def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
-  """Records what the data of a run consists of, and checks that it is what the run started with.
+  """Records the contents of a run's data, and checks that they are those that the run started with.
 
   Raises:
     UserError: the data has changed, and the config does not allow that.
@@ -113,5 +113,5 @@ def check_same_run(workdir: str, previous: RunRecord, current: RunRecord) -> Non
 
 
 def _is_same_place(a: str, b: str) -> bool:
-  """Returns whether two names of a base lead to the same folder."""
+  """Returns whether two names of a base refer to the same folder."""
   return bool(a and b) and os.path.realpath(locate(a)) == os.path.realpath(locate(b))

@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step: devices, data, base and the description of its state."""
+"""Sets up what a run needs before its first step: devices, data, base and the description of its state."""
 
 import dataclasses
 import functools
@@ -55,22 +55,22 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What stays the same from the first step to the last.
+  """The parts of a run that stay the same from the first step to the last.
 
   Attributes:
-    record: the config, and what else identifies the run.
+    record: the config, and whatever else identifies the run.
     workdir: a folder or a bucket.
     mesh: the devices.
-    shape: of the transformer.
-    optimizers: of each transformer that is trained.
-    spec: of the training state.
-    base_graph: the transformer without adapters if they are trained, else None.
+    shape: shape of the transformer.
+    optimizers: one for each transformer that is trained.
+    spec: description of the training state.
+    base_graph: the transformer without adapters if adapters are trained, else None.
     frozen: parameters that are not trained; those of both experts by name, see `TrainedExpert.join_trees`.
-    encoders: of clips and prompts.
+    encoders: encoders of clips and prompts.
     data: where sentences come from.
-    features: encodes sentences, with its caches filled.
+    features: encodes sentences, with filled caches.
     validation: the sentences to validate on, if the run validates.
-    distillation: that previews are sampled with, if any.
+    distillation: the distillation LoRAs for sampling previews, if any.
   """
 
   record: RunRecord
@@ -93,7 +93,7 @@ class Run:
 
   @functools.cached_property
   def _untrained(self) -> dict[TrainedExpert, Transformer]:
-    """The expert of the base that is not trained, by name; one process keeps it in host memory until it is used."""
+    """The base's untrained expert, by name; a run of one process keeps it in host memory until it is used."""
     others = {part.model.expert: part for part in expert_configs(self.config)}
     for part in self.config.model.expert.parts:
       del others[part]
@@ -101,13 +101,13 @@ class Run:
     return loaded if jax.process_count() > 1 else {expert: each.offload() for expert, each in loaded.items()}
 
   def create_pipeline(self, params: Params) -> Pipeline:
-    """Returns the model trained so far, to sample with."""
+    """Returns the model trained so far, for sampling."""
     expert = self.config.model.expert
     parts = zip(expert.split_tree(self.frozen), expert.split_tree(params), strict=True)
     return self.complete([Transformer(self.spec.graph, join(frozen, trained)) for frozen, trained in parts])
 
   def complete(self, trained: Sequence[Transformer]) -> Pipeline:
-    """Returns a pipeline of the trained transformers and, of one of two experts, the other one."""
+    """Returns a pipeline of the trained transformers and, if only one of two experts is trained, the other."""
     transformers = dict(zip(self.config.model.expert.parts, trained, strict=True)) | self._untrained
     return Pipeline(
       self.shape,
@@ -124,10 +124,11 @@ def set_up_run(
   """Opens the data of a run, fills its caches and loads its base.
 
   Args:
-    config: of the run.
+    config: config of the run.
     workdir: a folder or a bucket.
     data: sources of your own; by default those that the config names.
-    verify_weights: compares every file of the base with its checksum while the data is opened, and those of previews.
+    verify_weights: whether to compare every file of the base, while the data is opened, and of the previews' LoRAs with
+      its checksum.
 
   Raises:
     DamagedError: a file of the base differs from its checksum.
@@ -143,7 +144,7 @@ def set_up_run(
     config, base_checksums(config), univid_jax.__version__, base_contents=base.contents if base else {}
   )
   if has_checkpoint(workdir):
-    check_same_run(workdir, require_run(workdir), record)  # before anything in the workdir changes
+    check_same_run(workdir, require_run(workdir), record)  # before anything in the workdir is changed
   files = config.validation.accelerate if config.validation.every_steps else ()
   with name_key("validation.accelerate"):
     distillation = read_distillation(files, verify=verify_weights) if files else None
@@ -158,7 +159,7 @@ def set_up_run(
         "other processes cannot use; leave it off and run univid-prepare first"
       )
     data = open_data(config) if data is None else data
-    if jax.process_index() == 0:  # it warns of what all processes see
+    if jax.process_index() == 0:  # it warns of what all processes find
       data.report(config.data)
     data.require_usable(config.data)
   check_same_data(workdir, data, config)
@@ -205,9 +206,9 @@ def check_arguments(
 
 
 def ignored_options(config: RunConfig) -> list[str]:
-  """Returns `KEY = VALUE (what holds instead)` for values of a config that a base, or its variant, overrules.
+  """Returns `KEY = VALUE (what applies instead)` for values of a config that its base, or variant, overrides.
 
-  Values that equal the defaults are not listed: nobody may have set them.
+  Values that equal the defaults are not listed, since the user may not have set them.
   """
   if not (config.init_from or config.model.variant):
     return []
@@ -231,7 +232,7 @@ def ignored_options(config: RunConfig) -> list[str]:
 
 
 def check_config(config: RunConfig) -> RunConfig:
-  """Returns a config that names the quantisation of its base, after checking what depends on the base.
+  """Checks what depends on the base; returns the config with the quantisation of its base.
 
   Raises:
     UserError: a value is invalid for a run.
@@ -246,7 +247,7 @@ def check_config(config: RunConfig) -> RunConfig:
 
 
 def check_precision(config: RunConfig) -> None:
-  """Checks that small gradients and updates are not lost, as far as that can be helped.
+  """Checks that small gradients and updates are not lost; only warns of the latter.
 
   Raises:
     UserError: a model that computes in float16 cannot be trained.
@@ -266,7 +267,7 @@ def check_precision(config: RunConfig) -> None:
 
 
 def open_features(config: RunConfig, encoders: Encoders, data: DataSources, workdir: str) -> FeatureMaker:
-  """Returns what encodes the sentences of a run, with the run's caches if there is anything to cache."""
+  """Returns the encoder of a run's sentences, with the run's caches if there is anything to cache."""
   return FeatureMaker(
     encoders,
     shape=transformer_config(config),
@@ -279,7 +280,7 @@ def open_features(config: RunConfig, encoders: Encoders, data: DataSources, work
 def fill_caches(
   config: RunConfig, features: FeatureMaker, data: DataSources, validation: Sequence[Sentence], *, verify: bool = False
 ) -> PreparationReport:
-  """Encodes what training and validation read; see `data.prepare.prepare`."""
+  """Fills the caches with what training and validation read; see `data.prepare.prepare`."""
   return prepare(
     features,
     data,

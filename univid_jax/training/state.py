@@ -1,4 +1,4 @@
-"""The training state: what changes from step to step, and how it is created and sharded."""
+"""The training state: everything that changes from step to step, and how it is created and sharded."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -28,14 +28,14 @@ Params = Mapping[str, Any]  # nested dicts of arrays, under the names of a model
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-  """Everything that a step updates; for two experts all but the step by their names, see `TrainedExpert.join_trees`.
+  """Everything that a step updates; with two experts, all but `step` is by name, see `TrainedExpert.join_trees`.
 
   Attributes:
     step: number of steps taken.
     params: trained parameters.
-    ema: their exponential moving average, in float32, as steps of a thousandth would be lost in bfloat16; None without
+    ema: their exponential moving average, in float32, since bfloat16 would lose steps of a thousandth; None without
       one.
-    opt_state: of the optimizer.
+    opt_state: state of the optimizer.
   """
 
   step: Int[Array, ""]
@@ -45,25 +45,25 @@ class TrainState:
 
   @property
   def model_params(self) -> Params:
-    """The parameters to sample with: the moving average if there is one, in their dtype."""
+    """The parameters for sampling: the moving average if there is one, in the parameters' dtype."""
     return (
       self.params if self.ema is None else jax.tree.map(lambda x, like: x.astype(like.dtype), self.ema, self.params)
     )
 
   @property
   def model_item(self) -> Params:
-    """What a checkpoint holds as the model: the moving average if there is one."""
+    """The model item of a checkpoint: the moving average if there is one, else the parameters."""
     return self.params if self.ema is None else self.ema
 
   @property
   def training_items(self) -> dict[str, Any]:
-    """What a checkpoint holds besides `model_item`."""
+    """The other items of a checkpoint, besides `model_item`."""
     items = {"step": self.step, "opt_state": self.opt_state}
     return items if self.ema is None else items | {"params": self.params}
 
   @classmethod
   def from_items(cls, model: Params, training: Mapping[str, Any], *, ema: bool) -> "TrainState":
-    """The inverse of `model_item` and `training_items`."""
+    """Returns the state of `model_item` and `training_items`; their inverse."""
     params = training["params"] if ema else model
     return cls(step=training["step"], params=params, ema=model if ema else None, opt_state=training["opt_state"])
 
@@ -75,7 +75,7 @@ class TrainState:
 
   @classmethod
   def join(cls, expert: TrainedExpert, states: "Sequence[TrainState]") -> "TrainState":
-    """The inverse of `split`."""
+    """Returns one state from those of each expert; the inverse of `split`."""
     first = states[0]
     return cls(
       step=first.step,
@@ -87,14 +87,14 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateSpec:
-  """A training state before it exists.
+  """Description of a training state, before it exists.
 
   Attributes:
     graph: the model without parameters; `nnx.merge(spec.graph, join(frozen, params))` is the model.
-    training_graph: the same with dropout, of which each step has new keys, see `with_dropout_keys`.
+    training_graph: the same with dropout, whose keys each step replaces, see `with_dropout_keys`.
     create: creates the first state, from random parameters or from those given.
     abstract: shapes, dtypes and shardings of the state.
-    abstract_frozen: the same for what is not trained; {} if everything is.
+    abstract_frozen: the same for the frozen parameters; {} if everything is trained.
   """
 
   graph: nnx.GraphDef
@@ -114,7 +114,7 @@ class StateSpec:
     lora: bool = False,
     offload: bool = False,
   ) -> "StateSpec":
-    """Describes the state of a model that is trained whole, or whose adapters are.
+    """Describes the state of a model of which everything, or only its adapters, is trained.
 
     Args:
       init: creates the model.
@@ -122,7 +122,7 @@ class StateSpec:
       mesh: the devices.
       ema: whether to keep a moving average.
       lora: whether only adapters are trained.
-      offload: whether the blocks that are not trained are in the memory of the host.
+      offload: whether frozen blocks are in host memory.
     """
     kind = LoRAParam if lora else nnx.Param
 
@@ -170,7 +170,7 @@ class StateSpec:
 
 
 def describe_training(config: RunConfig, mesh: Mesh) -> tuple[list[optax.GradientTransformation], StateSpec]:
-  """Returns the optimizer of each transformer that a run trains, and the description of its state."""
+  """Returns the optimizer of each transformer that a run trains, and the description of the run's state."""
   expert, counts = config.model.expert, (config.num_steps,)
   if expert == TrainedExpert.BOTH:
     counts = ExpertSchedule.from_config(config).count_steps(config.num_steps)
@@ -196,7 +196,7 @@ def describe_training(config: RunConfig, mesh: Mesh) -> tuple[list[optax.Gradien
 def _state_shardings(
   shapes: TrainState, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-  """Shards moments like their parameters and replicates scalars."""
+  """Returns shardings that shard moments like their parameters and replicate scalars."""
   replicated = NamedSharding(mesh, PartitionSpec())
 
   def shard_moment(moment: Any, sharding: NamedSharding) -> Any:

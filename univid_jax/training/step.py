@@ -33,13 +33,13 @@ def make_train_step(
 ) -> TrainStep:
   """Returns the jitted step (state, frozen, batch) -> (state, metrics); the state passed in is donated.
 
-  Noise depends on the seed and the step alone. Of two experts a step trains one, as `ExpertSchedule` says; the state
-  of the other one stays as it is.
+  Noise depends only on the seed and the step. With two experts a step trains the one that `ExpertSchedule` selects; the
+  other's state stays unchanged.
 
   Args:
-    config: of the run.
-    spec: of its state.
-    optimizers: of each transformer that is trained.
+    config: config of the run.
+    spec: description of its state.
+    optimizers: one for each transformer that is trained.
     mesh: the devices.
   """
   steps = [_make_step(part, spec, optimizer) for part, optimizer in zip(split_config(config), optimizers, strict=True)]
@@ -54,7 +54,7 @@ def make_train_step(
 
 
 def _make_step(config: RunConfig, spec: StateSpec, optimizer: optax.GradientTransformation) -> TrainStep:
-  """Returns the step of a run of one transformer."""
+  """Returns the step of a run that trains one transformer."""
   flow = make_flow(config)
   update = make_update(
     spec, optimizer, ema_decay=config.ema_decay, microbatches=config.rows.microbatches, dropout=config.lora.dropout > 0
@@ -63,13 +63,13 @@ def _make_step(config: RunConfig, spec: StateSpec, optimizer: optax.GradientTran
   def train_step(state: TrainState, frozen: Params, row: PackedRow) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(random_key(config.seed), state.step)
     noise, levels = draw_noise(key, row, flow)
-    return update(state, frozen, row, noise, levels, jax.random.fold_in(key, 2))  # 0 and 1 are those of `draw_noise`
+    return update(state, frozen, row, noise, levels, jax.random.fold_in(key, 2))  # `draw_noise` uses 0 and 1
 
   return train_step
 
 
 def _alternate(config: RunConfig, steps: Sequence[TrainStep]) -> TrainStep:
-  """Returns the step of a run of both experts, given that of each."""
+  """Returns the step of a run that trains both experts, given the step of each."""
   expert, schedule = config.model.expert, ExpertSchedule.from_config(config)
 
   def train_one(index: int) -> TrainStep:
@@ -98,7 +98,7 @@ def make_update(
   """Returns the pure function (state, frozen, row, noise, levels, dropout key) -> (state, metrics) of a step.
 
   The loss is the mean over all sentences of the batch, on all devices and in all microbatches, so neither packing nor
-  accumulation changes what a learning rate means.
+  accumulation changes the effect of a learning rate.
   """
 
   optimizer = optax.with_extra_args_support(optimizer)
@@ -127,9 +127,9 @@ def make_update(
     loss, grads = _accumulate_gradients(
       loss_fn, state.params, frozen, (row, noise, levels), num_sentences, key, microbatches=microbatches
     )
-    with jax.numpy_dtype_promotion("standard"):  # on which optax relies
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params, loss=loss)
-    # optax types the results as any tree; they have the structure of the parameters.
+    # optax annotates the results as any tree; they have the structure of the parameters.
     params = cast(Params, optax.apply_updates(state.params, updates))
     ema = state.ema
     if ema is not None:
@@ -165,14 +165,14 @@ def _accumulate_gradients(
     rows, part_key = part
     return jax.tree.map(jnp.add, total, grad_fn(params, frozen, rows, num_sentences, part_key)), None
 
-  # Sums in float32, so that many small parts of bfloat16 are not lost.
+  # Sums in float32, so that small bfloat16 parts are not lost.
   start = jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
   (loss, grads), _ = jax.lax.scan(accumulate, start, (parts, jax.random.split(key, microbatches)))
   return loss, jax.tree.map(lambda x, like: x.astype(like.dtype), grads, params)
 
 
 def _count(row: PackedRow) -> Metrics:
-  """Counts what a batch holds: for the log, and for the operations that it takes, those of attention by row."""
+  """Counts what a batch holds, for the log and for its number of operations; pairs of attention by row."""
   return {
     "sentences": jnp.sum(has_sentence(row)),
     "targets": jnp.sum(row.target_mask),
@@ -183,7 +183,7 @@ def _count(row: PackedRow) -> Metrics:
 
 
 def _count_pairs(intervals: Array | None, num_keys: int, row: PackedRow) -> Float[Array, "b"]:
-  """Counts the pairs of a token and a key that it attends to in each row."""
+  """Counts, for each row, the pairs of a token and a key that it attends to."""
   if intervals is None:
     num_rows, num_tokens = row.segment_ids.shape
     return jnp.full(num_rows, num_tokens * num_keys, jnp.float32)

@@ -49,13 +49,12 @@ PREVIEW_FPS = 8
 
 
 class Validation:
-  """The loss of the same sentences at fixed noise levels with fixed noise.
+  """Measures the loss of the same sentences at fixed noise levels with fixed noise.
 
   Args:
-    config: of the run; its `validation` says how many sentences and which noise levels, of which those count that
-      are trained.
-    spec: of the training state.
-    sentences: to measure on.
+    config: config of the run; `validation.sigmas` are the noise levels, of which only those that are trained count.
+    spec: description of the training state.
+    sentences: the sentences to measure on.
     make_features: encodes them.
     mesh: the devices.
 
@@ -82,7 +81,7 @@ class Validation:
     def sum_losses(
       params: Params, frozen: Params, row: PackedRow, noise: jax.Array, sigma: jax.Array
     ) -> list[jax.Array]:
-      """Sums losses and sentences, each by task and by context; entry 0 is of sentences without either."""
+      """Sums losses and sentences, each by task and by context; entry 0 is for sentences without one."""
       model = nnx.merge(spec.graph, join(frozen, params))
       losses, counts = sentence_losses(model, row, noise, jnp.full((len(row.tokens), row.num_slots), sigma))
       groups = [
@@ -97,7 +96,7 @@ class Validation:
     """Returns val_loss, and the same by noise level, task, context and expert: means over sentences and levels.
 
     Args:
-      params, frozen: of the model.
+      params, frozen: parameters of the model.
       progress: called after each batch with its number, from 1 again for every noise level.
     """
     metrics, sums = {}, []
@@ -126,15 +125,15 @@ class Validation:
 
 
 def _mean(sums: Sequence[Sequence[np.ndarray]]) -> float:
-  """Returns the loss of a sentence, from sums of losses and counts by task and by context at each noise level."""
+  """Returns the mean loss per sentence, from sums of losses and counts by task and by context at each noise level."""
   losses, _, counts, _ = (np.sum(values, axis=0).sum() for values in zip(*sums, strict=True))
   return float(losses / counts)
 
 
 def select_sentences(data: DataSources, config: RunConfig) -> list[Sentence]:
-  """Selects sentences to validate on: of what is held out, or if nothing is, of the data to train on.
+  """Selects sentences to validate on: held-out ones or, if nothing is held out, training sentences.
 
-  They are of all kinds of data in turn, and of each of all tasks in turn; see `read_usable`.
+  Kinds of data take turns, and within each kind tasks take turns; see `read_usable`.
   """
   sources = data.held_out or data.sources
 
@@ -153,14 +152,14 @@ def leave_out_unusable(
   """Returns the sentences that can be encoded and fit into a row; all processes must call it.
 
   Args:
-    sentences: the same in every process.
+    sentences: the sentences, the same in every process.
     make_features: encodes them.
     row_shape: capacity of a row.
     allow_dropped: leave out and log those that a process cannot use.
 
   Raises:
     CacheError: a cache cannot be written or read.
-    UserError: a sentence cannot be used and that is not allowed, or none can.
+    UserError: a sentence cannot be used and may not be dropped, or none can be used.
   """
   capacities = row_shape.capacities(feature_names(make_features.shape))
   usable, dropped = [], dict[Dropped, None]()
@@ -171,7 +170,7 @@ def leave_out_unusable(
     except CacheError:
       raise
     except (OSError, UserError) as error:
-      dropped[drop(sentence.record, error)] = None  # once, as a record may be several sentences
+      dropped[drop(sentence.record, error)] = None  # once per record, which may yield several sentences
       failed = True
     if not sum_over_processes(failed):
       usable.append(sentence)
@@ -182,7 +181,7 @@ def leave_out_unusable(
 
 
 def take_turns(iterables: Iterable[Iterable[T]]) -> Iterator[T]:
-  """Yields an item of each in turn, until all are exhausted."""
+  """Yields items from all iterables in turn, until all are exhausted."""
   waiting = collections.deque(iter(each) for each in iterables)
   while waiting:
     iterator = waiting.popleft()
@@ -203,9 +202,9 @@ def write_previews(
   num_inference_steps: int | None,
   progress: Progress | None,
 ) -> None:
-  """Samples the sentences' targets and writes step_NNNNNN.png with all of them, and a video of each that is one.
+  """Samples the sentences' targets and writes step_NNNNNN.png with all of them, and a video for each video.
 
-  Every process samples; the first one writes. `progress` is that of `Pipeline.sample_batch`.
+  Every process samples; the first one writes. `progress` is passed to `Pipeline.sample_batch`.
   """
   sentences = [sentence.with_frames() for sentence in sentences]
   predictions = sample_targets(

@@ -1,4 +1,4 @@
-"""Builds changes from the tensors that a file has for a module: one table of kinds."""
+"""Builds changes from the tensors that a file has for a module, by one table of kinds."""
 
 import dataclasses
 import math
@@ -10,13 +10,13 @@ from univid_jax.checkpoints.lora.kinds import Change, Difference, DoRALayer, LoH
 
 Parts = Mapping[str, np.ndarray]
 
-# Returns alpha for a rank. For None (no part is low-rank) it is the scale itself, or None for 1.
+# Returns alpha for a rank. If the rank is None (no part is low-rank), it is the scale itself, or None for 1.
 AlphaOf = Callable[[int | None], float | None]
 
 # The transformer's only convolution, the patch embedding, has less than a million weights.
 _MAX_CONVOLUTION = 1 << 24
 
-# Parts that go with every kind.
+# Parts that may accompany every kind.
 _COMMON = {"alpha", "dora_scale", "magnitude"}
 
 
@@ -30,10 +30,10 @@ class StoredKind:
 
   Attributes:
     name: for messages.
-    prefixes: of its parts.
-    required: of its parts.
-    build: converts the parts.
-    has_products: each required part may also be a product, of two parts that end with _a and _b.
+    prefixes: prefixes of its parts' names.
+    required: names of the parts that it must have.
+    build: converts the parts to a change.
+    has_products: whether each required part may also be a product, of two parts whose names end with _a and _b.
   """
 
   name: str
@@ -44,7 +44,7 @@ class StoredKind:
 
 
 def build_changes(tensor: str, parts: Parts, alpha_of: AlphaOf) -> dict[str, Change]:
-  """Builds what the parts of a module change, by official name: its weight, and the bias of a low-rank layer.
+  """Builds the changes that a module's parts make, by official name: of its weight, and the bias of a low-rank layer.
 
   Args:
     tensor: official name of the weight, or of another tensor that the parts belong to.
@@ -113,7 +113,7 @@ def _build_lokr(parts: Parts, alpha_of: AlphaOf) -> LoKrLayer:
     raise PartsError("has a factor both whole and as a product")
   rank = next((len(factor[1]) for factor in (w2, w1) if len(factor) == 2), None)
   if rank is None:
-    # The scale of whole factors is 1, except for musubi, where a side of w2 counts as the rank, and PEFT.
+    # Whole factors have scale 1, except for musubi, where a side of w2 counts as the rank, and PEFT.
     side = max(as_matrix(w2[0]).shape) if "lokr_factor" in parts else None
     found = alpha_of(side)
     scale = 1.0 if found is None else found / (side or 1)
@@ -134,7 +134,7 @@ def _build_lokr(parts: Parts, alpha_of: AlphaOf) -> LoKrLayer:
 
 
 def _build_difference(parts: Parts, alpha_of: AlphaOf) -> Difference:
-  del alpha_of  # no program applies one
+  del alpha_of  # no program applies alpha to a difference
   return Difference(parts["diff"])
 
 
@@ -170,7 +170,7 @@ def _product_shape(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
 
 
 def _tucker(core: np.ndarray, a: np.ndarray | None, b: np.ndarray) -> np.ndarray:
-  """Returns a convolution: core (i, j, ...), times a (i, p) unless it is None, times b (j, r), (p or i, r, ...)."""
+  """Returns a convolution (p or i, r, ...): core (i, j, ...), times a (i, p) unless it is None, times b (j, r)."""
   fits = core.ndim >= 2 and b.ndim == 2 and core.shape[1] == len(b)
   if not fits or (a is not None and (a.ndim != 2 or len(core) != len(a))):
     raise PartsError("needs a core (i, j, ...) between matrices (i, m) and (j, n)")
@@ -188,7 +188,7 @@ def _magnitude(parts: Parts, shape: Sequence[int]) -> np.ndarray:
   size_out, size_in = shape[0], math.prod(shape[1:])
   value = parts.get("dora_scale", parts.get("magnitude"))
   assert value is not None
-  # PEFT's are those of out channels, in any shape.
+  # PEFT's magnitudes are those of out channels, in any shape.
   along_in = "dora_scale" in parts and value.ndim >= 2 and len(value) == 1 and size_out != 1
   if value.size != (size_in if along_in else size_out):
     raise PartsError(f"needs one magnitude of DoRA per channel, {size_out} (out, 1) or {size_in} (1, in)")

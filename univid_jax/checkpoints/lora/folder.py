@@ -3,7 +3,7 @@
 FOLDER/lora.json   metadata; written after the arrays, so a folder that has it is complete
 FOLDER/lora/       arrays; in blocks/ and others/ low-rank changes of Linears by module, layers of blocks stacked up to
                    the highest adapted one and ranks padded with zeros; in changes/ all others by tensor and part
-FOLDER/checksums.xxh128   of all other files; written last
+FOLDER/checksums.xxh128   checksums of all other files; written last
 """
 
 import re

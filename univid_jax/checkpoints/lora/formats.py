@@ -1,4 +1,4 @@
-"""Formats of LoRA files that are written; a new one is an entry of FORMATS."""
+"""Formats in which LoRA files are written; to add one, add an entry to FORMATS."""
 
 import dataclasses
 import enum
@@ -61,7 +61,7 @@ class Alpha(enum.Enum):
   """How a format stores alpha, so that its reader applies the right scale."""
 
   FOLDED = "folded"  # the reader applies no scale: `up` is multiplied by alpha / rank, see `LoRALayer.fold_up`
-  IF_NOT_RANK = "if_not_rank"  # the reader takes alpha = rank if there is none
+  IF_NOT_RANK = "if_not_rank"  # the reader assumes alpha = rank if there is none
   ALWAYS = "always"
 
 
@@ -74,10 +74,10 @@ class LoRAFormat:
     spell: converts the official name of a module.
     down, up: endings of the names of the two matrices.
     alpha: how alpha is stored.
-    kinds: of changes that its readers apply; others are refused.
-    one_kind: whether its readers apply the changes of one kind alone, those of the first that they find.
+    kinds: kinds of changes that its readers apply; others are refused.
+    one_kind: whether its readers apply only one kind of changes, the first that they find.
     adapt: converts a change to the form that its readers apply.
-    suffixes: of files.
+    suffixes: suffixes of its files.
     metadata: returns additional header entries.
   """
 
@@ -97,11 +97,11 @@ class LoRAFormat:
     return isinstance(change, self.kinds) and isinstance(inner, self.kinds)
 
   def module_name(self, tensor: str) -> str:
-    """Returns what the names of the tensors that change one tensor begin with."""
+    """Returns the beginning of the names of the tensors that change a tensor."""
     return self.prefix + self.spell(tensor.removesuffix(".weight").removesuffix(".bias"))
 
   def tensors(self, tensor: str, change: Change, dtype: str | None = None) -> dict[str, np.ndarray]:
-    """Returns the named tensors of the change of one tensor, in a dtype or else in their own."""
+    """Returns the named tensors for the change of one tensor, in a dtype or else in their own."""
     change = self.adapt(change)
     stored = change.astype(dtype) if dtype else change
     name = self.module_name(tensor)
@@ -123,7 +123,7 @@ FORMATS: Mapping[str, LoRAFormat] = {
     down=".lora_A.default.weight",
     up=".lora_B.default.weight",
     alpha=Alpha.FOLDED,
-    suffixes=(".safetensors", ".ckpt"),  # a .ckpt needs PyTorch, and has its metadata in a file beside it
+    suffixes=(".safetensors", ".ckpt"),  # a .ckpt needs PyTorch, and has its metadata in a sidecar
   ),
   "diffusers": LoRAFormat(prefix="transformer.", spell=_to_diffusers, alpha=Alpha.FOLDED),
   "comfyui": LoRAFormat(
@@ -184,7 +184,7 @@ def lora_tensors(lora: LoRAWeights, to: str, *, dtype: str | None = None) -> dic
 
 
 def check_complete(lora: LoRAWeights) -> None:
-  """Raises UserError if a file has tensors that no transformer of Wan has a counterpart of."""
+  """Raises UserError if a file has tensors without a counterpart in any of Wan's transformers."""
   if lora.unmatched:
     raise UserError(
       f"{lora.source} has {len(lora.unmatched)} tensors that Wan's transformers have no counterpart of: "
@@ -206,13 +206,14 @@ def write_lora(path: epath.PathLike, lora: LoRAWeights, to: str, *, dtype: str |
     path: local or in a bucket; ends in one of the format's suffixes.
     lora: the LoRA.
     to: name of a format in `FORMATS`.
-    dtype: of the written tensors but alpha; by default their own, or float32 where that would round what is folded.
+    dtype: dtype of the written tensors except alpha; by default their own, or float32 where their own would round
+      folded values.
 
   Returns:
-    What differs from the LoRA that was read, or will where the file is used, in one line; "" if nothing does.
+    One line on what differs from the LoRA that was read, or will differ where the file is used; "" if nothing does.
 
   Raises:
-    UserError: the format is unknown, its files have another suffix, or a file needs PyTorch, which is not installed.
+    UserError: the format is unknown, its files have another suffix, or the file needs PyTorch, which is not installed.
   """
   path, file_format = epath.Path(path), find_format(to)
   check_suffix(path, to)
@@ -221,7 +222,7 @@ def write_lora(path: epath.PathLike, lora: LoRAWeights, to: str, *, dtype: str |
   entries = {**lora.file_metadata(), **SCALE_OF_ONE, SEAL: OPEN_SEAL}
   if path.suffix.lower() == ".ckpt":
     require_torch(path)
-    # Published in reverse order: a kill between the two leaves no sidecar without a file.
+    # The two are published in reverse order: a kill in between leaves no sidecar without a file.
     with atomic_write(sidecar_path(path)) as sidecar, atomic_write(path) as weights:
       save_torch(weights, tensors)
       write_sidecar(sidecar, entries)
@@ -234,7 +235,7 @@ def write_lora(path: epath.PathLike, lora: LoRAWeights, to: str, *, dtype: str |
 
 
 def _describe_folding(lora: LoRAWeights, file_format: LoRAFormat, tensors: Mapping[str, np.ndarray]) -> str:
-  """Returns which tensors are in float32 because alpha is folded into them, or how much their dtype rounds them."""
+  """Describes which tensors are float32 because alpha is folded into them, or how much their dtype rounds them."""
   widened, dtypes, total, lost = 0, set(), 0.0, 0.0
   for tensor, change in lora.changes.items():
     if file_format.alpha is not Alpha.FOLDED or not isinstance(change, LoRALayer) or change.alpha == change.rank:
@@ -255,7 +256,7 @@ def _describe_folding(lora: LoRAWeights, file_format: LoRAFormat, tensors: Mappi
 
 
 def _describe_dora(lora: LoRAWeights) -> str:
-  """Returns how many DoRA changes ComfyUI applies differently; no other format that is written has DoRA."""
+  """Describes how many DoRA changes ComfyUI applies differently; no other format that is written has DoRA."""
   count = sum(isinstance(change, DoRALayer) and change.axis == "out" for change in lora.changes.values())
   if not count:
     return ""

@@ -11,7 +11,7 @@ from univid_jax.checkpoints.tensor_files import numpy_dtype
 
 
 def as_matrix(array: np.ndarray) -> np.ndarray:
-  """Flattens all dims after the first, which convolutions have."""
+  """Flattens all dims after the first, which only convolutions have several of."""
   return array.reshape(len(array), -1)
 
 
@@ -19,19 +19,19 @@ def as_matrix(array: np.ndarray) -> np.ndarray:
 class Change(abc.ABC):
   """The change of one tensor of the transformer, in PyTorch's layout (out, in) as in files.
 
-  Dims of convolutions after the first are flattened where matrices are meant. Subclasses are the rows of
-  `building.STORED_KINDS` and of `formats.FORMATS`.
+  Dims of convolutions after the first are flattened where matrices are expected. `building.STORED_KINDS` builds the
+  subclasses, and `formats.FORMATS` lists those that each format has.
   """
 
   @property
   @abc.abstractmethod
   def kind(self) -> str:
-    """What it is called."""
+    """Name of the kind, for messages."""
 
   @property
   @abc.abstractmethod
   def shape(self) -> tuple[int, ...]:
-    """The shape of the change: (out, in) for a kernel, else that of the tensor."""
+    """The shape of the change: (out, in) for a kernel, else the tensor's."""
 
   @abc.abstractmethod
   def parts(self) -> dict[str, np.ndarray]:
@@ -39,14 +39,14 @@ class Change(abc.ABC):
 
   @abc.abstractmethod
   def kernel_parts(self, weight: float) -> tuple[str, dict[str, np.ndarray]]:
-    """Returns the kind and the parts of `models.changes`, with the scale times `weight` folded in.
+    """Returns the kind and the parts for `models.changes`, with the scale times `weight` folded in.
 
-    They are float32, but a `Difference` that is not scaled keeps its dtype.
+    They are float32, except that a `Difference` with weight 1 keeps its dtype.
     """
 
   @property
   def rank_and_alpha(self) -> tuple[int, float] | None:
-    """The scale is alpha / rank; None if the kind or form has none."""
+    """Rank and alpha, whose quotient alpha / rank is the scale; None if the kind or form has none."""
     return None
 
   @property
@@ -64,7 +64,7 @@ class Change(abc.ABC):
           return value.astype(dtype)
       return value
 
-    with np.errstate(all="ignore"):  # what overflows is refused when it is used
+    with np.errstate(all="ignore"):  # overflows are refused on use
       fields = {field.name: convert(getattr(self, field.name)) for field in dataclasses.fields(self)}
     return dataclasses.replace(self, **fields)
 
@@ -76,7 +76,7 @@ class LoRALayer(Change):
   Attributes:
     down: (rank, in).
     up: (out, rank).
-    alpha: equals the rank if the file stores none.
+    alpha: the rank if the file stores none.
   """
 
   down: np.ndarray
@@ -107,7 +107,7 @@ class LoRALayer(Change):
     return "lora", {"down": as_matrix(self.down).astype(np.float32).T, "up": up}
 
   def fold_up(self) -> np.ndarray:
-    """Returns `up` times alpha / rank: in the dtype of `up` if that loses nothing, else in float32."""
+    """Returns `up` times alpha / rank, in the dtype of `up` if that is exact, else in float32."""
     if self.alpha == self.rank:
       return self.up
     folded = self.up.astype(np.float32) * np.float32(self.alpha / self.rank)
@@ -117,7 +117,7 @@ class LoRALayer(Change):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoHaLayer(Change):
-  """alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), the second product by element."""
+  """alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), where the products of matrices are multiplied elementwise."""
 
   w1_a: np.ndarray
   w1_b: np.ndarray
@@ -159,8 +159,8 @@ class LoKrLayer(Change):
   """alpha / rank * kron(w1, w2).
 
   Attributes:
-    w1, w2: the factors, each whole, (matrix,), or low-rank, (a, b) for a @ b.
-    alpha: None if both factors are whole; the scale is 1 then.
+    w1, w2: the factors, each either whole, (matrix,), or low-rank, (a, b) for a @ b.
+    alpha: None if both factors are whole, when the scale is 1.
   """
 
   w1: tuple[np.ndarray, ...]
@@ -200,7 +200,7 @@ class LoKrLayer(Change):
     return "lokr", {"w1": w1.T * np.float32(scale), "w2": w2.T}
 
   def with_whole_w1(self) -> "LoKrLayer":
-    """Returns the same change with `w1` whole, float32 if it was not; it contains the scale if `w2` is whole too."""
+    """Returns the same change with `w1` whole, float32 if it was not; `w1` includes the scale if `w2` is whole, too."""
     if len(self.w1) == 1:
       return self
     if len(self.w2) == 2:
@@ -232,17 +232,17 @@ class Difference(Change):
     return {"diff": self.diff}
 
   def kernel_parts(self, weight: float) -> tuple[str, dict[str, np.ndarray]]:
-    # A whole tensor may be large, so it is not widened without need.
+    # A whole tensor may be large, so it is widened only if necessary.
     diff = self.diff if weight == 1 else self.diff.astype(np.float32) * np.float32(weight)
     return "diff", {"diff": as_matrix(diff).T}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DoRALayer(Change):
-  """A change after which the norms of the weight are given: W' = magnitude * (W + change) / |W + change|.
+  """A change that fixes the norms of the weight: W' = magnitude * (W + change) / |W + change|.
 
   Attributes:
-    change: of any other kind.
+    change: a change of any other kind.
     magnitude: (out, 1), norms over in; or (1, in), norms over out.
   """
 

@@ -4,7 +4,7 @@ Four tables describe them; a new trainer is a new entry:
 
 _PREFIXES    what trainers put in front of a module's name
 _PARTS       endings after a module's name, and the part of a change that the tensor is
-_UNSUPPORTED endings that are refused, with the reason
+_UNSUPPORTED endings that are refused, with what they are
 TARGETS      the tensor of a module that a part changes
 """
 
@@ -22,8 +22,9 @@ from univid_jax.models.dit import DiT
 from univid_jax.models.names import name_to_diffusers, original_name
 from univid_jax.models.variants import DiTConfig
 
-# Regular expressions of prefixes, and the format of official names behind them (diffusers' names are diffusers').
-# Any number of them is removed. `transformer` needs its dot: transformer_blocks is a module of other models.
+# Regular expressions of prefixes, and the format of files with official names after them (names in diffusers' spelling
+# are always diffusers'). Any number of prefixes is removed. `transformer` needs its dot: transformer_blocks is a module
+# of other models.
 _PREFIXES: Mapping[str, str] = {
   r"diffusion_model[._]": "comfyui",
   r"lora_unet_+": "musubi",
@@ -39,7 +40,7 @@ _PREFIXES: Mapping[str, str] = {
 }
 _NO_PREFIX = "univid"
 
-# PEFT writes the name of an adapter, which contains no dot, in front of the last word.
+# PEFT puts the name of an adapter, which contains no dot, before the last word.
 _ADAPTER = r"(?:\.[^.]+)?"
 _PARTS: Mapping[str, str] = {
   rf"lora_(?:A|down){_ADAPTER}\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight": "down",
@@ -57,7 +58,7 @@ _PARTS: Mapping[str, str] = {
 }
 _ENDING = re.compile("|".join(f"(?P<p{i}>{ending})" for i, ending in enumerate(_PARTS)))
 
-# The tensor of its module that a part changes; other parts change the weight.
+# The tensor of a module that a part changes; all other parts change the weight.
 TARGETS: Mapping[str, str] = {"up_bias": ".bias", "diff_b": ".bias", "diff_m": ".modulation"}
 
 WHOLE_WEIGHTS = "whole weights (PEFT's modules_to_save), not changes of them"
@@ -70,23 +71,22 @@ _UNSUPPORTED: Mapping[str, str] = {
   r"\.(weight|bias)$": WHOLE_WEIGHTS,
 }
 
-# Tensors of a whole file that are no weights: musubi's LoKr has its factor, see `building`.
+# Tensors that are not weights but concern the whole file: musubi's LoKr stores its factor, see `building`.
 MARKERS = ("lokr_factor",)
 
-# Blocks are numbered below this, and names are no longer than that, so that a malformed file costs neither memory nor
-# time.
+# Limits on block numbers and lengths of names, so that a malformed file costs neither memory nor time.
 _MAX_BLOCKS, _MAX_NAME = 1000, 300
 _MAX_LISTED = 24
 
 
 class Part(NamedTuple):
-  """What a tensor of a file is.
+  """The meaning of a tensor in a file.
 
   Attributes:
     tensor: the official name of the tensor that it changes.
     part: a value of `_PARTS`.
-    module: name of its module as it is spelled, without `base_model.model.`.
-    format: that the name belongs to.
+    module: name of its module as spelled in the file, without `base_model.model.`.
+    format: the format that the name belongs to.
   """
 
   tensor: str
@@ -101,12 +101,12 @@ def is_lora(names: Collection[str]) -> bool:
 
 
 def is_transformer(names: Collection[str]) -> bool:
-  """Returns whether tensor names are those of a whole transformer of any layout: it alone embeds embedded texts."""
+  """Returns whether tensor names are those of a whole transformer in any layout: only it has a text embedding."""
   return any("text_embed" in name and name.endswith(".weight") for name in names) and not is_lora(names)
 
 
 def parse_name(name: str) -> Part | None:
-  """Identifies a tensor of a LoRA file; None if no transformer of Wan has a tensor that it could change."""
+  """Identifies a tensor of a LoRA file; returns None if no transformer of Wan has a tensor that it could change."""
   module, part = _split(name)
   if part is None or (found := _find_tensor(module + TARGETS.get(part, ""))) is None:
     return None
@@ -115,7 +115,7 @@ def parse_name(name: str) -> Part | None:
 
 
 def unsupported(name: str) -> str | None:
-  """Returns what a tensor is that belongs to a module of the transformer, but to no known kind of change."""
+  """Describes a tensor that belongs to a module of the transformer, but to no known kind of change."""
   if len(name) > _MAX_NAME:
     return f"names of more than {_MAX_NAME} characters"
   if _split(name)[1] is not None:
@@ -130,7 +130,7 @@ def unsupported(name: str) -> str | None:
 
 
 def list_names(names: Iterable[str]) -> str:
-  """Lists up to `_MAX_LISTED` names; of those that differ only in the number of their block, the first."""
+  """Lists up to `_MAX_LISTED` names; only the first of those that differ just in the number of their block."""
   groups: dict[str, list[str]] = defaultdict(list)
   for name in names:
     groups[re.sub(r"blocks([._])\d+", r"blocks\1#", name)].append(name[:_MAX_NAME])
@@ -139,7 +139,7 @@ def list_names(names: Iterable[str]) -> str:
 
 
 def _split(name: str) -> tuple[str, str | None]:
-  """Splits a tensor's name into that of its module and the part of a change; the latter is None if it is none."""
+  """Splits a tensor's name into its module's name and the part of a change, which is None if there is none."""
   for dot in (i for i, character in enumerate(name[:_MAX_NAME]) if character == "."):
     if match := _ENDING.fullmatch(name, dot + 1):
       return name[:dot], list(_PARTS.values())[int(str(match.lastgroup)[1:])]
@@ -147,7 +147,7 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 def _find_tensor(name: str) -> tuple[str, str] | None:
-  """Returns the official name of a tensor, and the format of its spelling, in which `.weight` is left out."""
+  """Returns the official name of a tensor, and the format of its spelling, given the name without `.weight`."""
   format_name = None
   while True:
     key, number = _key(name), "#"
@@ -165,15 +165,15 @@ def _find_tensor(name: str) -> tuple[str, str] | None:
 
 
 def _key(name: str) -> str:
-  """Returns a name with "_" for every separator: trainers mix them."""
+  """Returns a name with "_" for every separator, since trainers mix them."""
   return re.sub(r"[._]+", "_", name).strip("_")
 
 
 @functools.cache
 def _tensors() -> dict[str, tuple[str, bool]]:
-  """Returns by key, in official and in diffusers' spelling, the tensors of Wan's transformers.
+  """Returns the tensors of Wan's transformers by key, in official and in diffusers' spelling.
 
-  Blocks have the number #. The second value is whether the spelling is only diffusers'.
+  Blocks have the number #. The second value is whether the spelling is diffusers' alone.
   """
   small = DiTConfig(
     dim=2, ffn_dim=2, num_heads=1, num_layers=1, model_type=ModelType.I2V, freq_dim=2, text_dim=2, image_dim=2

@@ -1,4 +1,4 @@
-"""Reads LoRA files of every trainer, see docs/formats.md."""
+"""Reads LoRA files of all trainers, see docs/formats.md."""
 
 import dataclasses
 import math
@@ -44,15 +44,15 @@ def read_lora(path: epath.PathLike, *, verify: bool = True) -> LoRAWeights:
   """Reads a LoRA: a file of any trainer, a folder of PEFT, or this project's own.
 
   Args:
-    path: of the file or folder, local or in a bucket.
-    verify: whether to compare it with its checksums, if it has any.
+    path: path of the file or folder, local or in a bucket.
+    verify: whether to verify it against its checksums, if it has any.
 
   Raises:
     DamagedError: a file differs from its checksum.
     FileNotFoundError: the path or its weights do not exist.
     UserError: the contents are not a LoRA for Wan's transformers, damaged, or of an unsupported kind.
   """
-  if is_checkpoint(to_path(path)):  # a path, even if it is called like a built-in base
+  if is_checkpoint(to_path(path)):  # to_path: it is a path, even if it has the name of a built-in base
     raise UserError(f"{path} is a converted checkpoint, not a LoRA: give it as the checkpoint")
   if is_lora_folder(path) or has_checksums(path):
     with verified(path, enabled=verify):
@@ -71,7 +71,7 @@ def read_lora(path: epath.PathLike, *, verify: bool = True) -> LoRAWeights:
 
 
 def _local_copy(path: epath.PathLike) -> Path:
-  """Copies a LoRA in a bucket with what belongs to it: the sidecar of a file, all of a folder of PEFT."""
+  """Copies a LoRA from a bucket with what belongs to it: a file's sidecar, or all of a folder of PEFT."""
   remote = epath.Path(path)
   if any(exists(folder / CONFIG_FILE) for folder in (remote, remote.parent)):
     return Path(copy_to_local(str(path)))
@@ -84,7 +84,7 @@ def _local_copy(path: epath.PathLike) -> Path:
     if exists(neighbour := remote.with_name(name)):
       copy_file(neighbour)
     else:
-      copy.with_name(name).unlink(missing_ok=True)  # of what was there before
+      copy.with_name(name).unlink(missing_ok=True)  # left from an earlier copy
   return copy
 
 
@@ -107,7 +107,7 @@ def parse_lora(file: TensorFile) -> LoRAWeights:
       continue
     formats.add(found.format)
     names[found.tensor].append(name)
-    # The bias of a low-rank layer is scaled like its matrices, so it is read with them.
+    # The bias of a low-rank layer is scaled like its matrices, so it is read together with them.
     owner = found.tensor.removesuffix(".bias") + ".weight" if found.part == "up_bias" else found.tensor
     parts = modules.setdefault(owner, _Module(found.module, {})).parts
     part = "diff" if found.part in TARGETS and found.part != "up_bias" else found.part
@@ -137,7 +137,7 @@ def parse_lora(file: TensorFile) -> LoRAWeights:
 
 
 class _Module(NamedTuple):
-  """A module of a file: its name as spelled there, and the names of its tensors by part."""
+  """A module in a file: its name as spelled there, and the names of its tensors by part."""
 
   name: str
   parts: dict[str, str]
@@ -155,7 +155,7 @@ class _Reader:
     return tuple(f"{text} (modules: {count})" for text, count in self._assumed.items())
 
   def read(self, tensor: str, module: _Module) -> Mapping[str, Change]:
-    """Returns what a module's tensors change, by official name."""
+    """Returns the changes that a module's tensors make, by official name."""
     parts = {part: self._read_tensor(name) for part, name in module.parts.items()}
     if any(part.startswith("lokr_") for part in parts):
       parts |= {name: np.zeros(()) for name in MARKERS if name in self._file.infos}
@@ -164,7 +164,7 @@ class _Reader:
       return self._alpha(module, rank, parts.get("alpha"))
 
     try:
-      with np.errstate(all="ignore"):  # what overflows is refused when it is used
+      with np.errstate(all="ignore"):  # overflows are refused on use
         return build_changes(tensor, parts, alpha_of)
     except PartsError as error:
       shapes = ", ".join(f"{name} {parts[part].shape}" for part, name in module.parts.items())
@@ -186,11 +186,11 @@ class _Reader:
     if not np.isfinite(as_float).all():
       kind = "NaN" if np.isnan(as_float).any() else "values that are infinite or too large for float32"
       raise UserError(f"{self._file.path}: {name} contains {kind}")
-    # What float32 represents exactly is kept, to be exported as it was; but nothing computes in 8 bits.
+    # 2- and 4-byte floats are kept, so that exports equal the file; others become float32: nothing computes in 8 bits.
     return value if value.dtype.itemsize in (2, 4) else as_float
 
   def _alpha(self, module: _Module, rank: int | None, stored: np.ndarray | None) -> float | None:
-    """Returns the alpha of a module: that of its tensor, of PEFT's config, or else the rank; see `AlphaOf`."""
+    """Returns the alpha of a module: from its tensor, from PEFT's config, or else the rank; see `AlphaOf`."""
     if rank is None:
       return self._scaling.alpha_of(module.name, None)[0] if self._scaling else None
     if stored is not None:

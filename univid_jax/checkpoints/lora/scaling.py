@@ -1,4 +1,4 @@
-"""Rank and alpha of PEFT's adapters, which are in adapter_config.json or in the header of diffusers' files."""
+"""Rank and alpha of PEFT's adapters, from adapter_config.json or the header of diffusers' files."""
 
 import dataclasses
 import re
@@ -23,7 +23,7 @@ HEADER_KEY = "lora_adapter_metadata"
 _ALPHA_KEYS: Mapping[str, str] = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 _DEFAULT_ALPHA = 8.0  # PEFT's
 
-# Options that change the base, or how an adapter is applied. Others do not matter to a finished adapter.
+# Options that change the base, or how an adapter is applied. Others do not affect a finished adapter.
 _REFUSED = (
   "layer_replication",
   "alora_invocation_tokens",
@@ -34,7 +34,7 @@ _REFUSED = (
 )
 _REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-# Patterns of a module's name are regular expressions: bounded, so that matching one takes no time.
+# Patterns of module names are regular expressions, bounded so that matching takes no time.
 _MAX_PATTERN, _MAX_QUANTIFIERS = 300, 3
 
 
@@ -44,11 +44,11 @@ class PeftScaling:
 
   Attributes:
     source: where they were found, for messages.
-    rank: None if it is not stated.
-    alpha: of modules without a pattern.
-    alpha_stated: whether it is not PEFT's default.
+    rank: the rank; None if it is not stated.
+    alpha: alpha of modules without a pattern.
+    alpha_stated: whether alpha is stated, not PEFT's default.
     use_rslora: whether the scale is alpha / sqrt(rank).
-    rank_pattern, alpha_pattern: by regular expression, which ends a module's name.
+    rank_pattern, alpha_pattern: values by regular expression, which must match the end of a module's name.
   """
 
   source: str
@@ -64,10 +64,10 @@ class PeftScaling:
 
     Args:
       module: its name in the file.
-      rank: of its tensors; None if they have none, which gives the scale itself.
+      rank: rank of its tensors; None if they have none, when alpha is the scale itself.
 
     Raises:
-      UserError: the stated rank is another one.
+      UserError: the stated rank differs from the tensors', or is needed but missing.
     """
     stated = _find(self.rank_pattern, module) or self.rank
     if stated is not None and rank is not None and stated != rank:
@@ -94,7 +94,7 @@ def find_adapter(folder: epath.Path) -> epath.Path | None:
   files = sorted(path for path in folder.iterdir() if is_tensor_file(path) and path.name[0] != ".")
   named = [path for path in files if path.stem == ADAPTER_STEM]
   if named:
-    return max(named, key=lambda path: path.suffix.lower())  # of several, the .safetensors
+    return max(named, key=lambda path: path.suffix.lower())  # among several, the .safetensors
   return files[0] if len(files) == 1 else None
 
 
@@ -107,10 +107,10 @@ def find_config(path: epath.Path) -> epath.Path | None:
 
 
 def find_scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:
-  """Reads what PEFT or diffusers say about a file: the config next to it, or the header; None if neither.
+  """Reads rank and alpha of a file from PEFT's config next to it, or the header; returns None if neither has them.
 
   Raises:
-    UserError: it is damaged, or of a kind of adapter that is not supported.
+    UserError: they are damaged, or for a kind of adapter that is not supported.
   """
   if config := find_config(epath.Path(path)):
     return _read_scaling(str(config), config.read_bytes())
@@ -120,7 +120,7 @@ def find_scaling(path: Path, metadata: Mapping[str, str]) -> PeftScaling | None:
 
 
 def _read_scaling(source: str, text: bytes) -> PeftScaling:
-  # diffusers puts the name of the component in front of every key.
+  # diffusers prefixes every key with the name of the component.
   values = {key.removeprefix("transformer."): value for key, value in parse_json_object(text, source=source).items()}
   kind = str(values.get("peft_type") or "LORA")
   if kind not in _ALPHA_KEYS:
@@ -153,7 +153,7 @@ def _read_patterns(source: str, key: str, values: Mapping[str, Any]) -> dict[re.
       raise UserError(f"{source}: the pattern {describe_value(text)} in {key} is too complex")
     try:
       with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of patterns whose meaning will change
+        warnings.simplefilter("error")  # warns of patterns whose meaning will change
         pattern = re.compile(rf"(?:.*\.)?(?:{text})")  # as PEFT reads it
     except (re.error, OverflowError, RecursionError, Warning) as error:
       raise UserError(f"{source}: {text!r} in {key} is not a regular expression: {error}") from error

@@ -11,12 +11,12 @@ _Path = TypeVar("_Path", bound=PurePath)
 
 
 def write_sidecar(sidecar: Path, metadata: Mapping[str, str]) -> None:
-  """Writes metadata to a sidecar, which is given itself: what is written may have a temporary name."""
+  """Writes metadata to a sidecar, given its own path, as the file it belongs to may have a temporary name."""
   sidecar.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_sidecar(path: Path) -> dict[str, str]:
-  """Reads the metadata of a file; empty if there is none.
+  """Reads the metadata in a file's sidecar; empty if there is none.
 
   Raises:
     UserError: it is damaged.
@@ -28,5 +28,5 @@ def read_sidecar(path: Path) -> dict[str, str]:
 
 
 def sidecar_path(path: _Path) -> _Path:
-  """Returns the sidecar of a file under its final name."""
+  """Returns the path of a file's sidecar, given the file's final name."""
   return path.with_name(f"{path.name}.json")

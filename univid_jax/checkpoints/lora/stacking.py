@@ -1,4 +1,4 @@
-"""Conversion between LoRA weights and what a transformer, whose layers are stacked, applies."""
+"""Converts between LoRA weights and the changes that a transformer with stacked layers applies."""
 
 import logging
 import math
@@ -34,10 +34,10 @@ class Target(NamedTuple):
   """An official tensor of the base.
 
   Attributes:
-    path: of the parameter.
+    path: path of the parameter.
     layer: index into the stacked layers; None if they are not stacked.
     stack: shape of the stacked dims, (layers,) or ().
-    shape: of one layer of the parameter: (in, out) if it is a kernel.
+    shape: shape of one layer of the parameter: (in, out) if it is a kernel.
   """
 
   path: ParamPath
@@ -58,7 +58,7 @@ class StackedChanges(NamedTuple):
   """The changes of a transformer by path.
 
   Attributes:
-    kernels: of Linears: parts by group and name, see `models.changes`, stacked like the kernel.
+    kernels: for Linears, parts by group and name, see `models.changes`, stacked like the kernel.
     others: differences of all other parameters, float32, by path of the parameter.
   """
 
@@ -70,7 +70,7 @@ def find_targets(shapes: Shapes) -> dict[str, Target]:
   """Returns the tensors of a base by official name.
 
   Args:
-    shapes: of its parameters by path.
+    shapes: shapes of its parameters by path.
   """
   targets = {}
   for path, shape in shapes.items():
@@ -86,9 +86,9 @@ def stack_loras(
   """Converts LoRAs to changes of a base, which add up: low-rank ones are concatenated along the rank.
 
   Args:
-    loras: each with its weight.
-    config: of the base.
-    shapes: of the base's parameters by path.
+    loras: the LoRAs, each with its weight.
+    config: config of the base.
+    shapes: shapes of the base's parameters by path.
     skip_unmatched: whether to leave out tensors without a counterpart in the base.
 
   Raises:
@@ -133,11 +133,11 @@ _ADD = {
 
 
 def _kernel_parts(change: Change, weight: float, convolution: DiTConfig | None) -> tuple[str, Parts]:
-  """Returns a change of one kernel, and the name of the group of those that can be stacked with it."""
+  """Returns the parts of a kernel's change, and the name of the group of changes that can be stacked with it."""
   with np.errstate(all="ignore"):
     group, parts = change.kernel_parts(weight)
   if convolution is not None:
-    # The kernel of patches, which is small, has the order (t, y, x, channel), PyTorch's has (channel, t, y, x).
+    # The patch embedding's kernel, which is small, is ordered (t, y, x, channel), PyTorch's is (channel, t, y, x).
     channels, patch = convolution.in_dim, convolution.patch_size
     diff = np.asarray(CHANGE_KINDS[group].change({name: jnp.asarray(part) for name, part in parts.items()}))
     diff = np.moveaxis(diff.reshape(channels, *patch, -1), 0, 3).reshape(diff.shape)
@@ -153,7 +153,7 @@ def _kernel_parts(change: Change, weight: float, convolution: DiTConfig | None) 
 
 
 def _stack(layers: Mapping[int | None, Parts], stack: tuple[int, ...]) -> dict[str, np.ndarray]:
-  """Stacks the parts of layers, padded with zeros to the largest rank; absent layers are zeros."""
+  """Stacks the parts of layers, padded with zeros to the largest rank; absent layers are zero."""
   stacked: dict[str, np.ndarray] = {}
   for name in next(iter(layers.values())):
     shapes = [parts[name].shape for parts in layers.values()]
@@ -170,10 +170,10 @@ def _stack(layers: Mapping[int | None, Parts], stack: tuple[int, ...]) -> dict[s
 def match_base(
   lora: LoRAWeights, config: DiTConfig, targets: Mapping[str, Target], *, skip_unmatched: bool
 ) -> LoRAWeights:
-  """Returns the changes that a base has a counterpart of.
+  """Returns the changes that have a counterpart in a base.
 
   Raises:
-    UserError: the LoRA is for another base, or has other tensors too and they are not to be skipped.
+    UserError: the LoRA is for another base, or has further tensors that are not to be skipped.
   """
   dims = {
     change.shape[1]
@@ -210,7 +210,7 @@ def match_base(
 
 
 def _has_counterpart(change: Change, target: Target | None, config: DiTConfig) -> bool:
-  """Returns whether a base has a tensor for a change; the patch embedding of latents with other channels is another."""
+  """Returns whether a base has a tensor for a change; a patch embedding with other latent channels does not count."""
   if target is None or not target.is_convolution:
     return target is not None
   return change.shape[0] != config.dim or math.prod(change.shape[1:]) == config.in_dim * config.patch_volume
@@ -242,9 +242,9 @@ def unstack_lora(
 
   Args:
     params: nested dicts with `down` and `up` under `lora`.
-    alpha: used in training.
+    alpha: the alpha used in training.
     rslora: whether training scaled by alpha / sqrt(rank).
-    metadata: of the LoRA.
+    metadata: metadata of the LoRA.
   """
   flat = traverse_util.flatten_dict(params)
   changes: dict[str, Change] = {}

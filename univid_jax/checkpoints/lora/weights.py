@@ -1,4 +1,4 @@
-"""LoRA weights in memory: one form, whatever file they come from."""
+"""LoRA weights in memory, in one form for all kinds of files."""
 
 import dataclasses
 import functools
@@ -10,10 +10,10 @@ from univid_jax.checkpoints.lora.kinds import Change
 from univid_jax.checkpoints.usage import ENTRIES, SOFTWARE, SOFTWARE_NAME, Usage
 from univid_jax.models.lora import lora_targets
 
-# Metadata that stays with a LoRA when it is written in another format, if this project wrote it.
+# Metadata that a LoRA of this project keeps when it is written in another format.
 _KEPT_METADATA = (*ENTRIES, "step")
 
-# Header of files that this project writes: where no alpha is stored, it is the rank, and the scale 1.
+# Header of files that this project writes: where no alpha is stored, alpha is the rank, and the scale is 1.
 SCALE_OF_ONE: Mapping[str, str] = {"scale_without_alpha": "1"}
 
 
@@ -23,11 +23,11 @@ class LoRAWeights:
 
   Attributes:
     changes: by the official name of the tensor.
-    format: of the file's names: keys of `formats.FORMATS`, or "jax" for this project's own folder.
+    format: format of the file's names: a key of `formats.FORMATS`, or "jax" for this project's own folder.
     metadata: the text entries of the file's header.
     source: the file, for messages.
-    names: names of the file's tensors, by the tensor that they change.
-    unmatched: names of the file's tensors that no transformer of Wan has a counterpart of.
+    names: names of the file's tensors, by the official name of the tensor that they change.
+    unmatched: names of the file's tensors without a counterpart in any of Wan's transformers.
     notes: what had to be assumed to read the file, one line each.
   """
 
@@ -41,7 +41,7 @@ class LoRAWeights:
 
   @functools.cached_property
   def usage(self) -> Usage | None:
-    """How it has to be run; None if it does not say.
+    """How the LoRA must be run; None if it does not say.
 
     Raises:
       UserError: its metadata is malformed.
@@ -71,11 +71,11 @@ class LoRAWeights:
     return dataclasses.replace(self, changes={name: change.astype(dtype) for name, change in self.changes.items()})
 
   def select(self, tensors: Iterable[str]) -> "LoRAWeights":
-    """Returns the changes of some tensors alone."""
+    """Returns a LoRA with only the changes of some tensors."""
     return dataclasses.replace(self, changes={name: self.changes[name] for name in tensors}, unmatched=())
 
   def names_of(self, tensors: Iterable[str]) -> list[str]:
-    """Returns the names in the file of what changes some tensors."""
+    """Returns the names in the file of the tensors that change some tensors."""
     return [name for tensor in tensors for name in self.names.get(tensor, (tensor,))]
 
   def describe(self) -> str:

@@ -21,15 +21,17 @@ from univid_jax.data.cache.shards import FOLDER, Shards, seal_entry, unseal_entr
 
 log = logging.getLogger(__name__)
 
-# Part of every key: raise it when the code computes something else from the same input and weights.
+# Part of every key: increase it when the code computes different values from the same input and weights.
 ENCODING_VERSION = 1
 
-_NAME = "value"  # of the one array in a file
+_NAME = "value"  # name of the only array in a file
 
 
 class CacheError(OSError):
-  """A value cannot be stored or read, for example because the disk is full or a bucket does not answer; what it was
-  computed from is not to blame."""
+  """A value cannot be stored or read, for example because the disk is full or a bucket does not answer.
+
+  The data that it is computed from is not at fault.
+  """
 
 
 class Cache:
@@ -49,7 +51,7 @@ class Cache:
     self._reported: set[str] = set()
 
   def path(self, key: str) -> epath.Path:
-    """Returns the file of a key, whether it exists or not."""
+    """Returns the path of a key's file, which need not exist."""
     return entry_path(self.folder, self._digest(key))
 
   def __contains__(self, key: str) -> bool:
@@ -58,10 +60,10 @@ class Cache:
       return digest in self._shards or exists(self.path(key)) or digest in self._newer_shards()
 
   def get(self, key: str) -> np.ndarray | None:
-    """Returns the value, or None if it is missing or, as the log says once, corrupt.
+    """Returns the value, or None if it is missing or corrupt; the latter is logged once.
 
     Raises:
-      CacheError: it cannot be read.
+      CacheError: the value cannot be read.
     """
     digest = self._digest(key)
     with self._errors("read"):
@@ -70,7 +72,7 @@ class Cache:
         body = self._read_file(key)
       if body is None:
         body = self._newer_shards().read(digest)
-    # Not a .npy, whose header several threads cannot parse at once, see `data.media.reader._HEADER_LOCK`.
+    # Not a .npy, whose header is not parsed safely by several threads at once, see `data.media.reader._HEADER_LOCK`.
     return None if body is None else load(bytes(body))[_NAME]
 
   def put(self, key: str, value: np.ndarray) -> None:
@@ -92,7 +94,7 @@ class Cache:
 
   @contextlib.contextmanager
   def _errors(self, action: str, path: epath.Path | None = None) -> Iterator[None]:
-    """Raises CacheError in place of other OSErrors, about a path or the one that they name."""
+    """Turns other OSErrors into CacheErrors about `path`, or else the path that they name."""
     try:
       yield
     except OSError as error:
@@ -114,23 +116,23 @@ class Cache:
     return body
 
   def _newer_shards(self) -> Shards:
-    """Returns the shards as they are now: another process may have packed, and removed, the files."""
+    """Returns the shards as they are now: another process may have packed the files and removed them."""
     if not self._shards.is_current():
       self._shards = Shards(self.folder / FOLDER)
     return self._shards
 
 
 def entry_path(folder: epath.Path, digest: bytes) -> epath.Path:
-  """Returns the file of an entry in the folder of a cache, by the digest of its key."""
+  """Returns the path of an entry in the folder of a cache, given the digest of its key."""
   name = digest.hex()
   return folder / name[:2] / f"{name}.safetensors"
 
 
 def is_entry(path: epath.Path) -> bool:
-  """Returns whether a file is an entry of a cache, by its name."""
+  """Returns whether a file is an entry of a cache, judging by its name."""
   return re.fullmatch(r"[0-9a-f]{64}\.safetensors", path.name) is not None and path.parent.name == path.name[:2]
 
 
 def is_intact(path: epath.Path) -> bool:
-  """Returns whether an entry equals its checksum."""
+  """Returns whether an entry matches its checksum."""
   return unseal_entry(path.read_bytes()) is not None

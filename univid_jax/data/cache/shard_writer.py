@@ -1,7 +1,7 @@
 """Packs the entries of a cache into shards, see `shards`; several processes share the work.
 
-A shard gets its name when it is complete, and counts when the index names it. Killed at any time, the cache is what it
-was before; the next call adopts shards that are complete, and continues after them.
+A shard gets its name when it is complete, and counts once the index names it. A kill at any time leaves the cache as it
+was; the next call adopts shards that are complete, and continues after them.
 """
 
 import dataclasses
@@ -43,22 +43,22 @@ from univid_jax.runtime.processes import sum_over_processes, wait_for_processes
 
 log = logging.getLogger(__name__)
 
-# A shard is full when it reaches one of them.
+# A shard is full when it reaches one of these limits.
 MAX_BYTES = 256 << 20
 MAX_RECORDS = 65536
 
-# Files of a bucket that are read at the same time.
+# Files in a bucket that are read at the same time.
 _NUM_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """What was packed.
+  """Result of packing.
 
   Attributes:
     num_packed: entries that were packed now.
     num_removed: files of entries that were removed.
-    num_entries, num_shards: in all.
+    num_entries, num_shards: totals of the caches.
   """
 
   num_packed: int
@@ -74,10 +74,10 @@ class Packed:
 def repair_indices(folder: epath.PathLike) -> None:
   """Makes the index of each cache name the shards that exist. All processes must call it, and hold their locks.
 
-  Complete shards of a killed command are added, those that are gone are left out, and what is unfinished is removed.
+  Adds complete shards of a killed command, leaves out shards that are gone, and removes unfinished files.
 
   Args:
-    folder: of the caches of a run.
+    folder: folder of a run's caches.
   """
   if jax.process_index() == 0:
     for name in CACHE_NAMES:
@@ -90,17 +90,17 @@ def repair_indices(folder: epath.PathLike) -> None:
 def pack_caches(
   folder: epath.PathLike, *, remove_files: bool = False, max_bytes: int = MAX_BYTES, max_records: int = MAX_RECORDS
 ) -> Packed:
-  """Packs the entries of caches that are files, and not intact in a shard yet.
+  """Packs entries of caches that are files but not yet intact in a shard.
 
-  All processes must call it, and hold their locks. Call `repair_indices` before.
+  All processes must call it, and hold their locks, after `repair_indices`.
 
   Args:
-    folder: of the caches of a run.
+    folder: folder of a run's caches.
     remove_files: remove each file whose entry can be read back from a shard.
-    max_bytes, max_records: of a shard.
+    max_bytes, max_records: limits of a shard.
 
   Returns:
-    What all processes packed.
+    The result over all processes.
 
   Raises:
     CacheError: a shard cannot be written.
@@ -128,7 +128,7 @@ def pack_caches(
 
 
 def _own_digests(cache: epath.Path) -> Iterator[bytes]:
-  """Yields the digests of the files that fall to this process."""
+  """Yields the digests of the files that this process packs."""
   for number in range(jax.process_index(), 256, jax.process_count()):
     subfolder = cache / f"{number:02x}"
     with bucket_errors(subfolder):
@@ -139,7 +139,7 @@ def _own_digests(cache: epath.Path) -> Iterator[bytes]:
 def _unpacked(
   cache: epath.Path, digests: list[bytes], shards: Shards, progress: Progress
 ) -> Iterator[tuple[bytes, bytes]]:
-  """Yields digests and entries of the intact files that are not intact in a shard."""
+  """Yields the digests and entries of intact files whose entries are not intact in a shard."""
   num_yielded = 0
   for position, digest in enumerate(digests):
     progress.update(position, num_yielded)
@@ -186,7 +186,7 @@ def write_shards(
     path = folder / f"{number:06d}-{secrets.token_hex(8)}{SHARD_SUFFIX}"
     with atomic_write(path) as local:
       keys = _write_shard(local, itertools.chain([first], entries), max_bytes=max_bytes, max_records=max_records)
-      with atomic_write(_keys_path(path)) as local_keys:  # first: a shard without keys has to be read as a whole
+      with atomic_write(_keys_path(path)) as local_keys:  # written first: a shard without keys must be read as a whole
         local_keys.write_bytes(seal_entry(keys))
     number, num_records = number + 1, num_records + len(keys) // KEY_BYTES
   return num_records
@@ -198,7 +198,7 @@ def _write_shard(path: Path, entries: Iterable[tuple[bytes, bytes]], *, max_byte
 
   keys, num_bytes = bytearray(), 0
   try:
-    # Groups of records would be read and decoded as a whole, and what encoders compute hardly compresses.
+    # Groups of records would be read and decoded as a whole, and encoders' outputs hardly compress.
     writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
     for digest, entry in entries:
       writer.write(digest + entry)
@@ -207,15 +207,15 @@ def _write_shard(path: Path, entries: Iterable[tuple[bytes, bytes]], *, max_byte
       if num_bytes >= max_bytes or len(keys) >= max_records * KEY_BYTES:
         break
     writer.close()
-  except RuntimeError as error:  # of array_record
+  except RuntimeError as error:  # raised by array_record
     raise CacheError(f"cannot write a shard to {path.parent}: {error}") from error
   with path.open("rb") as file:
-    os.fsync(file.fileno())  # the files may be removed next
+    os.fsync(file.fileno())  # the packed files may be removed next
   return bytes(keys)
 
 
 def _update_index(folder: epath.Path) -> None:
-  """Writes the index if shards have come or gone, or if it is damaged."""
+  """Writes the index if shards were added or removed, or if it is damaged."""
   paths = _list_shards(folder)
   try:
     named = [shard.name for shard in Shards(folder).index.shards]
@@ -230,7 +230,7 @@ def _update_index(folder: epath.Path) -> None:
 
 
 def _describe(path: epath.Path) -> tuple[Shard, bytes] | None:
-  """Returns a shard and its keys, which are read from it if their own file is damaged; None if both are."""
+  """Returns a shard and its keys, which are read from the shard if their file is damaged; None if both are."""
   try:
     keys = unseal_entry(read_bytes(_keys_path(path)))
   except FileNotFoundError:
@@ -243,7 +243,7 @@ def _describe(path: epath.Path) -> tuple[Shard, bytes] | None:
     except ValueError as error:
       log.warning("%s is left out: neither its keys nor its records can be read (%s)", path, error)
       return None
-    # A record that is corrupt keeps its place, under a key that nobody asks for.
+    # A corrupt record keeps its position, under a key that is never looked up.
     intact = [record is not None and unseal_record(record) is not None for record in records]
     keys = b"".join(record[:KEY_BYTES] if ok and record else bytes(KEY_BYTES) for record, ok in zip(records, intact))
     with atomic_write(_keys_path(path)) as local:
@@ -268,9 +268,9 @@ def _keys_path(shard: epath.Path) -> epath.Path:
 
 
 def _remove_unfinished(folder: epath.Path) -> None:
-  """Removes what killed processes have left: files without their final name, and keys without a shard.
+  """Removes what killed processes have left: files without a final name, and keys without a shard.
 
-  Nobody else writes shards as long as all processes hold their locks.
+  No other command writes shards while all processes hold their locks.
   """
   with bucket_errors(folder):
     for path in folder.iterdir() if exists(folder) else ():

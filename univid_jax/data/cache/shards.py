@@ -1,10 +1,10 @@
-"""Entries of a cache in shards: files of many entries in array_record's format, and one index of all.
+"""Entries of a cache in shards: files of many entries in array_record's format, with one index of all entries.
 
   CACHE/shards/index                  shard and position of each entry, see `Index`
   CACHE/shards/NUMBER-ID.array_record  entries, each behind the digest of its key
   CACHE/shards/NUMBER-ID.keys          the same digests, from which the index is built
 
-The index is written last, atomically: it names the shards that count. Shards never change.
+The index is written last, atomically: only the shards that it names count. Shards never change.
 """
 
 import collections
@@ -36,10 +36,10 @@ SHARD_SUFFIX = ".array_record"
 KEYS_SUFFIX = ".keys"
 
 DIGEST_BYTES = 32
-KEY_BYTES = 16  # of a digest, in the index: two of a billion keys are equal with probability 1e-21
+KEY_BYTES = 16  # of a digest in the index: two of a billion keys collide with probability 1e-21
 
-# An open shard takes a file handle, and 8 bytes of memory per record; opening one takes 0.2 us per record. Of the
-# handles that a process may have, half are left to others.
+# An open shard takes a file handle, and 8 bytes of memory per record; opening one takes 0.2 us per record. Half of a
+# process's file handles are left for other uses.
 MAX_OPEN_SHARDS = 1024
 
 _MAGIC = b"UVSHARD1"
@@ -51,7 +51,7 @@ _Bytes = TypeVar("_Bytes", bytes, memoryview)
 
 
 def seal_entry(body: bytes) -> bytes:
-  """Returns an entry: its contents and their checksum."""
+  """Returns an entry: contents with their checksum."""
   return body + hashlib.sha256(body).digest()
 
 
@@ -71,7 +71,7 @@ class Shard:
 
 
 class Index:
-  """Where each entry is: 24 bytes an entry, mapped from a file.
+  """The location of each entry, in 24 bytes per entry, mapped from a file.
 
   The file holds `UVSHARD1`, the length of the header in 8 bytes, the header (JSON: `shards`, `num_records`), three
   columns of uint64 in the order of the keys (first and second half of a key; shard << 32 | record), and the XXH3 (128
@@ -90,7 +90,7 @@ class Index:
 
   @classmethod
   def build(cls, shards: Sequence[Shard], keys: Sequence[bytes]) -> "Index":
-    """Sorts the keys of shards, given one after another; of equal keys the one in the last shard counts."""
+    """Sorts the keys of shards, given in the shards' order; among equal keys the one in the last shard counts."""
     table = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
     places = [(number << 32) + np.arange(shard.num_records, dtype=np.uint64) for number, shard in enumerate(shards)]
     order = np.argsort(table[:, 0], kind="stable")
@@ -118,7 +118,7 @@ class Index:
     """Maps an index into memory.
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: the index is damaged.
     """
     checksum = xxhash.xxh3_128()
     left = path.stat().st_size - _INDEX_CHECKSUM_BYTES
@@ -167,7 +167,7 @@ class ShardReader:
         self._reader.seek(position)  # reading by position takes time proportional to the number of records
         return self._reader.read()
       except (RuntimeError, ValueError, IndexError) as error:
-        self._reader = self._open()  # it does not recover
+        self._reader = self._open()  # the reader does not recover from errors
         raise ValueError(str(error)) from error
 
   def __iter__(self) -> Iterator[bytes | None]:
@@ -188,11 +188,11 @@ class ShardReader:
 
 
 class Shards:
-  """The shards of a cache that the index names. What is damaged counts as absent, and is logged once.
+  """The shards of a cache that the index names. Damaged ones count as absent, and are logged once.
 
   array_record reads local files. Shards in a bucket are therefore copied to ~/.cache/univid_jax/shards, each when it is
   first read, which takes as much local disk as the cache; copies may be deleted at any time. Whole shards are read at
-  the rate of the network, single records would each wait for an answer.
+  network speed, whereas each single record would wait for a response.
 
   Args:
     folder: local or in a bucket; need not exist.
@@ -229,7 +229,7 @@ class Shards:
     shard, position = found
     try:
       reader = self._open(shard)
-    except (ValueError, FileNotFoundError) as error:  # it may vanish from a bucket
+    except (ValueError, FileNotFoundError) as error:  # the shard may vanish from a bucket
       self._are_usable[shard.name] = False
       self._report(shard, "is missing" if isinstance(error, OSError) else f"is damaged ({first_line(error)})")
       return None
@@ -272,7 +272,7 @@ class Shards:
     """Raises ValueError if the shard is damaged."""
     with self._lock:
       lock = self._opening.setdefault(shard.name, threading.Lock())
-    with lock:  # a copy may take long, and others go on reading meanwhile
+    with lock:  # copying may take long; other threads go on reading meanwhile
       reader = self._readers.get(shard.name)
       if reader is None:
         reader = ShardReader(copy_file(self.folder / shard.name, folder=FOLDER))
@@ -303,7 +303,7 @@ class Shards:
 
 
 def find_damage(path: epath.Path) -> str | None:
-  """Returns what is wrong with an index, a shard or its keys, "" if nothing; None for other files."""
+  """Describes what is wrong with an index, a shard or its keys, "" if nothing; None for other files."""
   if path.parent.name != FOLDER:
     return None
   if path.name == INDEX_FILE:

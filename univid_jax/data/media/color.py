@@ -1,4 +1,4 @@
-"""Decoded video frames to RGB as a player shows them: colours, transparency, pixel shape and orientation.
+"""Converts decoded video frames to RGB as a player shows them: colours, transparency, pixel shape and orientation.
 
 Frames are converted by the matrix and range that the stream is tagged with; as in players, an untagged stream is BT.709
 if it is HD and BT.601 otherwise, and its range is limited. Grey video without a tag is full-range unless its codec has
@@ -24,8 +24,8 @@ MATRIX_BT709, MATRIX_BT601 = 1, 6
 CONVERTIBLE_MATRICES = {0: "RGB", 1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
 TRANSFER_PQ, TRANSFER_HLG = 16, 18
 
-# Formats of grey, with and without alpha, and those with neutral chroma that hold the same luma. swscale takes the
-# former for full-range, whatever their tag says.
+# Grey formats, with and without alpha, and formats with neutral chroma that hold the same luma. swscale treats the
+# former as full-range, whatever their tag says.
 FORMATS_WITH_CHROMA = {
   "gray": "yuv444p",
   "ya8": "yuva444p",
@@ -33,7 +33,7 @@ FORMATS_WITH_CHROMA = {
   **{f"ya16{order}": "yuva444p16le" for order in ("le", "be")},
 }
 
-# Chroma at full width: where it is halved, swscale's quick way makes white 253 of more than 8 bits.
+# Interpolates chroma at full width: where it is halved, swscale's fast path turns white of more than 8 bits into 253.
 INTERPOLATION = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 
 # In cd/m2: diffuse white in HDR (BT.2408), and the peak of a reference HLG display (BT.2100). PQ is mostly graded for
@@ -56,12 +56,12 @@ RIGHT_ANGLES = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))
 MAX_PIXELS = 2**27
 MAX_PIXEL_ASPECT = 8
 
-# Its size is not compared with others: frames of a file may differ, and some are turned.
+# Sizes are not checked against each other: frames of a file may differ, and some are rotated.
 Frame = UInt8[np.ndarray, "_H _W 3"]
 
 
 class FrameConverter:
-  """Converts the frames of one video; reused, since setting up a conversion costs more than a frame.
+  """Converts the frames of one video; reused, since setting up a conversion costs more than converting a frame.
 
   Attributes:
     pixel_aspect: width of a pixel over its height; frames are resized horizontally to square pixels.
@@ -69,14 +69,14 @@ class FrameConverter:
 
   def __init__(self, pixel_aspect: Fraction | None = None):
     self.pixel_aspect = pixel_aspect or Fraction(1)
-    # One for each kind of conversion: they keep the latest.
+    # One per kind of conversion, since each keeps the setup of its latest one.
     self._reformatter, self._chroma_adder = VideoReformatter(), VideoReformatter()
 
   def convert(self, frame: av.VideoFrame) -> Frame:
     """Converts a frame.
 
     Raises:
-      UserError: colours or orientation cannot be converted.
+      UserError: the colours or the orientation cannot be converted.
     """
     _check_colors(frame)
     if frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
@@ -159,7 +159,7 @@ def _side_data(frame: av.VideoFrame, kind: Literal["DISPLAYMATRIX", "DOVI_METADA
   try:
     data = frame.side_data.get(kind)
     return None if data is None else bytes(data)
-  except ValueError:  # up to version 18 PyAV does not know all kinds, and then gives none
+  except ValueError:  # up to version 18 PyAV does not know all kinds, and then returns none
     return None
 
 
@@ -186,7 +186,7 @@ def tone_map(pixels: UInt16[np.ndarray, "H W 3"], *, is_hlg: bool, primaries: in
 
 @functools.cache
 def _hlg_table() -> Float[np.ndarray, "65536"]:
-  """16-bit HLG code values to scene light in [0, 1]."""
+  """Maps 16-bit HLG code values to scene light in [0, 1]."""
   code = np.linspace(0, 1, 65536)
   a, b, c = 0.17883277, 0.28466892, 0.55991073
   return np.where(code <= 0.5, code**2 / 3, (np.exp((code - c) / a) + b) / 12).astype(np.float32)
@@ -194,13 +194,13 @@ def _hlg_table() -> Float[np.ndarray, "65536"]:
 
 @functools.cache
 def _pq_table() -> Float[np.ndarray, "65536"]:
-  """16-bit PQ code values to display light in units of diffuse white."""
+  """Maps 16-bit PQ code values to display light in units of diffuse white."""
   return (_pq_to_light(np.linspace(0, 1, 65536)) / HDR_WHITE).astype(np.float32)
 
 
 @functools.cache
 def _gamma_table() -> UInt8[np.ndarray, "65536"]:
-  """16-bit linear light to 8-bit code values of an SDR display."""
+  """Maps 16-bit linear light to 8-bit code values of an SDR display."""
   return (np.linspace(0, 1, 65536) ** (1 / 2.4) * 255 + 0.5).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Files that end before their own headers say: interrupted copies and downloads."""
+"""Detects files that are shorter than their own headers say: interrupted copies and downloads."""
 
 import struct
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 
 def missing_bytes(path: Path) -> int:
-  """Returns how many bytes an MP4, MOV, AVI, WEBP, MKV or WebM file lacks by its own headers; 0 for other files."""
+  """Returns how many bytes an MP4, MOV, AVI, WEBP, MKV or WebM file lacks by its own headers; 0 for other formats."""
   size = path.stat().st_size
   with path.open("rb") as file:
     start = file.read(12)
@@ -20,7 +20,7 @@ def missing_bytes(path: Path) -> int:
 
 
 def _last_box_end(file: BinaryIO, size: int) -> int:
-  """Follows the boxes at the top level of an MP4 or MOV file."""
+  """Returns where the last top-level box of an MP4 or MOV file ends."""
   position = 0
   while position + 8 <= size:
     file.seek(position)
@@ -28,7 +28,7 @@ def _last_box_end(file: BinaryIO, size: int) -> int:
     length, kind = struct.unpack(">I4s", header[:8])
     if length == 1 and len(header) == 16:
       length = int.from_bytes(header[8:], "big")
-    # A length of 0 is "to the end of the file"; what is not a box after the last one is padding.
+    # A length of 0 means "to the end of the file"; anything after the last box is padding.
     if length < 8 or not kind.isascii():
       return size
     position += length

@@ -1,8 +1,8 @@
-"""What a file holds, by its first bytes, for messages about files whose suffix says something else."""
+"""Identifies a file by its first bytes, for messages about files whose suffix does not match."""
 
 from pathlib import Path
 
-# Where files have what bytes, what they are then, and the suffixes that fit if they are clips; the first is advised.
+# Offset and bytes, the kind of file that has them there, and its suffixes if it is a clip; messages suggest the first.
 _BEGINNINGS = (
   (0, b"\x89PNG\r\n\x1a\n", "a PNG", (".png", ".apng")),
   (0, b"\xff\xd8\xff", "a JPEG", (".jpg", ".jpeg")),
@@ -26,7 +26,7 @@ _BEGINNINGS = (
 
 
 def describe_content(path: Path) -> str:
-  """Says what the content of a file is and how to name it, if its suffix is of another kind; else returns ""."""
+  """Describes the content of a file and how to name it, if its suffix is of another kind; else returns ""."""
   try:
     with path.open("rb") as file:
       beginning = file.read(32)

@@ -1,4 +1,4 @@
-"""Decodes videos with FFmpeg, and tells which frames are undamaged."""
+"""Decodes videos with FFmpeg, and determines which frames are undamaged."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ from univid_jax.data.media.h264 import PictureReader
 
 # Containers of single files. Others, such as playlists, make FFmpeg open further files.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
-# Bonus in pixels for the default among several videos, as in ffmpeg.
+# Bonus in pixels for the default stream among several videos, as in ffmpeg.
 DEFAULT_BONUS = 5_000_000
 
 NOT_A_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -33,20 +33,20 @@ NOT_A_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 # Only libvpx decodes the alpha channel of VP8 and VP9, a second stream inside their packets.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
-# Codecs that mark the frames that no other refers to; HEVC's marks are only true within a temporal layer.
+# Codecs that mark frames to which no other refers; HEVC's marks hold only within a temporal layer.
 SKIPPING_CODECS = ("h264", "mpeg4")
 
-# Without "explode", decoders conceal missing references and bad HEVC slices without a mark on the frame.
+# Without "explode", decoders conceal missing references and bad HEVC slices without marking the frame.
 STRICT = {"err_detect": "crccheck+explode"}
 
-# Titles have all kinds of encodings. PyAV 19 reads any; 18, the last for Python 3.11, has to be told.
+# Titles may have any encoding. PyAV 19 reads all; 18, the last for Python 3.11, needs this option.
 READ_METADATA: Any = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 _LOGGING_LOCK = threading.Lock()
 
 
 class Rational(Protocol):
-  """A fraction, or PyAV 19's own type, which its annotations do not call a `numbers.Rational`."""
+  """A fraction, or PyAV 19's own type, which is not annotated as a `numbers.Rational`."""
 
   @property
   def numerator(self) -> int: ...
@@ -56,13 +56,13 @@ class Rational(Protocol):
 
 
 def to_fraction(rational: Rational | None) -> Fraction | None:
-  """Returns a rational number of FFmpeg's; None if it is not set, for which PyAV has None up to version 18, then 0."""
+  """Converts a rational number of FFmpeg; returns None if it is unset: None in PyAV up to 18, later 0."""
   return Fraction(rational.numerator, rational.denominator) if rational else None
 
 
 @contextlib.contextmanager
 def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-  """Opens a file and chooses its video: not cover art, and of several the one that ffmpeg chooses.
+  """Opens a file and chooses its video stream: no cover art, and among several the one that ffmpeg would choose.
 
   Raises:
     UserError: the file has no video that can be decoded.
@@ -90,7 +90,7 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _rank(stream: VideoStream) -> tuple[bool, int]:
-  """Ranks videos by size, with a bonus for the default one; single pictures may be cover art that is not marked."""
+  """Ranks videos by size, with a bonus for the default one; single pictures may be unmarked cover art."""
   if not stream.codec_context:
     return False, -1
   bonus = DEFAULT_BONUS if stream.disposition & Disposition.default else 0
@@ -99,11 +99,11 @@ def _rank(stream: VideoStream) -> tuple[bool, int]:
 
 @dataclasses.dataclass(frozen=True)
 class PacketInfo:
-  """What the container says of a packet.
+  """What the container says about a packet.
 
   Attributes:
-    time: in ticks; in AVI, which knows no other, when it is decoded, else when it is shown.
-    key: number of the last key frame up to it, from which decoding can start; 0 if there is none.
+    time: in ticks, when it is shown; in AVI, which stores no other time, when it is decoded.
+    key: number of the last key frame up to this packet, from which decoding can start; 0 if there is none.
     is_shown: whether an edit list shows it.
   """
 
@@ -114,7 +114,7 @@ class PacketInfo:
 
 @dataclasses.dataclass(frozen=True)
 class DecodedFrame:
-  """A frame, the number of its packet, and those of all frames that it was made from."""
+  """A frame, the number of its packet, and the numbers of all frames that it was made from."""
 
   frame: av.VideoFrame
   number: int
@@ -124,21 +124,21 @@ class DecodedFrame:
 class StreamDecoder:
   """Decodes a video stream from the position of its container, and records what may be damaged.
 
-  Packets are numbered in the order of decoding. The number replaces a packet's timestamps, so that the decoder hands it
-  to the packet's frame: this identifies frames however wrong the timestamps are.
+  Packets are numbered in the order of decoding. The number replaces a packet's timestamps, so that the decoder passes
+  it on to the packet's frame: this identifies frames however wrong the timestamps are.
 
   Args:
-    container: at the position where to start.
+    container: the container, at the position where decoding starts.
     stream: the video.
     is_strict: whether missing references are errors.
     skip_until: time in ticks before which frames are decoded only if others refer to them.
 
   Attributes:
-    starts_open: the first frame is an H.264 key frame after which frames may name references before it, which they do
-      not use.
-    packets: by number.
+    starts_open: the first frame is an H.264 key frame after which frames may name references before it without using
+      them.
+    packets: the packets by number.
     failures: reasons by number, for packets that are incomplete or were decoded with errors.
-    pending: numbers of packets that are to be shown and have given neither frame nor error.
+    pending: numbers of packets to be shown that have yielded neither a frame nor an error.
   """
 
   def __init__(
@@ -157,7 +157,7 @@ class StreamDecoder:
     self._context = _decoder_context(stream, is_strict=is_strict)
 
   def frames(self) -> Iterator[DecodedFrame]:
-    """Yields frames in the order of presentation, without those that an edit list hides."""
+    """Yields frames in the order of presentation, except those that an edit list hides."""
     packets = self._container.demux(self._stream)
     while True:
       try:
@@ -168,7 +168,7 @@ class StreamDecoder:
       if packet is None:
         yield from self._decode(None)
         return
-      # AVI has empty packets for repeated frames, which FFmpeg would take for the end of the stream.
+      # AVI has empty packets for repeated frames, which FFmpeg would mistake for the end of the stream.
       if packet.size:
         number = len(self.packets)
         time = packet.dts if self._is_avi else packet.pts
@@ -207,21 +207,21 @@ class StreamDecoder:
       self.pending.discard(number)
       if frame.is_corrupt:
         self.failures.setdefault(number, "missing or damaged parts")
-      # Frames shown before the first key frame refer to others before it where a video was cut.
+      # Where a video was cut, frames shown before the first key frame refer to others before it.
       is_cut = self.starts_open and self.is_leading(number) and not self.packets[number].key
       if self.packets[number].is_shown and not is_cut:
         yield DecodedFrame(frame, number, (number,))
 
   def is_leading(self, number: int) -> bool:
     """Returns whether a frame is shown before the key frame that precedes it in the order of decoding."""
-    if number == len(self.packets):  # the file could not be read further
+    if number == len(self.packets):  # the number of a failed read, at the end
       return False
     packet = self.packets[number]
     time, key_time = packet.time, self.packets[packet.key].time
     return time is not None and key_time is not None and time < key_time
 
   def find_damage(self, number: int) -> str | None:
-    """Returns the error in a frame, or in what it may have been predicted from; None if there is none."""
+    """Returns the error in a frame, or in frames that it may have been predicted from; None if there is none."""
     is_leading, start = self.is_leading(number), self.packets[number].key
     if is_leading and start:
       start = self.packets[start - 1].key
@@ -232,12 +232,12 @@ class StreamDecoder:
     return None
 
   def lacks_references(self) -> bool:
-    """Returns whether all errors may be that frames name references before the first which they do not use."""
+    """Returns whether all errors may come from frames that name, but do not use, references before the first frame."""
     end = len(self.packets)
     return self.starts_open and not any(failed == end or self.packets[failed].key for failed in self.failures)
 
   def find_any_damage(self, newest: int | None = None) -> str | None:
-    """Returns the first error from the first key frame on, up to what is shown before a frame, or None."""
+    """Returns the first error from the first key frame on, up to what is shown before frame `newest`, or None."""
     first = self._first_key or 0
     last = len(self.packets) if newest is None else newest + self._context.reorder_depth + 1
     return next((reason for number, reason in sorted(self.failures.items()) if first <= number <= last), None)
@@ -259,10 +259,10 @@ def _decoder_context(stream: VideoStream, *, is_strict: bool) -> VideoCodecConte
 
 @contextlib.contextmanager
 def _logged_errors() -> Iterator[list[str]]:
-  """Yields a list that FFmpeg's error messages are added to on exit.
+  """Yields a list to which FFmpeg's error messages are added on exit.
 
-  FFV1's decoder replaces slices with wrong checksums by those of the frame before, and says so nowhere else. FFmpeg has
-  one level of logging for the whole process.
+  FFV1's decoder replaces slices with wrong checksums by those of the frame before, and reports it only in the log.
+  FFmpeg has one log level for the whole process.
   """
   messages: list[str] = []
   with _LOGGING_LOCK:
@@ -279,7 +279,7 @@ def _logged_errors() -> Iterator[list[str]]:
 def deinterlace(frames: Iterable[DecodedFrame]) -> Iterator[DecodedFrame]:
   """Replaces interlaced frames by progressive ones, one for one (bwdif); others pass unchanged.
 
-  An interlaced frame is made from its neighbours too.
+  A deinterlaced frame is made from its neighbours too.
   """
   graph: Graph | None = None
   waiting: deque[DecodedFrame] = deque()

@@ -1,4 +1,4 @@
-"""Frames to write, in the forms in which Python code has them."""
+"""Frames to write, in the forms that Python code passes."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from univid_jax.core.text import describe_value
 
 @runtime_checkable
 class HasFrames(Protocol):
-  """What has frames to write, uint8 (T, H, W, 3), and perhaps a frame rate `fps`: a clip that was read, or a sample."""
+  """An object with frames to write, uint8 (T, H, W, 3), and perhaps a frame rate `fps`: a clip or a sample."""
 
   @property
   def frames(self) -> np.ndarray: ...
 
 
 def to_frames(frames: Any) -> np.ndarray:
-  """Returns frames, for instance a list of them, as an array.
+  """Converts frames, for instance a list of them, to an array.
 
   Raises:
-    UserError: they are not uint8 (T, H, W, 3), or none.
+    UserError: they are not uint8 (T, H, W, 3), or there are none.
   """
   try:
     array = np.asarray(frames)

@@ -1,4 +1,4 @@
-"""The little of H.264 (ITU-T H.264, 7.3) that tells what FFmpeg's decoder keeps to itself: lost reference frames."""
+"""Parses as much of H.264 (ITU-T H.264, 7.3) as reveals lost reference frames, which FFmpeg's decoder conceals."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,19 +6,19 @@ from collections.abc import Iterator
 SLICE, IDR_SLICE, SEQUENCE_PARAMETERS = 1, 5, 7
 # Profiles whose sequence parameters have a chroma format.
 HIGH_PROFILES = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)
-# Number of bits of a frame's number.
+# Maximum bits of a frame's number.
 MAX_NUMBER_BITS = 16
-# More than the fields that are read of a slice.
+# More than the fields that are read from a slice.
 HEADER_BYTES = 40
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """What the packet of a picture says.
+  """What the packet of a picture says about it.
 
   Attributes:
     is_idr: no later picture refers to one before it.
-    lacks_reference: a reference picture before it is missing; the decoder would repeat another in its place.
+    lacks_reference: a reference picture before it is missing, in whose place the decoder would repeat another.
   """
 
   is_idr: bool
@@ -29,7 +29,7 @@ class PictureReader:
   """Reads the pictures of a stream in the order of decoding."""
 
   def __init__(self, extradata: bytes | None):
-    """Takes the parameters outside packets: an avcC box, or units with start codes."""
+    """Parses the parameters outside packets: an avcC box, or units with start codes."""
     extradata = extradata or b""
     self._length_size = (extradata[4] & 3) + 1 if extradata[:1] == b"\x01" and len(extradata) > 6 else 0
     self._number_bits, self._has_planes, self._may_skip = 0, False, False
@@ -124,7 +124,7 @@ def _skip_scaling_lists(bits: "_Bits", count: int) -> None:
 
 
 class _Bits:
-  """Takes bits from the front of a unit; zeros follow its end, so that damaged ones cost no memory or time."""
+  """Takes bits from the front of a unit; zeros follow its end, so that damaged units cost no memory or time."""
 
   def __init__(self, data: bytes):
     self._data = data.replace(b"\0\0\3", b"\0\0")

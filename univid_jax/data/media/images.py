@@ -21,7 +21,7 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "AVIF", "TIFF")
 # MPO holds several views of one photograph.
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
 
-# Browsers and FFmpeg show frames with shorter delays for 100 ms.
+# Browsers and FFmpeg show frames with a shorter delay for 100 ms.
 SHORTEST_DELAY_MS = 11
 DEFAULT_DELAY_MS = 100
 
@@ -36,7 +36,7 @@ READ_TIFFS = "of TIFFs only those with one page of 8-bit RGB, RGBA or grey are r
 
 @dataclasses.dataclass(frozen=True)
 class Animation:
-  """The frames of an animation; an image is one of a single frame.
+  """The frames of an animation; an image is an animation of one frame.
 
   Attributes:
     schedule: when frames are shown.
@@ -59,7 +59,7 @@ def read_animation(path: Path) -> Animation:
 
 
 def read_image_frames(path: Path, indices: Sequence[int]) -> list[Frame]:
-  """Reads certain frames of an image or animation; `indices` are in order.
+  """Reads certain frames of an image or animation; `indices` are sorted.
 
   Raises:
     UserError: the file is not an image, or is damaged.
@@ -76,7 +76,7 @@ def read_image_frames(path: Path, indices: Sequence[int]) -> list[Frame]:
 
 
 def is_transparent(path: Path) -> bool:
-  """Returns whether pixels of an image, or of an animation's first frame, are transparent, and so become white."""
+  """Returns whether pixels of an image, or of an animation's first frame, are transparent, and thus become white."""
   with _open_image(path) as image:
     if not image.has_transparency_data or image.mode.startswith("I"):
       return False
@@ -85,7 +85,7 @@ def is_transparent(path: Path) -> bool:
 
 @functools.lru_cache(maxsize=65536)
 def _read_animation(path: Path, state: tuple[int, ...]) -> Animation:
-  """Reads sizes and delays; `state` is an argument so that a changed file is read again."""
+  """Reads sizes and delays; the argument `state` ensures that a changed file is read again."""
   del state
   with _open_image(path) as image:
     is_turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
@@ -98,7 +98,7 @@ def _read_animation(path: Path, state: tuple[int, ...]) -> Animation:
     for index in range(first, count):
       image.seek(index)
       if image.format in ("WEBP", "AVIF"):
-        image.load()  # their delays are in the frames
+        image.load()  # delays are stored with the frames
       delay = round(float(image.info.get("duration") or 0))
       delays.append(delay if delay >= SHORTEST_DELAY_MS else DEFAULT_DELAY_MS)
     times = np.cumsum([0, *delays[:-1]])
@@ -129,7 +129,7 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
     if found := describe_content(path):
       raise UserError(found) from error
     raise UserError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
-  except Exception as error:  # plugins raise whatever their parsing of damaged data comes to
+  except Exception as error:  # plugins raise all kinds of errors for damaged data
     raise UserError(str(error) or "damaged image") from error
 
 
@@ -161,7 +161,7 @@ def _reject_inexact(image: TiffImageFile) -> None:
 
 
 def _to_rgb(image: Image.Image, bits: int) -> Frame:
-  """Converts an image with the given bits per sample; Pillow compares a PNG's transparent colour as if it had 8."""
+  """Converts an image, given its bits per sample; Pillow compares a PNG's transparent colour as if it had 8 bits."""
   image = ImageOps.exif_transpose(image)
   transparent = image.info.get("transparency")
   if image.mode.startswith("I"):
@@ -174,7 +174,7 @@ def _to_rgb(image: Image.Image, bits: int) -> Frame:
   if image.mode == "L" and isinstance(transparent, int):
     image.info["transparency"] = transparent * 255 // (2**bits - 1)
   if image.mode == "RGB" and bits == 16 and isinstance(transparent, tuple):
-    image.info["transparency"] = tuple(value >> 8 for value in transparent)  # Pillow has no more of the pixels either
+    image.info["transparency"] = tuple(value >> 8 for value in transparent)  # pixels keep no more bits, either
   if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or transparent is not None:
     rgba = image.convert("RGBA")
     return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
@@ -187,7 +187,7 @@ def _is_tiff(path: Path) -> bool:
 
 
 def _bits_per_sample(path: Path) -> int:
-  """Returns the number that the header of a PNG says; 8 for other files."""
+  """Returns the bits per sample in the header of a PNG; 8 for other files."""
   with path.open("rb") as file:
     header = file.read(25)
   return header[24] if header.startswith(PNG_SIGNATURE) and len(header) == 25 else 8

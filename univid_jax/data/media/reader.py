@@ -36,13 +36,13 @@ CLIP_KINDS = (
 # The frame rate of clips that have none: Wan2.1's.
 DEFAULT_FPS = 16.0
 
-# Files that operating systems and tools leave in folders. All hidden files are foreign too.
+# Files that operating systems and tools leave in folders. All hidden files are foreign, too.
 FOREIGN_NAMES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__macosx", "$recycle.bin", "lost+found")
 
 # NumPy parses the header of a .npy with Python's ast, which in Python 3.11 sometimes fails when several threads use it.
 _HEADER_LOCK = threading.Lock()
 
-# Clips need not agree in length and size.
+# The lengths and sizes of clips are not checked against each other.
 Frames = UInt8[np.ndarray, "_T _H _W 3"]
 
 
@@ -57,7 +57,7 @@ class _Kind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedClip:
-  """Frames, and their number per second; None if the file has no frame rate."""
+  """Frames, and their rate per second; None if the file has none."""
 
   frames: Frames
   fps: float | None = None
@@ -77,7 +77,7 @@ class ClipInfo:
 
   @property
   def num_frames(self) -> int:
-    """Frames that are shown, whatever a header says, and without those that an edit list hides."""
+    """Number of frames that are shown, whatever a header says, except those that an edit list hides."""
     return len(self.schedule.times)
 
   @property
@@ -87,16 +87,16 @@ class ClipInfo:
 
   @property
   def duration(self) -> float | None:
-    """Seconds; None without a frame rate."""
+    """Duration in seconds; None without a frame rate."""
     return self.schedule.duration
 
   def count_at(self, fps: float | None) -> int:
-    """Returns how many frames `read_clip` reads at a frame rate; None and 0 stand for the file's own."""
+    """Returns how many frames `read_clip` reads at a frame rate; None and 0 mean the file's own."""
     return self.schedule.count_at(fps)
 
 
 def is_foreign(path: str | os.PathLike) -> bool:
-  """Returns whether a file or folder is none of the user's: hidden, or left by a system or tool (`._a.mp4`)."""
+  """Returns whether a file or folder is not the user's: hidden, or left by an operating system or tool (`._a.mp4`)."""
   name = os.path.basename(os.fspath(path))
   return name.startswith(".") or name.lower() in FOREIGN_NAMES
 
@@ -109,11 +109,11 @@ def read_clip(
   Args:
     path: an image, a video, a folder of frames in natural order, or a .npy; see CLIP_KINDS.
     start: the first frame, counted at `fps` if that is given.
-    num_frames: of the clip; None reads to the end, which is the beginning of the last frame.
+    num_frames: length of the clip; None reads to the end, which is the beginning of the last frame.
     fps: frame rate: frame n is the one shown (start + n) / fps seconds after the first; None keeps each frame once. A
-      rate that is at most 0.2 % from fps, or from a multiple or fraction of it, is kept, or divided by a whole number:
-      23.976 for 24, 29.97 of 59.94 for 30; not one that varies so much that a frame may be missing. Folders, arrays and
-      images have no times, and ignore it.
+      clip's own rate that is within 0.2 % of fps, or of a multiple or fraction of it, is kept, or divided by a whole
+      number: 23.976 for 24, 29.97 of 59.94 for 30; unless it varies so much that a frame may be missing. Folders,
+      arrays and images have no times, and ignore fps.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -143,7 +143,7 @@ def read_clip(
 
 
 def read_parts(path: str | os.PathLike, spans: Sequence[tuple[int, int]], *, fps: float | None = None) -> list[Frames]:
-  """Reads several parts of a clip, of a video faster than one after another; parts may share memory.
+  """Reads several parts of a clip, which for a video is faster than reading each alone; parts may share memory.
 
   Args:
     path: see `read_clip`.
@@ -166,13 +166,13 @@ def read_parts(path: str | os.PathLike, spans: Sequence[tuple[int, int]], *, fps
 
 
 def _take(frames: Frames, positions: Int[np.ndarray, "n"]) -> Frames:
-  """Returns frames at increasing positions, without a copy if nothing lies between them."""
+  """Returns frames at increasing positions, without a copy if they are contiguous."""
   begin, end = int(positions[0]), int(positions[-1]) + 1
   return frames[begin:end] if (np.diff(positions) == 1).all() else frames[positions]
 
 
 def probe(path: str | os.PathLike) -> ClipInfo:
-  """Inspects a file without decoding more than the first frames, unless its frames can only be counted by decoding.
+  """Inspects a file; decodes only its first frames, unless frames can only be counted by decoding.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -224,7 +224,7 @@ def list_frames(folder: Path) -> list[Path]:
   Raises:
     UserError: there are none, or one is a link to a file that does not exist.
   """
-  with os.scandir(folder) as entries:  # which knows links without asking for each
+  with os.scandir(folder) as entries:  # knows links without a system call for each
     found = {folder / entry.name: entry.is_symlink() for entry in entries}
   files = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and not is_foreign(file)]
   if not files:
@@ -238,7 +238,7 @@ def _clip_path(path: str | os.PathLike) -> Path:
   if not isinstance(path, str | os.PathLike):
     raise UserError(f"a clip is read from a path, got {describe_value(path)}")
   if not os.fspath(path):
-    raise UserError("a clip needs a name, got an empty one")  # Path would make it the current folder
+    raise UserError("a clip needs a name, got an empty one")  # Path("") is the current folder
   path = require_local(path)
   if path.is_file() and not path.stat().st_size:
     raise UserError(f"cannot read {path}: the file is empty")
@@ -246,11 +246,11 @@ def _clip_path(path: str | os.PathLike) -> Path:
 
 
 def require_clip(path: str | os.PathLike) -> Path:
-  """Returns the path of a file or folder that is there.
+  """Returns the path of an existing file or folder.
 
   Raises:
-    FileNotFoundError: it is not.
-    UserError: it has no name, or is in a bucket.
+    FileNotFoundError: it does not exist.
+    UserError: the path is empty, or in a bucket.
   """
   path = _clip_path(path)
   if not path.exists():
@@ -260,7 +260,7 @@ def require_clip(path: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-  """Adds the name of the file to errors, and refuses what is none."""
+  """Adds the name of the file to errors; refuses what is neither a file nor a folder."""
   require_clip(path)
   if not path.is_file() and not path.is_dir():  # reading a pipe waits for its writer
     raise UserError(f"cannot read {path}: it is neither a file nor a folder")
@@ -277,7 +277,7 @@ def _named_errors(path: Path) -> Iterator[None]:
 def _read_video(path: Path, start: int, num_frames: int | None, fps: float | None) -> LoadedClip:
   timeline, rate = read_timeline(path), None
   if timeline.schedule is None and num_frames is not None and fps is None:
-    # No need to count all frames: reading notices when they end.
+    # No need to count all frames: reading notices where they end.
     indices, rate = np.arange(start, start + num_frames), timeline.fps
   else:
     timeline = scan_timeline(path)
@@ -290,22 +290,22 @@ def _read_video(path: Path, start: int, num_frames: int | None, fps: float | Non
 
 
 def _natural_key(path: Path) -> list[int | str]:
-  """Sorts frame2 before frame10."""
+  """Returns a sorting key that puts frame2 before frame10."""
   return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _map_array(path: Path) -> Frames:
-  """Maps a .npy, so that only what is read of it costs memory.
+  """Maps a .npy into memory, so that only the parts that are read take memory.
 
   Raises:
-    UserError: it holds something else than frames.
+    UserError: it holds something other than frames.
   """
   try:
     with _HEADER_LOCK:
       array = np.load(path, mmap_mode="r", allow_pickle=False)
   except OSError:
     raise
-  except Exception as error:  # damaged headers are parsed as Python, with whatever errors that gives
+  except Exception as error:  # damaged headers are parsed as Python, which raises all kinds of errors
     raise UserError(describe_content(path) or f"not an intact .npy ({error})") from error
   if not isinstance(array, np.ndarray):
     array.close()

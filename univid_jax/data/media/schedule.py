@@ -11,11 +11,11 @@ from jaxtyping import Int
 from univid_jax.core.errors import UserError
 from univid_jax.core.text import count_noun
 
-# In seconds. Longer ticks, as in AVI, are intervals of frames.
+# Seconds by which times may be rounded. Longer ticks, as in AVI, are intervals of frames.
 LARGEST_ROUNDING = Fraction(1, 1000)
 
-# Of two frame rates that count as the same when frames are chosen: those of NTSC are slower by 1.001 than the whole
-# numbers that they are called by.
+# Maximum ratio of frame rates that count as the same when frames are chosen: NTSC's are slower than their nominal whole
+# numbers by a factor of 1.001.
 LARGEST_RATIO = Fraction(1002, 1000)
 
 
@@ -24,9 +24,9 @@ class Schedule:
   """When the frames of a clip are shown.
 
   Attributes:
-    times: of each frame, in ticks, ascending.
-    last_duration: of the last frame, in ticks.
-    tick: in seconds.
+    times: time of each frame, in ticks, ascending.
+    last_duration: duration of the last frame, in ticks.
+    tick: seconds per tick.
     fps: mean frame rate; None for frames without times, as in folders and arrays.
   """
 
@@ -41,7 +41,7 @@ class Schedule:
 
   @classmethod
   def regular(cls, count: int, *, fps: float, tick: Fraction) -> "Schedule":
-    """Frames that follow each other at a frame rate."""
+    """Returns the schedule of frames that follow each other at a frame rate."""
     interval = 1 / (Fraction(fps).limit_denominator(1001) * tick)
     return cls(np.array([round(index * interval) for index in range(count)], np.int64), round(interval), tick, fps)
 
@@ -52,12 +52,12 @@ class Schedule:
 
   @property
   def duration(self) -> float | None:
-    """Seconds."""
+    """Duration in seconds; None for frames without times."""
     return float((self.last_time + self.last_duration) * self.tick) if self.fps else None
 
   def rate_at(self, fps: float | None) -> float | None:
-    """Returns the rate of the frames that are read at a frame rate: a multiple or fraction of the clip's own if one is
-    near enough, so that no single frame is repeated or left out.
+    """Returns the rate of the frames that are read at a frame rate: a multiple or fraction of the clip's own rate if
+    one is near enough, so that no single frame is repeated or left out.
     """
     if not fps or not self.fps:
       return self.fps
@@ -69,7 +69,7 @@ class Schedule:
     return not fps or not self.fps or self._spacing(fps) == 1
 
   def _spacing(self, fps: float) -> Fraction | None:
-    """Returns how many frames lie between two that are read at a frame rate; None if their times decide."""
+    """Returns the distance in frames between two that are read at a frame rate; None if times decide."""
     assert self.fps
     spacing = _to_fraction(self.fps) / _to_fraction(fps)
     nearest = Fraction(round(spacing)) if spacing > 1 else 1 / Fraction(round(1 / spacing))
@@ -85,7 +85,7 @@ class Schedule:
 
   @functools.cached_property
   def _is_steady(self) -> bool:
-    """Whether none is missing of frames that follow each other at about `fps`, though their times vary a little."""
+    """Whether frames follow each other at about `fps` and none is missing, though their times vary a little."""
     count, largest = len(self.times) - 1, self._interval / 4
     is_at_rate = abs(self.last_time - count * self._interval) <= max(largest, self.last_time * float(LARGEST_RATIO - 1))
     return self._is_regular or (is_at_rate and self._deviation(self.last_time / count) < largest)
@@ -97,7 +97,7 @@ class Schedule:
     return 1 / (self.fps * float(self.tick))
 
   def _deviation(self, interval: float) -> float:
-    """Returns by how many ticks frames are too early or late, as a range, if they are to be an interval apart."""
+    """Returns the range, in ticks, by which frames are early or late if they should be an interval apart."""
     return float(np.ptp(self.times - self.times[0] - np.arange(len(self.times)) * interval))
 
   def _timing(self, fps: float) -> "_Timing":
@@ -114,10 +114,10 @@ class Schedule:
     return self._timing(fps).count if fps and self.fps else len(self.times)
 
   def part_at(self, first: int, stop: int, fps: float | None) -> tuple[int, int]:
-    """Returns the part of the clip that shows the frames `first` to `stop - 1`, at a frame rate.
+    """Returns the part of the clip, at a frame rate, that shows the frames `first` to `stop - 1`.
 
     Returns:
-      The number of its first frame, and how many it has until the last one in it begins; see `count_at`.
+      The number of its first frame, and how many frames it has until its last one begins; see `count_at`.
     """
     if not fps or not self.fps:
       return first, stop - first
@@ -149,13 +149,13 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class _Timing:
-  """Times of frames as they are read at a frame rate, in ticks, or in frames of a regular clip.
+  """Times for reading frames at a frame rate, in ticks, or for a regular clip in frames.
 
   Attributes:
-    times: from 0 on.
-    last_duration: of the last frame.
-    tolerance: before its time from which a frame counts as shown: times are rounded to ticks, if those are short.
-    rate: frames that are read per unit of time.
+    times: time of each frame, from 0 on.
+    last_duration: duration of the last frame.
+    tolerance: how long before its time a frame counts as shown, since times are rounded to ticks if those are short.
+    rate: number of frames that are read per unit of time.
   """
 
   times: Int[np.ndarray, "n"]
@@ -168,12 +168,12 @@ class _Timing:
     return self.count_until(-1)
 
   def count_until(self, position: int) -> int:
-    """Returns how many frames are read until one begins."""
+    """Returns how many frames are read until the frame at a position begins."""
     return math.floor((int(self.times[position]) + self.tolerance) * self.rate) + 1
 
 
 def is_same_rate(rate: float | Fraction, other: float | Fraction) -> bool:
-  """Returns whether a clip of one frame rate is read as it is where another rate is asked for."""
+  """Returns whether a clip of one frame rate is read unchanged when the other is asked for."""
   return max(rate, other) <= LARGEST_RATIO * min(rate, other)
 
 

@@ -18,8 +18,8 @@ from univid_jax.data.media.containers import missing_bytes
 from univid_jax.data.media.decoding import StreamDecoder, open_video, to_fraction
 from univid_jax.data.media.schedule import Schedule
 
-# Each packet of these gives one frame, whose time is the packet's, except in AVI. Hidden frames of VP8 are recognised
-# by a bit, and packets of MPEG-4 that repeat the frame before, which give none, by their size.
+# Codecs with one frame per packet, whose time is the packet's, except in AVI. Exceptions are recognised: hidden frames
+# of VP8 by a bit, and packets of MPEG-4 that repeat the frame before, and yield none, by their size.
 INDEXED_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "ffv1", "png")
 LARGEST_REPETITION = 32
 UNKNOWN, PROGRESSIVE = 0, 1
@@ -27,7 +27,7 @@ UNKNOWN, PROGRESSIVE = 0, 1
 # The frame rate of videos whose header has none, as FFmpeg assumes.
 DEFAULT_FPS = 25.0
 
-# First frames that are compared with their packets; more where packets are all that tells how many frames there are.
+# Number of first frames that are compared with their packets; more where only packets tell how many frames there are.
 NUM_CHECKED, NUM_CHECKED_AVI = 3, 32
 
 
@@ -38,9 +38,9 @@ class Timeline:
   Attributes:
     schedule: None if it is only known by decoding the whole video, which `scan_timeline` does.
     keys: times in ticks at which decoding can start; empty if it has to start at the beginning.
-    tick: in seconds.
+    tick: seconds per tick.
     fps: mean frame rate; None if unknown.
-    has_neighbours: frames may depend on the frames before and after, as they are deinterlaced.
+    has_neighbours: frames may depend on the frames before and after, because they are deinterlaced.
     size: height and width of frames as shown.
     defect: why the video does not have all its frames; None if it does.
   """
@@ -64,9 +64,9 @@ class _PacketTimes:
   """Times of packets in ticks.
 
   Attributes:
-    shown: of frames; None if not every packet gives a frame.
-    keys: of key frames; None if frames cannot be identified by their times.
-    last_duration: of the last frame.
+    shown: times of frames; None if not every packet yields a frame.
+    keys: times of key frames; None if frames cannot be identified by their times.
+    last_duration: duration of the last frame.
     defect: why packets are missing; None if they are all there.
   """
 
@@ -81,9 +81,9 @@ class _FirstFrames:
   """What the first frames show.
 
   Attributes:
-    times: of the first, in ticks; none if there is an error in them.
+    times: times of the first frames, in ticks; empty if there is an error in them.
     size: height and width of frames as shown.
-    has_gaps: some packets gave no frame.
+    has_gaps: some packets yielded no frame.
   """
 
   times: list[int]
@@ -101,7 +101,7 @@ def read_timeline(path: Path) -> Timeline:
 
 
 def scan_timeline(path: Path) -> Timeline:
-  """Returns a timeline with a schedule, decoding the whole video if it must.
+  """Returns a timeline with a schedule, decoding the whole video if necessary.
 
   Raises:
     UserError: no frame can be decoded.
@@ -113,7 +113,7 @@ def scan_timeline(path: Path) -> Timeline:
 
 @functools.lru_cache(maxsize=1024)
 def _read_timeline(path: Path, state: tuple[int, ...]) -> Timeline:
-  """See `read_timeline`; `state` is an argument so that a changed file is read again."""
+  """Computes `read_timeline`; the argument `state` ensures that a changed file is read again."""
   del state
   with open_video(path) as (container, stream):
     packets = _read_packet_times(container, stream)
@@ -129,8 +129,8 @@ def _read_timeline(path: Path, state: tuple[int, ...]) -> Timeline:
   if shown is not None and keys is not None and first.times:
     # Where a video was cut, frames shown before its first key frame are not decoded.
     shown = shown[(shown >= keys[0]) | (shown >= first.times[0])]
-    # Fields that are coded separately give one frame for two packets, and B-frames of MPEG-4 whose references were cut
-    # give none.
+    # Separately coded fields yield one frame for two packets, and B-frames of MPEG-4 whose references were cut yield
+    # none.
     checked = {"h264": len(first.times), "mpeg4": NUM_CHECKED}.get(codec.canonical_name, 0)
     if checked and shown[:checked].tolist() != first.times:
       shown = keys = None
@@ -164,7 +164,7 @@ def _read_packet_times(container: InputContainer, stream: VideoStream) -> _Packe
     time = packet.dts if is_avi else packet.pts
     smallest = min(smallest, packet.size)
     if packet.is_keyframe:
-      # In parts that were joined carelessly, times overlap.
+      # Times overlap where parts were joined carelessly.
       has_times = has_times and time is not None and (newest is None or newest < time)
       keys.append(time)
     if time is not None:
@@ -186,7 +186,7 @@ def _read_packet_times(container: InputContainer, stream: VideoStream) -> _Packe
     return _PacketTimes(times, np.array(sorted(keys), np.int64), last_duration, defect)
   is_progressive = stream.codec_context.field_order in (UNKNOWN, PROGRESSIVE)
   if is_avi and is_progressive:
-    # Frames are shown as many packets later as the decoder reorders, all by the same delay.
+    # The decoder's reordering delays all frames by the same number of packets.
     return _PacketTimes(times, None, last_duration, defect)
   return _PacketTimes(None, None, 0, defect)
 
@@ -215,7 +215,7 @@ def _decode_first_frames(path: Path) -> _FirstFrames:
 
 
 def _mean_rate(times: Int[np.ndarray, "n"], tick: Fraction, nominal: list[Fraction]) -> Fraction | None:
-  """Returns the rate that times have on average; a nominal rate if it agrees up to the rounding of times."""
+  """Returns the mean rate of times; a nominal rate if one agrees up to the rounding of times."""
   span = int(times[-1] - times[0]) * tick
   if not span:
     return next(iter(nominal), None)

@@ -1,4 +1,4 @@
-"""Reads chosen frames of a video, decoding from the nearest key frame, and rejects what is damaged."""
+"""Reads chosen frames of a video, decoding from the nearest key frame, and rejects damaged ones."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +19,14 @@ MAX_BYTES = 2**33
 # Damage to a reference may show only after the frames that refer to it, at most this number of frames later.
 MAX_REORDERED = 32
 
-# Opening a file again takes as long as decoding a few frames, with a long index more.
+# Opening a file again takes as long as decoding a few frames, or longer if its index is long.
 MIN_SKIPPED = 12
 
 
 def read_video_frames(path: Path, timeline: Timeline, indices: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
-  """Reads frames by their positions in the order of presentation, which are sorted and may repeat.
+  """Reads frames by their positions in the order of presentation; positions are sorted and may repeat.
 
-  What lies between them is decoded only where no seek to a key frame saves it.
+  Frames between them are decoded only where no seek to a key frame can skip them.
 
   Raises:
     UserError: there are too few frames, one is damaged, or their sizes differ.
@@ -39,7 +39,7 @@ def read_video_frames(path: Path, timeline: Timeline, indices: Int[np.ndarray, "
 
 
 def _split_at_keys(timeline: Timeline, indices: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "_"]]:
-  """Splits positions at gaps that a seek to a key frame, from which the next part can be decoded, makes cheaper."""
+  """Splits positions at gaps where seeking to a key frame is cheaper than decoding what is in between."""
   if timeline.schedule is None or not timeline.is_indexed:
     return [indices]
   keys = np.searchsorted(timeline.schedule.times, timeline.keys)
@@ -76,7 +76,7 @@ def _starting_points(timeline: Timeline, first: int) -> list[int | None]:
 
 
 def _first_needed(timeline: Timeline, first: int) -> int | None:
-  """Returns the time of the first frame that a frame is made from; None if frames are not identified by their times."""
+  """Returns the time of the first frame needed to make a frame; None if frames are not identified by their times."""
   if timeline.schedule is None or not timeline.is_indexed:
     return None
   return int(timeline.schedule.times[max(first - timeline.has_neighbours, 0)])
@@ -86,7 +86,7 @@ class _Frames:
   """Frames at certain positions, filled in as they are decoded.
 
   Attributes:
-    pixels: None before the first is known.
+    pixels: the frames; None before the size of the first is known.
   """
 
   def __init__(self, indices: Int[np.ndarray, "n"]):
@@ -108,12 +108,12 @@ class _Frames:
 
 
 class _Reading:
-  """One attempt to decode certain frames.
+  """An attempt to decode certain frames.
 
   Attributes:
     problem: why the frames cannot be used; None if they can.
-    lacks_references: the problem may be that frames name references before the first which they do not use.
-    started_at_key: decoding started at a frame that needs none before it. Containers mark others as key frames too.
+    lacks_references: the problem may come from frames that name, but do not use, references before the first frame.
+    started_at_key: decoding started at a frame that needs none before it; containers also mark others as key frames.
   """
 
   def __init__(self, timeline: Timeline, indices: Int[np.ndarray, "n"], frames: _Frames):
@@ -158,7 +158,7 @@ class _Reading:
       if times is not None:
         time = decoder.packets[decoded.number].time
         index = len(times) if time is None else int(np.searchsorted(times, time))
-        # Frames shown before the key frame that was sought may refer to those before it.
+        # Frames shown before the key frame of the seek may refer to frames before it.
         is_cut = was_sought and decoder.is_leading(decoded.number) and not decoder.packets[decoded.number].key
         if is_cut or index == len(times) or times[index] != time:
           continue
@@ -171,7 +171,7 @@ class _Reading:
   def _find_problem(self, decoder: StreamDecoder) -> str | None:
     """Returns why the frames cannot be used; None if they can."""
     if not self._timeline.is_indexed:
-      # What was not decoded was not counted either.
+      # Frames that were not decoded were not counted either.
       damage = decoder.find_any_damage(
         max(max(numbers) for numbers in self._origins.values()) if self._origins else None
       )

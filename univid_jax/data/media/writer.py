@@ -33,7 +33,7 @@ from univid_jax.data.media.timeline import read_timeline
 
 log = logging.getLogger(__name__)
 
-# Codecs of picture and sound by suffix: what players of the container know.
+# Codecs of picture and sound by suffix, chosen so that the container's players support them.
 CODECS = {
   ".mp4": ("libx264", "aac"),
   ".m4v": ("libx264", "aac"),
@@ -42,9 +42,9 @@ CODECS = {
   ".avi": ("libx264", "mp3"),
   ".webm": ("libvpx-vp9", "opus"),
 }
-# Without x264's macroblock tree, with which equal frames do not always make equal bytes.
+# Without x264's macroblock tree, with which equal frames do not always yield equal bytes.
 CODEC_OPTIONS = {"libx264": {"crf": "12", "mbtree": "0"}, "libvpx-vp9": {"crf": "18", "b": "0", "cpu-used": "4"}}
-# Without frames that depend on later ones: AVI stores the order of decoding, not when a frame is shown.
+# Without frames that depend on later ones: AVI stores the order of decoding, not the times at which frames are shown.
 AVI_OPTIONS = {"bf": "0"}
 ENCODERS = {"aac": "aac", "mp3": "libmp3lame", "opus": "libopus"}
 # Frame rates of videos; files express them as fractions.
@@ -58,7 +58,7 @@ TARGETS = (
 
 
 def require_short_name(path: Path) -> None:
-  """Raises OSError if the name of a file, or that under which it is written, is too long for the file system."""
+  """Raises OSError if the name of a file, or its temporary name, is too long for the file system."""
   for each in (path, unfinished_path(path)) if path.name else ():
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
       each.lstat()
@@ -70,11 +70,11 @@ def check_target(path: str | os.PathLike, num_frames: int | None, *, is_video: b
   Args:
     path: see `write_clip`.
     num_frames: None if it is not known yet.
-    is_video: whether there are several, even if it is not known how many.
+    is_video: whether there are several frames, even if their number is not known.
 
   Raises:
-    UserError: the path is in a bucket, the suffix is unknown, there is a folder of this name, or several frames are to
-      be written to an image.
+    UserError: the path is in a bucket, the suffix is unknown, a folder has this name, or several frames are to be
+      written to an image.
     OSError: the name is too long.
   """
   path = require_local(path)
@@ -100,16 +100,17 @@ def write_clip(
 ) -> None:
   """Writes frames in the format of the suffix.
 
-  Videos are H.264 (VP9 in .webm), yuv420p, converted by the BT.709 matrix to limited range and tagged so. Odd sizes are
-  padded to even ones by repeating the last row or column. .npy and folders of PNGs are lossless. In a GIF equal frames
-  in a row become one that is shown longer, so that it may be read as fewer frames at another rate. Nothing is at `path`
-  until everything is written; what killed processes have left of it is removed.
+  Videos are H.264 (VP9 in .webm), yuv420p, converted by the BT.709 matrix to limited range and tagged accordingly. Odd
+  sizes are padded to even ones by repeating the last row or column. .npy and folders of PNGs are lossless. A GIF merges
+  equal consecutive frames into one that is shown longer, so it may be read back as fewer frames at another rate.
+  Nothing appears at `path` until everything is written; what killed processes have left of it is removed.
 
   Args:
-    path: without a suffix it is a new or empty folder, for one PNG per frame.
-    frames: at least one, an array or a list of them; or what `read_clip`, with its frame rate, or `sample` returns.
+    path: the file; without a suffix, a new or empty folder for one PNG per frame.
+    frames: at least one frame, as an array or a list; or the result of `read_clip`, with its frame rate, or of
+      `sample`.
     fps: frame rate; by default that of a clip from `read_clip`, else Wan2.1's. Images, folders and arrays have none.
-    audio_from: a clip whose sound to copy, if it has any, as far as the frames last; formats without sound ignore it.
+    audio_from: a clip whose sound, if any, is copied for as long as the frames last; formats without sound ignore it.
 
   Raises:
     UserError: see `check_target`; frames are not uint8 (T, H, W, 3), or fps is out of range. Nothing is written then.
@@ -128,12 +129,12 @@ def write_frames(
   fps: float | None = None,
   audio_from: str | os.PathLike | None = None,
 ) -> None:
-  """Writes frames as they come, as `write_clip` does.
+  """Writes frames as they arrive, in the way of `write_clip`.
 
   Args:
     path: see `write_clip`.
     blocks: clips of one size that follow each other.
-    num_frames: of all of them.
+    num_frames: total number of frames.
     fps, audio_from: see `write_clip`.
 
   Raises:
@@ -157,7 +158,7 @@ def _write(
   fps: float | None,
   audio_from: str | os.PathLike | None,
 ) -> None:
-  """Writes to `path` what gets the name `target`."""
+  """Writes to `path` the file or folder that will be renamed to `target`."""
   suffix = target.suffix.lower()
   parts = iter(blocks)
   first = next(parts)
@@ -196,7 +197,7 @@ def _each_frame(blocks: Iterable[Frames], num_frames: int) -> Iterator[UInt8[np.
 
 
 def _write_gif(path: Path, frames: Iterator[np.ndarray], *, num_frames: int, fps: float) -> None:
-  """Writes a GIF; its delays are multiples of 10 ms, so they vary to keep the rate on average, as far as it can."""
+  """Writes a GIF; its delays are multiples of 10 ms, so they vary to keep the mean rate as far as possible."""
   times = np.round(np.arange(num_frames + 1) * 100 / fps).astype(int)
   delays = [max(int(delay) * 10, SHORTEST_GIF_DELAY) for delay in np.diff(times)]
   images = map(Image.fromarray, frames)
@@ -216,9 +217,9 @@ def _write_video(
   rate = Fraction(fps).limit_denominator(1001)
   suffix = path.suffix.lower()
   codec, audio_codec = CODECS[suffix]
-  # The index goes first, so that browsers play before they have loaded everything.
+  # The index comes first, so that browsers can play before everything is loaded.
   is_mp4 = suffix in (".mp4", ".m4v", ".mov")
-  # Matroska's identifiers are random otherwise.
+  # Matroska's identifiers would otherwise be random.
   options = {"movflags": "+faststart"} if is_mp4 else {"fflags": "+bitexact"}
   with av.open(f"file:{path}", "w", options=options) as container:
     codec_options = CODEC_OPTIONS[codec] | (AVI_OPTIONS if suffix == ".avi" else {})
@@ -250,15 +251,15 @@ def _to_yuv(frame: UInt8[np.ndarray, "H W 3"], converter: VideoReformatter) -> a
     threads=1,
   )
   converted.color_primaries, converted.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-  for plane in converted.planes:  # encoders look beyond the end of lines, where memory was not written to
+  for plane in converted.planes:  # encoders read beyond the end of lines, where memory is uninitialised
     np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, plane.width :] = 0
   return converted
 
 
 def _copy_sound(path: Path, container: OutputContainer, codec: str, *, end: Fraction) -> list[Packet]:
-  """Adds a stream with a video's sound, from its first frame on, and returns the packets; none if it has no sound.
+  """Adds a stream with a video's sound, from its first frame on; returns its packets, none if there is no sound.
 
-  The sound is encoded again if the container's players do not know its codec.
+  The sound is re-encoded if the container's players do not support its codec.
 
   Raises:
     UserError: the sound cannot be read.
@@ -306,7 +307,7 @@ def _encode_sound(
   rate = 48_000
   stream = container.add_stream(ENCODERS[codec], rate=rate)
   assert isinstance(stream, AudioStream)
-  stream.layout = "mono" if track.layout.nb_channels == 1 else "stereo"  # the file's may have no name
+  stream.layout = "mono" if track.layout.nb_channels == 1 else "stereo"  # the file's layout may have no name
   graph = _make_resampler(track, format=stream.format.name, layout=stream.layout.name, rate=rate)
   packets: list[Packet] = []
   position = Fraction(0)
@@ -333,7 +334,7 @@ def _pull(graph: Graph) -> Iterator[AudioFrame]:
 
 
 def _make_resampler(track: AudioStream, *, format: str, layout: str, rate: int) -> Graph:
-  """Returns a graph of filters that converts sound, and adds silence before it starts and where it has gaps."""
+  """Returns a filter graph that converts sound, and adds silence before it starts and in its gaps."""
   graph = Graph()
   graph.link_nodes(
     graph.add_abuffer(template=track, time_base=Fraction(1, track.rate)),

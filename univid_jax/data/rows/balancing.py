@@ -17,9 +17,9 @@ class BatchLayout:
   """Which rows of a batch are computed at the same time.
 
   Attributes:
-    num_rows: of a batch; consecutive ones are a device's.
-    rows_per_device: of a batch.
-    microbatches: of a batch; consecutive rows of a device are of consecutive microbatches.
+    num_rows: rows of a batch; consecutive ones belong to one device.
+    rows_per_device: rows of a batch on each device.
+    microbatches: number per batch; consecutive rows of a device belong to consecutive microbatches.
   """
 
   num_rows: int
@@ -28,10 +28,10 @@ class BatchLayout:
 
   @classmethod
   def from_config(cls, rows: RowsConfig, num_shards: int) -> "BatchLayout":
-    """Returns the layout of the batches of a run.
+    """Returns the layout of a run's batches.
 
     Args:
-      rows: its config.
+      rows: the run's config of rows.
       num_shards: data x fsdp devices.
 
     Raises:
@@ -42,7 +42,7 @@ class BatchLayout:
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    """Devices, rows of a device in a microbatch, microbatches."""
+    """Number of devices, of rows of a device in a microbatch, and of microbatches."""
     return self.num_rows // self.rows_per_device, self.rows_per_device // self.microbatches, self.microbatches
 
   def sum_work(self, work: Float[np.ndarray, "b"]) -> Float[np.ndarray, "devices microbatches"]:
@@ -50,17 +50,17 @@ class BatchLayout:
     return work.reshape(self.shape).sum(1)
 
   def part(self, num_rows: int) -> "BatchLayout":
-    """Returns the layout of a stream's rows of the batch, which may end within a device's."""
+    """Returns the layout of a stream's rows of the batch, which may end within a device's rows."""
     rows_per_device = int(np.gcd(num_rows, self.rows_per_device))
     microbatches = self.microbatches if rows_per_device % self.microbatches == 0 else 1
     return BatchLayout(num_rows=num_rows, rows_per_device=rows_per_device, microbatches=microbatches)
 
 
 def deal_rows(work: Float[np.ndarray, "n"], layout: BatchLayout) -> Int[np.ndarray, "k b"]:
-  """Deals rows to batches: rows of similar work are computed at the same time.
+  """Deals rows to batches so that rows of similar work are computed at the same time.
 
-  Batches, and microbatches within them, take rows in the order of work, heaviest first. Where a device has several rows
-  of a microbatch, the one with the least work so far gets the heaviest of the next ones.
+  Batches, and microbatches within them, take rows in the order of work, heaviest first. If devices have several rows of
+  a microbatch, the device with the least work so far gets the heaviest of the next rows.
 
   Returns:
     The indices of the rows of each batch.
@@ -80,15 +80,15 @@ def deal_rows(work: Float[np.ndarray, "n"], layout: BatchLayout) -> Int[np.ndarr
 class BalancedBatches(grain.IterDataset[PackedRow]):
   """Batches of rows of similar work.
 
-  Rows are taken a window at a time, dealt to its batches by the attention that they take, and the batches shuffled.
-  Only attention differs between rows: all else is computed for their padding too. The order of a window's batches, by
-  work, depends on the seed and the number of the window, so that several streams have heavy batches in the same steps.
+  Rows are taken a window at a time and dealt to batches by their work in attention; then the batches are shuffled. Only
+  attention differs between rows: everything else is computed for padding too. The order of a window's batches, as ranks
+  of work, depends only on the seed and the window's number, so that all streams have heavy batches in the same steps.
 
   Args:
-    rows: single ones (b = 1), endless.
+    rows: an endless dataset of single rows (b = 1).
     layout: of a batch.
-    window: batches that are made from the same rows.
-    seed: of the order of batches.
+    window: number of batches in a window.
+    seed: seed of the order of batches.
   """
 
   def __init__(self, rows: grain.IterDataset[PackedRow], *, layout: BatchLayout, window: int, seed: int):
@@ -100,9 +100,9 @@ class BalancedBatches(grain.IterDataset[PackedRow]):
 
 
 class _BalancedIterator(grain.DatasetIterator[PackedRow]):
-  """Its position is that of the rows before the current window, and how many of its batches were taken.
+  """Its position is that of the rows before the current window, and the number of the window's batches taken.
 
-  Where a batch has another number of rows than when the position was saved, the window is dealt again from its start.
+  If a batch has another number of rows than when the position was saved, the window is dealt again from its start.
   """
 
   def __init__(self, rows: grain.DatasetIterator[PackedRow], *, layout: BatchLayout, window: int, seed: int):
@@ -111,7 +111,7 @@ class _BalancedIterator(grain.DatasetIterator[PackedRow]):
     self._enter_window(0)
 
   def _enter_window(self, number: int, taken: int = 0) -> None:
-    """Goes to a window that begins with the next row, of which batches were taken already."""
+    """Enters a window that begins with the next row, and of which `taken` batches were taken already."""
     self._number, self._taken = number, taken
     self._start = self._source.get_state()
     self._rows: list[PackedRow] = []
@@ -139,7 +139,7 @@ class _BalancedIterator(grain.DatasetIterator[PackedRow]):
 
 
 def count_pairs(rows: PackedRow) -> tuple[Float[np.ndarray, "b"], Float[np.ndarray, "b"]]:
-  """Counts the pairs of a token and a token, and of a token and a text token, that it attends to in each row."""
+  """Counts in each row the pairs of a token and a token that it attends to, and likewise for text tokens."""
   assert rows.key_intervals is not None and rows.text_intervals is not None
   tokens, text = (np.diff(x)[..., 0].sum(1, dtype=np.float64) for x in (rows.key_intervals, rows.text_intervals))
   return tokens, text

@@ -13,7 +13,7 @@ from absl import flags
 
 from univid_jax.core.options import Packing
 
-# Smaller arrays are pickled between processes: opening shared memory takes 0.1 ms.
+# Smaller arrays are pickled between processes, since opening shared memory takes 0.1 ms.
 MIN_SHARED_BYTES = 1 << 17
 
 _PACKERS = {
@@ -34,16 +34,16 @@ def pack_dataset(
 ) -> grain.IterDataset[Any]:
   """Packs elements, which are dicts of arrays, into rows.
 
-  Grain fills `num_bins` rows at a time and gives them out in random order. Its position can be saved and restored: it
-  packs the same elements again.
+  Grain fills `num_bins` rows at a time and yields them in random order. To restore a saved position, it packs the same
+  elements again.
 
   Args:
-    dataset: of the elements.
+    dataset: yields the elements.
     capacities: length of each array in a row.
-    segmented: arrays NAME for which a row gets NAME_segment_ids: the element of each entry, from 1; 0 is padding.
+    segmented: names of arrays for which a row gets NAME_segment_ids: the element of each entry, from 1; 0 is padding.
     packing: which open row an element goes to.
     num_bins: rows that are open at the same time.
-    seed: of the order.
+    seed: seed of the order of rows.
   """
   return _PACKERS[packing](
     dataset,
@@ -55,20 +55,20 @@ def pack_dataset(
 
 
 def prefetch(dataset: grain.IterDataset[Any], *, buffer_size: int) -> grain.IterDataset[Any]:
-  """Makes up to `buffer_size` elements in advance, in a thread of its own."""
+  """Makes up to `buffer_size` elements in advance, in a separate thread."""
   return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=buffer_size)
 
 
 def prefetch_in_process(dataset: grain.IterDataset[Any], *, buffer_size: int) -> grain.IterDataset[Any]:
-  """Makes up to `buffer_size` elements in advance, in a process of its own; the dataset must be picklable.
+  """Makes up to `buffer_size` elements in advance, in a separate process; the dataset must be picklable.
 
-  The process has no accelerator and uses one core. It starts with the thread that waits for it, so that several start
-  at the same time.
+  The process has no accelerator and uses one core. It starts along with the thread that waits for it, so that several
+  processes start at the same time.
   """
   for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")  # this process has read them already
+    os.environ.setdefault(name, "1")  # only affects the worker: this process has read them already
   if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # Grain reads a flag of its own
+    flags.FLAGS.mark_as_parsed()  # Grain reads one of its own flags
   dataset = grain.experimental.WithOptionsIterDataset(
     dataset, grain.experimental.DatasetOptions(min_shm_size=MIN_SHARED_BYTES)
   )
@@ -77,7 +77,7 @@ def prefetch_in_process(dataset: grain.IterDataset[Any], *, buffer_size: int) ->
 
 
 def _start_worker(index: int, count: int) -> None:
-  """Prepares a worker: it ends with its parent, which alone handles signals, and leaves accelerators to it."""
+  """Prepares a worker: it ends with its parent, and leaves signals and accelerators to it."""
   del index, count
   jax.config.update("jax_platforms", "cpu")
   for stop in (signal.SIGINT, signal.SIGTERM):

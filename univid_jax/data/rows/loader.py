@@ -49,7 +49,7 @@ class MakeFeatures(Protocol):
 
   @property
   def shape(self) -> TransformerShape:
-    """Of the transformer that takes them."""
+    """Shape of the transformer that takes the features."""
     ...
 
   def __call__(self, sentence: Sentence, /) -> Features: ...
@@ -72,10 +72,10 @@ def make_loader(
     sources: where sentences come from; several are mixed.
     make_features: encodes them.
     row_shape: capacity of a row.
-    layout: of a batch of all processes.
-    seed: of the order, which changes every epoch.
+    layout: layout of a batch over all processes.
+    seed: seed of the order, which changes every epoch.
     weights: how often each source is drawn; equal by default.
-    ownership: of the rows; by default all are this process's.
+    ownership: which rows are this process's; by default all.
     options: how sentences are read and packed.
 
   Raises:
@@ -114,14 +114,14 @@ def make_loader(
 class Loader:
   """This process's rows of every batch; see `make_loader`.
 
-  The rows of a batch come from the streams in turn, an equal number from each. A process opens the streams that its
-  rows come from, so that any number of processes can take over the streams of another. Where several processes share
-  a stream, or the tokens of a row, each reads it and uses its rows.
+  Each stream gives an equal number of a batch's rows. A process opens the streams that its rows come from, so that any
+  number of processes can take over the streams of others. If several processes share a stream, or the tokens of a row,
+  each reads the whole stream and uses its own rows.
 
   Args:
-    open_stream: opens a stream, given its number, the number of all, and its rows of a batch.
+    open_stream: opens a stream, given its number, the number of streams, and the rows that it gives to a batch.
     num_streams: see `LoaderOptions`.
-    ownership: of the rows.
+    ownership: which rows are this process's.
   """
 
   def __init__(
@@ -167,11 +167,11 @@ class Loader:
     """Continues at a saved position.
 
     Args:
-      states: of all processes that saved it, in order, or what `get_state` has returned if it was the only one; also as
-        version 0.1 saved them, as states of Grain's iterators.
+      states: states of all processes that saved it, in order, or the result of `get_state` if there was only one;
+        states of Grain's iterators, as version 0.1 saved them, work too.
 
     Raises:
-      UserError: they are damaged, or the rows of a batch are others now and do not divide over the streams.
+      UserError: they are damaged, or the number of rows of a batch has changed and does not divide over the streams.
     """
     try:
       saved = [parse_json(state) for state in ([states] if isinstance(states, bytes) else states)]
@@ -214,7 +214,7 @@ class EncodedSource:
   Args:
     source: of the sentences.
     make_features: encodes them.
-    capacities: of a row, by feature.
+    capacities: capacity of a row, by feature.
     allow_dropped: see `LoaderOptions`.
     is_shared: whether other processes read the same stream.
   """
@@ -256,7 +256,7 @@ class EncodedSource:
         "read it"
       ) from error
     reason = (error.key if isinstance(error, TooLongError) else "") or str(error)
-    if reason not in self._reported:  # once for each file or limit, not for each sentence with it
+    if reason not in self._reported:  # once per file or limit, not per sentence
       self._reported.add(reason)
       log.warning("dropped: %s", drop(record, error))
     return None
@@ -282,7 +282,7 @@ def make_fitting(sentence: Sentence, make_features: MakeFeatures, capacities: Ma
   """Encodes a sentence that fits into a row.
 
   Args:
-    sentence: its clips are pixels.
+    sentence: a sentence whose clips are pixels.
     make_features: encodes it.
     capacities: of a row, by feature.
 
@@ -300,12 +300,12 @@ def check_lengths(sentence: Sentence, lengths: Mapping[str, int], capacities: Ma
   """Checks that a sentence fits into a row.
 
   Args:
-    sentence: for the message.
-    lengths: of its features, by name.
-    capacities: of a row, by name.
+    sentence: named in the message.
+    lengths: lengths of its features, by name.
+    capacities: capacity of a row, by name.
 
   Raises:
-    TooLongError: it does not fit; the message names the config's key.
+    TooLongError: it does not fit; the message names the config key.
   """
   for name, capacity in capacities.items():
     key = _LIMITS.get(UNITS[name])

@@ -1,4 +1,4 @@
-"""What a loader is told beside its sentences: which rows are its own, and how it makes them."""
+"""Settings of a loader besides its sources: which rows are its own, and how it makes them."""
 
 import dataclasses
 import math
@@ -17,10 +17,10 @@ class RowOwnership:
 
   Attributes:
     own: ascending numbers of this process's rows.
-    order: in which streams fill the rows of a batch, so that few fill those of a process.
-    num_owners: processes, or groups of those that share rows, that make the rows of a batch.
-    is_shared: whether other processes make the same rows. Processes that do, or read the same stream, leave out no
-      sentence that another one may have read: it is read once more, and what is wrong then raised.
+    order: the order in which streams fill the rows of a batch, chosen so that few streams fill those of a process.
+    num_owners: number of processes, or of groups that share rows, that make the rows of a batch.
+    is_shared: whether other processes make the same rows. Processes that do, or that read the same stream, do not drop
+      a sentence that another one may have read: it is read once more, and if that fails the error is raised.
   """
 
   own: Sequence[int]
@@ -35,7 +35,7 @@ class RowOwnership:
 
   @classmethod
   def from_mesh(cls, num_rows: int, mesh: Mesh, process: int | None = None) -> "RowOwnership":
-    """Returns the ownership of a process, by default of this one: of the rows that its devices hold."""
+    """Returns the ownership of a process, by default this one: the rows that its devices hold."""
     owners = set(row_owners(num_rows, mesh))
     return cls(
       own=own_rows(num_rows, mesh, process),
@@ -52,9 +52,9 @@ class LoaderOptions:
   Attributes:
     num_threads: threads per stream that read and encode sentences.
     num_packing_bins: rows that are filled at the same time; by default two batches.
-    packing: which of them a sentence goes to, and which batch a row.
-    num_streams: independent streams of rows, each with its share of the sentences; batches depend on it.
-    stream_processes: whether each stream is made in a process of its own; sources and encoder must be picklable.
+    packing: which of them a sentence goes to, and which batch a row goes to.
+    num_streams: independent streams of rows, each with its share of the sentences; batches depend on their number.
+    stream_processes: whether each stream is made in a separate process; sources and encoder must be picklable.
     allow_dropped: leave out sentences that cannot be used, and log each once, instead of stopping.
   """
 
@@ -67,7 +67,7 @@ class LoaderOptions:
 
   @classmethod
   def from_config(cls, config: RunConfig, ownership: RowOwnership) -> "LoaderOptions":
-    """Returns the options of a run; if it names no number of streams, each owner of rows has one, if they divide."""
+    """Returns a run's options; without a configured number of streams, each owner of rows has one, if they divide."""
     return cls(
       num_threads=config.data.num_threads,
       num_packing_bins=config.rows.packing_bins,

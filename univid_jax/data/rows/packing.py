@@ -1,4 +1,4 @@
-"""From features of sentences to packed rows: whole sentences side by side, and everything the model knows of them."""
+"""Packs features of sentences into rows: whole sentences one after another, and everything the model knows of them."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ class RowShape:
     num_tokens: tokens.
     num_text_tokens: text tokens; the padding of a prompt counts as one.
     num_slots: sentences.
-    num_targets: target tokens; None is any number, in rows without indices of target tokens.
+    num_targets: target tokens; None allows any number, and rows then have no indices of target tokens.
     context_mode: see `PackedRow`.
   """
 
@@ -35,7 +35,7 @@ class RowShape:
 
   @classmethod
   def from_config(cls, rows: RowsConfig, context_mode: ContextMode) -> "RowShape":
-    """Returns the capacity of a run's rows."""
+    """Returns the shape of a run's rows."""
     return cls(
       num_tokens=rows.num_tokens,
       num_text_tokens=rows.num_text_tokens,
@@ -59,8 +59,8 @@ class RowShape:
 def bucket_size(count: int) -> int:
   """Rounds a count up, by at most a 16th from 256 on, so that few sizes occur.
 
-  Sizes are multiples of 16; from 512 on 16 per power of two; from 16,384 on multiples of 1,024, the keys that attention
-  on TPUs computes together.
+  Sizes are multiples of 16; from 512 on there are 16 per power of two; from 16,384 on they are multiples of 1,024, the
+  keys that attention on TPUs computes together.
   """
   step = min(max(16, 2 ** (count.bit_length() - 5)), 1024)
   return round_up(count, step)
@@ -89,12 +89,11 @@ def pack(sentences: Sequence[Features], shape: RowShape) -> PackedRow:
 def finish_rows(
   packed: Mapping[str, np.ndarray], segment_ids: Mapping[Unit, Integer[np.ndarray, "b _"]], *, context_mode: ContextMode
 ) -> PackedRow:
-  """Derives everything that depends on the places of sentences in their rows.
+  """Returns rows with the fields that depend on where sentences are in them.
 
   Args:
     packed: the features of `Features` by name, each with a leading row dim.
-    segment_ids: of the tokens, the text tokens and, for I2V, the image features: the sentence of each entry, from 1; 0
-      is padding.
+    segment_ids: the sentence of each token, text token and, for I2V, image feature, from 1; 0 is padding.
     context_mode: see `PackedRow`.
   """
   tokens, is_target = segment_ids[Unit.TOKEN], packed["target_mask"].astype(bool)
@@ -109,7 +108,7 @@ def finish_rows(
     "text_intervals": segment_intervals(tokens, segment_ids[Unit.TEXT_TOKEN]),
     "modulation_ids": (2 * np.maximum(tokens - 1, 0) + is_target).astype(np.int32),
   }
-  if "targets" in packed:  # so far indices in the sentence; those in the row follow from the mask
+  if "targets" in packed:  # indices within the sentence so far; those within the row follow from the mask
     fields["targets"] = target_indices(is_target, packed["targets"].shape[1])
   if Unit.IMAGE_FEATURE in segment_ids:
     fields["image_intervals"] = segment_intervals(tokens, segment_ids[Unit.IMAGE_FEATURE])
@@ -141,12 +140,12 @@ def target_indices(target_mask: Bool[np.ndarray, "b l"], count: int | None = Non
 
 
 def join_rows(rows: Sequence[PackedRow]) -> PackedRow:
-  """Joins rows of one shape to a batch."""
+  """Joins rows of the same shape into a batch."""
   return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
 
 def pack_rows(sentences: Sequence[Features], shape: RowShape) -> tuple[PackedRow, list[tuple[int, int]]]:
-  """Packs sentences into as few rows as `assign_rows` finds.
+  """Packs sentences into the rows that `assign_rows` chooses.
 
   Returns:
     The rows, and (row, segment id) of each sentence.
@@ -162,7 +161,7 @@ def take_rows(x: np.ndarray, start: int, length: int) -> np.ndarray:
 
 
 def assign_rows(sentences: Sequence[Features], shape: RowShape) -> list[list[int]]:
-  """Assigns sentences to rows, first-fit decreasing; a sentence that fits into no row gets its own."""
+  """Assigns sentences to rows, first-fit decreasing; a sentence that fits into no open row gets its own."""
   rows: list[list[int]] = []
   for index in sorted(range(len(sentences)), key=lambda i: -len(sentences[i].tokens)):
     row = next((row for row in rows if _fits([sentences[i] for i in (*row, index)], shape)), None)

@@ -1,4 +1,4 @@
-"""One stream of rows: its share of the sentences, packed into its rows of every batch."""
+"""A stream of rows: its share of the sentences, packed into its rows of every batch."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,10 @@ def mix_sources(
   index: int,
   count: int,
 ) -> grain.MapDataset[dict[str, np.ndarray] | None]:
-  """Repeats each source endlessly, in another order each time, and mixes one stream's share of each.
+  """Repeats each source endlessly, reshuffled each time, and mixes one stream's share of each.
 
-  Every `count`-th sentence of a mixture would be of few sources only, as it alternates between them. Streams begin with
-  different sources, or else all would come to the same one at the same time.
+  Every `count`-th sentence of a mixture would be from few sources only, as it alternates between them. Streams begin
+  with different sources, since otherwise all would reach the same one at the same time.
   """
   shares = [grain.MapDataset.source(source).seed(seed).shuffle().repeat()[index::count] for source in sources]
   if len(shares) == 1:

@@ -1,4 +1,4 @@
-"""From a sentence of latents to its features: tokens, positions, text and what else it contributes to a row."""
+"""Converts a sentence of latents to its features: tokens, positions, text and whatever else it contributes to a row."""
 
 import dataclasses
 import enum
@@ -18,12 +18,12 @@ from univid_jax.core.sentence import Clip, ClipRef, Role, Sentence
 # Works on NumPy and JAX arrays.
 ArrayT = TypeVar("ArrayT", Array, np.ndarray)
 
-# CLIP's features of one image: its patches and their class.
+# CLIP's features of one image: one per patch, and the class token.
 IMAGE_FEATURES = 257
 
 
 class Unit(enum.Enum):
-  """What a feature has one entry for; a row's capacity is counted in these."""
+  """What a feature has one entry per; a row's capacity is counted in these units."""
 
   TOKEN = enum.auto()
   TEXT_TOKEN = enum.auto()
@@ -38,7 +38,7 @@ def _per(unit: Unit, *, default: Any = dataclasses.MISSING) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:
-  """What a sentence contributes to a row, except what depends on its place there. The fields are those of `PackedRow`.
+  """What a sentence contributes to a row, except what depends on its place there; fields as in `PackedRow`.
 
   Attributes:
     targets: indices of the target tokens in the sentence.
@@ -64,7 +64,7 @@ class Features:
 
 UNITS: Mapping[str, Unit] = {field.name: field.metadata["unit"] for field in dataclasses.fields(Features)}
 
-# The feature of each unit whose entries are numbered by sentence in a row, so that intervals can be derived.
+# The feature of each unit whose entries get segment ids in a row, from which intervals are derived.
 SEGMENTED: Mapping[Unit, str] = {Unit.TOKEN: "tokens", Unit.TEXT_TOKEN: "text", Unit.IMAGE_FEATURE: "image_features"}
 
 
@@ -89,7 +89,7 @@ def patchify(latents: Shaped[ArrayT, "t y x c"], patch_size: tuple[int, int, int
 def unpatchify(
   tokens: Shaped[ArrayT, "l p"], shape: tuple[int, int, int], patch_size: tuple[int, int, int]
 ) -> Shaped[ArrayT, "t y x c"]:
-  """Joins patches to latents of shape (t, y, x): the inverse of `patchify`."""
+  """Joins patches into latents of shape (t, y, x): the inverse of `patchify`."""
   (t, y, x), (pt, py, px) = (tuple(n // m for n, m in zip(shape, patch_size)), patch_size)
   return rearrange(tokens, "(t y x) (pt py px c) -> (t pt) (y py) (x px) c", t=t, y=y, x=x, pt=pt, py=py, px=px)
 
@@ -110,15 +110,15 @@ def sentence_features(
   """Returns the features of a sentence of latents.
 
   Args:
-    sentence: its clips are latents.
-    patch_size: of the transformer.
-    prompt_embedding: without padding.
+    sentence: a sentence whose clips are latents.
+    patch_size: patch size of the transformer.
+    prompt_embedding: embedding of the prompt, without padding.
     text_len: length to which the original pads a prompt.
     clip_gap: positions in time that are left out between clips.
     task_id, context_id: numbers from 1; 0 for neither.
     condition: I2V's mask and first-frame latents over the whole sentence.
     image_features: I2V's CLIP features of the first frame.
-    has_first_frame: whether the last clip but one is the first frame of the last, which no gap parts it from.
+    has_first_frame: whether the last clip but one is the first frame of the last clip, without a gap between them.
 
   Raises:
     UserError: the prompt is longer than `text_len`, or gaps move clips further than positions reach.
@@ -157,7 +157,7 @@ def _check_encoded(clip: Clip) -> np.ndarray:
 def _positions(
   shapes: Sequence[tuple[int, ...]], patch_size: tuple[int, int, int], gaps: Sequence[int]
 ) -> Int[np.ndarray, "l 3"]:
-  """Returns (t, y, x) of each token of a sentence; time runs on from clip to clip, after the gap between them.
+  """Returns (t, y, x) of each token of a sentence; time continues from clip to clip, with gaps between them.
 
   Raises:
     UserError: the model has no positions for so long a sentence or so large a frame.
@@ -181,7 +181,7 @@ def _positions(
 
 @functools.lru_cache(maxsize=64)
 def _clip_positions(t: int, y: int, x: int) -> Int[np.ndarray, "l 3"]:
-  """Returns (t, y, x) of each token of a clip by itself; shared, hence not to be changed."""
+  """Returns (t, y, x) of each token of a clip by itself; cached, so it must not be modified."""
   positions = np.ascontiguousarray(np.indices((t, y, x), np.int32).reshape(3, -1).T)
   positions.flags.writeable = False
   return positions

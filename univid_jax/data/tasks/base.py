@@ -1,4 +1,4 @@
-"""What a computed task is: how its targets are made from natural clips, without annotation.
+"""Defines computed tasks: how their targets are made from natural clips, without annotation.
 
 A task draws its parameters once per sentence and applies them to every pair, so that only the example pairs reveal
 them. What they must not reveal, such as the noise in B, is drawn for every pair. Tasks work on clips in float32
@@ -23,7 +23,7 @@ UnitClip = Float[np.ndarray, "T H W 3"]
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-# How far values may be outside [0, 1], where they are clipped: resampling and noise exceed it by less.
+# How far values may lie outside [0, 1] before they are clipped: resampling and noise overshoot by less.
 MAX_OVERSHOOT = 0.5
 
 
@@ -32,14 +32,15 @@ class Task:
   """A computed task.
 
   Attributes:
-    draw: draws the parameters of a sentence: JSON values by name (Python's numbers, not NumPy's), since an evaluation
-      stores them with its results.
-    apply: (clip, **parameters) to the target of the clip, which has the clip's shape; what leaves [0, 1] a little is
-      clipped. An animating task also takes `num_frames`, and makes a video of an image.
+    draw: draws a sentence's parameters: JSON values by name (Python's numbers, not NumPy's), since an evaluation stores
+      them with its results.
+    apply: maps (clip, **parameters) to the clip's target, of the same shape; values slightly outside [0, 1] are
+      clipped. An animating task also takes `num_frames`, and turns an image into a video.
     reversible: whether the task with swapped pairs (A', A, B', B) is a task too.
-    motion: which clips may be videos. Of an animating task the target of an image may be one; it cannot be reversible.
-    varies: whether `apply` also takes `pair`, the number of the pair, and draws what differs between them.
-    restores: whether `apply` makes the source and the natural clip is the target.
+    motion: which clips may be videos. With an animating task the target of an image may be one, so it cannot be
+      reversible.
+    varies: whether `apply` also takes `pair`, the number of the pair, and draws what differs between pairs.
+    restores: whether `apply` makes the source, and the natural clip is the target.
     prompt_name: what the paper's detailed prompt calls the target.
   """
 
@@ -65,12 +66,12 @@ class Task:
     return self.motion == Motion.NEEDED
 
 
-# The tasks whose `draw` was checked, by name; kept, since a task may get the identity of one that is gone.
+# The tasks whose `draw` was checked, by name. They are kept alive, since a new task could get the id of a deleted one.
 _checked: dict[str, Task] = {}
 
 
 def check_draw(name: str, task: Task) -> None:
-  """Checks what `draw` of the task with a name returns: once, by drawing with a generator of its own.
+  """Checks what a task's `draw` returns, once per task, with a generator of its own.
 
   Raises:
     UserError: it does not return JSON values by name.
@@ -90,15 +91,15 @@ def check_draw(name: str, task: Task) -> None:
 
 
 def check_result(name: str, result: Any, shape: tuple[int, ...]) -> None:
-  """Checks what `apply` of the task with a name returns.
+  """Checks what a task's `apply` returns.
 
   Raises:
-    UserError: it is no array of floats of this shape, or its values are not finite or far outside [0, 1].
+    UserError: it is not an array of floats of this shape, or its values are not finite or far outside [0, 1].
   """
   got = ""
   if not (isinstance(result, np.ndarray) and result.shape == shape and result.dtype.kind == "f"):
     got = f"{result.dtype} {result.shape}" if isinstance(result, np.ndarray) else type(result).__name__
-  elif not (result.min() >= -MAX_OVERSHOOT and result.max() <= 1 + MAX_OVERSHOOT):  # NaN neither
+  elif not (result.min() >= -MAX_OVERSHOOT and result.max() <= 1 + MAX_OVERSHOOT):  # also catches NaN
     got = f"values from {result.min():.4g} to {result.max():.4g}"
   if got:
     raise UserError(
@@ -117,13 +118,13 @@ def compute_luma(clip: UnitClip) -> Float[np.ndarray, "T H W 1"]:
 
 
 def mix_channels(clip: UnitClip, matrix: np.ndarray) -> UnitClip:
-  """Returns linear combinations of the channels of each pixel, one for each row of a matrix."""
+  """Returns linear combinations of each pixel's channels, one per row of a matrix."""
   columns = np.ascontiguousarray(matrix.T, np.float32)
   return (clip.reshape(-1, clip.shape[-1]) @ columns).reshape(*clip.shape[:-1], len(matrix))
 
 
 def blend(strength: Float[np.ndarray, "T H W"], start, end) -> UnitClip:
-  """Returns colours between two: the first where the strength is 0, the second where it is 1."""
+  """Interpolates between two colours: the first where the strength is 0, the second where it is 1."""
   out = np.empty((*strength.shape, 3), np.float32)
   for channel, (first, second) in enumerate(zip(np.asarray(start, np.float32), np.asarray(end, np.float32))):
     part = np.multiply(strength, second - first, out=out[..., channel])

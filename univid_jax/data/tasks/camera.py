@@ -8,7 +8,7 @@ from univid_jax.data.tasks.base import Params, UnitClip, from_unit, to_unit
 
 
 def draw_camera_movement(rng: np.random.Generator) -> Params:
-  """Draws a zoom from 1.2 to 1.6, a rotation of up to 15 degrees, and a shift as a share of what the zoom allows."""
+  """Draws a zoom from 1.2 to 1.6, a rotation of up to 15 degrees, and a shift as a share of the zoom's margin."""
   zoom = float(rng.uniform(1.2, 1.6))
   return {"zoom": zoom, "angle": float(rng.uniform(-15, 15)), "shift": rng.uniform(-1, 1, 2).tolist()}
 
@@ -18,14 +18,14 @@ def camera_movement(
 ) -> Float[np.ndarray, "_T H W 3"]:
   """Zooms, rotates and pans smoothly from the original view; an image becomes a video of `num_frames`.
 
-  The zoom is never so small that the view shows anything outside the frame.
+  The zoom is always large enough that the view shows nothing outside the frame.
   """
   if num_frames is not None and len(clip) == 1:
     clip = np.repeat(clip, num_frames, axis=0)
   height, width = clip.shape[1:3]
   frames = from_unit(clip)
   poses = camera_poses(len(clip), (height, width), zoom=zoom, angle=angle, shift=shift)
-  out = [frames[0]]  # at rest
+  out = [frames[0]]  # not moved yet
   for frame, (log_zoom, radians, x, y) in zip(frames[1:], poses[1:]):
     center = (0.5 + x) * width, (0.5 + y) * height
     a, b = np.cos(radians) / np.exp(log_zoom), np.sin(radians) / np.exp(log_zoom)

@@ -1,4 +1,4 @@
-"""Tasks that find objects: salient and moving ones, in one colour on another."""
+"""Tasks that find salient or moving objects, and draw them in one colour on another."""
 
 import numpy as np
 import scipy
@@ -22,7 +22,7 @@ def salient_mask(clip: UnitClip, *, object_color, background) -> UnitClip:
 
 
 def moving_mask(clip: UnitClip, *, object_color, background) -> UnitClip:
-  """Finds what moves against the scene: aligns all frames to the middle one, and compares them with their median."""
+  """Finds what moves within the scene: aligns all frames to the middle one, and compares them with their median."""
   grey = compute_luma(clip)[..., 0]
   middle = grey[len(grey) // 2]
   shifts = [skimage.registration.phase_cross_correlation(middle, frame, upsample_factor=4)[0] for frame in grey]

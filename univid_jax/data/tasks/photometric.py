@@ -15,7 +15,7 @@ def invert(clip: UnitClip) -> UnitClip:
 
 
 def invert_brightness(clip: UnitClip) -> UnitClip:
-  """Makes dark pixels light and light ones dark; hues are kept as far as the range of values allows."""
+  """Makes dark pixels light and light ones dark; keeps hues as far as the range of values allows."""
   out = mix_channels(clip, np.eye(3) - 2 / 3)
   out += 1
   return np.clip(out, 0, 1, out=out)

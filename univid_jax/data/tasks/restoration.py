@@ -32,7 +32,7 @@ def draw_factor(rng: np.random.Generator) -> Params:
 
 
 def shrink(clip: UnitClip, *, factor: int) -> UnitClip:
-  """Reduces the resolution (box filter), and resizes back (bicubic)."""
+  """Reduces the resolution (box filter), then resizes back (bicubic)."""
   height, width = clip.shape[1:3]
   small = max(round(width / factor), 1), max(round(height / factor), 1)
 
@@ -75,7 +75,7 @@ def draw_rain(rng: np.random.Generator) -> Params:
 
 
 def add_rain(clip: UnitClip, *, count: int, slant: float, strength: float, seed: int, pair: int = 0) -> UnitClip:
-  """Adds bright streaks that fall from frame to frame, all at the same slant; where they are differs between pairs."""
+  """Adds bright streaks that fall from frame to frame, all at the same slant; their positions differ between pairs."""
   rng = np.random.default_rng((seed, pair))
   frames, height, width = clip.shape[:3]
   start, speed = rng.uniform(0, 1, (count, 2)), rng.uniform(0.15, 0.35, count)

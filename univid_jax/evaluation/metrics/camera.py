@@ -7,7 +7,7 @@ import scipy
 
 from univid_jax.evaluation.metrics.image import psnr
 
-# Height at which images are compared; larger images cost time and are not matched better.
+# Height at which images are compared; larger images cost time without better matches.
 SIDE = 64
 # Starting points of the search: log zoom, and angle in radians.
 ZOOMS = (0.0, 0.15, 0.3)
@@ -18,7 +18,7 @@ Pose = np.ndarray
 
 
 def warp(image: np.ndarray, pose: Pose) -> np.ndarray:
-  """Renders an image (H, W[, C]) as seen by a camera at a pose; bicubic, edges repeated."""
+  """Renders an image (H, W[, C]) as seen by a camera at a pose; bicubic, with repeated edges."""
   height, width = image.shape[:2]
   log_zoom, angle, x, y = pose
   cos, sin = np.cos(angle) / np.exp(log_zoom), np.sin(angle) / np.exp(log_zoom)
@@ -44,7 +44,7 @@ def recover_pose(view: np.ndarray, image: np.ndarray, *, start: Pose | None = No
   Args:
     view: what the camera sees.
     image: what it moves over.
-    start: a pose nearby, where the search starts; by default it starts from several.
+    start: a nearby pose to start the search from; by default it starts from several.
   """
   scale = min(SIDE / image.shape[0], 1.0)
   small_view, small_image = (scipy.ndimage.zoom(x.astype(np.float64).mean(-1), scale, order=1) for x in (view, image))

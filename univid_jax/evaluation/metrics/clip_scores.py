@@ -25,7 +25,7 @@ class CLIPScores:
       raise UserError(f"CLIP scores need PyTorch and transformers: {install_command('clip')}") from error
     try:
       self._model = transformers.CLIPModel.from_pretrained(path).eval()
-      self._processor: Any = transformers.CLIPProcessor.from_pretrained(path)  # its stubs lack images and padding
+      self._processor: Any = transformers.CLIPProcessor.from_pretrained(path)  # its stubs lack `images` and `padding`
     except (OSError, ValueError) as error:
       raise UserError(f"transformers cannot load {path} as a CLIP model: {first_line(error)}") from error
     self._texts: dict[str, np.ndarray] = {}
@@ -43,7 +43,7 @@ class CLIPScores:
     return _normalise(self._model.get_image_features(**self._processor(images=list(clip), return_tensors="pt")))
 
   def _embed_text(self, text: str) -> np.ndarray:
-    if text not in self._texts:  # few prompts, each with many clips
+    if text not in self._texts:  # there are few prompts, each with many clips
       inputs = self._processor(text=[text], return_tensors="pt", padding=True, truncation=True)
       self._texts[text] = _normalise(self._model.get_text_features(**inputs))[0]
     return self._texts[text]

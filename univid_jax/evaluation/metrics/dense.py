@@ -24,11 +24,11 @@ BETA_SQUARED = 0.3
 
 
 def align_depth(predicted: np.ndarray, truth: np.ndarray, *, how: DepthAlignment) -> np.ndarray:
-  """Brings relative depth to the scale of the ground truth, fitted to the pixels that are valid in both.
+  """Aligns relative depth to the scale of the ground truth, fitted to the pixels that are valid in both.
 
   Args:
     predicted: a positive multiple of depth or, with least squares, any affine function of it.
-    truth: in metres; 0, negative or not finite where it is unknown.
+    truth: depth in metres; 0, negative or not finite where it is unknown.
     how: least squares for scale and shift (Ranftl et al. 2020), or the ratio of the medians (Zhou et al. 2017).
   """
   valid = _is_known(truth) & np.isfinite(predicted)
@@ -49,7 +49,7 @@ def depth_metrics(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
   rmse_m (metres), rmse_log, silog (100 times the standard deviation of the log ratio): lower is better.
 
   Args:
-    predicted: in metres; raised to `SMALLEST_DEPTH`.
+    predicted: depth in metres; smaller values are raised to `SMALLEST_DEPTH`.
     truth: in metres; 0, negative or not finite where it is unknown.
   """
   valid = _is_known(truth)
@@ -77,7 +77,7 @@ def normal_metrics(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]
 
   Args:
     predicted: vectors (..., 3) of any length.
-    truth: likewise; zero or not finite where it is unknown.
+    truth: the same; zero or not finite where it is unknown.
   """
   lengths = np.linalg.norm(truth, axis=-1)
   valid = np.isfinite(lengths) & (lengths > 1e-6)
@@ -131,7 +131,7 @@ def segmentation_metrics(confusion: np.ndarray, *, void: int = -1) -> dict[str, 
   the prediction.
 
   Args:
-    confusion: of an image or, as in benchmarks, summed over a data set.
+    confusion: confusion matrix of an image or, as in benchmarks, summed over a data set.
     void: label that is not a class; -1 for none.
   """
   if not confusion.any():
@@ -152,8 +152,8 @@ def saliency_metrics(predicted: np.ndarray, truth: np.ndarray) -> dict[str, floa
   soft mask: lower is better.
 
   Args:
-    predicted: in [0, 1].
-    truth: likewise, thresholded at 0.5 as well.
+    predicted: mask in [0, 1].
+    truth: mask in [0, 1], also thresholded at 0.5.
   """
   p, t = predicted >= 0.5, truth >= 0.5
   both, either = np.sum(p & t), np.sum(p | t)
@@ -185,7 +185,7 @@ def edge_counts(strength: np.ndarray, truth: np.ndarray, *, thresholds: int = 99
   """Counts matched, predicted and true edge pixels of an image at each threshold: int (thresholds, 3).
 
   Args:
-    strength: of predicted edges, (H, W) in [0, 1]; thinned to lines of one pixel at each threshold.
+    strength: strength of predicted edges, (H, W) in [0, 1]; thinned to lines of one pixel at each threshold.
     truth: edges, boolean (H, W); thinned.
     thresholds: number of thresholds, evenly spaced in (0, 1).
   """
@@ -194,7 +194,7 @@ def edge_counts(strength: np.ndarray, truth: np.ndarray, *, thresholds: int = 99
   previous = None
   for i in range(thresholds):
     edges = strength >= (i + 1) / (thresholds + 1)
-    if previous is not None and np.array_equal(edges, previous):  # maps with few levels are matched once per level
+    if previous is not None and np.array_equal(edges, previous):  # equal maps are matched only once
       counts[i] = counts[i - 1]
       continue
     found, previous = thin(edges), edges
@@ -205,10 +205,10 @@ def edge_counts(strength: np.ndarray, truth: np.ndarray, *, thresholds: int = 99
 def edge_metrics(counts: Sequence[np.ndarray]) -> dict[str, float]:
   """Computes ods, ois and ap of edges (Arbelaez et al. 2011); higher is better.
 
-  ods and ois are F-measures, at the best threshold for the data set and for each image.
+  ods and ois are F-measures, at the best threshold for the whole data set and for each image.
 
   Args:
-    counts: of each image, from `edge_counts`.
+    counts: counts of each image, from `edge_counts`.
   """
   if not len(counts):
     return dict.fromkeys(("ods", "ois", "ap"), math.nan)
@@ -217,7 +217,7 @@ def edge_metrics(counts: Sequence[np.ndarray]) -> dict[str, float]:
   best = stacked[np.arange(len(stacked)), [int(np.argmax(_f_measure(c))) for c in stacked]].sum(axis=0)
   precision, recall = _precision_recall(total)
   # As in the Berkeley benchmark (collect_eval_bdry.m): precision is interpolated between the recalls of the thresholds,
-  # and 0 outside of them. At a single recall, as of lines that are 0 or 1, there is no area.
+  # and 0 outside of them. A single recall, as of edges that are only 0 or 1, has no area.
   recalls, first = np.unique(recall, return_index=True)
   grid = np.linspace(0, 1, 101)
   area = np.interp(grid, recalls, precision[first], left=0, right=0).sum() / 100

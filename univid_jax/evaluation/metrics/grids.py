@@ -17,8 +17,9 @@ Interval = tuple[float, float]
 def grid_metrics(predicted: Sequence[Grid], truth: Sequence[Grid]) -> dict[str, float]:
   """Compares the states of two clips.
 
-  grid_accuracy: 1 if all states have the right size and cells, else 0. cell_accuracy: share of the true cells with the
-  right colour at their place, averaged over states; of a video the first state, which shows the source, does not count.
+  grid_accuracy: 1 if all states have the right size and cells, else 0. cell_accuracy: share of the true cells that have
+  the right colour at their place, averaged over states; the first state of a video, which shows the source, does not
+  count.
   """
   if len(predicted) != len(truth):
     raise ValueError(f"clips must show as many states, got {len(predicted)} and {len(truth)}")
@@ -35,10 +36,10 @@ def _share_of_cells(predicted: Grid, truth: Grid) -> float:
 
 
 def wilson_interval(share: float, count: int) -> Interval:
-  """Returns the interval of a share of `count` independent trials (Wilson 1927), which never is empty or leaves [0, 1].
+  """Returns the interval of a share of `count` independent trials (Wilson 1927); never empty or outside [0, 1].
 
   With several seeds `share` may be a mean over seeds and `count` the number of sentences: seeds of a sentence are not
-  independent, so the interval errs on the wide side.
+  independent, so the interval is rather too wide.
   """
   z = float(ndtri((1 + CONFIDENCE) / 2))
   center = (share + z**2 / (2 * count)) / (1 + z**2 / count)

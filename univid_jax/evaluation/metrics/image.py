@@ -5,9 +5,9 @@ import functools
 import numpy as np
 from skimage.metrics import structural_similarity
 
-# PSNR of identical clips; corresponds to an error of 1e-5 of the range.
+# PSNR of identical clips; equals that of an error of 1e-5 of the range.
 PSNR_CEILING = 100.0
-# Side of the Gaussian window of Wang et al. 2004, and thus the smallest image that it fits.
+# Side of the Gaussian window of Wang et al. 2004, and thus of the smallest image.
 SSIM_SIDE = 11
 
 

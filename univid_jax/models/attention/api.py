@@ -35,10 +35,11 @@ def attention(
 ) -> Float[Array, "b l h k"]:
   """Softmax attention, scaled by head_dim^-1/2; softmax in float32, output in v's dtype.
 
-  Under a mesh (`jax.set_mesh`) rows are sharded over data and fsdp and heads over tensor, each if it divides, and
+  Under a mesh (`jax.set_mesh`) rows are sharded over data and fsdp and heads over tensor, where they divide evenly, and
   queries over the sequence axis, padded to divide. If there are at least as many keys as queries (self-attention), keys
-  are sharded likewise: on the sequence axis an all-to-all exchanges heads for tokens (Ulysses) among as many devices as
-  the heads divide over, and between these groups keys and values travel (ring attention), or are gathered for cuDNN.
+  are sharded likewise: on the sequence axis an all-to-all exchanges heads for tokens (Ulysses) within groups of as many
+  devices as the heads divide over, and keys and values travel between the groups (ring attention), or are gathered for
+  cuDNN.
 
   Args:
     q: queries.
@@ -46,7 +47,7 @@ def attention(
     v: values.
     key_intervals: [start, end) of the keys that each query attends to; None is all. The output of a query with an empty
       interval (padding) is finite but undefined.
-    key_bias: added to the logits of a key for all queries; log(c) makes one key count as c equal ones.
+    key_bias: added to a key's logits for all queries; log(c) makes one key count as c equal ones.
     backend: the implementation; AUTO chooses the platform's fastest that supports the call.
 
   Raises:
@@ -67,7 +68,7 @@ def attention(
   elif backend == AttentionBackend.XLA:
     run = functools.partial(run, platform=platform)
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.size > 1 and AxisType.Manual not in mesh.axis_types:  # within `jax.shard_map` each device has its own
+  if mesh.size > 1 and AxisType.Manual not in mesh.axis_types:  # within `jax.shard_map` the arrays are already local
     run = shard_attention(run, mesh, takes_ring=backend != AttentionBackend.CUDNN)
   return run(q, k, v, key_intervals=key_intervals, key_bias=key_bias)
 
@@ -78,10 +79,10 @@ def best_backend(
   """Returns the backend that AUTO chooses.
 
   Args:
-    platform: to run on.
+    platform: the platform to run on.
     dtype: of queries and keys.
     head_dim: channels per head.
-    has_bias: whether keys are biased.
+    has_bias: whether there is a key bias.
     mask_size: rows x queries x keys on a device if the queries have intervals, else 0.
   """
   if platform == Platform.TPU:

@@ -12,11 +12,11 @@ from univid_jax.models.attention.intervals import to_mask
 # Limits of the kernel.
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 MAX_HEAD_DIM = 128
-# Entries of the mask of a device's rows above which AUTO leaves it to plain XLA. In 16 bits this is 4 GiB: a row of
-# 46,340 tokens. The 131,040 tokens of four clips of 81 frames at 480p would take 34 GB.
+# Mask entries per device above which AUTO falls back to plain XLA. In 16 bits these are 4 GiB: a row of 46,340 tokens.
+# The 131,040 tokens of four clips of 81 frames at 480p would take 34 GB.
 MAX_MASK = 1 << 31
 
-# JAX's name of the kernel's primitive, by which a policy of `jax.checkpoint` saves its outputs (the only ones that the
+# JAX's name of the kernel's primitive, by which a `jax.checkpoint` policy saves its outputs (the only ones that the
 # backward pass needs). tests/test_attention.py fails if an upgrade changes it.
 FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 
@@ -33,12 +33,12 @@ def cudnn_attention(
   key_intervals: Int[Array | np.ndarray, "b l 2"] | None = None,
   key_bias: Float[Array, "b n"] | None = None,
 ) -> Float[Array, "b l h k"]:
-  """See `api.attention`. The kernel has no intervals: they become a mask of b x l x n, and no blocks are skipped.
+  """Computes `api.attention`. The kernel has no intervals: they become a mask of b x l x n, and no blocks are skipped.
 
-  Rows of training and of sampling always have intervals, if only because their lengths are rounded up; without them
-  memory is linear in tokens. With them the gradient has a bias and the bias's gradient, as large as the mask. JAX's
-  public interface gives the kernel nothing else that could express packed sentences: lengths are one per row, counted
-  from its start. Nor does it give the gradient of a part of the keys, so on a mesh the keys of a ring are gathered.
+  Rows of training and sampling always have intervals, if only because their lengths are rounded up; without them memory
+  is linear in tokens. With them the backward pass also holds a bias and its gradient, as large as the mask. JAX's
+  public interface has no other way to express packed sentences: it takes one length per row, counted from its start.
+  Nor does it return the gradient for a part of the keys, so on a mesh the keys of a ring are gathered.
 
   Raises:
     UserError: the kernel does not support the dtype or head size.

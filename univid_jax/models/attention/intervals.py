@@ -1,4 +1,4 @@
-"""Intervals of keys as the backends need them, and padding of tokens."""
+"""Conversions of key intervals for the backends, and padding of tokens."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def to_mask(intervals: Int[Array | np.ndarray, "b l 2"], num_keys: int) -> Bool[
 
 
 def pad_tokens(x: Any, multiple: int) -> Any:
-  """Appends zeros to the tokens of an array (b, l, ...), None stays None; intervals of padding are empty."""
+  """Pads the tokens of an array (b, l, ...) with zeros; None stays None, and intervals of padding are empty."""
   if x is None or x.shape[1] % multiple == 0:
     return x
   return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))

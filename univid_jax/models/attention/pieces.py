@@ -1,7 +1,7 @@
 """Attention to keys in pieces: too many for one kernel, or on several devices (ring attention, Liu et al. 2023).
 
-A piece gives an output and its log-sum-exps (lse), the logarithms of the sums of exponentials of its logits. Outputs
-are merged by these, and with the merged ones each piece computes its part of the gradient on its own.
+A piece yields an output and its log-sum-exps (lse), the logarithms of the sums of exponentials of its logits. These
+weight the outputs when they are merged; given the merged ones, each piece computes its part of the gradient alone.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-# Name of what the backward pass needs of the forward pass; a policy of `jax.checkpoint` that saves it avoids computing
+# Name of the forward results that the backward pass needs; a `jax.checkpoint` policy that saves them avoids computing
 # attention twice.
 OUTPUT_NAME = "attention"
 
@@ -26,8 +26,8 @@ class Kernel(Protocol):
   """An implementation of attention; hashable.
 
   Queries are (b, ..., l, k), keys (b, ..., n, k) and values (b, ..., n, c), with the same dims between; intervals are
-  those of `api.attention`, within the keys. The log-sum-exp of a query without keys is so low that its output
-  has weight 0 beside others.
+  those of `api.attention`, within the keys. The log-sum-exp of a query without keys is so low that its output gets
+  weight 0 when merged.
   """
 
   def output(self, q: Array, k: Array, v: Array, intervals: Array, bias: Array | None) -> Array:
@@ -48,10 +48,10 @@ class Ring:
   """Devices that each hold a part of the keys of a row, in order.
 
   Attributes:
-    axis: of the mesh.
+    axis: axis of the mesh.
     size: number of devices in a ring.
-    stride: distance of neighbours along the axis, which has `stride` rings side by side.
-    num_keys: on each device, padding not counted.
+    stride: distance between neighbours along the axis, which holds `stride` interleaved rings.
+    num_keys: keys on each device, padding not counted.
   """
 
   axis: str
@@ -65,12 +65,12 @@ class Ring:
     return jax.lax.axis_index(self.axis) // self.stride
 
   def pass_on(self, tree: Any) -> Any:
-    """Sends arrays to the next device and returns those of the previous one."""
+    """Sends arrays to the next device of the ring and returns those of the previous one."""
     devices = self.size * self.stride
     return jax.lax.ppermute(tree, self.axis, [(i, (i + self.stride) % devices) for i in range(devices)])
 
   def clip(self, intervals: Int[Array, "... 2"], step: int) -> Int[Array, "... 2"]:
-    """Returns the parts of the intervals within the keys that this device holds after a number of steps."""
+    """Returns the parts of intervals within the keys that this device holds after `step` steps around the ring."""
     return clip_intervals(intervals, (self.position - step) % self.size * self.num_keys, self.num_keys)
 
 
@@ -87,7 +87,7 @@ def attend(
 
   Args:
     kernel: attends to the keys that a device holds.
-    ring: of devices, within `jax.shard_map`; None attends to the given keys alone.
+    ring: the devices, within `jax.shard_map`; None attends to the given keys only.
     q: queries of this device.
     k: keys of this device.
     v: values of this device.
@@ -115,13 +115,13 @@ def _forward(kernel: Kernel, ring: Ring | None, q, k, v, intervals, bias):
       keys, values, biases = ring.pass_on((keys, values, biases))
       piece = kernel.forward(q, keys, values, ring.clip(intervals, step), biases)
       out, lse = merge((out, lse), piece)
-  # Without their last dim, of size 1, which a TPU might store as 128 channels.
+  # Drops the last dim of size 1, which a TPU might store as 128 channels.
   out, lse = (checkpoint_name(x, OUTPUT_NAME) for x in (out.astype(v.dtype), lse[..., 0]))
   return out, (q, k, v, intervals, bias, out, lse)
 
 
 def _backward(kernel: Kernel, ring: Ring | None, saved, d_out):
-  """Returns the gradients; the sums for keys and values travel with them, and are back after a whole round."""
+  """Returns the gradients; those of keys and values travel around the ring with them, summing up on the way."""
   q, k, v, intervals, bias, out, lse = saved
   none = None, None if bias is None else jnp.zeros_like(bias)
   merged = out, lse[..., None]

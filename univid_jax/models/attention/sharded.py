@@ -1,4 +1,4 @@
-"""Attention on a mesh: what each device computes, and what devices that share rows exchange."""
+"""Attention on a mesh: what each device computes, and what the devices that share a row exchange."""
 
 import dataclasses
 import math
@@ -25,8 +25,8 @@ class Exchange:
   with the same heads form a ring, in which keys and values travel.
 
   Attributes:
-    group: devices in a group.
-    ring: groups.
+    group: number of devices in a group.
+    ring: number of groups.
   """
 
   group: int
@@ -38,7 +38,7 @@ class Exchange:
     return cls(group, num_devices // group)
 
   def split_heads(self, x: Float[Array, "b l h k"]) -> Float[Array, "b all_l some_h k"]:
-    """Gives each device of a group the tokens of all for a part of the heads."""
+    """Gives each device of a group the group's tokens for a part of the heads."""
     return x if self.group == 1 else self._swap(x, split_axis=2, concat_axis=1)
 
   def join_heads(self, x: Float[Array, "b all_l some_h k"]) -> Float[Array, "b l h k"]:
@@ -51,7 +51,7 @@ class Exchange:
     return jax.lax.all_gather(x, SEQUENCE, axis=1, tiled=True, axis_index_groups=groups if self.group > 1 else None)
 
   def own_part(self, x: Int[Array, "b l ..."] | Float[Array, "b l"]) -> Array:
-    """Returns the tokens of this device's group, of those of all devices."""
+    """Selects the tokens of this device's group from those of all devices."""
     size = x.shape[1] // self.ring
     position = jax.lax.axis_index(SEQUENCE) // self.group
     return x if self.ring == 1 else jax.lax.dynamic_slice_in_dim(x, position * size, size, axis=1)
@@ -125,6 +125,6 @@ def shard_attention(run: AttentionFn, mesh: AbstractMesh, *, takes_ring: bool) -
 
 
 def rows_per_device(num_rows: int) -> int:
-  """Returns how many of the rows of a batch each device of the current mesh computes: all if they do not divide."""
+  """Returns how many rows of a batch each device of the current mesh computes: all if they do not divide evenly."""
   shards = row_shards(jax.sharding.get_abstract_mesh())
   return num_rows // shards if num_rows % shards == 0 else num_rows

@@ -2,8 +2,8 @@
 
 The only module that uses `jax.experimental.pallas.ops.tpu.splash_attention`. Its public constructors need masks when a
 program is traced, whereas packed rows carry theirs as data, so the kernel is built here from a `MaskInfo` of traced
-arrays. Its gradient is called by itself, piece by piece, with the log-sum-exps over all keys, which the function behind
-the gradient takes. tests/test_attention.py and test_attention_pieces.py fail if an upgrade changes what this relies on.
+arrays. Its gradient kernel is called directly, piece by piece, with the log-sum-exps over all keys as an argument.
+tests/test_attention.py and test_attention_pieces.py fail if an upgrade changes what this relies on.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ BLOCK_KV_COMPUTE = 512
 # returns a separate gradient of the queries for each block of keys: smaller blocks leave more of them to sum, larger
 # ones compute more masked pairs at the ends of sentences. docs/benchmarks/tpu.md has figures.
 GRADIENT_BLOCK_KV = 2048
-# Most calls of that kernel for a row. Those of one block leave the sum to XLA, which by the TPU compiler's figures
-# takes a fifth of what the sum in the kernel's own function takes; each call is compiled, in about 1.5 s.
+# Maximum calls of that kernel per row. Calls of one block each leave the sum to XLA, which by the TPU compiler's
+# figures takes a fifth of the time of the sum in the kernel's own function; compiling each call takes about 1.5 s.
 MAX_GRADIENT_CALLS = 40
-# Blocks are whole lanes of a TPU's registers.
+# Blocks are multiples of the lanes of a TPU's registers.
 LANES = 128
 # The kernel gets an interval as one number, first and last key in 16 bits each; more keys are attended to in pieces.
 INDEX_BITS = 16
@@ -56,14 +56,14 @@ def splash_attention(
   ring: Ring | None = None,
   interpret: bool = False,
 ) -> Float[Array, "b l h k"]:
-  """See `api.attention`; no gradient flows to the bias.
+  """Computes `api.attention`; no gradient flows to the bias.
 
   Takes any number of tokens: queries and keys are padded to whole blocks, and the padding is masked.
 
   Args:
     q, k, v, key_intervals, key_bias: see `api.attention`.
-    ring: of devices that hold the other keys.
-    interpret: run the kernel in Pallas' interpreter, on any device, to test it.
+    ring: the devices that hold the other keys.
+    interpret: run the kernel in Pallas' interpreter, on any device, for tests.
   """
   num_queries, num_keys = q.shape[1], k.shape[1]
   blocks = TokenBlocks.of(num_queries, num_keys)
@@ -94,10 +94,10 @@ class TokenBlocks:
 
 @dataclasses.dataclass(frozen=True)
 class SplashPieces:
-  """The kernel as `pieces.attend` needs it, for whole blocks of queries and keys, as many as there are.
+  """The kernel as `pieces.attend` needs it, for any number of whole blocks of queries and keys.
 
   Attributes:
-    blocks: of the kernel.
+    blocks: block sizes of the kernel.
     interpret: see `splash_attention`.
   """
 
@@ -168,14 +168,14 @@ class SplashPieces:
   def _kernel(
     self, intervals: Int[Array, "l 2"], first: int, size: int, *, block: int = 0, with_lse: bool = True
   ) -> splash.SplashAttentionKernel:
-    """Builds the kernel for `size` keys from `first` on, with another block of keys if one is given."""
+    """Builds the kernel for `size` keys from `first` on, in blocks of `block` keys if given."""
     blocks = TokenBlocks(self.blocks.queries, block or self.blocks.keys)
     intervals = clip_intervals(intervals, first, size)
     return _build_kernel(intervals, blocks, size, with_lse=with_lse, interpret=self.interpret)
 
 
 def split_keys(num_keys: int, block: int) -> list[tuple[int, int]]:
-  """Returns first key and length of as few pieces as possible, of whole blocks and about equal size."""
+  """Returns (first key, length) of as few pieces as possible, of whole blocks and about equal size."""
   num_blocks = num_keys // block
   num_pieces = ceil_div(num_blocks, MAX_KEYS // block)
   bounds = [block * (num_blocks * i // num_pieces) for i in range(num_pieces + 1)]
@@ -183,7 +183,7 @@ def split_keys(num_keys: int, block: int) -> list[tuple[int, int]]:
 
 
 def split_gradient_keys(num_keys: int, block: int) -> Iterator[tuple[int, int, int]]:
-  """Yields first key, length and block of pieces for the gradient: of its own blocks, the rest of the given ones."""
+  """Yields (first key, length, block) of pieces for the gradient: in its own large blocks, the rest in given ones."""
   first = 0
   for size_of_block in (GRADIENT_BLOCK_KV, block):
     num_blocks = (num_keys - first) // size_of_block
@@ -207,8 +207,8 @@ def _build_kernel(
   Args:
     intervals: of the queries, within the keys.
     blocks: of the kernel.
-    num_keys: whole blocks.
-    with_lse: whether it also returns its log-sum-exps (h, l), in a tuple of one.
+    num_keys: a multiple of the key block.
+    with_lse: whether it also returns its log-sum-exps (h, l), in a tuple of one item.
     interpret: see `splash_attention`.
   """
   compute = BLOCK_KV_COMPUTE if blocks.keys % BLOCK_KV_COMPUTE == 0 else LANES
@@ -253,9 +253,9 @@ def _build_kernel(
 def append_bias(
   q: Float[Array, "b l h k"], k: Float[Array, "b n h k"], bias: Float[Array, "b n"]
 ) -> tuple[Float[Array, "b l h k+2"], Float[Array, "b n h k+2"]]:
-  """Adds two channels to queries and keys that add the bias of a key to its logits; the kernel itself has no bias.
+  """Adds two channels to queries and keys so that logits include the key bias; the kernel itself takes no bias.
 
-  In them a query is 1, and a key is its bias rounded to bfloat16 and the rounding error.
+  In them queries are 1, and a key holds its bias rounded to bfloat16 and the rounding error.
   """
   bias = jax.lax.stop_gradient(bias.astype(jnp.float32))
   high = jax.lax.reduce_precision(bias, exponent_bits=8, mantissa_bits=7)
@@ -269,7 +269,7 @@ def append_bias(
 def visible_blocks(
   intervals: Int[Array, "l 2"], block_q: int, block_kv: int, num_kv_blocks: int
 ) -> Bool[Array, "query_blocks key_blocks"]:
-  """Returns which blocks of keys each block of queries sees: those that overlap the span of its intervals."""
+  """Returns which key blocks each query block sees: those that overlap the span of its intervals."""
   start, end = (intervals[:, side].reshape(-1, block_q) for side in (0, 1))
   is_token = end > start
   low = jnp.min(jnp.where(is_token, start, block_kv * num_kv_blocks), axis=1)

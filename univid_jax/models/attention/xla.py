@@ -20,10 +20,10 @@ from univid_jax.platform.current import Platform
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """What is computed at a time; 0 is all.
+  """How much is computed at a time; 0 is all.
 
   Attributes:
-    heads: per row; 0 is as many as keep the logits of a block within `LARGEST`.
+    heads: per row; 0 is as many as `LARGEST` allows for the logits of a block.
     queries: per head.
     keys: per query. Blocks of keys that no query of the block attends to are skipped, unless all keys are one block.
     smallest: number of logits per head and row up to which one piece is faster than blocks.
@@ -35,14 +35,14 @@ class Blocks:
   smallest: int
 
 
-# On a CPU the logits of one head (2 MB) stay in the cache from one product to the next: half the time of all heads at
-# once. Fewer queries than keys, so that less is wasted where packed sentences meet. Sentences of short rows are short:
-# of three of 256 tokens in a row, small blocks take a quarter of the time.
-# Accelerators need large products, and their loops of data-dependent length wait for the host.
+# On a CPU the logits of one head (2 MB) stay in the cache from one product to the next, which takes half the time of
+# all heads at once. Fewer queries than keys waste less where packed sentences meet. Short rows have short sentences:
+# for a row of three with 256 tokens each, small blocks take a quarter of the time. Accelerators need large products,
+# and their loops of data-dependent length wait for the host.
 CPU_BLOCKS = Blocks(heads=1, queries=512, keys=1024, smallest=1 << 17)
 CPU_SHORT_ROW, CPU_SHORT_BLOCKS = 2048, Blocks(heads=1, queries=256, keys=256, smallest=1 << 17)
 OTHER_BLOCKS = Blocks(heads=0, queries=1024, keys=0, smallest=1 << 21)
-# Logits that are computed at a time, 2 GiB of them: all 12 heads of the 1.3B for 1,024 queries and up to 43,690 keys, 4
+# Maximum logits computed at a time, 2 GiB: all 12 heads of the 1.3B for 1,024 queries and up to 43,690 keys, or 4 heads
 # for the 131,040 keys of four clips of 81 frames at 480p.
 LARGEST = 1 << 29
 
@@ -61,12 +61,12 @@ def xla_attention(
   ring: Ring | None = None,
   platform: Platform = Platform.CPU,
 ) -> Float[Array, "b l h k"]:
-  """See `api.attention`; no gradient flows to the bias.
+  """Computes `api.attention`; no gradient flows to the bias.
 
   Args:
     q, k, v, key_intervals, key_bias: see `api.attention`.
-    ring: of devices that hold the other keys.
-    platform: whose blocks to use.
+    ring: the devices that hold the other keys.
+    platform: selects the blocks.
   """
   (rows, num_queries, num_heads, head_dim), num_keys = q.shape, k.shape[1]
   blocks = choose_blocks(platform, max(num_queries, num_keys))
@@ -98,7 +98,7 @@ def xla_attention(
 
 
 def choose_blocks(platform: Platform, num_tokens: int) -> Blocks:
-  """Returns what is computed at a time of a row with this number of queries or keys, whichever are more."""
+  """Returns the blocks for a row with this many queries or keys, whichever is more."""
   if platform != Platform.CPU:
     return OTHER_BLOCKS
   return CPU_SHORT_BLOCKS if num_tokens <= CPU_SHORT_ROW else CPU_BLOCKS
@@ -111,7 +111,7 @@ def _attend_at_once(
   key_intervals: Int[Array | np.ndarray, "b l 2"] | None,
   key_bias: Float[Array, "b n"] | None,
 ) -> Float[Array, "b l h k"]:
-  """Computes everything at once."""
+  """Computes attention in one piece, without blocks."""
   # Heads before tokens: on a CPU a third faster than leaving the order to the compiler.
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
   logits = jnp.einsum("bhlk,bhnk->bhln", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
@@ -125,7 +125,7 @@ def _attend_at_once(
 
 @dataclasses.dataclass(frozen=True)
 class XlaPieces:
-  """Blockwise attention as `pieces.attend` needs it, by rows and groups of heads; attributes are tokens per block."""
+  """Blockwise attention as `pieces.attend` needs it, by row and group of heads; attributes are tokens per block."""
 
   queries: int
   keys: int

@@ -1,4 +1,4 @@
-"""What a family of grid tasks is, and what of it training never sees.
+"""Defines families of grid tasks, and which of their rules and grids training never sees.
 
 A grid is a rectangle of cells, each one of ten colours; 0 is the background. A sentence draws the parameters of its
 family once, and applies them to every pair.
@@ -25,20 +25,20 @@ BACKGROUND = 0
 # The task of all sentences of the ARC benchmark, whose rules have no names.
 ARC_TASK = "arc"
 
-# One rule in N, and one grid in N, is held out.
+# One rule in this many, and one grid in this many, is held out.
 HELD_OUT_ONE_IN = 4
 
 
 class GridSplit(enum.StrEnum):
   """Which rules and grids a sentence shows.
 
-  No grid is the source of a pair (of sudoku the target) both in training and in an evaluation, whatever the rule. A
-  held-out rule does something to the grids of its sentence that no trained rule does to all of them.
+  Whatever the rule, no grid is the source of a pair (for sudoku, the target) both in training and in an evaluation. A
+  held-out rule changes the grids of its sentence in a way in which no trained rule changes all of them.
   """
 
   TRAIN = "train"  # rules and grids for training
   TRAINED_RULES = "trained_rules"  # rules for training, held-out grids
-  HELD_OUT = "held_out"  # held-out rules and grids; of a family without rules held-out grids alone
+  HELD_OUT = "held_out"  # held-out rules and grids; for a family without rules, held-out grids alone
 
   @property
   def holds_out_rules(self) -> bool:
@@ -54,16 +54,17 @@ class GridFamily:
   """A family of grid tasks.
 
   Attributes:
-    draw: (rng, size) to the parameters of a sentence, JSON-compatible.
-    make: (rng, size, **parameters) to the source grid of a pair. It may turn out unsuitable, and is drawn again then.
-    apply: (source, **parameters) to the target grid.
-    evolve: (source, num_steps, **parameters) to the states after each step, for videos; None if time plays no part.
+    draw: maps (rng, size) to the parameters of a sentence, JSON-compatible.
+    make: maps (rng, size, **parameters) to the source grid of a pair. An unsuitable grid is drawn again.
+    apply: maps (source, **parameters) to the target grid.
+    evolve: maps (source, num_steps, **parameters) to the states after each step, for videos; None if the task has no
+      steps.
     is_held_out: whether a rule, given by the parameters, is never trained on; None for a family with one rule.
-    alternatives: (source, the states that follow, **parameters) to the parameters of a family that agree with a pair,
-      and maybe further ones; those that agree with all examples must agree on the query, or the examples would not
-      determine the answer, and be held out if the sentence's is.
-    size: of all grids; None if they may have any.
-    splits_by_target: whether a grid is held out for its target, and not for itself.
+    alternatives: maps (source, the states that follow, **parameters) to the parameters of the family that agree with a
+      pair, and possibly others. Those that agree with all examples must agree on the query, or the examples would not
+      determine the answer; they must be held out if the sentence's rule is.
+    size: size of all grids; None if they may have any.
+    splits_by_target: whether a pair is held out by its target grid instead of its source.
     prompt_name: what the paper's detailed prompt calls the target.
   """
 
@@ -82,7 +83,7 @@ class GridFamily:
     return Motion.NONE if self.evolve is None else Motion.ANIMATES
 
   def targets(self, source: Grid, num_steps: int, params: Params) -> list[Grid]:
-    """Returns the states that follow a source: the target of an image is one, that of a video one per step.
+    """Returns the states that follow a source: one for the target of an image, one per step for a video's.
 
     Raises:
       ValueError: a family without time has no videos.

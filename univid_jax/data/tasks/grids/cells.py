@@ -10,7 +10,7 @@ from univid_jax.data.tasks.grids.base import BACKGROUND, NUM_COLORS, Grid, Param
 
 MAX_OFFSET = 3
 
-# The seven symmetries of a rectangle's cells besides the identity; those that are never trained on.
+# The seven symmetries of a rectangle's cells besides the identity, then those that are never trained on.
 SYMMETRIES = (
   "flip_horizontal",
   "flip_vertical",
@@ -25,7 +25,7 @@ HELD_OUT_SYMMETRIES = ("rotate_270", "anti_transpose")
 DIRECTIONS = ("down", "left", "right", "up")
 HELD_OUT_DIRECTIONS = ("up",)
 
-# Elementary rules that show nothing: all dead, the identity, all alive.
+# Elementary rules without information: all dead, the identity, all alive.
 TRIVIAL_RULES = (0, 204, 255)
 RULES = tuple(rule for rule in range(256) if rule not in TRIVIAL_RULES)
 
@@ -60,7 +60,7 @@ def is_held_out_permutation(params: Params) -> bool:
 
 
 def draw_translation(rng: np.random.Generator, size: Size) -> Params:
-  """Draws an offset (down, right) of up to three cells each way, and whether cells come back on the other side."""
+  """Draws an offset (down, right) of up to three cells each way, and whether cells wrap around."""
   offsets = _offsets(size)
   return {"offset": list(offsets[rng.integers(len(offsets))]), "wraps": bool(rng.integers(2))}
 
@@ -75,7 +75,7 @@ def make_sparse(rng: np.random.Generator, size: Size, **params: object) -> Grid:
 def translate(grid: Grid, *, offset: Sequence[int], wraps: bool) -> Grid:
   down, right = offset
   height, width = grid.shape
-  if wraps:  # as np.roll, in half the time
+  if wraps:  # equals np.roll, in half the time
     return grid[(np.arange(height) - down) % height][:, (np.arange(width) - right) % width]
   out = np.full_like(grid, BACKGROUND)
   out[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = grid[
@@ -92,7 +92,7 @@ def other_translations(source: Grid, targets: Sequence[Grid], **params: object) 
   """Yields the translations from a source to a target."""
   del params
   (target,), (height, width), (down, right) = targets, source.shape, _reach(source.shape)
-  # Every translation cuts a window from the surroundings of the grid: empty ones, or the grid repeated.
+  # Every translation cuts a window out of the grid's surroundings, which are empty or the grid repeated.
   around = np.full((2, height + 2 * down, width + 2 * right), BACKGROUND)
   around[0, down : down + height, right : right + width] = source
   rows, columns = np.arange(-down, height + down) % height, np.arange(-right, width + right) % width
@@ -107,7 +107,7 @@ def other_translations(source: Grid, targets: Sequence[Grid], **params: object) 
 
 
 def _reach(size: Size) -> Size:
-  """Returns how far cells move at most, down or up and right or left."""
+  """Returns how far cells move at most, vertically and horizontally."""
   return min(MAX_OFFSET, size[0] - 1), min(MAX_OFFSET, size[1] - 1)
 
 
@@ -157,15 +157,15 @@ def draw_direction(rng: np.random.Generator, size: Size) -> Params:
 
 
 def fall(grid: Grid, *, direction: str) -> Grid:
-  """Lets all cells fall until they rest."""
+  """Lets all cells fall until they come to rest."""
   return fall_in_steps(grid, 1, direction=direction)[-1]
 
 
 def fall_in_steps(grid: Grid, num_steps: int, *, direction: str) -> list[Grid]:
-  """Lets cells fall, one cell per tick; the states are evenly spaced in time, and in the last one all cells rest."""
+  """Lets cells fall, one cell per tick; states are evenly spaced in time, and in the last one all cells are at rest."""
   turned = _turn_down(grid, direction)
   height, filled = len(turned), turned != BACKGROUND
-  # A cell falls until it rests on the cells below it.
+  # The row at which a cell comes to rest on the cells below it.
   rest = height - filled[::-1].cumsum(axis=0)[::-1]
   rows, columns = np.nonzero(filled)
   states = []
@@ -178,7 +178,7 @@ def fall_in_steps(grid: Grid, num_steps: int, *, direction: str) -> list[Grid]:
 
 
 def _turn_down(grid: Grid, direction: str) -> Grid:
-  """Flips or transposes a grid so that a direction points down; a second time turns it back."""
+  """Flips or transposes a grid so that a direction points down; applying it twice restores the grid."""
   if direction in ("down", "up"):
     return grid if direction == "down" else grid[::-1]
   return grid.T if direction == "right" else grid[::-1, ::-1].T
@@ -200,25 +200,25 @@ def draw_rule(rng: np.random.Generator, size: Size) -> Params:
 
 
 def make_living(rng: np.random.Generator, size: Size, *, color: int, **params: object) -> Grid:
-  """Draws a third to two thirds of living cells."""
+  """Draws a grid of which a third to two thirds of the cells live."""
   del params
   return np.where(rng.random(size) < rng.uniform(1 / 3, 2 / 3), color, BACKGROUND)
 
 
 def next_generation(grid: Grid, *, rule: int, color: int) -> Grid:
-  """Applies an elementary rule to every row, each a ring of cells of its own."""
+  """Applies an elementary rule to every row, each of which is a ring of cells."""
   return ((rule >> _neighborhoods(grid)) & 1) * color
 
 
 def _neighborhoods(grid: Integer[np.ndarray, "... _h _w"]) -> Integer[np.ndarray, "... _h _w"]:
-  """Returns for each cell which of left neighbour, itself and right neighbour live, as bits of 4, 2 and 1."""
+  """Returns for each cell which of its left neighbour, itself and its right neighbour live, as bits 4, 2 and 1."""
   alive = grid != BACKGROUND
   ring = np.concatenate([alive[..., -1:], alive, alive[..., :1]], axis=-1, dtype=np.int64)
   return 4 * ring[..., :-2] + 2 * ring[..., 1:-1] + ring[..., 2:]
 
 
 def generations(grid: Grid, num_steps: int, **params) -> list[Grid]:
-  """Applies an elementary rule again and again."""
+  """Applies an elementary rule repeatedly; returns each generation."""
   states = itertools.accumulate(range(num_steps), lambda state, _: next_generation(state, **params), initial=grid)
   return list(states)[1:]
 
@@ -228,7 +228,7 @@ def is_held_out_rule(params: Params) -> bool:
 
 
 def other_rules(source: Grid, targets: Sequence[Grid], *, rule: int, color: int) -> Iterable[Params]:
-  """Yields the other rules that differ only in neighbourhoods that the pair does not show."""
+  """Yields the other rules, which differ only in neighbourhoods that the pair does not show."""
   shown = set(_neighborhoods(np.stack([source, *targets[:-1]])).ravel().tolist())
   changes = [0]
   for bit in set(range(8)) - shown:
@@ -252,6 +252,6 @@ def next_life(grid: Grid, *, color: int) -> Grid:
 
 
 def lives(grid: Grid, num_steps: int, *, color: int) -> list[Grid]:
-  """Applies Conway's rule again and again."""
+  """Applies Conway's rule repeatedly; returns each generation."""
   states = itertools.accumulate(range(num_steps), lambda state, _: next_life(state, color=color), initial=grid)
   return list(states)[1:]

@@ -22,14 +22,14 @@ _ONES = 1 << _BITS * np.arange(16)
 
 
 def draw_maze_colors(rng: np.random.Generator, size: Size) -> Params:
-  """Draws the colours of walls and path; start and goal have fixed ones, as examples do not tell them apart."""
+  """Draws the colours of walls and path; start and goal have fixed ones, since examples could not tell them apart."""
   del size
   wall, path = [color for color in draw_colors(rng, 4) if color not in (START, GOAL)][:2]
   return {"wall": wall, "path": path}
 
 
 def make_maze(rng: np.random.Generator, size: Size, *, wall: int, path: int) -> Grid:
-  """Draws walls, a start and a goal with exactly one shortest path, of which at least one cell is between them."""
+  """Draws walls, a start and a goal with exactly one shortest path, which has at least one cell between them."""
   del path
   while True:
     grid = np.where(rng.random(size) < rng.uniform(0.2, 0.45), wall, BACKGROUND)
@@ -69,12 +69,12 @@ def draw_path_in_steps(grid: Grid, num_steps: int, *, wall: int, path: int) -> l
   return states
 
 
-# In a maze, cells have numbers, row by row. Around the grid are walls, which have numbers too: a row before the first
-# row, one after the last, and a wall after each row, which is also left of the next. So every cell has four neighbours.
+# Cells of a maze are numbered row by row, including walls around the grid: a row before the first row, one after the
+# last, and one wall after each row, which is also left of the next. So every cell has four neighbours.
 
 
 def _search(grid: Grid, first: int, *, wall: int) -> tuple[dict[int, int], dict[int, int]]:
-  """Returns for each cell that can be reached its distance, and the number of shortest paths to it."""
+  """Returns the distance of each reachable cell, and the number of shortest paths to it."""
   height, width = grid.shape
   free = np.zeros((height + 2, width + 1), bool)
   free[1:-1, :-1] = grid != wall
@@ -93,7 +93,7 @@ def _search(grid: Grid, first: int, *, wall: int) -> tuple[dict[int, int], dict[
 
 
 def _number(index: int, size: Size) -> int:
-  """Returns the number of the cell with an index into the flat grid."""
+  """Returns the number of a cell, given its index in the flat grid."""
   y, x = divmod(index, size[1])
   return (y + 1) * (size[1] + 1) + x
 
@@ -115,7 +115,7 @@ def draw_goal_peg(rng: np.random.Generator, size: Size) -> Params:
 
 
 def make_towers(rng: np.random.Generator, size: Size, *, goal: int) -> Grid:
-  """Draws an allowed position of the discs in which not all are on the goal peg."""
+  """Draws a legal position of the discs in which not all are on the goal peg."""
   del size
   while True:
     pegs = rng.integers(NUM_PEGS, size=NUM_DISCS).tolist()
@@ -144,7 +144,7 @@ def read_towers(grid: Grid) -> list[int]:
 
 
 def move_disc(grid: Grid, *, goal: int) -> Grid:
-  """Makes the first move of the shortest solution, which brings all discs to the goal peg."""
+  """Makes the first move of the shortest solution, which takes all discs to the goal peg."""
   pegs = read_towers(grid)
   for disc in reversed(range(NUM_DISCS)):
     if pegs[disc] != goal:
@@ -192,7 +192,7 @@ def make_sudoku(rng: np.random.Generator, size: Size) -> Grid:
     if len(empty) == missing:
       break
     fewer = clues & ~(_DIGIT << _BITS * place)
-    # Every other solution differs in a cell that is left.
+    # Every other solution must differ in a cell that is still filled.
     if np.count_nonzero(differences & fewer) == len(solutions) - 1:
       empty.append(place)
       clues = fewer
@@ -210,5 +210,5 @@ def solve_sudoku(grid: Grid) -> Grid:
 
 @functools.cache
 def _sudoku_codes() -> Integer[np.ndarray, "288"]:
-  """Returns all solutions, each as one number, in which every cell has bits of its own."""
+  """Returns all solutions, each as one integer with separate bits for every cell."""
   return sudoku_solutions().reshape(-1, 16) @ _ONES

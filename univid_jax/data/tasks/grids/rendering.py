@@ -1,4 +1,4 @@
-"""Grids as pictures, and back."""
+"""Draws grids as pictures, and reads them back."""
 
 import dataclasses
 import functools
@@ -22,13 +22,13 @@ Color = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rendering:
-  """How a grid is drawn: cells of one colour each in the top left of a canvas, padding around it.
+  """How a grid is drawn: as cells of one colour each, in the top left of a canvas with padding around it.
 
   Attributes:
     size: height and width of the canvas in pixels.
     cell: side of a cell in pixels.
     palette: the colours of the cells.
-    padding: the colour of what is outside the grid.
+    padding: the colour outside the grid.
   """
 
   size: Size
@@ -55,7 +55,7 @@ class Rendering:
     return all(side <= room for side, room in zip(grid_size, self.canvas))
 
   def render(self, grids: Sequence[Grid]) -> UInt8[np.ndarray, "T H W 3"]:
-    """Draws states: one as an image, several as a video that shows the first for a frame and each other one for four.
+    """Draws states: one as an image, several as a video that shows the first for one frame, the others for four each.
 
     Raises:
       ValueError: a grid does not fit.
@@ -75,11 +75,11 @@ class Rendering:
 
   @functools.cached_property
   def _cell_lines(self) -> UInt8[np.ndarray, "_colors _bytes"]:
-    """A line of pixels of a cell of each colour, padding last."""
+    """One line of a cell's pixels, for each colour, padding last."""
     return np.tile(np.array([*self.palette, self.padding], np.uint8), self.cell)
 
   def clip(self, grids: Sequence[Grid]) -> ClipRef:
-    """Returns the clip that `render` draws, to be drawn when it is read; its key identifies its pixels."""
+    """Returns a clip that is drawn by `render` when it is read; its key identifies its pixels."""
     num_frames = 1 + STATE_FRAMES * (len(grids) - 1)
     return ClipRef(
       functools.partial(self._identify, grids), functools.partial(self.render, grids), num_frames, self.size
@@ -90,11 +90,11 @@ class Rendering:
     return "grids|" + hashlib.sha256(repr((self, content)).encode()).hexdigest()
 
   def decode(self, frames: UInt8[np.ndarray, "T H W 3"]) -> list[Grid]:
-    """Reads the states of an image or video: inverts `render`, and finds the most similar grid of any other picture."""
+    """Reads the states of an image or video: inverts `render`; for any other picture, finds the most similar grid."""
     return [self._decode_frame(frame) for frame in frames[::STATE_FRAMES]]
 
   def _decode_frame(self, frame: UInt8[np.ndarray, "H W 3"]) -> Grid:
-    """Reads each cell by the mean of its inner half, and takes the size that disagrees with the fewest cells."""
+    """Reads each cell from the mean of its inner half, and takes the size that disagrees with the fewest cells."""
     rows, columns = self.canvas
     cell, margin = self.cell, self.cell // 4
     cells = frame[: rows * cell, : columns * cell].reshape(rows, cell, columns, cell, 3)
@@ -111,6 +111,6 @@ def _nearest(colors: np.ndarray, palette: Sequence[Color]) -> Integer[np.ndarray
 
 
 def _parse_color(text: str) -> Color:
-  """Parses a colour that the config has checked: #RRGGBB."""
+  """Parses a colour #RRGGBB, which the config has checked."""
   red, green, blue = bytes.fromhex(text.removeprefix("#"))
   return red, green, blue

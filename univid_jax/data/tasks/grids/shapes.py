@@ -1,4 +1,4 @@
-"""Families about shapes: outlines, enclosed areas, components, counting. Neighbours share a side, unless noted."""
+"""Families about shapes: outlines, enclosed areas, components, counting. Neighbours share a side unless noted."""
 
 import numpy as np
 import scipy
@@ -33,7 +33,7 @@ def outline(grid: Grid, *, color: int, line: int) -> Grid:
 
 
 def draw_filling(rng: np.random.Generator, size: Size) -> Params:
-  """Draws the colours of walls and of what they enclose."""
+  """Draws the colours of walls and of the areas that they enclose."""
   del size
   color, filling = draw_colors(rng, 2)
   return {"color": color, "filling": filling}
@@ -57,7 +57,7 @@ def fill_enclosed(grid: Grid, *, color: int, filling: int) -> Grid:
   height, width = grid.shape
   free = np.ones((height + 2, width + 2), bool)
   free[1:-1, 1:-1] = grid != color
-  # The area around the grid is labelled 1, walls 0, and what is enclosed from 2.
+  # The area around the grid gets label 1, walls 0, and enclosed areas 2 and up.
   areas, _ = scipy.ndimage.label(free, SIDES)
   return np.where(areas[1:-1, 1:-1] > 1, filling, grid)
 
@@ -78,14 +78,14 @@ def keep_largest(grid: Grid, *, color: int) -> Grid:
 
 
 def draw_counting(rng: np.random.Generator, size: Size) -> Params:
-  """Draws the colour that is counted, and that of the other cells."""
+  """Draws the colour that is counted, and the colour of other cells."""
   del size
   color, other = draw_colors(rng, 2)
   return {"color": color, "other": other}
 
 
 def make_countable(rng: np.random.Generator, size: Size, *, color: int, other: int) -> Grid:
-  """Draws at least one cell of the colour and no more than a bar is long, and likewise of the other colour."""
+  """Draws from one cell of the colour to as many as a bar can show, and likewise of the other colour."""
   height, width = size
   counted, others = rng.integers(1, width + 1, 2)
   cells = np.full(height * width, BACKGROUND)
