@@ -53,7 +53,7 @@ from univid_jax.training.validation import leave_out_unusable, select_sentences
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
   """The parts of a run that stay the same from the first step to the last.
 
