@@ -1,10 +1,10 @@
-"""What small models learn from what: one change at a time, mean and deviation over seeds.
+"""Effects on what small models learn: one change at a time, mean and deviation over seeds.
 
   python -m benchmarks.ablations [--seeds=0,1,2] [--steps=400] [--questions=new_task,...] [--out=FILE.jsonl]
 
 The models of a question are trained for the same number of steps and evaluated on the same held-out sentences. A seed
-is that of data, weights and order. LoRAs take the 150 steps of `small_lora`, the others --steps of the default run's
-model. With --out, what the file already has of the same configs is not trained again.
+determines data, weights and order. LoRAs take the 150 steps of `small_lora`, the others --steps of the default run's
+model. With --out, configs whose scores the file already has are not trained again.
 
   new_task        grids whose objects get an outline, from 20 pairs: a LoRA on small, which has never seen any, and the
                   same model from scratch, which learns by the optimizer that small was trained with
@@ -39,7 +39,7 @@ from univid_jax.core.errors import UserError
 
 FLAGS = CommandFlags(__doc__)
 SEEDS = FLAGS.strings("seeds", ["0", "1", "2"], "Seeds of the runs.")
-STEPS = FLAGS.integer("steps", 400, "Of the runs with the default run's model.", lower_bound=1)
+STEPS = FLAGS.integer("steps", 400, "Steps of the runs with the default run's model.", lower_bound=1)
 CHOSEN = FLAGS.strings("questions", [], "Some of the questions; default: all.")
 OUT = FLAGS.string("out", "", "File for the scores, one line of JSON per run; an existing file is continued.")
 
@@ -53,9 +53,9 @@ class Variant:
   """A model to train.
 
   Attributes:
-    name: for the table.
-    config: of the run.
-    evaluations: for each column, what changes in the config to draw its sentences.
+    name: name in the table.
+    config: config of the run.
+    evaluations: for each column, the changes to the config that draw its sentences.
   """
 
   name: str
@@ -83,7 +83,7 @@ def questions(steps: int) -> dict[str, list[Variant]]:
   optimizer = dataclasses.replace(presets.small().optimizer, warmup_steps=lora.optimizer.warmup_steps)
   scratch = dataclasses.replace(override(lora, {"lora.rank": 0}), init_from="", optimizer=optimizer)
   default = override(presets.tiny(), quiet | {"num_steps": steps})
-  single = override(default, {"rows.num_sentences": 1})  # or else a row has more of the shorter sentences
+  single = override(default, {"rows.num_sentences": 1})  # otherwise a row holds more of the shorter sentences
   images = override(single, contexts("II"))
   falling = override(lora, weights("data.grids.families", {"gravity": 1.0}, tuple(lora.data.grids.families)))
   changes = {"data.num_sentences": default.data.num_sentences, "rows.num_sentences": 1, "eval.sentences_per_case": 16}
@@ -115,7 +115,7 @@ def questions(steps: int) -> dict[str, list[Variant]]:
 
 
 def score(variant: Variant, seed: int) -> dict[str, float]:
-  """Trains a model and returns what it scores, by column and metric."""
+  """Trains a model and returns its scores by column and metric."""
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.evaluation.run import evaluate_quick
   from univid_jax.training.loop import train
@@ -129,7 +129,7 @@ def score(variant: Variant, seed: int) -> dict[str, float]:
       assert report is not None
       scores[f"{column}: dB"] = report["overall"]["psnr"]
       scores[f"{column}: dB, another task's pair"] = report["overall"]["psnr_swapped"]
-      if exact := report.get("exact"):  # as many sentences of each split
+      if exact := report.get("exact"):  # every split has the same number of sentences
         rows = [row["scores"]["prediction"] for row in exact["rows"]]
         scores[f"{column}: exact grids (%)"] = 100 * statistics.mean(row["grid_accuracy"] for row in rows)
         scores[f"{column}: cells (%)"] = 100 * statistics.mean(row["cell_accuracy"] for row in rows)
@@ -137,7 +137,7 @@ def score(variant: Variant, seed: int) -> dict[str, float]:
 
 
 def run_apart(variant: Variant, seed: int) -> dict[str, float]:
-  """Calls `score` in a process of its own, which gives its memory back."""
+  """Calls `score` in a separate process, which frees its memory."""
   with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
     return pool.submit(score, variant, seed).result()
 
@@ -146,7 +146,7 @@ class Scores:
   """Scores of models; trains those that its file lacks, and appends them.
 
   Args:
-    path: of the file; empty keeps none.
+    path: path of the file; empty for none.
   """
 
   def __init__(self, path: str | Path):

@@ -6,16 +6,16 @@
 The width of the 1.3B, random weights, one visual sentence of four clips per step, LoRA of rank 16 on all Linears of
 attention and feed-forward, blocks recomputed in the backward pass, AdamW, loss on the last clip.
 
---univid is DiffSynth-Studio of March 2025 (070811e is the commit whose pipeline UniVid's differs from least) with
+--univid is DiffSynth-Studio of March 2025 (070811e is the commit whose pipeline is closest to UniVid's) with
 `diffsynth` and `examples` of UniVid's repository copied into it, see its README. It runs the class of
-`examples/wanvideo/train_univid.py`, whose `training_step` is given a cached sentence. --diffsynth is a checkout of
+`examples/wanvideo/train_univid.py`, whose `training_step` gets a cached sentence. --diffsynth is a checkout of
 DiffSynth-Studio 2, which has no step for visual sentences: its own functions freeze the model, add the LoRA, noise the
 latents and compute the velocity as in its training of Wan, and only the target is noised and has a loss, as in UniVid.
-What either needs must be installed.
+The dependencies of both must be installed.
 
 Both peers concatenate the latents of the clips in time and train one sentence per step, without padding of tokens; a
-prompt is padded to 512 tokens. univid_jax has rows as its loader makes them, the padding of a prompt as one token; with
---packed also rows of several such sentences. Sentences per second are those of each program.
+prompt is padded to 512 tokens. univid_jax uses rows as its loader makes them, with a prompt's padding as one token;
+with --packed also rows of several such sentences. Rates are sentences per second of each program.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ CHECKOUTS = {
 
 
 def check_checkout(flag: str, path: str) -> None:
-  """Raises UserError if a folder lacks a file that its peer is made of."""
+  """Raises UserError if a folder lacks a file that its peer needs."""
   description, files = CHECKOUTS[flag]
   for file in files:
     if not (Path(path) / file).is_file():
@@ -85,12 +85,12 @@ class Setup:
   """A step to build.
 
   Attributes:
-    shape: of the transformer.
+    shape: shape of the transformer.
     lengths: latent frames of the clips of a sentence.
-    height: of a clip in pixels.
-    width: likewise.
+    height: height of a clip in pixels.
+    width: width of a clip in pixels.
     prompt_tokens: length of the prompt.
-    dtype: of weights and activations.
+    dtype: dtype of weights and activations.
   """
 
   shape: DiTConfig
@@ -124,7 +124,7 @@ def build_jax(*, setup: Setup, sentences: int) -> Callable[[], object]:
   run = make_row_program(
     setup.shape, dtype=setup.dtype, mode="train", backend=AttentionBackend.AUTO, remat=RematPolicy.FULL
   )
-  row = shard_batch(row, make_mesh({}, devices=jax.devices()[:1]))  # as the peers' are, on the device
+  row = shard_batch(row, make_mesh({}, devices=jax.devices()[:1]))  # on the device, like the peers' rows
   return lambda: run(row)
 
 
@@ -135,8 +135,8 @@ class PeerStep:
   Attributes:
     model: its transformer, with adapters.
     loss: draws noise, then a timestep, and returns the loss.
-    optimizer: of the adapters.
-    cast: casts operations.
+    optimizer: the adapters' optimizer.
+    cast: context that casts operations.
   """
 
   model: Any
@@ -169,7 +169,7 @@ def make_univid(path: str, setup: Setup) -> PeerStep:
   model = make_wan_model(setup)
 
   class Models:
-    """In place of the files that a `ModelManager` loads."""
+    """Replaces the files that a `ModelManager` loads."""
 
     device, torch_dtype = "cpu", getattr(torch, setup.dtype)
 
@@ -187,7 +187,7 @@ def make_univid(path: str, setup: Setup) -> PeerStep:
   device = find_device()
   module.to(device)
   latents, text = make_inputs(setup)
-  # As read from its cache by a loader: every clip's number of frames, the prompt with one more dim.
+  # As a loader reads it from the cache: every clip's number of frames, and the prompt with an extra dim.
   count_frames = [torch.tensor([pixel_frames(length)]) for length in setup.lengths]
 
   def loss() -> Any:
@@ -231,7 +231,7 @@ def make_diffsynth(path: str, setup: Setup) -> PeerStep:
 
 def import_from(folders: Sequence[str], name: str) -> Any:
   """Imports a module of a checkout."""
-  os.environ["USE_FLAX"] = "0"  # or transformers imports JAX, whose memory would count as the peer's
+  os.environ["USE_FLAX"] = "0"  # otherwise transformers imports JAX, whose memory would count as the peer's
   sys.path[:0] = [str(Path(folder).resolve()) for folder in folders]
   return importlib.import_module(name)
 

@@ -1,4 +1,4 @@
-"""Next to MaxDiffusion without a TPU: what the TPU compiler makes of both programs (`pip install '.[tpu]'`).
+"""A comparison with MaxDiffusion without a TPU: both programs by the TPU compiler (`pip install '.[tpu]'`).
 
   python -m benchmarks.against_maxdiffusion --maxdiffusion=PATH [--cases=CASE,...] [--efficiency=0.5,0.25]
       [--out=FILE.jsonl]
@@ -6,14 +6,14 @@
 PATH is the folder `src` of a clone of MaxDiffusion, whose own dependencies must be installed. A case is
 TASK/MODEL/SIZE/TOPOLOGY, for example gradient/1.3b/480p/v5p:2x2x1. Tasks: forward (a step of denoising without
 guidance), gradient (of all parameters), training (with AdamW). Both sides compile the same model in bfloat16, a row of
-81 frames with 512 text tokens per data shard, context 4 and full remat, each in a process of its own; MaxDiffusion with
+81 frames with 512 text tokens per data shard, context 4 and full remat, each in a separate process; MaxDiffusion with
 its published blocks of flash attention, univid_jax with its own and with rows padded to whole blocks. With --out,
-programs that the file has are not compiled again.
+programs that the file already has are not compiled again.
 
-The compiler expects no cycles of kernels. They are counted here by one rule for both sides: the products of whole
-padded arrays (`kernel_operations`), over the chip's peak times each --efficiency. `--cases=calibration/CHIP` prints the
-efficiency that the compiler expects of the products of one block as plain XLA. Exponentials, masks, and the start and
-end of blocks are not seen.
+The compiler does not estimate the cycles of kernels. They are counted here by one rule for both sides: the products of
+whole padded arrays (`kernel_operations`), over the chip's peak times each --efficiency. `--cases=calibration/CHIP`
+prints the efficiency that the compiler expects of the products of one block as plain XLA. Exponentials, masks, and the
+start and end of blocks are not counted.
 """
 
 import dataclasses
@@ -58,12 +58,12 @@ class Program:
 
   Attributes:
     case, side: what was compiled, and whose.
-    cycles: that the compiler expects, without kernels.
+    cycles: cycles that the compiler expects, without kernels.
     kernels: operations of the kernels by kind.
-    memory_tb: read and written, of kernels only their inputs and outputs.
-    temporary_gb: besides inputs.
-    collective_gb: carried.
-    seconds: of compilation.
+    memory_tb: traffic, read and written; for kernels only inputs and outputs.
+    temporary_gb: memory besides inputs.
+    collective_gb: traffic of collectives.
+    seconds: time of compilation.
   """
 
   case: str
@@ -76,7 +76,7 @@ class Program:
   seconds: float
 
   def total(self, efficiency: float) -> float:
-    """Returns the cycles with those of kernels at a share of the chip's peak."""
+    """Returns the cycles, kernels included at a share of the chip's peak."""
     return self.cycles + sum(self.kernels.values()) / (PEAK[Case.parse(self.case).chip] * efficiency)
 
 
@@ -109,10 +109,10 @@ def compile_side(side: str, case: Case) -> Program:
 
 
 def calibrate(chip: str) -> dict[str, float]:
-  """Returns the shares of a chip's peak that its compiler expects of plain products, in cycles of its own.
+  """Returns the shares of a chip's peak that plain products reach in the compiler's own cycles.
 
-  Those of a block of attention (queries by keys, the result by values, all in the chip's own memory), and of one large
-  square matrix.
+  The products are those of a block of attention (queries by keys, the result by values, all in the chip's own memory),
+  and of large square matrices.
   """
   use_tpu_compiler()
   import jax
@@ -134,14 +134,14 @@ def calibrate(chip: str) -> dict[str, float]:
 
 
 class Table:
-  """Programs by case and side; compiles those that its file lacks, each in a process of its own."""
+  """Programs by case and side; compiles those that its file lacks, each in a separate process."""
 
   def __init__(self, path: str | Path):
     self._file = FigureFile(path)
     self._programs = {(each.case, each.side): each for each in (Program(**line) for line in self._file.lines)}
 
   def program(self, case: str, side: str) -> Program:
-    """Raises UserError if it does not compile, with the last line of the output."""
+    """Returns a program; raises UserError with the last line of the output if it does not compile."""
     if (case, side) not in self._programs:
       command = [sys.executable, "-m", "benchmarks.against_maxdiffusion", f"--one={side} {case}"]
       done = subprocess.run([*command, f"--maxdiffusion={MAXDIFFUSION.value}"], capture_output=True, text=True)
@@ -155,7 +155,7 @@ class Table:
 
 
 def to_markdown(peer: Program, ours: Program, efficiencies: list[float]) -> str:
-  """Returns the row of a case: figures of MaxDiffusion / ours, ratios in the columns of totals."""
+  """Returns the row of a case: figures of MaxDiffusion / ours, with ratios in the columns of totals."""
   peak = PEAK[Case.parse(peer.case).chip]
   both = [(each.cycles / 1e9, sum(each.kernels.values()) / peak / 1e9) for each in (peer, ours)]
   cells = [peer.case, *(" / ".join(f"{value:.3f}" for value in pair) for pair in zip(*both))]

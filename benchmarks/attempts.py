@@ -1,4 +1,4 @@
-"""A start of the command of the soak test, in two processes, and how it ended."""
+"""An attempt of the soak test: a start of the command in two processes, and how it ended."""
 
 import json
 import os
@@ -32,7 +32,7 @@ OPTIONS = {
   "validation.sentences": 2,
   "validation.previews": 0,
 }
-# Seconds: until the processes have ended, and from the end of one to that of the other.
+# Maximum seconds until both processes have ended, and between the ends of the two.
 PATIENCE, PARTING = 600, HEARTBEAT_SECONDS + 40
 
 ENDINGS = ("error: ", "stopped by ")
@@ -43,8 +43,8 @@ STATUS = re.compile(
   r"|a compiled program is not kept|.* has no checksums, so damage would go unnoticed"
   r"|.* is corrupt and is computed again$"
 )
-# XLA's loader of cached CPU programs misses two tuning hints of LLVM among the features of the very machine that
-# compiled them, on some processors, and uses the programs all the same (github.com/openxla/xla/issues/44565).
+# On some processors, XLA's loader of cached CPU programs warns that two of LLVM's tuning hints are missing on the very
+# machine that compiled them, and still uses the programs (github.com/openxla/xla/issues/44565).
 HARMLESS = re.compile(
   r".* cpu_aot_loader\.cc:\d+\] .* Target machine feature \+prefer-no-(gather|scatter) is not +supported"
 )
@@ -54,9 +54,9 @@ class Attempt:
   """One start of the command, in two processes.
 
   Args:
-    site: of the run.
+    site: files of the run.
     logs: folder for what the processes print.
-    conditions: of each process.
+    conditions: conditions of each process.
   """
 
   def __init__(self, site: Site, logs: Path, conditions: Sequence[Conditions] = ({}, {})):
@@ -105,7 +105,7 @@ class Attempt:
   def wait_for(self, step: int) -> bool:
     """Waits until the run has taken a step; returns False if a process ends before."""
     while self.is_running:
-      # What metrics.jsonl held before the loop started may be of an earlier attempt.
+      # Lines in metrics.jsonl from before the loop started may be from an earlier attempt.
       if (
         "train:" in self._read_errors(0) and self._metrics.exists() and self._metrics.read_bytes().count(b"\n") >= step
       ):
@@ -116,9 +116,9 @@ class Attempt:
     return False
 
   def wait_seconds(self, seconds: float) -> bool:
-    """Waits until the processes have joined, and some seconds more; returns False if one ends before.
+    """Waits until the processes have joined, plus some seconds; returns False if one ends before.
 
-    Until then a process that is alone waits for the other, which a launcher would end.
+    A process that is alone before that waits for the other, until a launcher would end it.
     """
     joined = None
     while self.is_running and (joined is None or time.monotonic() < joined + seconds):
@@ -128,7 +128,7 @@ class Attempt:
     return self.is_running
 
   def finish(self) -> list[str]:
-    """Waits until both processes have ended; returns what is wrong: which of them had to be killed."""
+    """Waits until both processes have ended; returns the problems: which of them had to be killed."""
     while self.is_running and time.monotonic() - self._started < PATIENCE:
       time.sleep(0.05)
     deadline = time.monotonic() + PARTING
@@ -146,7 +146,7 @@ class Attempt:
     return self._logs[index].with_suffix(".err").read_text(errors="replace")
 
   def endings(self, index: int) -> tuple[list[str], list[str]]:
-    """Returns the lines that say how a process ended, and those that are neither that nor a status."""
+    """Returns the lines that say how a process ended, and unexpected lines, which are neither that nor status."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", self._read_errors(index))]
     endings = [line for line in lines if line.startswith(ENDINGS)]
     others = [line for line in lines if not line.startswith(ENDINGS)]

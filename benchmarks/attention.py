@@ -1,11 +1,11 @@
-"""Attention's time and memory by the number of tokens, against PyTorch's scaled_dot_product_attention.
+"""Attention's time and memory by number of tokens, against PyTorch's scaled_dot_product_attention.
 
   python -m benchmarks.attention [--against=torch] [--tokens=4096,8192,16384] [--mode=gradient|forward]
       [--dtype=float32] [--backend=auto] [--kernels=default] [--sentences=1] [--pairs=5]
 
-The shape is that of the 1.3B: 12 heads of 128. Memory is the whole process's, inputs and outputs included. With
-several sentences a row is packed, each token attends to its own sentence, and the time shows what a backend skips
-(univid_jax alone). On a GPU several backends of univid_jax (--backend=auto,xla) and several of PyTorch's kernels race.
+The shape is that of the 1.3B: 12 heads of 128. Memory is the whole process's, inputs and outputs included. With several
+sentences a row is packed, each token attends to its own sentence, and the time shows what a backend skips (univid_jax
+only). On a GPU, several backends of univid_jax (--backend=auto,xla) and several of PyTorch's kernels can race.
 """
 
 import contextlib

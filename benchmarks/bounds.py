@@ -8,14 +8,14 @@ from univid_jax.platform.chips import Chip
 def bound_seconds(
   config: RunConfig, text: str, *, rows: int, num_chips: int, chip: Chip
 ) -> tuple[dict[str, float], dict[str, float]]:
-  """Returns lower bounds of a step in seconds, the largest of which bounds it, and the bytes of collectives by kind.
+  """Returns lower bounds of a step's seconds, of which the largest applies, and the bytes of collectives by kind.
 
   Args:
-    config: of the run.
-    text: of the compiled step.
-    rows: of a batch.
-    num_chips: of the mesh.
-    chip: its peaks.
+    config: config of the run.
+    text: text of the compiled step.
+    rows: rows of a batch.
+    num_chips: chips of the mesh.
+    chip: kind of the chips, with its peaks.
   """
   from univid_jax.planning.estimates import step_operations
 

@@ -1,9 +1,9 @@
-"""Loads a base of random weights with and without comparing checksums, each time from the disk.
+"""Loads a base of random weights with and without verifying checksums, each time from disk.
 
   python -m benchmarks.checksums [--variant=wan2.1-t2v-1.3b] [--pairs=5] [--folder=DIR] [--out=FILE.json]
 
-The files are dropped from the page cache before each run, and the two kinds of runs take turns in one process. A run
-ends when all arrays are on the devices.
+Files are dropped from the page cache before each run, and the two kinds of runs alternate in one process. A run ends
+when all arrays are on the devices.
 """
 
 import os
@@ -38,7 +38,7 @@ def drop_from_page_cache(folder: Path) -> None:
 
 
 def load(folder: Path, *, verify: bool) -> dict[str, float]:
-  """Returns the seconds that loading took, and the seconds of all cores."""
+  """Returns the seconds that loading took, and the CPU seconds of all cores."""
   from univid_jax.inference.load import load_pipeline
 
   drop_from_page_cache(folder)
@@ -56,7 +56,7 @@ def main() -> None:
     release = write_release(Path(folder) / "release", find_variant(VARIANT.value))
     convert_any(str(release.parent), str(base))
     release.unlink()
-    load(base, verify=True)  # imports, and compiles what it compiles
+    load(base, verify=True)  # warms up: imports and compiles
     runs: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     for pair in range(PAIRS.value):
       for verify in (True, False) if pair % 2 else (False, True):

@@ -4,8 +4,8 @@
       [--out=FILE.json]
 
 The peer reads the same file with WanTransformer3DModel.from_single_file and writes it with save_pretrained. Both are
-whole commands, run in turn, and end when everything is on disk. Memory is the process's anonymous memory: pages of
-mapped files, which the system reclaims when it needs them, do not count.
+whole commands, run in turn, that end when everything is on disk. Memory is the process's anonymous memory: pages of
+mapped files, which the system can reclaim, do not count.
 """
 
 import json
@@ -64,14 +64,14 @@ def write_release(folder: Path, config: DiTConfig) -> Path:
 
 
 def write_diffusers_config(folder: Path, config: DiTConfig) -> None:
-  """Writes what from_single_file would otherwise download."""
+  """Writes the config that from_single_file would otherwise download."""
   folder.mkdir()
   values = {"_class_name": "WanTransformer3DModel", **diffusers_options(config)}
   (folder / "config.json").write_text(json.dumps(values))
 
 
 def convert_with_diffusers(file: str, target: str) -> None:
-  """The peer's command."""
+  """Runs the peer's command."""
   import diffusers
   import torch
 
@@ -81,7 +81,7 @@ def convert_with_diffusers(file: str, target: str) -> None:
 
 
 def time_copy(path: Path) -> float:
-  """Returns the seconds to copy a file and have it on disk."""
+  """Returns the seconds until a copy of a file is on disk."""
   target, start = path.with_suffix(".copy"), time.perf_counter()
   with path.open("rb") as source, target.open("wb") as file:
     shutil.copyfileobj(source, file, 16 << 20)
@@ -93,7 +93,7 @@ def time_copy(path: Path) -> float:
 
 
 def time_command(command: Sequence[str], target: Path) -> tuple[float, float]:
-  """Returns the seconds until everything a command wrote is on disk, and its peak of anonymous memory in GB."""
+  """Returns the seconds until everything that a command wrote is on disk, and its peak anonymous memory in GB."""
   start = time.perf_counter()
   process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
   peak = 0

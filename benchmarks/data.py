@@ -2,9 +2,9 @@
 
   python -m benchmarks.data --video=FILE.mp4 [--pairs=5] [--out=FILE.json]
 
-FILE.mp4 is in the reference's format: four clips of at least 17 frames one after another. The peer is how the
-reference reads it (imageio with its ffmpeg plugin: count the frames, then get them one by one), which needs `pip
-install imageio-ffmpeg`.
+FILE.mp4 is in the reference's format: four clips of at least 17 frames one after another. The peer reads it as the
+reference does (imageio with its ffmpeg plugin: count the frames, then get them one by one), which needs `pip install
+imageio-ffmpeg`.
 """
 
 import itertools
@@ -43,7 +43,7 @@ SECONDS_PER_SENTENCE = 1.06e15 / (0.6 * 989e12)
 
 
 class SentenceLengths:
-  """Sentences as their latent frames, with contexts drawn as the paper does."""
+  """Sentences represented by their latent frames, with contexts drawn as in the paper."""
 
   def __len__(self) -> int:
     return 100_000
@@ -55,7 +55,7 @@ class SentenceLengths:
 
 
 def measure_fill_rates(num_rows: int = 1500) -> dict[str, float]:
-  """Returns the share of a row's tokens that belong to a sentence, by how rows are filled."""
+  """Returns the share of a row's tokens that belong to a sentence, by way of filling rows."""
   mean = sum(share * FRAMES[name] for name, share in PAPER_CONTEXTS.items())
   rates = {"one sentence per row, padded to context I": mean / FRAMES["I"]}
   for packing in Packing:
@@ -91,7 +91,7 @@ def measure_seconds(run: Callable[[], object]) -> float:
 
 
 def measure_cache_rate(count: int = 64) -> float:
-  """Returns sentences of context I per second whose four latents are read from a cache, checksums included."""
+  """Returns how many sentences of context I per second can be read from a cache, four latents each, with checksums."""
   with tempfile.TemporaryDirectory() as folder:
     cache = Cache(folder, "benchmark")
     latents = np.random.default_rng(0).standard_normal((5, 60, 104, 16), np.float32)

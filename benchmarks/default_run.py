@@ -16,7 +16,7 @@ from univid_jax.cli.flags import CommandFlags
 from univid_jax.core.errors import UserError
 
 FLAGS = CommandFlags(__doc__)
-STEPS = FLAGS.integer("steps", 400, "Of training; the last quarter is measured.", lower_bound=4)
+STEPS = FLAGS.integer("steps", 400, "Steps of training; the last quarter is measured.", lower_bound=4)
 OUT = FLAGS.string("out", "", "File for the figures as JSON.")
 
 

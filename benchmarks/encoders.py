@@ -1,11 +1,11 @@
-"""Encoders on one TPU that is not here: memory and cycles by the TPU compiler (`pip install '.[tpu]'`).
+"""Encoders on one TPU, which need not be present: memory and cycles by the TPU compiler (`pip install '.[tpu]'`).
 
   python -m benchmarks.encoders [--topologies=v5e:1x1,v6e:1x1] [--sizes=480x832,720x1280] [--frames=17,81]
       [--parts=encoding,decoding,prompts] [--preset=wan_1_3b] [--out=FILE.jsonl]
 
 The autoencoder of a preset's base encodes or decodes one clip in float32, with whole frames; where these do not fit,
-with the largest tiles that do. UMT5-XXL embeds a prompt in bfloat16. A line compiles in minutes; with --out, lines that
-the file already has are not compiled again.
+with the largest tiles that do. UMT5-XXL embeds a prompt in bfloat16. Compiling a line takes minutes; with --out, lines
+that the file already has are not compiled again.
 """
 
 import sys
@@ -37,7 +37,7 @@ OUT = FLAGS.string("out", "", "File for the figures, one line of JSON per progra
 
 
 def cases() -> Iterator[dict[str, Any]]:
-  """Yields what describes each program."""
+  """Yields the description of each program."""
   if wrong := set(CHOSEN.value) - set(PARTS):
     raise UserError(f"--parts must be of {', '.join(PARTS)}, got {min(wrong)!r}")
   for topology in TOPOLOGIES.value:
@@ -74,7 +74,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     except DoesNotFitError:
       continue
     if found.fits:
-      # The first chunk is one frame, each further one four, in a loop.
+      # The first chunk is one frame; further ones have four each, in a loop.
       return describe(compiled, found, num_loops=latent_frames(config.data.num_frames) - 1) | {"tile": tile}
   return {}
 

@@ -1,4 +1,4 @@
-"""The faults of the soak test: what happens to the processes and the files of a run."""
+"""The faults of the soak test, which happen to the processes and files of a run."""
 
 import dataclasses
 import random
@@ -26,9 +26,9 @@ class Site:
 
   Attributes:
     base: the converted checkpoint that it starts from.
-    pairs: its data.
+    pairs: its data, pairs of images.
     programs: the compilation cache.
-    workdir: of the run.
+    workdir: workdir of the run.
   """
 
   base: Path
@@ -38,7 +38,7 @@ class Site:
 
   @property
   def checkpoints(self) -> list[Path]:
-    """Those that have checksums, oldest first."""
+    """The checkpoints that have checksums, oldest first."""
     folders = [path.parent for path in self.workdir.glob("checkpoints/*/checksums.xxh128")]
     return sorted((path for path in folders if path.name.isdecimal()), key=lambda path: int(path.name))
 
@@ -59,14 +59,14 @@ class Processes(Protocol):
 
 @dataclasses.dataclass
 class Fault:
-  """Something bad that happens once.
+  """A fault that happens once.
 
   Attributes:
-    rng: decides the details.
-    name: in the table.
+    rng: draws the details.
+    name: name in the table.
     codes: exit codes that the processes may have, besides 0 of a complete run.
     starts: whether it happens while the processes do not run.
-    conditions: of each process, if it happens as long as they run.
+    conditions: conditions of each process, if it happens while they run.
   """
 
   rng: random.Random
@@ -79,12 +79,12 @@ class Fault:
     return f"{self.name} {self.conditions}" if any(self.conditions) else self.name
 
   def happen(self, site: Site, processes: Processes | None) -> bool:
-    """Does it; returns False if there is nothing that it could happen to."""
+    """Makes the fault happen; returns False if there is nothing that it could happen to."""
     del site, processes
     return True
 
   def undo(self, site: Site) -> None:
-    """Restores what has to be restored before the command is rerun."""
+    """Restores what must be restored before the command is rerun."""
 
 
 class Signals(Fault):
@@ -111,7 +111,7 @@ class KillOne(Signals):
 
 class KillBoth(Signals):
   name = "kill -9 of both processes"
-  codes = (-9, 1)  # one after the other, on a busy machine late enough to notice
+  codes = (-9, 1)  # killed one after the other, on a busy machine late enough for the second to notice
   both = True
 
 
@@ -184,7 +184,7 @@ class SlowStorage(Fault):
 
 
 class FlipBit(Fault):
-  """A flipped bit in one of some files."""
+  """A flipped bit in one of several files."""
 
   starts = True
 
@@ -202,7 +202,7 @@ class FlipCheckpoint(FlipBit):
   name = "flipped bit in the newest checkpoint"
 
   def files(self, site: Site) -> list[Path]:
-    """Empty if there is no older checkpoint to resume from."""
+    """Returns the newest checkpoint's files; none if there is no older checkpoint to resume from."""
     *older, newest = site.checkpoints or [site.workdir]
     return sorted(path for path in newest.rglob("*") if path.is_file()) if older else []
 
@@ -241,7 +241,7 @@ class FlipBase(FlipBit):
 
 
 class Vanish(Fault):
-  """A clip is gone, until the command has ended."""
+  """A clip is missing until the command has ended."""
 
   name = "a clip vanishes, and comes back"
   codes = (1,)

@@ -1,4 +1,4 @@
-"""Files to which benchmarks add figures as they find them, so that a run that was stopped can be continued."""
+"""Files to which benchmarks append figures as they find them, so that a stopped run can be continued."""
 
 import json
 from pathlib import Path
@@ -8,16 +8,16 @@ from univid_jax.core.errors import UserError
 
 
 class FigureFile:
-  """Figures, one line of JSON each. What a kill has cut off at the end of the file is dropped.
+  """Figures, one line of JSON each. A line that a kill has cut off at the end of the file is dropped.
 
   Args:
-    path: of the file, made with its folder if there is none; empty keeps no file.
+    path: path of the file, which is created with its folder if missing; empty for no file.
 
   Attributes:
     lines: the figures so far, in the file's order.
 
   Raises:
-    UserError: the file has something else.
+    UserError: the file contains something else.
   """
 
   def __init__(self, path: str | Path):
@@ -32,7 +32,7 @@ class FigureFile:
       self._path.write_text("".join(json.dumps(figures) + "\n" for figures in self.lines))
 
   def add(self, figures: Any) -> None:
-    """Adds a line; a run that ends after this has it."""
+    """Adds a line, which is in the file even if the run is stopped right afterwards."""
     self.lines.append(figures)
     if self._path:
       with self._path.open("a") as file:
@@ -40,7 +40,7 @@ class FigureFile:
 
 
 def read_figures(path: str | Path) -> list[Any]:
-  """Returns the figures of a file, without what a kill has cut off at its end.
+  """Returns the figures of a file, without a line that a kill has cut off at its end.
 
   Raises:
     UserError: a line is not a figure, and not the beginning of one at the file's end.

@@ -1,11 +1,11 @@
-"""Everything that docs/benchmarks/gpu.md has of a GPU, in one command on a bare machine with JAX and PyTorch.
+"""All GPU figures of docs/benchmarks/gpu.md, in one command on a bare machine with JAX and PyTorch.
 
   python -m benchmarks.gpu [--minutes=8] [--out=DIR] [--only=NAME,...] [--tiny]
 
-Runs the other benchmarks one after the other, most valuable first, each with its own time limit, and skips those that
-the remaining minutes do not suffice for. Figures are added to DIR/gpu.jsonl as soon as they exist; rows for
-docs/benchmarks/gpu.md are printed at the end, and by `--rows=DIR/gpu.jsonl` alone. A peer whose packages are missing is
-left out. --tiny runs everything in miniature on a CPU.
+Runs the other benchmarks one after another, most valuable first, each with its own time limit, and skips those for
+which too little time remains. Figures are added to DIR/gpu.jsonl as soon as they exist; rows for docs/benchmarks/gpu.md
+are printed at the end, and by `--rows=DIR/gpu.jsonl` alone. A peer whose packages are missing is left out. --tiny runs
+everything in miniature on a CPU.
 """
 
 import concurrent.futures
@@ -32,7 +32,7 @@ from univid_jax.cli.flags import CommandFlags
 from univid_jax.core.errors import UserError
 
 FLAGS = CommandFlags(__doc__)
-MINUTES = FLAGS.number("minutes", 8.0, "Of all benchmarks together.", lower_bound=0.0)
+MINUTES = FLAGS.number("minutes", 8.0, "Minutes for all benchmarks together.", lower_bound=0.0)
 OUT = FLAGS.string("out", "runs/gpu", "Folder for figures.")
 ONLY = FLAGS.strings("only", [], "Names of the benchmarks to run.")
 TINY = FLAGS.switch("tiny", False, "Run in miniature, to try the command.")
@@ -44,7 +44,7 @@ PATIENCE = 0.7  # share of a benchmark's time after which a program that is not 
 
 
 def describe_machine() -> dict[str, Any]:
-  """Returns GPU, driver, versions and date, and what starting a process with JAX or PyTorch takes."""
+  """Returns GPU, driver, versions and date, and the time to start a process with JAX or PyTorch."""
   versions = {}
   for name in PACKAGES:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -74,7 +74,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def probe(name: str, program: str) -> dict[str, Any]:
-  """Runs a program that prints a package's device; returns the device, and the seconds of the process."""
+  """Runs a program that prints a package's device; returns the device and the seconds of the process."""
   start = time.monotonic()
   try:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90)
@@ -86,10 +86,10 @@ def probe(name: str, program: str) -> dict[str, Any]:
 
 
 def run(benchmark: Benchmark, *, tiny: bool, limit: float) -> dict[str, Any]:
-  """Runs a benchmark in a process group of its own, which is ended after `limit` seconds.
+  """Runs a benchmark in its own process group, which is ended after `limit` seconds.
 
   Returns:
-    command, seconds, exit code (None if it was ended) and result, what the benchmark wrote.
+    command, seconds, exit code (None if it was ended) and result: what the benchmark wrote.
   """
   if missing := find_missing(benchmark.peer_needs):
     print(f"{benchmark.name}: without its peer, which needs {', '.join(missing)}", flush=True)
@@ -119,7 +119,7 @@ def find_missing(packages: Sequence[str]) -> list[str]:
 
 
 def find_programs(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-  """Yields the programs of a result and their figures; attention has them by number of tokens."""
+  """Yields the programs of a result and their figures; attention's are by number of tokens."""
   for name, figures in values.items():
     if isinstance(figures, Mapping) and "median_s" in figures:
       yield name, figures

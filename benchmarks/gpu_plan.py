@@ -14,14 +14,14 @@ class Benchmark:
   """A benchmark to run.
 
   Attributes:
-    name: in --only and in the figures.
-    title: in the rows.
-    seconds: estimate of the whole process on an H100.
-    module: of benchmarks.
-    arguments: of the module.
+    name: name in --only and in the figures.
+    title: title in the rows.
+    seconds: estimated seconds of the whole process on an H100.
+    module: module of the package benchmarks.
+    arguments: arguments of the module.
     tiny: arguments that replace those of the same flag, or are added, with --tiny.
     peer: arguments that add the peer.
-    peer_needs: packages of the peer.
+    peer_needs: packages that the peer needs.
     needs: packages without which it is skipped.
     races: whether it takes the flags of a race (`timing.RaceFlags`).
   """

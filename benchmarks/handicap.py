@@ -2,10 +2,10 @@
 
 CONDITIONS is a JSON object:
   file_bytes  size that no file may exceed, as if the disk were full
-  clock       seconds by which `time.time` jumps, once, `after` seconds
+  clock       seconds by which `time.time` jumps, once
   after       seconds until the clock jumps
-  delay       seconds that each operation on files takes longer, at most; of Python, not of native libraries
-  seed        of the delays
+  delay       maximum seconds added to each file operation, in Python only, not in native libraries
+  seed        seed of the delays
 """
 
 import builtins

@@ -1,8 +1,8 @@
-"""What a large matrix product reaches in JAX and in PyTorch, the ceiling of everything else.
+"""The speed of a large matrix product in JAX and in PyTorch, an upper bound of everything else.
 
 python -m benchmarks.matmul [--against=torch] [--size=8192] [--repeats=20] [--dtype=bfloat16] [--pairs=5]
 
-Random data: zeros are faster. A run is several products one after the other, so that starting them takes no time.
+Data is random, since zeros are faster. A run is several products in a row, so that launching them takes no time.
 """
 
 import sys

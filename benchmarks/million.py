@@ -3,8 +3,8 @@
   python -m benchmarks.million [--records=10000000] [--hosts=1,16,256] [--folder=DIR] [--out=FILE.json]
 
 Writes random records to shards and simulates what a run does with them: it opens the index, shuffles, reads, divides
-the data among hosts, resumes, and meets a corrupt record and a missing shard. A figure of a host is that of one process
-here; memory is what a fresh process gains.
+the data among hosts, resumes, and encounters a corrupt record and a missing shard. Figures per host are those of one
+process here; memory is the growth of a fresh process.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ VALUE_BYTES = 32
 NUM_WRITERS = 2
 NUM_THREADS = 16
 SEED = 3
-# Hosts that are compared of each number of hosts, and batches and rows of each host.
+# Hosts that are compared for each number of hosts, and batches and rows of each host.
 SAMPLED_HOSTS, BATCHES, ROWS = 6, 4, 8
 
 Figures = dict[str, float]
@@ -64,7 +64,7 @@ def digest_of(number: int) -> bytes:
 
 
 def value_of(number: int) -> bytes:
-  """Returns a record: its number as float32, which has it exactly up to 16 million, and what looks random."""
+  """Returns a record: its number as float32, exact up to 16 million, and bytes that look random."""
   return struct.pack("<f", number) + digest_of(number)[: VALUE_BYTES - 4]
 
 
@@ -81,13 +81,13 @@ def write_part(folder: str, start: int, stop: int, max_records: int) -> int:
 
 
 def run_apart(function: Callable[..., T], *calls: tuple[Any, ...]) -> list[T]:
-  """Calls a function once with each tuple of arguments, at the same time in fresh processes."""
+  """Calls a function once with each tuple of arguments, concurrently in fresh processes."""
   with ProcessPoolExecutor(len(calls), multiprocessing.get_context("spawn")) as pool:
     return list(pool.map(function, *zip(*calls)))
 
 
 def write_records(folder: Path, count: int, run: Run) -> Figures:
-  """Writes the records with several processes, and then the index."""
+  """Writes the records with several processes, then the index."""
   shards, parts = folder / "latents" / "shards", np.linspace(0, count, NUM_WRITERS + 1).astype(int)
   max_records = min(65536, max(count // 20, 1))
   begin = time.perf_counter()
@@ -105,13 +105,13 @@ def write_records(folder: Path, count: int, run: Run) -> Figures:
 
 
 def memory_mb() -> tuple[float, float]:
-  """Returns this process's own memory, and the pages of files that it has mapped."""
+  """Returns this process's own memory and its mapped file pages, in MB."""
   status = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text()))
   return int(status["RssAnon"]) / 1e3, int(status["RssFile"]) / 1e3
 
 
 def measure_reading(folder: str, count: int, num_reads: int) -> Figures:
-  """Opens shards and reads at random, in a fresh process."""
+  """Measures opening shards and random reads, in a fresh process."""
   before = memory_mb()
   begin = time.perf_counter()
   shards = Shards(epath.Path(folder) / "latents" / "shards")
@@ -151,7 +151,7 @@ def measure_reading(folder: str, count: int, num_reads: int) -> Figures:
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-  """Sentences whose task is their number."""
+  """A source of sentences whose task is their number."""
 
   count: int
   task_names: Sequence[str] = ()
@@ -179,7 +179,7 @@ class Shape:
 
 
 class RecordFeatures:
-  """Features whose first token is the record of the sentence's number; None counts as damage."""
+  """Makes features whose first token is the record of the sentence's number; a missing record counts as damage."""
 
   shape = Shape()
 
@@ -217,7 +217,7 @@ def take(loader: Loader, batches: int = BATCHES) -> list[int]:
 
 
 def measure_hosts(shards: Shards, count: int, num_hosts: int) -> Figures:
-  """Opens the slices of some of the hosts; checks their order, and that no record is in two of them."""
+  """Opens the parts of some of the hosts; checks their order, and that no record is in two of them."""
   chosen = sorted({round(host) for host in np.linspace(0, num_hosts - 1, min(SAMPLED_HOSTS, num_hosts))})
   shuffled = grain.MapDataset.source(range(count)).seed(SEED).shuffle().repeat()
   seconds, taken = [], []
@@ -229,7 +229,7 @@ def measure_hosts(shards: Shards, count: int, num_hosts: int) -> Figures:
     records += take(loader, BATCHES - 1)
     loader.close()
     mine = shuffled[host::num_hosts]
-    # Rows are given out in random order from two batches that are filled at a time.
+    # Rows are yielded in random order from two batches that are filled at a time.
     beginning = {drawn(mine, position) for position in range((BATCHES + 2) * ROWS)}
     assert set(records) <= beginning, f"host {host} of {num_hosts} reads other records than its own"
     taken += records
@@ -238,7 +238,7 @@ def measure_hosts(shards: Shards, count: int, num_hosts: int) -> Figures:
 
 
 def measure_resuming(shards: Shards, count: int, num_batches: int) -> Figures:
-  """Checks that a new loader continues at the record where another was."""
+  """Checks that a new loader continues at the record where another one stopped."""
   loader = open_loader(shards, count)
   take(loader, 1)
   begin = time.perf_counter()
@@ -268,7 +268,7 @@ class Lines(logging.Handler):
 
 
 def check_damage(folder: Path, count: int) -> None:
-  """Damages a record and removes a shard; checks that this costs their records, and a line each."""
+  """Damages a record and removes a shard; checks that only their records are lost, with one line logged for each."""
   shards_folder = folder / "latents" / "shards"
   shards = Shards(shards_folder)
   found = {
@@ -295,11 +295,11 @@ def check_damage(folder: Path, count: int) -> None:
 
 
 def measure(folder: Path, *, records: int, hosts: Sequence[int], run: Run = run_apart) -> Figures:
-  """Returns all figures, and prints them as they come.
+  """Returns all figures, and prints them as they are found.
 
   Args:
-    folder: empty.
-    records: their number.
+    folder: an empty folder.
+    records: number of records.
     hosts: numbers of hosts.
     run: calls a function in other processes.
   """

@@ -1,17 +1,17 @@
-"""What packing gains: sentences per second of a training step, packed and with one sentence per row.
+"""The gain from packing: sentences per second of a training step, packed and with one sentence per row.
 
   python -m benchmarks.packing [--variant=wan2.1-t2v-1.3b] [--scale=4] [--layers=8] [--dtype=float32] [--rounds=5]
       [--out=FILE.json]
   python -m benchmarks.packing --count [--variant=wan2.1-t2v-1.3b] [--out=FILE.json]
 
 LoRA of rank 16, blocks recomputed, the paper's contexts (0.3 I, 0.3 II, 0.4 III), videos of 17 frames of 832 x 480. A
-scale of 4 divides the tokens and the width of the model by 4, so that attention keeps its share of a step. Three
-kinds of rows are timed in turn: packed rows as `wan_1_3b` makes them; one sentence per row, padded to context I,
-where attention skips the padding; the same where it does not, as in a batch without a mask. If the backend cannot
-skip, the second is as slow as the third.
+scale of 4 divides the tokens and the width of the model by 4, so that attention keeps its share of a step. Three kinds
+of rows are timed in turn: packed rows as `wan_1_3b` makes them; one sentence per row, padded to context I, with
+attention that skips the padding; the same with attention that does not, as in a batch without a mask. If the backend
+cannot skip, the second is as slow as the third.
 
-With --count nothing is computed: it counts the operations of the slowest of eight devices for a sentence, with rows
-that were packed by best fit and balanced, videos of 5 to 81 frames, and attention that skips other sentences.
+With --count nothing is timed: it counts the operations per sentence of the slowest of eight devices, with best-fit and
+balanced packing, videos of 5 to 81 frames, and attention that skips other sentences.
 """
 
 import collections
@@ -70,7 +70,7 @@ class LatentFeatures:
   """Makes the features of sentences whose clips are latents; their prompts have equal lengths.
 
   Attributes:
-    shape: of the transformer.
+    shape: shape of the transformer.
   """
 
   shape: DiTConfig
@@ -87,7 +87,7 @@ class LatentFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class LatentSentences:
-  """Sentences of constant latents with contexts drawn as the paper does.
+  """Sentences of constant latents with contexts drawn as in the paper.
 
   Attributes:
     size: height and width of the latents.
@@ -122,10 +122,10 @@ class PackedRows:
   """A sample of packed rows.
 
   Attributes:
-    rows: one per combination of contexts, such as "I + II".
+    rows: one row per combination of contexts, such as "I + II".
     shares: how often each combination occurs, without the rare ones.
-    sentences: per row, rare rows included.
-    fill_rate: likewise.
+    sentences: sentences per row, rare rows included.
+    fill_rate: fill rate of rows, rare rows included.
     timed: share of the rows that are not rare.
   """
 
@@ -164,10 +164,10 @@ class CountedPacking:
   """The work of batches on eight devices.
 
   Attributes:
-    fill_rate: of the rows.
+    fill_rate: fill rate of the rows.
     balance: mean work of a device over that of the slowest one.
-    slowest: operations of the slowest device for each sentence that the batches hold.
-    sentences: the fewest of a batch, and the most.
+    slowest: operations of the slowest device per sentence of the batches.
+    sentences: the fewest and the most in a batch.
   """
 
   fill_rate: float
@@ -181,14 +181,14 @@ def count_packing(
 ) -> CountedPacking:
   """Packs the paper's contexts with videos of 5 to 81 frames of 832 x 480, eight rows per batch, and counts.
 
-  The rows that are packed have a token per frame; each counts as those of a frame.
+  The packed rows have one token per frame, which counts as all tokens of a frame.
 
   Args:
     shape: of the transformer.
     packing: how rows and batches are made.
-    streams: number of streams of rows, as if each were that of a process.
+    streams: number of streams of rows, as if each belonged to a process.
     bins: rows that a stream fills at the same time.
-    batches: how many are counted; those of whole windows of balanced packing.
+    batches: number of batches that are counted; whole windows of balanced packing.
   """
   slots = 4 * LONGEST // 4  # sentences of four images
   rows = RowsConfig(
@@ -221,7 +221,7 @@ def count_packing(
 
 
 def print_counts(shape: DiTConfig) -> dict[str, dict[str, Any]]:
-  """Prints and returns what both ways of packing count, from one stream and from one of each device."""
+  """Prints and returns the counts of both ways of packing, with one stream and with one per device."""
   figures = {}
   for streams, bins in ((1, 16), (1, 64), (DEVICES, 64)):
     both = [
@@ -308,7 +308,7 @@ def main() -> None:
 
 
 def report_times(packed: PackedRows, median: Mapping[str, float]) -> dict[str, Any]:
-  """Prints and returns the rates that follow from the seconds of each kind of row."""
+  """Prints and returns the rates for the seconds of each kind of row."""
   packed_seconds = sum(share * median[f"packed, {kind}"] for kind, share in packed.shares.items())
   rates = {
     "packed": packed.sentences_per_timed_row / packed_seconds,

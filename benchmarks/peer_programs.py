@@ -1,6 +1,6 @@
-"""One task of one model as MaxDiffusion and univid_jax write it, lowered for TPUs that need not exist.
+"""A task of a model as MaxDiffusion and univid_jax write it, lowered for TPUs that need not be present.
 
-JAX is imported after `use_tpu_compiler`, inside of functions.
+JAX is imported inside functions, after `use_tpu_compiler`.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}  # latents of 81 frames, 
 CONTEXT, TEXT_TOKENS = 4, 512
 # Operations per cycle of all matrix units of a chip: units x side^2 x 2.
 PEAK = {"v5e": 4 * 128**2 * 2, "v5p": 8 * 128**2 * 2, "v6e": 4 * 256**2 * 2}
-# Blocks of MaxDiffusion's flash attention, of its configs/base_wan_14b.yml: "Use on v6e" for the forward pass. Its "Use
-# on v5p" is refused (keys are padded to whole blocks of 3072, which those of 2048 of the forward pass must divide), and
-# both are in gradients (block_q = 3024 is no multiple of 128): these take the file's default.
+# Blocks of MaxDiffusion's flash attention, from its configs/base_wan_14b.yml: "Use on v6e" for the forward pass. Its
+# "Use on v5p" is refused (keys are padded to whole blocks of 3072, which the forward pass's blocks of 2048 must
+# divide), and both are refused in gradients (block_q = 3024 is not a multiple of 128), which therefore use the file's
+# default.
 BLOCK_NAMES = ("block_q", "block_kv_compute", "block_kv", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
 BLOCK_NAMES = (*BLOCK_NAMES, "block_q_dq", "block_kv_dq")
 FORWARD_BLOCKS = dict(zip(BLOCK_NAMES, (3024, 1024, 2048, 3024, 2048, 1024, 3024, 2048)))
@@ -39,7 +40,7 @@ class Case:
 
   @classmethod
   def parse(cls, text: str) -> "Case":
-    """Reads TASK/MODEL/SIZE/TOPOLOGY; raises UserError if it is none."""
+    """Parses TASK/MODEL/SIZE/TOPOLOGY; raises UserError if the text is not one."""
     parts = text.split("/")
     known = len(parts) == 4 and parts[0] in TASKS and parts[1] in MODELS and parts[2] in SIZES
     if not known or parts[3].partition(":")[0] not in PEAK or count_chips(parts[3]) % CONTEXT:
@@ -55,7 +56,7 @@ class Case:
 
   @property
   def rows(self) -> int:
-    """Of a batch: one per data shard; they share the weights (fsdp)."""
+    """Rows of a batch: one per data shard; shards share the weights (fsdp)."""
     return count_chips(self.topology) // CONTEXT
 
 
@@ -63,10 +64,10 @@ def lower_program(case: Case, apply: Callable[..., Any], params: Any, inputs: tu
   """Lowers a case's task.
 
   Args:
-    case: with the task.
+    case: the case, with its task.
     apply: maps parameters and inputs to a velocity of the shape of the first input.
     params: a tree of shapes with shardings.
-    inputs: likewise.
+    inputs: the same for the inputs.
   """
   import jax
   import jax.numpy as jnp
@@ -85,7 +86,7 @@ def lower_program(case: Case, apply: Callable[..., Any], params: Any, inputs: tu
   whole = inputs[0].sharding.update(spec=jax.sharding.PartitionSpec())
   moments = jax.eval_shape(optimizer.init, params)
   structure = jax.tree.structure(params)
-  # `optax.tree_utils.tree_map_params` makes arrays on the mesh's devices, which do not exist.
+  # `optax.tree_utils.tree_map_params` would make arrays on the mesh's devices, which do not exist.
   placed = jax.tree.map(
     lambda x: shardings if jax.tree.structure(x) == structure else whole,
     moments,

@@ -5,7 +5,8 @@
 
 Random weights, four clips in a row, a prompt of 512 tokens. An error is the relative L2 distance to our float32 forward
 pass at the highest precision of matrix products (an accelerator's default precision may be less). Every pass runs on
-the default device. "peer" are diffusers' passes; in bfloat16 it keeps in float32 what its `from_pretrained` keeps.
+the default device. "peer" are diffusers' passes; in bfloat16 they keep in float32 what diffusers' `from_pretrained`
+keeps in it.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from univid_jax.models.variants import DiTConfig
 
 FLAGS = CommandFlags(__doc__)
 MODEL = ModelFlags(FLAGS, height=480, width=832)
-AGAINST = FLAGS.choice("against", None, PEERS[:1], "The peer, whose weights both then have.")
+AGAINST = FLAGS.choice("against", None, PEERS[:1], "The peer, whose weights both models then have.")
 OUT = FLAGS.string("out", "", "File for the figures as JSON.")
 
 TIMESTEP = 500.0
@@ -69,7 +70,7 @@ def run_peer(options: dict[str, Any], size: tuple[int, int, int], folder: Path) 
 
 
 def read_weights(shape: DiTConfig, path: Path) -> dict[tuple[str, ...], Any]:
-  """Returns the arrays of our transformer, by path, from tensors with official names."""
+  """Reads the arrays of our transformer, by path, from tensors with official names."""
   import numpy as np
   from safetensors.numpy import load_file
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 COLLECTIVES: tuple[str, ...] = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Instructions that move nothing themselves: names of values, and calls whose own instructions are counted.
+# Instructions without traffic of their own: names of values, and calls whose own instructions are counted.
 NO_TRAFFIC = (
   "parameter",
   "constant",
@@ -30,12 +30,12 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "
 FLAG_BYTES = 8  # instructions that start a transfer also have flags in their type
 
 LANES = 128  # channels that a TPU computes together
-# Products of a head that a kernel computes: those over channels of keys (qk) and over channels of values (v).
+# Number of products per head in each kernel: over channels of keys (qk) and over channels of values (v).
 PRODUCTS = {"forward": (1, 1), "dq": (2, 1), "dkv": (2, 2), "fused": (3, 2)}
 
 
 def collective_bytes(text: str, num_layers: int) -> dict[str, float]:
-  """Returns the bytes that one device takes part in, by kind of collective."""
+  """Returns the bytes that one device moves, by kind of collective."""
   totals = dict.fromkeys(COLLECTIVES, 0.0)
   for times, computation in _executed(text, num_layers):
     for shapes, kind, start in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", computation):
@@ -51,10 +51,10 @@ class Instruction:
   """An instruction that runs on its own.
 
   Attributes:
-    name: in the program, without its number.
-    source: the path of scopes and the operation that it was made for; of a fusion those of its result.
+    name: its name in the program, without number.
+    source: the scopes and the operation that it comes from; for a fusion, those of its result.
     times: how often it runs.
-    cycles: of one run, as the compiler expects; none of kernels.
+    cycles: cycles of one run that the compiler expects; 0 for kernels.
     memory: bytes that one run reads from and writes to the device's memory.
   """
 
@@ -68,8 +68,8 @@ class Instruction:
 def find_instructions(text: str, num_layers: int) -> Iterator[Instruction]:
   """Yields the instructions of a program.
 
-  Traffic is their inputs and outputs, without what the compiler keeps on the chip. Of an array with one entry per layer
-  (weights, values stored for the backward pass) a loop's body counts one entry.
+  Traffic is their inputs and outputs, except what the compiler keeps on the chip. An array with one entry per layer
+  (weights, values stored for the backward pass) counts as one entry in a loop's body.
   """
   for times, computation in _executed(text, num_layers):
     stacked = num_layers if times > 1 else 0
@@ -107,7 +107,7 @@ def memory_bytes(text: str, num_layers: int) -> float:
 
 
 def estimated_cycles(text: str, num_layers: int) -> float:
-  """Returns the cycles that the TPU compiler expects; it expects none of kernels (splash attention)."""
+  """Returns the cycles that the TPU compiler expects, without those of kernels (splash attention)."""
   return float(sum(each.times * each.cycles for each in find_instructions(text, num_layers)))
 
 
@@ -116,7 +116,7 @@ class Kernel:
   """A call of a Pallas kernel.
 
   Attributes:
-    name: of the kernel.
+    name: name of the kernel.
     inputs, outputs: shapes of its arrays of floating point numbers; integers are masks and indices.
   """
 
@@ -136,11 +136,11 @@ def find_kernels(text: str, num_layers: int) -> Iterator[tuple[int, Kernel]]:
 def kernel_operations(kernel: Kernel) -> tuple[str, float]:
   """Returns the kind of an attention kernel and its operations on whole arrays, padding included.
 
-  Forward takes two products, the gradient of queries three (logits again), that of keys and values four, both fused
-  five. Channels count as whole lanes, as the matrix unit computes them: 130 take as long as 256.
+  The forward pass takes two products, the gradient of queries three (logits again), that of keys and values four, both
+  fused five. Channels count in whole lanes, as the matrix unit computes them: 130 take as long as 256.
 
   Raises:
-    ValueError: it is none.
+    ValueError: it is not a kernel of attention.
   """
   found = re.search(r"splash_\w*?(fwd|dq|dkv)", kernel.name)
   arrays = [shape for shape in kernel.inputs if len(shape) >= 3]
@@ -156,7 +156,7 @@ def kernel_operations(kernel: Kernel) -> tuple[str, float]:
 
 
 def _executed(text: str, num_layers: int) -> Iterator[tuple[int, str]]:
-  """Yields the computations that run on their own, each with how often.
+  """Yields the computations that run on their own, each with the number of its runs.
 
   The body of a loop runs once per layer. If it chooses between two forms of a block, one is the last layer's and the
   other that of all layers before, as in `models.dit.DiT`.
@@ -184,7 +184,7 @@ def _sizes(shapes: str, num_layers: int = 0, *, on_chip: bool = False) -> list[f
 
   Args:
     shapes: the type.
-    num_layers: arrays with this first dim count one entry; 0 for none.
+    num_layers: arrays with this first dim count as one entry; 0 for none.
     on_chip: whether to include arrays that the compiler keeps on the chip.
   """
   sizes = []
@@ -197,7 +197,7 @@ def _sizes(shapes: str, num_layers: int = 0, *, on_chip: bool = False) -> list[f
 
 
 def _parse_kernel(line: str) -> Kernel:
-  """Reads a call of a kernel: its results stand before the call, its operands in the constraints of their layouts."""
+  """Parses a call of a kernel: results precede the call, and operands are in the layout constraints."""
   name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
   outputs, _, rest = rest.partition(" custom-call(")
   inputs = re.search(r"operand_layout_constraints=\{(.*?\})\}", rest)

@@ -4,7 +4,7 @@
       [--height=256 --width=256] [--dtype=float32] [--pairs=5]
 
 One sentence of four clips, LoRA of rank 16, blocks recomputed in the backward pass, AdamW; random weights. Programs run
-in turn, each in a process of its own, whose peak memory is printed. `--dtype` is that of matrix products.
+in turn, each in a separate process, whose peak memory is printed. `--dtype` applies to matrix products.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from univid_jax.cli.flags import CommandFlags
 from univid_jax.models.variants import DiTConfig
 
 FLAGS = CommandFlags(__doc__)
-METHODS = FLAGS.strings("methods", ["int8"], "What the base is quantised to: int8, fp8, nf4; several race.")
+METHODS = FLAGS.strings("methods", ["int8"], "How the base is quantised: int8, fp8, nf4; several race.")
 VARIANT = FLAGS.string("variant", "wan2.1-t2v-1.3b", "A published model, by its name in models.variants.")
 LAYERS = FLAGS.integer("layers", 4, "Blocks; 0 for all.")
 FRAMES = FLAGS.integer("frames", 1, "Latent frames of a clip.", lower_bound=1)

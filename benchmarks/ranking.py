@@ -1,13 +1,13 @@
-"""What a training step does besides the kernels of attention, ranked by the TPU compiler (`pip install '.[tpu]'`).
+"""The costs of a training step besides the kernels of attention, ranked by the TPU compiler (`pip install '.[tpu]'`).
 
   python -m benchmarks.ranking [--preset=wan_1_3b] [--topology=v5e:1x1] [--fsdp=1] [--context=1]
       [--override=KEY=VALUE,...] [--top=25] [--save=FILE]
   python -m benchmarks.ranking --program=FILE --layers=30 [--top=25]
 
-Compiles the step of a preset for TPUs that need not exist, or reads the text of a program that this or
-`benchmarks.against_maxdiffusion` has saved. A row is of instructions of one name that were made for one operation of
-one part of the model: fusions are named by the compiler or by their result, whose operation it is, and contain others;
-`copy` changes a layout. Cycles are the compiler's expectation; bytes are read and written, see
+Compiles the step of a preset for TPUs that need not be present, or reads the text of a program that this or
+`benchmarks.against_maxdiffusion` has saved. A row sums the instructions of one name that come from one operation of one
+part of the model. Fusions, which contain further operations, are named by the compiler or after their result, whose
+operation is listed; `copy` changes a layout. Cycles are the compiler's expectation; bytes are read and written, see
 `programs.find_instructions`.
 """
 
@@ -37,7 +37,7 @@ LAYERS = FLAGS.integer("layers", 30, "Layers of the model of --program.", lower_
 TOP = FLAGS.integer("top", 25, "Number of rows.", lower_bound=1)
 SAVE = FLAGS.string("save", "", "File for the text of the program.")
 
-# Components of an instruction's source that transformations and control flow add.
+# Components that transformations and control flow add to an instruction's source.
 WRAPPERS = re.compile(
   r"(jit|pjit|jvp|vmap|transpose)\(.*\)|while|body|closed_call|checkpoint|rematted_computation|shard_map|cond|eval_jaxpr|"
   r"branch_\d+_fun"
@@ -57,7 +57,7 @@ def place_of(source: str) -> str:
 
 
 def rank(instructions: Iterable[Instruction], top: int) -> Iterator[str]:
-  """Yields a table of the rows with the most cycles, and how much each pass has."""
+  """Yields a table of the rows with the most cycles, and the share of each pass."""
   rows: dict[tuple[str, str, str], list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
   passes: collections.Counter[str] = collections.Counter()
   for each in instructions:

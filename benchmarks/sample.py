@@ -1,9 +1,9 @@
-"""Sampling with cached context (`attention = "context_causal"`) against sampling without, and against diffusers.
+"""Sampling with cached context (`attention = "context_causal"`) against sampling without it, and against diffusers.
 
   python -m benchmarks.sample [--against=torch|torch_compile] [--steps=50] [--dim=512] [--layers=6] [--frames=2]
       [--height=256 --width=256] [--dtype=float32] [--pairs=5] [--variant=wan2.1-t2v-1.3b] [--full]
 
-One sentence of context I with a prompt of 512 tokens, random weights; all of sampling without the codec. On an
+One sentence of context I with a prompt of 512 tokens, random weights; times all of sampling except the codec. On an
 accelerator give --variant, which replaces --dim, and --layers=0 for all blocks, and the paper's --frames=5 --height=480
 --width=832. With --full a model with full attention, as UniVid's and the peer's, races too.
 
@@ -38,7 +38,7 @@ WIDTH = FLAGS.integer("width", 256, "In pixels.")
 STEPS = FLAGS.integer("steps", 50, "Euler steps.", lower_bound=1)
 QUERIES = FLAGS.integer("queries", 0, "Race batches of this many queries against single ones instead.", lower_bound=0)
 CHECKPOINT = FLAGS.string("checkpoint", "", "A model for --queries; default: random weights.")
-BATCH_SIZE = FLAGS.integer("batch_size", 0, "Most queries sampled together; 0: as `sample` chooses.", lower_bound=0)
+BATCH_SIZE = FLAGS.integer("batch_size", 0, "Maximum queries sampled together; 0: as `sample` chooses.", lower_bound=0)
 RACE = RaceFlags(FLAGS)
 
 PROMPT_TOKENS = 512
@@ -50,13 +50,13 @@ def build_jax(
   """Builds sampling.
 
   Args:
-    attention: "cached" of a context-causal model, "causal" the same without the cache, or "full".
-    shape: of the transformer.
+    attention: "cached" for a context-causal model, "causal" for the same without the cache, or "full".
+    shape: shape of the transformer.
     num_steps: Euler steps.
     frames: latent frames of a clip.
-    height: in pixels.
-    width: likewise.
-    dtype: of weights and activations.
+    height: height of a clip in pixels.
+    width: width of a clip in pixels.
+    dtype: dtype of weights and activations.
   """
   import jax
   import jax.numpy as jnp
@@ -207,7 +207,7 @@ def main() -> None:
 
 
 def euler_sigmas(num_steps: int, shift: float = 5.0) -> list[float]:
-  """Returns UniVid's noise levels as plain numbers: the peer's process has no JAX in it."""
+  """Returns UniVid's noise levels as plain numbers, since the peer's process does not import JAX."""
   times = [1 - i / num_steps for i in range(num_steps)]
   return [shift * u / (1 + (shift - 1) * u) for u in times]
 

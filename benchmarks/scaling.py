@@ -1,19 +1,20 @@
-"""Training on TPUs that are not here: memory, traffic and a roofline, from the TPU compiler (`pip install '.[tpu]'`).
+"""Training on TPUs that need not be present: memory, traffic and a roofline, by the TPU compiler (`pip install
+'.[tpu]'`).
 
   python -m benchmarks.scaling [--presets=wan_1_3b,wan_14b] [--topologies=v5e:2x4,v5p:2x2x2,v6e:2x4] [--contexts=1,4]
       [--override=KEY=VALUE,...] [--all] [--out=FILE.jsonl]
 
-For each preset, topology and number of devices that share a row, the step is compiled on the meshes that could hold
-the weights, in the order of least traffic (weights on every chip, then sharded over eight, then over all), until one
-fits; with --all on all of them. Each takes two to five minutes; with --out, lines that the file already has are not
-compiled again. Rows are those of the preset, one per data x fsdp device; with another `rows.num_tokens` in --override,
-a row is filled with sentences of context I, then of images. Of presets with two experts the high-noise one is trained,
-unless --override says otherwise.
+For each preset, topology and number of devices that share a row, the step is compiled on the meshes that could hold the
+weights, in the order of least traffic (weights on every chip, then sharded over eight, then over all), until one fits;
+with --all, on all of them. Each takes two to five minutes; with --out, lines that the file already has are not compiled
+again. Rows are those of the preset, one per data x fsdp device; with another `rows.num_tokens` in --override, a row is
+filled with sentences of context I, then of images. Presets with two experts train the high-noise one, unless --override
+says otherwise.
 
-Memory is the compiler's; of a program that it refuses, that of the temporaries alone. Times are lower bounds from
-stated peaks (`platform.chips`): operations by formula, recomputation included; bytes that the program reads and writes;
-bytes that its collectives carry. The largest of the three bounds the step. The file also has the cycles that the
-compiler expects for everything but attention.
+Memory is the compiler's figure; for a program that it refuses, only that of the temporaries. Times are lower bounds
+from stated peaks (`platform.chips`): operations by formula, recomputation included; bytes that the program reads and
+writes; bytes that its collectives carry. The largest of the three bounds the step. The file also has the cycles that
+the compiler expects for everything but attention.
 """
 
 import dataclasses
@@ -79,16 +80,16 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-  """A line of the table; without a forecast if the compiler refused the program.
+  """A line of the table; it has no forecast if the compiler refused the program.
 
   Attributes:
     data: size of the data axis.
-    memory_gb: of a chip, where the compiler refused the program that of its temporaries; None if unknown.
-    of_gb: what a chip has; 0 if the compiler refused the program.
+    memory_gb: memory per chip, or of the temporaries if the compiler refused the program; None if unknown.
+    of_gb: memory that a chip has; 0 if the compiler refused the program.
     seconds: lower bounds of a step: compute, memory, network.
-    rows_per_s: upper bound.
-    collective_gb: per chip, by kind of collective.
-    estimated_cycles: of the compiler.
+    rows_per_s: upper bound of the rate.
+    collective_gb: traffic per chip, by kind of collective.
+    estimated_cycles: cycles that the compiler expects.
   """
 
   preset: str
@@ -133,7 +134,7 @@ class Table:
   """Lines by setup; compiles those that its file lacks and appends them.
 
   Args:
-    path: of the file; empty keeps none.
+    path: path of the file; empty for none.
   """
 
   def __init__(self, path: str | Path):
@@ -148,7 +149,7 @@ class Table:
 
 
 def compile_setup(setup: Setup) -> Line:
-  """Compiles a line of the table in this process, for TPUs that need not exist."""
+  """Compiles a line of the table in this process, for TPUs that need not be present."""
   use_tpu_compiler()
   from univid_jax.parallel.mesh import make_mesh, row_shards
   from univid_jax.planning.forecasts import compile_training
@@ -178,7 +179,7 @@ def compile_setup(setup: Setup) -> Line:
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
-  """Reads KEY=VALUE,...; values are numbers, true, false, or text.
+  """Parses KEY=VALUE,...; values are numbers, true, false, or text.
 
   Raises:
     UserError: a part has no =.
@@ -196,10 +197,10 @@ def parse_overrides(text: str) -> dict[str, Any]:
 
 
 def compile_apart(setup: Setup) -> Line:
-  """Compiles a line of the table in a process of its own, so that its memory is freed afterwards.
+  """Compiles a line of the table in a separate process, so that its memory is freed afterwards.
 
   Raises:
-    UserError: it failed; the message has the last line of its output.
+    UserError: it fails; the message has the last line of its output.
   """
   values = " ".join(map(str, dataclasses.astuple(setup)))
   command = [sys.executable, "-m", "benchmarks.scaling", f"--one={values}"]
@@ -212,7 +213,7 @@ def compile_apart(setup: Setup) -> Line:
 def make_config(preset: str, overrides: str) -> RunConfig:
   """Returns a preset with overrides, KEY=VALUE,...; of two experts one is trained unless they say otherwise."""
   config, changes = PRESETS[preset](), parse_overrides(overrides)
-  if config.model.expert == TrainedExpert.BOTH:  # one at a time; the other adds its weights alone
+  if config.model.expert == TrainedExpert.BOTH:  # one at a time; the other would add only its weights
     changes = {"model.expert": "high", **changes}
   return override(config, changes)
 
@@ -248,8 +249,8 @@ def table_lines(
     topology: a name that libtpu knows.
     weights: bytes of the base, which must fit on the devices that share them.
     contexts: sizes of the sequence axis.
-    all_meshes: whether to go on after the first mesh that fits, for each size of the sequence axis.
-    overrides: of the preset, KEY=VALUE,...
+    all_meshes: whether to continue after the first mesh that fits, for each size of the sequence axis.
+    overrides: changes of the preset, KEY=VALUE,...
   """
   from univid_jax.planning.advice import fsdp_sizes
 

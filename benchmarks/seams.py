@@ -1,10 +1,10 @@
-"""Seams of whole videos: how much B' changes where one window follows the other, and at the same place within a window.
+"""Seams of whole videos: how much B' changes between windows, compared with the same positions within a window.
 
   python -m benchmarks.seams --videos=FOLDER [--checkpoint=small] [--frames=150] [--steps=4]
 
-B is the centre of the first frames of each video, played to and fro if there are too few; A' is the negative of A. A
-change is the mean absolute difference of neighbouring frames, divided by that of B. One latent frame follows the other
-within windows, too, so a seam is what a border of windows adds to that.
+B is the centre of the first frames of each video, played back and forth if there are too few; A' is the negative of A.
+A change is the mean absolute difference of neighbouring frames, divided by that of B. Latent frames follow each other
+within windows, too, so a seam is what a border between windows adds to that.
 """
 
 import sys

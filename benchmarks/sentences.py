@@ -1,4 +1,4 @@
-"""How fast one core makes the sentences of a preset without an autoencoder, by source and task, and fills rows.
+"""How fast one core makes sentences and fills rows for a preset without an autoencoder, by source and task.
 
   OMP_NUM_THREADS=1 python -m benchmarks.sentences [--preset=small] [--count=1000] [--out=FILE.json]
 
@@ -29,7 +29,7 @@ from univid_jax.training.loop import open_loader
 from univid_jax.training.setup import open_features, set_up_run
 
 FLAGS = CommandFlags(__doc__)
-PRESET = FLAGS.choice("preset", "small", list(PRESETS), "Whose data and rows.")
+PRESET = FLAGS.choice("preset", "small", list(PRESETS), "The preset whose data and rows are measured.")
 COUNT = FLAGS.integer("count", 1000, "Sentences of each source.", lower_bound=20)
 OUT = FLAGS.string("out", "", "File for the figures as JSON.")
 
@@ -37,7 +37,7 @@ WARM_UP = 10
 
 
 def time_source(source: SentenceSource, features: FeatureMaker, count: int) -> dict[str, object]:
-  """Returns the milliseconds of a sentence: to draw and to encode it on average, and the median of each task."""
+  """Returns the milliseconds per sentence: the means to draw and to encode it, and the median of each task."""
   drawing, encoding = [], []
   by_task: dict[str, list[float]] = collections.defaultdict(list)
   for index in range(WARM_UP + count):
@@ -56,7 +56,7 @@ def time_source(source: SentenceSource, features: FeatureMaker, count: int) -> d
 
 
 def time_rows(config: RunConfig, count: int) -> float:
-  """Returns the milliseconds of a sentence in one stream: drawn, encoded and packed."""
+  """Returns the milliseconds per sentence to draw, encode and pack it in one stream."""
   rows = dataclasses.replace(config.rows, per_batch=2, streams=1)
   data = dataclasses.replace(config.data, stream_processes=False)
   config = dataclasses.replace(config, rows=rows, data=data)
@@ -75,7 +75,7 @@ def time_rows(config: RunConfig, count: int) -> float:
 
 
 def measure(config: RunConfig, count: int) -> Mapping[str, object]:
-  """Returns the figures of every source, and of rows of all."""
+  """Returns the figures of every source, and of rows from all sources."""
   data = open_data(config)
   features = open_features(config, open_encoders(config, make_mesh(config.mesh)), data, "")
   figures: dict[str, object] = {name: time_source(source, features, count) for name, source in data.sources.items()}

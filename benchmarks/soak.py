@@ -2,12 +2,12 @@
 
   python -m benchmarks.soak [--minutes=120] [--seed=S] [--faults=6] [--folder=DIR] [--out=FILE.json]
 
-After every fault the same command is rerun, until the run is complete. Every end is checked: its exit code is a
+After every fault the same command is rerun, until the run is complete. Every end is checked: the exit code is a
 documented one, with one clear line and no traceback, and metrics.jsonl has each step once, in order. In the end losses
-and the exported LoRA equal those of the undisturbed run to the bit. Needs the clone, whose tests have the base.
+and the exported LoRA equal those of the undisturbed run bit for bit. Needs a clone, since the base is among its tests.
 
-Run N of seed S draws its faults from S and N. Storage is slow, and the clock jumps, for Python alone, not for native
-libraries: more would need root.
+Run N of seed S draws its faults from S and N. Slow storage and clock jumps affect only Python, not native libraries:
+more would need root.
 """
 
 import collections
@@ -35,21 +35,22 @@ from univid_jax.core.errors import UserError
 
 FLAGS = CommandFlags(__doc__)
 MINUTES = FLAGS.integer("minutes", 120, "After this time no further fault happens.", lower_bound=1)
-SEED = FLAGS.integer("seed", None, "Of the faults; default: a random one.")
+SEED = FLAGS.integer("seed", None, "Seed of the faults; default: a random one.")
 NUM_FAULTS = FLAGS.integer("faults", 6, "Faults of a run.", lower_bound=0)
 FOLDER = FLAGS.string("folder", None, "Folder for the runs, kept; default: a temporary one, kept after a mismatch.")
 OUT = FLAGS.string("out", "", "File for the counts as JSON.")
 
-MEASURED = {"step_time", "tokens_per_second", "goodput"}  # that differ from run to run
+MEASURED = {"step_time", "tokens_per_second", "goodput"}  # these differ from run to run
 
 
-# The step before which a fault happens or, during the start, seconds after the processes have joined; and the fault.
+# The step before which a fault happens or, during the start, the seconds after the processes have joined; and the
+# fault.
 Next = tuple[int, float | None, Fault]
 
 
 @dataclasses.dataclass
 class Count:
-  """What a fault did.
+  """The effects of a fault.
 
   Attributes:
     number: how often it happened.
@@ -64,14 +65,14 @@ class Soak:
   """Repeats a run under faults.
 
   Args:
-    folder: for the runs.
-    seed: of the faults.
-    seconds: after which no further fault happens.
+    folder: folder for the runs.
+    seed: seed of the faults.
+    seconds: time after which no further fault happens.
 
   Attributes:
-    problems: what was wrong, one line each.
-    counts: of the faults, by name.
-    attempts: starts of the command.
+    problems: the problems found, one line each.
+    counts: effects of the faults, by name.
+    attempts: number of starts of the command.
   """
 
   def __init__(self, folder: Path, seed: int, *, seconds: float):
@@ -90,7 +91,7 @@ class Soak:
     return 60 * self.minutes > self._seconds
 
   def site(self, name: str) -> Site:
-    """Returns the files of a run: the data and the base are shared."""
+    """Returns the files of a run; runs share data and base."""
     return Site(self.folder / "base", self.folder / "pairs", self.folder / "programs", self.folder / name)
 
   def prepare(self) -> None:
@@ -107,7 +108,7 @@ class Soak:
       raise UserError(f"the undisturbed run failed: {self.problems[0]}; see {self.folder / 'logs'}")
 
   def run(self, number: int) -> None:
-    """Makes one run under faults, and compares it."""
+    """Makes one run under faults, and compares it with the undisturbed run."""
     rng = random.Random(f"{self.seed} {number}")
     kinds = [rng.choice(FAULTS) for _ in range(NUM_FAULTS.value)]
     steps = sorted(rng.sample(range(1, NUM_STEPS - 2), len(kinds)))
@@ -127,10 +128,10 @@ class Soak:
       shutil.rmtree(site.workdir)
 
   def attempt(self, site: Site, queue: list[Next]) -> bool:
-    """Starts the command, lets the next faults happen, and checks the end; returns whether it is complete.
+    """Starts the command, lets the next faults happen, and checks the end; returns whether the run is complete.
 
     Args:
-      site: of the run.
+      site: files of the run.
       queue: the faults; those that have happened are removed.
     """
     happened: list[Fault] = []
@@ -144,7 +145,7 @@ class Soak:
         step, delay, fault = queue[0]
         if not (attempt.wait_for(step) if delay is None else attempt.wait_seconds(delay)):
           break
-        if fault.starts:  # files are damaged when the power fails
+        if fault.starts:  # files are damaged by a power failure, which also kills the processes
           self.happen(KillBoth(random.Random(0)), site, attempt, happened)
           break
         self.happen(queue.pop(0)[2], site, attempt, happened)
@@ -167,13 +168,13 @@ class Soak:
 
 
 def check_end(attempt: Attempt, site: Site, faults: Sequence[str], codes: set[int]) -> list[str]:
-  """Returns what is wrong about how an attempt ended.
+  """Returns the problems with the end of an attempt.
 
   Args:
-    attempt: that has ended.
-    site: of the run.
-    faults: that happened to it.
-    codes: exit codes that are right after them, besides 0.
+    attempt: an attempt that has ended.
+    site: files of the run.
+    faults: faults that happened to it.
+    codes: exit codes that are correct after them, besides 0.
   """
   problems = []
   for index, code in enumerate(attempt.codes):
@@ -192,7 +193,7 @@ def check_end(attempt: Attempt, site: Site, faults: Sequence[str], codes: set[in
 
 
 def differences(expected: Site, found: Site) -> list[str]:
-  """Returns in what a complete run differs from the undisturbed one."""
+  """Returns the differences of a complete run from the undisturbed one."""
   problems = []
   rows = [
     [{key: value for key, value in row.items() if key not in MEASURED} for row in read_metrics(site)]
@@ -209,7 +210,7 @@ def differences(expected: Site, found: Site) -> list[str]:
 def read_lora(site: Site) -> dict[str, object] | None:
   """Reads metadata and the bits of all weights; None if there is no LoRA.
 
-  Without the checksum: it covers the header, in which safetensors orders the metadata at random.
+  The checksum is left out: it covers the header, in which safetensors orders the metadata randomly.
   """
   path = site.workdir / "lora.safetensors"
   if not path.exists():

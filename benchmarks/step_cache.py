@@ -1,11 +1,11 @@
-"""Step caching: threshold against speed-up and distance to the dense sample; and four steps against fifty guided ones.
+"""Step caching: speed-up and distance from the dense sample by threshold; and four steps against fifty guided ones.
 
   python -m benchmarks.step_cache [--checkpoint=runs/tiny] [--steps=50] [--pairs=5] [--thresholds=0.06,0.12,0.24]
       [--dim=512] [--layers=6] [--height=96 --width=96] [--guidance_scale=2]
 
 Samples one sentence of videos, with the weights of --checkpoint or random ones of a mid-size model, with and without
-cached context. Times are those of denoising: encoding and decoding are excluded. Dense and cached samples run in turn.
-PSNR is that of the frames, in dB, to those of the dense sample with the same noise.
+cached context. Times are for denoising, without encoding and decoding. Dense and cached samples run in turn. PSNR, in
+dB, compares frames with those of the dense sample with the same noise.
 """
 
 import statistics
@@ -28,7 +28,7 @@ LAYERS = FLAGS.integer("layers", 6, "Its blocks.")
 HEIGHT = FLAGS.integer("height", 96, "Of its clips, in pixels.")
 WIDTH = FLAGS.integer("width", 96, "Of its clips, in pixels.")
 STEPS = FLAGS.integer("steps", 50, "Euler steps.", lower_bound=1)
-GUIDANCE_SCALE = FLAGS.number("guidance_scale", 2.0, "Of all samples but those in four steps.")
+GUIDANCE_SCALE = FLAGS.number("guidance_scale", 2.0, "Guidance scale of all samples except those in four steps.")
 THRESHOLDS = FLAGS.strings("thresholds", ["0.06", "0.12", "0.24"], "Of the step cache.")
 MAX_SKIP = FLAGS.integer("max_skip", 2, "Of the step cache.", lower_bound=1)
 PAIRS = FLAGS.integer("pairs", 5, "Timed runs of each kind.", lower_bound=1)
@@ -36,7 +36,7 @@ OUT = FLAGS.string("out", "", "File for the figures as JSON.")
 
 
 class TimedSampler:
-  """Passes calls on to a sampler, and keeps how long the last one took."""
+  """Forwards calls to a sampler, and keeps the duration of the last one."""
 
   def __init__(self, sampler: Any):
     self._sampler, self.seconds = sampler, 0.0
@@ -78,7 +78,7 @@ def open_pipeline(attention: str) -> Any:
 
 
 def random_pipeline(config: RunConfig) -> Any:
-  """Builds a pipeline of one device with random weights."""
+  """Builds a pipeline on one device with random weights."""
   import jax
   from flax import nnx
 
@@ -119,7 +119,7 @@ def psnr(frames: np.ndarray, dense: np.ndarray) -> float:
 
 
 def race(pipeline: Any, clips: Sequence[np.ndarray], first: dict[str, Any], second: dict[str, Any]) -> dict[str, float]:
-  """Samples in two ways, in turn after a warm-up; returns the medians, the median ratio, and the PSNR between both."""
+  """Samples in two ways, in turn after a warm-up; returns medians, the median ratio, and the PSNR between the two."""
   frames, seconds = {}, {"first": [], "second": []}
   for _ in range(1 + PAIRS.value):
     for name, options in (("first", first), ("second", second)):

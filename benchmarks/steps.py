@@ -1,6 +1,6 @@
-"""The transformer on random weights as the benchmarks time it: a forward pass or a LoRA step.
+"""The transformer with random weights, as benchmarks time it: a forward pass or a LoRA step.
 
-Importing this module does not import JAX, so that a peer's process has none of its memory.
+Importing this module does not import JAX, so that JAX takes no memory in a peer's process.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ LORA_RANK = 16
 
 
 class ModelFlags:
-  """Which transformer is measured, and on clips of which size.
+  """Flags for the transformer that is measured, and the size of clips.
 
   Args:
-    command: gets the flags.
-    height, width: defaults.
+    command: the command that gets the flags.
+    height, width: default values.
   """
 
   def __init__(self, command: CommandFlags, *, height: int, width: int):
@@ -43,7 +43,7 @@ class ModelFlags:
 
   @property
   def shape(self) -> DiTConfig:
-    """Raises UserError if there is no such model."""
+    """The shape that the flags select; raises UserError if there is no such model."""
     shape = find_variant(self._variant.value)
     return shrink(dataclasses.replace(shape, num_layers=self._layers.value or shape.num_layers), self._dim.value)
 
@@ -53,7 +53,7 @@ SHAPE_KEYS = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim
 
 
 def find_variant(name: str) -> DiTConfig:
-  """Returns the shape of a published model that takes no conditions: the peers' rows have none.
+  """Returns the shape of a published model without conditions, which the peers' rows lack.
 
   Raises:
     UserError: there is no such model.
@@ -65,7 +65,7 @@ def find_variant(name: str) -> DiTConfig:
 
 
 def shrink(shape: DiTConfig, dim: int) -> DiTConfig:
-  """Returns the shape at another width, a multiple of 128, to try a benchmark on a small machine; 0 leaves it."""
+  """Returns the shape at another width, a multiple of 128, to try a benchmark on a small machine; 0 keeps the width."""
   return dataclasses.replace(shape, dim=dim, ffn_dim=4 * dim, num_heads=dim // 128) if dim else shape
 
 
@@ -91,16 +91,16 @@ def make_row_program(
 ) -> Callable[["PackedRow"], dict[str, float]]:
   """Returns a program that runs rows through the model and waits for the result; it compiles once per shape of rows.
 
-  Rows that are not on the devices yet are copied there each time. A training step returns forecast_gib, what the
-  forecast says that it needs; a forward pass nothing.
+  Rows that are not yet on the devices are copied there each time. A training step returns forecast_gib, the memory that
+  the forecast says it needs; a forward pass returns nothing.
 
   Args:
-    shape: of the transformer.
-    dtype: of weights and activations; adapters are float32.
+    shape: shape of the transformer.
+    dtype: dtype of weights and activations; adapters are float32.
     mode: "train" is a step of AdamW on adapters, "forward" a forward pass.
-    backend: of attention.
+    backend: the backend of attention.
     remat: what the step recomputes.
-    quantize: what the base is quantised to.
+    quantize: how the base is quantised.
   """
   import jax
   import jax.numpy as jnp
@@ -120,7 +120,7 @@ def make_row_program(
   optimizer = make_optimizer(config.optimizer, 1000)
   spec = StateSpec.for_model(lambda: create_model(config), optimizer, mesh, ema=False, lora=True)
 
-  # One parameter at a time, so that drawing them does not determine the peak of memory.
+  # One parameter at a time, so that drawing them does not determine peak memory.
   @jax.jit
   def draw(x: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.integer):
@@ -202,14 +202,14 @@ def make_sentence_row(
   """Packs sentences of four clips into a row without padding.
 
   Args:
-    shape: of the transformer.
+    shape: shape of the transformer.
     frames: latent frames of a clip, or of each.
-    height: of a clip in pixels.
-    width: likewise.
+    height: height of a clip in pixels.
+    width: width of a clip in pixels.
     prompt_tokens: length of the prompt; 512 has no padding.
-    with_targets: whether the row says where its targets are, so that the last block computes them alone.
+    with_targets: whether the row lists its targets, so that the last block computes only them.
     context_mode: see `PackedRow`; UniVid's by default.
-    sentences: of the row, which are equal.
+    sentences: number of sentences in the row, which are equal.
   """
   import numpy as np
 

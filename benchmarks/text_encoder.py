@@ -2,7 +2,7 @@
 
   python -m benchmarks.text_encoder [--against=torch] [--layers=2] [--prompts=1] [--dtype=float32] [--pairs=5]
 
-Prompts of 512 tokens. All 24 layers take 23 GB in float32; the vocabulary is cut to 32,768, since looking up costs
+Prompts have 512 tokens. All 24 layers take 23 GB in float32; the vocabulary is cut to 32,768, since look-ups cost
 nothing.
 """
 

@@ -1,4 +1,4 @@
-"""Races programs: each runs in a process of its own, so that its peak memory is its own, and they are timed in turn."""
+"""Races programs: each runs in a separate process, so that peak memory is its own, and they are timed in turn."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ PEERS = ("torch", "torch_compile")
 
 Figures = dict[str, float]
 
-# JAX would take three quarters of a GPU's memory, which the other programs of a race need.
+# JAX would otherwise preallocate three quarters of a GPU's memory, which the other programs of a race need.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
@@ -57,15 +57,15 @@ class Program:
 
 
 class RaceFlags:
-  """The flags that all races have, and a race by them.
+  """The flags that all races have, and a race according to them.
 
   Args:
-    command: gets the flags.
+    command: the command that gets the flags.
     has_against: whether the command takes peers by name.
   """
 
   def __init__(self, command: CommandFlags, *, has_against: bool = True):
-    self.dtype = command.choice("dtype", "float32", ["bfloat16", "float32"], "Of weights and activations.")
+    self.dtype = command.choice("dtype", "float32", ["bfloat16", "float32"], "Dtype of weights and activations.")
     if has_against:
       self.against = command.strings("against", [], f"Peers: {', '.join(PEERS)}.")
     self.pairs = command.integer("pairs", 5, "Timed runs of each program.", lower_bound=1)
@@ -129,23 +129,23 @@ def race(
   """Runs each program once to warm up and then `pairs` times in turn; prints a line per program.
 
   Args:
-    programs: by name.
-    pairs: timed runs of each.
-    flops: of one run, the model's own work; 0 omits TFLOP/s.
-    hardware_flops: of one run, recomputation included; 0 if nothing is recomputed.
-    at_once: whether to build all programs at once, and to warm up peers while ours warm up. Ours do so in turn: on a
-      GPU XLA chooses kernels by their time when it compiles.
+    programs: programs by name.
+    pairs: number of timed runs of each.
+    flops: operations of one run, the model's own; 0 omits TFLOP/s.
+    hardware_flops: operations of one run, recomputation included; 0 if nothing is recomputed.
+    at_once: whether to build all programs at once, and to warm up peers while ours warm up. Ours warm up in turn,
+      because XLA on a GPU times kernels to choose them when it compiles.
     patience: seconds after which a program that is not warm fails.
-    failed: gets the reasons of programs that fail, which the result then lacks.
+    failed: receives the reasons of programs that fail, which are then missing in the result.
 
   Returns:
-    By name first_s (of the first run, which compiles), compile_s (first minus median), median_s, peak_gib (of the
+    By name: first_s (of the first run, which compiles), compile_s (first minus median), median_s, peak_gib (of the
     process; on a GPU also device_gib), what the program itself returns, and with `flops` tflops, mfu (share of the
-    peak) and hfu. The peak is the chip's in bfloat16; on a processor that is not in `platform.chips` it is what a large
-    matrix product reaches in float32.
+    peak) and hfu. The peak is the chip's in bfloat16; on a processor that is not in `platform.chips` it is the rate of
+    a large matrix product in float32.
 
   Raises:
-    UserError: a program fails and there is no `failed`.
+    UserError: a program fails, and `failed` is None.
   """
   runners = _Runners(patience, failed)
   try:
@@ -187,7 +187,7 @@ class _Runners:
     self._begin = time.monotonic()
 
   def start(self, programs: Mapping[str, Program], *, at_once: bool) -> None:
-    """Starts the processes and waits until each has built its program; `at_once` peers then begin to warm up."""
+    """Starts the processes and waits until each has built its program; with `at_once` peers then begin to warm up."""
     for name, program in programs.items():
       self._runners[name], self._seconds[name] = _Runner(program), []
       if not at_once:
@@ -211,7 +211,7 @@ class _Runners:
           print(f"{name:<23}warm after {time.monotonic() - self._begin:.1f} s, first_s {value:.2f}", flush=True)
 
   def finish(self) -> dict[str, tuple[list[float], Figures]]:
-    """Returns by name the seconds of each run, and what the process reports at its end."""
+    """Returns by name the seconds of each run, and the figures that the process reports at its end."""
     results = {}
     for name in list(self._runners):
       self._runners[name].send(False)
@@ -224,7 +224,7 @@ class _Runners:
       runner.stop()
 
   def _receive(self, name: str) -> Any:
-    """Returns the answer of a program; None if it fails, which takes it out of the race."""
+    """Returns the answer of a program; None if it fails, which removes it from the race."""
     limit = None if self._patience is None else max(self._begin + self._patience - time.monotonic(), 1)
     try:
       return self._runners[name].receive(None if self._seconds[name] else limit)
@@ -238,7 +238,7 @@ class _Runners:
 
 
 class _Runner:
-  """A program in a process of its own."""
+  """A program in a separate process."""
 
   def __init__(self, program: Program):
     context = multiprocessing.get_context("spawn")
@@ -258,7 +258,7 @@ class _Runner:
     """Returns the program's next answer.
 
     Raises:
-      ProgramError: it failed, its process ended, or there is no answer in time.
+      ProgramError: it failed, its process ended, or it did not answer in time.
     """
     try:
       if not self.pipe.poll(timeout):
@@ -272,7 +272,7 @@ class _Runner:
     return value
 
   def stop(self) -> None:
-    """Ends the process, which gets a moment to end itself."""
+    """Ends the process, after a moment in which it can end itself."""
     self.process.join(1)
     self.process.terminate()
 
@@ -289,7 +289,7 @@ def measure_flops(size: int = 4096, repeats: int = 5) -> float:
 
 
 def print_ratios(figures: Mapping[str, Figures]) -> None:
-  """Prints time and memory of the first program relative to each other one; on a GPU the memory is the device's."""
+  """Prints time and memory of the first program relative to every other; on a GPU memory is the device's."""
   for other in list(figures)[1:]:
     first = next(iter(figures))
     memory = "device_gib" if "device_gib" in figures[first] else "peak_gib"
@@ -305,7 +305,7 @@ def write_json(path: str, values: Mapping[str, Any]) -> None:
 
 
 def _serve(program: Program, pipe: Pipe) -> None:
-  """Runs a program each time it is asked to, then reports its memory; answers are pairs of a value and a failure."""
+  """Runs a program on each request, then reports its memory; answers are pairs of a value and a failure."""
   try:
     run = program.build(**program.options)
     pipe.send(("ready", ""))

@@ -5,7 +5,7 @@
 
 One sentence of four clips per row, a prompt of 512 tokens, LoRA of rank 16 on all Linears of attention and
 feed-forward, blocks recomputed in the backward pass, AdamW, loss on the last clip; random weights. TFLOP/s and MFU
-count the model's own work, with a last block that computes the targets alone (`models.flops.step_flops`); HFU counts
+count the model's own work, with a last block that computes only the targets (`models.flops.step_flops`); HFU counts
 recomputation as well.
 """
 
@@ -27,7 +27,7 @@ FLAGS = CommandFlags(__doc__)
 MODEL = ModelFlags(FLAGS, height=512, width=512)
 ROWS = FLAGS.integer("rows", 1, "Rows of a batch.", lower_bound=1)
 MODE = FLAGS.choice("mode", "train", ["train", "forward"], "A step, or a forward pass alone.")
-REMAT = FLAGS.strings("remat", ["full"], f"What univid_jax recomputes: {', '.join(RematPolicy)}; several race.")
+REMAT = FLAGS.strings("remat", ["full"], f"Remat policies of univid_jax: {', '.join(RematPolicy)}; several race.")
 BACKEND = FLAGS.choice("attention_backend", "auto", list(AttentionBackend), "Of univid_jax.")
 RACE = RaceFlags(FLAGS)
 
@@ -49,7 +49,7 @@ def build_jax(
   row = dataclasses.replace(row, key_intervals=None, text_intervals=None, modulation_ids=None)
   row = jax.tree.map(lambda x: np.repeat(x, rows, axis=0), row)
   run = make_row_program(shape, dtype=dtype, mode=mode, backend=backend, remat=remat)
-  row = shard_batch(row, make_mesh({}, devices=jax.devices()[:1]))  # as the peer's are, on the device
+  row = shard_batch(row, make_mesh({}, devices=jax.devices()[:1]))  # on the device, like the peer's rows
   return lambda: run(row)
 
 
@@ -109,14 +109,14 @@ def build_torch(
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Operations of a batch: the model's own, and with recomputation of everything (0 if a program does not do that)."""
+  """Operations of a batch: the model's own, and with recomputation of everything (0 unless all programs do that)."""
 
   model: float
   hardware: float
 
   @classmethod
   def for_shape(cls, shape: DiTConfig, tokens: int, *, rows: int, remat: Sequence[str] | None) -> "Work":
-    """Counts them for policies that race, or for a forward pass."""
+    """Counts the operations for policies that race, or for a forward pass."""
     from univid_jax.models.flops import forward_flops, step_flops
 
     counts = dict(

@@ -16,7 +16,7 @@ from univid_jax.core.dims import latent_shape
 FLAGS = CommandFlags(__doc__)
 VARIANT = FLAGS.choice("variant", "wan2.1", list(AUTOENCODERS), "The autoencoder.")
 MODE = FLAGS.choice("mode", "encode", ["encode", "decode"], "Pixels to latents, or back.")
-FRAMES = FLAGS.integer("frames", 17, "Of the clip: 4n + 1.", lower_bound=1)
+FRAMES = FLAGS.integer("frames", 17, "Frames of the clip: 4n + 1.", lower_bound=1)
 HEIGHT = FLAGS.integer("height", 480, "In pixels.")
 WIDTH = FLAGS.integer("width", 832, "In pixels.")
 RACE = RaceFlags(FLAGS)

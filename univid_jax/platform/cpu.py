@@ -18,7 +18,8 @@ def compiler_options(dtype: DTypeLike) -> dict[str, str]:
   In float32 they select XLA's own matrix products instead of YNNPACK's, JAX's default in 0.10 to 0.12: the default run
   takes two thirds of the time, and a LoRA step on 4 blocks of the 1.3B takes 3.45 instead of 3.82 GiB. In bfloat16,
   YNNPACK's products are two to five times as fast where there is AMX. The option is experimental:
-  tests/test_platform.py fails if an upgrade drops it. Benchmark: `python -m benchmarks.train_step --pairs=3`.
+  tests/test_platform.py fails if an upgrade drops it.
+  Benchmark: `python -m benchmarks.train_step --pairs=3`.
   """
   return {} if jnp.dtype(dtype) == jnp.bfloat16 else {"xla_cpu_experimental_ynn_fusion_type": ""}
 

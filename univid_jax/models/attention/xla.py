@@ -37,8 +37,8 @@ class Blocks:
 
 # On a CPU the logits of one head (2 MB) stay in the cache from one product to the next, which takes half the time of
 # all heads at once. Fewer queries than keys waste less where packed sentences meet. Short rows have short sentences:
-# for a row of three with 256 tokens each, small blocks take a quarter of the time. Accelerators need large products,
-# and their loops of data-dependent length wait for the host.
+# for a row of three with 256 tokens each, small blocks take a quarter of the time.
+# Accelerators need large products, and their loops of data-dependent length wait for the host.
 CPU_BLOCKS = Blocks(heads=1, queries=512, keys=1024, smallest=1 << 17)
 CPU_SHORT_ROW, CPU_SHORT_BLOCKS = 2048, Blocks(heads=1, queries=256, keys=256, smallest=1 << 17)
 OTHER_BLOCKS = Blocks(heads=0, queries=1024, keys=0, smallest=1 << 21)
