@@ -17,7 +17,7 @@ class Distillation:
     solver: name of the solver.
     num_inference_steps: steps of the solver.
     shift: shift of the noise levels towards noise.
-    guidance_scale: 1 is no guidance, which step-distilled models do not need.
+    guidance_scale: 1 is no guidance: step-distilled models need none.
     pattern: regular expression that matches names or metadata of its files.
   """
 
