@@ -96,7 +96,7 @@ class GridFamily:
 
 
 def is_one_in(count: int, value: object) -> bool:
-  """Returns whether a hash selects a value, which it does for one in `count`; the same on every machine."""
+  """Returns whether a hash selects a value, as it does one in `count`; the same on every machine."""
   return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") % count == 0
 
 
