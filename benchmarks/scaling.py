@@ -1,5 +1,4 @@
-"""Training on TPUs that need not be present: memory, traffic and a roofline, by the TPU compiler (`pip install
-'.[tpu]'`).
+"""Training on TPUs that are not present: memory, traffic and a roofline by the TPU compiler (`pip install '.[tpu]'`).
 
   python -m benchmarks.scaling [--presets=wan_1_3b,wan_14b] [--topologies=v5e:2x4,v5p:2x2x2,v6e:2x4] [--contexts=1,4]
       [--override=KEY=VALUE,...] [--all] [--out=FILE.jsonl]

@@ -152,8 +152,8 @@ class TestARC:
     arc = report_of(sentences, num_arc_tests=7, num_left_out=5)["arc"]
     assert (arc["solved"], arc["tasks"], arc["score"]) == (3, 10, 0.3)
     assert describe_arc(arc) == (
-      "ARC: 3 of 10 tasks solved, 30.0% (10.8% to 60.3%): every test is right in one of 2 attempts; 5 of them do not "
-      "fit the canvas and count as unsolved."
+      "ARC: 3 of 10 tasks solved, 30.0% (10.8% to 60.3%): every test is right in one of 2 attempts; 5 of the tasks "
+      "do not fit the canvas and count as unsolved."
     )
 
   def test_the_score_is_of_all_tests(self):
@@ -249,7 +249,7 @@ class TestEvaluation:
   def test_report_shows_tables_and_failures(self, reports):
     folder, _, full, text = reports
     assert "## Exact matches" in text and "| maze | held-out grids | 2 | 0.0% (0% to 66%) |" in text
-    assert "ARC: 0 of 3 tasks solved, 0.0% (0.0% to 56.1%): every test is right in one of 2 attempts; 1 of them" in text
+    assert "ARC: 0 of 3 tasks solved, 0.0% (0.0% to 56.1%): every test is right in one of 2 attempts; 1 of the " in text
     lines = summary(full["exact"])
     assert "exact grids, held-out rules: recolor 0%" in lines and lines[-1].startswith("ARC: 0 of 3 tasks solved")
     assert "grid_accuracy" in full["by_task"]["maze"]["prediction"]

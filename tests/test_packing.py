@@ -310,7 +310,7 @@ class TestLoader:
       other.set_state([state])
       assert len(self.batches(other, 3)[-1].tokens) == rows
       assert f"batches have {rows} rows on this mesh, 8 before" in caplog.messages[-1]
-    message = r"makes 2 rows of a batch on this mesh, which the run's 4 streams do not divide; before it made 8"
+    message = "batches of 2 rows on this mesh, which do not divide over the run's 4 streams; before, batches had 8"
     with closing(self.numbered(rows=2)) as other, pytest.raises(UserError, match=message):
       other.set_state([state])
 

@@ -252,9 +252,9 @@ def test_a_solver_that_calls_the_model_twice_is_refused(pipe, contexts):
   cache = StepCache(ratios=[[1.0] * STEPS] * 2, threshold=1)
   with pytest.raises(UserError, match="a step cache needs a solver that calls the model once per step"):
     sample(pipe, contexts[0], step_cache=cache, solver=Twice())
-  with pytest.raises(UserError, match="ratios of 2 branches of 6 steps, the sample 1 of 5"):
+  with pytest.raises(UserError, match="ratios of 2 branches of 6 steps, but the sample needs 1 of 5"):
     sample(pipe, contexts[0], step_cache=cache, num_inference_steps=5)
-  with pytest.raises(UserError, match="the step cache has ratios of 1 branches of 6 steps, the sample 2 of 6"):
+  with pytest.raises(UserError, match="ratios of 1 branches of 6 steps, but the sample needs 2 of 6"):
     sample(pipe, contexts[0], step_cache=dataclasses.replace(cache, ratios=[[1.0] * STEPS]))
 
 

@@ -31,7 +31,7 @@ _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float6
 # Bounds the memory and time that a damaged header costs. The largest vocabularies take about 10 MB.
 _MAX_HEADER = 64 << 20
 
-# Prefix under which ComfyUI's converters store the shape of a tensor that they reshaped before quantising it.
+# Prefix under which programs for ComfyUI store the shape of a tensor that they reshaped before quantising it.
 _SHAPE_KEY = "comfy.gguf.orig_shape."
 
 

@@ -150,7 +150,7 @@ class Checkpointer:
 
   @functools.cached_property
   def _manager(self) -> ocp.CheckpointManager:
-    """The manager; opened by the first save, when damaged checkpoints, whose metrics it would read, are set aside."""
+    """Opened by the first save, once damaged checkpoints are set aside: it reads the metrics of all others."""
 
     def loss(metrics: Mapping[str, float]) -> float:
       return metrics["val_loss"] if math.isfinite(metrics["val_loss"]) else math.inf

@@ -161,14 +161,14 @@ class SavedCheckpoints:
       UserError: the processes find different checkpoints.
     """
     steps = self.steps
-    self._agree(steps, f"this one those of the steps {steps}")
+    self._agree(steps, f"steps {steps}")
     return steps
 
   def _agree(self, found: object, description: str) -> None:
     if count_distinct([repr(found)]) > 1:
       raise UserError(
-        f"the processes find different checkpoints in {self.workdir}, {description}: the workdir must be the same "
-        "folder for all; if a run is writing to it, start again"
+        f"the processes find different checkpoints in {self.workdir} (this one: {description}): the workdir must be "
+        "the same folder for all; if a run is writing to it, rerun the command"
       )
 
   def _find(self, step: int | str) -> int:
@@ -176,9 +176,9 @@ class SavedCheckpoints:
     try:
       found = self._find_alone(step)
     except (FileNotFoundError, UserError) as error:
-      self._agree("none", "this one none that was asked for")
+      self._agree("none", "not the requested one")
       raise error
-    self._agree(found, f"this one that of step {found}")
+    self._agree(found, f"step {found}")
     return found
 
   def _find_alone(self, step: int | str) -> int:

@@ -40,8 +40,8 @@ class ModelConfig(Section):
     attention_backend: implementation of self-attention.
     clip_gap: added to positions in time where a clip begins, so that it does not look like a continuation of the clip
       before (Video-As-Prompt); 0 adds none.
-    look_back: initialisation from scratch: head i attends to the frame this many latent frames back, gaps included; ()
-      is plain random initialisation.
+    look_back: initialisation of a model that is trained from scratch: head i attends this many latent frames back, gaps
+      included; () is plain random initialisation.
   """
 
   KEY: ClassVar[str] = "model."

@@ -103,7 +103,7 @@ class OptimizerConfig(Section):
     decay_fraction: share of the steps over which `linear` decays.
     on_bad_step: what happens if the loss or the gradient is not finite.
     skip_norm: with on_bad_step = skip, also skips steps whose gradient norm exceeds this multiple of the median of
-      recent ones; 0 skips none for its norm.
+      recent ones; 0 switches this off.
   """
 
   KEY: ClassVar[str] = "optimizer."

@@ -213,7 +213,7 @@ class Lock:
       owner, since = Owner.decode(self._file.read()), time.monotonic()
       if owner and not owner.process.is_local:
         log.info(
-          "%s is locked by %s; waiting up to %.0f s to see whether that is alive", self._folder, owner.process, SILENCE
+          "%s is locked by %s; waiting up to %.0f s to see if it still runs", self._folder, owner.process, SILENCE
         )
       while not (owner and owner.process.has_ended):
         is_remote_process = owner is not None and not owner.process.is_local

@@ -17,7 +17,7 @@ class Distillation:
     solver: name of the solver.
     num_inference_steps: steps of the solver.
     shift: shift of the noise levels towards noise.
-    guidance_scale: 1 is no guidance, which step-distilled models do not need.
+    guidance_scale: 1 is no guidance: step-distilled models need none.
     pattern: regular expression that matches names or metadata of its files.
   """
 
@@ -71,8 +71,8 @@ def infer_distillation(source: str, texts: Sequence[str]) -> Distillation:
   other = re.search(_OTHERS, text)
   if other:
     raise UserError(
-      f"{source} mentions {other[0]!r}, which is sampled in another way: if it is one of "
-      f"{', '.join(DISTILLATIONS)} all the same, say so with PATH:KIND"
+      f"{source} mentions {other[0]!r}, which is sampled in another way: if it is nevertheless one of "
+      f"{', '.join(DISTILLATIONS)}, name its kind with PATH:KIND"
     )
   # Some files mention both kinds, which are sampled in the same way.
   return found[0] if found else DEFAULT_DISTILLATION

@@ -50,7 +50,7 @@ class StepCache:
     """
     if branch >= len(self.ratios) or len(self.ratios[branch]) != len(active):
       found = f"{len(self.ratios)} branches of {len(self.ratios[0]) if self.ratios else 0} steps"
-      raise UserError(f"the step cache has ratios of {found}, the sample {branch + 1} of {len(active)}")
+      raise UserError(f"the step cache has ratios of {found}, but the sample needs {branch + 1} of {len(active)}")
     computed = np.ones(len(active), bool)
     for steps in segments:
       first = steps.start + int(self.retention * len(steps) + 0.5)

@@ -184,7 +184,7 @@ def describe_arc(arc: Mapping[str, Any]) -> str:
       f"--config.eval.sentences_per_case={arc['tests']} samples those that can be used."
     )
   low, high = arc["interval"]
-  left_out = f"; {arc['left_out']} of them do not fit the canvas and count as unsolved" if arc["left_out"] else ""
+  left_out = f"; {arc['left_out']} of the tasks do not fit the canvas and count as unsolved" if arc["left_out"] else ""
   return (
     f"ARC: {arc['solved']} of {arc['tasks']} tasks solved, {arc['score']:.1%} ({low:.1%} to {high:.1%}): every test is "
     f"right in one of {count_noun(arc['attempts'], 'attempt')}{left_out}."

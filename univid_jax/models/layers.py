@@ -31,7 +31,7 @@ def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], dtype, dims: 
 
 
 def _next_key(stream: nnx.RngStream) -> Array:
-  """Returns what `stream()` does; that compares shardings, for which JAX explains where a traced count comes from."""
+  """Returns what `stream()` would, without comparing shardings, for which JAX explains a traced count's origin."""
   key = jax.random.fold_in(stream.key.get_value(), stream.count.get_value())
   stream.count.set_value(stream.count.get_value() + 1)
   return key

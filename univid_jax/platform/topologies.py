@@ -1,6 +1,6 @@
-"""Descriptions of TPUs that need not be present: their compiler runs on a CPU. The only module that uses
-`jax.experimental.topologies`.
+"""Descriptions of TPUs that need not be present: their compiler runs on a CPU.
 
+The only module that uses `jax.experimental.topologies`.
 tests/test_topologies.py fails if an upgrade of JAX or libtpu changes what this relies on.
 """
 

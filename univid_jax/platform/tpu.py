@@ -16,7 +16,7 @@ def swap_pairs(x: Float[Array, "b l h k"]) -> Float[Array, "b l h k"]:
   """Swaps channels 2i and 2i + 1 by a product with zeros and ones, exact in x's dtype.
 
   Channels are lanes of a TPU's registers, which only the matrix unit can permute; a reshape or gather copies x several
-  times. With splash attention for the prompt it reduced 9.46 to 7.78 billion cycles.
+  times. Together with splash attention for the prompt it reduced the cycles from 9.46 to 7.78 billion.
   """
   exchange = np.eye(x.shape[-1], dtype=x.dtype)[np.arange(x.shape[-1]) ^ 1]
   return jnp.einsum("blhk,kn->blhn", x, exchange, precision=jax.lax.Precision.HIGHEST)

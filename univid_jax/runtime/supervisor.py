@@ -8,7 +8,7 @@ lost, and the main thread is interrupted as by Ctrl-C. JAX's preemption service,
 loop, and it does not cover failures.
 
 At exit JAX waits for the other processes, and aborts if they are gone. So unless all of them leave together, a process
-skips that exit.
+ends without that exit.
 """
 
 import contextlib

@@ -56,7 +56,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Makes an optimizer compute in float32, and keep its state in it, whatever the dtype of the parameters.
+  """Makes an optimizer compute, and keep its state, in float32, whatever the dtype of the parameters.
 
   In bfloat16 a second moment would never decay, since 0.999 times it rounds to itself.
   """

@@ -73,7 +73,7 @@ def check_same_data(workdir: str, data: DataSources, config: RunConfig) -> None:
     now = remember_trained(stored, now)
   if shared := find_shared(now, now):
     log.warning(
-      "training sees %s of what is held out, such as %s: validation and evaluation say little about others",
+      "training sees %s of what is held out, such as %s: validation and evaluation say little about unseen ones",
       count_noun(len(shared), "record"),
       shared[0],
     )

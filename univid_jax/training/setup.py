@@ -127,7 +127,7 @@ def set_up_run(
     config: config of the run.
     workdir: a folder or a bucket.
     data: sources of your own; by default those that the config names.
-    verify_weights: whether to compare every file of the base, while the data is opened, and of the previews' LoRAs with
+    verify_weights: whether to compare every file of the base (while the data is opened) and of the previews' LoRAs with
       its checksum.
 
   Raises:

@@ -11,7 +11,7 @@ from univid_jax.checkpoints.tensor_files import numpy_dtype
 
 
 def as_matrix(array: np.ndarray) -> np.ndarray:
-  """Flattens all dims after the first, which only convolutions have several of."""
+  """Flattens all dims after the first; only convolutions have more than one."""
   return array.reshape(len(array), -1)
 
 

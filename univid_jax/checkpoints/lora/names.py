@@ -4,7 +4,7 @@ Four tables describe them; a new trainer is a new entry:
 
 _PREFIXES    what trainers put in front of a module's name
 _PARTS       endings after a module's name, and the part of a change that the tensor is
-_UNSUPPORTED endings that are refused, with what they are
+_UNSUPPORTED endings that are refused, with the reason
 TARGETS      the tensor of a module that a part changes
 """
 

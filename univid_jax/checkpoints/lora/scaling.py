@@ -153,7 +153,7 @@ def _read_patterns(source: str, key: str, values: Mapping[str, Any]) -> dict[re.
       raise UserError(f"{source}: the pattern {describe_value(text)} in {key} is too complex")
     try:
       with warnings.catch_warnings():
-        warnings.simplefilter("error")  # warns of patterns whose meaning will change
+        warnings.simplefilter("error")  # refuses patterns whose meaning will change
         pattern = re.compile(rf"(?:.*\.)?(?:{text})")  # as PEFT reads it
     except (re.error, OverflowError, RecursionError, Warning) as error:
       raise UserError(f"{source}: {text!r} in {key} is not a regular expression: {error}") from error

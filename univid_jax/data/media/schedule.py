@@ -11,7 +11,7 @@ from jaxtyping import Int
 from univid_jax.core.errors import UserError
 from univid_jax.core.text import count_noun
 
-# Seconds by which times may be rounded. Longer ticks, as in AVI, are intervals of frames.
+# Maximum rounding of times, in seconds. Longer ticks, as in AVI, are intervals of frames.
 LARGEST_ROUNDING = Fraction(1, 1000)
 
 # Maximum ratio of frame rates that count as the same when frames are chosen: NTSC's are slower than their nominal whole

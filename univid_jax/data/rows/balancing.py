@@ -19,7 +19,7 @@ class BatchLayout:
   Attributes:
     num_rows: rows of a batch; consecutive ones belong to one device.
     rows_per_device: rows of a batch on each device.
-    microbatches: number per batch; consecutive rows of a device belong to consecutive microbatches.
+    microbatches: number of microbatches; consecutive rows of a device belong to consecutive microbatches.
   """
 
   num_rows: int

@@ -185,9 +185,9 @@ class Loader:
       if len(order) != len(self._order):
         if len(self._order) % num_streams:
           raise UserError(
-            f"config.rows.per_batch = 0 makes {len(self._order)} rows of a batch on this mesh, which the run's "
-            f"{num_streams} streams do not divide; before it made {len(order)}, as more data x fsdp devices or "
-            "config.rows.microbatches would"
+            f"config.rows.per_batch = 0 makes batches of {len(self._order)} rows on this mesh, which do not divide "
+            f"over the run's {num_streams} streams; before, batches had {len(order)} rows: use more data x fsdp "
+            "devices or config.rows.microbatches"
           )
         log.warning("batches have %d rows on this mesh, %d before: per_batch is 0", len(self._order), len(order))
         order = self._order

@@ -39,7 +39,7 @@ def wilson_interval(share: float, count: int) -> Interval:
   """Returns the interval of a share of `count` independent trials (Wilson 1927); never empty or outside [0, 1].
 
   With several seeds `share` may be a mean over seeds and `count` the number of sentences: seeds of a sentence are not
-  independent, so the interval is rather too wide.
+  independent, so the interval is, if anything, too wide.
   """
   z = float(ndtri((1 + CONFIDENCE) / 2))
   center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
