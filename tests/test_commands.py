@@ -133,6 +133,8 @@ def test_a_port_that_is_in_use_is_named(monkeypatch, capfd):
     (["--config=huge"], 2, "unknown preset 'huge'; there are tiny"),
     (["--config=missing.py"], 2, "no such config file: missing.py"),
     ([CONFIG, "--confg.num_steps=3"], 2, "unknown flag --confg.num_steps: did you mean --config.num_steps?"),
+    ([CONFIG, "--config.name="], 2, "config.name = '' names no folder in runs/: change it, or give --workdir"),
+    ([CONFIG, "--config.name=../mine"], 2, "config.name = '../mine' names no folder in runs/"),
     ([CONFIG, "--config.num_steps=-5"], 2, "config.num_steps must be at least 1, got -5"),
     ([CONFIG, f"--config.seed={2**63}"], 2, "config.seed must be from 0 to 2**63 - 2"),
     ([CONFIG, "--config.eval.num_inference_steps=1001"], 2, "config.eval.num_inference_steps must be from 1 to 1000"),

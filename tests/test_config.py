@@ -100,6 +100,9 @@ def test_unknown_preset():
     ("data.depth_range", (5.0, 1.0), "config.data.depth_range must be two increasing positive distances"),
     ("data.test_pairs", "dir", "config.data.test_pairs is a test set, and there is no training data"),
     ("data.tfds.test_split", "test", "config.data.tfds.test_split is a test set, and there is no training data"),
+    ("lora.dropout", 0.5, r"config.lora.dropout must be 0 without adapters \(config.lora.rank is 0\), got 0.5"),
+    ("lora", {"rank": 2, "targets": ()}, r"config.lora.targets must be at least one pattern, got \(\)"),
+    ("rows.num_target_tokens", 193, "config.rows.num_target_tokens must be at most num_tokens = 192, got 193"),
     ("lora.alpha", -16.0, "config.lora.alpha must be positive and finite, got -16.0"),
     ("lora.alpha", 0, "config.lora.alpha must be positive and finite, got 0.0"),
     ("lora", {"rank": 8, "alpha": 1e6}, r"config.lora.alpha must be at most 10000 times rank \(rank is 8\), got 10000"),
@@ -197,6 +200,7 @@ def test_rows_are_as_long_as_the_numbers_of_clips_that_are_drawn_need():
     ("small_lora", {"model.rope_scale": 2.0}, ["config.model.rope_scale = 2.0 (it is 1.57)"]),
     ("small_lora", {"model.look_back": (1, 2)}, ["config.model.look_back = (1, 2) (for new weights only)"]),
     ("tiny", {"init_from": "small"}, []),
+    ("tiny", {"vae_tiling.size": 16}, ["config.vae_tiling.size = 16 (for autoencoders only)"]),
     ("tiny", {"model.dim": 64, "model.look_back": (1, 2)}, []),
     ("wan_1_3b", {}, []),
     ("wan_1_3b", {"model.num_layers": 2}, ["config.model.num_layers = 2 (it is 30)"]),
@@ -204,9 +208,9 @@ def test_rows_are_as_long_as_the_numbers_of_clips_that_are_drawn_need():
       "small_lora",
       {"codec.spatial_stride": 8, "codec.latent_channels": 4, "vae_tiling.size": 16},
       [
+        "config.vae_tiling.size = 16 (for autoencoders only)",
         "config.codec.latent_channels = 4 (it is 16)",
         "config.codec.spatial_stride = 8 (it is 4)",
-        "config.vae_tiling.size = 16 (for autoencoders only)",
       ],
     ),
   ],
@@ -217,6 +221,13 @@ def test_values_without_effect(preset, values, ignored, caplog):
   if preset == "small_lora":
     check_config(config)
     assert all(text in caplog.text for text in ("ignored, because small sets them: ", *ignored)) == bool(ignored)
+
+
+@pytest.mark.parametrize("init_from", ["", "small"])
+def test_prompts_need_a_text_encoder(init_from):
+  """Before the data is opened; the only prompt of these models is the null prompt."""
+  with pytest.raises(UserError, match=r"^config\.data\.prompt: .* text encoder"):
+    check_config(override(tiny(), {"data.prompt": "detailed", "init_from": init_from}))
 
 
 def test_numbers_convert_where_exact():

@@ -629,6 +629,24 @@ class TestWeights:
     with pytest.raises(UserError, match=r"config\.data\.weights\.computed must not be 0"):
       open_data(override(tiny(), {"data.weights.computed": 0}))
 
+  @pytest.mark.parametrize("key", ["tasks", "contexts", "num_clips", "animating_contexts"])
+  def test_sentences_must_have_something_to_be_drawn_from(self, key):
+    config = override(tiny(), {"data.tasks": {"camera_movement": 1.0, "invert": 1.0}})
+    config = override(config, {f"data.{key}": dict.fromkeys(getattr(config.data, key), 0.0)})
+    with pytest.raises(UserError, match=rf"the weights of config\.data\.{key} are all 0"):
+      open_data(config)
+
+  @pytest.mark.parametrize(
+    "changes",
+    [
+      {"data.tasks": {"camera_movement": 1.0}, "data.contexts": {"I": 0.0}},
+      {"data.animating_contexts": {"I": 0.0}},
+      {"data.grids.families": {"sudoku": 1.0}, "data.weights.computed": 0.0, "data.tasks": {"invert": 0.0}},
+    ],
+  )
+  def test_weights_that_are_not_drawn_from_may_be_0(self, changes):
+    assert open_data(override(tiny(), {"data.height": 64, "data.width": 64} | changes)).sources
+
 
 @pytest.mark.parametrize("share, count, held_out", [(0.29, 100, 29), (0.7, 90, 63), (0.34, 3, 1), (0.33, 3, 0)])
 def test_shares_that_floats_miss_are_held_out_whole(share, count, held_out):

@@ -30,6 +30,8 @@ CHANGES = {
 }
 OFFLOAD, REMAT = {"base.offload": True}, {"model.remat": "offload"}
 
+needs_host_memory = pytest.mark.skipif(jax.__version_info__ < FIRST_VERSION, reason="CPU devices of this JAX lack it")
+
 
 def config_of(changes):
   return override(tiny(), CHANGES | changes)
@@ -60,6 +62,7 @@ def test_losses_are_the_same(tmp_path, changes, others):
     assert losses(tmp_path / str(number), changes | other) == expected
 
 
+@needs_host_memory
 @pytest.mark.long
 def test_a_run_goes_on_with_its_base_elsewhere(tmp_path):
   expected = losses(tmp_path / "whole", {"num_steps": 4})
@@ -75,6 +78,7 @@ def test_matrices_of_blocks_are_in_the_memory_of_the_host(method):
     assert is_on_host(leaf) == (path[0].key == "blocks" and leaf.ndim > 2), path
 
 
+@needs_host_memory
 @pytest.mark.long
 def test_the_forecast_counts_them_apart():
   mesh = make_mesh({}, jax.devices()[:1])
@@ -89,6 +93,12 @@ def test_devices_without_access_are_refused(monkeypatch, changes, key):
   monkeypatch.setattr("univid_jax.parallel.host_memory.KIND", "elsewhere")
   with pytest.raises(UserError, match=rf"{key} needs devices that copy from the host's memory"):
     forecast(config_of(changes), make_mesh({}, jax.devices()[:1]))
+
+
+@pytest.mark.skipif(jax.__version_info__ >= FIRST_VERSION, reason="CPU devices of this JAX can copy")
+def test_a_cpu_of_an_old_version_is_refused():
+  with pytest.raises(UserError, match=r"config\.model\.remat = offload on a CPU needs JAX 0\.10\.2, this is "):
+    forecast(config_of(REMAT), make_mesh({}, jax.devices()[:1]))
 
 
 @pytest.mark.parametrize(

@@ -348,6 +348,7 @@ def test_a_bucket(tmp_path, monkeypatch):
 
 def test_flags(capsys):
   main = importlib.import_module("univid_jax.prepare").main
+  assert main(["prepare", "--quick", "--preview=3"]) == 2 and "give one of them" in capsys.readouterr().err
   assert main(["prepare", "--remove_files"]) == 2 and "--remove_files needs --pack" in capsys.readouterr().err
   assert main(["prepare", "--pack", "--quick"]) == 2
   assert "--quick and --preview encode nothing" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import textwrap
 import time
@@ -36,7 +37,7 @@ from univid_jax.checkpoints.trained import find_step
 from univid_jax.checkpoints.usage import Usage
 from univid_jax.config.boundary import differences, override
 from univid_jax.config.presets import get_config, tiny, wan_1_3b
-from univid_jax.config.schema import OptimizerConfig
+from univid_jax.config.schema import LoRAConfig, OptimizerConfig
 from univid_jax.core import lock
 from univid_jax.core.errors import DivergedError, Interrupted, UserError
 from univid_jax.core.lock import Lock
@@ -114,6 +115,12 @@ class TestLearningRates:
     rates = LearningRates(self.CONFIG, 1000, TrainedExpert.BOTH, ExpertSchedule(500))
     state = self.state({"high": {}, "low": {}})
     assert [rates.of_last_step(step, state) for step in (1, 2, 999, 1000)] == pytest.approx([0.1, 0.1, 2e-4, 2e-4])
+
+  @pytest.mark.parametrize("rank, expected", [(0, 0.1), (2, 0.2)])
+  def test_adapters_have_the_other_rate_of_muon(self, rank, expected):
+    optimizer = dataclasses.replace(self.CONFIG, name="muon", adam_learning_rate=0.2)
+    config = dataclasses.replace(tiny(), optimizer=optimizer, lora=LoRAConfig(rank=rank), num_steps=10)
+    assert LearningRates.from_config(config).of_last_step(1, self.state()) == pytest.approx(expected)
 
   def test_another_number_of_steps_moves_the_schedule(self):
     rates = LearningRates(OptimizerConfig(learning_rate=0.01), 3200, TrainedExpert.ONLY, None)
@@ -1018,24 +1025,52 @@ def test_a_workdir_that_is_in_use_is_refused(tiny_config, tmp_path, monkeypatch)
   other.release()
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize(
+  "changes, what",
+  [
+    ({"optimizer.weight_decay": 1e30, "validation.every_steps": 0}, "parameters"),
+    ({"validation.every_steps": 1, "validation.previews": 1}, "validation loss"),
+  ],
+)
+def test_an_update_that_diverges_is_not_saved(tiny_config, tmp_path, changes, what):
+  """Loss and gradient are of the parameters before it; those after it are not finite, or useless."""
+  diverging = {"num_steps": 1, "optimizer.name": "adamw", "optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0}
+  with pytest.raises(DivergedError, match=f"the {what} (is|are) not finite after step 1"):
+    train(override(tiny_config, diverging | changes), str(tmp_path))
+  assert not (tmp_path / "checkpoints" / "1").exists()
+
+
+def test_the_backend_of_gpus_is_refused_elsewhere_and_not_needed_to_load(tiny_config, tiny_run, tmp_path):
+  with pytest.raises(UserError, match=r"attention_backend = cudnn needs an NVIDIA GPU, and JAX runs on a CPU here"):
+    train(override(tiny_config, {"model.attention_backend": "cudnn"}), str(tmp_path / "run"))
+  shutil.copytree(tiny_run[0], tmp_path / "copy")
+  config = json.loads((tmp_path / "copy" / "config.json").read_text())
+  config["model"]["attention_backend"] = "cudnn"
+  (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+  graph = load_pipeline(str(tmp_path / "copy")).experts.transformers[0].graph
+  assert "cudnn" not in repr(graph).lower()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "parameters"])
 def test_what_is_not_finite_ends_the_run(tiny_config, tmp_path, monkeypatch, what):
-  """And does not replace the checkpoint before it: in the step whose gradient diverges the loss is still finite."""
+  """And does not replace the checkpoint before it."""
 
   def compile_diverging_step(run):
     step_fn = compile_plain_step(run)
 
     def diverge(state, *arguments):
       state, metrics = step_fn(state, *arguments)
-      if int(state.step) == {"loss": 3, "gradient": 4}[what]:
+      if int(state.step) == 4 and what == "parameters":
         state = dataclasses.replace(state, params=jax.tree.map(lambda x: x * jnp.nan, state.params))
-        metrics = metrics | ({"grad_norm": metrics["grad_norm"] * jnp.nan} if what == "gradient" else {})
+      elif int(state.step) == 4:
+        name = {"loss": "loss", "gradient": "grad_norm"}[what]
+        metrics = metrics | {name: metrics[name] * jnp.nan}
       return state, metrics
 
     return diverge
 
   monkeypatch.setattr(loop, "compile_train_step", compile_diverging_step)
-  with pytest.raises(DivergedError, match=f"the {what} is not finite"):
+  with pytest.raises(DivergedError, match=f"the {what} (is|are) not finite"):
     train(override(tiny_config, {"checkpoint.every_steps": 2, "validation.every_steps": 0}), str(tmp_path))
   checkpointer = Checkpointer(str(tmp_path))
   assert checkpointer.latest_step == 2

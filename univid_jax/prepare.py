@@ -44,6 +44,8 @@ def main() -> None:
     raise UsageError("--remove_files needs --pack")
   if PACK.value and (QUICK.value or PREVIEW.value):
     raise UsageError("--pack packs what is encoded; --quick and --preview encode nothing")
+  if QUICK.value and PREVIEW.value:
+    raise UsageError("--preview only draws sentences and --quick only checks headers: give one of them")
   start_processes(PROCESSES)
   enable_compilation_cache()
   import jax

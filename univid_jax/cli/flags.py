@@ -6,7 +6,7 @@ import re
 import runpy
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import ml_collections
@@ -173,6 +173,7 @@ class CommandFlags:
     if len(self.arguments) > self._max_arguments:
       word = self.arguments[self._max_arguments]
       raise UsageError(f"unexpected argument {word!r}; flags are written --name=value")
+    _ = self.workdir_path  # checks the config's name
 
   def _require(self, argv: Sequence[str]) -> None:
     """Raises UsageError if required flags are missing from a command line; absl names one at a time, by its value."""
@@ -335,5 +336,12 @@ class WorkdirFlag:
 
 
 def _default_workdir(name: str) -> str:
-  """Returns the folder of a run whose config has this name."""
+  """Returns the folder of a run whose config has this name.
+
+  Raises:
+    UserError: it would not be in runs/.
+  """
+  parts = PurePath(name).parts
+  if not parts or PurePath(name).is_absolute() or ".." in parts:
+    raise UserError(f"config.name = {name!r} names no folder in runs/: change it, or give --workdir")
   return f"runs/{name}"

@@ -1,11 +1,12 @@
 """Which sentences a config draws."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from univid_jax.config.data import TASK_MOTIONS, DataConfig, SourceWeights
 from univid_jax.config.grids import FAMILY_MOTIONS
 from univid_jax.core.contexts import IMAGES, Motion, possible_contexts, possible_counts
+from univid_jax.core.errors import UserError
 
 # A context and a number of clips.
 Kind = tuple[str, int]
@@ -47,6 +48,31 @@ class DrawnSentences:
   def clip_counts(self) -> tuple[int, ...]:
     """The numbers of clips, sorted; empty if they are not known."""
     return () if self.lists_counts else tuple(sorted({count for _, count in self.kinds}))
+
+
+def check_weights(data: DataConfig, used: Collection[str]) -> None:
+  """Checks that there is something to draw wherever sentences are drawn by weights.
+
+  Args:
+    data: the config.
+    used: which of `SourceWeights` the sentences are from.
+
+  Raises:
+    UserError: all weights of a key are 0.
+  """
+  tasks = [name for name, weight in data.tasks.items() if weight > 0 and "computed" in used]
+  families = [name for name, weight in data.grids.families.items() if weight > 0 and "grids" in used]
+  animating = [name for name in tasks if TASK_MOTIONS.get(name) == Motion.ANIMATES]
+  moving = [name for name in families if FAMILY_MOTIONS[name] != Motion.NONE]
+  needed = {
+    "tasks": "computed" in used,
+    "num_clips": not {"computed", "grids", "pairs", "tfds"}.isdisjoint(used),
+    "contexts": len(tasks) > len(animating) or moving or not {"pairs", "tfds", "metadata"}.isdisjoint(used),
+    "animating_contexts": animating,
+  }
+  for key, is_needed in needed.items():
+    if is_needed and not any(getattr(data, key).values()):
+      raise UserError(f"the weights of config.data.{key} are all 0, so no sentence can be drawn: give one of them more")
 
 
 def _kinds(data: DataConfig) -> Iterator[Kind]:

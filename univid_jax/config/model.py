@@ -147,6 +147,8 @@ class LoRAConfig(Section):
   def check(self) -> None:
     self.require_at_least(0, "rank")
     self.require_share("dropout")
+    self.require("dropout", self.enabled or not self.dropout, "0 without adapters (config.lora.rank is 0)")
+    self.require("targets", bool(self.targets) or not self.enabled, "at least one pattern")
     # The bounds that files are read with, so that a run writes nothing that cannot be read.
     self.require("alpha", _MIN_ALPHA <= self.alpha < math.inf, "positive and finite")
     if self.enabled:

@@ -53,6 +53,9 @@ class RowsConfig(Section):
   def check(self) -> None:
     self.require_at_least(1, "num_tokens", "num_text_tokens", "num_sentences", "packing_bins", "microbatches")
     self.require_at_least(0, "per_batch", "num_target_tokens", "streams")
+    self.require(
+      "num_target_tokens", self.num_target_tokens <= self.num_tokens, f"at most num_tokens = {self.num_tokens}"
+    )
 
   @property
   def target_tokens(self) -> int:

@@ -30,7 +30,7 @@ from univid_jax.config.model import DTYPES
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.checks import require_flag
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import Attention, ContextTimestep, OnDamaged, Quantize, parse_option
+from univid_jax.core.options import Attention, AttentionBackend, ContextTimestep, OnDamaged, Quantize, parse_option
 from univid_jax.core.packed_row import ContextMode
 from univid_jax.core.protocols import Encoders
 from univid_jax.diffusion.distillations import Distillation
@@ -301,10 +301,13 @@ def _finish(
 
 
 def _override(record: RunRecord, options: _Options) -> RunRecord:
-  values = {"model.dtype": options.dtype, "model.param_dtype": options.dtype} if options.dtype else {}
+  # The backend that suits this machine, which may lack what the run was trained on.
+  values: dict[str, Any] = {"model.attention_backend": AttentionBackend.AUTO}
+  if options.dtype:
+    values |= {"model.dtype": options.dtype, "model.param_dtype": options.dtype}
   if options.quantize and record.config.lora.enabled:
     values["base.quantize"] = str(options.quantize)
-  return dataclasses.replace(record, config=override(record.config, values)) if values else record
+  return dataclasses.replace(record, config=override(record.config, values))
 
 
 def _quantize(

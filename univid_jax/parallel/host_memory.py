@@ -6,10 +6,11 @@ import jax
 from jax.sharding import Mesh
 
 from univid_jax.core.errors import UserError
+from univid_jax.platform.current import Platform
 
 # JAX's name of the host memory that devices can copy from while they compute.
 KIND = "pinned_host"
-# The first version of JAX that can use it with several devices.
+# The first version of JAX that can use it with several devices, or on a CPU.
 FIRST_VERSION = (0, 10, 2)
 
 Tree = TypeVar("Tree")
@@ -21,12 +22,14 @@ def require_host_memory(mesh: Mesh, key: str) -> None:
   Raises:
     UserError: they cannot; the message names `key`, the config key that needs it.
   """
-  if mesh.size > 1 and jax.__version_info__ < FIRST_VERSION:  # the partitioner of older versions fails
-    needed = ".".join(map(str, FIRST_VERSION))
-    raise UserError(f"{key} on several devices needs JAX {needed}, this is {jax.__version__}")
   device = mesh.devices.flat[0]
   if KIND not in {memory.kind for memory in device.addressable_memories()}:
     raise UserError(f"{key} needs devices that copy from the host's memory while they compute: {device} cannot")
+  # In older versions the partitioner fails, and CPU devices cannot copy within a program.
+  if (mesh.size > 1 or device.platform == Platform.CPU) and jax.__version_info__ < FIRST_VERSION:
+    where = "several devices" if mesh.size > 1 else "a CPU"
+    needed = ".".join(map(str, FIRST_VERSION))
+    raise UserError(f"{key} on {where} needs JAX {needed}, this is {jax.__version__}")
 
 
 def fetch(tree: Tree) -> Tree:

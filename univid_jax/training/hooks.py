@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 PROFILE_FOLDER = "profile"
 # The first steps of a process are not representative: they compile and fill caches.
 PROFILE_AFTER = 2
+LOWER_RATE = "lower config.optimizer.learning_rate and train in another --workdir"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -104,7 +105,8 @@ class Hook(Protocol):
 
 
 class Summarize:
-  """Averages metrics since the last summary, measures speed, and stops a run whose loss or gradient is not finite.
+  """Averages metrics since the last summary, measures speed, and stops a run whose loss, gradient or parameters are
+  not finite.
 
   Runs before a checkpoint is saved, so that a bad state never replaces a good checkpoint. Adds `learning_rate` (see
   `LearningRates.of_last_step`), `step_time` in seconds, `tokens_per_second` without padding, `balance` and, if the
@@ -135,10 +137,9 @@ class Summarize:
     summary = self._average(event.step, values) | {"balance": self._work.balance(values)}
     for metric, name in (("loss", "loss"), ("grad_norm", "gradient")):
       if not np.isfinite(summary.get(metric, 0)):
-        raise DivergedError(
-          f"the {name} is not finite by step {event.step}: lower config.optimizer.learning_rate and train in another "
-          "--workdir"
-        )
+        raise DivergedError(f"the {name} is not finite by step {event.step}: {LOWER_RATE}")
+    if not event.state.is_finite():
+      raise DivergedError(f"the parameters are not finite after step {event.step}: {LOWER_RATE}")
     seconds = (time.monotonic() - self._since) / len(self._pending)
     self._pending.clear()
     self.restart_clock()
@@ -209,10 +210,13 @@ class Validate:
     params = event.state.model_params
     try:
       with jax.profiler.TraceAnnotation("validate"), self._goodput.measure(Activity.VALIDATING):
+        losses = self._validation(params, self._run.frozen, progress=self._go_on)
+        if not np.isfinite(losses["val_loss"]):
+          raise DivergedError(f"the validation loss is not finite after step {event.step}: {LOWER_RATE}")
         if self._options.previews:
           self._write_previews(event.step, params)
-        event.summary |= self._validation(params, self._run.frozen, progress=self._go_on)
-      log.info("step %d: validation loss %.4f", event.step, event.summary["val_loss"])
+      event.summary |= losses
+      log.info("step %d: validation loss %.4f", event.step, losses["val_loss"])
     except _Stopped:
       event.stop_signal = self._supervisor.stop_signal
     self._summarize.restart_clock()

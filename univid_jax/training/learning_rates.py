@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from univid_jax.config.schema import OptimizerConfig, RunConfig
-from univid_jax.core.options import LearningRateSchedule, TrainedExpert
+from univid_jax.core.options import LearningRateSchedule, OptimizerName, TrainedExpert
 from univid_jax.training.expert_schedule import ExpertSchedule
 from univid_jax.training.guard import GuardState
 from univid_jax.training.state import TrainState
@@ -28,6 +28,8 @@ def schedule_factor(config: OptimizerConfig, num_steps: int, count: int) -> floa
 class LearningRates:
   """The learning rates of a run: those for `optimizer.learning_rate`, to which all others are proportional.
 
+  With Muon, adapters have `optimizer.adam_learning_rate` alone.
+
   Attributes:
     optimizer: the config of the optimizer.
     num_steps: number of steps of the run.
@@ -44,7 +46,10 @@ class LearningRates:
   def from_config(cls, config: RunConfig) -> "LearningRates":
     is_both = config.model.expert == TrainedExpert.BOTH
     alternation = ExpertSchedule.from_config(config) if is_both else None
-    return cls(config.optimizer, config.num_steps, config.model.expert, alternation)
+    optimizer = config.optimizer
+    if optimizer.name == OptimizerName.MUON and config.lora.enabled:  # no adapter is one of Muon's matrices
+      optimizer = dataclasses.replace(optimizer, learning_rate=optimizer.adam_learning_rate)
+    return cls(optimizer, config.num_steps, config.model.expert, alternation)
 
   def of_last_step(self, step: int, state: TrainState) -> float | None:
     """Returns the rate of the last step or, if that was skipped, of the last one before that was not.

@@ -24,6 +24,7 @@ from univid_jax.checkpoints.run_parts import (
   open_base,
   open_encoders,
   split_config,
+  text_encoder_shape,
   transformer_config,
   with_stored_base,
 )
@@ -32,7 +33,7 @@ from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
 from univid_jax.config.schema import CodecConfig, ModelConfig, RunConfig
 from univid_jax.core.checks import require_flag, require_folder
 from univid_jax.core.errors import UserError, name_key
-from univid_jax.core.options import TrainedExpert
+from univid_jax.core.options import AttentionBackend, PromptStyle, TrainedExpert
 from univid_jax.core.paths import bucket_errors
 from univid_jax.core.protocols import Encoders
 from univid_jax.core.sentence import Sentence
@@ -46,6 +47,7 @@ from univid_jax.inference.pipeline import Pipeline
 from univid_jax.models.lora import join
 from univid_jax.models.variants import DiTConfig
 from univid_jax.parallel.mesh import make_mesh
+from univid_jax.platform.current import Platform, current_platform
 from univid_jax.training.same_run import check_same_data, check_same_run
 from univid_jax.training.state import Params, StateSpec, describe_training
 from univid_jax.training.validation import leave_out_unusable, select_sentences
@@ -137,6 +139,7 @@ def set_up_run(
   """
   workdir = check_arguments(config, workdir, data=data, verify_weights=verify_weights)
   config = check_config(config)
+  check_backend(config)
   with bucket_errors(workdir):
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
   base = open_base(config)
@@ -210,15 +213,17 @@ def ignored_options(config: RunConfig) -> list[str]:
 
   Values that equal the defaults are not listed, since the user may not have set them.
   """
-  if not (config.init_from or config.model.variant):
-    return []
+  ignored = []
   codec = codec_shape(config)
+  if config.vae_tiling.size and not codec.has_weights:
+    ignored.append(f"config.vae_tiling.size = {config.vae_tiling.size} (for autoencoders only)")
+  if not (config.init_from or config.model.variant):
+    return ignored
   names = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "rope_theta", "rope_scale")
   sections = (
     ("model", names, ModelConfig(), transformer_config(config)),
     ("codec", ("latent_channels", "spatial_stride"), CodecConfig(), codec),
   )
-  ignored = []
   for section, names, defaults, holds in sections:
     values = {name: getattr(getattr(config, section), name) for name in names}
     for name, value in values.items():
@@ -226,8 +231,6 @@ def ignored_options(config: RunConfig) -> list[str]:
         ignored.append(f"config.{section}.{name} = {value} (it is {getattr(holds, name)})")
   if config.init_from and config.model.look_back not in ((), ModelConfig().look_back):
     ignored.append(f"config.model.look_back = {config.model.look_back} (for new weights only)")
-  if config.vae_tiling.size and not codec.has_weights:
-    ignored.append(f"config.vae_tiling.size = {config.vae_tiling.size} (for autoencoders only)")
   return ignored
 
 
@@ -240,10 +243,30 @@ def check_config(config: RunConfig) -> RunConfig:
   check_rows(config)
   check_base(config)
   check_precision(config)
+  check_prompts(config)
   if ignored := ignored_options(config):
     decider = config.init_from or config.model.variant
-    log.warning("ignored, because %s sets them: %s", decider, ", ".join(ignored))
+    log.warning("ignored%s: %s", f", because {decider} sets them" if decider else "", ", ".join(ignored))
   return with_stored_base(config)
+
+
+def check_prompts(config: RunConfig) -> None:
+  """Raises UserError if drawn sentences get prompts that nothing can encode."""
+  style = config.data.prompt
+  if style == PromptStyle.NULL:
+    return
+  with name_key("data.prompt"):
+    text_encoder_shape(config)
+
+
+def check_backend(config: RunConfig) -> None:
+  """Raises UserError if the attention backend cannot run on this machine."""
+  platform = current_platform()
+  if config.model.attention_backend == AttentionBackend.CUDNN and platform != Platform.GPU:
+    raise UserError(
+      f"config.model.attention_backend = cudnn needs an NVIDIA GPU, and JAX runs on a {str(platform).upper()} here: "
+      "leave it at auto"
+    )
 
 
 def check_precision(config: RunConfig) -> None:

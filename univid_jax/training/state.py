@@ -24,6 +24,11 @@ from univid_jax.training.optimizer import make_optimizer
 Params = Mapping[str, Any]  # nested dicts of arrays, under the names of a model's modules
 
 
+@jax.jit
+def _is_finite(tree: Any) -> Array:
+  return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
+
+
 @no_type_check  # of fields at run time: as a pytree it also holds shardings and shapes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,10 @@ class TrainState:
   def model_item(self) -> Params:
     """The model item of a checkpoint: the moving average if there is one, else the parameters."""
     return self.params if self.ema is None else self.ema
+
+  def is_finite(self) -> bool:
+    """Returns whether all parameters, and their average, are finite; waits for the devices."""
+    return bool(_is_finite((self.params, self.ema)))
 
   @property
   def training_items(self) -> dict[str, Any]:

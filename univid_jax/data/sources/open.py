@@ -10,6 +10,7 @@ from typing import Any
 
 from typing_extensions import Protocol, runtime_checkable
 
+from univid_jax.config.drawn import check_weights
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.bucket_files import copy_to_local
 from univid_jax.core.checks import require_instance, require_number
@@ -156,6 +157,7 @@ def open_data(config: RunConfig) -> DataSources:
   require_config(config)
   data = config.data
   used = _used_data(data)
+  check_weights(data, used)
   opened = _open_listed(config, used)
   if "arc" in used:
     opened["arc"] = _open_arc(config)
