@@ -28,7 +28,7 @@ from univid_jax.diffusion.distillations import DISTILLATIONS
 
 # Prints the keys of the config.
 KEYS_HELP = (
-  "All keys with the values of a preset: python -c \"from univid_jax.config import presets; "
+  'All keys with the values of a preset: python -c "from univid_jax.config import presets; '
   "print(presets.get_config('PRESET'))\"; their meanings: python -m pydoc univid_jax.config.schema."
 )
 # The file of presets in a clone; where it does not exist, its name means the packaged presets.
