@@ -359,6 +359,14 @@ def test_a_package_that_is_missing(bucket, name, monkeypatch):
     ANY_URL[name]("gs://b/x")
 
 
+@pytest.mark.parametrize("command", ["train", "prepare", "evaluate"])
+def test_a_workdir_in_another_bucket(command, monkeypatch, capfd):
+  """Is refused for its scheme, whether or not the package is installed that would read it."""
+  monkeypatch.setattr("fsspec.get_filesystem_class", lambda scheme: pytest.fail(f"{scheme} is looked up"))
+  assert run_here(f"univid_jax.{command}", "--workdir=s3://bucket/run") > 0
+  assert capfd.readouterr().err == "error: s3://bucket/run: workdirs are local or in gs://\n"
+
+
 @pytest.mark.parametrize("workdir", ["s3://bucket/x/run", "memory://run"])
 def test_workdirs(bucket, workdir, capfd):
   """Before anything is trained, and without a traceback."""

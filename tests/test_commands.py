@@ -71,7 +71,7 @@ def test_help_lists_flags_as_they_are_defined(capfd):
 def test_help_says_where_the_keys_of_the_config_are(capfd):
   assert run_here("univid_jax.train", "--help") == 0
   text = " ".join(capfd.readouterr().out.split())
-  assert "All keys: docs/reference/config.md" in text
+  assert "their meanings: python -m pydoc univid_jax.config.schema" in text
   code = re.search(r'python -c "(.*?)"', text)
   assert code
   with contextlib.redirect_stdout(io.StringIO()) as stdout:

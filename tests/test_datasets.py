@@ -84,6 +84,20 @@ class TestMetadata:
       assert sentence.roles == (Role.CONTEXT,) * 3 + (Role.TARGET,)
     assert seen == {"I": [5, 5, 5, 5], "II": [1, 1, 1, 1], "III": [1, 1, 5, 5], "IV": [1, 5, 1, 5]}
 
+  def test_unused_texts_are_counted(self, metadata, caplog):
+    table = metadata / "metadata.csv"
+    write_table(metadata, [("one é.mp4", "first"), ("two.mp4", "")])
+    manifest, clip = metadata / "lines.jsonl", {"path": "one é.mp4"}
+    lines = [{"clips": [clip, clip | {"role": "target"}]} | prompt for prompt in ({"prompt": "x"}, {})]
+    manifest.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    with caplog.at_level("INFO", logger="univid_jax"):
+      for style, expected in ((PromptStyle.NULL, {""}), (PromptStyle.ROUGH, {"first", "x", ""})):
+        options = draw_options(prompt_style=style)
+        sources = [open_metadata(str(table), FORM, options), open_manifest(str(manifest), FORM, options)]
+        assert {record.prompt for source, _ in sources for record in source.records} == expected
+    message = "1 text is not used, as config.data.prompt is null; rough and detailed use your own"
+    assert caplog.messages == [f"{table}: {message}", f"{manifest}: {message}"]
+
   def test_reversal_and_dropped_prompts(self, metadata):
     options = draw_options(reverse_probability=1.0, prompt_style=PromptStyle.NULL)
     reversed_sentences, _ = open_metadata(str(metadata / "metadata.csv"), FORM, options)

@@ -15,7 +15,7 @@ from tests.helpers import image_width, random_pipeline
 from tests.typecheck import unchecked
 from univid_jax.checkpoints.origin import Origin
 from univid_jax.config.boundary import override, to_json
-from univid_jax.config.presets import tiny
+from univid_jax.config.presets import grids, tiny
 from univid_jax.core.contexts import CONTEXTS
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import TargetKind
@@ -264,6 +264,21 @@ def test_too_few_records_to_hold_any_out_are_counted(tmp_path):
   assert "config.data.held_out is 0, and there is no test set" in text
 
 
+def test_cases_are_counted_as_sentences_per_case_counts_them(tmp_path):
+  """Splits of grids are cases of their own; pairs of a task are one case, whatever their contexts."""
+  one = {"data.contexts": {"II": 1.0}, "eval.sentences_per_case": 1}
+  families = {name: float(name == "recolor") for name in grids().data.grids.families}
+  config = override(grids(), one | {"data.grids.families": families})
+  assert run._announce(config, select(config)).startswith(
+    "evaluating 2 sentences, at most 1 of each of 2 cases (task, context, number of clips, split of grids; "
+  )
+  pairs = {"data.pairs": str(write_pairs(tmp_path)), "data.num_frames": 5, "data.held_out": 0.34}
+  config = override(tiny(), pairs | {"eval.sentences_per_case": 8})
+  sentences = select(config)
+  assert len({sentence.case for sentence in sentences}) > 2
+  assert "evaluating 16 sentences, at most 8 of each of 2 cases (" in run._announce(config, sentences)
+
+
 @pytest.mark.parametrize(
   "name, shown", [("psnr", ["16.03", "11.80", "6.82"]), ("ssim", ["16.0340", "11.8000", "6.8180"])]
 )
@@ -326,7 +341,7 @@ class TestSamplesFolder:
   def test_other_arrays_give_other_samples(self):
     """Of a source of one's own, whose clips need no keys."""
     clips = [np.full((1, 8, 8, 3), shade, np.uint8) for shade in (0, 0, 1)]
-    found = [_plan(Sentence(clips=(clip,) * 4, roles=reference_roles(4))).identify() for clip in clips]
+    found = [_plan(Sentence(clips=(clip,) * 4, roles=reference_roles(4)), ("", 0)).identify() for clip in clips]
     assert found[0] == found[1] != found[2]
 
 

@@ -36,7 +36,7 @@ MODEL_FLAGS = (
 )  # fmt: skip
 LOCALHOST = "127.0.0.1"
 HOST = FLAGS.string("host", LOCALHOST, "Address to listen on.")
-MAX_UPLOAD = FLAGS.integer("max_upload_mb", 200, "Largest file that is accepted, in MB.", lower_bound=1)
+MAX_UPLOAD = FLAGS.integer("max_upload_mb", 200, "Largest file that is accepted, in MiB.", lower_bound=1)
 MAX_QUEUE = FLAGS.integer("max_queue", 16, "Requests that may wait; more are refused.", lower_bound=1)
 PORT = FLAGS.integer("port", 7860, "Port to listen on; 0 takes a free one.", lower_bound=0, upper_bound=65535)
 

@@ -19,9 +19,10 @@ from univid_jax.core.text import count_noun
 FLAGS = CommandFlags(__doc__)
 CONFIG = FLAGS.config(of_run=True)
 WORKDIR = FLAGS.workdir("The training run to evaluate")
-CHECKPOINT = FLAGS.path("checkpoint", None, "A converted checkpoint to evaluate instead of the workdir's model.")
+CHECKPOINT_HELP = "A converted checkpoint to evaluate instead of the workdir's model; needs --config."
+CHECKPOINT = FLAGS.path("checkpoint", None, CHECKPOINT_HELP)
 LORA, LORA_SKIP_UNMATCHED = FLAGS.lora(), FLAGS.lora_skip_unmatched()
-ACCELERATE = FLAGS.accelerate("Adds the row `accelerated` to the report, sampled with this: a")
+ACCELERATE = FLAGS.accelerate("Adds the row `accelerated` to the report: the prediction in few steps, with a")
 STEP, VERIFICATION, OFFLOAD_INACTIVE = FLAGS.step(), FLAGS.run_verification(), FLAGS.offload_inactive()
 QUANTIZE = FLAGS.quantize()
 OUT = FLAGS.path("out", None, "Folder of the results; default: WORKDIR/evaluation.")

@@ -3,8 +3,8 @@
   python -m univid_jax.verify PATH [--write]
 
 PATH is a workdir, a converted checkpoint (or `small`), a LoRA, a cache, or a folder that contains any of them. Every
-damaged file is named, and then the exit code is 1. `train`, `sample`, `evaluate` and `demo` verify what they load by
-themselves.
+damaged file is named. The exit code is 1 if one is damaged, or if checksums are missing. `train`, `prepare`, `sample`,
+`evaluate`, `calibrate`, `demo` and `convert` verify what they load by themselves.
 """
 
 import sys

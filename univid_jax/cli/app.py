@@ -4,7 +4,7 @@ Exit codes:
   0    done, or --help
   1    an error
   2    wrong flags
-  75   stopped by SIGTERM or a preemption, the state is saved
+  75   stopped by SIGTERM or a preemption; a command that can be continued has saved its state
   130  stopped by Ctrl-C
 
 A user's error is one line. These are `UserError`, and of OSError those that name a file, those of a full disk, and

@@ -9,6 +9,7 @@ import logging
 
 from univid_jax.cli.flags import ProcessFlags, UsageError
 from univid_jax.core import lock
+from univid_jax.core.paths import refuse_other_buckets
 from univid_jax.runtime import supervisor
 
 
@@ -21,7 +22,8 @@ def start_processes(flags: ProcessFlags, *, writes: str | None = None) -> None:
 
   Raises:
     UsageError: only some of the flags are given.
-    UserError: another command writes to the folder, or the other processes cannot be found or reached.
+    UserError: another command writes to the folder, it is in another bucket than gs://, or the other processes cannot
+      be found or reached.
   """
   given = [flag.value is not None for flag in (flags.coordinator, flags.num_processes, flags.process_id)]
   if any(given) and not all(given):
@@ -29,6 +31,8 @@ def start_processes(flags: ProcessFlags, *, writes: str | None = None) -> None:
   index, count = flags.process_id.value or 0, flags.num_processes.value or 0
   if all(given) and index >= count:
     raise UsageError(f"--process_id={index} must be less than --num_processes={count}")
+  if writes:
+    refuse_other_buckets(writes, "workdirs and results of evaluations")
   from univid_jax.runtime import processes  # imports JAX
 
   if not any(given) and processes.count_cluster_processes() == 1:

@@ -22,13 +22,14 @@ from univid_jax.config.boundary import from_config_dict, to_config_dict
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
+from univid_jax.core.paths import refuse_other_buckets
 from univid_jax.core.program import spell_commands
 from univid_jax.diffusion.distillations import DISTILLATIONS
 
-# Where the keys of the config are listed.
+# Prints the keys of the config.
 KEYS_HELP = (
-  "All keys: docs/reference/config.md; those of a preset with their values: "
-  "python -c \"from univid_jax.config import presets; print(presets.get_config('PRESET'))\"."
+  'All keys with the values of a preset: python -c "from univid_jax.config import presets; '
+  "print(presets.get_config('PRESET'))\"; their meanings: python -m pydoc univid_jax.config.schema."
 )
 # The file of presets in a clone; where it does not exist, its name means the packaged presets.
 PRESETS_FILE = os.path.join("configs", "video_tasks.py")
@@ -142,7 +143,7 @@ class CommandFlags:
   @property
   def workdir_path(self) -> str | None:
     """The workdir of a command that has one."""
-    return self._workdir.value if self._workdir else None
+    return self._workdir.path if self._workdir else None
 
   def parse(self, argv: Sequence[str]) -> None:
     """Parses a command line, program name first; may be called again.
@@ -273,7 +274,9 @@ class ConfigFlag:
     if name is None and self._of_run:
       from univid_jax.checkpoints.run import read_run
 
-      if (record := read_run(expand_home(_take(rest, "workdir")[0] or _default_workdir(presets.DEFAULT)))) is not None:
+      workdir = expand_home(_take(rest, "workdir")[0] or _default_workdir(presets.DEFAULT))
+      refuse_other_buckets(workdir, "workdirs")
+      if (record := read_run(workdir)) is not None:
         return to_config_dict(record.config)
     return load_config(presets.DEFAULT if name is None else expand_home(name))
 
@@ -331,8 +334,15 @@ class WorkdirFlag:
     self._folder, self._config = folder, config
 
   @property
-  def value(self) -> str:
+  def path(self) -> str:
+    """The folder, which may be in a bucket that cannot have one."""
     return self._folder.value or _default_workdir(self._config.value.name)
+
+  @property
+  def value(self) -> str:
+    """The folder; raises UserError if it is neither local nor in gs://."""
+    refuse_other_buckets(self.path, "workdirs")
+    return self.path
 
 
 def _default_workdir(name: str) -> str:

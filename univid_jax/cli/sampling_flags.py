@@ -60,7 +60,7 @@ class SamplingFlags:
     self.task = command.string("task", None, help_text)
     self.negative_prompt = command.string("negative_prompt", "", "What guidance moves away from.")
     self._size = command.string(
-      "size", None, "HEIGHTxWIDTH in pixels, the height first, or input for that of B; default: as in training."
+      "size", None, "HEIGHTxWIDTH in pixels, the height first, or `input` for the size of B; default: as in training."
     )
     help_text = "Frames of B', 4n + 1, and of videos in the context; default: as in training, or all of a longer B."
     self.num_frames = command.integer("num_frames", None, help_text, lower_bound=1)
@@ -79,7 +79,7 @@ class SamplingFlags:
     self._sigmas = command.strings("sigmas", [], help_text)
     help_text = "Shift of the noise levels toward noise; default: as in training."
     self._shift = command.number("shift", None, help_text)
-    help_text = "Classifier-free guidance; 1 (default) is none. LOW,HIGH are those of two experts, by noise."
+    help_text = "Classifier-free guidance; 1 (default) is none. LOW,HIGH: one for each of two experts, low noise first."
     self._guidance_scale = command.string("guidance_scale", None, help_text)
     help_text = "FROM,TO: noise levels with guidance, from 0 to 1; steps at other levels take half the time."
     self._guidance_range = command.string("guidance_range", None, help_text)

@@ -131,7 +131,7 @@ class DataConfig(Section):
       that list their clips keep all of them. 0 is no limit.
     reverse_probability: share of sentences with swapped pairs, so that the task is inverted; grids and ARC are never
       reversed.
-    prompt: style of the prompts.
+    prompt: style of the prompts; with `null`, texts of tables and manifests are not used either.
     num_sentences: computed sentences before they repeat.
   """
 

@@ -126,7 +126,7 @@ def small() -> RunConfig:
   """Trains the base that the package ships: 64x64 pixels, videos of 9 frames, 9 million parameters.
 
   Five minutes on an H100 with 16 cores, days on two cores. Six in ten sentences are grid tasks, the others computed
-  tasks over photographs; those with weight 0 are left for fine-tuning. A video clip has three latent frames, hence
+  tasks over photographs; tasks with weight 0 are kept for fine-tuning. A video clip has three latent frames, hence
   `look_back`.
   """
   families = {**_FAMILIES, "automaton": 2.0, "translate": 1.5, "hanoi": 0.5, "outline": 0.0}
@@ -203,7 +203,7 @@ def small_lora() -> RunConfig:
 
 
 def wan_1_3b() -> RunConfig:
-  """The paper's training of Wan2.1-T2V-1.3B: LoRA of rank 16 at 832x480, videos of 17 frames.
+  """The paper's training of Wan2.1-T2V-1.3B: LoRA of rank 16 at 832 x 480, videos of 17 frames.
 
   The paper uses 20 to 40 times 200 sentences per task. A row holds a sentence of context I and one of II, or two of
   III.
@@ -264,10 +264,10 @@ def wan_i2v_14b() -> RunConfig:
 
 
 def wan22_ti2v_5b() -> RunConfig:
-  """The same for Wan2.2-TI2V-5B, at 704x1280 and 480x832 and 24 fps: its autoencoder yields a quarter of the tokens.
+  """The same for Wan2.2-TI2V-5B, at 1280 x 704 and 832 x 480, 24 fps: its autoencoder yields a quarter of the tokens.
 
   Context tokens have timestep 0, as clean latents had in the model's own training. A row holds a sentence of context I
-  at 704x1280, or two at 480x832.
+  at 1280 x 704, or two at 832 x 480.
   """
   base = wan_1_3b()
   return dataclasses.replace(

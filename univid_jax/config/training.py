@@ -81,7 +81,14 @@ class RowsConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowConfig(Section):
-  """Noise levels of training and sampling; see `diffusion.flow.FlowMatching`."""
+  """Noise levels of training and sampling; see `diffusion.flow.FlowMatching`.
+
+  Attributes:
+    shift: warps the noise levels of training and sampling towards noise; 1 leaves them as they are.
+    stratified: whether the noise levels of a batch are spread evenly, which makes the loss less noisy; each alone has
+      the same distribution.
+    objective: how training draws noise levels and weights their losses.
+  """
 
   KEY: ClassVar[str] = "flow."
 
@@ -99,10 +106,16 @@ class OptimizerConfig(Section):
   """The optimizer and the schedule of its learning rate.
 
   Attributes:
+    name: `adamw`, or `muon`: Muon for the matrices of self-attention and feed-forward, NAdam for all other parameters.
     learning_rate: peak; with `muon` for Muon's matrices only.
     adam_learning_rate: peak for all other parameters with `muon`.
+    b1, b2: decay rates of the two moments of AdamW or, with `muon`, of NAdam.
+    eps: added to denominators for stability.
     weight_decay: for all parameters with `adamw`, for Muon's matrices only with `muon`.
     clip_norm: global norm that gradients are clipped to; 0 does not clip.
+    schedule: the learning rate after the warm-up: constant, decaying to 0 along a cosine, or `linear`: constant, then
+      linear to 0.
+    warmup_steps: steps over which the learning rate rises linearly from 0.
     decay_fraction: share of the steps over which `linear` decays.
     on_bad_step: what happens if the loss or the gradient is not finite.
     skip_norm: with on_bad_step = skip, also skips steps whose gradient norm exceeds this multiple of the median of
@@ -216,7 +229,8 @@ class EvalConfig(Section):
   """Evaluation, after training (quick) and by `python -m univid_jax.evaluate` (full).
 
   Attributes:
-    sentences_per_case: sentences per task and context; 0 skips the evaluation after training.
+    sentences_per_case: sentences per task, context and number of clips, for grids also per split; for your own data
+      per task. 0 skips the evaluation after training.
     num_inference_steps: inference steps of the samples.
     seed: seed of sentences and noise.
     batch_size: sentences sampled together; an interrupted evaluation loses at most these.

@@ -25,13 +25,13 @@ DTYPE = FLAGS.choice(
   "dtype",
   None,
   ["bfloat16", "float16", "float32"],
-  "Of the written weights; default: unchanged; quantised ones become what holds them exactly.",
+  "Dtype of the written weights; default: unchanged; quantised ones become what holds them exactly.",
 )
 QUANTIZE = FLAGS.choice(
   "quantize",
   None,
   ["int8", "fp8", "nf4"],
-  "Of the linear weights of the transformer's blocks, for a frozen base; fp8 takes 8-bit floats of SRC as they are.",
+  "Quantise the linear weights of the transformer's blocks; for a frozen base. fp8 keeps 8-bit floats of SRC.",
 )
 FORCE = FLAGS.switch("force", False, "Replace DST, if it is empty or univid-convert wrote it.")
 ALLOW_MISSING = FLAGS.repeated("allow_missing", [], "An official name, with * and ?, that SRC may lack.")

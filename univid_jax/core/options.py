@@ -93,7 +93,7 @@ class RematPolicy(enum.StrEnum):
   DOTS = "dots"  # everything but attention and the products of Linears; adapters, too
   ATTENTION = "attention"  # everything but attention
   FULL = "full"  # everything
-  OFFLOAD = "offload"  # everything; the inputs of blocks wait in host memory
+  OFFLOAD = "offload"  # everything; the input of each block is kept in host memory
 
 
 class Quantize(enum.StrEnum):

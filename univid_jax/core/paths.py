@@ -274,18 +274,26 @@ def _find_scheme(path: epath.PathLike) -> str:
   return url[1] if url else ""
 
 
+def refuse_other_buckets(path: epath.PathLike, what: str) -> None:
+  """Raises UserError if a path is neither local nor in gs://, whatever packages are installed.
+
+  Args:
+    path: of the file or folder.
+    what: the kind of files and folders that may not be there, for the message.
+  """
+  if _find_scheme(path) not in ("", "gs"):
+    raise UserError(f"{path}: {what} are local or in gs://")
+
+
 def make_absolute(path: epath.PathLike) -> epath.Path:
   """Returns a path for Orbax: a local one made absolute, a gs:// one unchanged.
 
   Raises:
     UserError: it is in another bucket.
   """
+  refuse_other_buckets(path, "checkpoints and their arrays")
   path = to_path(path)
-  if not is_remote(path):
-    return path.resolve()  # etils would take gs:// for the name of a local folder
-  if not str(path).startswith("gs://"):
-    raise UserError(f"{path}: checkpoints and their arrays are local or in gs://")
-  return path
+  return path if is_remote(path) else path.resolve()  # etils would take gs:// for the name of a local folder
 
 
 def require_local(path: str | os.PathLike) -> Path:

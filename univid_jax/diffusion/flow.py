@@ -15,7 +15,7 @@ from univid_jax.core.options import Objective
 
 NUM_TRAIN_TIMESTEPS = 1000
 
-# Target tokens of the paper's videos: 5 latent frames at 832x480, with Wan2.1's autoencoder.
+# Target tokens of the paper's videos: 5 latent frames at 832 x 480, with Wan2.1's autoencoder.
 REFERENCE_TOKENS = 7800
 
 ArrayT = TypeVar("ArrayT", np.ndarray, Array)

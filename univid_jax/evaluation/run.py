@@ -204,10 +204,11 @@ class _Results:
 def _announce(config: RunConfig, sentences: Sequence[PlannedSentence]) -> str:
   """Describes how much will be sampled, and how to sample less."""
   fewer = "--config.eval.sentences_per_case=N, or " if config.eval.sentences_per_case > 1 else ""
-  num_cases = len({sentence.case for sentence in sentences})
+  num_cases = len({sentence.group for sentence in sentences})
   return (
     f"evaluating {count_noun(len(sentences), 'sentence')}, at most {config.eval.sentences_per_case:,} of each of "
-    f"{num_cases:,} cases (task, context, number of clips); fewer: {fewer}weights of 0 for tasks"
+    f"{count_noun(num_cases, 'case')} (task, context, number of clips, split of grids; for your own data task); "
+    f"fewer: {fewer}weights of 0 for tasks"
   )
 
 

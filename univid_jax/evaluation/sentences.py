@@ -28,11 +28,13 @@ class PlannedSentence:
 
   Attributes:
     case: its task, context and number of clips.
+    group: of the sentences that `eval.sentences_per_case` counts together.
     read: returns the sentence with its frames.
     identify: returns what identifies its content besides the config: the keys of its clips and its prompt.
   """
 
   case: Case
+  group: tuple[str, object]
   read: Callable[[], Sentence]
   identify: Callable[[], object] = lambda: None
 
@@ -41,27 +43,31 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
   """Plans `eval.sentences_per_case` held-out sentences per case; the result is empty if nothing is held out.
 
   A case of computed data is a combination of task, context and number of clips, for grids also of split; a case of
-  other data is a task. Every held-out record or pair is used once before any is repeated.
+  other data is a task, or the whole source where tasks are only known once sentences are read (ARC). Every held-out
+  record or pair is used once before any is repeated.
   """
   per_case = config.eval.sentences_per_case
   sentences: list[PlannedSentence] = []
-  for source in held_out.values():
+  for name, source in held_out.items():
     if isinstance(source, ComputedSentences):
       # The config identifies bundled photographs completely.
       identify = functools.cache(source.identify_files) if source.folders else lambda: None
       for number, (case, only) in enumerate(_split_cases(config, source)):
         only = dataclasses.replace(only, seed=_case_seed(config.eval.seed, number))
-        sentences += [PlannedSentence(case, functools.partial(only.__getitem__, i), identify) for i in range(per_case)]
+        readers = [functools.partial(only.__getitem__, i) for i in range(per_case)]
+        sentences += [PlannedSentence(case, (name, number), read, identify) for read in readers]
     elif isinstance(source, GridSentences):
       for number, only in enumerate(source.cases()):
         only = dataclasses.replace(only, seed=_case_seed(config.eval.seed, number), by_reference=False)
         (family,), (context,), (count,) = only.families, only.contexts, only.num_clips
         case = Case(family, context, count)
-        sentences += [PlannedSentence(case, functools.partial(only.__getitem__, i)) for i in range(per_case)]
+        readers = [functools.partial(only.__getitem__, i) for i in range(per_case)]
+        sentences += [PlannedSentence(case, (name, number), read) for read in readers]
     else:
-      for indices in indices_by_task(source).values():
+      for task, indices in indices_by_task(source).items():
         readers = [functools.partial(source.__getitem__, index) for index in itertools.islice(indices, per_case)]
-        sentences += map(_plan, read_usable(readers, "held-out", allow_dropped=config.data.allow_dropped))
+        usable = read_usable(readers, "held-out", allow_dropped=config.data.allow_dropped)
+        sentences += [_plan(sentence, (name, task)) for sentence in usable]
   return sentences
 
 
@@ -89,14 +95,14 @@ def plan_other_pairs(config: RunConfig, sentences: Sequence[PlannedSentence]) ->
   return [computed(i) if other is None else sentences[other].read for i, other in enumerate(others)]
 
 
-def _plan(sentence: Sentence) -> PlannedSentence:
+def _plan(sentence: Sentence, group: tuple[str, object]) -> PlannedSentence:
   def identify() -> object:
     return sentence.prompt, [_identify_clip(clip) for clip in sentence.clips]
 
   # Each task of ARC counts as a task of its own.
   task = (sentence.params or {}).get("arc_task", sentence.task)
   case = Case(task, sentence.context, len(sentence.clips))
-  return PlannedSentence(case, sentence.with_frames, identify)
+  return PlannedSentence(case, group, sentence.with_frames, identify)
 
 
 def _identify_clip(clip: Clip) -> str:

@@ -35,7 +35,7 @@ def conv_in_time(
   """Convolves over (t, y, x) by summing convolutions over (y, x); see `codecs.vae_layers.Convolution`.
 
   XLA's own convolutions over time take 2.4 times as long on a CPU: the autoencoder takes 12.4 s instead of 30.7 s to
-  encode 5 frames of 240x416, 21.5 s instead of 51.8 s to decode them, and a tenth more memory.
+  encode 5 frames of 416 x 240, 21.5 s instead of 51.8 s to decode them, and a tenth more memory.
   Benchmark: `python -m benchmarks.vae --mode=encode --frames=5 --height=240 --width=416`.
   """
   (time_stride, *plane_strides), sides = strides, ((padding, padding),) * 2

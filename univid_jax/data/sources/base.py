@@ -42,6 +42,18 @@ def report_texts(folder: str, texts: Sequence[Path]) -> None:
     )
 
 
+def report_unused_texts(name: str, num_texts: int) -> None:
+  """Logs that texts of records are not used.
+
+  Args:
+    name: of the file that has them.
+    num_texts: how many it has, empty ones not counted.
+  """
+  if num_texts:
+    unused = f"{count_noun(num_texts, 'text')} {is_or_are(num_texts)}"
+    log.info("%s: %s not used, as config.data.prompt is null; rough and detailed use your own", name, unused)
+
+
 def is_text(path: Path) -> bool:
   """Returns whether a path beside a clip may be its prompt, as other trainers have them."""
   return path.suffix.lower() in (".txt", ".caption") and not is_foreign(path) and path.is_file()

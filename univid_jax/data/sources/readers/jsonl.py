@@ -9,6 +9,7 @@ key whose value is null counts as absent. Clips 1 and 2, 3 and 4, ... are pairs,
 targets.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from univid_jax.core.sentence import Role, check_roles
 from univid_jax.core.text import count_noun
 from univid_jax.data.clips import ClipFormat, Footage, open_footage
 from univid_jax.data.media.reader import probe
-from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable
+from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable, report_unused_texts
 from univid_jax.data.sources.listed import ListedSentences, Record, forms_of_pairs
 from univid_jax.data.sources.pairs import check_aligned
 
@@ -63,9 +64,12 @@ def open_manifest(
       continue
     name = printable(f"{file.name} line {number}")
     try:
-      records.append(_make_record(name, file.parent, _parse(line), form, options, kinds or {}))
+      records.append(_make_record(name, file.parent, _parse(line), form, kinds or {}))
     except (OSError, ValueError) as error:
       dropped.append(drop(name, error))
+  if options.prompt_style == PromptStyle.NULL:
+    report_unused_texts(str(file), sum(bool(record.prompt) for record in records))
+    records = [dataclasses.replace(record, prompt="") for record in records]
   return ListedSentences(records, form, options), dropped
 
 
@@ -125,12 +129,7 @@ def _require_keys(values: Mapping[str, Any], known: Sequence[str]) -> dict[str, 
 
 
 def _make_record(
-  name: str,
-  root: Path,
-  values: Mapping[str, Any],
-  form: ClipFormat,
-  options: DrawOptions,
-  kinds: Mapping[str, TargetKind],
+  name: str, root: Path, values: Mapping[str, Any], form: ClipFormat, kinds: Mapping[str, TargetKind]
 ) -> Record:
   clips, task = values["clips"], values.get("task", "")
   paths = [_find(root, clip["path"]) for clip in clips]
@@ -139,10 +138,9 @@ def _make_record(
   check_roles(len(clips), roles)
   forms = forms_of_pairs(form, kinds.get(task, TargetKind.IMAGE), roles)
   footage = [open_footage(path, own, start=clip.get("start", 0)) for path, own, clip in zip(paths, forms, clips)]
-  prompt = "" if options.prompt_style == PromptStyle.NULL else values.get("prompt", "")
   lengths = _read_lengths(clips, footage, roles, form)
   _check_pairs(clips, footage, roles, lengths)
-  return Record(name, tuple(footage), roles, prompt, task, lengths)
+  return Record(name, tuple(footage), roles, values.get("prompt", ""), task, lengths)
 
 
 def _find(root: Path, name: str) -> Path:

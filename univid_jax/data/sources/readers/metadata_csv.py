@@ -12,7 +12,7 @@ from univid_jax.core.paths import explain_missing, resolve_inside
 from univid_jax.core.sentence import reference_roles
 from univid_jax.data.clips import ClipFormat, file_footage
 from univid_jax.data.media.reader import probe
-from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable
+from univid_jax.data.sources.base import DrawOptions, Dropped, drop, printable, report_unused_texts
 from univid_jax.data.sources.listed import ListedSentences, Record, forms_of_pairs
 
 COLUMNS = ("file_name", "text")
@@ -60,6 +60,7 @@ def open_metadata(
     except (OSError, ValueError) as error:
       dropped.append(drop(name, error))
   if options.prompt_style == PromptStyle.NULL:
+    report_unused_texts(str(table), sum(bool(record.prompt) for record in records))
     records = [dataclasses.replace(record, prompt="") for record in records]
   return ListedSentences(records, form, options), dropped
 
