@@ -484,6 +484,20 @@ def test_missing_flags_are_named_together(capfd, module, arguments, message):
   assert capfd.readouterr().err == f"error: {message}\n"
 
 
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    ("--verify --dtype=bfloat16 --quantize=int8", "compares what is there already: leave out --dtype and --quantize"),
+    ("--verify --to=diffusers --force --lora_skip_unmatched", ": leave out --to, --force and --lora_skip_unmatched"),
+    ("--inspect --verify --to=musubi", "--inspect only describes SRC: leave out --verify and --to"),
+    ("--inspect --allow_missing=x --allow_missing=y", "--inspect only describes SRC: leave out --allow_missing"),
+  ],
+)
+def test_flags_without_effect_on_convert(capfd, flags, message):
+  assert run_here("univid_jax.convert.__main__", *(["a"] if "--inspect" in flags else ["a", "b"]), *flags.split()) == 2
+  assert message in capfd.readouterr().err
+
+
 def test_computed_data_need_no_preparation(tmp_path, capfd):
   assert run_here("univid_jax.prepare", *SMALL, f"--workdir={tmp_path}") == 0
   assert capfd.readouterr().out == "the data is computed while training: there is nothing to prepare\n"
