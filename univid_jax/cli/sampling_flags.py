@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.core.dims import is_clip_length, nearest_clip_lengths
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit, SolverName
+from univid_jax.core.options import MAX_FPS, MAX_SEED, MAX_STEPS, Attention, ClipFit, SolverName
 from univid_jax.core.text import join_words
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ class SamplingFlags:
     count = self.num_frames.value
     if count is not None and not is_clip_length(count):
       raise UsageError(f"--num_frames must be 4n + 1 ({join_words(nearest_clip_lengths(count), 'or')}), got {count}")
+    if self.fps is not None and not 0 <= self.fps <= MAX_FPS:
+      raise UsageError(f"--fps must be from 0 to {MAX_FPS:g}, got {self.fps}")
     self._parse_size()
     sampling.group_loras(self._split_loras())
 
