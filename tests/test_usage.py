@@ -39,7 +39,7 @@ from univid_jax.core.options import MAX_FPS, MAX_SHIFT, MAX_STEPS, Attention, Cl
 from univid_jax.data.clips import ClipFormat
 from univid_jax.inference import lora_specs
 from univid_jax.inference.distillation_loras import read_distillation
-from univid_jax.inference.lora_specs import RequestedLoRA, lora_usage, read_loras
+from univid_jax.inference.lora_specs import RequestedLoRA, lora_usage, read_loras, warn_of_other_context
 from univid_jax.inference.plan import SamplingOptions
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training import loop
@@ -319,6 +319,24 @@ def test_what_is_asked_for_decides_only_about_itself(order):
   assert used((full, target), (causal, zero), attention=full) == target
   assert used((full, target), (causal, zero), attention=causal) == zero
   assert used((causal, zero), (causal, zero), attention=full) == ContextTimestep.AUTO
+
+
+@pytest.mark.parametrize(
+  "asked, expected",
+  [
+    ({}, []),
+    ({"attention": Attention.FULL}, []),
+    ({"context_timestep": ContextTimestep.ZERO}, ["a was trained with context_timestep target, not zero: "]),
+    ({"attention": Attention.CONTEXT_CAUSAL}, ["a was trained with attention full, not context_causal: "]),
+  ],
+)
+def test_another_context_than_that_of_training_is_reported(caplog, asked, expected):
+  usage = Usage(attention=Attention.FULL, context_timestep=ContextTimestep.TARGET)
+  asked = {"attention": None, "context_timestep": None} | asked
+  lora_usage([], run=("a", usage), quantize=Quantize.NONE, **asked)
+  assert caplog.messages == [f"{line}expect worse results" for line in expected]
+  warn_of_other_context("b", Usage(), **asked)
+  assert "b was trained with context_timestep" not in caplog.text, "it is not known"
 
 
 def test_a_sidecar_is_part_of_the_checksum(tmp_path):
