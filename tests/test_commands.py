@@ -255,11 +255,21 @@ def test_sampling_real_files(trained, tmp_path, capfd):
   common = [f"--checkpoint={root / 'run'}", "--steps=2"]
   a, b, video = tmp_path / "a.png", tmp_path / "b.npy", tmp_path / "a video.mp4"
 
-  assert run_here("univid_jax.sample", *common, f"--clips={a},{a},{video}", f"--out={tmp_path / 'out.mp4'}") == 0
+  whole = f"--clips={a},{a},{video}", f"--out={tmp_path / 'out.mp4'}", "--copy_audio"
+  assert run_here("univid_jax.sample", *common, *whole) == 0
+  assert f"there is no sound to copy: {video} has none" in capfd.readouterr().err
   clip = read_clip(tmp_path / "out.mp4")
   assert clip.frames.shape == (7, 16, 16, 3) and clip.fps == pytest.approx(25), "all of a longer video"
 
-  assert run_here("univid_jax.sample", *common, f"--clips={a},{a},{a}", f"--out={tmp_path / 'out.png'}") == 0
+  flags = [f"--clips={a},{a},{a}", f"--out={tmp_path / 'out.png'}"]
+  unused = {
+    "carry_context": "no B is longer than the 5 frames of the model's clips",
+    "merge_lora": "the model has no LoRA",
+    "offload_inactive": "the model has only one transformer",
+  }
+  assert run_here("univid_jax.sample", *common, *flags, *(f"--{name}" for name in unused)) == 0
+  log = capfd.readouterr().err
+  assert all(f"--{name} has no effect: {reason}\n" in log for name, reason in unused.items()), log
   assert read_clip(tmp_path / "out.png").frames.shape == (1, 16, 16, 3)
 
   inputs, out = f"--clips={a},{b},{a}", f"--out={tmp_path / 'out.npy'}"
@@ -439,6 +449,17 @@ def test_step_caching(trained, tmp_path, capfd):
       2,
       "several processes share the queries of --queries, and there are",
     ),
+    (
+      ["--clips={a},{a},{a}", "--num_processes=2"],
+      2,
+      "several processes share the queries of --queries, and there are",
+    ),
+    (["--clips={a},{a},{a}", "--warm_up", "--profile=2"], 2, "--warm_up samples nothing: leave out --profile"),
+    (["--clips={a},{a},{a}", "--batch_size=3"], 2, "no --queries to sample in batches: leave out --batch_size"),
+    (["--clips={a},{a},{a}", "--carry_context", "--num_frames=1"], 2, "with --num_frames, no whole video is sampled"),
+    (["--clips={a},{a},{a}", "--copy_audio"], 2, "out.png has no sound, .mp4 and other videos have: leave out --copy"),
+    (["--first_frame={a}", "--copy_audio", "--out={root}/out.mp4"], 2, "there are no --clips: leave out --copy_audio"),
+    (["--clips={a},{a},{a}", "--lora_skip_unmatched"], 2, "no LoRA is added to the model: leave out --lora_skip"),
     (["--clips={a},{a},{a}", "--num_frames=4"], 2, "--num_frames must be 4n + 1 (1 or 5), got 4"),
     (["--clips={a},{a},{a}", "--num_frames=5"], 1, "cannot write 5 frames to the image"),
     (["--clips={a},{a},{a}", "--checkpoint={root}"], 1, "neither a converted checkpoint (no checkpoint.json) nor"),

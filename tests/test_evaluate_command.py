@@ -152,6 +152,7 @@ def test_two_processes_give_the_same_report(workdir, undisturbed, tmp_path):
   "arguments, message",
   [
     (["--workdir=nowhere"], "nowhere does not exist: expected a converted checkpoint"),
+    (["--lora_skip_unmatched"], "no LoRA is added to the model: leave out --lora_skip_unmatched"),
     (["--step=abc"], "must be a number or \"best\", got 'abc'"),
     (["--config.data.kinds={'x': 'magic'}"], "got 'magic'"),
     (["--config.eval.palette=nowhere.txt"], "nowhere.txt"),
