@@ -372,6 +372,7 @@ class TestCommands:
       (["--chip=v6e", "--chips=3"], 1, "no slice of 3 v6e; the nearest have 1 (v6e:1x1) and 4 (v6e:2x2)"),
       (["--chip=h100", "--chips=0"], 2, "chips"),
       (["--chip=h100", "--topology=v5e:2x2"], 2, "leave out --topology"),
+      (["--sampling", "--of=decoding"], 2, "--sampling is --of=sampling, and contradicts --of=decoding"),
       (["--chips=4"], 2, "--chips is a number of --chip"),
       (["--chip=h100", "--of=decoding"], 2, "leave out --topology, --of"),
       (["--chip=h100", "--config.rows.num_tokens=30000"], 1, "a sentence of 4 clips of context I has 31200 tokens"),

@@ -78,6 +78,7 @@ NUMBER, WHOLE = "must be a positive number, got", "must be a whole number"
     ("num_frames", ["5", 5.5, 0, True, [5]], f"{WHOLE} of at least 1, got"),
     ("num_inference_steps", ["2", 1.5, 0, True, [2], 1001], f"{WHOLE} from 1 to 1000, got"),
     ("shift", ["5", 0, True, [5], float("nan"), float("inf")], NUMBER),
+    ("shift", [1000.1], "must be at most 1000, got 1000.1"),
     ("guidance_scale", ["3", True, {}, [None], (1, "2")], "must be a number, got"),
     ("guidance_scale", [float("nan"), (1.0, float("inf"))], "guidance"),
     ("guidance_range", [5, "ab"], "must be a list of two noise levels, got"),

@@ -20,6 +20,7 @@ from univid_jax.cli.path_flags import PATH_KEYS
 from univid_jax.config.boundary import to_json
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.errors import DivergedError, Interrupted, UserError
+from univid_jax.diffusion.step_cache import StepCache
 
 COMMANDS = ("train", "prepare", "sample", "evaluate", "forecast", "demo", "convert.__main__")
 
@@ -401,7 +402,9 @@ class TestEnds:
     assert all(codes)
 
 
-def test_a_profile_of_sampling_has_named_annotations(tmp_path):
+@pytest.mark.parametrize("cache, steps", [(None, 2), (StepCache(ratios=((1.0,) * 9,)), 9)], ids=["", "step_cache"])
+def test_a_profile_of_sampling_has_named_annotations(tmp_path, cache, steps):
+  """And as many steps as are asked for, unless a step cache has the ratios of another number."""
   import gzip
 
   import jax
@@ -420,7 +423,7 @@ def test_a_profile_of_sampling_has_named_annotations(tmp_path):
 
     def sample(self, clips, num_inference_steps, **others):
       jax.block_until_ready(jax.numpy.ones(3) + 1)
-      assert num_inference_steps == 2
+      assert num_inference_steps == steps
 
       class out:
         frames = clips[0]
@@ -430,9 +433,9 @@ def test_a_profile_of_sampling_has_named_annotations(tmp_path):
   write_clip(tmp_path / "a.png", np.zeros((1, 16, 16, 3), np.uint8))
   request = Request((str(tmp_path / "a.png"),) * 3, tmp_path / "out.png")
   form = ClipFormat(size=(16, 16), num_frames=5)
-  arguments = SamplingArguments(steps=SamplingOptions(num_inference_steps=9))
+  arguments = SamplingArguments(steps=SamplingOptions(num_inference_steps=9, step_cache=cache))
   line = RequestRunner(Stub(), form, arguments, {}).profile(request, 2)
-  assert line.endswith(str(tmp_path / "profile"))
+  assert line == f"wrote a profile of {steps} steps: {tmp_path / 'profile'}"
   (trace,) = (tmp_path / "profile").rglob("*.trace.json.gz")
   names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
   assert {"data", "step", "save"} <= names

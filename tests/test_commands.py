@@ -221,6 +221,9 @@ def trained(tmp_path_factory):
     (["--steps=5", "--sigmas=1,0.5"], 2, "--sigmas replace --steps"),
     (["--prompt=x", "--task=depth map"], 2, "--prompt and --task exclude each other"),
     (["--size=1"], 2, "--size is HEIGHTxWIDTH"),
+    (["--fps=-1"], 2, "error: --fps must be from 0 to 10000, got -1.0"),
+    (["--fps=nan"], 2, "error: --fps must be from 0 to 10000, got nan"),
+    (["--shift=1e9"], 2, "error: --shift must be at most 1000, got 1e+09"),
     (["--negative_prompt=x"], 2, "--negative_prompt needs guidance"),
     ([], 1, "missing does not exist: expected a converted checkpoint, the workdir of a training run, or one of"),
   ],
@@ -254,11 +257,21 @@ def test_sampling_real_files(trained, tmp_path, capfd):
   common = [f"--checkpoint={root / 'run'}", "--steps=2"]
   a, b, video = tmp_path / "a.png", tmp_path / "b.npy", tmp_path / "a video.mp4"
 
-  assert run_here("univid_jax.sample", *common, f"--clips={a},{a},{video}", f"--out={tmp_path / 'out.mp4'}") == 0
+  whole = f"--clips={a},{a},{video}", f"--out={tmp_path / 'out.mp4'}", "--copy_audio"
+  assert run_here("univid_jax.sample", *common, *whole) == 0
+  assert f"there is no sound to copy: {video} has none" in capfd.readouterr().err
   clip = read_clip(tmp_path / "out.mp4")
   assert clip.frames.shape == (7, 16, 16, 3) and clip.fps == pytest.approx(25), "all of a longer video"
 
-  assert run_here("univid_jax.sample", *common, f"--clips={a},{a},{a}", f"--out={tmp_path / 'out.png'}") == 0
+  flags = [f"--clips={a},{a},{a}", f"--out={tmp_path / 'out.png'}"]
+  unused = {
+    "carry_context": "no B is longer than the 5 frames of the model's clips",
+    "merge_lora": "the model has no LoRA",
+    "offload_inactive": "the model has only one transformer",
+  }
+  assert run_here("univid_jax.sample", *common, *flags, *(f"--{name}" for name in unused)) == 0
+  log = capfd.readouterr().err
+  assert all(f"--{name} has no effect: {reason}\n" in log for name, reason in unused.items()), log
   assert read_clip(tmp_path / "out.png").frames.shape == (1, 16, 16, 3)
 
   inputs, out = f"--clips={a},{b},{a}", f"--out={tmp_path / 'out.npy'}"
@@ -438,6 +451,17 @@ def test_step_caching(trained, tmp_path, capfd):
       2,
       "several processes share the queries of --queries, and there are",
     ),
+    (
+      ["--clips={a},{a},{a}", "--num_processes=2"],
+      2,
+      "several processes share the queries of --queries, and there are",
+    ),
+    (["--clips={a},{a},{a}", "--warm_up", "--profile=2"], 2, "--warm_up samples nothing: leave out --profile"),
+    (["--clips={a},{a},{a}", "--batch_size=3"], 2, "no --queries to sample in batches: leave out --batch_size"),
+    (["--clips={a},{a},{a}", "--carry_context", "--num_frames=1"], 2, "with --num_frames, no whole video is sampled"),
+    (["--clips={a},{a},{a}", "--copy_audio"], 2, "out.png has no sound, .mp4 and other videos have: leave out --copy"),
+    (["--first_frame={a}", "--copy_audio", "--out={root}/out.mp4"], 2, "there are no --clips: leave out --copy_audio"),
+    (["--clips={a},{a},{a}", "--lora_skip_unmatched"], 2, "no LoRA is added to the model: leave out --lora_skip"),
     (["--clips={a},{a},{a}", "--num_frames=4"], 2, "--num_frames must be 4n + 1 (1 or 5), got 4"),
     (["--clips={a},{a},{a}", "--num_frames=5"], 1, "cannot write 5 frames to the image"),
     (["--clips={a},{a},{a}", "--checkpoint={root}"], 1, "neither a converted checkpoint (no checkpoint.json) nor"),
@@ -484,6 +508,20 @@ def test_wrong_arguments_of_sample(trained, tmp_path, capfd, arguments, code, me
 def test_missing_flags_are_named_together(capfd, module, arguments, message):
   assert run_here(f"univid_jax.{module}", *arguments) == 2
   assert capfd.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    ("--verify --dtype=bfloat16 --quantize=int8", "compares what is there already: leave out --dtype and --quantize"),
+    ("--verify --to=diffusers --force --lora_skip_unmatched", ": leave out --to, --force and --lora_skip_unmatched"),
+    ("--inspect --verify --to=musubi", "--inspect only describes SRC: leave out --verify and --to"),
+    ("--inspect --allow_missing=x --allow_missing=y", "--inspect only describes SRC: leave out --allow_missing"),
+  ],
+)
+def test_flags_without_effect_on_convert(capfd, flags, message):
+  assert run_here("univid_jax.convert.__main__", *(["a"] if "--inspect" in flags else ["a", "b"]), *flags.split()) == 2
+  assert message in capfd.readouterr().err
 
 
 def test_computed_data_need_no_preparation(tmp_path, capfd):

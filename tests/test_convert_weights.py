@@ -229,6 +229,12 @@ class TestVerify:
     assert not equal and "1 of 96 tensors differ" in text and "blocks.1.ffn.0.bias" in text, text
 
 
+def test_options_of_other_sources_are_refused(release, tmp_path):
+  for source, option in (("small", "allow_missing"), (str(release), "lora_skip_unmatched")):
+    with pytest.raises(UserError, match=f"--{option} is for .*: leave it out"):
+      convert_any(source, str(tmp_path / "x"), **{option: ["x"]})
+
+
 class TestStrict:
   def test_extra(self, release):
     change(release, lambda tensors: tensors.update(extra=np.zeros(3, np.float32)))
@@ -240,10 +246,11 @@ class TestStrict:
       release, r"missing: blocks.0.norm3.weight \(similar: blocks.0.norm3.waight\); not used: blocks.0.norm3.waight"
     )
 
-  def test_allow_missing(self, release, tmp_path):
+  def test_allow_missing(self, release, tmp_path, caplog):
     change(release, lambda tensors: [tensors.pop(f"blocks.{i}.norm3.weight") for i in range(3)])
     assert_refused(release, "missing: blocks.0.norm3.weight")
-    convert_any(str(release), str(tmp_path / "target"), allow_missing=["blocks.*.norm3.weight"])
+    convert_any(str(release), str(tmp_path / "target"), allow_missing=["blocks.*.norm3.weight", "x*"])
+    assert caplog.messages == ["--allow_missing=x* has no effect: nothing of that name is missing"]
     convert_any(str(tmp_path / "target"), str(tmp_path / "back"), to="original")
     assert (load_file(tmp_path / "back" / WEIGHTS)["blocks.2.norm3.weight"] == 1).all()
 

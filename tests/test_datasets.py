@@ -40,13 +40,17 @@ from univid_jax.data.media.reader import read_clip
 from univid_jax.data.media.schedule import Schedule
 from univid_jax.data.media.writer import write_clip
 from univid_jax.data.sources.base import hold_out, indices_by_task
-from univid_jax.data.sources.listed import count_shown_targets
+from univid_jax.data.sources.computed import ComputedSentences
+from univid_jax.data.sources.grids import GridSentences
+from univid_jax.data.sources.listed import ListedSentences, count_shown_targets
 from univid_jax.data.sources.open import DataSources, open_data
-from univid_jax.data.sources.pairs import check_aligned
+from univid_jax.data.sources.pairs import PairSentences, check_aligned
+from univid_jax.data.sources.readers.arc import ARCSentences
 from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
 from univid_jax.data.sources.readers.tfds import feature_to_frames, open_tfds
+from univid_jax.data.sources.unused_keys import describe_unused_keys
 from univid_jax.data.target_kinds import label_colors
 from univid_jax.evaluation.sentences import plan_sentences
 from univid_jax.training.validation import select_sentences
@@ -1079,3 +1083,29 @@ class TestTFDS:
     data = {"data.tfds": {"name": "scenes", "data_dir": data_dir, "task": "t", "source": "image", "target": "image"}}
     source = open_data(override(tiny(), data | {"data.kinds": {"t": "depth"}})).sources["tfds"]
     assert {pair.target.form.resample for pair in source.pairs} == {Resampling.NEAREST}, "pictures of depth"
+
+
+@pytest.mark.parametrize(
+  "kinds, changes, expected",
+  [
+    ([ComputedSentences, GridSentences], {"buckets": ["16x32"], "fit": "pad"}, ["buckets and fit have"]),
+    ([ComputedSentences, PairSentences], {"buckets": ["16x32"], "fit": "pad"}, []),
+    ([ARCSentences], {}, []),
+    ([ListedSentences, ARCSentences], {"num_clips.clips_6": 0.5, "buckets": ["16x32"]}, ["num_clips has"]),
+    ([ListedSentences], {"num_clips.clips_4": 2.0}, []),
+    ([ListedSentences, PairSentences], {"num_clips.clips_6": 0.5}, []),
+    ([list], {"num_clips.clips_6": 0.5, "buckets": ["16x32"], "fit": "pad"}, []),
+    ([], {"buckets": ["16x32"]}, []),
+  ],
+)
+def test_keys_that_no_source_uses_are_reported(kinds, changes, expected):
+  """Of sources of your own nothing is known."""
+  config = override(tiny(), {f"data.{key}": value for key, value in changes.items()}).data
+  lines = list(describe_unused_keys(config, [kind.__new__(kind) for kind in kinds]))
+  assert [line.partition(" no effect: ")[0] for line in lines] == [f"config.data.{text}" for text in expected]
+
+
+def test_keys_without_effect_are_reported_at_the_start(caplog):
+  config = override(tiny(), {"data.fit": "pad"})
+  open_data(config).report(config.data)
+  assert "data: config.data.fit has no effect: computed tasks, grids and ARC have clips of one size" in caplog.text

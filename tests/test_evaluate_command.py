@@ -152,6 +152,7 @@ def test_two_processes_give_the_same_report(workdir, undisturbed, tmp_path):
   "arguments, message",
   [
     (["--workdir=nowhere"], "nowhere does not exist: expected a converted checkpoint"),
+    (["--lora_skip_unmatched"], "no LoRA is added to the model: leave out --lora_skip_unmatched"),
     (["--step=abc"], "must be a number or \"best\", got 'abc'"),
     (["--config.data.kinds={'x': 'magic'}"], "got 'magic'"),
     (["--config.eval.palette=nowhere.txt"], "nowhere.txt"),
@@ -242,7 +243,11 @@ def test_another_config_than_that_of_the_run_is_named():
   trained, other = presets.small_lora(), presets.small()
   assert describe_ignored_overrides(["data.height", "eval.seed", "seed"]) is None
   line = describe_ignored_overrides(["flow.shift", "data.height", "model.dtype"])
-  assert line == "ignored: config.flow.shift, config.model.dtype; evaluation uses the run's own settings"
+  assert line == "ignored: config.flow.shift, config.model.dtype; evaluation does not need them, or uses the run's own"
+  reading = ["data.num_threads", "data.cache", "data.stream_processes", "data.prompt_dropout", "data.jitter"]
+  line = describe_ignored_overrides([*reading, "data.allow_dropped", "data.num_sentences"])
+  ignored = ", ".join(f"config.{key}" for key in (*reading, "data.num_sentences"))
+  assert line == f"ignored: {ignored}; evaluation does not need them, or uses the run's own"
   describe = functools.partial(describe_config_differences, name="small", workdir="runs/mine")
   line = describe(other, trained, overrides=[])
   assert line.startswith(

@@ -1,5 +1,6 @@
 """The demo page's server side, without a browser: what it samples, shows and offers. See also test_demo.py."""
 
+import dataclasses
 import inspect
 import logging
 import shlex
@@ -95,6 +96,11 @@ def test_choices_become_the_flags_of_sample():
   assert first.sample_flags() == ["--seed=0"], "the distillation decides about the steps"
   other = Choice(checkpoint="runs/two", lora_weights=(0, -0.25), steps=7, task="depth map", num_frames=5, seed=3)
   assert other.model_flags(OFFER) == ["--checkpoint=runs/two", "--dtype=float32", "--lora=b.safetensors:-0.25"]
+  skipping = dataclasses.replace(OFFER, flags=["--lora_skip_unmatched"])
+  assert [len(choice.model_flags(skipping)) for choice in (first, dataclasses.replace(other, lora_weights=(0, 0)))] == [
+    4,
+    1,
+  ]
   assert other.sample_flags() == ["--task=depth map", "--steps=7", "--num_frames=5", "--seed=3"]
   both = Choice(checkpoint="runs/one", task="depth map", prompt="--help 'me', now")
   assert both.sample_flags() == ["--prompt=--help 'me', now", "--seed=0"]

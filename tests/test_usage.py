@@ -39,7 +39,7 @@ from univid_jax.core.options import MAX_FPS, MAX_SHIFT, MAX_STEPS, Attention, Cl
 from univid_jax.data.clips import ClipFormat
 from univid_jax.inference import lora_specs
 from univid_jax.inference.distillation_loras import read_distillation
-from univid_jax.inference.lora_specs import RequestedLoRA, lora_usage, read_loras
+from univid_jax.inference.lora_specs import RequestedLoRA, lora_usage, read_loras, warn_of_other_context
 from univid_jax.inference.plan import SamplingOptions
 from univid_jax.parallel.mesh import make_mesh
 from univid_jax.training import loop
@@ -101,7 +101,7 @@ def test_every_format_carries_it_and_hands_it_on(tmp_path, name):
 
 def test_it_is_that_of_the_run():
   changes = {"model.attention": "context_causal", "flow.shift": 2.0, "data.buckets": ["64x16"], "data.fit": "pad"}
-  config = override(tiny(), changes)
+  config = override(tiny(), {**changes, "data.pairs": "x"})
   usage = Usage.from_config(config, prompts={"x": "y"})
   assert usage == dataclasses.replace(
     USAGE,
@@ -120,6 +120,25 @@ def test_it_is_that_of_the_run():
   assert read == usage and read.is_known
 
 
+@pytest.mark.parametrize(
+  "data, has_buckets",
+  [
+    ({}, False),
+    ({"folder": "x"}, False),
+    ({"folder": "x", "tfds.name": "x"}, True),
+    ({"folder": "x", "pairs": "x", "weights.pairs": 0.0}, False),
+    ({"manifest": "x"}, True),
+    ({"bundled": False, "arc.path": "x"}, False),
+    ({"bundled": False}, True),
+  ],
+)
+def test_only_sizes_and_fits_that_a_source_uses_are_trained(data, has_buckets):
+  """All sources but records have one size, and crop; data that the config does not name may be anything."""
+  changes = {"buckets": ["64x16"], "fit": "pad", **data}
+  usage = Usage.from_config(override(tiny(), {f"data.{key}": value for key, value in changes.items()}))
+  assert (len(usage.sizes), usage.fit) == ((2, ClipFit.PAD) if has_buckets else (1, ClipFit.CROP))
+
+
 @pytest.mark.parametrize("key", ["manifest", "metadata"])
 def test_prompts_of_records_are_remembered(key):
   usage = Usage.from_config(override(tiny(), {f"data.{key}": "x"}), prompts={"x": "y"})
@@ -134,7 +153,7 @@ def test_prompts_of_records_are_remembered(key):
     {"flow.shift": 5e-324, "data.fps": 5e-324, "eval.num_inference_steps": 1, "data.num_frames": 1},
     {"flow.shift": MAX_SHIFT, "data.fps": MAX_FPS, "eval.num_inference_steps": MAX_STEPS},
     {"model.clip_gap": MAX_POSITION - 1, "data.num_frames": MAX_COUNT // 4 * 4 - 3},
-    {"data.buckets": [f"{MAX_COUNT}x1"], "data.num_clips": {f"clips_{MAX_COUNT - 1}": 1.0}},
+    {"data.pairs": "x", "data.buckets": [f"{MAX_COUNT}x1"], "data.num_clips": {f"clips_{MAX_COUNT - 1}": 1.0}},
     {"name": ' "ü"\n', "model.context_timestep": "zero", "lora.rank": 1, "base.quantize": "nf4"},
   ],
   ids=str,
@@ -319,6 +338,24 @@ def test_what_is_asked_for_decides_only_about_itself(order):
   assert used((full, target), (causal, zero), attention=full) == target
   assert used((full, target), (causal, zero), attention=causal) == zero
   assert used((causal, zero), (causal, zero), attention=full) == ContextTimestep.AUTO
+
+
+@pytest.mark.parametrize(
+  "asked, expected",
+  [
+    ({}, []),
+    ({"attention": Attention.FULL}, []),
+    ({"context_timestep": ContextTimestep.ZERO}, ["a was trained with context_timestep target, not zero: "]),
+    ({"attention": Attention.CONTEXT_CAUSAL}, ["a was trained with attention full, not context_causal: "]),
+  ],
+)
+def test_another_context_than_that_of_training_is_reported(caplog, asked, expected):
+  usage = Usage(attention=Attention.FULL, context_timestep=ContextTimestep.TARGET)
+  asked = {"attention": None, "context_timestep": None} | asked
+  lora_usage([], run=("a", usage), quantize=Quantize.NONE, **asked)
+  assert caplog.messages == [f"{line}expect worse results" for line in expected]
+  warn_of_other_context("b", Usage(), **asked)
+  assert "b was trained with context_timestep" not in caplog.text, "it is not known"
 
 
 def test_a_sidecar_is_part_of_the_checksum(tmp_path):

@@ -154,10 +154,14 @@ def write_video_with_sound(
     container.mux(audio.encode())
 
 
-def test_videos_without_sound_give_none(tmp_path: Path):
+def test_videos_without_sound_give_none(tmp_path: Path, caplog):
   encode_video(tmp_path / "silent.mp4", numbered_frames(3))
   write_clip(tmp_path / "clip.mp4", numbered_frames(3), audio_from=tmp_path / "silent.mp4")
   write_clip(tmp_path / "clip.png", numbered_frames(1), audio_from=tmp_path / "silent.mp4")
+  assert caplog.messages == [
+    f"there is no sound to copy: {tmp_path / 'silent.mp4'} has none",
+    f"{tmp_path / 'clip.png'} gets no sound: only videos have it, and GIFs have none",
+  ]
   assert len(read_clip(tmp_path / "clip.mp4").frames) == 3
 
 

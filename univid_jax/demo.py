@@ -28,7 +28,7 @@ LORA, ACCELERATE = FLAGS.lora(), FLAGS.accelerate()
 # For every model that is chosen, as `sample` takes them.
 FLAGS.dtype()
 FLAGS.quantize()
-FLAGS.lora_skip_unmatched()
+LORA_SKIP_UNMATCHED = FLAGS.lora_skip_unmatched()
 FLAGS.offload_inactive()
 FLAGS.run_verification()
 MODEL_FLAGS = (
@@ -45,6 +45,8 @@ log = logging.getLogger("univid_jax.demo")
 
 @app.command(FLAGS)
 def main() -> None:
+  if not (LORA.value or ACCELERATE.value):
+    FLAGS.refuse("no LoRA is added to the models", [LORA_SKIP_UNMATCHED.name])
   require_free(HOST.value, PORT.value)  # before seconds of imports
   log.info("loading %s; the address of the page follows", (CHECKPOINT.value or BUILT_IN)[0])
   try:

@@ -35,6 +35,8 @@ log = logging.getLogger("univid_jax.evaluate")
 def main() -> None:
   if CHECKPOINT.value and not CONFIG.is_given:
     raise UsageError("--checkpoint needs --config, which says what to evaluate on; the bases' own are their presets")
+  if not (LORA.value or ACCELERATE.value):
+    FLAGS.refuse("no LoRA is added to the model", [LORA_SKIP_UNMATCHED.name])
   from univid_jax.checkpoints.run import require_run
   from univid_jax.cli.compilation import enable_compilation_cache
   from univid_jax.cli.distributed import start_processes

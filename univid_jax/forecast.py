@@ -38,6 +38,8 @@ CHIPS = FLAGS.integer("chips", 1, "Number of these chips.", lower_bound=1)
 
 @app.command(FLAGS)
 def main() -> None:
+  if SAMPLING.value and FLAGS.given(["of"]) and OF.value != "sampling":
+    raise UsageError(f"--sampling is --of=sampling, and contradicts --of={OF.value}: leave one of them out")
   if SAMPLING.value:
     log.warning("--sampling is deprecated and will be removed: use --of=sampling")
   what = "sampling" if SAMPLING.value else OF.value

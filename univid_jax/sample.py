@@ -36,10 +36,12 @@ def main() -> None:
   from univid_jax.cli.distributed import start_processes
   from univid_jax.runtime import supervisor
 
+  if WARM_UP.value:
+    FLAGS.refuse("--warm_up samples nothing", [PROFILE.name])
   requests = SAMPLE.plan_requests()
   if SAMPLE.has_queries:
     start_processes(PROCESSES)
-  elif PROCESSES.coordinator.value is not None:
+  elif any(PROCESSES.given):
     raise UsageError("several processes share the queries of --queries, and there are none")
   enable_compilation_cache()
   log.info("loading %s", SAMPLE.sampling.checkpoint.value)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from univid_jax.config.drawn import DrawnSentences
-from univid_jax.config.schema import RunConfig
+from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.dims import MAX_POSITION, is_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
@@ -29,9 +29,9 @@ class Usage:
     clip_gap: see `ModelConfig`.
     shift: shift of the noise levels towards noise.
     num_inference_steps: inference steps of evaluation.
-    sizes: (height, width) in pixels: the size of clips, then the other buckets.
+    sizes: (height, width) in pixels: the size of clips, then the other buckets, if there were clips of such sizes.
     num_frames: frames of a video.
-    fit, fps: see `DataConfig`.
+    fit, fps: see `DataConfig`; clips of computed tasks, grids and ARC count as cropped.
     base_model: name or shape of the base; "" if it is not known.
     base_checksum: checksum of the base's transformer; "" without a base, and for both experts together.
     base_quantize: how the base was quantised in training.
@@ -75,6 +75,7 @@ class Usage:
   ) -> "Usage":
     """Returns the usage of a run; `context_timestep` is an argument because it also depends on the base."""
     data = config.data
+    has_sizes = _adapts_clips(data)
     drawn = DrawnSentences.from_config(data)
     return cls(
       attention=config.model.attention,
@@ -83,9 +84,9 @@ class Usage:
       clip_gap=config.model.clip_gap,
       shift=config.flow.shift,
       num_inference_steps=config.eval.num_inference_steps,
-      sizes=data.sizes,
+      sizes=data.sizes if has_sizes else data.sizes[:1],
       num_frames=data.num_frames,
-      fit=data.fit,
+      fit=data.fit if has_sizes else ClipFit.CROP,
       fps=data.fps,
       base_model=base_model,
       base_checksum=base_checksum,
@@ -186,6 +187,16 @@ def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, lis
       if values[0] != values[1]:
         notes.append(f"{first} was trained with {field} {values[0]}, which is used, and {name} with {values[1]}")
   return dataclasses.replace(chosen, prompts=prompts, own_prompts=own_prompts), notes
+
+
+def _adapts_clips(data: DataConfig) -> bool:
+  """Returns whether a config trains on clips that are brought to one of its sizes: on records, or on unknown data."""
+  records = {"metadata": data.metadata, "pairs": data.pairs, "manifest": data.manifest, "tfds": data.tfds.name}
+  others = {"computed": data.has_computed, "grids": data.grids.enabled, "arc": data.arc.path}
+  records_used, others_used = (
+    any(value and getattr(data.weights, name) > 0 for name, value in given.items()) for given in (records, others)
+  )
+  return records_used or not others_used
 
 
 def _format(number: float) -> str:

@@ -25,7 +25,7 @@ def start_processes(flags: ProcessFlags, *, writes: str | None = None) -> None:
     UserError: another command writes to the folder, it is in another bucket than gs://, or the other processes cannot
       be found or reached.
   """
-  given = [flag.value is not None for flag in (flags.coordinator, flags.num_processes, flags.process_id)]
+  given = flags.given
   if any(given) and not all(given):
     raise UsageError("--coordinator, --num_processes and --process_id must be given together")
   index, count = flags.process_id.value or 0, flags.num_processes.value or 0

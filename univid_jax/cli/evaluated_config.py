@@ -5,21 +5,23 @@ from collections.abc import Collection
 from univid_jax.config.boundary import differences
 from univid_jax.config.schema import RunConfig
 from univid_jax.core.text import list_first
-from univid_jax.evaluation.stored_samples import SECTIONS
+from univid_jax.evaluation.stored_samples import READING, SECTIONS
 
 _NAMED = 4
+# Options in these sections on which no held-out sentence depends; records that are left out are not evaluated.
+_OF_TRAINING = frozenset(f"data.{name}" for name in (*READING, "jitter", "num_sentences")) - {"data.allow_dropped"}
 
 
 def _matters(key: str) -> bool:
   """Returns whether an evaluation depends on a key of the config; sentences of listed records are drawn by the seed."""
-  return key == "seed" or key.partition(".")[0] in SECTIONS
+  return key == "seed" or (key.partition(".")[0] in SECTIONS and key not in _OF_TRAINING)
 
 
 def describe_ignored_overrides(overrides: Collection[str]) -> str | None:
   """Returns a line that names the keys, given on the command line, on which no evaluation depends; None without any."""
   if not (ignored := [f"config.{key}" for key in overrides if not _matters(key)]):
     return None
-  return f"ignored: {', '.join(ignored)}; evaluation uses the run's own settings"
+  return f"ignored: {', '.join(ignored)}; evaluation does not need them, or uses the run's own"
 
 
 def describe_config_differences(

@@ -19,6 +19,11 @@ class ProcessFlags:
     help_text = "Seconds without a heartbeat after which a process counts as dead and the others end."
     self.heartbeat_seconds = command.integer("heartbeat_seconds", 60, help_text, lower_bound=5)
 
+  @property
+  def given(self) -> list[bool]:
+    """Whether each of the flags that only work together is given."""
+    return [flag.value is not None for flag in (self.coordinator, self.num_processes, self.process_id)]
+
 
 class VerificationFlags:
   """Whether weights are verified."""

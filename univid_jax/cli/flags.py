@@ -24,6 +24,7 @@ from univid_jax.core.errors import UserError
 from univid_jax.core.options import Quantize
 from univid_jax.core.paths import refuse_other_buckets
 from univid_jax.core.program import spell_commands
+from univid_jax.core.text import join_words
 from univid_jax.diffusion.distillations import DISTILLATIONS
 
 # Prints the keys of the config.
@@ -212,6 +213,11 @@ class CommandFlags:
   def given(self, names: Sequence[str]) -> list[str]:
     """Returns those of the named flags that are on the command line, as arguments."""
     return [self._values[name].serialize() for name in names if self._values[name].present]
+
+  def refuse(self, reason: str, names: Sequence[str]) -> None:
+    """Raises UsageError with a reason if some of the named flags, which would have no effect, are not the default."""
+    if found := [f"--{name}" for name in names if self._values[name].value != self._values[name].default]:
+      raise UsageError(f"{reason}: leave out {join_words(found, 'and')}")
 
   def help(self) -> str:
     """Returns the text of --help."""

@@ -1,5 +1,6 @@
 """Loads the model that a command samples with."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,10 +9,13 @@ import jax
 import univid_jax
 from univid_jax.checkpoints.experts import split_expert
 from univid_jax.checkpoints.origin import Origin
+from univid_jax.checkpoints.trained import is_lora_run
 from univid_jax.cli.sampling import group_loras
 from univid_jax.inference.distillation_loras import DistillationLoRAs
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.parallel.mesh import make_mesh
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -49,4 +53,8 @@ def load_model(
     **verification,
     **options,
   )
+  if options.get("merge_lora") and not (loras or options.get("accelerate") or is_lora_run(checkpoint)):
+    log.warning("--merge_lora has no effect: the model has no LoRA")
+  if options.get("offload_inactive") and len(pipeline.experts.transformers) == 1:
+    log.warning("--offload_inactive has no effect: the model has only one transformer")
   return pipeline, origin

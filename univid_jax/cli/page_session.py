@@ -84,9 +84,10 @@ class Choice:
       raise UserError(f"choose one of the checkpoints {', '.join(offer.checkpoints)}, not {self.checkpoint!r}")
     chosen = [(path, weight) for (path, _), weight in zip(offer.loras, self.lora_weights, strict=True) if weight]
     loras = ",".join(join_weight(path, weight) for path, weight in chosen)
-    flags = [f"--checkpoint={self.checkpoint}", *offer.flags]
-    flags += [f"--lora={loras}"] if loras else []
-    return flags + ([f"--accelerate={','.join(offer.distillation)}"] if self.accelerated and offer.distillation else [])
+    added = [f"--lora={loras}"] if loras else []
+    added += [f"--accelerate={','.join(offer.distillation)}"] if self.accelerated and offer.distillation else []
+    flags = [flag for flag in offer.flags if added or not flag.startswith("--lora_skip_unmatched")]
+    return [f"--checkpoint={self.checkpoint}", *flags, *added]
 
   def sample_flags(self) -> list[str]:
     """Returns the flags that say how to sample."""

@@ -264,11 +264,11 @@ class RequestRunner:
 
     Args:
       request: what to sample.
-      steps: of the solver, if their number is free.
+      steps: of the solver, if their number is free: neither fixed nor that of a step cache.
     """
     clips = self.reader.read(request)
     options = self.arguments.steps
-    if options.sigmas or _fixed_steps(options):
+    if options.sigmas or options.step_cache is not None or _fixed_steps(options):
       steps = self.num_steps
     else:
       options = dataclasses.replace(options, num_inference_steps=steps)

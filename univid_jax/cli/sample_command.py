@@ -1,18 +1,22 @@
 """What `sample` is asked for, so that the demo runs the very commands that it shows."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.cli.sampling_flags import SamplingFlags
+from univid_jax.core.text import count_noun
 
 if TYPE_CHECKING:
   from univid_jax import Pipeline
   from univid_jax.checkpoints.origin import Origin
   from univid_jax.cli.requests import RequestRunner
   from univid_jax.cli.sampling import Request
+
+log = logging.getLogger(__name__)
 
 
 class SampleCommand:
@@ -22,7 +26,7 @@ class SampleCommand:
   """
 
   def __init__(self, command: CommandFlags):
-    self.sampling = SamplingFlags(command, clips_required=False)
+    self._command, self.sampling = command, SamplingFlags(command, clips_required=False)
     self._accelerate = command.accelerate()
     self._step_cache = command.string(
       "step_cache",
@@ -50,19 +54,33 @@ class SampleCommand:
   def plan_requests(self) -> "list[Request]":
     """Returns what to sample, after checking that the clips can be read and the results be written."""
     from univid_jax.cli import sampling
+    from univid_jax.data.media.writer import CODECS
 
-    self.sampling.check()
+    self.sampling.check(is_accelerated=bool(self._accelerate.value))
     self._parse_batch_size()
+    self._refuse_without_effect()
     clips, queries = self.sampling.clips.value or [], self._queries.value
     first_frames = [self._first_frame.value] if self._first_frame.value else []
     for paths in (clips, queries, first_frames):  # before they are counted, as a name may have been split at a comma
       sampling.check_clips(paths)
     requests = sampling.plan_requests(clips, queries, self._out.value, first_frame=self._first_frame.value)
+    if any(request.path_for(2).suffix.lower() not in CODECS for request in requests):
+      self._command.refuse(f"--out={self._out.value} has no sound, .mp4 and other videos have", ["copy_audio"])
     sampling.check_readable([*(path for request in requests for path in request.clips), *first_frames])
     sampling.check_outputs(  # which makes the folder of results
       requests, first_frame=self._first_frame.value, num_frames=self.sampling.num_frames.value, grid=self._grid.value
     )
     return requests
+
+  def _refuse_without_effect(self) -> None:
+    """Raises UsageError if flags have no effect without others, or beside them."""
+    if not self.has_queries:
+      self._command.refuse("there are no --queries to sample in batches", ["batch_size"])
+      if not self.sampling.clips.value:
+        self._command.refuse("there are no --clips", ["copy_audio", "carry_context"])
+    for flag in (self.sampling.num_frames, self._first_frame):
+      if flag.value is not None:
+        self._command.refuse(f"with --{flag.name}, no whole video is sampled", ["carry_context"])
 
   @property
   def has_queries(self) -> bool:
@@ -72,6 +90,9 @@ class SampleCommand:
     """Samples requests, and yields a line for each."""
     from univid_jax.cli.queries import QueryRunner
 
+    if self._carry_context.value and not any(map(runner.find_whole, requests)):
+      longest = f"the {count_noun(runner.form.num_frames, 'frame')} of the model's clips"
+      log.warning("--carry_context has no effect: no B is longer than %s", longest)
     if self.has_queries:
       yield from QueryRunner(runner, self._parse_batch_size()).run(requests)
     else:

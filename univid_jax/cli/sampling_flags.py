@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.core.dims import is_clip_length, nearest_clip_lengths
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import MAX_SEED, MAX_STEPS, Attention, ClipFit, SolverName
+from univid_jax.core.options import MAX_FPS, MAX_SEED, MAX_STEPS, Attention, ClipFit, SolverName
 from univid_jax.core.text import join_words
 
 if TYPE_CHECKING:
@@ -31,15 +31,16 @@ class SamplingFlags:
     self._define_steps(command)
 
   def _define_model(self, command: CommandFlags) -> None:
+    self._command = command
     self.checkpoint, self._lora, self._step = command.checkpoint(), command.lora(), command.step()
     self.verification = command.run_verification()
     help_text = "Add LoRAs to the weights: faster, equal up to rounding."
     self.merge_lora = command.switch("merge_lora", False, help_text)
-    self._quantize = command.quantize()
+    self._quantize, dtype, self._skip_unmatched = command.quantize(), command.dtype(), command.lora_skip_unmatched()
     options = [
-      command.dtype(),
+      dtype,
       self.merge_lora,
-      command.lora_skip_unmatched(),
+      self._skip_unmatched,
       command.choice("attention", None, list(Attention), "Default: what the model was trained with."),
       command.choice(
         "context_timestep",
@@ -114,8 +115,12 @@ class SamplingFlags:
     """Frame rate that videos are resampled to, if it is given."""
     return self._fps.value
 
-  def check(self) -> None:
-    """Raises UsageError if flags exclude each other, or one cannot be read."""
+  def check(self, *, is_accelerated: bool = False) -> None:
+    """Raises UsageError if flags exclude each other, one cannot be read, or has no effect.
+
+    Args:
+      is_accelerated: whether there is a distillation, whose LoRAs count, too.
+    """
     from univid_jax.cli import sampling
 
     if self.prompt.value is not None and self.task.value is not None:
@@ -123,7 +128,11 @@ class SamplingFlags:
     count = self.num_frames.value
     if count is not None and not is_clip_length(count):
       raise UsageError(f"--num_frames must be 4n + 1 ({join_words(nearest_clip_lengths(count), 'or')}), got {count}")
+    if self.fps is not None and not 0 <= self.fps <= MAX_FPS:
+      raise UsageError(f"--fps must be from 0 to {MAX_FPS:g}, got {self.fps}")
     self._parse_size()
+    if not (self._lora.value or is_accelerated):
+      self._command.refuse("no LoRA is added to the model", [self._skip_unmatched.name])
     sampling.group_loras(self._split_loras())
 
   def check_steps(

@@ -34,11 +34,17 @@ QUANTIZE = FLAGS.choice(
   "Quantise the linear weights of the transformer's blocks; for a frozen base. fp8 keeps 8-bit floats of SRC.",
 )
 FORCE = FLAGS.switch("force", False, "Replace DST, if it is empty or univid-convert wrote it.")
-ALLOW_MISSING = FLAGS.repeated("allow_missing", [], "An official name, with * and ?, that SRC may lack.")
+ALLOW_MISSING_HELP = "An official name, with * and ?, that SRC, files of PyTorch, may lack."
+ALLOW_MISSING = FLAGS.repeated("allow_missing", [], ALLOW_MISSING_HELP)
 INSPECT = FLAGS.switch("inspect", False, "Only describe SRC.")
 LORA_SKIP_UNMATCHED, STEP = FLAGS.lora_skip_unmatched(), FLAGS.step()
-VERIFY_HELP = "Convert unless DST exists, then compare tensors, and with the extra `parity` outputs with PyTorch's."
+VERIFY_HELP = (
+  "Convert, without options, unless DST exists, then compare tensors, and with the extra `parity` outputs with "
+  "PyTorch's."
+)
 VERIFY = FLAGS.switch("verify", False, VERIFY_HELP)
+# What changes the result of a conversion.
+OPTIONS = (TO, DTYPE, QUANTIZE, FORCE, LORA_SKIP_UNMATCHED)
 
 
 @app.command(FLAGS)
@@ -48,6 +54,11 @@ def main() -> None:
     raise UsageError(f"expected {' and '.join(names)}, got {len(FLAGS.arguments)} arguments; see --help")
   if VERIFY.value and STEP.value is not None:
     raise UsageError("--verify compares releases, which have no steps: leave out --step")
+  options = [flag.name for flag in OPTIONS]
+  if INSPECT.value:
+    FLAGS.refuse("--inspect only describes SRC", [VERIFY.name, *options, ALLOW_MISSING.name])
+  elif VERIFY.value:
+    FLAGS.refuse("--verify converts without options, or compares what is there already", options)
   from univid_jax.convert import commands
 
   source, *destination = FLAGS.arguments
@@ -59,8 +70,9 @@ def main() -> None:
     if not is_right:
       raise UserError("the conversion is NOT right; see above")
   else:
-    options = {flag.name: flag.value for flag in (TO, DTYPE, QUANTIZE, FORCE, ALLOW_MISSING, LORA_SKIP_UNMATCHED, STEP)}
-    print(commands.convert_any(source, *destination, **options))
+    print(
+      commands.convert_any(source, *destination, **{flag.name: flag.value for flag in (*OPTIONS, ALLOW_MISSING, STEP)})
+    )
 
 
 if __name__ == "__main__":

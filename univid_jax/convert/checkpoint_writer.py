@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,6 +96,20 @@ def plan_component(
   return ComponentPlan(source, fills, {fill.path: dtype or _source_dtype(source, fill) for fill in fills}, method)
 
 
+def plan_components(
+  release: Release, *, dtype: str | None = None, allow_missing: Sequence[str], quantize: Quantize = Quantize.NONE
+) -> list[ComponentPlan]:
+  """Plans what to write of each component, see `plan_component`; warns of patterns that allow nothing."""
+  plans = [
+    plan_component(source, dtype=dtype, allow_missing=allow_missing, quantize=quantize) for source in release.sources
+  ]
+  absent = {name for plan in plans for fill in plan.fills for name in fill.absent}
+  for pattern in allow_missing:
+    if not fnmatch.filter(absent, pattern):
+      log.warning("--allow_missing=%s has no effect: nothing of that name is missing", pattern)
+  return plans
+
+
 def _source_dtype(source: Source, fill: Fill) -> str:
   """Returns the dtype of a parameter's tensors; float32 if they differ."""
   dtypes = {source.tensors.infos[name].dtype for name in fill.names if name not in fill.absent} or {"float32"}
@@ -126,9 +141,7 @@ def write_checkpoint(
     OSError: the destination exists, or the disk is too small.
   """
   make_absolute(destination)  # or Orbax cannot write there
-  plans = [
-    plan_component(source, dtype=dtype, allow_missing=allow_missing, quantize=quantize) for source in release.sources
-  ]
+  plans = plan_components(release, dtype=dtype, allow_missing=allow_missing, quantize=quantize)
   tokenizer, own = _tokenizer_files(release), _own_entries(release)
   needed = sum(plan.nbytes for plan in plans) + sum(len(file) + BLOCK_BYTES for file in tokenizer.values())
   total = sum(source.nbytes for source in release.sources)

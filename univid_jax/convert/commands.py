@@ -22,7 +22,7 @@ from univid_jax.checkpoints.run_parts import transformer_config
 from univid_jax.checkpoints.tensor_files import open_tensors
 from univid_jax.checkpoints.trained import find_step, read_run_loras
 from univid_jax.config.model import DTYPES
-from univid_jax.convert.checkpoint_writer import describe_nonfinite, write_checkpoint
+from univid_jax.convert.checkpoint_writer import describe_nonfinite, plan_components, write_checkpoint
 from univid_jax.convert.destination import atomic_folder, check_destination
 from univid_jax.convert.export import LAYOUTS, check_layout, export_checkpoint
 from univid_jax.convert.identify import Source
@@ -122,6 +122,12 @@ def convert_any(
   method = parse_option(Quantize, "quantize", quantize) if quantize else Quantize.NONE
   if method != Quantize.NONE and (to != JAX or not isinstance(found, Release)):
     raise UserError(f"--quantize={method} is for the conversion of PyTorch weights to a checkpoint of this project")
+  if allow_missing and not isinstance(found, Release):
+    raise UserError(
+      f"--allow_missing is for the conversion of PyTorch's base weights, and {source} has none: leave it out"
+    )
+  if lora_skip_unmatched and not isinstance(found, list):
+    raise UserError(f"--lora_skip_unmatched is for LoRAs, and {source} contains base weights: leave it out")
   if isinstance(found, list):
     loras = [lora.select(lora.changes) if lora_skip_unmatched else lora for lora in found]
     return _convert_loras(loras, source, destination, to=to, dtype=dtype, force=force)
@@ -208,9 +214,11 @@ def verify(source: str, destination: str, *, allow_missing: Sequence[str] = ()) 
   Raises: see `convert_any`.
   """
   release = find_release(require_local(source))
-  if not is_checkpoint(destination):
+  if is_checkpoint(destination):
+    plan_components(release, allow_missing=allow_missing)
+  else:
     log.info(convert_any(source, destination, allow_missing=allow_missing))
-  return verify_release(release, destination, allow_missing=allow_missing)
+  return verify_release(release, destination)
 
 
 def _describe(source: str, found: Found) -> str:

@@ -25,7 +25,7 @@ FILE = "origin.json"
 SECTIONS = ("data", "eval")
 # Options in these sections that samples do not depend on.
 _SCORING = ("depth_alignment", "palette", "num_labels", "void_label", "clip_model")
-_READING = ("cache", "num_threads", "stream_processes", "allow_dropped", "prompt_dropout")
+READING = ("cache", "num_threads", "stream_processes", "allow_dropped", "prompt_dropout")
 
 
 def open_samples_folder(
@@ -63,7 +63,7 @@ def _describe(config: RunConfig, sentences: Sequence[PlannedSentence], origin: O
   """Describes everything that determines samples, as JSON-compatible values."""
   values = to_json(
     dataclasses.replace(
-      config, eval=_reset(config.eval, EvalConfig(), _SCORING), data=_reset(config.data, DataConfig(), _READING)
+      config, eval=_reset(config.eval, EvalConfig(), _SCORING), data=_reset(config.data, DataConfig(), READING)
     )
   )
   return {

@@ -43,6 +43,7 @@ from univid_jax.inference.lora_specs import (
   lora_usage,
   read_loras,
   select_loras,
+  warn_of_other_context,
   warn_of_repetitions,
 )
 from univid_jax.inference.partial import PartialPipeline
@@ -239,7 +240,9 @@ def _load_base(
     context_timestep=options.context_timestep,
     quantize=quantize.pop(),
   )
-  usage = usage or base.usage
+  if usage is None and (usage := base.usage):
+    asked = {"attention": options.attention, "context_timestep": options.context_timestep}
+    warn_of_other_context(str(base.folder), usage, **asked)
   config = base.config("transformer")
   if usage is None and len(pairs) > 1 and not config.takes_condition:
     usage = Usage(shift=A14B_SHIFT, is_known=False)

@@ -206,6 +206,20 @@ def find_lora_expert(lora: LoRAWeights) -> Expert | None:
   return named_expert(lora.source)
 
 
+def warn_of_other_context(
+  source: str, usage: Usage, *, attention: Attention | None, context_timestep: ContextTimestep | None
+) -> None:
+  """Warns if something was trained with other options of the context than were asked for."""
+  asked = {"attention": attention, "context_timestep": context_timestep}
+  others = [
+    f"{name} {trained}, not {value}"
+    for name, value in asked.items()
+    if value and (trained := getattr(usage, name)) not in (value, ContextTimestep.AUTO)
+  ]
+  if others:
+    log.warning("%s was trained with %s: expect worse results", source, " and ".join(others))
+
+
 def lora_usage(
   loras: Sequence[tuple[RequestedLoRA, str]],
   *,
@@ -234,6 +248,8 @@ def lora_usage(
     if usage.base_quantize not in (Quantize.NONE, quantize)
   ]
   usages = [*([run] if run else []), *((source, usage) for source, usage, _ in known)]
+  for source, usage in usages:
+    warn_of_other_context(source, usage, attention=attention, context_timestep=context_timestep)
   if attention:  # of those that were trained with another one, the timestep says nothing
     alike = [usage.context_timestep for _, usage in usages if usage.attention == attention]
     other = {"attention": attention, "context_timestep": alike[0] if alike else ContextTimestep.AUTO}

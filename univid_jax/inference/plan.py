@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from univid_jax.core.checks import require_integer, require_list, require_number
 from univid_jax.core.errors import UserError
-from univid_jax.core.options import MAX_STEPS, SolverName
+from univid_jax.core.options import MAX_SHIFT, MAX_STEPS, SolverName
 from univid_jax.core.protocols import Solver
 from univid_jax.core.text import describe_value
 from univid_jax.diffusion.distillations import Distillation
@@ -43,7 +43,9 @@ class SamplingOptions:
     if steps is not None:
       self._set("num_inference_steps", require_integer("num_inference_steps", steps, 1, MAX_STEPS))
     if self.shift is not None:
-      self._set("shift", require_number("shift", self.shift, is_positive=True))
+      self._set("shift", shift := require_number("shift", self.shift, is_positive=True))
+      if shift > MAX_SHIFT:
+        raise UserError(f"shift must be at most {MAX_SHIFT:g}, got {shift:g}")
     if levels is not None:
       self._set("sigmas", _numbers("sigmas", levels, "noise levels"))
     if scale is not None:

@@ -110,7 +110,7 @@ def write_clip(
     frames: at least one frame, as an array or a list; or the result of `read_clip`, with its frame rate, or of
       `sample`.
     fps: frame rate; by default that of a clip from `read_clip`, else Wan2.1's. Images, folders and arrays have none.
-    audio_from: a clip whose sound, if any, is copied for as long as the frames last; formats without sound ignore it.
+    audio_from: a clip whose sound is copied for as long as the frames last; the log says if it or the format has none.
 
   Raises:
     UserError: see `check_target`; frames are not uint8 (T, H, W, 3), or fps is out of range. Nothing is written then.
@@ -160,6 +160,8 @@ def _write(
 ) -> None:
   """Writes to `path` the file or folder that will be renamed to `target`."""
   suffix = target.suffix.lower()
+  if audio_from and suffix not in CODECS:
+    log.warning("%s gets no sound: only videos have it, and GIFs have none", target)
   parts = iter(blocks)
   first = next(parts)
   frames = _each_frame(itertools.chain([first], parts), num_frames)
@@ -230,6 +232,8 @@ def _write_video(
     context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
     context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
     sound = deque(_copy_sound(audio_from, container, audio_codec, end=num_frames / rate) if audio_from else ())
+    if audio_from and not sound:
+      log.warning("there is no sound to copy: %s has none", audio_from)
     converter = VideoReformatter()
     for index, frame in enumerate(frames):
       while sound and (sound[0].pts or 0) * sound[0].time_base <= index / rate:

@@ -36,6 +36,7 @@ from univid_jax.data.sources.readers.jsonl import open_manifest
 from univid_jax.data.sources.readers.metadata_csv import open_metadata
 from univid_jax.data.sources.readers.pair_folder import open_pairs
 from univid_jax.data.sources.readers.tfds import open_tfds
+from univid_jax.data.sources.unused_keys import describe_unused_keys
 from univid_jax.data.target_kinds import own_kinds
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,8 @@ class DataSources:
       for text, surprises in source.describe_left_out() if isinstance(source, PairSentences) else ():
         log.log(logging.WARNING if surprises else logging.INFO, "data: %s, %s", name, text)
       _warn_of_shown_targets(name, source, self.held_out.get(name))
+    for text in describe_unused_keys(config, self.sources.values()):
+      log.warning("data: %s", text)
     if self.sources and not self.held_out:
       log.warning("data: nothing to validate and evaluate on: %s", self.explain_nothing_held_out(config))
     for dropped in self.dropped:
