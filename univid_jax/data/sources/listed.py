@@ -106,8 +106,8 @@ class ListedSentences:
 
 def count_shown_targets(held_out: ListedSentences, training: ListedSentences) -> int:
   """Counts the held-out records of which a target is shown in training, by any record and in any role."""
-  shown = {(part.path, part.start) for record in training.records for part in record.footage}
+  shown = {(part.path, part.first) for record in training.records for part in record.footage}
   return sum(
-    any(role == Role.TARGET and (part.path, part.start) in shown for part, role in zip(record.footage, record.roles))
+    any(role == Role.TARGET and (part.path, part.first) in shown for part, role in zip(record.footage, record.roles))
     for record in held_out.records
   )
