@@ -10,7 +10,7 @@ from etils import epath
 from univid_jax.core.options import TargetKind
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.text import count_noun
-from univid_jax.data.pictures import sentence_grid
+from univid_jax.data.pictures import sentence_grid, shown_context
 from univid_jax.data.tasks.grids.base import Grid
 from univid_jax.data.tasks.grids.rendering import Rendering
 from univid_jax.evaluation.candidates import Candidate
@@ -222,7 +222,11 @@ class Failures:
     for (family, split), examples in self._examples.items():
       for generated, cells in examples:
         predicted = generated.samples[Candidate.PREDICTION]
-        clips = [*generated.clips[-4:-1], predicted, self._rendering.render(self._rendering.decode(predicted))]
+        clips = [
+          *shown_context(generated.clips[:-1]),
+          predicted,
+          self._rendering.render(self._rendering.decode(predicted)),
+        ]
         rows.append((f"{family}\n{split}\n{cells:.0%} of the cells", [*clips, generated.clips[-1]]))
     if not rows:
       path.unlink(missing_ok=True)

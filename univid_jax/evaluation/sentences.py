@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -11,12 +12,16 @@ import numpy as np
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.contexts import CONTEXTS, possible_counts
 from univid_jax.core.protocols import SentenceSource
-from univid_jax.core.sentence import Clip, ClipRef, Sentence
+from univid_jax.core.sentence import NOT_COMPLETABLE, Clip, ClipRef, Sentence
+from univid_jax.core.text import count_noun
 from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.computed import ComputedSentences, open_computed
 from univid_jax.data.sources.grids import GridSentences
+from univid_jax.data.sources.listed import ListedSentences
 from univid_jax.data.usable import read_usable
-from univid_jax.evaluation.controls import Case, choose_other_tasks
+from univid_jax.evaluation.controls import Case, choose_other_tasks, has_pairs
+
+log = logging.getLogger(__name__)
 
 # Computed tasks whose example pairs serve as control if the data has a single task.
 FALLBACK_TASKS = ("invert", "swap_channels")
@@ -41,7 +46,8 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
   """Plans `eval.sentences_per_case` held-out sentences per case; the result is empty if nothing is held out.
 
   A case of computed data is a combination of task, context and number of clips, for grids also of split; a case of
-  other data is a task. Every held-out record or pair is used once before any is repeated.
+  other data is a task. Every held-out record or pair is used once before any is repeated. Sentences that sampling
+  cannot complete are left out, and counted in the log.
   """
   per_case = config.eval.sentences_per_case
   sentences: list[PlannedSentence] = []
@@ -59,16 +65,33 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
         case = Case(family, context, count)
         sentences += [PlannedSentence(case, functools.partial(only.__getitem__, i)) for i in range(per_case)]
     else:
-      for indices in indices_by_task(source).values():
-        readers = [functools.partial(source.__getitem__, index) for index in itertools.islice(indices, per_case)]
-        sentences += map(_plan, read_usable(readers, "held-out", allow_dropped=config.data.allow_dropped))
+      sentences += map(_plan, _read_completable(config, source))
   return sentences
+
+
+def _read_completable(config: RunConfig, source: SentenceSource) -> list[Sentence]:
+  """Reads the first sentences of each task that sampling can complete."""
+  kept = source.completable() if isinstance(source, ListedSentences) else source
+  sentences: list[Sentence] = []
+  for indices in indices_by_task(kept).values():
+    readers = [
+      functools.partial(kept.__getitem__, index) for index in itertools.islice(indices, config.eval.sentences_per_case)
+    ]
+    sentences += read_usable(readers, "held-out", allow_dropped=config.data.allow_dropped)
+  completable = [sentence for sentence in sentences if sentence.is_completable]
+  total, left_out = len(sentences), len(sentences) - len(completable)
+  if isinstance(source, ListedSentences) and isinstance(kept, ListedSentences):
+    total, left_out = len(source.records), len(source.records) - len(kept.records)
+  if left_out and config.eval.sentences_per_case:
+    log.warning("evaluation leaves out %d of %s: %s", left_out, count_noun(total, "held-out record"), NOT_COMPLETABLE)
+  return completable
 
 
 def plan_other_pairs(config: RunConfig, sentences: Sequence[PlannedSentence]) -> list[Callable[[], Sentence]]:
   """Returns, for each sentence, a function that reads one of another task, see `choose_other_tasks`.
 
-  If the data has no other task, it reads a held-out sentence of a computed task.
+  If the data has no other task, it reads a held-out sentence of a computed task. It is not called for sentences
+  without example pairs.
   """
   seed = config.eval.seed
   others = choose_other_tasks([sentence.case for sentence in sentences], np.random.default_rng(seed))
@@ -86,7 +109,12 @@ def plan_other_pairs(config: RunConfig, sentences: Sequence[PlannedSentence]) ->
     )
     return functools.partial(source.__getitem__, index)
 
-  return [computed(i) if other is None else sentences[other].read for i, other in enumerate(others)]
+  return [
+    computed(i)
+    if other is None and has_pairs(sentence.case.num_clips)
+    else sentences[i if other is None else other].read
+    for i, (other, sentence) in enumerate(zip(others, sentences))
+  ]
 
 
 def _plan(sentence: Sentence) -> PlannedSentence:

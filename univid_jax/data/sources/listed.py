@@ -7,7 +7,7 @@ import numpy as np
 
 from univid_jax.core.contexts import video_pattern
 from univid_jax.core.options import TargetKind
-from univid_jax.core.sentence import Role, Sentence
+from univid_jax.core.sentence import Role, Sentence, is_completable
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.joint_reading import make_clips
 from univid_jax.data.sources.base import DrawOptions, draw, group_indices, hold_out
@@ -79,6 +79,10 @@ class ListedSentences:
     kept, held_out = hold_out(self.records, share, group=lambda record: record.task)
     options = self.options.with_prompts()
     return dataclasses.replace(self, records=kept), dataclasses.replace(self, records=held_out, options=options)
+
+  def completable(self) -> "ListedSentences":
+    """Returns the records whose targets can be sampled."""
+    return dataclasses.replace(self, records=[record for record in self.records if is_completable(record.roles)])
 
   def __getitem__(self, index: int) -> Sentence:
     rng = np.random.default_rng((self.options.seed, int(index)))
