@@ -53,8 +53,7 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
   sentences: list[PlannedSentence] = []
   for source in held_out.values():
     if isinstance(source, ComputedSentences):
-      # The config identifies bundled photographs completely.
-      identify = functools.cache(source.identify_files) if source.folders else lambda: None
+      identify = functools.cache(functools.partial(_identify_computed, source))
       for number, (case, only) in enumerate(_split_cases(config, source)):
         only = dataclasses.replace(only, seed=_case_seed(config.eval.seed, number))
         sentences += [PlannedSentence(case, functools.partial(only.__getitem__, i), identify) for i in range(per_case)]
@@ -67,6 +66,14 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
     else:
       sentences += map(_plan, _read_completable(config, source))
   return sentences
+
+
+def _identify_computed(source: ComputedSentences) -> object:
+  """Identifies what the config does not: files, and tasks that are not the package's with their prompts."""
+  files = source.identify_files() if source.folders else None
+  if not (own := source.identify_own_tasks()):
+    return files
+  return files, own, {task: source.prompts[task] for task in own}
 
 
 def _read_completable(config: RunConfig, source: SentenceSource) -> list[Sentence]:
