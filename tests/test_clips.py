@@ -1,5 +1,6 @@
 """Clips that are read on demand, and the cache of what is computed from them."""
 
+import dataclasses
 import functools
 import gc
 import os
@@ -107,10 +108,15 @@ class TestClips:
   def test_keys_are_stable(self, tmp_path):
     """If these keys change, every cached latent is computed again: raise READING_VERSION only for other pixels."""
 
-    def key(fps):
-      options = dict(name="", size=(4, 4), num_frames=9, form=FORM, identify=lambda: "x")
+    def key(fps, **changes):
+      options = dict(name="", size=(4, 4), num_frames=9, form=FORM, identify=lambda: "x") | changes
       return Footage(fps=fps, clip_fps=fps, read=lambda count: np.zeros((count, 4, 4, 3)), **options).clip(5).key
 
+    from_start = dict(is_resampled=True, form=dataclasses.replace(FORM, fps=6.4))
+    assert key(8.0, **from_start) == "50f81d22ab45006843eaedda97c897956bc4235b0d8df498b011bee8002173cc"
+    assert key(8.0, first=5) == "a33893f6fec587fa6b0591ee6419c439ecbccc9dbb151fa54c5dfc46f295a883"
+    began_at_5 = "e1222fc9cc8845d45fb31ff607124bee1b712372ae8717d0f8afd8293037be9f"  # resampled with the whole file
+    assert key(8.0, **from_start, start=5, first=6) != key(8.0, **from_start, start=4, first=5) != began_at_5
     assert key(8.0) == key(None) == "f0671e921b5f87ef1f8453198f80e29df053c8200cb888f9c7826851a3cbdfa9"
 
   def test_a_changed_file_is_noticed(self, tmp_path):

@@ -22,7 +22,15 @@ from univid_jax.data.sources.open import open_data
 from univid_jax.data.tasks.grids import GRID_FAMILIES
 from univid_jax.data.tasks.grids.rendering import Rendering
 from univid_jax.evaluation import run
-from univid_jax.evaluation.exact import Failures, describe_arc, exact_report, score_grids, summary, table_rows
+from univid_jax.evaluation.exact import (
+  Failures,
+  _answer_always,
+  describe_arc,
+  exact_report,
+  score_grids,
+  summary,
+  table_rows,
+)
 from univid_jax.evaluation.generate import Generated, SentenceInfo
 from univid_jax.evaluation.kinds import KIND_METRICS, KindOptions
 from univid_jax.evaluation.metrics.grids import bootstrap_interval, grid_metrics, wilson_interval
@@ -99,6 +107,12 @@ class TestReport:
     report = report_of([generated(truth, {"prediction": truth}) for truth in truths])
     assert report["rows"][0]["scores"]["most_frequent"]["grid_accuracy"] == 0.5
     assert (report["rows"][0]["family"], report["rows"][0]["split"]) == ("maze", "held out")  # without parameters
+
+  def test_the_most_frequent_answer_is_what_a_video_shows_after_its_source(self):
+    sources = [np.full_like(GRID, color) for color in (1, 2, 3)]
+    answers = [GRID[::-1], GRID, GRID]
+    scores = _answer_always([*([source, answer] for source, answer in zip(sources, answers)), [GRID[::-1]]])
+    assert [score["grid_accuracy"] for score in scores] == [0, 1, 1, 1]
 
   def test_seeds_are_averaged(self):
     samples = {"prediction": GRID, "seed_1": GRID[::-1], "seed_2": GRID[::-1], "steps_5": GRID}

@@ -309,8 +309,9 @@ class TestLoader:
       other = self.numbered(streams=1, rows=rows, packing=packing)
       other.set_state([state])
       assert len(self.batches(other, 3)[-1].tokens) == rows
-      assert f"batches have {rows} rows on this mesh, 8 before" in caplog.messages[-1]
-    message = "batches of 2 rows on this mesh, which do not divide over the run's 4 streams; before, batches had 8"
+      assert caplog.messages[-1].startswith(f"batches have {rows} rows, 8 before: config.rows.per_batch = 0 makes ")
+      assert caplog.messages[-1].endswith("the mesh or config.rows.microbatches has changed")
+    message = r"microbatches = 2 rows of a batch, which the run's 4 streams do not divide; before it made 8"
     with closing(self.numbered(rows=2)) as other, pytest.raises(UserError, match=message):
       other.set_state([state])
 

@@ -425,6 +425,40 @@ class TestLazySentences:
     assert len(set(identities)) == len(identities)
     assert identity(override(tiny(), base | {"num_steps": 5})) == identities[-1]
 
+  def test_the_identity_follows_the_functions_of_own_tasks(self, monkeypatch):
+    """Also if a helper changes; those of the package follow `COMPUTING_VERSION`."""
+    config = override(tiny(), {"data.tasks": {"brighten": 1.0, "camera_movement": 1.0, "flip": 0.0}})
+    exponent = {"least": 0.4, "scale": 1.0}
+
+    def register(**changes):
+      own = dict(
+        draw=lambda rng: {"gamma": float(rng.uniform(exponent["least"], 0.7))},
+        apply=lambda clip, gamma, **_: clip ** (gamma * exponent["scale"]),
+      )
+      monkeypatch.setitem(TASKS, "brighten", Task(**own | changes))
+
+    def identities():
+      sentences = open_computed(config, "train", seed=0)
+      planned = plan_sentences(config, {"computed": open_computed(config, "held_out", seed=0)})
+      return computed_identity(config, sentences), repr(planned[0].identify())
+
+    register()
+    found = [identities()]
+    register()
+    assert identities() == found[0]
+    for changes in ({"least": 0.5}, {"scale": 1.1}):
+      exponent |= changes
+      found.append(identities())
+    register(varies=True, apply=lambda clip, gamma, pair: clip ** (gamma + pair / 10))
+    found.append(identities())
+    assert all(len(set(each)) == len(found) for each in zip(*found))
+    register(varies=True, apply=lambda clip, gamma, pair: clip ** (gamma + pair / 10), prompt_name="brighter version")
+    config = override(config, {"data.prompt": "detailed"})
+    assert identities()[0] == found[-1][0] and identities()[1] != found[-1][1]
+    config = override(config, {"data.tasks": {"flip": 1.0, "brighten": 0.0}})
+    sentences = open_computed(config, "train", seed=0)
+    assert not sentences.identify_own_tasks()
+
   @pytest.mark.parametrize(
     "key, value, matters",
     [
@@ -452,7 +486,7 @@ class TestLazySentences:
     base = override(tiny(), {"data.folder": "clips"})
     changed = override(base, {key: value})
     assert changed != base
-    sentences = mock.Mock(spec=ComputedSentences, identify_files=lambda: ["hash of a file"])
+    sentences = mock.Mock(spec=ComputedSentences, identify_files=lambda: ["hash of a file"], identify_own_tasks=dict)
     assert (computed_identity(changed, sentences) != computed_identity(base, sentences)) == matters
 
 

@@ -141,10 +141,12 @@ def test_only_sizes_and_fits_that_a_source_uses_are_trained(data, has_buckets):
 
 @pytest.mark.parametrize("key", ["manifest", "metadata"])
 def test_prompts_of_records_are_remembered(key):
-  usage = Usage.from_config(override(tiny(), {f"data.{key}": "x"}), prompts={"x": "y"})
+  changes = {f"data.{key}": "x", "data.prompt": "detailed"}
+  usage = Usage.from_config(override(tiny(), changes), prompts={"x": "y"})
   assert usage.own_prompts and merge_usages([("a", Usage()), ("b", usage)])[0].own_prompts
   assert Usage.from_metadata({"software": "univid_jax 1", **usage.to_metadata()}, source="") == usage
-  assert not Usage.from_config(override(tiny(), {f"data.{key}": "x", f"data.weights.{key}": 0.0})).own_prompts
+  for without in ({f"data.weights.{key}": 0.0}, {"data.prompt": "null"}):  # with which records' own are not read
+    assert not Usage.from_config(override(tiny(), changes | without)).own_prompts
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_a_run_of_several_prompts_proposes_to_name_a_task(tmp_path, prompts, has
   result = TrainResult(make_pipeline=lambda: pytest.fail("it was loaded"), steps_taken=3, seconds=1.0)
   assert summaries.trained(result, tiny(), str(tmp_path)).endswith("--out=B2.mp4" + " --task=NAME" * has_task)
   if not has_task:
-    manifest = override(tiny(), {"data.manifest": "x"})
+    manifest = override(tiny(), {"data.manifest": "x", "data.prompt": "detailed"})
     assert summaries.trained(result, manifest, str(tmp_path)).endswith("--out=B2.mp4 --prompt=TEXT")
 
 

@@ -63,7 +63,7 @@ def evaluated(result: TrainResult, report: Mapping[str, Any], config: RunConfig,
   failed = [
     name
     for name, scores in report["by_task"].items()
-    if scores["psnr"] <= max(scores[f"psnr_{baseline}"] for baseline in BASELINES)
+    if scores["psnr"] <= max(scores[key] for baseline in BASELINES if (key := f"psnr_{baseline}") in scores)
   ]
   lines = [
     f"{_steps(result)}. PSNR of B' on held-out sentences:",
@@ -124,5 +124,5 @@ def _few_pairs(report: Mapping[str, Any], config: RunConfig) -> list[str]:
 
 def _scores(name: str, scores: Mapping[str, Any], report: Mapping[str, Any]) -> str:
   shown = {name: name.label for name in BASELINES} | {Candidate.SWAPPED: "swapped pair"}
-  others = [f"{text} {scores[f'psnr_{other}']:5.1f}" for other, text in shown.items()]
+  others = [f"{text} {scores[key]:5.1f}" for other, text in shown.items() if (key := f"psnr_{other}") in scores]
   return f"  {name:<9} {scores['psnr']:5.1f} dB   {'   '.join(others)}   ({describe_count(report, scores['count'])})"

@@ -59,7 +59,7 @@ class WholeQuery:
     """
     found = probe(path)
     form = dataclasses.replace(form.for_shape(found.size), fps=fps or 0.0, extend=keep_size)
-    footage = file_footage(Path(path), found, form, start=0, num_frames=found.count_at(form.fps))
+    footage = file_footage(Path(path), found, form, num_frames=found.count_at(form.fps))
     return cls(footage, footage.clip_fps, found.size if keep_size else form.size)
 
   def is_longer(self, context: Sequence[ContextClip], form: ClipFormat) -> bool:

@@ -7,6 +7,7 @@ from univid_jax.config.data import TASK_MOTIONS, DataConfig, SourceWeights
 from univid_jax.config.grids import FAMILY_MOTIONS
 from univid_jax.core.contexts import IMAGES, Motion, possible_contexts, possible_counts
 from univid_jax.core.errors import UserError
+from univid_jax.core.options import PromptStyle
 
 # A context and a number of clips.
 Kind = tuple[str, int]
@@ -23,7 +24,8 @@ class DrawnSentences:
     kinds: the known kinds of sentences.
     lists_contexts: whether there are records that list their clips, with contexts of their own.
     lists_counts: whether there are records with numbers of clips of their own: the same, and tasks of ARC.
-    lists_prompts: whether there are records that may have prompts of their own: lines of manifests and tables.
+    lists_prompts: whether there are records that may have prompts of their own: lines of manifests and tables, unless
+      the style of prompts is null.
   """
 
   kinds: frozenset[Kind]
@@ -36,7 +38,10 @@ class DrawnSentences:
     """Returns the sentences that are drawn in training; raises UserError for an unknown context."""
     manifest, arc, table = (_is_used(data, name) for name in ("manifest", "arc", "metadata"))
     return cls(
-      frozenset(_kinds(data)), lists_contexts=manifest, lists_counts=manifest or arc, lists_prompts=manifest or table
+      frozenset(_kinds(data)),
+      lists_contexts=manifest,
+      lists_counts=manifest or arc,
+      lists_prompts=(manifest or table) and data.prompt != PromptStyle.NULL,
     )
 
   @property

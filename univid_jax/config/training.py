@@ -34,8 +34,8 @@ class RowsConfig(Section):
       packing_bins rows of a stream, rounded down to whole batches but at least one; more batches balance better.
     streams: independent streams of rows; 0 is one per process, or per group of processes that share rows. With a fixed
       number, the rows of a batch do not depend on the number of processes; their order may.
-    microbatches: parts of a batch computed one after another, for less memory and, apart from lora.dropout, the same
-      result.
+    microbatches: parts of a batch computed one after another. With a fixed per_batch that takes less memory and has,
+      apart from lora.dropout, the same result; with per_batch = 0 the batch becomes larger instead.
   """
 
   KEY: ClassVar[str] = "rows."

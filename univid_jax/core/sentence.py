@@ -81,6 +81,11 @@ class Sentence:
   def replace(self, **changes) -> "Sentence":
     return dataclasses.replace(self, **changes)
 
+  @property
+  def is_completable(self) -> bool:
+    """See `is_completable`."""
+    return is_completable(self.roles)
+
   def with_frames(self) -> "Sentence":
     """Returns the sentence with all its clips read."""
     return self.replace(clips=tuple(read_frames(clip) for clip in self.clips))
@@ -94,6 +99,16 @@ def check_roles(num_clips: int, roles: tuple[Role, ...]) -> None:
     raise ValueError("a sentence needs a target clip")
   if list(roles) != sorted(roles):
     raise ValueError(f"targets must come last in a sentence, got the roles {[role.name for role in roles]}")
+
+
+# Why sentences that are trained on are neither previewed nor evaluated.
+NOT_COMPLETABLE = "sampling makes one target after an odd number of clips (A, A', B)"
+
+
+def is_completable(roles: tuple[Role, ...]) -> bool:
+  """Returns whether sampling can make the target of a sentence: it is the only one, and without it the number of clips
+  is odd."""
+  return roles.count(Role.TARGET) == 1 and len(roles) % 2 == 0
 
 
 def reference_roles(num_clips: int) -> tuple[Role, ...]:

@@ -23,7 +23,7 @@ from univid_jax.core.options import ClipFit, Resampling
 from univid_jax.core.paths import file_state
 from univid_jax.core.sentence import ClipRef
 from univid_jax.core.text import count_noun, size_text
-from univid_jax.data.media.reader import ClipInfo, Frames, list_frames, probe, read_clip, shows_transparency
+from univid_jax.data.media.reader import ClipInfo, Frames, list_frames, probe, read_parts, shows_transparency
 from univid_jax.data.media.schedule import Schedule
 from univid_jax.data.resizing import resize_and_crop, resize_and_pad
 
@@ -94,6 +94,7 @@ class Footage:
     identify: returns a key of the content.
     read: returns the first n frames, before they are resized.
     start: number of the first frame in the file, at the format's rate.
+    first: number of the same frame at the file's own rate; if frames are resampled, time begins with it.
     require_unchanged: raises UserError if the content is no longer that which was opened.
     path: of the file; None for frames of another origin.
   """
@@ -105,6 +106,7 @@ class Footage:
   identify: Callable[[], str]
   read: Callable[[int], Frames]
   start: int = 0
+  first: int = 0
   require_unchanged: Callable[[], None] = lambda: None
   path: Path | None = None
   fps: float | None = None
@@ -117,7 +119,9 @@ class Footage:
     return ClipRef(identify, read, num_frames, self.form.size)
 
   def _identify(self, num_frames: int) -> str:
-    form, span = self.form, (self.start, num_frames, self.form.fps if self.is_resampled else 0.0)
+    form, span = self.form, (self.first, num_frames, self.form.fps if self.is_resampled else 0.0)
+    if self.is_resampled and self.first:  # earlier versions counted `start`, and resampled from the file's beginning
+      span = ("from its first frame", *span)
     fit = "extend" if form.extend else form.fit.value
     words = (READING_VERSION, self.identify(), span, form.size, fit, form.resample.value)
     return hashlib.sha256(repr(words).encode()).hexdigest()
@@ -192,10 +196,12 @@ def open_footage(path: Path, form: ClipFormat, *, start: int = 0) -> Footage:
     UserError: it is not a clip, or has no frame at `start`.
   """
   found = probe(path)
-  count = found.count_at(form.fps)
+  count, schedule = found.count_at(form.fps), found.schedule
   if not 0 <= start < count:
     raise UserError(f"{path} has {count_noun(count, 'frame')} and cannot start at frame {start}")
-  return file_footage(path, found, form, start=start, num_frames=count - start)
+  first = int(schedule.select(start, 1, form.fps)[0])
+  _, num_frames = schedule.part_at(first, found.num_frames, form.fps)
+  return file_footage(path, found, form, start=start, first=first, num_frames=num_frames)
 
 
 def resampling_to(schedule: Schedule, fps: float) -> dict[str, Any]:
@@ -204,8 +210,10 @@ def resampling_to(schedule: Schedule, fps: float) -> dict[str, Any]:
   return {"fps": schedule.fps, "clip_fps": read_at, "is_resampled": is_resampled}
 
 
-def file_footage(path: Path, found: ClipInfo, form: ClipFormat, *, start: int, num_frames: int) -> Footage:
-  """Returns part of a file that was probed already, see `open_footage`."""
+def file_footage(
+  path: Path, found: ClipInfo, form: ClipFormat, *, num_frames: int, start: int = 0, first: int = 0
+) -> Footage:
+  """Returns part of a file that was probed already, see `Footage`."""
   file = WatchedFile(path)
   return Footage(
     name=str(path),
@@ -214,8 +222,9 @@ def file_footage(path: Path, found: ClipInfo, form: ClipFormat, *, start: int, n
     num_frames=num_frames,
     form=form.for_shape(found.size),
     identify=file.identify,
-    read=lambda count: read_clip(path, start, count, form.fps or None).frames,
+    read=lambda count: read_parts(path, [(first, count)], fps=form.fps or None)[0],
     start=start,
+    first=first,
     require_unchanged=file.require_unchanged,
     path=path,
   )
@@ -273,7 +282,7 @@ def read_context(
   clips = []
   for index, (path, info) in enumerate(zip(map(Path, paths), found)):
     own = dataclasses.replace(form, extend=extend_query and index == len(paths) - 1)
-    footage = file_footage(path, info, own, start=0, num_frames=info.count_at(form.fps))
+    footage = file_footage(path, info, own, num_frames=info.count_at(form.fps))
     is_video = videos[index] if videos else None
     if is_video and footage.num_frames < form.num_frames:
       raise UserError(f"{path} has {count_noun(footage.num_frames, 'frame')}, and {form.num_frames} are needed here")

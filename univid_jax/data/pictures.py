@@ -69,7 +69,7 @@ def sentence_animation(
   count = max(len(clip) for _, clips in rows for clip in clips)
   stride = ceil_div(count, MAX_FRAMES)
   pictures = [
-    _draw([(label, [[clip[min(time, len(clip) - 1)]] for clip in clips]) for label, clips in rows], columns)
+    _draw([(label, [list(clip[: time + 1][-1:]) for clip in clips]) for label, clips in rows], columns)
     for time in range(0, count, stride)
   ]
   durations = [round(1000 * stride / fps)] * len(pictures)
@@ -107,6 +107,12 @@ def _draw(rows: Sequence[tuple[str, Sequence[Sequence[np.ndarray]]]], columns: S
   return canvas
 
 
+def shown_context(context: Sequence[np.ndarray]) -> list[np.ndarray]:
+  """Returns A, A' and B of a sentence without its target; what it lacks is a clip of no frames, which is not drawn."""
+  missing = 3 - len(context[-3:])
+  return [np.zeros((0, 1, 1, 3), np.uint8)] * missing + list(context[-3:])
+
+
 def contact_sheet(path: Path, sentences: Sequence[tuple[str, Sentence]]) -> None:
   """Draws sentences as the model sees them: clips with their roles, context and prompt.
 
@@ -126,7 +132,9 @@ def contact_sheet(path: Path, sentences: Sequence[tuple[str, Sentence]]) -> None
 
 
 def concatenate_clips(clips: Sequence[np.ndarray]) -> np.ndarray:
-  """Joins clips of one height, uint8 (T, H, W, 3), from left to right; shorter clips repeat their last frame."""
+  """Joins clips of one height, uint8 (T, H, W, 3), from left to right; shorter clips repeat their last frame, and those
+  of no frames are left out."""
+  clips = [clip for clip in clips if len(clip)]
   count = max(len(clip) for clip in clips)
   gap = np.full((count, clips[0].shape[1], CLIP_GAP, 3), 255, np.uint8)
   extended = [clip[np.minimum(np.arange(count), len(clip) - 1)] for clip in clips]
@@ -134,8 +142,8 @@ def concatenate_clips(clips: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def key_frames(clip: np.ndarray) -> list[np.ndarray]:
-  """Returns the frame of an image, or first, middle and last frame of a video."""
-  return [clip[i] for i in sorted({0, len(clip) // 2, len(clip) - 1})]
+  """Returns the frame of an image, or first, middle and last frame of a video; of no frames none."""
+  return [clip[i] for i in sorted({0, len(clip) // 2, len(clip) - 1})] if len(clip) else []
 
 
 @functools.cache

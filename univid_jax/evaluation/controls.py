@@ -1,7 +1,8 @@
 """Controls and baselines, with which predictions are compared.
 
 A control is sampled: the model sees altered example pairs. A baseline needs no model: it is made from the sentence's
-own clips, at the length of the target. Sentences have at least the clips A, A', B, B'.
+own clips, at the length of the target. Sentences without an example pair, of B and B' alone, have no controls, and of
+the baselines only the copy of B.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,10 @@ def choose_other_tasks(cases: Sequence[Case], rng: np.random.Generator) -> list[
     The index of the chosen sentence; None if no other task has a sentence with the same number of clips.
   """
   patterns = [
-    video_pattern(case.context, case.num_clips)[:-2] if case.context in CONTEXTS else case.context for case in cases
+    video_pattern(case.context, case.num_clips)[:-2]
+    if case.context in CONTEXTS and has_pairs(case.num_clips)
+    else case.context
+    for case in cases
   ]
   chosen: list[int | None] = []
   for case, pattern in zip(cases, patterns):
@@ -43,6 +47,11 @@ def choose_other_tasks(cases: Sequence[Case], rng: np.random.Generator) -> list[
     candidates = [i for i in others if patterns[i] == pattern] or others
     chosen.append(candidates[rng.integers(len(candidates))] if candidates else None)
   return chosen
+
+
+def has_pairs(num_clips: int) -> bool:
+  """Returns whether a sentence has example pairs besides B and B'."""
+  return num_clips > 2
 
 
 def replace_pairs(sentence: Sentence, other: Sentence) -> Sentence:
@@ -64,12 +73,12 @@ def show_inverse_task(sentence: Sentence) -> Sentence:
 
 def baselines(clips: Sequence[np.ndarray]) -> Mapping[str, np.ndarray]:
   """Returns the clips that a model must beat: copies of B and of A', and the mean colour of A'."""
-  truth, (_, a2, b) = clips[-1], clips[-4:-1]
-  return {
-    Candidate.COPY_B: match_length(b, len(truth)),
-    Candidate.COPY_A2: match_length(a2, len(truth)),
-    Candidate.MEAN_A2: np.broadcast_to(np.round(a2.mean(axis=(0, 1, 2))), truth.shape).astype(np.uint8),
-  }
+  *examples, b, truth = clips
+  made: dict[str, np.ndarray] = {Candidate.COPY_B: match_length(b, len(truth))}
+  for a2 in examples[-1:]:
+    made[Candidate.COPY_A2] = match_length(a2, len(truth))
+    made[Candidate.MEAN_A2] = np.broadcast_to(np.round(a2.mean(axis=(0, 1, 2))), truth.shape).astype(np.uint8)
+  return made
 
 
 def match_length(clip: np.ndarray, num_frames: int) -> np.ndarray:

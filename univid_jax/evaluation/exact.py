@@ -10,13 +10,13 @@ from etils import epath
 from univid_jax.core.options import TargetKind
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.text import count_noun
-from univid_jax.data.pictures import sentence_grid
+from univid_jax.data.pictures import sentence_grid, shown_context
 from univid_jax.data.tasks.grids.base import Grid
 from univid_jax.data.tasks.grids.rendering import Rendering
 from univid_jax.evaluation.candidates import Candidate
 from univid_jax.evaluation.generate import Generated, SentenceInfo, is_repetition
 from univid_jax.evaluation.kinds import score_grid
-from univid_jax.evaluation.metrics.grids import bootstrap_interval, grid_metrics, wilson_interval
+from univid_jax.evaluation.metrics.grids import bootstrap_interval, counted_states, grid_metrics, wilson_interval
 from univid_jax.evaluation.score import Score, group_by, scored_clips, target_kind
 
 # Candidates for grids, in the order of the table's columns.
@@ -123,10 +123,10 @@ def _summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 def _answer_always(truths: Sequence[Sequence[Grid]]) -> list[dict[str, float]]:
   """Scores the answer that is right most often, images and videos separately: no constant answer does better."""
-  keys = [tuple((grid.shape, grid.tobytes()) for grid in truth) for truth in truths]
+  keys = [(len(truth), *((grid.shape, grid.tobytes()) for grid in counted_states(truth))) for truth in truths]
   best = {}
-  for length in set(map(len, keys)):
-    most_frequent, _ = collections.Counter(key for key in keys if len(key) == length).most_common(1)[0]
+  for length in set(map(len, truths)):
+    most_frequent, _ = collections.Counter(key for key in keys if key[0] == length).most_common(1)[0]
     best[length] = truths[keys.index(most_frequent)]
   return [grid_metrics(best[len(truth)], truth) for truth in truths]
 
@@ -222,7 +222,11 @@ class Failures:
     for (family, split), examples in self._examples.items():
       for generated, cells in examples:
         predicted = generated.samples[Candidate.PREDICTION]
-        clips = [*generated.clips[-4:-1], predicted, self._rendering.render(self._rendering.decode(predicted))]
+        clips = [
+          *shown_context(generated.clips[:-1]),
+          predicted,
+          self._rendering.render(self._rendering.decode(predicted)),
+        ]
         rows.append((f"{family}\n{split}\n{cells:.0%} of the cells", [*clips, generated.clips[-1]]))
     if not rows:
       path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from univid_jax.config.schema import EvalConfig
 from univid_jax.core.paths import atomic_write, exists, read_bytes
 from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.evaluation.candidates import Candidate
-from univid_jax.evaluation.controls import replace_pairs, round_trip, show_inverse_task
+from univid_jax.evaluation.controls import has_pairs, replace_pairs, round_trip, show_inverse_task
 from univid_jax.evaluation.sentences import PlannedSentence
 from univid_jax.inference.pipeline import Pipeline
 from univid_jax.inference.sampler import Progress
@@ -38,7 +38,7 @@ def is_repetition(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """One way of sampling every sentence.
+  """One way of sampling sentences.
 
   Attributes:
     name: "prediction" (the sentence as it is), the controls "swapped" (example pairs of another task) and "inverse"
@@ -47,6 +47,7 @@ class Variant:
     num_steps: inference steps; None lets the model decide.
     first_seed: seed of the first sentence's noise; the next sentence has the next seed.
     alter: given the number of a sentence and the sentence, returns the sentence that the model sees.
+    needs_pairs: whether sentences without example pairs are left out.
     pipeline: model that replaces that of the other variants.
   """
 
@@ -54,6 +55,7 @@ class Variant:
   num_steps: int | None
   first_seed: int
   alter: Callable[[int, Sentence], Sentence] = lambda number, sentence: sentence
+  needs_pairs: bool = False
   pipeline: Pipeline | None = None
 
 
@@ -92,7 +94,7 @@ class Generated:
     info: its task, context and so on.
     clips: context and ground truth, uint8 (T, H, W, 3).
     codec: the ground truth, encoded and decoded.
-    samples: samples by variant.
+    samples: samples by variant; see `Variant.needs_pairs`.
   """
 
   info: SentenceInfo
@@ -117,10 +119,14 @@ def make_variants(
     accelerated: the model with a distillation LoRA, if there is one to compare with.
   """
   steps, seed = options.num_inference_steps, _noise_seed(options.seed)
+
+  def swap(number: int, sentence: Sentence) -> Sentence:
+    return replace_pairs(sentence, other_pairs[number]())
+
   return [
     Variant(Candidate.PREDICTION, steps, seed),
-    Variant(Candidate.SWAPPED, steps, seed, lambda number, sentence: replace_pairs(sentence, other_pairs[number]())),
-    Variant(Candidate.INVERSE, steps, seed, lambda _, sentence: show_inverse_task(sentence)),
+    Variant(Candidate.SWAPPED, steps, seed, swap, needs_pairs=True),
+    Variant(Candidate.INVERSE, steps, seed, lambda _, sentence: show_inverse_task(sentence), needs_pairs=True),
     *(Variant(steps_variant(more), more, seed) for more in options.more_steps),
     *(Variant(f"{_SEED}{n}", steps, _noise_seed(options.seed, n)) for n in range(1, options.num_seeds)),
     *([] if accelerated is None else [Variant(Candidate.ACCELERATED, None, seed, pipeline=accelerated)]),
@@ -140,7 +146,11 @@ def generate(
   samples = {
     variant.name: sample_targets(
       variant.pipeline or pipeline,
-      {number: variant.alter(number, sentence) for number, sentence in chosen.items()},
+      {
+        number: variant.alter(number, sentence)
+        for number, sentence in chosen.items()
+        if has_pairs(len(sentence.clips)) or not variant.needs_pairs
+      },
       num_inference_steps=variant.num_steps,
       first_seed=variant.first_seed,
     )
@@ -158,7 +168,7 @@ def generate(
       reverse=sentence.reverse,
       params=sentence.params,
     )
-    frames = {name: by_number[number] for name, by_number in samples.items()}
+    frames = {name: by_number[number] for name, by_number in samples.items() if number in by_number}
     generated[number] = Generated(info, clips, round_trip(pipeline, clips[-1]), frames)
   return generated
 

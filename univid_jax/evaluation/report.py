@@ -14,7 +14,7 @@ from univid_jax.config.schema import RunConfig
 from univid_jax.core.json_files import format_json
 from univid_jax.core.paths import atomic_write, write_text
 from univid_jax.core.text import count_noun
-from univid_jax.data.pictures import COLUMNS, FPS, sentence_animation, sentence_grid
+from univid_jax.data.pictures import COLUMNS, FPS, sentence_animation, sentence_grid, shown_context
 from univid_jax.data.sources.computed import describe_held_out
 from univid_jax.evaluation import exact, published
 from univid_jax.evaluation.candidates import Candidate
@@ -94,10 +94,11 @@ def _gallery_rows(shown: Sequence[Generated], *, with_swapped: bool) -> list[tup
   """Returns the label and clips of each row."""
   rows = []
   for generated in shown:
-    clips = [*generated.clips[-4:-1], generated.samples[Candidate.PREDICTION], generated.clips[-1]]
+    clips = [*shown_context(generated.clips[:-1]), generated.samples[Candidate.PREDICTION], generated.clips[-1]]
     score, info = psnr(generated.samples[Candidate.PREDICTION], generated.clips[-1]), generated.info
     label = f"{info.label.replace('_', ' ')}\ncontext {info.context or '-'}\n{score:.1f} dB"
-    rows.append((label, [*clips, generated.samples[Candidate.SWAPPED]] if with_swapped else clips))
+    swapped = [generated.samples[name] for name in (Candidate.SWAPPED,) if with_swapped and name in generated.samples]
+    rows.append((label, [*clips, *swapped]))
   return rows
 
 
@@ -120,7 +121,8 @@ def quick_report(
 
   def average(group: Sequence[tuple[SentenceInfo, Mapping[str, float]]]) -> dict[str, float]:
     means = mean_metrics([values for _, values in group])
-    return {key: round(means[name], 3) for key, name in QUICK_KEYS.items()} | {"count": len(group)}
+    keys = {key: round(means[name], 3) for key, name in QUICK_KEYS.items() if name in means}
+    return keys | {"count": len(group)}
 
   def by(key: Callable[[SentenceInfo], str]) -> dict[str, dict[str, float]]:
     return {name: average(group) for name, group in sorted(group_by(scored, key).items())}
@@ -193,7 +195,8 @@ def plot_curves(path: Path, report: Mapping[str, Any]) -> None:
   ):
     for name in (Candidate.PREDICTION, Candidate.SWAPPED, Candidate.COPY_B, Candidate.MEAN_A2):
       if name in overall:
-        axes.plot(list(part), [rows[name]["psnr"] for rows in part.values()], marker="o", label=name)
+        values = [rows[name]["psnr"] if name in rows else np.nan for rows in part.values()]
+        axes.plot(list(part), values, marker="o", label=name)
     axes.set(xlabel=title, ylabel="PSNR (dB)")
   by_context.legend(fontsize=8)
   options = report["config"]["eval"]

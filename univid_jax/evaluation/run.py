@@ -19,6 +19,7 @@ from univid_jax.core.checks import require_folder, require_instance
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import format_json, parse_json
 from univid_jax.core.paths import read_bytes, write_text
+from univid_jax.core.sentence import NOT_COMPLETABLE
 from univid_jax.core.text import count_noun
 from univid_jax.data.sources.open import DataSources, open_data, require_config, require_sources
 from univid_jax.data.sources.readers.arc import ARCSentences
@@ -175,8 +176,13 @@ def _check_arguments(pipeline: Pipeline, config: RunConfig, folder: epath.PathLi
 
 def nothing_held_out(config: RunConfig, data: DataSources) -> str:
   """Describes why there are no sentences to evaluate on, and how to get some."""
-  reason = "config.eval.sentences_per_case is 0" if not config.eval.sentences_per_case else None
-  return f"there is nothing to evaluate on: {reason or data.explain_nothing_held_out(config.data)}"
+  if not config.eval.sentences_per_case:
+    reason = "config.eval.sentences_per_case is 0"
+  elif data.held_out:
+    reason = f"no held-out sentence can be completed: {NOT_COMPLETABLE}"
+  else:
+    reason = data.explain_nothing_held_out(config.data)
+  return f"there is nothing to evaluate on: {reason}"
 
 
 class _Results:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -11,12 +12,16 @@ import numpy as np
 from univid_jax.config.schema import DataConfig, RunConfig
 from univid_jax.core.contexts import CONTEXTS, possible_counts
 from univid_jax.core.protocols import SentenceSource
-from univid_jax.core.sentence import Clip, ClipRef, Sentence
+from univid_jax.core.sentence import NOT_COMPLETABLE, Clip, ClipRef, Sentence
+from univid_jax.core.text import count_noun
 from univid_jax.data.sources.base import indices_by_task
 from univid_jax.data.sources.computed import ComputedSentences, open_computed
 from univid_jax.data.sources.grids import GridSentences
+from univid_jax.data.sources.listed import ListedSentences
 from univid_jax.data.usable import read_usable
-from univid_jax.evaluation.controls import Case, choose_other_tasks
+from univid_jax.evaluation.controls import Case, choose_other_tasks, has_pairs
+
+log = logging.getLogger(__name__)
 
 # Computed tasks whose example pairs serve as control if the data has a single task.
 FALLBACK_TASKS = ("invert", "swap_channels")
@@ -44,14 +49,14 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
 
   A case of computed data is a combination of task, context and number of clips, for grids also of split; a case of
   other data is a task, or the whole source where tasks are only known once sentences are read (ARC). Every held-out
-  record or pair is used once before any is repeated.
+  record or pair is used once before any is repeated. Sentences that sampling cannot complete are left out, and counted
+  in the log.
   """
   per_case = config.eval.sentences_per_case
   sentences: list[PlannedSentence] = []
   for name, source in held_out.items():
     if isinstance(source, ComputedSentences):
-      # The config identifies bundled photographs completely.
-      identify = functools.cache(source.identify_files) if source.folders else lambda: None
+      identify = functools.cache(functools.partial(_identify_computed, source))
       for number, (case, only) in enumerate(_split_cases(config, source)):
         only = dataclasses.replace(only, seed=_case_seed(config.eval.seed, number))
         readers = [functools.partial(only.__getitem__, i) for i in range(per_case)]
@@ -64,17 +69,41 @@ def plan_sentences(config: RunConfig, held_out: Mapping[str, SentenceSource]) ->
         readers = [functools.partial(only.__getitem__, i) for i in range(per_case)]
         sentences += [PlannedSentence(case, (name, number), read) for read in readers]
     else:
-      for task, indices in indices_by_task(source).items():
-        readers = [functools.partial(source.__getitem__, index) for index in itertools.islice(indices, per_case)]
-        usable = read_usable(readers, "held-out", allow_dropped=config.data.allow_dropped)
-        sentences += [_plan(sentence, (name, task)) for sentence in usable]
+      sentences += [_plan(sentence, (name, task)) for task, sentence in _read_completable(config, source)]
   return sentences
+
+
+def _identify_computed(source: ComputedSentences) -> object:
+  """Identifies what the config does not: files, and tasks that are not the package's with their prompts."""
+  files = source.identify_files() if source.folders else None
+  if not (own := source.identify_own_tasks()):
+    return files
+  return files, own, {task: source.prompts[task] for task in own}
+
+
+def _read_completable(config: RunConfig, source: SentenceSource) -> list[tuple[str, Sentence]]:
+  """Reads the first sentences of each task that sampling can complete; returns each with its group of indices."""
+  kept = source.completable() if isinstance(source, ListedSentences) else source
+  sentences: list[tuple[str, Sentence]] = []
+  for task, indices in indices_by_task(kept).items():
+    first = itertools.islice(indices, config.eval.sentences_per_case)
+    readers = [functools.partial(kept.__getitem__, index) for index in first]
+    usable = read_usable(readers, "held-out", allow_dropped=config.data.allow_dropped)
+    sentences += [(task, sentence) for sentence in usable]
+  completable = [(task, sentence) for task, sentence in sentences if sentence.is_completable]
+  total, left_out = len(sentences), len(sentences) - len(completable)
+  if isinstance(source, ListedSentences) and isinstance(kept, ListedSentences):
+    total, left_out = len(source.records), len(source.records) - len(kept.records)
+  if left_out and config.eval.sentences_per_case:
+    log.warning("evaluation leaves out %d of %s: %s", left_out, count_noun(total, "held-out record"), NOT_COMPLETABLE)
+  return completable
 
 
 def plan_other_pairs(config: RunConfig, sentences: Sequence[PlannedSentence]) -> list[Callable[[], Sentence]]:
   """Returns, for each sentence, a function that reads one of another task, see `choose_other_tasks`.
 
-  If the data has no other task, it reads a held-out sentence of a computed task.
+  If the data has no other task, it reads a held-out sentence of a computed task. It is not called for sentences
+  without example pairs.
   """
   seed = config.eval.seed
   others = choose_other_tasks([sentence.case for sentence in sentences], np.random.default_rng(seed))
@@ -92,7 +121,12 @@ def plan_other_pairs(config: RunConfig, sentences: Sequence[PlannedSentence]) ->
     )
     return functools.partial(source.__getitem__, index)
 
-  return [computed(i) if other is None else sentences[other].read for i, other in enumerate(others)]
+  return [
+    computed(i)
+    if other is None and has_pairs(sentence.case.num_clips)
+    else sentences[i if other is None else other].read
+    for i, (other, sentence) in enumerate(zip(others, sentences))
+  ]
 
 
 def _plan(sentence: Sentence, group: tuple[str, object]) -> PlannedSentence:

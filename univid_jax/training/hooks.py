@@ -32,7 +32,7 @@ from univid_jax.training.learning_rates import LearningRates
 from univid_jax.training.metrics_writer import MetricsWriter
 from univid_jax.training.setup import Run
 from univid_jax.training.state import Params, TrainState
-from univid_jax.training.validation import PREVIEWS_FOLDER, Validation, write_previews
+from univid_jax.training.validation import PREVIEWS_FOLDER, Validation, select_previews, write_previews
 
 log = logging.getLogger(__name__)
 
@@ -197,10 +197,10 @@ class Validate:
     self._options = run.config.validation
     self._pipeline: Pipeline | None = None
     self._distillation = run.distillation
-    self._sentences = run.validation
+    self._previewed = select_previews(run.validation, run.config)
     if not run.data.held_out:
       log.info("validation: too little data to hold any out, so the loss is on training sentences")
-    self._validation = Validation(run.config, run.spec, self._sentences, run.features, run.mesh)
+    self._validation = Validation(run.config, run.spec, run.validation, run.features, run.mesh)
     run.encoders.release()
     summarize.restart_clock()
 
@@ -213,7 +213,7 @@ class Validate:
         losses = self._validation(params, self._run.frozen, progress=self._go_on)
         if not np.isfinite(losses["val_loss"]):
           raise DivergedError(f"the validation loss is not finite after step {event.step}: {LOWER_RATE}")
-        if self._options.previews:
+        if self._previewed:
           self._write_previews(event.step, params)
       event.summary |= losses
       log.info("step %d: validation loss %.4f", event.step, losses["val_loss"])
@@ -237,7 +237,7 @@ class Validate:
       epath.Path(self._run.workdir) / PREVIEWS_FOLDER,
       step,
       self._pipeline,
-      self._sentences[: self._options.previews],
+      self._previewed,
       num_inference_steps=None if self._distillation else self._options.num_inference_steps,
       progress=self._go_on,
     )

@@ -3,6 +3,7 @@
 import collections
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -21,11 +22,12 @@ from univid_jax.core.packed_row import PackedRow
 from univid_jax.core.paths import atomic_write
 from univid_jax.core.protocols import SentenceSource
 from univid_jax.core.seeds import random_key
-from univid_jax.core.sentence import Sentence, read_frames
+from univid_jax.core.sentence import NOT_COMPLETABLE, Sentence, read_frames
+from univid_jax.core.text import count_noun
 from univid_jax.data.cache.entries import CacheError
 from univid_jax.data.features import FeatureMaker
 from univid_jax.data.media.writer import write_clip
-from univid_jax.data.pictures import COLUMNS, concatenate_clips, sentence_grid
+from univid_jax.data.pictures import COLUMNS, concatenate_clips, sentence_grid, shown_context
 from univid_jax.data.rows.loader import MakeFeatures, make_fitting
 from univid_jax.data.rows.packing import RowShape, pack_rows, take_rows
 from univid_jax.data.rows.tokens import feature_names
@@ -41,6 +43,8 @@ from univid_jax.parallel.mesh import row_shards
 from univid_jax.parallel.sharding import shard_batch
 from univid_jax.runtime.processes import sum_over_processes
 from univid_jax.training.state import Params, StateSpec
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -146,6 +150,15 @@ def select_sentences(data: DataSources, config: RunConfig) -> list[Sentence]:
   return read_usable(selected, "held-out" if data.held_out else "training", allow_dropped=config.data.allow_dropped)
 
 
+def select_previews(sentences: Sequence[Sentence], config: RunConfig) -> list[Sentence]:
+  """Selects the sentences of previews: the first of those to validate on, without those that cannot be sampled."""
+  completable = [sentence for sentence in sentences if sentence.is_completable]
+  if config.validation.previews and len(completable) < len(sentences):
+    count = f"{len(sentences) - len(completable)} of {count_noun(len(sentences), 'sentence')} to validate on"
+    log.warning("previews leave out %s: %s", count, NOT_COMPLETABLE)
+  return completable[: config.validation.previews]
+
+
 def leave_out_unusable(
   sentences: Sequence[Sentence], make_features: MakeFeatures, row_shape: RowShape, *, allow_dropped: bool
 ) -> list[Sentence]:
@@ -215,7 +228,7 @@ def write_previews(
   rows = []
   for index, sentence in enumerate(sentences):
     *context, truth = (read_frames(clip) for clip in sentence.clips)
-    row = (*context[-3:], predictions[index], truth)
+    row = (*shown_context(context), predictions[index], truth)
     rows.append((f"{sentence.task.replace('_', ' ')}\ncontext {sentence.context or '-'}", row))
     if len(truth) > 1:
       with atomic_write(folder / f"step_{step:06d}_{index}.mp4") as path:

@@ -122,22 +122,27 @@ def read_clip(
   path = _clip_path(path)
   if start < 0 or (num_frames is not None and num_frames < 1) or (fps is not None and not 0 < fps < math.inf):
     raise UserError(f"start must be at least 0, num_frames and fps positive: got {start}, {num_frames} and {fps}")
+  return _read(path, start, num_frames, fps)
+
+
+def _read(path: Path, start: int, num_frames: int | None, fps: float | None, *, first: int = 0) -> LoadedClip:
+  """Reads a clip as `read_clip` does, from the frame `first` of the file on."""
   with _named_errors(path):
     match _find_kind(path):
       case _Kind.FOLDER:
         files = list_frames(path)
-        indices = Schedule.untimed(len(files)).select(start, num_frames, fps)
+        indices = Schedule.untimed(len(files)).select(start, num_frames, fps, first=first)
         return LoadedClip(_stack([read_image_frames(files[index], [0])[0] for index in indices]))
       case _Kind.ARRAY:
         array = _map_array(path)
-        indices = Schedule.untimed(len(array)).select(start, num_frames, fps)
+        indices = Schedule.untimed(len(array)).select(start, num_frames, fps, first=first)
         return LoadedClip(np.array(array[indices[0] : indices[-1] + 1]))
       case _Kind.IMAGE:
         schedule = read_animation(path).schedule
-        frames = _stack(read_image_frames(path, schedule.select(start, num_frames, fps).tolist()))
+        frames = _stack(read_image_frames(path, schedule.select(start, num_frames, fps, first=first).tolist()))
         return LoadedClip(frames, schedule.rate_at(fps))
       case _Kind.VIDEO:
-        return _read_video(path, start, num_frames, fps)
+        return _read_video(path, start, num_frames, fps, first=first)
       case None:
         raise UserError(f"it is not a clip: a clip is {CLIP_KINDS}")
 
@@ -147,19 +152,20 @@ def read_parts(path: str | os.PathLike, spans: Sequence[tuple[int, int]], *, fps
 
   Args:
     path: see `read_clip`.
-    spans: `start` and `num_frames` of each part.
-    fps: see `read_clip`.
+    spans: number of the first frame of each part in the file, and number of frames that are read of it.
+    fps: frame rate: frame n of a part is the one shown n / fps seconds after its first, so that parts of equal length
+      are aligned wherever they begin; otherwise see `read_clip`.
 
   Raises:
     FileNotFoundError, UserError: see `read_clip`.
   """
   path = _clip_path(path)
   if len(spans) == 1 or _find_kind(path) != _Kind.VIDEO:
-    return [read_clip(path, start, count, fps).frames for start, count in spans]
+    return [_read(path, 0, count, fps, first=first).frames for first, count in spans]
   with _named_errors(path):
     timeline = scan_timeline(path)
     assert timeline.schedule is not None
-    parts = [timeline.schedule.select(start, count, fps) for start, count in spans]
+    parts = [timeline.schedule.select(0, count, fps, first=first) for first, count in spans]
     indices = np.unique(np.concatenate(parts))
     frames = read_video_frames(path, timeline, indices)
     return [_take(frames, np.searchsorted(indices, part)) for part in parts]
@@ -274,15 +280,16 @@ def _named_errors(path: Path) -> Iterator[None]:
     raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _read_video(path: Path, start: int, num_frames: int | None, fps: float | None) -> LoadedClip:
+def _read_video(path: Path, start: int, num_frames: int | None, fps: float | None, *, first: int) -> LoadedClip:
   timeline, rate = read_timeline(path), None
   if timeline.schedule is None and num_frames is not None and fps is None:
     # No need to count all frames: reading notices where they end.
-    indices, rate = np.arange(start, start + num_frames), timeline.fps
+    indices, rate = first + np.arange(start, start + num_frames), timeline.fps
   else:
     timeline = scan_timeline(path)
     assert timeline.schedule is not None
-    indices, rate = timeline.schedule.select(start, num_frames, fps), timeline.fps and timeline.schedule.rate_at(fps)
+    indices = timeline.schedule.select(start, num_frames, fps, first=first)
+    rate = timeline.fps and timeline.schedule.rate_at(fps)
   if num_frames is None and timeline.defect:
     raise UserError(timeline.defect)
   frames = read_video_frames(path, timeline, indices)

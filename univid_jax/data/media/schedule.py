@@ -111,40 +111,45 @@ class Schedule:
 
   def count_at(self, fps: float | None) -> int:
     """Returns how many frames the clip has at a frame rate until its last frame begins; None is the clip's own."""
-    return self._timing(fps).count if fps and self.fps else len(self.times)
+    return self._timing(fps).count_until(-1) if fps and self.fps else len(self.times)
 
   def part_at(self, first: int, stop: int, fps: float | None) -> tuple[int, int]:
     """Returns the part of the clip, at a frame rate, that shows the frames `first` to `stop - 1`.
 
     Returns:
-      The number of its first frame, and how many frames it has until its last one begins; see `count_at`.
+      The number of the first frame of the whole clip that begins in it, and how many frames it has until its last one
+      begins, the first of which is `first`; see `count_at`.
     """
     if not fps or not self.fps:
       return first, stop - first
     timing = self._timing(fps)
     start = math.ceil((int(timing.times[first]) - timing.tolerance) * timing.rate) if first else 0
-    return start, timing.count_until(stop - 1) - start
+    return start, timing.count_until(stop - 1, first)
 
-  def select(self, start: int, num_frames: int | None, fps: float | None) -> Int[np.ndarray, "m"]:
+  def select(self, start: int, num_frames: int | None, fps: float | None, *, first: int = 0) -> Int[np.ndarray, "m"]:
     """Returns the positions of the frames that `read_clip` reads, sorted.
+
+    Args:
+      start, num_frames, fps: see `read_clip`.
+      first: position of the frame from which `start` is counted, and with which time begins.
 
     Raises:
       UserError: there are too few frames.
     """
     timing = self._timing(fps) if fps and self.fps else None
-    available = most = timing.count if timing else len(self.times)
+    available = most = timing.count_until(-1, first) if timing else len(self.times) - first
     if timing:
       # The last frame is still shown for a while, so more may be asked for.
-      most = max(available, math.ceil((int(timing.times[-1]) + timing.last_duration) * timing.rate))
+      most = max(available, math.ceil((timing.since(first, -1) + timing.last_duration) * timing.rate))
     stop = available if num_frames is None else start + num_frames
     if stop > most or start >= stop:
       at_rate = f" at {fps:g} frames per second" if timing else ""
       needed = start if num_frames is None else stop - 1
       raise UserError(f"it has {count_noun(available, 'frame')}{at_rate}, and frame {needed} is needed")
     if not timing:
-      return np.arange(start, stop)
+      return np.arange(first + start, first + stop)
     due = [math.floor(index / timing.rate + timing.tolerance) for index in range(start, stop)]
-    return np.searchsorted(timing.times, due, side="right") - 1
+    return np.searchsorted(timing.times - timing.times[first], due, side="right") - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +168,13 @@ class _Timing:
   tolerance: Fraction
   rate: Fraction
 
-  @property
-  def count(self) -> int:
-    return self.count_until(-1)
+  def since(self, first: int, position: int) -> int:
+    """Returns the time from one frame to another."""
+    return int(self.times[position] - self.times[first])
 
-  def count_until(self, position: int) -> int:
-    """Returns how many frames are read until the frame at a position begins."""
-    return math.floor((int(self.times[position]) + self.tolerance) * self.rate) + 1
+  def count_until(self, position: int, first: int = 0) -> int:
+    """Returns how many frames are read, from the first one on, until the frame at a position begins."""
+    return math.floor((self.since(first, position) + self.tolerance) * self.rate) + 1
 
 
 def is_same_rate(rate: float | Fraction, other: float | Fraction) -> bool:

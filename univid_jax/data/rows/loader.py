@@ -185,11 +185,16 @@ class Loader:
       if len(order) != len(self._order):
         if len(self._order) % num_streams:
           raise UserError(
-            f"config.rows.per_batch = 0 makes batches of {len(self._order)} rows on this mesh, which do not divide "
-            f"over the run's {num_streams} streams; before, batches had {len(order)} rows: use more data x fsdp "
-            "devices or config.rows.microbatches"
+            f"config.rows.per_batch = 0 makes data x fsdp x microbatches = {len(self._order)} rows of a batch, which "
+            f"the run's {num_streams} streams do not divide; before it made {len(order)}, as another mesh or "
+            "config.rows.microbatches would"
           )
-        log.warning("batches have %d rows on this mesh, %d before: per_batch is 0", len(self._order), len(order))
+        log.warning(
+          "batches have %d rows, %d before: config.rows.per_batch = 0 makes data x fsdp x microbatches rows, and the "
+          "mesh or config.rows.microbatches has changed",
+          len(self._order),
+          len(order),
+        )
         order = self._order
       if sorted(order) != sorted(self._order):
         raise ValueError(f"row_order = {order}")

@@ -23,6 +23,7 @@ from univid_jax.core.text import count_noun
 from univid_jax.data.clips import identify_all
 from univid_jax.data.media.reader import Frames
 from univid_jax.data.prompts import prompt_for
+from univid_jax.data.sources import own_tasks
 from univid_jax.data.sources.base import draw, sort_weights
 from univid_jax.data.sources.folder import FolderClip, FolderSource
 from univid_jax.data.sources.photos import ClipSource, PhotoSource, Split
@@ -91,6 +92,13 @@ class ComputedSentences:
   def identify_files(self) -> list[str]:
     """Returns what identifies each file of the folders."""
     return identify_all([clip.file.identify for clip in self._files])
+
+  def identify_own_tasks(self) -> dict[str, str]:
+    """Returns a hash of what each task that is not the package's makes of noise, which its functions determine."""
+    num_frames = min(self.num_frames, own_tasks.MAX_FRAMES)
+    shown = dataclasses.replace(self, clips=[own_tasks.Noise()], num_frames=num_frames, num_clips={4: 1.0}, seed=0)
+    only = {task: dataclasses.replace(shown, tasks={task: 1.0}) for task in own_tasks.own_tasks(self.tasks)}
+    return {task: own_tasks.digest(map(of.__getitem__, range(own_tasks.NUM_SENTENCES))) for task, of in only.items()}
 
   @property
   def _files(self) -> list[FolderClip]:
@@ -320,5 +328,6 @@ def computed_identity(config: RunConfig, sentences: ComputedSentences) -> str:
     *(data.height, data.width, data.num_frames, data.max_video_clips, data.fps),
     *(data.reverse_probability, data.bundled, data.jitter),
   )
-  hashes = sentences.identify_files()
-  return repr((COMPUTING_VERSION, config.seed, weights, sort_weights(data.clip_counts), options, hashes))
+  values = (COMPUTING_VERSION, config.seed, weights, sort_weights(data.clip_counts), options)
+  own = sentences.identify_own_tasks()
+  return repr((*values, sentences.identify_files(), *([own] if own else [])))

@@ -7,7 +7,7 @@ import numpy as np
 
 from univid_jax.core.contexts import video_pattern
 from univid_jax.core.options import TargetKind
-from univid_jax.core.sentence import Role, Sentence
+from univid_jax.core.sentence import Role, Sentence, is_completable
 from univid_jax.data.clips import ClipFormat, Footage, identify_all
 from univid_jax.data.joint_reading import make_clips
 from univid_jax.data.sources.base import DrawOptions, draw, group_indices, hold_out
@@ -80,6 +80,10 @@ class ListedSentences:
     options = self.options.with_prompts()
     return dataclasses.replace(self, records=kept), dataclasses.replace(self, records=held_out, options=options)
 
+  def completable(self) -> "ListedSentences":
+    """Returns the records whose targets can be sampled."""
+    return dataclasses.replace(self, records=[record for record in self.records if is_completable(record.roles)])
+
   def __getitem__(self, index: int) -> Sentence:
     rng = np.random.default_rng((self.options.seed, int(index)))
     record = self.records[int(index) % len(self.records)]
@@ -106,8 +110,8 @@ class ListedSentences:
 
 def count_shown_targets(held_out: ListedSentences, training: ListedSentences) -> int:
   """Counts the held-out records of which a target is shown in training, by any record and in any role."""
-  shown = {(part.path, part.start) for record in training.records for part in record.footage}
+  shown = {(part.path, part.first) for record in training.records for part in record.footage}
   return sum(
-    any(role == Role.TARGET and (part.path, part.start) in shown for part, role in zip(record.footage, record.roles))
+    any(role == Role.TARGET and (part.path, part.first) in shown for part, role in zip(record.footage, record.roles))
     for record in held_out.records
   )

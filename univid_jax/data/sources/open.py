@@ -18,6 +18,7 @@ from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError, name_key
 from univid_jax.core.options import TargetKind
 from univid_jax.core.protocols import SentenceSource
+from univid_jax.core.sentence import NOT_COMPLETABLE
 from univid_jax.core.text import count_noun
 from univid_jax.data.clips import ClipFormat, Footage
 from univid_jax.data.sources.base import DrawOptions, Dropped, require_none_dropped, require_source
@@ -107,6 +108,7 @@ class DataSources:
       for text, surprises in source.describe_left_out() if isinstance(source, PairSentences) else ():
         log.log(logging.WARNING if surprises else logging.INFO, "data: %s, %s", name, text)
       _warn_of_shown_targets(name, source, self.held_out.get(name))
+      _warn_of_incompletable(name, source, self.held_out.get(name))
     for text in describe_unused_keys(config, self.sources.values()):
       log.warning("data: %s", text)
     if self.sources and not self.held_out:
@@ -220,6 +222,20 @@ def _warn_of_shown_targets(name: str, source: SentenceSource, held_out: Sentence
       name,
       count,
       len(held_out.records),
+    )
+
+
+def _warn_of_incompletable(name: str, *sources: SentenceSource | None) -> None:
+  """Warns of lines that are trained on, but whose targets cannot be sampled."""
+  listed = [source for source in sources if isinstance(source, ListedSentences)]
+  count = sum(len(source.records) for source in listed)
+  if left_out := count - sum(len(source.completable().records) for source in listed):
+    log.warning(
+      "data: %s, %d of %s can be neither previewed nor evaluated: %s",
+      name,
+      left_out,
+      count_noun(count, "record"),
+      NOT_COMPLETABLE,
     )
 
 

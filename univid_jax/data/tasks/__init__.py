@@ -1,5 +1,8 @@
 """The computed tasks by name. To add one, write `draw` and `apply` functions and an entry here."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from univid_jax.config.data import TASK_MOTIONS
 from univid_jax.data.tasks.base import Task, draw_nothing
 from univid_jax.data.tasks.camera import camera_movement, draw_camera_movement, draw_flip, flip, reverse_time
@@ -61,3 +64,6 @@ TASKS: dict[str, Task] = {
     prompt_name="camera movement",
   ),
 }
+
+# The package's own, whatever is registered later.
+BUILT_IN: Mapping[str, Task] = MappingProxyType(dict(TASKS))

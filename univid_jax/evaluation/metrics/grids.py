@@ -23,11 +23,16 @@ def grid_metrics(predicted: Sequence[Grid], truth: Sequence[Grid]) -> dict[str, 
   """
   if len(predicted) != len(truth):
     raise ValueError(f"clips must show as many states, got {len(predicted)} and {len(truth)}")
-  states = list(zip(predicted, truth))[1 if len(truth) > 1 else 0 :]
+  states = list(zip(counted_states(predicted), counted_states(truth)))
   return {
     "grid_accuracy": float(all(is_same(a, b) for a, b in states)),
     "cell_accuracy": float(np.mean([_share_of_cells(a, b) for a, b in states])),
   }
+
+
+def counted_states(states: Sequence[Grid]) -> Sequence[Grid]:
+  """Returns the states that are compared: those of a video without its first, which shows the source."""
+  return states[1:] if len(states) > 1 else states
 
 
 def _share_of_cells(predicted: Grid, truth: Grid) -> float:

@@ -3,10 +3,10 @@
   {"clips": [{"path": ..., "role": ..., "num_frames": ..., "start": ...}, ...], "prompt": ..., "task": ...}
 
 Paths are relative to the file's folder and inside it. A role is "context" (the default) or "target". `start` is counted
-at `config.data.fps` if that is set. `num_frames` is 1 or 4n + 1; by default it is as many as the clip has, up to the
-config's, and of two videos that are a pair as many as the shorter has; given for one of them, it is that of both. A
-key whose value is null counts as absent. Clips 1 and 2, 3 and 4, ... are pairs, which must be aligned unless both are
-targets.
+at `config.data.fps` if that is set, and the clip is resampled from the frame shown there. `num_frames` is 1 or 4n + 1;
+by default it is as many as the clip has, up to the config's, and of two videos that are a pair as many as the shorter
+has; given for one of them, it is that of both. A key whose value is null counts as absent. Clips 1 and 2, 3 and 4, ...
+are pairs, which must be aligned unless both are targets.
 """
 
 import dataclasses

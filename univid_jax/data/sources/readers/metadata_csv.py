@@ -144,5 +144,8 @@ def _make_record(name: str, path: Path, text: str, form: ClipFormat, kind: Targe
     )
   roles = reference_roles(CLIPS_PER_FILE)
   forms = forms_of_pairs(form, kind, roles)
-  footage = [file_footage(path, found, own, start=start, num_frames=shortest) for own, (start, _) in zip(forms, parts)]
+  footage = [
+    file_footage(path, found, own, start=start, first=i * length, num_frames=shortest)
+    for i, (own, (start, _)) in enumerate(zip(forms, parts))
+  ]
   return Record(name, tuple(footage), roles, text, "", None)
