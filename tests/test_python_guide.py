@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from univid_jax.cli.flags import load_config
+from univid_jax.cli.config_files import load_config
 from univid_jax.config import presets
 from univid_jax.config.boundary import from_config_dict
 from univid_jax.core.errors import UserError

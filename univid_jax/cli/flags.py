@@ -1,18 +1,17 @@
 """Flags of the commands; those that several commands share are defined here, once."""
 
 import functools
-import os
 import re
-import runpy
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from univid_jax.cli.config_files import load_config
 from univid_jax.cli.flag_errors import explain_flag
 from univid_jax.cli.flag_groups import ProcessFlags, RunVerificationFlags, VerificationFlags
 from univid_jax.cli.overrides import check_overrides, quote_lists
@@ -32,8 +31,6 @@ KEYS_HELP = (
   'All keys with the values of a preset: python -c "from univid_jax.config import presets; '
   "print(presets.get_config('PRESET'))\"; their meanings: python -m pydoc univid_jax.config.schema."
 )
-# The file of presets in a clone; where it does not exist, its name means the packaged presets.
-PRESETS_FILE = os.path.join("configs", "video_tasks.py")
 
 
 class UsageError(UserError):
@@ -302,35 +299,6 @@ def _take(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     else:
       rest.append(word)
   return found, rest
-
-
-def load_config(name: str) -> ml_collections.ConfigDict:
-  """Loads a preset, as PRESET or configs/video_tasks.py[:PRESET], or a file with get_config(), as FILE.py[:ARGUMENT].
-
-  Raises:
-    UserError: there is no such preset or file, or the file cannot be loaded.
-  """
-  path, _, argument = name.partition(":")
-  arguments = [argument] if argument else []
-  if not path.endswith(".py"):
-    return presets.get_config(name)
-  if not Path(path).is_file():
-    if os.path.normpath(path) == PRESETS_FILE:
-      return presets.get_config(*arguments)
-    raise UserError(f"no such config file: {path}; give a file, or a preset: {', '.join(presets.PRESETS)}")
-  try:
-    config = runpy.run_path(path)["get_config"](*arguments)
-  except UserError:
-    raise
-  except KeyError as error:
-    raise UserError(f"{path} has no function get_config()") from error
-  except Exception as error:  # whatever a user's file raises
-    raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
-  if isinstance(config, RunConfig):
-    return to_config_dict(config)
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise UserError(f"get_config() of {path} must return a ConfigDict or a RunConfig, got {type(config).__name__}")
-  return config.lock()
 
 
 class WorkdirFlag:

@@ -230,13 +230,8 @@ def _warn_of_incompletable(name: str, *sources: SentenceSource | None) -> None:
   listed = [source for source in sources if isinstance(source, ListedSentences)]
   count = sum(len(source.records) for source in listed)
   if left_out := count - sum(len(source.completable().records) for source in listed):
-    log.warning(
-      "data: %s, %d of %s can be neither previewed nor evaluated: %s",
-      name,
-      left_out,
-      count_noun(count, "record"),
-      NOT_COMPLETABLE,
-    )
+    text = f"{left_out} of {count_noun(count, 'record')} can be neither previewed nor evaluated"
+    log.warning("data: %s, %s: %s", name, text, NOT_COMPLETABLE)
 
 
 def _count_changes(source: SentenceSource) -> Counter[str]:
