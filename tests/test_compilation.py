@@ -19,6 +19,17 @@ for number in range(5):
 """
 
 
+COMMAND = f"""
+import sys
+from univid_jax.cli import app
+from univid_jax.cli.flags import CommandFlags
+@app.command(CommandFlags(""))
+def main():
+  exec({SCRIPT!r}, {{}})
+sys.exit(main([""]))
+"""
+
+
 def test_damaged_programs_are_replaced(tmp_path, monkeypatch):
   """Whatever is wrong with them: cut off, empty, or a flipped bit. If this fails after an upgrade of JAX, its private
   cache has changed: adapt `cli.compilation`, or remove it if JAX replaces damaged entries by then.
@@ -41,6 +52,16 @@ def test_damaged_programs_are_replaced(tmp_path, monkeypatch):
     assert path.stat().st_size == len(entry), path
   third = finish(start_python("-W", "error", "-c", SCRIPT))
   assert third.stdout == first.stdout, third.stderr
+
+
+def test_loading_a_program_logs_no_errors(tmp_path, monkeypatch):
+  """On some processors XLA complains of the options that it compiled with."""
+  monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+  for _ in range(2):
+    done = finish(start_python("-c", COMMAND))
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 @pytest.mark.long

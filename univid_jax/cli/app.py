@@ -33,6 +33,7 @@ import absl.logging
 from tqdm import tqdm
 
 import univid_jax
+from univid_jax.cli.compilation import hide_false_alarms
 from univid_jax.cli.flags import CommandFlags, UsageError
 from univid_jax.core.errors import Interrupted, UserError, first_line
 from univid_jax.core.paths import is_remote
@@ -73,6 +74,7 @@ def command(flags: CommandFlags, *, continues: bool = False) -> Callable[[Callab
 def _run(body: Callable[[], None], flags: CommandFlags, given: Sequence[str] | None, *, continues: bool) -> int:
   argv = sys.argv if given is None else given
   _prepare_streams()
+  hide_false_alarms()
   if {"--help", "-help", "-h"} & set(argv[1:]):
     print(flags.help())
     return 0

@@ -6,6 +6,7 @@ There is no public interface to change that: this module uses JAX's private ones
 tests/test_compilation.py fails if they change.
 """
 
+import importlib.util
 import logging
 import os
 
@@ -15,6 +16,8 @@ from univid_jax.core.paths import CACHE_FOLDER
 
 log = logging.getLogger(__name__)
 
+# Packages that JAX finds accelerators by.
+ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
 # What an entry ends in: this word and the checksum of what precedes it. Decompression ignores both, so that entries are
 # shared with other users of JAX.
 _WORD = b"xxh3_128"
@@ -33,6 +36,17 @@ def enable_compilation_cache() -> None:
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   _verify_entries()
+
+
+def hide_false_alarms() -> None:
+  """Hides errors that XLA logs whenever a CPU loads a compiled program; call before JAX is imported.
+
+  XLA compares the features of the processor with LLVM's tuning options, such as +prefer-no-gather, which no processor
+  reports, and warns of SIGILL. TF_CPP_MIN_LOG_LEVEL wins if it is set. With the plugin of an accelerator, whose errors
+  matter, XLA's log stays as it is.
+  """
+  if not any(map(importlib.util.find_spec, ACCELERATOR_PLUGINS)):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def _verify_entries() -> None:
