@@ -70,7 +70,7 @@ def measure_fill_rates(num_rows: int = 1500) -> dict[str, float]:
 def read_clips(path: Path) -> list[np.ndarray]:
   """Reads four clips, each uint8 (T, H, W, 3)."""
   quarter = probe(path).num_frames // 4
-  return list(read_parts(path, [(i * quarter, NUM_FRAMES) for i in range(4)]))
+  return list(read_parts(path, [(i * quarter, 0, NUM_FRAMES) for i in range(4)]))
 
 
 def read_clips_like_reference(path: Path) -> list[np.ndarray]:

@@ -30,10 +30,10 @@ def draw_options(**changes) -> DrawOptions:
   return DrawOptions(**(defaults | changes))
 
 
-def write_video(path, count, *, shade=0, size=(32, 48)):
+def write_video(path, count, *, shade=0, size=(32, 48), fps=8):
   """Writes a video whose frame i has the grey value shade + 8 i, modulo 256."""
   frames = np.stack([np.full((*size, 3), (shade + 8 * i) % 256, np.uint8) for i in range(count)])
-  write_clip(path, frames, fps=8)
+  write_clip(path, frames, fps=fps)
   return path
 
 

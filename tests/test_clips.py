@@ -26,11 +26,11 @@ from univid_jax.data.clips import (
   Footage,
   context_shape,
   frame_rate,
-  identify_all,
   open_footage,
   read_context,
   resize_and_crop,
 )
+from univid_jax.data.identities import identify_all
 from univid_jax.data.media.reader import read_clip
 from univid_jax.data.media.writer import write_clip
 
@@ -114,7 +114,11 @@ class TestClips:
 
     from_start = dict(is_resampled=True, form=dataclasses.replace(FORM, fps=6.4))
     assert key(8.0, **from_start) == "50f81d22ab45006843eaedda97c897956bc4235b0d8df498b011bee8002173cc"
-    assert key(8.0, first=5) == "a33893f6fec587fa6b0591ee6419c439ecbccc9dbb151fa54c5dfc46f295a883"
+    assert (
+      key(8.0, start=5)
+      == key(8.0, start=5, first=5)
+      == "a33893f6fec587fa6b0591ee6419c439ecbccc9dbb151fa54c5dfc46f295a883"
+    )
     began_at_5 = "e1222fc9cc8845d45fb31ff607124bee1b712372ae8717d0f8afd8293037be9f"  # resampled with the whole file
     assert key(8.0, **from_start, start=5, first=6) != key(8.0, **from_start, start=4, first=5) != began_at_5
     assert key(8.0) == key(None) == "f0671e921b5f87ef1f8453198f80e29df053c8200cb888f9c7826851a3cbdfa9"

@@ -223,13 +223,6 @@ def test_values_without_effect(preset, values, ignored, caplog):
     assert all(text in caplog.text for text in ("ignored, because small sets them: ", *ignored)) == bool(ignored)
 
 
-@pytest.mark.parametrize("init_from", ["", "small"])
-def test_prompts_need_a_text_encoder(init_from):
-  """Before the data is opened; the only prompt of these models is the null prompt."""
-  with pytest.raises(UserError, match=r"^config\.data\.prompt: .* text encoder"):
-    check_config(override(tiny(), {"data.prompt": "detailed", "init_from": init_from}))
-
-
 def test_numbers_convert_where_exact():
   config = override(tiny(), {"optimizer.learning_rate": 1, "num_steps": 5.0, "model.remat": "dots"})
   assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)

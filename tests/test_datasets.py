@@ -663,8 +663,9 @@ class TestWeights:
   def test_sentences_must_have_something_to_be_drawn_from(self, key):
     config = override(tiny(), {"data.tasks": {"camera_movement": 1.0, "invert": 1.0}})
     config = override(config, {f"data.{key}": dict.fromkeys(getattr(config.data, key), 0.0)})
+    data = open_data(config)  # evaluation leaves out what has no weight
     with pytest.raises(UserError, match=rf"the weights of config\.data\.{key} are all 0"):
-      open_data(config)
+      data.require_usable(config.data)
 
   @pytest.mark.parametrize(
     "changes",
@@ -675,7 +676,8 @@ class TestWeights:
     ],
   )
   def test_weights_that_are_not_drawn_from_may_be_0(self, changes):
-    assert open_data(override(tiny(), {"data.height": 64, "data.width": 64} | changes)).sources
+    config = override(tiny(), {"data.height": 64, "data.width": 64} | changes)
+    open_data(config).require_usable(config.data)
 
 
 @pytest.mark.parametrize("share, count, held_out", [(0.29, 100, 29), (0.7, 90, 63), (0.34, 3, 1), (0.33, 3, 0)])
@@ -764,6 +766,17 @@ class TestManifest:
     (tmp_path / "metadata.csv").write_text(f"file_name,text\n{name},x\n")
     _, (dropped,) = open_metadata(str(tmp_path), FORM, draw_options())
     assert re.search(reason.replace("clip:", "file:"), dropped.reason), dropped
+
+  def test_clips_of_two_videos_are_aligned_in_time(self, tmp_path):
+    """However their frames fall: time begins with each file, so no fraction of a frame is lost at the start."""
+    write_video(tmp_path / "a.mp4", 28)
+    write_video(tmp_path / "b.mp4", 35, fps=10)
+    clips = [{"path": name, "start": 3, "num_frames": 5} for name in ("a.mp4", "b.mp4", "a.mp4", "b.mp4")]
+    clips[-1]["role"] = "target"
+    sentences, dropped = self.write(tmp_path, {"clips": clips}, form=dataclasses.replace(FORM, fps=6.4))
+    assert not dropped
+    for clip, rate in zip(sentences[0].clips, (8, 10, 8, 10)):
+      assert read_greys(clip) == [8 * int((3 + n) * rate / 6.4) for n in range(5)]
 
   def test_clips_of_a_video_are_aligned_at_another_rate(self, tmp_path):
     """Frames are counted at that rate, and each clip is resampled from the one shown at its start."""

@@ -433,7 +433,7 @@ def test_grey_has_the_range_that_it_is_tagged_with(
   expected = np.array([0, 128, 255] if is_limited else lumas)
   frames = read_clip(path).frames
   np.testing.assert_array_equal(frames, np.broadcast_to(expected[:, None, None, None], frames.shape))
-  np.testing.assert_array_equal(np.concatenate(read_parts(path, [(0, 1), (1, 2)])), frames)
+  np.testing.assert_array_equal(np.concatenate(read_parts(path, [(0, 0, 1), (0, 1, 2)])), frames)
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_parts_are_read_together(tmp_path: Path):
       for fps in (None, 8.0):
         if fps:
           spans = [(first, count // 4 + 1) for first, count in spans]
-        parts = read_parts(path, spans, fps=fps)
+        parts = read_parts(path, [(first, 0, count) for first, count in spans], fps=fps)
         due = [[first + (n * 25 // 8 if fps else n) for n in range(count)] for first, count in spans]
         expected = [whole[indices] for indices in due]
         assert all(np.array_equal(*pair) for pair in zip(parts, expected, strict=True))
@@ -557,7 +557,7 @@ def test_only_what_is_needed_is_decoded(tmp_path: Path, monkeypatch: pytest.Monk
     read_clip(path, start, count)
     assert sum(len(decoder.packets) for decoder in decoders) <= start % 12 + count + ahead
   decoders.clear()
-  parts = read_parts(path, [(quarter * 45, 17) for quarter in range(4)])
+  parts = read_parts(path, [(quarter * 45, 0, 17) for quarter in range(4)])
   assert [len(part) for part in parts] == [17] * 4
   from_keys = sum(quarter * 45 % 12 for quarter in range(4))
   assert sum(len(decoder.packets) for decoder in decoders) <= 4 * (17 + ahead) + from_keys

@@ -460,6 +460,22 @@ class TestLazySentences:
     assert not sentences.identify_own_tasks()
 
   @pytest.mark.parametrize(
+    "apply, warning",
+    [
+      (lambda clip: clip[[8, 7, 6, 5, 4, 3, 2, 1, 0]], None),
+      (lambda clip: clip * np.random.default_rng().random(), "as they are not deterministic: delete cached latents"),
+      (lambda clip: clip[20], "as they fail on noise: IndexError"),
+    ],
+  )
+  def test_functions_of_own_tasks_need_clips_of_the_config_and_may_fail_on_noise(
+    self, monkeypatch, caplog, apply, warning
+  ):
+    monkeypatch.setitem(TASKS, "mine", Task(draw=lambda rng: {}, motion=Motion.NEEDED, apply=apply))
+    config = override(tiny(), {"data.tasks": {"mine": 1.0}, "data.num_frames": 9})
+    found = open_computed(config, "train", seed=0).identify_own_tasks()["mine"]
+    assert (found == "", warning in caplog.text) == (True, True) if warning else (found and not caplog.text)
+
+  @pytest.mark.parametrize(
     "key, value, matters",
     [
       ("seed", 1, True),

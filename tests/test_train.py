@@ -30,7 +30,7 @@ from univid_jax.checkpoints.lora.formats import write_lora
 from univid_jax.checkpoints.lora.kinds import LoRALayer
 from univid_jax.checkpoints.lora.reading import read_lora
 from univid_jax.checkpoints.lora.weights import LoRAWeights
-from univid_jax.checkpoints.run import Checkpointer, RunRecord, read_run
+from univid_jax.checkpoints.run import Checkpointer, RunRecord, read_run, require_run, write_run
 from univid_jax.checkpoints.run_parts import create_model, open_encoders, transformer_config
 from univid_jax.checkpoints.saved import SavedCheckpoints
 from univid_jax.checkpoints.trained import find_step
@@ -1023,6 +1023,20 @@ def test_a_workdir_that_is_in_use_is_refused(tiny_config, tmp_path, monkeypatch)
   with pytest.raises(UserError, match="is in use by process"):
     train(tiny_config, str(tmp_path))
   other.release()
+
+
+@pytest.mark.parametrize("init_from", ["", "small"])
+def test_prompts_of_tasks_need_a_text_encoder(tmp_path, init_from):
+  config = override(tiny(), {"data.prompt": "detailed", "init_from": init_from})
+  with pytest.raises(UserError, match=r"config\.data\.prompt = detailed needs a text encoder, and .* has none"):
+    train(config, str(tmp_path))
+
+
+def test_a_run_remembers_that_its_clips_have_one_size(tiny_run):
+  record = require_run(str(tiny_run[0]))
+  assert not record.adapts_clips
+  write_run(tiny_run[0].parent / "again", record)
+  assert require_run(str(tiny_run[0].parent / "again")) == record
 
 
 @pytest.mark.parametrize(

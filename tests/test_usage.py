@@ -36,7 +36,10 @@ from univid_jax.convert.commands import convert_any, inspect
 from univid_jax.core.dims import MAX_POSITION
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import MAX_FPS, MAX_SHIFT, MAX_STEPS, Attention, ClipFit, ContextTimestep, Expert, Quantize
+from univid_jax.core.protocols import SentenceSource
 from univid_jax.data.clips import ClipFormat
+from univid_jax.data.sources.open import open_data
+from univid_jax.data.sources.unused_keys import adapt_clips
 from univid_jax.inference import lora_specs
 from univid_jax.inference.distillation_loras import read_distillation
 from univid_jax.inference.lora_specs import RequestedLoRA, lora_usage, read_loras, warn_of_other_context
@@ -120,23 +123,14 @@ def test_it_is_that_of_the_run():
   assert read == usage and read.is_known
 
 
-@pytest.mark.parametrize(
-  "data, has_buckets",
-  [
-    ({}, False),
-    ({"folder": "x"}, False),
-    ({"folder": "x", "tfds.name": "x"}, True),
-    ({"folder": "x", "pairs": "x", "weights.pairs": 0.0}, False),
-    ({"manifest": "x"}, True),
-    ({"bundled": False, "arc.path": "x"}, False),
-    ({"bundled": False}, True),
-  ],
-)
-def test_only_sizes_and_fits_that_a_source_uses_are_trained(data, has_buckets):
-  """All sources but records have one size, and crop; data that the config does not name may be anything."""
-  changes = {"buckets": ["64x16"], "fit": "pad", **data}
-  usage = Usage.from_config(override(tiny(), {f"data.{key}": value for key, value in changes.items()}))
-  assert (len(usage.sizes), usage.fit) == ((2, ClipFit.PAD) if has_buckets else (1, ClipFit.CROP))
+def test_only_sizes_and_fits_that_a_source_uses_are_trained():
+  """All sources but records have one size, and crop; sources of one's own may have any."""
+  config = override(tiny(), {"data.buckets": ["64x16"], "data.fit": "pad"})
+  computed = open_data(config).sources.values()
+  assert not adapt_clips(computed) and adapt_clips([*computed, mock.Mock(spec=SentenceSource)])
+  for adapts_clips, expected in ((False, (1, ClipFit.CROP)), (True, (2, ClipFit.PAD))):
+    usage = Usage.from_config(config, adapts_clips=adapts_clips)
+    assert (len(usage.sizes), usage.fit) == expected
 
 
 @pytest.mark.parametrize("key", ["manifest", "metadata"])

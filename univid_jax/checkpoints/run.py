@@ -47,6 +47,7 @@ class RunRecord:
     prompts: prompts of the tasks, as the run trains them; tasks whose records have prompts of their own are missing.
     base_contents: checksums of everything in the base, which identify it at any path; {} without a base, and for runs
       of version 0.1.
+    adapts_clips: whether any of its clips are brought to one of the config's sizes, cropped or padded.
   """
 
   config: RunConfig
@@ -54,6 +55,7 @@ class RunRecord:
   version: str
   prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
   base_contents: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  adapts_clips: bool = True
 
 
 def write_run(workdir: epath.PathLike, record: RunRecord) -> None:
@@ -61,6 +63,7 @@ def write_run(workdir: epath.PathLike, record: RunRecord) -> None:
   config = to_json(record.config)
   values = {**config, "base": ",".join(record.base), OPTIONS_OF_BASE: config["base"], "version": record.version}
   values |= {"prompts": dict(record.prompts), "base_contents": dict(record.base_contents)}
+  values |= {"adapts_clips": record.adapts_clips}
   write_json(epath.Path(workdir) / CONFIG_FILE, values)
 
 
@@ -79,13 +82,14 @@ def read_run(workdir: epath.PathLike) -> RunRecord | None:
   try:
     base, version = values.pop("base", ""), values.pop("version", "unknown")
     prompts, contents = values.pop("prompts", {}), values.pop("base_contents", {})
+    adapts_clips = values.pop("adapts_clips", True)
     if not all(isinstance(text, str) for text in (base, version)):
       raise ValueError("base and version must be text")
-    if not all(isinstance(each, dict) for each in (prompts, contents)):
-      raise ValueError("prompts and base_contents must be objects")
+    if not all(isinstance(each, dict) for each in (prompts, contents)) or not isinstance(adapts_clips, bool):
+      raise ValueError("prompts and base_contents must be objects, adapts_clips true or false")
     if OPTIONS_OF_BASE in values:
       values["base"] = values.pop(OPTIONS_OF_BASE)
-    return RunRecord(from_json(values), tuple(base.split(",")), version, prompts, contents)
+    return RunRecord(from_json(values), tuple(base.split(",")), version, prompts, contents, adapts_clips)
   except ValueError as error:
     raise UserError(f"{path} cannot be read by this version: {error}") from error
 

@@ -136,6 +136,7 @@ def run_usage(record: RunRecord) -> Usage:
     base_model=base.info.variant if base else config.model.variant or config.name,
     base_checksum=record.base[0] if len(record.base) == 1 else "",
     prompts=record.prompts,
+    adapts_clips=record.adapts_clips,
   )
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from univid_jax.config.drawn import DrawnSentences
-from univid_jax.config.schema import DataConfig, RunConfig
+from univid_jax.config.schema import RunConfig
 from univid_jax.core.dims import MAX_POSITION, is_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.json_files import parse_json
@@ -72,10 +72,10 @@ class Usage:
     base_model: str = "",
     base_checksum: str = "",
     prompts: Mapping[str, str] | None = None,
+    adapts_clips: bool = True,
   ) -> "Usage":
-    """Returns the usage of a run; `context_timestep` is an argument because it also depends on the base."""
+    """Returns the usage of a run; `context_timestep` also depends on its base, and `adapts_clips` on its data."""
     data = config.data
-    has_sizes = _adapts_clips(data)
     drawn = DrawnSentences.from_config(data)
     return cls(
       attention=config.model.attention,
@@ -84,9 +84,9 @@ class Usage:
       clip_gap=config.model.clip_gap,
       shift=config.flow.shift,
       num_inference_steps=config.eval.num_inference_steps,
-      sizes=data.sizes if has_sizes else data.sizes[:1],
+      sizes=data.sizes if adapts_clips else data.sizes[:1],
       num_frames=data.num_frames,
-      fit=data.fit if has_sizes else ClipFit.CROP,
+      fit=data.fit if adapts_clips else ClipFit.CROP,
       fps=data.fps,
       base_model=base_model,
       base_checksum=base_checksum,
@@ -187,16 +187,6 @@ def merge_usages(usages: Sequence[tuple[str, Usage]]) -> tuple[Usage | None, lis
       if values[0] != values[1]:
         notes.append(f"{first} was trained with {field} {values[0]}, which is used, and {name} with {values[1]}")
   return dataclasses.replace(chosen, prompts=prompts, own_prompts=own_prompts), notes
-
-
-def _adapts_clips(data: DataConfig) -> bool:
-  """Returns whether a config trains on clips that are brought to one of its sizes: on records, or on unknown data."""
-  records = {"metadata": data.metadata, "pairs": data.pairs, "manifest": data.manifest, "tfds": data.tfds.name}
-  others = {"computed": data.has_computed, "grids": data.grids.enabled, "arc": data.arc.path}
-  records_used, others_used = (
-    any(value and getattr(data.weights, name) > 0 for name, value in given.items()) for given in (records, others)
-  )
-  return records_used or not others_used
 
 
 def _format(number: float) -> str:

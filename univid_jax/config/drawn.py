@@ -55,19 +55,20 @@ class DrawnSentences:
     return () if self.lists_counts else tuple(sorted({count for _, count in self.kinds}))
 
 
-def check_weights(data: DataConfig, used: Collection[str]) -> None:
+def check_weights(data: DataConfig, used: Collection[str], motions: Mapping[str, Motion]) -> None:
   """Checks that there is something to draw wherever sentences are drawn by weights.
 
   Args:
     data: the config.
     used: which of `SourceWeights` the sentences are from.
+    motions: motion of each computed task.
 
   Raises:
     UserError: all weights of a key are 0.
   """
   tasks = [name for name, weight in data.tasks.items() if weight > 0 and "computed" in used]
   families = [name for name, weight in data.grids.families.items() if weight > 0 and "grids" in used]
-  animating = [name for name in tasks if TASK_MOTIONS.get(name) == Motion.ANIMATES]
+  animating = [name for name in tasks if motions.get(name) == Motion.ANIMATES]
   moving = [name for name in families if FAMILY_MOTIONS[name] != Motion.NONE]
   needed = {
     "tasks": "computed" in used,

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,15 @@ from univid_jax.core.checks import require_list
 from univid_jax.core.dims import floor_clip_length
 from univid_jax.core.errors import UserError
 from univid_jax.core.options import ClipFit, Resampling
-from univid_jax.core.paths import file_state
 from univid_jax.core.sentence import ClipRef
 from univid_jax.core.text import count_noun, size_text
-from univid_jax.data.media.reader import ClipInfo, Frames, list_frames, probe, read_parts, shows_transparency
+from univid_jax.data.identities import WatchedFile
+from univid_jax.data.media.reader import ClipInfo, Frames, probe, read_parts, shows_transparency
 from univid_jax.data.media.schedule import Schedule
 from univid_jax.data.resizing import resize_and_crop, resize_and_pad
 
 # Part of every key: raise it when the same file would give other pixels.
 READING_VERSION = 6
-
-# Threads that hash files, more than cores because storage may be slow to answer; and how many files they get at a time.
-_NUM_THREADS = 16
-_NUM_QUEUED = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +89,7 @@ class Footage:
     identify: returns a key of the content.
     read: returns the first n frames, before they are resized.
     start: number of the first frame in the file, at the format's rate.
-    first: number of the same frame at the file's own rate; if frames are resampled, time begins with it.
+    first: number of the same frame at the file's own rate, with which time begins; None if it begins with the file.
     require_unchanged: raises UserError if the content is no longer that which was opened.
     path: of the file; None for frames of another origin.
   """
@@ -106,7 +101,7 @@ class Footage:
   identify: Callable[[], str]
   read: Callable[[int], Frames]
   start: int = 0
-  first: int = 0
+  first: int | None = None
   require_unchanged: Callable[[], None] = lambda: None
   path: Path | None = None
   fps: float | None = None
@@ -119,12 +114,21 @@ class Footage:
     return ClipRef(identify, read, num_frames, self.form.size)
 
   def _identify(self, num_frames: int) -> str:
-    form, span = self.form, (self.first, num_frames, self.form.fps if self.is_resampled else 0.0)
-    if self.is_resampled and self.first:  # earlier versions counted `start`, and resampled from the file's beginning
-      span = ("from its first frame", *span)
+    form, span = self.form, (self.start, num_frames, self.form.fps if self.is_resampled else 0.0)
+    if self.has_own_time:  # in earlier versions time began with the file
+      span = ("from its first frame", self.first, *span[1:])
     fit = "extend" if form.extend else form.fit.value
     words = (READING_VERSION, self.identify(), span, form.size, fit, form.resample.value)
     return hashlib.sha256(repr(words).encode()).hexdigest()
+
+  @property
+  def has_own_time(self) -> bool:
+    """Whether frames are resampled with a time that does not begin with the file."""
+    return self.is_resampled and bool(self.first)
+
+  def span(self, num_frames: int) -> tuple[int, int, int]:
+    """Returns the span of the first frames, see `read_parts`."""
+    return (0, self.start, num_frames) if self.first is None else (self.first, 0, num_frames)
 
   def _read(self, num_frames: int) -> Frames:
     frames = self.read(num_frames)
@@ -159,37 +163,15 @@ class Footage:
     return f"{shown} resized to {to}" + (f", {lost} % {how}" if lost else "")
 
 
-class WatchedFile:
-  """A file, or a folder of frames, whose content must not change while it is used."""
-
-  def __init__(self, path: Path):
-    self.path = path
-    self._state = _clip_state(path)
-    self._identity: str | None = None
-
-  def identify(self) -> str:
-    """Returns the hash of its content, see `file_hash`.
-
-    Raises:
-      OSError, UserError: it has vanished or changed.
-    """
-    if self._identity is None:
-      identity = file_hash(self.path)
-      self.require_unchanged()
-      self._identity = identity
-    return self._identity
-
-  def require_unchanged(self) -> None:
-    """Raises OSError if it has vanished, UserError if its content has changed; being moved or linked is no change."""
-    state = _clip_state(self.path)
-    if state != self._state:
-      if self._identity is None or file_hash(self.path) != self._identity:
-        raise UserError(f"{self.path} changed while it was in use: start again")
-      self._state = state
-
-
-def open_footage(path: Path, form: ClipFormat, *, start: int = 0) -> Footage:
+def open_footage(path: Path, form: ClipFormat, *, start: int = 0, has_own_time: bool = False) -> Footage:
   """Opens a file from a frame on, counted at the format's rate; clips have its size nearest to the file's shape.
+
+  Args:
+    path: the file.
+    form: format of the clips.
+    start: the first frame.
+    has_own_time: whether the time of clips begins with that frame, so that they are aligned with others of the same
+      file, instead of with the file.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -199,6 +181,8 @@ def open_footage(path: Path, form: ClipFormat, *, start: int = 0) -> Footage:
   count, schedule = found.count_at(form.fps), found.schedule
   if not 0 <= start < count:
     raise UserError(f"{path} has {count_noun(count, 'frame')} and cannot start at frame {start}")
+  if not has_own_time:
+    return file_footage(path, found, form, start=start, num_frames=count - start)
   first = int(schedule.select(start, 1, form.fps)[0])
   _, num_frames = schedule.part_at(first, found.num_frames, form.fps)
   return file_footage(path, found, form, start=start, first=first, num_frames=num_frames)
@@ -211,23 +195,24 @@ def resampling_to(schedule: Schedule, fps: float) -> dict[str, Any]:
 
 
 def file_footage(
-  path: Path, found: ClipInfo, form: ClipFormat, *, num_frames: int, start: int = 0, first: int = 0
+  path: Path, found: ClipInfo, form: ClipFormat, *, num_frames: int, start: int = 0, first: int | None = None
 ) -> Footage:
   """Returns part of a file that was probed already, see `Footage`."""
   file = WatchedFile(path)
-  return Footage(
+  footage = Footage(
     name=str(path),
     size=found.size,
     **resampling_to(found.schedule, form.fps),
     num_frames=num_frames,
     form=form.for_shape(found.size),
     identify=file.identify,
-    read=lambda count: read_parts(path, [(first, count)], fps=form.fps or None)[0],
+    read=lambda count: read_parts(path, [footage.span(count)], fps=form.fps or None)[0],
     start=start,
     first=first,
     require_unchanged=file.require_unchanged,
     path=path,
   )
+  return footage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,36 +294,3 @@ def _context_length(info: ClipInfo, form: ClipFormat) -> int:
 def frame_rate(clips: Sequence[ContextClip]) -> float | None:
   """Returns the frame rate of the last clip; if that has none, of the first that has one."""
   return clips[-1].fps or next((clip.fps for clip in clips if clip.fps), None)
-
-
-def identify_all(identities: Sequence[Callable[[], str]]) -> list[str]:
-  """Calls functions that identify files, in threads, and returns their results in order.
-
-  Raises:
-    OSError, UserError: of the first one that failed; files that have not been opened by then are not read.
-  """
-  found: list[str] = []
-  with ThreadPoolExecutor(_NUM_THREADS) as pool:
-    for start in range(0, len(identities), _NUM_QUEUED):
-      found += pool.map(lambda identify: identify(), identities[start : start + _NUM_QUEUED])
-  return found
-
-
-def file_hash(path: Path) -> str:
-  """Returns the SHA-256 of a file's content, or of the images in a folder in the order in which they are read."""
-  if path.is_dir():
-    return hashlib.sha256("".join(file_hash(part) for part in list_frames(path)).encode()).hexdigest()
-  return _hash_content(path.resolve(), file_state(path))
-
-
-def _clip_state(path: Path) -> object:
-  """Returns the state of a file, or of the images in a folder."""
-  return [file_state(part) for part in list_frames(path)] if path.is_dir() else file_state(path)
-
-
-@functools.lru_cache(maxsize=65536)
-def _hash_content(path: Path, state: tuple[int, ...]) -> str:
-  """Hashes a file; `state` is an argument so that a changed file is hashed again."""
-  del state
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -43,7 +43,7 @@ class _JointReading:
     footage, _ = self._parts[index]
     if index not in self._waiting:
       assert footage.path is not None
-      spans = [(part.first, count) for part, count in self._parts.values()]
+      spans = [part.span(count) for part, count in self._parts.values()]
       self._waiting = dict(zip(self._parts, read_parts(footage.path, spans, fps=footage.form.fps or None)))
     footage.require_unchanged()
     return footage.form.resize(self._waiting.pop(index))

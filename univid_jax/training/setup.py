@@ -24,7 +24,6 @@ from univid_jax.checkpoints.run_parts import (
   open_base,
   open_encoders,
   split_config,
-  text_encoder_shape,
   transformer_config,
   with_stored_base,
 )
@@ -33,7 +32,7 @@ from univid_jax.checkpoints.trained import expert_configs, load_base, run_usage
 from univid_jax.config.schema import CodecConfig, ModelConfig, RunConfig
 from univid_jax.core.checks import require_flag, require_folder
 from univid_jax.core.errors import UserError, name_key
-from univid_jax.core.options import AttentionBackend, PromptStyle, TrainedExpert
+from univid_jax.core.options import AttentionBackend, TrainedExpert
 from univid_jax.core.paths import bucket_errors
 from univid_jax.core.protocols import Encoders
 from univid_jax.core.sentence import Sentence
@@ -41,6 +40,7 @@ from univid_jax.data.features import FeatureCaches, FeatureMaker
 from univid_jax.data.prepare import PreparationReport, prepare
 from univid_jax.data.rows.packing import RowShape
 from univid_jax.data.sources.open import DataSources, open_data, require_config, require_sources
+from univid_jax.data.sources.unused_keys import adapt_clips
 from univid_jax.inference.distillation_loras import DistillationLoRAs, read_distillation
 from univid_jax.inference.experts import Transformer
 from univid_jax.inference.pipeline import Pipeline
@@ -177,7 +177,7 @@ def set_up_run(
     bases = [load_base(part, mesh) for part in split_config(config)]
     base_graph, frozen = bases[0][0], config.model.expert.join_trees([params for _, params in bases])
   return Run(
-    record=dataclasses.replace(record, prompts=data.prompts),
+    record=dataclasses.replace(record, prompts=data.prompts, adapts_clips=adapt_clips(data.sources.values())),
     workdir=workdir,
     mesh=mesh,
     shape=shape,
@@ -243,20 +243,10 @@ def check_config(config: RunConfig) -> RunConfig:
   check_rows(config)
   check_base(config)
   check_precision(config)
-  check_prompts(config)
   if ignored := ignored_options(config):
     decider = config.init_from or config.model.variant
     log.warning("ignored%s: %s", f", because {decider} sets them" if decider else "", ", ".join(ignored))
   return with_stored_base(config)
-
-
-def check_prompts(config: RunConfig) -> None:
-  """Raises UserError if drawn sentences get prompts that nothing can encode."""
-  style = config.data.prompt
-  if style == PromptStyle.NULL:
-    return
-  with name_key("data.prompt"):
-    text_encoder_shape(config)
 
 
 def check_backend(config: RunConfig) -> None:
@@ -290,7 +280,14 @@ def check_precision(config: RunConfig) -> None:
 
 
 def open_features(config: RunConfig, encoders: Encoders, data: DataSources, workdir: str) -> FeatureMaker:
-  """Returns the encoder of a run's sentences, with the run's caches if there is anything to cache."""
+  """Returns the encoder of a run's sentences, with the run's caches if there is anything to cache.
+
+  Raises:
+    UserError: tasks have prompts, and there is no text encoder.
+  """
+  if any(data.prompts.values()) and not encoders.has_weights:
+    model = config.init_from or "a model from scratch"
+    raise UserError(f"config.data.prompt = {config.data.prompt} needs a text encoder, and {model} has none: use null")
   return FeatureMaker(
     encoders,
     shape=transformer_config(config),

@@ -147,25 +147,28 @@ def _read(path: Path, start: int, num_frames: int | None, fps: float | None, *, 
         raise UserError(f"it is not a clip: a clip is {CLIP_KINDS}")
 
 
-def read_parts(path: str | os.PathLike, spans: Sequence[tuple[int, int]], *, fps: float | None = None) -> list[Frames]:
+def read_parts(
+  path: str | os.PathLike, spans: Sequence[tuple[int, int, int]], *, fps: float | None = None
+) -> list[Frames]:
   """Reads several parts of a clip, which for a video is faster than reading each alone; parts may share memory.
 
   Args:
     path: see `read_clip`.
-    spans: number of the first frame of each part in the file, and number of frames that are read of it.
-    fps: frame rate: frame n of a part is the one shown n / fps seconds after its first, so that parts of equal length
-      are aligned wherever they begin; otherwise see `read_clip`.
+    spans: of each part, the frame of the file with which its time begins, and `start` and `num_frames` counted from
+      there. With `start` 0, frame n is the one shown n / fps seconds after the part's first, so that parts of equal
+      length are aligned wherever they begin.
+    fps: see `read_clip`.
 
   Raises:
     FileNotFoundError, UserError: see `read_clip`.
   """
   path = _clip_path(path)
   if len(spans) == 1 or _find_kind(path) != _Kind.VIDEO:
-    return [_read(path, 0, count, fps, first=first).frames for first, count in spans]
+    return [_read(path, start, count, fps, first=first).frames for first, start, count in spans]
   with _named_errors(path):
     timeline = scan_timeline(path)
     assert timeline.schedule is not None
-    parts = [timeline.schedule.select(0, count, fps, first=first) for first, count in spans]
+    parts = [timeline.schedule.select(start, count, fps, first=first) for first, start, count in spans]
     indices = np.unique(np.concatenate(parts))
     frames = read_video_frames(path, timeline, indices)
     return [_take(frames, np.searchsorted(indices, part)) for part in parts]

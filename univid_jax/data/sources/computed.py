@@ -20,7 +20,7 @@ from univid_jax.core.errors import UserError, name_key
 from univid_jax.core.options import PromptStyle
 from univid_jax.core.sentence import Clip, ClipRef, Sentence, read_frames, reference_roles
 from univid_jax.core.text import count_noun
-from univid_jax.data.clips import identify_all
+from univid_jax.data.identities import identify_all
 from univid_jax.data.media.reader import Frames
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources import own_tasks
@@ -95,10 +95,9 @@ class ComputedSentences:
 
   def identify_own_tasks(self) -> dict[str, str]:
     """Returns a hash of what each task that is not the package's makes of noise, which its functions determine."""
-    num_frames = min(self.num_frames, own_tasks.MAX_FRAMES)
-    shown = dataclasses.replace(self, clips=[own_tasks.Noise()], num_frames=num_frames, num_clips={4: 1.0}, seed=0)
+    shown = dataclasses.replace(self, clips=[own_tasks.Noise()], num_clips={4: 1.0}, seed=0)
     only = {task: dataclasses.replace(shown, tasks={task: 1.0}) for task in own_tasks.own_tasks(self.tasks)}
-    return {task: own_tasks.digest(map(of.__getitem__, range(own_tasks.NUM_SENTENCES))) for task, of in only.items()}
+    return {task: own_tasks.identify(task, of.__getitem__) for task, of in only.items()}
 
   @property
   def _files(self) -> list[FolderClip]:

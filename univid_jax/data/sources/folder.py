@@ -10,7 +10,7 @@ from PIL import Image
 
 from univid_jax.core.errors import UserError
 from univid_jax.core.text import count_noun, is_or_are
-from univid_jax.data.clips import WatchedFile
+from univid_jax.data.identities import WatchedFile
 from univid_jax.data.media.reader import CLIP_KINDS, CLIP_SUFFIXES, Frames, is_foreign, probe, read_clip
 from univid_jax.data.sources.base import Dropped, drop, is_text, report_texts
 from univid_jax.data.sources.photos import crop_box, moving_window

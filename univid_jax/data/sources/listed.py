@@ -8,7 +8,8 @@ import numpy as np
 from univid_jax.core.contexts import video_pattern
 from univid_jax.core.options import TargetKind
 from univid_jax.core.sentence import Role, Sentence, is_completable
-from univid_jax.data.clips import ClipFormat, Footage, identify_all
+from univid_jax.data.clips import ClipFormat, Footage
+from univid_jax.data.identities import identify_all
 from univid_jax.data.joint_reading import make_clips
 from univid_jax.data.sources.base import DrawOptions, draw, group_indices, hold_out
 from univid_jax.data.target_kinds import resampling
@@ -65,7 +66,10 @@ class ListedSentences:
     identities = iter(identify_all([part.identify for record in self.records for part in record.footage]))
     return {
       record.name: (
-        [(next(identities), part.start, part.num_frames) for part in record.footage],
+        [
+          (next(identities), part.start, part.num_frames, *([part.first] if part.has_own_time else []))
+          for part in record.footage
+        ],
         [int(role) for role in record.roles],
         record.prompt,
         record.task,
@@ -110,8 +114,8 @@ class ListedSentences:
 
 def count_shown_targets(held_out: ListedSentences, training: ListedSentences) -> int:
   """Counts the held-out records of which a target is shown in training, by any record and in any role."""
-  shown = {(part.path, part.first) for record in training.records for part in record.footage}
+  shown = {(part.path, part.start) for record in training.records for part in record.footage}
   return sum(
-    any(role == Role.TARGET and (part.path, part.first) in shown for part, role in zip(record.footage, record.roles))
+    any(role == Role.TARGET and (part.path, part.start) in shown for part, role in zip(record.footage, record.roles))
     for record in held_out.records
   )

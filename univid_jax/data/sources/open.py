@@ -39,6 +39,7 @@ from univid_jax.data.sources.readers.pair_folder import open_pairs
 from univid_jax.data.sources.readers.tfds import open_tfds
 from univid_jax.data.sources.unused_keys import describe_unused_keys
 from univid_jax.data.target_kinds import own_kinds
+from univid_jax.data.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +133,10 @@ class DataSources:
     return f"{at}{needed}: {share if largest > 2 else ''}name a test set (config.data.test_pairs, tfds.test_split)"
 
   def require_usable(self, config: DataConfig) -> None:
-    """Raises UserError if there is nothing to train on, or records were dropped and the config does not allow that."""
+    """Raises UserError if training has nothing to draw from, or records were dropped without the config's leave."""
     if not self.sources:
       raise UserError("there is nothing to train on, only a test set: give config.data.arc.path or other data")
+    check_weights(config, self.sources, {name: task.motion for name, task in TASKS.items()})
     require_none_dropped(self.dropped, allowed=config.allow_dropped)
 
 
@@ -162,7 +164,6 @@ def open_data(config: RunConfig) -> DataSources:
   require_config(config)
   data = config.data
   used = _used_data(data)
-  check_weights(data, used)
   opened = _open_listed(config, used)
   if "arc" in used:
     opened["arc"] = _open_arc(config)

@@ -2,19 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from univid_jax.core.errors import first_line
 from univid_jax.core.sentence import Sentence, read_frames
 from univid_jax.data.media.reader import Frames
 from univid_jax.data.tasks import BUILT_IN, TASKS
 
+log = logging.getLogger(__name__)
+
 # How many sentences a task is identified by, since its draws may choose between effects.
 NUM_SENTENCES = 4
-# The most frames of their videos.
-MAX_FRAMES = 5
 
 
 class Noise:
@@ -32,6 +34,25 @@ class Noise:
 def own_tasks(weights: Mapping[str, float]) -> list[str]:
   """Returns the tasks of a positive weight that are not the package's, or that replace one of them."""
   return sorted(name for name, weight in weights.items() if weight and TASKS[name] is not BUILT_IN.get(name))
+
+
+def identify(task: str, read: Callable[[int], Sentence]) -> str:
+  """Returns a hash of what a task makes of noise; "" with a warning if it cannot be identified by that.
+
+  Args:
+    task: name of the task.
+    read: returns a sentence of the task, made of noise, by its index.
+  """
+  try:
+    found = digest(map(read, range(NUM_SENTENCES)))
+    reason = "" if digest([read(0)]) == digest([read(0)]) else "they are not deterministic"
+  except Exception as error:  # whatever functions of the user raise
+    found, reason = "", f"they fail on noise: {type(error).__name__}: {first_line(error)}"
+  if not reason:
+    return found
+  advice = "delete cached latents and samples after a change"
+  log.warning("task %s: changes of its functions go unnoticed, as %s: %s", task, reason, advice)
+  return ""
 
 
 def digest(sentences: Iterable[Sentence]) -> str:

@@ -10,7 +10,8 @@ from univid_jax.core.contexts import CONTEXTS, limit_clips, make_sentence, video
 from univid_jax.core.errors import UserError
 from univid_jax.core.sentence import Sentence
 from univid_jax.core.text import count_noun, is_or_are, join_words, size_text
-from univid_jax.data.clips import ClipFormat, Footage, identify_all
+from univid_jax.data.clips import ClipFormat, Footage
+from univid_jax.data.identities import identify_all
 from univid_jax.data.media.schedule import is_same_rate
 from univid_jax.data.prompts import prompt_for
 from univid_jax.data.sources.base import DrawOptions, Dropped, draw, group_indices, hold_out, printable

@@ -137,7 +137,11 @@ def _make_record(
   roles = tuple(_read_role(clip) for clip in clips)
   check_roles(len(clips), roles)
   forms = forms_of_pairs(form, kinds.get(task, TargetKind.IMAGE), roles)
-  footage = [open_footage(path, own, start=clip.get("start", 0)) for path, own, clip in zip(paths, forms, clips)]
+  footage = [
+    # Clips of a pair that are parts of one video are aligned frame by frame, those of two videos in time.
+    open_footage(path, own, start=clip.get("start", 0), has_own_time=path in paths[i ^ 1 : (i ^ 1) + 1])
+    for i, (path, own, clip) in enumerate(zip(paths, forms, clips))
+  ]
   lengths = _read_lengths(clips, footage, roles, form)
   _check_pairs(clips, footage, roles, lengths)
   return Record(name, tuple(footage), roles, values.get("prompt", ""), task, lengths)
