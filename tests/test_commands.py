@@ -133,8 +133,6 @@ def test_a_port_that_is_in_use_is_named(monkeypatch, capfd):
     (["--config=huge"], 2, "unknown preset 'huge'; there are tiny"),
     (["--config=missing.py"], 2, "no such config file: missing.py"),
     ([CONFIG, "--confg.num_steps=3"], 2, "unknown flag --confg.num_steps: did you mean --config.num_steps?"),
-    ([CONFIG, "--config.name="], 2, "config.name = '' names no folder in runs/: change it, or give --workdir"),
-    ([CONFIG, "--config.name=../mine"], 2, "config.name = '../mine' names no folder in runs/"),
     ([CONFIG, "--config.num_steps=-5"], 2, "config.num_steps must be at least 1, got -5"),
     ([CONFIG, f"--config.seed={2**63}"], 2, "config.seed must be from 0 to 2**63 - 2"),
     ([CONFIG, "--config.eval.num_inference_steps=1001"], 2, "config.eval.num_inference_steps must be from 1 to 1000"),
@@ -169,6 +167,13 @@ def test_wrong_arguments_of_train(tmp_path, capfd, arguments, code, message):
   assert last.startswith("error: ") and message in last and "internal error" not in last, stderr
   assert "Traceback" not in stderr
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "../mine", "/mine"])
+def test_the_default_workdir_is_in_runs(tmp_path, capfd, monkeypatch, name):
+  monkeypatch.chdir(tmp_path)
+  assert run_here("univid_jax.train", "--config=tiny", f"--config.name={name}") == 2
+  assert f"config.name = {name!r} names no folder in runs/: change it, or give --workdir" in capfd.readouterr().err
 
 
 def test_folders_without_clips(tmp_path, capfd):
