@@ -789,7 +789,7 @@ class TestValidation:
 
   def test_encoding_its_sentences_is_not_part_of_the_first_step(self, tiny_config, monkeypatch):
     monkeypatch.setattr(hooks, "Validation", mock.Mock(spec=Validation))
-    run, summarize = mock.Mock(config=tiny_config), mock.Mock(spec=hooks.Summarize)
+    run, summarize = mock.Mock(config=tiny_config, validation=[]), mock.Mock(spec=hooks.Summarize)
     hooks.Validate(run, summarize, mock.Mock(spec=Supervisor), mock.Mock(spec=Goodput))
     summarize.restart_clock.assert_called_once_with()
 
